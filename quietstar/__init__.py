@@ -1,0 +1,23 @@
+"""Quiet-STaR for any Hugging Face causal language model (arXiv 2403.09629).
+
+The public names load on first use, so that ``import quietstar.config`` needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quietstar.config import Config as Config
+    from quietstar.model import QuietStarForCausalLM as QuietStarForCausalLM
+
+__version__ = "0.1.0"
+
+_PUBLIC = {"Config": "quietstar.config", "QuietStarForCausalLM": "quietstar.model"}
+
+__all__ = ["Config", "QuietStarForCausalLM", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

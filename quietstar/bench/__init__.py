@@ -1,0 +1,1 @@
+"""Benchmarks: what a step costs beside the floor that its tokens set."""

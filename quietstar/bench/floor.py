@@ -1,0 +1,62 @@
+"""The floor of a training step: a plain causal LM over as many tokens.
+
+No Quiet-STaR step can be cheaper than its matrix products: one forward and backward over every row
+of the learn pass with a cross entropy over every state that a loss reads, and a forward without
+gradient over the text and every thought token but its closing, with logits where one is sampled.
+The floor runs them as ordinary batches of S tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quietstar.engine.layout import Layout
+
+_BATCH_ROWS = 8
+"""Sequences run at once: enough to fill two cores or a GPU, few enough to stay in memory."""
+
+
+def floor_step(model: PreTrainedModel, layout: Layout) -> None:
+    """Run the floor of one step on a plain model, gradients included."""
+    learn_rows = layout.num_rows
+    per_text = 1 + layout.num_thoughts * (layout.thought_length + layout.lookahead)
+    loss_rows = layout.batch_size * per_text
+    for rows, with_loss in _batches(learn_rows, loss_rows):
+        _plain_step(model, rows, with_loss, layout.text_length)
+    sampled = layout.batch_size * layout.num_thoughts * layout.thought_length
+    with torch.no_grad():
+        for rows, with_logits in _batches(layout.batch_size + sampled, sampled):
+            states = _states(model, rows, layout.text_length)
+            _logits(model, states[:with_logits])
+
+
+def _batches(rows: int, marked: int) -> list[tuple[int, int]]:
+    """Cut ``rows`` into batches; ``marked`` of them, from the front, also get logits."""
+    sizes = [min(_BATCH_ROWS, rows - start) for start in range(0, rows, _BATCH_ROWS)]
+    return [
+        (size, max(0, min(size, marked - start)))
+        for size, start in zip(sizes, range(0, rows, _BATCH_ROWS), strict=True)
+    ]
+
+
+def _states(model: PreTrainedModel, rows: int, length: int) -> Tensor:
+    vocab_size = model.config.vocab_size
+    tokens = torch.randint(vocab_size, (rows, length), device=model.device)
+    return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+
+
+def _logits(model: PreTrainedModel, states: Tensor) -> Tensor:
+    return model.get_output_embeddings()(states)
+
+
+def _plain_step(model: PreTrainedModel, rows: int, with_loss: int, length: int) -> None:
+    states = _states(model, rows, length)
+    if with_loss == 0:
+        states.sum().backward()
+        return
+    logits = _logits(model, states[:with_loss]).flatten(0, 1).float()
+    targets = torch.randint(logits.shape[-1], logits.shape[:1], device=logits.device)
+    F.cross_entropy(logits, targets).backward()

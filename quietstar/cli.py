@@ -1,0 +1,224 @@
+"""The console command ``quietstar``: a table of subcommands.
+
+A mistake of the user ends in one line per problem on stderr and exit code 2. Nothing here imports
+torch before the config is known to be valid.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from quietstar import __version__
+from quietstar.config import Config
+from quietstar.config_io import (
+    COMMAND_LINE,
+    FIELDS,
+    default_text,
+    field_types,
+    keys_of,
+    load_config,
+    shipped_configs,
+)
+from quietstar.errors import ConfigError, UserError
+
+DEFAULT_CONFIG = "configs/tiny.yaml"
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+HELP_FLAGS = ("-h", "--help")
+HELP_WIDTH = 100  # longest line on a wide terminal
+
+
+class Command(NamedTuple):
+    """A subcommand: its line in the help, and what runs it on the arguments after its name."""
+
+    summary: str
+    run: Callable[[list[str]], int | None]
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    """Runs a subcommand.
+
+    Args:
+        argv: Arguments after the program's name; None takes those of the process.
+
+    Returns:
+        The exit code, or None for success.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _dispatch(argv)
+    except UserError as error:
+        if _is_first_process():
+            for line in str(error).splitlines():
+                sys.stderr.write(f"quietstar: error: {line}\n")
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _dispatch(argv: list[str]) -> int | None:
+    name, *arguments = argv or [""]
+    if name in HELP_FLAGS:
+        return _print_commands()
+    if name == "--version":
+        sys.stdout.write(f"quietstar {__version__}\n")
+        return None
+    if name not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        given = f"there is no command {name}" if name else "no command is given"
+        raise UserError(f"{given}; known: {known} (see quietstar --help)")
+    return COMMANDS[name].run(arguments)
+
+
+def _is_first_process() -> bool:
+    """False in all but one process of a distributed launch, so that errors are printed once."""
+    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+    return rank == "0"
+
+
+def _train(arguments: list[str]) -> int | None:
+    if any(flag in arguments for flag in HELP_FLAGS):
+        return _print_train_help()
+    problems: list[str] = []
+    options, overrides = _take_options(arguments, ("config", "resume", "local_rank"), problems)
+    resume = options.get("resume")
+    if resume not in (None, "auto") and not Path(resume).exists():
+        problems.append(
+            f"{COMMAND_LINE}: --resume: there is no folder {resume}; give a checkpoint such as"
+            " runs/x/checkpoints/step-000500, or auto for the newest of the run"
+        )
+    try:
+        config = load_config(options.get("config", DEFAULT_CONFIG), overrides)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from error
+    if problems:
+        raise ConfigError(problems)
+
+    from quietstar.training.run import run_training  # imports torch
+
+    run_training(config, resume=resume)
+    return None
+
+
+def _take_options(
+    arguments: Sequence[str], names: Sequence[str], problems: list[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Splits ``--name value`` and ``--name=value`` of these names from the other arguments.
+
+    ``--local_rank``, which DeepSpeed's launcher adds, is taken and not used: the environment says
+    the same.
+    """
+    options: dict[str, str] = {}
+    others = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or name not in names:
+            others.append(argument)
+        elif equals and value:
+            options[name] = value
+        elif not equals and rest and not rest[0].startswith("--"):
+            options[name] = rest.pop(0)
+        else:
+            example = "auto" if name == "resume" else "FILE"
+            problems.append(f"{COMMAND_LINE}: --{name}: has no value; write --{name} {example}")
+    return options, others
+
+
+# ---------------------------------------------------------------------------------------------
+# Help
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    console.width = min(console.width, HELP_WIDTH)
+    return console
+
+
+def _print_rows(console: Console, rows: Sequence[tuple[Text, Text]], first_width: int) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, width=first_width)
+    table.add_column()
+    for row in rows:
+        table.add_row(*row)
+    console.print(Padding(table, (0, 0, 1, 2)))
+
+
+def _print_commands() -> None:
+    console = _console()
+    console.print(Text("Quiet-STaR for any Hugging Face causal language model.\n"))
+    console.print(Text("usage: quietstar COMMAND ...   (quietstar COMMAND --help says more)\n"))
+    rows = [(Text(name), Text(command.summary)) for name, command in COMMANDS.items()]
+    rows.append((Text("--version"), Text("Print the version.")))
+    _print_rows(console, rows, first_width=max(len(name.plain) for name, _ in rows))
+
+
+def _print_train_help() -> None:
+    console = _console()
+    console.print(Text("usage: quietstar train [--config FILE] [--resume auto|PATH] [--KEY VALUE]"))
+    console.print(Text("       accelerate launch train.py ...   (the same, on many processes)\n"))
+    width = max(len(key) for key in FIELDS) + len("--")
+    shipped = ", ".join(shipped_configs())
+    options = [
+        ("--config FILE", f"YAML file, or one that is shipped ({shipped}); default tiny."),
+        ("--resume auto|PATH", "Go on from the newest checkpoint of the run, or from this one."),
+    ]
+    _print_rows(console, [(Text(name), Text(meaning)) for name, meaning in options], width)
+    console.print(
+        Text(
+            "The keys below go into the file, by section, or on the command line, which wins."
+            " Lists are written [a, b], no value is null, and a bare flag is true."
+            " Single entries of a mapping: --model.config.hidden_size 64.\n"
+        )
+    )
+    for section, info in Config.model_fields.items():
+        console.print(Text(f"{section}: {info.description}", style="bold"))
+        rows = [(Text(f"--{key}"), _describe(key)) for key in keys_of(section)]
+        _print_rows(console, rows, width)
+
+
+def _describe(key: str) -> Text:
+    text = Text(f"{FIELDS[key].description}\n")
+    return text.append(f"{type_text(key)}; default {default_text(key)}", style="dim")
+
+
+TYPE_NAMES: dict[Any, str] = {
+    bool: "true or false",
+    int: "integer",
+    float: "number",
+    str: "text",
+    list: "list of texts",
+    dict: "mapping",
+    type(None): "null",
+}
+BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+def type_text(key: str) -> str:
+    """Type and bounds of a key in words: ``integer >= 1 or null``."""
+    annotation = FIELDS[key].annotation
+    if get_origin(annotation) is Literal:
+        return " | ".join(str(choice) for choice in get_args(annotation))
+    limits = [
+        f"{sign} {limit:g}"
+        for rule in FIELDS[key].metadata
+        for name, sign in BOUNDS.items()
+        if (limit := getattr(rule, name, None)) is not None
+    ]
+    types = field_types(key)
+    name = next(TYPE_NAMES[kind] for kind in TYPE_NAMES if kind in types)
+    bounded = " ".join([name, " and ".join(limits)]).rstrip()
+    return f"{bounded} or null" if type(None) in types else bounded
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command("Train a model: quietstar train --config FILE [--KEY VALUE ...]", _train),
+}

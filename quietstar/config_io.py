@@ -1,0 +1,505 @@
+"""Reading and writing the config: a YAML file, then dotted overrides of the command line.
+
+`load_config` reports everything that is wrong at once, one line per problem:
+
+    configs/x.yaml:4: thoughts.lenght: unknown key; did you mean thoughts.length?
+    command line: thoughts.length: -1 must be greater than or equal to 1; ...
+
+The YAML is that of version 1.2 where PyYAML's differs: ``1e-4`` is a number and ``no`` is text.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from rapidfuzz import fuzz
+
+from quietstar.config import CROSS_FIELD_ERROR, Config, CrossFieldProblem
+from quietstar.errors import ConfigError
+
+COMMAND_LINE = "command line"
+OPTIONS = ("config", "resume", "help")  # flags of the command line beside the keys
+FLAG = re.compile(r"--[A-Za-z_][^=\s]*(=.*)?", re.DOTALL)  # `---` and `-1` are values
+SIMILAR = 75  # least similarity, of 100, of a "did you mean": lets through one or two typos
+
+# ---------------------------------------------------------------------------------------------
+# The keys
+
+
+def _config_fields() -> dict[str, FieldInfo]:
+    fields = {}
+    for section, info in Config.model_fields.items():
+        assert isinstance(info.annotation, type), section
+        assert issubclass(info.annotation, BaseModel), section
+        for name, field in info.annotation.model_fields.items():
+            fields[f"{section}.{name}"] = field
+    return fields
+
+
+FIELDS: Mapping[str, FieldInfo] = _config_fields()
+"""Every key of the config, such as ``thoughts.length``, with its field."""
+
+
+def keys_of(section: str) -> list[str]:
+    """The keys of a section, with its name before them."""
+    return [key for key in FIELDS if key.startswith(f"{section}.")]
+
+
+def field_types(key: str) -> set[Any]:
+    """The types that a key takes: ``int | None`` gives int and NoneType, ``list[str]`` list."""
+    annotation = FIELDS[key].annotation
+    members = get_args(annotation)
+    if type(None) not in members:
+        members = (annotation,)
+    return {get_origin(member) or member for member in members}
+
+
+def _closest(name: str, candidates: Sequence[str]) -> str | None:
+    """The candidate that was probably meant, if one is similar."""
+
+    def similarity(candidate: str) -> float:
+        # `--lenght` and `training.lr` name a key without its section, or with another one
+        leaf = fuzz.ratio(name.rpartition(".")[2], candidate.rpartition(".")[2])
+        return max(fuzz.ratio(name, candidate), leaf)
+
+    best = max(candidates, key=similarity, default=None)
+    return best if best is not None and similarity(best) >= SIMILAR else None
+
+
+def _did_you_mean(meant: str | None) -> str:
+    return "" if meant is None else f"; did you mean {meant}?"
+
+
+# ---------------------------------------------------------------------------------------------
+# YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with the numbers and booleans of YAML 1.2."""
+
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012  (PyYAML's own attribute)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node).replace("_", "")
+        return int(text, 16) if "x" in text else int(text)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML that quotes whatever `_Loader` or another YAML reader takes for no text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_NUMBER_STARTS = list("-+.0123456789")
+_RESOLVERS = (
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?[0-9]+(_[0-9]+)*|0x[0-9a-fA-F]+", _NUMBER_STARTS),
+    (
+        "float",
+        r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        _NUMBER_STARTS,
+    ),
+    ("merge", r"<<", ["<"]),
+)
+for _tag, _pattern, _starts in _RESOLVERS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _starts
+        )
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _yaml_problem(error: Exception) -> str:
+    """What is wrong, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        parts = [part for part in (error.context, error.problem) if part]
+        return ": ".join(parts)
+    return " ".join(str(error).split())
+
+
+def _repeated_keys(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """The dotted name and the line of each key that stands twice in one mapping."""
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _repeated_keys(item, f"{prefix}{index}.")
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if key.value in seen:
+                yield f"{prefix}{key.value}", key.start_mark.line + 1
+            seen.add(key.value)
+            yield from _repeated_keys(value, f"{prefix}{key.value}.")
+
+
+def _key_lines(root: yaml.MappingNode) -> dict[str, int]:
+    """The line of each section and of each key in it."""
+    lines = {}
+    for section, body in root.value:
+        lines[section.value] = section.start_mark.line + 1
+        if isinstance(body, yaml.MappingNode):
+            for key, _ in body.value:
+                lines[f"{section.value}.{key.value}"] = key.start_mark.line + 1
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings: where each value comes from
+
+
+class _Setting(NamedTuple):
+    value: Any
+    source: str  # "configs/x.yaml:4" or COMMAND_LINE
+
+
+def _read_yaml(path: Path, shown: str) -> tuple[Any, dict[str, int], list[str]]:
+    """The data of a YAML file, the lines of its sections and keys, and a problem per repeated key.
+
+    Raises:
+        ConfigError: If the file cannot be read at all; messages call it ``shown``.
+    """
+    try:
+        loader = _Loader(path.read_text(encoding="utf-8-sig"))
+        root = loader.get_single_node()
+        repeated = [] if root is None else list(_repeated_keys(root))
+        data = None if root is None else loader.construct_document(root)
+    except OSError as error:
+        raise ConfigError([f"{shown}: cannot be read: {error.strerror}"]) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+        source = shown if mark is None else f"{shown}:{mark.line + 1}"
+        raise ConfigError([f"{source}: no valid YAML: {_yaml_problem(error)}"]) from error
+    if data is None:  # an empty file sets nothing
+        return {}, {}, []
+    if not isinstance(root, yaml.MappingNode):
+        kind = "a list" if isinstance(data, list) else _shown_value(data)
+        message = "must be a mapping of sections; write `thoughts:` with `length: 8` below it"
+        raise ConfigError([f"{shown}: {kind} {message}"])
+    problems = [f"{shown}:{line}: {key}: stands twice; remove one" for key, line in repeated]
+    return data, _key_lines(root), problems
+
+
+class _Reader:
+    """Gathers the settings of a file and of the command line, and what is wrong with them.
+
+    Attributes:
+        settings: The value of each key, and where it comes from.
+        problems: One line each.
+        misspelt: Keys that were probably meant by unknown ones: they are not "not set".
+    """
+
+    def __init__(self) -> None:
+        self.settings: dict[str, _Setting] = {}
+        self.problems: list[str] = []
+        self.misspelt: set[str] = set()
+
+    def read_file(self, path: Path, shown: str) -> None:
+        """Takes over the settings of a YAML file, which messages call ``shown``."""
+        data, lines, problems = _read_yaml(path, shown)
+        self.problems += problems
+        for section, body in data.items():
+            line = lines.get(str(section))
+            source = f"{shown}:{line}" if line else shown
+            if section not in Config.model_fields:
+                self._unknown_section(str(section), source)
+            elif isinstance(body, dict):
+                for name, value in body.items():
+                    key = f"{section}.{name}"
+                    self._take(key, value, f"{shown}:{lines[key]}" if key in lines else source)
+            elif body is not None:  # a section whose keys are all commented out sets nothing
+                message = f"must be a mapping of keys, such as {keys_of(section)[0]}"
+                self.problems.append(f"{source}: {section}: {_shown_value(body)} {message}")
+
+    def _unknown_section(self, section: str, source: str) -> None:
+        if section in FIELDS:
+            parent, _, name = section.partition(".")
+            self.misspelt.add(section)
+            message = f"unknown section; write `{parent}:` and `{name}:` below it"
+        else:
+            meant = _closest(section, list(Config.model_fields))
+            self.misspelt.update(keys_of(meant) if meant else ())
+            message = f"unknown section{_did_you_mean(meant)}"
+        self.problems.append(f"{source}: {section}: {message}")
+
+    def _take(self, key: str, value: Any, source: str) -> None:
+        if key in FIELDS:
+            self.settings[key] = _Setting(value, source)
+            return
+        meant = _closest(key, list(FIELDS))
+        self.misspelt.update([meant] if meant else [])
+        self.problems.append(f"{source}: {key}: unknown key{_did_you_mean(meant)}")
+
+    def read_overrides(self, arguments: Sequence[str]) -> None:
+        """Takes over ``--key value``, ``--key=value`` and bare ``--flag``; the last one wins."""
+        for name, text in self._split_flags(arguments):
+            key = ".".join(name.split(".")[:2])
+            path = name.split(".")[2:]
+            if key not in FIELDS or (path and not (all(path) and dict in field_types(key))):
+                self._unknown_flag(name)
+            elif text is not None:
+                self._override(key, path, text)
+            elif bool in field_types(key):
+                self.settings[key] = _Setting(True, COMMAND_LINE)
+            else:
+                self._command_line_problem(name, f"has no value; write --{name} VALUE")
+
+    def _command_line_problem(self, name: str, message: str) -> None:
+        self.problems.append(f"{COMMAND_LINE}: {name}: {message}")
+
+    def _split_flags(self, arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+        rest = list(arguments)
+        while rest:
+            argument = rest.pop(0)
+            if FLAG.fullmatch(argument):
+                name, equals, value = argument[2:].partition("=")
+                if not equals:
+                    value = rest.pop(0) if rest and not FLAG.fullmatch(rest[0]) else None
+                yield name, value
+            else:
+                is_file = argument.endswith((".yaml", ".yml"))
+                form = f"--config {argument}" if is_file else "--key value"
+                self._command_line_problem(argument, f"belongs to no key; write {form}")
+
+    def _unknown_flag(self, name: str) -> None:
+        if name in Config.model_fields:
+            message = f"is a section; set one of its keys, such as --{keys_of(name)[0]}"
+        else:
+            meant = _closest(name, [*FIELDS, *OPTIONS])
+            self.misspelt.update([meant] if meant else [])
+            message = "unknown key" + _did_you_mean(meant if meant is None else f"--{meant}")
+        self._command_line_problem(f"--{name}", message)
+
+    def _override(self, key: str, path: list[str], text: str) -> None:
+        name = ".".join([key, *path])
+        try:
+            value = yaml.load(text, Loader=_Loader) if path else _parse_text(key, text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            self._command_line_problem(name, f"{text!r} is no valid YAML: {_yaml_problem(error)}")
+            return
+        if value is None and not text.strip():
+            self._command_line_problem(name, f"has no value; write --{name} VALUE, or null")
+            return
+        if path:
+            before = self.settings[key].value if key in self.settings else None
+            value = _with_entry(before, path, value)
+        self.settings[key] = _Setting(value, COMMAND_LINE)
+
+
+def _parse_text(key: str, text: str) -> Any:
+    """The value of an override: YAML, except that text needs no quotes whatever it looks like."""
+    types = field_types(key)
+    if types <= {bool, int, float, list, dict, type(None)}:
+        return yaml.load(text, Loader=_Loader)
+    if type(None) in types and text in ("null", "~"):
+        return None
+    if text[:1] in ("'", '"'):
+        quoted = yaml.load(text, Loader=_Loader)
+        return quoted if isinstance(quoted, str) else text
+    return text
+
+
+def _with_entry(mapping: Any, path: list[str], value: Any) -> dict[str, Any]:
+    """A copy of a nested mapping (what is none counts as empty) with one entry set."""
+    mapping = mapping if isinstance(mapping, dict) else {}
+    if len(path) > 1:
+        value = _with_entry(mapping.get(path[0]), path[1:], value)
+    return {**mapping, path[0]: value}
+
+
+# ---------------------------------------------------------------------------------------------
+# Validation
+
+
+def _nested(settings: Mapping[str, _Setting]) -> dict[str, dict[str, Any]]:
+    tree: dict[str, dict[str, Any]] = {}
+    for key, setting in settings.items():
+        section, _, name = key.partition(".")
+        tree.setdefault(section, {})[name] = setting.value
+    return tree
+
+
+def _validate(reader: _Reader, file: str) -> tuple[Config | None, list[str]]:
+    """The config, or all that is wrong with its fields and between them.
+
+    pydantic looks at cross-field rules only when all fields are valid. So a second pass leaves the
+    invalid fields out, and what it says about rules without such a field is reported as well.
+    """
+    settings = reader.settings
+    config, field_errors, broken_rules = _try(settings)
+    problems = []
+    invalid = set(reader.misspelt)
+    for error in field_errors:
+        key = ".".join(str(part) for part in error["loc"][:2])
+        invalid.add(key)
+        shown = ".".join(str(part) for part in error["loc"] if part != "[key]")
+        problems.append(f"{settings[key].source}: {shown}: {_field_message(key, error)}")
+    if field_errors:
+        valid = {key: setting for key, setting in settings.items() if key not in invalid}
+        _, _, broken_rules = _try(valid)
+    for keys, message in broken_rules:
+        if invalid.isdisjoint(keys):
+            sources = {key: settings[key].source for key in keys if key in settings}
+            key = next((key for key in keys if sources.get(key) == COMMAND_LINE), keys[0])
+            problems.append(f"{sources.get(key, file)}: {key}: {message}")
+    return config, problems
+
+
+def _try(
+    settings: Mapping[str, _Setting],
+) -> tuple[Config | None, list[Any], list[CrossFieldProblem]]:
+    try:
+        return Config.model_validate(_nested(settings)), [], []
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        if details[0]["type"] == CROSS_FIELD_ERROR:
+            return None, [], details[0].get("ctx", {})["problems"]
+        return None, details, []
+
+
+PLAIN_WORDS = {
+    "a valid dictionary": "a mapping",
+    "a valid string": "text",
+    "a valid boolean": "true or false",
+}
+
+
+def _field_message(key: str, error: Mapping[str, Any]) -> str:
+    """Value, rule and remedy for what pydantic says about one field."""
+    value, rule = error["input"], error["msg"]
+    rule = re.sub(r"^(Input|Keys|List|String|Dictionary) should( be)?", r"must\2", rule)
+    rule = rule.removesuffix(" after validation, not 0")
+    for name, plain in PLAIN_WORDS.items():
+        rule = rule.replace(name, plain)
+    message = f"{_shown_value(value)} {rule}"
+    types = field_types(key)
+    if error["type"] == "literal_error":
+        meant = _closest(str(value), get_args(FIELDS[key].annotation))
+        if meant:
+            return message + _did_you_mean(meant)
+    if value is None and type(None) not in types:
+        return f"{message}; leave the key out to get its default, {default_text(key)}"
+    if isinstance(value, str) and types & {int, float, bool} and _fits(value, types):
+        return f"{message}; write it without quotes"
+    if error["type"] == "list_type":
+        return f"{message}; write it as [a, b]"
+    description = (FIELDS[key].description or "").rstrip(".")
+    return f"{message}; default {default_text(key)} ({description})"
+
+
+def _fits(text: str, types: set[Any]) -> bool:
+    try:
+        return type(yaml.load(text, Loader=_Loader)) in types
+    except (yaml.YAMLError, ValueError):
+        return False
+
+
+def _shown_value(value: Any) -> str:
+    """A value as YAML would write it on one line, cut when long."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=float("inf"))
+    text = " ".join(text.removesuffix("...\n").split())
+    if isinstance(value, str) and not text.startswith(("'", '"')):
+        text = f"'{text}'"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def default_text(key: str) -> str:
+    """The default of a key as YAML would write it."""
+    value = FIELDS[key].get_default(call_default_factory=True, validated_data={})
+    if isinstance(value, float):
+        return f"{value:g}"  # 1e-05, not 1.0e-05
+    return _shown_value(value).strip("'") if isinstance(value, str) else _shown_value(value)
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+def _shipped_folder() -> Path | None:
+    package = Path(__file__).resolve().parent
+    if (package / "configs").is_dir():  # an installed wheel
+        return package / "configs"
+    checkout = package.parent
+    if (checkout / "pyproject.toml").is_file() and (checkout / "configs").is_dir():
+        return checkout / "configs"
+    return None
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The config files that come with the package, by name: ``tiny`` is ``configs/tiny.yaml``."""
+    folder = _shipped_folder()
+    if folder is None:
+        return {}
+    files = sorted(folder.rglob("*.yaml"))
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
+def resolve_config_file(name: str | Path) -> tuple[Path, str]:
+    """Finds a config file.
+
+    Args:
+        name: An existing path, or a shipped config as ``configs/x.yaml``, ``x.yaml`` or ``x``.
+
+    Returns:
+        The path, and the name that messages give it.
+
+    Raises:
+        ConfigError: If there is no such file.
+    """
+    if Path(name).is_file():
+        return Path(name), str(name)
+    shipped = shipped_configs()
+    short = Path(name).as_posix().removeprefix("configs/").removesuffix(".yaml")
+    if short in shipped:
+        return shipped[short], f"configs/{short}.yaml"
+    if Path(name).is_dir():
+        inside = Path(name) / "config.yaml"
+        hint = f"; did you mean {inside}?" if inside.is_file() else "; give a YAML file"
+        raise ConfigError([f"{COMMAND_LINE}: --config: {name} is a folder{hint}"])
+    hint = _did_you_mean(_closest(short, list(shipped)))
+    names = ", ".join(shipped) or "none"
+    message = f"there is no file {name}{hint or f'; shipped configs: {names}'}"
+    raise ConfigError([f"{COMMAND_LINE}: --config: {message}"])
+
+
+def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a config.
+
+    Args:
+        config_file: What `resolve_config_file` takes, or None for the defaults alone.
+        overrides: Arguments of the command line, such as ``["--thoughts.length", "8"]``; they
+            replace what the file says, and below a mapping they set single entries
+            (``--model.config.hidden_size 64``).
+
+    Returns:
+        The valid config.
+
+    Raises:
+        ConfigError: With every problem of the file, the overrides and the rules between fields.
+    """
+    reader = _Reader()
+    shown = "defaults"
+    try:
+        if config_file is not None:
+            path, shown = resolve_config_file(config_file)
+            reader.read_file(path, shown)
+    except ConfigError as error:  # nothing is known of the file: no key counts as not set
+        reader.problems += error.problems
+        reader.misspelt.update(FIELDS)
+    reader.read_overrides(overrides)
+    config, problems = _validate(reader, shown)
+    if reader.problems or problems or config is None:
+        raise ConfigError([*reader.problems, *problems])
+    return config
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes a config as YAML; `load_config` reads an equal one from it."""
+    text = yaml.dump(
+        config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
+    )
+    Path(path).write_text(text, encoding="utf-8")

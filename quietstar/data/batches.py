@@ -1,0 +1,281 @@
+"""Deterministic batches of training and held-out sequences.
+
+The sample at a row of a step depends on the seed and on step * batch_size + row only, so a run is
+the same for every cut of its batches into micro-batches and ranks, and after every resume.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from quietstar.config import DataConfig
+from quietstar.data.documents import Documents, EncodedTable, join_documents, prepare
+from quietstar.data.encoding import Encoded, Encoder
+from quietstar.data.samples import MapSamples, StreamSamples, held_out_samples, stream_head
+from quietstar.data.sources import Source, open_source
+from quietstar.data.spans import ESTIMATE, HELD_OUT, keyed_rng
+from quietstar.data.tokenizer import padding_id
+from quietstar.errors import UserError
+
+IGNORED = -100  # the label of what is no target, as in torch's cross entropy
+ESTIMATE_DOCUMENTS = 256  # tokenised to estimate the figures of a table that is not counted
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one width.
+
+    Attributes:
+        input_ids: Token ids, padded on the right.
+        attention_mask: True at a real token.
+        labels: The id where the token is a target, -100 elsewhere; not shifted.
+        sample_ids: Index of each sample in the run (or in the evaluation).
+    """
+
+    input_ids: Int[Tensor, "batch seq"]
+    attention_mask: Bool[Tensor, "batch seq"]
+    labels: Int[Tensor, "batch seq"]
+    sample_ids: Int[Tensor, " batch"]
+
+    def to(self, device: torch.device) -> "Batch":
+        """Returns the same batch on another device."""
+        tensors = (self.input_ids, self.attention_mask, self.labels, self.sample_ids)
+        return Batch(*[tensor.to(device, non_blocking=True) for tensor in tensors])
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What the data are, for the log; figures of the training part unless said otherwise.
+
+    Attributes:
+        source: Key and value that named the data.
+        documents: Documents to train on, without those dropped or skipped; None for a stream.
+        held_out_documents: Documents kept from training, or read from `data.eval`.
+        eval_sequences: Sequences of an evaluation.
+        sequences: Sequences of an epoch; None for a stream.
+        dropped_empty: Records without text or answer, in both parts.
+        skipped_short: Texts (in both parts) or last chunks shorter than a sequence, skipped.
+        padded: Sequences of an epoch that need padding.
+        truncated: Question/answer or chat records longer than a sequence.
+        tokens: Tokens of the documents.
+        exact: Whether all of it was counted. If not, `padded`, `truncated` and `tokens` are
+            estimates from a random sample (None for a stream), and empty records of a large
+            table stay in it as samples without targets.
+    """
+
+    source: str
+    documents: int | None
+    held_out_documents: int
+    eval_sequences: int
+    sequences: int | None = None
+    dropped_empty: int = 0
+    skipped_short: int = 0
+    padded: int | None = None
+    truncated: int | None = None
+    tokens: int | None = None
+    exact: bool = False
+
+    def summary(self) -> str:
+        """Returns one line for the log."""
+        held_out = f"{self.held_out_documents:,} held out ({self.eval_sequences:,} sequences)"
+        if self.documents is None:
+            return f"{self.source}: a stream; {held_out}"
+        about = "" if self.exact else "about "
+        return (
+            f"{self.source}: {self.documents:,} documents, {about}{self.tokens:,} tokens,"
+            f" {self.sequences:,} sequences an epoch, {held_out}; {about}{self.padded:,} padded,"
+            f" {about}{self.truncated:,} truncated, {self.skipped_short:,} short ones skipped,"
+            f" {self.dropped_empty:,} empty ones dropped"
+        )
+
+
+class TrainData:
+    """Training batches by step."""
+
+    def __init__(self, samples: MapSamples | StreamSamples, seq_len: int, pad_id: int) -> None:
+        """Keeps the samples, the width of a batch and the id that fills it."""
+        self._samples, self._seq_len, self._pad_id = samples, seq_len, pad_id
+
+    def batch(self, step: int, batch_size: int, rows: range | None = None) -> Batch:
+        """Builds the batch of a step, or some of its rows.
+
+        Args:
+            step: Optimiser step, from 0.
+            batch_size: Sequences of the whole step, over ranks and accumulation.
+            rows: The rows wanted, such as one rank's micro-batch; all by default.
+        """
+        rows = range(batch_size) if rows is None else rows
+        first = step * batch_size
+        samples = self._samples.read(first, batch_size, rows)
+        return collate(samples, [first + row for row in rows], self._seq_len, self._pad_id)
+
+
+class EvalData:
+    """The held-out sequences, the same at every evaluation."""
+
+    def __init__(self, samples: Sequence[Encoded], seq_len: int, pad_id: int) -> None:
+        """Keeps the sequences, the width of a batch and the id that fills it."""
+        self._samples, self._seq_len, self._pad_id = list(samples), seq_len, pad_id
+
+    def __len__(self) -> int:
+        """Returns the number of sequences."""
+        return len(self._samples)
+
+    def batches(self, micro_batch_size: int) -> Iterator[Batch]:
+        """Yields the sequences in order; the last batch may be smaller."""
+        for start in range(0, len(self), micro_batch_size):
+            samples = self._samples[start : start + micro_batch_size]
+            places = range(start, start + len(samples))
+            yield collate(samples, places, self._seq_len, self._pad_id)
+
+
+def collate(
+    samples: Sequence[Encoded], sample_ids: Sequence[int], seq_len: int, pad_id: int
+) -> Batch:
+    """Pads samples on the right to one width."""
+    shape = (len(samples), seq_len)
+    ids = np.full(shape, pad_id, np.int64)
+    labels = np.full(shape, IGNORED, np.int64)
+    mask = np.zeros(shape, np.bool_)
+    for row, sample in enumerate(samples):
+        length = len(sample)
+        assert length <= seq_len, f"sample of {length} tokens in a batch of width {seq_len}"
+        ids[row, :length] = sample.ids
+        mask[row, :length] = True
+        labels[row, :length] = np.where(sample.targets, sample.ids, IGNORED)
+    return Batch(
+        torch.from_numpy(ids),
+        torch.from_numpy(mask),
+        torch.from_numpy(labels),
+        torch.tensor(list(sample_ids), dtype=torch.int64),
+    )
+
+
+def build_data(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[TrainData, EvalData, DataReport]:
+    """Opens the data of a run.
+
+    Without `data.eval`, a random share of the documents is held out (of a stream, its head); a
+    document never is in both parts.
+
+    Args:
+        config: What to read and how to cut it.
+        tokenizer: The model's tokenizer.
+        seed: Seed of order, spans, held-out part and generated problems.
+
+    Returns:
+        Training data, held-out data, and what is known about them.
+
+    Raises:
+        UserError: If the data cannot be read or used; the message says what to do.
+    """
+    if config.train is None:
+        raise UserError("data.train: is not set: give a file, a folder, a hub id or a task")
+    encoder = Encoder(tokenizer, config)
+    source = open_source(config.train, config, seed)
+    held_out = None
+    if config.eval is not None:
+        # Seeds of generated problems overlap when they are close: start behind the training ones.
+        behind, size = seed + config.size, config.eval_sequences
+        held_out = open_source(config.eval, config, behind, "data.eval", size)
+    build = _build_stream if source.table is None else _build_map
+    samples, eval_samples, report = build(source, held_out, config, encoder, seed)
+    assert eval_samples, "a source that opens gives a sequence"
+    pad_id = padding_id(tokenizer)
+    train_data = TrainData(samples, config.seq_len, pad_id)
+    train_data.batch(0, 1)  # an unusable stream is an error now, not in the first step
+    return train_data, EvalData(eval_samples, config.seq_len, pad_id), report
+
+
+def _build_stream(
+    source: Source, held_out: Source | None, config: DataConfig, encoder: Encoder, seed: int
+) -> tuple[StreamSamples, list[Encoded], DataReport]:
+    eval_samples, used = _eval_of(held_out or source, config, encoder, seed)
+    samples = StreamSamples(source, encoder, config, seed, head=0 if held_out else used)
+    return samples, eval_samples, DataReport(source.label, None, used, len(eval_samples))
+
+
+def _eval_of(
+    source: Source, config: DataConfig, encoder: Encoder, seed: int
+) -> tuple[list[Encoded], int]:
+    if source.table is None:
+        return stream_head(source, encoder, config, seed)
+    documents, _, _ = prepare(source, config, encoder)
+    count = len(documents)
+    chosen, _ = _join(documents, config, source.label)
+    return held_out_samples(chosen, config, seed), count
+
+
+def _build_map(
+    source: Source, held_out: Source | None, config: DataConfig, encoder: Encoder, seed: int
+) -> tuple[MapSamples, list[Encoded], DataReport]:
+    documents, dropped, skipped = prepare(source, config, encoder)
+    if held_out is not None:
+        eval_samples, eval_count = _eval_of(held_out, config, encoder, seed)
+    else:
+        documents, kept_apart = split(documents, config.eval_fraction, seed, source.label)
+        eval_count = len(kept_apart)
+        apart, _ = _join(kept_apart, config, source.label)
+        eval_samples = held_out_samples(apart, config, seed)
+    sequences, skipped_chunks = _join(documents, config, source.label)
+    padded, truncated, tokens = _measure(sequences, config, seed)
+    report = DataReport(
+        source=source.label,
+        documents=len(documents),
+        held_out_documents=eval_count,
+        eval_sequences=len(eval_samples),
+        sequences=len(sequences),
+        dropped_empty=dropped,
+        skipped_short=skipped + skipped_chunks,
+        padded=padded,
+        truncated=truncated,
+        tokens=tokens,
+        exact=isinstance(sequences, EncodedTable),
+    )
+    return MapSamples(sequences, config, seed), eval_samples, report
+
+
+def split(
+    documents: Documents, fraction: float, seed: int, label: str
+) -> tuple[Documents, Documents]:
+    """Splits documents at random into a training and a held-out part, neither of them empty.
+
+    Raises:
+        UserError: If there is only one document.
+    """
+    count = len(documents)
+    if count < 2:
+        raise UserError(
+            f"{label}: one document cannot be split into a training and a held-out part: give more"
+            " documents, or set data.eval"
+        )
+    held = min(max(round(fraction * count), 1), count - 1)
+    order = keyed_rng(seed, HELD_OUT).permutation(count)
+    return documents.select(np.sort(order[held:])), documents.select(np.sort(order[:held]))
+
+
+def _join(documents: Documents, config: DataConfig, label: str) -> tuple[Documents, int]:
+    if config.spans == "random":
+        return documents, 0
+    assert isinstance(documents, EncodedTable), type(documents)
+    return join_documents(documents, config, label)
+
+
+def _measure(documents: Documents, config: DataConfig, seed: int) -> tuple[int, int, int]:
+    """Counts, or estimates, padded and truncated sequences and tokens."""
+    if isinstance(documents, EncodedTable):
+        lengths, scale = documents.lengths, 1.0
+    else:
+        count = min(len(documents), ESTIMATE_DOCUMENTS)
+        chosen = keyed_rng(seed, ESTIMATE).choice(len(documents), count, replace=False)
+        lengths = np.asarray([len(documents[int(index)]) for index in chosen])
+        scale = len(documents) / count
+    padded = int((lengths < config.seq_len).sum() * scale)
+    longer = int((lengths > config.seq_len).sum() * scale)
+    return padded, 0 if config.format == "text" else longer, int(lengths.sum() * scale)

@@ -1,0 +1,106 @@
+"""Tokenizers: a built-in byte-level one, loading, and the check that one fits its model."""
+
+import logging
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from quietstar.errors import UserError
+
+BYTES = "bytes"
+EOS_TOKEN = "<|endoftext|>"
+PAD_TOKEN = "<|pad|>"
+
+logger = logging.getLogger(__name__)
+
+
+def _byte_alphabet() -> list[str]:
+    """Returns the printable character that stands for each byte, as GPT-2's byte-level BPE does.
+
+    Printable Latin-1 bytes stand for themselves; the others, in order, for U+0100 onwards.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    stand_in = {byte: 0x100 + place for place, byte in enumerate(others)}
+    return [chr(stand_in.get(byte, byte)) for byte in range(256)]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Builds a tokenizer with one token per byte: id 0 to 255 is the byte, then eos and pad.
+
+    It round-trips any UTF-8 text and needs no download, so tests and tiny random models use it.
+    """
+    vocab = {character: byte for byte, character in enumerate(_byte_alphabet())}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(  # pyright: ignore[reportAttributeAccessIssue]
+        add_prefix_space=False, use_regex=True
+    )
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=EOS_TOKEN,
+        pad_token=PAD_TOKEN,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(name: str, **hub_kwargs: Any) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer and gives it a padding token where it has none.
+
+    Padding then is end-of-text: a mask, never the id, says what is padding, so nothing is lost.
+
+    Args:
+        name: `bytes` for the built-in byte-level tokenizer, else a folder or a hub id.
+        **hub_kwargs: Handed to `AutoTokenizer.from_pretrained` (revision, token, ...).
+
+    Raises:
+        UserError: If there is no such tokenizer.
+    """
+    if name == BYTES:
+        return byte_tokenizer()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub_kwargs)
+    except Exception as error:  # the loader raises nearly anything, from KeyError to hub errors
+        raise UserError(
+            f"tokenizer {name!r} cannot be loaded ({first_line(error)}): give a folder that holds"
+            f" one, a hub id that can be reached, or {BYTES!r} for the built-in one"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        logger.warning(
+            "tokenizer %r has no end-of-text token: the end of texts is not learned", name
+        )
+    elif tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Refuses a tokenizer some of whose ids have no row in the model's embedding.
+
+    Args:
+        tokenizer: The tokenizer.
+        vocab_size: Rows of the model's embedding; more rows than tokens is fine.
+
+    Raises:
+        UserError: If the largest id is not below `vocab_size`.
+    """
+    needed = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+    if needed > vocab_size:
+        raise UserError(
+            f"the tokenizer needs {needed} rows but the model's embedding has {vocab_size}: ids"
+            " beyond it cannot be embedded; use the tokenizer that belongs to the model, or"
+            " resize the model's embedding first"
+        )
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the id to pad with: any token's id serves, as a mask says what is padding."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token_id for token_id in candidates if isinstance(token_id, int)), 0)
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, short enough to stand inside another."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(" .:")[:200]

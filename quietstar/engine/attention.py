@@ -1,0 +1,367 @@
+"""Parallel attention, registered with transformers' attention interface.
+
+The model's own attention layers call `thinking_attention`. Without a pass in its keywords it is
+ordinary attention, so that the model stays a plain causal LM; with one it does what the pass says.
+Block tokens attend to the text (plain causal attention) and to their own block (tiny causal
+attention); the two are merged by log-sum-exp. The backward pass of a flash kernel needs only the
+gradient, the output and the log-sum-exp of the *whole* softmax, so the merged ones go to both
+kernels and their gradients add up: exact, without a mask (as in ring attention).
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from quietstar.engine.dense import ScoreRules, dense_attention, dense_blocks
+from quietstar.engine.kernels import Kernel, find_kernel
+
+ATTENTION_NAME = "quietstar"
+
+logger = logging.getLogger(__name__)
+
+# What transformers hands to every attention function and what our passes settle themselves
+# (positions and causality come from the layout) or do not need.
+_SETTLED_KEYWORDS = frozenset(
+    {"position_ids", "use_cache", "cache_position", "is_causal", "output_attentions"}
+    | {"output_hidden_states", "return_dict", "output_router_logits", "cu_seq_lens_q"}
+    | {"position_embeddings", "num_items_in_batch", "logits_to_keep", "layer_idx"}
+)
+
+
+class Pass(Protocol):
+    """What a parallel-thought pass does at each attention layer."""
+
+    def attend(
+        self, layer: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, rules: ScoreRules
+    ) -> Tensor:
+        """Output (N, H, S, dv) of queries (N, H, S, d) and keys and values (N, Hkv, S, .)."""
+        ...
+
+
+def thinking_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    thought_pass: Pass | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """Attention function for transformers' interface; returns (N, S, H, dv).
+
+    Raises:
+        ValueError: An attention keyword that this function does not understand, or dropout.
+    """
+    if thought_pass is None:
+        return _plain_attention(
+            module, query, key, value, attention_mask, scaling, dropout, keywords
+        )
+    if dropout:
+        raise ValueError(
+            f"attention dropout ({dropout}) must be 0: with it the learn pass would score other "
+            "thoughts than the rollout sampled. Load the model with QuietStarForCausalLM.from_base."
+        )
+    rules = _score_rules(query, scaling, keywords)
+    if not query.dtype == key.dtype == value.dtype:
+        # Under autocast rotary embeddings leave queries and keys in float32 beside bfloat16
+        # values; every attention kernel wants the one dtype that the matrix products use.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+    out = thought_pass.attend(module, query, key, value, rules)
+    return out.transpose(1, 2), None
+
+
+def _score_rules(query: Tensor, scaling: float | None, keywords: dict[str, Any]) -> ScoreRules:
+    """Read the attention keywords; one that is set but not understood is an error."""
+    known = {"softcap", "sliding_window", "s_aux"} | _SETTLED_KEYWORDS
+    unknown = [k for k, value in keywords.items() if k not in known and value is not None]
+    if unknown:
+        raise ValueError(
+            f"the attention keyword {unknown[0]!r} is not understood; ignoring it would compute "
+            "something else than the model does"
+        )
+    return ScoreRules(
+        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        softcap=keywords.get("softcap"),
+        window=keywords.get("sliding_window"),
+        sinks=keywords.get("s_aux"),
+    )
+
+
+def _plain_attention(module, query, key, value, attention_mask, scaling, dropout, keywords):
+    """Ordinary attention: torch's own function, explicit scores where it cannot serve."""
+    if keywords.get("softcap") is None and keywords.get("s_aux") is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **keywords
+        )
+    rules = _score_rules(query, scaling, keywords)
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = (query @ key.transpose(-1, -2)).float() * rules.scale
+    if rules.softcap is not None:
+        scores = rules.softcap * torch.tanh(scores / rules.softcap)
+    if attention_mask is None:  # left to `is_causal`, as torch's own function would
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril(
+            scores.shape[-1] - scores.shape[-2]
+        )
+    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    if rules.sinks is not None:
+        column = rules.sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype)
+    return (weights @ value).transpose(1, 2), None
+
+
+_in_pass: contextvars.ContextVar[bool] = contextvars.ContextVar("_in_pass", default=False)
+
+
+@contextmanager
+def thought_pass_scope() -> Iterator[None]:
+    """Inside, the model builds no attention mask: the pass knows who sees whom."""
+    token = _in_pass.set(True)
+    try:
+        yield
+    finally:
+        _in_pass.reset(token)
+
+
+def thinking_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Mask function for transformers' interface: none in a pass, torch's own otherwise."""
+    if _in_pass.get():
+        return None
+    return sdpa_mask(*args, **kwargs)
+
+
+AttentionInterface.register(ATTENTION_NAME, thinking_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, thinking_mask)
+
+
+# --- The learn pass: text and all blocks at once -------------------------------------------------
+
+
+class LearnPass:
+    """Attention of the text and all its blocks at once, with gradient.
+
+    Args:
+        batch_size: B.
+        num_thoughts: K.
+        block_length: W.
+    """
+
+    def __init__(self, batch_size: int, num_thoughts: int, block_length: int) -> None:
+        self.batch_size = batch_size
+        self.num_thoughts = num_thoughts
+        self.block_length = block_length
+
+    def attend(self, layer, q, k, v, rules):  # noqa: D102  (see Pass)
+        kernel = choose_kernel(q, k, v, rules, q.shape[2] + self.block_length)
+        if kernel is None:
+            return dense_blocks(q, k, v, self.batch_size, self.num_thoughts, rules)
+        return ParallelAttention.apply(
+            q, k, v, self.batch_size, self.num_thoughts, rules.scale, kernel
+        )
+
+
+class ParallelAttention(torch.autograd.Function):
+    """Prefix part and own part on flash kernels, merged by log-sum-exp, with exact backward."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, batch_size, num_thoughts, scale, kernel):  # noqa: D102
+        rows = RowViews(batch_size, num_thoughts)
+        out, lse = kernel.forward(q, rows.text(k), rows.text(v), True, scale)
+        own_out, own_lse = kernel.forward(rows.own(q), rows.own(k), rows.own(v), True, scale)
+        merge_(rows.grid(out), rows.lse_grid(lse), rows.from_own(own_out), rows.lse_own(own_lse))
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rows, ctx.scale, ctx.kernel = rows, scale, kernel
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: D102
+        q, k, v, out, lse = ctx.saved_tensors
+        rows, scale, kernel = ctx.rows, ctx.scale, ctx.kernel
+        dq, dk, dv = kernel.backward(
+            grad, (q, rows.text(k), rows.text(v)), out, lse, True, scale
+        )
+        own_dq, own_dk, own_dv = kernel.backward(
+            rows.own(grad),
+            (rows.own(q), rows.own(k), rows.own(v)),
+            rows.own(out),
+            rows.lse_to_own(lse),
+            True,
+            scale,
+        )
+        rows.grid(dq).add_(rows.from_own(own_dq))
+        for total, own in ((dk, own_dk), (dv, own_dv)):
+            text = total.unflatten(0, (-1, rows.batch_size)).sum(0)
+            total[: rows.batch_size] = text
+            rows.grid(total).copy_(rows.from_own(own))
+        return dq, dk, dv, None, None, None, None
+
+
+class RowViews:
+    """The two orders in which the rows of a learn pass are read, as views where memory allows."""
+
+    def __init__(self, batch_size: int, num_thoughts: int) -> None:
+        self.batch_size = batch_size
+        self.columns = batch_size * num_thoughts
+
+    def text(self, x: Tensor) -> Tensor:
+        """The text's keys for every row: (rows, Hkv, S, d), no copy for one text."""
+        repeats = x.shape[0] // self.batch_size
+        text = x[: self.batch_size]
+        return text.unsqueeze(0).expand(repeats, *text.shape).reshape(x.shape)
+
+    def grid(self, x: Tensor) -> Tensor:
+        """Rows of the blocks, (W, K * B, H, S, d), a view."""
+        return x[self.batch_size :].unflatten(0, (-1, self.columns))
+
+    lse_grid = grid
+
+    def own(self, x: Tensor) -> Tensor:
+        """Blocks as batch: (K * B * S, H, W, d)."""
+        x = self.grid(x).permute(1, 3, 2, 0, 4)  # (K * B, S, H, W, d)
+        return x.reshape(-1, *x.shape[2:])
+
+    def from_own(self, x: Tensor) -> Tensor:
+        """Undo `own`: (K * B * S, H, W, d) as (W, K * B, H, S, d), a view."""
+        return x.unflatten(0, (self.columns, -1)).permute(3, 0, 2, 1, 4)
+
+    def lse_to_own(self, lse: Tensor) -> Tensor:
+        """(rows, H, S) as (K * B * S, H, W)."""
+        lse = self.grid(lse).permute(1, 3, 2, 0)
+        return lse.reshape(-1, *lse.shape[2:])
+
+    def lse_own(self, lse: Tensor) -> Tensor:
+        """(K * B * S, H, W) as (W, K * B, H, S), a view."""
+        return lse.unflatten(0, (self.columns, -1)).permute(3, 0, 2, 1)
+
+
+def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    """Merge a second partial attention into the first, in place.
+
+    With l = logaddexp(l1, l2): o = o1 exp(l1 - l) + o2 exp(l2 - l).
+
+    Args:
+        out: (..., d), becomes the merged output.
+        lse: (...), becomes the merged log-sum-exp.
+        other_out: (..., d).
+        other_lse: (...).
+    """
+    merged = torch.logaddexp(lse, other_lse)
+    out.mul_((lse - merged).exp_().unsqueeze(-1).to(out.dtype))
+    out.addcmul_(other_out, (other_lse - merged).exp_().unsqueeze(-1).to(out.dtype))
+    lse.copy_(merged)
+
+
+# --- The rollout: the text once, then one token of every block at a time -------------------------
+
+
+class RolloutCache:
+    """Keys and values of the text and of the thoughts so far, by attention layer.
+
+    Args:
+        num_thoughts: K.
+        num_steps: Block tokens that will be run (start and every thought token but the last).
+    """
+
+    def __init__(self, num_thoughts: int, num_steps: int) -> None:
+        self.num_thoughts = num_thoughts
+        self.num_steps = num_steps
+        self.text: dict[int, tuple[Tensor, Tensor]] = {}
+        self.own: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def store_own(self, layer: int, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add one block token; returns the blocks so far, (K * B, S, index + 1, Hkv, .)."""
+        if layer not in self.own:
+            self.own[layer] = (self._allocate(k), self._allocate(v))
+        for cache, new in zip(self.own[layer], (k, v), strict=True):
+            cache[:, :, index] = new.transpose(1, 2)
+        keys, values = self.own[layer]
+        return keys[:, :, : index + 1], values[:, :, : index + 1]
+
+    def _allocate(self, x: Tensor) -> Tensor:
+        n, heads, length, size = x.shape
+        return x.new_empty(n, length, self.num_steps, heads, size)
+
+
+class TextPass:
+    """The text alone: causal attention that keeps its keys and values."""
+
+    def __init__(self, cache: RolloutCache) -> None:
+        self.cache = cache
+
+    def attend(self, layer, q, k, v, rules):  # noqa: D102
+        num_thoughts = self.cache.num_thoughts
+        per_thought = [x.unsqueeze(0).expand(num_thoughts, *x.shape).flatten(0, 1) for x in (k, v)]
+        self.cache.text[id(layer)] = (per_thought[0], per_thought[1])
+        kernel = choose_kernel(q, k, v, rules, q.shape[2])
+        if kernel is None:
+            return dense_attention(q, (k, v), None, rules)
+        return kernel.forward(q, k, v, True, rules.scale)[0]
+
+
+class ThoughtStep:
+    """One token of every block against the text and the block so far.
+
+    Args:
+        cache: Filled by a `TextPass` and the earlier steps.
+        index: Place of the token in its block.
+    """
+
+    def __init__(self, cache: RolloutCache, index: int) -> None:
+        self.cache = cache
+        self.index = index
+
+    def attend(self, layer, q, k, v, rules):  # noqa: D102
+        text = self.cache.text[id(layer)]
+        own_k, own_v = self.cache.store_own(id(layer), self.index, k, v)
+        kernel = choose_kernel(q, k, v, rules, q.shape[2] + self.index + 1)
+        if kernel is None:
+            own = (own_k.permute(2, 0, 3, 1, 4), own_v.permute(2, 0, 3, 1, 4))
+            return dense_attention(q, text, own, rules, self.index)
+        out, lse = kernel.forward(q, *text, True, rules.scale)
+        n, heads, length, size = q.shape
+        own_q = q.transpose(1, 2).reshape(n * length, heads, 1, size)
+        own_out, own_lse = kernel.forward(
+            own_q,
+            own_k.flatten(0, 1).transpose(1, 2),
+            own_v.flatten(0, 1).transpose(1, 2),
+            False,
+            rules.scale,
+        )
+        own_out = own_out.reshape(n, length, heads, size).transpose(1, 2)
+        merge_(out, lse, own_out, own_lse.reshape(n, length, heads).transpose(1, 2))
+        return out
+
+
+_told: set[str] = set()
+
+
+def choose_kernel(
+    q: Tensor, k: Tensor, v: Tensor, rules: ScoreRules, num_positions: int
+) -> Kernel | None:
+    """The flash kernel, or None for the dense path; says once why the dense path is taken."""
+    if not rules.fits_flash(num_positions):
+        _tell_once("soft-capping, attention sinks or a sliding window shorter than the text")
+        return None
+    kernel = find_kernel(q, k, v)
+    if kernel is None:
+        _tell_once(f"no flash kernel for {q.dtype} on {q.device.type} with head size {q.shape[-1]}")
+    return kernel
+
+
+def _tell_once(reason: str) -> None:
+    if reason not in _told:
+        _told.add(reason)
+        logger.warning("attention takes the slow exact path (dense mask): %s", reason)

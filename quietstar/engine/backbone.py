@@ -1,0 +1,38 @@
+"""Calling any Hugging Face decoder for a pass: embeddings in, final states out."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quietstar.engine.attention import Pass, thought_pass_scope
+
+
+def run_backbone(
+    model: PreTrainedModel,
+    embeddings: Float[Tensor, "rows seq embedding"],
+    position_ids: Int[Tensor, "rows seq"],
+    thought_pass: Pass,
+) -> Float[Tensor, "rows seq width"]:
+    """Final states (after the last norm) of every token of every row.
+
+    Args:
+        model: A causal LM whose attention implementation is ``quietstar``.
+        embeddings: Input embeddings.
+        position_ids: Position of every token.
+        thought_pass: Who attends to whom.
+    """
+    # A mask of ones: without one, transformers compares the positions of each row on the host to
+    # find packed sequences.
+    everything = torch.ones(position_ids.shape, dtype=torch.bool, device=position_ids.device)
+    with thought_pass_scope():
+        output = model.base_model(
+            inputs_embeds=embeddings,
+            attention_mask=everything,
+            position_ids=position_ids,
+            use_cache=False,
+            thought_pass=thought_pass,
+        )
+    return output.last_hidden_state

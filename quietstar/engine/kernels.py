@@ -1,0 +1,167 @@
+"""Attention kernels that return the log-sum-exp and whose backward takes it.
+
+Both are what lets two partial attentions be merged exactly, forward and backward. Shapes: queries
+(N, H, Sq, d), keys and values (N, Hkv, Sk, d) with H a multiple of Hkv, log-sum-exp (N, H, Sq).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+class Kernel(Protocol):
+    """One attention kernel; ``scale`` multiplies the scores."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Output (N, H, Sq, d) and log-sum-exp (N, H, Sq)."""
+        ...
+
+    def backward(
+        self,
+        grad: Tensor,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k, v, given an output and log-sum-exp that may be merged ones."""
+        ...
+
+
+class CpuFlash:
+    """The flash kernel of the CPU: float64, float32, bfloat16, float16; grouped-query heads."""
+
+    def forward(self, q, k, v, causal, scale):  # noqa: D102  (see Kernel)
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=None, scale=scale
+        )
+
+    def backward(self, grad, qkv, out, lse, causal, scale):  # noqa: D102
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, *qkv, out, lse, 0.0, causal, attn_mask=None, scale=scale
+        )
+
+
+class CudaFlash:
+    """FlashAttention-2 on CUDA: bfloat16 and float16, grouped-query heads."""
+
+    def forward(self, q, k, v, causal, scale):  # noqa: D102
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(
+            q, k, v, 0.0, causal, return_debug_mask=False, scale=scale
+        )
+        return out, lse
+
+    def backward(self, grad, qkv, out, lse, causal, scale):  # noqa: D102
+        q, k, _ = qkv
+        # Without dropout the kernel never reads the random state, but wants tensors there.
+        rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        unused = torch.zeros((), dtype=torch.uint64, device=q.device)
+        return aten._scaled_dot_product_flash_attention_backward(
+            grad,
+            *qkv,
+            out,
+            lse.contiguous(),
+            None,
+            None,
+            q.shape[2],
+            k.shape[2],
+            0.0,
+            causal,
+            rng_state,
+            unused,
+            scale=scale,
+        )
+
+
+class CudaEfficient:
+    """The memory-efficient kernel, for float32 on CUDA; expands grouped-query heads."""
+
+    def forward(self, q, k, v, causal, scale):  # noqa: D102
+        groups = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(
+            q, k, v, None, True, 0.0, causal, scale=scale
+        )
+        return out, lse[..., : q.shape[2]]  # the kernel pads the rows to a multiple of 32
+
+    def backward(self, grad, qkv, out, lse, causal, scale):  # noqa: D102
+        q, k, v = qkv
+        groups = q.shape[1] // k.shape[1]
+        wide_k, wide_v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        rows = -(-lse.shape[-1] // 32) * 32
+        lse = torch.nn.functional.pad(lse, (0, rows - lse.shape[-1]), value=torch.inf)
+        seed = torch.zeros((), dtype=torch.int64, device=q.device)
+        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+            grad,
+            q,
+            wide_k,
+            wide_v,
+            None,
+            out,
+            lse.contiguous(),
+            seed,
+            seed,
+            0.0,
+            [True, True, True, False],
+            causal,
+            scale=scale,
+        )
+        dk, dv = (x.unflatten(1, (k.shape[1], groups)).sum(2) for x in (dk, dv))
+        return dq, dk, dv
+
+
+def find_kernel(q: Tensor, k: Tensor, v: Tensor) -> Kernel | None:
+    """The kernel for these tensors, or None where only the dense path is exact."""
+    if not (q.shape[-1] == k.shape[-1] == v.shape[-1] and q.dtype == k.dtype == v.dtype):
+        return None
+    return _find_kernel(q.device.type, q.dtype, q.shape[-1], q.shape[1] // k.shape[1])
+
+
+@functools.cache
+def _find_kernel(device: str, dtype: torch.dtype, head_size: int, groups: int) -> Kernel | None:
+    if device == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        return CpuFlash()
+    if device == "cuda" and head_size % 8 == 0 and head_size <= 256:
+        if dtype in (torch.bfloat16, torch.float16):
+            kernel: Kernel = CudaFlash()
+        elif dtype == torch.float32:
+            kernel = CudaEfficient()
+        else:
+            return None
+        return kernel if _agrees_with_plain(kernel, dtype, head_size, groups) else None
+    return None
+
+
+@torch.no_grad()
+def _agrees_with_plain(kernel: Kernel, dtype: torch.dtype, head_size: int, groups: int) -> bool:
+    """Whether the kernel is there on this GPU and right, tried once on a small problem."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(heads: int) -> Tensor:
+        shape = (2, 40, heads, head_size)
+        x = torch.randn(shape, generator=generator, device="cuda").to(dtype)
+        return x.transpose(1, 2)
+
+    q, k, v, grad = normal(2 * groups), normal(2), normal(2), normal(2 * groups)
+    try:
+        out, lse = kernel.forward(q, k, v, True, head_size**-0.5)
+        grads = kernel.backward(grad, (q, k, v), out, lse, True, head_size**-0.5)
+    except (RuntimeError, NotImplementedError):
+        return False
+    with torch.enable_grad():
+        leaves = [x.float().detach().requires_grad_() for x in (q, k, v)]
+        wide = [leaves[0], *(x.repeat_interleave(groups, dim=1) for x in leaves[1:])]
+        plain = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True)
+        plain_grads = torch.autograd.grad(plain, leaves, grad.float())
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2  # bfloat16 keeps 8 bits
+    pairs = zip((out, *grads), (plain, *plain_grads), strict=True)
+    return all(torch.allclose(a.float(), b, rtol=tolerance, atol=tolerance) for a, b in pairs)

@@ -1,0 +1,102 @@
+r"""Where every token of a parallel-thought pass lies.
+
+Letters used in the whole engine: B batch, S text positions, K thoughts per position, T thought
+tokens, A lookahead, W = T + A + 1 tokens of a block, D width, V vocabulary, H heads, d head size.
+
+A pass runs the model on *rows* of S tokens. The first B rows are the texts; row
+``B + (w * K + k) * B + b`` holds, for every position i of text b, token w of the block of thought
+k. Text token i has position i, block token w behind it position i + 1 + w:
+
+    index in the block   0      1 .. T    T+1   T+2 .. T+A
+    token                start  thought   end   x_{i+1} .. x_{i+A-1}
+
+A block token sees the text up to its own position i and its own block up to itself. For S = 3,
+K = 1, and the first two block tokens (w0, w1), the allowed pairs are (rows: queries)
+
+              text 0 1 2   w0 0 1 2   w1 0 1 2
+    text 0         1 . .      . . .      . . .
+    text 1         1 1 .      . . .      . . .
+    text 2         1 1 1      . . .      . . .
+    w0   0         1 . .      1 . .      . . .
+    w0   1         1 1 .      . 1 .      . . .
+    w0   2         1 1 1      . . 1      . . .
+    w1   0         1 . .      1 . .      1 . .
+    w1   1         1 1 .      . 1 .      . 1 .
+    w1   2         1 1 1      . . 1      . . 1
+
+Towards the text every row is plain causal attention; towards its own block a token of position i
+only meets tokens of position i. Nothing else is ever computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of a token that is no target (the convention of transformers)."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of one parallel-thought pass (letters in the module docstring)."""
+
+    batch_size: int
+    text_length: int
+    num_thoughts: int
+    thought_length: int
+    lookahead: int
+
+    @property
+    def block_length(self) -> int:
+        """W: start, the thought, end, and the true tokens but the last."""
+        return self.thought_length + self.lookahead + 1
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of S tokens: the texts and every block token."""
+        return self.batch_size * (1 + self.block_length * self.num_thoughts)
+
+    def position_ids(self, device: torch.device) -> Int[Tensor, "rows seq"]:
+        """Position of every token: i in the text, i + 1 + w in the block behind i."""
+        text = torch.arange(self.text_length, device=device)
+        offset = torch.arange(self.block_length, device=device).repeat_interleave(
+            self.num_thoughts * self.batch_size
+        )
+        offset = torch.cat([offset.new_full((self.batch_size,), -1), offset])
+        return text + 1 + offset[:, None]  # (rows, S)
+
+    def blocks(self, rows: Shaped[Tensor, "rows ..."]) -> Shaped[Tensor, "W K B ..."]:
+        """Rows of the blocks as (W, K, B, ...), a view."""
+        return rows[self.batch_size :].unflatten(
+            0, (self.block_length, self.num_thoughts, self.batch_size)
+        )
+
+
+def shift_ahead(
+    x: Shaped[Tensor, "batch seq *rest"], lookahead: int, fill: float
+) -> Shaped[Tensor, "lookahead batch seq *rest"]:
+    """Entry a (from 0) holds x moved a places to the left, ``fill`` behind the end."""
+    padding = [0, 0] * (x.ndim - 2)
+    return torch.stack(
+        [F.pad(x[:, a:], [*padding, 0, min(a, x.shape[1])], value=fill) for a in range(lookahead)]
+    )
+
+
+def lookahead_targets(
+    labels: Int[Tensor, "batch seq"], lookahead: int
+) -> Int[Tensor, "lookahead batch seq"]:
+    """Target x_{i+a} of every position i and a = 1..A; IGNORE_INDEX where there is none."""
+    shifted = shift_ahead(labels, lookahead + 1, IGNORE_INDEX)
+    return shifted[1:]
+
+
+def lookahead_states(
+    text_states: Float[Tensor, "batch seq width"], lookahead: int
+) -> Float[Tensor, "lookahead batch seq width"]:
+    """The text's own state that predicts x_{i+a}: the one at i + a - 1."""
+    return shift_ahead(text_states, lookahead, 0.0)

@@ -1,0 +1,90 @@
+"""Phase 2: one differentiable pass over the text and all blocks gives every state a loss needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, jaxtyped
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quietstar.engine.attention import LearnPass
+from quietstar.engine.backbone import run_backbone
+from quietstar.engine.layout import Layout, shift_ahead
+
+
+@jaxtyped(typechecker=None)
+@dataclass(frozen=True)
+class LearnStates:
+    """Final states of a learn pass.
+
+    Attributes:
+        text: The text's own; the one at i predicts x_{i+1}.
+        policy: Those that predict the thought tokens t_1 .. t_T.
+        ahead: Those from the end token on; entry a - 1 predicts x_{i+a}.
+    """
+
+    text: Float[Tensor, "batch seq width"]
+    policy: Float[Tensor, "length thoughts batch seq width"]
+    ahead: Float[Tensor, "lookahead thoughts batch seq width"]
+
+
+def learn_pass(
+    model: PreTrainedModel,
+    start_embedding: Float[Tensor, " embedding"],
+    end_embedding: Float[Tensor, " embedding"],
+    input_ids: Int[Tensor, "batch seq"],
+    thoughts: Int[Tensor, "length thoughts batch seq"],
+    lookahead: int,
+) -> LearnStates:
+    """Run the model over ``[text | blocks]`` (`quietstar.engine.layout`).
+
+    Args:
+        model: A causal LM whose attention implementation is ``quietstar``.
+        start_embedding: Opens every thought.
+        end_embedding: Closes every thought.
+        input_ids: Texts, padded on the right if at all.
+        thoughts: Sampled tokens.
+        lookahead: A.
+    """
+    length, num_thoughts, batch_size, text_length = thoughts.shape
+    layout = Layout(batch_size, text_length, num_thoughts, length, lookahead)
+    embeddings = _embed_rows(model, start_embedding, end_embedding, input_ids, thoughts, layout)
+    states = run_backbone(
+        model,
+        embeddings,
+        layout.position_ids(input_ids.device),
+        LearnPass(batch_size, num_thoughts, layout.block_length),
+    )
+    blocks = layout.blocks(states)  # (W, K, B, S, D)
+    return LearnStates(
+        text=states[:batch_size],
+        policy=blocks[:length],
+        ahead=blocks[length + 1 :],
+    )
+
+
+def _embed_rows(
+    model: PreTrainedModel,
+    start_embedding: Tensor,
+    end_embedding: Tensor,
+    input_ids: Tensor,
+    thoughts: Tensor,
+    layout: Layout,
+) -> Tensor:
+    """Embeddings of all rows, (rows, S, embedding); one look-up for all tokens."""
+    num_thoughts, batch_size = layout.num_thoughts, layout.batch_size
+    true_tokens = shift_ahead(input_ids, layout.lookahead, 0)[1:]  # (A - 1, B, S)
+    true_tokens = true_tokens.unsqueeze(1).expand(-1, num_thoughts, -1, -1)
+    tokens = torch.cat(
+        [input_ids, thoughts.flatten(0, 2), true_tokens.reshape(-1, input_ids.shape[1])]
+    )
+    embedded = model.get_input_embeddings()(tokens)
+    columns = num_thoughts * batch_size
+    text, thought, true = embedded.split(
+        [batch_size, layout.thought_length * columns, (layout.lookahead - 1) * columns]
+    )
+    shape = (columns, layout.text_length, -1)
+    start, end = (v.to(embedded.dtype).expand(shape) for v in (start_embedding, end_embedding))
+    return torch.cat([text, start, thought, end, true])

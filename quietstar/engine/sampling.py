@@ -1,0 +1,76 @@
+"""Sampling with keyed noise: one uniform number a token, and the inverse of the distribution.
+
+The noise depends on the seed, the sample's index in the run, the thought, the token and the
+position only. How a batch is cut, on which rank a sample lies and whether a run was resumed
+therefore change nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# splitmix64 (Steele, Lea, Flood 2014): the increment and the two multipliers, as signed integers.
+_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+_MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+_BLOCK = 64  # vocabulary entries summed together; the inverse looks into one block only
+
+
+def keyed_uniform(
+    seed: int, sample_ids: Int[Tensor, " batch"], num_thoughts: int, token: int, length: int
+) -> Float[Tensor, "thoughts batch seq"]:
+    """Uniform numbers in (0, 1) for token ``token`` of every thought at every position."""
+    device = sample_ids.device
+    key = _mix(sample_ids.long() + _mix(torch.tensor(seed, device=device)))
+    key = _mix(key + _mix(torch.tensor(token, device=device) + 1))
+    key = _mix(key + torch.arange(num_thoughts, device=device)[:, None])  # (K, B)
+    key = _mix(key[..., None] + torch.arange(length, device=device))  # (K, B, S)
+    return ((_shift(key, 40)).float() + 0.5) * 2.0**-24
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x * 1 + _GAMMA
+    x = (x ^ _shift(x, 30)) * _MULTIPLIERS[0]
+    x = (x ^ _shift(x, 27)) * _MULTIPLIERS[1]
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift (torch's is arithmetic)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def sample_inverse_cdf(
+    logits: Float[Tensor, "rows vocab"], uniform: Float[Tensor, " rows"]
+) -> Int[Tensor, " rows"]:
+    """Sample softmax(logits) by the inverse of its cumulative distribution.
+
+    The vocabulary is summed in blocks; only the block that holds the answer is searched entry by
+    entry. Overwrites ``logits`` if they are float32.
+    """
+    weights = logits.float()
+    weights = weights.sub_(weights.amax(-1, keepdim=True)).exp_()
+    block_ends = _block_sums(weights).cumsum_(-1)
+    threshold = uniform * block_ends[:, -1]
+    last_block = block_ends.shape[-1] - 1
+    block = torch.searchsorted(block_ends, threshold[:, None]).clamp_(max=last_block)  # (rows, 1)
+    before = block_ends.gather(1, (block - 1).clamp(min=0)).where(block > 0, 0.0)
+    entry = block * _BLOCK + torch.arange(_BLOCK, device=logits.device)  # (rows, block)
+    inside = entry < logits.shape[-1]
+    ends = weights.gather(1, entry.clamp(max=logits.shape[-1] - 1)).where(inside, 0.0).cumsum_(-1)
+    # Rounding can put the rest a hair outside the block; strictly inside, the entry found has
+    # a weight above zero.
+    rest = threshold[:, None] - before
+    tiny = torch.finfo(rest.dtype).tiny
+    rest = torch.minimum(rest.clamp(min=tiny), ends[:, -1:] * (1 - 2.0**-20))
+    place = torch.searchsorted(ends, rest)
+    return entry.gather(1, place.clamp_(max=_BLOCK - 1)).squeeze(1)
+
+
+def _block_sums(weights: Tensor) -> Tensor:
+    whole = weights.shape[-1] // _BLOCK * _BLOCK
+    sums = weights[:, :whole].unflatten(-1, (-1, _BLOCK)).sum(-1)
+    if whole == weights.shape[-1]:
+        return sums
+    return torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], dim=-1)

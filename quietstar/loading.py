@@ -1,0 +1,160 @@
+"""From names to models: base weights, adapters, and the vectors that open and close a thought."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from quietstar.config import TuningConfig
+from quietstar.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def load_base(
+    name_or_path: str | None,
+    config: dict[str, Any] | None = None,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    vocab_size: int | None = None,
+    seed: int = 0,
+    **hub: Any,
+) -> PreTrainedModel:
+    """Load a causal LM with dropout off, or build one with random weights.
+
+    Args:
+        name_or_path: Hub id or folder; None builds the model of ``config``.
+        config: ``model_type`` and fields of its transformers config.
+        dtype: Of the weights.
+        vocab_size: Of the built model where ``config`` names none.
+        seed: Of the random weights.
+        **hub: ``revision``, ``trust_remote_code``.
+
+    Raises:
+        UserError: No such model, no causal LM, or a config that cannot be built.
+    """
+    try:
+        if name_or_path is None:
+            settings = _build_config(dict(config or {}), vocab_size)
+        else:
+            settings = AutoConfig.from_pretrained(name_or_path, **hub)
+        dropped = drop_dropout(settings)
+        model = _make(settings, name_or_path, dtype, seed, hub)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as problem:
+        key = "model.config" if name_or_path is None else f"model.name_or_path: {name_or_path!r}"
+        reason = " ".join(str(problem).split())[:300]
+        raise UserError(
+            f"{key}: cannot be loaded as a causal language model ({reason}). Give a folder with "
+            "config.json and safetensors weights, or a hub id you can reach."
+        ) from problem
+    if dropped:
+        logger.warning(
+            "dropout is set to 0 (%s): with it the loss would score other thoughts than were sampled",
+            ", ".join(dropped),
+        )
+    return model
+
+
+def _build_config(fields: dict[str, Any], vocab_size: int | None) -> PreTrainedConfig:
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise ValueError("model_type is missing")
+    if vocab_size is not None:
+        fields.setdefault("vocab_size", vocab_size)
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def _make(
+    config: PreTrainedConfig,
+    name_or_path: str | None,
+    dtype: torch.dtype | str,
+    seed: int,
+    hub: dict[str, Any],
+) -> PreTrainedModel:
+    if name_or_path is not None:
+        return AutoModelForCausalLM.from_pretrained(
+            name_or_path, config=config, dtype=dtype, **hub
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def drop_dropout(config: PreTrainedConfig) -> list[str]:
+    """Set every dropout of a model config to 0; returns the names that were not."""
+    names = [
+        name
+        for name, value in vars(config).items()
+        if "drop" in name and isinstance(value, float) and value > 0
+    ]
+    for name in names:
+        setattr(config, name, 0.0)
+    return names
+
+
+def add_adapters(model: PreTrainedModel, tuning: TuningConfig) -> torch.nn.Module:
+    """The model as it trains: itself, or with low-rank adapters and everything else frozen.
+
+    Raises:
+        UserError: ``tuning.lora_targets`` names no layer of the model.
+    """
+    if tuning.method == "full":
+        return model
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=tuning.lora_rank,
+        lora_alpha=tuning.lora_alpha,  # pyright: ignore[reportArgumentType]  (floats work)
+        lora_dropout=0.0,
+        target_modules=tuning.lora_targets or "all-linear",
+    )
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as problem:
+        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _linear(m)})
+        raise UserError(
+            f"tuning.lora_targets: {tuning.lora_targets} fits no layer of "
+            f"{type(model).__name__}; its linear layers are {', '.join(linear)}"
+        ) from problem
+
+
+def _linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+@torch.no_grad()
+def initial_embedding(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, key: str
+) -> Tensor:
+    """Input embedding of ``text``, (embedding,); of several tokens the mean, and that is said.
+
+    Args:
+        model: Whose input embeddings.
+        tokenizer: Cuts ``text`` into tokens.
+        text: For instance ``---``.
+        key: Config key, for messages.
+
+    Raises:
+        UserError: ``text`` has no tokens.
+    """
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError(f"{key}: {text!r} has no tokens in this tokenizer; choose another text")
+    if len(ids) > 1:
+        logger.warning(
+            "%s: %r is %d tokens here; the vector starts as the mean of their embeddings",
+            key, text, len(ids),
+        )  # fmt: skip
+    embed = model.get_input_embeddings()
+    device = embed.weight.device
+    return embed(torch.tensor(ids, device=device)).float().mean(0)

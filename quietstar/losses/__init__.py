@@ -1,0 +1,1 @@
+"""Losses as pure functions: estimators, cross entropies in chunks, the objective."""

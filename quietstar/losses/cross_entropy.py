@@ -1,0 +1,291 @@
+"""Cross entropies over a large vocabulary, in chunks of rows, with the backward pass fused in.
+
+The logits of a chunk live only while its loss and gradient are computed: memory does not grow
+with (rows x vocabulary), and every product with the output weight is done once. The gradient can be
+computed in the forward pass because the coefficient of every row is known by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from quietstar.engine.layout import IGNORE_INDEX
+from quietstar.losses.output_head import OutputHead
+
+_CHUNK_ELEMENTS = 2**23
+"""Logits held at once, per chunk: 32 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """What the rows of one segment gave, without gradient.
+
+    Attributes:
+        nll: (rows,), negative log-likelihood of the target, 0 where there is none.
+        entropy: (rows,) of the distribution, or None where it was not asked for.
+    """
+
+    nll: Tensor
+    entropy: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of one kind in the objective.
+
+    Attributes:
+        states: (rows, D), final states.
+        targets: (rows,), token ids or IGNORE_INDEX.
+        coefficients: (rows,), or a function of the earlier segments' results that gives them: the
+            objective is the sum of coefficient * nll. None: only the results are wanted.
+        entropy_coefficients: Like ``coefficients``, for the entropy of each row.
+        temperature: Divides the logits.
+        sampled_only: The distribution is over the rows of the vocabulary that may be sampled.
+        wants_entropy: Compute the entropy of each row.
+        other_states, other_weight: With a soft-capped head logits are mixed, not states: the row's
+            logits are (1 - other_weight) * f(states) + other_weight * f(other_states).
+    """
+
+    states: Tensor
+    targets: Tensor
+    coefficients: Tensor | Callable[[Sequence[RowResult]], Tensor] | None = None
+    entropy_coefficients: Tensor | None = None
+    temperature: float = 1.0
+    sampled_only: bool = False
+    wants_entropy: bool = False
+    other_states: Tensor | None = None
+    other_weight: Tensor | None = None
+
+    def resolve(self, results: Sequence[RowResult]) -> Tensor | None:
+        """The coefficients, now that the earlier segments are known."""
+        return self.coefficients(results) if callable(self.coefficients) else self.coefficients
+
+
+def objective(segments: Sequence[Segment], head: OutputHead) -> tuple[Tensor, list[RowResult]]:
+    """Sum over all segments of coefficient * nll (+ entropy coefficient * entropy).
+
+    Args:
+        segments: In order; the coefficients of one may depend on the results of those before.
+        head: From states to logits.
+
+    Returns:
+        The scalar objective (differentiable in states and head) and each segment's results.
+    """
+    if head.is_linear:
+        results: list[RowResult] = []
+        states = [s.states for s in segments]
+        args = (segments, head, torch.is_grad_enabled(), results, head.weight, head.bias, *states)
+        return _FusedObjective.apply(*args), results
+    return _recomputed_objective(segments, head)
+
+
+def _chunks(rows: int, vocab_size: int) -> list[slice]:
+    size = max(64, _CHUNK_ELEMENTS // vocab_size)
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+# --- Linear heads: fused --------------------------------------------------------------------------
+
+
+class _FusedObjective(torch.autograd.Function):
+    """Gradients of all segments in the forward pass; one buffer for the weight's."""
+
+    @staticmethod
+    def forward(ctx, segments, head, grad_enabled, results, weight, bias, *states):
+        needs = [grad_enabled and needed for needed in ctx.needs_input_grad[4:]]
+        wants_weight, wants_bias, *wants_states = needs
+        buffers = _WeightGradients(weight, bias, wants_weight, wants_bias)
+        value = weight.new_zeros((), dtype=torch.float32)
+        ctx.grads = []
+        for segment, wanted in zip(segments, wants_states, strict=True):
+            wanted = wanted or wants_weight or wants_bias
+            part, grad, result = _fused_segment(segment, head, results, buffers if wanted else None)
+            value = value + part
+            results.append(result)
+            ctx.grads.append(grad)
+        ctx.buffers = buffers
+        return value
+
+    @staticmethod
+    def backward(ctx, grad_value):
+        weight, bias = ctx.buffers.scaled(grad_value)
+        states = [None if g is None else g * grad_value.to(g.dtype) for g in ctx.grads]
+        ctx.grads = ctx.buffers = None
+        return None, None, None, None, weight, bias, *states
+
+
+class _WeightGradients:
+    """Sums of the output layer's gradients, in float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, wants_weight: bool, wants_bias: bool):
+        self.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        self.weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        wants_bias = wants_bias and bias is not None
+        self.bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if wants_bias else None
+
+    def add(self, grad_logits: Tensor, states: Tensor) -> None:
+        """Add one chunk: (rows, V') and (rows, D), V' the first rows of the vocabulary."""
+        size = grad_logits.shape[1]
+        if self.weight is not None and grad_logits.dtype == torch.float32:
+            self.weight[:size].addmm_(grad_logits.t(), states)
+        elif self.weight is not None:
+            self.weight[:size].add_(grad_logits.t() @ states)
+        if self.bias is not None:
+            self.bias[:size] += grad_logits.sum(0, dtype=torch.float32)
+
+    def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients times ``factor``, in the dtypes of the parameters."""
+        pairs = zip((self.weight, self.bias), self.dtypes, strict=True)
+        weight, bias = (None if g is None else g.mul_(factor).to(dtype) for g, dtype in pairs)
+        return weight, bias
+
+
+def _fused_segment(
+    segment: Segment,
+    head: OutputHead,
+    results: Sequence[RowResult],
+    buffers: _WeightGradients | None,
+) -> tuple[Tensor, Tensor | None, RowResult]:
+    """Value, gradient of the states (None without buffers), and results of one segment."""
+    head = head.sampled_only() if segment.sampled_only else head
+    factor = head.scale / segment.temperature
+    dtype = _compute_dtype(segment.states)
+    weight = head.weight.to(dtype)
+    bias = None if head.bias is None else (head.bias * factor).to(dtype)
+    pieces = []
+    coefficients = segment.resolve(results)
+    wants_grad = buffers is not None and coefficients is not None
+    grad = torch.zeros_like(segment.states) if wants_grad else None
+    for rows in _chunks(segment.states.shape[0], weight.shape[0]):
+        states = (segment.states[rows] * factor).to(dtype)
+        logits = states @ weight.t() if bias is None else torch.addmm(bias, states, weight.t())
+        chunk = _SoftmaxChunk(logits, segment.targets[rows], segment.wants_entropy)
+        pieces.append(chunk.result())
+        if grad is not None and buffers is not None:
+            grad_logits = chunk.gradient_(
+                coefficients[rows],
+                None if segment.entropy_coefficients is None else segment.entropy_coefficients[rows],
+            ).to(dtype)
+            torch.mul(grad_logits @ weight, factor, out=grad[rows])
+            buffers.add(grad_logits, states)
+    result = _concatenate(pieces)
+    return _value(segment, coefficients, result), grad, result
+
+
+class _SoftmaxChunk:
+    """One chunk of logits turned into probabilities in place; (rows, V) is held once.
+
+    (Twice where the entropy is wanted: its gradient needs the log-probabilities too.)
+    """
+
+    def __init__(self, logits: Tensor, targets: Tensor, wants_entropy: bool) -> None:
+        logits = logits.float()
+        self.valid = targets != IGNORE_INDEX
+        self.targets = targets.clamp(min=0).unsqueeze(1)
+        target_logits = logits.gather(1, self.targets)
+        peak = logits.amax(-1, keepdim=True)
+        shifted = logits.sub_(peak)
+        self.log_weights = shifted if wants_entropy else None
+        self.weights = shifted.exp() if wants_entropy else shifted.exp_()
+        self.total = self.weights.sum(-1, keepdim=True)
+        log_total = self.total.log()
+        self.nll = (log_total + peak - target_logits).squeeze(1).where(self.valid, 0.0)
+        self.entropy = None
+        if self.log_weights is not None:
+            self.log_total = log_total
+            expected = torch.linalg.vecdot(self.weights, self.log_weights).unsqueeze(1)
+            self.entropy = (log_total - expected / self.total).squeeze(1)
+
+    def result(self) -> RowResult:
+        return RowResult(self.nll, self.entropy)
+
+    def gradient_(self, coefficients: Tensor, entropy_coefficients: Tensor | None) -> Tensor:
+        """Gradient of the value with respect to the logits; uses up the chunk."""
+        coefficients = coefficients.where(self.valid, 0.0).float().unsqueeze(1)
+        probs = self.weights
+        if entropy_coefficients is None or self.log_weights is None or self.entropy is None:
+            probs = probs.mul_(coefficients / self.total)
+        else:  # dH/dz = -p (log p + H)
+            surprise = self.log_weights.sub_(self.log_total - self.entropy.unsqueeze(1))
+            surprise.mul_(-entropy_coefficients.float().unsqueeze(1)).add_(coefficients)
+            probs = probs.div_(self.total).mul_(surprise)
+        return probs.scatter_add_(1, self.targets, -coefficients)
+
+
+def _compute_dtype(states: Tensor) -> torch.dtype:
+    device = states.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return states.dtype
+
+
+def _concatenate(pieces: Sequence[RowResult]) -> RowResult:
+    nll = torch.cat([p.nll.detach() for p in pieces])
+    entropies = [p.entropy.detach() for p in pieces if p.entropy is not None]
+    return RowResult(nll, torch.cat(entropies) if entropies else None)
+
+
+def _value(segment: Segment, coefficients: Tensor | None, result: RowResult) -> Tensor:
+    """Sum of coefficient * nll + entropy coefficient * entropy over the rows."""
+    if coefficients is None:
+        return result.nll.new_zeros(())
+    value = (coefficients * result.nll).sum()
+    if segment.entropy_coefficients is not None and result.entropy is not None:
+        value = value + (segment.entropy_coefficients * result.entropy).sum()
+    return value
+
+
+# --- Other heads (soft cap, adapters on the output layer): recomputed -----------------------------
+
+
+def _recomputed_objective(
+    segments: Sequence[Segment], head: OutputHead
+) -> tuple[Tensor, list[RowResult]]:
+    results: list[RowResult] = []
+    value = segments[0].states.new_zeros((), dtype=torch.float32)
+    for segment in segments:
+        pieces = [
+            RowResult(*_recomputed_rows(segment, rows, head))
+            for rows in _chunks(segment.states.shape[0], head.num_logits)
+        ]
+        live = RowResult(
+            torch.cat([p.nll for p in pieces]),
+            torch.cat([p.entropy for p in pieces if p.entropy is not None]),
+        )
+        value = value + _value(segment, segment.resolve(results), live)
+        results.append(_concatenate(pieces))
+    return value, results
+
+
+def _recomputed_rows(segment: Segment, rows: slice, head: OutputHead) -> tuple[Tensor, Tensor]:
+    mixed = segment.other_states is not None and segment.other_weight is not None
+    args = (
+        segment.states[rows],
+        segment.targets[rows],
+        segment.other_states[rows] if mixed else None,
+        segment.other_weight[rows] if mixed else None,
+        segment.temperature,
+        head,
+        head.vocab_size if segment.sampled_only else None,
+    )
+    if not torch.is_grad_enabled():
+        return _plain_rows(*args)
+    return checkpoint(_plain_rows, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _plain_rows(states, targets, other_states, other_weight, temperature, head, vocab_size):
+    """Negative log-likelihood and entropy of some rows, by the book."""
+    logits = head.logits(states)
+    if other_states is not None:
+        weight = other_weight.float().unsqueeze(-1)
+        logits = (1 - weight) * logits + weight * head.logits(other_states)
+    logprobs = (logits[:, :vocab_size] / temperature).log_softmax(-1)
+    valid = targets != IGNORE_INDEX
+    nll = -logprobs.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return nll.where(valid, 0.0), entropy

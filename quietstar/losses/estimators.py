@@ -1,0 +1,42 @@
+"""Baselines of REINFORCE: from the rewards of a position's thoughts to their advantages.
+
+By enumeration of every thought on a small problem (``tests/test_estimators.py``): leave-one-out
+gives exactly the gradient of the expected reward; the group mean that includes the thought itself
+gives (K - 1) / K of it; dropping negative advantages on top bends its direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Tensor
+
+Rewards = Float[Tensor, "thoughts *positions"]
+
+
+def leave_one_out(reward: Rewards) -> Rewards:
+    """Reward minus the mean reward of the *other* thoughts of the position. Unbiased."""
+    num_thoughts = reward.shape[0]
+    assert num_thoughts >= 2, f"leave-one-out needs 2 thoughts a position, not {num_thoughts}"
+    return (reward - reward.mean(0)) * (num_thoughts / (num_thoughts - 1))
+
+
+def paper(reward: Rewards) -> Rewards:
+    """Reward minus the mean of all thoughts of the position, negative ones dropped.
+
+    The estimator of arXiv 2403.09629 section 4.4.2 and of the published code. Biased.
+    """
+    return (reward - reward.mean(0)).clamp(min=0.0)
+
+
+def no_baseline(reward: Rewards) -> Rewards:
+    """The reward itself: unbiased, of high variance; the only choice for one thought."""
+    return reward
+
+
+ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "leave_one_out": leave_one_out,
+    "paper": paper,
+    "no_baseline": no_baseline,
+}

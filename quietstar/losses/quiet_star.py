@@ -1,0 +1,206 @@
+"""The objective of Quiet-STaR from the states of one learn pass. Pure functions.
+
+Every sum is over valid targets and divided by N, the number of valid targets of the *whole* step
+(over micro-batches and ranks), so that the parts of a step add up to the step. With p the targets'
+probabilities, r the rewards and b their baseline (arXiv 2403.09629, sections 4.3 and 4.4):
+
+    base     sum_i        -log p_base(x_{i+1})                           / N
+    mixed    sum_{a,k,i}  -log p_mixed(x_{i+a})                          / (A K N)
+    thought  sum_{a,k,i}  -log p_thought(x_{i+a})                        / (A K N)
+    policy   sum_{k,i}    -(r - b) mean_t log p(t_t)                     / (K N)
+    reward   r(i,k) = sum_a log p(x_{i+a}), p the mixed or the thought's own prediction
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from quietstar.config import LossConfig
+from quietstar.engine.layout import IGNORE_INDEX, lookahead_states, lookahead_targets
+from quietstar.engine.learn import LearnStates
+from quietstar.losses.cross_entropy import RowResult, Segment, objective
+from quietstar.losses.estimators import ESTIMATORS
+from quietstar.losses.output_head import OutputHead
+
+PAPER_POLICY_TEMPERATURE = 3.0
+"""Value of the published code (`reinforce_temperature`); no reason is given there."""
+
+
+@dataclass(frozen=True)
+class ScoredThoughts:
+    """What the thoughts did, position by position, without gradient.
+
+    Attributes:
+        thoughts: Sampled tokens.
+        logprobs: Their log-probabilities at the policy temperature.
+        mixing_weight: Share of the thought in each prediction.
+        base_logprobs: Of the true token x_{i+a}, without the thought.
+        mixed_logprobs: With it.
+        thought_logprobs: By the thought's own prediction alone; None if no loss needs it.
+        valid: Whether there is a target x_{i+a}.
+        entropy: Of each thought token's distribution, None if not computed.
+    """
+
+    thoughts: Int[Tensor, "length thoughts batch seq"]
+    logprobs: Float[Tensor, "length thoughts batch seq"]
+    mixing_weight: Float[Tensor, "lookahead thoughts batch seq"]
+    base_logprobs: Float[Tensor, "lookahead batch seq"]
+    mixed_logprobs: Float[Tensor, "lookahead thoughts batch seq"]
+    thought_logprobs: Float[Tensor, "lookahead thoughts batch seq"] | None
+    valid: Tensor  # (A, B, S), bool
+    entropy: Float[Tensor, "length thoughts batch seq"] | None
+
+
+def choose_policy_temperature(config: LossConfig, sampling_temperature: float) -> float:
+    """Temperature inside the log-probability of the policy term."""
+    if config.policy_temperature is not None:
+        return config.policy_temperature
+    return PAPER_POLICY_TEMPERATURE if config.estimator == "paper" else sampling_temperature
+
+
+def rewards(
+    logprobs: Float[Tensor, "lookahead thoughts batch seq"], valid: Tensor
+) -> Float[Tensor, "thoughts batch seq"]:
+    """Reward of each thought: sum of the log-probabilities of its valid targets."""
+    return logprobs.where(valid.unsqueeze(1), 0.0).sum(0)
+
+
+def quiet_star_loss(
+    states: LearnStates,
+    mixing_weight: Float[Tensor, "lookahead thoughts batch seq"],
+    thoughts: Int[Tensor, "length thoughts batch seq"],
+    labels: Int[Tensor, "batch seq"],
+    head: OutputHead,
+    config: LossConfig,
+    policy_temperature: float,
+    num_items: Tensor | int | None = None,
+    wants_thought_logprobs: bool = False,
+) -> tuple[Tensor, ScoredThoughts]:
+    """Loss of one (micro-)batch, and its thoughts scored.
+
+    Args:
+        states: Of the learn pass.
+        mixing_weight: From the mixing head, differentiable.
+        thoughts: Sampled tokens.
+        labels: Token ids of the text, IGNORE_INDEX where a token is no target.
+        head: From states to logits.
+        config: Weights, estimator, reward.
+        policy_temperature: Inside the log-probability of the policy term.
+        num_items: N; by default the valid targets of this batch.
+        wants_thought_logprobs: Compute the thought's own prediction even if no loss needs it.
+
+    Returns:
+        The scalar loss and the scored thoughts.
+    """
+    targets = lookahead_targets(labels, mixing_weight.shape[0])  # (A, B, S)
+    valid = targets != IGNORE_INDEX
+    num_items = (valid[0].sum() if num_items is None else torch.as_tensor(num_items)).clamp(min=1)
+    needs_thought = (
+        wants_thought_logprobs or config.thought_weight > 0 or config.reward == "thought"
+    )
+    builder = _Segments(states, mixing_weight, thoughts, targets, config, num_items)
+    segments = [builder.base(), builder.mixed(head)]
+    if needs_thought:
+        segments.append(builder.thought())
+    segments.append(builder.policy(policy_temperature))
+    if not torch.is_grad_enabled():  # only the results are wanted; advantages may not exist
+        segments = [replace(s, coefficients=None) for s in segments]
+    loss, results = objective(segments, head)
+    return loss, builder.scored(results)
+
+
+class _Segments:
+    """The rows of each term, with their coefficients."""
+
+    def __init__(self, states, mixing_weight, thoughts, targets, config, num_items) -> None:
+        self.states: LearnStates = states
+        self.mixing_weight: Tensor = mixing_weight
+        self.thoughts: Tensor = thoughts
+        self.targets: Tensor = targets
+        self.config: LossConfig = config
+        self.num_items: Tensor = num_items
+        self.valid = targets != IGNORE_INDEX
+        self.lookahead, self.num_thoughts = mixing_weight.shape[:2]
+
+    def base(self) -> Segment:
+        targets = self.targets[0].flatten()
+        coefficient = self.config.base_weight / self.num_items
+        return Segment(self.states.text.flatten(0, 1), targets, _filled(targets, coefficient))
+
+    def _ahead(self, weight: float) -> tuple[Tensor, Tensor]:
+        targets = self.targets.unsqueeze(1).expand(self.mixing_weight.shape).flatten()
+        scale = weight / (self.lookahead * self.num_thoughts * self.num_items)
+        return targets, _filled(targets, scale)
+
+    def mixed(self, head: OutputHead) -> Segment:
+        targets, coefficients = self._ahead(self.config.mixed_weight)
+        base = lookahead_states(self.states.text, self.lookahead).unsqueeze(1)
+        thought = self.states.ahead
+        if head.is_linear:  # mixing logits is mixing states
+            mixed = torch.lerp(base, thought, self.mixing_weight.unsqueeze(-1).to(thought.dtype))
+            return Segment(mixed.flatten(0, 3), targets, coefficients)
+        return Segment(
+            base.expand_as(thought).flatten(0, 3),
+            targets,
+            coefficients,
+            other_states=thought.flatten(0, 3),
+            other_weight=self.mixing_weight.flatten(),
+        )
+
+    def thought(self) -> Segment:
+        targets, coefficients = self._ahead(self.config.thought_weight)
+        return Segment(self.states.ahead.flatten(0, 3), targets, coefficients)
+
+    def policy(self, temperature: float) -> Segment:
+        length = self.thoughts.shape[0]
+        has_target = self.valid.any(0)  # (B, S)
+        targets = self.thoughts.where(has_target, IGNORE_INDEX).flatten()
+        scale = 1.0 / (length * self.num_thoughts * self.num_items)
+
+        def coefficients(results: Sequence[RowResult]) -> Tensor:
+            advantage = self.advantage(results) * self.config.policy_weight * scale
+            return advantage.expand(length, *advantage.shape).flatten()
+
+        bonus = None
+        if self.config.entropy_weight > 0:
+            bonus = _filled(targets, -self.config.entropy_weight * scale)
+        return Segment(
+            self.states.policy.flatten(0, 3),
+            targets,
+            coefficients,
+            entropy_coefficients=bonus,
+            temperature=temperature,
+            sampled_only=True,
+            wants_entropy=self.config.entropy_weight > 0,
+        )
+
+    def advantage(self, results: Sequence[RowResult]) -> Tensor:
+        """(K, B, S), without gradient; zero where no target is valid."""
+        source = results[2 if self.config.reward == "thought" else 1]
+        reward = rewards(-source.nll.view(self.mixing_weight.shape), self.valid)
+        return ESTIMATORS[self.config.estimator](reward)
+
+    def scored(self, results: Sequence[RowResult]) -> ScoredThoughts:
+        shape = self.mixing_weight.shape
+        policy = results[-1]
+        base = lookahead_states(results[0].nll.view(self.targets.shape[1:]), self.lookahead)
+        return ScoredThoughts(
+            thoughts=self.thoughts,
+            logprobs=-policy.nll.view(self.thoughts.shape),
+            mixing_weight=self.mixing_weight.detach(),
+            base_logprobs=-base,
+            mixed_logprobs=-results[1].nll.view(shape),
+            thought_logprobs=-results[2].nll.view(shape) if len(results) > 3 else None,
+            valid=self.valid,
+            entropy=None if policy.entropy is None else policy.entropy.view(self.thoughts.shape),
+        )
+
+
+def _filled(targets: Tensor, value: Tensor) -> Tensor:
+    """``value`` where there is a target, else 0; (rows,), float32."""
+    return (targets != IGNORE_INDEX) * value.float()

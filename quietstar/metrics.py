@@ -1,0 +1,123 @@
+"""Figures to watch, kept as sums and counts so that micro-batches and ranks add up exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from quietstar.losses.quiet_star import ScoredThoughts, rewards
+
+
+@dataclass(frozen=True)
+class ThoughtMetrics:
+    """Sums and counts of every figure; `means` divides them.
+
+    ====================  ==========================================================================
+    base_nll              NLL of the next token without thoughts, nats a token
+    mixed_nll             with thoughts, mixed
+    thought_nll           by the thought's own prediction
+    gain                  base_nll - mixed_nll: the gain of thinking (derived)
+    gain_ahead            the same over the targets further ahead (a > 1)
+    mixing_weight         mean share of the thought in the prediction of the next token
+    reward                log-probability that a thought adds over all its targets, nats
+    reward_spread         standard deviation of the reward among a position's thoughts
+    alike                 share of positions whose thoughts are all the same: no signal there
+    entropy               of the thought tokens' distributions, nats (at the policy temperature)
+    distinct              distinct tokens of a thought over its length
+    thought_logprob       mean log-probability of the thought tokens
+    ====================  ==========================================================================
+    """
+
+    sums: Mapping[str, Tensor]
+    counts: Mapping[str, Tensor]
+
+    def __add__(self, other: ThoughtMetrics) -> ThoughtMetrics:
+        """Figures of both batches together."""
+        return ThoughtMetrics(
+            {k: v + other.sums[k] for k, v in self.sums.items()},
+            {k: v + other.counts[k] for k, v in self.counts.items()},
+        )
+
+    def reduced(self, accelerator: Accelerator) -> ThoughtMetrics:
+        """Figures of all ranks together."""
+        if accelerator.num_processes == 1:
+            return self
+        table = torch.stack(
+            [torch.stack([self.sums[n].double(), self.counts[n].double()]) for n in self.sums]
+        )
+        table = accelerator.reduce(table, "sum")
+        assert isinstance(table, Tensor)
+        rows = dict(zip(self.sums, table, strict=True))
+        return ThoughtMetrics({n: r[0] for n, r in rows.items()}, {n: r[1] for n, r in rows.items()})
+
+    def means(self) -> dict[str, float]:
+        """Every figure as a number; those that were not computed are left out."""
+        names = list(self.sums)
+        table = torch.stack(
+            [torch.stack([self.sums[n].double(), self.counts[n].double()]) for n in names]
+        ).tolist()
+        means = {n: s / c for n, (s, c) in zip(names, table, strict=True) if c > 0}
+        if "mixed_nll" in means:
+            means["gain"] = means["base_nll"] - means["mixed_nll"]
+        return means
+
+
+@torch.no_grad()
+def thought_metrics(scored: ScoredThoughts) -> ThoughtMetrics:
+    """Figures of one batch of scored thoughts; no host sync."""
+    figures = _prediction_figures(scored) | _reward_figures(scored) | _token_figures(scored)
+    return ThoughtMetrics(
+        {name: total for name, (total, _) in figures.items()},
+        {name: count for name, (_, count) in figures.items()},
+    )
+
+
+def _prediction_figures(s: ScoredThoughts) -> dict[str, tuple[Tensor, Tensor]]:
+    num_thoughts = s.mixing_weight.shape[1]
+    valid = s.valid[0]  # (B, S)
+    count = valid.sum()
+    ahead = s.valid[1:]
+    gain_ahead = (s.mixed_logprobs[1:].mean(1) - s.base_logprobs[1:]).where(ahead, 0.0)
+    figures = {
+        "base_nll": (-s.base_logprobs[0].where(valid, 0.0).sum(), count),
+        "mixed_nll": (-s.mixed_logprobs[0].where(valid, 0.0).sum(), count * num_thoughts),
+        "gain_ahead": (gain_ahead.sum(), ahead.sum()),
+        "mixing_weight": (s.mixing_weight[0].where(valid, 0.0).sum(), count * num_thoughts),
+    }
+    if s.thought_logprobs is not None:
+        total = -s.thought_logprobs[0].where(valid, 0.0).sum()
+        figures["thought_nll"] = (total, count * num_thoughts)
+    return figures
+
+
+def _reward_figures(s: ScoredThoughts) -> dict[str, tuple[Tensor, Tensor]]:
+    num_thoughts = s.mixing_weight.shape[1]
+    has_target = s.valid.any(0)  # (B, S)
+    count = has_target.sum()
+    gain = rewards(s.mixed_logprobs - s.base_logprobs.unsqueeze(1), s.valid)  # (K, B, S)
+    figures = {"reward": (gain.sum(), count * num_thoughts)}
+    if num_thoughts > 1:
+        alike = (s.thoughts == s.thoughts[:, :1]).all(0).all(0)  # (B, S)
+        figures["reward_spread"] = (gain.std(0).where(has_target, 0.0).sum(), count)
+        figures["alike"] = ((alike & has_target).sum(), count)
+    return figures
+
+
+def _token_figures(s: ScoredThoughts) -> dict[str, tuple[Tensor, Tensor]]:
+    length, num_thoughts = s.thoughts.shape[:2]
+    has_target = s.valid.any(0)
+    count = has_target.sum() * num_thoughts
+    ordered = s.thoughts.sort(0).values
+    distinct = 1 + (ordered[1:] != ordered[:-1]).sum(0)  # (K, B, S)
+    logprobs = s.logprobs.where(has_target, 0.0).sum()
+    # Sampled at the policy temperature, a token's surprise is an unbiased estimate of the entropy.
+    entropy = -logprobs if s.entropy is None else s.entropy.where(has_target, 0.0).sum()
+    return {
+        "entropy": (entropy, count * length),
+        "distinct": (distinct.where(has_target, 0).sum() / length, count),
+        "thought_logprob": (logprobs, count * length),
+    }

@@ -1,0 +1,61 @@
+"""The mixing head: how much of a prediction comes from the thought (section 4.3 of the paper)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from quietstar.config import MixingHeadConfig
+from quietstar.engine.layout import lookahead_states
+
+
+class MixingHead(nn.Module):
+    """MLP over [text state, thought state]: 2D -> D -> D -> 1, ReLU.
+
+    The first layer is kept in two halves, so that its text half runs once per text token and not
+    once per thought and lookahead. The last layer starts at zero: every weight starts at
+    ``initial_weight``.
+
+    Args:
+        width: D of the final states.
+        config: Activation, initial weight, hidden size and floor.
+    """
+
+    def __init__(self, width: int, config: MixingHeadConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_size or width
+        self.text_layer = nn.Linear(width, hidden)
+        self.thought_layer = nn.Linear(width, hidden, bias=False)
+        self.middle_layer = nn.Linear(hidden, hidden)
+        self.last_layer = nn.Linear(hidden, 1)
+        self.sigmoid = config.activation == "sigmoid"
+        self.floor = config.floor
+        self._initialise(config.initial_weight)
+
+    def _initialise(self, weight: float) -> None:
+        # Two halves of one layer of 2D inputs: the bound that the whole would have.
+        bound = 1 / math.sqrt(2 * self.text_layer.in_features)
+        for layer in (self.text_layer, self.thought_layer):
+            nn.init.uniform_(layer.weight, -bound, bound)
+        nn.init.zeros_(self.last_layer.weight)
+        share = max(weight - self.floor, 1e-6) / (1 - self.floor)
+        nn.init.constant_(
+            self.last_layer.bias, math.log(share / (1 - share)) if self.sigmoid else weight
+        )
+
+    def forward(
+        self,
+        text_states: Float[Tensor, "batch seq width"],
+        thought_states: Float[Tensor, "lookahead thoughts batch seq width"],
+    ) -> Float[Tensor, "lookahead thoughts batch seq"]:
+        """Mixing weight of every thought and lookahead, in float32."""
+        text = lookahead_states(self.text_layer(text_states), thought_states.shape[0])
+        hidden = torch.relu(text.unsqueeze(1) + self.thought_layer(thought_states))
+        hidden = torch.relu(self.middle_layer(hidden))
+        weight = self.last_layer(hidden).squeeze(-1).float()
+        if not self.sigmoid:
+            return weight
+        return self.floor + (1 - self.floor) * torch.sigmoid(weight)

@@ -1,0 +1,344 @@
+"""`QuietStarForCausalLM`: any Hugging Face causal LM that thinks at every token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quietstar import saving
+from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig, TuningConfig
+from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
+from quietstar.engine.layout import IGNORE_INDEX
+from quietstar.engine.learn import LearnStates, learn_pass
+from quietstar.engine.rollout import Sampling, sample_thoughts
+from quietstar.engine.self_check import check_architecture, use_thinking_attention
+from quietstar.loading import add_adapters, initial_embedding, load_base
+from quietstar.losses.output_head import OutputHead, find_output_head
+from quietstar.losses.quiet_star import (
+    ScoredThoughts,
+    choose_policy_temperature,
+    quiet_star_loss,
+)
+from quietstar.metrics import thought_metrics
+from quietstar.mixing_head import MixingHead
+from quietstar.outputs import QuietStarOutput, Thoughts
+
+
+class QuietStarForCausalLM(nn.Module):
+    """A causal LM with the two learned vectors and the mixing head of Quiet-STaR.
+
+    Build one with `from_base` (a plain model) or `from_pretrained` (a saved Quiet-STaR model).
+    Both phases, sampling and learning, run inside `forward`, so DDP, FSDP and DeepSpeed see them.
+
+    Args:
+        language_model: The causal LM, or a PEFT model around it; its architecture was checked.
+        thoughts: Length, lookahead, number and temperature.
+        mixing_head: Settings of the head.
+        loss: Weights, estimator, reward.
+        vocab_size: Tokens of the tokenizer; rows of the vocabulary beyond are never sampled.
+        pause_token_id: Stands for every thought token in the pause control of evaluations.
+    """
+
+    def __init__(
+        self,
+        language_model: nn.Module,
+        thoughts: ThoughtsConfig,
+        mixing_head: MixingHeadConfig,
+        loss: LossConfig,
+        vocab_size: int,
+        pause_token_id: int = 0,
+    ) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.thoughts, self.loss, self.mixing_head_config = thoughts, loss, mixing_head
+        self.vocab_size, self.pause_token_id = vocab_size, pause_token_id
+        embed = self.causal_lm.get_input_embeddings()
+        head = find_output_head(self.causal_lm)
+        device = embed.weight.device
+        size = embed(torch.zeros(1, dtype=torch.long, device=device)).shape[-1]
+        self.start_embedding = nn.Parameter(torch.zeros(size, device=device))
+        self.end_embedding = nn.Parameter(torch.zeros(size, device=device))
+        self.mixing_head = MixingHead(head.weight.shape[1], mixing_head).to(device)
+        self._calls = 0
+
+    # --- Making and keeping -----------------------------------------------------------------------
+
+    @classmethod
+    def from_base(
+        cls,
+        name_or_path: str | PreTrainedModel,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        thoughts: ThoughtsConfig | None = None,
+        mixing_head: MixingHeadConfig | None = None,
+        loss: LossConfig | None = None,
+        tuning: TuningConfig | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        **hub: Any,
+    ) -> QuietStarForCausalLM:
+        """Turn a plain causal LM into one that thinks.
+
+        Args:
+            name_or_path: Hub id, folder, or a loaded model.
+            tokenizer: By default the one that lies with the model.
+            thoughts: Length, lookahead, number, temperature, initial vectors.
+            mixing_head: Settings of the head.
+            loss: Weights, estimator, reward.
+            tuning: Full or LoRA.
+            dtype: Of the weights; float32 trains safely with small learning rates.
+            **hub: ``revision``, ``trust_remote_code``.
+
+        Raises:
+            UserError: The model cannot be loaded or its architecture is not supported, or the
+                tokenizer does not fit it.
+        """
+        thoughts = thoughts or ThoughtsConfig()
+        if isinstance(name_or_path, str):
+            tokenizer = tokenizer or load_tokenizer(name_or_path, **hub)
+            base = load_base(name_or_path, dtype=dtype, **hub)
+        else:
+            base = name_or_path
+            tokenizer = tokenizer or load_tokenizer(base.config.name_or_path, **hub)
+        check_architecture(base)
+        check_tokenizer_fits(tokenizer, base.get_input_embeddings().weight.shape[0])
+        use_thinking_attention(base)
+        start = initial_embedding(base, tokenizer, thoughts.start_init, "thoughts.start_init")
+        end = initial_embedding(base, tokenizer, thoughts.end_init, "thoughts.end_init")
+        model = cls(
+            add_adapters(base, tuning or TuningConfig()),
+            thoughts,
+            mixing_head or MixingHeadConfig(),
+            loss or LossConfig(),
+            len(tokenizer),
+            tokenizer(thoughts.start_init, add_special_tokens=False)["input_ids"][0],
+        )
+        with torch.no_grad():
+            model.start_embedding.copy_(start)
+            model.end_embedding.copy_(end)
+        return model
+
+    def save_pretrained(
+        self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        """Save everything that was learned, as safetensors and JSON (`quietstar.saving`)."""
+        saving.save_pretrained(self, Path(folder), tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, dtype: torch.dtype | str = "auto", trainable: bool = False
+    ) -> QuietStarForCausalLM:
+        """Load a saved Quiet-STaR model: what was saved is what is used.
+
+        Args:
+            folder: Written by `save_pretrained`.
+            dtype: Of the language model's weights; as saved by default.
+            trainable: Whether adapters can be trained further.
+
+        Raises:
+            UserError: The folder holds no Quiet-STaR model.
+        """
+        return saving.from_pretrained(cls, Path(folder), dtype=dtype, trainable=trainable)
+
+    # --- The parts --------------------------------------------------------------------------------
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The Hugging Face causal LM itself (adapters, if any, are inside its layers)."""
+        model = self.language_model
+        get_base_model = getattr(model, "get_base_model", None)
+        return get_base_model() if get_base_model is not None else model  # pyright: ignore
+
+    @property
+    def output_head(self) -> OutputHead:
+        """From final states to logits."""
+        return find_output_head(self.causal_lm, self.vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the learned vectors are."""
+        return self.start_embedding.device
+
+    @property
+    def max_text_length(self) -> int | None:
+        """Longest text that leaves room for a block; None if the model has no limit."""
+        config = self.causal_lm.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is None:
+            return None
+        return positions - self.thoughts.length - self.thoughts.lookahead - 1
+
+    # --- Training ---------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Tensor | None = None,
+        labels: Int[Tensor, "batch seq"] | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        *,
+        sample_ids: Int[Tensor, " batch"] | None = None,
+        seed: int = 0,
+        fixed_mixing_weight: float | None = None,
+    ) -> QuietStarOutput:
+        """Sample thoughts at every position and compute the loss.
+
+        Args:
+            input_ids: Texts, padded on the right if at all.
+            attention_mask: (batch, seq), true (or 1) for real tokens.
+            labels: Token ids where a token is a target, -100 elsewhere; default: all real tokens.
+            num_items_in_batch: Valid targets of the whole optimiser step, over micro-batches and
+                ranks; by default those of this batch.
+            sample_ids: Index of each text in the run. Keys the noise, so that the same text draws
+                the same thoughts however batches are cut. By default the texts of all calls are
+                counted.
+            seed: Of the noise.
+            fixed_mixing_weight: Stands in for the head's output (warm-up of the gate).
+
+        Raises:
+            ValueError: A text too long for the model, or padded on the left.
+        """
+        labels = _target_labels(input_ids, attention_mask, labels)
+        self._check_length(input_ids)
+        if sample_ids is None:
+            first = self._calls * input_ids.shape[0]
+            sample_ids = torch.arange(first, first + input_ids.shape[0], device=input_ids.device)
+            self._calls += 1
+        sampling = Sampling(
+            self.thoughts.num_thoughts, self.thoughts.length, self.thoughts.temperature, seed
+        )
+        thoughts = self._sample(input_ids, sample_ids, sampling)
+        loss, scored = self._learn(
+            input_ids, labels, thoughts, num_items_in_batch, fixed_mixing_weight
+        )
+        return QuietStarOutput(
+            loss=loss,
+            metrics=thought_metrics(scored),
+            thoughts=thoughts.permute(2, 1, 3, 0),
+            input_ids=input_ids,
+        )
+
+    def _sample(self, input_ids: Tensor, sample_ids: Tensor, sampling: Sampling) -> Tensor:
+        return sample_thoughts(
+            self.causal_lm,
+            self.output_head,
+            self.start_embedding,
+            input_ids,
+            sample_ids,
+            sampling,
+        )
+
+    def _learn(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        thoughts: Tensor,
+        num_items: Tensor | int | None = None,
+        fixed_mixing_weight: float | None = None,
+        scoring: bool = False,
+    ) -> tuple[Tensor, ScoredThoughts]:
+        states = learn_pass(
+            self.causal_lm,
+            self.start_embedding,
+            self.end_embedding,
+            input_ids,
+            thoughts,
+            self.thoughts.lookahead,
+        )
+        temperature = choose_policy_temperature(self.loss, self.thoughts.temperature)
+        return quiet_star_loss(
+            states,
+            self._mixing_weight(states, fixed_mixing_weight),
+            thoughts,
+            labels,
+            self.output_head,
+            self.loss,
+            1.0 if scoring else temperature,
+            num_items,
+            wants_thought_logprobs=scoring,
+        )
+
+    def _mixing_weight(
+        self, states: LearnStates, fixed: float | None
+    ) -> Float[Tensor, "lookahead thoughts batch seq"]:
+        weight = self.mixing_head(states.text, states.ahead)
+        if fixed is None:
+            return weight
+        # The head stays in the graph, with gradient zero: DDP wants every parameter used.
+        return weight * 0.0 + fixed
+
+    # --- Looking ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def think(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Tensor | None = None,
+        labels: Int[Tensor, "batch seq"] | None = None,
+        *,
+        thoughts: Int[Tensor, "batch thoughts seq length"] | None = None,
+        num_thoughts: int = 1,
+        temperature: float | None = None,
+        sample_ids: Int[Tensor, " batch"] | None = None,
+        seed: int = 0,
+    ) -> Thoughts:
+        """Think at every position and say what it did to the prediction of the true tokens.
+
+        Args:
+            input_ids: Texts, padded on the right if at all.
+            attention_mask: (batch, seq), true (or 1) for real tokens.
+            labels: As in `forward`.
+            thoughts: Score these thoughts instead of sampling.
+            num_thoughts: Thoughts a position.
+            temperature: Of the sampling; None takes the most likely tokens.
+            sample_ids: As in `forward`; by default 0, 1, ...
+            seed: Of the noise.
+
+        Raises:
+            ValueError: A text too long for the model, or padded on the left.
+        """
+        labels = _target_labels(input_ids, attention_mask, labels)
+        self._check_length(input_ids)
+        if thoughts is None:
+            if sample_ids is None:
+                sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
+            sampling = Sampling(num_thoughts, self.thoughts.length, temperature, seed)
+            tokens = self._sample(input_ids, sample_ids, sampling)
+        else:
+            tokens = Thoughts.to_engine(thoughts)
+        _, scored = self._learn(input_ids, labels, tokens, scoring=True)
+        return Thoughts.from_scored(scored, thought_metrics(scored))
+
+    def _check_length(self, input_ids: Tensor) -> None:
+        longest = self.max_text_length
+        if longest is not None and input_ids.shape[1] > longest:
+            raise ValueError(
+                f"a text of {input_ids.shape[1]} tokens leaves no room for a thought: with "
+                f"thoughts.length {self.thoughts.length} and thoughts.lookahead "
+                f"{self.thoughts.lookahead} this model takes at most {longest}. Shorten it."
+            )
+
+
+def _target_labels(
+    input_ids: Tensor, attention_mask: Bool[Tensor, "batch seq"] | Tensor | None, labels: Tensor | None
+) -> Int[Tensor, "batch seq"]:
+    """Labels with padding ignored.
+
+    Raises:
+        ValueError: Padding on the left.
+    """
+    labels = input_ids if labels is None else labels
+    if attention_mask is None:
+        return labels
+    real = attention_mask.bool()
+    padded_right = (real[:, 1:] <= real[:, :-1]).all()
+    message = "texts must be padded on the right (tokenizer.padding_side = 'right')"
+    if real.device.type != "cpu":
+        torch._assert_async(padded_right, message)  # no host sync
+    elif not padded_right:
+        raise ValueError(message)
+    return labels.where(real, IGNORE_INDEX)

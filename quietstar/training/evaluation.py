@@ -1,0 +1,89 @@
+"""Held-out evaluation: the gain of thinking, and how much of it comes from what thoughts say.
+
+Greedy thoughts at every position; then the same texts with the same thoughts exchanged among
+positions, and with a constant pause token in place of every thought token. A second read-out of
+the text gives a gain with any thoughts at all; only what exchanged thoughts lose is content.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from quietstar.data import Batch
+from quietstar.metrics import ThoughtMetrics
+from quietstar.model import QuietStarForCausalLM
+
+if TYPE_CHECKING:
+    from quietstar.training.loop import Run
+
+CONTROLS = ("exchanged", "pause")
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Held-out figures, over all ranks.
+
+    Returns:
+        ``base_nll``, ``mixed_nll``, ``thought_nll``, ``gain``, ``gain_ahead``, ``mixing_weight``
+        and the like with the model's greedy thoughts; ``exchanged_mixed_nll`` and
+        ``pause_mixed_nll`` with the controls; ``gain_of_content`` = exchanged_mixed_nll -
+        mixed_nll; ``gain_over_pause`` = pause_mixed_nll - mixed_nll. Nats a token.
+    """
+    accelerator = run.accelerator
+    model = accelerator.unwrap_model(run.model)
+    assert isinstance(model, QuietStarForCausalLM), type(model)
+    totals: dict[str, ThoughtMetrics] = {}
+    batches = list(run.eval_data.batches(run.config.training.micro_batch_size))
+    with accelerator.autocast(), run.reporter.evaluating(len(batches)) as advance:
+        for batch in batches[accelerator.process_index :: accelerator.num_processes]:
+            for kind, metrics in compare(model, batch.to(accelerator.device)).items():
+                totals[kind] = totals[kind] + metrics if kind in totals else metrics
+            advance()
+    return figures({kind: total.reduced(accelerator) for kind, total in totals.items()})
+
+
+def compare(model: QuietStarForCausalLM, batch: Batch) -> dict[str, ThoughtMetrics]:
+    """Figures of one batch with the model's greedy thoughts and with each control."""
+    inputs = (batch.input_ids, batch.attention_mask, batch.labels)
+    own = model.think(*inputs, sample_ids=batch.sample_ids)
+    seed = int(batch.sample_ids[0])
+    controls = {
+        "exchanged": exchange(own.tokens, batch.attention_mask.bool(), seed),
+        "pause": torch.full_like(own.tokens, model.pause_token_id),
+    }
+    results = {k: model.think(*inputs, thoughts=tokens).metrics for k, tokens in controls.items()}
+    return {"own": own.metrics, **results}
+
+
+def exchange(
+    tokens: Int[Tensor, "batch thoughts seq length"], real: Bool[Tensor, "batch seq"], seed: int
+) -> Int[Tensor, "batch thoughts seq length"]:
+    """Give every position the thoughts of another one, at random; none keeps its own.
+
+    Args:
+        tokens: Thoughts.
+        real: Positions that take part (no padding).
+        seed: Of the exchange.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    by_position = tokens.transpose(1, 2).clone()  # (B, S, K, T)
+    thoughts = by_position[real]  # (n, K, T)
+    order = torch.randperm(thoughts.shape[0], generator=generator).to(tokens.device)
+    # One cycle through all positions in random order: everyone gets its successor's.
+    exchanged = torch.empty_like(thoughts)
+    exchanged[order] = thoughts[order.roll(1)]
+    by_position[real] = exchanged
+    return by_position.transpose(1, 2)
+
+
+def figures(totals: dict[str, ThoughtMetrics]) -> dict[str, float]:
+    """From the metrics with own thoughts and each control to the figures of `evaluate`."""
+    result = totals["own"].means()
+    for kind in CONTROLS:
+        result[f"{kind}_mixed_nll"] = totals[kind].means()["mixed_nll"]
+    result["gain_of_content"] = result["exchanged_mixed_nll"] - result["mixed_nll"]
+    result["gain_over_pause"] = result["pause_mixed_nll"] - result["mixed_nll"]
+    return result

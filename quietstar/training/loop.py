@@ -1,0 +1,153 @@
+"""The training loop, on one page. Everything else is a named call."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from quietstar.config import Config
+from quietstar.data import Batch, EvalData, TrainData
+from quietstar.errors import UserError
+from quietstar.metrics import ThoughtMetrics
+from quietstar.outputs import QuietStarOutput
+from quietstar.training.checkpoint import save_checkpoint
+from quietstar.training.evaluation import evaluate
+from quietstar.training.optimizer import gradient_norms
+from quietstar.training.reporter import Reporter, StepRecord
+
+
+@dataclass
+class Run:
+    """All that a training loop holds.
+
+    Attributes:
+        config: Of the run.
+        accelerator: Devices, ranks, precision.
+        model: The prepared `QuietStarForCausalLM` (perhaps wrapped by an engine).
+        optimizer: AdamW with the groups of `quietstar.training.optimizer`.
+        scheduler: Of its learning rates.
+        train_data: Batches by step.
+        eval_data: Held-out sequences.
+        reporter: Progress bar, metrics.jsonl, trackers.
+        start_step: Steps already done (0 in a new run).
+    """
+
+    config: Config
+    accelerator: Accelerator
+    model: torch.nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    train_data: TrainData
+    eval_data: EvalData
+    reporter: Reporter
+    start_step: int = 0
+
+
+def train(run: Run) -> None:
+    """Train to the last step, evaluating and saving on the way.
+
+    Raises:
+        UserError: The loss or gradient is not finite; no weight has been changed by it.
+    """
+    settings = run.config.training
+    if run.start_step == 0:
+        run.reporter.evaluation(0, evaluate(run))
+    for step in range(run.start_step, settings.steps):
+        run.reporter.step_begins()
+        loss, output = accumulate_gradients(run, step)
+        norms = gradient_norms(run.accelerator, run.model, run.config.optim.clip_norm)
+        record = StepRecord(step + 1, loss, output.metrics, norms, run.scheduler.get_last_lr())
+        check_finite(record)
+        run.optimizer.step()
+        run.scheduler.step()
+        run.optimizer.zero_grad()
+        run.reporter.step_ends(record, output)
+        done = step + 1
+        if _due(done, settings.eval_every) and done < settings.steps:
+            run.reporter.evaluation(done, evaluate(run))
+        if _due(done, settings.save_every):
+            save_checkpoint(run, done)
+    run.reporter.evaluation(settings.steps, evaluate(run))
+
+
+def accumulate_gradients(run: Run, step: int) -> tuple[Tensor, QuietStarOutput]:
+    """Forward and backward over all micro-batches of a step.
+
+    Every micro-batch divides by the number of valid targets of the whole step, over ranks too, so
+    its loss is a plain part of the step's. Engines average gradients over ranks; the factor undoes
+    that.
+
+    Returns:
+        The step's loss on all ranks, and the last micro-batch's output with the step's metrics.
+    """
+    accelerator = run.accelerator
+    batches = list(_micro_batches(run, step))
+    num_items = accelerator.reduce(sum(_num_targets(batch) for batch in batches), "sum")
+    total = torch.zeros((), device=accelerator.device)
+    metrics: ThoughtMetrics | None = None
+    output = QuietStarOutput()
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
+            output = run.model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                labels=batch.labels,
+                num_items_in_batch=num_items,
+                sample_ids=batch.sample_ids,
+                seed=run.config.training.seed,
+                fixed_mixing_weight=_warm_up_weight(run.config, step),
+            )
+            accelerator.backward(output.loss * accelerator.num_processes)
+        total += output.loss.detach()
+        metrics = output.metrics if metrics is None else metrics + output.metrics
+    assert metrics is not None, "a step has at least one micro-batch"
+    output.metrics = metrics.reduced(accelerator)
+    return accelerator.reduce(total, "sum"), output  # pyright: ignore[reportReturnType]
+
+
+def _micro_batches(run: Run, step: int) -> Iterator[Batch]:
+    """This rank's part of the step's batch, in pieces."""
+    settings = run.config.training
+    rank_rows = settings.batch_size // run.accelerator.num_processes
+    first = run.accelerator.process_index * rank_rows
+    for start in range(first, first + rank_rows, settings.micro_batch_size):
+        rows = range(start, start + settings.micro_batch_size)
+        batch = run.train_data.batch(step, settings.batch_size, rows)
+        yield batch.to(run.accelerator.device)
+
+
+def _num_targets(batch: Batch) -> Tensor:
+    return (batch.labels[:, 1:] != -100).sum()
+
+
+def _warm_up_weight(config: Config, step: int) -> float | None:
+    head = config.mixing_head
+    return head.warmup_weight if step < head.warmup_steps else None
+
+
+def check_finite(record: StepRecord) -> None:
+    """Stop before a step that would destroy the weights.
+
+    Raises:
+        UserError: The loss or a gradient norm is not finite.
+    """
+    values = {"loss": record.loss.item(), "gradient norm": record.norms["total"].item()}
+    bad = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(
+            f"step {record.step}: {', '.join(bad)} is not finite; stopped before the weights "
+            "changed. Lower optim.lr or optim.clip_norm, or resume from an earlier checkpoint."
+        )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,166 @@
+"""The console command: help, exit codes, and that mistakes end in one line without torch."""
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from quietstar import __version__, cli
+from quietstar.config_io import FIELDS, load_config
+from quietstar.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Puts a recorder in the place of the training loop."""
+    calls = []
+    module = types.ModuleType("quietstar.training.run")
+    module.run_training = lambda config, resume: calls.append((config, resume))
+    monkeypatch.setitem(sys.modules, "quietstar.training", types.ModuleType("quietstar.training"))
+    monkeypatch.setitem(sys.modules, "quietstar.training.run", module)
+    return calls
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+def run_train_py(*arguments, **environment):
+    variables = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK")}
+    return subprocess.run(
+        [sys.executable, "train.py", *arguments],
+        cwd=ROOT,
+        env={**variables, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_wrong_key_ends_in_one_line_and_exit_code_2():
+    result = run_train_py("--thoughts.lenght", "8")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == (
+        "quietstar: error: command line: --thoughts.lenght: unknown key;"
+        " did you mean --thoughts.length?\n"
+    )
+
+
+def test_each_problem_is_a_line_with_the_prefix(capsys):
+    assert cli.main(["train", "--thoughts.length", "0", "--optim.lr", "0", "--resume", "no"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("quietstar: error: command line: ") for line in lines)
+
+
+def test_a_wrong_config_fails_before_torch_is_imported():
+    code = (
+        "import sys; from quietstar.cli import main;"
+        "assert main(['train', '--optim.lr', '0']) == 2; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("variables", "prints"),
+    [
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, False),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, False),  # first process of the second machine
+        ({"LOCAL_RANK": "1"}, False),
+    ],
+)
+def test_only_the_first_process_of_a_launch_prints(variables, prints, monkeypatch, capsys):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train", "--xyzzy"]) == 2
+    assert bool(capsys.readouterr().err) == prints
+
+
+def test_train_without_config_runs_the_tiny_job(runs):
+    assert cli.main(["train"]) is None
+    assert runs == [(load_config("tiny"), None)]
+
+
+def test_train_hands_over_config_overrides_and_resume(runs, tmp_path):
+    arguments = ["--config=smollm2_math", "--data.train", "x.txt", "--resume", "auto"]
+    assert cli.main(["train", *arguments, "--training.overwrite", "--local_rank=0"]) is None
+    overrides = ["--data.train=x.txt", "--training.overwrite=true"]
+    assert runs == [(load_config("smollm2_math", overrides), "auto")]
+    assert cli.main(["train", f"--resume={tmp_path}"]) is None
+    assert runs[1][1] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "no command is given"),
+        (["trian"], "there is no command trian; known: train"),
+        (["train", "--config"], "--config: has no value; write --config FILE"),
+        (["train", "--resume", "--training.overwrite"], "--resume: has no value"),
+        (["train", "--resume", "runs/no/such"], "--resume: there is no folder runs/no/such"),
+        (["train", "--config", "no_such_file"], "--config: there is no file no_such_file"),
+    ],
+)
+def test_a_mistake_in_the_command_ends_with_exit_code_2(arguments, expected, runs, capsys):
+    assert cli.main(arguments) == 2
+    assert expected in capsys.readouterr().err
+    assert not runs
+
+
+def test_mistakes_found_by_the_loop_end_the_same_way(runs, monkeypatch, capsys):
+    def fail(config, resume):
+        raise UserError("runs/tiny already holds a run")
+
+    monkeypatch.setattr(sys.modules["quietstar.training.run"], "run_training", fail)
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err == "quietstar: error: runs/tiny already holds a run\n"
+
+
+def test_other_errors_keep_their_traceback(runs, monkeypatch):
+    def fail(config, resume):
+        raise ValueError("a fault of the program")
+
+    monkeypatch.setattr(sys.modules["quietstar.training.run"], "run_training", fail)
+    with pytest.raises(ValueError, match="a fault of the program"):
+        cli.main(["train"])
+
+
+def test_an_interrupt_ends_with_exit_code_130(runs, monkeypatch):
+    def interrupt(config, resume):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["quietstar.training.run"], "run_training", interrupt)
+    assert cli.main(["train"]) == 130
+
+
+def test_help_lists_every_key_with_type_default_and_bounds_in_80_columns():
+    result = run_train_py("--help", COLUMNS="80")
+    assert result.returncode == 0
+    assert result.stdout.isascii()
+    lines = [line.rstrip() for line in result.stdout.splitlines()]
+    assert max(map(len, lines)) <= 80
+    starts = {line.split()[0] for line in lines if line.startswith("  --")}
+    assert starts == {f"--{key}" for key in FIELDS} | {"--config", "--resume"}
+    words = " ".join(result.stdout.split())
+    for key in FIELDS:
+        assert f"--{key} " in words
+        assert cli.type_text(key) in words
+        assert " ".join((FIELDS[key].description or "").split()[:3]) in words
+    assert "integer >= 1; default 8" in words
+    assert "number >= 0 and < 1; default 0.05" not in words
+    assert "number > 0 and < 1; default 0.05" in words
+
+
+def test_help_and_version_of_the_command(capsys):
+    assert not cli.main(["--help"])
+    assert "train" in capsys.readouterr().out
+    assert not cli.main(["--version"])
+    assert capsys.readouterr().out == f"quietstar {__version__}\n"

@@ -1,0 +1,417 @@
+"""The config: bounds, cross-field rules, YAML, overrides, and errors that come all at once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from quietstar.config import Config, cross_field_problems
+from quietstar.config_io import (
+    FIELDS,
+    load_config,
+    resolve_config_file,
+    save_config,
+    shipped_configs,
+)
+from quietstar.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
+VALID = {"model": {"name_or_path": "some/model"}, "data": {"train": "text.jsonl"}}
+VALID_YAML = "model: {name_or_path: some/model}\ndata: {train: text.jsonl}\n"
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Writes x.yaml into a new working folder and returns its name."""
+    monkeypatch.chdir(tmp_path)
+
+    def write_file(text, name="x.yaml"):
+        Path(name).write_text(text, encoding="utf-8")
+        return name
+
+    return write_file
+
+
+def problems_of(config_file, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_file, overrides)
+    assert str(caught.value) == "\n".join(caught.value.problems)
+    assert all("\n" not in problem for problem in caught.value.problems)
+    return caught.value.problems
+
+
+def only_problem_of(config_file, *overrides):
+    problems = problems_of(config_file, *overrides)
+    assert len(problems) == 1, problems
+    return problems[0]
+
+
+# The tree
+
+
+def test_importing_the_config_imports_no_torch():
+    code = (
+        "import sys, quietstar.config, quietstar.config_io, quietstar.cli;"
+        "heavy = {'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_every_key_has_a_sentence_that_describes_it():
+    for key, field in FIELDS.items():
+        assert (field.description or "").endswith("."), key
+
+
+def test_config_is_frozen_and_forbids_unknown_keys():
+    config = Config.model_validate(VALID)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.thoughts.length = 3
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        Config.model_validate({**VALID, "thought": {}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("thoughts.length", "8"),
+        ("thoughts.length", 8.0),
+        ("thoughts.length", True),
+        ("thoughts.length", 0),
+        ("thoughts.temperature", 0),
+        ("optim.lr", "0.1"),
+        ("optim.lr", True),
+        ("optim.lr", float("inf")),
+        ("optim.beta2", 1),
+        ("training.overwrite", 1),
+        ("training.precision", False),
+        ("data.eval_fraction", 1.0),
+        ("mixing_head.floor", 1.0),
+        ("tuning.lora_targets", []),
+        ("logging.trackers", "tensorboard"),
+    ],
+)
+def test_a_value_of_another_type_or_out_of_bounds_is_an_error(key, value):
+    section, name = key.split(".")
+    tree = {**VALID, section: {**VALID.get(section, {}), name: value}}
+    with pytest.raises(ValidationError, match=key.replace(".", r"\.")):
+        Config.model_validate(tree)
+
+
+def test_a_whole_number_serves_as_a_real_one():
+    config = Config.model_validate({**VALID, "optim": {"lr": 1}})
+    assert config.optim.lr == 1.0
+
+
+def test_the_valid_example_breaks_no_rule():
+    assert cross_field_problems(Config.model_validate(VALID)) == []
+
+
+RULES = [
+    ("model.name_or_path", "exactly one", {"model": {}}),
+    (
+        "model.name_or_path",
+        "exactly one",
+        {"model": {"name_or_path": "x", "config": {"model_type": "llama"}}},
+    ),
+    ("model.config", "model_type", {"model": {"config": {}, "tokenizer": "bytes"}}),
+    ("model.tokenizer", "bytes", {"model": {"config": {"model_type": "llama"}}}),
+    ("thoughts.num_thoughts", "no_baseline", {"thoughts": {"num_thoughts": 1}}),
+    (
+        "thoughts.num_thoughts",
+        "no_baseline",
+        {"thoughts": {"num_thoughts": 1}, "loss": {"estimator": "paper"}},
+    ),
+    ("thoughts.lookahead", r"seq_len \(4\)", {"data": {"train": "x", "seq_len": 4}}),
+    ("mixing_head.initial_weight", "above 0", {"mixing_head": {"initial_weight": 0}}),
+    ("mixing_head.initial_weight", "must be 0", {"mixing_head": {"activation": "none"}}),
+    (
+        "mixing_head.floor",
+        "must be 0",
+        {"mixing_head": {"activation": "none", "initial_weight": 0, "floor": 0.1}},
+    ),
+    (
+        "loss.base_weight",
+        "nothing to learn",
+        {"loss": {f"{name}_weight": 0 for name in ("base", "mixed", "thought", "policy")}},
+    ),
+    ("data.train", "not set", {"data": {}}),
+    ("data.template", "question", {"data": {"train": "x", "template": "{answer}"}}),
+    ("data.template", "answer", {"data": {"train": "x", "template": "{question}"}}),
+    ("data.template", "answer", {"data": {"train": "x", "template": "{question}{answer}!"}}),
+    ("data.template", "answer", {"data": {"train": "x", "template": "{answer}{question}"}}),
+    ("data.loss_on", "format", {"data": {"train": "x", "loss_on": "answer"}}),
+    ("training.micro_batch_size", "divide", {"training": {"micro_batch_size": 3}}),
+]
+
+
+@pytest.mark.parametrize(("key", "reason", "change"), RULES)
+def test_a_broken_cross_field_rule_names_key_and_reason(key, reason, change):
+    with pytest.raises(ValidationError, match=f"{key}: .*{reason}"):
+        Config.model_validate({**VALID, **change})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"thoughts": {"num_thoughts": 1}, "loss": {"policy_weight": 0}},
+        {"thoughts": {"num_thoughts": 1}, "loss": {"estimator": "no_baseline"}},
+        {"mixing_head": {"activation": "none", "initial_weight": 0}},
+        {"data": {"train": "x", "format": "chat", "loss_on": "answer"}},
+        {"data": {"train": "x", "template": "Q: {question} A: {answer}\n"}},
+        {"model": {"config": {"model_type": "llama"}, "tokenizer": "bytes"}},
+    ],
+)
+def test_what_the_rules_allow_is_accepted(change):
+    Config.model_validate({**VALID, **change})
+
+
+# Files
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=str)
+def test_every_shipped_config_loads_and_survives_a_round_trip(path, tmp_path):
+    text = [] if "\n  train: null" not in (ROOT / path).read_text() else ["--data.train", "x.txt"]
+    config = load_config(ROOT / path, text)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_shipped_configs_are_found_by_any_form_of_their_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert {f"configs/{name}.yaml" for name in shipped_configs()} == {str(p) for p in SHIPPED}
+    for name in ("configs/tiny.yaml", "tiny.yaml", "tiny"):
+        path, shown = resolve_config_file(name)
+        assert path.samefile(ROOT / "configs/tiny.yaml")
+        assert shown == "configs/tiny.yaml"
+
+
+def test_an_existing_file_goes_before_a_shipped_one(write):
+    name = write(VALID_YAML, "tiny.yaml")
+    assert load_config(name).model.name_or_path == "some/model"
+
+
+LOOKS_LIKE_SOMETHING_ELSE = [
+    *("8", "08", "1e-4", "1_0", "0x1f", ".inf", "2024-01-01", "1:30"),
+    *("no", "null", "~", "true", "", "---", "a: b", "# x", "<<", "'", '"', "\\n", "{question}"),
+    *(" x ", "line\nline\n", "\u00fc \u4e2d"),
+]
+
+
+@pytest.mark.parametrize("text", LOOKS_LIKE_SOMETHING_ELSE)
+def test_any_text_survives_a_round_trip(text, tmp_path):
+    config = Config.model_validate({**VALID, "data": {"train": "x", "task_options": {"a": text}}})
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_numbers_and_nested_values_survive_a_round_trip(tmp_path):
+    options = {"a": [1, 1.0, -1e-30, 1e22, True, None], "b": {"c": {"d": [[]]}}, "e": {}}
+    tree = {
+        "model": {"config": {"model_type": "llama", **options}, "tokenizer": "bytes"},
+        "data": {"train": "x"},
+        "optim": {"lr": 1e-7, "eps": 1e-12},
+    }
+    config = Config.model_validate(tree)
+    save_config(config, tmp_path / "config.yaml")
+    loaded = load_config(tmp_path / "config.yaml")
+    assert loaded == config
+    assert [type(x) for x in loaded.model.config["a"]] == [type(x) for x in options["a"]]
+
+
+def test_yaml_numbers_and_words_are_read_as_people_write_them(write):
+    text = "optim: {lr: 1e-4}\ntraining: {precision: no, steps: 10_000}\nthoughts:\n"
+    config = load_config(write(VALID_YAML + text))
+    assert config.optim.lr == 1e-4
+    assert config.training.precision == "no"
+    assert config.training.steps == 10000
+    assert config.thoughts.length == 8  # an empty section sets nothing
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("- a\n", "x.yaml: a list must be a mapping"),
+        ("8\n", "x.yaml: 8 must be a mapping"),
+        ("model: [1\ndata: 2", "x.yaml:2: no valid YAML: "),
+        ("a: 1\n\tb: 2", "x.yaml:2: no valid YAML: "),
+        ("a: !!int x", "x.yaml: no valid YAML: "),
+        (VALID_YAML + "training: 8", "x.yaml:3: training: 8 must be a mapping of keys, such as"),
+        (VALID_YAML + "thoughts: {}\nthoughts: {}", "x.yaml:4: thoughts: stands twice"),
+        (
+            VALID_YAML + "thoughts:\n  length: 8\n  length: 9",
+            "x.yaml:5: thoughts.length: stands twice",
+        ),
+        (
+            VALID_YAML + "thoughts:\n  lenght: 8",
+            "x.yaml:4: thoughts.lenght: unknown key; did you mean thoughts.length?",
+        ),
+        (
+            VALID_YAML + "thought: {length: 8}",
+            "x.yaml:3: thought: unknown section; did you mean thoughts?",
+        ),
+        (VALID_YAML + "xyzzy: 1", "x.yaml:3: xyzzy: unknown section"),
+        (
+            VALID_YAML + "training: {lr: 1}",
+            "x.yaml:3: training.lr: unknown key; did you mean optim.lr?",
+        ),
+        (
+            VALID_YAML + "thoughts.length: 8",
+            "x.yaml:3: thoughts.length: unknown section; write `thoughts:` and `length:` below it",
+        ),
+        (
+            VALID_YAML + 'thoughts: {length: "8"}',
+            "x.yaml:3: thoughts.length: '8' must be a valid integer; write it without quotes",
+        ),
+        (
+            VALID_YAML + "training: {precision: bf17}",
+            "x.yaml:3: training.precision: 'bf17' must be 'no' or 'bf16'; did you mean bf16?",
+        ),
+        (
+            VALID_YAML + "thoughts: {length: null}",
+            "x.yaml:3: thoughts.length: null must be a valid integer; leave the key out",
+        ),
+        (
+            VALID_YAML + "logging: {trackers: wandb}",
+            "x.yaml:3: logging.trackers: 'wandb' must be a valid list; write it as [a, b]",
+        ),
+        (
+            VALID_YAML + "logging: {trackers: [1]}",
+            "x.yaml:3: logging.trackers.0: 1 must be text",
+        ),
+        ("model: {name_or_path: x}\ndata: {trian: x}", "x.yaml:2: data.trian: unknown key; did"),
+    ],
+)
+def test_a_fault_in_the_file_is_one_line_with_its_place(write, text, expected):
+    assert only_problem_of(write(text)).startswith(expected)
+
+
+def test_a_missing_file_or_a_folder_says_what_was_meant(write):
+    assert only_problem_of("tny.yaml") == (
+        "command line: --config: there is no file tny.yaml; did you mean tiny?"
+    )
+    Path("run").mkdir()
+    assert "run is a folder; give a YAML file" in only_problem_of("run")
+    write(VALID_YAML, "run/config.yaml")
+    assert "did you mean run/config.yaml?" in only_problem_of("run")
+
+
+def test_an_empty_file_leaves_only_what_must_be_set(write):
+    problems = problems_of(write("# nothing\n"))
+    assert [problem.split(": ")[1] for problem in problems] == ["model.name_or_path", "data.train"]
+
+
+# Overrides
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "value"),
+    [
+        (["--thoughts.length", "9"], "thoughts.length", 9),
+        (["--thoughts.length=9"], "thoughts.length", 9),
+        (["--thoughts.length=9", "--thoughts.length", "10"], "thoughts.length", 10),
+        (["--training.overwrite"], "training.overwrite", True),
+        (["--training.overwrite", "--training.seed", "1"], "training.overwrite", True),
+        (["--training.overwrite", "false"], "training.overwrite", False),
+        (["--optim.lr", "1e-3"], "optim.lr", 1e-3),
+        (["--optim.lr", "1"], "optim.lr", 1.0),
+        (["--logging.trackers", "[wandb, tensorboard]"], "logging.trackers", None),
+        (["--tuning.lora_targets", "null"], "tuning.lora_targets", None),
+        (["--data.eval", "null"], "data.eval", None),
+        (["--data.eval", "8"], "data.eval", "8"),
+        (["--training.precision", "no"], "training.precision", "no"),
+        (["--thoughts.start_init", "---"], "thoughts.start_init", "---"),
+        (["--data.template", "{question} {answer}"], "data.template", "{question} {answer}"),
+        (["--data.template", r'"{question}\n{answer}"'], "data.template", "{question}\n{answer}"),
+        (["--data.task_options", "{a: 1}"], "data.task_options", {"a": 1}),
+        (["--data.task_options.a.b", "[1]"], "data.task_options", {"a": {"b": [1]}}),
+    ],
+)
+def test_an_override_replaces_the_file(write, arguments, key, value):
+    name = write(VALID_YAML + "thoughts: {length: 3, start_init: x}\n")
+    section, field = key.split(".")
+    if key == "logging.trackers":
+        value = ["wandb", "tensorboard"]
+    assert getattr(getattr(load_config(name, arguments), section), field) == value
+
+
+def test_an_override_below_a_mapping_keeps_its_other_entries():
+    config = load_config("tiny", ["--model.config.hidden_size", "32"])
+    before = load_config("tiny").model.config
+    assert config.model.config == {**before, "hidden_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--lenght", "8"], "--lenght: unknown key; did you mean --thoughts.length?"),
+        (["--thoughts.lenght=8"], "--thoughts.lenght: unknown key; did you mean --thoughts.length"),
+        (["--thoughts.length.x", "8"], "--thoughts.length.x: unknown key"),
+        (["--xyzzy"], "--xyzzy: unknown key"),
+        (["--thoughts", "{}"], "--thoughts: is a section; set one of its keys, such as --thoughts"),
+        (["--thoughts.length"], "thoughts.length: has no value; write --thoughts.length VALUE"),
+        (["--thoughts.length="], "thoughts.length: has no value"),
+        (["--logging.trackers", "[a"], "logging.trackers: '[a' is no valid YAML"),
+        (["y.yaml"], "y.yaml: belongs to no key; write --config y.yaml"),
+        (
+            ["--thoughts.length", "-1"],
+            "thoughts.length: -1 must be greater than or equal to 1; default 8 (Free tokens",
+        ),
+        (["--thoughts.num_thoughts", "1"], "thoughts.num_thoughts: thoughts.num_thoughts (1) must"),
+        (["--training.batch_size", "7", "--training.micro_batch_size", "2"], "training.micro_"),
+    ],
+)
+def test_a_fault_on_the_command_line_is_one_line(write, arguments, expected):
+    problem = only_problem_of(write(VALID_YAML), *arguments)
+    assert problem.startswith(f"command line: {expected}")
+
+
+def test_a_rule_broken_by_an_override_is_reported_at_the_override(write):
+    name = write(VALID_YAML + "training: {batch_size: 8, micro_batch_size: 4}")
+    problem = only_problem_of(name, "--training.batch_size", "6")
+    assert problem.startswith("command line: training.batch_size: training.micro_batch_size (4)")
+    problem = only_problem_of(name, "--loss.estimator=paper", "--thoughts.num_thoughts=1")
+    assert problem.startswith("command line: thoughts.num_thoughts: ")
+
+
+def test_an_override_mends_a_fault_of_the_file(write):
+    name = write(VALID_YAML + "thoughts: {length: 0}")
+    assert load_config(name, ["--thoughts.length", "1"]).thoughts.length == 1
+
+
+def test_all_faults_are_reported_at_once(write):
+    name = write(
+        "model: {name_or_path: x}\n"
+        "thoughts:\n"
+        "  lenght: 8\n"  # unknown
+        "  lookahead: 0\n"  # out of bounds
+        "  num_thoughts: 1\n"  # cross-field
+        "optim: {lr: fast}\n"  # type
+        "mixing_head: {activation: none}\n"  # cross-field
+        "loss: {estimator: papre}\n"  # no such choice, so the rule on num_thoughts waits
+    )
+    arguments = ["--training.micro_batch_size", "3", "--training.stepz", "1", "--data.size", "x"]
+    keys = [problem.split(": ")[:2] for problem in problems_of(name, *arguments)]
+    assert keys == [
+        ["x.yaml:3", "thoughts.lenght"],
+        ["command line", "--training.stepz"],
+        ["x.yaml:4", "thoughts.lookahead"],
+        ["x.yaml:8", "loss.estimator"],
+        ["command line", "data.size"],
+        ["x.yaml:6", "optim.lr"],
+        ["x.yaml", "mixing_head.initial_weight"],
+        ["x.yaml", "data.train"],
+        ["command line", "training.micro_batch_size"],
+    ]
+
+
+def test_an_unreadable_file_hides_no_fault_of_the_command_line():
+    problems = problems_of("nothing.yaml", "--thoughts.length", "0", "--nothing", "1")
+    assert [problem.split(": ")[1] for problem in problems] == [
+        "--config",
+        "--nothing",
+        "thoughts.length",
+    ]
