@@ -3,6 +3,7 @@ import os
 from collections import Counter
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -143,6 +144,17 @@ def test_the_seed_decides_order_spans_and_held_out_part(tmp_path, tokenizer):
     assert_same(first[0].batch(0, 8), same[0].batch(0, 8))
     assert_same(next(first[1].batches(8)), next(same[1].batches(8)))
     assert not torch.equal(first[0].batch(0, 8).input_ids, other[0].batch(0, 8).input_ids)
+
+
+def test_the_seed_decides_the_order_also_without_a_split(tmp_path, tokenizer):
+    path = text_file(tmp_path, numbered(20, 5))
+    config = DataConfig(train=path, eval=path, seq_len=16)
+    orders = [
+        [decode(data.batch(step, 1))[0] for step in range(20)]
+        for data, _, _ in (build_data(config, tokenizer, seed) for seed in (0, 1))
+    ]
+    assert orders[0] != orders[1]
+    assert set(orders[0]) == set(orders[1])
 
 
 def test_random_spans_of_one_document_differ_between_visits_and_reach_both_ends(
@@ -324,8 +336,6 @@ def test_joined_documents_are_separated_by_eos_and_cut_without_loss(tmp_path, to
 
 
 def test_chunks_keep_targets_beside_their_tokens():
-    import numpy as np
-
     one = Encoded(np.arange(3, dtype=np.int32), np.array([False, True, True]))
     two = Encoded(np.arange(3, 6, dtype=np.int32), np.array([False, True, True]))
     joined = list(chunks([one, two], 4))
@@ -339,8 +349,6 @@ def test_chunks_keep_targets_beside_their_tokens():
 
 
 def test_collation_refuses_a_sample_wider_than_the_batch():
-    import numpy as np
-
     sample = Encoded(np.zeros(3, np.int32), np.ones(3, np.bool_))
     with pytest.raises(AssertionError, match="3 tokens in a batch of width 2"):
         collate([sample], [0], 2, PAD)

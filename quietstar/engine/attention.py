@@ -2,10 +2,10 @@
 
 The model's own attention layers call `thinking_attention`. Without a pass in its keywords it is
 ordinary attention, so that the model stays a plain causal LM; with one it does what the pass says.
-Block tokens attend to the text (plain causal attention) and to their own block (tiny causal
-attention); the two are merged by log-sum-exp. The backward pass of a flash kernel needs only the
-gradient, the output and the log-sum-exp of the *whole* softmax, so the merged ones go to both
-kernels and their gradients add up: exact, without a mask (as in ring attention).
+Block tokens attend to the text (plain causal attention, on a flash kernel) and to their own block
+(tiny causal attention, by small matrix products); the two are merged by log-sum-exp. Both backward
+passes need only the gradient, the output and the log-sum-exp of the *whole* softmax, so they get the
+merged ones and their gradients add up: exact, without a mask (as in ring attention).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from transformers.masking_utils import sdpa_mask
 
 from quietstar.engine.dense import ScoreRules, dense_attention, dense_blocks
 from quietstar.engine.kernels import Kernel, find_kernel
+from quietstar.engine.own_block import own_backward, own_scores, own_values
 
 ATTENTION_NAME = "quietstar"
 
@@ -174,14 +175,16 @@ class LearnPass:
 
 
 class ParallelAttention(torch.autograd.Function):
-    """Prefix part and own part on flash kernels, merged by log-sum-exp, with exact backward."""
+    """Prefix part on a flash kernel and own part by small products, merged, with exact backward."""
 
     @staticmethod
     def forward(ctx, q, k, v, batch_size, num_thoughts, scale, kernel):  # noqa: D102
         rows = RowViews(batch_size, num_thoughts)
         out, lse = kernel.forward(q, rows.text(k), rows.text(v), True, scale)
-        own_out, own_lse = kernel.forward(rows.own(q), rows.own(k), rows.own(v), True, scale)
-        merge_(rows.grid(out), rows.lse_grid(lse), rows.from_own(own_out), rows.lse_own(own_lse))
+        scores = own_scores(rows.own(q), rows.own(k), scale)
+        merged = torch.logaddexp(rows.own(lse), scores.logsumexp(-1))  # (K * B * S, H, W)
+        own_out = own_values(scores.sub_(merged.unsqueeze(-1)).exp_(), rows.own(v))
+        add_own_(rows.grid(out), rows.grid(lse), rows.grid_of(own_out), rows.grid_of(merged))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.rows, ctx.scale, ctx.kernel = rows, scale, kernel
         return out
@@ -189,28 +192,30 @@ class ParallelAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # noqa: D102
         q, k, v, out, lse = ctx.saved_tensors
-        rows, scale, kernel = ctx.rows, ctx.scale, ctx.kernel
-        dq, dk, dv = kernel.backward(
-            grad, (q, rows.text(k), rows.text(v)), out, lse, True, scale
-        )
-        own_dq, own_dk, own_dv = kernel.backward(
+        rows, scale = ctx.rows, ctx.scale
+        text = (q, rows.text(k), rows.text(v))
+        dq, dk, dv = ctx.kernel.backward(grad, text, out, lse, True, scale)
+        delta = torch.linalg.vecdot(rows.grid(out).float(), rows.grid(grad).float())
+        own_dq, own_dk, own_dv = own_backward(
             rows.own(grad),
             (rows.own(q), rows.own(k), rows.own(v)),
-            rows.own(out),
-            rows.lse_to_own(lse),
-            True,
+            rows.own(lse),
+            rows.to_own(delta),
             scale,
         )
-        rows.grid(dq).add_(rows.from_own(own_dq))
+        rows.grid(dq).add_(rows.grid_of(own_dq))
         for total, own in ((dk, own_dk), (dv, own_dv)):
-            text = total.unflatten(0, (-1, rows.batch_size)).sum(0)
-            total[: rows.batch_size] = text
-            rows.grid(total).copy_(rows.from_own(own))
+            total[: rows.batch_size] = total.unflatten(0, (-1, rows.batch_size)).sum(0)
+            rows.grid(total).copy_(rows.grid_of(own))
         return dq, dk, dv, None, None, None, None
 
 
 class RowViews:
-    """The two orders in which the rows of a learn pass are read, as views where memory allows."""
+    """The orders in which the rows of a learn pass are read, as views where memory allows.
+
+    Grid order is that of the rows, (W, K * B, H, S, ...); own order has the blocks as batch,
+    (K * B * S, H, W, ...).
+    """
 
     def __init__(self, batch_size: int, num_thoughts: int) -> None:
         self.batch_size = batch_size
@@ -223,44 +228,36 @@ class RowViews:
         return text.unsqueeze(0).expand(repeats, *text.shape).reshape(x.shape)
 
     def grid(self, x: Tensor) -> Tensor:
-        """Rows of the blocks, (W, K * B, H, S, d), a view."""
+        """Block rows of (rows, H, S, ...) in grid order, a view."""
         return x[self.batch_size :].unflatten(0, (-1, self.columns))
 
-    lse_grid = grid
+    def to_own(self, grid: Tensor) -> Tensor:
+        """From grid order to own order."""
+        own = grid.movedim((1, 3, 2, 0), (0, 1, 2, 3))  # (K * B, S, H, W, ...)
+        return own.reshape(-1, *own.shape[2:])
 
     def own(self, x: Tensor) -> Tensor:
-        """Blocks as batch: (K * B * S, H, W, d)."""
-        x = self.grid(x).permute(1, 3, 2, 0, 4)  # (K * B, S, H, W, d)
-        return x.reshape(-1, *x.shape[2:])
+        """Block rows of (rows, H, S, ...) in own order."""
+        return self.to_own(self.grid(x))
 
-    def from_own(self, x: Tensor) -> Tensor:
-        """Undo `own`: (K * B * S, H, W, d) as (W, K * B, H, S, d), a view."""
-        return x.unflatten(0, (self.columns, -1)).permute(3, 0, 2, 1, 4)
-
-    def lse_to_own(self, lse: Tensor) -> Tensor:
-        """(rows, H, S) as (K * B * S, H, W)."""
-        lse = self.grid(lse).permute(1, 3, 2, 0)
-        return lse.reshape(-1, *lse.shape[2:])
-
-    def lse_own(self, lse: Tensor) -> Tensor:
-        """(K * B * S, H, W) as (W, K * B, H, S), a view."""
-        return lse.unflatten(0, (self.columns, -1)).permute(3, 0, 2, 1)
+    def grid_of(self, own: Tensor) -> Tensor:
+        """From own order to grid order, a view."""
+        own = own.unflatten(0, (self.columns, -1))  # (K * B, S, H, W, ...)
+        return own.movedim((3, 0, 2, 1), (0, 1, 2, 3))
 
 
-def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
-    """Merge a second partial attention into the first, in place.
+def add_own_(out: Tensor, lse: Tensor, own_out: Tensor, merged: Tensor) -> None:
+    """Complete a prefix part with its own part, in place.
 
-    With l = logaddexp(l1, l2): o = o1 exp(l1 - l) + o2 exp(l2 - l).
+    With l = logaddexp(l1, l2): o = o1 exp(l1 - l) + sum_j exp(s_j - l) v_j.
 
     Args:
-        out: (..., d), becomes the merged output.
-        lse: (...), becomes the merged log-sum-exp.
-        other_out: (..., d).
-        other_lse: (...).
+        out: Output of the prefix part, (..., d); becomes the merged output.
+        lse: Its log-sum-exp, (...); becomes the merged one.
+        own_out: Values of the own part under the merged softmax, (..., d).
+        merged: Merged log-sum-exp, (...).
     """
-    merged = torch.logaddexp(lse, other_lse)
-    out.mul_((lse - merged).exp_().unsqueeze(-1).to(out.dtype))
-    out.addcmul_(other_out, (other_lse - merged).exp_().unsqueeze(-1).to(out.dtype))
+    out.mul_((lse - merged).exp_().unsqueeze(-1).to(out.dtype)).add_(own_out)
     lse.copy_(merged)
 
 
@@ -282,17 +279,17 @@ class RolloutCache:
         self.own: dict[int, tuple[Tensor, Tensor]] = {}
 
     def store_own(self, layer: int, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add one block token; returns the blocks so far, (K * B, S, index + 1, Hkv, .)."""
+        """Add one block token; returns the blocks so far, (K * B, S, Hkv, index + 1, .)."""
         if layer not in self.own:
             self.own[layer] = (self._allocate(k), self._allocate(v))
         for cache, new in zip(self.own[layer], (k, v), strict=True):
-            cache[:, :, index] = new.transpose(1, 2)
+            cache[:, :, :, index] = new.transpose(1, 2)
         keys, values = self.own[layer]
-        return keys[:, :, : index + 1], values[:, :, : index + 1]
+        return keys[..., : index + 1, :], values[..., : index + 1, :]
 
     def _allocate(self, x: Tensor) -> Tensor:
         n, heads, length, size = x.shape
-        return x.new_empty(n, length, self.num_steps, heads, size)
+        return x.new_empty(n, length, heads, self.num_steps, size)
 
 
 class TextPass:
@@ -328,20 +325,18 @@ class ThoughtStep:
         own_k, own_v = self.cache.store_own(id(layer), self.index, k, v)
         kernel = choose_kernel(q, k, v, rules, q.shape[2] + self.index + 1)
         if kernel is None:
-            own = (own_k.permute(2, 0, 3, 1, 4), own_v.permute(2, 0, 3, 1, 4))
+            own = (own_k.permute(3, 0, 2, 1, 4), own_v.permute(3, 0, 2, 1, 4))
             return dense_attention(q, text, own, rules, self.index)
         out, lse = kernel.forward(q, *text, True, rules.scale)
-        n, heads, length, size = q.shape
-        own_q = q.transpose(1, 2).reshape(n * length, heads, 1, size)
-        own_out, own_lse = kernel.forward(
-            own_q,
-            own_k.flatten(0, 1).transpose(1, 2),
-            own_v.flatten(0, 1).transpose(1, 2),
-            False,
-            rules.scale,
+        blocks = q.shape[0] * q.shape[2]
+        scores = own_scores(
+            q.transpose(1, 2).reshape(blocks, q.shape[1], 1, -1), own_k.flatten(0, 1), rules.scale
         )
-        own_out = own_out.reshape(n, length, heads, size).transpose(1, 2)
-        merge_(out, lse, own_out, own_lse.reshape(n, length, heads).transpose(1, 2))
+        prefix_lse = lse.transpose(1, 2).reshape(blocks, -1, 1)  # (K * B * S, H, 1)
+        merged = torch.logaddexp(prefix_lse, scores.logsumexp(-1))
+        own_out = own_values(scores.sub_(merged.unsqueeze(-1)).exp_(), own_v.flatten(0, 1))
+        own_out = own_out.view(q.shape[0], q.shape[2], q.shape[1], -1).transpose(1, 2)
+        add_own_(out, lse, own_out, merged.view(lse.transpose(1, 2).shape).transpose(1, 2))
         return out
 
 

@@ -1,0 +1,66 @@
+"""Attention of block tokens to their own block: thousands of tiny causal problems.
+
+A flash kernel pays its set-up per problem; batched matrix products do not (on a CPU 2 times faster
+forward, in bfloat16 20 times backward). Only W x W scores a block are ever made. The softmax is that
+of the whole row, text included: forward and backward take the merged log-sum-exp.
+
+Shapes: queries (N, H, Q, d), keys and values (N, Hkv, W, d) with N = K * B * S blocks; Q is W (all
+tokens of a block, causal) or 1 (its newest token, which sees all W).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def own_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Scaled scores in float32, (N, H, Q, W), -inf where a key is later than the query."""
+    scores = _by_group(q, k).bmm(_flat(k).mT).float().mul_(scale)
+    scores = scores.view(*q.shape[:3], k.shape[2])
+    if q.shape[2] > 1:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
+        scores.masked_fill_(later, -torch.inf)
+    return scores
+
+
+def own_values(weights: Tensor, v: Tensor) -> Tensor:
+    """Weights (N, H, Q, W) applied to the values: (N, H, Q, d)."""
+    n, heads, queries, _ = weights.shape
+    return _by_group(weights.to(v.dtype), v).bmm(_flat(v)).view(n, heads, queries, -1)
+
+
+def own_backward(
+    grad: Tensor, qkv: tuple[Tensor, Tensor, Tensor], lse: Tensor, delta: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values.
+
+    With p = exp(score - lse): dv = p^T do, ds = p (do v^T - delta), dq = scale ds k, and so on, as
+    in every flash backward; ``lse`` and ``delta`` are those of the whole row.
+
+    Args:
+        grad: Of the output, (N, H, Q, d).
+        qkv: Queries, keys and values.
+        lse: Merged log-sum-exp, (N, H, Q).
+        delta: Sum over d of output times its gradient, (N, H, Q).
+        scale: Of the scores.
+    """
+    q, k, v = qkv
+    weights = own_scores(q, k, scale).sub_(lse.unsqueeze(-1)).exp_()  # (N, H, Q, W)
+    grad_weights = _by_group(grad, v).bmm(_flat(v).mT).view_as(weights)
+    grad_scores = (grad_weights.float() - delta.unsqueeze(-1)).mul_(weights).mul_(scale)
+    weights, grad_scores = _by_group(weights.to(q.dtype), k), _by_group(grad_scores.to(q.dtype), k)
+    dq = grad_scores.bmm(_flat(k)).view(q.shape)
+    dk = grad_scores.mT.bmm(_by_group(q, k)).view(k.shape)
+    dv = weights.mT.bmm(_by_group(grad, v)).view(v.shape)
+    return dq, dk, dv
+
+
+def _by_group(x: Tensor, keys: Tensor) -> Tensor:
+    """(N, H, Q, .) as (N * Hkv, H / Hkv * Q, .): query heads that share keys, together."""
+    return x.reshape(keys.shape[0] * keys.shape[1], -1, x.shape[-1])
+
+
+def _flat(keys: Tensor) -> Tensor:
+    """(N, Hkv, W, d) as (N * Hkv, W, d)."""
+    return keys.flatten(0, 1)
