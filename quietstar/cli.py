@@ -219,6 +219,20 @@ def type_text(key: str) -> str:
     return f"{bounded} or null" if type(None) in types else bounded
 
 
+def _bench(arguments: list[str]) -> int | None:
+    what, *rest = arguments or [""]
+    if what in ("", *HELP_FLAGS):
+        sys.stdout.write("usage: quietstar bench step [--help]\n")
+        return None if what in HELP_FLAGS else EXIT_USER_ERROR
+    if what != "step":
+        raise UserError(f"there is no benchmark {what}; known: step (see quietstar bench --help)")
+
+    from quietstar.bench.step import main as bench_step  # imports torch
+
+    return bench_step(rest)
+
+
 COMMANDS: dict[str, Command] = {
     "train": Command("Train a model: quietstar train --config FILE [--KEY VALUE ...]", _train),
+    "bench": Command("Measure a training step beside its floor: quietstar bench step", _bench),
 }

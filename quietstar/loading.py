@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from quietstar.config import TuningConfig
+from quietstar.engine.backbone import embedding_weight
 from quietstar.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def load_base(
         ) from problem
     if dropped:
         logger.warning(
-            "dropout is set to 0 (%s): with it the loss would score other thoughts than were sampled",
+            "dropout is set to 0 (%s): with it the loss would not score the sampled thoughts",
             ", ".join(dropped),
         )
     return model
@@ -83,9 +84,7 @@ def _make(
     hub: dict[str, Any],
 ) -> PreTrainedModel:
     if name_or_path is not None:
-        return AutoModelForCausalLM.from_pretrained(
-            name_or_path, config=config, dtype=dtype, **hub
-        )
+        return AutoModelForCausalLM.from_pretrained(name_or_path, config=config, dtype=dtype, **hub)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -155,6 +154,5 @@ def initial_embedding(
             "%s: %r is %d tokens here; the vector starts as the mean of their embeddings",
             key, text, len(ids),
         )  # fmt: skip
-    embed = model.get_input_embeddings()
-    device = embed.weight.device
-    return embed(torch.tensor(ids, device=device)).float().mean(0)
+    tokens = torch.tensor(ids, device=embedding_weight(model).device)
+    return model.get_input_embeddings()(tokens).float().mean(0)

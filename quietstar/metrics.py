@@ -52,7 +52,9 @@ class ThoughtMetrics:
         table = accelerator.reduce(table, "sum")
         assert isinstance(table, Tensor)
         rows = dict(zip(self.sums, table, strict=True))
-        return ThoughtMetrics({n: r[0] for n, r in rows.items()}, {n: r[1] for n, r in rows.items()})
+        return ThoughtMetrics(
+            {n: r[0] for n, r in rows.items()}, {n: r[1] for n, r in rows.items()}
+        )
 
     def means(self) -> dict[str, float]:
         """Every figure as a number; those that were not computed are left out."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quietstar import saving
 from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig, TuningConfig
 from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
+from quietstar.engine.backbone import embedding_weight
 from quietstar.engine.layout import IGNORE_INDEX
 from quietstar.engine.learn import LearnStates, learn_pass
 from quietstar.engine.rollout import Sampling, sample_thoughts
@@ -57,10 +58,9 @@ class QuietStarForCausalLM(nn.Module):
         self.language_model = language_model
         self.thoughts, self.loss, self.mixing_head_config = thoughts, loss, mixing_head
         self.vocab_size, self.pause_token_id = vocab_size, pause_token_id
-        embed = self.causal_lm.get_input_embeddings()
+        device = embedding_weight(self.causal_lm).device
+        size = embedding_weight(self.causal_lm).shape[1]
         head = find_output_head(self.causal_lm)
-        device = embed.weight.device
-        size = embed(torch.zeros(1, dtype=torch.long, device=device)).shape[-1]
         self.start_embedding = nn.Parameter(torch.zeros(size, device=device))
         self.end_embedding = nn.Parameter(torch.zeros(size, device=device))
         self.mixing_head = MixingHead(head.weight.shape[1], mixing_head).to(device)
@@ -103,9 +103,9 @@ class QuietStarForCausalLM(nn.Module):
             base = load_base(name_or_path, dtype=dtype, **hub)
         else:
             base = name_or_path
-            tokenizer = tokenizer or load_tokenizer(base.config.name_or_path, **hub)
+            tokenizer = tokenizer or load_tokenizer(str(base.name_or_path), **hub)
         check_architecture(base)
-        check_tokenizer_fits(tokenizer, base.get_input_embeddings().weight.shape[0])
+        check_tokenizer_fits(tokenizer, embedding_weight(base).shape[0])
         use_thinking_attention(base)
         start = initial_embedding(base, tokenizer, thoughts.start_init, "thoughts.start_init")
         end = initial_embedding(base, tokenizer, thoughts.end_init, "thoughts.end_init")
@@ -324,7 +324,9 @@ class QuietStarForCausalLM(nn.Module):
 
 
 def _target_labels(
-    input_ids: Tensor, attention_mask: Bool[Tensor, "batch seq"] | Tensor | None, labels: Tensor | None
+    input_ids: Tensor,
+    attention_mask: Bool[Tensor, "batch seq"] | Tensor | None,
+    labels: Tensor | None,
 ) -> Int[Tensor, "batch seq"]:
     """Labels with padding ignored.
 
@@ -338,7 +340,7 @@ def _target_labels(
     padded_right = (real[:, 1:] <= real[:, :-1]).all()
     message = "texts must be padded on the right (tokenizer.padding_side = 'right')"
     if real.device.type != "cpu":
-        torch._assert_async(padded_right, message)  # no host sync
+        torch._assert_async(padded_right, message)  # pyright: ignore  (no host sync)
     elif not padded_right:
         raise ValueError(message)
     return labels.where(real, IGNORE_INDEX)

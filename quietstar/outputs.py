@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from quietstar.losses.quiet_star import ScoredThoughts
 from quietstar.metrics import ThoughtMetrics

@@ -1,7 +1,7 @@
 """What a saved Quiet-STaR model is: a folder of safetensors and JSON.
 
-``quietstar.json`` holds the settings, ``quietstar.safetensors`` the two vectors and the mixing head.
-Beside them lies the language model: with full tuning a complete Hugging Face model, which
+``quietstar.json`` holds the settings, ``quietstar.safetensors`` the two vectors and the mixing
+head. Beside them lies the language model: with full tuning a complete Hugging Face model, which
 `AutoModelForCausalLM` loads as a plain one; with LoRA the adapter, which names its base.
 """
 

@@ -14,31 +14,35 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.engine.layout import Layout
-
-_BATCH_ROWS = 8
-"""Sequences run at once: enough to fill two cores or a GPU, few enough to stay in memory."""
+from quietstar.losses.output_head import find_output_head
 
 
-def floor_step(model: PreTrainedModel, layout: Layout) -> None:
-    """Run the floor of one step on a plain model, gradients included."""
+def floor_step(model: PreTrainedModel, layout: Layout, batch_rows: int = 8) -> None:
+    """Run the floor of one step on a plain model, gradients included.
+
+    Args:
+        model: A plain causal LM.
+        layout: Sizes of the step.
+        batch_rows: Sequences run at once.
+    """
     learn_rows = layout.num_rows
     per_text = 1 + layout.num_thoughts * (layout.thought_length + layout.lookahead)
     loss_rows = layout.batch_size * per_text
-    for rows, with_loss in _batches(learn_rows, loss_rows):
+    for rows, with_loss in _batches(learn_rows, loss_rows, batch_rows):
         _plain_step(model, rows, with_loss, layout.text_length)
     sampled = layout.batch_size * layout.num_thoughts * layout.thought_length
     with torch.no_grad():
-        for rows, with_logits in _batches(layout.batch_size + sampled, sampled):
+        for rows, with_logits in _batches(layout.batch_size + sampled, sampled, batch_rows):
             states = _states(model, rows, layout.text_length)
             _logits(model, states[:with_logits])
 
 
-def _batches(rows: int, marked: int) -> list[tuple[int, int]]:
+def _batches(rows: int, marked: int, batch_rows: int) -> list[tuple[int, int]]:
     """Cut ``rows`` into batches; ``marked`` of them, from the front, also get logits."""
-    sizes = [min(_BATCH_ROWS, rows - start) for start in range(0, rows, _BATCH_ROWS)]
+    sizes = [min(batch_rows, rows - start) for start in range(0, rows, batch_rows)]
     return [
         (size, max(0, min(size, marked - start)))
-        for size, start in zip(sizes, range(0, rows, _BATCH_ROWS), strict=True)
+        for size, start in zip(sizes, range(0, rows, batch_rows), strict=True)
     ]
 
 
@@ -49,7 +53,7 @@ def _states(model: PreTrainedModel, rows: int, length: int) -> Tensor:
 
 
 def _logits(model: PreTrainedModel, states: Tensor) -> Tensor:
-    return model.get_output_embeddings()(states)
+    return find_output_head(model).module(states)
 
 
 def _plain_step(model: PreTrainedModel, rows: int, with_loss: int, length: int) -> None:

@@ -4,8 +4,8 @@ The model's own attention layers call `thinking_attention`. Without a pass in it
 ordinary attention, so that the model stays a plain causal LM; with one it does what the pass says.
 Block tokens attend to the text (plain causal attention, on a flash kernel) and to their own block
 (tiny causal attention, by small matrix products); the two are merged by log-sum-exp. Both backward
-passes need only the gradient, the output and the log-sum-exp of the *whole* softmax, so they get the
-merged ones and their gradients add up: exact, without a mask (as in ring attention).
+passes need only the gradient, the output and the log-sum-exp of the *whole* softmax, so they get
+the merged ones and their gradients add up: exact, without a mask (as in ring attention).
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class ParallelAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: D102
+    def backward(ctx, grad):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, out, lse = ctx.saved_tensors
         rows, scale = ctx.rows, ctx.scale
         text = (q, rows.text(k), rows.text(v))

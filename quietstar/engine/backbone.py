@@ -10,6 +10,13 @@ from transformers import PreTrainedModel
 from quietstar.engine.attention import Pass, thought_pass_scope
 
 
+def embedding_weight(model: PreTrainedModel) -> Float[Tensor, "vocab embedding"]:
+    """Weight of the input embeddings; their output may be scaled."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor), f"{type(model).__name__} embeds without one weight"
+    return weight
+
+
 def run_backbone(
     model: PreTrainedModel,
     embeddings: Float[Tensor, "rows seq embedding"],

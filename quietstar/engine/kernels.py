@@ -166,7 +166,9 @@ def _agrees_with_plain(kernel: Kernel, dtype: torch.dtype, head_size: int, group
     with torch.enable_grad():
         leaves = [x.float().detach().requires_grad_() for x in (q, k, v)]
         wide = [leaves[0], *(x.repeat_interleave(groups, dim=1) for x in leaves[1:])]
-        plain = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True)
+        plain = torch.nn.functional.scaled_dot_product_attention(
+            wide[0], wide[1], wide[2], is_causal=True
+        )
         plain_grads = torch.autograd.grad(plain, leaves, grad.float())
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2  # bfloat16 keeps 8 bits
     pairs = zip((out, *grads), (plain, *plain_grads), strict=True)

@@ -4,8 +4,8 @@ The text runs once and leaves its keys and values; then every step runs one toke
 (start first, then each sampled token but the last) against them. No cache of transformers is
 involved, so activation checkpointing (which drops it) and train or eval mode make no difference.
 
-End-of-text inside a thought is an ordinary token: a thought has a fixed length, and what comes after
-it stays part of the thought.
+End-of-text inside a thought is an ordinary token: a thought has a fixed length, and what comes
+after it stays part of the thought.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.engine.attention import RolloutCache, TextPass, ThoughtStep
-from quietstar.engine.backbone import run_backbone
+from quietstar.engine.backbone import embedding_weight, run_backbone
 from quietstar.engine.sampling import keyed_uniform, sample_inverse_cdf
 from quietstar.losses.output_head import OutputHead
 
@@ -72,14 +72,12 @@ def sample_thoughts(
     for index in range(sampling.thought_length):
         if index == 0:
             embeddings = start_embedding.expand(rows, length, -1)
-            embeddings = embeddings.to(embed.weight.dtype)
+            embeddings = embeddings.to(embedding_weight(model).dtype)
         else:
             embeddings = embed(tokens[-1].flatten(0, 1))
         offset = (positions + index + 1).expand(rows, -1)
         states = run_backbone(model, embeddings, offset, ThoughtStep(cache, index))
-        noise = keyed_uniform(
-            sampling.seed, sample_ids, sampling.num_thoughts, index, length
-        )
+        noise = keyed_uniform(sampling.seed, sample_ids, sampling.num_thoughts, index, length)
         sampled = _sample_rows(states.flatten(0, 1), head, noise.flatten(), sampling.temperature)
         tokens.append(sampled.view(sampling.num_thoughts, batch_size, length))
     return torch.stack(tokens)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from quietstar.engine.attention import ATTENTION_NAME, RolloutCache, TextPass, ThoughtStep
-from quietstar.engine.backbone import run_backbone
+from quietstar.engine.backbone import embedding_weight, run_backbone
 from quietstar.engine.learn import LearnStates, learn_pass
 from quietstar.engine.tiny_copy import tiny_model
 from quietstar.errors import UserError
@@ -74,7 +74,7 @@ def worst_error(model: PreTrainedModel) -> float:
     """Largest difference of any logit between the parallel way and the per-position loop."""
     embed = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(1)
-    vocab_size = embed.weight.shape[0]
+    vocab_size = embedding_weight(model).shape[0]
     text = torch.randint(1, vocab_size, (1, _LENGTH), generator=generator)
     shape = (_THOUGHT_LENGTH, _NUM_THOUGHTS, 1, _LENGTH)
     thoughts = torch.randint(1, vocab_size, shape, generator=generator)

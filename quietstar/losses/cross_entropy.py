@@ -112,7 +112,7 @@ class _FusedObjective(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx, grad_value):
+    def backward(ctx, grad_value):  # pyright: ignore[reportIncompatibleMethodOverride]
         weight, bias = ctx.buffers.scaled(grad_value)
         states = [None if g is None else g * grad_value.to(g.dtype) for g in ctx.grads]
         ctx.grads = ctx.buffers = None
@@ -159,17 +159,20 @@ def _fused_segment(
     bias = None if head.bias is None else (head.bias * factor).to(dtype)
     pieces = []
     coefficients = segment.resolve(results)
-    wants_grad = buffers is not None and coefficients is not None
-    grad = torch.zeros_like(segment.states) if wants_grad else None
+    grad = None
+    if buffers is not None and coefficients is not None:
+        grad = torch.zeros_like(segment.states)
     for rows in _chunks(segment.states.shape[0], weight.shape[0]):
         states = (segment.states[rows] * factor).to(dtype)
         logits = states @ weight.t() if bias is None else torch.addmm(bias, states, weight.t())
         chunk = _SoftmaxChunk(logits, segment.targets[rows], segment.wants_entropy)
         pieces.append(chunk.result())
-        if grad is not None and buffers is not None:
+        if buffers is not None and coefficients is not None and grad is not None:
             grad_logits = chunk.gradient_(
                 coefficients[rows],
-                None if segment.entropy_coefficients is None else segment.entropy_coefficients[rows],
+                None
+                if segment.entropy_coefficients is None
+                else segment.entropy_coefficients[rows],
             ).to(dtype)
             torch.mul(grad_logits @ weight, factor, out=grad[rows])
             buffers.add(grad_logits, states)
@@ -263,12 +266,12 @@ def _recomputed_objective(
 
 
 def _recomputed_rows(segment: Segment, rows: slice, head: OutputHead) -> tuple[Tensor, Tensor]:
-    mixed = segment.other_states is not None and segment.other_weight is not None
+    other_states, other_weight = segment.other_states, segment.other_weight
     args = (
         segment.states[rows],
         segment.targets[rows],
-        segment.other_states[rows] if mixed else None,
-        segment.other_weight[rows] if mixed else None,
+        None if other_states is None else other_states[rows],
+        None if other_weight is None else other_weight[rows],
         segment.temperature,
         head,
         head.vocab_size if segment.sampled_only else None,

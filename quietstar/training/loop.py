@@ -64,7 +64,9 @@ def train(run: Run) -> None:
         run.reporter.step_begins()
         loss, output = accumulate_gradients(run, step)
         norms = gradient_norms(run.accelerator, run.model, run.config.optim.clip_norm)
-        record = StepRecord(step + 1, loss, output.metrics, norms, run.scheduler.get_last_lr())
+        record = StepRecord(
+            step + 1, loss, output.metrics, norms, run.optimizer.param_groups[0]["lr"]
+        )
         check_finite(record)
         run.optimizer.step()
         run.scheduler.step()

@@ -61,7 +61,9 @@ def gradient_norms(
         if parameter.grad is not None:
             by_group[group_of(name)].append(parameter.grad)
     norms = {group: _norm(grads) for group, grads in by_group.items()}
-    norms["total"] = accelerator.clip_grad_norm_(model.parameters(), clip_norm)
+    total = accelerator.clip_grad_norm_(model.parameters(), clip_norm)
+    assert total is not None, "this engine reports no gradient norm"
+    norms["total"] = total
     return norms
 
 

@@ -36,14 +36,14 @@ class StepRecord:
         loss: Of the whole step.
         metrics: Of the whole step.
         norms: Gradient norms by group and in total, before clipping.
-        rates: Learning rates, by parameter group of the optimiser.
+        lr: Learning rate of the language model in this step.
     """
 
     step: int
     loss: Tensor
     metrics: ThoughtMetrics | None
     norms: Mapping[str, Tensor]
-    rates: list[float]
+    lr: float
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Reporter:
 
     def _optimizer_figures(self, record: StepRecord) -> dict[str, float]:
         norms = {f"grad_norm_{name}": norm.item() for name, norm in record.norms.items()}
-        return {**norms, "lr": record.rates[0]}
+        return {**norms, "lr": record.lr}
 
     def _speed(self, metrics: ThoughtMetrics) -> dict[str, float]:
         seconds = time.perf_counter() - self._began
@@ -198,7 +198,8 @@ class Reporter:
                 self.say(f"warning: step {step}: {alarm.message.format(value=value)}")
 
     def _show_thought(self, output: QuietStarOutput) -> None:
-        assert output.thoughts is not None and output.input_ids is not None
+        assert output.thoughts is not None
+        assert output.input_ids is not None
         place = output.thoughts.shape[2] // 2
         before = self.tokenizer.decode(output.input_ids[0, max(0, place - 15) : place + 1])
         thought = self.tokenizer.decode(output.thoughts[0, 0, place])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration, set_seed
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from quietstar.config import Config
 from quietstar.config_io import save_config
@@ -38,6 +40,7 @@ def run_training(config: Config, resume: str | None = None) -> Path:
     Raises:
         UserError: Whatever the user can mend, in one line; nothing is overwritten.
     """
+    quiet_libraries()
     output_dir = Path(config.training.output_dir)
     accelerator = build_accelerator(config)
     checkpoint = find_checkpoint(output_dir, resume)
@@ -75,6 +78,12 @@ def run_training(config: Config, resume: str | None = None) -> Path:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return final
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to the run's own progress bar and lines."""
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def build_accelerator(config: Config) -> Accelerator:

@@ -1,0 +1,183 @@
+"""``quietstar bench step``: seconds and memory of a training step, beside the floor.
+
+Step and floor run in turn in one process; the figures are medians. The floor is measured with
+several batch sizes and the fastest counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from quietstar.bench.floor import floor_step
+from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig
+from quietstar.engine.layout import Layout
+from quietstar.engine.self_check import use_thinking_attention
+from quietstar.loading import load_base
+from quietstar.model import QuietStarForCausalLM
+
+MODELS: dict[str, dict[str, Any]] = {
+    "mistral-tiny": {
+        "model_type": "mistral",
+        "num_hidden_layers": 4,
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 688,
+        "vocab_size": 2048,
+        "sliding_window": None,
+        "max_position_embeddings": 8192,
+    }
+}
+FLOOR_BATCHES = (4, 8, 16)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark, print a table, write JSON if asked."""
+    args = _parser().parse_args(arguments)
+    result = bench_step(args)
+    table = Table(title=f"training step of {args.model}, {args.dtype}")
+    for column in ("step s", "floor s", "step / floor", "peak MB above model"):
+        table.add_column(column, justify="right")
+    figures = ("step_seconds", "floor_seconds", "step_over_floor", "peak_mb_above_model")
+    table.add_row(*[f"{result[name]:.3f}" for name in figures[:3]], f"{result[figures[3]]:.0f}")
+    Console().print(table)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("quietstar bench step", description=__doc__)
+    parser.add_argument("--model", default="mistral-tiny", help="a built-in name or a folder")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--thought-length", type=int, default=9)
+    parser.add_argument("--lookahead", type=int, default=4)
+    parser.add_argument("--num-thoughts", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="bfloat16: autocast over float32 weights")  # fmt: skip
+    parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--json", metavar="FILE")
+    return parser
+
+
+def bench_step(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure one setting; keys as in the JSON file."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    base = _load(args.model)
+    plain = copy.deepcopy(base)
+    model = _quiet(base, args)
+    tokens = torch.randint(base.config.vocab_size, (args.batch_size, args.seq_len))
+    layout = Layout(
+        args.batch_size, args.seq_len, args.num_thoughts, args.thought_length, args.lookahead
+    )
+
+    def step() -> None:
+        with _precision(args.dtype):
+            output = model(tokens, sample_ids=torch.arange(args.batch_size))
+        assert output.loss is not None, "forward gives a loss"
+        output.loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    def floor(rows: int) -> None:
+        with _precision(args.dtype):
+            floor_step(plain, layout, rows)
+        plain.zero_grad(set_to_none=True)
+
+    peak = _peak_mb(step)
+    rows = min(FLOOR_BATCHES, key=lambda rows: _seconds(lambda: floor(rows), 2))
+    times = [(_seconds(step, 1), _seconds(lambda: floor(rows), 1)) for _ in range(args.repeats)]
+    step_seconds, floor_seconds = (statistics.median(column) for column in zip(*times, strict=True))
+    return {
+        "step_seconds": step_seconds,
+        "floor_seconds": floor_seconds,
+        "step_over_floor": step_seconds / floor_seconds,
+        "peak_mb_above_model": peak,
+        "settings": {k: v for k, v in vars(args).items() if k != "json"},
+        "environment": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(),
+            "machine": platform.processor() or platform.machine(),
+            "floor_batch_rows": rows,
+        },
+    }
+
+
+def _load(name: str) -> PreTrainedModel:
+    if name not in MODELS:
+        return load_base(name)
+    fields = dict(MODELS[name])
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(fields.pop("model_type"), **fields)
+    )
+
+
+def _quiet(base: PreTrainedModel, args: argparse.Namespace) -> QuietStarForCausalLM:
+    use_thinking_attention(base)
+    thoughts = ThoughtsConfig(
+        length=args.thought_length, lookahead=args.lookahead, num_thoughts=args.num_thoughts
+    )
+    vocab_size = base.config.vocab_size
+    model = QuietStarForCausalLM(base, thoughts, MixingHeadConfig(), LossConfig(), vocab_size)
+    if args.activation_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def _precision(dtype: str) -> contextlib.AbstractContextManager:
+    if dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def _seconds(run: Callable[[], None], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return min(times) if repeats > 1 else times[0]
+
+
+def _peak_mb(run: Callable[[], None]) -> float:
+    """Most resident memory above that before the first of two runs, sampled every 2 ms."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    peak, done = before, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        run()
+        run()
+    finally:
+        done.set()
+        watcher.join()
+    return (peak - before) / 2**20

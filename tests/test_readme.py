@@ -1,0 +1,51 @@
+"""README's promises: its main command runs, its files exist, its list is the tested one."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from architectures import SUPPORTED
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_first_two_commands_install_and_run_or_test():
+    run, test = (block.strip() for block in code_blocks("bash")[:2])
+    assert run == "pip install -e . && accelerate launch train.py"
+    assert test == 'pip install -e ".[dev]" && pytest'
+
+
+@pytest.mark.slow
+def test_the_main_command_trains_and_saves_a_model(tmp_path):
+    accelerate = Path(sys.executable).with_name("accelerate")
+    output = tmp_path / "run"
+    command = [accelerate, "launch", ROOT / "train.py", "--training.output_dir", output]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (output / "final" / "quietstar.safetensors").exists()
+    assert "gain of" in done.stdout
+
+
+def test_every_link_and_config_that_readme_names_exists():
+    names = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    names += re.findall(r"configs/[\w/]+\.yaml", README)
+    assert names
+    for name in names:
+        assert (ROOT / name).exists(), name
+
+
+def test_the_list_of_architectures_is_the_tested_one():
+    section = README.split("## Architectures")[1].split("\n## ")[0]
+    assert set(re.findall(r"`(\w+)`", section)) == set(SUPPORTED)
+
+
+def test_the_python_example_compiles():
+    for block in code_blocks("python"):
+        compile(block, "README.md", "exec")
