@@ -123,8 +123,8 @@ class MixingHeadConfig(Section):
         default=0.0,
         ge=0,
         lt=1,
-        description="Lower bound of the mixing weight in training, so that it cannot collapse to 0"
-        " while thoughts are still useless.",
+        description="Lower bound of the mixing weight, so that it cannot collapse to 0 while thoughts"
+        " are still useless (part of the saved head).",
     )
     warmup_steps: int = Field(
         default=0,
@@ -152,6 +152,12 @@ class LossConfig(Section):
         ge=0,
         description="Weight of the NLL of the thought's own prediction, which teaches the model to"
         " go on after a thought.",
+    )
+    draft_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the NLL of the next true token as the first thought token: thoughts"
+        " begin as drafts of what follows, which gives REINFORCE something to improve.",
     )
     policy_weight: float = Field(
         default=0.1, ge=0, description="Weight of the REINFORCE term on the thought tokens."
@@ -462,6 +468,13 @@ def _mixing_head_rules(config: Config) -> Iterator[CrossFieldProblem]:
                 " sigmoid, which never reaches 0. Set a small value such as 0.12, or"
                 " mixing_head.activation: none.",
             )
+        elif head.initial_weight <= head.floor:
+            yield CrossFieldProblem(
+                ("mixing_head.initial_weight", "mixing_head.floor"),
+                f"mixing_head.initial_weight ({head.initial_weight}) must be above"
+                f" mixing_head.floor ({head.floor}), the lower bound of the weight. Raise it, or"
+                " lower the floor.",
+            )
         return
     if head.initial_weight != 0:
         yield CrossFieldProblem(
@@ -479,11 +492,13 @@ def _mixing_head_rules(config: Config) -> Iterator[CrossFieldProblem]:
 
 
 def _loss_rules(config: Config) -> Iterator[CrossFieldProblem]:
-    names = ("base", "mixed", "thought", "policy", "entropy")
-    keys = tuple(f"loss.{name}_weight" for name in names)
-    loss = config.loss
-    weights = (loss.base_weight, loss.mixed_weight, loss.thought_weight, loss.policy_weight)
-    if not any((*weights, loss.entropy_weight)):
+    weights = {
+        f"loss.{name}": value
+        for name, value in config.loss.model_dump().items()
+        if name.endswith("_weight")
+    }
+    keys = tuple(weights)
+    if not any(weights.values()):
         yield CrossFieldProblem(
             keys,
             f"all weights ({', '.join(keys)}) are 0, but at least one must be above 0: there would"

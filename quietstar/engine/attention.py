@@ -14,7 +14,7 @@ import contextvars
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ _SETTLED_KEYWORDS = frozenset(
 )
 
 
+@runtime_checkable
 class Pass(Protocol):
     """What a parallel-thought pass does at each attention layer."""
 

@@ -7,7 +7,7 @@ Both are what lets two partial attentions be merged exactly, forward and backwar
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """One attention kernel; ``scale`` multiplies the scores."""
 

@@ -78,7 +78,7 @@ class Layout:
 
 
 def shift_ahead(
-    x: Shaped[Tensor, "batch seq *rest"], lookahead: int, fill: float
+    x: Shaped[Tensor, "batch seq *rest"], lookahead: int, fill: float | int
 ) -> Shaped[Tensor, "lookahead batch seq *rest"]:
     """Entry a (from 0) holds x moved a places to the left, ``fill`` behind the end."""
     padding = [0, 0] * (x.ndim - 2)
@@ -96,7 +96,7 @@ def lookahead_targets(
 
 
 def lookahead_states(
-    text_states: Float[Tensor, "batch seq width"], lookahead: int
-) -> Float[Tensor, "lookahead batch seq width"]:
-    """The text's own state that predicts x_{i+a}: the one at i + a - 1."""
+    text_states: Float[Tensor, "batch seq *width"], lookahead: int
+) -> Float[Tensor, "lookahead batch seq *width"]:
+    """The text's own state (or figure) that predicts x_{i+a}: the one at i + a - 1."""
     return shift_ahead(text_states, lookahead, 0.0)

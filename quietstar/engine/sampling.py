@@ -26,7 +26,8 @@ def keyed_uniform(
     key = _mix(key + _mix(torch.tensor(token, device=device) + 1))
     key = _mix(key + torch.arange(num_thoughts, device=device)[:, None])  # (K, B)
     key = _mix(key[..., None] + torch.arange(length, device=device))  # (K, B, S)
-    return ((_shift(key, 40)).float() + 0.5) * 2.0**-24
+    # At the largest 24-bit numbers the half rounds away in float32: keep 1.0 out.
+    return ((_shift(key, 40).float() + 0.5) * 2.0**-24).clamp(max=1 - 2.0**-24)
 
 
 def _mix(x: Tensor) -> Tensor:

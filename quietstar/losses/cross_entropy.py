@@ -161,9 +161,10 @@ def _fused_segment(
     coefficients = segment.resolve(results)
     grad = None
     if buffers is not None and coefficients is not None:
-        grad = torch.zeros_like(segment.states)
+        grad = torch.empty_like(segment.states)
     for rows in _chunks(segment.states.shape[0], weight.shape[0]):
-        states = (segment.states[rows] * factor).to(dtype)
+        states = segment.states[rows].to(dtype)
+        states = states if factor == 1.0 else states * factor
         logits = states @ weight.t() if bias is None else torch.addmm(bias, states, weight.t())
         chunk = _SoftmaxChunk(logits, segment.targets[rows], segment.wants_entropy)
         pieces.append(chunk.result())

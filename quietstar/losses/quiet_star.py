@@ -7,13 +7,14 @@ probabilities, r the rewards and b their baseline (arXiv 2403.09629, sections 4.
     base     sum_i        -log p_base(x_{i+1})                           / N
     mixed    sum_{a,k,i}  -log p_mixed(x_{i+a})                          / (A K N)
     thought  sum_{a,k,i}  -log p_thought(x_{i+a})                        / (A K N)
+    draft    sum_i        -log p(x_{i+1} | x_<=i, start)                 / N   (ours)
     policy   sum_{k,i}    -(r - b) mean_t log p(t_t)                     / (K N)
     reward   r(i,k) = sum_a log p(x_{i+a}), p the mixed or the thought's own prediction
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -104,14 +105,16 @@ def quiet_star_loss(
         wants_thought_logprobs or config.thought_weight > 0 or config.reward == "thought"
     )
     builder = _Segments(states, mixing_weight, thoughts, targets, config, num_items)
-    segments = [builder.base(), builder.mixed(head)]
+    segments = {"base": builder.base(), "mixed": builder.mixed(head)}
     if needs_thought:
-        segments.append(builder.thought())
-    segments.append(builder.policy(policy_temperature))
+        segments["thought"] = builder.thought()
+    if config.draft_weight > 0:
+        segments["draft"] = builder.draft()
+    segments["policy"] = builder.policy(policy_temperature, list(segments))
     if not torch.is_grad_enabled():  # only the results are wanted; advantages may not exist
-        segments = [replace(s, coefficients=None) for s in segments]
-    loss, results = objective(segments, head)
-    return loss, builder.scored(results)
+        segments = {name: replace(s, coefficients=None) for name, s in segments.items()}
+    loss, results = objective(list(segments.values()), head)
+    return loss, builder.scored(dict(zip(segments, results, strict=True)))
 
 
 class _Segments:
@@ -156,14 +159,23 @@ class _Segments:
         targets, coefficients = self._ahead(self.config.thought_weight)
         return Segment(self.states.ahead.flatten(0, 3), targets, coefficients)
 
-    def policy(self, temperature: float) -> Segment:
+    def draft(self) -> Segment:
+        targets = self.targets[0].flatten()
+        coefficients = _filled(targets, self.config.draft_weight / self.num_items)
+        # The states at the start vector are the same for all thoughts of a position.
+        return Segment(self.states.policy[0, 0].flatten(0, 1), targets, coefficients)
+
+    def policy(self, temperature: float, earlier: Sequence[str]) -> Segment:
         length = self.thoughts.shape[0]
         has_target = self.valid.any(0)  # (B, S)
         targets = self.thoughts.where(has_target, IGNORE_INDEX).flatten()
         scale = 1.0 / (length * self.num_thoughts * self.num_items)
 
         def coefficients(results: Sequence[RowResult]) -> Tensor:
-            advantage = self.advantage(results) * self.config.policy_weight * scale
+            if self.config.policy_weight == 0:
+                return torch.zeros_like(targets, dtype=torch.float32)
+            reward = results[earlier.index(self.config.reward)]
+            advantage = self.advantage(reward) * self.config.policy_weight * scale
             return advantage.expand(length, *advantage.shape).flatten()
 
         bonus = None
@@ -179,23 +191,22 @@ class _Segments:
             wants_entropy=self.config.entropy_weight > 0,
         )
 
-    def advantage(self, results: Sequence[RowResult]) -> Tensor:
+    def advantage(self, result: RowResult) -> Tensor:
         """(K, B, S), without gradient; zero where no target is valid."""
-        source = results[2 if self.config.reward == "thought" else 1]
-        reward = rewards(-source.nll.view(self.mixing_weight.shape), self.valid)
+        reward = rewards(-result.nll.view(self.mixing_weight.shape), self.valid)
         return ESTIMATORS[self.config.estimator](reward)
 
-    def scored(self, results: Sequence[RowResult]) -> ScoredThoughts:
+    def scored(self, results: Mapping[str, RowResult]) -> ScoredThoughts:
         shape = self.mixing_weight.shape
-        policy = results[-1]
-        base = lookahead_states(results[0].nll.view(self.targets.shape[1:]), self.lookahead)
+        policy, thought = results["policy"], results.get("thought")
+        base = lookahead_states(results["base"].nll.view(self.targets.shape[1:]), self.lookahead)
         return ScoredThoughts(
             thoughts=self.thoughts,
             logprobs=-policy.nll.view(self.thoughts.shape),
             mixing_weight=self.mixing_weight.detach(),
             base_logprobs=-base,
-            mixed_logprobs=-results[1].nll.view(shape),
-            thought_logprobs=-results[2].nll.view(shape) if len(results) > 3 else None,
+            mixed_logprobs=-results["mixed"].nll.view(shape),
+            thought_logprobs=None if thought is None else -thought.nll.view(shape),
             valid=self.valid,
             entropy=None if policy.entropy is None else policy.entropy.view(self.thoughts.shape),
         )

@@ -28,17 +28,20 @@ def evaluate(run: Run) -> dict[str, float]:
 
     Returns:
         ``base_nll``, ``mixed_nll``, ``thought_nll``, ``gain``, ``gain_ahead``, ``mixing_weight``
-        and the like with the model's greedy thoughts; ``exchanged_mixed_nll`` and
-        ``pause_mixed_nll`` with the controls; ``gain_of_content`` = exchanged_mixed_nll -
-        mixed_nll; ``gain_over_pause`` = pause_mixed_nll - mixed_nll. Nats a token.
+        and the like with the model's greedy thoughts; ``exchanged_mixed_nll``,
+        ``exchanged_thought_nll``, ``pause_mixed_nll``, ``pause_thought_nll`` with the controls;
+        ``gain_of_content`` = exchanged_mixed_nll - mixed_nll; ``gain_over_pause`` =
+        pause_mixed_nll - mixed_nll. Nats a token.
     """
     accelerator = run.accelerator
     model = accelerator.unwrap_model(run.model)
     assert isinstance(model, QuietStarForCausalLM), type(model)
     totals: dict[str, ThoughtMetrics] = {}
     batches = list(run.eval_data.batches(run.config.training.micro_batch_size))
+    if len(batches) >= accelerator.num_processes:  # else every rank reads all: the means are equal
+        batches = batches[accelerator.process_index :: accelerator.num_processes]
     with accelerator.autocast(), run.reporter.evaluating(len(batches)) as advance:
-        for batch in batches[accelerator.process_index :: accelerator.num_processes]:
+        for batch in batches:
             for kind, metrics in compare(model, batch.to(accelerator.device)).items():
                 totals[kind] = totals[kind] + metrics if kind in totals else metrics
             advance()
@@ -83,7 +86,9 @@ def figures(totals: dict[str, ThoughtMetrics]) -> dict[str, float]:
     """From the metrics with own thoughts and each control to the figures of `evaluate`."""
     result = totals["own"].means()
     for kind in CONTROLS:
-        result[f"{kind}_mixed_nll"] = totals[kind].means()["mixed_nll"]
+        control = totals[kind].means()
+        result[f"{kind}_mixed_nll"] = control["mixed_nll"]
+        result[f"{kind}_thought_nll"] = control["thought_nll"]
     result["gain_of_content"] = result["exchanged_mixed_nll"] - result["mixed_nll"]
     result["gain_over_pause"] = result["pause_mixed_nll"] - result["mixed_nll"]
     return result
