@@ -123,8 +123,8 @@ class MixingHeadConfig(Section):
         default=0.0,
         ge=0,
         lt=1,
-        description="Lower bound of the mixing weight, so that it cannot collapse to 0 while thoughts"
-        " are still useless (part of the saved head).",
+        description="Lower bound of the mixing weight, so that it cannot collapse to 0 while"
+        " thoughts are still useless (part of the saved head).",
     )
     warmup_steps: int = Field(
         default=0,

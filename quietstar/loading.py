@@ -59,11 +59,7 @@ def load_base(
             f"{key}: cannot be loaded as a causal language model ({reason}). Give a folder with "
             "config.json and safetensors weights, or a hub id you can reach."
         ) from problem
-    if dropped:
-        logger.warning(
-            "dropout is set to 0 (%s): with it the loss would not score the sampled thoughts",
-            ", ".join(dropped),
-        )
+    _say_dropped(dropped)
     return model
 
 
@@ -100,6 +96,25 @@ def drop_dropout(config: PreTrainedConfig) -> list[str]:
     for name in names:
         setattr(config, name, 0.0)
     return names
+
+
+def drop_dropout_layers(model: PreTrainedModel) -> None:
+    """Set every dropout of a model that is already built to 0, and say so."""
+    _say_dropped(drop_dropout(model.config))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():  # OPT and Llama keep plain numbers
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def _say_dropped(names: list[str]) -> None:
+    if names:
+        logger.warning(
+            "dropout is set to 0 (%s): with it the loss would not score the sampled thoughts",
+            ", ".join(names),
+        )
 
 
 def add_adapters(model: PreTrainedModel, tuning: TuningConfig) -> torch.nn.Module:

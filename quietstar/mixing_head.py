@@ -52,6 +52,9 @@ class MixingHead(nn.Module):
         thought_states: Float[Tensor, "lookahead thoughts batch seq width"],
     ) -> Float[Tensor, "lookahead thoughts batch seq"]:
         """Mixing weight of every thought and lookahead, in float32."""
+        if not torch.is_autocast_enabled(text_states.device.type):  # weights of a bfloat16 model
+            dtype = self.text_layer.weight.dtype
+            text_states, thought_states = text_states.to(dtype), thought_states.to(dtype)
         text = lookahead_states(self.text_layer(text_states), thought_states.shape[0])
         hidden = torch.relu(text.unsqueeze(1) + self.thought_layer(thought_states))
         hidden = torch.relu(self.middle_layer(hidden))

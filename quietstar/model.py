@@ -18,7 +18,12 @@ from quietstar.engine.layout import IGNORE_INDEX
 from quietstar.engine.learn import LearnStates, learn_pass
 from quietstar.engine.rollout import Sampling, sample_thoughts
 from quietstar.engine.self_check import check_architecture, use_thinking_attention
-from quietstar.loading import add_adapters, initial_embedding, load_base
+from quietstar.loading import (
+    add_adapters,
+    drop_dropout_layers,
+    initial_embedding,
+    load_base,
+)
 from quietstar.losses.output_head import OutputHead, find_output_head
 from quietstar.losses.quiet_star import (
     ScoredThoughts,
@@ -103,6 +108,7 @@ class QuietStarForCausalLM(nn.Module):
             base = load_base(name_or_path, dtype=dtype, **hub)
         else:
             base = name_or_path
+            drop_dropout_layers(base)
             tokenizer = tokenizer or load_tokenizer(str(base.name_or_path), **hub)
         check_architecture(base)
         check_tokenizer_fits(tokenizer, embedding_weight(base).shape[0])

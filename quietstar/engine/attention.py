@@ -24,7 +24,7 @@ from transformers.masking_utils import sdpa_mask
 
 from quietstar.engine.dense import ScoreRules, dense_attention, dense_blocks
 from quietstar.engine.kernels import Kernel, find_kernel
-from quietstar.engine.own_block import own_backward, own_scores, own_values
+from quietstar.engine.own_block import at_least_float32, own_backward, own_scores, own_values
 
 ATTENTION_NAME = "quietstar"
 
@@ -196,7 +196,8 @@ class ParallelAttention(torch.autograd.Function):
         rows, scale = ctx.rows, ctx.scale
         text = (q, rows.text(k), rows.text(v))
         dq, dk, dv = ctx.kernel.backward(grad, text, out, lse, True, scale)
-        delta = torch.linalg.vecdot(rows.grid(out).float(), rows.grid(grad).float())
+        wide_out, wide_grad = (at_least_float32(rows.grid(x)) for x in (out, grad))
+        delta = torch.linalg.vecdot(wide_out, wide_grad)
         own_dq, own_dk, own_dv = own_backward(
             rows.own(grad),
             (rows.own(q), rows.own(k), rows.own(v)),

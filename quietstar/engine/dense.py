@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from quietstar.engine.own_block import at_least_float32
+
 
 @dataclass(frozen=True)
 class ScoreRules:
@@ -59,12 +61,12 @@ def dense_attention(
     n, heads, length, _ = q.shape
     kv_heads = text[0].shape[1]
     q = q.reshape(n, kv_heads, heads // kv_heads, length, -1)  # (N, Hkv, G, S, d)
-    scores = torch.einsum("nhgsd,nhjd->nhgsj", q, text[0]).float()
+    scores = at_least_float32(torch.einsum("nhgsd,nhjd->nhgsj", q, text[0]))
     visible = _visible(length, index, rules.window, q.device)
     scores = _softcap(scores * rules.scale, rules).masked_fill(~visible, -math.inf)
     if own is not None:
-        own_scores = torch.einsum("nhgsd,wnhsd->nhgsw", q, own[0]).float() * rules.scale
-        own_scores = _softcap(own_scores, rules)
+        own_scores = at_least_float32(torch.einsum("nhgsd,wnhsd->nhgsw", q, own[0]))
+        own_scores = _softcap(own_scores * rules.scale, rules)
         if rules.window is not None:
             distance = torch.arange(own[0].shape[0] - 1, -1, -1, device=q.device)
             own_scores = own_scores.masked_fill(distance >= rules.window, -math.inf)
@@ -96,7 +98,7 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
     if sinks is None:
         # A window may hide the whole text from a late block token; its own block never is.
         return scores.softmax(-1)
-    column = sinks.float().reshape(1, scores.shape[1], scores.shape[2], 1, 1)
+    column = sinks.to(scores.dtype).reshape(1, scores.shape[1], scores.shape[2], 1, 1)
     column = column.expand(*scores.shape[:-1], 1)
     return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
 

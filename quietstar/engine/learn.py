@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, jaxtyped
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,7 +14,6 @@ from quietstar.engine.backbone import run_backbone
 from quietstar.engine.layout import Layout, shift_ahead
 
 
-@jaxtyped(typechecker=None)
 @dataclass(frozen=True)
 class LearnStates:
     """Final states of a learn pass.

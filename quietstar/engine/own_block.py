@@ -15,8 +15,9 @@ from torch import Tensor
 
 
 def own_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Scaled scores in float32, (N, H, Q, W), -inf where a key is later than the query."""
-    scores = _by_group(q, k).bmm(_flat(k).mT).float().mul_(scale)
+    """Scaled scores in float32 at least, (N, H, Q, W), -inf where a key is later than the query."""
+    scores = _by_group(q, k).bmm(_flat(k).mT)
+    scores = at_least_float32(scores).mul_(scale)
     scores = scores.view(*q.shape[:3], k.shape[2])
     if q.shape[2] > 1:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
@@ -48,12 +49,17 @@ def own_backward(
     q, k, v = qkv
     weights = own_scores(q, k, scale).sub_(lse.unsqueeze(-1)).exp_()  # (N, H, Q, W)
     grad_weights = _by_group(grad, v).bmm(_flat(v).mT).view_as(weights)
-    grad_scores = (grad_weights.float() - delta.unsqueeze(-1)).mul_(weights).mul_(scale)
+    grad_scores = (at_least_float32(grad_weights) - delta.unsqueeze(-1)).mul_(weights).mul_(scale)
     weights, grad_scores = _by_group(weights.to(q.dtype), k), _by_group(grad_scores.to(q.dtype), k)
     dq = grad_scores.bmm(_flat(k)).view(q.shape)
     dk = grad_scores.mT.bmm(_by_group(q, k)).view(k.shape)
     dv = weights.mT.bmm(_by_group(grad, v)).view(v.shape)
     return dq, dk, dv
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precisions in float32; float64 stays, so that ``gradcheck`` can be run."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _by_group(x: Tensor, keys: Tensor) -> Tensor:

@@ -128,15 +128,18 @@ class _WeightGradients:
         wants_bias = wants_bias and bias is not None
         self.bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if wants_bias else None
 
-    def add(self, grad_logits: Tensor, states: Tensor) -> None:
-        """Add one chunk: (rows, V') and (rows, D), V' the first rows of the vocabulary."""
+    def add(self, grad_logits: Tensor, states: Tensor, factor: float) -> None:
+        """Add one chunk: (rows, V') and (rows, D), V' the first rows of the vocabulary.
+
+        The states were multiplied by ``factor`` already; the bias is here.
+        """
         size = grad_logits.shape[1]
         if self.weight is not None and grad_logits.dtype == torch.float32:
             self.weight[:size].addmm_(grad_logits.t(), states)
         elif self.weight is not None:
             self.weight[:size].add_(grad_logits.t() @ states)
         if self.bias is not None:
-            self.bias[:size] += grad_logits.sum(0, dtype=torch.float32)
+            self.bias[:size] += factor * grad_logits.sum(0, dtype=torch.float32)
 
     def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The gradients times ``factor``, in the dtypes of the parameters."""
@@ -176,7 +179,7 @@ def _fused_segment(
                 else segment.entropy_coefficients[rows],
             ).to(dtype)
             torch.mul(grad_logits @ weight, factor, out=grad[rows])
-            buffers.add(grad_logits, states)
+            buffers.add(grad_logits, states, factor)
     result = _concatenate(pieces)
     return _value(segment, coefficients, result), grad, result
 

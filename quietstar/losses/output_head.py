@@ -42,7 +42,7 @@ class OutputHead:
         """Whether mixing logits is mixing states, and the fused cross entropy serves."""
         return self.softcap is None and type(self.module) is torch.nn.Linear
 
-    def logits(self, states: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocab"]:
+    def logits(self, states: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocab"]:
         """Logits in float32 over the whole vocabulary."""
         logits = self.module(states.to(self.weight.dtype)).float() * self.scale
         if self.softcap is not None:

@@ -106,6 +106,8 @@ class Reporter:
         self.active = accelerator.is_main_process
         self.console = Console(stderr=False, highlight=False)
         self.path = Path(config.training.output_dir) / METRICS_FILE
+        if self.active and start_step > 0:
+            forget_later(self.path, start_step)
         self.evaluations: list[tuple[int, dict[str, float]]] = []
         self._sounded: set[str] = set()
         self._began = time.perf_counter()
@@ -229,6 +231,13 @@ class Reporter:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self.accelerator.log({f"{kind}/{k}": v for k, v in figures.items()}, step=step)
+
+
+def forget_later(path: Path, step: int) -> None:
+    """Drop the records after ``step``: a resumed run writes them again."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    path.write_text("".join(kept), encoding="utf-8")
 
 
 def evaluation_table(evaluations: list[tuple[int, dict[str, float]]]) -> Table:

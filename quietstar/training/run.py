@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration, set_seed
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -44,7 +46,8 @@ def run_training(config: Config, resume: str | None = None) -> Path:
     output_dir = Path(config.training.output_dir)
     accelerator = build_accelerator(config)
     checkpoint = find_checkpoint(output_dir, resume)
-    if checkpoint is None:
+    is_new = checkpoint is None or output_dir.resolve() not in checkpoint.resolve().parents
+    if is_new:
         check_free(output_dir, config.training.overwrite)
     set_seed(config.training.seed)
     hub = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
@@ -52,7 +55,7 @@ def run_training(config: Config, resume: str | None = None) -> Path:
     train_data, eval_data, report = build_data(config.data, tokenizer, config.training.seed)
     model = build_model(config, tokenizer, hub)
     check_positions(config, model)
-    if checkpoint is None and accelerator.is_main_process:
+    if is_new and accelerator.is_main_process:
         start_folder(output_dir, config)
     accelerator.wait_for_everyone()
 
@@ -62,7 +65,7 @@ def run_training(config: Config, resume: str | None = None) -> Path:
     prepared, optimizer = accelerator.prepare(model, optimizer)
     accelerator.register_for_checkpointing(scheduler)
     start_step = 0 if checkpoint is None else load_checkpoint(accelerator, checkpoint)
-    accelerator.init_trackers("quietstar")
+    accelerator.init_trackers("quietstar", config=flat(config))
     with Reporter(config, accelerator, tokenizer, start_step) as reporter:
         reporter.say(report.summary())
         reporter.say(describe(model, config))
@@ -78,6 +81,12 @@ def run_training(config: Config, resume: str | None = None) -> Path:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return final
+
+
+def flat(config: Config) -> dict[str, str]:
+    """Dotted keys and values as text, which every tracker takes."""
+    sections = config.model_dump().items()
+    return {f"{name}.{key}": str(value) for name, part in sections for key, value in part.items()}
 
 
 def quiet_libraries() -> None:
@@ -97,6 +106,7 @@ def build_accelerator(config: Config) -> Accelerator:
         # Without it every rank believes it is alone, and all write the same files.
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
     output_dir = Path(config.training.output_dir)
+    check_trackers(config.logging.trackers)
     accelerator = Accelerator(
         mixed_precision=config.training.precision,
         log_with=list(config.logging.trackers) or None,
@@ -122,6 +132,23 @@ def build_accelerator(config: Config) -> Accelerator:
             f"({accelerator.num_processes}) = {share}, so that every process has the same work"
         )
     return accelerator
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse a tracker that accelerate would leave out in silence.
+
+    Raises:
+        UserError: It is unknown to accelerate, or its package is not installed.
+    """
+    available = {tracker.value for tracker in get_available_trackers()}
+    missing = [name for name in names if name not in available]
+    if missing:
+        known = sorted({tracker.value for tracker in LoggerType} - {"all"})
+        remedy = f"pip install {missing[0]}" if missing[0] in known else f"use {', '.join(known)}"
+        raise UserError(
+            f"logging.trackers: {missing[0]!r} is not available (here are: "
+            f"{', '.join(sorted(available)) or 'none'}); {remedy}, or leave it out"
+        )
 
 
 def find_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
