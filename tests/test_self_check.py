@@ -1,0 +1,184 @@
+"""Refusal by measurement: what must be refused is, and the measurement is not blind."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from architectures import REFUSED, SUPPORTED, meta_model, tiny_architecture
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from quietstar import QuietStarForCausalLM
+from quietstar.engine import attention, dense, self_check
+from quietstar.engine.attention import LearnPass, RowViews
+from quietstar.engine.layout import Layout
+from quietstar.engine.self_check import TOLERANCE, check_architecture, worst_error
+from quietstar.errors import UserError
+from quietstar.losses import output_head
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_a_supported_architecture_passes(name):
+    check_architecture(meta_model(name))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_unsupported_architecture_is_refused_in_one_line_that_names_its_class(name, tokenizer):
+    model = meta_model(name)
+    with pytest.raises(UserError) as caught:
+        QuietStarForCausalLM.from_base(model, tokenizer=tokenizer)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert type(model).__name__ in message
+    assert "is not supported" in message
+
+
+def test_the_check_runs_once_for_a_config(monkeypatch):
+    runs = []
+    monkeypatch.setattr(self_check, "_passed", set())
+    monkeypatch.setattr(self_check, "worst_error", lambda model: runs.append(model) or 0.0)
+    check_architecture(meta_model("llama"))
+    check_architecture(meta_model("llama"))
+    check_architecture(meta_model("mistral"))
+    assert len(runs) == 2
+
+
+def test_the_check_leaves_the_model_and_the_random_state_as_they_were():
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=8,
+        rms_norm_eps=3e-6,  # a config that no other test has checked
+    )
+    model = LlamaForCausalLM(config)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    settings, state = config.to_json_string(), torch.get_rng_state()
+    check_architecture(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.config.to_json_string() == settings
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+# --- The check is not blind: each fault, on an architecture that has the feature ------------------
+
+
+def _rules(**changes):
+    """Attention that misreads its rules."""
+    read = attention._score_rules
+
+    def misread(*args):
+        rules = read(*args)
+        new = {key: change(getattr(rules, key)) for key, change in changes.items()}
+        return replace(rules, **new)
+
+    return lambda patch: patch.setattr(attention, "_score_rules", misread)
+
+
+def _no_score_softcap(patch):
+    patch.setattr(dense, "_softcap", lambda scores, rules: scores)
+
+
+def _window_ignores_the_place_in_the_block(patch):
+    visible = dense._visible
+    patch.setattr(
+        dense, "_visible", lambda length, index, *rest: visible(length, min(index, 0), *rest)
+    )
+
+
+def _no_sinks_in_blocks(patch):
+    patch.setattr(dense, "_softmax", lambda scores, sinks: scores.softmax(-1))
+
+
+def _text_row_wrong(patch):
+    def text(self, x):
+        wrong = x[self.batch_size : 2 * self.batch_size]
+        return wrong.expand(x.shape)
+
+    patch.setattr(RowViews, "text", text)
+
+
+def _block_positions_off_by_one(patch):
+    position_ids = Layout.position_ids
+
+    def shifted(self, device):
+        positions = position_ids(self, device)
+        positions[self.batch_size :] += 1
+        return positions
+
+    patch.setattr(Layout, "position_ids", shifted)
+
+
+def _own_block_not_causal(patch):
+    def scores(q, k, scale):
+        groups = q.shape[1] // k.shape[1]
+        return q @ k.repeat_interleave(groups, 1).mT * scale
+
+    patch.setattr(attention, "own_scores", scores)
+
+
+def _thoughts_of_a_position_exchanged(patch):
+    attend = LearnPass.attend
+
+    def exchanged(self, layer, q, k, v, rules):
+        out = attend(self, layer, q, k, v, rules).clone()
+        blocks = out[self.batch_size :].unflatten(0, (-1, self.num_thoughts, self.batch_size))
+        out[self.batch_size :] = blocks.flip(1).flatten(0, 2)
+        return out
+
+    patch.setattr(LearnPass, "attend", exchanged)
+
+
+def _no_merge(patch):
+    patch.setattr(attention, "add_own_", lambda *args: None)
+
+
+def _rollout_keys_lost(patch):
+    store = attention.RolloutCache.store_own
+
+    def store_zeros(self, layer, index, k, v):
+        return store(self, layer, index, torch.zeros_like(k), v)
+
+    patch.setattr(attention.RolloutCache, "store_own", store_zeros)
+
+
+def _no_logit_scale(patch):
+    patch.setattr(output_head, "_logit_scale", lambda config: 1.0)
+
+
+def _no_logit_softcap(patch):
+    find = self_check.find_output_head
+    patch.setattr(self_check, "find_output_head", lambda m: replace(find(m), softcap=None))
+
+
+FAULTS = {
+    "soft cap of the scores ignored": ("gemma2", _no_score_softcap),
+    "soft cap of the scores read as none": ("gemma2", _rules(softcap=lambda cap: None)),
+    "soft cap of the logits ignored": ("gemma2", _no_logit_softcap),
+    "window ignored": ("mistral", _rules(window=lambda window: None)),
+    "window ignored in some layers": ("gemma3_text", _rules(window=lambda window: None)),
+    "window too long by one": ("mistral", _rules(window=lambda window: window + 1)),
+    "window not moved with the block token": ("mistral", _window_ignores_the_place_in_the_block),
+    "scale of the scores wrong": ("llama", _rules(scale=lambda scale: 1.01 * scale)),
+    "scale of the scores wrong, dense": ("gemma2", _rules(scale=lambda scale: 1.01 * scale)),
+    "own scale of the scores ignored": ("granite", _rules(scale=lambda scale: 0.25)),
+    "sinks ignored": ("gpt_oss", _no_sinks_in_blocks),
+    "sinks read as none": ("gpt_oss", _rules(sinks=lambda sinks: None)),
+    "another row taken for the text": ("llama", _text_row_wrong),
+    "rotary positions off by one": ("llama", _block_positions_off_by_one),
+    "learned positions off by one": ("gpt2", _block_positions_off_by_one),
+    "own block not causal": ("llama", _own_block_not_causal),
+    "thoughts exchanged": ("llama", _thoughts_of_a_position_exchanged),
+    "own block left out": ("llama", _no_merge),
+    "keys of the rollout lost": ("llama", _rollout_keys_lost),
+    "scale of the logits ignored": ("cohere", _no_logit_scale),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_check_sees_a_fault(fault, monkeypatch):
+    name, break_it = FAULTS[fault]
+    model = tiny_architecture(name)
+    break_it(monkeypatch)
+    assert worst_error(model) > TOLERANCE

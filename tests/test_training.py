@@ -1,0 +1,433 @@
+"""Training runs: one trajectory for every cut, resuming, refusals, and what a run leaves behind."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from tiny import (
+    GPT2,
+    plain_model,
+    random_texts,
+    read_metrics,
+    run_config,
+    thinking_model,
+    write_texts,
+)
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import quietstar.model
+from quietstar import QuietStarForCausalLM, cli
+from quietstar.config import OptimConfig
+from quietstar.config_io import load_config
+from quietstar.data import build_data, load_tokenizer
+from quietstar.errors import UserError
+from quietstar.metrics import ThoughtMetrics
+from quietstar.outputs import QuietStarOutput
+from quietstar.training import loop, run
+from quietstar.training.evaluation import compare, exchange, figures
+from quietstar.training.optimizer import build_optimizer, gradient_norms
+from quietstar.training.reporter import Reporter, StepRecord
+from quietstar.training.run import run_training
+
+ROOT = Path(__file__).parents[1]
+CLOCK = ("seconds", "text_tokens_per_second", "thought_tokens_per_second", "peak_memory_mb")
+
+
+def train(config, resume=None):
+    """Run a config; returns the run folder."""
+    return run_training(config, resume=resume).parent
+
+
+def without(records, keys):
+    return [{k: v for k, v in r.items() if k not in keys} for r in records]
+
+
+def timeless(records):
+    """Records without the figures of clock and memory."""
+    return without(records, CLOCK)
+
+
+def assert_close(records, wanted, **tolerance):
+    """Two runs' records agree to a tolerance."""
+    assert [(r["kind"], r["step"]) for r in records] == [(r["kind"], r["step"]) for r in wanted]
+    for record, other in zip(records, wanted, strict=True):
+        a, b = ({k: v for k, v in r.items() if k != "kind"} for r in (record, other))
+        assert a == pytest.approx(b, **tolerance)
+
+
+def final_weights(folder):
+    files = sorted((folder / "final").glob("*.safetensors"))
+    assert files
+    return {f"{f.name}:{name}": x for f in files for name, x in load_file(f).items()}
+
+
+def assert_same_weights(folder, other):
+    a, b = final_weights(folder), final_weights(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def snapshot(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# --- One trajectory -------------------------------------------------------------------------------
+
+
+def test_every_cut_of_the_batch_gives_one_trajectory(tmp_path):
+    """Padding differs among the texts, so a mean of micro-batch means would show."""
+    trajectories = {}
+    for micro in (8, 4, 2, 1):
+        config = run_config(
+            tmp_path,
+            training__micro_batch_size=micro,
+            training__output_dir=str(tmp_path / f"run{micro}"),
+            data__seq_len=28,  # texts are 14 to 38 tokens
+            loss__policy_weight=1.0,
+            training__steps=3,
+        )
+        trajectories[micro] = timeless(read_metrics(train(config)))
+    whole = trajectories.pop(8)
+    # Thoughts are exchanged within an evaluation's micro-batch, so that control depends on it.
+    exchanged = ("exchanged_mixed_nll", "exchanged_thought_nll", "gain_of_content")
+    for records in trajectories.values():
+        # Float32 sums in another order; three steps of AdamW amplify it.
+        assert_close(without(records, exchanged), without(whole, exchanged), rel=2e-5, abs=2e-5)
+        losses, wanted = ([r["loss"] for r in x if "loss" in r] for x in (records, whole))
+        assert losses == pytest.approx(wanted, rel=2e-6)
+
+
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch):
+    settings = {
+        "training__steps": 4,
+        "training__save_every": 2,
+        "training__eval_every": 2,
+        "training__micro_batch_size": 4,
+        "optim__warmup_steps": 3,
+        "optim__schedule": "cosine",
+    }
+    whole = train(run_config(tmp_path, **settings, training__output_dir=str(tmp_path / "whole")))
+
+    def save_and_die(*args):
+        save_checkpoint(*args)
+        raise KeyboardInterrupt
+
+    save_checkpoint = loop.save_checkpoint
+    config = run_config(tmp_path, **settings)
+    monkeypatch.setattr(loop, "save_checkpoint", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.setattr(loop, "save_checkpoint", save_checkpoint)
+    folder = tmp_path / "run"
+    assert [r["step"] for r in read_metrics(folder)] == [0, 1, 2, 2]
+    assert train(config, resume="auto") == folder
+    assert timeless(read_metrics(folder)) == timeless(read_metrics(whole))
+    assert_same_weights(folder, whole)
+
+
+def test_a_checkpoint_by_path_goes_on_in_another_folder(tmp_path):
+    config = run_config(tmp_path, training__save_every=2, training__steps=4)
+    first = train(config)
+    other = run_config(
+        tmp_path,
+        training__save_every=1,
+        training__keep_checkpoints=5,
+        training__steps=4,
+        training__output_dir=str(tmp_path / "other"),
+    )
+    second = train(other, resume=str(first / "checkpoints" / "step-000002"))
+    assert timeless(read_metrics(second, "train")) == timeless(read_metrics(first, "train")[2:])
+    assert_same_weights(second, first)
+    assert load_config(second / "config.yaml") == other
+    before = snapshot(first)  # nor does such a checkpoint get into the records of another run
+    with pytest.raises(UserError, match="already holds a run"):
+        train(config, resume=str(second / "checkpoints" / "step-000003"))
+    assert snapshot(first) == before
+
+
+def test_resume_auto_without_a_checkpoint_starts_anew(tmp_path):
+    folder = train(run_config(tmp_path, training__steps=1), resume="auto")
+    assert [r["step"] for r in read_metrics(folder)] == [0, 1, 1]
+
+
+def test_only_the_newest_checkpoints_are_kept_and_none_is_half_written(tmp_path):
+    folder = train(run_config(tmp_path, training__save_every=1, training__keep_checkpoints=2))
+    names = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert names == ["step-000002", "step-000003"]
+
+
+def test_the_resolved_config_starts_the_same_run_again(tmp_path):
+    folder = train(run_config(tmp_path, training__steps=2))
+    records, weights = read_metrics(folder), tmp_path / "first"
+    folder.rename(weights)
+    again = train(load_config(weights / "config.yaml"))
+    assert timeless(read_metrics(again)) == timeless(records)
+    assert_same_weights(again, weights)
+
+
+# --- The run folder -------------------------------------------------------------------------------
+
+
+def test_a_folder_with_another_run_is_refused_untouched_and_overwritten_only_if_asked(tmp_path):
+    folder = train(run_config(tmp_path, training__steps=2, training__save_every=2))
+    before = snapshot(folder)
+    assert len(before) > 5
+    with pytest.raises(UserError, match="already holds a run"):
+        train(run_config(tmp_path, training__steps=1))
+    assert snapshot(folder) == before
+    train(run_config(tmp_path, training__steps=1, training__overwrite=True))
+    assert [r["step"] for r in read_metrics(folder)] == [0, 1, 1]
+    assert not (folder / "checkpoints").exists()
+
+
+def test_a_failed_setup_leaves_an_overwritable_run_as_it_was(tmp_path):
+    folder = train(run_config(tmp_path, training__steps=1))
+    before = snapshot(folder)
+    with pytest.raises(UserError):
+        train(run_config(tmp_path, training__overwrite=True, data__train=str(tmp_path / "no.txt")))
+    assert snapshot(folder) == before
+
+
+def test_records_have_exactly_the_documented_keys(tmp_path):
+    table = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| ([a-z, ]+) \|", table, flags=re.MULTILINE)
+    folder = train(run_config(tmp_path, training__steps=1))
+    for kind in ("train", "eval"):
+        documented = {key for key, kinds in rows if kind in kinds.split(", ")}
+        for record in read_metrics(folder, kind):
+            assert record.keys() == documented, kind
+
+
+def test_the_final_model_gives_the_last_evaluation_again(tmp_path):
+    config = run_config(tmp_path, training__steps=2, thoughts__start_init="x")
+    folder = train(config)
+    model = QuietStarForCausalLM.from_pretrained(folder / "final")
+    tokenizer = load_tokenizer(str(folder / "final"))
+    _, eval_data, _ = build_data(config.data, tokenizer, config.training.seed)
+    totals = {}
+    for batch in eval_data.batches(config.training.micro_batch_size):
+        for kind, metrics in compare(model, batch).items():
+            totals[kind] = totals[kind] + metrics if kind in totals else metrics
+    last = read_metrics(folder, "eval")[-1]
+    again = figures(totals)
+    assert again["mixed_nll"] == pytest.approx(last["mixed_nll"], rel=1e-6)
+    assert again == pytest.approx({k: last[k] for k in again}, rel=1e-5, abs=1e-6)
+
+
+# --- Refusals and alarms --------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, monkeypatch):
+    seen = {}
+    real_loss, real_train = quietstar.model.quiet_star_loss, run.train
+
+    def poisoned(*args, **kwargs):
+        loss, scored = real_loss(*args, **kwargs)
+        return (loss * float("nan") if loss.requires_grad else loss), scored
+
+    def watched(this):
+        seen["model"] = this.model
+        seen["before"] = {n: p.detach().clone() for n, p in this.model.named_parameters()}
+        real_train(this)
+
+    monkeypatch.setattr(quietstar.model, "quiet_star_loss", poisoned)
+    monkeypatch.setattr(run, "train", watched)
+    with pytest.raises(UserError, match=r"step 1: loss nan.*is not finite"):
+        train(run_config(tmp_path))
+    for name, parameter in seen["model"].named_parameters():
+        assert torch.equal(parameter, seen["before"][name]), name
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_too(tmp_path, monkeypatch):
+    real = loop.gradient_norms
+
+    def poisoned(accelerator, model, clip_norm):
+        next(iter(model.parameters())).grad.view(-1)[0] = float("inf")
+        return real(accelerator, model, clip_norm)
+
+    monkeypatch.setattr(loop, "gradient_norms", poisoned)
+    with pytest.raises(UserError, match="gradient norm inf is not finite"):
+        train(run_config(tmp_path))
+
+
+def test_too_few_positions_are_refused_with_the_numbers(tmp_path):
+    longest = 64 - 2 - 2 - 1  # positions - length - lookahead - 1
+    with pytest.raises(UserError, match=rf"data.seq_len \(60\).* 64 positions.*at most {longest}"):
+        train(run_config(tmp_path, data__seq_len=60))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unsupported_architecture_is_refused_in_one_line(tmp_path, capsys):
+    config = AutoConfig.for_model(
+        "falcon", hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=258
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "falcon")
+    load_tokenizer("bytes").save_pretrained(tmp_path / "falcon")
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        f"model: {{name_or_path: {tmp_path / 'falcon'}}}\n"
+        f"data: {{train: {write_texts(tmp_path / 'texts.jsonl')}, seq_len: 12}}\n"
+        f"logging: {{trackers: []}}\n"
+        f"training: {{precision: 'no', output_dir: {tmp_path / 'run'}}}\n"
+    )
+    capsys.readouterr()
+    assert cli.main(["train", "--config", str(file)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert "FalconForCausalLM (model_type falcon) is not supported" in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+ALARMING = {
+    "entropy": (0.01, "almost no entropy"),
+    "distinct": (0.2, "repeat themselves"),
+    "alike": (0.95, "REINFORCE has no signal"),
+    "mixing_weight": (0.001, "mixing weight fell"),
+}
+
+
+@pytest.mark.parametrize("name", ALARMING)
+def test_an_alarm_sounds_once_for_the_figure_that_is_bad(name, tmp_path, capsys):
+    healthy = {
+        "base_nll": 2.0,
+        "mixed_nll": 1.9,
+        "mixing_weight": 0.1,
+        "entropy": 2.0,
+        "distinct": 0.9,
+        "alike": 0.1,
+    }
+    config = run_config(tmp_path, training__steps=100)
+    (tmp_path / "run").mkdir()
+    reporter = Reporter(config, Accelerator(cpu=True), load_tokenizer("bytes"))
+
+    def report(step, changes):
+        sums = {k: torch.tensor(v) for k, v in (healthy | changes).items()}
+        metrics = ThoughtMetrics(sums, dict.fromkeys(sums, torch.tensor(1)))
+        record = StepRecord(step, torch.tensor(1.0), metrics, {"total": torch.tensor(1.0)}, 0.1)
+        reporter.step_begins()
+        reporter.step_ends(record, QuietStarOutput())
+        return [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning:")]
+
+    value, words = ALARMING[name]
+    assert report(21, {}) == []
+    assert report(20, {name: value}) == []  # the first steps are silent
+    (line,) = report(22, {name: value})
+    assert words in line
+    assert "step 22" in line
+    assert report(23, {name: value}) == []
+
+
+# --- Optimiser ------------------------------------------------------------------------------------
+
+
+def test_each_group_has_its_own_learning_rate_and_vectors_do_not_decay():
+    model = thinking_model()
+    config = OptimConfig(lr=0.1, mixing_head_lr=0.2, embedding_lr=0.3, weight_decay=0.5)
+    optimizer = build_optimizer(model, config)
+    settings = {
+        p: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]
+    }
+    rates = {
+        "language_model": 0.1,
+        "mixing_head": 0.2,
+        "start_embedding": 0.3,
+        "end_embedding": 0.3,
+    }
+    for name, parameter in model.named_parameters():
+        decay = 0.5 if parameter.ndim == 2 else 0.0
+        assert settings[parameter] == (rates[name.split(".")[0]], decay), name
+
+
+def test_gradient_norms_are_those_of_each_group_before_clipping():
+    model = thinking_model()
+    model(random_texts()).loss.backward()
+    squares = {"language_model": 0.0, "mixing_head": 0.0, "embeddings": 0.0}
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0]
+        group = "embeddings" if part.endswith("_embedding") else part
+        squares[group] += parameter.grad.double().square().sum().item()
+    norms = gradient_norms(Accelerator(cpu=True), model, 1e-3)
+    assert {n: x.item() for n, x in norms.items()} == pytest.approx(
+        {n: x**0.5 for n, x in squares.items()} | {"total": sum(squares.values()) ** 0.5}, rel=1e-5
+    )
+    clipped = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    assert clipped.item() == pytest.approx(1e-3, rel=1e-2)
+
+
+# --- exchange -------------------------------------------------------------------------------------
+
+
+def test_exchange_gives_no_position_its_own_thoughts_and_leaves_padding_alone():
+    batch, num_thoughts, length = 3, 2, 7
+    real = torch.arange(length).expand(batch, -1) < torch.tensor([[7], [4], [1]])
+    tokens = torch.arange(batch * num_thoughts * length * 2).view(batch, num_thoughts, length, 2)
+    for seed in range(20):
+        exchanged = exchange(tokens, real, seed)
+        same = (exchanged == tokens).flatten(3).all(-1).transpose(1, 2).all(-1)  # (B, S)
+        assert torch.equal(same, ~real)
+        # a position's thoughts stay together, and every position's are used once
+        groups = [t.transpose(1, 2)[real].flatten(1).tolist() for t in (tokens, exchanged)]
+        assert sorted(groups[0]) == sorted(groups[1])
+    assert not torch.equal(exchange(tokens, real, 1), exchange(tokens, real, 2))
+
+
+# --- Other models ---------------------------------------------------------------------------------
+
+
+def test_a_lora_run_trains_and_its_final_model_loads(tmp_path):
+    plain_model().save_pretrained(tmp_path / "base")
+    config = run_config(
+        tmp_path,
+        model__name_or_path=str(tmp_path / "base"),
+        model__config=None,
+        tuning__method="lora",
+        tuning__lora_rank=2,
+        training__save_every=3,
+    )
+    folder = train(config)
+    losses = [r["loss"] for r in read_metrics(folder, "train")]
+    assert len(set(losses)) == 3
+    assert not (folder / "final" / "model.safetensors").exists()
+    model = QuietStarForCausalLM.from_pretrained(folder / "final")
+    adapters = [p for n, p in model.named_parameters() if "lora_B" in n]
+    assert adapters
+    assert all(p.any() for p in adapters)
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    embedding = model.causal_lm.get_input_embeddings().weight
+    assert torch.equal(embedding, base["model.embed_tokens.weight"])
+    # A checkpoint holds what trains, not the frozen base.
+    trained = load_file(folder / "checkpoints" / "step-000003" / "trainable.safetensors")
+    assert not any("embed_tokens" in name or "base_layer" in name for name in trained)
+
+
+def test_gpt2_trains(tmp_path):
+    folder = train(run_config(tmp_path, model__config=dict(GPT2), training__steps=2))
+    assert [r["step"] for r in read_metrics(folder, "train")] == [1, 2]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_learns(seed, tmp_path):
+    config = run_config(tmp_path, training__steps=12, training__seed=seed, optim__lr=0.03)
+    before, after = read_metrics(train(config), "eval")
+    for name in ("base_nll", "mixed_nll", "thought_nll"):
+        assert after[name] < before[name] - 0.3, name
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path):
+    records = []
+    for on in (False, True):
+        config = run_config(
+            tmp_path,
+            training__activation_checkpointing=on,
+            training__output_dir=str(tmp_path / str(on)),
+        )
+        folder = train(config)
+        records.append(timeless(read_metrics(folder)))
+        shutil.rmtree(folder)
+    assert_close(*records, rel=1e-5, abs=1e-6)

@@ -1,0 +1,121 @@
+"""Small models, texts and run configs that the tests share."""
+
+import json
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from quietstar import QuietStarForCausalLM
+from quietstar.config import (
+    Config,
+    LossConfig,
+    MixingHeadConfig,
+    ThoughtsConfig,
+    TuningConfig,
+)
+from quietstar.data import load_tokenizer
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 64,
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+}
+BYTES_VOCAB = 258
+"""Tokens of the byte-level tokenizer."""
+
+
+def plain_model(fields=LLAMA, *, dtype=torch.float32, seed=0, **more):
+    """A causal LM with weights large enough that its predictions are far from uniform."""
+    config = AutoConfig.for_model(**{"vocab_size": BYTES_VOCAB, **fields, **more})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim >= 2:
+                    parameter.normal_(std=0.4)
+    return model.to(dtype).eval()
+
+
+def thinking_model(
+    base=None, *, thoughts=None, loss=None, head=None, tuning=None, randomise=True, seed=1
+):
+    """A Quiet-STaR model; with ``randomise`` its vectors and mixing head are not the initial."""
+    model = QuietStarForCausalLM.from_base(
+        plain_model() if base is None else base,
+        tokenizer=load_tokenizer("bytes"),
+        thoughts=ThoughtsConfig(**{"length": 2, "lookahead": 2, **(thoughts or {})}),
+        mixing_head=MixingHeadConfig(**(head or {})),
+        loss=LossConfig(**(loss or {})),
+        tuning=TuningConfig(**(tuning or {})),
+    )
+    if randomise:
+        randomise_own_weights(model, seed)
+    return model
+
+
+@torch.no_grad()
+def randomise_own_weights(model, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if not name.startswith("language_model."):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+
+
+def random_texts(batch=2, length=9, vocab=BYTES_VOCAB, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocab, (batch, length), generator=generator)
+
+
+def write_texts(path, count=40):
+    """A .jsonl file of short sums, 14 to 38 tokens each; returns its name."""
+    pairs = [(a, b) for a in range(8) for b in range(5)][:count]
+    lines = [f"{a} plus {b} is {a + b}" + ", and so on" * (a % 3) for a, b in pairs]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def run_config(folder, **changes):
+    """Config of a run of a few small steps in ``folder``; ``changes`` name keys with ``__``."""
+    settings = {
+        "model": {"config": dict(LLAMA), "tokenizer": "bytes"},
+        "thoughts": {"length": 2, "lookahead": 2, "num_thoughts": 2},
+        "data": {"train": None, "seq_len": 12, "eval_sequences": 4, "eval_fraction": 0.2},
+        "optim": {"lr": 0.01, "warmup_steps": 0},
+        "training": {
+            "steps": 3,
+            "batch_size": 8,
+            "micro_batch_size": 8,
+            "precision": "no",
+            "eval_every": 0,
+            "save_every": 0,
+            "output_dir": str(folder / "run"),
+        },
+        "logging": {"trackers": [], "thought_every": 0},
+    }
+    if "data__train" not in changes:
+        changes["data__train"] = write_texts(folder / "texts.jsonl")
+    for key, value in changes.items():
+        section, name = key.split("__")
+        settings.setdefault(section, {})[name] = value
+    return Config.model_validate(settings)
+
+
+def read_metrics(run_folder, kind=None):
+    """Records of metrics.jsonl, all or of one kind."""
+    text = (run_folder / "metrics.jsonl").read_text(encoding="utf-8")
+    records = [json.loads(line) for line in text.splitlines()]
+    return [r for r in records if kind in (None, r["kind"])]
