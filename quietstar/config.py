@@ -310,6 +310,12 @@ class TrainingConfig(Section):
         default="bf16",
         description="Arithmetic: bfloat16 autocast, or none (the weights' own type).",
     )
+    cpu_threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="Threads of each process without a GPU; null shares the cores among the"
+        " processes of the machine, where accelerate launch would give each one thread.",
+    )
     activation_checkpointing: bool = Field(
         default=False,
         description="Recompute activations in the backward pass: less memory, more time.",
@@ -426,6 +432,12 @@ def _model_rules(config: Config) -> Iterator[CrossFieldProblem]:
         )
     if model.config is None:
         return
+    if config.tuning.method == "lora":
+        yield CrossFieldProblem(
+            ("tuning.method", "model.config"),
+            "tuning.method: lora needs a pretrained model, but model.config makes random weights,"
+            " which a saved adapter could not name. Set tuning.method: full.",
+        )
     if not isinstance(model.config.get("model_type"), str):
         yield CrossFieldProblem(
             ("model.config",),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from quietstar.config import MixingHeadConfig
 from quietstar.engine.layout import lookahead_states
+from quietstar.precision import at_least_float32
 
 
 class MixingHead(nn.Module):
@@ -58,7 +59,7 @@ class MixingHead(nn.Module):
         text = lookahead_states(self.text_layer(text_states), thought_states.shape[0])
         hidden = torch.relu(text.unsqueeze(1) + self.thought_layer(thought_states))
         hidden = torch.relu(self.middle_layer(hidden))
-        weight = self.last_layer(hidden).squeeze(-1).float()
+        weight = at_least_float32(self.last_layer(hidden).squeeze(-1))
         if not self.sigmoid:
             return weight
         return self.floor + (1 - self.floor) * torch.sigmoid(weight)

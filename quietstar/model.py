@@ -136,19 +136,26 @@ class QuietStarForCausalLM(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, dtype: torch.dtype | str = "auto", trainable: bool = False
+        cls,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | str = "auto",
+        trainable: bool = False,
+        **hub: Any,
     ) -> QuietStarForCausalLM:
         """Load a saved Quiet-STaR model: what was saved is what is used.
 
         Args:
             folder: Written by `save_pretrained`.
-            dtype: Of the language model's weights; as saved by default.
+            dtype: Of the language model's weights; by default the one they were trained in.
             trainable: Whether adapters can be trained further.
+            **hub: ``revision`` (of an adapter's base; the one trained on by default) and
+                ``trust_remote_code``.
 
         Raises:
             UserError: The folder holds no Quiet-STaR model.
         """
-        return saving.from_pretrained(cls, Path(folder), dtype=dtype, trainable=trainable)
+        return saving.from_pretrained(cls, Path(folder), dtype=dtype, trainable=trainable, **hub)
 
     # --- The parts --------------------------------------------------------------------------------
 

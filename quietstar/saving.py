@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
@@ -38,6 +38,8 @@ def save_pretrained(
     settings = {
         "format_version": FORMAT_VERSION,
         "base_model_name_or_path": model.causal_lm.config.name_or_path,
+        "base_revision": vars(model.causal_lm.config).get("_commit_hash"),  # of a hub model
+        "dtype": str(model.causal_lm.dtype).removeprefix("torch."),
         "vocab_size": model.vocab_size,
         "pause_token_id": model.pause_token_id,
         "thoughts": model.thoughts.model_dump(),
@@ -60,7 +62,12 @@ def _own_weights(model: QuietStarForCausalLM) -> dict[str, torch.Tensor]:
 
 
 def from_pretrained(
-    cls: type[QuietStarForCausalLM], folder: Path, *, dtype: torch.dtype | str, trainable: bool
+    cls: type[QuietStarForCausalLM],
+    folder: Path,
+    *,
+    dtype: torch.dtype | str,
+    trainable: bool,
+    **hub: Any,
 ) -> QuietStarForCausalLM:
     """Load a folder that `save_pretrained` wrote.
 
@@ -69,8 +76,12 @@ def from_pretrained(
     """
     settings = _read_settings(folder)
     adapter = folder / peft.utils.CONFIG_NAME
-    source = settings["base_model_name_or_path"] if adapter.exists() else str(folder)
-    base = load_base(source, dtype=dtype)
+    source = str(folder)
+    if adapter.exists():
+        source = settings["base_model_name_or_path"]
+        hub.setdefault("revision", settings["base_revision"])
+    dtype = getattr(torch, settings["dtype"]) if dtype == "auto" else dtype
+    base = load_base(source, dtype=dtype, **hub)
     check_architecture(base)
     use_thinking_attention(base)
     language_model = base

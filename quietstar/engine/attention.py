@@ -24,7 +24,8 @@ from transformers.masking_utils import sdpa_mask
 
 from quietstar.engine.dense import ScoreRules, dense_attention, dense_blocks
 from quietstar.engine.kernels import Kernel, find_kernel
-from quietstar.engine.own_block import at_least_float32, own_backward, own_scores, own_values
+from quietstar.engine.own_block import own_backward, own_scores, own_values
+from quietstar.precision import at_least_float32
 
 ATTENTION_NAME = "quietstar"
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from quietstar.engine.own_block import at_least_float32
+from quietstar.precision import at_least_float32
 
 
 @dataclass(frozen=True)

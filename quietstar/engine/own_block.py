@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quietstar.precision import at_least_float32
+
 
 def own_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Scaled scores in float32 at least, (N, H, Q, W), -inf where a key is later than the query."""
@@ -55,11 +57,6 @@ def own_backward(
     dk = grad_scores.mT.bmm(_by_group(q, k)).view(k.shape)
     dv = weights.mT.bmm(_by_group(grad, v)).view(v.shape)
     return dq, dk, dv
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precisions in float32; float64 stays, so that ``gradcheck`` can be run."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _by_group(x: Tensor, keys: Tensor) -> Tensor:

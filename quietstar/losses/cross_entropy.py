@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from quietstar.engine.layout import IGNORE_INDEX
 from quietstar.losses.output_head import OutputHead
+from quietstar.precision import at_least_float32
 
 _CHUNK_ELEMENTS = 2**23
 """Logits held at once, per chunk: 32 MiB in float32."""
@@ -100,7 +101,7 @@ class _FusedObjective(torch.autograd.Function):
         needs = [grad_enabled and needed for needed in ctx.needs_input_grad[4:]]
         wants_weight, wants_bias, *wants_states = needs
         buffers = _WeightGradients(weight, bias, wants_weight, wants_bias)
-        value = weight.new_zeros((), dtype=torch.float32)
+        value = at_least_float32(weight.new_zeros(()))
         ctx.grads = []
         for segment, wanted in zip(segments, wants_states, strict=True):
             wanted = wanted or wants_weight or wants_bias
@@ -113,6 +114,11 @@ class _FusedObjective(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_value):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.grads is None:
+            raise RuntimeError(
+                "backward through the objective a second time: its gradients were used up by the "
+                "first. Call the model again."
+            )
         weight, bias = ctx.buffers.scaled(grad_value)
         states = [None if g is None else g * grad_value.to(g.dtype) for g in ctx.grads]
         ctx.grads = ctx.buffers = None
@@ -120,13 +126,14 @@ class _FusedObjective(torch.autograd.Function):
 
 
 class _WeightGradients:
-    """Sums of the output layer's gradients, in float32."""
+    """Sums of the output layer's gradients, in float32 or wider."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, wants_weight: bool, wants_bias: bool):
         self.dtypes = (weight.dtype, None if bias is None else bias.dtype)
-        self.weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        wide = at_least_float32(weight.new_zeros(())).dtype
         wants_bias = wants_bias and bias is not None
-        self.bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if wants_bias else None
+        self.weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        self.bias = weight.new_zeros(weight.shape[0], dtype=wide) if wants_bias else None
 
     def add(self, grad_logits: Tensor, states: Tensor, factor: float) -> None:
         """Add one chunk: (rows, V') and (rows, D), V' the first rows of the vocabulary.
@@ -134,12 +141,12 @@ class _WeightGradients:
         The states were multiplied by ``factor`` already; the bias is here.
         """
         size = grad_logits.shape[1]
-        if self.weight is not None and grad_logits.dtype == torch.float32:
+        if self.weight is not None and grad_logits.dtype == self.weight.dtype:
             self.weight[:size].addmm_(grad_logits.t(), states)
         elif self.weight is not None:
             self.weight[:size].add_(grad_logits.t() @ states)
         if self.bias is not None:
-            self.bias[:size] += factor * grad_logits.sum(0, dtype=torch.float32)
+            self.bias[:size] += factor * grad_logits.sum(0, dtype=self.bias.dtype)
 
     def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The gradients times ``factor``, in the dtypes of the parameters."""
@@ -191,7 +198,7 @@ class _SoftmaxChunk:
     """
 
     def __init__(self, logits: Tensor, targets: Tensor, wants_entropy: bool) -> None:
-        logits = logits.float()
+        logits = at_least_float32(logits)
         self.valid = targets != IGNORE_INDEX
         self.targets = targets.clamp(min=0).unsqueeze(1)
         target_logits = logits.gather(1, self.targets)
@@ -213,13 +220,13 @@ class _SoftmaxChunk:
 
     def gradient_(self, coefficients: Tensor, entropy_coefficients: Tensor | None) -> Tensor:
         """Gradient of the value with respect to the logits; uses up the chunk."""
-        coefficients = coefficients.where(self.valid, 0.0).float().unsqueeze(1)
+        coefficients = coefficients.where(self.valid, 0.0).to(self.total.dtype).unsqueeze(1)
         probs = self.weights
         if entropy_coefficients is None or self.log_weights is None or self.entropy is None:
             probs = probs.mul_(coefficients / self.total)
         else:  # dH/dz = -p (log p + H)
             surprise = self.log_weights.sub_(self.log_total - self.entropy.unsqueeze(1))
-            surprise.mul_(-entropy_coefficients.float().unsqueeze(1)).add_(coefficients)
+            surprise.mul_(-entropy_coefficients.to(surprise.dtype).unsqueeze(1)).add_(coefficients)
             probs = probs.div_(self.total).mul_(surprise)
         return probs.scatter_add_(1, self.targets, -coefficients)
 
@@ -254,7 +261,7 @@ def _recomputed_objective(
     segments: Sequence[Segment], head: OutputHead
 ) -> tuple[Tensor, list[RowResult]]:
     results: list[RowResult] = []
-    value = segments[0].states.new_zeros((), dtype=torch.float32)
+    value = at_least_float32(segments[0].states.new_zeros(()))
     for segment in segments:
         pieces = [
             RowResult(*_recomputed_rows(segment, rows, head))
@@ -289,7 +296,7 @@ def _plain_rows(states, targets, other_states, other_weight, temperature, head, 
     """Negative log-likelihood and entropy of some rows, by the book."""
     logits = head.logits(states)
     if other_states is not None:
-        weight = other_weight.float().unsqueeze(-1)
+        weight = at_least_float32(other_weight).unsqueeze(-1)
         logits = (1 - weight) * logits + weight * head.logits(other_states)
     logprobs = (logits[:, :vocab_size] / temperature).log_softmax(-1)
     valid = targets != IGNORE_INDEX

@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from quietstar.precision import at_least_float32
+
 # config name -> multiplier of the logits, as transformers' models apply it
 _SCALES = {
     "logit_scale": lambda value: value,  # cohere
@@ -43,8 +45,8 @@ class OutputHead:
         return self.softcap is None and type(self.module) is torch.nn.Linear
 
     def logits(self, states: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocab"]:
-        """Logits in float32 over the whole vocabulary."""
-        logits = self.module(states.to(self.weight.dtype)).float() * self.scale
+        """Logits in float32 or wider over the whole vocabulary."""
+        logits = at_least_float32(self.module(states.to(self.weight.dtype))) * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits

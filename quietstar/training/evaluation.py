@@ -52,9 +52,8 @@ def compare(model: QuietStarForCausalLM, batch: Batch) -> dict[str, ThoughtMetri
     """Figures of one batch with the model's greedy thoughts and with each control."""
     inputs = (batch.input_ids, batch.attention_mask, batch.labels)
     own = model.think(*inputs, sample_ids=batch.sample_ids)
-    seed = int(batch.sample_ids[0])
     controls = {
-        "exchanged": exchange(own.tokens, batch.attention_mask.bool(), seed),
+        "exchanged": exchange(own.tokens, batch.attention_mask.bool(), batch.sample_ids),
         "pause": torch.full_like(own.tokens, model.pause_token_id),
     }
     results = {k: model.think(*inputs, thoughts=tokens).metrics for k, tokens in controls.items()}
@@ -62,24 +61,28 @@ def compare(model: QuietStarForCausalLM, batch: Batch) -> dict[str, ThoughtMetri
 
 
 def exchange(
-    tokens: Int[Tensor, "batch thoughts seq length"], real: Bool[Tensor, "batch seq"], seed: int
+    tokens: Int[Tensor, "batch thoughts seq length"],
+    real: Bool[Tensor, "batch seq"],
+    sample_ids: Int[Tensor, " batch"],
 ) -> Int[Tensor, "batch thoughts seq length"]:
-    """Give every position the thoughts of another one, at random; none keeps its own.
+    """Give every position the thoughts of another one of its text; none keeps its own.
+
+    Within the text, so that what is exchanged still fits the subject (the harder control), and so
+    that the way a batch is cut changes nothing.
 
     Args:
         tokens: Thoughts.
         real: Positions that take part (no padding).
-        seed: Of the exchange.
+        sample_ids: Key the exchange of each text.
     """
-    generator = torch.Generator().manual_seed(seed)
-    by_position = tokens.transpose(1, 2).clone()  # (B, S, K, T)
-    thoughts = by_position[real]  # (n, K, T)
-    order = torch.randperm(thoughts.shape[0], generator=generator).to(tokens.device)
-    # One cycle through all positions in random order: everyone gets its successor's.
-    exchanged = torch.empty_like(thoughts)
-    exchanged[order] = thoughts[order.roll(1)]
-    by_position[real] = exchanged
-    return by_position.transpose(1, 2)
+    exchanged = tokens.clone()
+    for text, (thoughts, sample) in enumerate(zip(tokens, sample_ids.tolist(), strict=True)):
+        positions = real[text].nonzero().squeeze(1)
+        generator = torch.Generator().manual_seed(sample)
+        order = positions[torch.randperm(len(positions), generator=generator)]
+        # One cycle through all positions in random order: each gets its predecessor's.
+        exchanged[text, :, order] = thoughts[:, order.roll(1)]
+    return exchanged
 
 
 def figures(totals: dict[str, ThoughtMetrics]) -> dict[str, float]:

@@ -106,6 +106,7 @@ def build_accelerator(config: Config) -> Accelerator:
         # Without it every rank believes it is alone, and all write the same files.
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
     output_dir = Path(config.training.output_dir)
+    use_cpu_threads(config.training.cpu_threads)
     check_trackers(config.logging.trackers)
     accelerator = Accelerator(
         mixed_precision=config.training.precision,
@@ -132,6 +133,14 @@ def build_accelerator(config: Config) -> Accelerator:
             f"({accelerator.num_processes}) = {share}, so that every process has the same work"
         )
     return accelerator
+
+
+def use_cpu_threads(threads: int | None) -> None:
+    """Use the machine's cores: ``accelerate launch`` sets OMP_NUM_THREADS to 1 on its own."""
+    if not torch.cuda.is_available():
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(threads or max(1, (cores or 1) // processes))
 
 
 def check_trackers(names: Sequence[str]) -> None:
