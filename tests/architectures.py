@@ -14,7 +14,7 @@ SUPPORTED: tuple[str, ...] = (
     *("qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo", "olmo2", "olmo3"),
     *("gpt_neox", "gpt2", "opt", "granite", "smollm3", "cohere", "cohere2", "starcoder2", "glm"),
     *("glm4", "exaone4", "seed_oss", "hunyuan_v1_dense", "ernie4_5", "helium", "apertus", "arcee"),
-    *("biogpt", "persimmon", "gpt_oss"),
+    *("biogpt", "persimmon", "gpt_oss", "deepseek_v3"),
 )
 """Model types that must come out right."""
 
@@ -22,7 +22,7 @@ REFUSED: tuple[str, ...] = tuple(
     name
     for name in (
         *("falcon", "bloom", "mpt", "gpt_neo", "gptj", "codegen", "xglm", "stablelm", "nemotron"),
-        *("mamba2", "lfm2", "deepseek_v3", "minicpm3"),
+        *("mamba2", "lfm2", "minicpm3"),
     )
     if name in CONFIG_MAPPING  # minicpm3 is not in every version of transformers
 )

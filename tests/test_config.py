@@ -119,6 +119,19 @@ RULES = [
     ),
     ("model.config", "model_type", {"model": {"config": {}, "tokenizer": "bytes"}}),
     ("model.tokenizer", "bytes", {"model": {"config": {"model_type": "llama"}}}),
+    (
+        "tuning.method",
+        "pretrained",
+        {
+            "model": {"config": {"model_type": "llama"}, "tokenizer": "bytes"},
+            "tuning": {"method": "lora"},
+        },
+    ),
+    (
+        "mixing_head.initial_weight",
+        "floor",
+        {"mixing_head": {"initial_weight": 0.1, "floor": 0.1}},
+    ),
     ("thoughts.num_thoughts", "no_baseline", {"thoughts": {"num_thoughts": 1}}),
     (
         "thoughts.num_thoughts",

@@ -12,10 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from quietstar import QuietStarForCausalLM
 from quietstar.config import MixingHeadConfig, ThoughtsConfig
 from quietstar.engine import attention, layout, rollout
-from quietstar.engine.attention import LearnPass, ParallelAttention, thinking_attention
+from quietstar.engine.attention import LearnPass, thinking_attention
 from quietstar.engine.dense import ScoreRules, dense_blocks
 from quietstar.engine.kernels import CpuFlash
 from quietstar.engine.learn import LearnStates, learn_pass
+from quietstar.engine.parallel_attention import ParallelAttention
 from quietstar.engine.self_check import use_thinking_attention
 
 UNCHANGED = 1e-6  # float32 rounding of states of unit scale

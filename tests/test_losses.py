@@ -579,3 +579,27 @@ def test_padding_of_a_text_changes_neither_its_thoughts_nor_its_loss():
     assert torch.equal(plain.thoughts, other.thoughts[:, :, :8])
     assert other.loss.item() == pytest.approx(plain.loss.item(), rel=1e-5)
     assert other.metrics.means() == pytest.approx(plain.metrics.means(), rel=1e-4)
+
+
+# --- drafts -------------------------------------------------------------------------------------
+
+
+def test_the_draft_loss_is_the_nll_of_the_next_token_at_the_start_vector():
+    weights = {name: 0.0 for name in LossConfig.model_fields if name.endswith("_weight")}
+    model = thinking_model(loss={**weights, "draft_weight": 2.0})
+    input_ids = random_texts(2, 6)
+    attention_mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    loss = model(input_ids, attention_mask).loss
+    embed = model.causal_lm.get_input_embeddings()
+    nll, count = 0.0, 0
+    for text, real in zip(input_ids, attention_mask.bool(), strict=True):
+        text = text[real]
+        for place in range(len(text) - 1):
+            rows = torch.cat([embed(text[: place + 1]), model.start_embedding[None]])[None]
+            logits = model.causal_lm(inputs_embeds=rows).logits[0, -1]
+            nll = nll - logits.log_softmax(-1)[text[place + 1]]
+            count += 1
+    torch.testing.assert_close(loss, 2.0 * nll / count)
+    loss.backward()
+    assert model.start_embedding.grad.abs().sum() > 0
+    assert model.end_embedding.grad is None or model.end_embedding.grad.abs().sum() == 0

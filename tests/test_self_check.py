@@ -8,9 +8,10 @@ from architectures import REFUSED, SUPPORTED, meta_model, tiny_architecture
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quietstar import QuietStarForCausalLM
-from quietstar.engine import attention, dense, self_check
-from quietstar.engine.attention import LearnPass, RowViews
+from quietstar.engine import attention, dense, parallel_attention, self_check
+from quietstar.engine.attention import LearnPass
 from quietstar.engine.layout import Layout
+from quietstar.engine.parallel_attention import RowViews
 from quietstar.engine.self_check import TOLERANCE, check_architecture, worst_error
 from quietstar.errors import UserError
 from quietstar.losses import output_head
@@ -131,7 +132,7 @@ def _thoughts_of_a_position_exchanged(patch):
 
 
 def _no_merge(patch):
-    patch.setattr(attention, "add_own_", lambda *args: None)
+    patch.setattr(parallel_attention, "add_own_", lambda *args: None)
 
 
 def _rollout_keys_lost(patch):

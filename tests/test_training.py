@@ -431,3 +431,16 @@ def test_activation_checkpointing_changes_nothing(tmp_path):
         records.append(timeless(read_metrics(folder)))
         shutil.rmtree(folder)
     assert_close(*records, rel=1e-5, abs=1e-6)
+
+
+def test_without_a_gpu_a_run_takes_all_cores_unless_told():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # as accelerate launch does
+        run.use_cpu_threads(None)
+        if not torch.cuda.is_available():
+            assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+            run.use_cpu_threads(1)
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

@@ -20,6 +20,7 @@ _SIZES = {
     "shared_expert_intermediate_size": 32,
     "vocab_size": 61,
     "vocab_size_per_layer_input": 61,
+    "rotary_dim": 8,
     "num_experts": 4,
     "num_local_experts": 4,
     "n_routed_experts": 4,
@@ -65,15 +66,14 @@ def _shrink_heads(config: PreTrainedConfig) -> None:
         config.num_key_value_heads = new_kv
     fixed_size = _has_long_rope(config)  # its factor lists have the length of the real head
     head_size = old_width // heads if fixed_size else 16
-    if "head_dim" in vars(config) and _number(config, "head_dim"):
+    latent = _number(config, "qk_rope_head_dim")  # latent attention: small sizes of its own
+    if "head_dim" in vars(config) and _number(config, "head_dim") and not latent:
         head_size = config.head_dim if fixed_size else 16
         config.head_dim = head_size
     config.hidden_size = config.num_attention_heads * head_size
     if _number(config, "word_embed_proj_dim"):
         same = config.word_embed_proj_dim == old_width
         config.word_embed_proj_dim = config.hidden_size if same else config.hidden_size // 2
-    if _number(config, "qk_nope_head_dim"):  # latent attention: sizes of its own
-        config.hidden_size = 64
 
 
 def _has_long_rope(config: PreTrainedConfig) -> bool:

@@ -1,0 +1,103 @@
+"""Exact attention of text and blocks at once, without a mask.
+
+Block tokens attend to the text (plain causal attention, on a flash kernel) and to their own block
+(tiny causal attention, by small matrix products); the two are merged by log-sum-exp. Both backward
+passes need only the gradient, the output and the log-sum-exp of the *whole* softmax, so they get
+the merged ones and their gradients add up (as in ring attention).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quietstar.engine.own_block import own_backward, own_scores, own_values
+from quietstar.precision import at_least_float32
+
+
+class ParallelAttention(torch.autograd.Function):
+    """Prefix part on a flash kernel and own part by small products, merged, with exact backward."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, batch_size, num_thoughts, scale, kernel):  # noqa: D102
+        rows = RowViews(batch_size, num_thoughts)
+        out, lse = kernel.forward(q, rows.text(k), rows.text(v), True, scale)
+        scores = own_scores(rows.own(q), rows.own(k), scale)
+        merged = torch.logaddexp(rows.own(lse), scores.logsumexp(-1))  # (K * B * S, H, W)
+        own_out = own_values(scores.sub_(merged.unsqueeze(-1)).exp_(), rows.own(v))
+        add_own_(rows.grid(out), rows.grid(lse), rows.grid_of(own_out), rows.grid_of(merged))
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rows, ctx.scale, ctx.kernel = rows, scale, kernel
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, out, lse = ctx.saved_tensors
+        rows, scale = ctx.rows, ctx.scale
+        text = (q, rows.text(k), rows.text(v))
+        dq, dk, dv = ctx.kernel.backward(grad, text, out, lse, True, scale)
+        wide_out, wide_grad = (at_least_float32(rows.grid(x)) for x in (out, grad))
+        delta = torch.linalg.vecdot(wide_out, wide_grad)
+        own_dq, own_dk, own_dv = own_backward(
+            rows.own(grad),
+            (rows.own(q), rows.own(k), rows.own(v)),
+            rows.own(lse),
+            rows.to_own(delta),
+            scale,
+        )
+        rows.grid(dq).add_(rows.grid_of(own_dq))
+        for total, own in ((dk, own_dk), (dv, own_dv)):
+            total[: rows.batch_size] = total.unflatten(0, (-1, rows.batch_size)).sum(0)
+            rows.grid(total).copy_(rows.grid_of(own))
+        return dq, dk, dv, None, None, None, None
+
+
+class RowViews:
+    """The orders in which the rows of a learn pass are read, as views where memory allows.
+
+    Grid order is that of the rows, (W, K * B, H, S, ...); own order has the blocks as batch,
+    (K * B * S, H, W, ...).
+    """
+
+    def __init__(self, batch_size: int, num_thoughts: int) -> None:
+        self.batch_size = batch_size
+        self.columns = batch_size * num_thoughts
+
+    def text(self, x: Tensor) -> Tensor:
+        """The text's keys for every row: (rows, Hkv, S, d), no copy for one text."""
+        repeats = x.shape[0] // self.batch_size
+        text = x[: self.batch_size]
+        return text.unsqueeze(0).expand(repeats, *text.shape).reshape(x.shape)
+
+    def grid(self, x: Tensor) -> Tensor:
+        """Block rows of (rows, H, S, ...) in grid order, a view."""
+        return x[self.batch_size :].unflatten(0, (-1, self.columns))
+
+    def to_own(self, grid: Tensor) -> Tensor:
+        """From grid order to own order."""
+        own = grid.movedim((1, 3, 2, 0), (0, 1, 2, 3))  # (K * B, S, H, W, ...)
+        return own.reshape(-1, *own.shape[2:])
+
+    def own(self, x: Tensor) -> Tensor:
+        """Block rows of (rows, H, S, ...) in own order."""
+        return self.to_own(self.grid(x))
+
+    def grid_of(self, own: Tensor) -> Tensor:
+        """From own order to grid order, a view."""
+        own = own.unflatten(0, (self.columns, -1))  # (K * B, S, H, W, ...)
+        return own.movedim((3, 0, 2, 1), (0, 1, 2, 3))
+
+
+def add_own_(out: Tensor, lse: Tensor, own_out: Tensor, merged: Tensor) -> None:
+    """Complete a prefix part with its own part, in place.
+
+    With l = logaddexp(l1, l2): o = o1 exp(l1 - l) + sum_j exp(s_j - l) v_j.
+
+    Args:
+        out: Output of the prefix part, (..., d); becomes the merged output.
+        lse: Its log-sum-exp, (...); becomes the merged one.
+        own_out: Values of the own part under the merged softmax, (..., d).
+        merged: Merged log-sum-exp, (...).
+    """
+    out.mul_((lse - merged).exp_().unsqueeze(-1).to(out.dtype)).add_(own_out)
+    lse.copy_(merged)
