@@ -9,9 +9,29 @@ The same thing as `quietstar train`, as a file for launchers. On one process and
 `python train.py --help` lists every key of the config. The loop is in quietstar/training.
 """
 
+import os
 import sys
 
-from quietstar.cli import main
+import psutil
+
+from quietstar.cli import EXIT_USER_ERROR, main
+
+
+def stop_launcher() -> None:
+    """End ``accelerate launch`` of one process without its traceback.
+
+    It answers a non-zero exit of this process with a Python traceback of its own, under which the
+    one line that tells the user what to mend would be lost.
+    """
+    parent = psutil.Process(os.getppid())
+    words = [os.path.basename(word) for word in parent.cmdline()]
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if alone and "launch" in words and any(word.startswith("accelerate") for word in words):
+        parent.terminate()
+
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    code = main(["train", *sys.argv[1:]])
+    if code == EXIT_USER_ERROR:
+        stop_launcher()
+    sys.exit(code)

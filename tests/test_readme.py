@@ -33,6 +33,16 @@ def test_the_main_command_trains_and_saves_a_model(tmp_path):
     assert "gain of" in done.stdout
 
 
+@pytest.mark.slow
+def test_a_mistake_under_accelerate_launch_is_one_line_without_a_traceback(tmp_path):
+    accelerate = Path(sys.executable).with_name("accelerate")
+    command = [accelerate, "launch", ROOT / "train.py", "--thoughts.lenght", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode != 0
+    assert "did you mean --thoughts.length?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_every_link_and_config_that_readme_names_exists():
     names = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
     names += re.findall(r"configs/[\w/]+\.yaml", README)

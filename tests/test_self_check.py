@@ -116,7 +116,7 @@ def _own_block_not_causal(patch):
         groups = q.shape[1] // k.shape[1]
         return q @ k.repeat_interleave(groups, 1).mT * scale
 
-    patch.setattr(attention, "own_scores", scores)
+    patch.setattr(parallel_attention, "own_scores", scores)
 
 
 def _thoughts_of_a_position_exchanged(patch):

@@ -1,5 +1,6 @@
 """Training runs: one trajectory for every cut, resuming, refusals, and what a run leaves behind."""
 
+import os
 import re
 import shutil
 from pathlib import Path
