@@ -61,4 +61,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(f"held_out: error: {error}")
+        sys.stderr.write(f"held_out: error: {error}\n")
+        sys.exit(2)

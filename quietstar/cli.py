@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int | None:
                 sys.stderr.write(f"quietstar: error: {line}\n")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
+        if _is_first_process():
+            sys.stderr.write("quietstar: interrupted; --resume auto goes on from a checkpoint\n")
         return EXIT_INTERRUPTED
 
 

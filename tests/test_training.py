@@ -445,3 +445,33 @@ def test_without_a_gpu_a_run_takes_all_cores_unless_told():
             assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_overwriting_spares_a_folder_that_no_run_wrote(tmp_path):
+    output = tmp_path / "mine"
+    (output / "final").mkdir(parents=True)
+    (output / "final" / "thesis.txt").write_text("years of work")
+    config = run_config(tmp_path, training__overwrite=True, training__output_dir=str(output))
+    with pytest.raises(UserError, match=r"holds final but no config\.yaml"):
+        train(config)
+    assert (output / "final" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "file").write_text("x")
+    config = run_config(tmp_path, training__output_dir=str(tmp_path / "file" / "run"))
+    with pytest.raises(UserError, match="file is a file; give another"):
+        train(config)
+
+
+def test_resuming_under_other_settings_is_refused_and_names_them(tmp_path):
+    settings = {"training__steps": 2, "training__save_every": 1}
+    train(run_config(tmp_path, **settings))
+    changed = run_config(tmp_path, **settings, thoughts__length=3)
+    with pytest.raises(
+        UserError, match=r"thoughts\.length was \d, is 3: that would be another run"
+    ):
+        train(changed, resume="auto")
+    longer = run_config(tmp_path, **(settings | {"training__steps": 3}))
+    folder = train(longer, resume="auto")
+    assert load_config(folder / "config.yaml").training.steps == 3

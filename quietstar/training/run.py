@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,14 +20,20 @@ from quietstar.data import build_data, load_tokenizer
 from quietstar.errors import UserError
 from quietstar.loading import load_base
 from quietstar.model import QuietStarForCausalLM
-from quietstar.training.checkpoint import keep_trainable_only, list_checkpoints, load_checkpoint
+from quietstar.training.checkpoint import keep_trainable_only, load_checkpoint
+from quietstar.training.folder import (
+    CONFIG_FILE,
+    FINAL_FOLDER,
+    TRACKERS_FOLDER,
+    check_free,
+    check_same_run,
+    find_checkpoint,
+    flat,
+    start_folder,
+)
 from quietstar.training.loop import Run, train
 from quietstar.training.optimizer import build_optimizer, build_scheduler
 from quietstar.training.reporter import METRICS_FILE, Reporter
-
-CONFIG_FILE = "config.yaml"
-FINAL_FOLDER = "final"
-TRACKERS_FOLDER = "tensorboard"
 
 
 def run_training(config: Config, resume: str | None = None) -> Path:
@@ -49,14 +54,18 @@ def run_training(config: Config, resume: str | None = None) -> Path:
     is_new = checkpoint is None or output_dir.resolve() not in checkpoint.resolve().parents
     if is_new:
         check_free(output_dir, config.training.overwrite)
+    else:
+        check_same_run(output_dir, config)
     set_seed(config.training.seed)
     hub = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     tokenizer = _tokenizer(config, hub)
     train_data, eval_data, report = build_data(config.data, tokenizer, config.training.seed)
     model = build_model(config, tokenizer, hub)
     check_positions(config, model)
-    if is_new and accelerator.is_main_process:
-        start_folder(output_dir, config)
+    if accelerator.is_main_process:
+        if is_new:
+            start_folder(output_dir)
+        save_config(config, output_dir / CONFIG_FILE)
     accelerator.wait_for_everyone()
 
     optimizer = build_optimizer(model, config.optim)
@@ -69,6 +78,8 @@ def run_training(config: Config, resume: str | None = None) -> Path:
     with Reporter(config, accelerator, tokenizer, start_step) as reporter:
         reporter.say(report.summary())
         reporter.say(describe(model, config))
+        if resume is not None:
+            reporter.say(describe_resume(checkpoint, start_step, config))
         prepared.train()
         train(
             Run(config, accelerator, prepared, optimizer, scheduler, train_data, eval_data,
@@ -83,10 +94,14 @@ def run_training(config: Config, resume: str | None = None) -> Path:
     return final
 
 
-def flat(config: Config) -> dict[str, str]:
-    """Dotted keys and values as text, which every tracker takes."""
-    sections = config.model_dump().items()
-    return {f"{name}.{key}": str(value) for name, part in sections for key, value in part.items()}
+def describe_resume(checkpoint: Path | None, start_step: int, config: Config) -> str:
+    """One line about where a run goes on."""
+    settings = config.training
+    if checkpoint is None:
+        return f"--resume auto: no checkpoint in {settings.output_dir}, so a new run begins"
+    if start_step >= settings.steps:
+        return f"--resume: {checkpoint} already has all {settings.steps} steps; it is evaluated"
+    return f"--resume: going on from {checkpoint}, step {start_step} of {settings.steps}"
 
 
 def quiet_libraries() -> None:
@@ -158,41 +173,6 @@ def check_trackers(names: Sequence[str]) -> None:
             f"logging.trackers: {missing[0]!r} is not available (here are: "
             f"{', '.join(sorted(available)) or 'none'}); {remedy}, or leave it out"
         )
-
-
-def find_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
-    """The checkpoint to go on from, or None for a new run."""
-    if resume is None:
-        return None
-    if resume != "auto":
-        return Path(resume)
-    checkpoints = list_checkpoints(output_dir)
-    return checkpoints[-1] if checkpoints else None
-
-
-def check_free(output_dir: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds another run.
-
-    Raises:
-        UserError: It does, and ``training.overwrite`` is not set; or it is no folder.
-    """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"training.output_dir: {output_dir} is a file; give a folder")
-    holds_run = (output_dir / CONFIG_FILE).exists() or (output_dir / METRICS_FILE).exists()
-    if holds_run and not overwrite:
-        raise UserError(
-            f"training.output_dir: {output_dir} already holds a run. Choose another folder, go on "
-            "with --resume auto, or replace it with --training.overwrite true."
-        )
-
-
-def start_folder(output_dir: Path, config: Config) -> None:
-    """Make the run folder, without what an overwritten run left; write the resolved config."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("checkpoints", FINAL_FOLDER, TRACKERS_FOLDER):
-        shutil.rmtree(output_dir / name, ignore_errors=True)
-    (output_dir / METRICS_FILE).unlink(missing_ok=True)
-    save_config(config, output_dir / CONFIG_FILE)
 
 
 def _tokenizer(config: Config, hub: dict) -> PreTrainedTokenizerBase:

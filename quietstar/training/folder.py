@@ -1,0 +1,111 @@
+"""The run folder: what a new run finds there, and whether a resumed run is the same."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from quietstar.config import Config
+from quietstar.config_io import load_config
+from quietstar.errors import ConfigError, UserError
+from quietstar.training.checkpoint import list_checkpoints
+from quietstar.training.reporter import METRICS_FILE
+
+CONFIG_FILE = "config.yaml"
+FINAL_FOLDER = "final"
+TRACKERS_FOLDER = "tensorboard"
+CONTENTS = (METRICS_FILE, "checkpoints", FINAL_FOLDER, TRACKERS_FOLDER)
+
+_FREE_ON_RESUME = (
+    *("training.steps", "training.micro_batch_size", "training.cpu_threads"),
+    *("training.activation_checkpointing", "training.eval_every", "training.save_every"),
+    *("training.keep_checkpoints", "training.overwrite", "training.output_dir"),
+    *("data.eval_sequences", "logging.trackers", "logging.log_every", "logging.thought_every"),
+)
+"""Keys that may change between stop and resume: they leave the run what it is, or prolong it."""
+
+
+def find_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
+    """The checkpoint to go on from, or None for a new run."""
+    if resume is None:
+        return None
+    if resume != "auto":
+        return Path(resume)
+    checkpoints = list_checkpoints(output_dir)
+    return checkpoints[-1] if checkpoints else None
+
+
+def check_free(output_dir: Path, overwrite: bool) -> None:
+    """Refuse a folder that cannot be written, or holds a run or anything else under its names.
+
+    Raises:
+        UserError: One of these; ``training.overwrite`` only replaces what a run wrote.
+    """
+    ancestor = next(f for f in (output_dir, *output_dir.absolute().parents) if f.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        what = "cannot be written" if ancestor.is_dir() else "is a file"
+        raise UserError(
+            f"training.output_dir: {output_dir} cannot be made, since {ancestor} {what}; give "
+            "another folder"
+        )
+    is_run = (output_dir / CONFIG_FILE).exists()
+    if is_run and not overwrite:
+        raise UserError(
+            f"training.output_dir: {output_dir} already holds a run. Choose another folder, go on "
+            "with --resume auto, or replace it with --training.overwrite true."
+        )
+    found = [name for name in CONTENTS if (output_dir / name).exists()]
+    if found and not is_run:
+        raise UserError(
+            f"training.output_dir: {output_dir} holds {', '.join(found)} but no {CONFIG_FILE}, so "
+            "no run of quietstar wrote it and it would be lost. Choose another folder."
+        )
+
+
+def check_same_run(output_dir: Path, config: Config) -> None:
+    """Refuse to go on with a run under settings that would make it another one.
+
+    Raises:
+        UserError: They do; names every changed key with its old and new value.
+    """
+    path = output_dir / CONFIG_FILE
+    try:
+        before = flat(load_config(path)) if path.exists() else {}
+    except ConfigError as error:
+        raise UserError(f"--resume: {error.problems[0]}") from error
+    now = flat(config)
+    changed = [
+        f"{key} was {before[key]}, is {now[key]}"
+        for key in before
+        if before[key] != now[key] and key not in _FREE_ON_RESUME
+    ]
+    if changed:
+        raise UserError(
+            f"--resume: {'; '.join(changed)}: that would be another run. Take the values of "
+            f"{path}, or start a new run in another folder."
+        )
+
+
+def start_folder(output_dir: Path) -> None:
+    """Make the run folder, without what an overwritten run left.
+
+    Raises:
+        UserError: The folder cannot be made.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(
+            f"training.output_dir: {output_dir} cannot be made ({problem.strerror}); give another "
+            "folder"
+        ) from problem
+    for name in CONTENTS:
+        shutil.rmtree(output_dir / name, ignore_errors=True)
+    (output_dir / METRICS_FILE).unlink(missing_ok=True)
+
+
+def flat(config: Config) -> dict[str, str]:
+    """Dotted keys and values as text, which every tracker takes too."""
+    sections = config.model_dump().items()
+    return {f"{name}.{key}": str(value) for name, part in sections for key, value in part.items()}
