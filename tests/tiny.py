@@ -100,6 +100,7 @@ def run_config(folder, **changes):
             "batch_size": 8,
             "micro_batch_size": 8,
             "precision": "no",
+            "cpu_threads": 1,  # the models are so small that a second thread only costs
             "eval_every": 0,
             "save_every": 0,
             "output_dir": str(folder / "run"),
