@@ -1,7 +1,7 @@
 """Attention of block tokens to their own block: thousands of tiny causal problems.
 
-A flash kernel pays its set-up per problem; batched matrix products do not (on a CPU 2 times faster
-forward, in bfloat16 20 times backward). Only W x W scores a block are ever made. The softmax is
+A flash kernel pays its set-up per problem; batched matrix products do not (measured in
+`docs/performance.md`). Only W x W scores a block are ever made. The softmax is
 that of the whole row, text included: forward and backward take the merged log-sum-exp.
 
 Shapes: queries (N, H, Q, d), keys and values (N, Hkv, W, d) with N = K * B * S blocks; Q is W (all

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from quietstar.config import Config
 from quietstar.data import Batch, EvalData, TrainData
+from quietstar.engine.layout import IGNORE_INDEX
 from quietstar.errors import UserError
 from quietstar.metrics import ThoughtMetrics
 from quietstar.outputs import QuietStarOutput
@@ -128,7 +129,7 @@ def _micro_batches(run: Run, step: int) -> Iterator[Batch]:
 
 
 def _num_targets(batch: Batch) -> Tensor:
-    return (batch.labels[:, 1:] != -100).sum()
+    return (batch.labels[:, 1:] != IGNORE_INDEX).sum()
 
 
 def _warm_up_weight(config: Config, step: int) -> float | None:
