@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quietstar import __version__
-from quietstar.config import Config
+from quietstar.config import SECTIONS, Config
 from quietstar.config_io import (
     COMMAND_LINE,
     FIELDS,
@@ -28,7 +28,7 @@ from quietstar.config_io import (
 )
 from quietstar.errors import ConfigError, UserError
 
-DEFAULT_CONFIG = "configs/tiny.yaml"
+DEFAULT_CONFIG = "configs/demo.yaml"
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 HELP_FLAGS = ("-h", "--help")
@@ -89,7 +89,10 @@ def _train(arguments: list[str]) -> int | None:
     if any(flag in arguments for flag in HELP_FLAGS):
         return _print_train_help()
     problems: list[str] = []
-    options, overrides = _take_options(arguments, ("config", "resume", "local_rank"), problems)
+    options, overrides = _take_options(
+        arguments, ("config", "resume", "controls", "local_rank"), problems
+    )
+    num_seeds = _seeds(options.get("controls"), problems)
     resume = options.get("resume")
     if resume not in (None, "auto") and not Path(resume).exists():
         problems.append(
@@ -103,10 +106,26 @@ def _train(arguments: list[str]) -> int | None:
     if problems:
         raise ConfigError(problems)
 
+    if num_seeds is not None:
+        from quietstar.training.controls import run_controls  # imports torch
+
+        run_controls(config, num_seeds)
+        return None
+
     from quietstar.training.run import run_training  # imports torch
 
     run_training(config, resume=resume)
     return None
+
+
+def _seeds(text: str | None, problems: list[str]) -> int | None:
+    """Number of seeds after ``--controls``, None without it."""
+    if text is not None and not (text.isdecimal() and int(text) > 0):
+        problems.append(
+            f"{COMMAND_LINE}: --controls: {text} must be the number of seeds; write --controls 3"
+        )
+        return None
+    return None if text is None else int(text)
 
 
 def _take_options(
@@ -130,7 +149,7 @@ def _take_options(
         elif not equals and rest and not rest[0].startswith("--"):
             options[name] = rest.pop(0)
         else:
-            example = "auto" if name == "resume" else "FILE"
+            example = {"resume": "auto", "controls": "3"}.get(name, "FILE")
             problems.append(f"{COMMAND_LINE}: --{name}: has no value; write --{name} {example}")
     return options, others
 
@@ -165,13 +184,16 @@ def _print_commands() -> None:
 
 def _print_train_help() -> None:
     console = _console()
-    console.print(Text("usage: quietstar train [--config FILE] [--resume auto|PATH] [--KEY VALUE]"))
+    console.print(
+        Text("usage: quietstar train [--config FILE] [--resume auto|PATH] [--KEY VALUE ...]")
+    )
     console.print(Text("       accelerate launch train.py ...   (the same, on many processes)\n"))
     width = max(len(key) for key in FIELDS) + len("--")
     shipped = ", ".join(shipped_configs())
     options = [
-        ("--config FILE", f"YAML file, or one that is shipped ({shipped}); default tiny."),
+        ("--config FILE", f"YAML file, or one that is shipped ({shipped}); default demo."),
         ("--resume auto|PATH", "Go on from the newest checkpoint of the run, or from this one."),
+        ("--controls SEEDS", "Compare the last stage with its controls, for so many seeds."),
     ]
     _print_rows(console, [(Text(name), Text(meaning)) for name, meaning in options], width)
     console.print(
@@ -181,10 +203,14 @@ def _print_train_help() -> None:
             " Single entries of a mapping: --model.config.hidden_size 64.\n"
         )
     )
-    for section, info in Config.model_fields.items():
-        console.print(Text(f"{section}: {info.description}", style="bold"))
+    for section in SECTIONS:
+        description = Config.model_fields[section].description
+        console.print(Text(f"{section}: {description}", style="bold"))
         rows = [(Text(f"--{key}"), _describe(key)) for key in keys_of(section)]
         _print_rows(console, rows, width)
+    console.print(Text(f"stages: {Config.model_fields['stages'].description}", style="bold"))
+    example = Text("Keys of a stage: --stages.NAME.KEY; without stages.NAME a key holds in all.")
+    console.print(Padding(example, (0, 0, 1, 2)))
 
 
 def _describe(key: str) -> Text:

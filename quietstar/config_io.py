@@ -18,11 +18,17 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from rapidfuzz import fuzz
 
-from quietstar.config import CROSS_FIELD_ERROR, Config, CrossFieldProblem
+from quietstar.config import (
+    CROSS_FIELD_ERROR,
+    SECTIONS,
+    Config,
+    CrossFieldProblem,
+    is_stage_key,
+)
 from quietstar.errors import ConfigError
 
 COMMAND_LINE = "command line"
-OPTIONS = ("config", "resume", "help")  # flags of the command line beside the keys
+OPTIONS = ("config", "resume", "controls", "help")  # flags of the command line beside the keys
 FLAG = re.compile(r"--[A-Za-z_][^=\s]*(=.*)?", re.DOTALL)  # `---` and `-1` are values
 SIMILAR = 75  # least similarity, of 100, of a "did you mean": lets through one or two typos
 
@@ -32,10 +38,11 @@ SIMILAR = 75  # least similarity, of 100, of a "did you mean": lets through one 
 
 def _config_fields() -> dict[str, FieldInfo]:
     fields = {}
-    for section, info in Config.model_fields.items():
-        assert isinstance(info.annotation, type), section
-        assert issubclass(info.annotation, BaseModel), section
-        for name, field in info.annotation.model_fields.items():
+    for section in SECTIONS:
+        kind = Config.model_fields[section].annotation
+        assert isinstance(kind, type), section
+        assert issubclass(kind, BaseModel), section
+        for name, field in kind.model_fields.items():
             fields[f"{section}.{name}"] = field
     return fields
 
@@ -137,14 +144,14 @@ def _repeated_keys(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int
             yield from _repeated_keys(value, f"{prefix}{key.value}.")
 
 
-def _key_lines(root: yaml.MappingNode) -> dict[str, int]:
-    """The line of each section and of each key in it."""
+def _key_lines(root: yaml.MappingNode, prefix: str = "") -> dict[str, int]:
+    """The line of each section, of each key in it, and of the keys of stages, by dotted name."""
     lines = {}
-    for section, body in root.value:
-        lines[section.value] = section.start_mark.line + 1
+    for key, body in root.value:
+        name = f"{prefix}{key.value}"
+        lines[name] = key.start_mark.line + 1
         if isinstance(body, yaml.MappingNode):
-            for key, _ in body.value:
-                lines[f"{section.value}.{key.value}"] = key.start_mark.line + 1
+            lines.update(_key_lines(body, f"{name}."))
     return lines
 
 
@@ -155,6 +162,7 @@ def _key_lines(root: yaml.MappingNode) -> dict[str, int]:
 class _Setting(NamedTuple):
     value: Any
     source: str  # "configs/x.yaml:4" or COMMAND_LINE
+    prefix: str = ""  # "stages.think." before the key of a stage
 
 
 def _read_yaml(path: Path, shown: str) -> tuple[Any, dict[str, int], list[str]]:
@@ -189,12 +197,14 @@ class _Reader:
 
     Attributes:
         settings: The value of each key, and where it comes from.
+        stages: The same for the keys that each stage changes.
         problems: One line each.
         misspelt: Keys that were probably meant by unknown ones: they are not "not set".
     """
 
     def __init__(self) -> None:
         self.settings: dict[str, _Setting] = {}
+        self.stages: dict[str, dict[str, _Setting]] = {}
         self.problems: list[str] = []
         self.misspelt: set[str] = set()
 
@@ -202,18 +212,44 @@ class _Reader:
         """Takes over the settings of a YAML file, which messages call ``shown``."""
         data, lines, problems = _read_yaml(path, shown)
         self.problems += problems
+        stages = data.pop("stages", None) or {}
+        self._read_sections(data, lines, shown, self.settings)
+        if not isinstance(stages, dict):
+            message = "must be a mapping of stages; write `stages:` with `think:` below it"
+            where = f"{shown}:{lines['stages']}"
+            self.problems.append(f"{where}: stages: {_shown_value(stages)} {message}")
+            return
+        for stage, sections in stages.items():
+            self.stages[str(stage)] = {}
+            if isinstance(sections, dict):
+                prefix = f"stages.{stage}."
+                self._read_sections(sections, lines, shown, self.stages[str(stage)], prefix)
+            elif sections is not None:
+                message = "must be a mapping of sections, such as thoughts"
+                where = f"{shown}:{lines[f'stages.{stage}']}"
+                self.problems.append(f"{where}: stages.{stage}: {_shown_value(sections)} {message}")
+
+    def _read_sections(
+        self,
+        data: Mapping[Any, Any],
+        lines: Mapping[str, int],
+        shown: str,
+        settings: dict[str, _Setting],
+        prefix: str = "",
+    ) -> None:
         for section, body in data.items():
-            line = lines.get(str(section))
+            line = lines.get(f"{prefix}{section}")
             source = f"{shown}:{line}" if line else shown
-            if section not in Config.model_fields:
+            if section not in SECTIONS:
                 self._unknown_section(str(section), source)
             elif isinstance(body, dict):
                 for name, value in body.items():
                     key = f"{section}.{name}"
-                    self._take(key, value, f"{shown}:{lines[key]}" if key in lines else source)
+                    line = lines.get(f"{prefix}{key}", line)
+                    self._take(key, _Setting(value, f"{shown}:{line}", prefix), settings)
             elif body is not None:  # a section whose keys are all commented out sets nothing
                 message = f"must be a mapping of keys, such as {keys_of(section)[0]}"
-                self.problems.append(f"{source}: {section}: {_shown_value(body)} {message}")
+                self.problems.append(f"{source}: {prefix}{section}: {_shown_value(body)} {message}")
 
     def _unknown_section(self, section: str, source: str) -> None:
         if section in FIELDS:
@@ -226,27 +262,42 @@ class _Reader:
             message = f"unknown section{_did_you_mean(meant)}"
         self.problems.append(f"{source}: {section}: {message}")
 
-    def _take(self, key: str, value: Any, source: str) -> None:
-        if key in FIELDS:
-            self.settings[key] = _Setting(value, source)
-            return
-        meant = _closest(key, list(FIELDS))
-        self.misspelt.update([meant] if meant else [])
-        self.problems.append(f"{source}: {key}: unknown key{_did_you_mean(meant)}")
+    def _take(self, key: str, setting: _Setting, settings: dict[str, _Setting]) -> None:
+        shown = f"{setting.source}: {setting.prefix}{key}"
+        if key not in FIELDS:
+            meant = _closest(key, list(FIELDS))
+            self.misspelt.update([meant] if meant else [])
+            self.problems.append(f"{shown}: unknown key{_did_you_mean(meant)}")
+        elif setting.prefix and not is_stage_key(key):
+            message = f"holds for the whole run; set {key} outside of stages"
+            self.problems.append(f"{shown}: {message}")
+        else:
+            settings[key] = setting
 
     def read_overrides(self, arguments: Sequence[str]) -> None:
         """Takes over ``--key value``, ``--key=value`` and bare ``--flag``; the last one wins."""
         for name, text in self._split_flags(arguments):
-            key = ".".join(name.split(".")[:2])
-            path = name.split(".")[2:]
-            if key not in FIELDS or (path and not (all(path) and dict in field_types(key))):
+            prefix, rest, settings = self._of_stage(name)
+            key = ".".join(rest.split(".")[:2])
+            path = rest.split(".")[2:]
+            if prefix and key in FIELDS and not is_stage_key(key):
+                self._command_line_problem(name, f"holds for the whole run; write --{key} VALUE")
+            elif key not in FIELDS or (path and not (all(path) and dict in field_types(key))):
                 self._unknown_flag(name)
             elif text is not None:
-                self._override(key, path, text)
+                self._override(key, path, text, settings, prefix)
             elif bool in field_types(key):
-                self.settings[key] = _Setting(True, COMMAND_LINE)
+                settings[key] = _Setting(True, COMMAND_LINE, prefix)
             else:
                 self._command_line_problem(name, f"has no value; write --{name} VALUE")
+
+    def _of_stage(self, name: str) -> tuple[str, str, dict[str, _Setting]]:
+        """Prefix, rest and settings of ``stages.think.thoughts.length``; no prefix for others."""
+        for stage, settings in self.stages.items():
+            prefix = f"stages.{stage}."
+            if name.startswith(prefix):
+                return prefix, name.removeprefix(prefix), settings
+        return "", name, self.settings
 
     def _command_line_problem(self, name: str, message: str) -> None:
         self.problems.append(f"{COMMAND_LINE}: {name}: {message}")
@@ -266,7 +317,14 @@ class _Reader:
                 self._command_line_problem(argument, f"belongs to no key; write {form}")
 
     def _unknown_flag(self, name: str) -> None:
-        if name in Config.model_fields:
+        prefix, rest, _ = self._of_stage(name)
+        if prefix:
+            meant = _closest(rest, [key for key in FIELDS if is_stage_key(key)])
+            message = "unknown key" + _did_you_mean(meant and f"--{prefix}{meant}")
+        elif name.split(".")[0] == "stages":
+            stages = ", ".join(self.stages) or "none in this config"
+            message = f"names no stage (stages: {stages}); write --stages.NAME.KEY VALUE"
+        elif name in SECTIONS:
             message = f"is a section; set one of its keys, such as --{keys_of(name)[0]}"
         else:
             meant = _closest(name, [*FIELDS, *OPTIONS])
@@ -274,8 +332,10 @@ class _Reader:
             message = "unknown key" + _did_you_mean(meant if meant is None else f"--{meant}")
         self._command_line_problem(f"--{name}", message)
 
-    def _override(self, key: str, path: list[str], text: str) -> None:
-        name = ".".join([key, *path])
+    def _override(
+        self, key: str, path: list[str], text: str, settings: dict[str, _Setting], prefix: str
+    ) -> None:
+        name = prefix + ".".join([key, *path])
         try:
             value = yaml.load(text, Loader=_Loader) if path else _parse_text(key, text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -285,9 +345,9 @@ class _Reader:
             self._command_line_problem(name, f"has no value; write --{name} VALUE, or null")
             return
         if path:
-            before = self.settings[key].value if key in self.settings else None
-            value = _with_entry(before, path, value)
-        self.settings[key] = _Setting(value, COMMAND_LINE)
+            before = settings.get(key) or self.settings.get(key)
+            value = _with_entry(before.value if before else None, path, value)
+        settings[key] = _Setting(value, COMMAND_LINE, prefix)
 
 
 def _parse_text(key: str, text: str) -> Any:
@@ -324,29 +384,64 @@ def _nested(settings: Mapping[str, _Setting]) -> dict[str, dict[str, Any]]:
 
 
 def _validate(reader: _Reader, file: str) -> tuple[Config | None, list[str]]:
-    """The config, or all that is wrong with its fields and between them.
+    """The config, or all that is wrong with its fields and between them, in every stage."""
+    if not reader.stages:
+        return _validate_settings(reader.settings, reader.misspelt, file)
+    problems: list[str] = []
+    for settings in reader.stages.values():
+        _, found = _validate_settings(_in_stage(reader, settings), reader.misspelt, file)
+        problems += [problem for problem in found if problem not in problems]
+    if problems:
+        return None, problems
+    tree: dict[str, Any] = _nested(reader.settings)
+    tree["stages"] = {
+        name: _nested({k: s for k, s in _in_stage(reader, settings).items() if s.prefix})
+        for name, settings in reader.stages.items()
+    }
+    return Config.model_validate(tree), []
+
+
+def _in_stage(reader: _Reader, stage: Mapping[str, _Setting]) -> dict[str, _Setting]:
+    """What holds in a stage: its keys over those of the run; the command line over any file."""
+    merged = {**reader.settings, **stage}
+    for key, setting in reader.settings.items():
+        if setting.source == COMMAND_LINE and merged[key].source != COMMAND_LINE:
+            merged[key] = setting
+    return merged
+
+
+def _validate_settings(
+    settings: Mapping[str, _Setting], misspelt: set[str], file: str
+) -> tuple[Config | None, list[str]]:
+    """The config of these settings, or its problems.
 
     pydantic looks at cross-field rules only when all fields are valid. So a second pass leaves the
     invalid fields out, and what it says about rules without such a field is reported as well.
     """
-    settings = reader.settings
     config, field_errors, broken_rules = _try(settings)
     problems = []
-    invalid = set(reader.misspelt)
+    invalid = set(misspelt)
     for error in field_errors:
         key = ".".join(str(part) for part in error["loc"][:2])
         invalid.add(key)
         shown = ".".join(str(part) for part in error["loc"] if part != "[key]")
-        problems.append(f"{settings[key].source}: {shown}: {_field_message(key, error)}")
+        where = f"{settings[key].source}: {settings[key].prefix}{shown}"
+        problems.append(f"{where}: {_field_message(key, error)}")
     if field_errors:
         valid = {key: setting for key, setting in settings.items() if key not in invalid}
         _, _, broken_rules = _try(valid)
     for keys, message in broken_rules:
         if invalid.isdisjoint(keys):
-            sources = {key: settings[key].source for key in keys if key in settings}
-            key = next((key for key in keys if sources.get(key) == COMMAND_LINE), keys[0])
-            problems.append(f"{sources.get(key, file)}: {key}: {message}")
+            problems.append(f"{_where(keys, settings, file)}: {message}")
     return config, problems
+
+
+def _where(keys: Sequence[str], settings: Mapping[str, _Setting], file: str) -> str:
+    """Source and name of the key of a broken rule: one from the command line if there is one."""
+    given = {key: settings[key] for key in keys if key in settings}
+    key = next((k for k, setting in given.items() if setting.source == COMMAND_LINE), keys[0])
+    setting = given.get(key, _Setting(None, file))
+    return f"{setting.source}: {setting.prefix}{key}"
 
 
 def _try(

@@ -42,6 +42,10 @@ class ThoughtMetrics:
             {k: v + other.counts[k] for k, v in self.counts.items()},
         )
 
+    def joined(self, other: ThoughtMetrics) -> ThoughtMetrics:
+        """All figures of both, of the same batch."""
+        return ThoughtMetrics({**self.sums, **other.sums}, {**self.counts, **other.counts})
+
     def reduced(self, accelerator: Accelerator) -> ThoughtMetrics:
         """Figures of all ranks together."""
         if accelerator.num_processes == 1:
@@ -68,13 +72,24 @@ class ThoughtMetrics:
         return means
 
 
-@torch.no_grad()
-def thought_metrics(scored: ScoredThoughts) -> ThoughtMetrics:
-    """Figures of one batch of scored thoughts; no host sync."""
-    figures = _prediction_figures(scored) | _reward_figures(scored) | _token_figures(scored)
+def as_metrics(figures: Mapping[str, tuple[Tensor, Tensor]]) -> ThoughtMetrics:
+    """From pairs of sum and count."""
     return ThoughtMetrics(
         {name: total for name, (total, _) in figures.items()},
         {name: count for name, (_, count) in figures.items()},
+    )
+
+
+def plain_metrics(nll: Tensor, valid: Tensor) -> ThoughtMetrics:
+    """Figures of a text read without thoughts."""
+    return as_metrics({"base_nll": (nll.sum(), valid.sum())})
+
+
+@torch.no_grad()
+def thought_metrics(scored: ScoredThoughts) -> ThoughtMetrics:
+    """Figures of one batch of scored thoughts; no host sync."""
+    return as_metrics(
+        _prediction_figures(scored) | _reward_figures(scored) | _token_figures(scored)
     )
 
 

@@ -15,7 +15,7 @@ from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig, Tunin
 from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from quietstar.engine.backbone import embedding_weight
 from quietstar.engine.layout import IGNORE_INDEX
-from quietstar.engine.learn import LearnStates, learn_pass
+from quietstar.engine.learn import LearnStates, learn_pass, plain_pass
 from quietstar.engine.rollout import Sampling, sample_thoughts
 from quietstar.engine.self_check import check_architecture, use_thinking_attention
 from quietstar.loading import (
@@ -28,11 +28,12 @@ from quietstar.losses.output_head import OutputHead, find_output_head
 from quietstar.losses.quiet_star import (
     ScoredThoughts,
     choose_policy_temperature,
+    next_token_loss,
     quiet_star_loss,
 )
-from quietstar.metrics import thought_metrics
+from quietstar.metrics import plain_metrics, thought_metrics
 from quietstar.mixing_head import MixingHead
-from quietstar.outputs import QuietStarOutput, Thoughts
+from quietstar.outputs import PlainScores, QuietStarOutput, Thoughts
 
 
 class QuietStarForCausalLM(nn.Module):
@@ -113,19 +114,15 @@ class QuietStarForCausalLM(nn.Module):
         check_architecture(base)
         check_tokenizer_fits(tokenizer, embedding_weight(base).shape[0])
         use_thinking_attention(base)
-        start = initial_embedding(base, tokenizer, thoughts.start_init, "thoughts.start_init")
-        end = initial_embedding(base, tokenizer, thoughts.end_init, "thoughts.end_init")
         model = cls(
             add_adapters(base, tuning or TuningConfig()),
             thoughts,
             mixing_head or MixingHeadConfig(),
             loss or LossConfig(),
             len(tokenizer),
-            tokenizer(thoughts.start_init, add_special_tokens=False)["input_ids"][0],
+            _first_token(tokenizer, thoughts.start_init),
         )
-        with torch.no_grad():
-            model.start_embedding.copy_(start)
-            model.end_embedding.copy_(end)
+        model.initialise_vectors(tokenizer)
         return model
 
     def save_pretrained(
@@ -185,6 +182,24 @@ class QuietStarForCausalLM(nn.Module):
             return None
         return positions - self.thoughts.length - self.thoughts.lookahead - 1
 
+    def configure(self, thoughts: ThoughtsConfig, loss: LossConfig) -> None:
+        """Think and learn by other settings from now on; weights stay."""
+        self.thoughts, self.loss = thoughts, loss
+
+    @torch.no_grad()
+    def initialise_vectors(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Set both vectors to the input embeddings of ``start_init`` and ``end_init``.
+
+        Raises:
+            UserError: A text without tokens.
+        """
+        for vector, name in (
+            (self.start_embedding, "start_init"),
+            (self.end_embedding, "end_init"),
+        ):
+            text = getattr(self.thoughts, name)
+            vector.copy_(initial_embedding(self.causal_lm, tokenizer, text, f"thoughts.{name}"))
+
     # --- Training ---------------------------------------------------------------------------------
 
     def forward(
@@ -197,6 +212,7 @@ class QuietStarForCausalLM(nn.Module):
         sample_ids: Int[Tensor, " batch"] | None = None,
         seed: int = 0,
         fixed_mixing_weight: float | None = None,
+        think: bool = True,
     ) -> QuietStarOutput:
         """Sample thoughts at every position and compute the loss.
 
@@ -211,11 +227,14 @@ class QuietStarForCausalLM(nn.Module):
                 counted.
             seed: Of the noise.
             fixed_mixing_weight: Stands in for the head's output (warm-up of the gate).
+            think: Without it the loss is that of plain language modelling.
 
         Raises:
             ValueError: A text too long for the model, or padded on the left.
         """
         labels = _target_labels(input_ids, attention_mask, labels)
+        if not think:
+            return self._next_token(input_ids, labels, num_items_in_batch)
         self._check_length(input_ids)
         if sample_ids is None:
             first = self._calls * input_ids.shape[0]
@@ -235,7 +254,18 @@ class QuietStarForCausalLM(nn.Module):
             input_ids=input_ids,
         )
 
+    def _next_token(
+        self, input_ids: Tensor, labels: Tensor, num_items: Tensor | int | None
+    ) -> QuietStarOutput:
+        states = plain_pass(self.causal_lm, input_ids)
+        loss, result, valid = next_token_loss(states, labels, self.output_head, num_items)
+        metrics = plain_metrics(result.nll, valid)
+        return QuietStarOutput(loss=loss, metrics=metrics, input_ids=input_ids)
+
     def _sample(self, input_ids: Tensor, sample_ids: Tensor, sampling: Sampling) -> Tensor:
+        if self.thoughts.source == "pause":
+            shape = (sampling.thought_length, sampling.num_thoughts, *input_ids.shape)
+            return input_ids.new_full(shape, self.pause_token_id)
         return sample_thoughts(
             self.causal_lm,
             self.output_head,
@@ -272,7 +302,7 @@ class QuietStarForCausalLM(nn.Module):
             self.loss,
             1.0 if scoring else temperature,
             num_items,
-            wants_thought_logprobs=scoring,
+            scoring,
         )
 
     def _mixing_weight(
@@ -317,14 +347,49 @@ class QuietStarForCausalLM(nn.Module):
         labels = _target_labels(input_ids, attention_mask, labels)
         self._check_length(input_ids)
         if thoughts is None:
-            if sample_ids is None:
-                sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
-            sampling = Sampling(num_thoughts, self.thoughts.length, temperature, seed)
-            tokens = self._sample(input_ids, sample_ids, sampling)
-        else:
-            tokens = Thoughts.to_engine(thoughts)
+            thoughts = self.sample(
+                input_ids,
+                num_thoughts=num_thoughts,
+                temperature=temperature,
+                sample_ids=sample_ids,
+                seed=seed,
+            )
+        tokens = Thoughts.to_engine(thoughts)
         _, scored = self._learn(input_ids, labels, tokens, scoring=True)
         return Thoughts.from_scored(scored, thought_metrics(scored))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        *,
+        num_thoughts: int = 1,
+        temperature: float | None = None,
+        sample_ids: Int[Tensor, " batch"] | None = None,
+        seed: int = 0,
+    ) -> Int[Tensor, "batch thoughts seq length"]:
+        """Thoughts at every position, not scored; arguments as in `think`."""
+        self._check_length(input_ids)
+        if sample_ids is None:
+            sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
+        sampling = Sampling(num_thoughts, self.thoughts.length, temperature, seed)
+        return self._sample(input_ids, sample_ids, sampling).permute(2, 1, 3, 0)
+
+    @torch.no_grad()
+    def score_plain(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Tensor | None = None,
+        labels: Int[Tensor, "batch seq"] | None = None,
+    ) -> PlainScores:
+        """Predict the next tokens without thoughts, as the plain model does."""
+        labels = _target_labels(input_ids, attention_mask, labels)
+        states = plain_pass(self.causal_lm, input_ids)
+        _, result, valid = next_token_loss(states, labels, self.output_head, scoring=True)
+        assert result.predicted is not None, "scoring was asked for"
+        shape = input_ids.shape
+        metrics = plain_metrics(result.nll, valid)
+        return PlainScores(-result.nll.view(shape), result.predicted.view(shape), valid, metrics)
 
     def _check_length(self, input_ids: Tensor) -> None:
         longest = self.max_text_length
@@ -334,6 +399,11 @@ class QuietStarForCausalLM(nn.Module):
                 f"thoughts.length {self.thoughts.length} and thoughts.lookahead "
                 f"{self.thoughts.lookahead} this model takes at most {longest}. Shorten it."
             )
+
+
+def _first_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids[0] if ids else 0  # a text without tokens is refused where the vectors are set
 
 
 def _target_labels(

@@ -30,6 +30,23 @@ class QuietStarOutput(ModelOutput):
 
 
 @dataclass(frozen=True)
+class PlainScores:
+    """Predictions without thoughts; output of `QuietStarForCausalLM.score_plain`.
+
+    Attributes:
+        logprobs: Of the true next token, 0 where there is none.
+        predicted: Most likely next token.
+        valid: Where there is a true next token.
+        metrics: Figures of the batch.
+    """
+
+    logprobs: Float[Tensor, "batch seq"]
+    predicted: Int[Tensor, "batch seq"]
+    valid: Bool[Tensor, "batch seq"]
+    metrics: ThoughtMetrics
+
+
+@dataclass(frozen=True)
 class Thoughts:
     """Thoughts of every position and what they did; output of `QuietStarForCausalLM.think`.
 
@@ -44,6 +61,9 @@ class Thoughts:
         thought_logprobs: By the thought's own prediction.
         mixed_logprobs: Mixed.
         valid: Where there is a true token to predict; elsewhere log-probabilities are 0.
+        base_predicted: Most likely next token without the thought.
+        mixed_predicted: Most likely x_{i+a} with it.
+        metrics: Figures of the batch.
     """
 
     tokens: Int[Tensor, "batch thoughts seq length"]
@@ -53,6 +73,8 @@ class Thoughts:
     thought_logprobs: Float[Tensor, "batch thoughts seq lookahead"]
     mixed_logprobs: Float[Tensor, "batch thoughts seq lookahead"]
     valid: Bool[Tensor, "batch seq lookahead"]
+    base_predicted: Int[Tensor, "batch seq"]
+    mixed_predicted: Int[Tensor, "batch thoughts seq lookahead"]
     metrics: ThoughtMetrics
 
     @classmethod
@@ -62,7 +84,9 @@ class Thoughts:
         def public(x: Tensor) -> Tensor:
             return x.permute(2, 1, 3, 0)
 
-        assert scored.thought_logprobs is not None, "score with wants_thought_logprobs"
+        assert scored.thought_logprobs is not None, "compute with scoring"
+        assert scored.base_predicted is not None, "compute with scoring"
+        assert scored.mixed_predicted is not None, "compute with scoring"
         return cls(
             tokens=public(scored.thoughts),
             logprobs=public(scored.logprobs),
@@ -71,6 +95,8 @@ class Thoughts:
             thought_logprobs=public(scored.thought_logprobs),
             mixed_logprobs=public(scored.mixed_logprobs),
             valid=scored.valid.permute(1, 2, 0),
+            base_predicted=scored.base_predicted,
+            mixed_predicted=public(scored.mixed_predicted),
             metrics=metrics,
         )
 

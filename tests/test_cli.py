@@ -84,9 +84,9 @@ def test_only_the_first_process_of_a_launch_prints(variables, prints, monkeypatc
     assert bool(capsys.readouterr().err) == prints
 
 
-def test_train_without_config_runs_the_tiny_job(runs):
+def test_train_without_config_runs_the_demo(runs):
     assert cli.main(["train"]) is None
-    assert runs == [(load_config("tiny"), None)]
+    assert runs == [(load_config("demo"), None)]
 
 
 def test_train_hands_over_config_overrides_and_resume(runs, tmp_path):
@@ -148,7 +148,7 @@ def test_help_lists_every_key_with_type_default_and_bounds_in_80_columns():
     lines = [line.rstrip() for line in result.stdout.splitlines()]
     assert max(map(len, lines)) <= 80
     starts = {line.split()[0] for line in lines if line.startswith("  --")}
-    assert starts == {f"--{key}" for key in FIELDS} | {"--config", "--resume"}
+    assert starts == {f"--{key}" for key in FIELDS} | {"--config", "--resume", "--controls"}
     words = " ".join(result.stdout.split())
     for key in FIELDS:
         assert f"--{key} " in words

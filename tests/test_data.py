@@ -21,6 +21,7 @@ from quietstar.data.spans import answer_span, chunks
 from quietstar.errors import UserError
 
 EOS, PAD = 256, 257
+NO_ANSWER = np.zeros(3, np.bool_)
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -336,8 +337,8 @@ def test_joined_documents_are_separated_by_eos_and_cut_without_loss(tmp_path, to
 
 
 def test_chunks_keep_targets_beside_their_tokens():
-    one = Encoded(np.arange(3, dtype=np.int32), np.array([False, True, True]))
-    two = Encoded(np.arange(3, 6, dtype=np.int32), np.array([False, True, True]))
+    one = Encoded(np.arange(3, dtype=np.int32), np.array([False, True, True]), NO_ANSWER)
+    two = Encoded(np.arange(3, 6, dtype=np.int32), np.array([False, True, True]), NO_ANSWER)
     joined = list(chunks([one, two], 4))
     assert [chunk.ids.tolist() for chunk in joined] == [[0, 1, 2, 3], [4, 5]]
     assert [chunk.targets.tolist() for chunk in joined] == [
@@ -349,7 +350,7 @@ def test_chunks_keep_targets_beside_their_tokens():
 
 
 def test_collation_refuses_a_sample_wider_than_the_batch():
-    sample = Encoded(np.zeros(3, np.int32), np.ones(3, np.bool_))
+    sample = Encoded(np.zeros(3, np.int32), np.ones(3, np.bool_), NO_ANSWER)
     with pytest.raises(AssertionError, match="3 tokens in a batch of width 2"):
         collate([sample], [0], 2, PAD)
 

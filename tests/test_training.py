@@ -28,11 +28,12 @@ from quietstar.data import build_data, load_tokenizer
 from quietstar.errors import UserError
 from quietstar.metrics import ThoughtMetrics
 from quietstar.outputs import QuietStarOutput
-from quietstar.training import loop, run
+from quietstar.training import loop, run, setup
 from quietstar.training.evaluation import compare, exchange, figures
 from quietstar.training.optimizer import build_optimizer, gradient_norms
 from quietstar.training.reporter import Reporter, StepRecord
 from quietstar.training.run import run_training
+from quietstar.training.stages import plan_stages
 
 ROOT = Path(__file__).parents[1]
 CLOCK = ("seconds", "text_tokens_per_second", "thought_tokens_per_second", "peak_memory_mb")
@@ -56,7 +57,7 @@ def assert_close(records, wanted, **tolerance):
     """Two runs' records agree to a tolerance."""
     assert [(r["kind"], r["step"]) for r in records] == [(r["kind"], r["step"]) for r in wanted]
     for record, other in zip(records, wanted, strict=True):
-        a, b = ({k: v for k, v in r.items() if k != "kind"} for r in (record, other))
+        a, b = ({k: v for k, v in r.items() if k not in ("kind", "stage")} for r in (record, other))
         assert a == pytest.approx(b, **tolerance)
 
 
@@ -208,10 +209,8 @@ def test_the_final_model_gives_the_last_evaluation_again(tmp_path):
     model = QuietStarForCausalLM.from_pretrained(folder / "final")
     tokenizer = load_tokenizer(str(folder / "final"))
     _, eval_data, _ = build_data(config.data, tokenizer, config.training.seed)
-    totals = {}
-    for batch in eval_data.batches(config.training.micro_batch_size):
-        for kind, metrics in compare(model, batch).items():
-            totals[kind] = totals[kind] + metrics if kind in totals else metrics
+    batches = list(eval_data.batches(config.training.micro_batch_size))
+    totals = compare(model, batches)
     last = read_metrics(folder, "eval")[-1]
     again = figures(totals)
     assert again["mixed_nll"] == pytest.approx(last["mixed_nll"], rel=1e-6)
@@ -303,7 +302,8 @@ def test_an_alarm_sounds_once_for_the_figure_that_is_bad(name, tmp_path, capsys)
     }
     config = run_config(tmp_path, training__steps=100)
     (tmp_path / "run").mkdir()
-    reporter = Reporter(config, Accelerator(cpu=True), load_tokenizer("bytes"))
+    stages = plan_stages(config)
+    reporter = Reporter(config, Accelerator(cpu=True), load_tokenizer("bytes"), stages)
 
     def report(step, changes):
         sums = {k: torch.tensor(v) for k, v in (healthy | changes).items()}
@@ -438,10 +438,10 @@ def test_without_a_gpu_a_run_takes_all_cores_unless_told():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # as accelerate launch does
-        run.use_cpu_threads(None)
+        setup.use_cpu_threads(None)
         if not torch.cuda.is_available():
             assert torch.get_num_threads() == len(os.sched_getaffinity(0))
-            run.use_cpu_threads(1)
+            setup.use_cpu_threads(1)
             assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)

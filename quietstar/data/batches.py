@@ -5,7 +5,7 @@ the same for every cut of its batches into micro-batches and ranks, and after ev
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import DataConfig
+from quietstar.config.rules import SYNTHETIC
 from quietstar.data.documents import Documents, EncodedTable, join_documents, prepare
 from quietstar.data.encoding import Encoded, Encoder
 from quietstar.data.samples import MapSamples, StreamSamples, held_out_samples, stream_head
@@ -35,16 +36,20 @@ class Batch:
         attention_mask: True at a real token.
         labels: The id where the token is a target, -100 elsewhere; not shifted.
         sample_ids: Index of each sample in the run (or in the evaluation).
+        answers: True at a token of an answer.
+        steps: Tokens of the steps to the answer, -100 behind them.
     """
 
     input_ids: Int[Tensor, "batch seq"]
     attention_mask: Bool[Tensor, "batch seq"]
     labels: Int[Tensor, "batch seq"]
     sample_ids: Int[Tensor, " batch"]
+    answers: Bool[Tensor, "batch seq"]
+    steps: Int[Tensor, "batch steps"]
 
     def to(self, device: torch.device) -> "Batch":
         """Returns the same batch on another device."""
-        tensors = (self.input_ids, self.attention_mask, self.labels, self.sample_ids)
+        tensors = (getattr(self, field.name) for field in fields(self))
         return Batch(*[tensor.to(device, non_blocking=True) for tensor in tensors])
 
 
@@ -141,18 +146,24 @@ def collate(
     shape = (len(samples), seq_len)
     ids = np.full(shape, pad_id, np.int64)
     labels = np.full(shape, IGNORED, np.int64)
-    mask = np.zeros(shape, np.bool_)
+    mask, answers = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
+    longest = max((len(sample.steps) for sample in samples), default=0)
+    steps = np.full((len(samples), longest), IGNORED, np.int64)
     for row, sample in enumerate(samples):
         length = len(sample)
         assert length <= seq_len, f"sample of {length} tokens in a batch of width {seq_len}"
         ids[row, :length] = sample.ids
         mask[row, :length] = True
         labels[row, :length] = np.where(sample.targets, sample.ids, IGNORED)
+        answers[row, :length] = sample.answers
+        steps[row, : len(sample.steps)] = sample.steps
     return Batch(
         torch.from_numpy(ids),
         torch.from_numpy(mask),
         torch.from_numpy(labels),
         torch.tensor(list(sample_ids), dtype=torch.int64),
+        torch.from_numpy(answers),
+        torch.from_numpy(steps),
     )
 
 
@@ -180,6 +191,8 @@ def build_data(
     encoder = Encoder(tokenizer, config)
     source = open_source(config.train, config, seed)
     held_out = None
+    if config.eval is None and config.train.startswith(SYNTHETIC):
+        config = config.model_copy(update={"eval": config.train})  # its own held-out problems
     if config.eval is not None:
         # Seeds of generated problems overlap when they are close: start behind the training ones.
         behind, size = seed + config.size, config.eval_sequences

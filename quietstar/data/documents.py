@@ -23,7 +23,13 @@ from quietstar.errors import UserError
 
 EXACT_BYTES = 64 * 2**20  # half a minute of tokenisation on one slow core
 ENCODED = Features(
-    {"ids": List(Value("int32")), "targets": List(Value("bool")), "answer_start": Value("int64")}
+    {
+        "ids": List(Value("int32")),
+        "targets": List(Value("bool")),
+        "answers": List(Value("bool")),
+        "answer_start": Value("int64"),
+        "steps": List(Value("int32")),
+    }
 )
 
 
@@ -66,8 +72,9 @@ class EncodedTable:
     def __getitem__(self, index: int) -> Encoded:
         """Returns one document."""
         row: Any = self._table[int(index)]
-        ids, targets = np.asarray(row["ids"], np.int32), np.asarray(row["targets"], np.bool_)
-        return Encoded(ids, targets, int(row["answer_start"]))
+        targets, answers = _bools(row["targets"]), _bools(row["answers"])
+        start, steps = int(row["answer_start"]), _ids(row["steps"])
+        return Encoded(_ids(row["ids"]), targets, answers, start, steps)
 
     def select(self, indices: Int[np.ndarray, " chosen"]) -> "EncodedTable":
         """Returns the documents at these indices."""
@@ -77,8 +84,8 @@ class EncodedTable:
         """Joins the documents, a thousand at a time, and cuts them into chunks."""
 
         def join(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-            pairs = zip(batch["ids"], batch["targets"], strict=True)
-            documents = (Encoded(_ids(ids), _bools(targets)) for ids, targets in pairs)
+            parts = zip(batch["ids"], batch["targets"], batch["answers"], strict=True)
+            documents = (Encoded(_ids(ids), _bools(t), _bools(a)) for ids, t, a in parts)
             return _columns(list(chunks(documents, seq_len)))
 
         return EncodedTable(_map(self._table, join))
@@ -155,7 +162,9 @@ def _columns(encoded: Sequence[Encoded]) -> dict[str, list[Any]]:
     return {
         "ids": [document.ids for document in encoded],
         "targets": [document.targets for document in encoded],
+        "answers": [document.answers for document in encoded],
         "answer_start": [document.answer_start for document in encoded],
+        "steps": [document.steps for document in encoded],
     }
 
 

@@ -1,7 +1,7 @@
 """Records to tokens: each token of a document, and whether it is a target."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,16 @@ class Encoded:
     Attributes:
         ids: Token ids.
         targets: True where the token is to be predicted.
+        answers: True where the token belongs to an answer, what the template adds apart.
         answer_start: Index of the first token of the (last) answer; -1 where there is none.
+        steps: Tokens of the steps to the answer, which no text shows.
     """
 
     ids: Int[np.ndarray, " tokens"]
     targets: Bool[np.ndarray, " tokens"]
+    answers: Bool[np.ndarray, " tokens"]
     answer_start: int = -1
+    steps: Int[np.ndarray, " steps"] = field(default_factory=lambda: np.zeros(0, np.int32))
 
     def __len__(self) -> int:
         """Returns the number of tokens."""
@@ -38,10 +42,12 @@ class Encoded:
     def span(self, start: int, length: int) -> "Encoded":
         """Cuts out at most `length` tokens from `start` on."""
         stop = start + length
-        return Encoded(self.ids[start:stop], self.targets[start:stop])
+        cut = slice(start, stop)
+        kept = self.answer_start - start if self.answer_start >= start else -1
+        return Encoded(self.ids[cut], self.targets[cut], self.answers[cut], kept, self.steps)
 
 
-EMPTY = Encoded(np.zeros(0, np.int32), np.zeros(0, np.bool_))
+EMPTY = Encoded(np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(0, np.bool_))
 
 
 class Encoder:
@@ -84,7 +90,14 @@ class Encoder:
         checked = [read_record(record, self._layout, "data") for record in records]
         filled = [record for record in checked if not is_empty(record)]
         encoded = iter(self._encode([self._segments(record) for record in filled]))
-        return [EMPTY if is_empty(record) else next(encoded) for record in checked]
+        with_steps = (self._with_steps(next(encoded), record) for record in filled)
+        return [EMPTY if is_empty(record) else next(with_steps) for record in checked]
+
+    def _with_steps(self, encoded: Encoded, record: Record) -> Encoded:
+        if "steps" not in record:
+            return encoded
+        ids: Any = self._tokenizer(record["steps"], add_special_tokens=False)["input_ids"]
+        return replace(encoded, steps=np.asarray(ids, np.int32))
 
     def _segments(self, record: Record) -> list[Segment]:
         if self._layout.format == "text":
@@ -92,7 +105,7 @@ class Encoder:
         if self._layout.format == "chat":
             return chat_segments(self._tokenizer, record["messages"], self._answers_only)
         prompt = self._before.replace("{question}", record["question"])
-        return [(prompt, False), (record["answer"] + self._after, True)]
+        return [(prompt, False), (record["answer"], True), (self._after, False)]
 
     def _encode(self, batch: list[list[Segment]]) -> list[Encoded]:
         if not batch:
@@ -106,12 +119,13 @@ class Encoder:
         eos: Any = self._tokenizer.eos_token_id
         if self._layout.format != "chat" and eos is not None and (not ids or ids[-1] != eos):
             ids, in_answer = [*ids, eos], np.append(in_answer, False)
-        if self._layout.format == "qa" and in_answer.any():
-            in_answer[int(in_answer.argmax()) :] = True  # the end-of-text token ends the answer
         if self._answers_only and not in_answer.any():
             return EMPTY  # such as a chat without an assistant message
-        targets = in_answer if self._answers_only else np.ones(len(ids), np.bool_)
-        return Encoded(np.asarray(ids, np.int32), targets, last_answer(in_answer))
+        targets = in_answer.copy() if self._answers_only else np.ones(len(ids), np.bool_)
+        if self._layout.format == "qa" and in_answer.any():
+            targets[int(in_answer.argmax()) :] = True  # what ends an answer is to be learned too
+        answer_start = last_answer(in_answer)
+        return Encoded(np.asarray(ids, np.int32), targets, in_answer, answer_start)
 
 
 def last_answer(in_answer: Bool[np.ndarray, " tokens"]) -> int:

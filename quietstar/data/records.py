@@ -1,7 +1,7 @@
 """Records: raw text, questions with answers, and chats, checked as they are read.
 
-A record is a dict with canonical fields: `text`; or `question` and `answer`; or `messages` (dicts
-with `role` and `content`).
+A record is a dict with canonical fields: `text`; or `question` and `answer`, perhaps `steps`; or
+`messages` (dicts with `role` and `content`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,9 @@ class Layout:
             return cls("text", (("text", config.text_field),))
         if config.format == "chat":
             return cls("chat", (("messages", config.messages_field),))
-        return cls("qa", (("question", config.question_field), ("answer", config.answer_field)))
+        fields = (("question", config.question_field), ("answer", config.answer_field))
+        steps = () if config.steps_field is None else (("steps", config.steps_field),)
+        return cls("qa", fields + steps)
 
     @property
     def canonical(self) -> "Layout":

@@ -13,6 +13,7 @@ from datasets import Dataset, load_dataset
 from datasets.features import Value
 
 from quietstar.config import DataConfig
+from quietstar.config.rules import SYNTHETIC
 from quietstar.data.files import (
     ENDINGS,
     check_file_ending,
@@ -22,6 +23,7 @@ from quietstar.data.files import (
     neighbours,
 )
 from quietstar.data.records import Layout, Record, missing_field, read_record
+from quietstar.data.synthetic import MovesOptions, check_task, moves_records
 from quietstar.data.tokenizer import first_line
 from quietstar.errors import UserError
 
@@ -51,8 +53,8 @@ def open_source(
     """Finds out what a name means and opens it.
 
     Args:
-        value: A file or folder, a hub id (`owner/name`, or `owner/name:split`), or
-            `reasoning_gym:<task>`.
+        value: A file or folder, a hub id (`owner/name`, or `owner/name:split`),
+            `reasoning_gym:<task>` or `synthetic:<task>` (as data.eval its held-out problems).
         config: Fields, format and options of the records.
         seed: Seed of generated problems; problem i of seed s is problem 0 of seed s + i.
         key: The config key that named it.
@@ -64,6 +66,10 @@ def open_source(
     label = f"{key}: {value}"
     if value.startswith(GYM):
         return _open_gym(label, value.removeprefix(GYM), config, seed, size or config.size)
+    if value.startswith(SYNTHETIC):
+        task = value.removeprefix(SYNTHETIC)
+        held_out = key == "data.eval"
+        return _open_synthetic(label, task, config, seed, size or config.size, held_out)
     path = Path(value).expanduser()
     if path.exists():
         return _open_local(label, path, config)
@@ -197,6 +203,23 @@ def _gym_rows(problems: Any, record_format: str) -> Iterator[Record]:
             turns = (("user", question), ("assistant", answer))
             messages = [{"role": role, "content": content} for role, content in turns]
             yield {"messages": messages if answer else []}
+
+
+def _open_synthetic(
+    label: str, task: str, config: DataConfig, seed: int, size: int, held_out: bool
+) -> Source:
+    check_task(label, task)
+    options = MovesOptions.from_mapping(config.task_options)
+    names = [name for name, _ in Layout.of(config).fields]
+    if "messages" in names:
+        raise UserError(f"{label}: holds no chats: set data.format: qa or text")
+
+    def rows() -> Iterator[Record]:
+        for record in moves_records(options, size, seed, held_out):
+            text = {"text": f"{record['question']} {record['answer']}"}
+            yield {name: (record | text)[name] for name in names}
+
+    return Source(label, rows, None if config.streaming else Dataset.from_list(list(rows())))
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from quietstar.data.encoding import Encoded
+from quietstar.data.encoding import EMPTY, Encoded
 
 # First key of every random stream, so that no two uses of one seed share their numbers.
 ORDER, SPAN, HELD_OUT, EVAL_ORDER, EVAL_SPAN, ESTIMATE = range(6)
@@ -49,13 +49,16 @@ def held_out_spans(document: Encoded, seq_len: int, seed: int, index: int) -> li
 
 def chunks(documents: Iterable[Encoded], seq_len: int) -> Iterator[Encoded]:
     """Joins documents and cuts the whole into chunks of seq_len; the last one may be shorter."""
-    ids, targets = np.zeros(0, np.int32), np.zeros(0, np.bool_)
+    rest = EMPTY
     for document in documents:
-        ids = np.concatenate([ids, document.ids])
-        targets = np.concatenate([targets, document.targets])
-        whole = len(ids) - len(ids) % seq_len
+        joined = Encoded(
+            np.concatenate([rest.ids, document.ids]),
+            np.concatenate([rest.targets, document.targets]),
+            np.concatenate([rest.answers, document.answers]),
+        )
+        whole = len(joined) - len(joined) % seq_len
         for start in range(0, whole, seq_len):
-            yield Encoded(ids[start : start + seq_len], targets[start : start + seq_len])
-        ids, targets = ids[whole:], targets[whole:]
-    if len(ids) > 1:  # a single token has nothing to predict
-        yield Encoded(ids, targets)
+            yield joined.span(start, seq_len)
+        rest = joined.span(whole, seq_len)
+    if len(rest) > 1:  # a single token has nothing to predict
+        yield rest

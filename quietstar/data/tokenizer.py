@@ -6,6 +6,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from quietstar.config.rules import SYNTHETIC
+from quietstar.data.synthetic import check_task, word_tokenizer
 from quietstar.errors import UserError
 
 BYTES = "bytes"
@@ -51,7 +53,8 @@ def load_tokenizer(name: str, **hub_kwargs: Any) -> PreTrainedTokenizerBase:
     Padding then is end-of-text: a mask, never the id, says what is padding, so nothing is lost.
 
     Args:
-        name: `bytes` for the built-in byte-level tokenizer, else a folder or a hub id.
+        name: `bytes` for the built-in byte-level tokenizer, `synthetic:<task>` for the words of
+            a synthetic task, else a folder or a hub id.
         **hub_kwargs: Handed to `AutoTokenizer.from_pretrained` (revision, token, ...).
 
     Raises:
@@ -59,6 +62,9 @@ def load_tokenizer(name: str, **hub_kwargs: Any) -> PreTrainedTokenizerBase:
     """
     if name == BYTES:
         return byte_tokenizer()
+    if name.startswith(SYNTHETIC):
+        check_task(f"model.tokenizer: {name}", name.removeprefix(SYNTHETIC))
+        return word_tokenizer()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **hub_kwargs)
     except Exception as error:  # the loader raises nearly anything, from KeyError to hub errors

@@ -29,6 +29,16 @@ class LearnStates:
     ahead: Float[Tensor, "lookahead thoughts batch seq width"]
 
 
+def plain_pass(
+    model: PreTrainedModel, input_ids: Int[Tensor, "batch seq"]
+) -> Float[Tensor, "batch seq width"]:
+    """Final states of a text alone, without thoughts.
+
+    Padding is on the right, where causal attention does not see it.
+    """
+    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
 def learn_pass(
     model: PreTrainedModel,
     start_embedding: Float[Tensor, " embedding"],

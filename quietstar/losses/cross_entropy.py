@@ -29,10 +29,12 @@ class RowResult:
     Attributes:
         nll: (rows,), negative log-likelihood of the target, 0 where there is none.
         entropy: (rows,) of the distribution, or None where it was not asked for.
+        predicted: (rows,), the most likely token, or None where it was not asked for.
     """
 
     nll: Tensor
     entropy: Tensor | None = None
+    predicted: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Segment:
         temperature: Divides the logits.
         sampled_only: The distribution is over the rows of the vocabulary that may be sampled.
         wants_entropy: Compute the entropy of each row.
+        wants_predicted: Find the most likely token of each row.
         other_states, other_weight: With a soft-capped head logits are mixed, not states: the row's
             logits are (1 - other_weight) * f(states) + other_weight * f(other_states).
     """
@@ -59,6 +62,7 @@ class Segment:
     temperature: float = 1.0
     sampled_only: bool = False
     wants_entropy: bool = False
+    wants_predicted: bool = False
     other_states: Tensor | None = None
     other_weight: Tensor | None = None
 
@@ -176,7 +180,7 @@ def _fused_segment(
         states = segment.states[rows].to(dtype)
         states = states if factor == 1.0 else states * factor
         logits = states @ weight.t() if bias is None else torch.addmm(bias, states, weight.t())
-        chunk = _SoftmaxChunk(logits, segment.targets[rows], segment.wants_entropy)
+        chunk = _SoftmaxChunk(logits, segment.targets[rows], segment)
         pieces.append(chunk.result())
         if buffers is not None and coefficients is not None and grad is not None:
             grad_logits = chunk.gradient_(
@@ -197,11 +201,13 @@ class _SoftmaxChunk:
     (Twice where the entropy is wanted: its gradient needs the log-probabilities too.)
     """
 
-    def __init__(self, logits: Tensor, targets: Tensor, wants_entropy: bool) -> None:
+    def __init__(self, logits: Tensor, targets: Tensor, wanted: Segment) -> None:
+        wants_entropy = wanted.wants_entropy
         logits = at_least_float32(logits)
         self.valid = targets != IGNORE_INDEX
         self.targets = targets.clamp(min=0).unsqueeze(1)
         target_logits = logits.gather(1, self.targets)
+        self.predicted = logits.argmax(-1) if wanted.wants_predicted else None
         peak = logits.amax(-1, keepdim=True)
         shifted = logits.sub_(peak)
         self.log_weights = shifted if wants_entropy else None
@@ -216,7 +222,7 @@ class _SoftmaxChunk:
             self.entropy = (log_total - expected / self.total).squeeze(1)
 
     def result(self) -> RowResult:
-        return RowResult(self.nll, self.entropy)
+        return RowResult(self.nll, self.entropy, self.predicted)
 
     def gradient_(self, coefficients: Tensor, entropy_coefficients: Tensor | None) -> Tensor:
         """Gradient of the value with respect to the logits; uses up the chunk."""
@@ -241,7 +247,12 @@ def _compute_dtype(states: Tensor) -> torch.dtype:
 def _concatenate(pieces: Sequence[RowResult]) -> RowResult:
     nll = torch.cat([p.nll.detach() for p in pieces])
     entropies = [p.entropy.detach() for p in pieces if p.entropy is not None]
-    return RowResult(nll, torch.cat(entropies) if entropies else None)
+    predicted = [p.predicted for p in pieces if p.predicted is not None]
+    return RowResult(
+        nll,
+        torch.cat(entropies) if entropies else None,
+        torch.cat(predicted) if predicted else None,
+    )
 
 
 def _value(segment: Segment, coefficients: Tensor | None, result: RowResult) -> Tensor:
@@ -276,7 +287,9 @@ def _recomputed_objective(
     return value, results
 
 
-def _recomputed_rows(segment: Segment, rows: slice, head: OutputHead) -> tuple[Tensor, Tensor]:
+def _recomputed_rows(
+    segment: Segment, rows: slice, head: OutputHead
+) -> tuple[Tensor, Tensor, Tensor]:
     other_states, other_weight = segment.other_states, segment.other_weight
     args = (
         segment.states[rows],
@@ -293,7 +306,7 @@ def _recomputed_rows(segment: Segment, rows: slice, head: OutputHead) -> tuple[T
 
 
 def _plain_rows(states, targets, other_states, other_weight, temperature, head, vocab_size):
-    """Negative log-likelihood and entropy of some rows, by the book."""
+    """Negative log-likelihood, entropy and most likely token of some rows, by the book."""
     logits = head.logits(states)
     if other_states is not None:
         weight = at_least_float32(other_weight).unsqueeze(-1)
@@ -302,4 +315,4 @@ def _plain_rows(states, targets, other_states, other_weight, temperature, head, 
     valid = targets != IGNORE_INDEX
     nll = -logprobs.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return nll.where(valid, 0.0), entropy
+    return nll.where(valid, 0.0), entropy, logprobs.argmax(-1)

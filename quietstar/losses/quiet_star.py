@@ -45,6 +45,8 @@ class ScoredThoughts:
         thought_logprobs: By the thought's own prediction alone; None if no loss needs it.
         valid: Whether there is a target x_{i+a}.
         entropy: Of each thought token's distribution, None if not computed.
+        base_predicted: Most likely next token without the thought, None if not asked for.
+        mixed_predicted: Most likely x_{i+a} with it, None if not asked for.
     """
 
     thoughts: Int[Tensor, "length thoughts batch seq"]
@@ -55,6 +57,8 @@ class ScoredThoughts:
     thought_logprobs: Float[Tensor, "lookahead thoughts batch seq"] | None
     valid: Tensor  # (A, B, S), bool
     entropy: Float[Tensor, "length thoughts batch seq"] | None
+    base_predicted: Int[Tensor, "batch seq"] | None = None
+    mixed_predicted: Int[Tensor, "lookahead thoughts batch seq"] | None = None
 
 
 def choose_policy_temperature(config: LossConfig, sampling_temperature: float) -> float:
@@ -80,7 +84,7 @@ def quiet_star_loss(
     config: LossConfig,
     policy_temperature: float,
     num_items: Tensor | int | None = None,
-    wants_thought_logprobs: bool = False,
+    scoring: bool = False,
 ) -> tuple[Tensor, ScoredThoughts]:
     """Loss of one (micro-)batch, and its thoughts scored.
 
@@ -93,7 +97,8 @@ def quiet_star_loss(
         config: Weights, estimator, reward.
         policy_temperature: Inside the log-probability of the policy term.
         num_items: N; by default the valid targets of this batch.
-        wants_thought_logprobs: Compute the thought's own prediction even if no loss needs it.
+        scoring: Compute what only readers want: the thought's own prediction even if no loss needs
+            it, and the most likely tokens.
 
     Returns:
         The scalar loss and the scored thoughts.
@@ -101,11 +106,11 @@ def quiet_star_loss(
     targets = lookahead_targets(labels, mixing_weight.shape[0])  # (A, B, S)
     valid = targets != IGNORE_INDEX
     num_items = (valid[0].sum() if num_items is None else torch.as_tensor(num_items)).clamp(min=1)
-    needs_thought = (
-        wants_thought_logprobs or config.thought_weight > 0 or config.reward == "thought"
-    )
+    needs_thought = scoring or config.thought_weight > 0 or config.reward == "thought"
     builder = _Segments(states, mixing_weight, thoughts, targets, config, num_items)
     segments = {"base": builder.base(), "mixed": builder.mixed(head)}
+    if scoring:
+        segments = {name: replace(s, wants_predicted=True) for name, s in segments.items()}
     if needs_thought:
         segments["thought"] = builder.thought()
     if config.draft_weight > 0:
@@ -199,6 +204,7 @@ class _Segments:
     def scored(self, results: Mapping[str, RowResult]) -> ScoredThoughts:
         shape = self.mixing_weight.shape
         policy, thought = results["policy"], results.get("thought")
+        base_predicted, mixed_predicted = results["base"].predicted, results["mixed"].predicted
         base = lookahead_states(results["base"].nll.view(self.targets.shape[1:]), self.lookahead)
         return ScoredThoughts(
             thoughts=self.thoughts,
@@ -209,7 +215,42 @@ class _Segments:
             thought_logprobs=None if thought is None else -thought.nll.view(shape),
             valid=self.valid,
             entropy=None if policy.entropy is None else policy.entropy.view(self.thoughts.shape),
+            base_predicted=None if base_predicted is None else base_predicted.view(shape[2:]),
+            mixed_predicted=None if mixed_predicted is None else mixed_predicted.view(shape),
         )
+
+
+def next_token_loss(
+    states: Float[Tensor, "batch seq width"],
+    labels: Int[Tensor, "batch seq"],
+    head: OutputHead,
+    num_items: Tensor | int | None = None,
+    scoring: bool = False,
+) -> tuple[Tensor, RowResult, Tensor]:
+    """Plain language modelling: sum_i -log p(x_{i+1}) / N.
+
+    Args:
+        states: The text's own.
+        labels: As in `quiet_star_loss`.
+        head: From states to logits.
+        num_items: N; by default the valid targets of this batch.
+        scoring: Find the most likely tokens too.
+
+    Returns:
+        The scalar loss, the results of all rows (batch * seq), and where there is a target.
+    """
+    targets = lookahead_targets(labels, 1)[0]
+    valid = targets != IGNORE_INDEX
+    num_items = (valid.sum() if num_items is None else torch.as_tensor(num_items)).clamp(min=1)
+    coefficients = _filled(targets.flatten(), 1.0 / num_items)
+    segment = Segment(
+        states.flatten(0, 1),
+        targets.flatten(),
+        coefficients if torch.is_grad_enabled() else None,
+        wants_predicted=scoring,
+    )
+    loss, results = objective([segment], head)
+    return loss, results[0], valid
 
 
 def _filled(targets: Tensor, value: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,26 +37,33 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def keep_trainable_only(accelerator: Accelerator, model: torch.nn.Module) -> None:
-    """Make checkpoints hold the weights that train; frozen ones come from the base model."""
+    """Make checkpoints hold what trains in any stage; frozen weights come from the base model.
+
+    Call it before a stage freezes anything.
+    """
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
 
     def save(models: list[torch.nn.Module], weights: list[dict], folder: str) -> None:
         weights.clear()  # tells accelerate that the weights are taken care of
         if accelerator.is_main_process:
-            save_file(_trainable(model), Path(folder) / WEIGHTS_FILE)
+            kept = {n: p.detach().contiguous() for n, p in _named(model, names)}
+            save_file(kept, Path(folder) / WEIGHTS_FILE)
 
     def load(models: list[torch.nn.Module], folder: str) -> None:
         models.clear()
         weights = load_file(Path(folder) / WEIGHTS_FILE)
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.data.copy_(weights[name])
+        for name, parameter in _named(model, names):
+            parameter.data.copy_(weights[name])
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
 
 
-def _trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+def _named(
+    model: torch.nn.Module, names: Sequence[str]
+) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    parameters = dict(model.named_parameters())
+    return ((name, parameters[name]) for name in names)
 
 
 def save_checkpoint(run: Run, step: int) -> Path:
@@ -77,8 +85,8 @@ def save_checkpoint(run: Run, step: int) -> Path:
     return final
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> int:
-    """Load a checkpoint into what was prepared; returns the steps done.
+def checkpoint_step(folder: Path) -> int:
+    """Steps of the run that a checkpoint has behind it.
 
     Raises:
         UserError: The folder holds no whole checkpoint.
@@ -89,5 +97,4 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> int:
             f"--resume: {folder} is no whole checkpoint ({STATE_FILE} is missing). Give a folder "
             "like runs/x/checkpoints/step-000100, or auto for the newest."
         )
-    accelerator.load_state(str(folder))
     return json.loads(state.read_text(encoding="utf-8"))["step"]

@@ -1,12 +1,14 @@
 """Held-out evaluation: the gain of thinking, and how much of it comes from what thoughts say.
 
-Greedy thoughts at every position; then the same texts with the same thoughts exchanged among
-positions, and with a constant pause token in place of every thought token. A second read-out of
-the text gives a gain with any thoughts at all; only what exchanged thoughts lose is content.
+Greedy thoughts at every position; then the same texts with thoughts exchanged, and with a constant
+pause token in place of every thought token. A second read-out of the text gives a gain with any
+thoughts at all; only what exchanged thoughts lose is content. Thoughts are exchanged among the
+texts where these have answers, and within each text otherwise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,13 +16,16 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from quietstar.data import Batch
-from quietstar.metrics import ThoughtMetrics
+from quietstar.metrics import ThoughtMetrics, as_metrics
 from quietstar.model import QuietStarForCausalLM
+from quietstar.training.answers import exchange_among_texts, right_answers, right_thoughts
 
 if TYPE_CHECKING:
     from quietstar.training.loop import Run
 
 CONTROLS = ("exchanged", "pause")
+SAMPLES = 4
+"""Thoughts sampled at every position, at temperature 1, to count the right ones."""
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -31,33 +36,106 @@ def evaluate(run: Run) -> dict[str, float]:
         and the like with the model's greedy thoughts; ``exchanged_mixed_nll``,
         ``exchanged_thought_nll``, ``pause_mixed_nll``, ``pause_thought_nll`` with the controls;
         ``gain_of_content`` = exchanged_mixed_nll - mixed_nll; ``gain_over_pause`` =
-        pause_mixed_nll - mixed_nll. Nats a token.
+        pause_mixed_nll - mixed_nll. Nats a token. Where texts have answers also
+        ``accuracy_without_thoughts``, ``accuracy_with_thoughts``, ``accuracy_exchanged``,
+        ``accuracy_pause``, and ``right_thoughts`` where they have steps. A stage without thoughts
+        has ``base_nll`` and ``accuracy_without_thoughts`` only.
     """
     accelerator = run.accelerator
     model = accelerator.unwrap_model(run.model)
     assert isinstance(model, QuietStarForCausalLM), type(model)
-    totals: dict[str, ThoughtMetrics] = {}
-    batches = list(run.eval_data.batches(run.config.training.micro_batch_size))
-    if len(batches) >= accelerator.num_processes:  # else every rank reads all: the means are equal
-        batches = batches[accelerator.process_index :: accelerator.num_processes]
-    with accelerator.autocast(), run.reporter.evaluating(len(batches)) as advance:
-        for batch in batches:
-            for kind, metrics in compare(model, batch.to(accelerator.device)).items():
-                totals[kind] = totals[kind] + metrics if kind in totals else metrics
-            advance()
+    batches = [batch.to(accelerator.device) for batch in rank_batches(run)]
+    with accelerator.autocast(), run.reporter.evaluating(2 * len(batches)) as advance:
+        if run.stage.thinks:
+            totals = compare(model, batches, advance)
+        else:
+            totals = {"own": _total([_plain(model, batch, advance) for batch in batches])}
     return figures({kind: total.reduced(accelerator) for kind, total in totals.items()})
 
 
-def compare(model: QuietStarForCausalLM, batch: Batch) -> dict[str, ThoughtMetrics]:
-    """Figures of one batch with the model's greedy thoughts and with each control."""
-    inputs = (batch.input_ids, batch.attention_mask, batch.labels)
-    own = model.think(*inputs, sample_ids=batch.sample_ids)
-    controls = {
-        "exchanged": exchange(own.tokens, batch.attention_mask.bool(), batch.sample_ids),
-        "pause": torch.full_like(own.tokens, model.pause_token_id),
+def rank_batches(run: Run) -> list[Batch]:
+    """This rank's part of the held-out texts; all, where there are fewer batches than ranks."""
+    accelerator = run.accelerator
+    batches = list(run.eval_data.batches(run.config.training.micro_batch_size))
+    if len(batches) < accelerator.num_processes:  # the means over ranks are the same
+        return batches
+    return batches[accelerator.process_index :: accelerator.num_processes]
+
+
+def _total(parts: Sequence[ThoughtMetrics]) -> ThoughtMetrics:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _plain(
+    model: QuietStarForCausalLM, batch: Batch, advance: Callable[[], object]
+) -> ThoughtMetrics:
+    scores = model.score_plain(batch.input_ids, batch.attention_mask, batch.labels)
+    right = right_answers(scores.predicted[:, None], batch.input_ids, batch.answers)
+    advance()
+    return scores.metrics.joined(as_metrics({"accuracy_without_thoughts": right}))
+
+
+def compare(
+    model: QuietStarForCausalLM,
+    batches: Sequence[Batch],
+    advance: Callable[[], object] = lambda: None,
+) -> dict[str, ThoughtMetrics]:
+    """Figures of texts with the model's greedy thoughts and with each control.
+
+    Args:
+        model: That thinks.
+        batches: The texts.
+        advance: Called once a batch and pass.
+    """
+    parts: dict[str, list[ThoughtMetrics]] = {kind: [] for kind in ("own", *CONTROLS)}
+    thoughts = []
+    for batch in batches:
+        tokens, metrics = _own(model, batch)
+        thoughts.append(tokens)
+        parts["own"].append(metrics)
+        advance()
+    for batch, exchanged in zip(batches, _exchanged(batches, thoughts), strict=True):
+        pause = torch.full_like(exchanged, model.pause_token_id)
+        parts["exchanged"].append(score(model, batch, exchanged))
+        parts["pause"].append(score(model, batch, pause))
+        advance()
+    return {kind: _total(metrics) for kind, metrics in parts.items()}
+
+
+def _own(model: QuietStarForCausalLM, batch: Batch) -> tuple[Tensor, ThoughtMetrics]:
+    tokens = model.sample(batch.input_ids, sample_ids=batch.sample_ids)
+    metrics = score(model, batch, tokens)
+    if batch.steps.shape[1] == 0:
+        return tokens, metrics
+    sampled = model.sample(
+        batch.input_ids, num_thoughts=SAMPLES, temperature=1.0, sample_ids=batch.sample_ids
+    )
+    right = right_thoughts(sampled, batch.answers, batch.steps)
+    return tokens, metrics.joined(as_metrics({"right_thoughts": right}))
+
+
+def score(model: QuietStarForCausalLM, batch: Batch, thoughts: Tensor) -> ThoughtMetrics:
+    """Figures of a batch with these thoughts."""
+    scored = model.think(batch.input_ids, batch.attention_mask, batch.labels, thoughts=thoughts)
+    ids, answers = batch.input_ids, batch.answers
+    accuracies = {
+        "accuracy_without_thoughts": right_answers(scored.base_predicted[:, None], ids, answers),
+        "accuracy_with_thoughts": right_answers(scored.mixed_predicted[..., 0], ids, answers),
     }
-    results = {k: model.think(*inputs, thoughts=tokens).metrics for k, tokens in controls.items()}
-    return {"own": own.metrics, **results}
+    return scored.metrics.joined(as_metrics(accuracies))
+
+
+def _exchanged(batches: Sequence[Batch], thoughts: Sequence[Tensor]) -> list[Tensor]:
+    """Every batch's thoughts, exchanged."""
+    if not all(batch.answers.any(-1).all() for batch in batches):
+        pairs = zip(batches, thoughts, strict=True)
+        return [exchange(t, b.attention_mask.bool(), b.sample_ids) for b, t in pairs]
+    answers = torch.cat([batch.answers for batch in batches])
+    together = exchange_among_texts(torch.cat(list(thoughts)), answers)
+    return list(together.split([len(t) for t in thoughts]))
 
 
 def exchange(
@@ -85,13 +163,17 @@ def exchange(
     return exchanged
 
 
-def figures(totals: dict[str, ThoughtMetrics]) -> dict[str, float]:
+def figures(totals: Mapping[str, ThoughtMetrics]) -> dict[str, float]:
     """From the metrics with own thoughts and each control to the figures of `evaluate`."""
     result = totals["own"].means()
+    if "exchanged" not in totals:
+        return result
     for kind in CONTROLS:
         control = totals[kind].means()
         result[f"{kind}_mixed_nll"] = control["mixed_nll"]
         result[f"{kind}_thought_nll"] = control["thought_nll"]
+        if "accuracy_with_thoughts" in control:
+            result[f"accuracy_{kind}"] = control["accuracy_with_thoughts"]
     result["gain_of_content"] = result["exchanged_mixed_nll"] - result["mixed_nll"]
     result["gain_over_pause"] = result["pause_mixed_nll"] - result["mixed_nll"]
     return result

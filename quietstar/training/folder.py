@@ -15,7 +15,8 @@ from quietstar.training.reporter import METRICS_FILE
 CONFIG_FILE = "config.yaml"
 FINAL_FOLDER = "final"
 TRACKERS_FOLDER = "tensorboard"
-CONTENTS = (METRICS_FILE, "checkpoints", FINAL_FOLDER, TRACKERS_FOLDER)
+REPORT_FILES = ("results.json", "samples.json", "report.html")
+CONTENTS = (METRICS_FILE, "checkpoints", FINAL_FOLDER, TRACKERS_FOLDER, *REPORT_FILES)
 
 _FREE_ON_RESUME = (
     *("training.steps", "training.micro_batch_size", "training.cpu_threads"),
@@ -75,16 +76,26 @@ def check_same_run(output_dir: Path, config: Config) -> None:
     except ConfigError as error:
         raise UserError(f"--resume: {error.problems[0]}") from error
     now = flat(config)
+    last = list(config.stage_configs())[-1]
     changed = [
-        f"{key} was {before[key]}, is {now[key]}"
-        for key in before
-        if before[key] != now[key] and key not in _FREE_ON_RESUME
+        f"{key} was {before.get(key)}, is {now.get(key)}"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key) and not _is_free_on_resume(key, last)
     ]
+    changed = changed if before else []
     if changed:
         raise UserError(
             f"--resume: {'; '.join(changed)}: that would be another run. Take the values of "
             f"{path}, or start a new run in another folder."
         )
+
+
+def _is_free_on_resume(key: str, last_stage: str) -> bool:
+    """Steps of a stage that others follow are not free: what follows would begin elsewhere."""
+    if not key.startswith("stages."):
+        return key in _FREE_ON_RESUME
+    _, stage, name = key.split(".", 2)
+    return name in _FREE_ON_RESUME and (name != "training.steps" or stage == last_stage)
 
 
 def start_folder(output_dir: Path) -> None:
@@ -101,11 +112,20 @@ def start_folder(output_dir: Path) -> None:
             "folder"
         ) from problem
     for name in CONTENTS:
-        shutil.rmtree(output_dir / name, ignore_errors=True)
-    (output_dir / METRICS_FILE).unlink(missing_ok=True)
+        path = output_dir / name
+        if path.is_file():
+            path.unlink()
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def flat(config: Config) -> dict[str, str]:
-    """Dotted keys and values as text, which every tracker takes too."""
-    sections = config.model_dump().items()
-    return {f"{name}.{key}": str(value) for name, part in sections for key, value in part.items()}
+    """Dotted keys and values as text, which every tracker takes too; of each stage if several."""
+    if not config.stages:
+        sections = config.model_dump(exclude={"stages"}).items()
+        pairs = ((f"{name}.{key}", value) for name, part in sections for key, value in part.items())
+        return {key: str(value) for key, value in pairs}
+    return {
+        f"stages.{stage}.{key}": value
+        for stage, stage_config in config.stage_configs().items()
+        for key, value in flat(stage_config).items()
+    }

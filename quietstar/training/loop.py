@@ -23,14 +23,16 @@ from quietstar.training.checkpoint import save_checkpoint
 from quietstar.training.evaluation import evaluate
 from quietstar.training.optimizer import gradient_norms
 from quietstar.training.reporter import Reporter, StepRecord
+from quietstar.training.stages import Stage
 
 
 @dataclass
 class Run:
-    """All that a training loop holds.
+    """All that the loop of one stage holds.
 
     Attributes:
-        config: Of the run.
+        stage: Which one.
+        config: The whole config that holds in it.
         accelerator: Devices, ranks, precision.
         model: The prepared `QuietStarForCausalLM` (perhaps wrapped by an engine).
         optimizer: AdamW with the groups of `quietstar.training.optimizer`.
@@ -38,9 +40,10 @@ class Run:
         train_data: Batches by step.
         eval_data: Held-out sequences.
         reporter: Progress bar, metrics.jsonl, trackers.
-        start_step: Steps already done (0 in a new run).
+        start_step: Steps of the stage already done (0 if it is new).
     """
 
+    stage: Stage
     config: Config
     accelerator: Accelerator
     model: torch.nn.Module
@@ -53,32 +56,33 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Train to the last step, evaluating and saving on the way.
+    """Train to the last step of the stage, evaluating and saving on the way.
 
     Raises:
         UserError: The loss or gradient is not finite; no weight has been changed by it.
     """
     settings = run.config.training
+    first = run.stage.first_step
     if run.start_step == 0:
-        run.reporter.evaluation(0, evaluate(run))
+        run.reporter.evaluation(first, evaluate(run))
     for step in range(run.start_step, settings.steps):
         run.reporter.step_begins()
         loss, output = accumulate_gradients(run, step)
         norms = gradient_norms(run.accelerator, run.model, run.config.optim.clip_norm)
+        done = step + 1
         record = StepRecord(
-            step + 1, loss, output.metrics, norms, run.optimizer.param_groups[0]["lr"]
+            first + done, loss, output.metrics, norms, run.optimizer.param_groups[0]["lr"]
         )
         check_finite(record)
         run.optimizer.step()
         run.scheduler.step()
         run.optimizer.zero_grad()
         run.reporter.step_ends(record, output)
-        done = step + 1
         if _due(done, settings.eval_every) and done < settings.steps:
-            run.reporter.evaluation(done, evaluate(run))
-        if _due(done, settings.save_every):
-            save_checkpoint(run, done)
-    run.reporter.evaluation(settings.steps, evaluate(run))
+            run.reporter.evaluation(first + done, evaluate(run))
+        if _due(done, settings.save_every) or (settings.save_every and done == settings.steps):
+            save_checkpoint(run, first + done)
+    run.reporter.evaluation(run.stage.last_step, evaluate(run))
 
 
 def accumulate_gradients(run: Run, step: int) -> tuple[Tensor, QuietStarOutput]:
@@ -108,6 +112,7 @@ def accumulate_gradients(run: Run, step: int) -> tuple[Tensor, QuietStarOutput]:
                 sample_ids=batch.sample_ids,
                 seed=run.config.training.seed,
                 fixed_mixing_weight=_warm_up_weight(run.config, step),
+                think=run.stage.thinks,
             )
             accelerator.backward(output.loss * accelerator.num_processes)
         total += output.loss.detach()
@@ -124,7 +129,8 @@ def _micro_batches(run: Run, step: int) -> Iterator[Batch]:
     first = run.accelerator.process_index * rank_rows
     for start in range(first, first + rank_rows, settings.micro_batch_size):
         rows = range(start, start + settings.micro_batch_size)
-        batch = run.train_data.batch(step, settings.batch_size, rows)
+        # Counted over the run: a later stage goes on in the data, and draws other thoughts.
+        batch = run.train_data.batch(run.stage.first_step + step, settings.batch_size, rows)
         yield batch.to(run.accelerator.device)
 
 

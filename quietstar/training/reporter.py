@@ -6,13 +6,15 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -23,6 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from quietstar.config import Config
 from quietstar.metrics import ThoughtMetrics
 from quietstar.outputs import QuietStarOutput
+from quietstar.training.alarms import SILENT_STEPS, sounding
+from quietstar.training.stages import Stage, stage_at
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -46,45 +50,6 @@ class StepRecord:
     lr: float
 
 
-@dataclass(frozen=True)
-class Alarm:
-    """A figure that says that training goes wrong, and what helps."""
-
-    name: str
-    is_bad: Callable[[float], bool]
-    message: str
-
-
-ALARMS = (
-    Alarm(
-        "entropy",
-        lambda x: x < 0.05,
-        "thoughts have almost no entropy ({value:.3f} nats a token): they collapse to one text. "
-        "Raise loss.entropy_weight or thoughts.temperature, or lower loss.policy_weight.",
-    ),
-    Alarm(
-        "distinct",
-        lambda x: x < 0.3,
-        "thoughts repeat themselves ({value:.2f} distinct tokens a token). "
-        "Raise loss.entropy_weight or lower loss.policy_weight.",
-    ),
-    Alarm(
-        "alike",
-        lambda x: x > 0.9,
-        "at {value:.0%} of the positions all thoughts are the same, so REINFORCE has no signal. "
-        "Raise thoughts.temperature, thoughts.num_thoughts or loss.entropy_weight.",
-    ),
-    Alarm(
-        "mixing_weight",
-        lambda x: abs(x) < 0.002,
-        "the mixing weight fell to {value:.4f}: thoughts no longer reach the prediction. "
-        "Set mixing_head.floor or warmup_steps, or raise loss.thought_weight.",
-    ),
-)
-_SILENT_STEPS = 20
-"""Steps before an alarm may sound: a head of activation none starts at weight zero."""
-
-
 class Reporter:
     """Writes on the main process only; elsewhere every call does nothing.
 
@@ -92,6 +57,7 @@ class Reporter:
         config: Of the run.
         accelerator: Whose trackers get the metrics.
         tokenizer: To show thoughts.
+        stages: Of the run.
         start_step: Steps already done.
     """
 
@@ -100,14 +66,17 @@ class Reporter:
         config: Config,
         accelerator: Accelerator,
         tokenizer: PreTrainedTokenizerBase,
+        stages: Sequence[Stage],
         start_step: int = 0,
     ) -> None:
-        self.config, self.accelerator, self.tokenizer = config, accelerator, tokenizer
+        self.accelerator, self.tokenizer = accelerator, tokenizer
+        self.stage, self._num_stages = stages[0], len(stages)
+        self._total = stages[-1].last_step
         self.active = accelerator.is_main_process
         self.console = Console(stderr=False, highlight=False)
         self.path = Path(config.training.output_dir) / METRICS_FILE
         if self.active and start_step > 0:
-            forget_later(self.path, start_step)
+            forget_later(self.path, start_step, stage_at(stages, start_step))
         self.evaluations: list[tuple[int, dict[str, float]]] = []
         self._sounded: set[str] = set()
         self._began = time.perf_counter()
@@ -121,7 +90,7 @@ class Reporter:
             disable=not (self.active and self.console.is_terminal),
         )
         self._task = self._progress.add_task(
-            "training", total=config.training.steps, completed=start_step, figures=""
+            "training", total=self._total, completed=start_step, figures=""
         )
 
     def __enter__(self) -> Reporter:
@@ -138,6 +107,17 @@ class Reporter:
         if self.active:
             self.console.print(Text(text), soft_wrap=True)
 
+    def begin_stage(self, stage: Stage, lines: Sequence[str]) -> None:
+        """Say what begins; figures belong to this stage from now on."""
+        self.stage = stage
+        self._sounded.clear()
+        self.evaluations.clear()
+        self._progress.update(self._task, description=stage.name)
+        if self._num_stages > 1:
+            self.say(f"stage {stage.index + 1} of {self._num_stages}: {stage.name}")
+        for line in lines:
+            self.say(line)
+
     # --- Steps ------------------------------------------------------------------------------------
 
     def step_begins(self) -> None:
@@ -147,57 +127,62 @@ class Reporter:
     def step_ends(self, record: StepRecord, output: QuietStarOutput) -> None:
         """Report a step: bar, file, trackers, alarms, now and then a thought."""
         self._progress.advance(self._task)
-        if not self.active or not self._is_due(record.step, self.config.logging.log_every):
+        if not self.active or not self._is_due(record.step, self.stage.config.logging.log_every):
             return
         assert record.metrics is not None, "a training step has metrics"
         figures = {
             "loss": record.loss.item(),
             **record.metrics.means(),
             **self._optimizer_figures(record),
-            **self._speed(record.metrics),
+            **self._speed(),
         }
         self._write("train", record.step, figures)
         self._show(record.step, figures)
-        if record.step > _SILENT_STEPS:
+        if record.step - self.stage.first_step > SILENT_STEPS:
             self._sound_alarms(record.step, figures)
-        if self._is_due(record.step, self.config.logging.thought_every):
+        if output.thoughts is not None and self._is_due(
+            record.step, self.stage.config.logging.thought_every
+        ):
             self._show_thought(output)
 
     def _is_due(self, step: int, every: int) -> bool:
-        return every > 0 and (step % every == 0 or step == self.config.training.steps)
+        return every > 0 and (step % every == 0 or step == self.stage.last_step)
 
     def _optimizer_figures(self, record: StepRecord) -> dict[str, float]:
         norms = {f"grad_norm_{name}": norm.item() for name, norm in record.norms.items()}
         return {**norms, "lr": record.lr}
 
-    def _speed(self, metrics: ThoughtMetrics) -> dict[str, float]:
+    def _speed(self) -> dict[str, float]:
         seconds = time.perf_counter() - self._began
-        thoughts, data = self.config.thoughts, self.config.data
-        text_tokens = self.config.training.batch_size * data.seq_len
-        return {
+        thoughts, data = self.stage.config.thoughts, self.stage.config.data
+        text_tokens = self.stage.config.training.batch_size * data.seq_len
+        figures = {
             "seconds": seconds,
             "text_tokens_per_second": text_tokens / seconds,
-            "thought_tokens_per_second": text_tokens * thoughts.num_thoughts * thoughts.length
-            / seconds,
             "peak_memory_mb": peak_memory_mb(),
-        }  # fmt: skip
+        }
+        if self.stage.thinks:
+            thought_tokens = text_tokens * thoughts.num_thoughts * thoughts.length
+            figures["thought_tokens_per_second"] = thought_tokens / seconds
+        return figures
 
     def _show(self, step: int, figures: Mapping[str, float]) -> None:
-        text = (
-            f"base {figures['base_nll']:.3f}  mixed {figures['mixed_nll']:.3f}  "
-            f"gain {figures['gain']:+.4f}  w {figures['mixing_weight']:.3f}  "
-            f"entropy {figures['entropy']:.2f}  {figures['seconds']:.1f} s/step"
+        shown = {"base": "base_nll", "mixed": "mixed_nll", "gain": "gain", "w": "mixing_weight"}
+        text = "  ".join(
+            f"{name} {figures[key]:{'+.4f' if key == 'gain' else '.3f'}}"
+            for name, key in {**shown, "entropy": "entropy"}.items()
+            if key in figures
         )
+        text += f"  {figures['seconds']:.1f} s/step"
         self._progress.update(self._task, figures=text)
         if not self.console.is_terminal:
-            self.say(f"step {step:>5}/{self.config.training.steps}  {text}")
+            self.say(f"step {step:>5}/{self._total}  {text}")
 
     def _sound_alarms(self, step: int, figures: Mapping[str, float]) -> None:
-        for alarm in ALARMS:
-            value = figures.get(alarm.name)
-            if value is not None and alarm.name not in self._sounded and alarm.is_bad(value):
-                self._sounded.add(alarm.name)
-                self.say(f"warning: step {step}: {alarm.message.format(value=value)}")
+        for name, message in sounding(figures):
+            if name not in self._sounded:
+                self._sounded.add(name)
+                self.say(f"warning: step {step}: {message}")
 
     def _show_thought(self, output: QuietStarOutput) -> None:
         assert output.thoughts is not None
@@ -227,36 +212,77 @@ class Reporter:
         self.console.print(evaluation_table(self.evaluations))
 
     def _write(self, kind: str, step: int, figures: Mapping[str, float]) -> None:
-        record = {"kind": kind, "step": step, **figures}
+        record = {"kind": kind, "stage": self.stage.name, "step": step, **figures}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self.accelerator.log({f"{kind}/{k}": v for k, v in figures.items()}, step=step)
 
 
-def forget_later(path: Path, step: int) -> None:
-    """Drop the records after ``step``: a resumed run writes them again."""
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Whole records of a metrics.jsonl; the last line of an interrupted run may be half written."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def forget_later(path: Path, step: int, stage: Stage) -> None:
+    """Drop the records that a run resumed after ``step``, in ``stage``, writes again."""
+
+    def is_kept(record: Mapping[str, Any]) -> bool:
+        if record["step"] == step == stage.last_step:
+            return record["kind"] == "train"  # the evaluation at the end comes again
+        return record["step"] <= step
+
+    kept = [json.dumps(record) + "\n" for record in read_records(path) if is_kept(record)]
     path.write_text("".join(kept), encoding="utf-8")
 
 
-def evaluation_table(evaluations: list[tuple[int, dict[str, float]]]) -> Table:
-    """Held-out figures by step; the gain of content stands beside the gain."""
-    columns = {
-        "base_nll": "base NLL",
-        "mixed_nll": "mixed NLL",
-        "thought_nll": "thought NLL",
-        "gain": "gain",
-        "gain_of_content": "gain of content",
-        "gain_over_pause": "over pause",
-        "mixing_weight": "weight",
-    }
-    table = Table("step", *columns.values(), title="held out, nats a token")
+COLUMNS = {
+    "base_nll": "base\nNLL",
+    "mixed_nll": "mixed\nNLL",
+    "thought_nll": "thought\nNLL",
+    "gain": "gain of\nthinking",
+    "gain_of_content": "gain of\ncontent",
+    "gain_over_pause": "over\npause",
+    "mixing_weight": "mixing\nweight",
+    "accuracy_without_thoughts": "right\nwithout",
+    "accuracy_with_thoughts": "right\nwith",
+    "accuracy_exchanged": "exchanged\nthoughts",
+    "right_thoughts": "thoughts\nright",
+}
+_WITHOUT_ANSWERS = (
+    "thought_nll",
+    "gain_over_pause",
+    "mixing_weight",
+)  # left out where answers need the room
+"""Held-out figures shown on the terminal; the gain of content stands beside the gain."""
+
+
+def evaluation_table(evaluations: Sequence[tuple[int, Mapping[str, float]]]) -> Table:
+    """Held-out figures by step."""
+    keys = [key for key in COLUMNS if any(key in figures for _, figures in evaluations)]
+    if "accuracy_with_thoughts" in keys:
+        keys = [key for key in keys if key not in _WITHOUT_ANSWERS]
+    title = "held out: NLL in nats a token, share of answers that are right"
+    table = Table(
+        title=title if "accuracy_without_thoughts" in keys else title.split(",")[0],
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+        title_justify="left",
+    )
+    for name in ("step", *(COLUMNS[key] for key in keys)):
+        table.add_column(name, justify="right", no_wrap=True)
     for step, figures in evaluations:
-        signed = ("gain", "gain_of_content", "gain_over_pause")
-        cells = [f"{figures[k]:+.4f}" if k in signed else f"{figures[k]:.4f}" for k in columns]
-        table.add_row(str(step), *cells)
+        table.add_row(str(step), *(_cell(key, figures.get(key)) for key in keys))
     return table
+
+
+def _cell(key: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if key.startswith(("accuracy", "right")):
+        return f"{value:.3f}"
+    return f"{value:+.4f}" if key.startswith("gain") else f"{value:.4f}"
 
 
 def peak_memory_mb() -> float:

@@ -1,30 +1,26 @@
-"""Setting a run up: everything that can be wrong is wrong here, before the first step."""
+"""A training run: set up once, then its stages one after the other."""
 
 from __future__ import annotations
 
-import os
-import warnings
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, ProjectConfiguration, set_seed
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from quietstar.config import Config
 from quietstar.config_io import save_config
-from quietstar.data import build_data, load_tokenizer
-from quietstar.errors import UserError
-from quietstar.loading import load_base
+from quietstar.data import DataReport, EvalData, TrainData, build_data
 from quietstar.model import QuietStarForCausalLM
-from quietstar.training.checkpoint import keep_trainable_only, load_checkpoint
+from quietstar.training.checkpoint import checkpoint_step, keep_trainable_only
 from quietstar.training.folder import (
     CONFIG_FILE,
     FINAL_FOLDER,
-    TRACKERS_FOLDER,
     check_free,
     check_same_run,
     find_checkpoint,
@@ -34,6 +30,56 @@ from quietstar.training.folder import (
 from quietstar.training.loop import Run, train
 from quietstar.training.optimizer import build_optimizer, build_scheduler
 from quietstar.training.reporter import METRICS_FILE, Reporter
+from quietstar.training.results import write_results
+from quietstar.training.setup import (
+    build_accelerator,
+    build_model,
+    check_batch,
+    check_positions,
+    describe,
+    find_tokenizer,
+    quiet_libraries,
+)
+from quietstar.training.stages import Stage, begin_stage, model_stage, plan_stages, stage_at
+
+StageData = tuple[TrainData, EvalData, DataReport]
+
+
+@dataclass
+class Job:
+    """What all stages of a run share.
+
+    Attributes:
+        config: Of the run.
+        stages: In order.
+        accelerator: Devices, ranks, precision.
+        tokenizer: The model's.
+        model: The model itself, as no engine wraps it.
+        data: Of each stage.
+        schedule: Holds the running stage's learning rate schedule for checkpoints.
+    """
+
+    config: Config
+    stages: Sequence[Stage]
+    accelerator: Accelerator
+    tokenizer: PreTrainedTokenizerBase
+    model: QuietStarForCausalLM
+    data: Sequence[StageData]
+    schedule: CurrentSchedule = field(default_factory=lambda: CurrentSchedule())
+
+
+class CurrentSchedule:
+    """The running stage's schedule under one name, since checkpoints keep what was registered."""
+
+    scheduler: LRScheduler
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the running stage's schedule."""
+        return self.scheduler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load it into the running stage's schedule."""
+        self.scheduler.load_state_dict(state)
 
 
 def run_training(config: Config, resume: str | None = None) -> Path:
@@ -47,6 +93,7 @@ def run_training(config: Config, resume: str | None = None) -> Path:
     Raises:
         UserError: Whatever the user can mend, in one line; nothing is overwritten.
     """
+    began = time.perf_counter()
     quiet_libraries()
     output_dir = Path(config.training.output_dir)
     accelerator = build_accelerator(config)
@@ -56,180 +103,94 @@ def run_training(config: Config, resume: str | None = None) -> Path:
         check_free(output_dir, config.training.overwrite)
     else:
         check_same_run(output_dir, config)
-    set_seed(config.training.seed)
-    hub = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
-    tokenizer = _tokenizer(config, hub)
-    train_data, eval_data, report = build_data(config.data, tokenizer, config.training.seed)
-    model = build_model(config, tokenizer, hub)
-    check_positions(config, model)
+    steps_done = 0 if checkpoint is None else checkpoint_step(checkpoint)
+    job = set_up(config, accelerator)
     if accelerator.is_main_process:
         if is_new:
             start_folder(output_dir)
         save_config(config, output_dir / CONFIG_FILE)
     accelerator.wait_for_everyone()
-
-    optimizer = build_optimizer(model, config.optim)
-    scheduler = build_scheduler(optimizer, config.optim, config.training.steps)
-    keep_trainable_only(accelerator, model)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(scheduler)
-    start_step = 0 if checkpoint is None else load_checkpoint(accelerator, checkpoint)
     accelerator.init_trackers("quietstar", config=flat(config))
-    with Reporter(config, accelerator, tokenizer, start_step) as reporter:
-        reporter.say(report.summary())
-        reporter.say(describe(model, config))
+    with Reporter(config, accelerator, job.tokenizer, job.stages, steps_done) as reporter:
         if resume is not None:
-            reporter.say(describe_resume(checkpoint, start_step, config))
-        prepared.train()
-        train(
-            Run(config, accelerator, prepared, optimizer, scheduler, train_data, eval_data,
-                reporter, start_step)
-        )  # fmt: skip
+            reporter.say(describe_resume(checkpoint, steps_done, config, job.stages))
+        first = stage_at(job.stages, steps_done)
+        run = run_stage(job, first, reporter, checkpoint)
+        for stage in job.stages[first.index + 1 :]:
+            run = run_stage(job, stage, reporter, None)
+        return finish(job, run, reporter, time.perf_counter() - began)
+
+
+def set_up(config: Config, accelerator: Accelerator) -> Job:
+    """Load tokenizer, model and data of all stages.
+
+    Raises:
+        UserError: Any of them cannot be used.
+    """
+    stages = plan_stages(config)
+    for stage in stages:
+        check_batch(stage.config, accelerator.num_processes)
+    set_seed(config.training.seed)
+    hub = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+    tokenizer = find_tokenizer(config, hub)
+    seed = config.training.seed  # one seed: what is held out is held out in every stage
+    data = [build_data(stage.config.data, tokenizer, seed) for stage in stages]
+    model = build_model(model_stage(stages).config, tokenizer, hub)
+    for stage in stages:
+        check_positions(stage.config, model)
+    keep_trainable_only(accelerator, model)
+    job = Job(config, stages, accelerator, tokenizer, model, data)
+    accelerator.register_for_checkpointing(job.schedule)
+    return job
+
+
+def run_stage(job: Job, stage: Stage, reporter: Reporter, checkpoint: Path | None) -> Run:
+    """Train one stage, from its start or from a checkpoint inside it; returns its loop's state."""
+    accelerator, config = job.accelerator, stage.config
+    begin_stage(job.model, stage, job.tokenizer)
+    optimizer = build_optimizer(job.model, config.optim)
+    job.schedule.scheduler = build_scheduler(optimizer, config.optim, config.training.steps)
+    accelerator.unwrap_model(job.model, keep_fp32_wrapper=False)  # from the stage before
+    accelerator.free_memory()
+    prepared, optimizer = accelerator.prepare(job.model, optimizer)
+    start_step = 0
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+        start_step = checkpoint_step(checkpoint) - stage.first_step
+    train_data, eval_data, report = job.data[stage.index]
+    reporter.begin_stage(stage, [report.summary(), describe(job.model, stage)])
+    prepared.train()
+    run = Run(stage, config, accelerator, prepared, optimizer, job.schedule.scheduler,
+              train_data, eval_data, reporter, start_step)  # fmt: skip
+    train(run)
+    return run
+
+
+def finish(job: Job, run: Run, reporter: Reporter, seconds: float) -> Path:
+    """Save the final model, results and report; returns the model's folder."""
+    accelerator, output_dir = job.accelerator, Path(job.config.training.output_dir)
     final = output_dir / FINAL_FOLDER
     if accelerator.is_main_process:
-        model.save_pretrained(final, tokenizer)
-        reporter.say(f"the model is in {final}; the figures are in {output_dir / METRICS_FILE}")
+        job.model.save_pretrained(final, job.tokenizer)
+        write_results(run, job.tokenizer, seconds)
+        reporter.say(
+            f"the model is in {final}; the figures are in {output_dir / METRICS_FILE}; "
+            f"look at {output_dir / 'report.html'}"
+        )
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return final
 
 
-def describe_resume(checkpoint: Path | None, start_step: int, config: Config) -> str:
+def describe_resume(
+    checkpoint: Path | None, steps_done: int, config: Config, stages: Sequence[Stage]
+) -> str:
     """One line about where a run goes on."""
-    settings = config.training
+    total = stages[-1].last_step
     if checkpoint is None:
-        return f"--resume auto: no checkpoint in {settings.output_dir}, so a new run begins"
-    if start_step >= settings.steps:
-        return f"--resume: {checkpoint} already has all {settings.steps} steps; it is evaluated"
-    return f"--resume: going on from {checkpoint}, step {start_step} of {settings.steps}"
-
-
-def quiet_libraries() -> None:
-    """Leave the terminal to the run's own progress bar and lines."""
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
-def build_accelerator(config: Config) -> Accelerator:
-    """The accelerator, refusing a world that is not the one launched.
-
-    Raises:
-        UserError: Fewer processes than launched see each other, or the batch cannot be cut.
-    """
-    handlers = []
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.cuda.is_available():
-        # Without it every rank believes it is alone, and all write the same files.
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
-    output_dir = Path(config.training.output_dir)
-    use_cpu_threads(config.training.cpu_threads)
-    check_trackers(config.logging.trackers)
-    accelerator = Accelerator(
-        mixed_precision=config.training.precision,
-        log_with=list(config.logging.trackers) or None,
-        project_config=ProjectConfiguration(
-            project_dir=str(output_dir), logging_dir=str(output_dir / TRACKERS_FOLDER)
-        ),
-        kwargs_handlers=handlers,
-        step_scheduler_with_optimizer=False,
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        raise UserError(
-            f"{launched} processes were launched but {accelerator.num_processes} see each other; "
-            "training would run the same data on each. On CPUs launch with torchrun and "
-            "ACCELERATE_USE_CPU=true."
-        )
-    settings = config.training
-    share = settings.micro_batch_size * accelerator.num_processes
-    if settings.batch_size % share:
-        raise UserError(
-            f"training.batch_size ({settings.batch_size}) must be a multiple of "
-            f"training.micro_batch_size ({settings.micro_batch_size}) x processes "
-            f"({accelerator.num_processes}) = {share}, so that every process has the same work"
-        )
-    return accelerator
-
-
-def use_cpu_threads(threads: int | None) -> None:
-    """Use the machine's cores: ``accelerate launch`` sets OMP_NUM_THREADS to 1 on its own."""
-    if not torch.cuda.is_available():
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(threads or max(1, (cores or 1) // processes))
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Refuse a tracker that accelerate would leave out in silence.
-
-    Raises:
-        UserError: It is unknown to accelerate, or its package is not installed.
-    """
-    available = {tracker.value for tracker in get_available_trackers()}
-    missing = [name for name in names if name not in available]
-    if missing:
-        known = sorted({tracker.value for tracker in LoggerType} - {"all"})
-        remedy = f"pip install {missing[0]}" if missing[0] in known else f"use {', '.join(known)}"
-        raise UserError(
-            f"logging.trackers: {missing[0]!r} is not available (here are: "
-            f"{', '.join(sorted(available)) or 'none'}); {remedy}, or leave it out"
-        )
-
-
-def _tokenizer(config: Config, hub: dict) -> PreTrainedTokenizerBase:
-    name = config.model.tokenizer or config.model.name_or_path
-    assert name is not None, "the config was validated"
-    return load_tokenizer(name, **hub)
-
-
-def build_model(
-    config: Config, tokenizer: PreTrainedTokenizerBase, hub: dict
-) -> QuietStarForCausalLM:
-    """Load or make the base model and turn it into one that thinks."""
-    base = load_base(
-        config.model.name_or_path,
-        config.model.config,
-        dtype=getattr(torch, config.model.dtype),
-        vocab_size=len(tokenizer),
-        seed=config.training.seed,
-        **hub,
-    )
-    model = QuietStarForCausalLM.from_base(
-        base,
-        tokenizer=tokenizer,
-        thoughts=config.thoughts,
-        mixing_head=config.mixing_head,
-        loss=config.loss,
-        tuning=config.tuning,
-    )
-    if config.training.activation_checkpointing:
-        model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
-
-
-def check_positions(config: Config, model: QuietStarForCausalLM) -> None:
-    """Refuse sequences that leave no room for a thought.
-
-    Raises:
-        UserError: seq_len + length + lookahead + 1 is more than the model's positions.
-    """
-    longest = model.max_text_length
-    thoughts = config.thoughts
-    if longest is not None and config.data.seq_len > longest:
-        block = thoughts.length + thoughts.lookahead + 1
-        raise UserError(
-            f"data.seq_len ({config.data.seq_len}) + thoughts.length ({thoughts.length}) + "
-            f"thoughts.lookahead ({thoughts.lookahead}) + 1 is more than the model's "
-            f"{longest + block} positions; set data.seq_len to at most {longest}"
-        )
-
-
-def describe(model: QuietStarForCausalLM, config: Config) -> str:
-    """One line about what trains."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    name = config.model.name_or_path or f"random {model.causal_lm.config.model_type}"
-    return (
-        f"{name}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.2f}M train "
-        f"({config.tuning.method}); {config.thoughts.num_thoughts} thoughts of "
-        f"{config.thoughts.length} tokens at every position, lookahead {config.thoughts.lookahead}"
-    )
+        return f"--resume auto: no checkpoint in {config.training.output_dir}, so a new run begins"
+    if steps_done >= total:
+        return f"--resume: {checkpoint} already has all {total} steps; it is evaluated"
+    stage = stage_at(stages, steps_done)
+    where = f", stage {stage.name}" if len(stages) > 1 else ""
+    return f"--resume: going on from {checkpoint}, step {steps_done} of {total}{where}"

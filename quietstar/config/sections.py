@@ -1,17 +1,8 @@
-"""The config of a training run: one frozen, typed tree.
+"""The sections of the config: every key with its type, bounds and a sentence."""
 
-Each field has its bounds and one sentence; ``quietstar train --help`` prints both. Rules that tie
-fields together are in `cross_field_problems`. Unknown keys are errors, and so is a value of another
-type (the text ``"8"`` is no integer). `quietstar.config_io` reads and writes the tree as YAML.
+from typing import Any, Literal
 
-This module imports no torch, so that a wrong config is reported at once.
-"""
-
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
-
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -36,8 +27,9 @@ class ModelConfig(Section):
     tokenizer: str | None = Field(
         default=None,
         min_length=1,
-        description="Folder or hub id of the tokenizer, or `bytes` for the built-in byte-level one;"
-        " null means the model's own, and model.config needs one.",
+        description="Folder or hub id of the tokenizer, `bytes` for the built-in byte-level one, or"
+        " `synthetic:<task>` for that task's words; null means the model's own, and model.config"
+        " needs one.",
     )
     revision: str | None = Field(
         default=None, min_length=1, description="Branch, tag or commit of a model from the hub."
@@ -75,6 +67,11 @@ class TuningConfig(Section):
 class ThoughtsConfig(Section):
     """The thoughts: how long, how many, and how they are sampled."""
 
+    source: Literal["sampled", "pause"] = Field(
+        default="sampled",
+        description="Thoughts that the model samples, or a constant token in their place, the first"
+        " of thoughts.start_init: a control that thinks nothing.",
+    )
     length: int = Field(
         default=8, ge=1, description="Free tokens of a thought; its start and end are not counted."
     )
@@ -190,7 +187,7 @@ class DataConfig(Section):
         default=None,
         min_length=1,
         description="Training text, required: a .jsonl, .json, .txt or .parquet file, a folder of"
-        " them, a hub data set id, or reasoning_gym:<task>.",
+        " them, a hub data set id, reasoning_gym:<task>, or synthetic:<task>.",
     )
     eval: str | None = Field(
         default=None,
@@ -224,6 +221,12 @@ class DataConfig(Section):
         min_length=1,
         description="Field of a record with the messages (format chat).",
     )
+    steps_field: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Field of a record with the steps to its answer (format qa), to tell right"
+        " thoughts from others in evaluations; never trained on.",
+    )
     template: str = Field(
         default="{question}\n{answer}",
         description="Text of a qa record: {question}, then {answer}, then at most white space.",
@@ -251,10 +254,10 @@ class DataConfig(Section):
         description="Read a hub data set while training instead of downloading it first.",
     )
     size: int = Field(
-        default=10000, ge=1, description="Generated problems of a reasoning_gym task."
+        default=10000, ge=1, description="Generated problems of a reasoning_gym or synthetic task."
     )
     task_options: dict[str, Any] = Field(
-        default_factory=dict, description="Options of the reasoning_gym task."
+        default_factory=dict, description="Options of the reasoning_gym or synthetic task."
     )
 
 
@@ -295,6 +298,10 @@ class OptimConfig(Section):
 class TrainingConfig(Section):
     """The loop: steps, batch, precision, evaluations, checkpoints."""
 
+    objective: Literal["quiet_star", "next_token"] = Field(
+        default="quiet_star",
+        description="Learn to think, or plain language modelling without thoughts.",
+    )
     steps: int = Field(default=1000, ge=1, description="Optimiser steps.")
     batch_size: int = Field(
         default=8,
@@ -352,203 +359,3 @@ class LoggingConfig(Section):
         ge=0,
         description="Steps between two decoded thoughts on the terminal; 0 means none.",
     )
-
-
-class Config(Section):
-    """The whole tree.
-
-    Raises:
-        pydantic.ValidationError: With every broken bound, or else every broken cross-field rule.
-    """
-
-    model: ModelConfig = Field(default_factory=ModelConfig, description="The base model.")
-    tuning: TuningConfig = Field(
-        default_factory=TuningConfig, description="Which weights of the base model train."
-    )
-    thoughts: ThoughtsConfig = Field(
-        default_factory=ThoughtsConfig, description="How long, how many, and how sampled."
-    )
-    mixing_head: MixingHeadConfig = Field(
-        default_factory=MixingHeadConfig,
-        description="How far the thought's prediction replaces the base's.",
-    )
-    loss: LossConfig = Field(
-        default_factory=LossConfig, description="Terms of the loss, and the policy gradient."
-    )
-    data: DataConfig = Field(
-        default_factory=DataConfig, description="The text, and how it is cut into sequences."
-    )
-    optim: OptimConfig = Field(default_factory=OptimConfig, description="AdamW and its schedule.")
-    training: TrainingConfig = Field(
-        default_factory=TrainingConfig, description="Steps, batch, precision, checkpoints."
-    )
-    logging: LoggingConfig = Field(
-        default_factory=LoggingConfig, description="What is reported, where and how often."
-    )
-
-    @model_validator(mode="after")
-    def _check_cross_field_rules(self) -> "Config":
-        problems = cross_field_problems(self)
-        if problems:
-            lines = "\n".join(f"{problem.keys[0]}: {problem.message}" for problem in problems)
-            context = {"lines": lines, "problems": problems}
-            raise PydanticCustomError(CROSS_FIELD_ERROR, "{lines}", context)
-        return self
-
-
-CROSS_FIELD_ERROR = "cross_field"  # type of the pydantic error that carries the problems
-
-
-class CrossFieldProblem(NamedTuple):
-    """A broken rule between fields.
-
-    Attributes:
-        keys: Dotted names of the fields in the rule, the one to change first.
-        message: The values, the rule, the reason and the remedy in one line.
-    """
-
-    keys: tuple[str, ...]
-    message: str
-
-
-def cross_field_problems(config: Config) -> list[CrossFieldProblem]:
-    """All broken rules between the fields of a config whose single fields are valid."""
-    rules = (_model_rules, _thought_rules, _mixing_head_rules, _loss_rules, _data_rules)
-    problems = [problem for rule in rules for problem in rule(config)]
-    return [*problems, *_batch_rules(config)]
-
-
-def _model_rules(config: Config) -> Iterator[CrossFieldProblem]:
-    model = config.model
-    if (model.name_or_path is None) == (model.config is None):
-        state = "neither model.name_or_path nor model.config is set"
-        remedy = "Set model.name_or_path to a folder or hub id"
-        if model.config is not None:
-            state = f"both model.name_or_path ({model.name_or_path}) and model.config are set"
-            remedy = "Set model.config: null to train the pretrained model"
-        yield CrossFieldProblem(
-            ("model.name_or_path", "model.config"),
-            f"{state}, but exactly one must be: the weights are pretrained or random. {remedy}.",
-        )
-    if model.config is None:
-        return
-    if config.tuning.method == "lora":
-        yield CrossFieldProblem(
-            ("tuning.method", "model.config"),
-            "tuning.method: lora needs a pretrained model, but model.config makes random weights,"
-            " which a saved adapter could not name. Set tuning.method: full.",
-        )
-    if not isinstance(model.config.get("model_type"), str):
-        yield CrossFieldProblem(
-            ("model.config",),
-            f"names no model_type (keys: {', '.join(model.config) or 'none'}), but it must: the"
-            " other keys are fields of an architecture. Add model_type, such as model_type: llama.",
-        )
-    if model.name_or_path is None and model.tokenizer is None:
-        yield CrossFieldProblem(
-            ("model.tokenizer", "model.config"),
-            "null with model.config must be set: random weights come with no tokenizer."
-            " Set model.tokenizer: bytes, or a folder or hub id.",
-        )
-
-
-def _thought_rules(config: Config) -> Iterator[CrossFieldProblem]:
-    thoughts, loss = config.thoughts, config.loss
-    grouped = loss.estimator != "no_baseline" and loss.policy_weight > 0
-    if thoughts.num_thoughts == 1 and grouped:
-        yield CrossFieldProblem(
-            ("thoughts.num_thoughts", "loss.estimator", "loss.policy_weight"),
-            "thoughts.num_thoughts (1) must be at least 2: the REINFORCE baseline compares thoughts"
-            " sampled at the same position. Raise it, or set loss.estimator: no_baseline.",
-        )
-    if thoughts.lookahead >= config.data.seq_len:
-        yield CrossFieldProblem(
-            ("thoughts.lookahead", "data.seq_len"),
-            f"thoughts.lookahead ({thoughts.lookahead}) must be smaller than data.seq_len"
-            f" ({config.data.seq_len}): the true tokens that a thought is scored on lie in the same"
-            " sequence. Lower it, or raise data.seq_len.",
-        )
-
-
-def _mixing_head_rules(config: Config) -> Iterator[CrossFieldProblem]:
-    head = config.mixing_head
-    if head.activation == "sigmoid":
-        if head.initial_weight == 0:
-            yield CrossFieldProblem(
-                ("mixing_head.initial_weight", "mixing_head.activation"),
-                "mixing_head.initial_weight (0) must be above 0 with mixing_head.activation:"
-                " sigmoid, which never reaches 0. Set a small value such as 0.12, or"
-                " mixing_head.activation: none.",
-            )
-        elif head.initial_weight <= head.floor:
-            yield CrossFieldProblem(
-                ("mixing_head.initial_weight", "mixing_head.floor"),
-                f"mixing_head.initial_weight ({head.initial_weight}) must be above"
-                f" mixing_head.floor ({head.floor}), the lower bound of the weight. Raise it, or"
-                " lower the floor.",
-            )
-        return
-    if head.initial_weight != 0:
-        yield CrossFieldProblem(
-            ("mixing_head.initial_weight", "mixing_head.activation"),
-            f"mixing_head.initial_weight ({head.initial_weight}) must be 0 with"
-            " mixing_head.activation: none, the paper's head, which is zero at the start."
-            " Set it to 0, or mixing_head.activation: sigmoid.",
-        )
-    if head.floor != 0:
-        yield CrossFieldProblem(
-            ("mixing_head.floor", "mixing_head.activation"),
-            f"mixing_head.floor ({head.floor}) must be 0 with mixing_head.activation: none, whose"
-            " output has no bounds. Set it to 0, or mixing_head.activation: sigmoid.",
-        )
-
-
-def _loss_rules(config: Config) -> Iterator[CrossFieldProblem]:
-    weights = {
-        f"loss.{name}": value
-        for name, value in config.loss.model_dump().items()
-        if name.endswith("_weight")
-    }
-    keys = tuple(weights)
-    if not any(weights.values()):
-        yield CrossFieldProblem(
-            keys,
-            f"all weights ({', '.join(keys)}) are 0, but at least one must be above 0: there would"
-            " be nothing to learn. Leave one of them out to get its default.",
-        )
-
-
-def _data_rules(config: Config) -> Iterator[CrossFieldProblem]:
-    data = config.data
-    if data.train is None:
-        yield CrossFieldProblem(
-            ("data.train",),
-            "data.train is not set, but it must name the text to train on. Pass --data.train with a"
-            " .jsonl, .json, .txt or .parquet file, a folder, a hub data set id, or"
-            " reasoning_gym:<task>.",
-        )
-    before, placeholder, after = data.template.rpartition("{answer}")
-    if not placeholder or after.strip() or "{answer}" in before or "{question}" not in before:
-        yield CrossFieldProblem(
-            ("data.template",),
-            f"data.template ({data.template!r}) must hold {{question}}, then {{answer}} once, then"
-            " at most white space: the answer is what follows the question."
-            " Write it like '{question} {answer}'.",
-        )
-    if data.loss_on == "answer" and data.format == "text":
-        yield CrossFieldProblem(
-            ("data.loss_on", "data.format"),
-            "data.loss_on (answer) must be all with data.format: text, which does not tell an"
-            " answer from its question. Set it to all, or data.format to qa or chat.",
-        )
-
-
-def _batch_rules(config: Config) -> Iterator[CrossFieldProblem]:
-    training = config.training
-    if training.batch_size % training.micro_batch_size:
-        yield CrossFieldProblem(
-            ("training.micro_batch_size", "training.batch_size"),
-            f"training.micro_batch_size ({training.micro_batch_size}) must divide"
-            f" training.batch_size ({training.batch_size}): a step is made of whole micro-batches."
-            " Set it to a divisor, such as 1.",
-        )

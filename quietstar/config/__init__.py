@@ -1,0 +1,49 @@
+"""The config of a training run: one frozen, typed tree.
+
+Each field has its bounds and one sentence; ``quietstar train --help`` prints both. Rules that tie
+fields together are in `rules`. Unknown keys are errors, and so is a value of another type (the text
+``"8"`` is no integer). `quietstar.config_io` reads and writes the tree as YAML.
+
+Nothing here imports torch, so that a wrong config is reported at once.
+"""
+
+from quietstar.config.rules import CrossFieldProblem, cross_field_problems
+from quietstar.config.sections import (
+    DataConfig,
+    LoggingConfig,
+    LossConfig,
+    MixingHeadConfig,
+    ModelConfig,
+    OptimConfig,
+    Section,
+    ThoughtsConfig,
+    TrainingConfig,
+    TuningConfig,
+)
+from quietstar.config.tree import (
+    CROSS_FIELD_ERROR,
+    SECTIONS,
+    Config,
+    Stages,
+    is_stage_key,
+)
+
+__all__ = [
+    "CROSS_FIELD_ERROR",
+    "SECTIONS",
+    "Config",
+    "CrossFieldProblem",
+    "DataConfig",
+    "LoggingConfig",
+    "LossConfig",
+    "MixingHeadConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "Section",
+    "Stages",
+    "ThoughtsConfig",
+    "TrainingConfig",
+    "TuningConfig",
+    "cross_field_problems",
+    "is_stage_key",
+]

@@ -1,0 +1,83 @@
+"""Answers in held-out texts: are they right, are the thoughts before them, and whose are they?
+
+Pure functions of tensors. An answer is right if each of its tokens is the most likely one; a
+thought is right if it begins with the steps that lead to the answer.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+Count = tuple[Tensor, Tensor]  # a sum, and of how many
+
+
+def right_answers(
+    predicted: Int[Tensor, "batch thoughts seq"],
+    input_ids: Int[Tensor, "batch seq"],
+    answers: Bool[Tensor, "batch seq"],
+) -> Count:
+    """Right answers, and all.
+
+    Args:
+        predicted: At i the most likely token i + 1, with each thought (or one, without).
+        input_ids: The texts.
+        answers: Tokens of answers; a text without any does not count.
+    """
+    wrong = (predicted[..., :-1] != input_ids[:, None, 1:]) & answers[:, None, 1:]
+    has_answer = answers[:, 1:].any(-1, keepdim=True)  # (B, 1)
+    right = ~wrong.any(-1) & has_answer
+    return right.sum(), has_answer.sum() * predicted.shape[1]
+
+
+def before_answer(answers: Bool[Tensor, "batch seq"]) -> Int[Tensor, " batch"]:
+    """Position whose thought comes before the first answer token; 0 in a text without one."""
+    return (answers.int().argmax(-1) - 1).clamp(min=0)
+
+
+def right_thoughts(
+    tokens: Int[Tensor, "batch thoughts seq length"],
+    answers: Bool[Tensor, "batch seq"],
+    steps: Int[Tensor, "batch steps"],
+) -> Count:
+    """Thoughts before an answer that begin with the steps to it, and all.
+
+    Args:
+        tokens: Thoughts of every position.
+        answers: Tokens of answers.
+        steps: The steps, -100 behind them; a text without any does not count.
+    """
+    is_step = steps >= 0
+    counted = is_step.any(-1) & answers.any(-1)  # (B,)
+    rows = torch.arange(len(tokens), device=tokens.device)
+    thoughts = tokens[rows, :, before_answer(answers)]  # (B, K, T)
+    width = min(thoughts.shape[-1], steps.shape[-1])
+    agrees = (thoughts[..., :width] == steps[:, None, :width]) | ~is_step[:, None, :width]
+    fits = ~is_step[:, width:].any(-1)  # steps longer than a thought cannot be in it
+    right = agrees.all(-1) & (counted & fits)[:, None]
+    return right.sum(), counted.sum() * tokens.shape[1]
+
+
+def exchange_among_texts(
+    tokens: Int[Tensor, "texts thoughts seq length"], answers: Bool[Tensor, "texts seq"]
+) -> Int[Tensor, "texts thoughts seq length"]:
+    """Give every text the thoughts of another one, those before the answers to each other.
+
+    Args:
+        tokens: Thoughts of every position.
+        answers: Tokens of answers, which may lie at other places in every text.
+    """
+    count, length = answers.shape
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(count, generator=generator)
+    donors = torch.empty(count, dtype=torch.long)
+    donors[order] = order.roll(1)  # one cycle: nobody keeps its own
+    donors = donors.to(tokens.device)
+    place = before_answer(answers)
+    shift = place[donors] - place  # (texts,)
+    positions = torch.arange(length, device=tokens.device)
+    sources = (positions + shift[:, None]).clamp(0, length - 1)  # (texts, seq)
+    donated = tokens[donors].transpose(1, 2)  # (texts, seq, thoughts, length)
+    rows = torch.arange(count, device=tokens.device)[:, None]
+    return donated[rows, sources].transpose(1, 2)

@@ -1,0 +1,243 @@
+"""Controls: is it the thinking? The last stage of a run again without one of its parts.
+
+Each starts from the same weights, for several seeds:
+
+- ``full``: the stage as it is.
+- ``no_thoughts``: plain language modelling with as many tokens through the model.
+- ``pause``: constant tokens in place of thoughts.
+- ``no_reinforce``: thoughts, but no REINFORCE (policy weight 0).
+- ``first_thoughts``: the model of ``full`` reads the thoughts of the model before the stage.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy import stats
+
+from quietstar.config import Config
+from quietstar.config_io import save_config
+from quietstar.data import Batch, build_data, load_tokenizer
+from quietstar.errors import UserError
+from quietstar.model import QuietStarForCausalLM
+from quietstar.report import write_report
+from quietstar.training.answers import right_answers
+from quietstar.training.folder import CONFIG_FILE, FINAL_FOLDER
+from quietstar.training.results import RESULTS_FILE
+from quietstar.training.run import run_training
+
+CONTROLS_FILE = "controls.json"
+LABELS = {
+    "full": "Quiet-STaR",
+    "no_thoughts": "no thoughts, same compute",
+    "pause": "pause tokens as thoughts",
+    "no_reinforce": "no REINFORCE",
+    "first_thoughts": "thoughts of the model before",
+}
+TRAINED = ("full", "no_thoughts", "pause", "no_reinforce")
+
+
+def run_controls(config: Config, num_seeds: int) -> Path:
+    """Train all variants for every seed; returns the folder of the comparison.
+
+    What an interrupted call has finished is kept, and what it was at goes on.
+
+    Raises:
+        UserError: The last stage does not think, its texts have no answers, or training fails.
+    """
+    stage = list(config.stage_configs().values())[-1]
+    check_comparable(config, stage)
+    root = Path(f"{config.training.output_dir}_controls")
+    seeds = [config.training.seed + index for index in range(num_seeds)]
+    results = {seed: _run_seed(config, stage, root, seed) for seed in seeds}
+    summary = summarise(results)
+    save_config(config, root / CONFIG_FILE)
+    (root / CONTROLS_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    Console().print(controls_table(summary))
+    return write_report(root)
+
+
+def check_comparable(config: Config, stage: Config) -> None:
+    """Refuse what the controls cannot compare.
+
+    Raises:
+        UserError: The last stage does not think, texts have no answers, or LoRA after a stage.
+    """
+    if stage.training.objective != "quiet_star":
+        raise UserError(
+            "--controls: the last stage has training.objective: next_token, but controls compare "
+            "a quiet_star stage. Put one last, or leave --controls out."
+        )
+    if stage.data.format == "text":
+        raise UserError(
+            "--controls: data.format (text) has no answers whose accuracy could be compared. "
+            "Set data.format: qa, or leave --controls out."
+        )
+    if len(config.stages) > 1 and config.tuning.method != "full":
+        raise UserError(
+            f"--controls: tuning.method ({config.tuning.method}) must be full in a run of several "
+            "stages: every control starts from the whole model of the stages before."
+        )
+
+
+def _run_seed(config: Config, stage: Config, root: Path, seed: int) -> dict[str, dict[str, Any]]:
+    folder = root / f"seed-{seed}"
+    start = _start(config, folder, seed)
+    results = {}
+    for name in TRAINED:
+        results[name] = _train(variant(name, stage, start, seed, folder / name))
+    results["first_thoughts"] = _first_thoughts(stage, start, folder / "full" / FINAL_FOLDER, seed)
+    return results
+
+
+def _start(config: Config, folder: Path, seed: int) -> Path | None:
+    """The model that the last stage starts from: trained by the stages before it, if any."""
+    if len(config.stages) < 2:
+        return None
+    earlier = dict(list(config.stages.items())[:-1])
+    changes = {"seed": seed, "output_dir": str(folder / "start")}
+    start = _changed(config, {"training": changes}, stages=earlier)
+    _train(start)
+    return folder / "start" / FINAL_FOLDER
+
+
+def variant(name: str, stage: Config, start: Path | None, seed: int, folder: Path) -> Config:
+    """Config of one variant of the stage, starting from the model in ``start`` (or its own)."""
+    changes: dict[str, dict[str, Any]] = {
+        "training": {"seed": seed, "output_dir": str(folder), "eval_every": 0},
+    }
+    if start is not None:
+        changes["model"] = {"name_or_path": str(start), "config": None, "tokenizer": None}
+    if name == "no_thoughts":
+        changes["training"] |= {"objective": "next_token", "steps": matched_steps(stage)}
+    elif name == "pause":
+        changes |= {"thoughts": {"source": "pause"}, "loss": {"policy_weight": 0.0}}
+    elif name == "no_reinforce":
+        changes["loss"] = {"policy_weight": 0.0}
+    return _changed(stage, changes)
+
+
+def matched_steps(stage: Config) -> int:
+    """Steps of plain language modelling that put as many tokens through the model.
+
+    A text token of a Quiet-STaR step costs 1 + K * W tokens forward and backward, and 1 + K * T
+    forward in the rollout, which is a third of forward and backward.
+    """
+    thoughts = stage.thoughts
+    block = thoughts.length + thoughts.lookahead + 1
+    learn = 1 + thoughts.num_thoughts * block
+    rollout = (1 + thoughts.num_thoughts * thoughts.length) / 3
+    return math.ceil(stage.training.steps * (learn + rollout))
+
+
+def _changed(config: Config, changes: Mapping[str, Mapping[str, Any]], stages=None) -> Config:
+    tree = config.model_dump(exclude={"stages"})
+    for section, values in changes.items():
+        tree[section] |= values
+    return Config.model_validate({**tree, "stages": stages or {}})
+
+
+def _train(config: Config) -> dict[str, Any]:
+    """Train, or go on, unless it is done; returns results.json."""
+    results = Path(config.training.output_dir) / RESULTS_FILE
+    if not results.exists():
+        is_begun = (results.parent / CONFIG_FILE).exists()
+        if is_begun and not (results.parent / "checkpoints").exists():
+            config = _changed(config, {"training": {"overwrite": True}}, config.stages)
+            is_begun = False
+        run_training(config, resume="auto" if is_begun else None)
+    return json.loads(results.read_text(encoding="utf-8"))
+
+
+@torch.no_grad()
+def _first_thoughts(stage: Config, start: Path | None, final: Path, seed: int) -> dict[str, Any]:
+    """Accuracy of the trained model with greedy thoughts of the model it started from."""
+    source = str(start or stage.model.name_or_path)
+    tokenizer = load_tokenizer(str(final))
+    reader = QuietStarForCausalLM.from_pretrained(final)
+    writer = QuietStarForCausalLM.from_base(source, tokenizer=tokenizer, thoughts=stage.thoughts)
+    _, eval_data, _ = build_data(stage.data, tokenizer, seed)
+    right = total = 0
+    for batch in eval_data.batches(stage.training.micro_batch_size):
+        part, count = _read(reader, writer.eval(), batch)
+        right, total = right + part, total + count
+    return {"accuracy": {"with_thoughts": right / total, "n": total}}
+
+
+def _read(
+    reader: QuietStarForCausalLM, writer: QuietStarForCausalLM, batch: Batch
+) -> tuple[int, int]:
+    thoughts = writer.sample(batch.input_ids, sample_ids=batch.sample_ids)
+    scored = reader.think(batch.input_ids, batch.attention_mask, batch.labels, thoughts=thoughts)
+    right, count = right_answers(scored.mixed_predicted[..., 0], batch.input_ids, batch.answers)
+    return int(right), int(count)
+
+
+# --- Comparing ------------------------------------------------------------------------------------
+
+
+def summarise(results: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """From the results by seed and variant to means with intervals, as in controls.json."""
+    accuracies = {
+        name: [_accuracy(name, by_name[name]) for by_name in results.values()] for name in LABELS
+    }
+    variants = [
+        {
+            "name": name,
+            "label": LABELS[name],
+            "accuracy": values,
+            **_mean_and_interval(values),
+            "right_thoughts": _right(name, results),
+        }
+        for name, values in accuracies.items()
+    ]
+    differences = [
+        {
+            "label": f"{LABELS['full']} minus {LABELS[name]}",
+            **_mean_and_interval(
+                [a - b for a, b in zip(accuracies["full"], accuracies[name], strict=True)]
+            ),
+        }
+        for name in LABELS
+        if name != "full"
+    ]
+    return {"seeds": list(results), "variants": variants, "differences": differences}
+
+
+def _accuracy(name: str, result: Mapping[str, Any]) -> float:
+    key = "without_thoughts" if name == "no_thoughts" else "with_thoughts"
+    return result["accuracy"][key]
+
+
+def _right(name: str, results: Mapping[int, Mapping[str, Any]]) -> list[float] | None:
+    shares = [by_name[name].get("right_thoughts", {}).get("after") for by_name in results.values()]
+    return None if None in shares else shares
+
+
+def _mean_and_interval(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and 95 % interval over seeds by Student's t; no interval of a single seed."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return {"mean": mean, "ci95": None}
+    error = float(stats.sem(values))
+    if error == 0:
+        return {"mean": mean, "ci95": [mean, mean]}
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=error)
+    return {"mean": mean, "ci95": [float(low), float(high)]}
+
+
+def controls_table(summary: Mapping[str, Any]) -> Table:
+    """Accuracy of every variant, for the terminal."""
+    seeds = len(summary["seeds"])
+    table = Table("", "accuracy", "95 % interval", title=f"held-out answers, {seeds} seeds")
+    for row in (*summary["variants"], *summary["differences"]):
+        interval = "" if row["ci95"] is None else "{:.3f} to {:.3f}".format(*row["ci95"])
+        table.add_row(row["label"], f"{row['mean']:.3f}", interval)
+    return table

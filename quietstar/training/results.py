@@ -1,0 +1,122 @@
+"""What a run leaves beside its model: results.json, samples.json and report.html."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from quietstar.data import Batch
+from quietstar.model import QuietStarForCausalLM
+from quietstar.outputs import Thoughts
+from quietstar.report import write_report
+from quietstar.training.answers import before_answer
+from quietstar.training.reporter import METRICS_FILE, read_records
+
+if TYPE_CHECKING:
+    from quietstar.training.loop import Run
+
+RESULTS_FILE, SAMPLES_FILE, REPORT_FILE = "results.json", "samples.json", "report.html"
+NUM_SAMPLES = 20
+ACCURACIES = {
+    "with_thoughts": "accuracy_with_thoughts",
+    "without_thoughts": "accuracy_without_thoughts",
+    "exchanged_thoughts": "accuracy_exchanged",
+    "pause_thoughts": "accuracy_pause",
+}
+"""Names in results.json, and in metrics.jsonl."""
+
+
+def write_results(run: Run, tokenizer: PreTrainedTokenizerBase, seconds: float) -> None:
+    """Write all three; ``seconds`` is the time of the whole run."""
+    folder = Path(run.config.training.output_dir)
+    results = {**collect_results(run), "seconds": round(seconds, 1)}
+    _write_json(folder / RESULTS_FILE, results)
+    if run.stage.thinks:
+        _write_json(folder / SAMPLES_FILE, {"samples": samples(run, tokenizer)})
+    write_report(folder)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def collect_results(run: Run) -> dict[str, Any]:
+    """Held-out figures at the end of the last stage; ``before`` is its start."""
+    records = read_records(Path(run.config.training.output_dir) / METRICS_FILE)
+    ours = [r for r in records if r["kind"] == "eval" and r["stage"] == run.stage.name]
+    before, after = ours[0], ours[-1]
+    results: dict[str, Any] = {"held_out": {"before": before, "after": after}}
+    accuracy = {name: after[key] for name, key in ACCURACIES.items() if key in after}
+    if accuracy:
+        results["accuracy"] = {**accuracy, "n": len(run.eval_data)}
+    if "right_thoughts" in after:
+        results["right_thoughts"] = {
+            "before": before.get("right_thoughts"),
+            "after": after["right_thoughts"],
+        }
+    return results
+
+
+@torch.no_grad()
+def samples(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Thoughts in held-out texts: before the answer, or at some place where there is none."""
+    model = run.accelerator.unwrap_model(run.model)
+    assert isinstance(model, QuietStarForCausalLM), type(model)
+    found: list[dict[str, Any]] = []
+    for batch in run.eval_data.batches(run.config.training.micro_batch_size):
+        if len(found) >= NUM_SAMPLES:
+            break
+        batch = batch.to(run.accelerator.device)
+        with run.accelerator.autocast():
+            inputs = (batch.input_ids, batch.attention_mask, batch.labels)
+            thoughts = model.think(*inputs, sample_ids=batch.sample_ids)
+        found += [_sample(batch, thoughts, row, tokenizer) for row in range(len(batch.input_ids))]
+    return [sample for sample in found[:NUM_SAMPLES] if sample]
+
+
+def _sample(
+    batch: Batch, thoughts: Thoughts, row: int, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    place = _place(batch, thoughts, row)
+    if place is None:
+        return {}
+    ids, tokens = batch.input_ids[row], thoughts.tokens[row, 0, place]
+    truth = int(ids[place + 1])
+    steps = batch.steps[row][batch.steps[row] >= 0]
+    is_right = (
+        bool((tokens[: len(steps)] == steps).all()) if 0 < len(steps) <= len(tokens) else None
+    )
+    mixed = int(thoughts.mixed_predicted[row, 0, place, 0])
+    base = int(thoughts.base_predicted[row, place])
+    return {
+        "before": tokenizer.decode(ids[: place + 1]),
+        "thought": tokenizer.decode(tokens),
+        "truth": tokenizer.decode([truth]),
+        "without_thoughts": {
+            "prediction": tokenizer.decode([base]),
+            "probability": float(thoughts.base_logprobs[row, place, 0].exp()),
+        },
+        "with_thoughts": {
+            "prediction": tokenizer.decode([mixed]),
+            "probability": float(thoughts.mixed_logprobs[row, 0, place, 0].exp()),
+        },
+        "mixing_weight": float(thoughts.mixing_weight[row, 0, place, 0]),
+        "right_thought": is_right,
+        "correct": mixed == truth,
+    }
+
+
+def _place(batch: Batch, thoughts: Thoughts, row: int) -> int | None:
+    """The position to show: before the answer, else one at random by the text's number."""
+    if bool(batch.answers[row].any()):
+        return int(before_answer(batch.answers[row : row + 1]))
+    places = thoughts.valid[row, :, 0].nonzero().squeeze(1)
+    if len(places) == 0:
+        return None
+    generator = torch.Generator().manual_seed(int(batch.sample_ids[row]))
+    return int(places[torch.randint(len(places), (1,), generator=generator)])

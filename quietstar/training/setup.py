@@ -1,0 +1,167 @@
+"""Setting a run up: everything that can be wrong is wrong here, before the first step."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, ProjectConfiguration
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from quietstar.config import Config
+from quietstar.data import load_tokenizer
+from quietstar.errors import UserError
+from quietstar.loading import load_base
+from quietstar.model import QuietStarForCausalLM
+from quietstar.training.folder import TRACKERS_FOLDER
+from quietstar.training.stages import Stage
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to the run's own progress bar and lines."""
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def build_accelerator(config: Config) -> Accelerator:
+    """The accelerator, refusing a world that is not the one launched.
+
+    Raises:
+        UserError: Fewer processes than launched see each other.
+    """
+    handlers = []
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.cuda.is_available():
+        # Without it every rank believes it is alone, and all write the same files.
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    output_dir = Path(config.training.output_dir)
+    use_cpu_threads(config.training.cpu_threads)
+    check_trackers(config.logging.trackers)
+    accelerator = Accelerator(
+        mixed_precision=config.training.precision,
+        log_with=list(config.logging.trackers) or None,
+        project_config=ProjectConfiguration(
+            project_dir=str(output_dir), logging_dir=str(output_dir / TRACKERS_FOLDER)
+        ),
+        kwargs_handlers=handlers,
+        step_scheduler_with_optimizer=False,
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise UserError(
+            f"{launched} processes were launched but {accelerator.num_processes} see each other; "
+            "training would run the same data on each. On CPUs launch with torchrun and "
+            "ACCELERATE_USE_CPU=true."
+        )
+    return accelerator
+
+
+def check_batch(config: Config, num_processes: int) -> None:
+    """Refuse a batch that cannot be cut into equal shares.
+
+    Raises:
+        UserError: batch_size is no multiple of micro_batch_size times processes.
+    """
+    settings = config.training
+    share = settings.micro_batch_size * num_processes
+    if settings.batch_size % share:
+        raise UserError(
+            f"training.batch_size ({settings.batch_size}) must be a multiple of "
+            f"training.micro_batch_size ({settings.micro_batch_size}) x processes "
+            f"({num_processes}) = {share}, so that every process has the same work"
+        )
+
+
+def use_cpu_threads(threads: int | None) -> None:
+    """Use the machine's cores: ``accelerate launch`` sets OMP_NUM_THREADS to 1 on its own."""
+    if not torch.cuda.is_available():
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(threads or max(1, (cores or 1) // processes))
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse a tracker that accelerate would leave out in silence.
+
+    Raises:
+        UserError: It is unknown to accelerate, or its package is not installed.
+    """
+    available = {tracker.value for tracker in get_available_trackers()}
+    missing = [name for name in names if name not in available]
+    if missing:
+        known = sorted({tracker.value for tracker in LoggerType} - {"all"})
+        remedy = f"pip install {missing[0]}" if missing[0] in known else f"use {', '.join(known)}"
+        raise UserError(
+            f"logging.trackers: {missing[0]!r} is not available (here are: "
+            f"{', '.join(sorted(available)) or 'none'}); {remedy}, or leave it out"
+        )
+
+
+def find_tokenizer(config: Config, hub: dict) -> PreTrainedTokenizerBase:
+    """The tokenizer that the config names, or the model's own."""
+    name = config.model.tokenizer or config.model.name_or_path
+    assert name is not None, "the config was validated"
+    return load_tokenizer(name, **hub)
+
+
+def build_model(
+    config: Config, tokenizer: PreTrainedTokenizerBase, hub: dict
+) -> QuietStarForCausalLM:
+    """Load or make the base model and turn it into one that thinks."""
+    base = load_base(
+        config.model.name_or_path,
+        config.model.config,
+        dtype=getattr(torch, config.model.dtype),
+        vocab_size=len(tokenizer),
+        seed=config.training.seed,
+        **hub,
+    )
+    model = QuietStarForCausalLM.from_base(
+        base,
+        tokenizer=tokenizer,
+        thoughts=config.thoughts,
+        mixing_head=config.mixing_head,
+        loss=config.loss,
+        tuning=config.tuning,
+    )
+    if config.training.activation_checkpointing:
+        model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def check_positions(config: Config, model: QuietStarForCausalLM) -> None:
+    """Refuse sequences that leave no room for a thought.
+
+    Raises:
+        UserError: seq_len + length + lookahead + 1 is more than the model's positions.
+    """
+    longest = model.max_text_length
+    thoughts = config.thoughts
+    if longest is not None and config.data.seq_len > longest:
+        block = thoughts.length + thoughts.lookahead + 1
+        raise UserError(
+            f"data.seq_len ({config.data.seq_len}) + thoughts.length ({thoughts.length}) + "
+            f"thoughts.lookahead ({thoughts.lookahead}) + 1 is more than the model's "
+            f"{longest + block} positions; set data.seq_len to at most {longest}"
+        )
+
+
+def describe(model: QuietStarForCausalLM, stage: Stage) -> str:
+    """One line about what trains in a stage, and how."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    config, thoughts = stage.config, stage.config.thoughts
+    name = config.model.name_or_path or f"random {model.causal_lm.config.model_type}"
+    what = f"{thoughts.num_thoughts} thoughts of {thoughts.length} tokens at every position"
+    if thoughts.source == "pause":
+        what += " (constant pause tokens)"
+    objective = f"{what}, lookahead {thoughts.lookahead}" if stage.thinks else "no thoughts"
+    return (
+        f"{name}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.2f}M train "
+        f"({config.tuning.method}); {objective}"
+    )

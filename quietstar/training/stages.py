@@ -1,0 +1,73 @@
+"""The stages of a run, and what changes from one to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from quietstar.config import Config
+from quietstar.model import QuietStarForCausalLM
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    Attributes:
+        name: As in the config.
+        index: Place among the stages.
+        config: The whole config that holds in it.
+        first_step: Steps of all stages before; steps are counted over the whole run.
+        starts_thinking: Whether no earlier stage thinks: the two vectors are set when it begins.
+    """
+
+    name: str
+    index: int
+    config: Config
+    first_step: int
+    starts_thinking: bool
+
+    @property
+    def last_step(self) -> int:
+        """Steps of the run at its end."""
+        return self.first_step + self.config.training.steps
+
+    @property
+    def thinks(self) -> bool:
+        """Whether its objective needs thoughts."""
+        return self.config.training.objective == "quiet_star"
+
+
+def plan_stages(config: Config) -> list[Stage]:
+    """The stages in order."""
+    stages: list[Stage] = []
+    for index, (name, stage_config) in enumerate(config.stage_configs().items()):
+        starts = stage_config.training.objective == "quiet_star"
+        starts = starts and not any(stage.thinks for stage in stages)
+        first = stages[-1].last_step if stages else 0
+        stages.append(Stage(name, index, stage_config, first, starts))
+    return stages
+
+
+def stage_at(stages: Sequence[Stage], step: int) -> Stage:
+    """The stage in which a run stands after ``step`` steps: the earlier one at a boundary."""
+    return next((stage for stage in stages if step <= stage.last_step), stages[-1])
+
+
+def model_stage(stages: Sequence[Stage]) -> Stage:
+    """The stage whose settings make the model: the first that thinks, else the first."""
+    return next((stage for stage in stages if stage.thinks), stages[0])
+
+
+def begin_stage(
+    model: QuietStarForCausalLM, stage: Stage, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Give the model the stage's settings; without thoughts only the language model trains."""
+    model.configure(stage.config.thoughts, stage.config.loss)
+    if stage.starts_thinking and stage.index > 0:
+        model.initialise_vectors(tokenizer)  # the embeddings have learned what the texts mean
+    for name, parameter in model.named_parameters():
+        if not name.startswith("language_model."):
+            parameter.requires_grad_(stage.thinks)

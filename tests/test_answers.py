@@ -1,0 +1,72 @@
+"""Answers and the thoughts before them, on hand-made cases."""
+
+import torch
+
+from quietstar.training.answers import (
+    before_answer,
+    exchange_among_texts,
+    right_answers,
+    right_thoughts,
+)
+
+IDS = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 0]])
+ANSWERS = torch.tensor([[False, False, True, True], [False, False, True, False]])
+
+
+def shares(pair):
+    return [int(x) for x in pair]
+
+
+def test_an_answer_is_right_only_if_all_of_its_tokens_are():
+    # Position i predicts token i + 1. Text 0: answer tokens 3, 4 from positions 1, 2.
+    right = torch.tensor([[[9, 3, 4, 9]], [[9, 5, 9, 9]]])
+    half = torch.tensor([[[9, 3, 9, 9]], [[9, 5, 9, 9]]])
+    assert shares(right_answers(right, IDS, ANSWERS)) == [2, 2]
+    assert shares(right_answers(half, IDS, ANSWERS)) == [1, 2]
+
+
+def test_a_text_without_answer_does_not_count():
+    none = torch.zeros_like(ANSWERS)
+    none[1] = ANSWERS[1]
+    predicted = torch.tensor([[[9, 9, 9, 9]], [[9, 5, 9, 9]]])
+    assert shares(right_answers(predicted, IDS, none)) == [1, 1]
+
+
+def test_every_thought_of_a_position_counts():
+    predicted = torch.tensor([[[9, 3, 4, 9], [9, 3, 3, 9]], [[9, 5, 9, 9], [9, 9, 9, 9]]])
+    assert shares(right_answers(predicted, IDS, ANSWERS)) == [2, 4]
+
+
+def test_the_thought_before_the_answer():
+    assert before_answer(ANSWERS).tolist() == [1, 1]
+
+
+def test_a_thought_is_right_if_it_begins_with_the_steps():
+    tokens = torch.zeros(2, 2, 4, 3, dtype=torch.long)
+    steps = torch.tensor([[7, 8], [6, -100]])
+    tokens[0, 0, 1] = torch.tensor([7, 8, 1])  # right, and goes on
+    tokens[0, 1, 1] = torch.tensor([7, 7, 8])
+    tokens[1, 0, 1] = torch.tensor([6, 0, 0])  # one step
+    tokens[1, 1, 2] = torch.tensor([6, 0, 0])  # at another position
+    assert shares(right_thoughts(tokens, ANSWERS, steps)) == [2, 4]
+
+
+def test_steps_longer_than_a_thought_are_never_in_it():
+    tokens = torch.full((2, 1, 4, 1), 7)
+    steps = torch.tensor([[7, 8], [7, -100]])
+    assert shares(right_thoughts(tokens, ANSWERS, steps)) == [1, 2]
+
+
+def test_exchange_gives_every_text_another_ones_thought_before_the_answer():
+    answers = torch.zeros(5, 6, dtype=torch.bool)
+    places = [2, 3, 4, 5, 3]
+    for row, place in enumerate(places):
+        answers[row, place] = True
+    # The thought at (text, position) is the number 10 * text + position.
+    tokens = (10 * torch.arange(5)[:, None] + torch.arange(6))[:, None, :, None]
+    exchanged = exchange_among_texts(tokens, answers)
+    got = [int(exchanged[row, 0, place - 1, 0]) for row, place in enumerate(places)]
+    donors = [value // 10 for value in got]
+    assert sorted(donors) == [0, 1, 2, 3, 4]
+    assert all(donor != row for row, donor in enumerate(donors))
+    assert [value % 10 for value in got] == [places[donor] - 1 for donor in donors]

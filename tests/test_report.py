@@ -1,0 +1,501 @@
+"""The report page: what it shows, what it leaves out, and that no text of a run can break it."""
+
+import base64
+import hashlib
+import json
+import math
+from html.parser import HTMLParser
+
+import pytest
+
+from quietstar.errors import UserError
+from quietstar.report import page, plots, write_report
+from quietstar.report.artifacts import Accuracy, Controls, Results
+from quietstar.report.charts import CHARTS
+from quietstar.report.forest import variant_rows
+from quietstar.report.formats import duration, percent, signed, wilson
+from quietstar.report.headline import headline
+from quietstar.report.records import Record, find_stages, parse_record, read_records
+
+HOSTILE = "</script><script>alert(1)</script><img src=https://x.example/a onerror=alert(2)>"
+HOSTILE += "{{ 7 * 7 }} \u2028 \ud800 & \" ' <b>"
+PLOTLY_STUB = "/* plotly.js */"
+VOID = ("meta", "link", "img", "br", "input", "hr")
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: elements with attributes, their texts, scripts."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.open, self.scripts, self.texts = [], [], [], []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, (tag, self.getpos())
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] += data
+        elif self.open and self.open[-1] != "style":
+            self.texts.append(data)
+
+    @property
+    def ids(self):
+        return [attributes["id"] for _, attributes in self.elements if "id" in attributes]
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+    def figures(self):
+        return json.loads(self.scripts[0])
+
+
+@pytest.fixture(autouse=True)
+def _light_plotly(monkeypatch):
+    monkeypatch.setattr(page, "plotly_script", lambda: PLOTLY_STUB)
+
+
+def train(step, stage, **figures):
+    return {"kind": "train", "stage": stage, "step": step, **figures}
+
+
+def evaluation(step, stage, **figures):
+    return {"kind": "eval", "stage": stage, "step": step, **figures}
+
+
+THINKING = {
+    "base_nll": 1.5,
+    "mixed_nll": 1.2,
+    "thought_nll": 1.4,
+    "gain": 0.3,
+    "gain_of_content": 0.25,
+    "gain_over_pause": 0.2,
+    "mixing_weight": 0.4,
+    "accuracy_without_thoughts": 0.31,
+    "accuracy_with_thoughts": 0.92,
+    "accuracy_exchanged": 0.12,
+    "right_thoughts": 0.88,
+}
+RECORDS = [
+    evaluation(0, "pretrain", base_nll=5.0, accuracy_without_thoughts=0.01),
+    train(10, "pretrain", loss=2.0, base_nll=2.0, seconds=0.5, lr=0.1),
+    evaluation(10, "pretrain", base_nll=2.0, accuracy_without_thoughts=0.3),
+    evaluation(10, "think", **(THINKING | {"right_thoughts": 0.03, "gain_of_content": 0.0})),
+    train(20, "think", **THINKING, reward=0.1, reward_spread=0.2, entropy=1.0, distinct=0.9),
+    train(30, "think", **THINKING, reward=0.2, reward_spread=0.2, alike=0.1, entropy=0.9),
+    evaluation(30, "think", **THINKING, reward=0.2),
+]
+RESULTS = {
+    "accuracy": {
+        "with_thoughts": 0.924,
+        "without_thoughts": 0.312,
+        "exchanged_thoughts": 0.12,
+        "pause_thoughts": 0.33,
+        "n": 500,
+    },
+    "right_thoughts": {"before": 0.03, "after": 0.88},
+    "seconds": 5025,
+}
+SAMPLE = {
+    "before": "17 + 25 = ",
+    "thought": "7+5=12",
+    "truth": "42",
+    "without_thoughts": {"prediction": "41", "probability": 0.1},
+    "with_thoughts": {"prediction": "42", "probability": 0.97},
+    "mixing_weight": 0.8,
+    "right_thought": True,
+    "correct": True,
+}
+CONTROLS = {
+    "seeds": [0, 1],
+    "variants": [
+        {
+            "name": "full",
+            "label": "Quiet-STaR",
+            "accuracy": [0.9, 0.94],
+            "mean": 0.92,
+            "ci95": [0.88, 0.96],
+            "right_thoughts": [0.8, 0.9],
+        },
+        {"name": "none", "label": "no thoughts", "accuracy": [0.3], "mean": 0.3, "ci95": None},
+    ],
+    "differences": [
+        {"label": "Quiet-STaR minus no thoughts", "mean": 0.62, "ci95": [0.5, 0.7]},
+        {"label": "no REINFORCE minus no thoughts", "mean": 0.01, "ci95": [-0.1, 0.1]},
+    ],
+}
+FILES = {
+    "config.yaml": "model:\n  name_or_path: tiny-llama\n",
+    "metrics.jsonl": "".join(json.dumps(record) + "\n" for record in RECORDS),
+    "results.json": json.dumps(RESULTS),
+    "samples.json": json.dumps({"samples": [SAMPLE]}),
+    "controls.json": json.dumps(CONTROLS),
+}
+
+
+@pytest.fixture
+def report(tmp_path):
+    """Writes the files into a folder, then the report of it; returns the page as parsed."""
+
+    def make(files=FILES, name="my-run"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, text in files.items():
+            (folder / file).write_text(text, encoding="utf-8")
+        path = write_report(folder)
+        assert path == folder / "report.html"
+        return Page(path.read_bytes().decode("utf-8"))
+
+    return make
+
+
+def lines(*records):
+    return {"metrics.jsonl": "".join(json.dumps(record) + "\n" for record in records)}
+
+
+# --- What is shown --------------------------------------------------------------------------------
+
+
+def test_a_full_folder_gives_every_section_and_chart(report):
+    result = report()
+    sections = ["curves", "controls", "samples", "evaluations", "config"]
+    assert [name for name in result.ids if name in sections] == sections
+    charts = {chart.name for chart in CHARTS} | {"variants", "differences"}
+    assert set(result.figures()) == charts
+    assert {f"plot-{name}" for name in charts} <= set(result.ids)
+    assert len(result.ids) == len(set(result.ids))
+    assert result.open == []
+
+
+def test_the_key_figures_stand_at_the_top(report):
+    text = report().text
+    top = text[: text.index("Marked points")]
+    for figure in (
+        "92.4 %",
+        "31.2 %",
+        "12.0 %",
+        "33.0 %",
+        "3.0 % → 88.0 %",
+        "500 held-out problems",
+    ):
+        assert figure in top
+    assert "+61.2 points against no thoughts" in top
+    assert "1 h 24 min" in top
+    assert "tiny-llama" in top
+    assert "pretrain → think" in top
+
+
+def test_accuracy_comes_from_the_last_evaluation_without_results(report):
+    text = report({"metrics.jsonl": FILES["metrics.jsonl"]}).text
+    assert "Answers to held-out problems, step 30" in text
+    assert "92.0 %" in text
+    assert "3.0 % → 88.0 %" in text
+
+
+def labels(records, results=None, controls=None):
+    groups = headline(records, results or Results(), controls or Controls())
+    return [tile.label for group in groups for tile in group.tiles]
+
+
+def test_the_gain_of_content_stands_beside_the_gain_even_if_not_measured(report):
+    figures = {"base_nll": 2.0, "mixed_nll": 1.9, "gain": 0.1}
+    assert labels([Record("eval", "", 5, figures)]) == [
+        *("Base NLL", "Mixed NLL", "Gain of thinking", "Gain of content")
+    ]
+    text = report(lines({"kind": "eval", "step": 5, **figures})).text
+    assert "Gain of content – not measured" in text
+    assert "The gain of content was not measured here." in text
+
+
+def test_samples_are_marked_in_words(report):
+    text = report().text
+    samples = text[text.index("17 + 25") :]
+    assert samples.index("7+5=12 ✓ right") < samples.index("41 ✗ wrong")
+    assert samples.index("41 ✗ wrong") < samples.index("42 ✓ right")
+    assert "1 of 1 right with thoughts, 0 without, 1 of 1 thoughts right." in text
+
+
+def test_a_long_text_before_a_sample_is_folded_to_its_end(report):
+    before = "x" * 300 + "the end"
+    files = FILES | {"samples.json": json.dumps({"samples": [SAMPLE | {"before": before}]})}
+    result = report(files)
+    assert before in result.texts
+    assert any(t.startswith("…") and t.endswith("the end") and len(t) == 171 for t in result.texts)
+
+
+def test_controls_are_listed_with_seeds_and_intervals(report):
+    text = report().text
+    assert "Quiet-STaR 92.0 % 88.0 to 96.0 % 90.0 % · 94.0 % 85.0 %" in text
+    assert "no thoughts 30.0 % – 30.0 % –" in text
+    assert "Quiet-STaR minus no thoughts +62.0 +50.0 to +70.0 outside" in text
+    assert "+1.0 −10.0 to +10.0 inside" in text
+
+
+def test_a_folder_of_controls_alone_is_enough(report):
+    result = report({k: FILES[k] for k in ("controls.json", "config.yaml")})
+    assert set(result.figures()) == {"variants", "differences"}
+    assert "curves" not in result.ids
+    assert "Over all seeds" in result.text
+
+
+def drawn(chart, entries):
+    records = [parse_record(json.dumps(entry)) for entry in entries]
+    return plots.draw(chart, records, find_stages(records))
+
+
+def test_every_stage_has_a_panel_with_its_name_and_steps():
+    figure = drawn(CHARTS[0], RECORDS)
+    layout = figure["layout"]
+    assert [note["text"] for note in layout["annotations"]] == ["pretrain", "think"]
+    # Panels of 10 and 20 steps: no panel is under 0.8 of the widest, and 0.06 lies between.
+    assert layout["xaxis"]["domain"] == pytest.approx((0, 0.94 * 0.8 / 1.8))
+    assert layout["xaxis2"]["domain"] == pytest.approx((1 - 0.94 / 1.8, 1))
+    steps = {trace["xaxis"]: trace["x"] for trace in figure["data"]}
+    assert steps == {"x": [0, 10], "x2": [10, 30]}
+
+
+def test_a_figure_stands_once_in_the_legend():
+    figure = drawn(CHARTS[0], RECORDS)
+    listed = [trace["name"] for trace in figure["data"] if trace["showlegend"]]
+    assert sorted(listed) == ["exchanged", "with thoughts", "without"]
+    assert len(figure["data"]) > 3  # in both panels, and in training
+
+
+def test_a_run_without_stages_is_one_panel_without_a_name(report):
+    old = [{k: v for k, v in record.items() if k != "stage"} for record in RECORDS]
+    result = report(lines(*old))
+    for figure in result.figures().values():
+        assert figure["layout"]["annotations"] == []
+        assert {trace["xaxis"] for trace in figure["data"]} == {"x"}
+    assert "Stages" not in result.text
+
+
+def test_a_long_training_line_is_thinned_to_means_of_neighbours():
+    steps = list(range(1, 1001))
+    middles, means = plots.thinned(steps, [float(step) for step in steps])
+    assert len(middles) <= plots.MAX_POINTS
+    assert (middles[0], means[0]) == (4, 4.0)  # 1000 / 150 rounded up is 7: the mean of 1 to 7
+    assert (middles[-1], means[-1]) == (997, 997.5)  # 1000 = 142 * 7 + 6: the mean of 995 to 1000
+
+
+def test_plotly_accepts_every_figure(report):
+    graph_objects = pytest.importorskip("plotly.graph_objects")
+    for figure in report().figures().values():
+        graph_objects.Figure(figure)  # raises for a key or a value that plotly does not know
+
+
+# --- What is left out -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "section"),
+    [("config.yaml", "config"), ("samples.json", "samples"), ("controls.json", "controls")],
+)
+def test_a_missing_file_leaves_its_section_out(report, file, section):
+    result = report({k: v for k, v in FILES.items() if k != file})
+    assert section not in result.ids
+    assert ("a", {"href": f"#{section}"}) not in result.elements
+    assert "curves" in result.ids
+
+
+def test_a_run_without_thoughts_has_only_its_own_charts(report):
+    result = report(lines(*RECORDS[:3]))
+    assert set(result.figures()) == {"accuracy", "nll"}
+    assert "Gain" not in result.text
+    assert "Exchanged thoughts" not in result.text
+
+
+def test_empty_lists_leave_their_sections_out(report):
+    empty = {"samples.json": '{"samples": []}', "controls.json": "{}", "results.json": "{}"}
+    result = report(FILES | empty)
+    assert not {"samples", "controls"} & set(result.ids)
+
+
+def test_nulls_and_numbers_that_are_not_finite_count_as_missing(report):
+    variant = {"name": "a", "accuracy": [None, math.nan], "mean": math.nan, "ci95": [0.1, math.inf]}
+    sample = SAMPLE | {"right_thought": None, "mixing_weight": None, "truth": 42, "thought": None}
+    files = lines({"kind": "eval", "step": 3, "base_nll": math.nan, "gain": None, "lr": "x"})
+    files |= {
+        "results.json": '{"accuracy": null, "right_thoughts": {"before": NaN}, "seconds": 1e999}',
+        "controls.json": json.dumps({"variants": [variant], "differences": None}),
+        "samples.json": json.dumps({"samples": [sample]}),
+    }
+    result = report(files)
+    assert result.scripts == []
+    assert "NaN" not in result.text
+    assert "Weight" in result.text
+
+
+# --- Damaged input --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "end",
+    ['{"kind": "eval", "step": 40, "base_n', "\n\n", "[]\n", "12\n", '{"kind": "eval"}\n', "\x00"],
+)
+def test_a_line_that_is_no_record_is_passed_over(report, end):
+    result = report({"metrics.jsonl": FILES["metrics.jsonl"] + end})
+    assert "step 30" in result.text
+    assert result.figures()["nll"]["data"][-1]["x"] == [10, 30]
+
+
+def test_a_line_cut_within_a_character_is_passed_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(FILES["metrics.jsonl"].encode() + '{"kind": "eval", "stage": "ü'.encode()[:-1])
+    assert len(read_records(path)) == len(RECORDS)
+
+
+def test_of_two_records_for_one_step_the_last_stays(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    twice = [evaluation(1, "a", gain=0.1), evaluation(2, "a"), evaluation(1, "a", gain=0.2)]
+    path.write_text(lines(*twice)["metrics.jsonl"])
+    assert [(r.step, dict(r.figures)) for r in read_records(path)] == [(1, {"gain": 0.2}), (2, {})]
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_one_record_is_enough(report, kind):
+    figures = report(lines({"kind": kind, "step": 7, **THINKING})).figures()
+    assert [trace["x"] for trace in figures["gain"]["data"]] == [[7], [7], [7]]
+    assert all("markers" in trace["mode"] for trace in figures["gain"]["data"])
+    low, high = figures["gain"]["layout"]["xaxis"]["range"]
+    assert low < 7 < high
+
+
+def test_a_folder_without_figures_is_refused_in_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"no metrics.jsonl and no controls.json") as error:
+        write_report(tmp_path)
+    assert "\n" not in str(error.value)
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "tr')
+    with pytest.raises(UserError, match="no complete record yet"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "problem"),
+    [
+        ("results.json", '{"accuracy": ', "not valid JSON"),
+        ("results.json", '{"accuracy": 3}', "accuracy: "),
+        ("samples.json", "[1]", "content: "),
+        ("samples.json", '{"samples": [{"correct": "perhaps"}]}', "samples.0.correct: "),
+        ("controls.json", '{"seeds": ["a"]}', "seeds.0: "),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_line(report, file, text, problem):
+    with pytest.raises(UserError) as error:
+        report(FILES | {file: text})
+    assert f"{file}: {problem}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_plotly_is_said_in_one_line(report, monkeypatch):
+    def fail():
+        raise ImportError("No module named 'plotly'")
+
+    monkeypatch.setattr(page, "plotly_script", fail)
+    with pytest.raises(UserError, match="pip install plotly"):
+        report()
+
+
+# --- Hostile texts, and no network ----------------------------------------------------------------
+
+
+def hostile(value):
+    """The same structure with every text replaced."""
+    if isinstance(value, dict):
+        return {key: hostile(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [hostile(item) for item in value]
+    return HOSTILE if isinstance(value, str) else value
+
+
+def test_no_text_of_a_run_becomes_markup_or_script(report):
+    plain = report()
+    records = [record | {"stage": record["stage"] + HOSTILE} for record in RECORDS]
+    sample = hostile(SAMPLE) | {"before": HOSTILE * 9}
+    files = lines(*records) | {
+        "config.yaml": "model:\n  name_or_path: '" + HOSTILE.replace("'", "''")[:90] + "'\n",
+        "results.json": FILES["results.json"],
+        "samples.json": json.dumps({"samples": [sample]}),
+        "controls.json": json.dumps(hostile(CONTROLS)),
+    }
+    files["config.yaml"] = files["config.yaml"].replace("\ud800", "")
+    result = report(files, name="run <img src=x onerror=alert(3)> & co")
+    tags = {tag for tag, _ in result.elements}
+    assert tags <= {tag for tag, _ in plain.elements} | {"details", "summary"}
+    assert result.scripts[1:] == plain.scripts[1:]
+    assert not any(key.startswith("on") for _, found in result.elements for key in found)
+    assert result.open == []
+    assert "<" not in result.scripts[0]
+    assert "</script><script>alert(1)</script>" in result.text
+    assert "{{ 7 * 7 }}" in result.text
+
+
+def test_labels_in_charts_are_shown_as_they_are():
+    row = variant_rows(Controls.model_validate(hostile(CONTROLS)))[0]
+    assert row.label == HOSTILE
+    assert plots.literal("<a href='x'>\n b", 46) == "&lt;a href='x'&gt; b"
+    assert len(plots.literal("x" * 80, 46)) == 46
+
+
+def test_nothing_is_loaded_from_a_network(report):
+    result = report()
+    for tag, attributes in result.elements:
+        assert "src" not in attributes, tag
+        assert attributes.get("href", "#").startswith(("#", "data:")), tag
+    for name in ("style.css", "script.js"):
+        source = page.packaged(name)
+        assert not any(word in source for word in ("url(", "@import", "fetch(", "://"))
+
+
+def test_the_policy_admits_only_the_scripts_of_the_page(report, monkeypatch):
+    monkeypatch.setattr(page, "plotly_script", lambda: "let a;\r\nlet b;\rlet c;")
+    result = report()
+    policies = [a["content"] for _, a in result.elements if "Content-Security" in str(a)]
+    assert len(policies) == 1
+    assert policies[0].startswith("default-src 'none';")
+    assert "\r" not in result.scripts[1]
+    for script in result.scripts[1:]:
+        digest = hashlib.sha256(script.encode()).digest()
+        assert f"'sha256-{base64.b64encode(digest).decode()}'" in policies[0]
+
+
+def test_plotly_is_inlined_once_and_cannot_end_its_element(report, monkeypatch):
+    pytest.importorskip("plotly")
+    source = plots.plotly_script()
+    assert "</script" not in source.lower()
+    assert "<!--" not in source
+    monkeypatch.setattr(page, "plotly_script", lambda: source)
+    assert report().scripts[1] == source
+
+
+# --- Numbers --------------------------------------------------------------------------------------
+
+
+def test_numbers_as_texts():
+    assert percent(0.9244) == "92.4\u202f%"
+    assert percent(None) == "–"
+    assert signed(-0.0366) == "−0.0366"
+    assert [duration(s) for s in (45.0, 2119.0, 5025.0)] == ["45 s", "35 min", "1 h 24 min"]
+
+
+def test_the_interval_of_a_share_is_the_score_interval():
+    # p = 1/2, n = 4, z² = 3.8415: middle 1/2, half z √(1/16 + z²/64) / (1 + z²/4) =
+    # 1.95996 · √(0.0625 + 0.0600) / 1.96037 = 0.34996
+    assert wilson(0.5, 4.0) == pytest.approx((0.15004, 0.84996), abs=2e-5)
+    assert wilson(1.0, 10.0)[1] == pytest.approx(1.0)
+
+
+def test_a_share_without_n_has_no_interval():
+    results = Results(accuracy=Accuracy(with_thoughts=0.5))
+    assert headline([], results, Controls())[0].tiles[0].notes == ()

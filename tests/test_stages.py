@@ -1,0 +1,256 @@
+"""Runs of several stages: config, order, weights handed on, resume between and inside stages."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import LLAMA, read_metrics
+
+from quietstar.config import Config
+from quietstar.config_io import load_config, save_config
+from quietstar.errors import ConfigError, UserError
+from quietstar.training.run import run_training
+from quietstar.training.stages import plan_stages, stage_at
+
+
+def staged_config(folder, **changes):
+    """Two stages on a tiny synthetic task: 4 steps without thoughts, then 3 with."""
+    tree = {
+        "model": {"config": dict(LLAMA), "tokenizer": "synthetic:moves"},
+        "data": {
+            "train": "synthetic:moves",
+            "format": "qa",
+            "template": "{question} {answer}",
+            "steps_field": "steps",
+            "size": 64,
+            "seq_len": 20,
+            "eval_sequences": 8,
+            "task_options": {"num_steps": 2},
+        },
+        "thoughts": {"length": 2, "lookahead": 1, "start_init": "—", "end_init": "—"},
+        "optim": {"lr": 0.01, "warmup_steps": 0},
+        "training": {
+            "batch_size": 4,
+            "micro_batch_size": 4,
+            "precision": "no",
+            "cpu_threads": 1,
+            "eval_every": 0,
+            "save_every": 2,
+            "keep_checkpoints": 20,
+            "output_dir": str(folder),
+        },
+        "logging": {"trackers": [], "thought_every": 0},
+        "stages": {
+            "pretrain": {"training": {"objective": "next_token", "steps": 4}},
+            "think": {"training": {"steps": 3}, "optim": {"lr": 0.002}},
+        },
+    }
+    for key, value in changes.items():
+        section, name = key.split("__")
+        tree[section][name] = value
+    return Config.model_validate(tree)
+
+
+def weights(folder):
+    return {**load_file(folder / "final/model.safetensors"), **own_weights(folder)}
+
+
+def own_weights(folder):
+    return load_file(folder / "final/quietstar.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("staged") / "run"
+    run_training(staged_config(folder))
+    return folder
+
+
+def test_steps_are_counted_over_the_whole_run(whole):
+    train = read_metrics(whole, "train")
+    assert [(r["stage"], r["step"]) for r in train] == [
+        *(("pretrain", step) for step in (1, 2, 3, 4)),
+        *(("think", step) for step in (5, 6, 7)),
+    ]
+    evals = [(r["stage"], r["step"]) for r in read_metrics(whole, "eval")]
+    assert evals == [("pretrain", 0), ("pretrain", 4), ("think", 4), ("think", 7)]
+
+
+def test_each_stage_has_its_own_figures(whole):
+    first, *_, last = read_metrics(whole, "train")
+    assert "mixed_nll" not in first
+    assert "grad_norm_mixing_head" in last
+    assert first["lr"] == 0.01
+    assert last["lr"] == 0.002
+    end = read_metrics(whole, "eval")[-1]
+    assert {"accuracy_with_thoughts", "accuracy_exchanged", "right_thoughts"} <= end.keys()
+
+
+def test_a_stage_starts_from_the_weights_of_the_one_before(whole):
+    _, end, start, _ = read_metrics(whole, "eval")
+    assert start["base_nll"] == pytest.approx(end["base_nll"], abs=1e-5)
+
+
+def test_what_a_run_leaves(whole):
+    results = json.loads((whole / "results.json").read_text(encoding="utf-8"))
+    assert set(results["accuracy"]) >= {"with_thoughts", "without_thoughts", "n"}
+    assert results["accuracy"]["n"] == 8
+    assert set(results["right_thoughts"]) == {"before", "after"}
+    samples = json.loads((whole / "samples.json").read_text(encoding="utf-8"))["samples"]
+    assert len(samples) == 8
+    assert samples[0]["before"].endswith("on")
+    assert "<html" in (whole / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_vectors_start_as_the_learned_embedding_of_their_texts(whole, tmp_path):
+    config = staged_config(tmp_path / "run")
+    stages = {**config.stages, "think": {"optim": {"lr": 1e-12, "embedding_lr": 1e-12}}}
+    stages["think"]["training"] = {"steps": 1}
+    run_training(config.model_copy(update={"stages": stages}))
+    saved = weights(tmp_path / "run")
+    dash = saved["model.embed_tokens.weight"][_dash()]
+    torch.testing.assert_close(saved["start_embedding"], dash, atol=1e-6, rtol=0)
+    untrained = staged_config(tmp_path / "fresh").model_copy(update={"stages": {}})
+    assert untrained.stage_configs().keys() == {"train"}
+
+
+def _dash():
+    from quietstar.data.synthetic import VOCABULARY
+
+    return VOCABULARY.index("—")
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_resume_is_exact_inside_and_between_stages(whole, tmp_path, step):
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+    run_training(staged_config(folder), resume="auto")
+    assert same(weights(folder), weights(whole))
+    kept = [
+        {k: v for k, v in r.items() if k not in ("seconds", "peak_memory_mb")}
+        for r in read_metrics(folder)
+    ]
+    expected = [r["step"] for r in read_metrics(whole)]
+    assert [r["step"] for r in kept] == expected
+
+
+def test_earlier_stages_keep_their_steps_on_resume(whole):
+    changed = staged_config(whole)
+    stages = {name: dict(part) for name, part in changed.stages.items()}
+    stages["pretrain"] = {"training": {"objective": "next_token", "steps": 5}}
+    with pytest.raises(UserError, match=r"stages.pretrain.training.steps was 4, is 5"):
+        run_training(changed.model_copy(update={"stages": stages}), resume="auto")
+
+
+def test_stage_at_a_boundary_is_the_earlier_one(tmp_path):
+    stages = plan_stages(staged_config(tmp_path))
+    assert [stage.first_step for stage in stages] == [0, 4]
+    assert [stage_at(stages, step).name for step in (0, 4, 5, 7)] == [
+        "pretrain", "pretrain", "think", "think",
+    ]  # fmt: skip
+
+
+def test_pause_thoughts_are_constant(tmp_path):
+    config = staged_config(tmp_path / "run")
+    pause = {"thoughts": {"source": "pause"}, "loss": {"policy_weight": 0.0}}
+    stages = {"think": {"training": {"steps": 2}, **pause}}
+    run_training(config.model_copy(update={"stages": stages}))
+    figures = read_metrics(tmp_path / "run", "eval")[-1]
+    assert figures["gain_over_pause"] == pytest.approx(0.0, abs=1e-6)
+    assert figures["gain_of_content"] == pytest.approx(0.0, abs=1e-6)
+
+
+# --- Config ---------------------------------------------------------------------------------------
+
+
+def write(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+BASE = """
+model: {config: {model_type: llama}, tokenizer: bytes}
+data: {train: "reasoning_gym:chain_sum", seq_len: 32}
+"""
+TWO = (
+    BASE
+    + """
+stages:
+  first:
+    training: {objective: next_token, steps: 5}
+  second:
+    training: {steps: 7}
+    thoughts: {length: 3}
+"""
+)
+
+
+def test_a_stage_changes_its_keys_only(tmp_path):
+    stages = load_config(write(tmp_path, TWO)).stage_configs()
+    assert [s.training.steps for s in stages.values()] == [5, 7]
+    assert [s.thoughts.length for s in stages.values()] == [8, 3]
+    assert [s.data.seq_len for s in stages.values()] == [32, 32]
+
+
+def test_the_command_line_wins_over_stages(tmp_path):
+    path = write(tmp_path, TWO)
+    overrides = ["--training.steps", "2", "--stages.second.thoughts.length", "4"]
+    stages = load_config(path, overrides).stage_configs()
+    assert [s.training.steps for s in stages.values()] == [2, 2]
+    assert [s.thoughts.length for s in stages.values()] == [8, 4]
+
+
+def test_a_saved_config_with_stages_loads_equal(tmp_path):
+    config = load_config(write(tmp_path, TWO))
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("thoughts: {lenght: 3}", "stages.second.thoughts.lenght: unknown key; did you mean"),
+        ("thoughts: {length: 0}", "stages.second.thoughts.length: 0 must be greater"),
+        ("model: {dtype: float32}", "stages.second.model.dtype: holds for the whole run"),
+        ("training: {seed: 1}", "stages.second.training.seed: holds for the whole run"),
+        ("thoughts: 3", "stages.second.thoughts: 3 must be a mapping of keys"),
+        ("thoughts: {num_thoughts: 1}", "stages.second.thoughts.num_thoughts: thoughts.num"),
+    ],
+)
+def test_mistakes_in_stages_are_named(tmp_path, text, expected):
+    path = write(tmp_path, BASE + f"stages:\n  second:\n    {text}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert expected in str(caught.value)
+    assert f"{path}:6: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--stages.third.thoughts.length", "3"], "names no stage (stages: first, second)"),
+        (["--stages.second.thoughts.lenght", "3"], "did you mean --stages.second.thoughts.length"),
+        (["--stages.second.model.dtype", "float32"], "write --model.dtype VALUE"),
+    ],
+)
+def test_mistakes_in_overrides_of_stages_are_named(tmp_path, flags, expected):
+    with pytest.raises(ConfigError, match="command line") as caught:
+        load_config(write(tmp_path, TWO), flags)
+    assert expected in str(caught.value)
+
+
+def test_a_thought_shorter_than_the_steps_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"thoughts.length \(2\) must be at least num_steps \(5\)"):
+        staged_config(tmp_path, data__task_options={"num_steps": 5})

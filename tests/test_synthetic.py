@@ -1,0 +1,111 @@
+"""The synthetic task: its problems are right, held-out ones are never trained on."""
+
+import pytest
+
+from quietstar.config import DataConfig
+from quietstar.data import build_data, load_tokenizer
+from quietstar.data.synthetic import (
+    CHATTER,
+    DASH,
+    VOCABULARY,
+    MovesOptions,
+    moves_records,
+    word_tokenizer,
+)
+from quietstar.errors import UserError
+
+
+def problems(options, size=200, seed=0, held_out=False):
+    return list(moves_records(options, size, seed, held_out))
+
+
+def bare(record):
+    """Start and moves of a problem."""
+    words = record["question"].split()
+    return words[3], tuple(words[words.index("does") + 1 : words.index("Now") - 1])
+
+
+def test_every_move_is_one_permutation_of_the_places():
+    meaning = {}
+    for record in problems(MovesOptions(num_steps=3), size=2000):
+        start, moves = bare(record)
+        places = [start, *record["steps"].split()]
+        assert record["answer"] == places[-1]
+        for move, before, after in zip(moves, places, places[1:], strict=False):
+            assert meaning.setdefault((move, before), after) == after
+    assert len(meaning) == 12 * 10
+    for move in {name for name, _ in meaning}:
+        assert len({after for (name, _), after in meaning.items() if name == move}) == 10
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_held_out_problems_are_never_trained_on(seed):
+    options = MovesOptions(num_steps=2)  # 1,440 problems, so that nearly all are drawn
+    trained = {bare(record) for record in problems(options, 4000, seed=seed)}
+    held_out = {bare(record) for record in problems(options, 500, seed=3, held_out=True)}
+    assert len(trained) > 1000
+    assert not trained & held_out
+
+
+def test_asides_come_in_the_shares_asked_for():
+    options = MovesOptions(aside_share=0.5, worked_share=0.2)
+    records = problems(options, 4000)
+    asides = [r for r in records if DASH in r["question"]]
+    worked = [r for r in asides if f"{DASH} {r['steps']} {DASH}" in r["question"]]
+    assert len(asides) / len(records) == pytest.approx(0.5, abs=0.03)
+    assert len(worked) / len(asides) == pytest.approx(0.2, abs=0.03)
+    chatter = next(r for r in asides if r not in worked)["question"].split(DASH)[1].split()
+    assert all(word in CHATTER[place] for place, word in enumerate(chatter))
+
+
+def test_held_out_problems_have_no_asides():
+    records = problems(MovesOptions(aside_share=1.0), held_out=True)
+    assert not any(DASH in record["question"] for record in records)
+
+
+def test_the_same_seed_gives_the_same_problems():
+    assert problems(MovesOptions(), seed=5) == problems(MovesOptions(), seed=5)
+    assert problems(MovesOptions(), seed=5) != problems(MovesOptions(), seed=6)
+
+
+def test_one_token_a_word():
+    assert len(set(VOCABULARY)) == len(VOCABULARY)
+    tokenizer = word_tokenizer()
+    record = problems(MovesOptions(), size=1)[0]
+    words = f"{record['question']} {record['answer']}"
+    assert tokenizer.decode(tokenizer(words)["input_ids"]) == words
+    assert len(tokenizer(words)["input_ids"]) == len(words.split())
+
+
+def test_batches_mark_answers_and_carry_steps():
+    config = DataConfig(
+        train="synthetic:moves", format="qa", template="{question} {answer}",
+        steps_field="steps", seq_len=26, size=50, eval_sequences=8,
+        task_options={"aside_share": 1.0, "worked_share": 1.0},
+    )  # fmt: skip
+    tokenizer = load_tokenizer("synthetic:moves")
+    train, held_out, _ = build_data(config, tokenizer, 0)
+    batch = train.batch(0, 4)
+    assert batch.answers.sum(1).tolist() == [1] * 4
+    for row in range(4):
+        assert batch.input_ids[row][batch.answers[row]] == batch.steps[row][-1]
+    assert all(batch.steps.shape[1] == 4 for batch in held_out.batches(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_step": 3}, "data.task_options: num_step: 3 unknown"),
+        ({"num_steps": 0}, "must be an integer from 1 to 12"),
+        ({"num_steps": 2.5}, "must be an integer"),
+        ({"aside_share": 2}, "must be a number from 0 to 1"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(UserError, match=message):
+        MovesOptions.from_mapping(options)
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(UserError, match="no synthetic task 'movs'; known: moves"):
+        build_data(DataConfig(train="synthetic:movs"), load_tokenizer("bytes"), 0)
