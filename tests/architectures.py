@@ -15,13 +15,14 @@ SUPPORTED: tuple[str, ...] = (
     *("gpt_neox", "gpt2", "opt", "granite", "smollm3", "cohere", "cohere2", "starcoder2", "glm"),
     *("glm4", "exaone4", "seed_oss", "hunyuan_v1_dense", "ernie4_5", "helium", "apertus", "arcee"),
     *("biogpt", "persimmon", "gpt_oss", "deepseek_v3"),
+    *("gptj", "codegen"),  # use the attention interface from transformers 5.24 on
 )
 """Model types that must come out right."""
 
 REFUSED: tuple[str, ...] = tuple(
     name
     for name in (
-        *("falcon", "bloom", "mpt", "gpt_neo", "gptj", "codegen", "xglm", "stablelm", "nemotron"),
+        *("falcon", "bloom", "mpt", "gpt_neo", "xglm", "stablelm", "nemotron"),
         *("mamba2", "lfm2", "minicpm3"),
     )
     if name in CONFIG_MAPPING  # minicpm3 is not in every version of transformers

@@ -1,0 +1,98 @@
+"""Controls: what each changes, equal compute, and the comparison's statistics by hand."""
+
+import json
+
+import pytest
+from test_stages import staged_config
+from tiny import run_config
+
+from quietstar.errors import UserError
+from quietstar.training.controls import (
+    TRAINED,
+    check_comparable,
+    matched_steps,
+    run_controls,
+    summarise,
+    variant,
+)
+
+
+def last_stage(folder, **changes):
+    return list(staged_config(folder, **changes).stage_configs().values())[-1]
+
+
+def test_each_variant_changes_one_thing(tmp_path):
+    stage = last_stage(tmp_path)
+    start = tmp_path / "start"
+    full, no_thoughts, pause, no_reinforce = (
+        variant(name, stage, start, 5, tmp_path / name) for name in TRAINED
+    )
+    assert full.model.name_or_path == str(start)
+    assert full.training.seed == 5
+    assert full.thoughts == stage.thoughts
+    assert full.loss == stage.loss
+    assert no_thoughts.training.objective == "next_token"
+    assert no_thoughts.training.steps == matched_steps(stage)
+    assert (pause.thoughts.source, pause.loss.policy_weight) == ("pause", 0.0)
+    assert pause.training.steps == full.training.steps
+    assert no_reinforce.loss == stage.loss.model_copy(update={"policy_weight": 0.0})
+    assert no_reinforce.thoughts == stage.thoughts
+
+
+def test_equal_compute_counts_learn_pass_and_rollout(tmp_path):
+    # T 2, A 1, K 2, 3 steps: 1 + 2 * 4 tokens forward and backward, (1 + 2 * 2) / 3 for the rollout:
+    # 3 * (9 + 5/3) = 32 steps of one token each.
+    assert matched_steps(last_stage(tmp_path)) == 32
+
+
+def results(full, other):
+    def of(accuracy, right=None):
+        more = {} if right is None else {"right_thoughts": {"before": 0.1, "after": right}}
+        pair = {"with_thoughts": accuracy, "without_thoughts": accuracy, "n": 10}
+        return {"accuracy": pair, **more}
+
+    names = ("no_thoughts", "pause", "no_reinforce", "first_thoughts")
+    return {"full": of(full, 0.9), **{name: of(other) for name in names}}
+
+
+def test_means_and_intervals_over_seeds():
+    summary = summarise({0: results(0.9, 0.2), 1: results(1.0, 0.1), 2: results(0.8, 0.3)})
+    full = summary["variants"][0]
+    # Mean 0.9, standard error 0.1 / sqrt(3), t(0.975, 2) = 4.3027.
+    assert full["mean"] == pytest.approx(0.9)
+    assert full["ci95"] == pytest.approx([0.9 - 0.24841, 0.9 + 0.24841], abs=1e-5)
+    assert full["right_thoughts"] == [0.9, 0.9, 0.9]
+    assert summary["variants"][1]["right_thoughts"] is None
+    # Differences 0.7, 0.9, 0.5 of the same seeds.
+    assert summary["differences"][0]["mean"] == pytest.approx(0.7)
+    assert summary["differences"][0]["ci95"] == pytest.approx(
+        [0.7 - 0.49683, 0.7 + 0.49683], abs=1e-5
+    )
+
+
+def test_one_seed_has_no_interval():
+    summary = summarise({0: results(0.9, 0.2)})
+    assert summary["variants"][0]["ci95"] is None
+
+
+@pytest.mark.slow
+def test_controls_of_a_tiny_run(tmp_path):
+    page = run_controls(staged_config(tmp_path / "run", training__save_every=0), 1)
+    root = tmp_path / "run_controls"
+    assert page == root / "report.html"
+    summary = json.loads((root / "controls.json").read_text(encoding="utf-8"))
+    assert [row["name"] for row in summary["variants"]] == [*TRAINED, "first_thoughts"]
+    assert len(summary["differences"]) == 4
+    stamp = (root / "seed-0" / "pause" / "metrics.jsonl").stat().st_mtime_ns
+    run_controls(staged_config(tmp_path / "run", training__save_every=0), 1)
+    assert (root / "seed-0" / "pause" / "metrics.jsonl").stat().st_mtime_ns == stamp
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    text = run_config(tmp_path)
+    with pytest.raises(UserError, match=r"--controls: data.format \(text\)"):
+        check_comparable(text, text)
+    config = staged_config(tmp_path)
+    first = next(iter(config.stage_configs().values()))
+    with pytest.raises(UserError, match="--controls: the last stage has training.objective"):
+        check_comparable(config, first)
