@@ -45,7 +45,8 @@ def evaluate(run: Run) -> dict[str, float]:
     model = accelerator.unwrap_model(run.model)
     assert isinstance(model, QuietStarForCausalLM), type(model)
     batches = [batch.to(accelerator.device) for batch in rank_batches(run)]
-    with accelerator.autocast(), run.reporter.evaluating(2 * len(batches)) as advance:
+    passes = 2 if run.stage.thinks else 1
+    with accelerator.autocast(), run.reporter.evaluating(passes * len(batches)) as advance:
         if run.stage.thinks:
             totals = compare(model, batches, advance)
         else:

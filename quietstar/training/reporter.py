@@ -29,6 +29,8 @@ from quietstar.training.alarms import SILENT_STEPS, sounding
 from quietstar.training.stages import Stage, stage_at
 
 METRICS_FILE = "metrics.jsonl"
+LOG_LINES = 200
+"""About how many lines of steps a run writes where there is no terminal to show a bar."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ class Reporter:
         )
         text += f"  {figures['seconds']:.1f} s/step"
         self._progress.update(self._task, figures=text)
-        if not self.console.is_terminal:
+        if not self.console.is_terminal and self._is_due(step, max(1, self._total // LOG_LINES)):
             self.say(f"step {step:>5}/{self._total}  {text}")
 
     def _sound_alarms(self, step: int, figures: Mapping[str, float]) -> None:

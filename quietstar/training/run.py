@@ -45,6 +45,20 @@ from quietstar.training.stages import Stage, begin_stage, model_stage, plan_stag
 StageData = tuple[TrainData, EvalData, DataReport]
 
 
+class CurrentSchedule:
+    """The running stage's schedule under one name, since checkpoints keep what was registered."""
+
+    scheduler: LRScheduler
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the running stage's schedule."""
+        return self.scheduler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load it into the running stage's schedule."""
+        self.scheduler.load_state_dict(state)
+
+
 @dataclass
 class Job:
     """What all stages of a run share.
@@ -65,21 +79,7 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     model: QuietStarForCausalLM
     data: Sequence[StageData]
-    schedule: CurrentSchedule = field(default_factory=lambda: CurrentSchedule())
-
-
-class CurrentSchedule:
-    """The running stage's schedule under one name, since checkpoints keep what was registered."""
-
-    scheduler: LRScheduler
-
-    def state_dict(self) -> dict[str, Any]:
-        """State of the running stage's schedule."""
-        return self.scheduler.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load it into the running stage's schedule."""
-        self.scheduler.load_state_dict(state)
+    schedule: CurrentSchedule = field(default_factory=CurrentSchedule)
 
 
 def run_training(config: Config, resume: str | None = None) -> Path:
