@@ -252,6 +252,8 @@ COLUMNS = {
     "right_thoughts": "thoughts\nright",
 }
 _WITHOUT_ANSWERS = (
+    "base_nll",
+    "mixed_nll",
     "thought_nll",
     "gain_over_pause",
     "mixing_weight",
