@@ -86,6 +86,9 @@ def test_controls_of_a_tiny_run(tmp_path):
     stamp = (root / "seed-0" / "pause" / "metrics.jsonl").stat().st_mtime_ns
     run_controls(staged_config(tmp_path / "run", training__save_every=0), 1)
     assert (root / "seed-0" / "pause" / "metrics.jsonl").stat().st_mtime_ns == stamp
+    other = staged_config(tmp_path / "run", training__save_every=0, thoughts__num_thoughts=3)
+    with pytest.raises(UserError, match=r"thoughts.num_thoughts was 2, is 3"):
+        run_controls(other, 1)
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):

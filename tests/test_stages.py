@@ -153,6 +153,15 @@ def test_earlier_stages_keep_their_steps_on_resume(whole):
         run_training(changed.model_copy(update={"stages": stages}), resume="auto")
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(whole, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_bytes((whole / "config.yaml").read_bytes())
+    (folder / "metrics.jsonl").write_text("", encoding="utf-8")
+    run_training(staged_config(folder), resume="auto")
+    assert same(weights(folder), weights(whole))
+
+
 def test_stage_at_a_boundary_is_the_earlier_one(tmp_path):
     stages = plan_stages(staged_config(tmp_path))
     assert [stage.first_step for stage in stages] == [0, 4]

@@ -23,13 +23,13 @@ from rich.table import Table
 from scipy import stats
 
 from quietstar.config import Config
-from quietstar.config_io import save_config
+from quietstar.config_io import load_config, save_config
 from quietstar.data import Batch, build_data, load_tokenizer
 from quietstar.errors import UserError
 from quietstar.model import QuietStarForCausalLM
 from quietstar.report import write_report
 from quietstar.training.answers import right_answers
-from quietstar.training.folder import CONFIG_FILE, FINAL_FOLDER
+from quietstar.training.folder import CONFIG_FILE, FINAL_FOLDER, check_same_run
 from quietstar.training.results import RESULTS_FILE
 from quietstar.training.run import run_training
 
@@ -147,13 +147,34 @@ def _changed(config: Config, changes: Mapping[str, Mapping[str, Any]], stages=No
 def _train(config: Config) -> dict[str, Any]:
     """Train, or go on, unless it is done; returns results.json."""
     results = Path(config.training.output_dir) / RESULTS_FILE
-    if not results.exists():
+    if results.exists():
+        check_finished(results.parent, config)
+    else:
         is_begun = (results.parent / CONFIG_FILE).exists()
         if is_begun and not (results.parent / "checkpoints").exists():
             config = _changed(config, {"training": {"overwrite": True}}, config.stages)
             is_begun = False
         run_training(config, resume="auto" if is_begun else None)
     return json.loads(results.read_text(encoding="utf-8"))
+
+
+def check_finished(folder: Path, config: Config) -> None:
+    """Refuse a finished run of other settings, whose results would be taken for these.
+
+    Raises:
+        UserError: It is one.
+    """
+    check_same_run(folder, config)
+    before = load_config(folder / CONFIG_FILE)
+    steps = [
+        {name: stage.training.steps for name, stage in one.stage_configs().items()}
+        for one in (before, config)
+    ]
+    if steps[0] != steps[1]:
+        raise UserError(
+            f"--controls: {folder} is finished with training.steps {steps[0]}, not {steps[1]}. "
+            "Choose another training.output_dir, or remove that folder."
+        )
 
 
 @torch.no_grad()

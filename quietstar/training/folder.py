@@ -85,9 +85,16 @@ def check_same_run(output_dir: Path, config: Config) -> None:
     changed = changed if before else []
     if changed:
         raise UserError(
-            f"--resume: {'; '.join(changed)}: that would be another run. Take the values of "
+            f"--resume: {_few(changed)}: that would be another run. Take the values of "
             f"{path}, or start a new run in another folder."
         )
+
+
+def _few(changes: list[str], most: int = 5) -> str:
+    """The first changes on one line, and how many more there are."""
+    shown = "; ".join(" ".join(change.split()) for change in changes[:most])
+    more = len(changes) - most
+    return f"{shown}; and {more} more" if more > 0 else shown
 
 
 def _is_free_on_resume(key: str, last_stage: str) -> bool:

@@ -100,7 +100,9 @@ def run_training(config: Config, resume: str | None = None) -> Path:
     checkpoint = find_checkpoint(output_dir, resume)
     is_new = checkpoint is None or output_dir.resolve() not in checkpoint.resolve().parents
     if is_new:
-        check_free(output_dir, config.training.overwrite)
+        # A run that was killed before its first checkpoint begins anew.
+        begun = resume == "auto" and not (output_dir / FINAL_FOLDER).exists()
+        check_free(output_dir, config.training.overwrite or begun)
     else:
         check_same_run(output_dir, config)
     steps_done = 0 if checkpoint is None else checkpoint_step(checkpoint)
