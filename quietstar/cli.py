@@ -17,15 +17,8 @@ from rich.text import Text
 
 from quietstar import __version__
 from quietstar.config import SECTIONS, Config
-from quietstar.config_io import (
-    COMMAND_LINE,
-    FIELDS,
-    default_text,
-    field_types,
-    keys_of,
-    load_config,
-    shipped_configs,
-)
+from quietstar.config.keys import FIELDS, field_types, keys_of
+from quietstar.config_io import COMMAND_LINE, default_text, load_config, shipped_configs
 from quietstar.errors import ConfigError, UserError
 
 DEFAULT_CONFIG = "configs/demo.yaml"

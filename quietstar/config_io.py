@@ -4,19 +4,15 @@
 
     configs/x.yaml:4: thoughts.lenght: unknown key; did you mean thoughts.length?
     command line: thoughts.length: -1 must be greater than or equal to 1; ...
-
-The YAML is that of version 1.2 where PyYAML's differs: ``1e-4`` is a number and ``no`` is text.
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import Any, NamedTuple, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
-from rapidfuzz import fuzz
+from pydantic import ValidationError
 
 from quietstar.config import (
     CROSS_FIELD_ERROR,
@@ -25,135 +21,13 @@ from quietstar.config import (
     CrossFieldProblem,
     is_stage_key,
 )
+from quietstar.config.keys import FIELDS, closest, did_you_mean, field_types, keys_of
+from quietstar.config.yaml12 import Dumper, Loader, key_lines, repeated_keys, yaml_problem
 from quietstar.errors import ConfigError
 
 COMMAND_LINE = "command line"
 OPTIONS = ("config", "resume", "controls", "help")  # flags of the command line beside the keys
 FLAG = re.compile(r"--[A-Za-z_][^=\s]*(=.*)?", re.DOTALL)  # `---` and `-1` are values
-SIMILAR = 75  # least similarity, of 100, of a "did you mean": lets through one or two typos
-
-# ---------------------------------------------------------------------------------------------
-# The keys
-
-
-def _config_fields() -> dict[str, FieldInfo]:
-    fields = {}
-    for section in SECTIONS:
-        kind = Config.model_fields[section].annotation
-        assert isinstance(kind, type), section
-        assert issubclass(kind, BaseModel), section
-        for name, field in kind.model_fields.items():
-            fields[f"{section}.{name}"] = field
-    return fields
-
-
-FIELDS: Mapping[str, FieldInfo] = _config_fields()
-"""Every key of the config, such as ``thoughts.length``, with its field."""
-
-
-def keys_of(section: str) -> list[str]:
-    """The keys of a section, with its name before them."""
-    return [key for key in FIELDS if key.startswith(f"{section}.")]
-
-
-def field_types(key: str) -> set[Any]:
-    """The types that a key takes: ``int | None`` gives int and NoneType, ``list[str]`` list."""
-    annotation = FIELDS[key].annotation
-    members = get_args(annotation)
-    if type(None) not in members:
-        members = (annotation,)
-    return {get_origin(member) or member for member in members}
-
-
-def _closest(name: str, candidates: Sequence[str]) -> str | None:
-    """The candidate that was probably meant, if one is similar."""
-
-    def similarity(candidate: str) -> float:
-        # `--lenght` and `training.lr` name a key without its section, or with another one
-        leaf = fuzz.ratio(name.rpartition(".")[2], candidate.rpartition(".")[2])
-        return max(fuzz.ratio(name, candidate), leaf)
-
-    best = max(candidates, key=similarity, default=None)
-    return best if best is not None and similarity(best) >= SIMILAR else None
-
-
-def _did_you_mean(meant: str | None) -> str:
-    return "" if meant is None else f"; did you mean {meant}?"
-
-
-# ---------------------------------------------------------------------------------------------
-# YAML
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML with the numbers and booleans of YAML 1.2."""
-
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012  (PyYAML's own attribute)
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        text = self.construct_scalar(node).replace("_", "")
-        return int(text, 16) if "x" in text else int(text)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Safe YAML that quotes whatever `_Loader` or another YAML reader takes for no text."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_NUMBER_STARTS = list("-+.0123456789")
-_RESOLVERS = (
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("int", r"[-+]?[0-9]+(_[0-9]+)*|0x[0-9a-fA-F]+", _NUMBER_STARTS),
-    (
-        "float",
-        r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        _NUMBER_STARTS,
-    ),
-    ("merge", r"<<", ["<"]),
-)
-for _tag, _pattern, _starts in _RESOLVERS:
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _starts
-        )
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-
-
-def _yaml_problem(error: Exception) -> str:
-    """What is wrong, in one line."""
-    if isinstance(error, yaml.MarkedYAMLError):
-        parts = [part for part in (error.context, error.problem) if part]
-        return ": ".join(parts)
-    return " ".join(str(error).split())
-
-
-def _repeated_keys(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """The dotted name and the line of each key that stands twice in one mapping."""
-    if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            yield from _repeated_keys(item, f"{prefix}{index}.")
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            if key.value in seen:
-                yield f"{prefix}{key.value}", key.start_mark.line + 1
-            seen.add(key.value)
-            yield from _repeated_keys(value, f"{prefix}{key.value}.")
-
-
-def _key_lines(root: yaml.MappingNode, prefix: str = "") -> dict[str, int]:
-    """The line of each section, of each key in it, and of the keys of stages, by dotted name."""
-    lines = {}
-    for key, body in root.value:
-        name = f"{prefix}{key.value}"
-        lines[name] = key.start_mark.line + 1
-        if isinstance(body, yaml.MappingNode):
-            lines.update(_key_lines(body, f"{name}."))
-    return lines
-
 
 # ---------------------------------------------------------------------------------------------
 # Settings: where each value comes from
@@ -172,16 +46,16 @@ def _read_yaml(path: Path, shown: str) -> tuple[Any, dict[str, int], list[str]]:
         ConfigError: If the file cannot be read at all; messages call it ``shown``.
     """
     try:
-        loader = _Loader(path.read_text(encoding="utf-8-sig"))
+        loader = Loader(path.read_text(encoding="utf-8-sig"))
         root = loader.get_single_node()
-        repeated = [] if root is None else list(_repeated_keys(root))
+        repeated = [] if root is None else list(repeated_keys(root))
         data = None if root is None else loader.construct_document(root)
     except OSError as error:
         raise ConfigError([f"{shown}: cannot be read: {error.strerror}"]) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         source = shown if mark is None else f"{shown}:{mark.line + 1}"
-        raise ConfigError([f"{source}: no valid YAML: {_yaml_problem(error)}"]) from error
+        raise ConfigError([f"{source}: no valid YAML: {yaml_problem(error)}"]) from error
     if data is None:  # an empty file sets nothing
         return {}, {}, []
     if not isinstance(root, yaml.MappingNode):
@@ -189,7 +63,7 @@ def _read_yaml(path: Path, shown: str) -> tuple[Any, dict[str, int], list[str]]:
         message = "must be a mapping of sections; write `thoughts:` with `length: 8` below it"
         raise ConfigError([f"{shown}: {kind} {message}"])
     problems = [f"{shown}:{line}: {key}: stands twice; remove one" for key, line in repeated]
-    return data, _key_lines(root), problems
+    return data, key_lines(root), problems
 
 
 class _Reader:
@@ -257,17 +131,17 @@ class _Reader:
             self.misspelt.add(section)
             message = f"unknown section; write `{parent}:` and `{name}:` below it"
         else:
-            meant = _closest(section, list(Config.model_fields))
+            meant = closest(section, list(Config.model_fields))
             self.misspelt.update(keys_of(meant) if meant else ())
-            message = f"unknown section{_did_you_mean(meant)}"
+            message = f"unknown section{did_you_mean(meant)}"
         self.problems.append(f"{source}: {section}: {message}")
 
     def _take(self, key: str, setting: _Setting, settings: dict[str, _Setting]) -> None:
         shown = f"{setting.source}: {setting.prefix}{key}"
         if key not in FIELDS:
-            meant = _closest(key, list(FIELDS))
+            meant = closest(key, list(FIELDS))
             self.misspelt.update([meant] if meant else [])
-            self.problems.append(f"{shown}: unknown key{_did_you_mean(meant)}")
+            self.problems.append(f"{shown}: unknown key{did_you_mean(meant)}")
         elif setting.prefix and not is_stage_key(key):
             message = f"holds for the whole run; set {key} outside of stages"
             self.problems.append(f"{shown}: {message}")
@@ -319,17 +193,17 @@ class _Reader:
     def _unknown_flag(self, name: str) -> None:
         prefix, rest, _ = self._of_stage(name)
         if prefix:
-            meant = _closest(rest, [key for key in FIELDS if is_stage_key(key)])
-            message = "unknown key" + _did_you_mean(meant and f"--{prefix}{meant}")
+            meant = closest(rest, [key for key in FIELDS if is_stage_key(key)])
+            message = "unknown key" + did_you_mean(meant and f"--{prefix}{meant}")
         elif name.split(".")[0] == "stages":
             stages = ", ".join(self.stages) or "none in this config"
             message = f"names no stage (stages: {stages}); write --stages.NAME.KEY VALUE"
         elif name in SECTIONS:
             message = f"is a section; set one of its keys, such as --{keys_of(name)[0]}"
         else:
-            meant = _closest(name, [*FIELDS, *OPTIONS])
+            meant = closest(name, [*FIELDS, *OPTIONS])
             self.misspelt.update([meant] if meant else [])
-            message = "unknown key" + _did_you_mean(meant if meant is None else f"--{meant}")
+            message = "unknown key" + did_you_mean(meant if meant is None else f"--{meant}")
         self._command_line_problem(f"--{name}", message)
 
     def _override(
@@ -337,9 +211,9 @@ class _Reader:
     ) -> None:
         name = prefix + ".".join([key, *path])
         try:
-            value = yaml.load(text, Loader=_Loader) if path else _parse_text(key, text)
+            value = yaml.load(text, Loader=Loader) if path else _parse_text(key, text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            self._command_line_problem(name, f"{text!r} is no valid YAML: {_yaml_problem(error)}")
+            self._command_line_problem(name, f"{text!r} is no valid YAML: {yaml_problem(error)}")
             return
         if value is None and not text.strip():
             self._command_line_problem(name, f"has no value; write --{name} VALUE, or null")
@@ -354,11 +228,11 @@ def _parse_text(key: str, text: str) -> Any:
     """The value of an override: YAML, except that text needs no quotes whatever it looks like."""
     types = field_types(key)
     if types <= {bool, int, float, list, dict, type(None)}:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=Loader)
     if type(None) in types and text in ("null", "~"):
         return None
     if text[:1] in ("'", '"'):
-        quoted = yaml.load(text, Loader=_Loader)
+        quoted = yaml.load(text, Loader=Loader)
         return quoted if isinstance(quoted, str) else text
     return text
 
@@ -473,9 +347,9 @@ def _field_message(key: str, error: Mapping[str, Any]) -> str:
     message = f"{_shown_value(value)} {rule}"
     types = field_types(key)
     if error["type"] == "literal_error":
-        meant = _closest(str(value), get_args(FIELDS[key].annotation))
+        meant = closest(str(value), get_args(FIELDS[key].annotation))
         if meant:
-            return message + _did_you_mean(meant)
+            return message + did_you_mean(meant)
     if value is None and type(None) not in types:
         return f"{message}; leave the key out to get its default, {default_text(key)}"
     if isinstance(value, str) and types & {int, float, bool} and _fits(value, types):
@@ -488,14 +362,14 @@ def _field_message(key: str, error: Mapping[str, Any]) -> str:
 
 def _fits(text: str, types: set[Any]) -> bool:
     try:
-        return type(yaml.load(text, Loader=_Loader)) in types
+        return type(yaml.load(text, Loader=Loader)) in types
     except (yaml.YAMLError, ValueError):
         return False
 
 
 def _shown_value(value: Any) -> str:
     """A value as YAML would write it on one line, cut when long."""
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=float("inf"))
+    text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=float("inf"))
     text = " ".join(text.removesuffix("...\n").split())
     if isinstance(value, str) and not text.startswith(("'", '"')):
         text = f"'{text}'"
@@ -555,7 +429,7 @@ def resolve_config_file(name: str | Path) -> tuple[Path, str]:
         inside = Path(name) / "config.yaml"
         hint = f"; did you mean {inside}?" if inside.is_file() else "; give a YAML file"
         raise ConfigError([f"{COMMAND_LINE}: --config: {name} is a folder{hint}"])
-    hint = _did_you_mean(_closest(short, list(shipped)))
+    hint = did_you_mean(closest(short, list(shipped)))
     names = ", ".join(shipped) or "none"
     message = f"there is no file {name}{hint or f'; shipped configs: {names}'}"
     raise ConfigError([f"{COMMAND_LINE}: --config: {message}"])
@@ -595,6 +469,6 @@ def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -
 def save_config(config: Config, path: str | Path) -> None:
     """Writes a config as YAML; `load_config` reads an equal one from it."""
     text = yaml.dump(
-        config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
+        config.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100
     )
     Path(path).write_text(text, encoding="utf-8")

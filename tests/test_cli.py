@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from quietstar import __version__, cli
-from quietstar.config_io import FIELDS, load_config
+from quietstar.config.keys import FIELDS
+from quietstar.config_io import load_config
 from quietstar.errors import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from quietstar.config import Config, cross_field_problems
+from quietstar.config.keys import FIELDS
 from quietstar.config_io import (
-    FIELDS,
     load_config,
     resolve_config_file,
     save_config,

@@ -10,8 +10,8 @@ from quietstar.data.synthetic import (
     VOCABULARY,
     MovesOptions,
     moves_records,
-    word_tokenizer,
 )
+from quietstar.data.tokenizer import word_tokenizer
 from quietstar.errors import UserError
 
 

@@ -89,15 +89,17 @@ class Encoder:
         """Encodes a batch of canonical records."""
         checked = [read_record(record, self._layout, "data") for record in records]
         filled = [record for record in checked if not is_empty(record)]
-        encoded = iter(self._encode([self._segments(record) for record in filled]))
-        with_steps = (self._with_steps(next(encoded), record) for record in filled)
-        return [EMPTY if is_empty(record) else next(with_steps) for record in checked]
+        encoded = self._encode([self._segments(record) for record in filled])
+        in_order = iter(self._with_steps(encoded, filled))
+        return [EMPTY if is_empty(record) else next(in_order) for record in checked]
 
-    def _with_steps(self, encoded: Encoded, record: Record) -> Encoded:
-        if "steps" not in record:
+    def _with_steps(self, encoded: list[Encoded], records: list[Record]) -> list[Encoded]:
+        if not records or "steps" not in records[0]:
             return encoded
-        ids: Any = self._tokenizer(record["steps"], add_special_tokens=False)["input_ids"]
-        return replace(encoded, steps=np.asarray(ids, np.int32))
+        texts = [record["steps"] for record in records]
+        all_ids: Any = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        pairs = zip(encoded, all_ids, strict=True)
+        return [replace(one, steps=np.asarray(ids, np.int32)) for one, ids in pairs]
 
     def _segments(self, record: Record) -> list[Segment]:
         if self._layout.format == "text":

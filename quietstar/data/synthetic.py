@@ -26,8 +26,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from quietstar.config.rules import DEFAULT_STEPS
 from quietstar.data.records import Record
@@ -48,7 +46,6 @@ CHATTER = (
     ("hoped", "said", "saw", "knew"),
 )
 FILLER = ("stands", "on", ".", "does", "Now", DASH)
-EOS, PAD = "<|endoftext|>", "<|pad|>"
 VOCABULARY = (
     *PLACES,
     *MOVES,
@@ -56,7 +53,6 @@ VOCABULARY = (
     *("She", "He"),
     *FILLER,
     *(word for words in CHATTER for word in words),
-    *(EOS, PAD),
 )
 TASKS = ("moves",)
 
@@ -187,16 +183,3 @@ def _aside(words: list[str]) -> list[str]:
 def _chatter(length: int, rng: np.random.Generator) -> list[str]:
     slots = (CHATTER[index % len(CHATTER)] for index in range(length))
     return [words[rng.integers(len(words))] for words in slots]
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word of the synthetic tasks; nothing is downloaded."""
-    vocabulary = {word: index for index, word in enumerate(VOCABULARY)}
-    backend = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token=PAD))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=EOS,
-        pad_token=PAD,
-        clean_up_tokenization_spaces=False,
-    )

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from quietstar.config.rules import SYNTHETIC
-from quietstar.data.synthetic import check_task, word_tokenizer
+from quietstar.data.synthetic import VOCABULARY, check_task
 from quietstar.errors import UserError
 
 BYTES = "bytes"
@@ -39,6 +39,19 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         add_prefix_space=False, use_regex=True
     )
     backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    return _built_in(backend)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Builds a tokenizer with one token per word of the synthetic tasks, then eos and pad."""
+    words = (*VOCABULARY, EOS_TOKEN, PAD_TOKEN)
+    vocab = {word: index for index, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(vocab=vocab, unk_token=PAD_TOKEN))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    return _built_in(backend)
+
+
+def _built_in(backend: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=EOS_TOKEN,
