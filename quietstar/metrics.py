@@ -29,6 +29,9 @@ class ThoughtMetrics:
     entropy               of the thought tokens' distributions, nats (at the policy temperature)
     distinct              distinct tokens of a thought over its length
     thought_logprob       mean log-probability of the thought tokens
+    text_nll              with chosen positions: NLL without thoughts over *all* next tokens, while
+                          base_nll, mixed_nll and gain are over those behind a thought
+    text_gain             with chosen positions: what thoughts gain, over all next tokens
     ====================  ==========================================================================
     """
 
@@ -95,7 +98,7 @@ def thought_metrics(scored: ScoredThoughts) -> ThoughtMetrics:
 
 def _prediction_figures(s: ScoredThoughts) -> dict[str, tuple[Tensor, Tensor]]:
     num_thoughts = s.mixing_weight.shape[1]
-    valid = s.valid[0]  # (B, S)
+    valid = s.valid[0]  # (B, P)
     count = valid.sum()
     ahead = s.valid[1:]
     gain_ahead = (s.mixed_logprobs[1:].mean(1) - s.base_logprobs[1:]).where(ahead, 0.0)
@@ -108,17 +111,21 @@ def _prediction_figures(s: ScoredThoughts) -> dict[str, tuple[Tensor, Tensor]]:
     if s.thought_logprobs is not None:
         total = -s.thought_logprobs[0].where(valid, 0.0).sum()
         figures["thought_nll"] = (total, count * num_thoughts)
+    if s.positions is not None:
+        gain = (s.mixed_logprobs[0].mean(0) - s.base_logprobs[0]).where(valid, 0.0)
+        figures["text_nll"] = (-s.text_logprobs.sum(), s.text_valid.sum())
+        figures["text_gain"] = (gain.sum(), s.text_valid.sum())
     return figures
 
 
 def _reward_figures(s: ScoredThoughts) -> dict[str, tuple[Tensor, Tensor]]:
     num_thoughts = s.mixing_weight.shape[1]
-    has_target = s.valid.any(0)  # (B, S)
+    has_target = s.valid.any(0)  # (B, P)
     count = has_target.sum()
-    gain = rewards(s.mixed_logprobs - s.base_logprobs.unsqueeze(1), s.valid)  # (K, B, S)
+    gain = rewards(s.mixed_logprobs - s.base_logprobs.unsqueeze(1), s.valid)  # (K, B, P)
     figures = {"reward": (gain.sum(), count * num_thoughts)}
     if num_thoughts > 1:
-        alike = (s.thoughts == s.thoughts[:, :1]).all(0).all(0)  # (B, S)
+        alike = (s.thoughts == s.thoughts[:, :1]).all(0).all(0)  # (B, P)
         figures["reward_spread"] = (gain.std(0).where(has_target, 0.0).sum(), count)
         figures["alike"] = ((alike & has_target).sum(), count)
     return figures
@@ -129,7 +136,7 @@ def _token_figures(s: ScoredThoughts) -> dict[str, tuple[Tensor, Tensor]]:
     has_target = s.valid.any(0)
     count = has_target.sum() * num_thoughts
     ordered = s.thoughts.sort(0).values
-    distinct = 1 + (ordered[1:] != ordered[:-1]).sum(0)  # (K, B, S)
+    distinct = 1 + (ordered[1:] != ordered[:-1]).sum(0)  # (K, B, P)
     logprobs = s.logprobs.where(has_target, 0.0).sum()
     # Sampled at the policy temperature, a token's surprise is an unbiased estimate of the entropy.
     entropy = -logprobs if s.entropy is None else s.entropy.where(has_target, 0.0).sum()

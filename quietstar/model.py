@@ -16,7 +16,8 @@ from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from quietstar.engine.backbone import embedding_weight
 from quietstar.engine.layout import IGNORE_INDEX
 from quietstar.engine.learn import LearnStates, learn_pass, plain_pass
-from quietstar.engine.rollout import Sampling, sample_thoughts
+from quietstar.engine.positions import choose_positions
+from quietstar.engine.rollout import Sampling, TextRun, run_text, sample_thoughts
 from quietstar.engine.self_check import check_architecture, use_thinking_attention
 from quietstar.loading import (
     add_adapters,
@@ -28,6 +29,7 @@ from quietstar.losses.output_head import OutputHead, find_output_head
 from quietstar.losses.quiet_star import (
     ScoredThoughts,
     choose_policy_temperature,
+    next_token_entropy,
     next_token_loss,
     quiet_star_loss,
 )
@@ -209,12 +211,14 @@ class QuietStarForCausalLM(nn.Module):
         labels: Int[Tensor, "batch seq"] | None = None,
         num_items_in_batch: Tensor | int | None = None,
         *,
+        answers: Bool[Tensor, "batch seq"] | None = None,
+        num_thought_items: Tensor | int | None = None,
         sample_ids: Int[Tensor, " batch"] | None = None,
         seed: int = 0,
         fixed_mixing_weight: float | None = None,
         think: bool = True,
     ) -> QuietStarOutput:
-        """Sample thoughts at every position and compute the loss.
+        """Sample thoughts at every position (or those of ``thoughts.positions``); the loss.
 
         Args:
             input_ids: Texts, padded on the right if at all.
@@ -222,6 +226,8 @@ class QuietStarForCausalLM(nn.Module):
             labels: Token ids where a token is a target, -100 elsewhere; default: all real tokens.
             num_items_in_batch: Valid targets of the whole optimiser step, over micro-batches and
                 ranks; by default those of this batch.
+            answers: True at a token of an answer; only ``thoughts.positions: answer`` reads it.
+            num_thought_items: Like ``num_items_in_batch``, those behind a thought.
             sample_ids: Index of each text in the run. Keys the noise, so that the same text draws
                 the same thoughts however batches are cut. By default the texts of all calls are
                 counted.
@@ -230,7 +236,7 @@ class QuietStarForCausalLM(nn.Module):
             think: Without it the loss is that of plain language modelling.
 
         Raises:
-            ValueError: A text too long for the model, or padded on the left.
+            ValueError: A text too long for the model, or padded on the left, or answers missing.
         """
         labels = _target_labels(input_ids, attention_mask, labels)
         if not think:
@@ -243,15 +249,23 @@ class QuietStarForCausalLM(nn.Module):
         sampling = Sampling(
             self.thoughts.num_thoughts, self.thoughts.length, self.thoughts.temperature, seed
         )
-        thoughts = self._sample(input_ids, sample_ids, sampling)
+        text = self._run_text(input_ids)
+        positions = self._choose(labels, answers, text, sample_ids, seed)
+        thoughts = self._sample(input_ids, sample_ids, sampling, positions, text)
         loss, scored = self._learn(
-            input_ids, labels, thoughts, num_items_in_batch, fixed_mixing_weight
+            input_ids,
+            labels,
+            thoughts,
+            positions,
+            (num_items_in_batch, num_thought_items),
+            fixed_mixing_weight,
         )
         return QuietStarOutput(
             loss=loss,
             metrics=thought_metrics(scored),
             thoughts=thoughts.permute(2, 1, 3, 0),
             input_ids=input_ids,
+            positions=positions,
         )
 
     def _next_token(
@@ -262,9 +276,41 @@ class QuietStarForCausalLM(nn.Module):
         metrics = plain_metrics(result.nll, valid)
         return QuietStarOutput(loss=loss, metrics=metrics, input_ids=input_ids)
 
-    def _sample(self, input_ids: Tensor, sample_ids: Tensor, sampling: Sampling) -> Tensor:
+    def _run_text(self, input_ids: Tensor) -> TextRun:
+        return run_text(self.causal_lm, input_ids, self.thoughts.length)
+
+    @torch.no_grad()
+    def _choose(
+        self,
+        labels: Tensor,
+        answers: Tensor | None,
+        text: TextRun,
+        sample_ids: Tensor,
+        seed: int,
+    ) -> Tensor | None:
+        rule = self.thoughts.positions
+        entropy = next_token_entropy(text.states, self.output_head) if rule == "entropy" else None
+        return choose_positions(
+            rule,
+            self.thoughts.share,
+            labels,
+            answers=answers,
+            entropy=entropy,
+            sample_ids=sample_ids,
+            seed=seed,
+        )
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        sample_ids: Tensor,
+        sampling: Sampling,
+        positions: Tensor | None,
+        text: TextRun | None = None,
+    ) -> Tensor:
         if self.thoughts.source == "pause":
-            shape = (sampling.thought_length, sampling.num_thoughts, *input_ids.shape)
+            places = input_ids if positions is None else positions
+            shape = (sampling.thought_length, sampling.num_thoughts, *places.shape)
             return input_ids.new_full(shape, self.pause_token_id)
         return sample_thoughts(
             self.causal_lm,
@@ -273,6 +319,8 @@ class QuietStarForCausalLM(nn.Module):
             input_ids,
             sample_ids,
             sampling,
+            positions,
+            text,
         )
 
     def _learn(
@@ -280,7 +328,8 @@ class QuietStarForCausalLM(nn.Module):
         input_ids: Tensor,
         labels: Tensor,
         thoughts: Tensor,
-        num_items: Tensor | int | None = None,
+        positions: Tensor | None,
+        counts: tuple[Tensor | int | None, Tensor | int | None] = (None, None),
         fixed_mixing_weight: float | None = None,
         scoring: bool = False,
     ) -> tuple[Tensor, ScoredThoughts]:
@@ -291,24 +340,27 @@ class QuietStarForCausalLM(nn.Module):
             input_ids,
             thoughts,
             self.thoughts.lookahead,
+            positions,
         )
         temperature = choose_policy_temperature(self.loss, self.thoughts.temperature)
         return quiet_star_loss(
             states,
-            self._mixing_weight(states, fixed_mixing_weight),
+            self._mixing_weight(states, positions, fixed_mixing_weight),
             thoughts,
             labels,
             self.output_head,
             self.loss,
             1.0 if scoring else temperature,
-            num_items,
+            counts[0],
             scoring,
+            positions,
+            counts[1],
         )
 
     def _mixing_weight(
-        self, states: LearnStates, fixed: float | None
-    ) -> Float[Tensor, "lookahead thoughts batch seq"]:
-        weight = self.mixing_head(states.text, states.ahead)
+        self, states: LearnStates, positions: Tensor | None, fixed: float | None
+    ) -> Float[Tensor, "lookahead thoughts batch positions"]:
+        weight = self.mixing_head(states.text, states.ahead, positions)
         if fixed is None:
             return weight
         # The head stays in the graph, with gradient zero: DDP wants every parameter used.
@@ -323,9 +375,10 @@ class QuietStarForCausalLM(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Int[Tensor, "batch seq"] | None = None,
         *,
-        thoughts: Int[Tensor, "batch thoughts seq length"] | None = None,
+        thoughts: Int[Tensor, "batch thoughts positions length"] | None = None,
         num_thoughts: int = 1,
         temperature: float | None = None,
+        positions: Int[Tensor, "batch positions"] | None = None,
         sample_ids: Int[Tensor, " batch"] | None = None,
         seed: int = 0,
     ) -> Thoughts:
@@ -338,6 +391,8 @@ class QuietStarForCausalLM(nn.Module):
             thoughts: Score these thoughts instead of sampling.
             num_thoughts: Thoughts a position.
             temperature: Of the sampling; None takes the most likely tokens.
+            positions: Think there only: ascending, -1 behind the last of a text with fewer
+                (`choose_positions`).
             sample_ids: As in `forward`; by default 0, 1, ...
             seed: Of the noise.
 
@@ -351,11 +406,12 @@ class QuietStarForCausalLM(nn.Module):
                 input_ids,
                 num_thoughts=num_thoughts,
                 temperature=temperature,
+                positions=positions,
                 sample_ids=sample_ids,
                 seed=seed,
             )
         tokens = Thoughts.to_engine(thoughts)
-        _, scored = self._learn(input_ids, labels, tokens, scoring=True)
+        _, scored = self._learn(input_ids, labels, tokens, positions, scoring=True)
         return Thoughts.from_scored(scored, thought_metrics(scored))
 
     @torch.no_grad()
@@ -365,15 +421,39 @@ class QuietStarForCausalLM(nn.Module):
         *,
         num_thoughts: int = 1,
         temperature: float | None = None,
+        positions: Int[Tensor, "batch positions"] | None = None,
         sample_ids: Int[Tensor, " batch"] | None = None,
         seed: int = 0,
-    ) -> Int[Tensor, "batch thoughts seq length"]:
-        """Thoughts at every position, not scored; arguments as in `think`."""
+    ) -> Int[Tensor, "batch thoughts positions length"]:
+        """Thoughts at every (chosen) position, not scored; arguments as in `think`."""
         self._check_length(input_ids)
         if sample_ids is None:
             sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
         sampling = Sampling(num_thoughts, self.thoughts.length, temperature, seed)
-        return self._sample(input_ids, sample_ids, sampling).permute(2, 1, 3, 0)
+        return self._sample(input_ids, sample_ids, sampling, positions).permute(2, 1, 3, 0)
+
+    @torch.no_grad()
+    def choose_positions(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Tensor | None = None,
+        labels: Int[Tensor, "batch seq"] | None = None,
+        *,
+        answers: Bool[Tensor, "batch seq"] | None = None,
+        sample_ids: Int[Tensor, " batch"] | None = None,
+        seed: int = 0,
+    ) -> Int[Tensor, "batch positions"] | None:
+        """Where training would think in these texts (``thoughts.positions``); None for all.
+
+        Ascending, -1 behind the last of a text with fewer; arguments as in `forward`.
+        """
+        if self.thoughts.positions == "all":
+            return None
+        labels = _target_labels(input_ids, attention_mask, labels)
+        if sample_ids is None:
+            sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
+        text = self._run_text(input_ids)
+        return self._choose(labels, answers, text, sample_ids, seed)
 
     @torch.no_grad()
     def score_plain(

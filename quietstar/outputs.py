@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
@@ -19,14 +20,16 @@ class QuietStarOutput(ModelOutput):
     Attributes:
         loss: Scalar, to call ``backward`` on.
         metrics: Figures of the batch as sums and counts; ``metrics.means()`` gives numbers.
-        thoughts: Sampled tokens, (batch, thoughts, seq, length).
+        thoughts: Sampled tokens, (batch, thoughts, positions, length).
         input_ids: The texts, (batch, seq).
+        positions: Where the thoughts are, (batch, positions), -1 behind the last; None for all.
     """
 
     loss: Tensor | None = None
     metrics: ThoughtMetrics | None = None
     thoughts: Tensor | None = None
     input_ids: Tensor | None = None
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Thoughts:
     """Thoughts of every position and what they did; output of `QuietStarForCausalLM.think`.
 
     Position i of a text is the thought after token i; entry a - 1 of the last axis of the
-    predictions is about the true token x_{i+a}.
+    predictions is about the true token x_{i+a}. ``positions`` are all, (seq,), or the chosen ones.
 
     Attributes:
         tokens: Thought tokens.
@@ -61,21 +64,23 @@ class Thoughts:
         thought_logprobs: By the thought's own prediction.
         mixed_logprobs: Mixed.
         valid: Where there is a true token to predict; elsewhere log-probabilities are 0.
-        base_predicted: Most likely next token without the thought.
+        base_predicted: Most likely next token without the thought, after every text position.
         mixed_predicted: Most likely x_{i+a} with it.
         metrics: Figures of the batch.
+        positions: The chosen ones, -1 behind the last of a text; None for all.
     """
 
-    tokens: Int[Tensor, "batch thoughts seq length"]
-    logprobs: Float[Tensor, "batch thoughts seq length"]
-    mixing_weight: Float[Tensor, "batch thoughts seq lookahead"]
-    base_logprobs: Float[Tensor, "batch seq lookahead"]
-    thought_logprobs: Float[Tensor, "batch thoughts seq lookahead"]
-    mixed_logprobs: Float[Tensor, "batch thoughts seq lookahead"]
-    valid: Bool[Tensor, "batch seq lookahead"]
+    tokens: Int[Tensor, "batch thoughts positions length"]
+    logprobs: Float[Tensor, "batch thoughts positions length"]
+    mixing_weight: Float[Tensor, "batch thoughts positions lookahead"]
+    base_logprobs: Float[Tensor, "batch positions lookahead"]
+    thought_logprobs: Float[Tensor, "batch thoughts positions lookahead"]
+    mixed_logprobs: Float[Tensor, "batch thoughts positions lookahead"]
+    valid: Bool[Tensor, "batch positions lookahead"]
     base_predicted: Int[Tensor, "batch seq"]
-    mixed_predicted: Int[Tensor, "batch thoughts seq lookahead"]
+    mixed_predicted: Int[Tensor, "batch thoughts positions lookahead"]
     metrics: ThoughtMetrics
+    positions: Int[Tensor, "batch positions"] | None = None
 
     @classmethod
     def from_scored(cls, scored: ScoredThoughts, metrics: ThoughtMetrics) -> Thoughts:
@@ -98,9 +103,41 @@ class Thoughts:
             base_predicted=scored.base_predicted,
             mixed_predicted=public(scored.mixed_predicted),
             metrics=metrics,
+            positions=scored.positions,
         )
 
+    def next_predicted(self) -> Int[Tensor, "batch thoughts seq"]:
+        """Most likely next token after every text position, thoughts considered."""
+        if self.positions is None:
+            return self.mixed_predicted[..., 0]
+        return predict_everywhere(self.base_predicted, self.mixed_predicted, self.positions)
+
     @staticmethod
-    def to_engine(tokens: Int[Tensor, "batch thoughts seq length"]) -> Tensor:
-        """Tokens in the engine's order, (length, thoughts, batch, seq)."""
+    def to_engine(tokens: Int[Tensor, "batch thoughts positions length"]) -> Tensor:
+        """Tokens in the engine's order, (length, thoughts, batch, positions)."""
         return tokens.permute(3, 1, 0, 2).contiguous().long()
+
+
+def predict_everywhere(
+    base: Int[Tensor, "batch seq"],
+    mixed: Int[Tensor, "batch thoughts positions lookahead"],
+    positions: Int[Tensor, "batch positions"],
+) -> Int[Tensor, "batch thoughts seq"]:
+    """Next tokens of a whole text from thoughts at chosen positions.
+
+    By the thought there, else by the latest one whose lookahead reaches as far, else without.
+
+    Args:
+        base: Most likely next token without thoughts.
+        mixed: Most likely x_{i+a} with them.
+        positions: Of the thoughts, -1 behind the last.
+    """
+    num_thoughts, lookahead, last = mixed.shape[1], mixed.shape[-1], base.shape[-1]
+    predicted = base.unsqueeze(1).expand(-1, num_thoughts, -1)
+    predicted = torch.nn.functional.pad(predicted, (0, 1))  # takes what lies at no position
+    for ahead in reversed(range(lookahead)):  # nearer thoughts overwrite
+        index = positions + ahead
+        index = index.where((positions >= 0) & (index < last), last)
+        index = index.unsqueeze(1).expand(-1, num_thoughts, -1)
+        predicted = predicted.scatter(-1, index, mixed[..., ahead])
+    return predicted[..., :last]

@@ -3,8 +3,8 @@
 import torch
 
 from quietstar.training.answers import (
-    before_answer,
     exchange_among_texts,
+    place_before_answer,
     right_answers,
     right_thoughts,
 )
@@ -38,7 +38,10 @@ def test_every_thought_of_a_position_counts():
 
 
 def test_the_thought_before_the_answer():
-    assert before_answer(ANSWERS).tolist() == [1, 1]
+    assert place_before_answer(ANSWERS).tolist() == [1, 1]
+    # Positions 0, 1, 3: text 0 thinks there at place 1; without position 1, at the next one.
+    assert place_before_answer(ANSWERS, torch.tensor([[0, 1, 3]] * 2)).tolist() == [1, 1]
+    assert place_before_answer(ANSWERS, torch.tensor([[0, 2, 3]] * 2)).tolist() == [1, 1]
 
 
 def test_a_thought_is_right_if_it_begins_with_the_steps():
@@ -64,7 +67,7 @@ def test_exchange_gives_every_text_another_ones_thought_before_the_answer():
         answers[row, place] = True
     # The thought at (text, position) is the number 10 * text + position.
     tokens = (10 * torch.arange(5)[:, None] + torch.arange(6))[:, None, :, None]
-    exchanged = exchange_among_texts(tokens, answers)
+    exchanged = exchange_among_texts(tokens, place_before_answer(answers))
     got = [int(exchanged[row, 0, place - 1, 0]) for row, place in enumerate(places)]
     donors = [value // 10 for value in got]
     assert sorted(donors) == [0, 1, 2, 3, 4]

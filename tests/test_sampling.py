@@ -36,7 +36,7 @@ def test_samples_have_the_distribution_of_the_logits(vocab):
 @pytest.mark.parametrize("vocab", [7, 64, 130])
 def test_samples_with_keyed_noise_pass_a_chi_square_test(vocab):
     logits = random_logits(1, vocab)
-    uniform = keyed_uniform(3, torch.arange(40), 5, 0, 500).flatten()
+    uniform = keyed(3, torch.arange(40), 5, 0, 500).flatten()
     tokens = sample_inverse_cdf(logits.expand(len(uniform), -1).clone(), uniform)
     counts = torch.bincount(tokens, minlength=vocab)
     expected = logits[0].double().softmax(-1) * len(uniform)
@@ -79,11 +79,16 @@ def test_extreme_numbers_give_the_first_and_the_last_token():
     assert sample_inverse_cdf(logits.clone(), torch.tensor([HIGHEST])).item() == 129
 
 
+def keyed(seed, ids, num_thoughts, token, length):
+    positions = torch.arange(length).expand(len(ids), -1)
+    return keyed_uniform(seed, ids, num_thoughts, token, positions)
+
+
 # --- keyed_uniform --------------------------------------------------------------------------------
 
 
 def test_keyed_numbers_are_uniform():
-    numbers = keyed_uniform(0, torch.arange(50), 4, 1, 500).double()  # 100,000
+    numbers = keyed(0, torch.arange(50), 4, 1, 500).double()  # 100,000
     assert numbers.min() > 0
     assert numbers.max() < 1
     # Standard errors: sqrt(1/12/n) = 9e-4 and sqrt(1/180/n) = 2.4e-4; four of each.
@@ -95,14 +100,14 @@ def test_keyed_numbers_are_uniform():
 
 def test_the_largest_keyed_number_is_below_one():
     # At this key all 24 random bits are ones; half a unit more is not a float32 below 1.
-    number = keyed_uniform(0, torch.tensor([6315]), 1, 0, 1456)[0, 0, 1455]
+    number = keyed(0, torch.tensor([6315]), 1, 0, 1456)[0, 0, 1455]
     assert number == 1 - 2.0**-24
 
 
 def test_neighbouring_keys_give_independent_numbers():
-    table = torch.stack([keyed_uniform(0, torch.arange(30), 6, t, 100) for t in range(4)])
+    table = torch.stack([keyed(0, torch.arange(30), 6, t, 100) for t in range(4)])
     centred = table.double() - 0.5  # (token, thought, sample, position), 72,000 numbers
-    other_seed = torch.stack([keyed_uniform(1, torch.arange(30), 6, t, 100) for t in range(4)])
+    other_seed = torch.stack([keyed(1, torch.arange(30), 6, t, 100) for t in range(4)])
     pairs = {
         "token": (centred[1:], centred[:-1]),
         "thought": (centred[:, 1:], centred[:, :-1]),
@@ -121,15 +126,15 @@ def test_neighbouring_keys_give_independent_numbers():
 
 def test_keyed_numbers_depend_on_every_part_of_the_key():
     ids = torch.tensor([5, 9])
-    numbers = keyed_uniform(0, ids, 2, 0, 4)  # (K, B, S)
+    numbers = keyed(0, ids, 2, 0, 4)  # (K, B, S)
     assert numbers.unique().numel() == numbers.numel()  # thought, sample, position
-    for other in (keyed_uniform(1, ids, 2, 0, 4), keyed_uniform(0, ids, 2, 1, 4)):
+    for other in (keyed(1, ids, 2, 0, 4), keyed(0, ids, 2, 1, 4)):
         assert not torch.isin(other, numbers).any()
 
 
 def test_part_of_a_batch_gets_the_same_numbers():
-    whole = keyed_uniform(7, torch.tensor([4, 0, 11, 2]), 3, 1, 6)
-    part = keyed_uniform(7, torch.tensor([11, 0]), 2, 1, 5)
+    whole = keyed(7, torch.tensor([4, 0, 11, 2]), 3, 1, 6)
+    part = keyed(7, torch.tensor([11, 0]), 2, 1, 5)
     assert torch.equal(part, whole[:2, [2, 1], :5])
 
 

@@ -84,7 +84,9 @@ def _no_score_softcap(patch):
 def _window_ignores_the_place_in_the_block(patch):
     visible = dense._visible
     patch.setattr(
-        dense, "_visible", lambda length, index, *rest: visible(length, min(index, 0), *rest)
+        dense,
+        "_visible",
+        lambda where, length, index, *rest: visible(where, length, min(index, 0), *rest),
     )
 
 

@@ -4,13 +4,9 @@ import pytest
 
 from quietstar.config import DataConfig
 from quietstar.data import build_data, load_tokenizer
-from quietstar.data.synthetic import (
-    CHATTER,
-    DASH,
-    VOCABULARY,
-    MovesOptions,
-    moves_records,
-)
+from quietstar.data.synthetic import chain_sum_steps, read_options
+from quietstar.data.synthetic.moves import CHATTER, DASH, VOCABULARY, MovesOptions, moves_records
+from quietstar.data.synthetic.sums import SumsOptions, sums_records
 from quietstar.data.tokenizer import word_tokenizer
 from quietstar.errors import UserError
 
@@ -95,17 +91,48 @@ def test_batches_mark_answers_and_carry_steps():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_step": 3}, "data.task_options: num_step: 3 unknown"),
-        ({"num_steps": 0}, "must be an integer from 1 to 12"),
-        ({"num_steps": 2.5}, "must be an integer"),
-        ({"aside_share": 2}, "must be a number from 0 to 1"),
+        ({"num_step": 3}, "data.task_options: num_step: 3 is unknown; known are num_steps"),
+        ({"num_steps": 0}, "num_steps: 0 should be greater than or equal to 1"),
+        ({"num_steps": 2.5}, "num_steps: 2.5 should be a valid integer"),
+        ({"aside_share": 2}, "aside_share: 2 should be less than or equal to 1"),
     ],
 )
 def test_wrong_options_are_named(options, message):
     with pytest.raises(UserError, match=message):
-        MovesOptions.from_mapping(options)
+        read_options(MovesOptions, options)
 
 
 def test_an_unknown_task_is_refused():
-    with pytest.raises(UserError, match="no synthetic task 'movs'; known: moves"):
+    with pytest.raises(UserError, match="no synthetic task 'movs'; known: moves, sums"):
         build_data(DataConfig(train="synthetic:movs"), load_tokenizer("bytes"), 0)
+
+
+def test_steps_of_a_chain_sum_go_from_left_to_right():
+    question = "State the final answer to the following arithmetic problem: 4 - 1 - 7 + 7 ="
+    assert chain_sum_steps(question) == "4-1=3,3-7=-4,-4+7=3"
+    assert chain_sum_steps("Sum: -12 + 30 =") == "-12+30=18"
+
+
+def test_asides_of_sums_work_out_the_answer_or_chatter():
+    options = SumsOptions(min_terms=3, max_terms=4, aside_share=0.8, worked_share=0.5)
+    records = list(sums_records(options, 500, 0, False))
+    worked = [r for r in records if f"({r['steps']})" in r["question"]]
+    asides = [r for r in records if "(" in r["question"]]
+    assert 0.7 < len(asides) / len(records) < 0.9
+    assert 0.4 < len(worked) / len(asides) < 0.6
+    assert all(r["steps"].rpartition("=")[2] == r["answer"] for r in records)
+    held_out = list(sums_records(options, 50, 0, True))
+    assert not any("(" in r["question"] for r in held_out)
+
+
+def test_problems_of_reasoning_gym_carry_steps_where_they_are_asked_for():
+    config = DataConfig(
+        train="reasoning_gym:chain_sum", format="qa", template="{question} {answer}",
+        steps_field="steps", seq_len=160, size=20, eval_sequences=4,
+        task_options={"max_terms": 4, "max_digits": 1},
+    )  # fmt: skip
+    batch = build_data(config, load_tokenizer("bytes"), 0)[0].batch(0, 2)
+    assert (batch.steps >= 0).any(1).all()
+    wrong = config.model_copy(update={"train": "reasoning_gym:gcd", "task_options": {}})
+    with pytest.raises(UserError, match="'steps' needs problems with steps"):
+        build_data(wrong, load_tokenizer("bytes"), 0)

@@ -84,6 +84,8 @@ def _thought_rules(config: Config) -> Iterator[CrossFieldProblem]:
             f" {config.data.train}: a shorter thought cannot hold the steps to an answer."
             " Raise it, or lower data.task_options num_steps.",
         )
+    if thoughts.positions in ("answer", "answer_start"):
+        yield from _answer_position_rules(config)
     grouped = loss.estimator != "no_baseline" and loss.policy_weight > 0
     if thoughts.num_thoughts == 1 and grouped:
         yield CrossFieldProblem(
@@ -97,6 +99,22 @@ def _thought_rules(config: Config) -> Iterator[CrossFieldProblem]:
             f"thoughts.lookahead ({thoughts.lookahead}) must be smaller than data.seq_len"
             f" ({config.data.seq_len}): the true tokens that a thought is scored on lie in the same"
             " sequence. Lower it, or raise data.seq_len.",
+        )
+
+
+def _answer_position_rules(config: Config) -> Iterator[CrossFieldProblem]:
+    data, where = config.data, config.thoughts.positions
+    if data.format == "text":
+        yield CrossFieldProblem(
+            ("thoughts.positions", "data.format"),
+            f"thoughts.positions ({where}) needs data.format: qa or chat, but it is text, which has"
+            " no answers to think before. Set thoughts.positions to all, every, random or entropy.",
+        )
+    if data.format == "chat" and data.loss_on != "answer":
+        yield CrossFieldProblem(
+            ("data.loss_on", "thoughts.positions"),
+            f"data.loss_on ({data.loss_on}) must be answer with thoughts.positions: {where} and"
+            " data.format: chat: only then are the assistant's tokens known. Set it to answer.",
         )
 
 

@@ -23,7 +23,7 @@ from quietstar.data.files import (
     neighbours,
 )
 from quietstar.data.records import Layout, Record, missing_field, read_record
-from quietstar.data.synthetic import MovesOptions, check_task, moves_records
+from quietstar.data.synthetic import chain_sum_steps, synthetic_records
 from quietstar.data.tokenizer import first_line
 from quietstar.errors import UserError
 
@@ -166,7 +166,7 @@ def canonical_table(data: Dataset, layout: Layout, label: str) -> Dataset:
 
 def _open_gym(label: str, task: str, config: DataConfig, seed: int, size: int) -> Source:
     problems = _create_problems(label, task, config, seed, size)
-    rows = partial(_gym_rows, problems, config.format)
+    rows = partial(_gym_rows, problems, config.format, _gym_steps(label, task, config))
     return Source(label, rows, None if config.streaming else Dataset.from_list(list(rows())))
 
 
@@ -191,12 +191,30 @@ def _create_problems(label: str, task: str, config: DataConfig, seed: int, size:
         ) from error
 
 
-def _gym_rows(problems: Any, record_format: str) -> Iterator[Record]:
+_STEPS: dict[str, Callable[[str], str]] = {"chain_sum": chain_sum_steps}
+"""From a question of a reasoning_gym task to the steps to its answer."""
+
+
+def _gym_steps(label: str, task: str, config: DataConfig) -> Callable[[str], str] | None:
+    if config.steps_field is None:
+        return None
+    if task not in _STEPS:
+        raise UserError(
+            f"data.steps_field: {config.steps_field!r} needs problems with steps, but those of"
+            f" {label} have none (known: {', '.join(_STEPS)}): leave it out"
+        )
+    return _STEPS[task]
+
+
+def _gym_rows(
+    problems: Any, record_format: str, steps_of: Callable[[str], str] | None = None
+) -> Iterator[Record]:
     """Yields problems in the format of the run; one without an answer is empty."""
     for problem in problems:
         question, answer = str(problem["question"]), str(problem["answer"] or "")
         if record_format == "qa":
-            yield {"question": question, "answer": answer}
+            steps = {} if steps_of is None else {"steps": steps_of(question)}
+            yield {"question": question, "answer": answer, **steps}
         elif record_format == "text":
             yield {"text": f"{question}\n{answer}" if answer else ""}
         else:
@@ -208,14 +226,13 @@ def _gym_rows(problems: Any, record_format: str) -> Iterator[Record]:
 def _open_synthetic(
     label: str, task: str, config: DataConfig, seed: int, size: int, held_out: bool
 ) -> Source:
-    check_task(label, task)
-    options = MovesOptions.from_mapping(config.task_options)
+    records = synthetic_records(label, task, config.task_options, size, seed, held_out)
     names = [name for name, _ in Layout.of(config).fields]
     if "messages" in names:
         raise UserError(f"{label}: holds no chats: set data.format: qa or text")
 
     def rows() -> Iterator[Record]:
-        for record in moves_records(options, size, seed, held_out):
+        for record in records():
             text = {"text": f"{record['question']} {record['answer']}"}
             yield {name: (record | text)[name] for name in names}
 

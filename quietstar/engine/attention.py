@@ -20,8 +20,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from quietstar.engine.chosen import (
+    ChosenAttention,
+    ChosenViews,
+    PrefixAttention,
+    dense_chosen,
+    dense_step,
+)
 from quietstar.engine.dense import ScoreRules, dense_attention, dense_blocks
 from quietstar.engine.kernels import Kernel, find_kernel
+from quietstar.engine.layout import ChosenLayout
 from quietstar.engine.own_block import own_scores, own_values
 from quietstar.engine.parallel_attention import ParallelAttention, add_own_
 
@@ -174,6 +182,28 @@ class LearnPass:
         )
 
 
+class ChosenLearnPass:
+    """The same with thoughts at chosen positions only, as one row.
+
+    Args:
+        layout: Its sizes and positions.
+    """
+
+    def __init__(self, layout: ChosenLayout) -> None:
+        sizes = layout.layout
+        self.layout = layout
+        self.views = ChosenViews(layout)
+        self.num_positions = sizes.text_length + sizes.block_length
+        repeats = sizes.num_thoughts * sizes.block_length
+        self.prefix = PrefixAttention(layout.positions, repeats, sizes.text_length)
+
+    def attend(self, layer, q, k, v, rules):  # noqa: D102
+        kernel = choose_kernel(q, k, v, rules, self.num_positions, masked=True)
+        if kernel is None:
+            return dense_chosen(q, k, v, self.layout, rules)
+        return ChosenAttention.apply(q, k, v, self.views, self.prefix, rules.scale, kernel)
+
+
 # --- The rollout: the text once, then one token of every block at a time -------------------------
 
 
@@ -181,15 +211,19 @@ class RolloutCache:
     """Keys and values of the text and of the thoughts so far, by attention layer.
 
     Args:
-        num_thoughts: K.
         num_steps: Block tokens that will be run (start and every thought token but the last).
     """
 
-    def __init__(self, num_thoughts: int, num_steps: int) -> None:
-        self.num_thoughts = num_thoughts
+    def __init__(self, num_steps: int) -> None:
         self.num_steps = num_steps
         self.text: dict[int, tuple[Tensor, Tensor]] = {}
         self.own: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def repeat_text(self, num_thoughts: int) -> None:
+        """Give every thought its text: keys and values (B, ...) become (K * B, ...)."""
+        for layer, pair in self.text.items():
+            k, v = (x.unsqueeze(0).expand(num_thoughts, *x.shape).flatten(0, 1) for x in pair)
+            self.text[layer] = (k, v)
 
     def store_own(self, layer: int, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add one block token; returns the blocks so far, (K * B, S, Hkv, index + 1, .)."""
@@ -212,9 +246,7 @@ class TextPass:
         self.cache = cache
 
     def attend(self, layer, q, k, v, rules):  # noqa: D102
-        num_thoughts = self.cache.num_thoughts
-        per_thought = [x.unsqueeze(0).expand(num_thoughts, *x.shape).flatten(0, 1) for x in (k, v)]
-        self.cache.text[id(layer)] = (per_thought[0], per_thought[1])
+        self.cache.text[id(layer)] = (k, v)
         kernel = choose_kernel(q, k, v, rules, q.shape[2])
         if kernel is None:
             return dense_attention(q, (k, v), None, rules)
@@ -225,7 +257,7 @@ class ThoughtStep:
     """One token of every block against the text and the block so far.
 
     Args:
-        cache: Filled by a `TextPass` and the earlier steps.
+        cache: Filled by a `TextPass` (its text repeated for every thought) and the earlier steps.
         index: Place of the token in its block.
     """
 
@@ -253,17 +285,56 @@ class ThoughtStep:
         return out
 
 
+class ChosenStep:
+    """One token of every block at chosen positions, as one row in the order (b p k).
+
+    Args:
+        cache: Filled by a `TextPass` and the earlier steps.
+        index: Place of the token in its block.
+        positions: Of the blocks, (B, P).
+        prefix: Attention to the text for K queries a position.
+    """
+
+    def __init__(
+        self, cache: RolloutCache, index: int, positions: Tensor, prefix: PrefixAttention
+    ) -> None:
+        self.cache, self.index = cache, index
+        self.positions, self.prefix = positions, prefix
+
+    def attend(self, layer, q, k, v, rules):  # noqa: D102
+        text = self.cache.text[id(layer)]
+        own = self.cache.store_own(id(layer), self.index, k, v)
+        own_k, own_v = (x[0] for x in own)  # (B * P * K, Hkv, index + 1, .)
+        # (1, H, B * P * K, d) -> (B, H, P * K, d), a view
+        queries = q[0].unflatten(1, (self.positions.shape[0], -1)).transpose(0, 1)
+        num_positions = text[0].shape[2] + self.index + 1
+        kernel = choose_kernel(q, k, v, rules, num_positions, masked=True)
+        if kernel is None:
+            own = (own_k, own_v)
+            out = dense_step(queries, text, own, rules, self.index, self.positions)
+            return out.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+        out, lse = self.prefix.forward(kernel, queries, *text, rules.scale)
+        scores = own_scores(q[0].transpose(0, 1).unsqueeze(2), own_k, rules.scale)
+        by_block = lse.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (B * P * K, H, 1)
+        merged = torch.logaddexp(by_block, scores.logsumexp(-1))
+        own_out = own_values(scores.sub_(merged.unsqueeze(-1)).exp_(), own_v)
+        # (B, P * K, H, .) of both, so that the result is one row again
+        out, lse = (x.transpose(1, 2) for x in (out, lse))
+        add_own_(out, lse, own_out.view(out.shape), merged.view(lse.shape))
+        return out.flatten(0, 1).transpose(0, 1).unsqueeze(0)
+
+
 _told: set[str] = set()
 
 
 def choose_kernel(
-    q: Tensor, k: Tensor, v: Tensor, rules: ScoreRules, num_positions: int
+    q: Tensor, k: Tensor, v: Tensor, rules: ScoreRules, num_positions: int, masked: bool = False
 ) -> Kernel | None:
     """The flash kernel, or None for the dense path; says once why the dense path is taken."""
     if not rules.fits_flash(num_positions):
         _tell_once("soft-capping, attention sinks or a sliding window shorter than the text")
         return None
-    kernel = find_kernel(q, k, v)
+    kernel = find_kernel(q, k, v, masked)
     if kernel is None:
         _tell_once(f"no flash kernel for {q.dtype} on {q.device.type} with head size {q.shape[-1]}")
     return kernel

@@ -45,24 +45,28 @@ def dense_attention(
     own: tuple[Tensor, Tensor] | None,
     rules: ScoreRules,
     index: int = -1,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """One token of every block (or of the text, index -1) against the text and its own block.
 
     Args:
-        q: Queries, (N, H, S, d), at position i + 1 + index.
+        q: Queries, (N, H, Q, d), at position i + 1 + index.
         text: Keys and values of the text, (N, Hkv, S, .).
-        own: Keys and values of the blocks up to this token, (index + 1, N, Hkv, S, .).
+        own: Keys and values of the blocks up to this token, (index + 1, N, Hkv, Q, .).
         rules: Scale, soft-capping, window and sinks.
         index: Place of the token in its block.
+        positions: The i of every query, (N, Q); by default 0 .. S - 1.
 
     Returns:
-        (N, H, S, dv).
+        (N, H, Q, dv).
     """
-    n, heads, length, _ = q.shape
-    kv_heads = text[0].shape[1]
-    q = q.reshape(n, kv_heads, heads // kv_heads, length, -1)  # (N, Hkv, G, S, d)
+    n, heads, queries, _ = q.shape
+    kv_heads, length = text[0].shape[1:3]
+    q = q.reshape(n, kv_heads, heads // kv_heads, queries, -1)  # (N, Hkv, G, Q, d)
     scores = at_least_float32(torch.einsum("nhgsd,nhjd->nhgsj", q, text[0]))
-    visible = _visible(length, index, rules.window, q.device)
+    if positions is None:
+        positions = torch.arange(queries, device=q.device).unsqueeze(0)
+    visible = _visible(positions, length, index, rules.window)
     scores = _softcap(scores * rules.scale, rules).masked_fill(~visible, -math.inf)
     if own is not None:
         own_scores = at_least_float32(torch.einsum("nhgsd,wnhsd->nhgsw", q, own[0]))
@@ -78,10 +82,10 @@ def dense_attention(
     return out.flatten(1, 2)
 
 
-def _visible(length: int, index: int, window: int | None, device: torch.device) -> Tensor:
-    """Which text keys a query of each position sees: (S, S), True = seen."""
-    key = torch.arange(length, device=device)
-    query = key[:, None]
+def _visible(positions: Tensor, length: int, index: int, window: int | None) -> Tensor:
+    """Which text keys a query of each position sees: (N or 1, 1, 1, Q, S), True = seen."""
+    key = torch.arange(length, device=positions.device)
+    query = positions[:, None, None, :, None]
     seen = key <= query
     if window is not None:
         seen &= (query + 1 + index) - key < window
@@ -112,16 +116,17 @@ def dense_blocks(
         return x.unsqueeze(0).expand(num_thoughts, *x.shape).flatten(0, 1)
 
     text = (k[:batch_size], v[:batch_size])
-    out = [_recomputed(q[:batch_size], text, None, rules, -1)]
+    out = [recomputed(q[:batch_size], text, None, rules, -1)]
     text = (per_thought(text[0]), per_thought(text[1]))
     steps = [x[batch_size:].unflatten(0, (-1, num_thoughts * batch_size)) for x in (q, k, v)]
     for index in range(steps[0].shape[0]):
         own = (steps[1][: index + 1], steps[2][: index + 1])
-        out.append(_recomputed(steps[0][index], text, own, rules, index))
+        out.append(recomputed(steps[0][index], text, own, rules, index))
     return torch.cat(out)
 
 
-def _recomputed(*args) -> Tensor:
+def recomputed(*args) -> Tensor:
+    """`dense_attention`, its scores made again in the backward pass."""
     if not torch.is_grad_enabled():
         return dense_attention(*args)
     return checkpoint(dense_attention, *args, use_reentrant=False, preserve_rng_state=False)

@@ -20,9 +20,15 @@ class Kernel(Protocol):
     """One attention kernel; ``scale`` multiplies the scores."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        scale: float,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Output (N, H, Sq, d) and log-sum-exp (N, H, Sq)."""
+        """Output (N, H, Sq, d) and log-sum-exp (N, H, Sq); the mask (N, 1, Sq, Sk) is added."""
         ...
 
     def backward(
@@ -33,6 +39,7 @@ class Kernel(Protocol):
         lse: Tensor,
         causal: bool,
         scale: float,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k, v, given an output and log-sum-exp that may be merged ones."""
         ...
@@ -41,33 +48,35 @@ class Kernel(Protocol):
 class CpuFlash:
     """The flash kernel of the CPU: float64, float32, bfloat16, float16; grouped-query heads."""
 
-    def forward(self, q, k, v, causal, scale):  # noqa: D102  (see Kernel)
+    def forward(self, q, k, v, causal, scale, mask=None):  # noqa: D102  (see Kernel)
         return aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=None, scale=scale
+            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
         )
 
-    def backward(self, grad, qkv, out, lse, causal, scale):  # noqa: D102
+    def backward(self, grad, qkv, out, lse, causal, scale, mask=None):  # noqa: D102
         # In half precisions the kernel's backward is up to twice slower than in float32 (measured
         # at 64 to 256 positions), so it runs in float32.
         dtype = grad.dtype
         if dtype in (torch.bfloat16, torch.float16):
             grad, out, *qkv = (x.float() for x in (grad, out, *qkv))
+            mask = None if mask is None else mask.float()
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, *qkv, out, lse, 0.0, causal, attn_mask=None, scale=scale
+            grad, *qkv, out, lse, 0.0, causal, attn_mask=mask, scale=scale
         )
         return tuple(x.to(dtype) for x in grads)
 
 
 class CudaFlash:
-    """FlashAttention-2 on CUDA: bfloat16 and float16, grouped-query heads."""
+    """FlashAttention-2 on CUDA: bfloat16 and float16, grouped-query heads, no mask."""
 
-    def forward(self, q, k, v, causal, scale):  # noqa: D102
+    def forward(self, q, k, v, causal, scale, mask=None):  # noqa: D102
+        assert mask is None, "find_kernel(masked=True) gives a kernel that takes one"
         out, lse, *_ = aten._scaled_dot_product_flash_attention(
             q, k, v, 0.0, causal, return_debug_mask=False, scale=scale
         )
         return out, lse
 
-    def backward(self, grad, qkv, out, lse, causal, scale):  # noqa: D102
+    def backward(self, grad, qkv, out, lse, causal, scale, mask=None):  # noqa: D102
         q, k, _ = qkv
         # Without dropout the kernel never reads the random state, but wants tensors there.
         rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
@@ -90,17 +99,17 @@ class CudaFlash:
 
 
 class CudaEfficient:
-    """The memory-efficient kernel, for float32 on CUDA; expands grouped-query heads."""
+    """The memory-efficient kernel on CUDA, for float32 and for masks; expands grouped heads."""
 
-    def forward(self, q, k, v, causal, scale):  # noqa: D102
+    def forward(self, q, k, v, causal, scale, mask=None):  # noqa: D102
         groups = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(
-            q, k, v, None, True, 0.0, causal, scale=scale
+            q, k, v, _as_bias(mask, q), True, 0.0, causal, scale=scale
         )
         return out, lse[..., : q.shape[2]]  # the kernel pads the rows to a multiple of 32
 
-    def backward(self, grad, qkv, out, lse, causal, scale):  # noqa: D102
+    def backward(self, grad, qkv, out, lse, causal, scale, mask=None):  # noqa: D102
         q, k, v = qkv
         groups = q.shape[1] // k.shape[1]
         wide_k, wide_v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
@@ -112,7 +121,7 @@ class CudaEfficient:
             q,
             wide_k,
             wide_v,
-            None,
+            _as_bias(mask, q),
             out,
             lse.contiguous(),
             seed,
@@ -126,30 +135,48 @@ class CudaEfficient:
         return dq, dk, dv
 
 
-def find_kernel(q: Tensor, k: Tensor, v: Tensor) -> Kernel | None:
-    """The kernel for these tensors, or None where only the dense path is exact."""
+def _as_bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """A mask for every head, its rows aligned as the memory-efficient kernel wants them."""
+    if mask is None:
+        return None
+    keys = mask.shape[-1]
+    mask = torch.nn.functional.pad(mask, (0, -keys % 8))
+    return mask.expand(-1, q.shape[1], -1, -1)[..., :keys]
+
+
+def find_kernel(q: Tensor, k: Tensor, v: Tensor, masked: bool = False) -> Kernel | None:
+    """The kernel for these tensors, or None where only the dense path is exact.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        masked: The kernel must take a mask too.
+    """
     if not (q.shape[-1] == k.shape[-1] == v.shape[-1] and q.dtype == k.dtype == v.dtype):
         return None
-    return _find_kernel(q.device.type, q.dtype, q.shape[-1], q.shape[1] // k.shape[1])
+    return _find_kernel(q.device.type, q.dtype, q.shape[-1], q.shape[1] // k.shape[1], masked)
 
 
 @functools.cache
-def _find_kernel(device: str, dtype: torch.dtype, head_size: int, groups: int) -> Kernel | None:
+def _find_kernel(
+    device: str, dtype: torch.dtype, head_size: int, groups: int, masked: bool
+) -> Kernel | None:
     if device == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         return CpuFlash()
     if device == "cuda" and head_size % 8 == 0 and head_size <= 256:
-        if dtype in (torch.bfloat16, torch.float16):
-            kernel: Kernel = CudaFlash()
-        elif dtype == torch.float32:
-            kernel = CudaEfficient()
-        else:
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return None
-        return kernel if _agrees_with_plain(kernel, dtype, head_size, groups) else None
+        flash = dtype != torch.float32 and not masked
+        kernel: Kernel = CudaFlash() if flash else CudaEfficient()
+        return kernel if _agrees_with_plain(kernel, dtype, head_size, groups, masked) else None
     return None
 
 
 @torch.no_grad()
-def _agrees_with_plain(kernel: Kernel, dtype: torch.dtype, head_size: int, groups: int) -> bool:
+def _agrees_with_plain(
+    kernel: Kernel, dtype: torch.dtype, head_size: int, groups: int, masked: bool
+) -> bool:
     """Whether the kernel is there on this GPU and right, tried once on a small problem."""
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -159,9 +186,14 @@ def _agrees_with_plain(kernel: Kernel, dtype: torch.dtype, head_size: int, group
         return x.transpose(1, 2)
 
     q, k, v, grad = normal(2 * groups), normal(2), normal(2), normal(2 * groups)
+    settings = (True, head_size**-0.5, None)
+    if masked:  # causal as well, but as a mask
+        later = torch.ones(40, 40, dtype=torch.bool, device="cuda").triu(1)
+        mask = torch.zeros(2, 1, 40, 40, dtype=dtype, device="cuda").masked_fill(later, -torch.inf)
+        settings = (False, head_size**-0.5, mask)
     try:
-        out, lse = kernel.forward(q, k, v, True, head_size**-0.5)
-        grads = kernel.backward(grad, (q, k, v), out, lse, True, head_size**-0.5)
+        out, lse = kernel.forward(q, k, v, *settings)
+        grads = kernel.backward(grad, (q, k, v), out, lse, *settings)
     except (RuntimeError, TypeError):
         return False
     with torch.enable_grad():

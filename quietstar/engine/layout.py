@@ -26,6 +26,10 @@ K = 1, and the first two block tokens (w0, w1), the allowed pairs are (rows: que
 
 Towards the text every row is plain causal attention; towards its own block a token of position i
 only meets tokens of position i. Nothing else is ever computed.
+
+Where thoughts are wanted at P chosen positions only, a pass runs one row of B * S + B * P * K * W
+tokens: the texts, then the blocks in the order (b p k w), so that the blocks of a text, and the
+tokens of a block, lie side by side (`ChosenLayout`).
 """
 
 from __future__ import annotations
@@ -39,6 +43,9 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 """Label of a token that is no target (the convention of transformers)."""
+
+NO_POSITION = -1
+"""Fills up the chosen positions of a text that has fewer than others."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,43 @@ class Layout:
         )
 
 
+@dataclass(frozen=True)
+class ChosenLayout:
+    """Sizes of a pass with thoughts at chosen positions only.
+
+    Attributes:
+        layout: As if all positions were chosen.
+        positions: Of the blocks, (B, P); `NO_POSITION` fills up texts with fewer.
+    """
+
+    layout: Layout
+    positions: Int[Tensor, "batch positions"]
+
+    @property
+    def num_text(self) -> int:
+        """Text tokens, B * S."""
+        return self.layout.batch_size * self.layout.text_length
+
+    def position_ids(self) -> Int[Tensor, "1 tokens"]:
+        """Position of every token of the one row."""
+        device = self.positions.device
+        text = torch.arange(self.layout.text_length, device=device)
+        offset = 1 + torch.arange(self.layout.block_length, device=device)
+        block = self.positions.clamp(min=0)[:, :, None, None] + offset  # (B, P, 1, W)
+        block = block.expand(-1, -1, self.layout.num_thoughts, -1)
+        texts = text.expand(self.layout.batch_size, -1)
+        return torch.cat([texts.flatten(), block.flatten()]).unsqueeze(0)
+
+    def texts(self, row: Shaped[Tensor, "tokens ..."]) -> Shaped[Tensor, "B S ..."]:
+        """The texts' part of the row, a view."""
+        return row[: self.num_text].unflatten(0, (self.layout.batch_size, -1))
+
+    def blocks(self, row: Shaped[Tensor, "tokens ..."]) -> Shaped[Tensor, "B P K W ..."]:
+        """The blocks' part of the row, a view."""
+        sizes = (*self.positions.shape, self.layout.num_thoughts, self.layout.block_length)
+        return row[self.num_text :].unflatten(0, sizes)
+
+
 def shift_ahead(
     x: Shaped[Tensor, "batch seq *rest"], lookahead: int, fill: float | int
 ) -> Shaped[Tensor, "lookahead batch seq *rest"]:
@@ -88,15 +132,35 @@ def shift_ahead(
 
 
 def lookahead_targets(
-    labels: Int[Tensor, "batch seq"], lookahead: int
-) -> Int[Tensor, "lookahead batch seq"]:
-    """Target x_{i+a} of every position i and a = 1..A; IGNORE_INDEX where there is none."""
-    shifted = shift_ahead(labels, lookahead + 1, IGNORE_INDEX)
-    return shifted[1:]
+    labels: Int[Tensor, "batch seq"],
+    lookahead: int,
+    positions: Int[Tensor, "batch positions"] | None = None,
+) -> Int[Tensor, "lookahead batch positions"]:
+    """Target x_{i+a} of every (chosen) position i and a = 1..A; IGNORE_INDEX where none is."""
+    targets = shift_ahead(labels, lookahead + 1, IGNORE_INDEX)[1:]
+    if positions is None:
+        return targets
+    return at_positions(targets, positions).where(positions != NO_POSITION, IGNORE_INDEX)
 
 
 def lookahead_states(
-    text_states: Float[Tensor, "batch seq *width"], lookahead: int
-) -> Float[Tensor, "lookahead batch seq *width"]:
+    text_states: Float[Tensor, "batch seq *width"],
+    lookahead: int,
+    positions: Int[Tensor, "batch positions"] | None = None,
+) -> Float[Tensor, "lookahead batch positions *width"]:
     """The text's own state (or figure) that predicts x_{i+a}: the one at i + a - 1."""
-    return shift_ahead(text_states, lookahead, 0.0)
+    if positions is None:
+        return shift_ahead(text_states, lookahead, 0.0)
+    ahead = positions.clamp(min=0) + torch.arange(lookahead, device=positions.device)[:, None, None]
+    inside = ahead < text_states.shape[1]
+    rows = torch.arange(text_states.shape[0], device=positions.device)[:, None]
+    states = text_states[rows, ahead.clamp(max=text_states.shape[1] - 1)]
+    return states.where(inside.view(*inside.shape, *[1] * (text_states.ndim - 2)), 0.0)
+
+
+def at_positions(
+    x: Shaped[Tensor, "*leading batch seq"], positions: Int[Tensor, "batch positions"]
+) -> Shaped[Tensor, "*leading batch positions"]:
+    """Entries of the last axis at every text's own positions; anything at `NO_POSITION`."""
+    index = positions.clamp(min=0).expand(*x.shape[:-1], positions.shape[-1])
+    return x.gather(-1, index)

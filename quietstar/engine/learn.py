@@ -9,14 +9,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.engine.attention import LearnPass
+from quietstar.engine.attention import ChosenLearnPass, LearnPass
 from quietstar.engine.backbone import run_backbone
-from quietstar.engine.layout import Layout, shift_ahead
+from quietstar.engine.layout import ChosenLayout, Layout, lookahead_targets, shift_ahead
 
 
 @dataclass(frozen=True)
 class LearnStates:
-    """Final states of a learn pass.
+    """Final states of a learn pass; ``positions`` are all, (seq,), or the chosen ones.
 
     Attributes:
         text: The text's own; the one at i predicts x_{i+1}.
@@ -25,8 +25,8 @@ class LearnStates:
     """
 
     text: Float[Tensor, "batch seq width"]
-    policy: Float[Tensor, "length thoughts batch seq width"]
-    ahead: Float[Tensor, "lookahead thoughts batch seq width"]
+    policy: Float[Tensor, "length thoughts batch positions width"]
+    ahead: Float[Tensor, "lookahead thoughts batch positions width"]
 
 
 def plain_pass(
@@ -44,8 +44,9 @@ def learn_pass(
     start_embedding: Float[Tensor, " embedding"],
     end_embedding: Float[Tensor, " embedding"],
     input_ids: Int[Tensor, "batch seq"],
-    thoughts: Int[Tensor, "length thoughts batch seq"],
+    thoughts: Int[Tensor, "length thoughts batch positions"],
     lookahead: int,
+    positions: Int[Tensor, "batch positions"] | None = None,
 ) -> LearnStates:
     """Run the model over ``[text | blocks]`` (`quietstar.engine.layout`).
 
@@ -56,9 +57,15 @@ def learn_pass(
         input_ids: Texts, padded on the right if at all.
         thoughts: Sampled tokens.
         lookahead: A.
+        positions: Where the thoughts are, ascending; all positions by default.
     """
-    length, num_thoughts, batch_size, text_length = thoughts.shape
-    layout = Layout(batch_size, text_length, num_thoughts, length, lookahead)
+    length, num_thoughts, batch_size, _ = thoughts.shape
+    layout = Layout(batch_size, input_ids.shape[1], num_thoughts, length, lookahead)
+    if positions is not None:
+        chosen = ChosenLayout(layout, positions)
+        return _chosen_learn_pass(
+            model, start_embedding, end_embedding, input_ids, thoughts, chosen
+        )
     embeddings = _embed_rows(model, start_embedding, end_embedding, input_ids, thoughts, layout)
     states = run_backbone(
         model,
@@ -97,3 +104,42 @@ def _embed_rows(
     shape = (columns, layout.text_length, -1)
     start, end = (v.to(embedded.dtype).expand(shape) for v in (start_embedding, end_embedding))
     return torch.cat([text, start, thought, end, true])
+
+
+# --- Chosen positions -----------------------------------------------------------------------------
+
+
+def _chosen_learn_pass(
+    model: PreTrainedModel,
+    start_embedding: Tensor,
+    end_embedding: Tensor,
+    input_ids: Tensor,
+    thoughts: Tensor,
+    chosen: ChosenLayout,
+) -> LearnStates:
+    length = chosen.layout.thought_length
+    tokens = _block_tokens(input_ids, thoughts, chosen)  # (B, P, K, W)
+    row = torch.cat([input_ids.flatten(), tokens.flatten()]).unsqueeze(0)
+    embeddings = model.get_input_embeddings()(row)
+    where = torch.arange(tokens.shape[-1], device=tokens.device).expand_as(tokens)
+    where = torch.cat([where.new_full(input_ids.shape, -1).flatten(), where.flatten()])[
+        None, :, None
+    ]
+    start, end = (v.to(embeddings.dtype) for v in (start_embedding, end_embedding))
+    embeddings = torch.where(where == 0, start, embeddings)
+    embeddings = torch.where(where == length + 1, end, embeddings)
+    states = run_backbone(model, embeddings, chosen.position_ids(), ChosenLearnPass(chosen))[0]
+    blocks = chosen.blocks(states).permute(3, 2, 0, 1, 4)  # (W, K, B, P, D)
+    return LearnStates(chosen.texts(states), blocks[:length], blocks[length + 1 :])
+
+
+def _block_tokens(
+    input_ids: Tensor, thoughts: Tensor, chosen: ChosenLayout
+) -> Int[Tensor, "batch positions thoughts block"]:
+    """Tokens of every block; anything at the places of start and end."""
+    thought = thoughts.permute(2, 3, 1, 0)  # (B, P, K, T)
+    true = lookahead_targets(input_ids, chosen.layout.lookahead, chosen.positions)[:-1]
+    true = true.clamp(min=0).permute(1, 2, 0).unsqueeze(2)  # (B, P, 1, A - 1)
+    true = true.expand(*thought.shape[:3], -1)
+    vector = torch.zeros_like(thought[..., :1])
+    return torch.cat([vector, thought, vector, true], dim=-1)

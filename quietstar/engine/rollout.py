@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.engine.attention import RolloutCache, TextPass, ThoughtStep
+from quietstar.engine.attention import ChosenStep, Pass, RolloutCache, TextPass, ThoughtStep
 from quietstar.engine.backbone import embedding_weight, run_backbone
+from quietstar.engine.chosen import PrefixAttention
 from quietstar.engine.sampling import keyed_uniform, sample_inverse_cdf
 from quietstar.losses.output_head import OutputHead
 
@@ -43,6 +44,31 @@ class Sampling:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class TextRun:
+    """A text that was run once, for all the steps of its thoughts.
+
+    Attributes:
+        cache: Its keys and values.
+        states: Final states.
+    """
+
+    cache: RolloutCache
+    states: Float[Tensor, "batch seq width"]
+
+
+@torch.no_grad()
+def run_text(
+    model: PreTrainedModel, input_ids: Int[Tensor, "batch seq"], thought_length: int
+) -> TextRun:
+    """Run texts and keep what thoughts of T tokens need of them; serves one rollout."""
+    cache = RolloutCache(thought_length)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    embedded = model.get_input_embeddings()(input_ids)
+    states = run_backbone(model, embedded, positions.expand(input_ids.shape), TextPass(cache))
+    return TextRun(cache, states)
+
+
 @torch.no_grad()
 def sample_thoughts(
     model: PreTrainedModel,
@@ -51,8 +77,10 @@ def sample_thoughts(
     input_ids: Int[Tensor, "batch seq"],
     sample_ids: Int[Tensor, " batch"],
     sampling: Sampling,
-) -> Int[Tensor, "length thoughts batch seq"]:
-    """Thought tokens of every position, (T, K, B, S).
+    positions: Int[Tensor, "batch positions"] | None = None,
+    text: TextRun | None = None,
+) -> Int[Tensor, "length thoughts batch positions"]:
+    """Thought tokens of every position, (T, K, B, S), or of the chosen ones, (T, K, B, P).
 
     Args:
         model: A causal LM whose attention implementation is ``quietstar``.
@@ -61,26 +89,123 @@ def sample_thoughts(
         input_ids: Texts, padded on the right if at all.
         sample_ids: Index of each text in the run; with the seed it keys the noise.
         sampling: Number, length, temperature, seed.
+        positions: The chosen ones, ascending; all by default.
+        text: Of `run_text`, where the texts were run already.
     """
-    embed = model.get_input_embeddings()
-    batch_size, length = input_ids.shape
-    cache = RolloutCache(sampling.num_thoughts, sampling.thought_length)
-    positions = torch.arange(length, device=input_ids.device)
-    run_backbone(model, embed(input_ids), positions.expand(batch_size, -1), TextPass(cache))
-    rows = sampling.num_thoughts * batch_size
+    rollout = Rollout(model, start_embedding, input_ids, sampling.num_thoughts,
+                      sampling.thought_length, positions, text)  # fmt: skip
     tokens: list[Tensor] = []
     for index in range(sampling.thought_length):
-        if index == 0:
-            embeddings = start_embedding.expand(rows, length, -1)
-            embeddings = embeddings.to(embedding_weight(model).dtype)
-        else:
-            embeddings = embed(tokens[-1].flatten(0, 1))
-        offset = (positions + index + 1).expand(rows, -1)
-        states = run_backbone(model, embeddings, offset, ThoughtStep(cache, index))
-        noise = keyed_uniform(sampling.seed, sample_ids, sampling.num_thoughts, index, length)
-        sampled = _sample_rows(states.flatten(0, 1), head, noise.flatten(), sampling.temperature)
-        tokens.append(sampled.view(sampling.num_thoughts, batch_size, length))
+        states = rollout.step(index, tokens[-1] if tokens else None)
+        noise = keyed_uniform(
+            sampling.seed, sample_ids, sampling.num_thoughts, index, rollout.positions
+        )
+        noise = rollout.order.from_thoughts(noise).flatten()
+        sampled = _sample_rows(states.flatten(0, 1), head, noise, sampling.temperature)
+        tokens.append(rollout.order.to_thoughts(sampled.view(states.shape[:2])))
     return torch.stack(tokens)
+
+
+@torch.no_grad()
+def policy_states(
+    model: PreTrainedModel,
+    start_embedding: Float[Tensor, " embedding"],
+    input_ids: Int[Tensor, "batch seq"],
+    thoughts: Int[Tensor, "length thoughts batch positions"],
+    positions: Int[Tensor, "batch positions"] | None = None,
+) -> Float[Tensor, "length thoughts batch positions width"]:
+    """States from which the rollout would sample each token of these thoughts.
+
+    Those of the learn pass, by another way: for checks.
+    """
+    length, num_thoughts = thoughts.shape[:2]
+    rollout = Rollout(model, start_embedding, input_ids, num_thoughts, length, positions)
+    steps = [rollout.step(n, thoughts[n - 1] if n else None) for n in range(length)]
+    return torch.stack([rollout.order.to_thoughts(states) for states in steps])
+
+
+class Rollout:
+    """The steps of all thoughts of a batch of texts, one token of each at a time.
+
+    Args:
+        model: As in `sample_thoughts`.
+        start_embedding: As in `sample_thoughts`.
+        input_ids: As in `sample_thoughts`.
+        num_thoughts: K.
+        thought_length: T, most steps.
+        positions: As in `sample_thoughts`.
+        text: As in `sample_thoughts`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        start_embedding: Tensor,
+        input_ids: Tensor,
+        num_thoughts: int,
+        thought_length: int,
+        positions: Tensor | None,
+        text: TextRun | None = None,
+    ) -> None:
+        self.model, self.start_embedding = model, start_embedding
+        self.embed = model.get_input_embeddings()
+        cache = (text or run_text(model, input_ids, thought_length)).cache
+        if positions is None:
+            self.positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+            self.positions = self.positions.expand(input_ids.shape)
+            self.order = _AllPositions(cache, self.positions, num_thoughts)
+        else:
+            self.positions = positions
+            self.order = _ChosenPositions(cache, positions, num_thoughts, input_ids.shape[1])
+
+    def step(self, index: int, tokens: Tensor | None) -> Tensor:
+        """Run block token ``index``: the last tokens (K, B, P), or start; its final states."""
+        if tokens is None:
+            inputs = self.start_embedding.to(embedding_weight(self.model).dtype)
+            inputs = inputs.expand(*self.order.position_ids.shape, -1)
+        else:
+            inputs = self.embed(self.order.from_thoughts(tokens))
+        offset = self.order.position_ids + index + 1
+        return run_backbone(self.model, inputs, offset, self.order.attention(index))
+
+
+class _AllPositions:
+    """Steps of the blocks at all positions: rows (K * B, S)."""
+
+    def __init__(self, cache: RolloutCache, positions: Tensor, num_thoughts: int) -> None:
+        cache.repeat_text(num_thoughts)
+        self.cache, self.batch_size = cache, positions.shape[0]
+        self.position_ids = positions.repeat(num_thoughts, 1)
+
+    def attention(self, index: int) -> Pass:
+        return ThoughtStep(self.cache, index)
+
+    def from_thoughts(self, x: Tensor) -> Tensor:  # (K, B, S, ...) -> (K * B, S, ...)
+        return x.flatten(0, 1)
+
+    def to_thoughts(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, self.batch_size))
+
+
+class _ChosenPositions:
+    """Steps of the blocks at chosen positions: one row in the order (b p k)."""
+
+    def __init__(
+        self, cache: RolloutCache, positions: Tensor, num_thoughts: int, length: int
+    ) -> None:
+        self.cache, self.positions = cache, positions
+        self.sizes = (*positions.shape, num_thoughts)
+        self.prefix = PrefixAttention(positions, num_thoughts, length)
+        self.position_ids = positions.clamp(min=0).flatten().repeat_interleave(num_thoughts)[None]
+
+    def attention(self, index: int) -> Pass:
+        return ChosenStep(self.cache, index, self.positions, self.prefix)
+
+    def from_thoughts(self, x: Tensor) -> Tensor:  # (K, B, P, ...) -> (1, B * P * K, ...)
+        return x.movedim(0, 2).flatten(0, 2).unsqueeze(0)
+
+    def to_thoughts(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, self.sizes).squeeze(0).movedim(2, 0)
 
 
 def _sample_rows(

@@ -18,14 +18,18 @@ _BLOCK = 64  # vocabulary entries summed together; the inverse looks into one bl
 
 
 def keyed_uniform(
-    seed: int, sample_ids: Int[Tensor, " batch"], num_thoughts: int, token: int, length: int
-) -> Float[Tensor, "thoughts batch seq"]:
-    """Uniform numbers in (0, 1) for token ``token`` of every thought at every position."""
+    seed: int,
+    sample_ids: Int[Tensor, " batch"],
+    num_thoughts: int,
+    token: int,
+    positions: Int[Tensor, "batch positions"],
+) -> Float[Tensor, "thoughts batch positions"]:
+    """Uniform numbers in (0, 1) for token ``token`` of every thought at these positions."""
     device = sample_ids.device
     key = _mix(sample_ids.long() + _mix(torch.tensor(seed, device=device)))
     key = _mix(key + _mix(torch.tensor(token, device=device) + 1))
     key = _mix(key + torch.arange(num_thoughts, device=device)[:, None])  # (K, B)
-    key = _mix(key[..., None] + torch.arange(length, device=device))  # (K, B, S)
+    key = _mix(key[..., None] + positions)  # (K, B, P)
     # At the largest 24-bit numbers the half rounds away in float32: keep 1.0 out.
     return ((_shift(key, 40).float() + 0.5) * 2.0**-24).clamp(max=1 - 2.0**-24)
 

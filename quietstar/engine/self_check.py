@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from quietstar.engine.attention import ATTENTION_NAME, RolloutCache, TextPass, ThoughtStep
-from quietstar.engine.backbone import embedding_weight, run_backbone
+from quietstar.engine.attention import ATTENTION_NAME
+from quietstar.engine.backbone import embedding_weight
 from quietstar.engine.learn import LearnStates, learn_pass
+from quietstar.engine.rollout import policy_states
 from quietstar.engine.tiny_copy import tiny_model
 from quietstar.errors import UserError
 from quietstar.losses.output_head import OutputHead, find_output_head
@@ -22,6 +23,7 @@ from quietstar.losses.output_head import OutputHead, find_output_head
 TOLERANCE = 1e-4
 """Of logits of unit scale, float32; a wrong mask, scale or cap is off by 1e-2 and more."""
 _LENGTH, _NUM_THOUGHTS, _THOUGHT_LENGTH, _LOOKAHEAD = 8, 2, 3, 3
+_CHOSEN = torch.tensor([1, 4, 6])
 
 _passed: set[tuple[type, str]] = set()
 
@@ -89,7 +91,8 @@ def worst_error(model: PreTrainedModel) -> float:
         *zip(_block_logits(states, head), slow, strict=True),
         (head.logits(states.text[0]), plain),
         (model(input_ids=text).logits[0], plain),
-        (_rollout_states(model, text, thoughts, start), states.policy),
+        (policy_states(model, start, text, thoughts), states.policy),
+        *_chosen_pairs(model, (start, end), text, thoughts, states),
     ]
     return max(_difference(a, b) for a, b in pairs)
 
@@ -132,19 +135,22 @@ def _block_logits(states: LearnStates, head: OutputHead) -> list[Tensor]:
     return result
 
 
-def _rollout_states(
-    model: PreTrainedModel, text: Tensor, thoughts: Tensor, start: Tensor
-) -> Tensor:
-    """States that predict the thought tokens, by the rollout's cached steps: (T, K, 1, S, D)."""
-    embed = model.get_input_embeddings()
-    cache = RolloutCache(_NUM_THOUGHTS, _THOUGHT_LENGTH)
-    positions = torch.arange(_LENGTH).expand(1, -1)
-    run_backbone(model, embed(text), positions, TextPass(cache))
-    steps = []
-    for index in range(_THOUGHT_LENGTH):
-        inputs = embed(thoughts[index - 1, :, 0])
-        if index == 0:
-            inputs = start.expand_as(inputs)
-        offset = (positions + index + 1).expand(_NUM_THOUGHTS, -1)
-        steps.append(run_backbone(model, inputs, offset, ThoughtStep(cache, index)))
-    return torch.stack(steps).unsqueeze(2)
+def _chosen_pairs(
+    model: PreTrainedModel, vectors: tuple[Tensor, Tensor], text: Tensor, thoughts: Tensor,
+    states: LearnStates,
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """The passes with thoughts at chosen positions only, and those at all of them."""
+    places = _CHOSEN.expand(1, -1)
+    chosen = thoughts[..., _CHOSEN]
+    learned = learn_pass(model, *vectors, text, chosen, _LOOKAHEAD, places)
+    rolled = policy_states(model, vectors[0], text, chosen, places)
+    ahead = states.ahead[..., _CHOSEN, :]
+    # Behind the end of the text the fillers differ.
+    real = (_CHOSEN + torch.arange(_LOOKAHEAD)[:, None] < _LENGTH)[:, None, None, :, None]
+    policy = states.policy[..., _CHOSEN, :]
+    return [
+        (learned.text, states.text),
+        (learned.policy, policy),
+        (rolled, policy),
+        (learned.ahead.where(real, 0.0), ahead.where(real, 0.0)),
+    ]

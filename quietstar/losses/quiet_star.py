@@ -1,15 +1,18 @@
 """The objective of Quiet-STaR from the states of one learn pass. Pure functions.
 
-Every sum is over valid targets and divided by N, the number of valid targets of the *whole* step
-(over micro-batches and ranks), so that the parts of a step add up to the step. With p the targets'
-probabilities, r the rewards and b their baseline (arXiv 2403.09629, sections 4.3 and 4.4):
+Every sum is over valid targets and divided by their number in the *whole* step (over micro-batches
+and ranks), so that the parts of a step add up to the step: N targets x_{i+1} in the texts, M of
+them behind a thought (M = N with thoughts at all positions). With p the targets' probabilities, r
+the rewards and b their baseline (arXiv 2403.09629, sections 4.3 and 4.4):
 
     base     sum_i        -log p_base(x_{i+1})                           / N
-    mixed    sum_{a,k,i}  -log p_mixed(x_{i+a})                          / (A K N)
-    thought  sum_{a,k,i}  -log p_thought(x_{i+a})                        / (A K N)
-    draft    sum_i        -log p(x_{i+1} | x_<=i, start)                 / N   (ours)
-    policy   sum_{k,i}    -(r - b) mean_t log p(t_t)                     / (K N)
+    mixed    sum_{a,k,i}  -log p_mixed(x_{i+a})                          / (A K M)
+    thought  sum_{a,k,i}  -log p_thought(x_{i+a})                        / (A K M)
+    draft    sum_i        -log p(x_{i+1} | x_<=i, start)                 / M   (ours)
+    policy   sum_{k,i}    -(r - b) mean_t log p(t_t)                     / (K M)
     reward   r(i,k) = sum_a log p(x_{i+a}), p the mixed or the thought's own prediction
+
+Only `base` is a sum over all positions i; the others are over those with thoughts.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ PAPER_POLICY_TEMPERATURE = 3.0
 class ScoredThoughts:
     """What the thoughts did, position by position, without gradient.
 
+    With chosen positions, P of them a text stand where ``positions`` is written; else S.
+
     Attributes:
         thoughts: Sampled tokens.
         logprobs: Their log-probabilities at the policy temperature.
@@ -45,20 +50,26 @@ class ScoredThoughts:
         thought_logprobs: By the thought's own prediction alone; None if no loss needs it.
         valid: Whether there is a target x_{i+a}.
         entropy: Of each thought token's distribution, None if not computed.
+        text_logprobs: Of the next token after every text position, 0 where there is no target.
+        text_valid: Where there is one.
+        positions: The chosen ones, None for all.
         base_predicted: Most likely next token without the thought, None if not asked for.
         mixed_predicted: Most likely x_{i+a} with it, None if not asked for.
     """
 
-    thoughts: Int[Tensor, "length thoughts batch seq"]
-    logprobs: Float[Tensor, "length thoughts batch seq"]
-    mixing_weight: Float[Tensor, "lookahead thoughts batch seq"]
-    base_logprobs: Float[Tensor, "lookahead batch seq"]
-    mixed_logprobs: Float[Tensor, "lookahead thoughts batch seq"]
-    thought_logprobs: Float[Tensor, "lookahead thoughts batch seq"] | None
-    valid: Tensor  # (A, B, S), bool
-    entropy: Float[Tensor, "length thoughts batch seq"] | None
+    thoughts: Int[Tensor, "length thoughts batch positions"]
+    logprobs: Float[Tensor, "length thoughts batch positions"]
+    mixing_weight: Float[Tensor, "lookahead thoughts batch positions"]
+    base_logprobs: Float[Tensor, "lookahead batch positions"]
+    mixed_logprobs: Float[Tensor, "lookahead thoughts batch positions"]
+    thought_logprobs: Float[Tensor, "lookahead thoughts batch positions"] | None
+    valid: Tensor  # (A, B, P), bool
+    entropy: Float[Tensor, "length thoughts batch positions"] | None
+    text_logprobs: Float[Tensor, "batch seq"]
+    text_valid: Tensor  # (B, S), bool
+    positions: Int[Tensor, "batch positions"] | None = None
     base_predicted: Int[Tensor, "batch seq"] | None = None
-    mixed_predicted: Int[Tensor, "lookahead thoughts batch seq"] | None = None
+    mixed_predicted: Int[Tensor, "lookahead thoughts batch positions"] | None = None
 
 
 def choose_policy_temperature(config: LossConfig, sampling_temperature: float) -> float:
@@ -69,22 +80,24 @@ def choose_policy_temperature(config: LossConfig, sampling_temperature: float) -
 
 
 def rewards(
-    logprobs: Float[Tensor, "lookahead thoughts batch seq"], valid: Tensor
-) -> Float[Tensor, "thoughts batch seq"]:
+    logprobs: Float[Tensor, "lookahead thoughts batch positions"], valid: Tensor
+) -> Float[Tensor, "thoughts batch positions"]:
     """Reward of each thought: sum of the log-probabilities of its valid targets."""
     return logprobs.where(valid.unsqueeze(1), 0.0).sum(0)
 
 
 def quiet_star_loss(
     states: LearnStates,
-    mixing_weight: Float[Tensor, "lookahead thoughts batch seq"],
-    thoughts: Int[Tensor, "length thoughts batch seq"],
+    mixing_weight: Float[Tensor, "lookahead thoughts batch positions"],
+    thoughts: Int[Tensor, "length thoughts batch positions"],
     labels: Int[Tensor, "batch seq"],
     head: OutputHead,
     config: LossConfig,
     policy_temperature: float,
     num_items: Tensor | int | None = None,
     scoring: bool = False,
+    positions: Int[Tensor, "batch positions"] | None = None,
+    num_thought_items: Tensor | int | None = None,
 ) -> tuple[Tensor, ScoredThoughts]:
     """Loss of one (micro-)batch, and its thoughts scored.
 
@@ -99,15 +112,21 @@ def quiet_star_loss(
         num_items: N; by default the valid targets of this batch.
         scoring: Compute what only readers want: the thought's own prediction even if no loss needs
             it, and the most likely tokens.
+        positions: Where the thoughts are, None for all.
+        num_thought_items: M; by default the valid targets of this batch behind a thought.
 
     Returns:
         The scalar loss and the scored thoughts.
     """
-    targets = lookahead_targets(labels, mixing_weight.shape[0])  # (A, B, S)
-    valid = targets != IGNORE_INDEX
-    num_items = (valid[0].sum() if num_items is None else torch.as_tensor(num_items)).clamp(min=1)
+    next_tokens = lookahead_targets(labels, 1)[0]  # (B, S)
+    targets = lookahead_targets(labels, mixing_weight.shape[0], positions)  # (A, B, P)
+    if positions is None and num_thought_items is None:
+        num_thought_items = num_items
+    counts = (_count(next_tokens, num_items), _count(targets[0], num_thought_items))
     needs_thought = scoring or config.thought_weight > 0 or config.reward == "thought"
-    builder = _Segments(states, mixing_weight, thoughts, targets, config, num_items)
+    builder = _Segments(
+        states, mixing_weight, thoughts, next_tokens, targets, positions, config, counts
+    )
     segments = {"base": builder.base(), "mixed": builder.mixed(head)}
     if scoring:
         segments = {name: replace(s, wants_predicted=True) for name, s in segments.items()}
@@ -125,29 +144,34 @@ def quiet_star_loss(
 class _Segments:
     """The rows of each term, with their coefficients."""
 
-    def __init__(self, states, mixing_weight, thoughts, targets, config, num_items) -> None:
+    def __init__(
+        self, states, mixing_weight, thoughts, next_tokens, targets, positions, config, counts
+    ) -> None:
         self.states: LearnStates = states
         self.mixing_weight: Tensor = mixing_weight
         self.thoughts: Tensor = thoughts
+        self.next_tokens: Tensor = next_tokens
         self.targets: Tensor = targets
+        self.positions: Tensor | None = positions
         self.config: LossConfig = config
-        self.num_items: Tensor = num_items
+        self.num_items: Tensor = counts[0]
+        self.num_thought_items: Tensor = counts[1]
         self.valid = targets != IGNORE_INDEX
         self.lookahead, self.num_thoughts = mixing_weight.shape[:2]
 
     def base(self) -> Segment:
-        targets = self.targets[0].flatten()
+        targets = self.next_tokens.flatten()
         coefficient = self.config.base_weight / self.num_items
         return Segment(self.states.text.flatten(0, 1), targets, _filled(targets, coefficient))
 
     def _ahead(self, weight: float) -> tuple[Tensor, Tensor]:
         targets = self.targets.unsqueeze(1).expand(self.mixing_weight.shape).flatten()
-        scale = weight / (self.lookahead * self.num_thoughts * self.num_items)
+        scale = weight / (self.lookahead * self.num_thoughts * self.num_thought_items)
         return targets, _filled(targets, scale)
 
     def mixed(self, head: OutputHead) -> Segment:
         targets, coefficients = self._ahead(self.config.mixed_weight)
-        base = lookahead_states(self.states.text, self.lookahead).unsqueeze(1)
+        base = lookahead_states(self.states.text, self.lookahead, self.positions).unsqueeze(1)
         thought = self.states.ahead
         if head.is_linear:  # mixing logits is mixing states
             mixed = torch.lerp(base, thought, self.mixing_weight.unsqueeze(-1).to(thought.dtype))
@@ -166,15 +190,15 @@ class _Segments:
 
     def draft(self) -> Segment:
         targets = self.targets[0].flatten()
-        coefficients = _filled(targets, self.config.draft_weight / self.num_items)
+        coefficients = _filled(targets, self.config.draft_weight / self.num_thought_items)
         # The states at the start vector are the same for all thoughts of a position.
         return Segment(self.states.policy[0, 0].flatten(0, 1), targets, coefficients)
 
     def policy(self, temperature: float, earlier: Sequence[str]) -> Segment:
         length = self.thoughts.shape[0]
-        has_target = self.valid.any(0)  # (B, S)
+        has_target = self.valid.any(0)  # (B, P)
         targets = self.thoughts.where(has_target, IGNORE_INDEX).flatten()
-        scale = 1.0 / (length * self.num_thoughts * self.num_items)
+        scale = 1.0 / (length * self.num_thoughts * self.num_thought_items)
 
         def coefficients(results: Sequence[RowResult]) -> Tensor:
             if self.config.policy_weight == 0:
@@ -197,7 +221,7 @@ class _Segments:
         )
 
     def advantage(self, result: RowResult) -> Tensor:
-        """(K, B, S), without gradient; zero where no target is valid."""
+        """(K, B, P), without gradient; zero where no target is valid."""
         reward = rewards(-result.nll.view(self.mixing_weight.shape), self.valid)
         return ESTIMATORS[self.config.estimator](reward)
 
@@ -205,19 +229,33 @@ class _Segments:
         shape = self.mixing_weight.shape
         policy, thought = results["policy"], results.get("thought")
         base_predicted, mixed_predicted = results["base"].predicted, results["mixed"].predicted
-        base = lookahead_states(results["base"].nll.view(self.targets.shape[1:]), self.lookahead)
+        text_nll = results["base"].nll.view(self.next_tokens.shape)
+        base = lookahead_states(text_nll, self.lookahead, self.positions)
         return ScoredThoughts(
             thoughts=self.thoughts,
             logprobs=-policy.nll.view(self.thoughts.shape),
             mixing_weight=self.mixing_weight.detach(),
-            base_logprobs=-base,
+            base_logprobs=-base.where(self.valid, 0.0),
             mixed_logprobs=-results["mixed"].nll.view(shape),
             thought_logprobs=None if thought is None else -thought.nll.view(shape),
             valid=self.valid,
             entropy=None if policy.entropy is None else policy.entropy.view(self.thoughts.shape),
-            base_predicted=None if base_predicted is None else base_predicted.view(shape[2:]),
+            text_logprobs=-text_nll,
+            text_valid=self.next_tokens != IGNORE_INDEX,
+            positions=self.positions,
+            base_predicted=_like(base_predicted, text_nll),
             mixed_predicted=None if mixed_predicted is None else mixed_predicted.view(shape),
         )
+
+
+def _like(x: Tensor | None, other: Tensor) -> Tensor | None:
+    return None if x is None else x.view(other.shape)
+
+
+def _count(targets: Tensor, given: Tensor | int | None) -> Tensor:
+    """Number of targets to divide by, at least 1."""
+    count = (targets != IGNORE_INDEX).sum() if given is None else torch.as_tensor(given)
+    return count.clamp(min=1)
 
 
 def next_token_loss(
@@ -241,8 +279,7 @@ def next_token_loss(
     """
     targets = lookahead_targets(labels, 1)[0]
     valid = targets != IGNORE_INDEX
-    num_items = (valid.sum() if num_items is None else torch.as_tensor(num_items)).clamp(min=1)
-    coefficients = _filled(targets.flatten(), 1.0 / num_items)
+    coefficients = _filled(targets.flatten(), 1.0 / _count(targets, num_items))
     segment = Segment(
         states.flatten(0, 1),
         targets.flatten(),
@@ -251,6 +288,18 @@ def next_token_loss(
     )
     loss, results = objective([segment], head)
     return loss, results[0], valid
+
+
+def next_token_entropy(
+    states: Float[Tensor, "batch seq width"], head: OutputHead
+) -> Float[Tensor, "batch seq"]:
+    """Entropy of the next token's distribution after every text position, nats; no gradient."""
+    rows = states.detach().flatten(0, 1)
+    targets = torch.full_like(rows[:, 0], IGNORE_INDEX, dtype=torch.long)
+    with torch.no_grad():
+        _, results = objective([Segment(rows, targets, wants_entropy=True)], head)
+    assert results[0].entropy is not None, "it was asked for"
+    return results[0].entropy.view(states.shape[:2])
 
 
 def _filled(targets: Tensor, value: Tensor) -> Tensor:

@@ -31,15 +31,24 @@ def right_answers(
     return right.sum(), has_answer.sum() * predicted.shape[1]
 
 
-def before_answer(answers: Bool[Tensor, "batch seq"]) -> Int[Tensor, " batch"]:
-    """Position whose thought comes before the first answer token; 0 in a text without one."""
-    return (answers.int().argmax(-1) - 1).clamp(min=0)
+def place_before_answer(
+    answers: Bool[Tensor, "batch seq"], positions: Int[Tensor, "batch positions"] | None = None
+) -> Int[Tensor, " batch"]:
+    """Place (among the positions) of the thought before the first answer token.
+
+    0 in a text without an answer; with chosen positions that leave it out, that of the next one.
+    """
+    before = (answers.int().argmax(-1) - 1).clamp(min=0)
+    if positions is None:
+        return before
+    return (positions >= before[:, None]).int().argmax(-1)
 
 
 def right_thoughts(
-    tokens: Int[Tensor, "batch thoughts seq length"],
+    tokens: Int[Tensor, "batch thoughts places length"],
     answers: Bool[Tensor, "batch seq"],
     steps: Int[Tensor, "batch steps"],
+    positions: Int[Tensor, "batch places"] | None = None,
 ) -> Count:
     """Thoughts before an answer that begin with the steps to it, and all.
 
@@ -47,11 +56,15 @@ def right_thoughts(
         tokens: Thoughts of every position.
         answers: Tokens of answers.
         steps: The steps, -100 behind them; a text without any does not count.
+        positions: Of the thoughts, None for all; a text that does not think there does not count.
     """
     is_step = steps >= 0
     counted = is_step.any(-1) & answers.any(-1)  # (B,)
     rows = torch.arange(len(tokens), device=tokens.device)
-    thoughts = tokens[rows, :, before_answer(answers)]  # (B, K, T)
+    place = place_before_answer(answers, positions)
+    if positions is not None:
+        counted = counted & (positions[rows, place] == place_before_answer(answers))
+    thoughts = tokens[rows, :, place]  # (B, K, T)
     width = min(thoughts.shape[-1], steps.shape[-1])
     agrees = (thoughts[..., :width] == steps[:, None, :width]) | ~is_step[:, None, :width]
     fits = ~is_step[:, width:].any(-1)  # steps longer than a thought cannot be in it
@@ -60,24 +73,23 @@ def right_thoughts(
 
 
 def exchange_among_texts(
-    tokens: Int[Tensor, "texts thoughts seq length"], answers: Bool[Tensor, "texts seq"]
-) -> Int[Tensor, "texts thoughts seq length"]:
+    tokens: Int[Tensor, "texts thoughts places length"], place: Int[Tensor, " texts"]
+) -> Int[Tensor, "texts thoughts places length"]:
     """Give every text the thoughts of another one, those before the answers to each other.
 
     Args:
-        tokens: Thoughts of every position.
-        answers: Tokens of answers, which may lie at other places in every text.
+        tokens: Thoughts of every (chosen) position.
+        place: Of the thought before the answer (`place_before_answer`).
     """
-    count, length = answers.shape
+    count, length = tokens.shape[0], tokens.shape[2]
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(count, generator=generator)
     donors = torch.empty(count, dtype=torch.long)
     donors[order] = order.roll(1)  # one cycle: nobody keeps its own
     donors = donors.to(tokens.device)
-    place = before_answer(answers)
     shift = place[donors] - place  # (texts,)
     positions = torch.arange(length, device=tokens.device)
-    sources = (positions + shift[:, None]).clamp(0, length - 1)  # (texts, seq)
-    donated = tokens[donors].transpose(1, 2)  # (texts, seq, thoughts, length)
+    sources = (positions + shift[:, None]).clamp(0, length - 1)  # (texts, places)
+    donated = tokens[donors].transpose(1, 2)  # (texts, places, thoughts, length)
     rows = torch.arange(count, device=tokens.device)[:, None]
     return donated[rows, sources].transpose(1, 2)

@@ -21,19 +21,24 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
+from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import Config
 from quietstar.config_io import load_config, save_config
 from quietstar.data import Batch, build_data, load_tokenizer
+from quietstar.engine.positions import count_positions
 from quietstar.errors import UserError
 from quietstar.model import QuietStarForCausalLM
 from quietstar.report import write_report
 from quietstar.training.answers import right_answers
+from quietstar.training.evaluation import chosen_positions
 from quietstar.training.folder import CONFIG_FILE, FINAL_FOLDER, check_same_run
 from quietstar.training.results import RESULTS_FILE
 from quietstar.training.run import run_training
 
 CONTROLS_FILE = "controls.json"
+COUNTED_STEPS = 20
+"""Steps whose thinking positions are counted, to match the compute of a control."""
 LABELS = {
     "full": "Quiet-STaR",
     "no_thoughts": "no thoughts, same compute",
@@ -90,11 +95,16 @@ def check_comparable(config: Config, stage: Config) -> None:
 def _run_seed(config: Config, stage: Config, root: Path, seed: int) -> dict[str, dict[str, Any]]:
     folder = root / f"seed-{seed}"
     start = _start(config, folder, seed)
+    share = thinking_share(stage, load_tokenizer(_tokenizer_of(stage, start)))
     results = {}
     for name in TRAINED:
-        results[name] = _train(variant(name, stage, start, seed, folder / name))
+        results[name] = _train(variant(name, stage, start, seed, folder / name, share))
     results["first_thoughts"] = _first_thoughts(stage, start, folder / "full" / FINAL_FOLDER, seed)
     return results
+
+
+def _tokenizer_of(stage: Config, start: Path | None) -> str:
+    return str(start or stage.model.tokenizer or stage.model.name_or_path)
 
 
 def _start(config: Config, folder: Path, seed: int) -> Path | None:
@@ -108,15 +118,20 @@ def _start(config: Config, folder: Path, seed: int) -> Path | None:
     return folder / "start" / FINAL_FOLDER
 
 
-def variant(name: str, stage: Config, start: Path | None, seed: int, folder: Path) -> Config:
-    """Config of one variant of the stage, starting from the model in ``start`` (or its own)."""
+def variant(
+    name: str, stage: Config, start: Path | None, seed: int, folder: Path, share: float = 1.0
+) -> Config:
+    """Config of one variant of the stage, starting from the model in ``start`` (or its own).
+
+    ``share`` of the tokens think (`thinking_share`).
+    """
     changes: dict[str, dict[str, Any]] = {
         "training": {"seed": seed, "output_dir": str(folder), "eval_every": 0},
     }
     if start is not None:
         changes["model"] = {"name_or_path": str(start), "config": None, "tokenizer": None}
     if name == "no_thoughts":
-        changes["training"] |= {"objective": "next_token", "steps": matched_steps(stage)}
+        changes["training"] |= {"objective": "next_token", "steps": matched_steps(stage, share)}
     elif name == "pause":
         changes |= {"thoughts": {"source": "pause"}, "loss": {"policy_weight": 0.0}}
     elif name == "no_reinforce":
@@ -124,17 +139,33 @@ def variant(name: str, stage: Config, start: Path | None, seed: int, folder: Pat
     return _changed(stage, changes)
 
 
-def matched_steps(stage: Config) -> int:
+def matched_steps(stage: Config, share: float = 1.0) -> int:
     """Steps of plain language modelling that put as many tokens through the model.
 
-    A text token of a Quiet-STaR step costs 1 + K * W tokens forward and backward, and 1 + K * T
-    forward in the rollout, which is a third of forward and backward.
+    A text token of a Quiet-STaR step costs 1 + s * K * W tokens forward and backward, s the share
+    of tokens with thoughts, and 1 + s * K * T forward in the rollout, which is a third of forward
+    and backward.
     """
     thoughts = stage.thoughts
     block = thoughts.length + thoughts.lookahead + 1
-    learn = 1 + thoughts.num_thoughts * block
-    rollout = (1 + thoughts.num_thoughts * thoughts.length) / 3
+    learn = 1 + share * thoughts.num_thoughts * block
+    rollout = (1 + share * thoughts.num_thoughts * thoughts.length) / 3
     return math.ceil(stage.training.steps * (learn + rollout))
+
+
+def thinking_share(stage: Config, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Share of the tokens of a stage's sequences, padding included, that think."""
+    thoughts, settings = stage.thoughts, stage.training
+    if thoughts.positions == "all":
+        return 1.0
+    train_data, _, _ = build_data(stage.data, tokenizer, settings.seed)
+    counts = []
+    for step in range(min(settings.steps, COUNTED_STEPS)):
+        batch = train_data.batch(step, settings.batch_size)
+        counts.append(
+            count_positions(thoughts.positions, thoughts.share, batch.labels, batch.answers)
+        )
+    return float(torch.cat(counts).float().mean()) / stage.data.seq_len
 
 
 def _changed(config: Config, changes: Mapping[str, Mapping[str, Any]], stages=None) -> Config:
@@ -195,9 +226,11 @@ def _first_thoughts(stage: Config, start: Path | None, final: Path, seed: int) -
 def _read(
     reader: QuietStarForCausalLM, writer: QuietStarForCausalLM, batch: Batch
 ) -> tuple[int, int]:
-    thoughts = writer.sample(batch.input_ids, sample_ids=batch.sample_ids)
-    scored = reader.think(batch.input_ids, batch.attention_mask, batch.labels, thoughts=thoughts)
-    right, count = right_answers(scored.mixed_predicted[..., 0], batch.input_ids, batch.answers)
+    positions = chosen_positions(reader, batch)
+    thoughts = writer.sample(batch.input_ids, positions=positions, sample_ids=batch.sample_ids)
+    inputs = (batch.input_ids, batch.attention_mask, batch.labels)
+    scored = reader.think(*inputs, thoughts=thoughts, positions=positions)
+    right, count = right_answers(scored.next_predicted(), batch.input_ids, batch.answers)
     return int(right), int(count)
 
 

@@ -1,9 +1,9 @@
 """Held-out evaluation: the gain of thinking, and how much of it comes from what thoughts say.
 
-Greedy thoughts at every position; then the same texts with thoughts exchanged, and with a constant
-pause token in place of every thought token. A second read-out of the text gives a gain with any
-thoughts at all; only what exchanged thoughts lose is content. Thoughts are exchanged among the
-texts where these have answers, and within each text otherwise.
+Greedy thoughts at every position that `thoughts.positions` takes; then the same texts with thoughts
+exchanged, and with a constant pause token in place of every thought token. A second read-out of the
+text gives a gain with any thoughts at all; only what exchanged thoughts lose is content. Thoughts
+are exchanged among the texts where these have answers, and within each text otherwise.
 """
 
 from __future__ import annotations
@@ -12,13 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from quietstar.data import Batch
 from quietstar.metrics import ThoughtMetrics, as_metrics
 from quietstar.model import QuietStarForCausalLM
-from quietstar.training.answers import exchange_among_texts, right_answers, right_thoughts
+from quietstar.training.answers import (
+    exchange_among_texts,
+    place_before_answer,
+    right_answers,
+    right_thoughts,
+)
 
 if TYPE_CHECKING:
     from quietstar.training.loop import Run
@@ -92,58 +98,85 @@ def compare(
         advance: Called once a batch and pass.
     """
     parts: dict[str, list[ThoughtMetrics]] = {kind: [] for kind in ("own", *CONTROLS)}
-    thoughts = []
+    thoughts, places = [], []
     for batch in batches:
-        tokens, metrics = _own(model, batch)
+        positions = chosen_positions(model, batch)
+        tokens, metrics = _own(model, batch, positions)
         thoughts.append(tokens)
+        places.append(positions)
         parts["own"].append(metrics)
         advance()
-    for batch, exchanged in zip(batches, _exchanged(batches, thoughts), strict=True):
-        pause = torch.full_like(exchanged, model.pause_token_id)
-        parts["exchanged"].append(score(model, batch, exchanged))
-        parts["pause"].append(score(model, batch, pause))
+    exchanged = _exchanged(batches, thoughts, places)
+    for batch, others, positions in zip(batches, exchanged, places, strict=True):
+        pause = torch.full_like(others, model.pause_token_id)
+        parts["exchanged"].append(score(model, batch, others, positions))
+        parts["pause"].append(score(model, batch, pause, positions))
         advance()
     return {kind: _total(metrics) for kind, metrics in parts.items()}
 
 
-def _own(model: QuietStarForCausalLM, batch: Batch) -> tuple[Tensor, ThoughtMetrics]:
-    tokens = model.sample(batch.input_ids, sample_ids=batch.sample_ids)
-    metrics = score(model, batch, tokens)
+def chosen_positions(model: QuietStarForCausalLM, batch: Batch) -> Tensor | None:
+    """Where the texts of a batch think; None for all positions."""
+    return model.choose_positions(
+        batch.input_ids,
+        batch.attention_mask,
+        batch.labels,
+        answers=batch.answers,
+        sample_ids=batch.sample_ids,
+    )
+
+
+def _own(
+    model: QuietStarForCausalLM, batch: Batch, positions: Tensor | None
+) -> tuple[Tensor, ThoughtMetrics]:
+    where = {"positions": positions, "sample_ids": batch.sample_ids}
+    tokens = model.sample(batch.input_ids, **where)
+    metrics = score(model, batch, tokens, positions)
     if batch.steps.shape[1] == 0:
         return tokens, metrics
-    sampled = model.sample(
-        batch.input_ids, num_thoughts=SAMPLES, temperature=1.0, sample_ids=batch.sample_ids
-    )
-    right = right_thoughts(sampled, batch.answers, batch.steps)
+    sampled = model.sample(batch.input_ids, num_thoughts=SAMPLES, temperature=1.0, **where)
+    right = right_thoughts(sampled, batch.answers, batch.steps, positions)
     return tokens, metrics.joined(as_metrics({"right_thoughts": right}))
 
 
-def score(model: QuietStarForCausalLM, batch: Batch, thoughts: Tensor) -> ThoughtMetrics:
-    """Figures of a batch with these thoughts."""
-    scored = model.think(batch.input_ids, batch.attention_mask, batch.labels, thoughts=thoughts)
+def score(
+    model: QuietStarForCausalLM, batch: Batch, thoughts: Tensor, positions: Tensor | None = None
+) -> ThoughtMetrics:
+    """Figures of a batch with these thoughts (at these positions)."""
+    scored = model.think(
+        batch.input_ids, batch.attention_mask, batch.labels, thoughts=thoughts, positions=positions
+    )
     ids, answers = batch.input_ids, batch.answers
     accuracies = {
         "accuracy_without_thoughts": right_answers(scored.base_predicted[:, None], ids, answers),
-        "accuracy_with_thoughts": right_answers(scored.mixed_predicted[..., 0], ids, answers),
+        "accuracy_with_thoughts": right_answers(scored.next_predicted(), ids, answers),
     }
     return scored.metrics.joined(as_metrics(accuracies))
 
 
-def _exchanged(batches: Sequence[Batch], thoughts: Sequence[Tensor]) -> list[Tensor]:
+def _exchanged(
+    batches: Sequence[Batch], thoughts: Sequence[Tensor], places: Sequence[Tensor | None]
+) -> list[Tensor]:
     """Every batch's thoughts, exchanged."""
     if not all(batch.answers.any(-1).all() for batch in batches):
-        pairs = zip(batches, thoughts, strict=True)
-        return [exchange(t, b.attention_mask.bool(), b.sample_ids) for b, t in pairs]
-    answers = torch.cat([batch.answers for batch in batches])
-    together = exchange_among_texts(torch.cat(list(thoughts)), answers)
-    return list(together.split([len(t) for t in thoughts]))
+        return [
+            exchange(t, b.attention_mask.bool() if p is None else p >= 0, b.sample_ids)
+            for b, t, p in zip(batches, thoughts, places, strict=True)
+        ]
+    width = max(t.shape[2] for t in thoughts)  # of the batch with the longest answer
+    together = torch.cat([F.pad(t, (0, 0, 0, width - t.shape[2])) for t in thoughts])
+    before = torch.cat(
+        [place_before_answer(b.answers, p) for b, p in zip(batches, places, strict=True)]
+    )
+    parts = exchange_among_texts(together, before).split([len(t) for t in thoughts])
+    return [part[:, :, : t.shape[2]] for part, t in zip(parts, thoughts, strict=True)]
 
 
 def exchange(
-    tokens: Int[Tensor, "batch thoughts seq length"],
-    real: Bool[Tensor, "batch seq"],
+    tokens: Int[Tensor, "batch thoughts positions length"],
+    real: Bool[Tensor, "batch positions"],
     sample_ids: Int[Tensor, " batch"],
-) -> Int[Tensor, "batch thoughts seq length"]:
+) -> Int[Tensor, "batch thoughts positions length"]:
     """Give every position the thoughts of another one of its text; none keeps its own.
 
     Within the text, so that what is exchanged still fits the subject (the harder control), and so

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from quietstar.config import Config
 from quietstar.data import Batch, EvalData, TrainData
 from quietstar.engine.layout import IGNORE_INDEX
+from quietstar.engine.positions import count_positions
 from quietstar.errors import UserError
 from quietstar.metrics import ThoughtMetrics
 from quietstar.outputs import QuietStarOutput
@@ -97,7 +98,9 @@ def accumulate_gradients(run: Run, step: int) -> tuple[Tensor, QuietStarOutput]:
     """
     accelerator = run.accelerator
     batches = list(_micro_batches(run, step))
-    num_items = accelerator.reduce(sum(_num_targets(batch) for batch in batches), "sum")
+    num_items, num_thought_items = accelerator.reduce(
+        sum(_num_targets(run.config, batch) for batch in batches), "sum"
+    )
     total = torch.zeros((), device=accelerator.device)
     metrics: ThoughtMetrics | None = None
     output = QuietStarOutput()
@@ -109,6 +112,8 @@ def accumulate_gradients(run: Run, step: int) -> tuple[Tensor, QuietStarOutput]:
                 attention_mask=batch.attention_mask,
                 labels=batch.labels,
                 num_items_in_batch=num_items,
+                answers=batch.answers,
+                num_thought_items=num_thought_items,
                 sample_ids=batch.sample_ids,
                 seed=run.config.training.seed,
                 fixed_mixing_weight=_warm_up_weight(run.config, step),
@@ -134,8 +139,11 @@ def _micro_batches(run: Run, step: int) -> Iterator[Batch]:
         yield batch.to(run.accelerator.device)
 
 
-def _num_targets(batch: Batch) -> Tensor:
-    return (batch.labels[:, 1:] != IGNORE_INDEX).sum()
+def _num_targets(config: Config, batch: Batch) -> Tensor:
+    """Next tokens that are targets, and how many of them have a thought before them."""
+    thoughts = config.thoughts
+    chosen = count_positions(thoughts.positions, thoughts.share, batch.labels, batch.answers)
+    return torch.stack([(batch.labels[:, 1:] != IGNORE_INDEX).sum(), chosen.sum()])
 
 
 def _warm_up_weight(config: Config, step: int) -> float | None:

@@ -136,7 +136,7 @@ class Reporter:
             "loss": record.loss.item(),
             **record.metrics.means(),
             **self._optimizer_figures(record),
-            **self._speed(),
+            **self._speed(record.metrics),
         }
         self._write("train", record.step, figures)
         self._show(record.step, figures)
@@ -154,7 +154,7 @@ class Reporter:
         norms = {f"grad_norm_{name}": norm.item() for name, norm in record.norms.items()}
         return {**norms, "lr": record.lr}
 
-    def _speed(self) -> dict[str, float]:
+    def _speed(self, metrics: ThoughtMetrics) -> dict[str, float]:
         seconds = time.perf_counter() - self._began
         thoughts, data = self.stage.config.thoughts, self.stage.config.data
         text_tokens = self.stage.config.training.batch_size * data.seq_len
@@ -165,6 +165,8 @@ class Reporter:
         }
         if self.stage.thinks:
             thought_tokens = text_tokens * thoughts.num_thoughts * thoughts.length
+            if thoughts.positions != "all":
+                thought_tokens = int(metrics.counts["reward"]) * thoughts.length
             figures["thought_tokens_per_second"] = thought_tokens / seconds
         return figures
 
@@ -189,8 +191,11 @@ class Reporter:
     def _show_thought(self, output: QuietStarOutput) -> None:
         assert output.thoughts is not None
         assert output.input_ids is not None
-        place = output.thoughts.shape[2] // 2
-        before = self.tokenizer.decode(output.input_ids[0, max(0, place - 15) : place + 1])
+        place = position = output.thoughts.shape[2] // 2
+        if output.positions is not None:
+            place = int((output.positions[0] >= 0).sum()) // 2
+            position = max(0, int(output.positions[0, place]))
+        before = self.tokenizer.decode(output.input_ids[0, max(0, position - 15) : position + 1])
         thought = self.tokenizer.decode(output.thoughts[0, 0, place])
         self.say(f"thought after {before!r}: {thought!r}")
 

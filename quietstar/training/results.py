@@ -13,7 +13,8 @@ from quietstar.data import Batch
 from quietstar.model import QuietStarForCausalLM
 from quietstar.outputs import Thoughts
 from quietstar.report import write_report
-from quietstar.training.answers import before_answer
+from quietstar.training.answers import place_before_answer
+from quietstar.training.evaluation import chosen_positions
 from quietstar.training.reporter import METRICS_FILE, read_records
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ def samples(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]
         batch = batch.to(run.accelerator.device)
         with run.accelerator.autocast():
             inputs = (batch.input_ids, batch.attention_mask, batch.labels)
-            thoughts = model.think(*inputs, sample_ids=batch.sample_ids)
+            positions = chosen_positions(model, batch)
+            thoughts = model.think(*inputs, positions=positions, sample_ids=batch.sample_ids)
         found += [_sample(batch, thoughts, row, tokenizer) for row in range(len(batch.input_ids))]
     return [sample for sample in found[:NUM_SAMPLES] if sample]
 
@@ -85,16 +87,17 @@ def _sample(
     place = _place(batch, thoughts, row)
     if place is None:
         return {}
+    position = place if thoughts.positions is None else int(thoughts.positions[row, place])
     ids, tokens = batch.input_ids[row], thoughts.tokens[row, 0, place]
-    truth = int(ids[place + 1])
+    truth = int(ids[position + 1])
     steps = batch.steps[row][batch.steps[row] >= 0]
     is_right = (
         bool((tokens[: len(steps)] == steps).all()) if 0 < len(steps) <= len(tokens) else None
     )
     mixed = int(thoughts.mixed_predicted[row, 0, place, 0])
-    base = int(thoughts.base_predicted[row, place])
+    base = int(thoughts.base_predicted[row, position])
     return {
-        "before": tokenizer.decode(ids[: place + 1]),
+        "before": tokenizer.decode(ids[: position + 1]),
         "thought": tokenizer.decode(tokens),
         "truth": tokenizer.decode([truth]),
         "without_thoughts": {
@@ -112,11 +115,13 @@ def _sample(
 
 
 def _place(batch: Batch, thoughts: Thoughts, row: int) -> int | None:
-    """The position to show: before the answer, else one at random by the text's number."""
-    if bool(batch.answers[row].any()):
-        return int(before_answer(batch.answers[row : row + 1]))
+    """The place to show: before the answer, else one at random by the text's number."""
     places = thoughts.valid[row, :, 0].nonzero().squeeze(1)
     if len(places) == 0:
         return None
+    if bool(batch.answers[row].any()):
+        of_row = slice(row, row + 1)
+        positions = None if thoughts.positions is None else thoughts.positions[of_row]
+        return int(place_before_answer(batch.answers[of_row], positions))
     generator = torch.Generator().manual_seed(int(batch.sample_ids[row]))
     return int(places[torch.randint(len(places), (1,), generator=generator)])

@@ -1,6 +1,6 @@
-"""Synthetic problems whose answers need several serial steps: the task of the built-in demo.
+"""Task ``moves``, that of the built-in demo: answers that need several serial steps.
 
-Task ``moves``: a dancer stands on one of ten places, does some moves, and stands on another. Every
+A dancer stands on one of ten places, does some moves, and stands on another. Every
 move is a fixed permutation of the places, the same in every text, so the answer is a composition
 of permutations: one look-up after the other, more of them than a shallow model has layers.
 
@@ -22,14 +22,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from quietstar.config.rules import DEFAULT_STEPS
+from quietstar.config.sections import Section
 from quietstar.data.records import Record
-from quietstar.errors import UserError
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 DASH = "—"
 NAMES = ("Mia", "Leo", "Ana", "Tom", "Eva", "Max", "Ida", "Sam")
@@ -54,72 +56,25 @@ VOCABULARY = (
     *FILLER,
     *(word for words in CHATTER for word in words),
 )
-TASKS = ("moves",)
 
 
-@dataclass(frozen=True)
-class MovesOptions:
-    """``data.task_options`` of ``synthetic:moves``.
+class MovesOptions(Section):
+    """``data.task_options`` of ``synthetic:moves``."""
 
-    Attributes:
-        num_steps: Moves of a problem, its difficulty.
-        num_moves: Different moves.
-        simple_share: Share of the training texts with a single move, from which moves are learned.
-        aside_share: Share of the training texts with an aside before the answer.
-        worked_share: Share of those asides that work it out.
-        chatter_share: Share of the training texts with an aside elsewhere.
-        held_out_share: Share of all problems that only evaluations see.
-        meaning_seed: Draws the permutations; the same for training and evaluation.
-    """
-
-    num_steps: int = DEFAULT_STEPS
-    num_moves: int = 12
-    simple_share: float = 0.0
-    aside_share: float = 0.0
-    worked_share: float = 0.2
-    chatter_share: float = 0.0
-    held_out_share: float = 0.1
-    meaning_seed: int = 0
-
-    @classmethod
-    def from_mapping(cls, options: dict[str, Any]) -> MovesOptions:
-        """From the config.
-
-        Raises:
-            UserError: Unknown option, or a value that is out of range.
-        """
-        known = {field.name: field for field in fields(cls)}
-        for name, value in options.items():
-            if name not in known:
-                raise _wrong_option(name, value, f"unknown; known are {', '.join(known)}")
-            _check_option(name, value)
-        return cls(**options)
-
-
-_RANGES = {"num_steps": (1, 12), "num_moves": (2, len(MOVES)), "meaning_seed": (0, 2**32 - 1)}
-
-
-def _check_option(name: str, value: Any) -> None:
-    whole = name in _RANGES
-    low, high = _RANGES.get(name, (0, 1))
-    kind = "an integer" if whole else "a number"
-    fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not fits or not low <= value <= high:
-        raise _wrong_option(name, value, f"must be {kind} from {low} to {high}")
-
-
-def _wrong_option(name: str, value: Any, rule: str) -> UserError:
-    return UserError(f"data.task_options: {name}: {value!r} {rule}; correct it or leave it out")
-
-
-def check_task(label: str, task: str) -> None:
-    """Refuse an unknown task.
-
-    Raises:
-        UserError: It is no synthetic task.
-    """
-    if task not in TASKS:
-        raise UserError(f"{label}: there is no synthetic task {task!r}; known: {', '.join(TASKS)}")
+    num_steps: int = Field(DEFAULT_STEPS, ge=1, le=12, description="Moves of a problem.")
+    num_moves: int = Field(12, ge=2, le=len(MOVES), description="Different moves.")
+    simple_share: Share = Field(
+        0.0, description="Of the training texts with a single move, from which moves are learned."
+    )
+    aside_share: Share = Field(
+        0.0, description="Of the training texts with an aside before the answer."
+    )
+    worked_share: Share = Field(0.2, description="Of those asides that work it out.")
+    chatter_share: Share = Field(0.0, description="Of the training texts with an aside elsewhere.")
+    held_out_share: Share = Field(0.1, description="Of all problems that only evaluations see.")
+    meaning_seed: int = Field(
+        0, ge=0, lt=2**32, description="Of the permutations; the same in training and evaluation."
+    )
 
 
 def moves_records(options: MovesOptions, size: int, seed: int, held_out: bool) -> Iterator[Record]:

@@ -1,0 +1,208 @@
+"""Exact attention with thoughts at chosen positions only.
+
+The pass is one row of tokens (`quietstar.engine.layout.ChosenLayout`). Block tokens see the text up
+to their own position, which plain causal attention cannot express for a choice of positions: the
+prefix part takes a mask, in pieces of neighbouring positions that need no key behind the last of
+them. The own part and the merge are those of `quietstar.engine.parallel_attention`.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from quietstar.engine.dense import ScoreRules, dense_attention, recomputed
+from quietstar.engine.kernels import Kernel
+from quietstar.engine.layout import ChosenLayout
+from quietstar.engine.own_block import own_backward, own_scores, own_values
+from quietstar.engine.parallel_attention import add_own_
+from quietstar.precision import at_least_float32
+
+_MASK_ELEMENTS = 2**22
+"""Entries of a piece's mask: 16 MiB in float32."""
+_PIECE_POSITIONS = 64
+
+
+class PrefixAttention:
+    """Attention of queries at chosen positions to the text up to there.
+
+    Shapes: queries (B, H, P * R, d), R of them at every position; keys and values of the text
+    (B, Hkv, S, d); log-sum-exp (B, H, P * R).
+
+    Args:
+        positions: Ascending in every text; those below zero count as 0.
+        repeats: R.
+        text_length: S.
+    """
+
+    def __init__(
+        self, positions: Int[Tensor, "batch positions"], repeats: int, text_length: int
+    ) -> None:
+        self.positions, self.repeats = positions.clamp(min=0), repeats
+        batch_size, count = positions.shape
+        size = _MASK_ELEMENTS // (batch_size * repeats * text_length)
+        size = max(1, min(size, _PIECE_POSITIONS))
+        self.pieces = [slice(n, min(n + size, count)) for n in range(0, count, size)]
+        # Where the positions are on the host anyway, no key behind the last one is read.
+        on_host = positions.device.type == "cpu"
+        self.ends = [
+            int(self.positions[:, p].max()) + 1 if on_host else text_length for p in self.pieces
+        ]
+
+    def _masked(self, dtype: torch.dtype):
+        """Every piece: its queries, the end of its keys, and its mask (B, 1, queries, keys)."""
+        for piece, end in zip(self.pieces, self.ends, strict=True):
+            key = torch.arange(end, device=self.positions.device)
+            hidden = key > self.positions[:, piece, None]  # (B, P', end)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=key.device)
+            mask = mask.masked_fill_(hidden, -torch.inf)
+            mask = mask.repeat_interleave(self.repeats, 1).unsqueeze(1)
+            yield slice(piece.start * self.repeats, piece.stop * self.repeats), end, mask
+
+    def forward(
+        self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Output (B, H, P * R, d) and log-sum-exp."""
+        parts = [
+            kernel.forward(q[:, :, rows], k[:, :, :end], v[:, :, :end], False, scale, mask)
+            for rows, end, mask in self._masked(q.dtype)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+    def backward(
+        self,
+        kernel: Kernel,
+        grad: Tensor,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of queries, keys and values; output and log-sum-exp may be merged ones."""
+        q, k, v = qkv
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for rows, end, mask in self._masked(q.dtype):
+            piece = (q[:, :, rows], k[:, :, :end], v[:, :, :end])
+            out_piece, lse_piece = out[:, :, rows], lse[:, :, rows]
+            grads = kernel.backward(
+                grad[:, :, rows], piece, out_piece, lse_piece, False, scale, mask
+            )
+            dq[:, :, rows] = grads[0]
+            dk[:, :, :end] += grads[1]
+            dv[:, :, :end] += grads[2]
+        return dq, dk, dv
+
+
+class ChosenViews:
+    """The orders in which the row (1, H, N, ...) of a learn pass is read, all of them views."""
+
+    def __init__(self, layout: ChosenLayout) -> None:
+        self.num_text = layout.num_text
+        self.batch_size, self.block_length = layout.layout.batch_size, layout.layout.block_length
+
+    def text(self, x: Tensor) -> Tensor:
+        """(B, H, S, ...)."""
+        return x[0, :, : self.num_text].unflatten(1, (self.batch_size, -1)).transpose(0, 1)
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """(B, H, P * K * W, ...)."""
+        return x[0, :, self.num_text :].unflatten(1, (self.batch_size, -1)).transpose(0, 1)
+
+    def own(self, blocks: Tensor) -> Tensor:
+        """From (B, H, P * K * W, ...) to one problem a block: (B, P * K, H, W, ...)."""
+        return blocks.unflatten(2, (-1, self.block_length)).transpose(1, 2)
+
+
+class ChosenAttention(torch.autograd.Function):
+    """Text, prefix part and own part of a learn pass with chosen positions, with exact backward."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, views, prefix, scale, kernel):  # noqa: D102
+        text = (views.text(k), views.text(v))
+        text_out, text_lse = kernel.forward(views.text(q), *text, True, scale)
+        out, lse = prefix.forward(kernel, views.blocks(q), *text, scale)
+        own_q, own_k, own_v = (views.own(views.blocks(x)).flatten(0, 1) for x in (q, k, v))
+        scores = own_scores(own_q, own_k, scale)
+        merged = torch.logaddexp(views.own(lse).flatten(0, 1), scores.logsumexp(-1))
+        own_out = own_values(scores.sub_(merged.unsqueeze(-1)).exp_(), own_v)
+        split = views.own(lse).shape[:2]
+        own_out, merged = own_out.unflatten(0, split), merged.unflatten(0, split)
+        add_own_(views.own(out), views.own(lse), own_out, merged)
+        rows = _row_like(q, v.shape[-1])
+        views.text(rows).copy_(text_out)
+        views.blocks(rows).copy_(out)
+        ctx.save_for_backward(q, k, v, rows, text_lse, lse)
+        ctx.views, ctx.prefix, ctx.scale, ctx.kernel = views, prefix, scale, kernel
+        return rows
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, rows, text_lse, lse = ctx.saved_tensors
+        views, kernel, scale = ctx.views, ctx.kernel, ctx.scale
+        text, blocks = (tuple(view(x) for x in (q, k, v)) for view in (views.text, views.blocks))
+        text_grads = kernel.backward(
+            views.text(grad), text, views.text(rows), text_lse, True, scale
+        )
+        block_out, block_grad = views.blocks(rows), views.blocks(grad)
+        prefix_grads = ctx.prefix.backward(
+            kernel, block_grad, (blocks[0], text[1], text[2]), block_out, lse, scale
+        )
+        delta = torch.linalg.vecdot(at_least_float32(block_out), at_least_float32(block_grad))
+        own_grads = own_backward(
+            views.own(block_grad).flatten(0, 1),
+            tuple(views.own(x).flatten(0, 1) for x in blocks),
+            views.own(lse).flatten(0, 1),
+            views.own(delta).flatten(0, 1),
+            scale,
+        )
+        grads = [_row_like(x, x.shape[-1]) for x in (q, k, v)]
+        for total, own in zip(grads, own_grads, strict=True):
+            part = views.own(views.blocks(total))
+            part.copy_(own.unflatten(0, part.shape[:2]))
+        views.blocks(grads[0]).add_(prefix_grads[0])
+        views.text(grads[0]).copy_(text_grads[0])
+        for total, of_text, of_prefix in zip(
+            grads[1:], text_grads[1:], prefix_grads[1:], strict=True
+        ):
+            views.text(total).copy_(of_text + of_prefix)
+        return *grads, None, None, None, None
+
+
+def _row_like(x: Tensor, size: int) -> Tensor:
+    """(1, H, N, size), stored as (1, N, H, size), the order that the layers around want."""
+    _, heads, tokens, _ = x.shape
+    return x.new_empty(1, tokens, heads, size).transpose(1, 2)
+
+
+def dense_chosen(
+    q: Tensor, k: Tensor, v: Tensor, layout: ChosenLayout, rules: ScoreRules
+) -> Tensor:
+    """The same by explicit scores, for what the kernels cannot do: (1, H, N, .) each."""
+    views = ChosenViews(layout)
+    text = (views.text(k), views.text(v))
+    own = [views.blocks(x).unflatten(2, (-1, layout.layout.block_length)) for x in (k, v)]
+    own = [x.movedim(3, 0) for x in own]  # (W, B, Hkv, P * K, .)
+    queries = views.blocks(q).unflatten(2, (-1, layout.layout.block_length)).unbind(3)
+    positions = layout.positions.clamp(min=0).repeat_interleave(layout.layout.num_thoughts, 1)
+    steps = []
+    for index, query in enumerate(queries):
+        seen = (own[0][: index + 1], own[1][: index + 1])
+        steps.append(recomputed(query, text, seen, rules, index, positions))
+    blocks = torch.stack(steps, 3)  # (B, H, P * K, W, .)
+    text_out = recomputed(views.text(q), text, None, rules, -1)
+    flat = [x.transpose(0, 1).flatten(1, -2) for x in (text_out, blocks)]  # (H, tokens, .)
+    return torch.cat(flat, 1).unsqueeze(0)
+
+
+def dense_step(
+    q: Tensor, text: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], rules: ScoreRules,
+    index: int, positions: Tensor,
+) -> Tensor:  # fmt: skip
+    """One token of every chosen block: queries (B, H, P * K, d), own (B * P * K, Hkv, W, .)."""
+    batch_size = q.shape[0]
+    steps = tuple(x.unflatten(0, (batch_size, -1)).permute(3, 0, 2, 1, 4) for x in own)
+    repeated = positions.clamp(min=0).repeat_interleave(q.shape[2] // positions.shape[1], 1)
+    return dense_attention(q, text, (steps[0], steps[1]), rules, index, repeated)

@@ -1,0 +1,126 @@
+"""Where a text thinks: the positions chosen for thoughts.
+
+A position is a candidate if the token after it is a target. With n candidates in a text,
+
+- ``every`` takes evenly spaced ones, ``random`` a random choice (keyed, as the sampling noise is,
+  so that how a batch is cut changes nothing), ``entropy`` those whose next token the base model is
+  least sure of: ceil(share * n) of them;
+- ``answer`` takes those before a token of an answer, ``answer_start`` those before the first one.
+
+How many there are depends on the data alone, so that a step can be normalised before it runs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from quietstar.engine.layout import IGNORE_INDEX, NO_POSITION
+from quietstar.engine.sampling import keyed_uniform
+
+Rule = Literal["all", "every", "random", "entropy", "answer", "answer_start"]
+ANSWER_RULES = ("answer", "answer_start")
+
+_CHOICE = 2**20
+"""Stands for the token in the noise's key: beyond the tokens of any thought."""
+
+
+def count_positions(
+    rule: Rule,
+    share: float,
+    labels: Int[Tensor, "batch seq"],
+    answers: Bool[Tensor, "batch seq"] | None = None,
+) -> Int[Tensor, " batch"]:
+    """How many positions of each text think (candidates, for rule ``all``)."""
+    candidates = _candidates(labels)
+    if rule in ANSWER_RULES:
+        return (candidates & _before_answers(rule, answers)).sum(-1)
+    count = candidates.sum(-1)
+    # A hair less, so that a third of three stays one.
+    return count if rule == "all" else (count * share - 1e-6).ceil().long()
+
+
+def choose_positions(
+    rule: Rule,
+    share: float,
+    labels: Int[Tensor, "batch seq"],
+    *,
+    answers: Bool[Tensor, "batch seq"] | None = None,
+    entropy: Float[Tensor, "batch seq"] | None = None,
+    sample_ids: Int[Tensor, " batch"] | None = None,
+    seed: int = 0,
+) -> Int[Tensor, "batch positions"] | None:
+    """Positions that think, ascending, `NO_POSITION` behind the last; None for all.
+
+    Only the rules of answers look at the result on the host, to know how wide it is.
+
+    Args:
+        rule: As in the module's docstring.
+        share: Of the candidates.
+        labels: Token ids, IGNORE_INDEX where a token is no target.
+        answers: Tokens of answers (rules ``answer`` and ``answer_start``).
+        entropy: Of the base model's next token (rule ``entropy``).
+        sample_ids: Key the random choice.
+        seed: Of the random choice.
+
+    Raises:
+        ValueError: A rule of answers without answers.
+    """
+    if rule == "all":
+        return None
+    candidates = _candidates(labels)
+    counts = count_positions(rule, share, labels, answers)
+    if rule in ANSWER_RULES:
+        width, score = max(1, int(counts.max())), _before_answers(rule, answers).float()
+    else:
+        width = max(1, int(-(-(labels.shape[1] - 1) * share // 1)))
+        score = _scores(rule, share, candidates, entropy, sample_ids, seed)
+    chosen = score.masked_fill(~candidates, -torch.inf).topk(width, dim=-1).indices
+    beyond = torch.arange(width, device=labels.device) >= counts[:, None]
+    behind = labels.shape[1]  # sorts behind every position
+    chosen = chosen.masked_fill(beyond, behind).sort(-1).values
+    return chosen.masked_fill(chosen == behind, NO_POSITION)
+
+
+def _scores(
+    rule: Rule,
+    share: float,
+    candidates: Tensor,
+    entropy: Tensor | None,
+    sample_ids: Tensor | None,
+    seed: int,
+) -> Float[Tensor, "batch seq"]:
+    """The higher, the sooner a position is chosen."""
+    if rule == "entropy":
+        assert entropy is not None, "rule entropy needs the base model's"
+        return entropy
+    if rule == "every":
+        rank = candidates.cumsum(-1) - 1
+        steps = [((rank + n) * share - 1e-6).ceil() for n in (0, 1)]
+        return (steps[1] > steps[0]).float()
+    if sample_ids is None:
+        sample_ids = torch.arange(candidates.shape[0], device=candidates.device)
+    places = torch.arange(candidates.shape[1], device=candidates.device)
+    return keyed_uniform(seed, sample_ids, 1, _CHOICE, places.expand(candidates.shape))[0]
+
+
+def _candidates(labels: Tensor) -> Bool[Tensor, "batch seq"]:
+    return _next(labels != IGNORE_INDEX)
+
+
+def _before_answers(rule: Rule, answers: Tensor | None) -> Bool[Tensor, "batch seq"]:
+    if answers is None:
+        raise ValueError(
+            f"thoughts.positions {rule} needs to know the tokens of answers: pass answers "
+            "(batch, seq), or choose other positions"
+        )
+    before = _next(answers)
+    return before if rule == "answer" else before & ~answers
+
+
+def _next(x: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:
+    """What is said of token i + 1, at i."""
+    return torch.nn.functional.pad(x[:, 1:], (0, 1), value=False)

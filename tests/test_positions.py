@@ -1,0 +1,201 @@
+"""Thoughts at chosen positions: which, and exactly what the full computation says there."""
+
+import pytest
+import torch
+from tiny import plain_model, random_texts, thinking_model
+
+from quietstar.config import LossConfig
+from quietstar.engine import attention, chosen
+from quietstar.engine.layout import IGNORE_INDEX
+from quietstar.engine.learn import LearnStates, learn_pass
+from quietstar.engine.positions import choose_positions, count_positions
+from quietstar.engine.rollout import Sampling, sample_thoughts
+from quietstar.losses.quiet_star import quiet_star_loss
+from quietstar.outputs import predict_everywhere
+
+POSITIONS = torch.tensor([[0, 3, 4, 7], [2, 5, -1, -1]])
+"""Of two texts of nine tokens; the second one thinks at two places only."""
+
+
+@pytest.fixture(params=["flash", "dense", "pieces"])
+def path(request, monkeypatch):
+    """Run the test on the kernels, on the dense path, and with prefixes cut into pieces."""
+    if request.param == "dense":
+        monkeypatch.setattr(attention, "find_kernel", lambda *args: None)
+    if request.param == "pieces":
+        monkeypatch.setattr(chosen, "_PIECE_POSITIONS", 1)
+    return request.param
+
+
+def model_and_inputs(dtype=torch.float64):
+    base = plain_model(num_attention_heads=4, num_key_value_heads=2, dtype=dtype)
+    model = thinking_model(base, thoughts={"length": 3, "lookahead": 2, "num_thoughts": 2})
+    model = model.to(dtype)
+    texts = random_texts(2, 9)
+    generator = torch.Generator().manual_seed(5)
+    thoughts = torch.randint(0, model.vocab_size, (3, 2, 2, 9), generator=generator)
+    return model, texts, thoughts
+
+
+def at(x, axis):
+    """Entries of the full computation at POSITIONS; the batch lies before the axis."""
+    index = POSITIONS.clamp(min=0)
+    rows = torch.arange(2)[:, None]
+    return x.movedim((axis - 1, axis), (0, 1))[rows, index].movedim((0, 1), (axis - 1, axis))
+
+
+def passes(model, texts, thoughts):
+    """States of all positions, and of the chosen ones."""
+    vectors = (model.start_embedding, model.end_embedding)
+    full = learn_pass(model.causal_lm, *vectors, texts, thoughts, 2)
+    some = learn_pass(model.causal_lm, *vectors, texts, at(thoughts, 3), 2, POSITIONS)
+    return full, some
+
+
+def test_chosen_states_are_those_of_the_full_pass(path):
+    model, texts, thoughts = model_and_inputs()
+    full, some = passes(model, texts, thoughts)
+    real = (POSITIONS >= 0)[None, None, :, :, None]
+    torch.testing.assert_close(some.text, full.text)
+    for mine, whole in ((some.policy, full.policy), (some.ahead, full.ahead)):
+        torch.testing.assert_close(mine.where(real, 0.0), at(whole, 3).where(real, 0.0))
+
+
+def test_gradients_are_those_of_the_full_computation_restricted_to_the_chosen(path):
+    model, texts, thoughts = model_and_inputs()
+    config = LossConfig(draft_weight=0.3, policy_weight=0.5, entropy_weight=0.1)
+    full, some = passes(model, texts, thoughts)
+    restricted = LearnStates(full.text, at(full.policy, 3), at(full.ahead, 3))
+    losses, gradients = [], []
+    for states in (restricted, some):
+        weight = model.mixing_head(states.text, states.ahead, POSITIONS)
+        loss, _ = quiet_star_loss(
+            states, weight, at(thoughts, 3), texts, model.output_head, config, 1.0,
+            positions=POSITIONS,
+        )  # fmt: skip
+        losses.append(loss)
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    torch.testing.assert_close(losses[0], losses[1])
+    for mine, whole in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(mine, whole, rtol=1e-8, atol=1e-10)
+
+
+def test_the_rollout_draws_the_thoughts_of_the_full_one(path):
+    model, texts, _ = model_and_inputs()
+    args = (model.causal_lm, model.output_head, model.start_embedding, texts, torch.tensor([4, 9]))
+    sampling = Sampling(num_thoughts=3, thought_length=4, temperature=1.0, seed=2)
+    full, some = (sample_thoughts(*args, sampling, where) for where in (None, POSITIONS))
+    real = POSITIONS >= 0
+    assert torch.equal(some[:, :, real], at(full, 3)[:, :, real])
+
+
+def test_all_positions_chosen_one_by_one_give_the_loss_without_a_choice():
+    model, texts, thoughts = model_and_inputs()
+    everywhere = torch.arange(9).expand(2, -1)
+    whole, one_by_one = (
+        model._learn(texts, texts, thoughts, where)[0] for where in (None, everywhere)
+    )
+    torch.testing.assert_close(whole, one_by_one)
+
+
+def test_terms_of_thoughts_are_means_over_the_chosen_and_the_base_over_all():
+    model, texts, thoughts = model_and_inputs()
+    _, some = passes(model, texts, thoughts)
+    weight = model.mixing_head(some.text, some.ahead, POSITIONS)
+    args = (some, weight, at(thoughts, 3), texts, model.output_head)
+    for name in ("base_weight", "mixed_weight", "thought_weight"):
+        only = {f"{n}_weight": 0.0 for n in ("base", "mixed", "thought", "policy")} | {name: 1.0}
+        loss, scored = quiet_star_loss(*args, LossConfig(**only), 1.0, positions=POSITIONS)
+        assert int(scored.valid[0].sum()) == 6  # 4 and 2 places, all before a token
+        if name == "base_weight":
+            expected = -scored.text_logprobs.sum() / 16
+        else:
+            logprobs = getattr(scored, name.replace("_weight", "_logprobs"))
+            # Place 7 of text 0 has one target, x_8; M = 6, K = 2, A = 2.
+            expected = -logprobs.where(scored.valid.unsqueeze(1), 0.0).sum() / (6 * 2 * 2)
+        torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("rule", ["every", "random", "entropy", "answer", "answer_start"])
+def test_a_batch_and_its_texts_alone_give_the_same_loss(rule):
+    base = plain_model(dtype=torch.float64)
+    model = thinking_model(base, thoughts={"positions": rule, "share": 0.4}).to(torch.float64)
+    texts, ids = random_texts(3, 9), torch.tensor([3, 8, 1])
+    labels = texts.clone()
+    labels[1, 6:] = IGNORE_INDEX
+    answers = torch.zeros_like(texts, dtype=torch.bool)
+    answers[0, 4:6] = answers[1, 3] = answers[2, 8] = True
+    counts = count_positions(rule, 0.4, labels, answers)
+    together = {"num_items_in_batch": 21, "num_thought_items": counts.sum()}
+
+    def run(rows):
+        inputs = {"labels": labels[rows], "answers": answers[rows], "sample_ids": ids[rows]}
+        return model(texts[rows], **inputs, **together).loss
+
+    whole = run(slice(0, 3))
+    torch.testing.assert_close(whole, sum(run(slice(n, n + 1)) for n in range(3)))
+    by_default = model(texts, labels=labels, answers=answers, sample_ids=ids)
+    torch.testing.assert_close(whole, by_default.loss)
+    means = by_default.metrics.means()
+    assert means["gain"] == pytest.approx(means["base_nll"] - means["mixed_nll"])
+    assert means["text_gain"] == pytest.approx(means["gain"] * int(counts.sum()) / 21)
+
+
+# --- Which positions ------------------------------------------------------------------------------
+
+LABELS = torch.tensor([[7, 7, 7, 7, 7, 7, 7, 7, 7], [7, 7, 7, 7, 7, -100, -100, -100, -100]])
+"""Candidates: 0 .. 7 and 0 .. 3."""
+
+
+def test_every_takes_evenly_spaced_candidates():
+    assert choose_positions("every", 0.25, LABELS).tolist() == [[0, 4], [0, -1]]
+    assert choose_positions("every", 0.5, LABELS).tolist() == [[0, 2, 4, 6], [0, 2, -1, -1]]
+    assert choose_positions("every", 1.0, LABELS[:1]).tolist() == [list(range(8))]
+
+
+def test_entropy_takes_the_hardest_in_the_order_of_the_text():
+    entropy = torch.tensor([[1, 9, 2, 8, 0, 3, 7, 1, 99], [5, 1, 2, 6, 99, 99, 99, 99, 99]])
+    chosen_ones = choose_positions("entropy", 0.3, LABELS, entropy=entropy.float())
+    assert chosen_ones.tolist() == [[1, 3, 6], [0, 3, -1]]  # ceil(2.4) and ceil(1.2)
+
+
+def test_random_is_keyed_by_the_text_and_spread_evenly():
+    labels = torch.full((4000, 9), 7)
+    ids = torch.arange(4000)
+    chosen_ones = choose_positions("random", 0.25, labels, sample_ids=ids)
+    counts = torch.bincount(chosen_ones.flatten(), minlength=9)
+    assert counts[8] == 0
+    assert (counts[:8] - 1000).abs().max() < 5 * (4000 * 0.25 * 0.75) ** 0.5
+    part = choose_positions("random", 0.25, labels[:2], sample_ids=ids[[7, 11]])
+    assert torch.equal(part, chosen_ones[[7, 11]])
+    other = choose_positions("random", 0.25, labels, sample_ids=ids, seed=1)
+    assert not torch.equal(other, chosen_ones)
+
+
+def test_answers_are_thought_about_before_each_token_or_the_first():
+    answers = torch.zeros_like(LABELS, dtype=torch.bool)
+    answers[0, 3:6] = answers[0, 8] = answers[1, 2] = True
+    each = choose_positions("answer", 0.25, LABELS, answers=answers)
+    assert each.tolist() == [[2, 3, 4, 7], [1, -1, -1, -1]]
+    first = choose_positions("answer_start", 0.25, LABELS, answers=answers)
+    assert first.tolist() == [[2, 7], [1, -1]]
+    assert count_positions("answer", 0.25, LABELS, answers).tolist() == [4, 1]
+
+
+def test_a_rule_of_answers_needs_them():
+    with pytest.raises(ValueError, match=r"thoughts.positions answer needs to know"):
+        choose_positions("answer", 0.25, LABELS)
+
+
+def test_all_is_no_choice():
+    assert choose_positions("all", 0.25, LABELS) is None
+
+
+def test_the_next_token_is_predicted_by_the_nearest_thought_that_reaches_it():
+    predicted = predict_everywhere(
+        torch.tensor([[10, 11, 12, 13, 14]]),
+        torch.tensor([[[[20, 21, 22], [30, 31, 32], [40, 41, 42]]]]),
+        torch.tensor([[0, 2, -1]]),
+    )
+    # Position 1 is one ahead of the thought at 0; 3 and 4 are ahead of the one at 2.
+    assert predicted.tolist() == [[[20, 21, 30, 31, 32]]]
