@@ -384,6 +384,15 @@ def test_a_token_across_the_joint_belongs_to_the_answer():
     assert encoded.targets.tolist() == [False, False, True, True]
 
 
+def test_spaces_before_an_answer_go_with_it(tokenizer):
+    record = {"question": "1+1=", "answer": "2"}
+    config = DataConfig(format="qa", loss_on="answer", template="{question}  {answer}")
+    encoded = encode_one(config, tokenizer, record)
+    assert bytes(encoded.ids[encoded.answers].tolist()).decode() == "  2"
+    newline = encode_one(DataConfig(format="qa", loss_on="answer"), tokenizer, record)
+    assert bytes(newline.ids[newline.answers].tolist()).decode() == "2"
+
+
 def test_braces_in_question_and_answer_are_text(tokenizer):
     record = {"question": "\\frac{1}{2} {answer}", "answer": "{question}"}
     encoded = encode_one(DataConfig(format="qa"), tokenizer, record)

@@ -1,5 +1,6 @@
 """Training runs: one trajectory for every cut, resuming, refusals, and what a run leaves behind."""
 
+import json
 import os
 import re
 import shutil
@@ -81,7 +82,21 @@ def snapshot(folder):
 # --- One trajectory -------------------------------------------------------------------------------
 
 
-def test_every_cut_of_the_batch_gives_one_trajectory(tmp_path):
+SUMS = {
+    "data__train": "synthetic:sums",
+    "data__format": "qa",
+    "data__template": "{question} {answer}",
+    "data__steps_field": "steps",
+    "data__size": 50,
+    "data__task_options": {"min_terms": 3, "max_terms": 3},
+    "data__seq_len": 28,
+    "thoughts__length": 14,
+}
+"""Problems whose answers are 1 to 3 tokens."""
+
+
+@pytest.mark.parametrize("positions", ["all", "entropy", "random", "answer", "answer_start"])
+def test_every_cut_of_the_batch_gives_one_trajectory(tmp_path, positions):
     """Padding differs among the texts, so a mean of micro-batch means would show."""
     trajectories = {}
     for micro in (8, 4, 2, 1):
@@ -89,7 +104,8 @@ def test_every_cut_of_the_batch_gives_one_trajectory(tmp_path):
             tmp_path,
             training__micro_batch_size=micro,
             training__output_dir=str(tmp_path / f"run{micro}"),
-            data__seq_len=28,  # texts are 14 to 38 tokens
+            **(SUMS if positions.startswith("answer") else {"data__seq_len": 28}),
+            thoughts__positions=positions,
             loss__policy_weight=1.0,
             training__steps=3,
         )
@@ -100,6 +116,20 @@ def test_every_cut_of_the_batch_gives_one_trajectory(tmp_path):
         assert_close(records, whole, rel=2e-5, abs=2e-5)
         losses, wanted = ([r["loss"] for r in x if "loss" in r] for x in (records, whole))
         assert losses == pytest.approx(wanted, rel=2e-6)
+
+
+def test_answers_are_thought_about_and_counted(tmp_path):
+    config = run_config(
+        tmp_path, **SUMS, thoughts__positions="answer_start", logging__thought_every=1
+    )  # fmt: skip
+    folder = train(config)
+    before, after = (read_metrics(folder, "eval")[n] for n in (0, -1))
+    assert 0 <= after["accuracy_with_thoughts"] <= 1
+    assert after["right_thoughts"] == 0  # of random weights
+    assert before["text_nll"] != pytest.approx(before["base_nll"])
+    samples = json.loads((folder / "samples.json").read_text(encoding="utf-8"))["samples"]
+    assert all(sample["before"].endswith("=") for sample in samples)
+    assert len(samples) == 4
 
 
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch):

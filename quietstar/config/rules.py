@@ -119,8 +119,8 @@ def _answer_position_rules(config: Config) -> Iterator[CrossFieldProblem]:
 
 
 def synthetic_steps(config: Config) -> int | None:
-    """Steps to an answer of a ``synthetic:`` task; None for other data."""
-    if not (config.data.train or "").startswith(SYNTHETIC):
+    """Steps, of one token each, to an answer of ``synthetic:moves``; None for other data."""
+    if config.data.train != f"{SYNTHETIC}moves":
         return None
     steps = config.data.task_options.get("num_steps", DEFAULT_STEPS)
     return steps if isinstance(steps, int) else None  # a wrong type is reported by the task

@@ -125,16 +125,16 @@ class EvalData:
 
     def __init__(self, samples: Sequence[Encoded], seq_len: int, pad_id: int) -> None:
         """Keeps the sequences, the width of a batch and the id that fills it."""
-        self._samples, self._seq_len, self._pad_id = list(samples), seq_len, pad_id
+        self.samples, self._seq_len, self._pad_id = list(samples), seq_len, pad_id
 
     def __len__(self) -> int:
         """Returns the number of sequences."""
-        return len(self._samples)
+        return len(self.samples)
 
     def batches(self, micro_batch_size: int) -> Iterator[Batch]:
         """Yields the sequences in order; the last batch may be smaller."""
         for start in range(0, len(self), micro_batch_size):
-            samples = self._samples[start : start + micro_batch_size]
+            samples = self.samples[start : start + micro_batch_size]
             places = range(start, start + len(samples))
             yield collate(samples, places, self._seq_len, self._pad_id)
 

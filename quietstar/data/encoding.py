@@ -82,7 +82,10 @@ class Encoder:
             )
         self._tokenizer = tokenizer
         self._layout = Layout.of(config).canonical
-        self._before, self._after = before, after
+        # A space before an answer goes with it: most tokenizers join it to the first word, and so
+        # whether they do (for a word) or not (for a digit), the answer begins at the same place.
+        self._before = before.rstrip(" ")
+        self._space, self._after = before[len(self._before) :], after
         self._answers_only = config.loss_on == "answer"
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> list[Encoded]:
@@ -107,7 +110,7 @@ class Encoder:
         if self._layout.format == "chat":
             return chat_segments(self._tokenizer, record["messages"], self._answers_only)
         prompt = self._before.replace("{question}", record["question"])
-        return [(prompt, False), (record["answer"], True), (self._after, False)]
+        return [(prompt, False), (self._space + record["answer"], True), (self._after, False)]
 
     def _encode(self, batch: list[list[Segment]]) -> list[Encoded]:
         if not batch:

@@ -73,13 +73,16 @@ def right_thoughts(
 
 
 def exchange_among_texts(
-    tokens: Int[Tensor, "texts thoughts places length"], place: Int[Tensor, " texts"]
+    tokens: Int[Tensor, "texts thoughts places length"],
+    place: Int[Tensor, " texts"],
+    counts: Int[Tensor, " texts"],
 ) -> Int[Tensor, "texts thoughts places length"]:
     """Give every text the thoughts of another one, those before the answers to each other.
 
     Args:
         tokens: Thoughts of every (chosen) position.
         place: Of the thought before the answer (`place_before_answer`).
+        counts: Places of each text; what lies behind them is no thought, and nobody gets it.
     """
     count, length = tokens.shape[0], tokens.shape[2]
     generator = torch.Generator().manual_seed(0)
@@ -89,7 +92,8 @@ def exchange_among_texts(
     donors = donors.to(tokens.device)
     shift = place[donors] - place  # (texts,)
     positions = torch.arange(length, device=tokens.device)
-    sources = (positions + shift[:, None]).clamp(0, length - 1)  # (texts, places)
+    sources = (positions + shift[:, None]).clamp(min=0)  # (texts, places)
+    sources = torch.minimum(sources, counts[donors, None] - 1)
     donated = tokens[donors].transpose(1, 2)  # (texts, places, thoughts, length)
     rows = torch.arange(count, device=tokens.device)[:, None]
     return donated[rows, sources].transpose(1, 2)

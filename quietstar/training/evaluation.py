@@ -168,8 +168,16 @@ def _exchanged(
     before = torch.cat(
         [place_before_answer(b.answers, p) for b, p in zip(batches, places, strict=True)]
     )
-    parts = exchange_among_texts(together, before).split([len(t) for t in thoughts])
+    counts = torch.cat([_num_places(t, p) for t, p in zip(thoughts, places, strict=True)])
+    parts = exchange_among_texts(together, before, counts).split([len(t) for t in thoughts])
     return [part[:, :, : t.shape[2]] for part, t in zip(parts, thoughts, strict=True)]
+
+
+def _num_places(thoughts: Tensor, positions: Tensor | None) -> Tensor:
+    """Places with a thought of each text, (batch,)."""
+    if positions is None:
+        return torch.full_like(thoughts[:, 0, 0, 0], thoughts.shape[2])
+    return (positions >= 0).sum(-1).clamp(min=1)
 
 
 def exchange(

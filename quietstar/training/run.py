@@ -36,6 +36,7 @@ from quietstar.training.setup import (
     build_model,
     check_batch,
     check_positions,
+    check_steps,
     describe,
     find_tokenizer,
     quiet_libraries,
@@ -138,8 +139,10 @@ def set_up(config: Config, accelerator: Accelerator) -> Job:
     seed = config.training.seed  # one seed: what is held out is held out in every stage
     data = [build_data(stage.config.data, tokenizer, seed) for stage in stages]
     model = build_model(model_stage(stages).config, tokenizer, hub)
-    for stage in stages:
+    for stage, (_, eval_data, _) in zip(stages, data, strict=True):
         check_positions(stage.config, model)
+        if stage.thinks:
+            check_steps(stage.config, eval_data)
     keep_trainable_only(accelerator, model)
     job = Job(config, stages, accelerator, tokenizer, model, data)
     accelerator.register_for_checkpointing(job.schedule)

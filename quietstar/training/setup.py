@@ -14,8 +14,8 @@ from accelerate.utils import LoggerType, ProjectConfiguration
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from quietstar.config import Config
-from quietstar.data import load_tokenizer
+from quietstar.config import Config, ThoughtsConfig
+from quietstar.data import EvalData, load_tokenizer
 from quietstar.errors import UserError
 from quietstar.loading import load_base
 from quietstar.model import QuietStarForCausalLM
@@ -151,13 +151,30 @@ def check_positions(config: Config, model: QuietStarForCausalLM) -> None:
         )
 
 
+def check_steps(config: Config, eval_data: EvalData) -> None:
+    """Refuse thoughts that cannot hold the steps to any held-out answer.
+
+    Raises:
+        UserError: thoughts.length is less than the fewest tokens of them.
+    """
+    lengths = [len(sample.steps) for sample in eval_data.samples if len(sample.steps)]
+    length = config.thoughts.length
+    if lengths and min(lengths) > length:
+        raise UserError(
+            f"thoughts.length ({length}) must be at least {min(lengths)}, the fewest tokens of the "
+            f"steps to an answer in the held-out texts of data.train ({config.data.train}; at most "
+            f"{max(lengths)}): a shorter thought cannot hold them. Raise it, or make "
+            "data.task_options easier."
+        )
+
+
 def describe(model: QuietStarForCausalLM, stage: Stage) -> str:
     """One line about what trains in a stage, and how."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     config, thoughts = stage.config, stage.config.thoughts
     name = config.model.name_or_path or f"random {model.causal_lm.config.model_type}"
-    what = f"{thoughts.num_thoughts} thoughts of {thoughts.length} tokens at every position"
+    what = f"{thoughts.num_thoughts} thoughts of {thoughts.length} tokens {where(thoughts)}"
     if thoughts.source == "pause":
         what += " (constant pause tokens)"
     objective = f"{what}, lookahead {thoughts.lookahead}" if stage.thinks else "no thoughts"
@@ -165,3 +182,16 @@ def describe(model: QuietStarForCausalLM, stage: Stage) -> str:
         f"{name}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.2f}M train "
         f"({config.tuning.method}); {objective}"
     )
+
+
+def where(thoughts: ThoughtsConfig) -> str:
+    """Where texts think, in words."""
+    share = f"{thoughts.share:.0%} of the tokens"
+    return {
+        "all": "at every position",
+        "every": f"before {share}, evenly spaced",
+        "random": f"before {share}, at random",
+        "entropy": f"before {share}, the hardest to predict",
+        "answer": "before each token of an answer",
+        "answer_start": "before each answer",
+    }[thoughts.positions]
