@@ -19,10 +19,11 @@ from quietstar import __version__
 from quietstar.config import SECTIONS, Config
 from quietstar.config.keys import FIELDS, field_types, keys_of
 from quietstar.config_io import COMMAND_LINE, default_text, load_config, shipped_configs
-from quietstar.errors import ConfigError, UserError
+from quietstar.errors import ConfigError, Preempted, UserError
 
 DEFAULT_CONFIG = "configs/demo.yaml"
 EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 HELP_FLAGS = ("-h", "--help")
 HELP_WIDTH = 100  # longest line on a wide terminal
@@ -52,6 +53,10 @@ def main(argv: list[str] | None = None) -> int | None:
             for line in str(error).splitlines():
                 sys.stderr.write(f"quietstar: error: {line}\n")
         return EXIT_USER_ERROR
+    except Preempted as stop:
+        if _is_first_process():
+            sys.stderr.write(f"quietstar: {stop}\n")
+        return EXIT_PREEMPTED
     except KeyboardInterrupt:
         if _is_first_process():
             sys.stderr.write("quietstar: interrupted; --resume auto goes on from a checkpoint\n")
@@ -83,8 +88,9 @@ def _train(arguments: list[str]) -> int | None:
         return _print_train_help()
     problems: list[str] = []
     options, overrides = _take_options(
-        arguments, ("config", "resume", "controls", "local_rank"), problems
+        arguments, ("config", "resume", "controls", "allow-changes", "local_rank"), problems
     )
+    allow_changes = _is_true(options.get("allow-changes"), problems)
     num_seeds = _seeds(options.get("controls"), problems)
     resume = options.get("resume")
     if resume not in (None, "auto") and not Path(resume).exists():
@@ -107,8 +113,15 @@ def _train(arguments: list[str]) -> int | None:
 
     from quietstar.training.run import run_training  # imports torch
 
-    run_training(config, resume=resume)
+    run_training(config, resume=resume, allow_changes=allow_changes)
     return None
+
+
+def _is_true(text: str | None, problems: list[str]) -> bool:
+    """Value of ``--allow-changes``."""
+    if text not in (None, "true", "false"):
+        problems.append(f"{COMMAND_LINE}: --allow-changes: {text} must be true or false")
+    return text == "true"
 
 
 def _seeds(text: str | None, problems: list[str]) -> int | None:
@@ -142,7 +155,7 @@ def _take_options(
         elif not equals and rest and not rest[0].startswith("--"):
             options[name] = rest.pop(0)
         else:
-            example = {"resume": "auto", "controls": "3"}.get(name, "FILE")
+            example = {"resume": "auto", "controls": "3", "allow-changes": "true"}.get(name, "FILE")
             problems.append(f"{COMMAND_LINE}: --{name}: has no value; write --{name} {example}")
     return options, others
 
@@ -186,6 +199,7 @@ def _print_train_help() -> None:
     options = [
         ("--config FILE", f"YAML file, or one that is shipped ({shipped}); default demo."),
         ("--resume auto|PATH", "Go on from the newest checkpoint of the run, or from this one."),
+        ("--allow-changes true", "Resume also under settings that make the run another one."),
         ("--controls SEEDS", "Compare the last stage with its controls, for so many seeds."),
     ]
     _print_rows(console, [(Text(name), Text(meaning)) for name, meaning in options], width)

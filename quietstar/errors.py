@@ -1,4 +1,4 @@
-"""Errors that are the user's to correct: the command line prints them without a traceback."""
+"""What ends a command early; the command line prints it as one line, without a traceback."""
 
 from collections.abc import Iterable
 
@@ -18,3 +18,7 @@ class ConfigError(UserError):
         """Keeps the problems; the message has one on each line."""
         self.problems: list[str] = list(problems)
         super().__init__("\n".join(self.problems))
+
+
+class Preempted(Exception):
+    """A signal asked a run to end; its checkpoint is saved, and the message says where."""

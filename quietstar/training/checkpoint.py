@@ -8,19 +8,22 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from quietstar.errors import UserError
+from quietstar.training.manifest import find_damage, write_manifest
 
 if TYPE_CHECKING:
     from quietstar.training.loop import Run
 
 STATE_FILE = "trainer_state.json"
 WEIGHTS_FILE = "trainable.safetensors"
+PARTIAL = ".partial"
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -30,7 +33,7 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Whole checkpoints of a run folder, oldest first."""
+    """Checkpoints of a run folder that were written to the end, oldest first."""
     folders = (output_dir / "checkpoints").glob("step-*")
     whole = [f for f in folders if _NAME.fullmatch(f.name) and (f / STATE_FILE).exists()]
     return sorted(whole, key=lambda f: int(f.name.removeprefix("step-")))
@@ -67,34 +70,127 @@ def _named(
 
 
 def save_checkpoint(run: Run, step: int) -> Path:
-    """Save the state after ``step`` steps: written beside, renamed when whole; drop old ones."""
+    """Save the state after ``step`` steps: written beside, renamed when whole; drop old ones.
+
+    Raises:
+        UserError: It cannot be written (a full disk); the earlier ones stay as they are.
+    """
     output_dir = Path(run.config.training.output_dir)
     final = checkpoint_folder(output_dir, step)
-    partial = final.with_name(final.name + ".partial")
-    if run.accelerator.is_main_process:
+    partial = final.with_name(final.name + PARTIAL)
+    accelerator = run.accelerator
+    if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
-    run.accelerator.wait_for_everyone()
-    run.accelerator.save_state(str(partial), safe_serialization=True)
-    if run.accelerator.is_main_process:
-        (partial / STATE_FILE).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(partial), safe_serialization=True)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            _complete(
+                partial, {"step": step, "stage": run.stage.name, "mixed_nll": _nll(run, step)}
+            )
+    except (OSError, RuntimeError, SafetensorError) as problem:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise _unwritten(run, final, problem) from problem
+    if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        for old in list_checkpoints(output_dir)[: -run.config.training.keep_checkpoints]:
-            shutil.rmtree(old)
-    run.accelerator.wait_for_everyone()
+        drop_old(output_dir, run.config.training.keep_checkpoints)
+    accelerator.wait_for_everyone()
     return final
 
 
+def _complete(folder: Path, state: dict[str, Any]) -> None:
+    (folder / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+    write_manifest(folder)
+    for path in folder.rglob("*"):  # on disk before the name says that it is whole
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+
+
+def _nll(run: Run, step: int) -> float | None:
+    """Held-out NLL (mixed, where the stage thinks) of an evaluation at this very step."""
+    evaluations = run.reporter.evaluations
+    if not evaluations or evaluations[-1][0] != step:
+        return None
+    figures = evaluations[-1][1]
+    return figures.get("mixed_nll", figures["base_nll"])
+
+
+def _unwritten(run: Run, folder: Path, problem: Exception) -> UserError:
+    """One line about a checkpoint that could not be written."""
+    needed = sum(x.numel() * x.element_size() for x in _tensors(run))
+    free = shutil.disk_usage(folder.parent).free
+    whole = list_checkpoints(folder.parent.parent)
+    earlier = f"{whole[-1]} is whole" if whole else "there is no earlier one"
+    return UserError(
+        f"{folder} cannot be written ({' '.join(str(problem).split())[:200]}): it needs about "
+        f"{needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free; {earlier}. Free some "
+        "space and go on with --resume auto."
+    )
+
+
+def _tensors(run: Run) -> Iterator[torch.Tensor]:
+    """What makes up nearly all of a checkpoint: trainable weights and optimiser state."""
+    for parameter in run.model.parameters():
+        if parameter.requires_grad:
+            yield parameter
+    for state in run.optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def drop_old(output_dir: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints and the best by held-out NLL.
+
+    The best is the one of the newest one's stage whose evaluation was lowest.
+    """
+    folders = list_checkpoints(output_dir)
+    states = {folder: read_state(folder) for folder in folders}
+    stage = states[folders[-1]].get("stage")
+    scored = [f for f in folders if states[f].get("stage") == stage]
+    scored = [f for f in scored if states[f].get("mixed_nll") is not None]
+    best = min(scored, key=lambda f: states[f]["mixed_nll"], default=None)
+    for folder in folders[:-keep]:
+        if folder != best:
+            shutil.rmtree(folder)
+
+
+def find_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint without damage, and a line about every damaged one passed over."""
+    damaged = []
+    for folder in reversed(list_checkpoints(output_dir)):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder, damaged
+        damaged.append(f"{folder} is damaged and passed over: {damage}")
+    return None, damaged
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """``trainer_state.json`` of a checkpoint: step, stage, and the NLL of an evaluation there."""
+    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+
+
 def checkpoint_step(folder: Path) -> int:
-    """Steps of the run that a checkpoint has behind it.
+    """Steps of the run that a checkpoint has behind it."""
+    return read_state(folder)["step"]
+
+
+def check_whole(folder: Path) -> None:
+    """Refuse a folder that is no checkpoint, or a damaged one.
 
     Raises:
-        UserError: The folder holds no whole checkpoint.
+        UserError: It is one of these; the message names the file.
     """
-    state = folder / STATE_FILE
-    if not state.exists():
+    if not (folder / STATE_FILE).exists():
         raise UserError(
             f"--resume: {folder} is no whole checkpoint ({STATE_FILE} is missing). Give a folder "
             "like runs/x/checkpoints/step-000100, or auto for the newest."
         )
-    return json.loads(state.read_text(encoding="utf-8"))["step"]
+    damage = find_damage(folder)
+    if damage is not None:
+        raise UserError(
+            f"--resume: {folder} is damaged: {damage}. Give an earlier checkpoint, or auto for "
+            "the newest whole one."
+        )

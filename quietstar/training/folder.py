@@ -9,14 +9,18 @@ from pathlib import Path
 from quietstar.config import Config
 from quietstar.config_io import load_config
 from quietstar.errors import ConfigError, UserError
-from quietstar.training.checkpoint import list_checkpoints
+from quietstar.training.checkpoint import check_whole, find_whole
+from quietstar.training.preemption import PREEMPTED_FILE
 from quietstar.training.reporter import METRICS_FILE
 
 CONFIG_FILE = "config.yaml"
 FINAL_FOLDER = "final"
 TRACKERS_FOLDER = "tensorboard"
 REPORT_FILES = ("results.json", "samples.json", "report.html")
-CONTENTS = (METRICS_FILE, "checkpoints", FINAL_FOLDER, TRACKERS_FOLDER, *REPORT_FILES)
+CONTENTS = (
+    *(METRICS_FILE, "checkpoints", FINAL_FOLDER, TRACKERS_FOLDER, PREEMPTED_FILE),
+    *REPORT_FILES,
+)
 
 _FREE_ON_RESUME = (
     *("training.steps", "training.micro_batch_size", "training.cpu_threads"),
@@ -27,14 +31,24 @@ _FREE_ON_RESUME = (
 """Keys that may change between stop and resume: they leave the run what it is, or prolong it."""
 
 
-def find_checkpoint(output_dir: Path, resume: str | None) -> Path | None:
-    """The checkpoint to go on from, or None for a new run."""
+def find_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from (None for a new run), and what is to be said about others.
+
+    Raises:
+        UserError: The checkpoint asked for is damaged or none, or all of the run's are damaged.
+    """
     if resume is None:
-        return None
+        return None, []
     if resume != "auto":
-        return Path(resume)
-    checkpoints = list_checkpoints(output_dir)
-    return checkpoints[-1] if checkpoints else None
+        check_whole(Path(resume))
+        return Path(resume), []
+    checkpoint, damaged = find_whole(output_dir)
+    if checkpoint is None and damaged:
+        raise UserError(
+            f"--resume auto: {'; '.join(damaged)}; no whole checkpoint is left. Start a new run "
+            "in another folder, or replace this one with --training.overwrite true."
+        )
+    return checkpoint, damaged
 
 
 def check_free(output_dir: Path, overwrite: bool) -> None:
@@ -64,8 +78,16 @@ def check_free(output_dir: Path, overwrite: bool) -> None:
         )
 
 
-def check_same_run(output_dir: Path, config: Config) -> None:
+def check_same_run(output_dir: Path, config: Config, allow_changes: bool = False) -> list[str]:
     """Refuse to go on with a run under settings that would make it another one.
+
+    Args:
+        output_dir: Of the run.
+        config: With which it shall go on.
+        allow_changes: Go on all the same.
+
+    Returns:
+        What changed, a line a key.
 
     Raises:
         UserError: They do; names every changed key with its old and new value.
@@ -77,17 +99,15 @@ def check_same_run(output_dir: Path, config: Config) -> None:
         raise UserError(f"--resume: {error.problems[0]}") from error
     now = flat(config)
     last = list(config.stage_configs())[-1]
-    changed = [
-        f"{key} was {before.get(key)}, is {now.get(key)}"
-        for key in {**before, **now}
-        if before.get(key) != now.get(key) and not _is_free_on_resume(key, last)
-    ]
-    changed = changed if before else []
-    if changed:
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)] if before else []
+    changed = {key: f"{key} was {before.get(key)}, is {now.get(key)}" for key in keys}
+    binding = [line for key, line in changed.items() if not _is_free_on_resume(key, last)]
+    if binding and not allow_changes:
         raise UserError(
-            f"--resume: {_few(changed)}: that would be another run. Take the values of "
-            f"{path}, or start a new run in another folder."
+            f"--resume: {_few(binding)}: that would be another run. Take the values of "
+            f"{path}, start a new run in another folder, or insist with --allow-changes true."
         )
+    return list(changed.values())
 
 
 def _few(changes: list[str], most: int = 5) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -17,12 +19,13 @@ from quietstar.config import Config
 from quietstar.data import Batch, EvalData, TrainData
 from quietstar.engine.layout import IGNORE_INDEX
 from quietstar.engine.positions import count_positions
-from quietstar.errors import UserError
+from quietstar.errors import Preempted, UserError
 from quietstar.metrics import ThoughtMetrics
 from quietstar.outputs import QuietStarOutput
 from quietstar.training.checkpoint import save_checkpoint
 from quietstar.training.evaluation import evaluate
 from quietstar.training.optimizer import gradient_norms
+from quietstar.training.preemption import PREEMPTED_FILE, StopRequest
 from quietstar.training.reporter import Reporter, StepRecord
 from quietstar.training.stages import Stage
 
@@ -42,6 +45,7 @@ class Run:
         eval_data: Held-out sequences.
         reporter: Progress bar, metrics.jsonl, trackers.
         start_step: Steps of the stage already done (0 if it is new).
+        stop: Whether a signal asked for an end.
     """
 
     stage: Stage
@@ -54,6 +58,7 @@ class Run:
     eval_data: EvalData
     reporter: Reporter
     start_step: int = 0
+    stop: StopRequest = field(default_factory=StopRequest)
 
 
 def train(run: Run) -> None:
@@ -61,6 +66,7 @@ def train(run: Run) -> None:
 
     Raises:
         UserError: The loss or gradient is not finite; no weight has been changed by it.
+        Preempted: A signal asked for an end; the step was finished and a checkpoint saved.
     """
     settings = run.config.training
     first = run.stage.first_step
@@ -79,11 +85,29 @@ def train(run: Run) -> None:
         run.scheduler.step()
         run.optimizer.zero_grad()
         run.reporter.step_ends(record, output)
+        if run.stop.agreed(run.accelerator):
+            leave(run, first + done)
         if _due(done, settings.eval_every) and done < settings.steps:
             run.reporter.evaluation(first + done, evaluate(run))
         if _due(done, settings.save_every) or (settings.save_every and done == settings.steps):
             save_checkpoint(run, first + done)
     run.reporter.evaluation(run.stage.last_step, evaluate(run))
+
+
+def leave(run: Run, step: int) -> NoReturn:
+    """Save a checkpoint and end the run, as a signal asked.
+
+    Raises:
+        Preempted: Always.
+    """
+    folder = save_checkpoint(run, step)
+    if run.accelerator.is_main_process:
+        marker = Path(run.config.training.output_dir) / PREEMPTED_FILE
+        marker.write_text(f"{step}\n", encoding="utf-8")
+    raise Preempted(
+        f"{run.stop.signal or 'a signal to another process'} asked for an end; step {step} is "
+        f"saved in {folder}, --resume auto goes on from there"
+    )
 
 
 def accumulate_gradients(run: Run, step: int) -> tuple[Tensor, QuietStarOutput]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import Config
 from quietstar.config_io import save_config
 from quietstar.data import DataReport, EvalData, TrainData, build_data
+from quietstar.errors import UserError
 from quietstar.model import QuietStarForCausalLM
 from quietstar.training.checkpoint import checkpoint_step, keep_trainable_only
 from quietstar.training.folder import (
@@ -29,6 +30,7 @@ from quietstar.training.folder import (
 )
 from quietstar.training.loop import Run, train
 from quietstar.training.optimizer import build_optimizer, build_scheduler
+from quietstar.training.preemption import PREEMPTED_FILE, StopRequest, listening
 from quietstar.training.reporter import METRICS_FILE, Reporter
 from quietstar.training.results import write_results
 from quietstar.training.setup import (
@@ -72,6 +74,7 @@ class Job:
         model: The model itself, as no engine wraps it.
         data: Of each stage.
         schedule: Holds the running stage's learning rate schedule for checkpoints.
+        stop: Whether a signal asked for an end.
     """
 
     config: Config
@@ -81,47 +84,71 @@ class Job:
     model: QuietStarForCausalLM
     data: Sequence[StageData]
     schedule: CurrentSchedule = field(default_factory=CurrentSchedule)
+    stop: StopRequest = field(default_factory=StopRequest)
 
 
-def run_training(config: Config, resume: str | None = None) -> Path:
+def run_training(config: Config, resume: str | None = None, allow_changes: bool = False) -> Path:
     """Train as ``config`` says; returns the folder of the final model.
 
     Args:
         config: The whole config.
         resume: ``auto`` (newest checkpoint of the run folder, a new run if there is none), a
             checkpoint folder, or None for a new run.
+        allow_changes: Resume also under settings that make the run another one.
 
     Raises:
         UserError: Whatever the user can mend, in one line; nothing is overwritten.
+        Preempted: A signal asked the run to stop; a checkpoint is saved.
     """
     began = time.perf_counter()
     quiet_libraries()
     output_dir = Path(config.training.output_dir)
     accelerator = build_accelerator(config)
-    checkpoint = find_checkpoint(output_dir, resume)
+    checkpoint, remarks = _agreed(accelerator, lambda: find_checkpoint(output_dir, resume))
     is_new = checkpoint is None or output_dir.resolve() not in checkpoint.resolve().parents
     if is_new:
         # A run that was killed before its first checkpoint begins anew.
         begun = resume == "auto" and not (output_dir / FINAL_FOLDER).exists()
         check_free(output_dir, config.training.overwrite or begun)
     else:
-        check_same_run(output_dir, config)
+        remarks += check_same_run(output_dir, config, allow_changes)
     steps_done = 0 if checkpoint is None else checkpoint_step(checkpoint)
     job = set_up(config, accelerator)
     if accelerator.is_main_process:
         if is_new:
             start_folder(output_dir)
         save_config(config, output_dir / CONFIG_FILE)
+        (output_dir / PREEMPTED_FILE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("quietstar", config=flat(config))
-    with Reporter(config, accelerator, job.tokenizer, job.stages, steps_done) as reporter:
+    reporter = Reporter(config, accelerator, job.tokenizer, job.stages, steps_done)
+    with reporter, listening() as job.stop:
         if resume is not None:
             reporter.say(describe_resume(checkpoint, steps_done, config, job.stages))
+        for remark in remarks:
+            reporter.say(f"--resume: {remark}")
         first = stage_at(job.stages, steps_done)
         run = run_stage(job, first, reporter, checkpoint)
         for stage in job.stages[first.index + 1 :]:
             run = run_stage(job, stage, reporter, None)
         return finish(job, run, reporter, time.perf_counter() - began)
+
+
+T = TypeVar("T")
+
+
+def _agreed(accelerator: Accelerator, look: Callable[[], T]) -> T:
+    """What the main process sees, or the mistake it finds, on all of them."""
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [look()]
+        except UserError as error:
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return found[0]
 
 
 def set_up(config: Config, accelerator: Accelerator) -> Job:
@@ -166,7 +193,7 @@ def run_stage(job: Job, stage: Stage, reporter: Reporter, checkpoint: Path | Non
     reporter.begin_stage(stage, [report.summary(), describe(job.model, stage)])
     prepared.train()
     run = Run(stage, config, accelerator, prepared, optimizer, job.schedule.scheduler,
-              train_data, eval_data, reporter, start_step)  # fmt: skip
+              train_data, eval_data, reporter, start_step, job.stop)  # fmt: skip
     train(run)
     return run
 

@@ -1,0 +1,173 @@
+"""Checkpoints: whole or not at all, damage found and named, stopped by signals, full disks."""
+
+import errno
+import json
+import os
+import signal
+
+import pytest
+import torch
+from test_training import assert_same_weights, timeless
+from tiny import read_metrics, run_config
+
+from quietstar import cli
+from quietstar.errors import Preempted, UserError
+from quietstar.training import checkpoint, loop
+from quietstar.training.checkpoint import drop_old, list_checkpoints
+from quietstar.training.manifest import MANIFEST_FILE, find_damage, write_manifest
+from quietstar.training.run import run_training
+
+
+def saved_run(tmp_path, **more):
+    """A run of six steps with a checkpoint after every second one."""
+    settings = {"training__steps": 6, "training__save_every": 2, "training__keep_checkpoints": 3}
+    config = run_config(tmp_path, **settings, **more)
+    return config, run_training(config).parent
+
+
+def test_a_flipped_byte_is_found_and_the_checkpoint_before_is_used(tmp_path, capsys):
+    config, folder = saved_run(tmp_path)
+    newest = folder / "checkpoints" / "step-000006"
+    weights = newest / "trainable.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"step-000006 is damaged: trainable.safetensors is not"):
+        run_training(config, resume=str(newest))
+    run_training(config, resume="auto")
+    said = capsys.readouterr().out
+    assert "step-000006 is damaged and passed over: trainable.safetensors" in said
+    assert "going on from" in said
+    assert "step-000004" in said
+    assert find_damage(newest) is None  # written anew
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "a").unlink(), "a is missing"),
+        (lambda f: (f / "a").write_text("longer"), "a has 6 bytes, not 3"),
+        (lambda f: (f / "a").write_text("xyz"), "a is not what was written"),
+        (lambda f: (f / MANIFEST_FILE).unlink(), "manifest.json is missing"),
+        (lambda f: (f / MANIFEST_FILE).write_text("{"), "manifest.json cannot be read"),
+        (lambda f: (f / MANIFEST_FILE).write_text("[]"), "manifest.json cannot be read"),
+    ],
+)
+def test_damage_is_named(tmp_path, damage, words):
+    (tmp_path / "a").write_text("abc")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b").write_text("b")
+    write_manifest(tmp_path)
+    assert find_damage(tmp_path) is None
+    damage(tmp_path)
+    assert words in find_damage(tmp_path)
+
+
+def test_nothing_is_started_anew_over_damaged_checkpoints(tmp_path):
+    config, folder = saved_run(tmp_path)
+    for path in list_checkpoints(folder):
+        (path / MANIFEST_FILE).unlink()
+    with pytest.raises(UserError, match="no whole checkpoint is left"):
+        run_training(config, resume="auto")
+    assert (folder / "final").exists()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_after_the_step_and_the_run_goes_on_bit_for_bit(
+    tmp_path, monkeypatch, capsys, name
+):
+    settings = {"training__steps": 5, "training__save_every": 2}
+    whole = run_config(tmp_path, **settings, training__output_dir=str(tmp_path / "whole"))
+    whole = run_training(whole).parent
+    config = run_config(tmp_path, **settings)
+    step = loop.accumulate_gradients
+
+    def warned(run, number):
+        if number == 2:  # in the middle of the third step
+            os.kill(os.getpid(), getattr(signal, name))
+        return step(run, number)
+
+    monkeypatch.setattr(loop, "accumulate_gradients", warned)
+    handlers = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match=rf"{name} asked for an end; step 3 is saved in"):
+        run_training(config)
+    assert signal.getsignal(signal.SIGTERM) is handlers
+    folder = tmp_path / "run"
+    assert (folder / "preempted").read_text() == "3\n"
+    assert not (folder / "final").exists()
+    monkeypatch.setattr(loop, "accumulate_gradients", step)
+    run_training(config, resume="auto")
+    assert not (folder / "preempted").exists()
+    assert timeless(read_metrics(folder)) == timeless(read_metrics(whole))
+    assert_same_weights(folder, whole)
+
+
+def test_a_stopped_run_ends_with_its_own_exit_code(monkeypatch, capsys):
+    def stop(*args, **keywords):
+        raise Preempted("SIGTERM asked for an end; step 3 is saved")
+
+    monkeypatch.setattr("quietstar.training.run.run_training", stop)
+    assert cli.main(["train", "--config", "configs/tiny.yaml"]) == cli.EXIT_PREEMPTED == 75
+    assert capsys.readouterr().err == "quietstar: SIGTERM asked for an end; step 3 is saved\n"
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    manifest = checkpoint.write_manifest
+
+    def full(folder):
+        if "step-000004" in folder.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        manifest(folder)
+
+    monkeypatch.setattr(checkpoint, "write_manifest", full)
+    with pytest.raises(UserError, match=r"No space left.*needs about \d+ MiB.*02 is whole"):
+        saved_run(tmp_path)
+    monkeypatch.setattr(checkpoint, "write_manifest", manifest)
+    folder = tmp_path / "run"
+    assert [f.name for f in (folder / "checkpoints").iterdir()] == ["step-000002"]
+    config = run_config(
+        tmp_path, training__steps=6, training__save_every=2, training__keep_checkpoints=3
+    )
+    assert run_training(config, resume="auto").exists()
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
+    figures = {2: ("a", 1.0), 4: ("b", 2.5), 6: ("b", 1.5), 8: ("b", None), 10: ("b", 2.0)}
+    for step, (stage, nll) in figures.items():
+        folder = tmp_path / "checkpoints" / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        state = {"step": step, "stage": stage, "mixed_nll": nll}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+    drop_old(tmp_path, 1)
+    kept = [f.name for f in list_checkpoints(tmp_path)]
+    assert kept == ["step-000006", "step-000010"]  # that of stage a is of another objective
+
+
+def test_checkpoints_know_the_evaluation_at_their_step(tmp_path):
+    _, folder = saved_run(tmp_path, training__eval_every=4)
+    states = [checkpoint.read_state(f) for f in list_checkpoints(folder)]
+    evaluations = {r["step"]: r["mixed_nll"] for r in read_metrics(folder, "eval")}
+    assert [s["mixed_nll"] for s in states] == [None, pytest.approx(evaluations[4]), None]
+
+
+def test_changes_are_refused_unless_they_are_insisted_on(tmp_path, capsys):
+    _, folder = saved_run(tmp_path)
+    changed = run_config(
+        tmp_path, training__steps=7, training__save_every=2, training__keep_checkpoints=3,
+        optim__lr=0.005,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"optim.lr was 0.01, is 0.005.*--allow-changes true"):
+        run_training(changed, resume="auto")
+    run_training(changed, resume="auto", allow_changes=True)
+    said = capsys.readouterr().out
+    assert "--resume: optim.lr was 0.01, is 0.005" in said
+    assert "--resume: training.steps was 6, is 7" in said
+    assert [r["step"] for r in read_metrics(folder, "train")] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_checkpoint_is_plain_tensors_and_json(tmp_path):
+    _, folder = saved_run(tmp_path)
+    newest = list_checkpoints(folder)[-1]
+    for name in ("optimizer.bin",):
+        torch.load(newest / name, weights_only=True)
+    assert {f.suffix for f in newest.iterdir()} <= {".safetensors", ".json", ".bin", ".pkl"}
