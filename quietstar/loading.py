@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import peft
 import torch
 from torch import Tensor
 from transformers import (
@@ -16,7 +15,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from quietstar.config import TuningConfig
 from quietstar.engine.backbone import embedding_weight
 from quietstar.errors import UserError
 
@@ -30,6 +28,7 @@ def load_base(
     dtype: torch.dtype | str = torch.float32,
     vocab_size: int | None = None,
     seed: int = 0,
+    quantization: Any = None,
     **hub: Any,
 ) -> PreTrainedModel:
     """Load a causal LM with dropout off, or build one with random weights.
@@ -40,6 +39,7 @@ def load_base(
         dtype: Of the weights.
         vocab_size: Of the built model where ``config`` names none.
         seed: Of the random weights.
+        quantization: How transformers shall quantize the weights, None for not at all.
         **hub: ``revision``, ``trust_remote_code``.
 
     Raises:
@@ -51,6 +51,8 @@ def load_base(
         else:
             settings = AutoConfig.from_pretrained(name_or_path, **hub)
         dropped = drop_dropout(settings)
+        if quantization is not None:
+            hub = {**hub, "quantization_config": quantization}
         model = _make(settings, name_or_path, dtype, seed, hub)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as problem:
         key = "model.config" if name_or_path is None else f"model.name_or_path: {name_or_path!r}"
@@ -115,35 +117,6 @@ def _say_dropped(names: list[str]) -> None:
             "dropout is set to 0 (%s): with it the loss would not score the sampled thoughts",
             ", ".join(names),
         )
-
-
-def add_adapters(model: PreTrainedModel, tuning: TuningConfig) -> torch.nn.Module:
-    """The model as it trains: itself, or with low-rank adapters and everything else frozen.
-
-    Raises:
-        UserError: ``tuning.lora_targets`` names no layer of the model.
-    """
-    if tuning.method == "full":
-        return model
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=tuning.lora_rank,
-        lora_alpha=tuning.lora_alpha,  # pyright: ignore[reportArgumentType]  (floats work)
-        lora_dropout=0.0,
-        target_modules=tuning.lora_targets or "all-linear",
-    )
-    try:
-        return peft.get_peft_model(model, config)
-    except ValueError as problem:
-        linear = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _linear(m)})
-        raise UserError(
-            f"tuning.lora_targets: {tuning.lora_targets} fits no layer of "
-            f"{type(model).__name__}; its linear layers are {', '.join(linear)}"
-        ) from problem
-
-
-def _linear(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 @torch.no_grad()

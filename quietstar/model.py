@@ -13,18 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quietstar import saving
 from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig, TuningConfig
 from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
-from quietstar.engine.backbone import embedding_weight
+from quietstar.engine.backbone import embedding_weight, num_virtual
 from quietstar.engine.layout import IGNORE_INDEX
 from quietstar.engine.learn import LearnStates, learn_pass, plain_pass
 from quietstar.engine.positions import choose_positions
 from quietstar.engine.rollout import Sampling, TextRun, run_text, sample_thoughts
 from quietstar.engine.self_check import check_architecture, use_thinking_attention
-from quietstar.loading import (
-    add_adapters,
-    drop_dropout_layers,
-    initial_embedding,
-    load_base,
-)
+from quietstar.loading import drop_dropout_layers, initial_embedding, load_base
 from quietstar.losses.output_head import OutputHead, find_output_head
 from quietstar.losses.quiet_star import (
     ScoredThoughts,
@@ -36,6 +31,8 @@ from quietstar.losses.quiet_star import (
 from quietstar.metrics import plain_metrics, thought_metrics
 from quietstar.mixing_head import MixingHead
 from quietstar.outputs import PlainScores, QuietStarOutput, Thoughts
+from quietstar.tuning import apply_tuning
+from quietstar.tuning.peft_methods import keep_gradients_of_4bit, quantization
 
 
 class QuietStarForCausalLM(nn.Module):
@@ -51,6 +48,7 @@ class QuietStarForCausalLM(nn.Module):
         loss: Weights, estimator, reward.
         vocab_size: Tokens of the tokenizer; rows of the vocabulary beyond are never sampled.
         pause_token_id: Stands for every thought token in the pause control of evaluations.
+        tuning: How ``language_model`` was made to train (`quietstar.tuning.apply_tuning`).
     """
 
     def __init__(
@@ -61,9 +59,11 @@ class QuietStarForCausalLM(nn.Module):
         loss: LossConfig,
         vocab_size: int,
         pause_token_id: int = 0,
+        tuning: TuningConfig | None = None,
     ) -> None:
         super().__init__()
         self.language_model = language_model
+        self.tuning = tuning or TuningConfig()
         self.thoughts, self.loss, self.mixing_head_config = thoughts, loss, mixing_head
         self.vocab_size, self.pause_token_id = vocab_size, pause_token_id
         device = embedding_weight(self.causal_lm).device
@@ -97,7 +97,7 @@ class QuietStarForCausalLM(nn.Module):
             thoughts: Length, lookahead, number, temperature, initial vectors.
             mixing_head: Settings of the head.
             loss: Weights, estimator, reward.
-            tuning: Full or LoRA.
+            tuning: Which weights train.
             dtype: Of the weights; float32 trains safely with small learning rates.
             **hub: ``revision``, ``trust_remote_code``.
 
@@ -105,10 +105,10 @@ class QuietStarForCausalLM(nn.Module):
             UserError: The model cannot be loaded or its architecture is not supported, or the
                 tokenizer does not fit it.
         """
-        thoughts = thoughts or ThoughtsConfig()
+        thoughts, tuning = thoughts or ThoughtsConfig(), tuning or TuningConfig()
         if isinstance(name_or_path, str):
             tokenizer = tokenizer or load_tokenizer(name_or_path, **hub)
-            base = load_base(name_or_path, dtype=dtype, **hub)
+            base = load_base(name_or_path, dtype=dtype, quantization=quantization(tuning), **hub)
         else:
             base = name_or_path
             drop_dropout_layers(base)
@@ -116,13 +116,15 @@ class QuietStarForCausalLM(nn.Module):
         check_architecture(base)
         check_tokenizer_fits(tokenizer, embedding_weight(base).shape[0])
         use_thinking_attention(base)
+        keep_gradients_of_4bit(base)
         model = cls(
-            add_adapters(base, tuning or TuningConfig()),
+            apply_tuning(base, tuning),
             thoughts,
             mixing_head or MixingHeadConfig(),
             loss or LossConfig(),
             len(tokenizer),
             _first_token(tokenizer, thoughts.start_init),
+            tuning,
         )
         model.initialise_vectors(tokenizer)
         return model
@@ -182,7 +184,8 @@ class QuietStarForCausalLM(nn.Module):
         positions = getattr(config, "max_position_embeddings", None)
         if positions is None:
             return None
-        return positions - self.thoughts.length - self.thoughts.lookahead - 1
+        block = self.thoughts.length + self.thoughts.lookahead + 1
+        return positions - block - num_virtual(self.causal_lm)
 
     def configure(self, thoughts: ThoughtsConfig, loss: LossConfig) -> None:
         """Think and learn by other settings from now on; weights stay."""

@@ -1,8 +1,9 @@
 """What a saved Quiet-STaR model is: a folder of safetensors and JSON.
 
-``quietstar.json`` holds the settings, ``quietstar.safetensors`` the two vectors and the mixing
-head. Beside them lies the language model: with full tuning a complete Hugging Face model, which
-`AutoModelForCausalLM` loads as a plain one; with LoRA the adapter, which names its base.
+``quietstar.json`` holds the settings, ``quietstar.safetensors`` the two vectors, the mixing head
+and what was trained beside a frozen language model. Beside them lies, with full tuning, a complete
+Hugging Face model, which `AutoModelForCausalLM` loads as a plain one; with LoRA and its kin the
+PEFT adapter. A frozen base itself is only named.
 """
 
 from __future__ import annotations
@@ -14,19 +15,22 @@ from typing import TYPE_CHECKING, Any
 import peft
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig
+from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig, TuningConfig
 from quietstar.engine.self_check import check_architecture, use_thinking_attention
 from quietstar.errors import UserError
 from quietstar.loading import load_base
+from quietstar.tuning import PEFT_METHODS, WHOLE, apply_tuning, beside_peft, unfreeze
+from quietstar.tuning.peft_methods import keep_gradients_of_4bit, quantization
 
 if TYPE_CHECKING:
     from quietstar.model import QuietStarForCausalLM
 
 SETTINGS_FILE = "quietstar.json"
 WEIGHTS_FILE = "quietstar.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_LANGUAGE_MODEL = "language_model."
 
 
 def save_pretrained(
@@ -34,7 +38,8 @@ def save_pretrained(
 ) -> None:
     """Write ``model`` into ``folder`` (made if need be); see the module docstring."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.language_model.save_pretrained(folder)  # pyright: ignore  (PreTrainedModel, PeftModel)
+    if model.tuning.method in (*WHOLE, *PEFT_METHODS):
+        model.language_model.save_pretrained(folder)  # pyright: ignore  (PreTrained-, PeftModel)
     settings = {
         "format_version": FORMAT_VERSION,
         "base_model_name_or_path": model.causal_lm.config.name_or_path,
@@ -45,6 +50,7 @@ def save_pretrained(
         "thoughts": model.thoughts.model_dump(),
         "mixing_head": model.mixing_head_config.model_dump(),
         "loss": model.loss.model_dump(),
+        "tuning": model.tuning.model_dump(),
     }
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     save_file(_own_weights(model), folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -53,12 +59,20 @@ def save_pretrained(
 
 
 def _own_weights(model: QuietStarForCausalLM) -> dict[str, torch.Tensor]:
-    """The two vectors and the mixing head: all that is not the language model."""
+    """The two vectors, the mixing head, and trained weights that lie in no other file."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
     return {
         name: value.detach().contiguous()
         for name, value in model.state_dict().items()
-        if not name.startswith("language_model.")
+        if not name.startswith(_LANGUAGE_MODEL) or (name in trained and _is_own(model, name))
     }
+
+
+def _is_own(model: QuietStarForCausalLM, name: str) -> bool:
+    method = model.tuning.method
+    if method in WHOLE:
+        return False
+    return method not in PEFT_METHODS or beside_peft(name)
 
 
 def from_pretrained(
@@ -75,32 +89,45 @@ def from_pretrained(
         UserError: The folder holds no Quiet-STaR model, or one of a newer format.
     """
     settings = _read_settings(folder)
-    adapter = folder / peft.utils.CONFIG_NAME
+    tuning = TuningConfig.model_validate(settings["tuning"])
     source = str(folder)
-    if adapter.exists():
+    if tuning.method not in WHOLE:
         source = settings["base_model_name_or_path"]
         hub.setdefault("revision", settings["base_revision"])
     dtype = getattr(torch, settings["dtype"]) if dtype == "auto" else dtype
-    base = load_base(source, dtype=dtype, **hub)
+    base = load_base(source, dtype=dtype, quantization=quantization(tuning), **hub)
     check_architecture(base)
     use_thinking_attention(base)
-    language_model = base
-    if adapter.exists():
-        language_model = peft.PeftModel.from_pretrained(base, folder, is_trainable=trainable)
+    keep_gradients_of_4bit(base)
     model = cls(
-        language_model,
+        _tuned(base, tuning, folder, trainable),
         ThoughtsConfig.model_validate(settings["thoughts"]),
         MixingHeadConfig.model_validate(settings["mixing_head"]),
         LossConfig.model_validate(settings["loss"]),
         settings["vocab_size"],
         settings["pause_token_id"],
+        tuning,
     )
     own = load_file(folder / WEIGHTS_FILE)
     missing, unexpected = model.load_state_dict(own, strict=False)
-    missing = [name for name in missing if not name.startswith("language_model.")]
+    missing = [name for name in missing if not name.startswith(_LANGUAGE_MODEL)]
     if missing or unexpected:
         raise UserError(f"{folder / WEIGHTS_FILE}: tensors missing {missing}, unknown {unexpected}")
+    if not trainable and tuning.method not in WHOLE:
+        model.language_model.requires_grad_(False)
     return model.eval()
+
+
+def _tuned(
+    base: PreTrainedModel, tuning: TuningConfig, folder: Path, trainable: bool
+) -> torch.nn.Module:
+    """The language model as it was trained; what is not PEFT's is loaded with the own weights."""
+    if tuning.method not in PEFT_METHODS:
+        return apply_tuning(base, tuning)
+    model = peft.PeftModel.from_pretrained(base, folder, is_trainable=trainable)
+    if trainable:
+        unfreeze(model, tuning.unfreeze)
+    return model
 
 
 def _read_settings(folder: Path) -> dict:
@@ -116,4 +143,7 @@ def _read_settings(folder: Path) -> dict:
             f"{path}: format version {settings['format_version']} is newer than this quietstar "
             f"reads ({FORMAT_VERSION}). Upgrade quietstar."
         )
+    if settings["format_version"] == 1:  # knew full tuning and LoRA only
+        is_lora = (folder / peft.utils.CONFIG_NAME).exists()
+        settings["tuning"] = {"method": "lora" if is_lora else "full"}
     return settings

@@ -46,11 +46,11 @@ def _model_rules(config: Config) -> Iterator[CrossFieldProblem]:
         )
     if model.config is None:
         return
-    if config.tuning.method == "lora":
+    if config.tuning.method not in ("full", "galore"):
         yield CrossFieldProblem(
             ("tuning.method", "model.config"),
-            "tuning.method: lora needs a pretrained model, but model.config makes random weights,"
-            " which a saved adapter could not name. Set tuning.method: full.",
+            f"tuning.method: {config.tuning.method} needs a pretrained model, but model.config"
+            " makes random weights, which a saved adapter could not name. Set tuning.method: full.",
         )
     if not isinstance(model.config.get("model_type"), str):
         yield CrossFieldProblem(

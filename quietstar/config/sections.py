@@ -47,10 +47,25 @@ class ModelConfig(Section):
 class TuningConfig(Section):
     """Which weights of the base model train."""
 
-    method: Literal["full", "lora"] = Field(
+    method: Literal[
+        "full",
+        "lora",
+        "rslora",
+        "dora",
+        "qlora",
+        "ia3",
+        "houlsby",
+        "mlp_adapter",
+        "prompt",
+        "prefix",
+        "galore",
+    ] = Field(
         default="full",
-        description="Train all weights of the base model, or low-rank adapters beside frozen ones"
-        " (the mixing head and the two embeddings train either way).",
+        description="Train all weights of the base model, or something small beside frozen ones:"
+        " low-rank adapters (plain, rank-stabilised, with magnitudes, on 4-bit weights), scales"
+        " (ia3), bottleneck adapters (after attention and MLP, or MLP only), virtual tokens"
+        " (prompt: their embeddings; prefix: their keys and values in every layer); galore: all"
+        " weights by low-rank gradients. The mixing head and the two embeddings always train.",
     )
     lora_rank: int = Field(default=16, ge=1, description="Rank of the adapters.")
     lora_alpha: float = Field(
@@ -60,7 +75,23 @@ class TuningConfig(Section):
         default=None,
         min_length=1,
         description="Names of the layers that get adapters; null means all linear layers of the"
-        " decoder.",
+        " decoder (ia3: keys, values and the MLP's output).",
+    )
+    adapter_size: int = Field(
+        default=64, ge=1, description="Width of bottleneck adapters (houlsby, mlp_adapter)."
+    )
+    virtual_tokens: int = Field(
+        default=16, ge=1, description="Virtual tokens before every text (prompt, prefix)."
+    )
+    galore_rank: int = Field(default=128, ge=1, description="Rank of the gradients (galore).")
+    galore_update_every: int = Field(
+        default=200, ge=1, description="Steps between two choices of the subspace (galore)."
+    )
+    galore_scale: float = Field(default=0.25, gt=0, description="Scale of the update (galore).")
+    unfreeze: list[str] = Field(
+        default_factory=list,
+        description="Parameters of the base model that train beside what the method adds, by the"
+        " end of their names; * stands for anything: layers.29.*, embed_tokens.weight.",
     )
 
 

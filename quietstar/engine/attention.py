@@ -27,13 +27,15 @@ from quietstar.engine.chosen import (
     dense_chosen,
     dense_step,
 )
-from quietstar.engine.dense import ScoreRules, dense_attention, dense_blocks
+from quietstar.engine.dense import ScoreRules, dense_attention, dense_blocks, recomputed
 from quietstar.engine.kernels import Kernel, find_kernel
 from quietstar.engine.layout import ChosenLayout
 from quietstar.engine.own_block import own_scores, own_values
 from quietstar.engine.parallel_attention import ParallelAttention, add_own_
 
 ATTENTION_NAME = "quietstar"
+VIRTUAL_TOKENS = "virtual_tokens"
+"""Child of a model, and of attention layers, with what stands for learned tokens before a text."""
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +158,44 @@ AttentionInterface.register(ATTENTION_NAME, thinking_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, thinking_mask)
 
 
+def with_virtual(layer: torch.nn.Module, k: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Put a layer's learned keys and values in the place of those of the virtual tokens.
+
+    They are the first of a text, along axis ``dim`` of texts (B, Hkv, S, .).
+    """
+    virtual = getattr(layer, VIRTUAL_TOKENS, None)
+    if virtual is None:
+        return k, v
+    count = virtual.keys.shape[1]
+    pairs = ((k, virtual.keys), (v, virtual.values))
+    k, v = (
+        torch.cat(
+            [
+                new.to(x.dtype).expand(x.shape[0], -1, -1, -1),
+                x.narrow(dim, count, x.shape[dim] - count),
+            ],
+            dim,
+        )
+        for x, new in pairs
+    )
+    return k, v
+
+
+# --- A text alone ---------------------------------------------------------------------------------
+
+
+class PlainPass:
+    """A text alone, with gradient: what the model's own attention does, virtual tokens heeded."""
+
+    def attend(self, layer, q, k, v, rules):  # noqa: D102
+        k, v = with_virtual(layer, k, v, 2)
+        if not rules.fits_flash(q.shape[2]):
+            return recomputed(q, (k, v), None, rules)
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=rules.scale, enable_gqa=True
+        )
+
+
 # --- The learn pass: text and all blocks at once -------------------------------------------------
 
 
@@ -198,10 +238,23 @@ class ChosenLearnPass:
         self.prefix = PrefixAttention(layout.positions, repeats, sizes.text_length)
 
     def attend(self, layer, q, k, v, rules):  # noqa: D102
+        k, v = self._with_virtual(layer, k, v)
         kernel = choose_kernel(q, k, v, rules, self.num_positions, masked=True)
         if kernel is None:
             return dense_chosen(q, k, v, self.layout, rules)
         return ChosenAttention.apply(q, k, v, self.views, self.prefix, rules.scale, kernel)
+
+    def _with_virtual(self, layer: torch.nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if not hasattr(layer, VIRTUAL_TOKENS):
+            return k, v
+        texts = with_virtual(layer, self.views.text(k), self.views.text(v), 2)
+        flat = (x.transpose(0, 1).flatten(1, 2) for x in texts)  # (Hkv, B * S, .)
+        count = self.layout.num_text
+        k, v = (
+            torch.cat([text, x[0, :, count:]], 1).unsqueeze(0)
+            for text, x in zip(flat, (k, v), strict=True)
+        )
+        return k, v
 
 
 # --- The rollout: the text once, then one token of every block at a time -------------------------
@@ -246,6 +299,7 @@ class TextPass:
         self.cache = cache
 
     def attend(self, layer, q, k, v, rules):  # noqa: D102
+        k, v = with_virtual(layer, k, v, 2)
         self.cache.text[id(layer)] = (k, v)
         kernel = choose_kernel(q, k, v, rules, q.shape[2])
         if kernel is None:

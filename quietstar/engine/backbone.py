@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.engine.attention import Pass, thought_pass_scope
+from quietstar.engine.attention import VIRTUAL_TOKENS, Pass, thought_pass_scope
 
 
 def embedding_weight(model: PreTrainedModel) -> Float[Tensor, "vocab embedding"]:
@@ -15,6 +15,30 @@ def embedding_weight(model: PreTrainedModel) -> Float[Tensor, "vocab embedding"]
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor), f"{type(model).__name__} embeds without one weight"
     return weight
+
+
+def virtual_embeddings(model: PreTrainedModel) -> Float[Tensor, "virtual embedding"] | None:
+    """Input embeddings of the learned virtual tokens in front of every text, if there are any."""
+    tokens = getattr(model, VIRTUAL_TOKENS, None)
+    return None if tokens is None else tokens.embeddings
+
+
+def num_virtual(model: PreTrainedModel) -> int:
+    """Virtual tokens in front of every text."""
+    virtual = virtual_embeddings(model)
+    return 0 if virtual is None else virtual.shape[0]
+
+
+def embed_text(
+    model: PreTrainedModel, input_ids: Int[Tensor, "batch seq"]
+) -> Float[Tensor, "batch virtual_and_seq embedding"]:
+    """Input embeddings of texts, virtual tokens in front."""
+    embedded = model.get_input_embeddings()(input_ids)
+    virtual = virtual_embeddings(model)
+    if virtual is None:
+        return embedded
+    virtual = virtual.to(embedded.dtype).expand(input_ids.shape[0], -1, -1)
+    return torch.cat([virtual, embedded], dim=1)
 
 
 def run_backbone(

@@ -158,6 +158,11 @@ def lookahead_states(
     return states.where(inside.view(*inside.shape, *[1] * (text_states.ndim - 2)), 0.0)
 
 
+def shifted(positions: Int[Tensor, "batch positions"], by: int) -> Int[Tensor, "batch positions"]:
+    """Positions moved by so many tokens; `NO_POSITION` stays."""
+    return (positions + by).where(positions != NO_POSITION, NO_POSITION)
+
+
 def at_positions(
     x: Shaped[Tensor, "*leading batch seq"], positions: Int[Tensor, "batch positions"]
 ) -> Shaped[Tensor, "*leading batch positions"]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.engine.attention import ChosenLearnPass, LearnPass
-from quietstar.engine.backbone import run_backbone
-from quietstar.engine.layout import ChosenLayout, Layout, lookahead_targets, shift_ahead
+from quietstar.engine.attention import ChosenLearnPass, LearnPass, PlainPass
+from quietstar.engine.backbone import embed_text, num_virtual, run_backbone
+from quietstar.engine.layout import (
+    ChosenLayout,
+    Layout,
+    lookahead_targets,
+    shift_ahead,
+    shifted,
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,13 @@ def plain_pass(
 
     Padding is on the right, where causal attention does not see it.
     """
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    virtual = num_virtual(model)
+    if not virtual:
+        return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    embedded = embed_text(model, input_ids)
+    positions = torch.arange(embedded.shape[1], device=input_ids.device)
+    positions = positions.expand(embedded.shape[:2])
+    return run_backbone(model, embedded, positions, PlainPass())[:, virtual:]
 
 
 def learn_pass(
@@ -61,8 +73,13 @@ def learn_pass(
     """
     length, num_thoughts, batch_size, _ = thoughts.shape
     layout = Layout(batch_size, input_ids.shape[1], num_thoughts, length, lookahead)
+    virtual = num_virtual(model)
+    if virtual and positions is None:  # rows of all positions have no room for virtual tokens
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        positions = positions.expand(input_ids.shape)
     if positions is not None:
-        chosen = ChosenLayout(layout, positions)
+        layout = replace(layout, text_length=virtual + input_ids.shape[1])
+        chosen = ChosenLayout(layout, shifted(positions, virtual))
         return _chosen_learn_pass(
             model, start_embedding, end_embedding, input_ids, thoughts, chosen
         )
@@ -117,28 +134,28 @@ def _chosen_learn_pass(
     thoughts: Tensor,
     chosen: ChosenLayout,
 ) -> LearnStates:
-    length = chosen.layout.thought_length
-    tokens = _block_tokens(input_ids, thoughts, chosen)  # (B, P, K, W)
-    row = torch.cat([input_ids.flatten(), tokens.flatten()]).unsqueeze(0)
-    embeddings = model.get_input_embeddings()(row)
-    where = torch.arange(tokens.shape[-1], device=tokens.device).expand_as(tokens)
-    where = torch.cat([where.new_full(input_ids.shape, -1).flatten(), where.flatten()])[
-        None, :, None
-    ]
-    start, end = (v.to(embeddings.dtype) for v in (start_embedding, end_embedding))
-    embeddings = torch.where(where == 0, start, embeddings)
-    embeddings = torch.where(where == length + 1, end, embeddings)
-    states = run_backbone(model, embeddings, chosen.position_ids(), ChosenLearnPass(chosen))[0]
+    length, virtual = chosen.layout.thought_length, num_virtual(model)
+    tokens = _block_tokens(input_ids, thoughts, chosen, virtual)  # (B, P, K, W)
+    blocks = model.get_input_embeddings()(tokens)
+    where = torch.arange(tokens.shape[-1], device=tokens.device).unsqueeze(-1)  # (W, 1)
+    start, end = (v.to(blocks.dtype) for v in (start_embedding, end_embedding))
+    blocks = torch.where(where == 0, start, blocks)
+    blocks = torch.where(where == length + 1, end, blocks)
+    row = torch.cat([embed_text(model, input_ids).flatten(0, 1), blocks.flatten(0, 3)])
+    position_ids = chosen.position_ids()
+    states = run_backbone(model, row.unsqueeze(0), position_ids, ChosenLearnPass(chosen))[0]
     blocks = chosen.blocks(states).permute(3, 2, 0, 1, 4)  # (W, K, B, P, D)
-    return LearnStates(chosen.texts(states), blocks[:length], blocks[length + 1 :])
+    text = chosen.texts(states)[:, virtual:]
+    return LearnStates(text, blocks[:length], blocks[length + 1 :])
 
 
 def _block_tokens(
-    input_ids: Tensor, thoughts: Tensor, chosen: ChosenLayout
+    input_ids: Tensor, thoughts: Tensor, chosen: ChosenLayout, virtual: int
 ) -> Int[Tensor, "batch positions thoughts block"]:
     """Tokens of every block; anything at the places of start and end."""
     thought = thoughts.permute(2, 3, 1, 0)  # (B, P, K, T)
-    true = lookahead_targets(input_ids, chosen.layout.lookahead, chosen.positions)[:-1]
+    positions = shifted(chosen.positions, -virtual)
+    true = lookahead_targets(input_ids, chosen.layout.lookahead, positions)[:-1]
     true = true.clamp(min=0).permute(1, 2, 0).unsqueeze(2)  # (B, P, 1, A - 1)
     true = true.expand(*thought.shape[:3], -1)
     vector = torch.zeros_like(thought[..., :1])

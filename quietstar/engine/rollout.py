@@ -18,8 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.engine.attention import ChosenStep, Pass, RolloutCache, TextPass, ThoughtStep
-from quietstar.engine.backbone import embedding_weight, run_backbone
+from quietstar.engine.backbone import (
+    embed_text,
+    embedding_weight,
+    num_virtual,
+    run_backbone,
+)
 from quietstar.engine.chosen import PrefixAttention
+from quietstar.engine.layout import shifted
 from quietstar.engine.sampling import keyed_uniform, sample_inverse_cdf
 from quietstar.losses.output_head import OutputHead
 
@@ -63,10 +69,11 @@ def run_text(
 ) -> TextRun:
     """Run texts and keep what thoughts of T tokens need of them; serves one rollout."""
     cache = RolloutCache(thought_length)
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-    embedded = model.get_input_embeddings()(input_ids)
-    states = run_backbone(model, embedded, positions.expand(input_ids.shape), TextPass(cache))
-    return TextRun(cache, states)
+    embedded = embed_text(model, input_ids)
+    positions = torch.arange(embedded.shape[1], device=input_ids.device)
+    positions = positions.expand(embedded.shape[:2])
+    states = run_backbone(model, embedded, positions, TextPass(cache))
+    return TextRun(cache, states[:, num_virtual(model) :])
 
 
 @torch.no_grad()
@@ -150,13 +157,16 @@ class Rollout:
         self.model, self.start_embedding = model, start_embedding
         self.embed = model.get_input_embeddings()
         cache = (text or run_text(model, input_ids, thought_length)).cache
+        virtual, length = num_virtual(model), input_ids.shape[1]
         if positions is None:
-            self.positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-            self.positions = self.positions.expand(input_ids.shape)
-            self.order = _AllPositions(cache, self.positions, num_thoughts)
+            self.positions = torch.arange(length, device=input_ids.device).expand(input_ids.shape)
         else:
             self.positions = positions
-            self.order = _ChosenPositions(cache, positions, num_thoughts, input_ids.shape[1])
+        if positions is None and not virtual:
+            self.order = _AllPositions(cache, self.positions, num_thoughts)
+        else:
+            places = shifted(self.positions, virtual)
+            self.order = _ChosenPositions(cache, places, num_thoughts, virtual + length)
 
     def step(self, index: int, tokens: Tensor | None) -> Tensor:
         """Run block token ``index``: the last tokens (K, B, P), or start; its final states."""

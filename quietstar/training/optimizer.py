@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from quietstar.config import OptimConfig
+from quietstar.config import OptimConfig, TuningConfig
+from quietstar.errors import UserError
 
 GROUPS = ("language_model", "mixing_head", "embeddings")
 """Parameter groups, in the optimiser's order; the names are used in logs too."""
@@ -25,28 +28,78 @@ def group_of(name: str) -> str:
     return "mixing_head" if name.startswith("mixing_head.") else "embeddings"
 
 
-def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> AdamW:
-    """AdamW over all parameters that train; biases, norms and the two vectors do not decay."""
+def build_optimizer(
+    model: torch.nn.Module, config: OptimConfig, tuning: TuningConfig | None = None
+) -> Optimizer:
+    """AdamW over all parameters that train; biases, norms and the two vectors do not decay.
+
+    With ``tuning.method: galore`` the gradients of the layers' matrices are projected to a low rank
+    (Zhao et al. 2024), and so is what AdamW remembers of them.
+
+    Raises:
+        UserError: galore-torch is not installed.
+    """
+    betas = (config.beta1, config.beta2)
+    if tuning is None or tuning.method != "galore":
+        return AdamW(parameter_groups(model, config), betas=betas, eps=config.eps)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from galore_torch import GaLoreAdamW
+    except ImportError as problem:
+        raise UserError(
+            "tuning.method: galore needs galore-torch: pip install galore-torch, or set "
+            "tuning.method: full"
+        ) from problem
+    groups = parameter_groups(model, config, tuning)
+    return GaLoreAdamW(groups, betas=betas, eps=config.eps, no_deprecation_warning=True)
+
+
+def parameter_groups(
+    model: torch.nn.Module, config: OptimConfig, galore: TuningConfig | None = None
+) -> list[dict[str, Any]]:
+    """The parameters that train, by learning rate, decay, and projection of their gradients."""
     rates = dict(zip(GROUPS, (config.lr, config.mixing_head_lr, config.embedding_lr), strict=True))
-    groups = []
-    for group in GROUPS:
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        params = [p for n, p in named if group_of(n) == group]
-        for decays in (True, False):
-            chosen = [p for p in params if (p.ndim >= 2) == decays]
-            if chosen:
-                groups.append(
-                    {
-                        "params": chosen,
-                        "lr": rates[group] or config.lr,
-                        "weight_decay": config.weight_decay if decays else 0.0,
-                        "name": group,
-                    }
-                )
-    return AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps)
+    by_kind: dict[tuple[str, bool, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            projected = galore is not None and _is_projected(name, parameter, galore.galore_rank)
+            kind = (group_of(name), parameter.ndim >= 2, projected)
+            by_kind.setdefault(kind, []).append(parameter)
+    order = sorted(by_kind, key=lambda kind: (GROUPS.index(kind[0]), not kind[1], not kind[2]))
+    return [
+        {
+            "params": by_kind[kind],
+            "lr": rates[kind[0]] or config.lr,
+            "weight_decay": config.weight_decay if kind[1] else 0.0,
+            "name": kind[0],
+            **(_projection(galore) if galore is not None and kind[2] else {}),
+        }
+        for kind in order
+    ]
 
 
-def build_scheduler(optimizer: AdamW, config: OptimConfig, steps: int) -> LRScheduler:
+def _is_projected(name: str, parameter: torch.nn.Parameter, rank: int) -> bool:
+    """Matrices of the decoder's layers that are larger than the rank."""
+    in_layer = any(part.isdigit() for part in name.split("."))
+    return (
+        group_of(name) == "language_model"
+        and in_layer
+        and parameter.ndim == 2
+        and min(parameter.shape) > rank
+    )
+
+
+def _projection(tuning: TuningConfig) -> dict[str, Any]:
+    return {
+        "rank": tuning.galore_rank,
+        "update_proj_gap": tuning.galore_update_every,
+        "scale": tuning.galore_scale,
+        "proj_type": "std",
+    }
+
+
+def build_scheduler(optimizer: Optimizer, config: OptimConfig, steps: int) -> LRScheduler:
     """Linear warm-up, then constant or falling to 0 at the last step."""
     name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     return get_scheduler(name, optimizer, config.warmup_steps, steps)

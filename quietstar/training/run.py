@@ -180,7 +180,7 @@ def run_stage(job: Job, stage: Stage, reporter: Reporter, checkpoint: Path | Non
     """Train one stage, from its start or from a checkpoint inside it; returns its loop's state."""
     accelerator, config = job.accelerator, stage.config
     begin_stage(job.model, stage, job.tokenizer)
-    optimizer = build_optimizer(job.model, config.optim)
+    optimizer = build_optimizer(job.model, config.optim, config.tuning)
     job.schedule.scheduler = build_scheduler(optimizer, config.optim, config.training.steps)
     accelerator.unwrap_model(job.model, keep_fp32_wrapper=False)  # from the stage before
     accelerator.free_memory()

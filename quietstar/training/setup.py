@@ -21,6 +21,7 @@ from quietstar.loading import load_base
 from quietstar.model import QuietStarForCausalLM
 from quietstar.training.folder import TRACKERS_FOLDER
 from quietstar.training.stages import Stage
+from quietstar.tuning.peft_methods import quantization
 
 
 def quiet_libraries() -> None:
@@ -119,6 +120,7 @@ def build_model(
         dtype=getattr(torch, config.model.dtype),
         vocab_size=len(tokenizer),
         seed=config.training.seed,
+        quantization=quantization(config.tuning),
         **hub,
     )
     model = QuietStarForCausalLM.from_base(
