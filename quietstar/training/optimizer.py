@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +20,7 @@ GROUPS = ("language_model", "mixing_head", "embeddings")
 """Parameter groups, in the optimiser's order; the names are used in logs too."""
 
 
-def group_of(name: str) -> str:
+def group_of(name: str) -> Literal["language_model", "mixing_head", "embeddings"]:
     """Group of a parameter of `QuietStarForCausalLM`, perhaps wrapped by an engine."""
     name = name.removeprefix("module.")
     if name.startswith("language_model."):
@@ -51,7 +51,7 @@ def build_optimizer(
             "tuning.method: galore needs galore-torch: pip install galore-torch, or set "
             "tuning.method: full"
         ) from problem
-    groups = parameter_groups(model, config, tuning)
+    groups: Any = parameter_groups(model, config, tuning)
     return GaLoreAdamW(groups, betas=betas, eps=config.eps, no_deprecation_warning=True)
 
 
