@@ -26,6 +26,13 @@ EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 HELP_FLAGS = ("-h", "--help")
+EXAMPLES = {
+    "resume": "auto",
+    "controls": "3",
+    "allow-changes": "true",
+    "model": "DIR",
+    "out": "DIR",
+}
 HELP_WIDTH = 100  # longest line on a wide terminal
 
 
@@ -155,7 +162,7 @@ def _take_options(
         elif not equals and rest and not rest[0].startswith("--"):
             options[name] = rest.pop(0)
         else:
-            example = {"resume": "auto", "controls": "3", "allow-changes": "true"}.get(name, "FILE")
+            example = EXAMPLES.get(name, "FILE")
             problems.append(f"{COMMAND_LINE}: --{name}: has no value; write --{name} {example}")
     return options, others
 
@@ -267,7 +274,28 @@ def _bench(arguments: list[str]) -> int | None:
     return bench_step(rest)
 
 
+def _merge(arguments: list[str]) -> int | None:
+    usage = "usage: quietstar merge --model DIR --out DIR"
+    if any(flag in arguments for flag in HELP_FLAGS):
+        sys.stdout.write(f"{usage}\nWrites the saved model with its adapters merged into it.\n")
+        return None
+    problems: list[str] = []
+    options, others = _take_options(arguments, ("model", "out"), problems)
+    problems += [f"{COMMAND_LINE}: --{n}: is missing; {usage}" for n in ("model", "out")
+                 if n not in options and not problems]  # fmt: skip
+    problems += [f"{COMMAND_LINE}: {other}: is unknown; {usage}" for other in others]
+    if problems:
+        raise ConfigError(problems)
+
+    from quietstar.merging import merge  # imports torch
+
+    out = merge(Path(options["model"]), Path(options["out"]))
+    sys.stdout.write(f"the merged model is in {out}\n")
+    return None
+
+
 COMMANDS: dict[str, Command] = {
     "train": Command("Train a model: quietstar train --config FILE [--KEY VALUE ...]", _train),
+    "merge": Command("Merge adapters: quietstar merge --model DIR --out DIR", _merge),
     "bench": Command("Measure a training step beside its floor: quietstar bench step", _bench),
 }

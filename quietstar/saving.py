@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SETTINGS_FILE = "quietstar.json"
 WEIGHTS_FILE = "quietstar.safetensors"
 FORMAT_VERSION = 2
-_LANGUAGE_MODEL = "language_model."
+LANGUAGE_MODEL = "language_model."
 
 
 def save_pretrained(
@@ -64,7 +64,7 @@ def _own_weights(model: QuietStarForCausalLM) -> dict[str, torch.Tensor]:
     return {
         name: value.detach().contiguous()
         for name, value in model.state_dict().items()
-        if not name.startswith(_LANGUAGE_MODEL) or (name in trained and _is_own(model, name))
+        if not name.startswith(LANGUAGE_MODEL) or (name in trained and _is_own(model, name))
     }
 
 
@@ -88,7 +88,7 @@ def from_pretrained(
     Raises:
         UserError: The folder holds no Quiet-STaR model, or one of a newer format.
     """
-    settings = _read_settings(folder)
+    settings = read_settings(folder)
     tuning = TuningConfig.model_validate(settings["tuning"])
     source = str(folder)
     if tuning.method not in WHOLE:
@@ -110,7 +110,7 @@ def from_pretrained(
     )
     own = load_file(folder / WEIGHTS_FILE)
     missing, unexpected = model.load_state_dict(own, strict=False)
-    missing = [name for name in missing if not name.startswith(_LANGUAGE_MODEL)]
+    missing = [name for name in missing if not name.startswith(LANGUAGE_MODEL)]
     if missing or unexpected:
         raise UserError(f"{folder / WEIGHTS_FILE}: tensors missing {missing}, unknown {unexpected}")
     if not trainable and tuning.method not in WHOLE:
@@ -130,7 +130,12 @@ def _tuned(
     return model
 
 
-def _read_settings(folder: Path) -> dict:
+def read_settings(folder: Path) -> dict[str, Any]:
+    """``quietstar.json`` of a saved model.
+
+    Raises:
+        UserError: There is none, or one of a newer format.
+    """
     path = folder / SETTINGS_FILE
     if not path.exists():
         raise UserError(

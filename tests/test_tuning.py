@@ -6,13 +6,14 @@ import peft
 import pytest
 import torch
 from tiny import GPT2, LLAMA, plain_model, random_texts, randomise_own_weights
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from quietstar import QuietStarForCausalLM
 from quietstar.config import LossConfig, OptimConfig, ThoughtsConfig, TuningConfig
 from quietstar.data import load_tokenizer
 from quietstar.engine.self_check import use_thinking_attention
 from quietstar.errors import UserError
+from quietstar.merging import merge
 from quietstar.training.optimizer import build_optimizer
 from quietstar.tuning import apply_tuning
 
@@ -209,6 +210,31 @@ def test_gradients_reach_the_virtual_tokens(method):
         learned = [p for n, p in model.named_parameters() if "virtual_tokens" in n]
         assert len(learned) == (1 if method == "prompt" else 4)
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in learned)
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "ia3"])
+def test_merged_models_think_the_same_and_load_as_plain_ones(method, base_folder, tmp_path):
+    beside = "norm.weight" if "llama" in base_folder.name else "ln_f.weight"
+    model = make(base_folder, method, unfreeze=[beside])
+    train(model, 2)
+    model.eval().save_pretrained(tmp_path / "saved", load_tokenizer("bytes"))
+    merge(tmp_path / "saved", tmp_path / "merged")
+    merged = QuietStarForCausalLM.from_pretrained(tmp_path / "merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    texts = random_texts(2, 9)
+    thoughts = model.sample(texts)
+    a, b = (m.think(texts, thoughts=thoughts) for m in (model, merged))
+    assert torch.allclose(a.mixed_logprobs, b.mixed_logprobs, atol=1e-4)
+    assert torch.equal(plain(texts).logits, merged.causal_lm(texts).logits)
+    with pytest.raises(UserError, match="already holds something"):
+        merge(tmp_path / "saved", tmp_path / "merged")
+
+
+def test_what_cannot_be_merged_is_refused_with_the_reason(base_folder, tmp_path):
+    for method, reason in (("full", "whole model already"), ("prompt", "has virtual tokens")):
+        make(base_folder, method).save_pretrained(tmp_path / method)
+        with pytest.raises(UserError, match=reason):
+            merge(tmp_path / method, tmp_path / "out")
 
 
 def test_lora_adapters_of_peft_load_as_usual(base_folder, tmp_path):

@@ -16,11 +16,12 @@ from transformers import get_scheduler
 from quietstar.config import OptimConfig, TuningConfig
 from quietstar.errors import UserError
 
-GROUPS = ("language_model", "mixing_head", "embeddings")
+Group = Literal["language_model", "mixing_head", "embeddings"]
+GROUPS: tuple[Group, ...] = ("language_model", "mixing_head", "embeddings")
 """Parameter groups, in the optimiser's order; the names are used in logs too."""
 
 
-def group_of(name: str) -> Literal["language_model", "mixing_head", "embeddings"]:
+def group_of(name: str) -> Group:
     """Group of a parameter of `QuietStarForCausalLM`, perhaps wrapped by an engine."""
     name = name.removeprefix("module.")
     if name.startswith("language_model."):
@@ -60,7 +61,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The parameters that train, by learning rate, decay, and projection of their gradients."""
     rates = dict(zip(GROUPS, (config.lr, config.mixing_head_lr, config.embedding_lr), strict=True))
-    by_kind: dict[tuple[str, bool, bool], list[torch.nn.Parameter]] = {}
+    by_kind: dict[tuple[Group, bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             projected = galore is not None and _is_projected(name, parameter, galore.galore_rank)

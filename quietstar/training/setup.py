@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Sequence
@@ -27,6 +28,9 @@ from quietstar.tuning.peft_methods import quantization
 def quiet_libraries() -> None:
     """Leave the terminal to the run's own progress bar and lines."""
     transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # it tells of kernels it can do without
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
