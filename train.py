@@ -14,14 +14,14 @@ import sys
 
 import psutil
 
-from quietstar.cli import EXIT_USER_ERROR, main
+from quietstar.cli import EXIT_PREEMPTED, EXIT_USER_ERROR, main
 
 
 def stop_launcher() -> None:
     """End ``accelerate launch`` of one process without its traceback.
 
     It answers a non-zero exit of this process with a Python traceback of its own, under which the
-    one line that tells the user what to mend would be lost.
+    one line that tells the user what to do would be lost.
     """
     parent = psutil.Process(os.getppid())
     words = [os.path.basename(word) for word in parent.cmdline()]
@@ -32,6 +32,6 @@ def stop_launcher() -> None:
 
 if __name__ == "__main__":
     code = main(["train", *sys.argv[1:]])
-    if code == EXIT_USER_ERROR:
+    if code in (EXIT_USER_ERROR, EXIT_PREEMPTED):
         stop_launcher()
     sys.exit(code)

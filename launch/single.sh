@@ -7,5 +7,7 @@
 set -euo pipefail
 config=${1:?usage: launch/single.sh CONFIG [--KEY VALUE ...]}
 shift
-exec accelerate launch --num_processes 1 --num_machines 1 --dynamo_backend no \
-  "$(dirname "$0")/../train.py" --config "$config" "$@"
+# Without a launcher in between the exit codes are the run's own: 2 for a mistake of the user, 75 for
+# a run that a signal (SIGTERM, SIGUSR1) asked to stop and that saved: start it again with
+# --resume auto.
+exec python "$(dirname "$0")/../train.py" --config "$config" "$@"
