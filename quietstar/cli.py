@@ -264,10 +264,16 @@ def type_text(key: str) -> str:
 def _bench(arguments: list[str]) -> int | None:
     what, *rest = arguments or [""]
     if what in ("", *HELP_FLAGS):
-        sys.stdout.write("usage: quietstar bench step [--help]\n")
+        sys.stdout.write("usage: quietstar bench step|tuning [--help]\n")
         return None if what in HELP_FLAGS else EXIT_USER_ERROR
-    if what != "step":
-        raise UserError(f"there is no benchmark {what}; known: step (see quietstar bench --help)")
+    if what not in ("step", "tuning"):
+        raise UserError(
+            f"there is no benchmark {what}; known: step, tuning (see quietstar bench --help)"
+        )
+    if what == "tuning":
+        from quietstar.bench.tuning import main as bench_tuning  # imports torch
+
+        return bench_tuning(rest)
 
     from quietstar.bench.step import main as bench_step  # imports torch
 
@@ -297,5 +303,7 @@ def _merge(arguments: list[str]) -> int | None:
 COMMANDS: dict[str, Command] = {
     "train": Command("Train a model: quietstar train --config FILE [--KEY VALUE ...]", _train),
     "merge": Command("Merge adapters: quietstar merge --model DIR --out DIR", _merge),
-    "bench": Command("Measure a training step beside its floor: quietstar bench step", _bench),
+    "bench": Command(
+        "Measure a training step, or ways to tune: quietstar bench step|tuning", _bench
+    ),
 }

@@ -12,13 +12,11 @@ import copy
 import json
 import platform
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from rich.console import Console
@@ -26,6 +24,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from quietstar.bench.floor import floor_step
+from quietstar.bench.memory import PeakMemory
 from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig
 from quietstar.engine.layout import Layout
 from quietstar.engine.self_check import use_thinking_attention
@@ -73,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="bfloat16: autocast over float32 weights")  # fmt: skip
+    parser.add_argument("--positions", choices=("all", "every", "random", "entropy"), default="all",
+                        help="the floor stays that of all positions")  # fmt: skip
+    parser.add_argument("--share", type=float, default=0.25)
     parser.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
@@ -137,7 +139,11 @@ def _load(name: str) -> PreTrainedModel:
 def _quiet(base: PreTrainedModel, args: argparse.Namespace) -> QuietStarForCausalLM:
     use_thinking_attention(base)
     thoughts = ThoughtsConfig(
-        length=args.thought_length, lookahead=args.lookahead, num_thoughts=args.num_thoughts
+        length=args.thought_length,
+        lookahead=args.lookahead,
+        num_thoughts=args.num_thoughts,
+        positions=args.positions,
+        share=args.share,
     )
     vocab_size = base.config.vocab_size
     model = QuietStarForCausalLM(base, thoughts, MixingHeadConfig(), LossConfig(), vocab_size)
@@ -162,22 +168,8 @@ def _seconds(run: Callable[[], None], repeats: int) -> float:
 
 
 def _peak_mb(run: Callable[[], None]) -> float:
-    """Most resident memory above that before the first of two runs, sampled every 2 ms."""
-    process = psutil.Process()
-    before = process.memory_info().rss
-    peak, done = before, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    """Most resident memory above that before the first of two runs."""
+    with PeakMemory() as memory:
         run()
         run()
-    finally:
-        done.set()
-        watcher.join()
-    return (peak - before) / 2**20
+    return memory.mb

@@ -1,0 +1,116 @@
+"""``quietstar bench tuning``: what each way to tune a model costs.
+
+Every method runs in a fresh process: load, a few steps with the optimiser, and the most memory that
+all of it took above the imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.optim import Optimizer
+
+from quietstar.bench.memory import PeakMemory
+from quietstar.config import OptimConfig, ThoughtsConfig, TuningConfig
+from quietstar.model import QuietStarForCausalLM
+from quietstar.training.optimizer import build_optimizer
+from quietstar.training.setup import quiet_libraries
+from quietstar.tuning import WHOLE
+
+METHODS = "full,lora,qlora,prefix,houlsby"
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark, print a table, write JSON if asked."""
+    args = _parser().parse_args(arguments)
+    context = multiprocessing.get_context("spawn")
+    results = []
+    for method in args.methods.split(","):
+        with context.Pool(1) as pool:
+            results.append(pool.apply(measure, (args, method)))
+    table = Table(title=f"tuning {args.model}")
+    for column in ("method", "trained", "share", "optimiser MB", "peak MB", "step s"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in results:
+        table.add_row(
+            row["method"],
+            f"{row['trained_parameters']:,}",
+            f"{row['trained_share']:.2%}",
+            f"{row['optimizer_mb']:.0f}",
+            f"{row['peak_mb']:.0f}",
+            f"{row['step_seconds']:.2f}",
+        )
+    Console().print(table)
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("quietstar bench tuning", description=__doc__)
+    parser.add_argument("--model", required=True, help="a folder or hub id, with its tokenizer")
+    parser.add_argument("--methods", default=METHODS, help=f"by commas; default {METHODS}")
+    parser.add_argument("--seq-len", type=int, default=64)
+    parser.add_argument("--thought-length", type=int, default=6)
+    parser.add_argument("--lookahead", type=int, default=2)
+    parser.add_argument("--num-thoughts", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=4, help="the first one is warm-up")
+    parser.add_argument("--json", metavar="FILE")
+    return parser
+
+
+def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
+    """Figures of one method, in this process; bfloat16 autocast, frozen weights in bfloat16."""
+    quiet_libraries()
+    dtype = torch.float32 if method in WHOLE else torch.bfloat16
+    with PeakMemory() as memory:
+        model = QuietStarForCausalLM.from_base(
+            args.model,
+            thoughts=ThoughtsConfig(
+                length=args.thought_length, lookahead=args.lookahead, num_thoughts=args.num_thoughts
+            ),
+            tuning=TuningConfig(method=method),  # pyright: ignore[reportArgumentType]
+            dtype=dtype,
+        ).train()
+        optimizer = build_optimizer(model, OptimConfig(), model.tuning)
+        generator = torch.Generator().manual_seed(0)
+        shape = (args.batch_size, args.seq_len)
+        tokens = torch.randint(model.vocab_size, shape, generator=generator)
+        seconds = [_step(model, optimizer, tokens) for _ in range(args.steps)]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "method": method,
+        "trained_parameters": trained,
+        "trained_share": trained / sum(p.numel() for p in model.parameters()),
+        "optimizer_mb": _state_bytes(optimizer) / 2**20,
+        "peak_mb": memory.mb,
+        "step_seconds": statistics.median(seconds[1:] or seconds),
+        "settings": {k: v for k, v in vars(args).items() if k not in ("json", "methods")},
+    }
+
+
+def _step(model: QuietStarForCausalLM, optimizer: Optimizer, tokens: torch.Tensor) -> float:
+    began = time.perf_counter()
+    autocast = torch.autocast(tokens.device.type, torch.bfloat16)
+    with autocast:
+        output = model(tokens)
+    assert output.loss is not None, "forward gives a loss"
+    output.loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return time.perf_counter() - began
+
+
+def _state_bytes(optimizer: Optimizer) -> int:
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return sum(v.numel() * v.element_size() for v in values if isinstance(v, torch.Tensor))
