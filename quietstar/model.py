@@ -130,10 +130,20 @@ class QuietStarForCausalLM(nn.Module):
         return model
 
     def save_pretrained(
-        self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+        self,
+        folder: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        weights: dict[str, Tensor] | None = None,
     ) -> None:
-        """Save everything that was learned, as safetensors and JSON (`quietstar.saving`)."""
-        saving.save_pretrained(self, Path(folder), tokenizer)
+        """Save everything that was learned, as safetensors and JSON (`quietstar.saving`).
+
+        Args:
+            folder: Made if need be.
+            tokenizer: Saved beside the model.
+            weights: To save in place of the model's own, where an engine holds them in pieces.
+        """
+        saving.save_pretrained(self, Path(folder), tokenizer, weights)
 
     @classmethod
     def from_pretrained(

@@ -34,12 +34,19 @@ LANGUAGE_MODEL = "language_model."
 
 
 def save_pretrained(
-    model: QuietStarForCausalLM, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None
+    model: QuietStarForCausalLM,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write ``model`` into ``folder`` (made if need be); see the module docstring."""
     folder.mkdir(parents=True, exist_ok=True)
     if model.tuning.method in (*WHOLE, *PEFT_METHODS):
-        model.language_model.save_pretrained(folder)  # pyright: ignore  (PreTrained-, PeftModel)
+        inner = None
+        if weights is not None:
+            names = [name for name in weights if name.startswith(LANGUAGE_MODEL)]
+            inner = {name.removeprefix(LANGUAGE_MODEL): weights[name] for name in names}
+        model.language_model.save_pretrained(folder, state_dict=inner)  # pyright: ignore
     settings = {
         "format_version": FORMAT_VERSION,
         "base_model_name_or_path": model.causal_lm.config.name_or_path,
@@ -53,17 +60,20 @@ def save_pretrained(
         "tuning": model.tuning.model_dump(),
     }
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    save_file(_own_weights(model), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    own = _own_weights(model, model.state_dict() if weights is None else weights)
+    save_file(own, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
-def _own_weights(model: QuietStarForCausalLM) -> dict[str, torch.Tensor]:
+def _own_weights(
+    model: QuietStarForCausalLM, weights: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """The two vectors, the mixing head, and trained weights that lie in no other file."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     return {
         name: value.detach().contiguous()
-        for name, value in model.state_dict().items()
+        for name, value in weights.items()
         if not name.startswith(LANGUAGE_MODEL) or (name in trained and _is_own(model, name))
     }
 

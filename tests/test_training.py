@@ -29,9 +29,10 @@ from quietstar.data import build_data, load_tokenizer
 from quietstar.errors import UserError
 from quietstar.metrics import ThoughtMetrics
 from quietstar.outputs import QuietStarOutput
-from quietstar.training import loop, run, setup
+from quietstar.training import engines, loop, run, setup
+from quietstar.training.engines import gradient_norms
 from quietstar.training.evaluation import compare, exchange, figures
-from quietstar.training.optimizer import build_optimizer, gradient_norms
+from quietstar.training.optimizer import build_optimizer
 from quietstar.training.reporter import Reporter, StepRecord
 from quietstar.training.run import run_training
 from quietstar.training.stages import plan_stages
@@ -273,13 +274,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, mon
 
 
 def test_a_gradient_that_is_not_finite_stops_too(tmp_path, monkeypatch):
-    real = loop.gradient_norms
+    real = engines.gradient_norms
 
     def poisoned(accelerator, model, clip_norm):
         next(iter(model.parameters())).grad.view(-1)[0] = float("inf")
         return real(accelerator, model, clip_norm)
 
-    monkeypatch.setattr(loop, "gradient_norms", poisoned)
+    monkeypatch.setattr(engines, "gradient_norms", poisoned)
     with pytest.raises(UserError, match="gradient norm inf is not finite"):
         train(run_config(tmp_path))
 

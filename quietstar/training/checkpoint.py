@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from quietstar.errors import UserError
+from quietstar.training.engines import is_deepspeed
 from quietstar.training.manifest import find_damage, write_manifest
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def keep_trainable_only(accelerator: Accelerator, model: torch.nn.Module) -> Non
 
     Call it before a stage freezes anything.
     """
+    if is_deepspeed(accelerator):
+        return  # its engine saves what it holds, in pieces
     names = [name for name, p in model.named_parameters() if p.requires_grad]
 
     def save(models: list[torch.nn.Module], weights: list[dict], folder: str) -> None:

@@ -25,6 +25,10 @@ from quietstar.training.answers import (
     right_answers,
     right_thoughts,
 )
+from quietstar.training.engines import ThroughEngine
+
+Thinker = QuietStarForCausalLM | ThroughEngine
+"""A model, or one inside an engine."""
 
 if TYPE_CHECKING:
     from quietstar.training.loop import Run
@@ -48,25 +52,33 @@ def evaluate(run: Run) -> dict[str, float]:
         has ``base_nll`` and ``accuracy_without_thoughts`` only.
     """
     accelerator = run.accelerator
-    model = accelerator.unwrap_model(run.model)
-    assert isinstance(model, QuietStarForCausalLM), type(model)
-    batches = [batch.to(accelerator.device) for batch in rank_batches(run)]
+    model = ThroughEngine(run.model)
+    batches, counted = rank_batches(run)
+    batches = [batch.to(accelerator.device) for batch in batches]
     passes = 2 if run.stage.thinks else 1
     with accelerator.autocast(), run.reporter.evaluating(passes * len(batches)) as advance:
         if run.stage.thinks:
-            totals = compare(model, batches, advance)
+            totals = compare(model, batches, advance, counted)
         else:
-            totals = {"own": _total([_plain(model, batch, advance) for batch in batches])}
+            parts = [_plain(model, batch, advance) for batch in batches]
+            totals = {"own": _total(parts[:counted])}
     return figures({kind: total.reduced(accelerator) for kind, total in totals.items()})
 
 
-def rank_batches(run: Run) -> list[Batch]:
-    """This rank's part of the held-out texts; all, where there are fewer batches than ranks."""
+def rank_batches(run: Run) -> tuple[list[Batch], int]:
+    """This rank's part of the held-out texts, and how many of its batches count.
+
+    Engines want as many forward passes on every rank: one with fewer batches reads one of them
+    again, which does not count. With fewer batches than ranks, all read all of them; the means over
+    ranks are the same.
+    """
     accelerator = run.accelerator
     batches = list(run.eval_data.batches(run.config.training.micro_batch_size))
-    if len(batches) < accelerator.num_processes:  # the means over ranks are the same
-        return batches
-    return batches[accelerator.process_index :: accelerator.num_processes]
+    if len(batches) < accelerator.num_processes:
+        return batches, len(batches)
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    most = -(-len(batches) // accelerator.num_processes)
+    return [*mine, *mine[: most - len(mine)]], len(mine)
 
 
 def _total(parts: Sequence[ThoughtMetrics]) -> ThoughtMetrics:
@@ -76,9 +88,7 @@ def _total(parts: Sequence[ThoughtMetrics]) -> ThoughtMetrics:
     return total
 
 
-def _plain(
-    model: QuietStarForCausalLM, batch: Batch, advance: Callable[[], object]
-) -> ThoughtMetrics:
+def _plain(model: Thinker, batch: Batch, advance: Callable[[], object]) -> ThoughtMetrics:
     scores = model.score_plain(batch.input_ids, batch.attention_mask, batch.labels)
     right = right_answers(scores.predicted[:, None], batch.input_ids, batch.answers)
     advance()
@@ -86,9 +96,10 @@ def _plain(
 
 
 def compare(
-    model: QuietStarForCausalLM,
+    model: Thinker,
     batches: Sequence[Batch],
     advance: Callable[[], object] = lambda: None,
+    counted: int | None = None,
 ) -> dict[str, ThoughtMetrics]:
     """Figures of texts with the model's greedy thoughts and with each control.
 
@@ -96,6 +107,7 @@ def compare(
         model: That thinks.
         batches: The texts.
         advance: Called once a batch and pass.
+        counted: So many batches count, all by default; the others are only read.
     """
     parts: dict[str, list[ThoughtMetrics]] = {kind: [] for kind in ("own", *CONTROLS)}
     thoughts, places = [], []
@@ -106,16 +118,16 @@ def compare(
         places.append(positions)
         parts["own"].append(metrics)
         advance()
-    exchanged = _exchanged(batches, thoughts, places)
+    exchanged = _exchanged(batches, thoughts, places, counted)
     for batch, others, positions in zip(batches, exchanged, places, strict=True):
         pause = torch.full_like(others, model.pause_token_id)
         parts["exchanged"].append(score(model, batch, others, positions))
         parts["pause"].append(score(model, batch, pause, positions))
         advance()
-    return {kind: _total(metrics) for kind, metrics in parts.items()}
+    return {kind: _total(metrics[:counted]) for kind, metrics in parts.items()}
 
 
-def chosen_positions(model: QuietStarForCausalLM, batch: Batch) -> Tensor | None:
+def chosen_positions(model: Thinker, batch: Batch) -> Tensor | None:
     """Where the texts of a batch think; None for all positions."""
     return model.choose_positions(
         batch.input_ids,
@@ -126,9 +138,7 @@ def chosen_positions(model: QuietStarForCausalLM, batch: Batch) -> Tensor | None
     )
 
 
-def _own(
-    model: QuietStarForCausalLM, batch: Batch, positions: Tensor | None
-) -> tuple[Tensor, ThoughtMetrics]:
+def _own(model: Thinker, batch: Batch, positions: Tensor | None) -> tuple[Tensor, ThoughtMetrics]:
     where = {"positions": positions, "sample_ids": batch.sample_ids}
     tokens = model.sample(batch.input_ids, **where)
     metrics = score(model, batch, tokens, positions)
@@ -140,7 +150,7 @@ def _own(
 
 
 def score(
-    model: QuietStarForCausalLM, batch: Batch, thoughts: Tensor, positions: Tensor | None = None
+    model: Thinker, batch: Batch, thoughts: Tensor, positions: Tensor | None = None
 ) -> ThoughtMetrics:
     """Figures of a batch with these thoughts (at these positions)."""
     scored = model.think(
@@ -155,9 +165,15 @@ def score(
 
 
 def _exchanged(
-    batches: Sequence[Batch], thoughts: Sequence[Tensor], places: Sequence[Tensor | None]
+    batches: Sequence[Batch],
+    thoughts: Sequence[Tensor],
+    places: Sequence[Tensor | None],
+    counted: int | None,
 ) -> list[Tensor]:
-    """Every batch's thoughts, exchanged."""
+    """Every batch's thoughts, exchanged; those that do not count stay as they are."""
+    if counted is not None and counted < len(batches):
+        kept = _exchanged(batches[:counted], thoughts[:counted], places[:counted], None)
+        return [*kept, *thoughts[counted:]]
     if not all(batch.answers.any(-1).all() for batch in batches):
         return [
             exchange(t, b.attention_mask.bool() if p is None else p >= 0, b.sample_ids)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,8 +23,8 @@ from quietstar.errors import Preempted, UserError
 from quietstar.metrics import ThoughtMetrics
 from quietstar.outputs import QuietStarOutput
 from quietstar.training.checkpoint import save_checkpoint
+from quietstar.training.engines import accumulate, backward, update
 from quietstar.training.evaluation import evaluate
-from quietstar.training.optimizer import gradient_norms
 from quietstar.training.preemption import PREEMPTED_FILE, StopRequest
 from quietstar.training.reporter import Reporter, StepRecord
 from quietstar.training.stages import Stage
@@ -38,7 +38,7 @@ class Run:
         stage: Which one.
         config: The whole config that holds in it.
         accelerator: Devices, ranks, precision.
-        model: The prepared `QuietStarForCausalLM` (perhaps wrapped by an engine).
+        model: The prepared `Trainee`, perhaps wrapped by an engine.
         optimizer: AdamW with the groups of `quietstar.training.optimizer`.
         scheduler: Of its learning rates.
         train_data: Batches by step.
@@ -75,16 +75,13 @@ def train(run: Run) -> None:
     for step in range(run.start_step, settings.steps):
         run.reporter.step_begins()
         loss, output = accumulate_gradients(run, step)
-        norms = gradient_norms(run.accelerator, run.model, run.config.optim.clip_norm)
-        done = step + 1
-        record = StepRecord(
-            first + done, loss, output.metrics, norms, run.optimizer.param_groups[0]["lr"]
+        done, lr = step + 1, run.optimizer.param_groups[0]["lr"]
+        norms = update(
+            *(run.accelerator, run.model, run.optimizer, run.config.optim.clip_norm),
+            check=partial(check_finite, first + done, loss),
         )
-        check_finite(record)
-        run.optimizer.step()
         run.scheduler.step()
-        run.optimizer.zero_grad()
-        run.reporter.step_ends(record, output)
+        run.reporter.step_ends(StepRecord(first + done, loss, output.metrics, norms, lr), output)
         if run.stop.agreed(run.accelerator):
             leave(run, first + done)
         if _due(done, settings.eval_every) and done < settings.steps:
@@ -114,8 +111,7 @@ def accumulate_gradients(run: Run, step: int) -> tuple[Tensor, QuietStarOutput]:
     """Forward and backward over all micro-batches of a step.
 
     Every micro-batch divides by the number of valid targets of the whole step, over ranks too, so
-    its loss is a plain part of the step's. Engines average gradients over ranks; the factor undoes
-    that.
+    its loss is a plain part of the step's.
 
     Returns:
         The step's loss on all ranks, and the last micro-batch's output with the step's metrics.
@@ -130,8 +126,9 @@ def accumulate_gradients(run: Run, step: int) -> tuple[Tensor, QuietStarOutput]:
     output = QuietStarOutput()
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(run.model):
+        with accumulate(accelerator, run.model, last):
             output = run.model(
+                "forward",
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 labels=batch.labels,
@@ -143,7 +140,7 @@ def accumulate_gradients(run: Run, step: int) -> tuple[Tensor, QuietStarOutput]:
                 fixed_mixing_weight=_warm_up_weight(run.config, step),
                 think=run.stage.thinks,
             )
-            accelerator.backward(output.loss * accelerator.num_processes)
+            backward(accelerator, output.loss, last)
         total += output.loss.detach()
         metrics = output.metrics if metrics is None else metrics + output.metrics
     assert metrics is not None, "a step has at least one micro-batch"
@@ -175,17 +172,19 @@ def _warm_up_weight(config: Config, step: int) -> float | None:
     return head.warmup_weight if step < head.warmup_steps else None
 
 
-def check_finite(record: StepRecord) -> None:
+def check_finite(step: int, loss: Tensor, norms: Mapping[str, Tensor]) -> None:
     """Stop before a step that would destroy the weights.
 
     Raises:
         UserError: The loss or a gradient norm is not finite.
     """
-    values = {"loss": record.loss.item(), "gradient norm": record.norms["total"].item()}
+    values = {"loss": loss.item()}
+    if "total" in norms:
+        values["gradient norm"] = norms["total"].item()
     bad = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
     if bad:
         raise UserError(
-            f"step {record.step}: {', '.join(bad)} is not finite; stopped before the weights "
+            f"step {step}: {', '.join(bad)} is not finite; stopped before the weights "
             "changed. Lower optim.lr or optim.clip_norm, or resume from an earlier checkpoint."
         )
 

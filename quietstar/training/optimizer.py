@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
@@ -23,7 +20,7 @@ GROUPS: tuple[Group, ...] = ("language_model", "mixing_head", "embeddings")
 
 def group_of(name: str) -> Group:
     """Group of a parameter of `QuietStarForCausalLM`, perhaps wrapped by an engine."""
-    name = name.removeprefix("module.")
+    name = name.removeprefix("module.").removeprefix("model.")
     if name.startswith("language_model."):
         return "language_model"
     return "mixing_head" if name.startswith("mixing_head.") else "embeddings"
@@ -104,22 +101,3 @@ def build_scheduler(optimizer: Optimizer, config: OptimConfig, steps: int) -> LR
     """Linear warm-up, then constant or falling to 0 at the last step."""
     name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     return get_scheduler(name, optimizer, config.warmup_steps, steps)
-
-
-def gradient_norms(
-    accelerator: Accelerator, model: torch.nn.Module, clip_norm: float
-) -> dict[str, Tensor]:
-    """Gradient norm of each group and in total, before clipping; then clip."""
-    by_group: dict[str, list[Tensor]] = {group: [] for group in GROUPS}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            by_group[group_of(name)].append(parameter.grad)
-    norms = {group: _norm(grads) for group, grads in by_group.items()}
-    total = accelerator.clip_grad_norm_(model.parameters(), clip_norm)
-    assert total is not None, "this engine reports no gradient norm"
-    norms["total"] = total
-    return norms
-
-
-def _norm(grads: Iterable[Tensor]) -> Tensor:
-    return torch.nn.utils.get_total_norm(list(grads))

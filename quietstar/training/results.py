@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.data import Batch
-from quietstar.model import QuietStarForCausalLM
 from quietstar.outputs import Thoughts
 from quietstar.report import write_report
 from quietstar.training.answers import place_before_answer
+from quietstar.training.engines import ThroughEngine
 from quietstar.training.evaluation import chosen_positions
 from quietstar.training.reporter import METRICS_FILE, read_records
 
@@ -32,12 +32,15 @@ ACCURACIES = {
 
 
 def write_results(run: Run, tokenizer: PreTrainedTokenizerBase, seconds: float) -> None:
-    """Write all three; ``seconds`` is the time of the whole run."""
+    """Write all three; ``seconds`` is the time of the whole run. To be called on all processes."""
     folder = Path(run.config.training.output_dir)
+    shown = samples(run, tokenizer) if run.stage.thinks else None
+    if not run.accelerator.is_main_process:
+        return
     results = {**collect_results(run), "seconds": round(seconds, 1)}
     _write_json(folder / RESULTS_FILE, results)
-    if run.stage.thinks:
-        _write_json(folder / SAMPLES_FILE, {"samples": samples(run, tokenizer)})
+    if shown is not None:
+        _write_json(folder / SAMPLES_FILE, {"samples": shown})
     write_report(folder)
 
 
@@ -66,8 +69,7 @@ def collect_results(run: Run) -> dict[str, Any]:
 @torch.no_grad()
 def samples(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Thoughts in held-out texts: before the answer, or at some place where there is none."""
-    model = run.accelerator.unwrap_model(run.model)
-    assert isinstance(model, QuietStarForCausalLM), type(model)
+    model = ThroughEngine(run.model)
     found: list[dict[str, Any]] = []
     for batch in run.eval_data.batches(run.config.training.micro_batch_size):
         if len(found) >= NUM_SAMPLES:

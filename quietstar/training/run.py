@@ -19,6 +19,12 @@ from quietstar.data import DataReport, EvalData, TrainData, build_data
 from quietstar.errors import UserError
 from quietstar.model import QuietStarForCausalLM
 from quietstar.training.checkpoint import checkpoint_step, keep_trainable_only
+from quietstar.training.engines import (
+    Trainee,
+    configure_engine,
+    full_weights,
+    gather_outer_weights,
+)
 from quietstar.training.folder import (
     CONFIG_FILE,
     FINAL_FOLDER,
@@ -182,9 +188,10 @@ def run_stage(job: Job, stage: Stage, reporter: Reporter, checkpoint: Path | Non
     begin_stage(job.model, stage, job.tokenizer)
     optimizer = build_optimizer(job.model, config.optim, config.tuning)
     job.schedule.scheduler = build_scheduler(optimizer, config.optim, config.training.steps)
-    accelerator.unwrap_model(job.model, keep_fp32_wrapper=False)  # from the stage before
-    accelerator.free_memory()
-    prepared, optimizer = accelerator.prepare(job.model, optimizer)
+    accelerator.free_memory()  # of the stage before
+    configure_engine(accelerator, config)
+    prepared, optimizer = accelerator.prepare(Trainee(job.model), optimizer)
+    gather_outer_weights(accelerator, job.model)
     start_step = 0
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
@@ -202,9 +209,11 @@ def finish(job: Job, run: Run, reporter: Reporter, seconds: float) -> Path:
     """Save the final model, results and report; returns the model's folder."""
     accelerator, output_dir = job.accelerator, Path(job.config.training.output_dir)
     final = output_dir / FINAL_FOLDER
+    weights = full_weights(accelerator, run.model)
     if accelerator.is_main_process:
-        job.model.save_pretrained(final, job.tokenizer)
-        write_results(run, job.tokenizer, seconds)
+        job.model.save_pretrained(final, job.tokenizer, weights=weights)
+    write_results(run, job.tokenizer, seconds)
+    if accelerator.is_main_process:
         reporter.say(
             f"the model is in {final}; the figures are in {output_dir / METRICS_FILE}; "
             f"look at {output_dir / 'report.html'}"
