@@ -183,20 +183,22 @@ def _engine(accelerator: Accelerator) -> Any:
     return wrapped.engine
 
 
-def gather_outer_weights(accelerator: Accelerator, model: QuietStarForCausalLM) -> None:
-    """Under ZeRO-3, have the output layer's weight gathered in the model's forward.
+def gather_outer_weights(accelerator: Accelerator, trainee: Trainee) -> None:
+    """Under ZeRO-3, have some weights gathered during the whole of the trainee's forward.
 
-    The fused cross entropy reads it there, outside the layer that it belongs to.
+    The fused cross entropy reads the output layer's weight outside that layer, and a method other
+    than forward the two vectors outside their module's forward.
     """
     plugin = accelerator.state.deepspeed_plugin if is_deepspeed(accelerator) else None
     if plugin is None or plugin.zero_stage < 3:
         return
     import deepspeed
 
+    model = trainee.model
     head = model.output_head
-    for weight in (head.weight, head.bias):
+    for weight in (head.weight, head.bias, model.start_embedding, model.end_embedding):
         if weight is not None:
-            deepspeed.zero.register_external_parameter(model, weight)
+            deepspeed.zero.register_external_parameter(trainee, weight)
 
 
 def full_weights(accelerator: Accelerator, prepared: nn.Module) -> dict[str, Tensor] | None:

@@ -190,8 +190,9 @@ def run_stage(job: Job, stage: Stage, reporter: Reporter, checkpoint: Path | Non
     job.schedule.scheduler = build_scheduler(optimizer, config.optim, config.training.steps)
     accelerator.free_memory()  # of the stage before
     configure_engine(accelerator, config)
-    prepared, optimizer = accelerator.prepare(Trainee(job.model), optimizer)
-    gather_outer_weights(accelerator, job.model)
+    trainee = Trainee(job.model)
+    prepared, optimizer = accelerator.prepare(trainee, optimizer)
+    gather_outer_weights(accelerator, trainee)
     start_step = 0
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))

@@ -13,6 +13,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from quietstar.config import Config, ThoughtsConfig
@@ -117,7 +118,12 @@ def find_tokenizer(config: Config, hub: dict) -> PreTrainedTokenizerBase:
 def build_model(
     config: Config, tokenizer: PreTrainedTokenizerBase, hub: dict
 ) -> QuietStarForCausalLM:
-    """Load or make the base model and turn it into one that thinks."""
+    """Load or make the base model and turn it into one that thinks.
+
+    Every process makes the whole model, also under ZeRO-3, which cuts it afterwards: weights that
+    are cut while they load have no shapes, and the checks and adapters need them.
+    """
+    unset_hf_deepspeed_config()
     base = load_base(
         config.model.name_or_path,
         config.model.config,
