@@ -403,8 +403,7 @@ def shipped_configs() -> dict[str, Path]:
     folder = _shipped_folder()
     if folder is None:
         return {}
-    files = sorted(folder.rglob("*.yaml"))
-    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}  # below lie launchers' files
 
 
 def resolve_config_file(name: str | Path) -> tuple[Path, str]:

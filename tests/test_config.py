@@ -18,7 +18,7 @@ from quietstar.config_io import (
 from quietstar.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
+SHIPPED = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("*.yaml"))
 VALID = {"model": {"name_or_path": "some/model"}, "data": {"train": "text.jsonl"}}
 VALID_YAML = "model: {name_or_path: some/model}\ndata: {train: text.jsonl}\n"
 

@@ -4,6 +4,7 @@ Launched as users do, two ranks on CPUs. DeepSpeed's tests run where it is insta
 """
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig
 from safetensors.torch import load_file
 from tiny import plain_model, read_metrics, run_config
 
@@ -23,7 +26,19 @@ ENGINES = ["ddp", "zero1", "zero2", "zero3"]
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
 )
-pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=str)
+def test_files_of_launchers_are_what_accelerate_reads(path):
+    text = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = ClusterConfig.from_yaml_file(str(path))
+    assert config.num_processes == (1 if path.stem == "single" else 2 if "cpu" in path.stem else 8)
+    if "deepspeed_config" in text:
+        assert config.distributed_type == "DEEPSPEED"
+        file = ROOT / text["deepspeed_config"]["deepspeed_config_file"]
+        stage = json.loads(file.read_text(encoding="utf-8"))["zero_optimization"]["stage"]
+        assert path.stem.startswith(f"zero{stage}")
+        assert text.get("use_cpu", False) == path.stem.endswith("_cpu")
 
 
 def launch(engine, config, output_dir, *arguments):
@@ -73,6 +88,7 @@ def one(request, tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", [marked(engine) for engine in ENGINES])
 def test_two_ranks_give_the_trajectory_of_one(engine, one, tmp_path):
     _, config, whole = one
@@ -89,6 +105,7 @@ def test_two_ranks_give_the_trajectory_of_one(engine, one, tmp_path):
 
 
 @needs_deepspeed
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_a_run_in_pieces_resumes_bit_for_bit(engine, one, tmp_path):
     tuning, config, _ = one
