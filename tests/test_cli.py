@@ -21,7 +21,7 @@ def runs(monkeypatch):
     """Puts a recorder in the place of the training loop."""
     calls = []
     module = types.ModuleType("quietstar.training.run")
-    module.run_training = lambda config, resume: calls.append((config, resume))
+    module.run_training = lambda config, resume, allow_changes: calls.append((config, resume))
     monkeypatch.setitem(sys.modules, "quietstar.training", types.ModuleType("quietstar.training"))
     monkeypatch.setitem(sys.modules, "quietstar.training.run", module)
     return calls
@@ -106,6 +106,7 @@ def test_train_hands_over_config_overrides_and_resume(runs, tmp_path):
         (["trian"], "there is no command trian; known: train"),
         (["train", "--config"], "--config: has no value; write --config FILE"),
         (["train", "--resume", "--training.overwrite"], "--resume: has no value"),
+        (["train", "--allow-changes", "maybe"], "--allow-changes: maybe must be true or false"),
         (["train", "--resume", "runs/no/such"], "--resume: there is no folder runs/no/such"),
         (["train", "--config", "no_such_file"], "--config: there is no file no_such_file"),
     ],
@@ -117,7 +118,7 @@ def test_a_mistake_in_the_command_ends_with_exit_code_2(arguments, expected, run
 
 
 def test_mistakes_found_by_the_loop_end_the_same_way(runs, monkeypatch, capsys):
-    def fail(config, resume):
+    def fail(config, resume, allow_changes):
         raise UserError("runs/tiny already holds a run")
 
     monkeypatch.setattr(sys.modules["quietstar.training.run"], "run_training", fail)
@@ -126,7 +127,7 @@ def test_mistakes_found_by_the_loop_end_the_same_way(runs, monkeypatch, capsys):
 
 
 def test_other_errors_keep_their_traceback(runs, monkeypatch):
-    def fail(config, resume):
+    def fail(config, resume, allow_changes):
         raise ValueError("a fault of the program")
 
     monkeypatch.setattr(sys.modules["quietstar.training.run"], "run_training", fail)
@@ -135,7 +136,7 @@ def test_other_errors_keep_their_traceback(runs, monkeypatch):
 
 
 def test_an_interrupt_ends_with_exit_code_130(runs, monkeypatch):
-    def interrupt(config, resume):
+    def interrupt(config, resume, allow_changes):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["quietstar.training.run"], "run_training", interrupt)
@@ -149,7 +150,8 @@ def test_help_lists_every_key_with_type_default_and_bounds_in_80_columns():
     lines = [line.rstrip() for line in result.stdout.splitlines()]
     assert max(map(len, lines)) <= 80
     starts = {line.split()[0] for line in lines if line.startswith("  --")}
-    assert starts == {f"--{key}" for key in FIELDS} | {"--config", "--resume", "--controls"}
+    options = {"--config", "--resume", "--allow-changes", "--controls"}
+    assert starts == {f"--{key}" for key in FIELDS} | options
     words = " ".join(result.stdout.split())
     for key in FIELDS:
         assert f"--{key} " in words
