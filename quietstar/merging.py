@@ -62,6 +62,10 @@ def merge(folder: Path, out: Path, **hub: Any) -> Path:
         _MERGED,
     )
     model.load_state_dict(own, strict=False)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(f"--out: {out} cannot be made ({problem.strerror}); give another") from None
     model.save_pretrained(out)
     if (folder / "tokenizer_config.json").exists():
         AutoTokenizer.from_pretrained(folder).save_pretrained(out)

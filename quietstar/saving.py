@@ -148,6 +148,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """
     path = folder / SETTINGS_FILE
     if not path.exists():
+        if (folder / "final" / SETTINGS_FILE).exists():
+            raise UserError(f"{folder} is the folder of a run; its model is in {folder / 'final'}")
+        if not folder.exists():
+            raise UserError(f"{folder}: there is no such folder")
         raise UserError(
             f"{folder}: no Quiet-STaR model lies here ({SETTINGS_FILE} is missing). For a plain "
             "model use QuietStarForCausalLM.from_base."

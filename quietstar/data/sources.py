@@ -195,9 +195,18 @@ _STEPS: dict[str, Callable[[str], str]] = {"chain_sum": chain_sum_steps}
 """From a question of a reasoning_gym task to the steps to its answer."""
 
 
+def _check_steps_field(config: DataConfig) -> None:
+    if config.steps_field not in (None, "steps"):
+        raise UserError(
+            f"data.steps_field: {config.steps_field!r} is no field of generated problems: set"
+            " data.steps_field: steps, or leave it out"
+        )
+
+
 def _gym_steps(label: str, task: str, config: DataConfig) -> Callable[[str], str] | None:
     if config.steps_field is None:
         return None
+    _check_steps_field(config)
     if task not in _STEPS:
         raise UserError(
             f"data.steps_field: {config.steps_field!r} needs problems with steps, but those of"
@@ -226,6 +235,7 @@ def _gym_rows(
 def _open_synthetic(
     label: str, task: str, config: DataConfig, seed: int, size: int, held_out: bool
 ) -> Source:
+    _check_steps_field(config)
     records = synthetic_records(label, task, config.task_options, size, seed, held_out)
     names = [name for name, _ in Layout.of(config).fields]
     if "messages" in names:

@@ -18,12 +18,16 @@ from transformers.utils import logging as transformers_logging
 
 from quietstar.config import Config, ThoughtsConfig
 from quietstar.data import EvalData, load_tokenizer
+from quietstar.engine.backbone import num_virtual
 from quietstar.errors import UserError
 from quietstar.loading import load_base
 from quietstar.model import QuietStarForCausalLM
+from quietstar.saving import SETTINGS_FILE
 from quietstar.training.folder import TRACKERS_FOLDER
 from quietstar.training.stages import Stage
 from quietstar.tuning.peft_methods import quantization
+
+logger = logging.getLogger(__name__)
 
 
 def quiet_libraries() -> None:
@@ -76,10 +80,18 @@ def check_batch(config: Config, num_processes: int) -> None:
     settings = config.training
     share = settings.micro_batch_size * num_processes
     if settings.batch_size % share:
+        fitting = [
+            size
+            for size in range(1, settings.micro_batch_size + 1)
+            if settings.batch_size % (size * num_processes) == 0
+        ]
+        remedy = f"training.batch_size {-(-settings.batch_size // share) * share}"
+        if fitting:
+            remedy = f"training.micro_batch_size {fitting[-1]}, or {remedy}"
         raise UserError(
             f"training.batch_size ({settings.batch_size}) must be a multiple of "
             f"training.micro_batch_size ({settings.micro_batch_size}) x processes "
-            f"({num_processes}) = {share}, so that every process has the same work"
+            f"({num_processes}) = {share}, so that every process has the same work: set {remedy}"
         )
 
 
@@ -124,6 +136,13 @@ def build_model(
     are cut while they load have no shapes, and the checks and adapters need them.
     """
     unset_hf_deepspeed_config()
+    name = config.model.name_or_path
+    if name is not None and (Path(name) / SETTINGS_FILE).exists():
+        logger.warning(
+            "model.name_or_path: %s holds a Quiet-STaR model; only its language model is taken, "
+            "the two vectors and the mixing head start anew",
+            name,
+        )
     base = load_base(
         config.model.name_or_path,
         config.model.config,
@@ -156,10 +175,15 @@ def check_positions(config: Config, model: QuietStarForCausalLM) -> None:
     thoughts = config.thoughts
     if longest is not None and config.data.seq_len > longest:
         block = thoughts.length + thoughts.lookahead + 1
+        virtual = num_virtual(model.causal_lm)
+        with_virtual = f" + tuning.virtual_tokens ({virtual})" if virtual else ""
+        remedy = f"set data.seq_len to at most {longest}"
+        if longest < 2:
+            remedy = "lower tuning.virtual_tokens" if virtual else "shorten the thoughts"
         raise UserError(
             f"data.seq_len ({config.data.seq_len}) + thoughts.length ({thoughts.length}) + "
-            f"thoughts.lookahead ({thoughts.lookahead}) + 1 is more than the model's "
-            f"{longest + block} positions; set data.seq_len to at most {longest}"
+            f"thoughts.lookahead ({thoughts.lookahead}) + 1{with_virtual} is more than the model's "
+            f"{longest + block + virtual} positions; {remedy}"
         )
 
 

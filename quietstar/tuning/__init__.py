@@ -58,9 +58,10 @@ def unfreeze(model: nn.Module, patterns: list[str]) -> None:
         fitting = [p for n, p in model.named_parameters() if fnmatchcase(n, f"*{pattern}")]
         if not fitting:
             example = next(name for name, _ in model.named_parameters())
+            example = example.removeprefix("base_model.model.")  # PEFT's own
             raise UserError(
                 f"tuning.unfreeze: {pattern!r} fits no parameter; names are like {example!r}. "
-                "Write for instance 'layers.0.*' or 'embed_tokens.weight'."
+                "Write for instance [layers.0.*] or [embed_tokens.weight]."
             )
         for parameter in fitting:
             parameter.requires_grad_(True)
