@@ -130,6 +130,10 @@ def test_answers_are_thought_about_and_counted(tmp_path):
     assert before["text_nll"] != pytest.approx(before["base_nll"])
     samples = json.loads((folder / "samples.json").read_text(encoding="utf-8"))["samples"]
     assert all(sample["before"].endswith("=") for sample in samples)
+    whole = [re.fullmatch(r" -?\d+", sample["truth"]) for sample in samples]
+    assert all(whole)  # the space and all digits, as accuracies count them
+    wanted = sum(sample["correct"] for sample in samples) / 4
+    assert after["accuracy_with_thoughts"] == wanted
     assert len(samples) == 4
 
 

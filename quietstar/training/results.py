@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.data import Batch
@@ -89,31 +91,62 @@ def _sample(
     place = _place(batch, thoughts, row)
     if place is None:
         return {}
-    position = place if thoughts.positions is None else int(thoughts.positions[row, place])
+    position = _position(thoughts, row, place)
     ids, tokens = batch.input_ids[row], thoughts.tokens[row, 0, place]
-    truth = int(ids[position + 1])
     steps = batch.steps[row][batch.steps[row] >= 0]
     is_right = (
         bool((tokens[: len(steps)] == steps).all()) if 0 < len(steps) <= len(tokens) else None
     )
-    mixed = int(thoughts.mixed_predicted[row, 0, place, 0])
-    base = int(thoughts.base_predicted[row, position])
+    shown = _span(batch, row, position)  # positions that predict what is shown
+    truth = ids[shown + 1]
+    mixed, base = thoughts.next_predicted()[row, 0, shown], thoughts.base_predicted[row, shown]
+    logprobs = [_logprobs(thoughts, row, int(where)) for where in shown]
     return {
         "before": tokenizer.decode(ids[: position + 1]),
         "thought": tokenizer.decode(tokens),
-        "truth": tokenizer.decode([truth]),
+        "truth": tokenizer.decode(truth),
         "without_thoughts": {
-            "prediction": tokenizer.decode([base]),
-            "probability": float(thoughts.base_logprobs[row, place, 0].exp()),
+            "prediction": tokenizer.decode(base),
+            "probability": math.exp(sum(without for without, _ in logprobs)),
         },
         "with_thoughts": {
-            "prediction": tokenizer.decode([mixed]),
-            "probability": float(thoughts.mixed_logprobs[row, 0, place, 0].exp()),
+            "prediction": tokenizer.decode(mixed),
+            "probability": math.exp(sum(mixed for _, mixed in logprobs)),
         },
         "mixing_weight": float(thoughts.mixing_weight[row, 0, place, 0]),
         "right_thought": is_right,
-        "correct": mixed == truth,
+        "correct": bool((mixed == truth).all()),
     }
+
+
+def _position(thoughts: Thoughts, row: int, place: int) -> int:
+    """Text position of a place among the thoughts."""
+    return place if thoughts.positions is None else int(thoughts.positions[row, place])
+
+
+def _span(batch: Batch, row: int, position: int) -> Tensor:
+    """Positions that predict the answer's tokens from ``position`` on, or that one alone."""
+    answers = batch.answers[row]
+    end = position + 1
+    while end + 1 < len(answers) and bool(answers[position + 1]) and bool(answers[end + 1]):
+        end += 1
+    return torch.arange(position, end, device=answers.device)
+
+
+def _logprobs(thoughts: Thoughts, row: int, position: int) -> tuple[float, float]:
+    """Of the true next token, without and with the thought that predicts it.
+
+    The latest thought whose lookahead reaches as far; the log-probabilities are 0 without one.
+    """
+    place, ahead = position, 0
+    if thoughts.positions is not None:
+        real = thoughts.positions[row]
+        place = int(((real >= 0) & (real <= position)).sum()) - 1
+        ahead = position - int(real[place])
+        if place < 0 or ahead >= thoughts.base_logprobs.shape[-1]:
+            return 0.0, 0.0
+    without, mixed = thoughts.base_logprobs[row, place], thoughts.mixed_logprobs[row, 0, place]
+    return float(without[ahead]), float(mixed[ahead])
 
 
 def _place(batch: Batch, thoughts: Thoughts, row: int) -> int | None:
