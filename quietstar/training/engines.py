@@ -192,7 +192,7 @@ def gather_outer_weights(accelerator: Accelerator, trainee: Trainee) -> None:
     plugin = accelerator.state.deepspeed_plugin if is_deepspeed(accelerator) else None
     if plugin is None or plugin.zero_stage < 3:
         return
-    import deepspeed
+    import deepspeed  # pyright: ignore[reportMissingImports]  (an extra)
 
     model = trainee.model
     head = model.output_head
