@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from quietstar import saving
-from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig, TuningConfig
+from quietstar.config import TuningConfig
 from quietstar.engine.self_check import check_architecture, use_thinking_attention
 from quietstar.errors import UserError
 from quietstar.loading import load_base
@@ -52,15 +52,8 @@ def merge(folder: Path, out: Path, **hub: Any) -> Path:
     prefix = saving.LANGUAGE_MODEL
     beside = {n.removeprefix(prefix): own.pop(n) for n in list(own) if n.startswith(prefix)}
     adapted.load_state_dict(beside, strict=False)  # what `tuning.unfreeze` trained
-    model = QuietStarForCausalLM(
-        adapted.merge_and_unload(),  # pyright: ignore[reportCallIssue]
-        ThoughtsConfig.model_validate(settings["thoughts"]),
-        MixingHeadConfig.model_validate(settings["mixing_head"]),
-        LossConfig.model_validate(settings["loss"]),
-        settings["vocab_size"],
-        settings["pause_token_id"],
-        _MERGED,
-    )
+    merged = adapted.merge_and_unload()  # pyright: ignore[reportCallIssue]
+    model = saving.rebuild(QuietStarForCausalLM, merged, settings, _MERGED)
     model.load_state_dict(own, strict=False)
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -262,7 +262,8 @@ class QuietStarForCausalLM(nn.Module):
         sampling = Sampling(
             self.thoughts.num_thoughts, self.thoughts.length, self.thoughts.temperature, seed
         )
-        text = self._run_text(input_ids)
+        # Only the choice by entropy needs the text before the rollout runs it.
+        text = self._run_text(input_ids) if self.thoughts.positions == "entropy" else None
         positions = self._choose(labels, answers, text, sample_ids, seed)
         thoughts = self._sample(input_ids, sample_ids, sampling, positions, text)
         loss, scored = self._learn(
@@ -297,14 +298,13 @@ class QuietStarForCausalLM(nn.Module):
         self,
         labels: Tensor,
         answers: Tensor | None,
-        text: TextRun,
+        text: TextRun | None,
         sample_ids: Tensor,
         seed: int,
     ) -> Tensor | None:
-        rule = self.thoughts.positions
-        entropy = next_token_entropy(text.states, self.output_head) if rule == "entropy" else None
+        entropy = None if text is None else next_token_entropy(text.states, self.output_head)
         return choose_positions(
-            rule,
+            self.thoughts.positions,
             self.thoughts.share,
             labels,
             answers=answers,
@@ -465,7 +465,7 @@ class QuietStarForCausalLM(nn.Module):
         labels = _target_labels(input_ids, attention_mask, labels)
         if sample_ids is None:
             sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
-        text = self._run_text(input_ids)
+        text = self._run_text(input_ids) if self.thoughts.positions == "entropy" else None
         return self._choose(labels, answers, text, sample_ids, seed)
 
     @torch.no_grad()

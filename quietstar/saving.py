@@ -109,15 +109,7 @@ def from_pretrained(
     check_architecture(base)
     use_thinking_attention(base)
     keep_gradients_of_4bit(base)
-    model = cls(
-        _tuned(base, tuning, folder, trainable),
-        ThoughtsConfig.model_validate(settings["thoughts"]),
-        MixingHeadConfig.model_validate(settings["mixing_head"]),
-        LossConfig.model_validate(settings["loss"]),
-        settings["vocab_size"],
-        settings["pause_token_id"],
-        tuning,
-    )
+    model = rebuild(cls, _tuned(base, tuning, folder, trainable), settings, tuning)
     own = load_file(folder / WEIGHTS_FILE)
     missing, unexpected = model.load_state_dict(own, strict=False)
     missing = [name for name in missing if not name.startswith(LANGUAGE_MODEL)]
@@ -126,6 +118,24 @@ def from_pretrained(
     if not trainable and tuning.method not in WHOLE:
         model.language_model.requires_grad_(False)
     return model.eval()
+
+
+def rebuild(
+    cls: type[QuietStarForCausalLM],
+    language_model: torch.nn.Module,
+    settings: dict[str, Any],
+    tuning: TuningConfig,
+) -> QuietStarForCausalLM:
+    """The model around a language model, by the settings of ``quietstar.json``."""
+    return cls(
+        language_model,
+        ThoughtsConfig.model_validate(settings["thoughts"]),
+        MixingHeadConfig.model_validate(settings["mixing_head"]),
+        LossConfig.model_validate(settings["loss"]),
+        settings["vocab_size"],
+        settings["pause_token_id"],
+        tuning,
+    )
 
 
 def _tuned(
