@@ -11,12 +11,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from quietstar import QuietStarForCausalLM
 from quietstar.config import MixingHeadConfig, ThoughtsConfig
-from quietstar.engine import attention, layout, rollout
-from quietstar.engine.attention import LearnPass, thinking_attention
+from quietstar.engine import attention, layout, passes, rollout
+from quietstar.engine.attention import thinking_attention
 from quietstar.engine.dense import ScoreRules, dense_blocks
 from quietstar.engine.kernels import CpuFlash
 from quietstar.engine.learn import LearnStates, learn_pass
 from quietstar.engine.parallel_attention import ParallelAttention
+from quietstar.engine.passes import LearnPass
 from quietstar.engine.self_check import use_thinking_attention
 
 UNCHANGED = 1e-6  # float32 rounding of states of unit scale
@@ -29,7 +30,7 @@ LAYER = torch.nn.Identity()  # stands for the attention layer that calls; nothin
 def path(request, monkeypatch) -> str:
     """Run the test on the flash path, and on the dense one."""
     if request.param == "dense":
-        monkeypatch.setattr(attention, "find_kernel", lambda *args: None)
+        monkeypatch.setattr(passes, "find_kernel", lambda *args: None)
     return request.param
 
 
@@ -224,13 +225,13 @@ def test_a_window_takes_the_dense_path_only_where_it_hides_something(window, den
     q, k, v = qkv(rows=5, heads=2, kv_heads=1, length=6, size=4)  # S + W = 6 + 4
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "dense_blocks", lambda *args: calls.append(args) or args[0])
+        patch.setattr(passes, "dense_blocks", lambda *args: calls.append(args) or args[0])
         LearnPass(1, 1, 4).attend(None, q, k, v, ScoreRules(scale=0.5, window=window))
     assert bool(calls) == dense
 
 
 def test_mixed_dtypes_of_autocast_are_computed_in_that_of_the_values_by_flash(monkeypatch):
-    monkeypatch.delattr(attention, "dense_blocks")
+    monkeypatch.delattr(passes, "dense_blocks")
     q, k, v = qkv(rows=3, heads=2, kv_heads=1, length=4, size=8)
     exact, _ = thinking_attention(LAYER, q, k, v, None, thought_pass=LearnPass(1, 1, 2))
     mixed, _ = thinking_attention(LAYER, q, k, v.bfloat16(), None, thought_pass=LearnPass(1, 1, 2))

@@ -5,7 +5,7 @@ import torch
 from tiny import plain_model, random_texts, thinking_model
 
 from quietstar.config import LossConfig
-from quietstar.engine import attention, chosen
+from quietstar.engine import chosen, passes
 from quietstar.engine.layout import IGNORE_INDEX
 from quietstar.engine.learn import LearnStates, learn_pass
 from quietstar.engine.positions import choose_positions, count_positions
@@ -21,7 +21,7 @@ POSITIONS = torch.tensor([[0, 3, 4, 7], [2, 5, -1, -1]])
 def path(request, monkeypatch):
     """Run the test on the kernels, on the dense path, and with prefixes cut into pieces."""
     if request.param == "dense":
-        monkeypatch.setattr(attention, "find_kernel", lambda *args: None)
+        monkeypatch.setattr(passes, "find_kernel", lambda *args: None)
     if request.param == "pieces":
         monkeypatch.setattr(chosen, "_PIECE_POSITIONS", 1)
     return request.param
@@ -44,7 +44,7 @@ def at(x, axis):
     return x.movedim((axis - 1, axis), (0, 1))[rows, index].movedim((0, 1), (axis - 1, axis))
 
 
-def passes(model, texts, thoughts):
+def both(model, texts, thoughts):
     """States of all positions, and of the chosen ones."""
     vectors = (model.start_embedding, model.end_embedding)
     full = learn_pass(model.causal_lm, *vectors, texts, thoughts, 2)
@@ -54,7 +54,7 @@ def passes(model, texts, thoughts):
 
 def test_chosen_states_are_those_of_the_full_pass(path):
     model, texts, thoughts = model_and_inputs()
-    full, some = passes(model, texts, thoughts)
+    full, some = both(model, texts, thoughts)
     real = (POSITIONS >= 0)[None, None, :, :, None]
     torch.testing.assert_close(some.text, full.text)
     for mine, whole in ((some.policy, full.policy), (some.ahead, full.ahead)):
@@ -64,7 +64,7 @@ def test_chosen_states_are_those_of_the_full_pass(path):
 def test_gradients_are_those_of_the_full_computation_restricted_to_the_chosen(path):
     model, texts, thoughts = model_and_inputs()
     config = LossConfig(draft_weight=0.3, policy_weight=0.5, entropy_weight=0.1)
-    full, some = passes(model, texts, thoughts)
+    full, some = both(model, texts, thoughts)
     restricted = LearnStates(full.text, at(full.policy, 3), at(full.ahead, 3))
     losses, gradients = [], []
     for states in (restricted, some):
@@ -100,7 +100,7 @@ def test_all_positions_chosen_one_by_one_give_the_loss_without_a_choice():
 
 def test_terms_of_thoughts_are_means_over_the_chosen_and_the_base_over_all():
     model, texts, thoughts = model_and_inputs()
-    _, some = passes(model, texts, thoughts)
+    _, some = both(model, texts, thoughts)
     weight = model.mixing_head(some.text, some.ahead, POSITIONS)
     args = (some, weight, at(thoughts, 3), texts, model.output_head)
     for name in ("base_weight", "mixed_weight", "thought_weight"):

@@ -8,10 +8,10 @@ from architectures import REFUSED, SUPPORTED, meta_model, tiny_architecture
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quietstar import QuietStarForCausalLM
-from quietstar.engine import attention, dense, parallel_attention, self_check
-from quietstar.engine.attention import LearnPass
+from quietstar.engine import attention, dense, parallel_attention, passes, self_check
 from quietstar.engine.layout import Layout
 from quietstar.engine.parallel_attention import RowViews
+from quietstar.engine.passes import LearnPass
 from quietstar.engine.self_check import TOLERANCE, check_architecture, worst_error
 from quietstar.errors import UserError
 from quietstar.losses import output_head
@@ -138,12 +138,12 @@ def _no_merge(patch):
 
 
 def _rollout_keys_lost(patch):
-    store = attention.RolloutCache.store_own
+    store = passes.RolloutCache.store_own
 
     def store_zeros(self, layer, index, k, v):
         return store(self, layer, index, torch.zeros_like(k), v)
 
-    patch.setattr(attention.RolloutCache, "store_own", store_zeros)
+    patch.setattr(passes.RolloutCache, "store_own", store_zeros)
 
 
 def _no_logit_scale(patch):

@@ -7,7 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.engine.attention import VIRTUAL_TOKENS, Pass, thought_pass_scope
+from quietstar.engine.attention import thought_pass_scope
+from quietstar.engine.passes import VIRTUAL_TOKENS, Pass
 
 
 def embedding_weight(model: PreTrainedModel) -> Float[Tensor, "vocab embedding"]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from quietstar.engine.dense import ScoreRules, dense_attention, recomputed
 from quietstar.engine.kernels import Kernel
@@ -45,7 +46,7 @@ class PrefixAttention:
         size = max(1, min(size, _PIECE_POSITIONS))
         self.pieces = [slice(n, min(n + size, count)) for n in range(0, count, size)]
         # Where the positions are on the host anyway, no key behind the last one is read.
-        on_host = positions.device.type == "cpu"
+        on_host = positions.device.type == "cpu" and not isinstance(positions, FakeTensor)
         self.ends = [
             int(self.positions[:, p].max()) + 1 if on_host else text_length for p in self.pieces
         ]

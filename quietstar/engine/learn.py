@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.engine.attention import ChosenLearnPass, LearnPass, PlainPass
 from quietstar.engine.backbone import embed_text, num_virtual, run_backbone
 from quietstar.engine.layout import (
     ChosenLayout,
@@ -18,6 +17,7 @@ from quietstar.engine.layout import (
     shift_ahead,
     shifted,
 )
+from quietstar.engine.passes import ChosenLearnPass, LearnPass, PlainPass
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,11 @@ def count_positions(
     return count if rule == "all" else (count * share - 1e-6).ceil().long()
 
 
+def most_positions(share: float, seq_len: int) -> int:
+    """Most positions that a share of a text's can be."""
+    return max(1, int(-(-(seq_len - 1) * share // 1)))
+
+
 def choose_positions(
     rule: Rule,
     share: float,
@@ -76,7 +81,7 @@ def choose_positions(
     if rule in ANSWER_RULES:
         width, score = max(1, int(counts.max())), _before_answers(rule, answers).float()
     else:
-        width = max(1, int(-(-(labels.shape[1] - 1) * share // 1)))
+        width = most_positions(share, labels.shape[1])
         score = _scores(rule, share, candidates, entropy, sample_ids, seed)
     chosen = score.masked_fill(~candidates, -torch.inf).topk(width, dim=-1).indices
     beyond = torch.arange(width, device=labels.device) >= counts[:, None]

@@ -17,7 +17,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.engine.attention import ChosenStep, Pass, RolloutCache, TextPass, ThoughtStep
 from quietstar.engine.backbone import (
     embed_text,
     embedding_weight,
@@ -26,6 +25,7 @@ from quietstar.engine.backbone import (
 )
 from quietstar.engine.chosen import PrefixAttention
 from quietstar.engine.layout import shifted
+from quietstar.engine.passes import ChosenStep, Pass, RolloutCache, TextPass, ThoughtStep
 from quietstar.engine.sampling import keyed_uniform, sample_inverse_cdf
 from quietstar.losses.output_head import OutputHead
 

@@ -89,8 +89,13 @@ def objective(segments: Sequence[Segment], head: OutputHead) -> tuple[Tensor, li
     return _recomputed_objective(segments, head)
 
 
+def chunk_rows(vocab_size: int) -> int:
+    """Rows whose logits are held at once."""
+    return max(64, _CHUNK_ELEMENTS // vocab_size)
+
+
 def _chunks(rows: int, vocab_size: int) -> list[slice]:
-    size = max(64, _CHUNK_ELEMENTS // vocab_size)
+    size = chunk_rows(vocab_size)
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quietstar.config import TuningConfig
-from quietstar.engine.attention import VIRTUAL_TOKENS
+from quietstar.engine.passes import VIRTUAL_TOKENS
 from quietstar.errors import UserError
 from quietstar.tuning.bottleneck import decoder_layers
 

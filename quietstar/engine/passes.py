@@ -1,0 +1,285 @@
+"""What each pass of the engine does at an attention layer: who attends to whom.
+
+`PlainPass` runs a text alone, `LearnPass` text and blocks at once, with gradient; `TextPass` and
+`ThoughtStep` run the text once and then one token of every block at a time, without.
+`ChosenLearnPass` and `ChosenStep` are the same with thoughts at chosen positions only.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from quietstar.engine.chosen import (
+    ChosenAttention,
+    ChosenViews,
+    PrefixAttention,
+    dense_chosen,
+    dense_step,
+)
+from quietstar.engine.dense import ScoreRules, dense_attention, dense_blocks, recomputed
+from quietstar.engine.kernels import Kernel, find_kernel
+from quietstar.engine.layout import ChosenLayout
+from quietstar.engine.own_block import own_scores, own_values
+from quietstar.engine.parallel_attention import ParallelAttention, add_own_
+
+VIRTUAL_TOKENS = "virtual_tokens"
+"""Child of a model, and of attention layers, with what stands for learned tokens before a text."""
+
+logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """What a parallel-thought pass does at each attention layer."""
+
+    def attend(
+        self, layer: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, rules: ScoreRules
+    ) -> Tensor:
+        """Output (N, H, S, dv) of queries (N, H, S, d) and keys and values (N, Hkv, S, .)."""
+        ...
+
+
+def with_virtual(layer: torch.nn.Module, k: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Put a layer's learned keys and values in the place of those of the virtual tokens.
+
+    They are the first of a text, along axis ``dim`` of texts (B, Hkv, S, .).
+    """
+    virtual = getattr(layer, VIRTUAL_TOKENS, None)
+    if virtual is None:
+        return k, v
+    count = virtual.keys.shape[1]
+    pairs = ((k, virtual.keys), (v, virtual.values))
+    k, v = (
+        torch.cat(
+            [
+                new.to(x.dtype).expand(x.shape[0], -1, -1, -1),
+                x.narrow(dim, count, x.shape[dim] - count),
+            ],
+            dim,
+        )
+        for x, new in pairs
+    )
+    return k, v
+
+
+# --- A text alone ---------------------------------------------------------------------------------
+
+
+class PlainPass:
+    """A text alone, with gradient: what the model's own attention does, virtual tokens heeded."""
+
+    def attend(self, layer, q, k, v, rules):  # noqa: D102
+        k, v = with_virtual(layer, k, v, 2)
+        if not rules.fits_flash(q.shape[2]):
+            return recomputed(q, (k, v), None, rules)
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=rules.scale, enable_gqa=True
+        )
+
+
+# --- The learn pass: text and all blocks at once -------------------------------------------------
+
+
+class LearnPass:
+    """Attention of the text and all its blocks at once, with gradient.
+
+    Args:
+        batch_size: B.
+        num_thoughts: K.
+        block_length: W.
+    """
+
+    def __init__(self, batch_size: int, num_thoughts: int, block_length: int) -> None:
+        self.batch_size = batch_size
+        self.num_thoughts = num_thoughts
+        self.block_length = block_length
+
+    def attend(self, layer, q, k, v, rules):  # noqa: D102  (see Pass)
+        kernel = choose_kernel(q, k, v, rules, q.shape[2] + self.block_length)
+        if kernel is None:
+            return dense_blocks(q, k, v, self.batch_size, self.num_thoughts, rules)
+        return ParallelAttention.apply(
+            q, k, v, self.batch_size, self.num_thoughts, rules.scale, kernel
+        )
+
+
+class ChosenLearnPass:
+    """The same with thoughts at chosen positions only, as one row.
+
+    Args:
+        layout: Its sizes and positions.
+    """
+
+    def __init__(self, layout: ChosenLayout) -> None:
+        sizes = layout.layout
+        self.layout = layout
+        self.views = ChosenViews(layout)
+        self.num_positions = sizes.text_length + sizes.block_length
+        repeats = sizes.num_thoughts * sizes.block_length
+        self.prefix = PrefixAttention(layout.positions, repeats, sizes.text_length)
+
+    def attend(self, layer, q, k, v, rules):  # noqa: D102
+        k, v = self._with_virtual(layer, k, v)
+        kernel = choose_kernel(q, k, v, rules, self.num_positions, masked=True)
+        if kernel is None:
+            return dense_chosen(q, k, v, self.layout, rules)
+        return ChosenAttention.apply(q, k, v, self.views, self.prefix, rules.scale, kernel)
+
+    def _with_virtual(self, layer: torch.nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if not hasattr(layer, VIRTUAL_TOKENS):
+            return k, v
+        texts = with_virtual(layer, self.views.text(k), self.views.text(v), 2)
+        flat = (x.transpose(0, 1).flatten(1, 2) for x in texts)  # (Hkv, B * S, .)
+        count = self.layout.num_text
+        k, v = (
+            torch.cat([text, x[0, :, count:]], 1).unsqueeze(0)
+            for text, x in zip(flat, (k, v), strict=True)
+        )
+        return k, v
+
+
+# --- The rollout: the text once, then one token of every block at a time -------------------------
+
+
+class RolloutCache:
+    """Keys and values of the text and of the thoughts so far, by attention layer.
+
+    Args:
+        num_steps: Block tokens that will be run (start and every thought token but the last).
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+        self.text: dict[int, tuple[Tensor, Tensor]] = {}
+        self.own: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def repeat_text(self, num_thoughts: int) -> None:
+        """Give every thought its text: keys and values (B, ...) become (K * B, ...)."""
+        for layer, pair in self.text.items():
+            k, v = (x.unsqueeze(0).expand(num_thoughts, *x.shape).flatten(0, 1) for x in pair)
+            self.text[layer] = (k, v)
+
+    def store_own(self, layer: int, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add one block token; returns the blocks so far, (K * B, S, Hkv, index + 1, .)."""
+        if layer not in self.own:
+            self.own[layer] = (self._allocate(k), self._allocate(v))
+        for cache, new in zip(self.own[layer], (k, v), strict=True):
+            cache[:, :, :, index] = new.transpose(1, 2)
+        keys, values = self.own[layer]
+        return keys[..., : index + 1, :], values[..., : index + 1, :]
+
+    def _allocate(self, x: Tensor) -> Tensor:
+        n, heads, length, size = x.shape
+        return x.new_empty(n, length, heads, self.num_steps, size)
+
+
+class TextPass:
+    """The text alone: causal attention that keeps its keys and values."""
+
+    def __init__(self, cache: RolloutCache) -> None:
+        self.cache = cache
+
+    def attend(self, layer, q, k, v, rules):  # noqa: D102
+        k, v = with_virtual(layer, k, v, 2)
+        self.cache.text[id(layer)] = (k, v)
+        kernel = choose_kernel(q, k, v, rules, q.shape[2])
+        if kernel is None:
+            return dense_attention(q, (k, v), None, rules)
+        return kernel.forward(q, k, v, True, rules.scale)[0]
+
+
+class ThoughtStep:
+    """One token of every block against the text and the block so far.
+
+    Args:
+        cache: Filled by a `TextPass` (its text repeated for every thought) and the earlier steps.
+        index: Place of the token in its block.
+    """
+
+    def __init__(self, cache: RolloutCache, index: int) -> None:
+        self.cache = cache
+        self.index = index
+
+    def attend(self, layer, q, k, v, rules):  # noqa: D102
+        text = self.cache.text[id(layer)]
+        own_k, own_v = self.cache.store_own(id(layer), self.index, k, v)
+        kernel = choose_kernel(q, k, v, rules, q.shape[2] + self.index + 1)
+        if kernel is None:
+            own = (own_k.permute(3, 0, 2, 1, 4), own_v.permute(3, 0, 2, 1, 4))
+            return dense_attention(q, text, own, rules, self.index)
+        out, lse = kernel.forward(q, *text, True, rules.scale)
+        blocks = q.shape[0] * q.shape[2]
+        scores = own_scores(
+            q.transpose(1, 2).reshape(blocks, q.shape[1], 1, -1), own_k.flatten(0, 1), rules.scale
+        )
+        prefix_lse = lse.transpose(1, 2).reshape(blocks, -1, 1)  # (K * B * S, H, 1)
+        merged = torch.logaddexp(prefix_lse, scores.logsumexp(-1))
+        own_out = own_values(scores.sub_(merged.unsqueeze(-1)).exp_(), own_v.flatten(0, 1))
+        own_out = own_out.view(q.shape[0], q.shape[2], q.shape[1], -1).transpose(1, 2)
+        add_own_(out, lse, own_out, merged.view(lse.transpose(1, 2).shape).transpose(1, 2))
+        return out
+
+
+class ChosenStep:
+    """One token of every block at chosen positions, as one row in the order (b p k).
+
+    Args:
+        cache: Filled by a `TextPass` and the earlier steps.
+        index: Place of the token in its block.
+        positions: Of the blocks, (B, P).
+        prefix: Attention to the text for K queries a position.
+    """
+
+    def __init__(
+        self, cache: RolloutCache, index: int, positions: Tensor, prefix: PrefixAttention
+    ) -> None:
+        self.cache, self.index = cache, index
+        self.positions, self.prefix = positions, prefix
+
+    def attend(self, layer, q, k, v, rules):  # noqa: D102
+        text = self.cache.text[id(layer)]
+        own = self.cache.store_own(id(layer), self.index, k, v)
+        own_k, own_v = (x[0] for x in own)  # (B * P * K, Hkv, index + 1, .)
+        # (1, H, B * P * K, d) -> (B, H, P * K, d), a view
+        queries = q[0].unflatten(1, (self.positions.shape[0], -1)).transpose(0, 1)
+        num_positions = text[0].shape[2] + self.index + 1
+        kernel = choose_kernel(q, k, v, rules, num_positions, masked=True)
+        if kernel is None:
+            own = (own_k, own_v)
+            out = dense_step(queries, text, own, rules, self.index, self.positions)
+            return out.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+        out, lse = self.prefix.forward(kernel, queries, *text, rules.scale)
+        scores = own_scores(q[0].transpose(0, 1).unsqueeze(2), own_k, rules.scale)
+        by_block = lse.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (B * P * K, H, 1)
+        merged = torch.logaddexp(by_block, scores.logsumexp(-1))
+        own_out = own_values(scores.sub_(merged.unsqueeze(-1)).exp_(), own_v)
+        # (B, P * K, H, .) of both, so that the result is one row again
+        out, lse = (x.transpose(1, 2) for x in (out, lse))
+        add_own_(out, lse, own_out.view(out.shape), merged.view(lse.shape))
+        return out.flatten(0, 1).transpose(0, 1).unsqueeze(0)
+
+
+_told: set[str] = set()
+
+
+def choose_kernel(
+    q: Tensor, k: Tensor, v: Tensor, rules: ScoreRules, num_positions: int, masked: bool = False
+) -> Kernel | None:
+    """The flash kernel, or None for the dense path; says once why the dense path is taken."""
+    if not rules.fits_flash(num_positions):
+        _tell_once("soft-capping, attention sinks or a sliding window shorter than the text")
+        return None
+    kernel = find_kernel(q, k, v, masked)
+    if kernel is None:
+        _tell_once(f"no flash kernel for {q.dtype} on {q.device.type} with head size {q.shape[-1]}")
+    return kernel
+
+
+def _tell_once(reason: str) -> None:
+    if reason not in _told:
+        _told.add(reason)
+        logger.warning("attention takes the slow exact path (dense mask): %s", reason)
