@@ -47,7 +47,7 @@ def load_base(
     """
     try:
         if name_or_path is None:
-            settings = _build_config(dict(config or {}), vocab_size)
+            settings = build_config(dict(config or {}), vocab_size)
         else:
             settings = AutoConfig.from_pretrained(name_or_path, **hub)
         dropped = drop_dropout(settings)
@@ -65,7 +65,12 @@ def load_base(
     return model
 
 
-def _build_config(fields: dict[str, Any], vocab_size: int | None) -> PreTrainedConfig:
+def build_config(fields: dict[str, Any], vocab_size: int | None) -> PreTrainedConfig:
+    """The transformers config of ``model_type`` and its fields.
+
+    Raises:
+        ValueError: No model_type, or one unknown to transformers.
+    """
     model_type = fields.pop("model_type", None)
     if model_type is None:
         raise ValueError("model_type is missing")

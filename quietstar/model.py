@@ -201,19 +201,31 @@ class QuietStarForCausalLM(nn.Module):
         """Think and learn by other settings from now on; weights stay."""
         self.thoughts, self.loss = thoughts, loss
 
-    @torch.no_grad()
-    def initialise_vectors(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Set both vectors to the input embeddings of ``start_init`` and ``end_init``.
+    def initial_vectors(
+        self, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[Float[Tensor, " embedding"], Float[Tensor, " embedding"]]:
+        """The input embeddings of ``start_init`` and ``end_init``.
 
         Raises:
             UserError: A text without tokens.
         """
-        for vector, name in (
-            (self.start_embedding, "start_init"),
-            (self.end_embedding, "end_init"),
-        ):
-            text = getattr(self.thoughts, name)
-            vector.copy_(initial_embedding(self.causal_lm, tokenizer, text, f"thoughts.{name}"))
+        return tuple(  # pyright: ignore[reportReturnType]
+            initial_embedding(
+                self.causal_lm, tokenizer, getattr(self.thoughts, name), f"thoughts.{name}"
+            )
+            for name in ("start_init", "end_init")
+        )
+
+    @torch.no_grad()
+    def initialise_vectors(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Set both vectors to `initial_vectors`.
+
+        Raises:
+            UserError: A text without tokens.
+        """
+        start, end = self.initial_vectors(tokenizer)
+        self.start_embedding.copy_(start)
+        self.end_embedding.copy_(end)
 
     # --- Training ---------------------------------------------------------------------------------
 

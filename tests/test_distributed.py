@@ -3,29 +3,21 @@
 Launched as users do, two ranks on CPUs. DeepSpeed's tests run where it is installed.
 """
 
-import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig
+from launching import ROOT, launch, marked
 from safetensors.torch import load_file
 from tiny import plain_model, read_metrics, run_config
 
 from quietstar.config_io import save_config
 from quietstar.data import load_tokenizer
 
-ROOT = Path(__file__).parents[1]
-ENGINES = ["ddp", "zero1", "zero2", "zero3"]
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
-)
+ENGINES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=str)
@@ -39,30 +31,6 @@ def test_files_of_launchers_are_what_accelerate_reads(path):
         stage = json.loads(file.read_text(encoding="utf-8"))["zero_optimization"]["stage"]
         assert path.stem.startswith(f"zero{stage}")
         assert text.get("use_cpu", False) == path.stem.endswith("_cpu")
-
-
-def launch(engine, config, output_dir, *arguments):
-    """Run the config in two processes of an engine; returns the run folder."""
-    train = ["train.py", "--config", str(config), "--training.output_dir", str(output_dir)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if engine == "one":
-        command = [sys.executable, *train]
-    elif engine == "ddp":
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *train]
-        environment["ACCELERATE_USE_CPU"] = "true"
-    else:
-        file = f"configs/accelerate/{engine}_cpu.yaml"
-        module = "accelerate.commands.accelerate_cli"
-        command = [sys.executable, "-m", module, "launch", "--config_file", file, *train]
-    done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return output_dir
-
-
-def marked(engine):
-    return pytest.param(engine, marks=() if engine == "ddp" else needs_deepspeed)
 
 
 @pytest.fixture(scope="module", params=["full", "lora"])
@@ -88,25 +56,27 @@ def one(request, tmp_path_factory):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", [marked(engine) for engine in ENGINES])
-def test_two_ranks_give_the_trajectory_of_one(engine, one, tmp_path):
-    _, config, whole = one
-    folder = launch(engine, config, tmp_path / "run")
+def assert_same_trajectory(folder, whole):
     for kind, keys in (("train", ("loss", "grad_norm_total")), ("eval", ("base_nll", "mixed_nll"))):
         ours, theirs = read_metrics(folder, kind), read_metrics(whole, kind)
         assert len(ours) == len(theirs)
         for record, wanted in zip(ours, theirs, strict=True):
-            for key in keys:
+            for key in set(keys) & set(wanted):
                 assert record[key] == pytest.approx(wanted[key], rel=1e-5), (record["step"], key)
     for name, weight in load_file(whole / "final" / "quietstar.safetensors").items():
         other = load_file(folder / "final" / "quietstar.safetensors")[name]
         torch.testing.assert_close(other, weight, rtol=1e-4, atol=1e-5)
 
 
-@needs_deepspeed
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+@pytest.mark.parametrize("engine", [marked(engine) for engine in ENGINES])
+def test_two_ranks_give_the_trajectory_of_one(engine, one, tmp_path):
+    _, config, whole = one
+    assert_same_trajectory(launch(engine, config, tmp_path / "run"), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [marked(engine) for engine in ("fsdp2", "zero2", "zero3")])
 def test_a_run_in_pieces_resumes_bit_for_bit(engine, one, tmp_path):
     tuning, config, _ = one
     if tuning != "full":
@@ -118,3 +88,50 @@ def test_a_run_in_pieces_resumes_bit_for_bit(engine, one, tmp_path):
     launch(engine, config, part, "--resume", "auto")
     a, b = (load_file(folder / "final" / "model.safetensors") for folder in (whole, part))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [marked(engine) for engine in ("ddp", "fsdp2", "zero2")])
+def test_another_number_of_processes_goes_on_where_the_engine_can(engine, one, tmp_path):
+    tuning, config, whole = one
+    if tuning != "full":
+        pytest.skip("once is enough")
+    part = tmp_path / "part"
+    if engine == "ddp":  # from one process to two
+        shutil.copytree(whole, part)
+        shutil.rmtree(part / "checkpoints" / "step-000010")
+        assert_same_trajectory(launch("ddp", config, part, "--resume", "auto"), whole)
+        launch("fsdp2", config, part, "--resume", "auto", refused="was written under whole")
+        return
+    launch(engine, config, part)
+    shutil.rmtree(part / "checkpoints" / "step-000010")
+    if engine == "fsdp2":
+        launch("fsdp2x1", config, part, "--resume", "auto")
+        assert_same_trajectory(part, whole)
+    else:
+        launch("zero2x1", config, part, "--resume", "auto", refused="Launch 2, or train under")
+
+
+STAGES = """
+stages:
+  reads:
+    training: {objective: next_token, steps: 3}
+  thinks:
+    thoughts: {length: 3}
+    training: {steps: 4}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "engine", [marked(engine) for engine in ("ddp", "fsdp2", "zero2", "zero3")]
+)
+def test_stages_on_two_ranks_give_those_of_one(engine, tmp_path):
+    """The two vectors are read from cut embeddings and written into cut vectors."""
+    config = run_config(tmp_path, training__micro_batch_size=2, training__save_every=2,
+                        loss__policy_weight=1.0, data__eval_sequences=6)  # fmt: skip
+    file = tmp_path / "config.yaml"
+    save_config(config, file)
+    file.write_text(file.read_text() + STAGES)
+    whole = launch("one", file, tmp_path / "one")
+    assert_same_trajectory(launch(engine, file, tmp_path / "two"), whole)

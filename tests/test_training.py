@@ -29,8 +29,8 @@ from quietstar.data import build_data, load_tokenizer
 from quietstar.errors import UserError
 from quietstar.metrics import ThoughtMetrics
 from quietstar.outputs import QuietStarOutput
-from quietstar.training import engines, loop, run, setup
-from quietstar.training.engines import gradient_norms
+from quietstar.training import loop, run, setup
+from quietstar.training.engines import Engine
 from quietstar.training.evaluation import compare, exchange, figures
 from quietstar.training.optimizer import build_optimizer
 from quietstar.training.reporter import Reporter, StepRecord
@@ -278,13 +278,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, mon
 
 
 def test_a_gradient_that_is_not_finite_stops_too(tmp_path, monkeypatch):
-    real = engines.gradient_norms
+    real = Engine.clip
 
-    def poisoned(accelerator, model, clip_norm):
+    def poisoned(engine, model, clip_norm):
         next(iter(model.parameters())).grad.view(-1)[0] = float("inf")
-        return real(accelerator, model, clip_norm)
+        return real(engine, model, clip_norm)
 
-    monkeypatch.setattr(engines, "gradient_norms", poisoned)
+    monkeypatch.setattr(Engine, "clip", poisoned)
     with pytest.raises(UserError, match="gradient norm inf is not finite"):
         train(run_config(tmp_path))
 
@@ -386,7 +386,7 @@ def test_gradient_norms_are_those_of_each_group_before_clipping():
         part = name.split(".")[0]
         group = "embeddings" if part.endswith("_embedding") else part
         squares[group] += parameter.grad.double().square().sum().item()
-    norms = gradient_norms(Accelerator(cpu=True), model, 1e-3)
+    norms = Engine(Accelerator(cpu=True)).clip(model, 1e-3)
     assert {n: x.item() for n, x in norms.items()} == pytest.approx(
         {n: x**0.5 for n, x in squares.items()} | {"total": sum(squares.values()) ** 0.5}, rel=1e-5
     )

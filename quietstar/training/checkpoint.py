@@ -6,25 +6,27 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from quietstar.errors import UserError
-from quietstar.training.engines import is_deepspeed
+from quietstar.training.engines import Engine
 from quietstar.training.manifest import find_damage, write_manifest
 
 if TYPE_CHECKING:
     from quietstar.training.loop import Run
 
 STATE_FILE = "trainer_state.json"
-WEIGHTS_FILE = "trainable.safetensors"
 PARTIAL = ".partial"
+LAUNCHERS = {
+    "whole": "one process, or configs/accelerate/ddp.yaml",
+    "deepspeed": "the same configs/accelerate/zero*.yaml",
+    "fsdp2": "configs/accelerate/fsdp2.yaml",
+}
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -38,38 +40,6 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     folders = (output_dir / "checkpoints").glob("step-*")
     whole = [f for f in folders if _NAME.fullmatch(f.name) and (f / STATE_FILE).exists()]
     return sorted(whole, key=lambda f: int(f.name.removeprefix("step-")))
-
-
-def keep_trainable_only(accelerator: Accelerator, model: torch.nn.Module) -> None:
-    """Make checkpoints hold what trains in any stage; frozen weights come from the base model.
-
-    Call it before a stage freezes anything.
-    """
-    if is_deepspeed(accelerator):
-        return  # its engine saves what it holds, in pieces
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-
-    def save(models: list[torch.nn.Module], weights: list[dict], folder: str) -> None:
-        weights.clear()  # tells accelerate that the weights are taken care of
-        if accelerator.is_main_process:
-            kept = {n: p.detach().contiguous() for n, p in _named(model, names)}
-            save_file(kept, Path(folder) / WEIGHTS_FILE)
-
-    def load(models: list[torch.nn.Module], folder: str) -> None:
-        models.clear()
-        weights = load_file(Path(folder) / WEIGHTS_FILE)
-        for name, parameter in _named(model, names):
-            parameter.data.copy_(weights[name])
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
-def _named(
-    model: torch.nn.Module, names: Sequence[str]
-) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    parameters = dict(model.named_parameters())
-    return ((name, parameters[name]) for name in names)
 
 
 def save_checkpoint(run: Run, step: int) -> Path:
@@ -86,12 +56,10 @@ def save_checkpoint(run: Run, step: int) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
     try:
-        accelerator.save_state(str(partial), safe_serialization=True)
+        run.engine.save(partial, run.model, run.optimizer)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            _complete(
-                partial, {"step": step, "stage": run.stage.name, "mixed_nll": _nll(run, step)}
-            )
+            _complete(partial, _state(run, step))
     except (OSError, RuntimeError, SafetensorError) as problem:
         shutil.rmtree(partial, ignore_errors=True)
         raise _unwritten(run, final, problem) from problem
@@ -110,6 +78,17 @@ def _complete(folder: Path, state: dict[str, Any]) -> None:
         if path.is_file():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
+
+
+def _state(run: Run, step: int) -> dict[str, Any]:
+    engine = run.engine
+    return {
+        "step": step,
+        "stage": run.stage.name,
+        "mixed_nll": _nll(run, step),
+        "engine": engine.kind,
+        "num_processes": engine.accelerator.num_processes,
+    }
 
 
 def _nll(run: Run, step: int) -> float | None:
@@ -196,4 +175,26 @@ def check_whole(folder: Path) -> None:
         raise UserError(
             f"--resume: {folder} is damaged: {damage}. Give an earlier checkpoint, or auto for "
             "the newest whole one."
+        )
+
+
+def check_world(folder: Path, engine: Engine) -> None:
+    """Refuse a checkpoint that this launch cannot read.
+
+    Raises:
+        UserError: Another engine wrote it, or as many processes as this engine cannot read.
+    """
+    state = read_state(folder)
+    now = engine.accelerator.num_processes
+    kind, processes = state.get("engine", engine.kind), state.get("num_processes", now)
+    if kind != engine.kind:
+        raise UserError(
+            f"--resume: {folder} was written under {kind}, this launch is {engine.kind}; their "
+            f"states differ. Launch as before ({LAUNCHERS[kind]})."
+        )
+    if processes != now and not engine.any_world:
+        raise UserError(
+            f"--resume: {folder} was written by {processes} processes under {kind}, which only as "
+            f"many can read; there are {now}. Launch {processes}, or train under ddp or fsdp2, "
+            "whose checkpoints any number of processes reads."
         )

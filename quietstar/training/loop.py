@@ -23,7 +23,7 @@ from quietstar.errors import Preempted, UserError
 from quietstar.metrics import ThoughtMetrics
 from quietstar.outputs import QuietStarOutput
 from quietstar.training.checkpoint import save_checkpoint
-from quietstar.training.engines import accumulate, backward, update
+from quietstar.training.engines import Engine
 from quietstar.training.evaluation import evaluate
 from quietstar.training.preemption import PREEMPTED_FILE, StopRequest
 from quietstar.training.reporter import Reporter, StepRecord
@@ -37,8 +37,8 @@ class Run:
     Attributes:
         stage: Which one.
         config: The whole config that holds in it.
-        accelerator: Devices, ranks, precision.
-        model: The prepared `Trainee`, perhaps wrapped by an engine.
+        engine: Wraps the module, exchanges gradients, saves.
+        model: The prepared `Trainee`, perhaps wrapped by the engine.
         optimizer: AdamW with the groups of `quietstar.training.optimizer`.
         scheduler: Of its learning rates.
         train_data: Batches by step.
@@ -50,7 +50,7 @@ class Run:
 
     stage: Stage
     config: Config
-    accelerator: Accelerator
+    engine: Engine
     model: torch.nn.Module
     optimizer: Optimizer
     scheduler: LRScheduler
@@ -59,6 +59,11 @@ class Run:
     reporter: Reporter
     start_step: int = 0
     stop: StopRequest = field(default_factory=StopRequest)
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """Devices, ranks, precision."""
+        return self.engine.accelerator
 
 
 def train(run: Run) -> None:
@@ -76,10 +81,8 @@ def train(run: Run) -> None:
         run.reporter.step_begins()
         loss, output = accumulate_gradients(run, step)
         done, lr = step + 1, run.optimizer.param_groups[0]["lr"]
-        norms = update(
-            *(run.accelerator, run.model, run.optimizer, run.config.optim.clip_norm),
-            check=partial(check_finite, first + done, loss),
-        )
+        check = partial(check_finite, first + done, loss)
+        norms = run.engine.update(run.model, run.optimizer, run.config.optim.clip_norm, check)
         run.scheduler.step()
         run.reporter.step_ends(StepRecord(first + done, loss, output.metrics, norms, lr), output)
         if run.stop.agreed(run.accelerator):
@@ -126,7 +129,7 @@ def accumulate_gradients(run: Run, step: int) -> tuple[Tensor, QuietStarOutput]:
     output = QuietStarOutput()
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
-        with accumulate(accelerator, run.model, last):
+        with run.engine.accumulate(run.model, last):
             output = run.model(
                 "forward",
                 input_ids=batch.input_ids,
@@ -140,7 +143,8 @@ def accumulate_gradients(run: Run, step: int) -> tuple[Tensor, QuietStarOutput]:
                 fixed_mixing_weight=_warm_up_weight(run.config, step),
                 think=run.stage.thinks,
             )
-            backward(accelerator, output.loss, last)
+            assert output.loss is not None, "forward gives a loss"
+            run.engine.backward(output.loss, last)
         total += output.loss.detach()
         metrics = output.metrics if metrics is None else metrics + output.metrics
     assert metrics is not None, "a step has at least one micro-batch"
@@ -172,8 +176,10 @@ def _warm_up_weight(config: Config, step: int) -> float | None:
     return head.warmup_weight if step < head.warmup_steps else None
 
 
-def check_finite(step: int, loss: Tensor, norms: Mapping[str, Tensor]) -> None:
-    """Stop before a step that would destroy the weights.
+def check_finite(
+    step: int, loss: Tensor, norms: Mapping[str, Tensor], *, stepped: bool = False
+) -> None:
+    """Stop before a step that would destroy the weights, or right after it.
 
     Raises:
         UserError: The loss or a gradient norm is not finite.
@@ -183,9 +189,10 @@ def check_finite(step: int, loss: Tensor, norms: Mapping[str, Tensor]) -> None:
         values["gradient norm"] = norms["total"].item()
     bad = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
     if bad:
+        when = "after the step, whose weights are not saved" if stepped else "before the step"
         raise UserError(
-            f"step {step}: {', '.join(bad)} is not finite; stopped before the weights "
-            "changed. Lower optim.lr or optim.clip_norm, or resume from an earlier checkpoint."
+            f"step {step}: {', '.join(bad)} is not finite; stopped {when}. Lower optim.lr or "
+            "optim.clip_norm, or resume from an earlier checkpoint."
         )
 
 

@@ -61,7 +61,7 @@ def parameter_groups(
     by_kind: dict[tuple[Group, bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            projected = galore is not None and _is_projected(name, parameter, galore.galore_rank)
+            projected = galore is not None and is_projected(name, parameter, galore.galore_rank)
             kind = (group_of(name), parameter.ndim >= 2, projected)
             by_kind.setdefault(kind, []).append(parameter)
     order = sorted(by_kind, key=lambda kind: (GROUPS.index(kind[0]), not kind[1], not kind[2]))
@@ -77,8 +77,8 @@ def parameter_groups(
     ]
 
 
-def _is_projected(name: str, parameter: torch.nn.Parameter, rank: int) -> bool:
-    """Matrices of the decoder's layers that are larger than the rank."""
+def is_projected(name: str, parameter: torch.nn.Parameter, rank: int) -> bool:
+    """Whether GaLore takes it: matrices of the decoder's layers that are larger than the rank."""
     in_layer = any(part.isdigit() for part in name.split("."))
     return (
         group_of(name) == "language_model"

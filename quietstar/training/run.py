@@ -18,13 +18,8 @@ from quietstar.config_io import save_config
 from quietstar.data import DataReport, EvalData, TrainData, build_data
 from quietstar.errors import UserError
 from quietstar.model import QuietStarForCausalLM
-from quietstar.training.checkpoint import checkpoint_step, keep_trainable_only
-from quietstar.training.engines import (
-    Trainee,
-    configure_engine,
-    full_weights,
-    gather_outer_weights,
-)
+from quietstar.training.checkpoint import check_world, checkpoint_step
+from quietstar.training.engines import Engine, ThroughEngine, Trainee, build_engine
 from quietstar.training.folder import (
     CONFIG_FILE,
     FINAL_FOLDER,
@@ -75,7 +70,7 @@ class Job:
     Attributes:
         config: Of the run.
         stages: In order.
-        accelerator: Devices, ranks, precision.
+        engine: Wraps the model, exchanges gradients, saves.
         tokenizer: The model's.
         model: The model itself, as no engine wraps it.
         data: Of each stage.
@@ -85,7 +80,7 @@ class Job:
 
     config: Config
     stages: Sequence[Stage]
-    accelerator: Accelerator
+    engine: Engine
     tokenizer: PreTrainedTokenizerBase
     model: QuietStarForCausalLM
     data: Sequence[StageData]
@@ -118,8 +113,11 @@ def run_training(config: Config, resume: str | None = None, allow_changes: bool 
         check_free(output_dir, config.training.overwrite or begun)
     else:
         remarks += check_same_run(output_dir, config, allow_changes)
+    engine = build_engine(accelerator, config)
+    if checkpoint is not None:
+        check_world(checkpoint, engine)
     steps_done = 0 if checkpoint is None else checkpoint_step(checkpoint)
-    job = set_up(config, accelerator)
+    job = set_up(config, engine)
     if accelerator.is_main_process:
         if is_new:
             start_folder(output_dir)
@@ -134,9 +132,9 @@ def run_training(config: Config, resume: str | None = None, allow_changes: bool 
         for remark in remarks:
             reporter.say(f"--resume: {remark}")
         first = stage_at(job.stages, steps_done)
-        run = run_stage(job, first, reporter, checkpoint)
+        run = run_stage(job, first, reporter, checkpoint=checkpoint)
         for stage in job.stages[first.index + 1 :]:
-            run = run_stage(job, stage, reporter, None)
+            run = run_stage(job, stage, reporter, previous=run)
         return finish(job, run, reporter, time.perf_counter() - began)
 
 
@@ -157,7 +155,7 @@ def _agreed(accelerator: Accelerator, look: Callable[[], T]) -> T:
     return found[0]
 
 
-def set_up(config: Config, accelerator: Accelerator) -> Job:
+def set_up(config: Config, engine: Engine) -> Job:
     """Load tokenizer, model and data of all stages.
 
     Raises:
@@ -165,7 +163,7 @@ def set_up(config: Config, accelerator: Accelerator) -> Job:
     """
     stages = plan_stages(config)
     for stage in stages:
-        check_batch(stage.config, accelerator.num_processes)
+        check_batch(stage.config, engine.accelerator.num_processes)
     set_seed(config.training.seed)
     hub = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     tokenizer = find_tokenizer(config, hub)
@@ -176,31 +174,50 @@ def set_up(config: Config, accelerator: Accelerator) -> Job:
         check_positions(stage.config, model)
         if stage.thinks:
             check_steps(stage.config, eval_data)
-    keep_trainable_only(accelerator, model)
-    job = Job(config, stages, accelerator, tokenizer, model, data)
-    accelerator.register_for_checkpointing(job.schedule)
+    engine.keep_trainable_only(model)
+    job = Job(config, stages, engine, tokenizer, model, data)
+    engine.accelerator.register_for_checkpointing(job.schedule)
     return job
 
 
-def run_stage(job: Job, stage: Stage, reporter: Reporter, checkpoint: Path | None) -> Run:
-    """Train one stage, from its start or from a checkpoint inside it; returns its loop's state."""
-    accelerator, config = job.accelerator, stage.config
-    begin_stage(job.model, stage, job.tokenizer)
+def run_stage(
+    job: Job,
+    stage: Stage,
+    reporter: Reporter,
+    checkpoint: Path | None = None,
+    previous: Run | None = None,
+) -> Run:
+    """Train one stage; returns its loop's state.
+
+    Args:
+        job: What the stages share.
+        stage: Which one.
+        reporter: Of the run.
+        checkpoint: Inside this stage, to go on from.
+        previous: The stage before, at its end.
+    """
+    engine, config = job.engine, stage.config
+    begin_stage(job.model, stage)
+    vectors = ()
+    if stage.starts_thinking and previous is not None:
+        # Now, when the embeddings have learned what the texts mean.
+        vectors = ThroughEngine(previous.model).initial_vectors(job.tokenizer)
+    engine.release()
+    trainee = engine.cut(Trainee(job.model))
+    for name, vector in zip(("start_embedding", "end_embedding"), vectors, strict=bool(vectors)):
+        engine.write(getattr(job.model, name), vector)
     optimizer = build_optimizer(job.model, config.optim, config.tuning)
-    job.schedule.scheduler = build_scheduler(optimizer, config.optim, config.training.steps)
-    accelerator.free_memory()  # of the stage before
-    configure_engine(accelerator, config)
-    trainee = Trainee(job.model)
-    prepared, optimizer = accelerator.prepare(trainee, optimizer)
-    gather_outer_weights(accelerator, trainee)
+    scheduler = build_scheduler(optimizer, config.optim, config.training.steps)
+    job.schedule.scheduler = scheduler
+    prepared, optimizer = engine.prepare(trainee, optimizer, config)
     start_step = 0
     if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
+        engine.load(checkpoint, prepared, optimizer)
         start_step = checkpoint_step(checkpoint) - stage.first_step
     train_data, eval_data, report = job.data[stage.index]
     reporter.begin_stage(stage, [report.summary(), describe(job.model, stage)])
     prepared.train()
-    run = Run(stage, config, accelerator, prepared, optimizer, job.schedule.scheduler,
+    run = Run(stage, config, engine, prepared, optimizer, scheduler,
               train_data, eval_data, reporter, start_step, job.stop)  # fmt: skip
     train(run)
     return run
@@ -208,9 +225,9 @@ def run_stage(job: Job, stage: Stage, reporter: Reporter, checkpoint: Path | Non
 
 def finish(job: Job, run: Run, reporter: Reporter, seconds: float) -> Path:
     """Save the final model, results and report; returns the model's folder."""
-    accelerator, output_dir = job.accelerator, Path(job.config.training.output_dir)
+    accelerator, output_dir = job.engine.accelerator, Path(job.config.training.output_dir)
     final = output_dir / FINAL_FOLDER
-    weights = full_weights(accelerator, run.model)
+    weights = job.engine.full_weights(run.model)
     if accelerator.is_main_process:
         job.model.save_pretrained(final, job.tokenizer, weights=weights)
     write_results(run, job.tokenizer, seconds)

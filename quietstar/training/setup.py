@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, ProjectConfiguration
+from accelerate.utils import LoggerType, ProjectConfiguration, patch_environment
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
@@ -23,6 +23,7 @@ from quietstar.errors import UserError
 from quietstar.loading import load_base
 from quietstar.model import QuietStarForCausalLM
 from quietstar.saving import SETTINGS_FILE
+from quietstar.training.engines import wants_fsdp
 from quietstar.training.folder import TRACKERS_FOLDER
 from quietstar.training.stages import Stage
 from quietstar.tuning.peft_methods import quantization
@@ -49,18 +50,22 @@ def build_accelerator(config: Config) -> Accelerator:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.cuda.is_available():
         # Without it every rank believes it is alone, and all write the same files.
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    elif wants_fsdp() and torch.cuda.is_available():
+        handlers.append(InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl"))  # saving is on CPUs
     output_dir = Path(config.training.output_dir)
     use_cpu_threads(config.training.cpu_threads)
     check_trackers(config.logging.trackers)
-    accelerator = Accelerator(
-        mixed_precision=config.training.precision,
-        log_with=list(config.logging.trackers) or None,
-        project_config=ProjectConfiguration(
-            project_dir=str(output_dir), logging_dir=str(output_dir / TRACKERS_FOLDER)
-        ),
-        kwargs_handlers=handlers,
-        step_scheduler_with_optimizer=False,
+    folders = ProjectConfiguration(
+        project_dir=str(output_dir), logging_dir=str(output_dir / TRACKERS_FOLDER)
     )
+    with patch_environment(ACCELERATE_USE_FSDP="false"):  # our own engine cuts
+        accelerator = Accelerator(
+            mixed_precision=config.training.precision,
+            log_with=list(config.logging.trackers) or None,
+            project_config=folders,
+            kwargs_handlers=handlers,
+            step_scheduler_with_optimizer=False,
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(
@@ -206,8 +211,8 @@ def check_steps(config: Config, eval_data: EvalData) -> None:
 
 def describe(model: QuietStarForCausalLM, stage: Stage) -> str:
     """One line about what trains in a stage, and how."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    total, trainable = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
     config, thoughts = stage.config, stage.config.thoughts
     name = config.model.name_or_path or f"random {model.causal_lm.config.model_type}"
     what = f"{thoughts.num_thoughts} thoughts of {thoughts.length} tokens {where(thoughts)}"

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
-
 from quietstar.config import Config
 from quietstar.model import QuietStarForCausalLM
 
@@ -61,13 +59,9 @@ def model_stage(stages: Sequence[Stage]) -> Stage:
     return next((stage for stage in stages if stage.thinks), stages[0])
 
 
-def begin_stage(
-    model: QuietStarForCausalLM, stage: Stage, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def begin_stage(model: QuietStarForCausalLM, stage: Stage) -> None:
     """Give the model the stage's settings; without thoughts only the language model trains."""
     model.configure(stage.config.thoughts, stage.config.loss)
-    if stage.starts_thinking and stage.index > 0:
-        model.initialise_vectors(tokenizer)  # the embeddings have learned what the texts mean
     for name, parameter in model.named_parameters():
         if not name.startswith("language_model."):
             parameter.requires_grad_(stage.thinks)

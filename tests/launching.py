@@ -1,0 +1,56 @@
+"""Runs as users launch them: one process, or two ranks of an engine, on CPUs."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
+
+
+def marked(engine):
+    """The engine as a test's parameter."""
+    return pytest.param(engine, marks=needs_deepspeed if "zero" in engine else ())
+
+
+def command(engine, config, output_dir, *arguments):
+    """Command and environment; ``zero2x1`` is ZeRO-2 with one process."""
+    train = ["train.py", "--config", str(config), "--training.output_dir", str(output_dir)]
+    train += arguments
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    name, world = engine.split("x") if "x" in engine else (engine, "2")
+    if name == "one":
+        return [sys.executable, *train], environment
+    if name in ("ddp", "fsdp2"):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", world]
+        environment |= {"ACCELERATE_USE_CPU": "true"}
+        environment |= {"ACCELERATE_USE_FSDP": str(name == "fsdp2").lower()}
+        return [
+            *torchrun,
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "localhost:0",
+            *train,
+        ], environment
+    file = ["--config_file", f"configs/accelerate/{name}_cpu.yaml", "--num_processes", world]
+    module = "accelerate.commands.accelerate_cli"
+    return [sys.executable, "-m", module, "launch", *file, *train], environment
+
+
+def launch(engine, config, output_dir, *arguments, refused=None):
+    """Run the config to its end, or to the refusal; returns the run folder."""
+    call, environment = command(engine, config, output_dir, *arguments)
+    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if refused is not None:
+        assert done.returncode != 0
+        assert refused in done.stderr
+        return output_dir
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return output_dir
