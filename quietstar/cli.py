@@ -32,6 +32,10 @@ EXAMPLES = {
     "allow-changes": "true",
     "model": "DIR",
     "out": "DIR",
+    "engine": "zero2",
+    "processes": "8",
+    "memory": "80",
+    "json": "FILE",
 }
 HELP_WIDTH = 100  # longest line on a wide terminal
 
@@ -300,8 +304,31 @@ def _merge(arguments: list[str]) -> int | None:
     return None
 
 
+def _plan(arguments: list[str]) -> int | None:
+    usage = "usage: quietstar plan --config FILE [--engine NAME] [--processes N] [--memory GIB]"
+    if any(flag in arguments for flag in HELP_FLAGS):
+        sys.stdout.write(
+            f"{usage}\n       [--json FILE] [--KEY VALUE ...]\n"
+            "Prints the memory that each process of a run will need, from shapes alone; the exit\n"
+            "code is 1 if that is more than --memory. Keys are those of quietstar train.\n"
+            "NAME: single, ddp, zero1, zero2, zero3 or fsdp2; default single, ddp if N > 1.\n"
+        )
+        return None
+    problems: list[str] = []
+    names = ("config", "engine", "processes", "memory", "json")
+    options, overrides = _take_options(arguments, names, problems)
+    if problems:
+        raise ConfigError(problems)
+    config = load_config(options.get("config", DEFAULT_CONFIG), overrides)
+
+    from quietstar.planning.command import plan  # imports torch
+
+    return plan(config, options)
+
+
 COMMANDS: dict[str, Command] = {
     "train": Command("Train a model: quietstar train --config FILE [--KEY VALUE ...]", _train),
+    "plan": Command("Foretell the memory of a run: quietstar plan --config FILE", _plan),
     "merge": Command("Merge adapters: quietstar merge --model DIR --out DIR", _merge),
     "bench": Command(
         "Measure a training step, or ways to tune: quietstar bench step|tuning", _bench

@@ -1,0 +1,1 @@
+"""How much memory a run will need, found out without the weights and without a GPU."""

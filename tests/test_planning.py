@@ -1,0 +1,134 @@
+"""`quietstar plan`: fake tensors take the memory that real ones do."""
+
+import json
+
+import pytest
+import torch
+from tiny import plain_model, run_config
+
+from quietstar import cli
+from quietstar.config_io import save_config
+from quietstar.data import load_tokenizer
+from quietstar.errors import UserError
+from quietstar.planning.memory import Shares, _without_weights, estimate_run
+from quietstar.planning.trace import MemoryTrace, fake_tokens, num_bytes, trainable
+from quietstar.training.setup import build_model
+from quietstar.training.stages import begin_stage, plan_stages
+
+MIB = 2**20
+
+
+def planned(tmp_path, **changes):
+    """A run whose model is large enough that activations matter."""
+    folder = tmp_path / "base"
+    if not folder.exists():
+        plain_model(hidden_size=64, intermediate_size=128, num_hidden_layers=3).save_pretrained(
+            folder
+        )
+        load_tokenizer("bytes").save_pretrained(folder)
+    changes.setdefault("data__train", "unread.jsonl")
+    model = {"model__name_or_path": str(folder), "model__config": None, "model__tokenizer": None}
+    return run_config(tmp_path, training__micro_batch_size=4, **model, **changes)
+
+
+def real_peak(config):
+    """The same count on real tensors."""
+    model = build_model(config, load_tokenizer("bytes"), {}).train()
+    (stage,) = plan_stages(config)
+    begin_stage(model, stage)
+    trace = MemoryTrace(model)
+    tokens = fake_tokens(config.training.micro_batch_size, config.data.seq_len)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.training.precision == "bf16")
+    for _ in range(2):
+        with trace, autocast:
+            output = model(tokens, sample_ids=torch.arange(len(tokens)))
+        with trace:
+            output.loss.backward()
+        del output
+    return trace.peak
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"training__precision": "bf16"},
+        {"training__activation_checkpointing": True},
+        {"thoughts__positions": "random", "thoughts__share": 0.5},
+        {"tuning__method": "lora"},
+    ],
+    ids=str,
+)
+def test_fake_tensors_take_what_real_ones_take(tmp_path, changes):
+    config = planned(tmp_path, **changes)
+    estimate = estimate_run(config, "single", 1)
+    assert estimate.learning + estimate.learning_gradients == pytest.approx(
+        real_peak(config), rel=0.02
+    )
+
+
+def test_checkpointing_and_fewer_positions_need_less(tmp_path):
+    def learning(**changes):
+        return estimate_run(planned(tmp_path, **changes), "single", 1).learning
+
+    whole = learning()
+    assert learning(training__activation_checkpointing=True) < 0.8 * whole
+    assert learning(thoughts__positions="every", thoughts__share=0.25) < 0.6 * whole
+
+
+def test_engines_cut_what_they_say(tmp_path):
+    config = planned(tmp_path)
+    one = estimate_run(config, "single", 1)
+    model = _without_weights(config, load_tokenizer("bytes"))
+    assert one.weights == num_bytes(model.parameters())
+    assert one.gradients == num_bytes(trainable(model))
+    assert one.optimizer == 2 * one.gradients
+    cut = {e: estimate_run(config, e, 2) for e in ("ddp", "zero1", "zero2", "zero3", "fsdp2")}
+    for engine, estimate in cut.items():
+        shares = Shares.of(engine, 2)
+        assert estimate.weights == pytest.approx(one.weights * shares.weights, abs=1)
+        assert estimate.gradients == pytest.approx(one.gradients * shares.gradients, abs=1)
+    assert cut["fsdp2"].optimizer == pytest.approx(one.optimizer / 2, abs=1)
+    # ZeRO keeps a copy of the weights in float32 beside the two moments.
+    assert cut["zero2"].optimizer == pytest.approx(one.optimizer / 2 * 1.5, abs=1)
+    assert cut["zero2"].learning_gradients < one.learning_gradients
+
+
+def test_the_command_prints_the_sum_and_says_whether_it_fits(tmp_path, capsys):
+    save_config(planned(tmp_path), tmp_path / "config.yaml")
+    written = str(tmp_path / "plan.json")
+    call = ["plan", "--config", str(tmp_path / "config.yaml"), "--json", written]
+    assert cli.main([*call, "--memory", "1"]) is None
+    said = capsys.readouterr().out
+    assert "fits into 1 GiB" in said
+    figures = json.loads((tmp_path / "plan.json").read_text())
+    assert f"{figures['total'] / MIB:,.0f}" in said
+    assert cli.main([*call, "--memory", "0.0001"]) == 1
+    assert "does not fit into 0.0001 GiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--engine", "zero4"], "--engine: 'zero4' is unknown; known: single, ddp"),
+        (["--processes", "none"], "--processes: 'none' must be a number above 0"),
+        (["--processes", "1.5"], "--processes: '1.5' must be a number"),
+        (["--engine", "single", "--processes", "2"], "single is one process, not 2"),
+        (["--processes", "3"], "training.batch_size (8) must be a multiple"),
+        (["--thoughts.lenght", "3"], "did you mean thoughts.length"),
+        (["--tuning.method", "qlora"], "qlora cannot be planned"),
+    ],
+)
+def test_a_wrong_plan_is_refused_in_one_line(tmp_path, capsys, arguments, words):
+    save_config(planned(tmp_path), tmp_path / "config.yaml")
+    assert cli.main(["plan", "--config", str(tmp_path / "config.yaml"), *arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert words in lines[0]
+
+
+def test_a_plan_needs_a_config_that_can_be_read(tmp_path):
+    config = planned(tmp_path)
+    (tmp_path / "base" / "config.json").unlink()
+    with pytest.raises(UserError, match="its config cannot be read"):
+        estimate_run(config, "single", 1)
