@@ -33,12 +33,13 @@ main_address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 gpus=${SLURM_GPUS_ON_NODE:-1}
 port=$((20000 + SLURM_JOB_ID % 20000))
 
-# The warning reaches this script only; hand it to the training processes on every machine.
+# The warning reaches this script only; hand it to the training processes on every machine. The
+# launchers above them, whose command lines name train.py too, would die of it.
 warned=
 # shellcheck disable=SC2329  # the trap calls it
 warn() {
   warned=1
-  srun --overlap --ntasks-per-node=1 pkill -USR1 -f 'train\.py --config' || true
+  srun --overlap --ntasks-per-node=1 pkill -USR1 -f '^[^ ]*python[^ ]* (-u )?train\.py --config' || true
 }
 trap warn USR1
 

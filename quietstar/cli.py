@@ -7,6 +7,7 @@ torch before the config is known to be valid.
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -265,23 +266,21 @@ def type_text(key: str) -> str:
     return f"{bounded} or null" if type(None) in types else bounded
 
 
+BENCHMARKS = {"step": "step", "tuning": "tuning", "memory": "run"}
+"""Modules of `quietstar.bench` by what they measure."""
+
+
 def _bench(arguments: list[str]) -> int | None:
     what, *rest = arguments or [""]
     if what in ("", *HELP_FLAGS):
-        sys.stdout.write("usage: quietstar bench step|tuning [--help]\n")
+        sys.stdout.write(f"usage: quietstar bench {'|'.join(BENCHMARKS)} [--help]\n")
         return None if what in HELP_FLAGS else EXIT_USER_ERROR
-    if what not in ("step", "tuning"):
+    if what not in BENCHMARKS:
+        known = ", ".join(BENCHMARKS)
         raise UserError(
-            f"there is no benchmark {what}; known: step, tuning (see quietstar bench --help)"
+            f"there is no benchmark {what}; known: {known} (see quietstar bench --help)"
         )
-    if what == "tuning":
-        from quietstar.bench.tuning import main as bench_tuning  # imports torch
-
-        return bench_tuning(rest)
-
-    from quietstar.bench.step import main as bench_step  # imports torch
-
-    return bench_step(rest)
+    return import_module(f"quietstar.bench.{BENCHMARKS[what]}").main(rest)  # imports torch
 
 
 def _merge(arguments: list[str]) -> int | None:
@@ -331,6 +330,6 @@ COMMANDS: dict[str, Command] = {
     "plan": Command("Foretell the memory of a run: quietstar plan --config FILE", _plan),
     "merge": Command("Merge adapters: quietstar merge --model DIR --out DIR", _merge),
     "bench": Command(
-        "Measure a training step, or ways to tune: quietstar bench step|tuning", _bench
+        "Measure a step, ways to tune, a run's memory: quietstar bench step|tuning|memory", _bench
     ),
 }

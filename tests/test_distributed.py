@@ -132,6 +132,8 @@ def test_stages_on_two_ranks_give_those_of_one(engine, tmp_path):
                         loss__policy_weight=1.0, data__eval_sequences=6)  # fmt: skip
     file = tmp_path / "config.yaml"
     save_config(config, file)
-    file.write_text(file.read_text() + STAGES)
+    written = file.read_text()
+    assert "\nstages: {}\n" in written
+    file.write_text(written.replace("\nstages: {}\n", STAGES))
     whole = launch("one", file, tmp_path / "one")
     assert_same_trajectory(launch(engine, file, tmp_path / "two"), whole)

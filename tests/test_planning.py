@@ -115,7 +115,7 @@ def test_the_command_prints_the_sum_and_says_whether_it_fits(tmp_path, capsys):
         (["--processes", "1.5"], "--processes: '1.5' must be a number"),
         (["--engine", "single", "--processes", "2"], "single is one process, not 2"),
         (["--processes", "3"], "training.batch_size (8) must be a multiple"),
-        (["--thoughts.lenght", "3"], "did you mean thoughts.length"),
+        (["--thoughts.lenght", "3"], "did you mean --thoughts.length"),
         (["--tuning.method", "qlora"], "qlora cannot be planned"),
     ],
 )

@@ -74,9 +74,9 @@ class Shares:
         """What an engine cuts over how many processes."""
         part = 1 / processes
         return cls(
-            weights=part if engine in ("zero3", "fsdp2") else 1,
-            gradients=part if engine in ("zero2", "zero3", "fsdp2") else 1,
-            optimizer=part if engine not in ("single", "ddp") else 1,
+            weights=part if engine in ("zero3", "fsdp2") else 1.0,
+            gradients=part if engine in ("zero2", "zero3", "fsdp2") else 1.0,
+            optimizer=part if engine not in ("single", "ddp") else 1.0,
         )
 
 

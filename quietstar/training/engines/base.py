@@ -24,6 +24,8 @@ IN_PIECES = {
     "qlora": "keeps 4-bit weights, which cannot be cut",
 }
 """Ways to tune that engines refuse which cut weights or gradients, and why."""
+FOUR_BIT_DEVICES = ("cpu", "cuda", "xpu")
+"""Where gradients flow through 4-bit weights."""
 
 
 @runtime_checkable
@@ -65,6 +67,13 @@ class Engine:
             raise UserError(
                 f"tuning.method: {method} {self.reasons[method]} under {self.kind}. "
                 "Launch with configs/accelerate/ddp.yaml, or set tuning.method: lora."
+            )
+        device = self.accelerator.device.type
+        if method == "qlora" and device not in FOUR_BIT_DEVICES:
+            raise UserError(
+                f"tuning.method: qlora has no 4-bit weights on {device}, only on "
+                f"{', '.join(FOUR_BIT_DEVICES)}. Set tuning.method: lora, or train on the CPU with "
+                "ACCELERATE_USE_CPU=true."
             )
 
     # --- Wrapping ---------------------------------------------------------------------------------

@@ -1,0 +1,69 @@
+"""``quietstar bench memory``: what a run takes, beside what ``quietstar plan`` says.
+
+The run is the real one, cut to a few steps, in a fresh process: load, evaluate, train, save.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from quietstar.bench.memory import PeakMemory
+from quietstar.config import Config
+from quietstar.config_io import load_config
+from quietstar.planning.memory import estimate_run
+from quietstar.training.run import run_training
+from quietstar.training.setup import quiet_libraries
+
+_MIB = 2**20
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark, print a table, write JSON if asked."""
+    args, overrides = _parser().parse_known_args(arguments)
+    shortened = [*overrides, "--training.steps", str(args.steps)]
+    with tempfile.TemporaryDirectory() as folder:
+        shortened += ["--training.output_dir", f"{folder}/run", "--training.save_every", "0"]
+        config = load_config(args.config, shortened)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            measured = pool.apply(measure_run, (config,))
+    quiet_libraries()
+    planned = estimate_run(config, "single", 1).total / _MIB
+    table = Table(title=f"memory of {args.config}")
+    for column in ("planned MiB", "measured MiB", "planned / measured"):
+        table.add_column(column, justify="right")
+    table.add_row(f"{planned:,.0f}", f"{measured:,.0f}", f"{planned / measured:.2f}")
+    Console().print(table)
+    if args.json:
+        figures = {"planned_mb": planned, "measured_mb": measured, "ratio": planned / measured}
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "quietstar bench memory",
+        description=__doc__,
+        usage="%(prog)s --config FILE [--steps N] [--json FILE] [--KEY VALUE ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="of a run, as for quietstar train")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--json", metavar="FILE")
+    return parser
+
+
+def measure_run(config: Config) -> float:
+    """Most MiB that the run takes, in this process: on a GPU of the GPU's, else resident ones."""
+    with PeakMemory() as memory:
+        run_training(config)
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / _MIB
+    return memory.mb
