@@ -139,6 +139,7 @@ RULES = [
         {"thoughts": {"num_thoughts": 1}, "loss": {"estimator": "paper"}},
     ),
     ("thoughts.lookahead", r"seq_len \(4\)", {"data": {"train": "x", "seq_len": 4}}),
+    ("data.min_context", r"no token is a target", {"data": {"train": "x", "min_context": 256}}),
     ("mixing_head.initial_weight", "above 0", {"mixing_head": {"initial_weight": 0}}),
     ("mixing_head.initial_weight", "must be 0", {"mixing_head": {"activation": "none"}}),
     (

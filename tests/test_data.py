@@ -172,6 +172,21 @@ def test_random_spans_of_one_document_differ_between_visits_and_reach_both_ends(
     assert min(spans.values()) > 25  # 50 expected, standard deviation 6
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("spans", ["random", "concatenate"])
+def test_the_context_of_a_sequence_is_no_target(tmp_path, tokenizer, streaming, spans):
+    config = DataConfig(
+        train=text_file(tmp_path, numbered(30)), seq_len=12, spans=spans, streaming=streaming,
+        min_context=5, eval_sequences=4,
+    )  # fmt: skip
+    data, held_out, _ = build_data(config, tokenizer, 0)
+    for batch in (data.batch(0, 4), *held_out.batches(2)):
+        assert (batch.labels[:, :5] == -100).all()
+        real = batch.attention_mask[:, 5:]
+        assert real.any()
+        assert torch.equal(batch.labels[:, 5:][real], batch.input_ids[:, 5:][real])
+
+
 # ---- held-out part
 
 

@@ -93,6 +93,12 @@ def _thought_rules(config: Config) -> Iterator[CrossFieldProblem]:
             "thoughts.num_thoughts (1) must be at least 2: the REINFORCE baseline compares thoughts"
             " sampled at the same position. Raise it, or set loss.estimator: no_baseline.",
         )
+    if config.data.min_context >= config.data.seq_len:
+        yield CrossFieldProblem(
+            ("data.min_context", "data.seq_len"),
+            f"data.min_context ({config.data.min_context}) must be smaller than data.seq_len"
+            f" ({config.data.seq_len}), or no token is a target. Lower it.",
+        )
     if thoughts.lookahead >= config.data.seq_len:
         yield CrossFieldProblem(
             ("thoughts.lookahead", "data.seq_len"),

@@ -286,6 +286,13 @@ class DataConfig(Section):
         " chat).",
     )
     seq_len: int = Field(default=256, ge=2, description="Tokens of a training sequence.")
+    min_context: int = Field(
+        default=1,
+        ge=1,
+        description="First tokens of a sequence that are no targets. From its very first token a"
+        " pretrained model predicts badly (it serves as attention sink), and any thought mends"
+        " that; a few more keep this out of the gain.",
+    )
     short_texts: Literal["pad", "skip"] = Field(
         default="pad", description="What happens to a text shorter than seq_len."
     )

@@ -46,6 +46,12 @@ class Encoded:
         kept = self.answer_start - start if self.answer_start >= start else -1
         return Encoded(self.ids[cut], self.targets[cut], self.answers[cut], kept, self.steps)
 
+    def without_targets(self, first: int) -> "Encoded":
+        """The same with none of the `first` tokens as target."""
+        if first <= 1:  # the very first one is not predicted in any case
+            return self
+        return replace(self, targets=self.targets & (np.arange(len(self)) >= first))
+
 
 EMPTY = Encoded(np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(0, np.bool_))
 

@@ -26,8 +26,10 @@ from quietstar.errors import UserError
 def cut(document: Encoded, config: DataConfig, seed: int, index: int) -> Encoded:
     """Cuts the sample of this index in the run out of its document (or chunk)."""
     if config.format == "text":
-        return random_span(document, config.seq_len, seed, index)
-    return answer_span(document, config.seq_len)
+        sample = random_span(document, config.seq_len, seed, index)
+    else:
+        sample = answer_span(document, config.seq_len)
+    return sample.without_targets(config.min_context)
 
 
 class MapSamples:
@@ -65,6 +67,11 @@ def held_out_samples(documents: Documents, config: DataConfig, seed: int) -> lis
     One sequence of every held-out document, in random order; while there are too few and raw
     text is left, further disjoint spans of the same documents.
     """
+    chosen = _held_out(documents, config, seed)
+    return [sample.without_targets(config.min_context) for sample in chosen]
+
+
+def _held_out(documents: Documents, config: DataConfig, seed: int) -> list[Encoded]:
     order = keyed_rng(seed, EVAL_ORDER).permutation(len(documents))[: config.eval_sequences]
     if config.format != "text":
         return [answer_span(documents[int(place)], config.seq_len) for place in order]
