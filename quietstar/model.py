@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from quietstar import saving
 from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig, TuningConfig
@@ -19,6 +20,7 @@ from quietstar.engine.learn import LearnStates, learn_pass, plain_pass
 from quietstar.engine.positions import choose_positions
 from quietstar.engine.rollout import Sampling, TextRun, run_text, sample_thoughts
 from quietstar.engine.self_check import check_architecture, use_thinking_attention
+from quietstar.generation import generate
 from quietstar.loading import drop_dropout_layers, initial_embedding, load_base
 from quietstar.losses.output_head import OutputHead, find_output_head
 from quietstar.losses.quiet_star import (
@@ -479,6 +481,45 @@ class QuietStarForCausalLM(nn.Module):
             sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
         text = self._run_text(input_ids) if self.thoughts.positions == "entropy" else None
         return self._choose(labels, answers, text, sample_ids, seed)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Int[Tensor, "batch seq"] | None = None,
+        *,
+        think: bool = True,
+        num_thoughts: int = 1,
+        thought_temperature: float | None = None,
+        seed: int = 0,
+        streamer: BaseStreamer | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Generate texts, thinking before each new token (`quietstar.generation`).
+
+        Thoughts are dropped after use; the text is never run twice.
+
+        Args:
+            inputs: Texts, padded on the left if at all; also as ``input_ids``.
+            think: Without it, what the plain model generates.
+            num_thoughts: Before each token; their predictions are averaged.
+            thought_temperature: Of thoughts; None takes the most likely tokens. (``temperature``
+                is that of the text, as in transformers.)
+            seed: Of the thoughts' noise.
+            streamer: Is given each new token.
+            **arguments: Those of transformers' ``generate``: ``attention_mask``,
+                ``max_new_tokens``, ``do_sample``, ``top_p``, ``num_return_sequences``,
+                ``generation_config``, ``logits_processor``, ``stopping_criteria``, ...
+
+        Returns:
+            Token ids, (batch * num_return_sequences, prompt and new); with
+            ``return_dict_in_generate`` a `ThinkingOutput`, with the thoughts.
+
+        Raises:
+            UserError: Beams, or more tokens than the model has positions.
+        """
+        inputs = arguments.pop("input_ids") if inputs is None else inputs
+        sampling = Sampling(num_thoughts, self.thoughts.length, thought_temperature, seed)
+        return generate(self, inputs, sampling, think, streamer, arguments)
 
     @torch.no_grad()
     def score_plain(

@@ -35,7 +35,9 @@ def main(arguments: list[str]) -> int:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             measured = pool.apply(measure_run, (config,))
     quiet_libraries()
-    planned = estimate_run(config, "single", 1).total / _MIB
+    estimate = estimate_run(config, "single", 1)
+    on_gpu = torch.cuda.is_available()
+    planned = (estimate.total if on_gpu else estimate.resident_on_cpu) / _MIB
     table = Table(title=f"memory of {args.config}")
     for column in ("planned MiB", "measured MiB", "planned / measured"):
         table.add_column(column, justify="right")

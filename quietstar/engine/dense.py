@@ -67,15 +67,15 @@ def dense_attention(
     if positions is None:
         positions = torch.arange(queries, device=q.device).unsqueeze(0)
     visible = _visible(positions, length, index, rules.window)
-    scores = _softcap(scores * rules.scale, rules).masked_fill(~visible, -math.inf)
+    scores = softcapped(scores * rules.scale, rules).masked_fill(~visible, -math.inf)
     if own is not None:
         own_scores = at_least_float32(torch.einsum("nhgsd,wnhsd->nhgsw", q, own[0]))
-        own_scores = _softcap(own_scores * rules.scale, rules)
+        own_scores = softcapped(own_scores * rules.scale, rules)
         if rules.window is not None:
             distance = torch.arange(own[0].shape[0] - 1, -1, -1, device=q.device)
             own_scores = own_scores.masked_fill(distance >= rules.window, -math.inf)
         scores = torch.cat([scores, own_scores], dim=-1)
-    weights = _softmax(scores, rules.sinks).to(text[1].dtype)
+    weights = softmax_with_sinks(scores, rules.sinks).to(text[1].dtype)
     out = torch.einsum("nhgsj,nhjd->nhgsd", weights[..., :length], text[1])
     if own is not None:
         out = out + torch.einsum("nhgsw,wnhsd->nhgsd", weights[..., length:], own[1])
@@ -92,17 +92,20 @@ def _visible(positions: Tensor, length: int, index: int, window: int | None) -> 
     return seen
 
 
-def _softcap(scores: Tensor, rules: ScoreRules) -> Tensor:
+def softcapped(scores: Tensor, rules: ScoreRules) -> Tensor:
+    """Scores as the rules bound them."""
     if rules.softcap is None:
         return scores
     return rules.softcap * torch.tanh(scores / rules.softcap)
 
 
-def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Weights of scores (B, Hkv, G, ..., S); a sink takes some and gives nothing."""
     if sinks is None:
         # A window may hide the whole text from a late block token; its own block never is.
         return scores.softmax(-1)
-    column = sinks.to(scores.dtype).reshape(1, scores.shape[1], scores.shape[2], 1, 1)
+    rest = [1] * (scores.ndim - 3)
+    column = sinks.to(scores.dtype).reshape(1, scores.shape[1], scores.shape[2], *rest)
     column = column.expand(*scores.shape[:-1], 1)
     return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
 

@@ -108,7 +108,7 @@ def sample_thoughts(
             sampling.seed, sample_ids, sampling.num_thoughts, index, rollout.positions
         )
         noise = rollout.order.from_thoughts(noise).flatten()
-        sampled = _sample_rows(states.flatten(0, 1), head, noise, sampling.temperature)
+        sampled = sample_rows(states.flatten(0, 1), head, noise, sampling.temperature)
         tokens.append(rollout.order.to_thoughts(sampled.view(states.shape[:2])))
     return torch.stack(tokens)
 
@@ -218,7 +218,7 @@ class _ChosenPositions:
         return x.unflatten(1, self.sizes).squeeze(0).movedim(2, 0)
 
 
-def _sample_rows(
+def sample_rows(
     states: Tensor, head: OutputHead, noise: Tensor, temperature: float | None
 ) -> Tensor:
     """Next token of every row, (rows,), a chunk of logits at a time."""

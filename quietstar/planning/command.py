@@ -45,6 +45,7 @@ def plan(config: Config, options: dict[str, str]) -> int | None:
     console.print(_verdict(estimate.total / _GIB, memory))
     if "json" in options:
         figures = {**asdict(estimate), "total": estimate.total}
+        figures["resident_on_cpu"] = estimate.resident_on_cpu
         Path(options["json"]).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     fits = memory is None or estimate.total <= memory * _GIB
     return None if fits else EXIT_DOES_NOT_FIT
@@ -65,8 +66,7 @@ def _table(estimate: Estimate, title: str) -> Table:
         "weights": estimate.weights,
         "optimiser": estimate.optimizer,
         "gathered layers, gradients under way": estimate.exchange,
-        "at the peak of a step": estimate.total
-        - (estimate.weights + estimate.optimizer + estimate.exchange),
+        "at the peak of a step": estimate.step,
         "  rollout": estimate.rollout,
         "    of it keys and values": estimate.cache,
         "  forward and backward": estimate.learning + estimate.learning_gradients,
@@ -83,6 +83,7 @@ def _table(estimate: Estimate, title: str) -> Table:
     table.add_row(
         "total, above the imported process", f"{estimate.total / _MIB:,.0f}", style="bold"
     )
+    table.add_row("  on a CPU, with holes in the heap", f"{estimate.resident_on_cpu / _MIB:,.0f}")
     return table
 
 

@@ -1,0 +1,176 @@
+"""Generation that thinks before each new token, with transformers' own arguments.
+
+`transformers` prepares everything (generation config, logits processors, stopping criteria); only
+its decoding loop is replaced, through ``custom_generate``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import ModelOutput
+
+from quietstar.engine.decoding import Decoded, Decoder
+from quietstar.engine.rollout import Sampling
+from quietstar.errors import UserError
+
+if TYPE_CHECKING:
+    from quietstar.model import QuietStarForCausalLM
+
+
+@dataclass
+class ThinkingOutput(ModelOutput):
+    """As transformers' own, and the thoughts.
+
+    Attributes:
+        sequences: Token ids of prompts and what was generated.
+        thoughts: Tokens of those before each new token.
+        scores: Of each new token, processed, (batch, vocab) each; with ``output_scores``.
+        logits: Of each new token, mixed, (batch, vocab) each; with ``output_logits``.
+    """
+
+    sequences: Int[Tensor, "batch seq"]
+    thoughts: Int[Tensor, "batch new thoughts length"] | None = None
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+
+
+def generate(
+    model: QuietStarForCausalLM,
+    inputs: Int[Tensor, "batch seq"],
+    sampling: Sampling,
+    think: bool,
+    streamer: BaseStreamer | None,
+    arguments: dict[str, Any],
+) -> Any:
+    """What `QuietStarForCausalLM.generate` returns; arguments as there.
+
+    Raises:
+        UserError: Beams, or a text that leaves no room.
+    """
+
+    def decode(
+        causal_lm: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **others: Any,
+    ) -> Any:
+        _check(model, generation_config, sampling if think else None)
+        mask = others.get("attention_mask")
+        real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+        decoder = Decoder(
+            model.causal_lm, model.output_head, model.start_embedding, model.end_embedding,
+            sampling, input_ids[:, :-1], real[:, :-1],
+            torch.arange(len(input_ids), device=input_ids.device),
+            model.pause_token_id if model.thoughts.source == "pause" else None,
+        )  # fmt: skip
+        loop = _Loop(model, decoder, think, logits_processor, stopping_criteria, generation_config)
+        return loop.run(input_ids, streamer)
+
+    return model.causal_lm.generate(inputs, custom_generate=decode, streamer=streamer, **arguments)
+
+
+def _check(
+    model: QuietStarForCausalLM, config: GenerationConfig, sampling: Sampling | None
+) -> None:
+    if (config.num_beams or 1) > 1:
+        raise UserError(
+            f"num_beams: {config.num_beams} cannot be: beams are not thought about. Set "
+            "num_beams=1, with do_sample=True for variety."
+        )
+    positions = getattr(model.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    block = 0 if sampling is None else sampling.thought_length + 2
+    if positions is not None and config.max_length - 1 + block > positions:
+        raise UserError(
+            f"max_length: {config.max_length} tokens and a thought of {block} behind the last but "
+            f"one are more than the model's {positions} positions; set max_new_tokens so that "
+            f"texts have at most {positions - block + 1}"
+        )
+
+
+class _Loop:
+    """Greedy or sampled decoding of a batch of texts."""
+
+    def __init__(
+        self,
+        model: QuietStarForCausalLM,
+        decoder: Decoder,
+        think: bool,
+        processor: LogitsProcessorList,
+        stopping: StoppingCriteriaList,
+        config: GenerationConfig,
+    ) -> None:
+        self.model, self.decoder, self.think = model, decoder, think
+        self.processor, self.stopping, self.config = processor, stopping, config
+        self.scores: list[Tensor] = []
+        self.logits: list[Tensor] = []
+        self.thoughts: list[Tensor] = []
+
+    def run(self, input_ids: Tensor, streamer: BaseStreamer | None) -> Any:
+        open_rows = torch.ones_like(input_ids[:, 0], dtype=torch.bool)
+        pad = getattr(self.config, "_pad_token_tensor", None)
+        while True:
+            tokens = self._next(input_ids)
+            if pad is not None:  # rows that have ended
+                tokens = torch.where(open_rows, tokens, pad.to(tokens.device))
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+            scores: Any = tuple(self.scores) if self.config.output_scores else None
+            open_rows = open_rows & ~self.stopping(input_ids, scores)
+            if not open_rows.any():
+                break
+        if streamer is not None:
+            streamer.end()
+        return self._output(input_ids)
+
+    def _next(self, input_ids: Tensor) -> Tensor:
+        """Think, and choose the next token of every row."""
+        decoded = self.decoder.step(input_ids[:, -1], self.think)
+        logits = next_logits(self.model, decoded)
+        scores = self.processor(input_ids, logits)
+        if self.config.return_dict_in_generate:
+            self.thoughts.append(decoded.thoughts)
+            if self.config.output_logits:
+                self.logits.append(logits)
+            if self.config.output_scores:
+                self.scores.append(scores)
+        if not self.config.do_sample:
+            return scores.argmax(-1)
+        return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+
+    def _output(self, input_ids: Tensor) -> Any:
+        if not self.config.return_dict_in_generate:
+            return input_ids
+        return ThinkingOutput(
+            sequences=input_ids,
+            thoughts=torch.stack(self.thoughts, dim=1),
+            scores=tuple(self.scores) if self.config.output_scores else None,
+            logits=tuple(self.logits) if self.config.output_logits else None,
+        )
+
+
+def next_logits(model: QuietStarForCausalLM, decoded: Decoded) -> Float[Tensor, "batch vocab"]:
+    """Logits of the next token, in float32: mixed, or the base's where no thought was made.
+
+    Several thoughts are averaged as probabilities.
+    """
+    head = model.output_head
+    base = head.logits(decoded.text)
+    if not len(decoded.ahead):
+        return base
+    weight = model.mixing_head(decoded.text[:, None], decoded.ahead[None, :, :, None])
+    weight = weight[0, :, :, 0, None]  # (K, B, 1)
+    mixed = (1 - weight) * base + weight * head.logits(decoded.ahead)
+    if len(mixed) == 1:
+        return mixed[0]
+    return mixed.log_softmax(-1).logsumexp(0) - math.log(len(mixed))

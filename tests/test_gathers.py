@@ -1,0 +1,47 @@
+"""Cut weights are gathered once for each layer and pass of a rollout, and nothing else is sent."""
+
+from collections import Counter
+from unittest.mock import create_autospec
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny import plain_model, random_texts, thinking_model
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from quietstar.training.engines import ThroughEngine, Trainee
+from quietstar.training.engines.fsdp import FullyShardEngine
+
+LAYERS, LENGTH = 3, 4
+
+
+@pytest.fixture
+def sharded():
+    """A model cut over two processes, the other of which is only pretended."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    model = thinking_model(plain_model(num_hidden_layers=LAYERS), thoughts={"length": LENGTH})
+    accelerator = create_autospec(Accelerator, instance=True)
+    accelerator.device, accelerator.num_processes = torch.device("cpu"), 2
+    yield FullyShardEngine(accelerator).cut(Trainee(model))
+    torch.distributed.destroy_process_group()
+
+
+class Sent(TorchDispatchMode):
+    """Counts the operators that exchange something between processes."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.counts[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_rollout_gathers_each_layer_once_a_pass(sharded):
+    with Sent() as sent:
+        ThroughEngine(sharded).sample(random_texts(2, 9), num_thoughts=2)
+    # The text, the start token and every thought token but the last; the outer weights once.
+    assert sent.counts == {"c10d::_allgather_base_": LAYERS * (1 + LENGTH) + 1}

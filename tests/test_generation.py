@@ -1,0 +1,205 @@
+"""Thinking before each new token: equal to the slow way, which runs everything again each time."""
+
+import copy
+
+import pytest
+import torch
+from reference import _embed, _run, mixing_weight
+from test_parity import build
+from tiny import GPT2, LLAMA, plain_model, random_texts, thinking_model
+from transformers import TextStreamer
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+
+from quietstar.config import ThoughtsConfig
+from quietstar.data import load_tokenizer
+from quietstar.errors import UserError
+
+LENGTH, NEW = 3, 5
+
+
+def slow_step(model, text):
+    """Greedy thought and mixed logits behind a text, one ordinary sequence at a time."""
+    prefix = _embed(model, text)
+    base_states, base_logits = _run(model, prefix)
+    block = model.start_embedding[None]
+    thought = []
+    for _ in range(model.thoughts.length):
+        logits = _run(model, torch.cat([prefix, block]))[1][-1, : model.vocab_size]
+        thought.append(logits.argmax(-1))
+        block = torch.cat([block, _embed(model, thought[-1][None])])
+    block = torch.cat([block, model.end_embedding[None]])
+    states, logits = _run(model, torch.cat([prefix, block]))
+    weight = mixing_weight(model, base_states[-1], states[-1])
+    return torch.stack(thought), (1 - weight) * base_logits[-1] + weight * logits[-1]
+
+
+@torch.no_grad()
+def slow_generate(model, text, new):
+    model = copy.deepcopy(model)
+    model.causal_lm.set_attn_implementation("eager")
+    thoughts, every = [], []
+    for _ in range(new):
+        thought, logits = slow_step(model, text)
+        thoughts.append(thought)
+        every.append(logits)
+        text = torch.cat([text, logits.argmax(-1)[None]])
+    return text, torch.stack(thoughts), torch.stack(every)
+
+
+def left_padded(lengths, vocab=256):
+    """Prompts, their batch, and its mask."""
+    prompts = [random_texts(1, n, vocab, seed=n)[0] for n in lengths]
+    width = max(lengths)
+    batch = torch.stack([torch.cat([p.new_full((width - len(p),), 7), p]) for p in prompts])
+    mask = torch.stack([torch.arange(width) >= width - n for n in lengths]).long()
+    return prompts, batch, mask
+
+
+def generated(model, batch, mask, **arguments):
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    return model.generate(batch, attention_mask=mask, **(settings | arguments))
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "gemma2", "mistral", "qwen3", "gpt_oss", "cohere2", "gpt_neox"]
+)
+def test_generation_equals_the_slow_way_token_by_token(name):
+    model = build(name)
+    model.configure(ThoughtsConfig(length=LENGTH), model.loss)
+    prompts, batch, mask = left_padded([7, 1, 4, 9, 2], model.vocab_size)
+    out = generated(model.eval(), batch, mask)
+    for row, prompt in enumerate(prompts):
+        text, thoughts, logits = slow_generate(model, prompt, NEW)
+        assert out.sequences[row, -NEW - len(prompt) :].tolist() == text.tolist()
+        assert torch.equal(out.thoughts[row, :, 0], thoughts)
+        for step, wanted in enumerate(logits):
+            torch.testing.assert_close(out.logits[step][row], wanted, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("fields", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("method", ["lora", "houlsby", "ia3"])
+def test_adapters_generate_as_the_slow_way(fields, method):
+    model = thinking_model(plain_model(fields), thoughts={"length": LENGTH},
+                           tuning={"method": method, "lora_rank": 2})  # fmt: skip
+    prompts, batch, mask = left_padded([3, 6])
+    out = generated(model.eval(), batch, mask)
+    for row, prompt in enumerate(prompts):
+        text, _, _ = slow_generate(model, prompt, NEW)
+        assert out.sequences[row, -NEW - len(prompt) :].tolist() == text.tolist()
+
+
+@pytest.mark.parametrize("method", ["full", "prompt", "prefix"])
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_generation_thinks_what_think_thinks(method, temperature):
+    """Also with virtual tokens, several thoughts, and sampled ones: the noise is keyed."""
+    model = thinking_model(thoughts={"length": LENGTH},
+                           tuning={"method": method, "virtual_tokens": 3})  # fmt: skip
+    prompts, batch, mask = left_padded([5, 2, 8])
+    out = generated(model.eval(), batch, mask, num_thoughts=2, thought_temperature=temperature,
+                    seed=3)  # fmt: skip
+    for row, prompt in enumerate(prompts):
+        text = out.sequences[row, -NEW - len(prompt) :]
+        seen = model.think(text[None], num_thoughts=2, temperature=temperature, seed=3,
+                           sample_ids=torch.tensor([row]))  # fmt: skip
+        places = slice(len(prompt) - 1, len(text) - 1)
+        assert torch.equal(out.thoughts[row].transpose(0, 1), seen.tokens[0, :, places])
+        mixed = seen.mixed_logprobs[0, :, places, 0].exp().mean(0).log()
+        for step, token in enumerate(text[len(prompt) :]):
+            logprob = out.logits[step][row].log_softmax(-1)[token]
+            torch.testing.assert_close(logprob, mixed[step], rtol=1e-5, atol=2e-5)
+
+
+def test_without_thinking_it_is_the_plain_model():
+    model = thinking_model().eval()
+    _, batch, mask = left_padded([5, 1, 8])
+    ours = generated(model, batch, mask, think=False)
+    plain = model.causal_lm.generate(
+        batch, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None,
+        pad_token_id=0,
+    )  # fmt: skip
+    assert torch.equal(ours.sequences, plain)
+    assert ours.thoughts.shape == (3, NEW, 0, model.thoughts.length)
+
+
+class Forbid(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(-1, torch.arange(128), float("-inf"))
+
+
+def test_arguments_of_transformers_are_heeded(capsys):
+    model = thinking_model().eval()
+    tokenizer = load_tokenizer("bytes")
+    batch = random_texts(1, 4)
+    plain = {"attention_mask": torch.ones_like(batch), "pad_token_id": 0}
+    whole = model.generate(batch, max_new_tokens=6, eos_token_id=None, do_sample=False, **plain)
+    assert whole.shape == (1, 10)
+    # ends at the end-of-text token
+    stopped = model.generate(
+        batch, max_new_tokens=6, eos_token_id=int(whole[0, 5]), do_sample=False, **plain
+    )
+    assert stopped.tolist() == whole[:, :6].tolist()
+    # logits processors, several sequences, sampling by transformers' seed
+    settings = {"max_new_tokens": 3, "do_sample": True, "num_return_sequences": 4, "top_p": 0.9}
+    settings |= {"logits_processor": LogitsProcessorList([Forbid()]), "eos_token_id": None}
+    torch.manual_seed(0)
+    first = model.generate(input_ids=batch, **settings, **plain)
+    torch.manual_seed(0)
+    assert torch.equal(first, model.generate(batch, **settings, **plain))
+    assert first.shape == (4, 7)
+    assert (first[:, 4:] >= 128).all()
+    assert len({tuple(row) for row in first.tolist()}) > 1
+    # streamers
+    capsys.readouterr()
+    model.generate(batch, streamer=TextStreamer(tokenizer), max_new_tokens=6, eos_token_id=None,
+                   do_sample=False, **plain)  # fmt: skip
+    assert tokenizer.decode(whole[0]).strip() in capsys.readouterr().out
+
+
+def test_rows_that_ended_are_padded_and_do_not_disturb_others():
+    model = thinking_model().eval()
+    _, batch, mask = left_padded([4, 6])
+    alone = generated(model, batch[1:], mask[1:]).sequences[0]
+    end = int(generated(model, batch, mask).sequences[0, -NEW])
+    assert end not in alone[-NEW:]
+    both = generated(model, batch, mask, eos_token_id=end).sequences
+    assert both[0, -NEW:].tolist() == [end, *[0] * (NEW - 1)]
+    assert torch.equal(both[1], alone)
+
+
+def test_the_cache_grows_with_the_text_and_not_with_thoughts():
+    from quietstar.engine.decoding import Decoder
+    from quietstar.engine.rollout import Sampling
+
+    model = thinking_model(plain_model(max_position_embeddings=512)).eval()
+    text = random_texts(1, 9)
+    decoder = Decoder(
+        model.causal_lm, model.output_head, model.start_embedding, model.end_embedding,
+        Sampling(2, 4, None), text[:, :-1], torch.ones(1, 8, dtype=torch.bool), torch.arange(1),
+    )  # fmt: skip
+    sizes = set()
+    for _ in range(200):
+        decoder.step(text[:, 0])
+        sizes |= {(k.shape[2:], v.shape[2:]) for k, v in decoder.cache.own.values()}
+    assert sizes == {((2, 6, 8), (2, 6, 8))}
+    assert {k.shape[2] for k, _ in decoder.cache.text.values()} == {8 + 2 * 128}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"num_beams": 3}, "num_beams: 3 cannot be"),
+        ({"max_new_tokens": 80}, r"more than the model's 64 positions; set max_new_tokens"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(arguments, words):
+    model = thinking_model().eval()
+    batch = random_texts(1, 4)
+    with pytest.raises(UserError, match=words):
+        model.generate(batch, attention_mask=torch.ones_like(batch), pad_token_id=0, **arguments)
+
+
+def test_pause_thoughts_are_pauses():
+    model = thinking_model(thoughts={"source": "pause", "length": LENGTH}).eval()
+    _, batch, mask = left_padded([3])
+    assert (generated(model, batch, mask).thoughts == model.pause_token_id).all()
