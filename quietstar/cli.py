@@ -325,9 +325,27 @@ def _plan(arguments: list[str]) -> int | None:
     return plan(config, options)
 
 
+def _lm_eval(arguments: list[str]) -> int | None:
+    """lm-evaluation-harness's own command, which then knows the model ``quietstar``."""
+    try:
+        import lm_eval.__main__ as harness  # imports torch
+
+        import quietstar.evaluation.harness  # noqa: F401  (registers the model)
+    except ImportError as problem:
+        raise UserError(
+            f"lm-eval needs lm-evaluation-harness ({problem}); pip install 'quietstar[eval]'"
+        ) from problem
+    sys.argv = ["quietstar lm-eval", *arguments]
+    harness.cli_evaluate()
+    return None
+
+
 COMMANDS: dict[str, Command] = {
     "train": Command("Train a model: quietstar train --config FILE [--KEY VALUE ...]", _train),
     "plan": Command("Foretell the memory of a run: quietstar plan --config FILE", _plan),
+    "lm-eval": Command(
+        "lm-evaluation-harness: quietstar lm-eval run --model quietstar --model_args ...", _lm_eval
+    ),
     "merge": Command("Merge adapters: quietstar merge --model DIR --out DIR", _merge),
     "bench": Command(
         "Measure a step, ways to tune, a run's memory: quietstar bench step|tuning|memory", _bench

@@ -1,0 +1,1 @@
+"""Evaluation of saved models: reasoning benchmarks with and without thoughts."""

@@ -1,0 +1,213 @@
+"""The model of lm-evaluation-harness: every task of it runs with and without thoughts.
+
+Importing this module registers the name ``quietstar`` (``quietstar lm-eval run`` does). Without
+thoughts everything is the harness's own ``hf`` class on the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from tqdm import tqdm
+
+from quietstar.data import load_tokenizer
+from quietstar.data.tokenizer import padding_id
+from quietstar.engine.backbone import num_virtual
+from quietstar.engine.layout import IGNORE_INDEX, NO_POSITION
+from quietstar.engine.learn import plain_pass
+from quietstar.errors import UserError
+from quietstar.model import QuietStarForCausalLM
+from quietstar.saving import SETTINGS_FILE
+
+THOUGHTS = ("on", "off")
+
+
+@register_model("quietstar")
+class QuietStarLM(HFLM):
+    """A saved Quiet-STaR model, or a plain causal LM, for lm-evaluation-harness.
+
+    Args:
+        pretrained: Folder (or hub id) of the model.
+        thoughts: ``on``: before each scored or generated token; ``off``: the plain model.
+        num_thoughts: Before each token; their predictions are averaged.
+        thought_temperature: Of thoughts; None takes the most likely tokens.
+        seed: Of the thoughts' noise.
+        untrained: Think also with a plain model, whose vectors and head were never trained.
+        dtype: Of the weights.
+        device: Where it runs; by default a GPU if there is one.
+        revision: Of a model on the hub.
+        trust_remote_code: Whether code that lies with a model may run.
+        **settings: Those of ``HFLM``: ``batch_size``, ``max_length``, ...
+
+    Raises:
+        UserError: Thoughts of a plain model, or a setting that cannot be.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        thoughts: str | bool = "on",
+        num_thoughts: int = 1,
+        thought_temperature: float | None = None,
+        seed: int = 0,
+        untrained: bool = False,
+        dtype: str | torch.dtype = "auto",
+        device: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        **settings: Any,
+    ) -> None:
+        thoughts = {True: "on", False: "off"}.get(thoughts, thoughts)  # as YAML reads them
+        if thoughts not in THOUGHTS:
+            raise UserError(f"thoughts: {thoughts!r} must be {' or '.join(THOUGHTS)}")
+        self.thinks = thoughts == "on"
+        hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self.thinker = _load(pretrained, self.thinks and not untrained, dtype, hub)
+        self.thinker.eval().to(_device(device))
+        # One prediction behind each thought: the next token's.
+        one = self.thinker.thoughts.model_copy(update={"lookahead": 1})
+        self.thinker.configure(one, self.thinker.loss)
+        self.sampling = {"num_thoughts": num_thoughts, "seed": seed}
+        self.thought_temperature = thought_temperature
+        self.num_truncated = 0
+        super().__init__(
+            pretrained=self.thinker.causal_lm,  # pyright: ignore[reportArgumentType]
+            tokenizer=load_tokenizer(pretrained, **hub),
+            backend="causal",
+            **settings,
+        )
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a text, with room for a thought where it thinks."""
+        longest = self.thinker.max_text_length
+        if not self.thinks or longest is None or self._max_length:
+            return super().max_length
+        return min(super().max_length, longest)
+
+    def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
+        """Logits of the plain model, its virtual tokens in front."""
+        causal_lm = self.thinker.causal_lm
+        if not num_virtual(causal_lm):
+            return super()._model_call(inps, attn_mask, labels)
+        with torch.no_grad():
+            return self.thinker.output_head.logits(plain_pass(causal_lm, inps))
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Of each (text, context, continuation): its log-probability, and whether it is greedy."""
+        if not self.thinks:
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1] + requests[i][2]))
+        size = override_bs or int(self.batch_size)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        bar = tqdm(total=len(requests), desc="log-likelihoods, thinking",
+                   disable=disable_tqdm or self.rank != 0)  # fmt: skip
+        with bar:
+            for start in range(0, len(order), size):
+                chunk = order[start : start + size]
+                scored = self._score([requests[i][1:] for i in chunk], chunk)
+                for place, answer in zip(chunk, scored, strict=True):
+                    answers[place] = answer
+                    if requests[place][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[place][0], answer)
+                bar.update(len(chunk))
+        return answers
+
+    def _score(
+        self, pairs: Sequence[tuple[list[int], list[int]]], sample_ids: Sequence[int]
+    ) -> list[tuple[float, bool]]:
+        """A batch of (context, continuation), a thought before every token of the latter."""
+        texts = [self._fitted(context, continuation) for context, continuation in pairs]
+        counts = [len(continuation) for _, continuation in pairs]
+        ids, mask, labels, positions = _batch(texts, counts, padding_id(self.tokenizer))
+        device = self.thinker.device
+        thoughts = self.thinker.think(
+            ids.to(device), mask.to(device), labels.to(device),
+            positions=positions.to(device), sample_ids=torch.tensor(sample_ids, device=device),
+            temperature=self.thought_temperature, **self.sampling,
+        )  # fmt: skip
+        mixed = thoughts.mixed_logprobs[..., 0]  # (B, K, P), 0 where there is no target
+        logprobs = (mixed.logsumexp(1) - math.log(mixed.shape[1])).cpu()
+        targets = ids.gather(1, (positions + 1).clamp(min=0)).unsqueeze(1)  # (B, 1, P)
+        # The most likely token of every thought: of their average with one thought.
+        right = (thoughts.mixed_predicted[..., 0].cpu() == targets).all(1)
+        valid = positions != NO_POSITION
+        sums = logprobs.double().where(valid, 0).sum(1).tolist()
+        return list(zip(sums, (right | ~valid).all(1).tolist(), strict=True))
+
+    def _fitted(self, context: list[int], continuation: list[int]) -> list[int]:
+        """The text, shortened from the left to what the model takes; counts those shortened."""
+        text = context + continuation
+        if len(text) > self.max_length:
+            self.num_truncated += 1
+        return text[-self.max_length :]
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **settings: Any
+    ) -> Tensor:
+        if not self.thinks and not num_virtual(self.thinker.causal_lm):
+            return super()._model_generate(context, max_length, stop, **settings)
+        from lm_eval.models.utils_hf import stop_sequences_criteria
+
+        if not settings.get("do_sample"):
+            settings = {**settings, "do_sample": False}
+            settings.pop("temperature", None)
+        return self.thinker.generate(
+            context, think=self.thinks, thought_temperature=self.thought_temperature,
+            max_length=max_length, pad_token_id=padding_id(self.tokenizer),
+            stopping_criteria=stop_sequences_criteria(self.tokenizer, stop, *context.shape[::-1]),
+            **self.sampling, **settings,
+        )  # fmt: skip
+
+
+def _device(wanted: str | None) -> str:
+    """The harness asks for ``cuda`` on its own, also where there is none."""
+    if wanted is None or (wanted.startswith("cuda") and not torch.cuda.is_available()):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted
+
+
+def _load(
+    pretrained: str, trained: bool, dtype: str | torch.dtype, hub: dict[str, Any]
+) -> QuietStarForCausalLM:
+    if (Path(pretrained) / SETTINGS_FILE).exists():
+        return QuietStarForCausalLM.from_pretrained(pretrained, dtype=dtype, **hub)
+    if trained:
+        raise UserError(
+            f"thoughts: on, but {pretrained} is no Quiet-STaR model ({SETTINGS_FILE} is missing). "
+            "Set thoughts=off, or untrained=true for a baseline of thoughts never trained."
+        )
+    return QuietStarForCausalLM.from_base(pretrained, dtype=dtype, **hub)
+
+
+def _batch(
+    texts: Sequence[list[int]], counts: Sequence[int], pad: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids, mask and labels, padded on the right, and the positions before the last tokens.
+
+    Args:
+        texts: Token ids.
+        counts: So many last tokens of each are scored.
+        pad: Fills texts up.
+    """
+    width, most = max(map(len, texts)), max(counts)
+    ids = torch.full((len(texts), width), pad)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    positions = torch.full((len(texts), most), NO_POSITION)
+    for row, (text, count) in enumerate(zip(texts, counts, strict=True)):
+        count = min(count, len(text) - 1)
+        ids[row, : len(text)] = torch.tensor(text)
+        mask[row, : len(text)] = True
+        labels[row, len(text) - count : len(text)] = ids[row, len(text) - count : len(text)]
+        positions[row, :count] = torch.arange(len(text) - count, len(text)) - 1
+    return ids, mask, labels, positions

@@ -1,0 +1,156 @@
+"""lm-evaluation-harness: without thoughts its own scores, with thoughts those of a slow loop."""
+
+import copy
+import json
+
+import pytest
+import torch
+from test_generation import slow_generate
+from tiny import plain_model, thinking_model
+
+from quietstar import cli
+from quietstar.data import load_tokenizer
+from quietstar.errors import UserError
+
+pytest.importorskip("lm_eval")
+
+import lm_eval
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from quietstar.evaluation.harness import QuietStarLM
+
+TASKS = {
+    "choices": "output_type: multiple_choice\ndoc_to_choice: [red, blue sky, 'none']\n"
+    "doc_to_target: label\nmetric_list: [{metric: acc}]\n",
+    "last_word": "output_type: loglikelihood\ndoc_to_target: ' {{answer}}'\n"
+    "metric_list: [{metric: perplexity}]\n",
+    "free_text": "output_type: generate_until\ndoc_to_target: answer\n"
+    "generation_kwargs: {until: ['q'], max_gen_toks: 6, do_sample: false}\n"
+    "metric_list: [{metric: exact_match}]\n",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved Quiet-STaR model, its base, and tasks on a local file."""
+    folder = tmp_path_factory.mktemp("harness")
+    base = plain_model(max_position_embeddings=96, eos_token_id=256)
+    base.save_pretrained(folder / "plain")
+    load_tokenizer("bytes").save_pretrained(folder / "plain")
+    model = thinking_model(base, thoughts={"length": 3})
+    model.save_pretrained(folder / "model", load_tokenizer("bytes"))
+    rows = [{"text": f"{n} and {n * n % 7}?", "label": n % 3, "answer": "ab" * (n % 4 + 1)}
+            for n in range(7)]  # fmt: skip
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, rest in TASKS.items():
+        (folder / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ntest_split: test\ndoc_to_text: '{{{{text}}}}'\n"
+            f"dataset_kwargs: {{data_files: {{test: {folder / 'rows.jsonl'}}}}}\n{rest}"
+        )
+    return folder
+
+
+def evaluated(model, folder):
+    """Responses to every request, by task."""
+    results = lm_eval.simple_evaluate(
+        model=model, tasks=list(TASKS), log_samples=True, bootstrap_iters=0,
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+    )  # fmt: skip
+    return {
+        name: [reply for sample in sorted(samples, key=lambda s: s["doc_id"])
+               for reply in sample["resps"]]
+        for name, samples in results["samples"].items()
+    }  # fmt: skip
+
+
+def flat(replies):
+    return [reply[0] if isinstance(reply[0], str) else tuple(reply[0]) for reply in replies]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_without_thoughts_it_is_the_harness_own_class(folder, batch_size):
+    ours = evaluated(
+        QuietStarLM(str(folder / "model"), thoughts="off", batch_size=batch_size, device="cpu"),
+        folder,
+    )
+    theirs = evaluated(
+        HFLM(str(folder / "plain"), batch_size=batch_size, device="cpu", dtype="float32"), folder
+    )
+    assert set(ours) == set(TASKS)
+    for name in TASKS:
+        assert ours[name] == theirs[name]
+
+
+@torch.no_grad()
+def slow_loglikelihood(model, text, count):
+    """Sum over the last tokens of a text, a greedy thought before each; and whether all are."""
+    slow = copy.deepcopy(model)
+    slow.causal_lm.set_attn_implementation("eager")
+    total, greedy = 0.0, True
+    for place in range(len(text) - count, len(text)):
+        _, _, logits = slow_generate(model, text[:place], 1)
+        total += logits[0].log_softmax(-1)[text[place]].item()
+        greedy &= bool(logits[0].argmax() == text[place])
+    return total, greedy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_with_thoughts_scores_are_those_of_a_slow_loop(folder, batch_size):
+    harness = QuietStarLM(str(folder / "model"), batch_size=batch_size, device="cpu")
+    replies = evaluated(harness, folder)
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    tokens = {"choices": (" red", " blue sky", " none")}
+    wanted = [
+        slow_loglikelihood(
+            harness.thinker, torch.tensor(list((row["text"] + answer).encode())), len(answer)
+        )
+        for row in rows
+        for answer in tokens["choices"]
+    ]
+    for reply, want in zip(flat(replies["choices"]), wanted, strict=True):
+        assert reply[0] == pytest.approx(want[0], abs=1e-4)
+        assert bool(reply[1]) == want[1]
+    for reply, row in zip(flat(replies["last_word"]), rows, strict=True):
+        text = torch.tensor(list(f"{row['text']} {row['answer']}".encode()))
+        want = slow_loglikelihood(harness.thinker, text, len(row["answer"]) + 1)
+        assert reply[0] == pytest.approx(want[0], abs=1e-4)
+    tokenizer = load_tokenizer("bytes")
+    for reply, row in zip(flat(replies["free_text"]), rows, strict=True):
+        prompt = torch.tensor(list(row["text"].encode()))
+        text, _, _ = slow_generate(harness.thinker, prompt, 6)
+        written = tokenizer.decode(text[len(prompt) :]).split("q")[0]
+        assert reply == written.split(tokenizer.eos_token)[0]
+
+
+def test_long_texts_lose_their_beginning_and_are_counted(folder):
+    harness = QuietStarLM(str(folder / "model"), device="cpu")
+    assert harness.max_length == 96 - 3 - 2
+    ((score, _),) = harness._loglikelihood_tokens([(None, [65] * 200, [66, 67])])
+    text = torch.tensor([*[65] * (harness.max_length - 2), 66, 67])
+    assert score == pytest.approx(slow_loglikelihood(harness.thinker, text, 2)[0], abs=1e-4)
+    assert harness.num_truncated == 1
+
+
+def test_thoughts_of_a_plain_model_are_refused_or_asked_for(folder):
+    with pytest.raises(
+        UserError, match=r"is no Quiet-STaR model .* Set thoughts=off, or untrained"
+    ):
+        QuietStarLM(str(folder / "plain"), device="cpu")
+    with pytest.raises(UserError, match=r"thoughts: 'maybe' must be on or off"):
+        QuietStarLM(str(folder / "model"), thoughts="maybe", device="cpu")
+    assert QuietStarLM(str(folder / "plain"), untrained=True, device="cpu").thinks
+    assert not QuietStarLM(str(folder / "plain"), thoughts="off", device="cpu").thinks
+
+
+@pytest.mark.slow
+def test_the_command_knows_the_model(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["quietstar"])
+    cli.main(
+        ["lm-eval", "run", "--model", "quietstar", "--tasks", "choices", "--batch_size", "4",
+         "--model_args", f"pretrained={folder / 'model'},thoughts=on",
+         "--include_path", str(folder)]
+    )  # fmt: skip
+    assert "|choices|" in capsys.readouterr().out
