@@ -87,16 +87,22 @@ def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
         shape = (args.batch_size, args.seq_len)
         tokens = torch.randint(model.vocab_size, shape, generator=generator)
         seconds = [_step(model, optimizer, tokens) for _ in range(args.steps)]
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(_numel(p) for p in model.parameters() if p.requires_grad)
     return {
         "method": method,
         "trained_parameters": trained,
-        "trained_share": trained / sum(p.numel() for p in model.parameters()),
+        "trained_share": trained / sum(_numel(p) for p in model.parameters()),
         "optimizer_mb": _state_bytes(optimizer) / 2**20,
         "peak_mb": memory.mb,
         "step_seconds": statistics.median(seconds[1:] or seconds),
         "settings": {k: v for k, v in vars(args).items() if k not in ("json", "methods")},
     }
+
+
+def _numel(parameter: torch.nn.Parameter) -> int:
+    """Weights in a parameter; 4-bit ones lie two in a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else packed.shape.numel()
 
 
 def _step(model: QuietStarForCausalLM, optimizer: Optimizer, tokens: torch.Tensor) -> float:

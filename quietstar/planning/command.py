@@ -45,7 +45,6 @@ def plan(config: Config, options: dict[str, str]) -> int | None:
     console.print(_verdict(estimate.total / _GIB, memory))
     if "json" in options:
         figures = {**asdict(estimate), "total": estimate.total}
-        figures["resident_on_cpu"] = estimate.resident_on_cpu
         Path(options["json"]).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     fits = memory is None or estimate.total <= memory * _GIB
     return None if fits else EXIT_DOES_NOT_FIT
@@ -83,7 +82,6 @@ def _table(estimate: Estimate, title: str) -> Table:
     table.add_row(
         "total, above the imported process", f"{estimate.total / _MIB:,.0f}", style="bold"
     )
-    table.add_row("  on a CPU, with holes in the heap", f"{estimate.resident_on_cpu / _MIB:,.0f}")
     return table
 
 

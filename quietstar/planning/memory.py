@@ -24,13 +24,6 @@ from quietstar.training.stages import Stage, begin_stage, plan_stages
 from quietstar.tuning.bottleneck import decoder_layers
 
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
-CPU_HEAP = 1.6
-"""Resident memory over the bytes of the tensors of a step that are alive, on CPUs.
-
-glibc's heap keeps holes between blocks: with 2.36 a step of SmolLM2-135M held 1.46 times what was
-alive at batch 1, 1.6 at 4, 1.8 at 8, and 1.0 where every block was mapped apart
-(``MALLOC_MMAP_THRESHOLD_=262144``, whose page faults make a step 70 % slower).
-"""
 _FLOAT = 4  # bytes
 
 
@@ -74,11 +67,6 @@ class Estimate:
     def total(self) -> int:
         """Most at any moment."""
         return self.resting + self.step
-
-    @property
-    def resident_on_cpu(self) -> int:
-        """The same as a CPU's process holds it."""
-        return self.resting + int(CPU_HEAP * self.step)
 
 
 @dataclass(frozen=True)
