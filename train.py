@@ -25,7 +25,9 @@ def stop_launcher() -> None:
     """
     parent = psutil.Process(os.getppid())
     words = [os.path.basename(word) for word in parent.cmdline()]
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    # torch's elastic agent, which starts DeepSpeed's processes, has a traceback for signals, too.
+    agent = "TORCHELASTIC_RUN_ID" in os.environ
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" and not agent
     if alone and "launch" in words and any(word.startswith("accelerate") for word in words):
         parent.terminate()
 

@@ -306,7 +306,9 @@ def _validate_settings(
         _, _, broken_rules = _try(valid)
     for keys, message in broken_rules:
         if invalid.isdisjoint(keys):
-            problems.append(f"{_where(keys, settings, file)}: {message}")
+            where = _where(keys, settings, file)
+            shown = where.rpartition(": ")[2]
+            problems.append(f"{where}: {message.removeprefix(f'{shown}: ')}")
     return config, problems
 
 

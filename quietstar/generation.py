@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from quietstar.engine.decoding import Decoded, Decoder
 from quietstar.engine.rollout import Sampling
@@ -76,7 +76,8 @@ def generate(
         loop = _Loop(model, decoder, think, logits_processor, stopping_criteria, generation_config)
         return loop.run(input_ids, streamer)
 
-    return model.causal_lm.generate(inputs, custom_generate=decode, streamer=streamer, **arguments)
+    causal_lm: Any = model.causal_lm
+    return causal_lm.generate(inputs, custom_generate=decode, streamer=streamer, **arguments)
 
 
 def _check(
@@ -137,7 +138,7 @@ class _Loop:
         """Think, and choose the next token of every row."""
         decoded = self.decoder.step(input_ids[:, -1], self.think)
         logits = next_logits(self.model, decoded)
-        scores = self.processor(input_ids, logits)
+        scores = self.processor(input_ids, logits)  # pyright: ignore[reportArgumentType]
         if self.config.return_dict_in_generate:
             self.thoughts.append(decoded.thoughts)
             if self.config.output_logits:

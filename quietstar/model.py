@@ -518,6 +518,7 @@ class QuietStarForCausalLM(nn.Module):
             UserError: Beams, or more tokens than the model has positions.
         """
         inputs = arguments.pop("input_ids") if inputs is None else inputs
+        assert inputs is not None, "texts to go on from"
         sampling = Sampling(num_thoughts, self.thoughts.length, thought_temperature, seed)
         return generate(self, inputs, sampling, think, streamer, arguments)
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny import plain_model, run_config
+from tiny import plain_model, run_config, write_texts
 
 from quietstar import cli
 from quietstar.config_io import save_config
@@ -112,6 +112,7 @@ def test_the_command_prints_the_sum_and_says_whether_it_fits(tmp_path, capsys):
     [
         (["--engine", "zero4"], "--engine: 'zero4' is unknown; known: single, ddp"),
         (["--processes", "none"], "--processes: 'none' must be a number above 0"),
+        (["--memory", "nan"], "--memory: 'nan' must be a number above 0"),
         (["--processes", "1.5"], "--processes: '1.5' must be a number"),
         (["--engine", "single", "--processes", "2"], "single is one process, not 2"),
         (["--processes", "3"], "training.batch_size (8) must be a multiple"),
@@ -132,3 +133,15 @@ def test_a_plan_needs_a_config_that_can_be_read(tmp_path):
     (tmp_path / "base" / "config.json").unlink()
     with pytest.raises(UserError, match="its config cannot be read"):
         estimate_run(config, "single", 1)
+
+
+@pytest.mark.slow
+def test_a_run_is_measured_beside_its_plan(tmp_path):
+    texts = write_texts(tmp_path / "texts.jsonl")
+    save_config(planned(tmp_path, data__train=texts), tmp_path / "config.yaml")
+    call = ["bench", "memory", "--config", str(tmp_path / "config.yaml"), "--steps", "1"]
+    assert cli.main([*call, "--json", str(tmp_path / "memory.json")]) == 0
+    figures = json.loads((tmp_path / "memory.json").read_text())
+    # So small a model takes little beside the program itself.
+    assert figures["planned_mb"] > 175
+    assert 0.3 < figures["ratio"] < 3

@@ -41,8 +41,12 @@ def main(arguments: list[str]) -> int:
         heap = {} if args.heap else MAPPED_APART
         with patch_environment(**heap), multiprocessing.get_context("spawn").Pool(1) as pool:
             measured = pool.apply(measure_run, (config,))
+            pool.close()  # so that it ends by itself, and cleans up
+            pool.join()
     quiet_libraries()
-    planned = estimate_run(config, "single", 1).total / _MIB
+    estimate = estimate_run(config, "single", 1)
+    on_gpu = torch.cuda.is_available()
+    planned = (estimate.total if on_gpu else estimate.total_on_cpu) / _MIB
     table = Table(title=f"memory of {args.config}")
     for column in ("planned MiB", "measured MiB", "planned / measured"):
         table.add_column(column, justify="right")

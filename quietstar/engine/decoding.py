@@ -123,7 +123,7 @@ class DecodePass:
         if self.index is not None:
             blocks = (x[:, :, int(self.new_text) :].unflatten(2, (thoughts, -1)) for x in (k, v))
             own = cache.add_own(id(layer), self.index, *blocks)
-            own = tuple(x[:, :, :thoughts] for x in own)
+            own = (own[0][:, :, :thoughts], own[1][:, :, :thoughts])
         return _attend(q.unflatten(2, (thoughts, -1)), text, own, rules, self)
 
     def text_bias(self, length: int, tokens: int, rules: ScoreRules) -> Tensor:

@@ -27,10 +27,11 @@ from quietstar.model import QuietStarForCausalLM
 from quietstar.saving import SETTINGS_FILE
 
 THOUGHTS = ("on", "off")
+_Harness: Any = HFLM  # its decorator hides its type
 
 
 @register_model("quietstar")
-class QuietStarLM(HFLM):
+class QuietStarLM(_Harness):
     """A saved Quiet-STaR model, or a plain causal LM, for lm-evaluation-harness.
 
     Args:
@@ -64,7 +65,8 @@ class QuietStarLM(HFLM):
         trust_remote_code: bool = False,
         **settings: Any,
     ) -> None:
-        thoughts = {True: "on", False: "off"}.get(thoughts, thoughts)  # as YAML reads them
+        if isinstance(thoughts, bool):  # as YAML reads on and off
+            thoughts = "on" if thoughts else "off"
         if thoughts not in THOUGHTS:
             raise UserError(f"thoughts: {thoughts!r} must be {' or '.join(THOUGHTS)}")
         self.thinks = thoughts == "on"
@@ -74,11 +76,11 @@ class QuietStarLM(HFLM):
         # One prediction behind each thought: the next token's.
         one = self.thinker.thoughts.model_copy(update={"lookahead": 1})
         self.thinker.configure(one, self.thinker.loss)
-        self.sampling = {"num_thoughts": num_thoughts, "seed": seed}
+        self.sampling: dict[str, Any] = {"num_thoughts": num_thoughts, "seed": seed}
         self.thought_temperature = thought_temperature
         self.num_truncated = 0
         super().__init__(
-            pretrained=self.thinker.causal_lm,  # pyright: ignore[reportArgumentType]
+            pretrained=self.thinker.causal_lm,
             tokenizer=load_tokenizer(pretrained, **hub),
             backend="causal",
             **settings,

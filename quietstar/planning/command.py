@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def plan(config: Config, options: dict[str, str]) -> int | None:
     console.print(_table(estimate, f"memory of each of {processes} processes, {engine}"))
     console.print(_verdict(estimate.total / _GIB, memory))
     if "json" in options:
-        figures = {**asdict(estimate), "total": estimate.total}
+        totals = {"total": estimate.total, "total_on_cpu": estimate.total_on_cpu}
+        figures = {**asdict(estimate), **totals}
         Path(options["json"]).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     fits = memory is None or estimate.total <= memory * _GIB
     return None if fits else EXIT_DOES_NOT_FIT
@@ -55,7 +57,7 @@ def _number(name: str, text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0
-    if value <= 0 or (name == "processes" and value != int(value)):
+    if not 0 < value < math.inf or (name == "processes" and value != int(value)):
         raise UserError(f"--{name}: {text!r} must be a number above 0; write --{name} 8")
     return value
 
@@ -82,6 +84,7 @@ def _table(estimate: Estimate, title: str) -> Table:
     table.add_row(
         "total, above the imported process", f"{estimate.total / _MIB:,.0f}", style="bold"
     )
+    table.add_row("on a CPU, with what a run loads besides", f"{estimate.total_on_cpu / _MIB:,.0f}")
     return table
 
 

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 STATE_FILE = "trainer_state.json"
 PARTIAL = ".partial"
 LAUNCHERS = {
-    "whole": "one process, or configs/accelerate/ddp.yaml",
-    "deepspeed": "the same configs/accelerate/zero*.yaml",
-    "fsdp2": "configs/accelerate/fsdp2.yaml",
+    "whole": "one process or DDP (configs/accelerate/ddp.yaml)",
+    "deepspeed": "DeepSpeed (configs/accelerate/zero*.yaml)",
+    "fsdp2": "FSDP2 (configs/accelerate/fsdp2.yaml)",
 }
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -189,8 +189,8 @@ def check_world(folder: Path, engine: Engine) -> None:
     kind, processes = state.get("engine", engine.kind), state.get("num_processes", now)
     if kind != engine.kind:
         raise UserError(
-            f"--resume: {folder} was written under {kind}, this launch is {engine.kind}; their "
-            f"states differ. Launch as before ({LAUNCHERS[kind]})."
+            f"--resume: {folder} was written under {LAUNCHERS[kind]}; this launch, "
+            f"{LAUNCHERS[engine.kind]}, cannot read it. Launch as before."
         )
     if processes != now and not engine.any_world:
         raise UserError(

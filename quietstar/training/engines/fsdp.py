@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -91,10 +93,9 @@ class FullyShardEngine(Engine):
         if self._trainee is not None:
             return self._trainee
         device = self.accelerator.device.type
-        if not torch.distributed.is_initialized():  # one process
-            torch.distributed.init_process_group(
-                backend="gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-            )
+        if not dist.is_initialized():  # one process
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         settings: dict[str, Any] = {
             "mesh": init_device_mesh(device, (self.accelerator.num_processes,)),
             "reshard_after_forward": _flag("FSDP_RESHARD_AFTER_FORWARD", default=True),
@@ -142,18 +143,19 @@ class FullyShardEngine(Engine):
         """As `Engine.full_weights`."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(prepared, options=options)
-        return {name.removeprefix("model."): weight for name, weight in weights.items()}
+        whole: dict[str, Any] = {n.removeprefix("model."): w for n, w in weights.items()}
+        return whole
 
     def save(self, folder: Path, prepared: nn.Module, optimizer: Optimizer) -> None:
         """As `Engine.save`; pieces go into a folder of their own."""
         super().save(folder, prepared, optimizer)
-        dcp.save(self._state(prepared, optimizer), checkpoint_id=folder / PIECES_FOLDER)
+        save(self._state(prepared, optimizer), checkpoint_id=folder / PIECES_FOLDER)
 
     def load(self, folder: Path, prepared: nn.Module, optimizer: Optimizer) -> None:
         """As `Engine.load`, whatever the number of processes that saved."""
         super().load(folder, prepared, optimizer)
         state = self._state(prepared, optimizer)
-        dcp.load(state, checkpoint_id=folder / PIECES_FOLDER)  # weights are read in place
+        load(state, checkpoint_id=folder / PIECES_FOLDER)  # weights are read in place
         set_optimizer_state_dict(prepared, optimizer, state["optimizer"])
 
     def _state(self, prepared: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
