@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.generic import ModelOutput
 
+from quietstar.engine.backbone import num_virtual
 from quietstar.engine.decoding import Decoded, Decoder
 from quietstar.engine.rollout import Sampling
 from quietstar.errors import UserError
@@ -89,12 +90,14 @@ def _check(
             "num_beams=1, with do_sample=True for variety."
         )
     positions = getattr(model.causal_lm.config.get_text_config(), "max_position_embeddings", None)
-    block = 0 if sampling is None else sampling.thought_length + 2
-    if positions is not None and config.max_length - 1 + block > positions:
+    # The last token is only predicted: the one before it is the last with a thought behind it.
+    block = num_virtual(model.causal_lm) - 1
+    block += 0 if sampling is None else sampling.thought_length + 2
+    if positions is not None and config.max_length + block > positions:
         raise UserError(
-            f"max_length: {config.max_length} tokens and a thought of {block} behind the last but "
-            f"one are more than the model's {positions} positions; set max_new_tokens so that "
-            f"texts have at most {positions - block + 1}"
+            f"max_length: texts of {config.max_length} tokens, with their thoughts, need "
+            f"{config.max_length + block} positions and the model has {positions}; set "
+            f"max_new_tokens so that texts have at most {positions - block} tokens"
         )
 
 

@@ -9,8 +9,8 @@ from tiny import run_config
 
 from quietstar.errors import UserError
 from quietstar.training.engines import Engine
-from quietstar.training.engines.deepspeed import DeepSpeedEngine
 from quietstar.training.engines.fsdp import FullyShardEngine, wants_fsdp
+from quietstar.training.engines.zero import DeepSpeedEngine
 
 
 def engine_on(kind, device):

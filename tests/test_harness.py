@@ -125,13 +125,14 @@ def test_with_thoughts_scores_are_those_of_a_slow_loop(folder, batch_size):
         assert reply == written.split(tokenizer.eos_token)[0]
 
 
-def test_long_texts_lose_their_beginning_and_are_counted(folder):
+def test_long_texts_lose_their_beginning_and_are_counted(folder, caplog):
     harness = QuietStarLM(str(folder / "model"), device="cpu")
     assert harness.max_length == 96 - 3 - 2
     ((score, _),) = harness._loglikelihood_tokens([(None, [65] * 200, [66, 67])])
     text = torch.tensor([*[65] * (harness.max_length - 2), 66, 67])
     assert score == pytest.approx(slow_loglikelihood(harness.thinker, text, 2)[0], abs=1e-4)
     assert harness.num_truncated == 1
+    assert "1 texts lost their beginning to fit into 91 tokens" in caplog.text
 
 
 def test_thoughts_of_a_plain_model_are_refused_or_asked_for(folder):
@@ -139,6 +140,9 @@ def test_thoughts_of_a_plain_model_are_refused_or_asked_for(folder):
         UserError, match=r"is no Quiet-STaR model .* Set thoughts=off, or untrained"
     ):
         QuietStarLM(str(folder / "plain"), device="cpu")
+    automatic = QuietStarLM(str(folder / "model"), batch_size="auto", device="cpu")
+    with pytest.raises(UserError, match="batch_size: auto is not known with thoughts"):
+        automatic._loglikelihood_tokens([(None, [65], [66])])
     with pytest.raises(UserError, match=r"thoughts: 'maybe' must be on or off"):
         QuietStarLM(str(folder / "model"), thoughts="maybe", device="cpu")
     assert QuietStarLM(str(folder / "plain"), untrained=True, device="cpu").thinks

@@ -6,6 +6,7 @@ thoughts everything is the harness's own ``hf`` class on the same weights.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from quietstar.engine.learn import plain_pass
 from quietstar.errors import UserError
 from quietstar.model import QuietStarForCausalLM
 from quietstar.saving import SETTINGS_FILE
+
+logger = logging.getLogger(__name__)
 
 THOUGHTS = ("on", "off")
 _Harness: Any = HFLM  # its decorator hides its type
@@ -90,7 +93,7 @@ class QuietStarLM(_Harness):
     def max_length(self) -> int:
         """Tokens of a text, with room for a thought where it thinks."""
         longest = self.thinker.max_text_length
-        if not self.thinks or longest is None or self._max_length:
+        if not self.thinks or longest is None:
             return super().max_length
         return min(super().max_length, longest)
 
@@ -109,7 +112,7 @@ class QuietStarLM(_Harness):
         if not self.thinks:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1] + requests[i][2]))
-        size = override_bs or int(self.batch_size)
+        size = override_bs or self._fixed_batch_size()
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         bar = tqdm(total=len(requests), desc="log-likelihoods, thinking",
                    disable=disable_tqdm or self.rank != 0)  # fmt: skip
@@ -122,7 +125,17 @@ class QuietStarLM(_Harness):
                     if requests[place][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[place][0], answer)
                 bar.update(len(chunk))
+        if self.num_truncated:
+            logger.warning("%d texts lost their beginning to fit into %d tokens",
+                           self.num_truncated, self.max_length)  # fmt: skip
         return answers
+
+    def _fixed_batch_size(self) -> int:
+        if not isinstance(self.batch_size, int):
+            raise UserError(
+                f"batch_size: {self.batch_size} is not known with thoughts; give a number"
+            )
+        return self.batch_size
 
     def _score(
         self, pairs: Sequence[tuple[list[int], list[int]]], sample_ids: Sequence[int]

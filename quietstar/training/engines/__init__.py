@@ -12,9 +12,9 @@ from accelerate.utils import DistributedType
 
 from quietstar.config import Config
 from quietstar.training.engines.base import Engine
-from quietstar.training.engines.deepspeed import DeepSpeedEngine
 from quietstar.training.engines.fsdp import FullyShardEngine, wants_fsdp
 from quietstar.training.engines.trainee import ThroughEngine, Trainee
+from quietstar.training.engines.zero import DeepSpeedEngine
 
 __all__ = ["Engine", "ThroughEngine", "Trainee", "build_engine", "wants_fsdp"]
 
