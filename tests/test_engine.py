@@ -163,13 +163,13 @@ def test_padding_on_the_left_is_an_error(quiet_star):
 
 def test_the_rollout_samples_from_the_states_of_the_learn_pass(quiet_star, path, monkeypatch):
     seen = []
-    sample = rollout._sample_rows
+    sample = rollout.sample_rows
 
     def record(states, *rest):
         seen.append(states)
         return sample(states, *rest)
 
-    monkeypatch.setattr(rollout, "_sample_rows", record)
+    monkeypatch.setattr(rollout, "sample_rows", record)
     input_ids = texts(2, 6)
     with torch.no_grad():
         thoughts = quiet_star(input_ids).thoughts.permute(3, 1, 0, 2).contiguous()

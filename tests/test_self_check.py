@@ -78,7 +78,7 @@ def _rules(**changes):
 
 
 def _no_score_softcap(patch):
-    patch.setattr(dense, "_softcap", lambda scores, rules: scores)
+    patch.setattr(dense, "softcapped", lambda scores, rules: scores)
 
 
 def _window_ignores_the_place_in_the_block(patch):
@@ -91,7 +91,7 @@ def _window_ignores_the_place_in_the_block(patch):
 
 
 def _no_sinks_in_blocks(patch):
-    patch.setattr(dense, "_softmax", lambda scores, sinks: scores.softmax(-1))
+    patch.setattr(dense, "softmax_with_sinks", lambda scores, sinks: scores.softmax(-1))
 
 
 def _text_row_wrong(patch):
