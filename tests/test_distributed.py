@@ -4,7 +4,11 @@ Launched as users do, two ranks on CPUs. DeepSpeed's tests run where it is insta
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,3 +148,23 @@ def test_stages_on_two_ranks_give_those_of_one(engine, tmp_path):
     file.write_text(written.replace("\nstages: {}\n", STAGES))
     whole = launch("one", file, tmp_path / "one")
     assert_same_trajectory(launch(engine, file, tmp_path / "two"), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [marked(engine) for engine in ("fsdp2", "zero2")])
+def test_the_script_for_cpus_starts_two_processes(engine, tmp_path):
+    call = ["bash", "launch/cpu.sh", engine, "configs/tiny.yaml", "--training.steps", "2"]
+    call += ["--training.save_every", "2", "--training.output_dir", str(tmp_path / "run")]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000002"
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    assert state["num_processes"] == 2
+
+
+def test_the_script_for_cpus_names_what_it_knows():
+    call = ["bash", "launch/cpu.sh", "zero9", "configs/tiny.yaml"]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "there is no configs/accelerate/zero9_cpu.yaml; known: ddp fsdp2" in done.stderr
