@@ -20,6 +20,7 @@ from quietstar.engine.learn import LearnStates, learn_pass, plain_pass
 from quietstar.engine.positions import choose_positions
 from quietstar.engine.rollout import Sampling, TextRun, run_text, sample_thoughts
 from quietstar.engine.self_check import check_architecture, use_thinking_attention
+from quietstar.errors import UserError
 from quietstar.generation import generate
 from quietstar.loading import drop_dropout_layers, initial_embedding, load_base
 from quietstar.losses.output_head import OutputHead, find_output_head
@@ -515,10 +516,11 @@ class QuietStarForCausalLM(nn.Module):
             ``return_dict_in_generate`` a `ThinkingOutput`, with the thoughts.
 
         Raises:
-            UserError: Beams, or more tokens than the model has positions.
+            UserError: No texts, beams, or more tokens than the model has positions.
         """
-        inputs = arguments.pop("input_ids") if inputs is None else inputs
-        assert inputs is not None, "texts to go on from"
+        inputs = arguments.pop("input_ids", None) if inputs is None else inputs
+        if inputs is None:
+            raise UserError("inputs: no texts are given; write generate(input_ids, ...)")
         sampling = Sampling(num_thoughts, self.thoughts.length, thought_temperature, seed)
         return generate(self, inputs, sampling, think, streamer, arguments)
 

@@ -199,6 +199,11 @@ def test_what_cannot_be_is_refused_in_one_line(arguments, words):
         model.generate(batch, attention_mask=torch.ones_like(batch), pad_token_id=0, **arguments)
 
 
+def test_texts_are_needed():
+    with pytest.raises(UserError, match="no texts are given"):
+        thinking_model().eval().generate(max_new_tokens=2)
+
+
 def test_pause_thoughts_are_pauses():
     model = thinking_model(thoughts={"source": "pause", "length": LENGTH}).eval()
     _, batch, mask = left_padded([3])
