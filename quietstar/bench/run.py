@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "quietstar bench memory",
         description=__doc__,
-        usage="%(prog)s --config FILE [--steps N] [--json FILE] [--KEY VALUE ...]",
+        usage="%(prog)s --config FILE [--steps N] [--heap] [--json FILE] [--KEY VALUE ...]",
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="of a run, as for quietstar train")

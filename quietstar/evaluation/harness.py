@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
 from tqdm import tqdm
 
@@ -171,8 +172,6 @@ class QuietStarLM(_Harness):
     ) -> Tensor:
         if not self.thinks and not num_virtual(self.thinker.causal_lm):
             return super()._model_generate(context, max_length, stop, **settings)
-        from lm_eval.models.utils_hf import stop_sequences_criteria
-
         if not settings.get("do_sample"):
             settings = {**settings, "do_sample": False}
             settings.pop("temperature", None)

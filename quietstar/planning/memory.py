@@ -19,7 +19,7 @@ from quietstar.losses.cross_entropy import chunk_rows
 from quietstar.model import QuietStarForCausalLM
 from quietstar.planning.trace import MemoryTrace, fake_tokens, num_bytes, trainable
 from quietstar.training.optimizer import is_projected
-from quietstar.training.setup import find_tokenizer
+from quietstar.training.setup import find_tokenizer, teach_thinking
 from quietstar.training.stages import Stage, begin_stage, plan_stages
 from quietstar.tuning.bottleneck import decoder_layers
 
@@ -164,17 +164,7 @@ def _without_weights(config: Config, tokenizer: PreTrainedTokenizerBase) -> Quie
             dtype=getattr(torch, config.model.dtype),
             trust_remote_code=config.model.trust_remote_code,
         )
-    model = QuietStarForCausalLM.from_base(
-        base,
-        tokenizer=tokenizer,
-        thoughts=config.thoughts,
-        mixing_head=config.mixing_head,
-        loss=config.loss,
-        tuning=config.tuning,
-    )
-    if config.training.activation_checkpointing:
-        model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.train()
+    return teach_thinking(base, config, tokenizer).train()
 
 
 def _model_config(config: Config, vocab_size: int) -> PreTrainedConfig:

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration, patch_environment
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
@@ -157,6 +157,13 @@ def build_model(
         quantization=quantization(config.tuning),
         **hub,
     )
+    return teach_thinking(base, config, tokenizer)
+
+
+def teach_thinking(
+    base: PreTrainedModel, config: Config, tokenizer: PreTrainedTokenizerBase
+) -> QuietStarForCausalLM:
+    """Turn a causal LM into one that thinks, as the config says."""
     model = QuietStarForCausalLM.from_base(
         base,
         tokenizer=tokenizer,
