@@ -325,6 +325,12 @@ def _plan(arguments: list[str]) -> int | None:
     return plan(config, options)
 
 
+def _eval(arguments: list[str]) -> int | None:
+    from quietstar.evaluation.command import main as evaluate  # imports torch
+
+    return evaluate(arguments)
+
+
 def _lm_eval(arguments: list[str]) -> int | None:
     """lm-evaluation-harness's own command, which then knows the model ``quietstar``."""
     try:
@@ -343,6 +349,10 @@ def _lm_eval(arguments: list[str]) -> int | None:
 COMMANDS: dict[str, Command] = {
     "train": Command("Train a model: quietstar train --config FILE [--KEY VALUE ...]", _train),
     "plan": Command("Foretell the memory of a run: quietstar plan --config FILE", _plan),
+    "eval": Command(
+        "Score benchmarks with and without thoughts: quietstar eval --model DIR --tasks NAMES",
+        _eval,
+    ),
     "lm-eval": Command(
         "lm-evaluation-harness: quietstar lm-eval run --model quietstar --model_args ...", _lm_eval
     ),

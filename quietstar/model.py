@@ -27,6 +27,7 @@ from quietstar.losses.output_head import OutputHead, find_output_head
 from quietstar.losses.quiet_star import (
     ScoredThoughts,
     choose_policy_temperature,
+    mixed_candidates,
     next_token_entropy,
     next_token_loss,
     quiet_star_loss,
@@ -359,8 +360,30 @@ class QuietStarForCausalLM(nn.Module):
         positions: Tensor | None,
         counts: tuple[Tensor | int | None, Tensor | int | None] = (None, None),
         fixed_mixing_weight: float | None = None,
-        scoring: bool = False,
     ) -> tuple[Tensor, ScoredThoughts]:
+        states, weight = self._states(input_ids, thoughts, positions, fixed_mixing_weight)
+        temperature = choose_policy_temperature(self.loss, self.thoughts.temperature)
+        return quiet_star_loss(
+            states,
+            weight,
+            thoughts,
+            labels,
+            self.output_head,
+            self.loss,
+            temperature,
+            counts[0],
+            positions=positions,
+            num_thought_items=counts[1],
+        )
+
+    def _states(
+        self,
+        input_ids: Tensor,
+        thoughts: Tensor,
+        positions: Tensor | None,
+        fixed_mixing_weight: float | None = None,
+    ) -> tuple[LearnStates, Tensor]:
+        """States of the learn pass, and the mixing weight."""
         states = learn_pass(
             self.causal_lm,
             self.start_embedding,
@@ -370,20 +393,7 @@ class QuietStarForCausalLM(nn.Module):
             self.thoughts.lookahead,
             positions,
         )
-        temperature = choose_policy_temperature(self.loss, self.thoughts.temperature)
-        return quiet_star_loss(
-            states,
-            self._mixing_weight(states, positions, fixed_mixing_weight),
-            thoughts,
-            labels,
-            self.output_head,
-            self.loss,
-            1.0 if scoring else temperature,
-            counts[0],
-            scoring,
-            positions,
-            counts[1],
-        )
+        return states, self._mixing_weight(states, positions, fixed_mixing_weight)
 
     def _mixing_weight(
         self, states: LearnStates, positions: Tensor | None, fixed: float | None
@@ -409,6 +419,7 @@ class QuietStarForCausalLM(nn.Module):
         positions: Int[Tensor, "batch positions"] | None = None,
         sample_ids: Int[Tensor, " batch"] | None = None,
         seed: int = 0,
+        candidates: Int[Tensor, " candidates"] | None = None,
     ) -> Thoughts:
         """Think at every position and say what it did to the prediction of the true tokens.
 
@@ -423,6 +434,7 @@ class QuietStarForCausalLM(nn.Module):
                 (`choose_positions`).
             sample_ids: As in `forward`; by default 0, 1, ...
             seed: Of the noise.
+            candidates: Tokens whose logits are wanted, at every position.
 
         Raises:
             ValueError: A text too long for the model, or padded on the left.
@@ -439,8 +451,15 @@ class QuietStarForCausalLM(nn.Module):
                 seed=seed,
             )
         tokens = Thoughts.to_engine(thoughts)
-        _, scored = self._learn(input_ids, labels, tokens, positions, scoring=True)
-        return Thoughts.from_scored(scored, thought_metrics(scored))
+        states, weight = self._states(input_ids, tokens, positions)
+        head = self.output_head
+        _, scored = quiet_star_loss(
+            states, weight, tokens, labels, head, self.loss, 1.0, scoring=True, positions=positions
+        )
+        few = None
+        if candidates is not None:
+            few = mixed_candidates(states, weight, head, candidates, positions)
+        return Thoughts.from_scored(scored, thought_metrics(scored), few)
 
     @torch.no_grad()
     def sample(
@@ -530,15 +549,19 @@ class QuietStarForCausalLM(nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Tensor | None = None,
         labels: Int[Tensor, "batch seq"] | None = None,
+        candidates: Int[Tensor, " candidates"] | None = None,
     ) -> PlainScores:
-        """Predict the next tokens without thoughts, as the plain model does."""
+        """Predict the next tokens without thoughts, as the plain model does; as `think`."""
         labels = _target_labels(input_ids, attention_mask, labels)
         states = plain_pass(self.causal_lm, input_ids)
         _, result, valid = next_token_loss(states, labels, self.output_head, scoring=True)
         assert result.predicted is not None, "scoring was asked for"
         shape = input_ids.shape
         metrics = plain_metrics(result.nll, valid)
-        return PlainScores(-result.nll.view(shape), result.predicted.view(shape), valid, metrics)
+        few = None if candidates is None else self.output_head.candidate_logits(states, candidates)
+        return PlainScores(
+            -result.nll.view(shape), result.predicted.view(shape), valid, metrics, few
+        )
 
     def _check_length(self, input_ids: Tensor) -> None:
         longest = self.max_text_length

@@ -41,12 +41,14 @@ class PlainScores:
         predicted: Most likely next token.
         valid: Where there is a true next token.
         metrics: Figures of the batch.
+        candidates: Logits of the candidates after every text position; None if none were asked for.
     """
 
     logprobs: Float[Tensor, "batch seq"]
     predicted: Int[Tensor, "batch seq"]
     valid: Bool[Tensor, "batch seq"]
     metrics: ThoughtMetrics
+    candidates: Float[Tensor, "batch seq candidates"] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Thoughts:
         mixed_predicted: Most likely x_{i+a} with it.
         metrics: Figures of the batch.
         positions: The chosen ones, -1 behind the last of a text; None for all.
+        candidates: Mixed logits of the candidates for the next token; None if none were asked for.
     """
 
     tokens: Int[Tensor, "batch thoughts positions length"]
@@ -81,9 +84,12 @@ class Thoughts:
     mixed_predicted: Int[Tensor, "batch thoughts positions lookahead"]
     metrics: ThoughtMetrics
     positions: Int[Tensor, "batch positions"] | None = None
+    candidates: Float[Tensor, "batch thoughts positions candidates"] | None = None
 
     @classmethod
-    def from_scored(cls, scored: ScoredThoughts, metrics: ThoughtMetrics) -> Thoughts:
+    def from_scored(
+        cls, scored: ScoredThoughts, metrics: ThoughtMetrics, candidates: Tensor | None = None
+    ) -> Thoughts:
         """From the engine's order, (token or lookahead, thoughts, batch, seq)."""
 
         def public(x: Tensor) -> Tensor:
@@ -104,6 +110,7 @@ class Thoughts:
             mixed_predicted=public(scored.mixed_predicted),
             metrics=metrics,
             positions=scored.positions,
+            candidates=None if candidates is None else candidates.permute(1, 0, 2, 3),
         )
 
     def next_predicted(self) -> Int[Tensor, "batch thoughts seq"]:

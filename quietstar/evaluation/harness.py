@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +21,10 @@ from tqdm import tqdm
 from quietstar.data import load_tokenizer
 from quietstar.data.tokenizer import padding_id
 from quietstar.engine.backbone import num_virtual
-from quietstar.engine.layout import IGNORE_INDEX, NO_POSITION
 from quietstar.engine.learn import plain_pass
 from quietstar.errors import UserError
-from quietstar.model import QuietStarForCausalLM
-from quietstar.saving import SETTINGS_FILE
+from quietstar.evaluation.encoding import answer_batch
+from quietstar.evaluation.loading import find_device, load_thinker
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +73,10 @@ class QuietStarLM(_Harness):
             raise UserError(f"thoughts: {thoughts!r} must be {' or '.join(THOUGHTS)}")
         self.thinks = thoughts == "on"
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-        self.thinker = _load(pretrained, self.thinks and not untrained, dtype, hub)
-        self.thinker.eval().to(_device(device))
-        # One prediction behind each thought: the next token's.
-        one = self.thinker.thoughts.model_copy(update={"lookahead": 1})
-        self.thinker.configure(one, self.thinker.loss)
+        remedy = "Set thoughts=off, or untrained=true for a baseline of thoughts never trained."
+        needs_training = self.thinks and not untrained
+        self.thinker = load_thinker(pretrained, needs_training, dtype, remedy, **hub)
+        self.thinker.to(find_device(device))
         self.sampling: dict[str, Any] = {"num_thoughts": num_thoughts, "seed": seed}
         self.thought_temperature = thought_temperature
         self.num_truncated = 0
@@ -144,21 +141,19 @@ class QuietStarLM(_Harness):
         """A batch of (context, continuation), a thought before every token of the latter."""
         texts = [self._fitted(context, continuation) for context, continuation in pairs]
         counts = [len(continuation) for _, continuation in pairs]
-        ids, mask, labels, positions = _batch(texts, counts, padding_id(self.tokenizer))
         device = self.thinker.device
+        batch = answer_batch(texts, counts, padding_id(self.tokenizer)).to(device)
         thoughts = self.thinker.think(
-            ids.to(device), mask.to(device), labels.to(device),
-            positions=positions.to(device), sample_ids=torch.tensor(sample_ids, device=device),
+            batch.ids, batch.mask, batch.labels,
+            positions=batch.positions, sample_ids=torch.tensor(sample_ids, device=device),
             temperature=self.thought_temperature, **self.sampling,
         )  # fmt: skip
         mixed = thoughts.mixed_logprobs[..., 0]  # (B, K, P), 0 where there is no target
-        logprobs = (mixed.logsumexp(1) - math.log(mixed.shape[1])).cpu()
-        targets = ids.gather(1, (positions + 1).clamp(min=0)).unsqueeze(1)  # (B, 1, P)
+        logprobs = mixed.logsumexp(1) - math.log(mixed.shape[1])
         # The most likely token of every thought: of their average with one thought.
-        right = (thoughts.mixed_predicted[..., 0].cpu() == targets).all(1)
-        valid = positions != NO_POSITION
-        sums = logprobs.double().where(valid, 0).sum(1).tolist()
-        return list(zip(sums, (right | ~valid).all(1).tolist(), strict=True))
+        right = (thoughts.mixed_predicted[..., 0] == batch.targets.unsqueeze(1)).all(1)
+        sums = logprobs.double().where(batch.valid, 0).sum(1).tolist()
+        return list(zip(sums, (right | ~batch.valid).all(1).tolist(), strict=True))
 
     def _fitted(self, context: list[int], continuation: list[int]) -> list[int]:
         """The text, shortened from the left to what the model takes; counts those shortened."""
@@ -181,47 +176,3 @@ class QuietStarLM(_Harness):
             stopping_criteria=stop_sequences_criteria(self.tokenizer, stop, *context.shape[::-1]),
             **self.sampling, **settings,
         )  # fmt: skip
-
-
-def _device(wanted: str | None) -> str:
-    """The harness asks for ``cuda`` on its own, also where there is none."""
-    if wanted is None or (wanted.startswith("cuda") and not torch.cuda.is_available()):
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return wanted
-
-
-def _load(
-    pretrained: str, trained: bool, dtype: str | torch.dtype, hub: dict[str, Any]
-) -> QuietStarForCausalLM:
-    if (Path(pretrained) / SETTINGS_FILE).exists():
-        return QuietStarForCausalLM.from_pretrained(pretrained, dtype=dtype, **hub)
-    if trained:
-        raise UserError(
-            f"thoughts: on, but {pretrained} is no Quiet-STaR model ({SETTINGS_FILE} is missing). "
-            "Set thoughts=off, or untrained=true for a baseline of thoughts never trained."
-        )
-    return QuietStarForCausalLM.from_base(pretrained, dtype=dtype, **hub)
-
-
-def _batch(
-    texts: Sequence[list[int]], counts: Sequence[int], pad: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ids, mask and labels, padded on the right, and the positions before the last tokens.
-
-    Args:
-        texts: Token ids.
-        counts: So many last tokens of each are scored.
-        pad: Fills texts up.
-    """
-    width, most = max(map(len, texts)), max(counts)
-    ids = torch.full((len(texts), width), pad)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    labels = torch.full_like(ids, IGNORE_INDEX)
-    positions = torch.full((len(texts), most), NO_POSITION)
-    for row, (text, count) in enumerate(zip(texts, counts, strict=True)):
-        count = min(count, len(text) - 1)
-        ids[row, : len(text)] = torch.tensor(text)
-        mask[row, : len(text)] = True
-        labels[row, len(text) - count : len(text)] = ids[row, len(text) - count : len(text)]
-        positions[row, :count] = torch.arange(len(text) - count, len(text)) - 1
-    return ids, mask, labels, positions

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -50,6 +51,17 @@ class OutputHead:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
+
+    def candidate_logits(
+        self, states: Float[Tensor, "*rows width"], candidates: Int[Tensor, " candidates"]
+    ) -> Float[Tensor, "*rows candidates"]:
+        """Logits of a few tokens, in float32 or wider, without those of the others."""
+        if type(self.module) is not torch.nn.Linear:
+            return self.logits(states)[..., candidates]
+        bias = None if self.bias is None else self.bias[candidates]
+        few = F.linear(states.to(self.weight.dtype), self.weight[candidates], bias)
+        logits = at_least_float32(few) * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     @property
     def num_logits(self) -> int:

@@ -290,6 +290,20 @@ def next_token_loss(
     return loss, results[0], valid
 
 
+def mixed_candidates(
+    states: LearnStates,
+    mixing_weight: Float[Tensor, "lookahead thoughts batch positions"],
+    head: OutputHead,
+    candidates: Int[Tensor, " candidates"],
+    positions: Int[Tensor, "batch positions"] | None = None,
+) -> Float[Tensor, "thoughts batch positions candidates"]:
+    """Mixed logits of a few candidates for the next token; arguments as in `quiet_star_loss`."""
+    base = lookahead_states(states.text, 1, positions)  # (1, B, P, D)
+    base, thought = (head.candidate_logits(x, candidates) for x in (base, states.ahead[0]))
+    weight = mixing_weight[0].unsqueeze(-1).to(thought.dtype)
+    return torch.lerp(base.expand_as(thought), thought, weight)
+
+
 def next_token_entropy(
     states: Float[Tensor, "batch seq width"], head: OutputHead
 ) -> Float[Tensor, "batch seq"]:

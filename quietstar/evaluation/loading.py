@@ -1,0 +1,74 @@
+"""Models to evaluate: saved Quiet-STaR models and plain ones."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quietstar.errors import UserError
+from quietstar.model import QuietStarForCausalLM
+from quietstar.saving import SETTINGS_FILE
+
+_PIECE = 2**20  # bytes
+_MOST_PIECES = 64
+
+
+def load_thinker(
+    name: str, needs_training: bool, dtype: str | torch.dtype, remedy: str, **hub: Any
+) -> QuietStarForCausalLM:
+    """A saved Quiet-STaR model, or a plain one with vectors and head that were never trained.
+
+    One token is predicted behind each thought, so its lookahead is 1.
+
+    Args:
+        name: Folder, or hub id of a plain model.
+        needs_training: Refuse a plain model.
+        dtype: Of the weights.
+        remedy: What to do about a plain model, for the message.
+        **hub: ``revision``, ``trust_remote_code``.
+
+    Raises:
+        UserError: No such model, or a plain one where a trained one is needed.
+    """
+    if (Path(name) / SETTINGS_FILE).exists():
+        model = QuietStarForCausalLM.from_pretrained(name, dtype=dtype, **hub)
+    elif needs_training:
+        raise UserError(
+            f"{name} is no Quiet-STaR model ({SETTINGS_FILE} is missing), and thoughts are asked "
+            f"for. {remedy}"
+        )
+    else:
+        model = QuietStarForCausalLM.from_base(name, dtype=dtype, **hub)
+    one = model.thoughts.model_copy(update={"lookahead": 1})
+    model.configure(one, model.loss)
+    return model.eval()
+
+
+def find_device(wanted: str | None) -> str:
+    """By default a GPU if there is one; a CPU where the GPU that is asked for is not there."""
+    if wanted is None or (wanted.startswith("cuda") and not torch.cuda.is_available()):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted
+
+
+def fingerprint(name: str) -> str:
+    """Tells whether a folder still holds the same weights; the name of a hub's model.
+
+    A hash of the files' names, sizes and pieces of what is in them.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("quietstar*.json")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        step = max(_PIECE, size // _MOST_PIECES)
+        with path.open("rb") as file:
+            for start in range(0, size, step):
+                file.seek(start)
+                digest.update(file.read(_PIECE))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,345 @@
+"""``quietstar eval``: scores of a slow loop, resume, controls, what a user may get wrong."""
+
+import json
+
+import pytest
+import torch
+from test_generation import slow_step
+from tiny import plain_model, thinking_model
+
+from quietstar import cli
+from quietstar.data import load_tokenizer
+from quietstar.evaluation.encoding import answer_batch, encode, find_candidates
+from quietstar.evaluation.scoring import (
+    Predictions,
+    donated,
+    donors,
+    item_metrics,
+    shuffle_within,
+)
+from quietstar.evaluation.tasks import TASKS, Item, Task
+
+QUESTIONS = [
+    "Two and two?",
+    "A robe takes 2 bolts and half of it. How many?",
+    "7?",
+    "How far, in m?",
+]
+NUMBERS = ["4", "3", "1,007", "12"]
+STEMS = ["Where is a bank?", "What is wet?", "Who?"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved model that thinks, a plain one, and small files in the benchmarks' own layout."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    base = plain_model(max_position_embeddings=256, eos_token_id=256)
+    base.save_pretrained(folder / "plain")
+    load_tokenizer("bytes").save_pretrained(folder / "plain")
+    model = thinking_model(base, thoughts={"length": 3})
+    model.save_pretrained(folder / "model", load_tokenizer("bytes"))
+    write_lines(folder / "gsm8k_test.jsonl", [
+        {"question": q, "answer": f"so it is\n#### {n}"}
+        for q, n in zip(QUESTIONS, NUMBERS, strict=True)
+    ])  # fmt: skip
+    choices = [{"label": letter, "text": f"thing {letter}"} for letter in "ABC"]
+    write_lines(folder / "commonsenseqa_validation.jsonl", [
+        {"id": f"q{i}", "question": {"stem": stem, "choices": choices}, "answerKey": "ABC"[i]}
+        for i, stem in enumerate(STEMS)
+    ])  # fmt: skip
+    return folder
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def run(folder, *arguments, tasks="gsm8k,commonsense_qa", model="model"):
+    """Exit code of the command."""
+    return cli.main(
+        ["eval", "--model", str(folder / model), "--tasks", tasks, "--data-dir", str(folder),
+         "--device", "cpu", *map(str, arguments)]
+    )  # fmt: skip
+
+
+def evaluated(folder, tmp_path, *arguments, **more):
+    """The figures, and the records of items."""
+    out = tmp_path / "out.json"
+    assert run(folder, "--out", out, *arguments, **more) == 0
+    items = [json.loads(line) for line in out.with_suffix(".items.jsonl").read_text().splitlines()]
+    return json.loads(out.read_text()), items[1:]
+
+
+# --- Scores ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def slow_scores(model, prompt, answer, think, candidates):
+    """One token at a time, no cache, no batch: (P(gold), P with the end, right, NLL a token)."""
+    text = list(f"{prompt} ".encode())
+    gold, published, right, nll = 1.0, 1.0, True, 0.0
+    whole = list(f"{answer}\n".encode())
+    model.causal_lm.set_attn_implementation("eager")
+    for token in whole:
+        ids = torch.tensor(text)
+        logits = slow_step(model, ids)[1] if think else model.causal_lm(ids[None]).logits[0, -1]
+        nll -= logits.log_softmax(-1)[token].item() / len(whole)
+        with_end = logits[[*candidates, 10]].softmax(-1)
+        published *= with_end[[*candidates, 10].index(token)].item()
+        if token != 10:
+            among = logits[candidates].softmax(-1)
+            gold *= among[candidates.index(token)].item()
+            right &= candidates[int(among.argmax())] == token
+        text.append(token)
+    return gold, published, float(right), nll
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_scores_are_those_of_a_slow_loop(folder, tmp_path, batch_size):
+    result, items = evaluated(folder, tmp_path, "--batch-size", batch_size)
+    model = thinking_model(
+        plain_model(max_position_embeddings=256, eos_token_id=256), thoughts={"length": 3}
+    ).eval()
+    prompts = [f"Q: {q}\nA:" for q in QUESTIONS]
+    listed = "".join(f"\n({letter}) thing {letter}" for letter in "ABC")
+    asked = {
+        "gsm8k": (prompts, [n.replace(",", "") for n in NUMBERS], list(b"0123456789")),
+        "commonsense_qa": ([f"Q: {s}{listed}\nA:" for s in STEMS], list("ABC"), list(b"ABC")),
+    }
+    names = ("gold_probability", "published_accuracy", "accuracy", "nll")
+    for task, (texts, answers, candidates) in asked.items():
+        for think, variant in ((False, "without_thoughts"), (True, "with_thoughts")):
+            wanted = [
+                slow_scores(model, *pair, think, candidates)
+                for pair in zip(texts, answers, strict=True)
+            ]
+            found = {r["item"]: r for r in items if (r["task"], r["variant"]) == (task, variant)}
+            for number, want in enumerate(wanted):
+                scores = [found[number]["metrics"][name][0] for name in names]
+                assert scores == pytest.approx(want, abs=1e-5)
+            mean = sum(want[0] for want in wanted) / len(wanted)
+            figures = result["tasks"][task][variant]
+            assert figures["gold_probability"] == pytest.approx(mean, abs=1e-5)
+            assert figures["n"] == len(wanted)
+        told = result["tasks"][task]["difference"]
+        pair = (result["tasks"][task][v]["gold_probability"]
+                for v in ("with_thoughts", "without_thoughts"))  # fmt: skip
+        assert told["gold_probability"] == pytest.approx(next(pair) - next(pair))
+        assert told["ci95"][0] <= told["gold_probability"] <= told["ci95"][1]
+        assert 0 <= told["p_value"] <= 1
+
+
+def test_sampled_thoughts_do_not_depend_on_batches_and_their_spread_is_told(folder, tmp_path):
+    settings = ("--samples", 3, "--thought-temperature", 1)
+    one, _ = evaluated(folder, tmp_path, *settings, "--batch-size", 1)
+    both, items = evaluated(folder, tmp_path, *settings, "--batch-size", 4, "--overwrite")
+    thoughts = [r["thoughts"] for r in items if r["variant"] == "with_thoughts"]
+    assert all(len(sample) == 3 for sample in thoughts)
+    assert any(sample[0] != sample[1] for sample in thoughts)
+    for task in ("gsm8k", "commonsense_qa"):
+        a, b = (x["tasks"][task]["with_thoughts"] for x in (one, both))
+        assert a["nll"] == pytest.approx(b["nll"], abs=1e-5)
+        assert a["samples"]["n"] == 3
+        assert b["samples"]["nll"]["stdev_between_thoughts"] > 0
+
+
+def test_a_text_is_scored_at_every_token_but_the_first(folder, tmp_path):
+    write_lines(tmp_path / "my.jsonl", [{"text": "a text of thirty-one characters."},
+                                        {"prompt": "one, two,", "answer": "three"}])  # fmt: skip
+    name = str(tmp_path / "my.jsonl")
+    result, items = evaluated(folder, tmp_path, "--text-tokens", 20, tasks=name)
+    first, second = (r for r in items if r["variant"] == "without_thoughts")
+    assert "".join(first["tokens"]) == "a text of thirty-one"[8:]
+    assert "".join(second["tokens"]) == "three"
+    assert first["metrics"]["nll"][0] == pytest.approx(sum(first["nll"]) / 12)
+    assert result["tasks"][name]["truncated"] == 1
+
+
+# --- Controls -------------------------------------------------------------------------------------
+
+
+def test_shuffled_thoughts_keep_no_token_at_its_place():
+    thoughts = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
+    shuffled = shuffle_within(thoughts, [7, 8], seed=0)
+    assert (shuffled != thoughts).all()
+    assert torch.equal(shuffled.sort(-1).values, thoughts)
+    assert torch.equal(shuffled[1:], shuffle_within(thoughts[1:], [8], seed=0))
+
+
+def test_every_item_gets_the_thoughts_of_another_one(folder, tmp_path):
+    given = donors(9, seed=3)
+    assert sorted(given) == list(range(9))
+    assert all(i != j for i, j in enumerate(given))
+    some = [torch.arange(6).view(1, 2, 3), torch.arange(9).view(1, 3, 3)]
+    assert donated(some, 3)[0, 0, 2].tolist() == [3, 4, 5]  # its last one again
+    result, items = evaluated(folder, tmp_path, "--controls", tasks="gsm8k")
+    kept = {(r["item"], r["variant"]): r for r in items}
+    found = result["tasks"]["gsm8k"]
+    assert set(found["controls"]) == {"shuffled", "pause", "other"}
+    own, other = (
+        sum(kept[i, v]["metrics"]["gold_probability"][0] for i in range(4)) / 4
+        for v in ("with_thoughts", "other")
+    )
+    assert found["gain_of_content"]["gold_probability"] == pytest.approx(own - other)
+    assert own != pytest.approx(other)
+
+
+def test_the_model_itself_scores_another_items_thoughts_alike(folder, tmp_path):
+    """The control of an item is what `think` says of the donor's thoughts."""
+    _, items = evaluated(folder, tmp_path, "--controls", tasks="gsm8k")
+    kept = {(r["item"], r["variant"]): r for r in items}
+    model = thinking_model(
+        plain_model(max_position_embeddings=256, eos_token_id=256), thoughts={"length": 3}
+    ).eval()
+    for number, donor in enumerate(donors(4, seed=0)):
+        prompt = f"Q: {QUESTIONS[number]}\nA: "
+        text = list(f"{prompt}{NUMBERS[number].replace(',', '')}\n".encode())
+        batch = answer_batch([text], [len(text) - len(prompt)], 0)
+        thoughts = torch.tensor(kept[donor, "with_thoughts"]["thoughts"])
+        places = [min(p, thoughts.shape[1] - 1) for p in range(batch.positions.shape[1])]
+        scored = model.think(
+            batch.ids, labels=batch.labels, positions=batch.positions,
+            thoughts=thoughts[None, :, places],
+        )  # fmt: skip
+        nll = -scored.mixed_logprobs[0, 0, :, 0].mean().item()
+        assert kept[number, "other"]["metrics"]["nll"][0] == pytest.approx(nll, abs=1e-5)
+
+
+# --- Interrupted ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.62, 0.9])
+def test_an_interrupted_evaluation_goes_on_to_the_same_json(folder, tmp_path, cut):
+    settings = ("--controls", "--batch-size", 2, "--samples", 2, "--thought-temperature", 1)
+    evaluated(folder, tmp_path, *settings)
+    out, items = tmp_path / "out.json", tmp_path / "out.items.jsonl"
+    whole = out.read_bytes()
+    kept = items.read_bytes()
+    items.write_bytes(kept[: int(cut * len(kept))])  # killed in the middle of a line
+    out.unlink()
+    run(folder, "--out", out, *settings)
+    assert out.read_bytes() == whole
+    assert sorted(items.read_bytes().splitlines()) == sorted(kept.splitlines())
+
+
+def test_finished_items_are_not_scored_again(folder, tmp_path, monkeypatch):
+    evaluated(folder, tmp_path)
+    monkeypatch.setattr("quietstar.evaluation.runner.predict_plain", None)
+    evaluated(folder, tmp_path)
+    with pytest.raises(TypeError):
+        evaluated(folder, tmp_path, "--overwrite")
+
+
+def test_chains_are_generated_the_same_again(folder, tmp_path):
+    settings = ("--votes", 4, "--max-new-tokens", 5, "--batch-size", 8)
+    result, items = evaluated(folder, tmp_path, *settings, tasks="gsm8k_cot")
+    assert set(result["tasks"]["gsm8k_cot"]["with_thoughts"]) >= {"maj@1", "maj@4", "pass@4"}
+    assert all(len(set(r["chains"])) > 1 for r in items)
+    path = tmp_path / "out.items.jsonl"
+    kept = path.read_bytes()
+    path.write_bytes(kept[: len(kept) // 2])
+    run(folder, "--out", tmp_path / "out.json", *settings, tasks="gsm8k_cot")
+    assert path.read_bytes() == kept
+
+
+# --- Mistakes -------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys):
+    def said(*arguments, **more):
+        assert run(folder, *arguments, **more) == 2
+        return capsys.readouterr().err
+
+    assert "there is no task gsm9k; did you mean gsm8k?" in said(tasks="gsm9k")
+    assert "there is no file" in said("--data-dir", tmp_path)
+    assert "is no Quiet-STaR model" in said(model="plain")
+    assert "--thoughts off, or --untrained" in said("--thoughts", "on", model="plain")
+    assert "set --thought-temperature 1" in said("--samples", 2)
+    assert "--limit: 0 must be at least 1" in said("--limit", 0)
+    assert "need thoughts" in said("--controls", "--thoughts", "off")
+    assert "is a folder" in said("--out", tmp_path)
+    out = tmp_path / "x.json"
+    run(folder, "--out", out, "--limit", 1)
+    capsys.readouterr()
+    assert "another limit (1, now 2); give another --out" in said("--out", out, "--limit", 2)
+    (tmp_path / "x.items.jsonl").write_text("nothing of ours\n")
+    assert "holds no items of an evaluation" in said("--out", out, "--limit", 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "?"}, "line 2: field answer is missing; the record has question"),
+        ({"question": "?", "answer": "five"}, "line 2: field answer must end in `#### NUMBER`"),
+        ({"question": 5, "answer": "#### 5"}, "line 2: field question must be a text"),
+        ([], "line 2: must be an object"),
+    ],
+)
+def test_a_bad_record_is_named(tmp_path, row, message):
+    write_lines(tmp_path / "gsm8k_test.jsonl", [{"question": "?", "answer": "#### 1"}, row])
+    with pytest.raises(ValueError, match=message):
+        TASKS["gsm8k"].items(tmp_path, None)
+    (tmp_path / "gsm8k_test.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="line 1: no valid JSON"):
+        TASKS["gsm8k"].items(tmp_path, None)
+
+
+def test_the_flat_layout_of_the_hub_is_read_too():
+    record = {"id": "x", "question": "Who?", "answerKey": "B",
+              "choices": {"label": ["A", "B"], "text": ["me", "you"]}}  # fmt: skip
+    item = TASKS["commonsense_qa"].read(record, 0, "here")
+    assert item.prompt == "Q: Who?\n(A) me\n(B) you\nA:"
+    assert item.labels == ("A", "B")
+    with pytest.raises(ValueError, match="answerKey is 'C', which is none of A, B"):
+        TASKS["commonsense_qa"].read(record | {"answerKey": "C"}, 0, "here")
+
+
+def bpe(merges, *words):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {word: i for i, word in enumerate(("Q", " ", "4", "B", *words))}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    )
+
+
+def test_an_answer_that_the_tokenizer_joins_to_its_prompt_is_refused():
+    task = Task("t", "answer", TASKS["gsm8k"].read, candidates="labels")
+    item = Item("0", "Q", "4", "here")
+    assert encode(task, [item], bpe([(" ", "4")], " 4"), None)[0].ids == [0, 4]
+    with pytest.raises(ValueError, match=r"here: the tokenizer joins the end of the prompt"):
+        encode(task, [item], bpe([("Q", " ")], "Q "), None)
+
+
+def test_a_label_or_digit_of_several_tokens_is_refused():
+    task = Task("t", "answer", TASKS["gsm8k"].read, candidates="labels")
+    item = Item("0", "Q", "B", "here", ("B", "BBB"))
+    tokenizer = bpe([(" ", "B")], " B")
+    with pytest.raises(ValueError, match="splits the answer 'BBB' into .* must be one token"):
+        find_candidates(task, encode(task, [item], tokenizer, None), tokenizer)
+    digits = encode(TASKS["gsm8k"], [Item("0", "Q", "B", "here")], tokenizer, None)
+    with pytest.raises(ValueError, match="none of which is a digit token"):
+        find_candidates(TASKS["gsm8k"], digits, tokenizer)
+
+
+def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted(folder, tmp_path, capsys):
+    write_lines(tmp_path / "gsm8k_test.jsonl",
+                [{"question": "x" * 300, "answer": "#### 5"}])  # fmt: skip
+    result, _ = evaluated(folder, tmp_path, "--data-dir", tmp_path, tasks="gsm8k")
+    assert result["tasks"]["gsm8k"]["truncated"] == 1
+    assert "1 items were longer than the model takes and were cut" in capsys.readouterr().out
+
+
+def test_probabilities_of_many_digits_multiply():
+    tokenizer, task = load_tokenizer("bytes"), TASKS["gsm8k"]
+    (encoded,) = encode(task, [Item("0", "Q", "42", "here")], tokenizer, None)
+    found = find_candidates(task, [encoded], tokenizer)
+    assert found is not None
+    assert found.ids.tolist() == [*b"0123456789\n"]
+    batch = answer_batch([encoded.ids], [encoded.num_scored], 0)
+    nothing = torch.zeros(1, 1, 3)
+    flat = Predictions(nothing, nothing.long(), torch.zeros(1, 1, 3, 11), None)
+    metrics = item_metrics(flat, batch, found)
+    assert metrics["gold_probability"].item() == pytest.approx(0.01)
+    assert metrics["published_accuracy"].item() == pytest.approx(11**-3)

@@ -1,0 +1,155 @@
+"""Statistics of evaluations: intervals and tests against values worked out otherwise."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from quietstar.evaluation.breakdown import Tokens, break_down, kind_of
+from quietstar.evaluation.statistics import difference, items_needed, mean
+from quietstar.evaluation.summary import verdict, warnings
+from quietstar.evaluation.votes import FINAL_ANSWER, majority, pass_at, read_number, vote_metrics
+
+
+def column(values):
+    return np.array(values, dtype=float)[:, None]
+
+
+def test_right_or_wrong_is_tested_by_the_exact_mcnemar_test():
+    after, before = column([1] * 9 + [0] * 11), column([0] * 7 + [1] * 2 + [0] * 10 + [1])
+    found = difference(after, before, seed=0)
+    tail = sum(math.comb(8, k) for k in (0, 1)) / 2**8  # 7 gained, 1 lost
+    assert found.p_value == pytest.approx(2 * tail)
+    assert found.test == "McNemar, exact"
+    assert found.value == pytest.approx(6 / 20)
+
+
+def test_probabilities_are_tested_by_a_paired_permutation():
+    gaps = np.array([0.3, 0.1, 0.25, -0.05, 0.2])
+    found = difference(column(gaps + 0.5), column(np.full(5, 0.5)), seed=0)
+    signs = itertools.product((1, -1), repeat=5)
+    extreme = [abs((gaps * sign).mean()) >= gaps.mean() - 1e-12 for sign in signs]
+    assert found.p_value == pytest.approx(sum(extreme) / len(extreme))
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    held = 0
+    for trial in range(120):
+        gaps = rng.normal(0.1, 1.0, 40)
+        low, high = difference(column(gaps), column(np.zeros(40)), seed=trial).ci95
+        held += low <= 0.1 <= high
+    assert 105 <= held <= 120  # 0.95 * 120 = 114
+
+
+def test_the_spread_over_thoughts_is_told_apart_from_that_over_items():
+    rng = np.random.default_rng(0)
+    items = rng.normal(0, 2.0, (4000, 1))
+    found = mean(items + rng.normal(0, 0.5, (4000, 8)))
+    assert found.stdev_items == pytest.approx(2.0, rel=0.05)
+    assert found.stdev_samples == pytest.approx(0.5, rel=0.05)
+    assert found.stderr == pytest.approx(math.sqrt((4 + 0.25 / 8) / 4000), rel=0.05)
+
+
+def test_one_item_and_equal_items_have_no_interval_to_speak_of():
+    one = difference(column([0.5]), column([0.25]), seed=0)
+    assert (one.value, one.ci95, one.p_value) == (0.25, None, None)
+    same = difference(column([0.5, 0.6]), column([0.5, 0.6]), seed=0)
+    assert (same.ci95, same.p_value, same.items_needed) == ((0.0, 0.0), 1.0, None)
+
+
+def test_how_many_items_a_difference_takes():
+    gaps = np.array([1.0, -1.0] * 50) + 0.1
+    assert items_needed(gaps) == math.ceil((2.8016 / 0.1 * gaps.std(ddof=1)) ** 2) == 793
+    found = {
+        "n": 100, "main_metric": "accuracy", "truncated": 0,
+        "difference": {"accuracy": 0.1, "ci95": (-0.1, 0.3), "items_needed": 793},
+    }  # fmt: skip
+    assert "100 items are too few" in warnings(found)[0]
+    assert "about 793" in warnings(found)[0]
+    assert warnings(found | {"n": 1000}) == []
+
+
+@pytest.mark.parametrize(
+    ("gain", "content", "words"),
+    [
+        ((0.01, 0.2), (0.02, 0.1), "because of what they say"),
+        ((0.01, 0.2), (-0.02, 0.1), "thoughts of other items help as much"),
+        ((-0.01, 0.2), (0.02, 0.1), "no difference that 50 items can tell"),
+        ((-0.3, -0.1), (0.02, 0.1), "thoughts make it worse"),
+    ],
+)
+def test_the_verdict_says_it_in_words(gain, content, words):
+    found = {
+        "n": 50, "main_metric": "gold_probability",
+        "difference": {"gold_probability": sum(gain) / 2, "ci95": gain},
+        "gain_of_content": {"gold_probability": sum(content) / 2, "ci95": content},
+    }  # fmt: skip
+    assert words in verdict(found)
+    swapped = {key: found["difference"][key] for key in ("ci95",)} | {"nll": -sum(gain) / 2}
+    swapped["ci95"] = (-gain[1], -gain[0])
+    other = {"nll": -sum(content) / 2, "ci95": (-content[1], -content[0])}
+    lower = {"n": 50, "main_metric": "nll", "difference": swapped, "gain_of_content": other}
+    assert words in verdict(lower)
+
+
+# --- Votes ----------------------------------------------------------------------------------------
+
+
+def test_votes_are_means_over_all_subsets():
+    numbers = ["3", "3", "5", None, "7", "5"]
+    subsets = list(itertools.combinations(numbers, 3))
+    wins = 0.0
+    for subset in subsets:
+        counts = {n: subset.count(n) for n in subset if n is not None}
+        best = [n for n in counts if counts[n] == max(counts.values())]
+        wins += ("3" in best) / len(best)
+    assert majority(numbers, "3", 3) == pytest.approx(wins / len(subsets))
+    found = vote_metrics(numbers, "3")
+    assert list(found)[0] == "maj@6"
+    assert found["maj@1"] == pytest.approx(2 / 6)
+    assert found["maj@6"] == 0.5  # 3 and 5 are tied
+    some = sum("3" in subset for subset in itertools.combinations(numbers, 4))
+    assert found["pass@4"] == pytest.approx(some / 15)
+    assert pass_at(0, 8, 4) == 0.0
+    assert vote_metrics([None], "3") == {"maj@1": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("chain", "number"),
+    [(" 18.", "18"), (" $1,800 a day 7", "1800"), (" -3", "-3"), (" 007", "7"), (" none", None)],
+)
+def test_the_first_integer_of_the_final_answer_is_read(chain, number):
+    assert read_number(f"12 apples{FINAL_ANSWER}{chain}") == number
+
+
+# --- Breakdown ------------------------------------------------------------------------------------
+
+
+def test_gains_by_difficulty_kind_and_place():
+    rng = np.random.default_rng(0)
+    base = rng.exponential(2.0, 500)
+    hard = base > np.quantile(base, 0.8)
+    tokens = Tokens(
+        item=np.repeat(np.arange(50.0), 10),
+        kind=np.array(["digits", "words"] * 250),
+        position=np.tile(np.arange(10.0), 50),
+        nll={"without_thoughts": base, "with_thoughts": base - hard, "other": base - 0.25 * hard},
+    )
+    found = break_down(tokens, seed=0)
+    assert [round(group["gain"], 3) for group in found["difficulty"]] == [0, 0, 0, 0, 1]
+    assert [round(group["content"], 3) for group in found["difficulty"]] == [0, 0, 0, 0, 0.75]
+    assert [group["n"] for group in found["kind"]] == [250, 250]
+    for group in found["kind"]:
+        assert group["gain_ci95"][0] < group["gain"] < group["gain_ci95"][1]
+    assert sum(group["n"] for group in found["position"]) == 500
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [(" 42", "digits"), (" word", "words"), ("é", "words"), (" $", "punctuation"),
+     ("\n\n", "white space"), (" कि", "words")],
+)  # fmt: skip
+def test_kinds_of_tokens(text, kind):
+    assert kind_of(text) == kind
