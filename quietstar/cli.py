@@ -4,6 +4,7 @@ A mistake of the user ends in one line per problem on stderr and exit code 2. No
 torch before the config is known to be valid.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -58,6 +59,8 @@ def main(argv: list[str] | None = None) -> int | None:
         The exit code, or None for success.
     """
     argv = sys.argv[1:] if argv is None else argv
+    # At its import it tells of kernels that it can do without.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return _dispatch(argv)
     except UserError as error:

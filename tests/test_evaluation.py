@@ -1,6 +1,7 @@
 """``quietstar eval``: scores of a slow loop, resume, controls, what a user may get wrong."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -316,7 +317,7 @@ def test_a_label_or_digit_of_several_tokens_is_refused():
     task = Task("t", "answer", TASKS["gsm8k"].read, candidates="labels")
     item = Item("0", "Q", "B", "here", ("B", "BBB"))
     tokenizer = bpe([(" ", "B")], " B")
-    with pytest.raises(ValueError, match="splits the answer 'BBB' into .* must be one token"):
+    with pytest.raises(ValueError, match=r"splits the answer 'BBB' into .* must be one token"):
         find_candidates(task, encode(task, [item], tokenizer, None), tokenizer)
     digits = encode(TASKS["gsm8k"], [Item("0", "Q", "B", "here")], tokenizer, None)
     with pytest.raises(ValueError, match="none of which is a digit token"):
@@ -343,3 +344,20 @@ def test_probabilities_of_many_digits_multiply():
     metrics = item_metrics(flat, batch, found)
     assert metrics["gold_probability"].item() == pytest.approx(0.01)
     assert metrics["published_accuracy"].item() == pytest.approx(11**-3)
+
+
+# --- The page -------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_names_as_text(folder, tmp_path):
+    name = str(tmp_path / "<script>alert(1)</script>.jsonl")
+    (tmp_path / "<script>alert(1)<").mkdir(exist_ok=True)
+    write_lines(Path(name), [{"text": f"{n} and some words of a text </script>"} for n in range(3)])
+    page = tmp_path / "sub" / "page.html"
+    assert run(folder, "--report", page, "--controls", tasks=name) == 0
+    text = page.read_text()
+    assert "<script>alert(1)" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    figures = json.loads(text.split('id="figures">')[1].split("</script>")[0])
+    assert set(figures) == {"task0", "task0-difficulty", "task0-kind", "task0-position"}
+    assert len(figures["task0"]["data"][1]["x"]) == 4  # difference and three controls

@@ -107,7 +107,7 @@ def test_votes_are_means_over_all_subsets():
         wins += ("3" in best) / len(best)
     assert majority(numbers, "3", 3) == pytest.approx(wins / len(subsets))
     found = vote_metrics(numbers, "3")
-    assert list(found)[0] == "maj@6"
+    assert next(iter(found)) == "maj@6"
     assert found["maj@1"] == pytest.approx(2 / 6)
     assert found["maj@6"] == 0.5  # 3 and 5 are tied
     some = sum("3" in subset for subset in itertools.combinations(numbers, 4))

@@ -150,6 +150,34 @@ def test_thoughts_of_a_plain_model_are_refused_or_asked_for(folder):
 
 
 @pytest.mark.slow
+def test_tasks_of_the_harness_are_paired_item_by_item(folder, tmp_path):
+    out = tmp_path / "out.json"
+    arguments = [
+        "eval", "--model", str(folder / "model"), "--tasks", "choices,free_text",
+        "--include-path", str(folder), "--limit", "5", "--out", str(out), "--device", "cpu",
+    ]  # fmt: skip
+    assert cli.main(arguments) == 0
+    found = json.loads(out.read_text())["tasks"]
+    assert found["choices"]["n"] == 5
+    records = [
+        json.loads(line) for line in out.with_suffix(".items.jsonl").read_text().splitlines()
+    ]
+    for variant, think in (("with_thoughts", "on"), ("without_thoughts", "off")):
+        model = QuietStarLM(str(folder / "model"), thoughts=think, device="cpu")
+        right = [r["metrics"]["acc"][0] for r in records[1:]
+                 if (r["task"], r["variant"]) == ("choices", variant)]  # fmt: skip
+        samples = lm_eval.simple_evaluate(
+            model=model, tasks=["choices"], limit=5, bootstrap_iters=0,
+            task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        )["samples"]["choices"]  # fmt: skip
+        assert right == [s["acc"] for s in sorted(samples, key=lambda s: s["doc_id"])]
+        assert found["choices"][variant]["acc"] == sum(right) / 5
+    before = out.read_bytes()
+    assert cli.main(arguments) == 0
+    assert out.read_bytes() == before
+
+
+@pytest.mark.slow
 def test_the_command_knows_the_model(folder, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["quietstar"])
     cli.main(

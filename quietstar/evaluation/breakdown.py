@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class Tokens:
     nll: dict[str, Array]
 
 
-def gather_tokens(records: dict[str, Sequence[dict[str, Any]]]) -> Tokens:
+def gather_tokens(records: Mapping[str, Sequence[dict[str, Any]]]) -> Tokens:
     """From the records of every variant, in the order of the items."""
     first = records["without_thoughts"]
     lengths = [len(record["tokens"]) for record in first]
@@ -106,7 +106,7 @@ def _group(tokens: Tokens, label: str, chosen: np.ndarray, seed: int) -> dict[st
         found[name] = float(gain[chosen].mean())
         count = int(tokens.item.max()) + 1
         items = tokens.item[chosen].astype(int)
-        sums = np.bincount(items, weights=gain[chosen], minlength=count)
+        sums = np.bincount(items, weights=gain[chosen], minlength=count).astype(float)
         counts = np.bincount(items, minlength=count).astype(float)
         has = counts > 0
         found[f"{name}_ci95"] = ratio_interval(sums[has], counts[has], seed)

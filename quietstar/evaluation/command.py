@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from quietstar import __version__
 from quietstar.data.tokenizer import load_tokenizer
 from quietstar.errors import UserError
+from quietstar.evaluation.harness_tasks import HarnessTask, find_harness_task
 from quietstar.evaluation.loading import find_device, fingerprint, load_thinker
 from quietstar.evaluation.page import write_page
 from quietstar.evaluation.runner import CONTROLS, WITH, WITHOUT, Protocol, Runner
@@ -33,7 +34,8 @@ DESCRIPTION = """Scores tasks with and without thoughts, paired item by item.
 
 Tasks: gsm8k and commonsense_qa (the probability of the gold answer, as in the paper, and argmax
 accuracy), gsm8k_solution (the NLL of worked solutions), gsm8k_cot (votes over chains of thought),
-demo (that of the built-in demo), and FILE.jsonl with prompt and answer, or text, on every line.
+demo (that of the built-in demo), FILE.jsonl with prompt and answer, or text, on every line, and
+those of lm-evaluation-harness by their names.
 """
 PACKAGES = ("torch", "transformers", "peft", "scipy")
 
@@ -46,17 +48,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(arguments)
     quiet_libraries()
-    tasks = [find_task(name) for name in args.tasks.split(",") if name]
+    tasks = find_tasks(args.tasks, args.include_path)
     protocol = read_protocol(args)
     data_dir = None if args.data_dir is None else Path(args.data_dir)
     for option, path in (("--out", args.out), ("--out-items", args.out_items)):
         if path is not None and Path(path).is_dir():
             raise UserError(f"{option}: {path} is a folder; give the name of a file in it")
-    items = {task.name: task.items(data_dir, args.limit) for task in tasks}  # fails early
+    own = [task for task in tasks if isinstance(task, Task)]
+    items = {task.name: task.items(data_dir, args.limit) for task in own}  # fails early
     config = settings(args, protocol)
     store = ItemStore(items_path(args), config, args.overwrite)
     model, runner = build(args, protocol, store)
-    found = evaluate(runner, tasks, items)
+    found = evaluate(runner, own, items)
+    del runner
+    found |= evaluate_harness(args, protocol, [t for t in tasks if not isinstance(t, Task)], store)
+    found = {task.name: found[task.name] for task in tasks}
     result = {"tasks": found, "config": config | {"variants": list(protocol.variants)},
               "environment": environment(model)}  # fmt: skip
     console = Console()
@@ -82,6 +88,37 @@ def evaluate(
                 task, runner.store, protocol.variants, count, num_cut, protocol.seed
             )
     return found
+
+
+def evaluate_harness(
+    args: argparse.Namespace,
+    protocol: Protocol,
+    tasks: Sequence[HarnessTask],
+    store: ItemStore,
+) -> dict[str, dict[str, Any]]:
+    """Figures of tasks of lm-evaluation-harness."""
+    found = {}
+    model = {"pretrained": args.model, "dtype": args.dtype, "device": args.device,
+             "untrained": args.untrained}  # fmt: skip
+    for task in tasks:
+        count = task.run(model, protocol, args.limit, args.data_dir, store)
+        found[task.name] = summarise(task, store, protocol.variants, count, 0, protocol.seed)
+    return found
+
+
+def find_tasks(names: str, include: str | None) -> list[Task | HarnessTask]:
+    """Tasks by their names, comma-separated; ours, files, and the harness's.
+
+    Raises:
+        UserError: An unknown one, one that stands twice, or none.
+    """
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise UserError(f"--tasks: names none; known: {', '.join(TASKS)}")
+    twice = {name for name in wanted if wanted.count(name) > 1}
+    if twice:
+        raise UserError(f"--tasks: {', '.join(sorted(twice))} stands twice; remove one")
+    return [find_task(name) or find_harness_task(name, include) for name in wanted]
 
 
 def build(
@@ -194,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--thoughts", choices=("off", "on", "both"), default="both", help="what is scored")
     add("--controls", action="store_true",
         help="score shuffled thoughts, pause tokens, and another item's thoughts too")  # fmt: skip
+    add("--include-path", help="folder with task files of lm-evaluation-harness, as eval/tasks")
     add("--data-dir", help="folder with the tasks' JSONL files; without it the hub")
     add("--limit", type=int, help="first so many items of each task")
     add("--batch-size", type=int, default=16, help="items (or chains) at once")

@@ -117,7 +117,7 @@ def split_answer(
             "alone; choose another model, or score the task with quietstar lm-eval"
         )
     answer = whole[len(prompt) :]
-    while len(answer) > 1 and not tokenizer.decode([answer[0]]).strip():
+    while len(answer) > 1 and not _text(tokenizer, [answer[0]]).strip():
         prompt, answer = [*prompt, answer[0]], answer[1:]
     return prompt, answer
 
@@ -158,7 +158,7 @@ def _label_tokens(
     for label in labels:
         asked = Item("", encoded[0].item.prompt, label, encoded[0].item.where)
         _, answer = split_answer(task, asked, tokenizer)
-        if tokenizer.decode(answer[:1]).strip() != label:
+        if _text(tokenizer, answer[:1]).strip() != label:
             shown = [tokenizer.decode([token]) for token in answer]
             raise UserError(
                 f"{asked.where}: the tokenizer splits the answer {label!r} into {shown}: a label "
@@ -175,6 +175,10 @@ def _digit_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text)["input_ids"]  # pyright: ignore[reportReturnType]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids)  # pyright: ignore[reportReturnType]
 
 
 # --- Batches --------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def _differences(found: dict[str, Any]) -> Figure:
         for key, label in ROWS.items()
         if key in found
     ]
-    return draw_forest(rows, TITLES.get(metric, metric), "", "+.4f")
+    return draw_forest(rows, str(TITLES.get(metric, metric)), "", "+.4f")
 
 
 def _groups(groups: Sequence[dict[str, Any]]) -> Figure:

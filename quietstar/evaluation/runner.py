@@ -225,7 +225,7 @@ class Runner:
                     self.model, self.tokenizer, asked, numbers, voting, variant == WITH
                 )
                 pairs = zip(batch, chains, strict=True)
-                self.store.add([_voted(task, variant, *one, texts) for one, texts in pairs])
+                self.store.add([_voted(task, variant, n, one, told) for (n, one), told in pairs])
             advance()
 
 

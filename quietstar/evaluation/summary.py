@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from quietstar.evaluation.breakdown import break_down, gather_tokens
+from quietstar.evaluation.harness_tasks import HarnessTask
 from quietstar.evaluation.runner import CONTROLS, WITH, WITHOUT
 from quietstar.evaluation.statistics import Array, difference, mean
 from quietstar.evaluation.store import ItemStore
@@ -22,7 +23,12 @@ CONTENT = {"other": "gain_of_content", "shuffled": "gain_over_shuffled", "pause"
 
 
 def summarise(
-    task: Task, store: ItemStore, variants: Sequence[str], count: int, num_cut: int, seed: int
+    task: Task | HarnessTask,
+    store: ItemStore,
+    variants: Sequence[str],
+    count: int,
+    num_cut: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Figures of a task.
 
@@ -53,7 +59,7 @@ def summarise(
         found["controls"] = {control: means(values[control], main) for control in controls}
     for control in controls:
         found[CONTENT[control]] = differences(values[WITH], values[control], main, seed)
-    if WITHOUT in records and WITH in records and task.kind != "votes":
+    if WITHOUT in records and WITH in records and task.kind in ("answer", "text"):
         found["breakdown"] = break_down(gather_tokens(records), seed)
     found["warnings"] = warnings(found)
     found["verdict"] = verdict(found)

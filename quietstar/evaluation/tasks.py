@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from quietstar.config.keys import closest, did_you_mean
 from quietstar.errors import UserError
 
 Kind = Literal["answer", "text", "votes"]
@@ -238,18 +237,8 @@ TASKS = {
 }  # fmt: skip
 
 
-def find_task(name: str) -> Task:
-    """A task by its name, or the user's own by its file.
-
-    Raises:
-        UserError: There is none.
-    """
-    if name in TASKS:
-        return TASKS[name]
+def find_task(name: str) -> Task | None:
+    """A task by its name, or the user's own by its file; None if there is none."""
     if name.endswith(".jsonl"):
         return Task(name, "text", _own, name)
-    meant = did_you_mean(closest(name, list(TASKS)))
-    raise UserError(
-        f"--tasks: there is no task {name}{meant}; known: {', '.join(TASKS)}, or a FILE.jsonl with "
-        "prompt and answer, or text. Those of lm-evaluation-harness: quietstar lm-eval"
-    )
+    return TASKS.get(name)

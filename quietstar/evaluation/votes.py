@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,12 +88,14 @@ def _continue(
     width, pad = max(map(len, rows)), padding_id(tokenizer)
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)  # pyright: ignore
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    sampled = {"do_sample": True, "temperature": voting.temperature, "top_k": 0, "top_p": 1.0}
+    how: dict[str, Any] = {"do_sample": False}
+    if voting.temperature > 0:
+        how = {"do_sample": True, "temperature": voting.temperature, "top_k": 0, "top_p": 1.0}
     generated: Tensor = model.generate(
         ids, attention_mask=mask.to(ids.device), think=think, max_new_tokens=max_new_tokens,
         thought_temperature=voting.thought_temperature, seed=voting.seed,
         pad_token_id=pad, stopping_criteria=stop,
-        **(sampled if voting.temperature > 0 else {"do_sample": False}),
+        **how,
     )  # fmt: skip
     return tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
 

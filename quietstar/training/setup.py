@@ -34,9 +34,7 @@ logger = logging.getLogger(__name__)
 def quiet_libraries() -> None:
     """Leave the terminal to the run's own progress bar and lines."""
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # it tells of kernels it can do without
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in `quietstar.cli`
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
