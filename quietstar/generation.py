@@ -18,9 +18,10 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils.generic import ModelOutput
 
 from quietstar.engine.backbone import num_virtual
-from quietstar.engine.decoding import Decoded, Decoder
+from quietstar.engine.decoding import Decoder, Thinking
 from quietstar.engine.rollout import Sampling
 from quietstar.errors import UserError
+from quietstar.gates import Gate
 
 if TYPE_CHECKING:
     from quietstar.model import QuietStarForCausalLM
@@ -32,7 +33,7 @@ class ThinkingOutput(ModelOutput):
 
     Attributes:
         sequences: Token ids of prompts and what was generated.
-        thoughts: Tokens of those before each new token.
+        thoughts: Tokens of those before each new token, -1 where none was made.
         scores: Of each new token, processed, (batch, vocab) each; with ``output_scores``.
         logits: Of each new token, mixed, (batch, vocab) each; with ``output_logits``.
     """
@@ -47,7 +48,7 @@ def generate(
     model: QuietStarForCausalLM,
     inputs: Int[Tensor, "batch seq"],
     sampling: Sampling,
-    think: bool,
+    think: bool | Gate,
     streamer: BaseStreamer | None,
     arguments: dict[str, Any],
 ) -> Any:
@@ -56,6 +57,7 @@ def generate(
     Raises:
         UserError: Beams, or a text that leaves no room.
     """
+    gate = think if isinstance(think, Gate) else Gate("always" if think else "never")
 
     def decode(
         causal_lm: Any,
@@ -65,7 +67,7 @@ def generate(
         generation_config: GenerationConfig,
         **others: Any,
     ) -> Any:
-        _check(model, generation_config, sampling if think else None)
+        _check(model, generation_config, None if gate.kind == "never" else sampling)
         mask = others.get("attention_mask")
         real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
         decoder = Decoder(
@@ -74,7 +76,7 @@ def generate(
             torch.arange(len(input_ids), device=input_ids.device),
             model.pause_token_id if model.thoughts.source == "pause" else None,
         )  # fmt: skip
-        loop = _Loop(model, decoder, think, logits_processor, stopping_criteria, generation_config)
+        loop = _Loop(model, decoder, gate, logits_processor, stopping_criteria, generation_config)
         return loop.run(input_ids, streamer)
 
     causal_lm: Any = model.causal_lm
@@ -108,12 +110,12 @@ class _Loop:
         self,
         model: QuietStarForCausalLM,
         decoder: Decoder,
-        think: bool,
+        gate: Gate,
         processor: LogitsProcessorList,
         stopping: StoppingCriteriaList,
         config: GenerationConfig,
     ) -> None:
-        self.model, self.decoder, self.think = model, decoder, think
+        self.model, self.decoder, self.gate = model, decoder, gate
         self.processor, self.stopping, self.config = processor, stopping, config
         self.scores: list[Tensor] = []
         self.logits: list[Tensor] = []
@@ -139,11 +141,10 @@ class _Loop:
 
     def _next(self, input_ids: Tensor) -> Tensor:
         """Think, and choose the next token of every row."""
-        decoded = self.decoder.step(input_ids[:, -1], self.think)
-        logits = next_logits(self.model, decoded)
+        logits, thoughts = self._predict(input_ids[:, -1])
         scores = self.processor(input_ids, logits)  # pyright: ignore[reportArgumentType]
         if self.config.return_dict_in_generate:
-            self.thoughts.append(decoded.thoughts)
+            self.thoughts.append(thoughts)
             if self.config.output_logits:
                 self.logits.append(logits)
             if self.config.output_scores:
@@ -151,6 +152,28 @@ class _Loop:
         if not self.config.do_sample:
             return scores.argmax(-1)
         return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+
+    def _predict(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the next tokens, and the thoughts before them (-1 where none was made)."""
+        decoder, model = self.decoder, self.model
+        states = decoder.append(tokens, opens=self.gate.kind != "never")
+        base = model.output_head.logits(states)
+        sampling = decoder.sampling
+        shape = (len(tokens), sampling.num_thoughts, sampling.thought_length)
+        if self.gate.kind == "never":
+            return base, tokens.new_empty(len(tokens), 0, sampling.thought_length)
+        rows = None
+        if self.gate.kind != "always":
+            rows = self.gate.decide(states, base).nonzero().squeeze(1)
+            rows = None if len(rows) == len(tokens) else rows
+        if rows is not None and not len(rows):
+            return base, tokens.new_full(shape, -1)
+        thinking = decoder.think(rows)
+        if rows is None:
+            return next_logits(model, states, base, thinking), thinking.tokens
+        mixed = next_logits(model, states[rows], base[rows], thinking)
+        thoughts = tokens.new_full(shape, -1).index_copy(0, rows, thinking.tokens)
+        return base.index_copy(0, rows, mixed), thoughts
 
     def _output(self, input_ids: Tensor) -> Any:
         if not self.config.return_dict_in_generate:
@@ -163,18 +186,23 @@ class _Loop:
         )
 
 
-def next_logits(model: QuietStarForCausalLM, decoded: Decoded) -> Float[Tensor, "batch vocab"]:
-    """Logits of the next token, in float32: mixed, or the base's where no thought was made.
+def next_logits(
+    model: QuietStarForCausalLM,
+    states: Float[Tensor, "rows width"],
+    base: Float[Tensor, "rows vocab"],
+    thinking: Thinking,
+) -> Float[Tensor, "rows vocab"]:
+    """Mixed logits of the next token, in float32; several thoughts are averaged as probabilities.
 
-    Several thoughts are averaged as probabilities.
+    Args:
+        model: Has mixing head and output head.
+        states: Behind the newest tokens.
+        base: The plain model's logits, from these.
+        thinking: Thoughts there.
     """
-    head = model.output_head
-    base = head.logits(decoded.text)
-    if not len(decoded.ahead):
-        return base
-    weight = model.mixing_head(decoded.text[:, None], decoded.ahead[None, :, :, None])
+    weight = model.mixing_head(states[:, None], thinking.ahead[None, :, :, None])
     weight = weight[0, :, :, 0, None]  # (K, B, 1)
-    mixed = (1 - weight) * base + weight * head.logits(decoded.ahead)
+    mixed = torch.lerp(base, model.output_head.logits(thinking.ahead), weight)
     if len(mixed) == 1:
         return mixed[0]
     return mixed.log_softmax(-1).logsumexp(0) - math.log(len(mixed))

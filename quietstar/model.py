@@ -21,6 +21,7 @@ from quietstar.engine.positions import choose_positions
 from quietstar.engine.rollout import Sampling, TextRun, run_text, sample_thoughts
 from quietstar.engine.self_check import check_architecture, use_thinking_attention
 from quietstar.errors import UserError
+from quietstar.gates import Gate
 from quietstar.generation import generate
 from quietstar.loading import drop_dropout_layers, initial_embedding, load_base
 from quietstar.losses.output_head import OutputHead, find_output_head
@@ -507,7 +508,7 @@ class QuietStarForCausalLM(nn.Module):
         self,
         inputs: Int[Tensor, "batch seq"] | None = None,
         *,
-        think: bool = True,
+        think: bool | Gate = True,
         num_thoughts: int = 1,
         thought_temperature: float | None = None,
         seed: int = 0,
@@ -520,7 +521,8 @@ class QuietStarForCausalLM(nn.Module):
 
         Args:
             inputs: Texts, padded on the left if at all; also as ``input_ids``.
-            think: Without it, what the plain model generates.
+            think: False: what the plain model generates. A gate (`quietstar.gates`): texts think
+                where it says so.
             num_thoughts: Before each token; their predictions are averaged.
             thought_temperature: Of thoughts; None takes the most likely tokens. (``temperature``
                 is that of the text, as in transformers.)

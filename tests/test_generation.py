@@ -13,6 +13,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from quietstar.config import ThoughtsConfig
 from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
+from quietstar.gates import Gate, Probe
 
 LENGTH, NEW = 3, 5
 
@@ -179,7 +180,8 @@ def test_the_cache_grows_with_the_text_and_not_with_thoughts():
     )  # fmt: skip
     sizes = set()
     for _ in range(200):
-        decoder.step(text[:, 0])
+        decoder.append(text[:, 0], opens=True)
+        decoder.think()
         sizes |= {(k.shape[2:], v.shape[2:]) for k, v in decoder.cache.own.values()}
     assert sizes == {((2, 6, 8), (2, 6, 8))}
     assert {k.shape[2] for k, _ in decoder.cache.text.values()} == {8 + 2 * 128}
@@ -208,3 +210,75 @@ def test_pause_thoughts_are_pauses():
     model = thinking_model(thoughts={"source": "pause", "length": LENGTH}).eval()
     _, batch, mask = left_padded([3])
     assert (generated(model, batch, mask).thoughts == model.pause_token_id).all()
+
+
+# --- Gates ----------------------------------------------------------------------------------------
+
+
+def probes(model, seed=3):
+    width = model.mixing_head.text_layer.in_features
+    weight = torch.randn(width, generator=torch.Generator().manual_seed(seed))
+    return {"gain": Probe(weight, torch.tensor(0.1))}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["entropy", "gain"])
+def test_some_texts_of_a_batch_think_and_others_do_not(name, kind):
+    """Every token is that of the slow way with a thought where the gate asks for one."""
+    model = build(name)
+    model.configure(ThoughtsConfig(length=LENGTH), model.loss)
+    prompts, batch, mask = left_padded([7, 1, 4, 9, 2], model.vocab_size)
+    model.eval()
+    always = generated(model, batch, mask)
+    every = torch.stack(always.logits).log_softmax(-1)
+    threshold = -(every.exp() * every).sum(-1).median().item() if kind == "entropy" else 0.0
+    gate = Gate(kind, threshold, probes(model))
+    out = generated(model, batch, mask, think=gate)
+    slow = copy.deepcopy(model)
+    slow.causal_lm.set_attn_implementation("eager")
+    thought_somewhere = []
+    for row, prompt in enumerate(prompts):
+        text = prompt
+        for new in range(NEW):
+            with torch.no_grad():
+                states, base = _run(slow, _embed(slow, text))
+                thinks = bool(gate.decide(states[-1:], base[-1:].float()))
+                thought, logits = slow_step(slow, text)
+            thought_somewhere.append(thinks)
+            assert out.thoughts[row, new, 0].tolist() == (
+                thought.tolist() if thinks else [-1] * LENGTH
+            )
+            wanted = logits if thinks else base[-1]
+            assert torch.allclose(out.logits[new][row], wanted, atol=1e-4)
+            text = torch.cat([text, out.sequences[row, -NEW + new][None]])
+    assert 0 < sum(thought_somewhere) < len(thought_somewhere)
+
+
+def test_gates_at_their_ends_are_always_and_never():
+    model = thinking_model(thoughts={"length": LENGTH}).eval()
+    _, batch, mask = left_padded([5, 3])
+    for kind in ("entropy", "gain"):
+        for threshold, think in ((-1e9, True), (1e9, False)):
+            gate = Gate(kind, threshold, probes(model))
+            mine = generated(model, batch, mask, think=gate)
+            assert torch.equal(mine.sequences, generated(model, batch, mask, think=think).sequences)
+            assert bool((mine.thoughts == -1).all()) is not think
+
+
+def test_a_saved_gate_is_the_same_and_a_damaged_one_is_told(tmp_path):
+    model = thinking_model().eval()
+    gate = Gate("gain", 0.25, probes(model))
+    gate.save(tmp_path, share=0.5)
+    loaded = Gate.load(tmp_path)
+    states = torch.randn(4, gate.probes["gain"].weight.shape[0])
+    assert torch.equal(loaded.score(states, states), gate.score(states, states))
+    assert (loaded.kind, loaded.threshold) == ("gain", 0.25)
+    (tmp_path / "gate.json").write_text("{")
+    with pytest.raises(UserError, match="run quietstar calibrate again"):
+        Gate.load(tmp_path)
+    with pytest.raises(UserError, match="holds no gate"):
+        Gate.load(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="needs a probe"):
+        Gate("weight")
+    with pytest.raises(UserError, match="no gate 'sometimes'"):
+        Gate("sometimes")

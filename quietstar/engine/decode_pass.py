@@ -41,6 +41,14 @@ class DecodeCache:
         self.num_thoughts, self.block_length = num_thoughts, block_length
         self.length = next((k.shape[2] for k, _ in text.values()), 0)
 
+    def chosen(self, rows: Int[Tensor, " rows"]) -> DecodeCache:
+        """A copy of some rows, for the thoughts of this token alone."""
+        text = {layer: (k[rows, :, : self.length], v[rows, :, : self.length])
+                for layer, (k, v) in self.text.items()}  # fmt: skip
+        few = DecodeCache(text, self.first[rows], self.num_thoughts, self.block_length)
+        few.own = {layer: (k[rows], v[rows]) for layer, (k, v) in self.own.items()}
+        return few
+
     def add_text(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the newest token, (B, Hkv, 1, .); returns all up to it."""
         pair = self.text.get(layer)

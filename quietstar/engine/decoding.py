@@ -23,18 +23,16 @@ from quietstar.losses.output_head import OutputHead
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """What a step knows of the next token of every row.
+class Thinking:
+    """Thoughts behind the newest tokens, and what follows them.
 
     Attributes:
-        text: State of the last token.
         ahead: State of the end vector behind each thought.
-        thoughts: Their tokens.
+        tokens: Of the thoughts.
     """
 
-    text: Float[Tensor, "batch width"]
-    ahead: Float[Tensor, "thoughts batch width"]
-    thoughts: Int[Tensor, "batch thoughts length"]
+    ahead: Float[Tensor, "thoughts rows width"]
+    tokens: Int[Tensor, "rows thoughts length"]
 
 
 class Decoder:
@@ -77,56 +75,68 @@ class Decoder:
         self.virtual = num_virtual(model)
 
     @torch.no_grad()
-    def step(self, tokens: Int[Tensor, " batch"], think: bool = True) -> Decoded:
-        """Append a token to every text, think behind it.
+    def append(self, tokens: Int[Tensor, " batch"], opens: bool) -> Float[Tensor, "batch width"]:
+        """Append a token to every text; the states behind them.
 
         Args:
             tokens: The next of each text.
-            think: Without it no thought is made: ``ahead`` is that of no thoughts, (0, B, D).
+            opens: Whether the start vector is run with them, so that `think` may follow.
         """
-        batch = tokens.shape[0]
         embedded = self.embed(tokens)[:, None]  # (B, 1, embedding)
-        if not think:
-            states = self._run(embedded, True, None)
-            self.cache.length += 1
-            empty = tokens.new_empty(batch, 0, self.sampling.thought_length)
-            return Decoded(states[:, 0], states.new_empty(0, batch, states.shape[-1]), empty)
-        start = self.start.expand(batch, 1, -1)
-        states = self._run(torch.cat([embedded, start], dim=1), True, 0)
+        if opens:
+            start = self.start.expand(tokens.shape[0], 1, -1)
+            embedded = torch.cat([embedded, start], dim=1)
+        states = self._run(self.cache, embedded, True, 0 if opens else None)
         self.cache.length += 1
-        text, last = states[:, 0], states[:, 1:].expand(-1, self.sampling.num_thoughts, -1)
+        self._opened = states[:, 1:]
+        return states[:, 0]
+
+    @torch.no_grad()
+    def think(self, rows: Int[Tensor, " rows"] | None = None) -> Thinking:
+        """Think behind the newest token of every text, or of these rows only.
+
+        The texts of some rows are copied once a token; thoughts cost what their rows cost.
+        """
+        cache, last, sample_ids = self.cache, self._opened, self.sample_ids
+        if rows is not None:
+            cache, last, sample_ids = cache.chosen(rows), last[rows], sample_ids[rows]
+        last = last.expand(-1, self.sampling.num_thoughts, -1)
         thoughts = []
         for index in range(self.sampling.thought_length):
-            thoughts.append(self._draw(last, index))
+            thoughts.append(self._draw(cache, last, index, sample_ids))
             if index < self.sampling.thought_length - 1:
-                last = self._run(self.embed(thoughts[-1]), False, index + 1)
-        ahead = self._close(thoughts[-1])
-        return Decoded(text, ahead.transpose(0, 1), torch.stack(thoughts, dim=-1))
+                last = self._run(cache, self.embed(thoughts[-1]), False, index + 1)
+        ahead = self._close(cache, thoughts[-1])
+        return Thinking(ahead.transpose(0, 1), torch.stack(thoughts, dim=-1))
 
-    def _close(self, tokens: Int[Tensor, "batch thoughts"]) -> Tensor:
+    def _close(self, cache: DecodeCache, tokens: Int[Tensor, "rows thoughts"]) -> Tensor:
         """Run the last thought token and the end vector; the latter's state, (B, K, D)."""
         embedded = self.embed(tokens).unsqueeze(2)  # (B, K, 1, embedding)
         end = self.end.expand(*embedded.shape)
         pairs = torch.cat([embedded, end], dim=2).flatten(1, 2)  # (B, K * 2, embedding)
-        states = self._run(pairs, False, self.sampling.thought_length)
+        states = self._run(cache, pairs, False, self.sampling.thought_length)
         return states.unflatten(1, (-1, 2))[:, :, 1]
 
-    def _run(self, embedded: Tensor, new_text: bool, index: int | None) -> Tensor:
+    def _run(
+        self, cache: DecodeCache, embedded: Tensor, new_text: bool, index: int | None
+    ) -> Tensor:
         """States of tokens (B, K * m, embedding)."""
-        cache, device = self.cache, embedded.device
+        device = embedded.device
         num_tokens = embedded.shape[1] // (1 if new_text else cache.num_thoughts)
         offset = torch.arange(num_tokens, device=device) + (0 if new_text else index or 0)
         places = (cache.length - cache.first)[:, None] + offset  # (B, m)
         places = places.repeat(1, embedded.shape[1] // num_tokens)
         return run_backbone(self.model, embedded, places, DecodePass(cache, new_text, index))
 
-    def _draw(self, states: Tensor, index: int) -> Int[Tensor, "batch thoughts"]:
+    def _draw(
+        self, cache: DecodeCache, states: Tensor, index: int, sample_ids: Tensor
+    ) -> Int[Tensor, "rows thoughts"]:
         """The next token of every thought, by the noise that training would use here."""
         if self.constant is not None:
-            return self.sample_ids.new_full(states.shape[:2], self.constant)
-        place = (self.cache.length - 1 - self.cache.first - self.virtual)[:, None]  # (B, 1)
+            return sample_ids.new_full(states.shape[:2], self.constant)
+        place = (cache.length - 1 - cache.first - self.virtual)[:, None]  # (B, 1)
         sampling = self.sampling
-        noise = keyed_uniform(sampling.seed, self.sample_ids, sampling.num_thoughts, index, place)
+        noise = keyed_uniform(sampling.seed, sample_ids, sampling.num_thoughts, index, place)
         noise = noise[..., 0].transpose(0, 1).flatten()  # (K, B, 1) -> (B * K)
         rows = sample_rows(states.flatten(0, 1), self.head, noise, sampling.temperature)
         return rows.view(states.shape[:2])
