@@ -29,13 +29,14 @@ from quietstar.losses.quiet_star import (
     ScoredThoughts,
     choose_policy_temperature,
     mixed_candidates,
+    mixed_predictions,
     next_token_entropy,
     next_token_loss,
     quiet_star_loss,
 )
 from quietstar.metrics import plain_metrics, thought_metrics
 from quietstar.mixing_head import MixingHead
-from quietstar.outputs import PlainScores, QuietStarOutput, Thoughts
+from quietstar.outputs import MixedScores, PlainScores, QuietStarOutput, Thoughts
 from quietstar.tuning import apply_tuning
 from quietstar.tuning.peft_methods import keep_gradients_of_4bit, quantization
 
@@ -420,7 +421,6 @@ class QuietStarForCausalLM(nn.Module):
         positions: Int[Tensor, "batch positions"] | None = None,
         sample_ids: Int[Tensor, " batch"] | None = None,
         seed: int = 0,
-        candidates: Int[Tensor, " candidates"] | None = None,
     ) -> Thoughts:
         """Think at every position and say what it did to the prediction of the true tokens.
 
@@ -435,7 +435,6 @@ class QuietStarForCausalLM(nn.Module):
                 (`choose_positions`).
             sample_ids: As in `forward`; by default 0, 1, ...
             seed: Of the noise.
-            candidates: Tokens whose logits are wanted, at every position.
 
         Raises:
             ValueError: A text too long for the model, or padded on the left.
@@ -457,10 +456,7 @@ class QuietStarForCausalLM(nn.Module):
         _, scored = quiet_star_loss(
             states, weight, tokens, labels, head, self.loss, 1.0, scoring=True, positions=positions
         )
-        few = None
-        if candidates is not None:
-            few = mixed_candidates(states, weight, head, candidates, positions)
-        return Thoughts.from_scored(scored, thought_metrics(scored), few)
+        return Thoughts.from_scored(scored, thought_metrics(scored))
 
     @torch.no_grad()
     def sample(
@@ -553,7 +549,14 @@ class QuietStarForCausalLM(nn.Module):
         labels: Int[Tensor, "batch seq"] | None = None,
         candidates: Int[Tensor, " candidates"] | None = None,
     ) -> PlainScores:
-        """Predict the next tokens without thoughts, as the plain model does; as `think`."""
+        """Predict the next tokens without thoughts, as the plain model does.
+
+        Args:
+            input_ids: Texts, padded on the right if at all.
+            attention_mask: (batch, seq), true (or 1) for real tokens.
+            labels: As in `forward`.
+            candidates: Tokens whose logits are wanted.
+        """
         labels = _target_labels(input_ids, attention_mask, labels)
         states = plain_pass(self.causal_lm, input_ids)
         _, result, valid = next_token_loss(states, labels, self.output_head, scoring=True)
@@ -564,6 +567,40 @@ class QuietStarForCausalLM(nn.Module):
         return PlainScores(
             -result.nll.view(shape), result.predicted.view(shape), valid, metrics, few
         )
+
+    @torch.no_grad()
+    def score_mixed(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Tensor | None,
+        labels: Int[Tensor, "batch seq"],
+        thoughts: Int[Tensor, "batch thoughts positions length"],
+        positions: Int[Tensor, "batch positions"] | None = None,
+        candidates: Int[Tensor, " candidates"] | None = None,
+    ) -> MixedScores:
+        """Predict the next tokens with these thoughts, as `think` does, but for less.
+
+        Args:
+            input_ids: Texts, padded on the right if at all.
+            attention_mask: (batch, seq), true (or 1) for real tokens.
+            labels: As in `forward`.
+            thoughts: From `sample`, or any.
+            positions: Of the thoughts; None for all.
+            candidates: Tokens whose logits are wanted.
+        """
+        labels = _target_labels(input_ids, attention_mask, labels)
+        self._check_length(input_ids)
+        states, weight = self._states(input_ids, Thoughts.to_engine(thoughts), positions)
+        states, weight, head = states.next_only(), weight[:1], self.output_head
+        result = mixed_predictions(states, weight, labels, head, positions)
+        few = None
+        if candidates is not None:
+            few = mixed_candidates(states, weight, head, candidates, positions).transpose(0, 1)
+        assert result.predicted is not None, "it was asked for"
+        logprobs, predicted = (
+            x.view(weight.shape)[0].transpose(0, 1) for x in (-result.nll, result.predicted)
+        )
+        return MixedScores(logprobs, predicted, few)
 
     def _check_length(self, input_ids: Tensor) -> None:
         longest = self.max_text_length

@@ -52,6 +52,21 @@ class PlainScores:
 
 
 @dataclass(frozen=True)
+class MixedScores:
+    """Predictions with thoughts; output of `QuietStarForCausalLM.score_mixed`.
+
+    Attributes:
+        logprobs: Of the true next token, 0 where there is none.
+        predicted: Most likely next token.
+        candidates: Logits of the candidates; None if none were asked for.
+    """
+
+    logprobs: Float[Tensor, "batch thoughts positions"]
+    predicted: Int[Tensor, "batch thoughts positions"]
+    candidates: Float[Tensor, "batch thoughts positions candidates"] | None = None
+
+
+@dataclass(frozen=True)
 class Thoughts:
     """Thoughts of every position and what they did; output of `QuietStarForCausalLM.think`.
 
@@ -70,7 +85,6 @@ class Thoughts:
         mixed_predicted: Most likely x_{i+a} with it.
         metrics: Figures of the batch.
         positions: The chosen ones, -1 behind the last of a text; None for all.
-        candidates: Mixed logits of the candidates for the next token; None if none were asked for.
     """
 
     tokens: Int[Tensor, "batch thoughts positions length"]
@@ -84,12 +98,9 @@ class Thoughts:
     mixed_predicted: Int[Tensor, "batch thoughts positions lookahead"]
     metrics: ThoughtMetrics
     positions: Int[Tensor, "batch positions"] | None = None
-    candidates: Float[Tensor, "batch thoughts positions candidates"] | None = None
 
     @classmethod
-    def from_scored(
-        cls, scored: ScoredThoughts, metrics: ThoughtMetrics, candidates: Tensor | None = None
-    ) -> Thoughts:
+    def from_scored(cls, scored: ScoredThoughts, metrics: ThoughtMetrics) -> Thoughts:
         """From the engine's order, (token or lookahead, thoughts, batch, seq)."""
 
         def public(x: Tensor) -> Tensor:
@@ -110,7 +121,6 @@ class Thoughts:
             mixed_predicted=public(scored.mixed_predicted),
             metrics=metrics,
             positions=scored.positions,
-            candidates=None if candidates is None else candidates.permute(1, 0, 2, 3),
         )
 
     def next_predicted(self) -> Int[Tensor, "batch thoughts seq"]:

@@ -111,7 +111,9 @@ def held_out(args: argparse.Namespace) -> list[Batch]:
     return list(held.batches(args.batch_size))
 
 
-def stream_texts(batches: Sequence[Batch], tokens: int, model: QuietStarForCausalLM) -> torch.Tensor:
+def stream_texts(
+    batches: Sequence[Batch], tokens: int, model: QuietStarForCausalLM
+) -> torch.Tensor:
     """A few texts, one a row, whose tokens are decoded to measure speed; no padding."""
     lengths = batches[0].attention_mask.sum(1)
     width = int(min(lengths.max(), tokens))
@@ -144,8 +146,9 @@ def sweep(
 def choose(
     args: argparse.Namespace, measured: Measured, probes: dict[str, Probe], length: int
 ) -> Setting:
-    """The best gate for the wish: of those fast enough the one that loses least, or the fastest
-    of those that lose little enough.
+    """The best gate for the wish.
+
+    Of those fast enough the one that loses least, or the fastest of those that lose little enough.
     """
     shares = [step / TRIED for step in range(TRIED + 1)]
     kinds = KINDS if args.gate == "best" else (args.gate,)
@@ -230,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gate", choices=(*KINDS, "best"), default="best", help="kind of score")
     add("--speed", type=float, help="so many times fewer passes than with always; loses least")
     add("--quality", type=float,
-        help="fastest that loses at most so much accuracy (or NLL, nats); default 0.01")  # fmt: skip
+        help="fastest that loses at most so much accuracy (or nats); default 0.01")  # fmt: skip
     add("--seq-len", type=int, default=128, help="of texts of --data")
     add("--sequences", type=int, default=64, help="texts; half fit the probes, half try the gates")
     add("--batch-size", type=int, default=8)

@@ -34,6 +34,10 @@ class LearnStates:
     policy: Float[Tensor, "length thoughts batch positions width"]
     ahead: Float[Tensor, "lookahead thoughts batch positions width"]
 
+    def next_only(self) -> LearnStates:
+        """Without the states that look further ahead than the next token."""
+        return replace(self, ahead=self.ahead[:1])
+
 
 def plain_pass(
     model: PreTrainedModel, input_ids: Int[Tensor, "batch seq"]

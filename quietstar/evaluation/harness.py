@@ -143,15 +143,16 @@ class QuietStarLM(_Harness):
         counts = [len(continuation) for _, continuation in pairs]
         device = self.thinker.device
         batch = answer_batch(texts, counts, padding_id(self.tokenizer)).to(device)
-        thoughts = self.thinker.think(
-            batch.ids, batch.mask, batch.labels,
-            positions=batch.positions, sample_ids=torch.tensor(sample_ids, device=device),
-            temperature=self.thought_temperature, **self.sampling,
+        thoughts = self.thinker.sample(
+            batch.ids, positions=batch.positions, temperature=self.thought_temperature,
+            sample_ids=torch.tensor(sample_ids, device=device), **self.sampling,
         )  # fmt: skip
-        mixed = thoughts.mixed_logprobs[..., 0]  # (B, K, P), 0 where there is no target
-        logprobs = mixed.logsumexp(1) - math.log(mixed.shape[1])
+        scored = self.thinker.score_mixed(
+            batch.ids, batch.mask, batch.labels, thoughts, batch.positions
+        )  # log-probabilities are 0 where there is no target
+        logprobs = scored.logprobs.logsumexp(1) - math.log(scored.logprobs.shape[1])
         # The most likely token of every thought: of their average with one thought.
-        right = (thoughts.mixed_predicted[..., 0] == batch.targets.unsqueeze(1)).all(1)
+        right = (scored.predicted == batch.targets.unsqueeze(1)).all(1)
         sums = logprobs.double().where(batch.valid, 0).sum(1).tolist()
         return list(zip(sums, (right | ~batch.valid).all(1).tolist(), strict=True))
 

@@ -62,13 +62,8 @@ def predict_thinking(
 ) -> Predictions:
     """With these thoughts before the scored tokens."""
     few = None if candidates is None else candidates.ids.to(batch.ids.device)
-    scored = model.think(
-        batch.ids, batch.mask, batch.labels,
-        thoughts=thoughts, positions=batch.positions, candidates=few,
-    )  # fmt: skip
-    return Predictions(
-        scored.mixed_logprobs[..., 0], scored.mixed_predicted[..., 0], scored.candidates, thoughts
-    )
+    scored = model.score_mixed(batch.ids, batch.mask, batch.labels, thoughts, batch.positions, few)
+    return Predictions(scored.logprobs, scored.predicted, scored.candidates, thoughts)
 
 
 # --- Metrics of items -----------------------------------------------------------------------------

@@ -290,6 +290,27 @@ def next_token_loss(
     return loss, results[0], valid
 
 
+def mixed_predictions(
+    states: LearnStates,
+    mixing_weight: Float[Tensor, "lookahead thoughts batch positions"],
+    labels: Int[Tensor, "batch seq"],
+    head: OutputHead,
+    positions: Int[Tensor, "batch positions"] | None = None,
+) -> RowResult:
+    """The mixed prediction of every target alone: what a reader of scores needs, and no more.
+
+    Rows are (lookahead thoughts batch positions), flat; arguments as in `quiet_star_loss`.
+    """
+    targets = lookahead_targets(labels, mixing_weight.shape[0], positions)
+    config, one = LossConfig(), torch.ones((), device=labels.device)
+    thoughts = mixing_weight.new_zeros(0, *mixing_weight.shape[1:])
+    builder = _Segments(
+        states, mixing_weight, thoughts, targets[0], targets, positions, config, (one, one)
+    )
+    segment = replace(builder.mixed(head), coefficients=None, wants_predicted=True)
+    return objective([segment], head)[1][0]
+
+
 def mixed_candidates(
     states: LearnStates,
     mixing_weight: Float[Tensor, "lookahead thoughts batch positions"],
