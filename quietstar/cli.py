@@ -328,10 +328,9 @@ def _plan(arguments: list[str]) -> int | None:
     return plan(config, options)
 
 
-def _eval(arguments: list[str]) -> int | None:
-    from quietstar.evaluation.command import main as evaluate  # imports torch
-
-    return evaluate(arguments)
+def _run_module(name: str) -> Callable[[list[str]], int | None]:
+    """A command whose module has a ``main``; it is imported, and torch with it, when it runs."""
+    return lambda arguments: import_module(f"quietstar.{name}").main(arguments)
 
 
 def _lm_eval(arguments: list[str]) -> int | None:
@@ -354,10 +353,18 @@ COMMANDS: dict[str, Command] = {
     "plan": Command("Foretell the memory of a run: quietstar plan --config FILE", _plan),
     "eval": Command(
         "Score benchmarks with and without thoughts: quietstar eval --model DIR --tasks NAMES",
-        _eval,
+        _run_module("evaluation.command"),
     ),
     "lm-eval": Command(
         "lm-evaluation-harness: quietstar lm-eval run --model quietstar --model_args ...", _lm_eval
+    ),
+    "inspect": Command(
+        "Show the thoughts in a text: quietstar inspect --model DIR --text TEXT --out PAGE.html",
+        _run_module("inspection.command"),
+    ),
+    "calibrate": Command(
+        "Find where thinking pays, for faster generation: quietstar calibrate --model DIR",
+        _run_module("calibration.command"),
     ),
     "merge": Command("Merge adapters: quietstar merge --model DIR --out DIR", _merge),
     "bench": Command(

@@ -363,7 +363,7 @@ class QuietStarForCausalLM(nn.Module):
         counts: tuple[Tensor | int | None, Tensor | int | None] = (None, None),
         fixed_mixing_weight: float | None = None,
     ) -> tuple[Tensor, ScoredThoughts]:
-        states, weight = self._states(input_ids, thoughts, positions, fixed_mixing_weight)
+        states, weight = self.states_with(input_ids, thoughts, positions, fixed_mixing_weight)
         temperature = choose_policy_temperature(self.loss, self.thoughts.temperature)
         return quiet_star_loss(
             states,
@@ -378,7 +378,7 @@ class QuietStarForCausalLM(nn.Module):
             num_thought_items=counts[1],
         )
 
-    def _states(
+    def states_with(
         self,
         input_ids: Tensor,
         thoughts: Tensor,
@@ -451,7 +451,7 @@ class QuietStarForCausalLM(nn.Module):
                 seed=seed,
             )
         tokens = Thoughts.to_engine(thoughts)
-        states, weight = self._states(input_ids, tokens, positions)
+        states, weight = self.states_with(input_ids, tokens, positions)
         head = self.output_head
         _, scored = quiet_star_loss(
             states, weight, tokens, labels, head, self.loss, 1.0, scoring=True, positions=positions
@@ -590,7 +590,7 @@ class QuietStarForCausalLM(nn.Module):
         """
         labels = _target_labels(input_ids, attention_mask, labels)
         self._check_length(input_ids)
-        states, weight = self._states(input_ids, Thoughts.to_engine(thoughts), positions)
+        states, weight = self.states_with(input_ids, Thoughts.to_engine(thoughts), positions)
         states, weight, head = states.next_only(), weight[:1], self.output_head
         result = mixed_predictions(states, weight, labels, head, positions)
         few = None

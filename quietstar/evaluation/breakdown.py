@@ -73,7 +73,7 @@ def break_down(tokens: Tokens, seed: int) -> dict[str, list[dict[str, Any]]]:
     if len(base) < FEWEST_TOKENS:
         return {}
     groups = {
-        "difficulty": _quantiles(base, "{:.2f} to {:.2f} nats"),
+        "difficulty": _quantiles(base, "{:.2f} to {:.2f}"),
         "kind": [(kind, tokens.kind == kind) for kind in KINDS if (tokens.kind == kind).any()],
         "position": _quantiles(tokens.position, "{:.0f} to {:.0f}"),
     }

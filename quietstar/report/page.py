@@ -26,6 +26,7 @@ from quietstar.report.records import Record, find_stages, read_records, series
 from quietstar.report.tables import difference_table, sample_table, tally, variant_table
 
 REPORT_FILE = "report.html"
+_PACKAGE = "quietstar.report"
 _TEMPLATE, _STYLE, _SCRIPT = "template.html.j2", "style.css", "script.js"
 
 
@@ -126,10 +127,10 @@ def render(run: Run) -> str:
     )
 
 
-def environment() -> Environment:
-    """Jinja with every text escaped, in HTML and in JSON."""
+def environment(package: str = _PACKAGE) -> Environment:
+    """Jinja with every text escaped, in HTML and in JSON; templates lie in ``package``."""
     result = Environment(
-        loader=PackageLoader("quietstar.report", "."),
+        loader=PackageLoader(package, "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -139,9 +140,9 @@ def environment() -> Environment:
     return result
 
 
-def packaged(name: str) -> str:
-    """A file of this package."""
-    return resources.files("quietstar.report").joinpath(name).read_text(encoding="utf-8")
+def packaged(name: str, package: str = _PACKAGE) -> str:
+    """A file of a package."""
+    return resources.files(package).joinpath(name).read_text(encoding="utf-8")
 
 
 def load_plotly() -> str:

@@ -1,0 +1,245 @@
+"use strict";
+
+// Texts and thoughts are data: they only ever become text nodes.
+const documents = JSON.parse(document.getElementById("documents").textContent);
+const byId = (id) => document.getElementById(id);
+const LEVELS = [0.02, 0.1, 0.5, 1.5];
+const small = matchMedia("(max-width: 60rem)"); // there the detail lies over the text
+let chosen = -1;
+let pinned = false;
+
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+// A token of a part of a character's bytes has no text of its own.
+// Control characters become their pictures; a line break keeps breaking the line.
+function visible(text) {
+  if (text === "") return "▯";
+  return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f]/g, (c) => {
+    const code = c.codePointAt(0);
+    return String.fromCodePoint(code === 0x7f ? 0x2421 : 0x2400 + code);
+  }).replace(/[\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]/g, "\u25cc").replace(/\n/g, "⏎\n");
+}
+
+const shown = (text) => make("code", { dir: "auto" }, visible(text).replace(/ /g, "␣").replace(/\n/g, ""));
+const nats = (x) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(3);
+const percent = (p) => (p < 0.001 ? (100 * p).toPrecision(2) : (100 * p).toFixed(p < 0.1 ? 2 : 1)) + " %";
+
+function level(gain) {
+  const size = LEVELS.filter((edge) => Math.abs(gain) >= edge).length;
+  return size === 0 ? "z" : (gain > 0 ? "g" : "l") + size;
+}
+
+// --- Summary -------------------------------------------------------------------------------------
+
+function tile(value, label) {
+  return make("div", { class: "tile" }, make("b", {}, value), make("span", {}, label));
+}
+
+function summary(doc) {
+  const s = doc.summary;
+  const part = (name) => (s[name] === null ? "–" : nats(s[name].gain));
+  const content = (name) => (s[name] === null ? "–" : nats(s[name].content));
+  const tiles = make("div", { class: "tiles" },
+    tile(nats(s.all.gain), "gain, nats a token"),
+    tile(nats(s.all.content), "gain of content"),
+    tile(part("hard") + " / " + part("easy"), "gain, hard / easy tokens"),
+    tile(content("hard") + " / " + content("easy"), "content, hard / easy"),
+    tile(s.mixing_weight.toFixed(3), "mean mixing weight"),
+    tile(s.entropy.toFixed(2), "surprise of thought tokens, nats"),
+    tile(percent(s.distinct), "distinct tokens in a thought"),
+    tile(String(s.tokens), "predicted tokens"));
+  return make("div", {}, ...(documents.length > 1 ? [make("p", { class: "model" }, doc.model)] : []), tiles);
+}
+
+// --- The text ------------------------------------------------------------------------------------
+
+function textBox(doc, which) {
+  const box = make("div", { class: "text", role: "listbox", tabindex: "0", dir: "auto",
+    "aria-label": "Text as read by " + doc.model });
+  doc.tokens.forEach((token, index) => {
+    const span = make("span", { role: "option", id: `t${which}-${index}`, "data-i": index,
+      class: token.gain === undefined ? "z" : level(token.gain), "aria-selected": "false" }, visible(token.text));
+    box.append(span);
+  });
+  box.addEventListener("pointerover", (event) => {
+    if (!pinned && event.pointerType === "mouse" && event.target.dataset.i) choose(Number(event.target.dataset.i));
+  });
+  box.addEventListener("click", (event) => {
+    if (!event.target.dataset.i) return;
+    const index = Number(event.target.dataset.i);
+    if (pinned && index === chosen && small.matches) return hide(); // a second tap gives room
+    pinned = true;
+    choose(index);
+  });
+  box.addEventListener("keydown", keys);
+  return box;
+}
+
+function keys(event) {
+  const count = documents[0].tokens.length;
+  const moves = { ArrowRight: chosen + 1, ArrowLeft: chosen - 1, Home: 0, End: count - 1,
+    ArrowDown: nextHit(1), ArrowUp: nextHit(-1) };
+  if (event.key === "Escape") return small.matches ? hide() : void (pinned = false);
+  if (!(event.key in moves)) return;
+  event.preventDefault();
+  pinned = true;
+  choose(Math.min(count - 1, Math.max(0, moves[event.key])), true);
+}
+
+function nextHit(step) {
+  const doc = documents[0];
+  for (let i = chosen + step; i >= 0 && i < doc.tokens.length; i += step) {
+    if (isHit(doc.tokens[i])) return i;
+  }
+  return chosen;
+}
+
+function choose(index, scroll = false) {
+  documents.forEach((doc, which) => {
+    const old = byId(`t${which}-${chosen}`);
+    if (old) { old.classList.remove("on"); old.setAttribute("aria-selected", "false"); }
+    const span = byId(`t${which}-${index}`);
+    span.classList.add("on");
+    span.setAttribute("aria-selected", "true");
+    span.parentElement.setAttribute("aria-activedescendant", span.id);
+    if (scroll) span.scrollIntoView({ block: "nearest" });
+  });
+  chosen = index;
+  detail();
+}
+
+function hide() {
+  pinned = false;
+  byId("detail").replaceChildren();
+}
+
+// --- Filter --------------------------------------------------------------------------------------
+
+function isHit(token) {
+  const mode = byId("mode").value;
+  const least = Number(byId("least").value);
+  if (token.gain === undefined) return false;
+  if (mode === "all") return true;
+  return (mode !== "loss" && token.gain >= least) || (mode !== "gain" && token.gain <= -least);
+}
+
+function filter() {
+  const isAll = byId("mode").value === "all";
+  byId("least-out").textContent = Number(byId("least").value).toFixed(2) + " nats";
+  byId("least").disabled = isAll;
+  const counts = documents.map((doc, which) => {
+    byId(`t${which}-0`).parentElement.classList.toggle("filtered", !isAll);
+    return doc.tokens.filter((token, index) => {
+      const hit = isHit(token);
+      byId(`t${which}-${index}`).classList.toggle("hit", hit && !isAll);
+      return hit;
+    }).length;
+  });
+  byId("matches").textContent = isAll ? "" : counts.join(" and ") + " tokens (↑ ↓ go from one to the next)";
+}
+
+// --- The chosen token ----------------------------------------------------------------------------
+
+function bar(p) {
+  const inner = make("i");
+  inner.style.width = (100 * p).toFixed(1) + "%";
+  return make("span", { class: "bar", "aria-hidden": "true" }, inner);
+}
+
+function truth(label, logprob) {
+  const p = Math.exp(logprob);
+  return make("tr", {}, make("th", { scope: "row" }, label),
+    make("td", { class: "n" }, percent(p)), make("td", {}, bar(p)));
+}
+
+function topTable(token, thought) {
+  const columns = [["base", token.base_top], ["thought", thought.thought_top], ["mixed", thought.mixed_top]];
+  const table = make("table", {}, make("thead", {}, make("tr", {},
+    ...columns.map(([name]) => make("th", { scope: "col" }, name)))));
+  const body = make("tbody");
+  token.base_top.forEach((_, row) => {
+    body.append(make("tr", {}, ...columns.map(([, tops]) =>
+      make("td", {}, shown(tops[row].text), " ", percent(tops[row].probability)))));
+  });
+  table.append(body);
+  return table;
+}
+
+function thoughtView(token, thought, number, count) {
+  const list = make("ol", { class: "thought" }, ...thought.texts.map((text, i) =>
+    make("li", {}, shown(text), percent(thought.probabilities[i]))));
+  const rows = make("table", { class: "truth" }, make("tbody", {},
+    truth("base", token.base_logprob), truth("thought", thought.thought_logprob),
+    truth("mixed", thought.mixed_logprob)));
+  return make("div", { class: "one" },
+    make("h3", {}, count > 1 ? `Thought ${number + 1} of ${count}` : "Thought"), list,
+    make("p", {}, `mixing weight ${thought.mixing_weight.toFixed(3)}, gain ${nats(thought.gain)} nats`),
+    make("h3", {}, "Probability of the true token"), rows,
+    make("h3", {}, "Most likely tokens"), topTable(token, thought));
+}
+
+function tokenView(doc, index) {
+  const token = doc.tokens[index];
+  const box = make("div", {});
+  if (documents.length > 1) box.append(make("p", { class: "model" }, doc.model));
+  box.append(make("h2", {}, shown(token.text), ` token ${token.position}`));
+  if (token.gain === undefined) {
+    box.append(make("p", { class: "hint" }, "The first token is not predicted."));
+    return box;
+  }
+  box.append(make("p", {}, `gain ${nats(token.gain)}, of content ${nats(token.content)}, NLL without ${(-token.base_logprob).toFixed(3)}`));
+  token.thoughts.forEach((thought, i) => box.append(thoughtView(token, thought, i, token.thoughts.length)));
+  return box;
+}
+
+function detail() {
+  const views = documents.map((doc) => tokenView(doc, chosen));
+  byId("detail").replaceChildren(make("div", { class: "columns" }, ...views));
+}
+
+// --- Below ---------------------------------------------------------------------------------------
+
+function frequent(doc) {
+  const body = make("tbody");
+  for (const thought of doc.summary.frequent) {
+    body.append(make("tr", {}, make("td", {}, ...thought.texts.map(shown)),
+      make("td", { class: "n" }, String(thought.count)), make("td", { class: "n" }, nats(thought.gain))));
+  }
+  return make("div", { class: "card scroll" }, make("h2", {}, "Most frequent thoughts"),
+    ...(documents.length > 1 ? [make("p", { class: "model" }, doc.model)] : []),
+    make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "thought"),
+      make("th", { scope: "col", class: "n" }, "times"), make("th", { scope: "col", class: "n" }, "mean gain"))), body));
+}
+
+function histogram(doc) {
+  const bins = doc.summary.histogram;
+  const most = Math.max(...bins.map((bin) => bin.count));
+  const bars = make("div", { class: "histogram", role: "img", "aria-label":
+    bins.map((bin) => `${bin.low ?? "below"} to ${bin.high ?? "above"}: ${bin.count}`).join(", ") });
+  for (const bin of bins) {
+    const middle = bin.low === null ? bin.high * 1.01 : bin.high === null ? bin.low * 1.01 : (bin.low + bin.high) / 2;
+    const fill = make("i", { class: level(middle) });
+    fill.style.height = (80 * bin.count / most).toFixed(1) + "%";
+    bars.append(make("div", {}, String(bin.count), fill, bin.low === null ? "<" : String(bin.low)));
+  }
+  return make("div", { class: "card" }, make("h2", {}, "Gains of all tokens, nats"),
+    ...(documents.length > 1 ? [make("p", { class: "model" }, doc.model)] : []), bars);
+}
+
+byId("title").textContent = documents.map((doc) => doc.model).join(" and ");
+byId("summary").append(make("div", { class: "pair" }, ...documents.map(summary)));
+document.querySelector(".reading").classList.toggle("two", documents.length > 1);
+byId("texts").append(...documents.map(textBox));
+byId("frequent").append(make("div", { class: "pair" }, ...documents.map(frequent)));
+byId("histograms").append(make("div", { class: "pair" }, ...documents.map(histogram)));
+byId("mode").addEventListener("change", filter);
+byId("least").addEventListener("input", filter);
+filter();
+const strongest = documents[0].tokens.reduce((best, token, i, all) =>
+  ((token.gain ?? -Infinity) > (all[best].gain ?? -Infinity) ? i : best), 0);
+if (!small.matches) choose(strongest);
