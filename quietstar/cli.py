@@ -269,7 +269,7 @@ def type_text(key: str) -> str:
     return f"{bounded} or null" if type(None) in types else bounded
 
 
-BENCHMARKS = {"step": "step", "tuning": "tuning", "memory": "run"}
+BENCHMARKS = {"step": "step", "decode": "decode", "tuning": "tuning", "memory": "run"}
 """Modules of `quietstar.bench` by what they measure."""
 
 
@@ -358,6 +358,13 @@ COMMANDS: dict[str, Command] = {
     "lm-eval": Command(
         "lm-evaluation-harness: quietstar lm-eval run --model quietstar --model_args ...", _lm_eval
     ),
+    "generate": Command(
+        "Go on from a prompt, thinking: quietstar generate --model DIR --prompt TEXT",
+        _run_module("console.generate"),
+    ),
+    "chat": Command(
+        "Talk with a model that thinks: quietstar chat --model DIR", _run_module("console.chat")
+    ),
     "inspect": Command(
         "Show the thoughts in a text: quietstar inspect --model DIR --text TEXT --out PAGE.html",
         _run_module("inspection.command"),
@@ -368,6 +375,6 @@ COMMANDS: dict[str, Command] = {
     ),
     "merge": Command("Merge adapters: quietstar merge --model DIR --out DIR", _merge),
     "bench": Command(
-        "Measure a step, ways to tune, a run's memory: quietstar bench step|tuning|memory", _bench
+        "Measure a step, decoding, ways to tune, memory: quietstar bench step|decode|...", _bench
     ),
 }

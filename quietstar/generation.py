@@ -44,6 +44,14 @@ class ThinkingOutput(ModelOutput):
     logits: tuple[Tensor, ...] | None = None
 
 
+class ThinkingStreamer(BaseStreamer):
+    """A streamer that is given the thoughts too, before the tokens that they led to."""
+
+    def think(self, thoughts: Int[Tensor, "batch thoughts length"]) -> None:
+        """Take the thoughts of the next token; -1 where none was made."""
+        raise NotImplementedError
+
+
 def generate(
     model: QuietStarForCausalLM,
     inputs: Int[Tensor, "batch seq"],
@@ -125,10 +133,12 @@ class _Loop:
         open_rows = torch.ones_like(input_ids[:, 0], dtype=torch.bool)
         pad = getattr(self.config, "_pad_token_tensor", None)
         while True:
-            tokens = self._next(input_ids)
+            tokens, thoughts = self._next(input_ids)
             if pad is not None:  # rows that have ended
                 tokens = torch.where(open_rows, tokens, pad.to(tokens.device))
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+            if isinstance(streamer, ThinkingStreamer):
+                streamer.think(thoughts.cpu())
             if streamer is not None:
                 streamer.put(tokens.cpu())
             scores: Any = tuple(self.scores) if self.config.output_scores else None
@@ -139,8 +149,8 @@ class _Loop:
             streamer.end()
         return self._output(input_ids)
 
-    def _next(self, input_ids: Tensor) -> Tensor:
-        """Think, and choose the next token of every row."""
+    def _next(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Think, and choose the next token of every row; the thoughts."""
         logits, thoughts = self._predict(input_ids[:, -1])
         scores = self.processor(input_ids, logits)  # pyright: ignore[reportArgumentType]
         if self.config.return_dict_in_generate:
@@ -150,8 +160,8 @@ class _Loop:
             if self.config.output_scores:
                 self.scores.append(scores)
         if not self.config.do_sample:
-            return scores.argmax(-1)
-        return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+            return scores.argmax(-1), thoughts
+        return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1), thoughts
 
     def _predict(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the next tokens, and the thoughts before them (-1 where none was made)."""

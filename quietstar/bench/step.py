@@ -87,9 +87,12 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    base = _load(args.model)
+    base = load_model(args.model)
     plain = copy.deepcopy(base)
-    model = _quiet(base, args)
+    names = ("positions", "share", "num_thoughts", "lookahead")
+    model = make_thinker(base, args, **{name: getattr(args, name) for name in names}).train()
+    if args.activation_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
     tokens = torch.randint(base.config.vocab_size, (args.batch_size, args.seq_len))
     layout = Layout(
         args.batch_size, args.seq_len, args.num_thoughts, args.thought_length, args.lookahead
@@ -117,17 +120,22 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
         "step_over_floor": step_seconds / floor_seconds,
         "peak_mb_above_model": peak,
         "settings": {k: v for k, v in vars(args).items() if k != "json"},
-        "environment": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "threads": torch.get_num_threads(),
-            "machine": platform.processor() or platform.machine(),
-            "floor_batch_rows": rows,
-        },
+        "environment": environment() | {"floor_batch_rows": rows},
     }
 
 
-def _load(name: str) -> PreTrainedModel:
+def environment() -> dict[str, Any]:
+    """Versions and machine."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
+    }
+
+
+def load_model(name: str) -> PreTrainedModel:
+    """A model of `MODELS` with random weights, or one of a folder."""
     if name not in MODELS:
         return load_base(name)
     fields = dict(MODELS[name])
@@ -136,20 +144,14 @@ def _load(name: str) -> PreTrainedModel:
     )
 
 
-def _quiet(base: PreTrainedModel, args: argparse.Namespace) -> QuietStarForCausalLM:
+def make_thinker(
+    base: PreTrainedModel, args: argparse.Namespace, **thoughts: Any
+) -> QuietStarForCausalLM:
+    """A Quiet-STaR model around a plain one."""
     use_thinking_attention(base)
-    thoughts = ThoughtsConfig(
-        length=args.thought_length,
-        lookahead=args.lookahead,
-        num_thoughts=args.num_thoughts,
-        positions=args.positions,
-        share=args.share,
-    )
-    vocab_size = base.config.vocab_size
-    model = QuietStarForCausalLM(base, thoughts, MixingHeadConfig(), LossConfig(), vocab_size)
-    if args.activation_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.train()
+    config = ThoughtsConfig(length=args.thought_length, **thoughts)
+    size = base.config.vocab_size
+    return QuietStarForCausalLM(base, config, MixingHeadConfig(), LossConfig(), size)
 
 
 def _precision(dtype: str) -> contextlib.AbstractContextManager:

@@ -20,7 +20,10 @@ from quietstar.report.plots import Figure, axis, base_layout, literal
 
 _TEMPLATE = "evaluation.html.j2"
 BREAKDOWNS = {
-    "difficulty": ("By difficulty", "tokens by the NLL they have without thoughts, nats, a fifth each"),
+    "difficulty": (
+        "By difficulty",
+        "tokens by the NLL they have without thoughts, nats, a fifth each",
+    ),
     "kind": ("By kind of token", "what the token's text is made of"),
     "position": ("By place", "tokens by their index in the text, a fifth each"),
 }

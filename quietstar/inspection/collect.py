@@ -101,7 +101,7 @@ def inspect_text(
         columns["exchanged"] = _exchanged(model, ids, others, window)
         advance()
         records += list(_rows(columns, own, ids, window))
-    table = {i: tokenizer.decode([i]) for i in sorted(_used(records))}
+    table = {i: str(tokenizer.decode([i])) for i in sorted(_used(records))}
     slices = token_slices(tokenizer, text, ids[0].tolist())
     for record, own_text in zip(records, slices, strict=True):
         record["text"] = own_text

@@ -1,0 +1,1 @@
+"""Generating and chatting in the terminal."""
