@@ -166,8 +166,8 @@ class _Loop:
     def _predict(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the next tokens, and the thoughts before them (-1 where none was made)."""
         decoder, model = self.decoder, self.model
-        states = decoder.append(tokens, opens=self.gate.kind != "never")
-        base = model.output_head.logits(states)
+        appended = decoder.append(tokens, opens=self.gate.kind != "never")
+        states, base = appended.states, appended.logits
         sampling = decoder.sampling
         shape = (len(tokens), sampling.num_thoughts, sampling.thought_length)
         if self.gate.kind == "never":
@@ -178,7 +178,7 @@ class _Loop:
             rows = None if len(rows) == len(tokens) else rows
         if rows is not None and not len(rows):
             return base, tokens.new_full(shape, -1)
-        thinking = decoder.think(rows)
+        thinking = decoder.think(appended, rows)
         if rows is None:
             return next_logits(model, states, base, thinking), thinking.tokens
         mixed = next_logits(model, states[rows], base[rows], thinking)

@@ -12,6 +12,7 @@ import copy
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,15 @@ from quietstar.engine.decoding import Decoder
 from quietstar.engine.rollout import Sampling
 from quietstar.generation import next_logits
 from quietstar.model import QuietStarForCausalLM
+from quietstar.training.setup import quiet_libraries
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark, print a table, write JSON if asked."""
     args = _parser().parse_args(arguments)
+    # Its new name is not known to the oldest transformers that serves.
+    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")
+    quiet_libraries()
     result = bench_decode(args)
     table = Table(title=f"decoding, {args.model}, {args.dtype}, T {args.thought_length}, "
                   f"prefix {args.prefix}", title_justify="left", box=box.SIMPLE_HEAD)  # fmt: skip
@@ -98,9 +103,8 @@ def _think(model: QuietStarForCausalLM, text: Tensor, tokens: int) -> tuple[floa
     newest = text[:, -1]
 
     def step(newest: Tensor) -> Tensor:
-        states = decoder.append(newest, opens=True)
-        base = model.output_head.logits(states)
-        return next_logits(model, states, base, decoder.think()).argmax(-1)
+        new = decoder.append(newest, opens=True)
+        return next_logits(model, new.states, new.logits, decoder.think(new)).argmax(-1)
 
     newest = step(newest)  # makes room in the cache
     with PeakMemory() as memory:
@@ -118,12 +122,11 @@ def _ideal(plain: PreTrainedModel, text: Tensor, tokens: int, length: int) -> fl
     seconds = 0.0
     newest = text[:, -1:]
     for _ in range(tokens):
-        kept = cache.get_seq_length() + 1
         begun = time.perf_counter()
         for _ in range(length + 1):
             plain(input_ids=newest, past_key_values=cache, use_cache=True, logits_to_keep=1)
         seconds += time.perf_counter() - begun
-        cache.crop(kept)
+        cache.crop(-length)
     return seconds / tokens
 
 

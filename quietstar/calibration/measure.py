@@ -185,12 +185,12 @@ def stream_seconds(
     )  # fmt: skip
     begun = time.perf_counter()
     for place in range(start - 1, texts.shape[1] - 1):
-        states = decoder.append(texts[:, place], opens=gate.kind != "never")
-        base = model.output_head.logits(states)
-        thinks = gate.decide(states, base).nonzero().squeeze(1)
+        new = decoder.append(texts[:, place], opens=gate.kind != "never")
+        thinks = gate.decide(new.states, new.logits).nonzero().squeeze(1)
         if len(thinks):
             some = None if len(thinks) == len(texts) else thinks
-            next_logits(model, states[thinks], base[thinks], decoder.think(some)).argmax(-1)
+            thinking = decoder.think(new, some)
+            next_logits(model, new.states[thinks], new.logits[thinks], thinking).argmax(-1)
     if texts.is_cuda:
         torch.cuda.synchronize()
     return (time.perf_counter() - begun) / max(1, texts.shape[1] - start)

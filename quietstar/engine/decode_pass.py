@@ -2,6 +2,10 @@
 
 Rows are aligned on the right: every row's last token lies in the same column of the cache, and
 columns before a row's first token are never seen. Letters as in `quietstar.engine.layout`.
+
+A single thought lies in the columns behind its text, where the text's next token will overwrite it,
+so that torch's own attention serves. Several thoughts share their text and have columns of their
+own; their scores are joined by hand, and so are those with a soft cap or sinks.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
@@ -40,29 +45,39 @@ class DecodeCache:
         self.own: dict[int, tuple[Tensor, Tensor]] = {}
         self.num_thoughts, self.block_length = num_thoughts, block_length
         self.length = next((k.shape[2] for k, _ in text.values()), 0)
+        self.is_padded = bool(first.any())
 
     def chosen(self, rows: Int[Tensor, " rows"]) -> DecodeCache:
         """A copy of some rows, for the thoughts of this token alone."""
-        text = {layer: (k[rows, :, : self.length], v[rows, :, : self.length])
+        stop = self.length + self.block_length
+        text = {layer: (k[rows, :, :stop], v[rows, :, :stop])
                 for layer, (k, v) in self.text.items()}  # fmt: skip
         few = DecodeCache(text, self.first[rows], self.num_thoughts, self.block_length)
+        few.length = self.length
         few.own = {layer: (k[rows], v[rows]) for layer, (k, v) in self.own.items()}
         return few
 
     def add_text(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the newest token, (B, Hkv, 1, .); returns all up to it."""
+        return self.add_behind(layer, self.length, k, v)
+
+    def add_behind(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store tokens from a column on, (B, Hkv, m, .); returns all up to them."""
+        stop = start + k.shape[2]
         pair = self.text.get(layer)
-        if pair is None or pair[0].shape[2] == self.length:
+        if pair is None or pair[0].shape[2] < stop:
             old_k, old_v = pair or (None, None)
             pair = self.text[layer] = (self._grown(old_k, k), self._grown(old_v, v))
         for cache, new in zip(pair, (k, v), strict=True):
-            cache[:, :, self.length : self.length + 1] = new
-        return self.seen_text(layer, self.length + 1)
+            cache[:, :, start:stop] = new
+        return self.seen_text(layer, stop)
 
     def _grown(self, old: Tensor | None, x: Tensor) -> Tensor:
-        room = x.new_empty(*x.shape[:2], self.length + _ROOM, x.shape[3])
+        """Room for more columns, and always for a block behind the text."""
+        columns = self.length + _ROOM + self.block_length
+        room = x.new_empty(*x.shape[:2], columns, x.shape[3])
         if old is not None:
-            room[:, :, : self.length] = old
+            room[:, :, : old.shape[2]] = old
         return room
 
     def seen_text(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
@@ -99,6 +114,8 @@ class DecodePass:
 
     def attend(self, layer, q, k, v, rules):  # noqa: D102  (see Pass)
         cache, thoughts = self.cache, 1 if self.new_text else self.cache.num_thoughts
+        if cache.num_thoughts == 1 and rules.softcap is None and rules.sinks is None:
+            return self._attend_behind(layer, q, k, v, rules)
         if self.new_text:
             text = cache.add_text(id(layer), k[:, :, :1], v[:, :, :1])
         else:
@@ -109,6 +126,32 @@ class DecodePass:
             own = cache.add_own(id(layer), self.index, *blocks)
             own = (own[0][:, :, :thoughts], own[1][:, :, :thoughts])
         return _attend(q.unflatten(2, (thoughts, -1)), text, own, rules, self)
+
+    def _attend_behind(self, layer, q, k, v, rules):
+        """With the thought in the columns behind the text: torch's own attention."""
+        start = self.cache.length + (0 if self.new_text else self.index or 0)
+        keys, values = self.cache.add_behind(id(layer), start, k, v)
+        mask = self._mask(start, keys.shape[2], rules.window)
+        return F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, scale=rules.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+    def _mask(self, start: int, stop: int, window: int | None) -> Tensor | None:
+        """True where a query sees a column, (B or 1, 1, m, stop); None where all see all."""
+        if stop - start == 1 and window is None and not self.cache.is_padded:
+            return None
+        key = (window, "behind")
+        if key not in self._biases:
+            first = self.cache.first
+            column = torch.arange(stop, device=first.device)
+            query = column[start:, None]
+            seen = column <= query  # (m, stop)
+            if window is not None:
+                seen = seen & (query - column < window)
+            if self.cache.is_padded:
+                seen = seen & (column >= first[:, None, None])
+            self._biases[key] = seen.view(-1, 1, stop - start, stop)
+        return self._biases[key]
 
     def text_bias(self, length: int, tokens: int, rules: ScoreRules) -> Tensor:
         """0 where a query sees a text column, else -inf: (B, 1, 1, 1, m, S)."""

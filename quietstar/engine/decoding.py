@@ -17,9 +17,24 @@ from transformers import PreTrainedModel
 
 from quietstar.engine.backbone import embedding_weight, num_virtual, run_backbone
 from quietstar.engine.decode_pass import DecodeCache, DecodePass
-from quietstar.engine.rollout import Sampling, run_text, sample_rows
+from quietstar.engine.rollout import Sampling, run_text, sample_logits, sample_rows
 from quietstar.engine.sampling import keyed_uniform
 from quietstar.losses.output_head import OutputHead
+
+
+@dataclass(frozen=True)
+class Appended:
+    """What is known behind the newest tokens, before any thought.
+
+    Attributes:
+        states: Of the texts.
+        logits: The plain model's, of the next tokens.
+        opened: Logits behind the start vector; None where it was not run.
+    """
+
+    states: Float[Tensor, "batch width"]
+    logits: Float[Tensor, "batch vocab"]
+    opened: Float[Tensor, "batch vocab"] | None
 
 
 @dataclass(frozen=True)
@@ -75,8 +90,8 @@ class Decoder:
         self.virtual = num_virtual(model)
 
     @torch.no_grad()
-    def append(self, tokens: Int[Tensor, " batch"], opens: bool) -> Float[Tensor, "batch width"]:
-        """Append a token to every text; the states behind them.
+    def append(self, tokens: Int[Tensor, " batch"], opens: bool) -> Appended:
+        """Append a token to every text.
 
         Args:
             tokens: The next of each text.
@@ -88,24 +103,27 @@ class Decoder:
             embedded = torch.cat([embedded, start], dim=1)
         states = self._run(self.cache, embedded, True, 0 if opens else None)
         self.cache.length += 1
-        self._opened = states[:, 1:]
-        return states[:, 0]
+        logits = self.head.logits(states)  # of both at once: the head's weight is read once
+        return Appended(states[:, 0], logits[:, 0], logits[:, 1] if opens else None)
 
     @torch.no_grad()
-    def think(self, rows: Int[Tensor, " rows"] | None = None) -> Thinking:
+    def think(self, appended: Appended, rows: Int[Tensor, " rows"] | None = None) -> Thinking:
         """Think behind the newest token of every text, or of these rows only.
 
         The texts of some rows are copied once a token; thoughts cost what their rows cost.
+
+        Args:
+            appended: From `append`, with ``opens``.
+            rows: That think, all by default.
         """
-        cache, last, sample_ids = self.cache, self._opened, self.sample_ids
+        cache, first, sample_ids = self.cache, appended.opened, self.sample_ids
+        assert first is not None, "append with opens"
         if rows is not None:
-            cache, last, sample_ids = cache.chosen(rows), last[rows], sample_ids[rows]
-        last = last.expand(-1, self.sampling.num_thoughts, -1)
-        thoughts = []
-        for index in range(self.sampling.thought_length):
-            thoughts.append(self._draw(cache, last, index, sample_ids))
-            if index < self.sampling.thought_length - 1:
-                last = self._run(cache, self.embed(thoughts[-1]), False, index + 1)
+            cache, first, sample_ids = cache.chosen(rows), first[rows], sample_ids[rows]
+        thoughts = [self._draw_first(cache, first, sample_ids)]
+        for index in range(1, self.sampling.thought_length):
+            states = self._run(cache, self.embed(thoughts[-1]), False, index)
+            thoughts.append(self._draw(cache, states, index, sample_ids))
         ahead = self._close(cache, thoughts[-1])
         return Thinking(ahead.transpose(0, 1), torch.stack(thoughts, dim=-1))
 
@@ -134,12 +152,29 @@ class Decoder:
         """The next token of every thought, by the noise that training would use here."""
         if self.constant is not None:
             return sample_ids.new_full(states.shape[:2], self.constant)
-        place = (cache.length - 1 - cache.first - self.virtual)[:, None]  # (B, 1)
-        sampling = self.sampling
-        noise = keyed_uniform(sampling.seed, sample_ids, sampling.num_thoughts, index, place)
-        noise = noise[..., 0].transpose(0, 1).flatten()  # (K, B, 1) -> (B * K)
-        rows = sample_rows(states.flatten(0, 1), self.head, noise, sampling.temperature)
+        noise = self._noise(cache, index, sample_ids)
+        rows = sample_rows(states.flatten(0, 1), self.head, noise, self.sampling.temperature)
         return rows.view(states.shape[:2])
+
+    def _draw_first(
+        self, cache: DecodeCache, logits: Float[Tensor, "rows vocab"], sample_ids: Tensor
+    ) -> Int[Tensor, "rows thoughts"]:
+        """The first token of every thought; behind the start vector all see the same logits."""
+        shape = (len(logits), self.sampling.num_thoughts)
+        if self.constant is not None:
+            return sample_ids.new_full(shape, self.constant)
+        noise = self._noise(cache, 0, sample_ids)
+        logits = logits[:, : self.head.vocab_size].repeat_interleave(shape[1], dim=0)
+        return sample_logits(logits, noise, self.sampling.temperature).view(shape)
+
+    def _noise(self, cache: DecodeCache, index: int, sample_ids: Tensor) -> Tensor:
+        """For every thought, (B * K,); greedy ones need none."""
+        sampling = self.sampling
+        if sampling.temperature is None:
+            return sample_ids.new_empty(len(sample_ids) * sampling.num_thoughts)
+        place = (cache.length - 1 - cache.first - self.virtual)[:, None]  # (B, 1)
+        noise = keyed_uniform(sampling.seed, sample_ids, sampling.num_thoughts, index, place)
+        return noise[..., 0].transpose(0, 1).flatten()  # (K, B, 1) -> (B * K)
 
 
 def _aligned_text(

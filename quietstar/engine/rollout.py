@@ -227,9 +227,13 @@ def sample_rows(
     tokens = []
     for rows in range(0, states.shape[0], chunk):
         logits = head.logits(states[rows : rows + chunk])[:, :vocab_size]
-        if temperature is None:
-            tokens.append(logits.argmax(-1))
-        else:
-            logits = logits if temperature == 1.0 else logits / temperature
-            tokens.append(sample_inverse_cdf(logits, noise[rows : rows + chunk]))
-    return torch.cat(tokens)
+        tokens.append(sample_logits(logits, noise[rows : rows + chunk], temperature))
+    return torch.cat(tokens) if len(tokens) > 1 else tokens[0]
+
+
+def sample_logits(logits: Tensor, noise: Tensor, temperature: float | None) -> Tensor:
+    """Next token of every row, (rows,), from (rows, V); without a temperature the most likely."""
+    if temperature is None:
+        return logits.argmax(-1)
+    logits = logits if temperature == 1.0 else logits / temperature
+    return sample_inverse_cdf(logits, noise)
