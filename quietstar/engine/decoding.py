@@ -139,11 +139,12 @@ class Decoder:
         self, cache: DecodeCache, embedded: Tensor, new_text: bool, index: int | None
     ) -> Tensor:
         """States of tokens (B, K * m, embedding)."""
-        device = embedded.device
-        num_tokens = embedded.shape[1] // (1 if new_text else cache.num_thoughts)
-        offset = torch.arange(num_tokens, device=device) + (0 if new_text else index or 0)
-        places = (cache.length - cache.first)[:, None] + offset  # (B, m)
-        places = places.repeat(1, embedded.shape[1] // num_tokens)
+        thoughts = 1 if new_text else cache.num_thoughts
+        num_tokens = embedded.shape[1] // thoughts
+        start = cache.length + (0 if new_text else index or 0)
+        offset = torch.arange(start, start + num_tokens, device=embedded.device)
+        places = offset - cache.first[:, None]  # (B, m)
+        places = places if thoughts == 1 else places.repeat(1, thoughts)
         return run_backbone(self.model, embedded, places, DecodePass(cache, new_text, index))
 
     def _draw(
