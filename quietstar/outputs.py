@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.generic import ModelOutput
 
 from quietstar.losses.quiet_star import ScoredThoughts
 from quietstar.metrics import ThoughtMetrics
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 @dataclass
@@ -128,6 +133,35 @@ class Thoughts:
         if self.positions is None:
             return self.mixed_predicted[..., 0]
         return predict_everywhere(self.base_predicted, self.mixed_predicted, self.positions)
+
+    def to_frame(self, tokenizer: PreTrainedTokenizerBase | None = None) -> DataFrame:
+        """A pandas frame with a row for every thought and true token that it looks ahead to.
+
+        Columns: ``text``, ``position``, ``thought``, ``ahead`` (1 for the next token), ``tokens``,
+        ``mixing_weight``, ``base_logprob``, ``thought_logprob``, ``mixed_logprob`` and ``gain``
+        (mixed minus base); with a tokenizer also ``thought_text``.
+        """
+        from pandas import DataFrame
+
+        where = self.valid.unsqueeze(1).expand_as(self.mixed_logprobs).nonzero()
+        text, thought, place, ahead = where.T
+        base = self.base_logprobs[text, place, ahead]
+        mixed = self.mixed_logprobs[text, thought, place, ahead]
+        tokens = self.tokens[text, thought, place].tolist()
+        position = place if self.positions is None else self.positions[text, place]
+        columns: dict[str, Any] = {
+            "text": text, "position": position, "thought": thought, "ahead": ahead + 1,
+            "mixing_weight": self.mixing_weight[text, thought, place, ahead],
+            "base_logprob": base,
+            "thought_logprob": self.thought_logprobs[text, thought, place, ahead],
+            "mixed_logprob": mixed,
+            "gain": mixed - base,
+        }  # fmt: skip
+        columns = {name: column.cpu().numpy() for name, column in columns.items()}
+        columns["tokens"] = tokens
+        if tokenizer is not None:
+            columns["thought_text"] = tokenizer.batch_decode(tokens)
+        return DataFrame(columns)
 
     @staticmethod
     def to_engine(tokens: Int[Tensor, "batch thoughts positions length"]) -> Tensor:

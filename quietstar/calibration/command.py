@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = ends(tried, length) + [
         row for kind in KINDS for row in sweep(kind, tried, probes, length)
     ]
-    seconds = [stream_seconds(model, texts, row.gate) for row in [rows[0], *rows]][1:]
+    seconds = [mean_seconds(model, texts, row.gate) for row in [rows[0], *rows]][1:]
     chosen = choose(args, tried, probes, length)
     Console().print(table(rows, seconds))
     report(args, rows, seconds, chosen)
@@ -111,14 +111,25 @@ def held_out(args: argparse.Namespace) -> list[Batch]:
     return list(held.batches(args.batch_size))
 
 
+def mean_seconds(model: QuietStarForCausalLM, texts: Sequence[torch.Tensor], gate: Gate) -> float:
+    """Seconds a token over texts that are decoded one after the other."""
+    weights = [text.shape[1] for text in texts]
+    times = [stream_seconds(model, text, gate) for text in texts]
+    return sum(t * w for t, w in zip(times, weights, strict=True)) / sum(weights)
+
+
 def stream_texts(
     batches: Sequence[Batch], tokens: int, model: QuietStarForCausalLM
-) -> torch.Tensor:
-    """A few texts, one a row, whose tokens are decoded to measure speed; no padding."""
-    lengths = batches[0].attention_mask.sum(1)
-    width = int(min(lengths.max(), tokens))
-    rows = batches[0].input_ids[lengths >= width][:1, :width]
-    return rows.to(model.device)
+) -> list[torch.Tensor]:
+    """Texts of so many tokens together, (1, seq) each, that are decoded to measure speed."""
+    texts = []
+    for batch in batches:
+        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
+            left = tokens - sum(text.shape[1] for text in texts)
+            text = ids[mask.bool()][: max(left, 0)]
+            if len(text) > 2:
+                texts.append(text[None].to(model.device))
+    return texts
 
 
 def ends(measured: Measured, length: int) -> list[Setting]:
