@@ -181,7 +181,7 @@ def test_the_page_in_a_browser(folder, tmp_path, browser, scheme, width):
         told = page.locator("#detail").inner_text()
         token = document["tokens"][index]
         assert f"token {index}" in told
-        sign = "−" if token["gain"] < 0 else "+"
+        sign = "−" if round(token["gain"], 3) < 0 else "+"
         assert f"gain {sign}{abs(token['gain']):.3f}" in told
         weight = token["thoughts"][0]["mixing_weight"]
         assert f"mixing weight {weight:.3f}" in told

@@ -26,7 +26,7 @@ function visible(text) {
 }
 
 const shown = (text) => make("code", { dir: "auto" }, visible(text).replace(/ /g, "␣").replace(/\n/g, ""));
-const nats = (x) => (x < 0 ? "−" : "+") + Math.abs(x).toFixed(3);
+const nats = (x) => (Number(x.toFixed(3)) < 0 ? "−" : "+") + Math.abs(x).toFixed(3);
 const percent = (p) => (p < 0.001 ? (100 * p).toPrecision(2) : (100 * p).toFixed(p < 0.1 ? 2 : 1)) + " %";
 
 function level(gain) {
@@ -164,7 +164,7 @@ function topTable(token, thought) {
   const body = make("tbody");
   token.base_top.forEach((_, row) => {
     body.append(make("tr", {}, ...columns.map(([, tops]) =>
-      make("td", {}, shown(tops[row].text), " ", percent(tops[row].probability)))));
+      make("td", {}, shown(tops[row].text), " ", make("span", { class: "p" }, percent(tops[row].probability))))));
   });
   table.append(body);
   return table;
