@@ -24,7 +24,7 @@ from quietstar.errors import UserError
 from quietstar.gates import Gate
 
 if TYPE_CHECKING:
-    from quietstar.model import QuietStarForCausalLM
+    from quietstar.parts import ThinkingParts
 
 
 @dataclass
@@ -53,7 +53,7 @@ class ThinkingStreamer(BaseStreamer):
 
 
 def generate(
-    model: QuietStarForCausalLM,
+    model: ThinkingParts,
     inputs: Int[Tensor, "batch seq"],
     sampling: Sampling,
     think: bool | Gate,
@@ -91,9 +91,7 @@ def generate(
     return causal_lm.generate(inputs, custom_generate=decode, streamer=streamer, **arguments)
 
 
-def _check(
-    model: QuietStarForCausalLM, config: GenerationConfig, sampling: Sampling | None
-) -> None:
+def _check(model: ThinkingParts, config: GenerationConfig, sampling: Sampling | None) -> None:
     if (config.num_beams or 1) > 1:
         raise UserError(
             f"num_beams: {config.num_beams} cannot be: beams are not thought about. Set "
@@ -116,7 +114,7 @@ class _Loop:
 
     def __init__(
         self,
-        model: QuietStarForCausalLM,
+        model: ThinkingParts,
         decoder: Decoder,
         gate: Gate,
         processor: LogitsProcessorList,
@@ -197,7 +195,7 @@ class _Loop:
 
 
 def next_logits(
-    model: QuietStarForCausalLM,
+    model: ThinkingParts,
     states: Float[Tensor, "rows width"],
     base: Float[Tensor, "rows vocab"],
     thinking: Thinking,
