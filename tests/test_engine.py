@@ -89,7 +89,7 @@ def test_keys_influence_the_queries_that_the_drawn_grid_allows_and_no_others(pat
             (grad,) = torch.autograd.grad(
                 out[row, :, token].square().sum(), tensor, retain_graph=True
             )
-            seen[query] = grad.abs().sum((1, 3)).flatten() > 1e-6
+            seen[query] = grad.abs().sum((1, 3)).flatten() > 1e-4  # rounding stays below
         if tensor is k:  # a query that sees one key alone does not depend on its score
             assert torch.equal(seen, grid & (grid.sum(1, keepdim=True) > 1))
         else:
