@@ -269,7 +269,13 @@ def type_text(key: str) -> str:
     return f"{bounded} or null" if type(None) in types else bounded
 
 
-BENCHMARKS = {"step": "step", "decode": "decode", "tuning": "tuning", "memory": "run"}
+BENCHMARKS = {
+    "step": "step",
+    "decode": "decode",
+    "sweep": "sweep",
+    "tuning": "tuning",
+    "memory": "run",
+}
 """Modules of `quietstar.bench` by what they measure."""
 
 

@@ -28,6 +28,7 @@ from quietstar.bench.memory import PeakMemory
 from quietstar.bench.step import environment, load_model, make_thinker
 from quietstar.engine.decoding import Decoder
 from quietstar.engine.rollout import Sampling
+from quietstar.evaluation.loading import find_device
 from quietstar.generation import next_logits
 from quietstar.model import QuietStarForCausalLM
 from quietstar.training.setup import quiet_libraries
@@ -64,7 +65,9 @@ def bench_decode(args: argparse.Namespace) -> dict[str, Any]:
     dtype = getattr(torch, args.dtype)
     base = load_model(args.model).to(dtype).eval()
     plain = copy.deepcopy(base)
-    model = make_thinker(base, args).to(dtype).eval()
+    device = find_device(args.device)
+    model = make_thinker(base, args).to(device, dtype).eval()
+    plain.to(device)  # pyright: ignore[reportArgumentType]  (a wrapper hides its type)
     rows = [_measure(model, plain, batch_size, args) for batch_size in args.batch_sizes]
     settings = {k: v for k, v in vars(args).items() if k != "json"}
     return {"rows": rows, "settings": settings, "environment": environment()}
@@ -74,7 +77,7 @@ def bench_decode(args: argparse.Namespace) -> dict[str, Any]:
 def _measure(
     model: QuietStarForCausalLM, plain: PreTrainedModel, batch_size: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    text = torch.randint(model.vocab_size, (batch_size, args.prefix))
+    text = torch.randint(model.vocab_size, (batch_size, args.prefix), device=model.device)
     times, added = [], 0.0
     for repeat in range(args.repeats + 1):  # the first warms up
         mine, memory = _think(model, text, args.tokens)
@@ -98,7 +101,7 @@ def _think(model: QuietStarForCausalLM, text: Tensor, tokens: int) -> tuple[floa
     real = torch.ones_like(text[:, :-1], dtype=torch.bool)
     decoder = Decoder(
         model.causal_lm, model.output_head, model.start_embedding, model.end_embedding,
-        sampling, text[:, :-1], real, torch.arange(len(text)),
+        sampling, text[:, :-1], real, torch.arange(len(text), device=text.device),
     )  # fmt: skip
     newest = text[:, -1]
 
@@ -107,10 +110,10 @@ def _think(model: QuietStarForCausalLM, text: Tensor, tokens: int) -> tuple[floa
         return next_logits(model, new.states, new.logits, decoder.think(new)).argmax(-1)
 
     newest = step(newest)  # makes room in the cache
-    begun = time.perf_counter()
+    begun = _now()
     for _ in range(tokens):
         newest = step(newest)
-    seconds = (time.perf_counter() - begun) / tokens
+    seconds = (_now() - begun) / tokens
     with PeakMemory() as memory:  # by itself: its watching takes time
         for _ in range(tokens):
             newest = step(newest)
@@ -124,12 +127,18 @@ def _ideal(plain: PreTrainedModel, text: Tensor, tokens: int, length: int) -> fl
     seconds = 0.0
     newest = text[:, -1:]
     for _ in range(tokens):
-        begun = time.perf_counter()
+        begun = _now()
         for _ in range(length + 1):
             plain(input_ids=newest, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        seconds += time.perf_counter() - begun
+        seconds += _now() - begun
         cache.crop(-length)
     return seconds / tokens
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -141,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", help="by default a GPU if there is one")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", metavar="FILE")
     return parser

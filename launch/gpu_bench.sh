@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# What only a GPU can show: the tests marked gpu, the step and the sweep, as figures and a table.
+#   launch/gpu_bench.sh [FOLDER]          default runs/gpu_bench
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-runs/gpu_bench}
+mkdir -p "$out"
+python -m pytest -m gpu 2>&1 | tee "$out/tests.txt"
+for dtype in float32 bfloat16; do
+  python -m quietstar bench step --dtype "$dtype" --json "$out/step_$dtype.json" | tee -a "$out/table.txt"
+  python -m quietstar bench decode --dtype "$dtype" --json "$out/decode_$dtype.json" | tee -a "$out/table.txt"
+done
+python -m quietstar bench sweep --dtype bfloat16 --json "$out/sweep.json" --plot "$out/sweep.html" \
+  | tee -a "$out/table.txt"
+echo "figures: $out"

@@ -1,0 +1,41 @@
+"""The benchmarks run, and their files hold what they promise."""
+
+import json
+
+import pytest
+
+from quietstar import cli
+from quietstar.bench import sweep
+
+
+@pytest.mark.slow
+def test_the_step_and_its_floor(tmp_path):
+    out = tmp_path / "step.json"
+    call = ["bench", "step", "--seq-len", "16", "--thought-length", "3", "--repeats", "1"]
+    assert cli.main([*call, "--device", "cpu", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["step_over_floor"] == pytest.approx(found["step_seconds"] / found["floor_seconds"])
+    assert found["peak_mb_above_model"] > found["peak_mb_above_gradients"]
+    assert found["floor_tflop"] > 0
+    assert found["settings"]["seq_len"] == 16
+
+
+def test_decoding_beside_the_ideal(tmp_path):
+    out = tmp_path / "decode.json"
+    call = ["bench", "decode", "--prefix", "8", "--tokens", "2", "--repeats", "1"]
+    assert cli.main([*call, "--device", "cpu", "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["batch_size"] for row in rows] == [1, 8]
+    for row in rows:
+        share = row["tokens_per_second"] / row["ideal_tokens_per_second"]
+        assert row["share_of_ideal"] == pytest.approx(share)
+
+
+def test_exponents_are_slopes_of_logarithms(tmp_path):
+    rows = [{"value": v, "step_seconds": 3 * v**1.5, "step_over_floor": 1.2,
+             "peak_mb_above_gradients": 2.0 * v} for v in (1, 2, 4, 8)]  # fmt: skip
+    assert sweep.exponent(rows, "step_seconds") == pytest.approx(1.5)
+    assert sweep.exponent(rows, "step_over_floor") == pytest.approx(0, abs=1e-9)
+    sweep.write_plot(tmp_path / "x.html", {"T": rows})
+    assert "plotly" in (tmp_path / "x.html").read_text()
+    assert cli.main(["bench", "sweep", "--axes", "TX"]) == 2
