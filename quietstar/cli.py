@@ -27,6 +27,11 @@ DEFAULT_CONFIG = "configs/demo.yaml"
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+INTERRUPTED = {
+    "train": "; --resume auto goes on from a checkpoint",
+    "eval": "; the same command goes on from the finished items, if it has --out",
+}
+"""By command: how to go on."""
 HELP_FLAGS = ("-h", "--help")
 EXAMPLES = {
     "resume": "auto",
@@ -74,7 +79,7 @@ def main(argv: list[str] | None = None) -> int | None:
         return EXIT_PREEMPTED
     except KeyboardInterrupt:
         if _is_first_process():
-            sys.stderr.write("quietstar: interrupted; --resume auto goes on from a checkpoint\n")
+            sys.stderr.write(f"quietstar: interrupted{INTERRUPTED.get((argv or [''])[0], '')}\n")
         return EXIT_INTERRUPTED
 
 

@@ -102,11 +102,14 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys):
     assert "there is no gate 'often'" in said("--prompt", "a", "--gate", "often:1")
     assert "must be calibrated, or a kind" in said("--prompt", "a", "--gate", "entropy")
     assert "at most" in said("--prompt", "a" * 100, "--max-new-tokens", 99)
+    assert "is no Unicode character; is the text UTF-8" in said("--prompt", "a\udcffb")
+    assert generate(folder, "--prompt", "abc" * 40, "--max-new-tokens", 99) == 2
+    assert capsys.readouterr().out == ""  # no prompt before the error
     assert "--top-p: 0.0 must be above 0" in said("--prompt", "a", "--top-p", 0)
 
 
 def test_chat_answers_turn_by_turn(folder, capsys, monkeypatch):
-    said = iter(["hello", "/thoughts", "again", "/reset", "x" * 300, "hello", "/quit"])
+    said = iter(["hello", "a\udcffb", "/thoughts", "again", "/reset", "x" * 300, "hello", "/quit"])
     monkeypatch.setattr("builtins.input", lambda *_: next(said))
     arguments = ["chat", "--model", str(folder / "chat"), "--device", "cpu",
                  "--max-new-tokens", "4"]  # fmt: skip

@@ -223,6 +223,31 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_json(folder, tmp_path, cu
     assert sorted(items.read_bytes().splitlines()) == sorted(kept.splitlines())
 
 
+@pytest.mark.parametrize("size", [0, 40])
+def test_what_was_killed_before_its_first_item_begins_anew(folder, tmp_path, size):
+    whole, _ = evaluated(folder, tmp_path)
+    path = tmp_path / "out.items.jsonl"
+    path.write_bytes(path.read_bytes()[:size])
+    again, _ = evaluated(folder, tmp_path)
+    assert again == whole
+
+
+def test_another_batch_size_may_go_on(folder, tmp_path):
+    whole, _ = evaluated(folder, tmp_path, "--controls", "--batch-size", 3)
+    path = tmp_path / "out.items.jsonl"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    again, _ = evaluated(folder, tmp_path, "--controls", "--batch-size", 1)
+    for name, task in whole["tasks"].items():
+        assert again["tasks"][name]["controls"]["other"] == pytest.approx(task["controls"]["other"])
+
+
+def test_two_items_tell_nothing_however_they_agree(folder, tmp_path):
+    write_lines(tmp_path / "two.jsonl", [{"text": "the same long text again"}] * 2)
+    name = str(tmp_path / "two.jsonl")
+    result, _ = evaluated(folder, tmp_path, tasks=name)
+    assert result["tasks"][name]["verdict"] == "no difference that 2 items can tell"
+
+
 def test_finished_items_are_not_scored_again(folder, tmp_path, monkeypatch):
     evaluated(folder, tmp_path)
     monkeypatch.setattr("quietstar.evaluation.runner.predict_plain", None)
@@ -263,8 +288,23 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys):
     run(folder, "--out", out, "--limit", 1)
     capsys.readouterr()
     assert "another limit (1, now 2); give another --out" in said("--out", out, "--limit", 2)
-    (tmp_path / "x.items.jsonl").write_text("nothing of ours\n")
-    assert "holds no items of an evaluation" in said("--out", out, "--limit", 1)
+    kept = (tmp_path / "x.items.jsonl").read_text()
+    for line in ("nothing of ours", "[1, 2]", '{"task": "gsm8k"}'):
+        (tmp_path / "x.items.jsonl").write_text(f"{kept}{line}\n")
+        number = len(kept.splitlines()) + 1
+        assert f"line {number} is no line of an evaluation" in said("--out", out, "--limit", 1)
+    assert "is also --out-items; give another name" in said("--out", out, "--out-items", out)
+    assert "is also --report; give another name" in said("--out", out, "--report", out)
+    assert "is a folder" in said("--report", tmp_path)
+    assert "cannot be made" in said("--out", out / "below" / "x.json")
+    write_lines(tmp_path / "short.jsonl", [{"text": "x"}])
+    assert "line 1: the text has no token" in said(tasks=str(tmp_path / "short.jsonl"))
+    write_lines(tmp_path / "half.jsonl", [{"text": "a\ud800b"}])
+    assert "character 1 is no Unicode character" in said(tasks=str(tmp_path / "half.jsonl"))
+    gone = said(tasks=str(tmp_path / "gone.jsonl"))
+    assert "there is no file" in gone
+    assert "--data-dir" not in gone
+    assert "there is no folder /nowhere" in said("--model", "/nowhere")
 
 
 @pytest.mark.parametrize(

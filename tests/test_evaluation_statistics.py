@@ -64,7 +64,7 @@ def test_how_many_items_a_difference_takes():
     assert items_needed(gaps) == math.ceil((2.8016 / 0.1 * gaps.std(ddof=1)) ** 2) == 793
     found = {
         "n": 100, "main_metric": "accuracy", "truncated": 0,
-        "difference": {"accuracy": 0.1, "ci95": (-0.1, 0.3), "items_needed": 793},
+        "difference": {"accuracy": 0.1, "ci95": (-0.1, 0.3), "p_value": 0.3, "items_needed": 793},
     }  # fmt: skip
     assert "100 items are too few" in warnings(found)[0]
     assert "about 793" in warnings(found)[0]
@@ -83,13 +83,12 @@ def test_how_many_items_a_difference_takes():
 def test_the_verdict_says_it_in_words(gain, content, words):
     found = {
         "n": 50, "main_metric": "gold_probability",
-        "difference": {"gold_probability": sum(gain) / 2, "ci95": gain},
-        "gain_of_content": {"gold_probability": sum(content) / 2, "ci95": content},
+        "difference": {"gold_probability": sum(gain) / 2, "ci95": gain, "p_value": 0.01},
+        "gain_of_content": {"gold_probability": sum(content) / 2, "ci95": content, "p_value": 0.01},
     }  # fmt: skip
     assert words in verdict(found)
-    swapped = {key: found["difference"][key] for key in ("ci95",)} | {"nll": -sum(gain) / 2}
-    swapped["ci95"] = (-gain[1], -gain[0])
-    other = {"nll": -sum(content) / 2, "ci95": (-content[1], -content[0])}
+    swapped = {"nll": -sum(gain) / 2, "ci95": (-gain[1], -gain[0]), "p_value": 0.01}
+    other = {"nll": -sum(content) / 2, "ci95": (-content[1], -content[0]), "p_value": 0.01}
     lower = {"n": 50, "main_metric": "nll", "difference": swapped, "gain_of_content": other}
     assert words in verdict(lower)
 

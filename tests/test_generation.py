@@ -10,10 +10,12 @@ from tiny import GPT2, LLAMA, plain_model, random_texts, thinking_model
 from transformers import TextStreamer
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
-from quietstar.config import ThoughtsConfig
+from quietstar import QuietStarForCausalLM
+from quietstar.config import ThoughtsConfig, TuningConfig
 from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
 from quietstar.gates import Gate, Probe
+from quietstar.merging import merge
 
 LENGTH, NEW = 3, 5
 
@@ -209,6 +211,29 @@ def test_pause_thoughts_are_pauses():
     model = thinking_model(thoughts={"source": "pause", "length": LENGTH}).eval()
     _, batch, mask = left_padded([3])
     assert (generated(model, batch, mask).thoughts == model.pause_token_id).all()
+
+
+def test_a_merged_model_generates_the_same(tmp_path):
+    plain_model().save_pretrained(tmp_path / "base")
+    load_tokenizer("bytes").save_pretrained(tmp_path / "base")
+    model = QuietStarForCausalLM.from_base(
+        str(tmp_path / "base"), tuning=TuningConfig(method="lora"),
+        thoughts=ThoughtsConfig(length=LENGTH),
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    model.save_pretrained(tmp_path / "model", load_tokenizer("bytes"))
+    merge(tmp_path / "model", tmp_path / "merged")
+    _, batch, mask = left_padded([5, 3])
+    one, other = (
+        generated(QuietStarForCausalLM.from_pretrained(tmp_path / name), batch, mask)
+        for name in ("model", "merged")
+    )
+    assert torch.equal(one.sequences, other.sequences)
+    assert torch.equal(one.thoughts, other.thoughts)
+    torch.testing.assert_close(one.logits, other.logits, rtol=1e-4, atol=1e-4)
 
 
 # --- Gates ----------------------------------------------------------------------------------------

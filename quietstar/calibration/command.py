@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check(args)
     model = load_thinker(args.model, True, args.dtype, "Give the folder of a saved one.")
     model.to(find_device(args.device))
+    if model.max_text_length is not None:
+        args.seq_len = min(args.seq_len, model.max_text_length)
     batches = held_out(args)
     shown = track(range(len(batches)), "thinking", console=Console(stderr=True), transient=True)
     steps = iter(shown)
@@ -216,6 +218,11 @@ def report(
         f"tokens think, {always.passes / chosen.passes:.2f} times fewer passes, NLL "
         f"{chosen.nll:.4f}{accuracy}; saved in {Path(args.model) / GATE_FILE}"
     )
+    if chosen.share == 0:
+        console.print(
+            "note: it never thinks: on these texts thoughts gain less than --quality lets be lost; "
+            "set it lower, or --speed"
+        )
     figures: list[dict[str, Any]] = [
         {"gate": r.gate.kind, "threshold": r.gate.threshold, "share": r.share, "nll": r.nll,
          "accuracy": r.accuracy, "passes_a_token": r.passes, "tokens_per_second": 1 / s}

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from quietstar.console.options import add_options, arguments_of, load
 from quietstar.console.streaming import ConsoleStreamer
+from quietstar.data.tokenizer import check_unicode
 from quietstar.errors import UserError
 
 HELP = "/reset begins anew, /thoughts shows or hides thoughts, /quit ends"
@@ -38,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     turns = opening = [] if args.system is None else [{"role": "system", "content": args.system}]
     while True:
         try:
-            said = console.input("[bold]you:[/bold] ").strip()
+            said = check_unicode(console.input("[bold]you:[/bold] ").strip(), "this turn")
+        except UserError as problem:
+            console.print(str(problem), style="red", markup=False)
+            continue
         except EOFError:
             console.print()
             return 0

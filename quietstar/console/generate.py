@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.console.options import add_options, arguments_of, load
 from quietstar.console.streaming import ConsoleStreamer, thought_text
-from quietstar.data.tokenizer import padding_id
+from quietstar.data.tokenizer import check_unicode, padding_id
 from quietstar.errors import UserError
 from quietstar.generation import ThinkingOutput
 from quietstar.inspection.terminal import visible
@@ -31,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_options(parser)
     parser.add_argument("--prompt", help="text to go on from")
-    parser.add_argument("--prompts", metavar="FILE", help="one prompt on each line, UTF-8")
+    parser.add_argument(
+        "--prompts", metavar="FILE", help="one prompt on each line, UTF-8; blank lines are skipped"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="prompts of a file at once")
     args = parser.parse_args(arguments)
     prompts = read_prompts(args)
@@ -39,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     how = arguments_of(args, tokenizer)
     console = Console(highlight=False)
     if args.prompt is not None:
-        console.print(Text(visible(args.prompt), style="bold"), end="", soft_wrap=True)
-        streamer = ConsoleStreamer(tokenizer, console, args.show_thoughts)
+        streamer = ConsoleStreamer(tokenizer, console, args.show_thoughts, args.prompt)
         ids, mask = encode_prompts(tokenizer, prompts)
         device = model.device
         model.generate(ids.to(device), attention_mask=mask.to(device), streamer=streamer, **how)
@@ -66,8 +67,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         raise UserError("--prompt: give either --prompt TEXT or --prompts FILE")
     if args.batch_size < 1:
         raise UserError(f"--batch-size: {args.batch_size} must be at least 1")
-    prompts = [args.prompt]
-    if args.prompts is not None:
+    if args.prompt is not None:
+        prompts = [check_unicode(args.prompt, "--prompt")]
+    else:
         try:
             text = Path(args.prompts).read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as problem:
@@ -76,7 +78,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
             raise UserError(f"--prompts: {args.prompts}: {problem.strerror}") from None
         prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts or not prompts[0].strip():
-        raise UserError("--prompt: is empty; give a text to go on from")
+        option = "--prompt" if args.prompt is not None else f"--prompts: {args.prompts}"
+        raise UserError(f"{option}: is empty; give a text to go on from")
     return prompts
 
 

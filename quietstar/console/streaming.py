@@ -23,18 +23,25 @@ class ConsoleStreamer(ThinkingStreamer):
         tokenizer: The model's.
         console: Where to.
         show_thoughts: Whether thoughts are printed.
+        opening: Printed before the first token.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, console: Console, show_thoughts: bool
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        console: Console,
+        show_thoughts: bool,
+        opening: str = "",
     ) -> None:
         self.tokenizer, self.console, self.show_thoughts = tokenizer, console, show_thoughts
         self.ids: list[int] = []
         self.printed = ""
         self.is_prompt = True
+        self.opening = opening
 
     def think(self, thoughts: Tensor) -> None:
         """Print the thoughts of the next token, (1, K, T)."""
+        self._open()
         if self.show_thoughts:
             self.console.print(thought_text(self.tokenizer, thoughts[0].tolist()), end="")
 
@@ -45,6 +52,7 @@ class ConsoleStreamer(ThinkingStreamer):
             self.ids = value.flatten().tolist()
             self.printed = self._decoded()
             return
+        self._open()
         self.ids += value.flatten().tolist()
         text = self._decoded()
         if not text.endswith(_HALF):  # the rest of a character is still to come
@@ -55,6 +63,11 @@ class ConsoleStreamer(ThinkingStreamer):
         """End the line."""
         self._print(self._decoded()[len(self.printed) :])
         self.console.print()
+
+    def _open(self) -> None:
+        """Only now: what is wrong with the prompt was told before."""
+        self.console.print(Text(visible(self.opening), style="bold"), end="", soft_wrap=True)
+        self.opening = ""
 
     def _decoded(self) -> str:
         return str(self.tokenizer.decode(self.ids, skip_special_tokens=True))

@@ -17,6 +17,21 @@ PAD_TOKEN = "<|pad|>"
 logger = logging.getLogger(__name__)
 
 
+def check_unicode(text: str, where: str) -> str:
+    """The text, if it is one that can be written as UTF-8.
+
+    Raises:
+        UserError: It holds bytes that are none, or half of a surrogate pair.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as problem:
+        raise UserError(
+            f"{where}: character {problem.start} is no Unicode character; is the text UTF-8?"
+        ) from None
+    return text
+
+
 def _byte_alphabet() -> list[str]:
     """Returns the printable character that stands for each byte, as GPT-2's byte-level BPE does.
 

@@ -51,9 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tasks = find_tasks(args.tasks, args.include_path)
     protocol = read_protocol(args)
     data_dir = None if args.data_dir is None else Path(args.data_dir)
-    for option, path in (("--out", args.out), ("--out-items", args.out_items)):
-        if path is not None and Path(path).is_dir():
-            raise UserError(f"{option}: {path} is a folder; give the name of a file in it")
+    check_files(args)
     own = [task for task in tasks if isinstance(task, Task)]
     items = {task.name: task.items(data_dir, args.limit) for task in own}  # fails early
     config = settings(args, protocol)
@@ -63,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     del runner
     found |= evaluate_harness(args, protocol, [t for t in tasks if not isinstance(t, Task)], store)
     found = {task.name: found[task.name] for task in tasks}
-    result = {"tasks": found, "config": config | {"variants": list(protocol.variants)},
-              "environment": environment(model)}  # fmt: skip
+    config |= {"variants": list(protocol.variants), "batch_size": args.batch_size}
+    result = {"tasks": found, "config": config, "environment": environment(model)}
     console = Console()
     for name, figures in found.items():
         console.print(task_view(name, figures))
@@ -88,6 +86,28 @@ def evaluate(
                 task, runner.store, protocol.variants, count, num_cut, protocol.seed
             )
     return found
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Refuse files that cannot be written, or that are one file, before anything is scored.
+
+    Raises:
+        UserError: There is such a file.
+    """
+    named = {"--out": args.out, "--out-items": items_path(args), "--report": args.report}
+    paths = {option: Path(path) for option, path in named.items() if path is not None}
+    for option, path in paths.items():
+        if path.is_dir():
+            raise UserError(f"{option}: {path} is a folder; give the name of a file in it")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise UserError(
+                f"{option}: the folder {path.parent} cannot be made ({problem.strerror})"
+            ) from None
+        twin = next((o for o, p in paths.items() if o != option and p == path), None)
+        if twin is not None:
+            raise UserError(f"{option}: {path} is also {twin}; give another name to one of them")
 
 
 def evaluate_harness(
@@ -176,7 +196,8 @@ def read_protocol(args: argparse.Namespace) -> Protocol:
 def settings(args: argparse.Namespace, protocol: Protocol) -> dict[str, Any]:
     """What decides the scores of an item; items made under other ones are not mixed with these."""
     how = asdict(protocol)
-    del how["variants"]  # more of them may be added to the same file
+    for free in ("variants", "batch_size"):  # more variants may be added to the same file
+        del how[free]
     return {
         "model": args.model, "weights": fingerprint(args.model), "dtype": args.dtype,
         "data_dir": args.data_dir, "limit": args.limit, "untrained": args.untrained, **how,

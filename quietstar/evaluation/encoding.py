@@ -81,6 +81,8 @@ def encode(
     for number, item in enumerate(items):
         prompt, answer = split_answer(task, item, tokenizer)
         ids = prompt + answer
+        if len(ids) < 2:
+            raise UserError(f"{item.where}: the text has no token to score; give a longer one")
         if not item.prompt:
             longest = min(longest or text_tokens, text_tokens)
         cut = 0 if longest is None else max(0, len(ids) - longest)
@@ -89,8 +91,6 @@ def encode(
             scored = len(ids) - min(MIN_CONTEXT, len(ids) - 1)
         else:
             ids, scored = ids[cut:], min(len(answer), len(ids) - cut - 1)
-        if scored < 1:
-            raise UserError(f"{item.where}: the text has no token to score; give a longer one")
         encoded.append(EncodedItem(number, item, ids, scored, cut))
     return encoded
 

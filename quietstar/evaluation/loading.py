@@ -33,7 +33,10 @@ def load_thinker(
     Raises:
         UserError: No such model, or a plain one where a trained one is needed.
     """
-    if (Path(name) / SETTINGS_FILE).exists():
+    path = Path(name).expanduser()
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
+        raise UserError(f"--model: there is no folder {name}")
+    if (path / SETTINGS_FILE).exists():
         model = QuietStarForCausalLM.from_pretrained(name, dtype=dtype, **hub)
     elif needs_training:
         raise UserError(

@@ -32,31 +32,37 @@ class ItemStore:
         self.records: dict[Key, dict[str, Any]] = {}
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if overwrite or not path.exists():
+        if overwrite or not path.exists() or b"\n" not in path.read_bytes():
             path.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
             return
         first, *rest = self._lines(path)
-        check_settings(path, first.get("settings"), settings)
+        check_settings(path, first["settings"], settings)
         for record in rest:
             self.records[record["task"], record["item"], record["variant"]] = record
 
     @staticmethod
     def _lines(path: Path) -> list[dict[str, Any]]:
-        """All whole lines; what was cut off by an interrupt is cut off the file too."""
+        """All whole lines; what was cut off by an interrupt is cut off the file too.
+
+        Raises:
+            UserError: A line that is none of an evaluation.
+        """
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
             path.write_bytes(whole)
-        try:
-            lines = [json.loads(line) for line in whole.splitlines()]
-        except ValueError:
-            lines = []
-        if not lines or "settings" not in lines[0]:
-            raise UserError(
-                f"--out-items: {path} holds no items of an evaluation; give another file, or "
-                "--overwrite to replace it"
-            )
+        lines = []
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not _is_line(record, number == 1):
+                raise UserError(
+                    f"--out-items: {path}, line {number} is no line of an evaluation; remove it, "
+                    "give another file, or --overwrite to begin anew"
+                )
+            lines.append(record)
         return lines
 
     def has(self, task: str, numbers: Sequence[int], variants: Sequence[str]) -> bool:
@@ -81,13 +87,21 @@ class ItemStore:
         return [self.records[task, number, variant] for number in range(count)]
 
 
+def _is_line(record: Any, is_first: bool) -> bool:
+    if not isinstance(record, dict):
+        return False
+    if is_first:
+        return isinstance(record.get("settings"), dict)
+    kinds = {"task": str, "item": int, "variant": str, "metrics": dict}
+    return all(isinstance(record.get(key), kind) for key, kind in kinds.items())
+
+
 def check_settings(path: Path, found: Any, wanted: Mapping[str, Any]) -> None:
     """Refuse items that were made under other settings.
 
     Raises:
         UserError: They were.
     """
-    found = found if isinstance(found, dict) else {}
     keys = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
     if keys:
         shown = ", ".join(f"{key} ({found.get(key)}, now {wanted.get(key)})" for key in keys)

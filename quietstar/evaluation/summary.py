@@ -17,6 +17,7 @@ from quietstar.evaluation.tasks import Task
 
 TOLD = ("ci95", "p_value", "test", "items_needed")
 """Of a difference, beside its value."""
+SIGNIFICANT = 0.05
 LOWER_IS_BETTER = ("nll",)
 CONTENT = {"other": "gain_of_content", "shuffled": "gain_over_shuffled", "pause": "gain_over_pause"}
 """What the thoughts' own content is worth, by the control that takes it away."""
@@ -107,7 +108,7 @@ def warnings(found: dict[str, Any]) -> list[str]:
     if told is None:
         return said
     count, needed = found["n"], told["items_needed"]
-    if needed is not None and needed > count and not excludes_zero(told["ci95"]):
+    if needed is not None and needed > count and not is_told(told):
         said.append(
             f"{count} items are too few to tell a difference of {told[found['main_metric']]:+.4f} "
             f"in {found['main_metric']} from chance: it would take about {needed:,}"
@@ -115,9 +116,13 @@ def warnings(found: dict[str, Any]) -> list[str]:
     return said
 
 
-def excludes_zero(ci95: Sequence[float] | None) -> bool:
-    """Whether an interval lies on one side of zero."""
-    return ci95 is not None and (ci95[0] > 0 or ci95[1] < 0)
+def is_told(told: dict[str, Any]) -> bool:
+    """Whether a difference is told from chance: by its interval *and* by its test.
+
+    A bootstrap interval of very few items excludes zero as soon as they agree.
+    """
+    ci95, p_value = told["ci95"], told["p_value"]
+    return ci95 is not None and (ci95[0] > 0 or ci95[1] < 0) and p_value < SIGNIFICANT
 
 
 def improvement(found: dict[str, Any], key: str) -> float:
@@ -131,7 +136,7 @@ def verdict(found: dict[str, Any]) -> str:
     if "difference" not in found:
         return ""
     gain = improvement(found, "difference")
-    if not excludes_zero(found["difference"]["ci95"]):
+    if not is_told(found["difference"]):
         return f"no difference that {found['n']} items can tell"
     if gain < 0:
         return "thoughts make it worse"
@@ -148,4 +153,4 @@ def verdict(found: dict[str, Any]) -> str:
 
 
 def _beats(found: dict[str, Any], key: str) -> bool:
-    return excludes_zero(found[key]["ci95"]) and improvement(found, key) > 0
+    return is_told(found[key]) and improvement(found, key) > 0

@@ -36,7 +36,7 @@ def task_view(name: str, found: dict[str, Any]) -> RenderableType:
 
 def metrics_table(name: str, found: dict[str, Any]) -> Table:
     """Every metric without and with thoughts, and the difference."""
-    table = _table(f"{name}, {found['n']} items", "metric")
+    table = _table(f"{name}, {found['n']} item{'s' if found['n'] != 1 else ''}", "metric")
     variants = {"without": WITHOUT, "with": WITH}
     variants = {heading: v for heading, v in variants.items() if v in found}
     told = found.get("difference")

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from quietstar.data.tokenizer import check_unicode
 from quietstar.errors import UserError
 
 Kind = Literal["answer", "text", "votes"]
@@ -82,6 +83,8 @@ class Task:
     def _records(self, data_dir: Path | None) -> Iterator[tuple[Mapping[str, Any], str]]:
         if self.file is None:
             yield from _demo_records()
+        elif self.file == self.name:
+            yield from read_lines(Path(self.file), self.name)
         elif data_dir is not None or self.hub is None:
             yield from read_lines((data_dir or Path()) / self.file, self.name)
         else:
@@ -95,9 +98,9 @@ def read_lines(path: Path, task: str) -> Iterator[tuple[Mapping[str, Any], str]]
         UserError: No such file, or a line that is no object.
     """
     if not path.is_file():
-        raise UserError(
-            f"{task}: there is no file {path}; give the folder that holds {path.name} as --data-dir"
-        )
+        own = task == str(path)
+        remedy = "" if own else f"; give the folder that holds {path.name} as --data-dir"
+        raise UserError(f"{task}: there is no file {path}{remedy}")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
@@ -154,8 +157,10 @@ def _field(record: Mapping[str, Any], path: str, where: str) -> Any:
 def _text(record: Mapping[str, Any], path: str, where: str) -> str:
     value = _field(record, path, where)
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: field {path} must be a text that is not empty, not {value!r}")
-    return value
+        raise UserError(
+            f"{where}: field {path} must be a text in quotes that is not empty, not {value!r}"
+        )
+    return check_unicode(value, f"{where}: field {path}")
 
 
 def final_answer(solution: str, where: str) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
-from quietstar.data.tokenizer import load_tokenizer
+from quietstar.data.tokenizer import check_unicode, load_tokenizer
 from quietstar.errors import UserError
 from quietstar.evaluation.loading import find_device, load_thinker
 from quietstar.inspection.collect import Reading, inspect_text, num_windows
@@ -66,8 +66,9 @@ def read_text(args: argparse.Namespace) -> str:
     """
     if (args.text is None) == (args.text_file is None):
         raise UserError("--text: give either --text TEXT or --text-file FILE")
-    text = args.text
-    if text is None:
+    if args.text is not None:
+        text = check_unicode(args.text, "--text")
+    else:
         path = Path(args.text_file)
         try:
             text = path.read_bytes().decode("utf-8-sig")
@@ -79,7 +80,8 @@ def read_text(args: argparse.Namespace) -> str:
         except OSError as problem:
             raise UserError(f"--text-file: {path} cannot be read: {problem.strerror}") from None
     if not text.strip():
-        raise UserError("--text: is empty; give a text of at least two tokens")
+        option = "--text" if args.text is not None else f"--text-file: {args.text_file}"
+        raise UserError(f"{option}: is empty; give a text of at least two tokens")
     return text
 
 
