@@ -1,11 +1,13 @@
 """The benchmarks run, and their files hold what they promise."""
 
 import json
+import os
 
 import pytest
 
 from quietstar import cli
 from quietstar.bench import sweep
+from quietstar.cpu_memory import keep_freed_memory
 
 
 @pytest.mark.slow
@@ -29,6 +31,25 @@ def test_decoding_beside_the_ideal(tmp_path):
     for row in rows:
         share = row["tokens_per_second"] / row["ideal_tokens_per_second"]
         assert row["share_of_ideal"] == pytest.approx(share)
+
+
+def test_freed_memory_is_kept_unless_the_environment_rules(monkeypatch):
+    asked = []
+
+    class Library:
+        def mallopt(self, parameter, value):
+            asked.append((parameter, value))
+            return 1
+
+    monkeypatch.setattr("quietstar.cpu_memory.ctypes.CDLL", lambda _: Library())
+    monkeypatch.setattr("quietstar.cpu_memory.sys.platform", "linux")
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    assert keep_freed_memory()
+    assert asked == [(-4, 0), (-1, 2**31 - 1)]
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    assert not keep_freed_memory()
+    assert len(asked) == 2
 
 
 def test_exponents_are_slopes_of_logarithms(tmp_path):

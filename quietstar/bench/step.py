@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from quietstar.bench.floor import floor_step
 from quietstar.bench.memory import PeakMemory
 from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig
+from quietstar.cpu_memory import keep_freed_memory
 from quietstar.engine.layout import Layout
 from quietstar.engine.self_check import use_thinking_attention
 from quietstar.evaluation.loading import find_device
@@ -105,6 +106,8 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
     if args.activation_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     device = find_device(args.device)
+    if device == "cpu":  # as in training
+        keep_freed_memory()
     model = model.to(device)
     plain.to(device)  # pyright: ignore[reportArgumentType]  (a wrapper hides its type)
     tokens = torch.randint(base.config.vocab_size, (args.batch_size, args.seq_len), device=device)

@@ -17,6 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from quietstar.config import Config, ThoughtsConfig
+from quietstar.cpu_memory import keep_freed_memory
 from quietstar.data import EvalData, load_tokenizer
 from quietstar.engine.backbone import num_virtual
 from quietstar.errors import UserError
@@ -99,11 +100,15 @@ def check_batch(config: Config, num_processes: int) -> None:
 
 
 def use_cpu_threads(threads: int | None) -> None:
-    """Use the machine's cores: ``accelerate launch`` sets OMP_NUM_THREADS to 1 on its own."""
+    """Use the machine's cores: ``accelerate launch`` sets OMP_NUM_THREADS to 1 on its own.
+
+    On a machine without a GPU; freed memory is kept there too.
+    """
     if not torch.cuda.is_available():
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(threads or max(1, (cores or 1) // processes))
+        keep_freed_memory()
 
 
 def check_trackers(names: Sequence[str]) -> None:
