@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.console.options import add_options, arguments_of, load
 from quietstar.console.streaming import ConsoleStreamer, thought_text
-from quietstar.data.tokenizer import check_unicode, padding_id
+from quietstar.data.tokenizer import check_unicode, pad_left, padding_id
 from quietstar.errors import UserError
 from quietstar.generation import ThinkingOutput
 from quietstar.inspection.terminal import visible
@@ -88,10 +88,7 @@ def encode_prompts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask, padded on the left."""
     rows: list[Any] = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    width, pad = max(map(len, rows)), padding_id(tokenizer)
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
+    return pad_left(rows, padding_id(tokenizer))
 
 
 def continuation(

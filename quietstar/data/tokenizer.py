@@ -1,9 +1,12 @@
 """Tokenizers: a built-in byte-level one, loading, and the check that one fits its model."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from quietstar.config.rules import SYNTHETIC
@@ -132,6 +135,14 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Returns the id to pad with: any token's id serves, as a mask says what is padding."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((token_id for token_id in candidates if isinstance(token_id, int)), 0)
+
+
+def pad_left(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask of texts that are to be continued, (batch, seq) each."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
 
 
 def first_line(error: BaseException) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
-from quietstar.data.tokenizer import padding_id
+from quietstar.data.tokenizer import pad_left, padding_id
 from quietstar.evaluation.tasks import Item
 from quietstar.model import QuietStarForCausalLM
 
@@ -83,21 +83,20 @@ def _continue(
 ) -> list[str]:
     longest = model.max_text_length
     room = None if longest is None else longest - max_new_tokens
-    rows = [tokenizer(text)["input_ids"] for text in texts]
-    rows = [row if room is None else row[-room:] for row in rows]  # pyright: ignore
-    width, pad = max(map(len, rows)), padding_id(tokenizer)
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)  # pyright: ignore
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    rows: list[Any] = [tokenizer(text)["input_ids"] for text in texts]
+    rows = [row if room is None else row[-room:] for row in rows]
+    pad = padding_id(tokenizer)
+    ids, mask = (x.to(model.device) for x in pad_left(rows, pad))
     how: dict[str, Any] = {"do_sample": False}
     if voting.temperature > 0:
         how = {"do_sample": True, "temperature": voting.temperature, "top_k": 0, "top_p": 1.0}
     generated: Tensor = model.generate(
-        ids, attention_mask=mask.to(ids.device), think=think, max_new_tokens=max_new_tokens,
+        ids, attention_mask=mask, think=think, max_new_tokens=max_new_tokens,
         thought_temperature=voting.thought_temperature, seed=voting.seed,
         pad_token_id=pad, stopping_criteria=stop,
         **how,
     )  # fmt: skip
-    return tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)
+    return tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
 
 
 def _before_stop(chain: str) -> str:
