@@ -19,6 +19,7 @@ from transformers.utils.generic import ModelOutput
 
 from quietstar.engine.backbone import num_virtual
 from quietstar.engine.decoding import Decoder, Thinking
+from quietstar.engine.layout import text_ahead
 from quietstar.engine.rollout import Sampling
 from quietstar.errors import UserError
 from quietstar.gates import Gate
@@ -208,7 +209,9 @@ def next_logits(
         base: The plain model's logits, from these.
         thinking: Thoughts there.
     """
-    weight = model.mixing_head(states[:, None], thinking.ahead[None, :, :, None])
+    weight = model.mixing_head(
+        text_ahead(states[:, None], 1, None), thinking.ahead[None, :, :, None]
+    )
     weight = weight[0, :, :, 0, None]  # (K, B, 1)
     mixed = torch.lerp(base, model.output_head.logits(thinking.ahead), weight)
     if len(mixed) == 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from quietstar.engine.learn import plain_pass
-from quietstar.engine.rollout import Sampling
+from quietstar.engine.rollout import Sampling, run_text
 from quietstar.errors import UserError
 from quietstar.gates import Gate
 from quietstar.generation import generate
@@ -116,7 +116,7 @@ class ThinkingInference(ThinkingParts):
         labels = target_labels(input_ids, attention_mask, labels)
         if sample_ids is None:
             sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
-        text = self._run_text(input_ids) if self.thoughts.positions == "entropy" else None
+        text = run_text(self.causal_lm, input_ids) if self.thoughts.positions == "entropy" else None
         return self._choose(labels, answers, text, sample_ids, seed)
 
     @torch.no_grad()
@@ -218,6 +218,6 @@ class ThinkingInference(ThinkingParts):
             few = mixed_candidates(states, weight, head, candidates, positions).transpose(0, 1)
         assert result.predicted is not None, "it was asked for"
         logprobs, predicted = (
-            x.view(weight.shape)[0].transpose(0, 1) for x in (-result.nll, result.predicted)
+            x[0].transpose(0, 1) for x in (-result.mixed, result.predicted)
         )
         return MixedScores(logprobs, predicted, few)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from quietstar.config import MixingHeadConfig
-from quietstar.engine.layout import lookahead_states
+from quietstar.engine.layout import TextAhead
 from quietstar.precision import at_least_float32
 
 
@@ -49,22 +49,21 @@ class MixingHead(nn.Module):
 
     def forward(
         self,
-        text_states: Float[Tensor, "batch seq width"],
+        text: TextAhead,
         thought_states: Float[Tensor, "lookahead thoughts batch positions width"],
-        positions: Int[Tensor, "batch positions"] | None = None,
     ) -> Float[Tensor, "lookahead thoughts batch positions"]:
         """Mixing weight of every thought and lookahead, in float32.
 
         Args:
-            text_states: The text's own.
+            text: The text's own states that predict the same tokens.
             thought_states: Those from the end token on.
-            positions: Where the thoughts are, None for all.
         """
-        if not torch.is_autocast_enabled(text_states.device.type):  # weights of a bfloat16 model
+        rows = text.rows
+        if not torch.is_autocast_enabled(rows.device.type):  # weights of a bfloat16 model
             dtype = self.text_layer.weight.dtype
-            text_states, thought_states = text_states.to(dtype), thought_states.to(dtype)
-        text = lookahead_states(self.text_layer(text_states), thought_states.shape[0], positions)
-        hidden = torch.relu(text.unsqueeze(1) + self.thought_layer(thought_states))
+            rows, thought_states = rows.to(dtype), thought_states.to(dtype)
+        by_text = text.spread(self.text_layer(rows))  # (A, B, P, hidden)
+        hidden = torch.relu(by_text.unsqueeze(1) + self.thought_layer(thought_states))
         hidden = torch.relu(self.middle_layer(hidden))
         weight = at_least_float32(self.last_layer(hidden).squeeze(-1))
         if not self.sigmoid:

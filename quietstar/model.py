@@ -15,9 +15,10 @@ from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig, Tunin
 from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from quietstar.engine.backbone import embedding_weight
 from quietstar.engine.learn import plain_pass
-from quietstar.engine.rollout import Sampling
+from quietstar.engine.rollout import Sampling, TextRun, run_text
 from quietstar.engine.self_check import check_architecture, use_thinking_attention
 from quietstar.inference import ThinkingInference
+from quietstar.learning import Step, learn_in_groups
 from quietstar.loading import drop_dropout_layers, load_base
 from quietstar.losses.quiet_star import (
     ScoredThoughts,
@@ -180,18 +181,17 @@ class QuietStarForCausalLM(ThinkingInference):
         sampling = Sampling(
             self.thoughts.num_thoughts, self.thoughts.length, self.thoughts.temperature, seed
         )
-        # Only the choice by entropy needs the text before the rollout runs it.
-        text = self._run_text(input_ids) if self.thoughts.positions == "entropy" else None
+        text = self._text_before(input_ids)
         positions = self._choose(labels, answers, text, sample_ids, seed)
         thoughts = self._sample(input_ids, sample_ids, sampling, positions, text)
-        loss, scored = self._learn(
-            input_ids,
-            labels,
-            thoughts,
-            positions,
-            (num_items_in_batch, num_thought_items),
-            fixed_mixing_weight,
-        )
+        step = Step(
+            input_ids, labels, thoughts, positions, num_items_in_batch, num_thought_items,
+            choose_policy_temperature(self.loss, self.thoughts.temperature), fixed_mixing_weight,
+        )  # fmt: skip
+        if text is not None and self.block_tokens is not None:
+            loss, scored = learn_in_groups(self, text, step, self.block_tokens)
+        else:
+            loss, scored = self._learn_at_once(step)
         return QuietStarOutput(
             loss=loss,
             metrics=thought_metrics(scored),
@@ -208,28 +208,34 @@ class QuietStarForCausalLM(ThinkingInference):
         metrics = plain_metrics(result.nll, valid)
         return QuietStarOutput(loss=loss, metrics=metrics, input_ids=input_ids)
 
-    def _learn(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        thoughts: Tensor,
-        positions: Tensor | None,
-        counts: tuple[Tensor | int | None, Tensor | int | None] = (None, None),
-        fixed_mixing_weight: float | None = None,
-    ) -> tuple[Tensor, ScoredThoughts]:
-        states, weight = self.states_with(input_ids, thoughts, positions, fixed_mixing_weight)
-        temperature = choose_policy_temperature(self.loss, self.thoughts.temperature)
+    def _text_before(self, input_ids: Tensor) -> TextRun | None:
+        """The text, where something needs it before the rollout would run it.
+
+        Learning in groups does, with its graph; the choice by entropy does.
+        """
+        if self.block_tokens is not None:
+            return run_text(self.causal_lm, input_ids)
+        if self.thoughts.positions != "entropy":
+            return None
+        with torch.no_grad():
+            return run_text(self.causal_lm, input_ids)
+
+    def _learn_at_once(self, step: Step) -> tuple[Tensor, ScoredThoughts]:
+        """The loss with the graph of text and all blocks alive at once."""
+        states, weight = self.states_with(
+            step.input_ids, step.thoughts, step.positions, step.fixed_mixing_weight
+        )
         return quiet_star_loss(
             states,
             weight,
-            thoughts,
-            labels,
+            step.thoughts,
+            step.labels,
             self.output_head,
             self.loss,
-            temperature,
-            counts[0],
-            positions=positions,
-            num_thought_items=counts[1],
+            step.policy_temperature,
+            step.num_items,
+            positions=step.positions,
+            num_thought_items=step.num_thought_items,
         )
 
 

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig, TuningConfig
 from quietstar.engine.backbone import embedding_weight, num_virtual
-from quietstar.engine.layout import IGNORE_INDEX
+from quietstar.engine.layout import IGNORE_INDEX, TextAhead, text_ahead
 from quietstar.engine.learn import LearnStates, learn_pass
 from quietstar.engine.positions import choose_positions
-from quietstar.engine.rollout import Sampling, TextRun, run_text, sample_thoughts
+from quietstar.engine.rollout import Sampling, TextRun, sample_thoughts
 from quietstar.loading import initial_embedding
 from quietstar.losses.output_head import OutputHead, find_output_head
 from quietstar.losses.quiet_star import next_token_entropy
@@ -54,6 +54,7 @@ class ThinkingParts(nn.Module):
         self.end_embedding = nn.Parameter(torch.zeros(size, device=device))
         self.mixing_head = MixingHead(head.weight.shape[1], mixing_head).to(device)
         self._calls = 0
+        self.block_tokens: int | None = None
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -113,9 +114,6 @@ class ThinkingParts(nn.Module):
         self.end_embedding.copy_(end)
 
     # --- Passes -----------------------------------------------------------------------------------
-
-    def _run_text(self, input_ids: Tensor) -> TextRun:
-        return run_text(self.causal_lm, input_ids, self.thoughts.length)
 
     @torch.no_grad()
     def _choose(
@@ -177,12 +175,14 @@ class ThinkingParts(nn.Module):
             self.thoughts.lookahead,
             positions,
         )
-        return states, self._mixing_weight(states, positions, fixed_mixing_weight)
+        ahead = text_ahead(states.text, states.ahead.shape[0], positions)
+        return states, self.mixing_weight(ahead, states.ahead, fixed_mixing_weight)
 
-    def _mixing_weight(
-        self, states: LearnStates, positions: Tensor | None, fixed: float | None
+    def mixing_weight(
+        self, text: TextAhead, ahead: Tensor, fixed: float | None
     ) -> Float[Tensor, "lookahead thoughts batch positions"]:
-        weight = self.mixing_head(states.text, states.ahead, positions)
+        """From text states and those behind thoughts; ``fixed`` stands in for the head's output."""
+        weight = self.mixing_head(text, ahead)
         if fixed is None:
             return weight
         # The head stays in the graph, with gradient zero: DDP wants every parameter used.

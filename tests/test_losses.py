@@ -53,7 +53,7 @@ def plain_logits(head, states, weight, bias):
 
 
 def make_segments(rows=300, width=5, vocab=11, vocab_size=9):
-    """Rows of every kind; the second segment's coefficients come from the first's results."""
+    """Rows of every kind."""
     generator = torch.Generator().manual_seed(1)
     targets = torch.randint(0, vocab, (3, rows), generator=generator)
     targets[:, ::7] = IGNORE
@@ -65,7 +65,7 @@ def make_segments(rows=300, width=5, vocab=11, vocab_size=9):
         Segment(
             states[1],
             targets[1],
-            coefficients=lambda results: weights[1] * results[0].nll,
+            weights[1],
             entropy_coefficients=weights[2].where(targets[1] != IGNORE, 0.0),
             temperature=3.0,
             sampled_only=True,
@@ -78,8 +78,7 @@ def make_segments(rows=300, width=5, vocab=11, vocab_size=9):
 def plain_objective(segments, head):
     """The same sum from log_softmax in float64, differentiable."""
     value, nlls, entropies = 0.0, [], []
-    coefficients = [segments[0].coefficients, None, None]
-    for index, segment in enumerate(segments):
+    for segment in segments:
         logits = plain_logits(head, segment.states, head.weight, head.bias)
         if segment.other_states is not None:
             other = plain_logits(head, segment.other_states, head.weight, head.bias)
@@ -91,20 +90,13 @@ def plain_objective(segments, head):
         picked = logprobs.gather(1, segment.targets.clamp(min=0)[:, None]).squeeze(1)
         nll = -picked.where(segment.targets != IGNORE, 0.0)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        if callable(segment.coefficients):
-            coefficients[index] = segment.coefficients([Nll(n.detach()) for n in nlls])
-        if coefficients[index] is not None:
-            value = value + (coefficients[index] * nll).sum()
+        if segment.coefficients is not None:
+            value = value + (segment.coefficients * nll).sum()
         if segment.entropy_coefficients is not None:
             value = value + (segment.entropy_coefficients * entropy).sum()
         nlls.append(nll)
         entropies.append(entropy)
     return value, nlls, entropies
-
-
-@dataclass
-class Nll:
-    nll: torch.Tensor
 
 
 def gradients(value, segments, head):

@@ -6,7 +6,7 @@ from tiny import plain_model, random_texts, thinking_model
 
 from quietstar.config import LossConfig
 from quietstar.engine import chosen, passes
-from quietstar.engine.layout import IGNORE_INDEX
+from quietstar.engine.layout import IGNORE_INDEX, text_ahead
 from quietstar.engine.learn import LearnStates, learn_pass
 from quietstar.engine.positions import choose_positions, count_positions
 from quietstar.engine.rollout import Sampling, sample_thoughts
@@ -68,7 +68,7 @@ def test_gradients_are_those_of_the_full_computation_restricted_to_the_chosen(pa
     restricted = LearnStates(full.text, at(full.policy, 3), at(full.ahead, 3))
     losses, gradients = [], []
     for states in (restricted, some):
-        weight = model.mixing_head(states.text, states.ahead, POSITIONS)
+        weight = model.mixing_head(text_ahead(states.text, 2, POSITIONS), states.ahead)
         loss, _ = quiet_star_loss(
             states, weight, at(thoughts, 3), texts, model.output_head, config, 1.0,
             positions=POSITIONS,
@@ -101,7 +101,7 @@ def test_all_positions_chosen_one_by_one_give_the_loss_without_a_choice():
 def test_terms_of_thoughts_are_means_over_the_chosen_and_the_base_over_all():
     model, texts, thoughts = model_and_inputs()
     _, some = both(model, texts, thoughts)
-    weight = model.mixing_head(some.text, some.ahead, POSITIONS)
+    weight = model.mixing_head(text_ahead(some.text, 2, POSITIONS), some.ahead)
     args = (some, weight, at(thoughts, 3), texts, model.output_head)
     for name in ("base_weight", "mixed_weight", "thought_weight"):
         only = {f"{n}_weight": 0.0 for n in ("base", "mixed", "thought", "policy")} | {name: 1.0}

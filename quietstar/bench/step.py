@@ -84,6 +84,8 @@ def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--vocab-size", type=int, default=None, help="of a built-in model")
     parser.add_argument("--paper-losses", action="store_true",
                         help="no loss on the thought's own prediction, as the floor")  # fmt: skip
+    parser.add_argument("--block-tokens", type=int, default=2048,
+                        help="block tokens that learn at once; 0: all")  # fmt: skip
     parser.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", help="by default a GPU if there is one")
@@ -101,6 +103,7 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
     plain = copy.deepcopy(base)
     names = ("positions", "share", "num_thoughts", "lookahead")
     model = make_thinker(base, args, **{name: getattr(args, name) for name in names}).train()
+    model.block_tokens = args.block_tokens
     if args.paper_losses:
         model.configure(model.thoughts, LossConfig(thought_weight=0.0))
     if args.activation_checkpointing:

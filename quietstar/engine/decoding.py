@@ -189,7 +189,7 @@ def _aligned_text(
         return {}
     column = torch.arange(input_ids.shape[1], device=input_ids.device)
     moved = (column + first[:, None]) % max(len(column), 1)
-    text = run_text(model, input_ids.gather(1, moved), 1).cache.text
+    text = run_text(model, input_ids.gather(1, moved)).keys
     if not first.any():
         return text
     length = next(iter(text.values()))[0].shape[2]

@@ -34,7 +34,7 @@ tokens of a block, lie side by side (`ChosenLayout`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -143,19 +143,94 @@ def lookahead_targets(
     return at_positions(targets, positions).where(positions != NO_POSITION, IGNORE_INDEX)
 
 
+@dataclass(frozen=True)
+class TextAhead:
+    """The text's own states (or figures) that predict what comes behind some positions.
+
+    x_{i+a} is predicted by the one at i + a - 1. Neighbouring positions share them.
+
+    Attributes:
+        rows: Those that are needed, (B, R, ...): R = P + A - 1 for P neighbours, else A * P in the
+            order (a p). Zeros stand for those behind the end of the text.
+        lookahead: A.
+        neighbours: Whether the positions are.
+    """
+
+    rows: Shaped[Tensor, "batch rows *rest"]
+    lookahead: int
+    neighbours: bool
+
+    @classmethod
+    def at_neighbours(cls, x: Tensor, lookahead: int, first: int, count: int) -> TextAhead:
+        """Of ``count`` positions from ``first`` on, out of all of a text's (B, S, ...)."""
+        rows = x[:, first : first + count + lookahead - 1]
+        missing = count + lookahead - 1 - rows.shape[1]
+        padding = [0, 0] * (x.ndim - 2)
+        return cls(F.pad(rows, [*padding, 0, missing]) if missing else rows, lookahead, True)
+
+    @classmethod
+    def at_chosen(cls, x: Tensor, lookahead: int, positions: Tensor) -> TextAhead:
+        """Of chosen positions (B, P), out of all of a text's (B, S, ...)."""
+        steps = torch.arange(lookahead, device=positions.device)[:, None]
+        ahead = (positions.clamp(min=0).unsqueeze(1) + steps).flatten(1)  # (B, A * P)
+        inside = ahead < x.shape[1]
+        texts = torch.arange(x.shape[0], device=positions.device)[:, None]
+        rows = x[texts, ahead.clamp(max=x.shape[1] - 1)]
+        rows = rows.where(inside.view(*inside.shape, *[1] * (x.ndim - 2)), 0.0)
+        return cls(rows, lookahead, False)
+
+    @property
+    def num_positions(self) -> int:
+        """P."""
+        rows = self.rows.shape[1]
+        return rows - self.lookahead + 1 if self.neighbours else rows // self.lookahead
+
+    def spread(
+        self, x: Shaped[Tensor, "batch rows *rest"]
+    ) -> Shaped[Tensor, "lookahead batch positions *rest"]:
+        """What was computed for the rows, for every target; a view."""
+        if not self.neighbours:
+            return x.unflatten(1, (self.lookahead, -1)).movedim(1, 0)
+        return x.unfold(1, self.num_positions, 1).movedim(-1, 2).movedim(1, 0)
+
+    def collect(
+        self, x: Shaped[Tensor, "lookahead batch positions *rest"]
+    ) -> Shaped[Tensor, "batch rows *rest"]:
+        """The transpose of `spread`: for every row, the sum over its targets."""
+        if not self.neighbours:
+            return x.movedim(0, 1).flatten(1, 2)
+        total = x.new_zeros(x.shape[1], self.rows.shape[1], *x.shape[3:])
+        for a, part in enumerate(x):
+            total[:, a : a + self.num_positions] += part
+        return total
+
+    def part(self, texts: slice, places: slice) -> TextAhead:
+        """Of some texts and some of their positions."""
+        rows = self.rows[texts]
+        if self.neighbours:
+            rows = rows[:, places.start : places.stop + self.lookahead - 1]
+        else:
+            rows = rows.unflatten(1, (self.lookahead, -1))[:, :, places].flatten(1, 2)
+        return replace(self, rows=rows)
+
+
+def text_ahead(
+    x: Shaped[Tensor, "batch seq *rest"], lookahead: int, positions: Tensor | None
+) -> TextAhead:
+    """States (or figures) of a text that predict what comes behind the chosen positions, or all."""
+    if positions is None:
+        return TextAhead.at_neighbours(x, lookahead, 0, x.shape[1])
+    return TextAhead.at_chosen(x, lookahead, positions)
+
+
 def lookahead_states(
     text_states: Float[Tensor, "batch seq *width"],
     lookahead: int,
     positions: Int[Tensor, "batch positions"] | None = None,
 ) -> Float[Tensor, "lookahead batch positions *width"]:
     """The text's own state (or figure) that predicts x_{i+a}: the one at i + a - 1."""
-    if positions is None:
-        return shift_ahead(text_states, lookahead, 0.0)
-    ahead = positions.clamp(min=0) + torch.arange(lookahead, device=positions.device)[:, None, None]
-    inside = ahead < text_states.shape[1]
-    rows = torch.arange(text_states.shape[0], device=positions.device)[:, None]
-    states = text_states[rows, ahead.clamp(max=text_states.shape[1] - 1)]
-    return states.where(inside.view(*inside.shape, *[1] * (text_states.ndim - 2)), 0.0)
+    ahead = text_ahead(text_states, lookahead, positions)
+    return ahead.spread(ahead.rows)
 
 
 def shifted(positions: Int[Tensor, "batch positions"], by: int) -> Int[Tensor, "batch positions"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.engine.backbone import embed_text, num_virtual, run_backbone
+from quietstar.engine.blocks import Blocks, ChosenBlocks, NeighbourBlocks
 from quietstar.engine.layout import (
     ChosenLayout,
     Layout,
@@ -17,7 +19,7 @@ from quietstar.engine.layout import (
     shift_ahead,
     shifted,
 )
-from quietstar.engine.passes import ChosenLearnPass, LearnPass, PlainPass
+from quietstar.engine.passes import BlockPass, ChosenLearnPass, LearnPass, TextKeys, TextPass
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def plain_pass(
     embedded = embed_text(model, input_ids)
     positions = torch.arange(embedded.shape[1], device=input_ids.device)
     positions = positions.expand(embedded.shape[:2])
-    return run_backbone(model, embedded, positions, PlainPass())[:, virtual:]
+    return run_backbone(model, embedded, positions, TextPass())[:, virtual:]
 
 
 def learn_pass(
@@ -100,6 +102,117 @@ def learn_pass(
         policy=blocks[:length],
         ahead=blocks[length + 1 :],
     )
+
+
+# --- Blocks alone, against a text that ran before -------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockStates:
+    """Final states of blocks, as in `LearnStates`."""
+
+    policy: Float[Tensor, "length thoughts batch positions width"]
+    ahead: Float[Tensor, "lookahead thoughts batch positions width"]
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """Input embeddings of blocks.
+
+    Attributes:
+        start: Opens every thought.
+        end: Closes it.
+        thought: Of the sampled tokens.
+        true: Of the true tokens behind, the same for all thoughts.
+    """
+
+    start: Float[Tensor, " embedding"]
+    end: Float[Tensor, " embedding"]
+    thought: Float[Tensor, "length thoughts batch positions embedding"]
+    true: Float[Tensor, "true batch positions embedding"]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """As the constructor takes them."""
+        return self.start, self.end, self.thought, self.true
+
+    @staticmethod
+    def index(number: int, texts: slice, places: slice) -> Any:
+        """Of some positions of some texts, in the tensor of that number."""
+        return ... if number < 2 else (..., texts, places, slice(None))
+
+    def tokens(self) -> Float[Tensor, "W K B P embedding"]:
+        """All of them in order."""
+        thought = self.thought
+        vectors = (x.to(thought.dtype).expand(1, *thought.shape[1:]) for x in (self.start, self.end))
+        start, end = vectors
+        true = self.true.unsqueeze(1).expand(-1, *thought.shape[1:])
+        return torch.cat([start, thought, end, true])
+
+
+def embed_blocks(
+    model: PreTrainedModel,
+    start_embedding: Float[Tensor, " embedding"],
+    end_embedding: Float[Tensor, " embedding"],
+    input_ids: Int[Tensor, "batch seq"],
+    thoughts: Int[Tensor, "length thoughts batch positions"],
+    lookahead: int,
+    positions: Int[Tensor, "batch positions"] | None = None,
+) -> BlockInputs:
+    """Input embeddings of the blocks behind all positions, or the chosen ones."""
+    embed = model.get_input_embeddings()
+    true = lookahead_targets(input_ids, lookahead, positions)[:-1].clamp(min=0)
+    return BlockInputs(start_embedding, end_embedding, embed(thoughts), embed(true))
+
+
+def make_blocks(
+    inputs: BlockInputs,
+    places: slice,
+    end: int,
+    virtual: int,
+    positions: Int[Tensor, "batch positions"] | None,
+) -> Blocks:
+    """Where the blocks lie.
+
+    Args:
+        inputs: Of the blocks.
+        places: Their positions in the text, if they are neighbours.
+        end: Text tokens before the end of what they see, virtual ones included.
+        virtual: Virtual tokens before the text.
+        positions: Of the blocks, virtual tokens included, if they are chosen ones.
+    """
+    length, num_thoughts, batch_size, count = inputs.thought.shape[:4]
+    block_length = length + len(inputs.true) + 2
+    if positions is not None:
+        return ChosenBlocks(positions, num_thoughts, block_length, end)
+    first = virtual + places.start
+    return NeighbourBlocks(batch_size, num_thoughts, block_length, first, count)
+
+
+def block_pass(
+    model: PreTrainedModel,
+    inputs: BlockInputs,
+    keys: TextKeys,
+    blocks: Blocks,
+    num_positions: int,
+) -> BlockStates:
+    """Run the model over blocks alone.
+
+    Args:
+        model: A causal LM whose attention implementation is ``quietstar``.
+        inputs: Embeddings of the blocks.
+        keys: Keys and values of the texts, as far as the blocks see them.
+        blocks: Where the blocks lie.
+        num_positions: Highest position of any block token of the step, plus one.
+    """
+    rows = blocks.arrange(inputs.tokens())
+    position_ids = blocks.position_ids(rows.device)
+    states = run_backbone(model, rows, position_ids, BlockPass(keys, blocks, num_positions))
+    states, length = blocks.restore(states), len(inputs.thought)  # (W, K, B, P, D)
+    return BlockStates(states[:length], states[length + 1 :])
+
+
+# --- Text and blocks at once ----------------------------------------------------------------------
 
 
 def _embed_rows(

@@ -1,8 +1,8 @@
 """What each pass of the engine does at an attention layer: who attends to whom.
 
-`PlainPass` runs a text alone, `LearnPass` text and blocks at once, with gradient; `TextPass` and
-`ThoughtStep` run the text once and then one token of every block at a time, without.
-`ChosenLearnPass` and `ChosenStep` are the same with thoughts at chosen positions only.
+`TextPass` runs a text alone and may keep its keys and values; `BlockPass` runs blocks against them,
+with gradient, `ThoughtStep` one token of every block at a time, without. `LearnPass` runs text and
+blocks at once. `ChosenLearnPass` and `ChosenStep` are for thoughts at chosen positions only.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from quietstar.engine.blocks import BlockAttention, Blocks, dense_block_attention
 from quietstar.engine.chosen import (
     ChosenAttention,
     ChosenViews,
@@ -69,16 +70,67 @@ def with_virtual(layer: torch.nn.Module, k: Tensor, v: Tensor, dim: int) -> tupl
 # --- A text alone ---------------------------------------------------------------------------------
 
 
-class PlainPass:
-    """A text alone, with gradient: what the model's own attention does, virtual tokens heeded."""
+TextKeys = dict[int, tuple[Tensor, Tensor]]
+"""Keys and values of texts (B, Hkv, S, .), virtual tokens included, by `id` of the layer."""
+
+
+class TextPass:
+    """A text alone: what the model's own attention does, virtual tokens heeded.
+
+    Args:
+        keys: Where its keys and values are kept, with their graph.
+    """
+
+    def __init__(self, keys: TextKeys | None = None) -> None:
+        self.keys = keys
 
     def attend(self, layer, q, k, v, rules):  # noqa: D102
         k, v = with_virtual(layer, k, v, 2)
-        if not rules.fits_flash(q.shape[2]):
+        if self.keys is not None:
+            self.keys[id(layer)] = (k, v)
+        kernel = choose_kernel(q, k, v, rules, q.shape[2])
+        if kernel is None:
             return recomputed(q, (k, v), None, rules)
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=rules.scale, enable_gqa=True
-        )
+        return CausalAttention.apply(q, k, v, rules.scale, kernel)
+
+
+class CausalAttention(torch.autograd.Function):
+    """Plain causal attention on a kernel."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, kernel):  # noqa: D102
+        out, lse = kernel.forward(q, k, v, True, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.scale, ctx.kernel = scale, kernel
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, out, lse = ctx.saved_tensors
+        return *ctx.kernel.backward(grad, (q, k, v), out, lse, True, ctx.scale), None, None
+
+
+# --- Blocks of some positions, against a text that ran before --------------------------------------
+
+
+class BlockPass:
+    """Attention of blocks to the text and to themselves, with gradient.
+
+    Args:
+        keys: Of the texts.
+        blocks: Where their tokens lie.
+        num_positions: Highest position of any block token, plus one.
+    """
+
+    def __init__(self, keys: TextKeys, blocks: Blocks, num_positions: int) -> None:
+        self.keys, self.blocks, self.num_positions = keys, blocks, num_positions
+
+    def attend(self, layer, q, k, v, rules):  # noqa: D102
+        text = self.keys[id(layer)]
+        kernel = choose_kernel(q, k, v, rules, self.num_positions, masked=self.blocks.masked)
+        if kernel is None:
+            return dense_block_attention(q, k, v, text, self.blocks, rules)
+        return BlockAttention.apply(q, k, v, *text, self.blocks, rules.scale, kernel)
 
 
 # --- The learn pass: text and all blocks at once -------------------------------------------------
@@ -149,13 +201,14 @@ class RolloutCache:
     """Keys and values of the text and of the thoughts so far, by attention layer.
 
     Args:
+        text: Keys and values of the text.
         num_steps: Block tokens that will be run (start and every thought token but the last).
     """
 
-    def __init__(self, num_steps: int) -> None:
+    def __init__(self, text: TextKeys, num_steps: int) -> None:
         self.num_steps = num_steps
-        self.text: dict[int, tuple[Tensor, Tensor]] = {}
-        self.own: dict[int, tuple[Tensor, Tensor]] = {}
+        self.text = {layer: (k.detach(), v.detach()) for layer, (k, v) in text.items()}
+        self.own: TextKeys = {}
 
     def repeat_text(self, num_thoughts: int) -> None:
         """Give every thought its text: keys and values (B, ...) become (K * B, ...)."""
@@ -177,26 +230,11 @@ class RolloutCache:
         return x.new_empty(n, length, heads, self.num_steps, size)
 
 
-class TextPass:
-    """The text alone: causal attention that keeps its keys and values."""
-
-    def __init__(self, cache: RolloutCache) -> None:
-        self.cache = cache
-
-    def attend(self, layer, q, k, v, rules):  # noqa: D102
-        k, v = with_virtual(layer, k, v, 2)
-        self.cache.text[id(layer)] = (k, v)
-        kernel = choose_kernel(q, k, v, rules, q.shape[2])
-        if kernel is None:
-            return dense_attention(q, (k, v), None, rules)
-        return kernel.forward(q, k, v, True, rules.scale)[0]
-
-
 class ThoughtStep:
     """One token of every block against the text and the block so far.
 
     Args:
-        cache: Filled by a `TextPass` (its text repeated for every thought) and the earlier steps.
+        cache: Of the text (repeated for every thought) and the earlier steps.
         index: Place of the token in its block.
     """
 
@@ -228,7 +266,7 @@ class ChosenStep:
     """One token of every block at chosen positions, as one row in the order (b p k).
 
     Args:
-        cache: Filled by a `TextPass` and the earlier steps.
+        cache: Of the text and the earlier steps.
         index: Place of the token in its block.
         positions: Of the blocks, (B, P).
         prefix: Attention to the text for K queries a position.

@@ -25,7 +25,7 @@ from quietstar.engine.backbone import (
 )
 from quietstar.engine.chosen import PrefixAttention
 from quietstar.engine.layout import shifted
-from quietstar.engine.passes import ChosenStep, Pass, RolloutCache, TextPass, ThoughtStep
+from quietstar.engine.passes import ChosenStep, Pass, RolloutCache, TextKeys, TextPass, ThoughtStep
 from quietstar.engine.sampling import keyed_uniform, sample_inverse_cdf
 from quietstar.losses.output_head import OutputHead
 
@@ -52,28 +52,25 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TextRun:
-    """A text that was run once, for all the steps of its thoughts.
+    """A text that was run once, for all that is done behind its tokens.
 
     Attributes:
-        cache: Its keys and values.
+        keys: Keys and values.
         states: Final states.
     """
 
-    cache: RolloutCache
+    keys: TextKeys
     states: Float[Tensor, "batch seq width"]
 
 
-@torch.no_grad()
-def run_text(
-    model: PreTrainedModel, input_ids: Int[Tensor, "batch seq"], thought_length: int
-) -> TextRun:
-    """Run texts and keep what thoughts of T tokens need of them; serves one rollout."""
-    cache = RolloutCache(thought_length)
+def run_text(model: PreTrainedModel, input_ids: Int[Tensor, "batch seq"]) -> TextRun:
+    """Run texts (padded on the right if at all) and keep what thoughts need of them."""
+    keys: TextKeys = {}
     embedded = embed_text(model, input_ids)
     positions = torch.arange(embedded.shape[1], device=input_ids.device)
     positions = positions.expand(embedded.shape[:2])
-    states = run_backbone(model, embedded, positions, TextPass(cache))
-    return TextRun(cache, states[:, num_virtual(model) :])
+    states = run_backbone(model, embedded, positions, TextPass(keys))
+    return TextRun(keys, states[:, num_virtual(model) :])
 
 
 @torch.no_grad()
@@ -156,7 +153,7 @@ class Rollout:
     ) -> None:
         self.model, self.start_embedding = model, start_embedding
         self.embed = model.get_input_embeddings()
-        cache = (text or run_text(model, input_ids, thought_length)).cache
+        cache = RolloutCache((text or run_text(model, input_ids)).keys, thought_length)
         virtual, length = num_virtual(model), input_ids.shape[1]
         if positions is None:
             self.positions = torch.arange(length, device=input_ids.device).expand(input_ids.shape)

@@ -7,7 +7,7 @@ computed in the forward pass because the coefficient of every row is known by th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,8 +44,8 @@ class Segment:
     Attributes:
         states: (rows, D), final states.
         targets: (rows,), token ids or IGNORE_INDEX.
-        coefficients: (rows,), or a function of the earlier segments' results that gives them: the
-            objective is the sum of coefficient * nll. None: only the results are wanted.
+        coefficients: (rows,): the objective is the sum of coefficient * nll. None: only the
+            results are wanted.
         entropy_coefficients: Like ``coefficients``, for the entropy of each row.
         temperature: Divides the logits.
         sampled_only: The distribution is over the rows of the vocabulary that may be sampled.
@@ -57,7 +57,7 @@ class Segment:
 
     states: Tensor
     targets: Tensor
-    coefficients: Tensor | Callable[[Sequence[RowResult]], Tensor] | None = None
+    coefficients: Tensor | None = None
     entropy_coefficients: Tensor | None = None
     temperature: float = 1.0
     sampled_only: bool = False
@@ -66,17 +66,16 @@ class Segment:
     other_states: Tensor | None = None
     other_weight: Tensor | None = None
 
-    def resolve(self, results: Sequence[RowResult]) -> Tensor | None:
-        """The coefficients, now that the earlier segments are known."""
-        return self.coefficients(results) if callable(self.coefficients) else self.coefficients
 
-
-def objective(segments: Sequence[Segment], head: OutputHead) -> tuple[Tensor, list[RowResult]]:
+def objective(
+    segments: Sequence[Segment], head: OutputHead, sink: HeadGradients | None = None
+) -> tuple[Tensor, list[RowResult]]:
     """Sum over all segments of coefficient * nll (+ entropy coefficient * entropy).
 
     Args:
-        segments: In order; the coefficients of one may depend on the results of those before.
+        segments: Rows and what they count.
         head: From states to logits.
+        sink: Collects the gradients of a linear head; by default they are those of its parameters.
 
     Returns:
         The scalar objective (differentiable in states and head) and each segment's results.
@@ -84,8 +83,9 @@ def objective(segments: Sequence[Segment], head: OutputHead) -> tuple[Tensor, li
     if head.is_linear:
         results: list[RowResult] = []
         states = [s.states for s in segments]
-        args = (segments, head, torch.is_grad_enabled(), results, head.weight, head.bias, *states)
-        return _FusedObjective.apply(*args), results
+        params = (head.weight, head.bias) if sink is None else (None, None)
+        args = (segments, head, sink, torch.is_grad_enabled(), results)
+        return _FusedObjective.apply(*args, *params, *states), results
     return _recomputed_objective(segments, head)
 
 
@@ -106,19 +106,19 @@ class _FusedObjective(torch.autograd.Function):
     """Gradients of all segments in the forward pass; one buffer for the weight's."""
 
     @staticmethod
-    def forward(ctx, segments, head, grad_enabled, results, weight, bias, *states):
-        needs = [grad_enabled and needed for needed in ctx.needs_input_grad[4:]]
+    def forward(ctx, segments, head, sink, grad_enabled, results, weight, bias, *states):
+        needs = [grad_enabled and needed for needed in ctx.needs_input_grad[5:]]
         wants_weight, wants_bias, *wants_states = needs
-        buffers = _WeightGradients(weight, bias, wants_weight, wants_bias)
-        value = at_least_float32(weight.new_zeros(()))
+        ctx.own = HeadGradients(head, wants_weight, wants_bias) if sink is None else None
+        gradients = sink or ctx.own
+        value = at_least_float32(head.weight.new_zeros(()))
         ctx.grads = []
         for segment, wanted in zip(segments, wants_states, strict=True):
-            wanted = wanted or wants_weight or wants_bias
-            part, grad, result = _fused_segment(segment, head, results, buffers if wanted else None)
+            wanted = grad_enabled and (wanted or gradients.wanted)
+            part, grad, result = _fused_segment(segment, head, gradients if wanted else None)
             value = value + part
             results.append(result)
             ctx.grads.append(grad)
-        ctx.buffers = buffers
         return value
 
     @staticmethod
@@ -128,21 +128,33 @@ class _FusedObjective(torch.autograd.Function):
                 "backward through the objective a second time: its gradients were used up by the "
                 "first. Call the model again."
             )
-        weight, bias = ctx.buffers.scaled(grad_value)
-        states = [None if g is None else g * grad_value.to(g.dtype) for g in ctx.grads]
-        ctx.grads = ctx.buffers = None
-        return None, None, None, None, weight, bias, *states
+        weight, bias = (None, None) if ctx.own is None else ctx.own.scaled(grad_value)
+        states = [None if g is None else g.mul_(grad_value.to(g.dtype)) for g in ctx.grads]
+        ctx.grads = ctx.own = None
+        return None, None, None, None, None, weight, bias, *states
 
 
-class _WeightGradients:
-    """Sums of the output layer's gradients, in float32 or wider."""
+class HeadGradients:
+    """Sums of the output layer's gradients, in float32 or wider.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, wants_weight: bool, wants_bias: bool):
+    Args:
+        head: A linear one.
+        wants_weight: Whether that of its weight is wanted.
+        wants_bias: And of its bias, if it has one.
+    """
+
+    def __init__(self, head: OutputHead, wants_weight: bool, wants_bias: bool) -> None:
+        weight, bias = head.weight, head.bias
         self.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         wide = at_least_float32(weight.new_zeros(())).dtype
         wants_bias = wants_bias and bias is not None
         self.weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
         self.bias = weight.new_zeros(weight.shape[0], dtype=wide) if wants_bias else None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is collected."""
+        return self.weight is not None or self.bias is not None
 
     def add(self, grad_logits: Tensor, states: Tensor, factor: float) -> None:
         """Add one chunk: (rows, V') and (rows, D), V' the first rows of the vocabulary.
@@ -165,29 +177,28 @@ class _WeightGradients:
 
 
 def _fused_segment(
-    segment: Segment,
-    head: OutputHead,
-    results: Sequence[RowResult],
-    buffers: _WeightGradients | None,
+    segment: Segment, head: OutputHead, sink: HeadGradients | None
 ) -> tuple[Tensor, Tensor | None, RowResult]:
-    """Value, gradient of the states (None without buffers), and results of one segment."""
+    """Value, gradient of the states (None without a sink), and results of one segment."""
     head = head.sampled_only() if segment.sampled_only else head
     factor = head.scale / segment.temperature
-    dtype = _compute_dtype(segment.states)
+    dtype = compute_dtype(segment.states)
     weight = head.weight.to(dtype)
     bias = None if head.bias is None else (head.bias * factor).to(dtype)
     pieces = []
-    coefficients = segment.resolve(results)
+    coefficients = segment.coefficients
     grad = None
-    if buffers is not None and coefficients is not None:
+    if sink is not None and coefficients is not None:
         grad = torch.empty_like(segment.states)
     for rows in _chunks(segment.states.shape[0], weight.shape[0]):
         states = segment.states[rows].to(dtype)
         states = states if factor == 1.0 else states * factor
         logits = states @ weight.t() if bias is None else torch.addmm(bias, states, weight.t())
-        chunk = _SoftmaxChunk(logits, segment.targets[rows], segment)
+        chunk = SoftmaxChunk(
+            logits, segment.targets[rows], segment.wants_entropy, segment.wants_predicted
+        )
         pieces.append(chunk.result())
-        if buffers is not None and coefficients is not None and grad is not None:
+        if sink is not None and coefficients is not None and grad is not None:
             grad_logits = chunk.gradient_(
                 coefficients[rows],
                 None
@@ -195,24 +206,29 @@ def _fused_segment(
                 else segment.entropy_coefficients[rows],
             ).to(dtype)
             torch.mul(grad_logits @ weight, factor, out=grad[rows])
-            buffers.add(grad_logits, states, factor)
+            sink.add(grad_logits, states, factor)
     result = _concatenate(pieces)
     return _value(segment, coefficients, result), grad, result
 
 
-class _SoftmaxChunk:
+class SoftmaxChunk:
     """One chunk of logits turned into probabilities in place; (rows, V) is held once.
 
     (Twice where the entropy is wanted: its gradient needs the log-probabilities too.)
     """
 
-    def __init__(self, logits: Tensor, targets: Tensor, wanted: Segment) -> None:
-        wants_entropy = wanted.wants_entropy
+    def __init__(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        wants_entropy: bool = False,
+        wants_predicted: bool = False,
+    ) -> None:
         logits = at_least_float32(logits)
         self.valid = targets != IGNORE_INDEX
         self.targets = targets.clamp(min=0).unsqueeze(1)
         target_logits = logits.gather(1, self.targets)
-        self.predicted = logits.argmax(-1) if wanted.wants_predicted else None
+        self.predicted = logits.argmax(-1) if wants_predicted else None
         peak = logits.amax(-1, keepdim=True)
         shifted = logits.sub_(peak)
         self.log_weights = shifted if wants_entropy else None
@@ -229,7 +245,7 @@ class _SoftmaxChunk:
     def result(self) -> RowResult:
         return RowResult(self.nll, self.entropy, self.predicted)
 
-    def gradient_(self, coefficients: Tensor, entropy_coefficients: Tensor | None) -> Tensor:
+    def gradient_(self, coefficients: Tensor, entropy_coefficients: Tensor | None = None) -> Tensor:
         """Gradient of the value with respect to the logits; uses up the chunk."""
         coefficients = coefficients.where(self.valid, 0.0).to(self.total.dtype).unsqueeze(1)
         probs = self.weights
@@ -242,7 +258,8 @@ class _SoftmaxChunk:
         return probs.scatter_add_(1, self.targets, -coefficients)
 
 
-def _compute_dtype(states: Tensor) -> torch.dtype:
+def compute_dtype(states: Tensor) -> torch.dtype:
+    """Of products with the output weight."""
     device = states.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -287,7 +304,7 @@ def _recomputed_objective(
             torch.cat([p.nll for p in pieces]),
             torch.cat([p.entropy for p in pieces if p.entropy is not None]),
         )
-        value = value + _value(segment, segment.resolve(results), live)
+        value = value + _value(segment, segment.coefficients, live)
         results.append(_concatenate(pieces))
     return value, results
 

@@ -17,18 +17,24 @@ Only `base` is a sum over all positions i; the others are over those with though
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from quietstar.config import LossConfig
-from quietstar.engine.layout import IGNORE_INDEX, lookahead_states, lookahead_targets
+from quietstar.engine.layout import (
+    IGNORE_INDEX,
+    TextAhead,
+    lookahead_states,
+    lookahead_targets,
+    text_ahead,
+)
 from quietstar.engine.learn import LearnStates
-from quietstar.losses.cross_entropy import RowResult, Segment, objective
+from quietstar.losses.cross_entropy import HeadGradients, RowResult, Segment, objective
 from quietstar.losses.estimators import ESTIMATORS
+from quietstar.losses.mixture import Mixture, MixtureResult, mixture_objective
 from quietstar.losses.output_head import OutputHead
 
 PAPER_POLICY_TEMPERATURE = 3.0
@@ -118,134 +124,248 @@ def quiet_star_loss(
     Returns:
         The scalar loss and the scored thoughts.
     """
-    next_tokens = lookahead_targets(labels, 1)[0]  # (B, S)
     targets = lookahead_targets(labels, mixing_weight.shape[0], positions)  # (A, B, P)
+    count = count_thought_items(targets, num_items, num_thought_items, positions)
+    settings = ThoughtLoss(config, policy_temperature, count, scoring)
+    text_loss, base, _ = next_token_loss(
+        states.text, labels, head, num_items, scoring, config.base_weight
+    )
+    ahead = text_ahead(states.text, mixing_weight.shape[0], positions)
+    loss, results = thought_loss(
+        states.policy, states.ahead, ahead, mixing_weight, thoughts, targets, head, settings
+    )
+    return text_loss + loss, score(results, base, thoughts, labels, targets, positions)
+
+
+def count_thought_items(
+    targets: Int[Tensor, "lookahead batch positions"],
+    num_items: Tensor | int | None,
+    num_thought_items: Tensor | int | None,
+    positions: Tensor | None,
+) -> Tensor:
+    """M, at least 1: as given, or counted in this batch."""
     if positions is None and num_thought_items is None:
         num_thought_items = num_items
-    counts = (_count(next_tokens, num_items), _count(targets[0], num_thought_items))
-    needs_thought = scoring or config.thought_weight > 0 or config.reward == "thought"
-    builder = _Segments(
-        states, mixing_weight, thoughts, next_tokens, targets, positions, config, counts
+    return _count(targets[0], num_thought_items)
+
+
+@dataclass(frozen=True)
+class ThoughtLoss:
+    """How the terms behind thoughts are weighed.
+
+    Attributes:
+        config: Weights, estimator, reward.
+        policy_temperature: Inside the log-probability of the policy term.
+        num_items: M, of the whole step.
+        scoring: Compute what only readers want.
+    """
+
+    config: LossConfig
+    policy_temperature: float
+    num_items: Tensor
+    scoring: bool = False
+
+    @property
+    def needs_thought(self) -> bool:
+        """Whether the thought's own prediction is read."""
+        config = self.config
+        return self.scoring or config.thought_weight > 0 or config.reward == "thought"
+
+
+@dataclass(frozen=True)
+class ThoughtResults:
+    """What the terms behind thoughts gave, without gradient; NLLs are 0 where there is no target.
+
+    Attributes:
+        mixed: NLL of the mixed prediction.
+        thought: NLL of the thought's own, None if nothing read it.
+        predicted: Most likely mixed token, None if not asked for.
+        policy: NLL of the thought tokens at the policy temperature.
+        entropy: Of their distributions, None if not computed.
+        mixing_weight: As given.
+    """
+
+    mixed: Float[Tensor, "lookahead thoughts batch positions"]
+    thought: Float[Tensor, "lookahead thoughts batch positions"] | None
+    predicted: Int[Tensor, "lookahead thoughts batch positions"] | None
+    policy: Float[Tensor, "length thoughts batch positions"]
+    entropy: Float[Tensor, "length thoughts batch positions"] | None
+    mixing_weight: Float[Tensor, "lookahead thoughts batch positions"]
+
+
+def thought_loss(
+    policy_states: Float[Tensor, "length thoughts batch positions width"],
+    ahead_states: Float[Tensor, "lookahead thoughts batch positions width"],
+    text: TextAhead,
+    mixing_weight: Float[Tensor, "lookahead thoughts batch positions"],
+    thoughts: Int[Tensor, "length thoughts batch positions"],
+    targets: Int[Tensor, "lookahead batch positions"],
+    head: OutputHead,
+    settings: ThoughtLoss,
+    sink: HeadGradients | None = None,
+) -> tuple[Tensor, ThoughtResults]:
+    """All terms but `base`, of some positions of some texts.
+
+    Args:
+        policy_states: Those that predict the thought tokens.
+        ahead_states: Those from the end token on.
+        text: The text's own states that predict the same tokens.
+        mixing_weight: From the mixing head, differentiable.
+        thoughts: Sampled tokens.
+        targets: True tokens x_{i+a}, IGNORE_INDEX where there is none.
+        head: From states to logits.
+        settings: Weights and counts.
+        sink: Collects the gradients of a linear head; by default they are those of its parameters.
+    """
+    mixture, mixed = _mixture(ahead_states, text, mixing_weight, targets, head, settings, sink)
+    segments = [_policy(policy_states, thoughts, targets, mixed, settings)]
+    if settings.config.draft_weight > 0:
+        segments.append(_draft(policy_states, targets, settings))
+    rest, results = objective(segments, head, sink)
+    policy, entropy = results[0].nll.view(thoughts.shape), results[0].entropy
+    entropy = None if entropy is None else entropy.view(thoughts.shape)
+    found = ThoughtResults(
+        mixed.mixed, mixed.thought, mixed.predicted, policy, entropy, mixing_weight.detach()
     )
-    segments = {"base": builder.base(), "mixed": builder.mixed(head)}
-    if scoring:
-        segments = {name: replace(s, wants_predicted=True) for name, s in segments.items()}
-    if needs_thought:
-        segments["thought"] = builder.thought()
-    if config.draft_weight > 0:
-        segments["draft"] = builder.draft()
-    segments["policy"] = builder.policy(policy_temperature, list(segments))
-    if not torch.is_grad_enabled():  # only the results are wanted; advantages may not exist
-        segments = {name: replace(s, coefficients=None) for name, s in segments.items()}
-    loss, results = objective(list(segments.values()), head)
-    return loss, builder.scored(dict(zip(segments, results, strict=True)))
+    return mixture + rest, found
 
 
-class _Segments:
-    """The rows of each term, with their coefficients."""
+def _mixture(
+    ahead_states: Tensor,
+    text: TextAhead,
+    mixing_weight: Tensor,
+    targets: Tensor,
+    head: OutputHead,
+    settings: ThoughtLoss,
+    sink: HeadGradients | None,
+) -> tuple[Tensor, MixtureResult]:
+    """The mixed and the thought's own prediction."""
+    lookahead, num_thoughts = mixing_weight.shape[:2]
+    each = lookahead * num_thoughts * settings.num_items
+    mixture = Mixture(
+        text,
+        ahead_states,
+        mixing_weight,
+        targets,
+        mixed_coefficient=_filled(targets, settings.config.mixed_weight / each),
+        thought_coefficient=_filled(targets, settings.config.thought_weight / each),
+        wants_thought=settings.needs_thought,
+        wants_predicted=settings.scoring,
+    )
+    if head.is_linear:
+        return mixture_objective(mixture, head, sink)
+    return _mixture_by_rows(mixture, head)
 
-    def __init__(
-        self, states, mixing_weight, thoughts, next_tokens, targets, positions, config, counts
-    ) -> None:
-        self.states: LearnStates = states
-        self.mixing_weight: Tensor = mixing_weight
-        self.thoughts: Tensor = thoughts
-        self.next_tokens: Tensor = next_tokens
-        self.targets: Tensor = targets
-        self.positions: Tensor | None = positions
-        self.config: LossConfig = config
-        self.num_items: Tensor = counts[0]
-        self.num_thought_items: Tensor = counts[1]
-        self.valid = targets != IGNORE_INDEX
-        self.lookahead, self.num_thoughts = mixing_weight.shape[:2]
 
-    def base(self) -> Segment:
-        targets = self.next_tokens.flatten()
-        coefficient = self.config.base_weight / self.num_items
-        return Segment(self.states.text.flatten(0, 1), targets, _filled(targets, coefficient))
+def _mixture_by_rows(mixture: Mixture, head: OutputHead) -> tuple[Tensor, MixtureResult]:
+    """The same with a head whose logits are not linear in the states."""
+    shape = mixture.mixing_weight.shape
+    states = mixture.thought.flatten(0, 3)
 
-    def _ahead(self, weight: float) -> tuple[Tensor, Tensor]:
-        targets = self.targets.unsqueeze(1).expand(self.mixing_weight.shape).flatten()
-        scale = weight / (self.lookahead * self.num_thoughts * self.num_thought_items)
-        return targets, _filled(targets, scale)
+    def each(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.unsqueeze(1).expand(shape).flatten()
 
-    def mixed(self, head: OutputHead) -> Segment:
-        targets, coefficients = self._ahead(self.config.mixed_weight)
-        base = lookahead_states(self.states.text, self.lookahead, self.positions).unsqueeze(1)
-        thought = self.states.ahead
-        if head.is_linear:  # mixing logits is mixing states
-            mixed = torch.lerp(base, thought, self.mixing_weight.unsqueeze(-1).to(thought.dtype))
-            return Segment(mixed.flatten(0, 3), targets, coefficients)
-        return Segment(
-            base.expand_as(thought).flatten(0, 3),
+    targets = each(mixture.targets)
+    assert targets is not None, "there are targets"
+    text = mixture.text.spread(mixture.text.rows).unsqueeze(1).expand_as(mixture.thought)
+    segments = [
+        Segment(
+            text.flatten(0, 3),
             targets,
-            coefficients,
-            other_states=thought.flatten(0, 3),
-            other_weight=self.mixing_weight.flatten(),
+            each(mixture.mixed_coefficient),
+            wants_predicted=mixture.wants_predicted,
+            other_states=states,
+            other_weight=mixture.mixing_weight.flatten(),
         )
+    ]
+    if mixture.wants_thought:
+        segments.append(Segment(states, targets, each(mixture.thought_coefficient)))
+    value, results = objective(segments, head)
+    predicted = results[0].predicted
+    return value, MixtureResult(
+        results[0].nll.view(shape),
+        results[1].nll.view(shape) if mixture.wants_thought else None,
+        predicted.view(shape) if mixture.wants_predicted and predicted is not None else None,
+    )
 
-    def thought(self) -> Segment:
-        targets, coefficients = self._ahead(self.config.thought_weight)
-        return Segment(self.states.ahead.flatten(0, 3), targets, coefficients)
 
-    def draft(self) -> Segment:
-        targets = self.targets[0].flatten()
-        coefficients = _filled(targets, self.config.draft_weight / self.num_thought_items)
-        # The states at the start vector are the same for all thoughts of a position.
-        return Segment(self.states.policy[0, 0].flatten(0, 1), targets, coefficients)
+def _draft(policy_states: Tensor, targets: Tensor, settings: ThoughtLoss) -> Segment:
+    coefficients = _filled(targets[0].flatten(), settings.config.draft_weight / settings.num_items)
+    # The states at the start vector are the same for all thoughts of a position.
+    return Segment(
+        policy_states[0, 0].flatten(0, 1),
+        targets[0].flatten(),
+        coefficients,
+    )
 
-    def policy(self, temperature: float, earlier: Sequence[str]) -> Segment:
-        length = self.thoughts.shape[0]
-        has_target = self.valid.any(0)  # (B, P)
-        targets = self.thoughts.where(has_target, IGNORE_INDEX).flatten()
-        scale = 1.0 / (length * self.num_thoughts * self.num_thought_items)
 
-        def coefficients(results: Sequence[RowResult]) -> Tensor:
-            if self.config.policy_weight == 0:
-                return torch.zeros_like(targets, dtype=torch.float32)
-            reward = results[earlier.index(self.config.reward)]
-            advantage = self.advantage(reward) * self.config.policy_weight * scale
-            return advantage.expand(length, *advantage.shape).flatten()
+def _policy(
+    policy_states: Tensor,
+    thoughts: Tensor,
+    targets: Tensor,
+    mixed: MixtureResult,
+    settings: ThoughtLoss,
+) -> Segment:
+    config, (length, num_thoughts) = settings.config, thoughts.shape[:2]
+    has_target = (targets != IGNORE_INDEX).any(0)  # (B, P)
+    tokens = thoughts.where(has_target, IGNORE_INDEX).flatten()
+    scale = 1.0 / (length * num_thoughts * settings.num_items)
+    coefficients = bonus = None
+    if torch.is_grad_enabled():  # else only the results are wanted; advantages may not exist
+        coefficients = torch.zeros_like(tokens, dtype=torch.float32)
+        if config.policy_weight > 0:
+            nll = mixed.mixed if config.reward == "mixed" else mixed.thought
+            assert nll is not None, "the reward's prediction is computed"
+            advantage = advantages(nll, targets, config) * config.policy_weight * scale
+            coefficients = advantage.expand(length, *advantage.shape).flatten()
+        if config.entropy_weight > 0:
+            bonus = _filled(tokens, -config.entropy_weight * scale)
+    return Segment(
+        policy_states.flatten(0, 3),
+        tokens,
+        coefficients,
+        entropy_coefficients=bonus,
+        temperature=settings.policy_temperature,
+        sampled_only=True,
+        wants_entropy=config.entropy_weight > 0,
+    )
 
-        bonus = None
-        if self.config.entropy_weight > 0:
-            bonus = _filled(targets, -self.config.entropy_weight * scale)
-        return Segment(
-            self.states.policy.flatten(0, 3),
-            targets,
-            coefficients,
-            entropy_coefficients=bonus,
-            temperature=temperature,
-            sampled_only=True,
-            wants_entropy=self.config.entropy_weight > 0,
-        )
 
-    def advantage(self, result: RowResult) -> Tensor:
-        """(K, B, P), without gradient; zero where no target is valid."""
-        reward = rewards(-result.nll.view(self.mixing_weight.shape), self.valid)
-        return ESTIMATORS[self.config.estimator](reward)
+def advantages(
+    nll: Float[Tensor, "lookahead thoughts batch positions"],
+    targets: Int[Tensor, "lookahead batch positions"],
+    config: LossConfig,
+) -> Float[Tensor, "thoughts batch positions"]:
+    """Reward minus its baseline, without gradient; zero where no target is valid."""
+    return ESTIMATORS[config.estimator](rewards(-nll, targets != IGNORE_INDEX))
 
-    def scored(self, results: Mapping[str, RowResult]) -> ScoredThoughts:
-        shape = self.mixing_weight.shape
-        policy, thought = results["policy"], results.get("thought")
-        base_predicted, mixed_predicted = results["base"].predicted, results["mixed"].predicted
-        text_nll = results["base"].nll.view(self.next_tokens.shape)
-        base = lookahead_states(text_nll, self.lookahead, self.positions)
-        return ScoredThoughts(
-            thoughts=self.thoughts,
-            logprobs=-policy.nll.view(self.thoughts.shape),
-            mixing_weight=self.mixing_weight.detach(),
-            base_logprobs=-base.where(self.valid, 0.0),
-            mixed_logprobs=-results["mixed"].nll.view(shape),
-            thought_logprobs=None if thought is None else -thought.nll.view(shape),
-            valid=self.valid,
-            entropy=None if policy.entropy is None else policy.entropy.view(self.thoughts.shape),
-            text_logprobs=-text_nll,
-            text_valid=self.next_tokens != IGNORE_INDEX,
-            positions=self.positions,
-            base_predicted=_like(base_predicted, text_nll),
-            mixed_predicted=None if mixed_predicted is None else mixed_predicted.view(shape),
-        )
+
+def score(
+    results: ThoughtResults,
+    base: RowResult,
+    thoughts: Int[Tensor, "length thoughts batch positions"],
+    labels: Int[Tensor, "batch seq"],
+    targets: Int[Tensor, "lookahead batch positions"],
+    positions: Int[Tensor, "batch positions"] | None,
+) -> ScoredThoughts:
+    """The results of all positions and of the texts, put together."""
+    text_nll, valid = base.nll.view(labels.shape), targets != IGNORE_INDEX
+    ahead = lookahead_states(text_nll, targets.shape[0], positions)
+    return ScoredThoughts(
+        thoughts=thoughts,
+        logprobs=-results.policy,
+        mixing_weight=results.mixing_weight,
+        base_logprobs=-ahead.where(valid, 0.0),
+        mixed_logprobs=-results.mixed,
+        thought_logprobs=None if results.thought is None else -results.thought,
+        valid=valid,
+        entropy=results.entropy,
+        text_logprobs=-text_nll,
+        text_valid=lookahead_targets(labels, 1)[0] != IGNORE_INDEX,
+        positions=positions,
+        base_predicted=_like(base.predicted, text_nll),
+        mixed_predicted=results.predicted,
+    )
 
 
 def _like(x: Tensor | None, other: Tensor) -> Tensor | None:
@@ -264,6 +384,7 @@ def next_token_loss(
     head: OutputHead,
     num_items: Tensor | int | None = None,
     scoring: bool = False,
+    weight: float = 1.0,
 ) -> tuple[Tensor, RowResult, Tensor]:
     """Plain language modelling: sum_i -log p(x_{i+1}) / N.
 
@@ -273,17 +394,18 @@ def next_token_loss(
         head: From states to logits.
         num_items: N; by default the valid targets of this batch.
         scoring: Find the most likely tokens too.
+        weight: Of the loss.
 
     Returns:
         The scalar loss, the results of all rows (batch * seq), and where there is a target.
     """
     targets = lookahead_targets(labels, 1)[0]
     valid = targets != IGNORE_INDEX
-    coefficients = _filled(targets.flatten(), 1.0 / _count(targets, num_items))
+    coefficients = _filled(targets.flatten(), weight / _count(targets, num_items))
     segment = Segment(
         states.flatten(0, 1),
         targets.flatten(),
-        coefficients if torch.is_grad_enabled() else None,
+        coefficients,
         wants_predicted=scoring,
     )
     loss, results = objective([segment], head)
@@ -296,19 +418,23 @@ def mixed_predictions(
     labels: Int[Tensor, "batch seq"],
     head: OutputHead,
     positions: Int[Tensor, "batch positions"] | None = None,
-) -> RowResult:
+) -> MixtureResult:
     """The mixed prediction of every target alone: what a reader of scores needs, and no more.
 
-    Rows are (lookahead thoughts batch positions), flat; arguments as in `quiet_star_loss`.
+    Arguments as in `quiet_star_loss`.
     """
-    targets = lookahead_targets(labels, mixing_weight.shape[0], positions)
-    config, one = LossConfig(), torch.ones((), device=labels.device)
-    thoughts = mixing_weight.new_zeros(0, *mixing_weight.shape[1:])
-    builder = _Segments(
-        states, mixing_weight, thoughts, targets[0], targets, positions, config, (one, one)
+    lookahead = mixing_weight.shape[0]
+    targets = lookahead_targets(labels, lookahead, positions)
+    mixture = Mixture(
+        text_ahead(states.text, lookahead, positions),
+        states.ahead,
+        mixing_weight,
+        targets,
+        wants_thought=False,
+        wants_predicted=True,
     )
-    segment = replace(builder.mixed(head), coefficients=None, wants_predicted=True)
-    return objective([segment], head)[1][0]
+    by = mixture_objective if head.is_linear else _mixture_by_rows
+    return by(mixture, head)[1]
 
 
 def mixed_candidates(

@@ -1,0 +1,321 @@
+"""The learning phase of a step, some blocks at a time.
+
+Blocks at different positions meet nowhere but in the text that they look back at. So the text runs
+once, with its graph; then every group of blocks runs forward *and backward* before the next one,
+against the text's keys, values and states as if they were constants, and what flows back to these
+is summed. One backward pass through the text ends the step. The gradient is that of all blocks at
+once, no forward pass is repeated, and never more than one group's activations are alive.
+
+The groups' backward passes run inside the model's forward (`torch.autograd.grad`) and are handed
+out in its backward, as the gradients of one function of all that trains: whoever watches
+parameters get their gradients (DDP, ZeRO-1 and -2) sees them come once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from quietstar.engine.backbone import num_virtual
+from quietstar.engine.layout import (
+    IGNORE_INDEX,
+    TextAhead,
+    lookahead_targets,
+    shifted,
+)
+from quietstar.engine.learn import BlockInputs, block_pass, embed_blocks, make_blocks
+from quietstar.engine.positions import on_host
+from quietstar.engine.rollout import TextRun
+from quietstar.losses.cross_entropy import HeadGradients
+from quietstar.losses.mixture import groups
+from quietstar.losses.output_head import OutputHead
+from quietstar.losses.quiet_star import (
+    ScoredThoughts,
+    ThoughtLoss,
+    ThoughtResults,
+    count_thought_items,
+    next_token_loss,
+    score,
+    thought_loss,
+)
+from quietstar.parts import ThinkingParts
+from quietstar.precision import at_least_float32
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a learning phase is about.
+
+    Attributes:
+        input_ids: Texts, padded on the right if at all.
+        labels: Token ids, IGNORE_INDEX where a token is no target.
+        thoughts: Sampled tokens.
+        positions: Where the thoughts are, None for all.
+        num_items: N; by default the valid targets of this batch.
+        num_thought_items: M; by default those behind a thought.
+        policy_temperature: Inside the log-probability of the policy term.
+        fixed_mixing_weight: Stands in for the head's output.
+    """
+
+    input_ids: Int[Tensor, "batch seq"]
+    labels: Int[Tensor, "batch seq"]
+    thoughts: Int[Tensor, "length thoughts batch positions"]
+    positions: Int[Tensor, "batch positions"] | None
+    num_items: Tensor | int | None
+    num_thought_items: Tensor | int | None
+    policy_temperature: float
+    fixed_mixing_weight: float | None
+
+
+def learn_in_groups(
+    model: ThinkingParts, text: TextRun, step: Step, block_tokens: int
+) -> tuple[Tensor, ScoredThoughts]:
+    """Loss of one (micro-)batch and its thoughts scored, as `quiet_star_loss` of all blocks.
+
+    Args:
+        model: That learns.
+        text: Its run of the texts, with graph.
+        step: Texts, thoughts, counts.
+        block_tokens: Most tokens of blocks at once; at least those of one position.
+    """
+    text_loss, base, _ = next_token_loss(
+        text.states, step.labels, model.output_head, step.num_items, weight=model.loss.base_weight
+    )
+    work = _Groups(model, text, step, block_tokens)
+    loss = _InGroups.apply(work, *work.inputs)
+    scored = score(
+        work.results.whole(), base, step.thoughts, step.labels, work.targets, step.positions
+    )
+    return text_loss + loss, scored
+
+
+class _InGroups(torch.autograd.Function):
+    """All groups forward and backward in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, work, *inputs):  # noqa: D102
+        value = work.run()
+        ctx.grads = work.gradients()
+        return value
+
+    @staticmethod
+    def backward(ctx, grad_value):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.grads is None:
+            raise RuntimeError(
+                "backward through the loss a second time: its gradients were used up by the "
+                "first. Call the model again."
+            )
+        grads, ctx.grads = ctx.grads, None
+        return None, *[None if g is None else g.mul_(grad_value.to(g.dtype)) for g in grads]
+
+
+class _Source:
+    """A tensor that groups read parts of; what flows back to them is summed here."""
+
+    def __init__(self, x: Tensor, wanted: bool) -> None:
+        self.x = x
+        wide = at_least_float32(x.new_zeros(())).dtype
+        wanted = wanted and x.requires_grad
+        self.grad = torch.zeros_like(x, dtype=wide) if wanted else None
+
+    def part(self, where: Any = ...) -> Tensor:
+        """A leaf with the content of a part."""
+        return self.x.detach()[where].requires_grad_(self.grad is not None)
+
+    def add(self, where: Any, grad: Tensor | None) -> None:
+        """What flows back to a part."""
+        if self.grad is not None and grad is not None:
+            self.grad[where] += grad
+
+    def total(self) -> Tensor | None:
+        """In the tensor's own type."""
+        return None if self.grad is None else self.grad.to(self.x.dtype)
+
+
+class _Weights:
+    """What trains, but for the learned vectors, which are read outside of the groups."""
+
+    def __init__(self, model: ThinkingParts, head: OutputHead, wanted: bool) -> None:
+        vectors = (model.start_embedding, model.end_embedding)
+        outside = {id(vector) for vector in vectors}
+        self.parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in outside]
+        self.sink = None
+        if head.is_linear and wanted:
+            bias = head.bias is not None and head.bias.requires_grad
+            self.sink = HeadGradients(head, head.weight.requires_grad, bias)
+        in_sink = {id(head.weight), id(head.bias)} if self.sink is not None else set()
+        # The gradients of a linear head are collected by the losses, not by autograd.
+        self.in_graph = [p for p in self.parameters if id(p) not in in_sink]
+        self._grads: dict[int, Tensor] = {}
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        """Of ``in_graph``, of one group."""
+        for parameter, grad in zip(self.in_graph, grads, strict=True):
+            if grad is None:
+                continue
+            total = self._grads.get(id(parameter))
+            if total is None:
+                # Its own: autograd may hand out one tensor twice.
+                self._grads[id(parameter)] = at_least_float32(grad).clone()
+            else:
+                total.add_(grad)
+
+    def totals(self, head: OutputHead) -> list[Tensor | None]:
+        """Of ``parameters``, in their own types."""
+        totals = dict(self._grads)
+        if self.sink is not None:
+            pairs = ((head.weight, self.sink.weight), (head.bias, self.sink.bias))
+            totals |= {id(p): grad for p, grad in pairs if p is not None and grad is not None}
+        grads = [totals.get(id(p)) for p in self.parameters]
+        return [
+            None if g is None else g.to(p.dtype)
+            for p, g in zip(self.parameters, grads, strict=True)
+        ]
+
+
+class _Groups:
+    """The groups of a step, and what they give."""
+
+    def __init__(
+        self, model: ThinkingParts, text: TextRun, step: Step, block_tokens: int
+    ) -> None:
+        self.model, self.step, self.head = model, step, model.output_head
+        self.wanted = torch.is_grad_enabled()
+        lookahead, positions = model.thoughts.lookahead, step.positions
+        self.targets = lookahead_targets(step.labels, lookahead, positions)
+        count = count_thought_items(self.targets, step.num_items, step.num_thought_items, positions)
+        self.settings = ThoughtLoss(model.loss, step.policy_temperature, count)
+        inputs = embed_blocks(
+            model.causal_lm, model.start_embedding, model.end_embedding,
+            step.input_ids, step.thoughts, lookahead, positions,
+        )  # fmt: skip
+        self.block_inputs = [_Source(x, self.wanted) for x in inputs.tensors]
+        self.states = _Source(text.states, self.wanted)
+        self.layers = list(text.keys)
+        self.keys = [_Source(x, self.wanted) for pair in text.keys.values() for x in pair]
+        self.weights = _Weights(model, self.head, self.wanted)
+        self.results = _Results()
+        length, num_thoughts, batch_size, num_positions = step.thoughts.shape
+        each = num_thoughts * (length + lookahead + 1)
+        self.parts = list(groups(batch_size, num_positions, max(1, block_tokens // each)))
+
+    @property
+    def _sources(self) -> list[_Source]:
+        return [*self.block_inputs, self.states, *self.keys]
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """Everything that gets a gradient, or might."""
+        return [*(source.x for source in self._sources), *self.weights.parameters]
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of ``inputs``."""
+        return [*(source.total() for source in self._sources), *self.weights.totals(self.head)]
+
+    def run(self) -> Tensor:
+        """The loss of all groups."""
+        total = at_least_float32(self.states.x.new_zeros(()))
+        for texts, places in self.parts:
+            places = self._with_targets(texts, places)
+            if places.start < places.stop:
+                total = total + self._group(texts, places)
+        return total
+
+    def _with_targets(self, texts: slice, places: slice) -> slice:
+        """Without the places at the end behind which no text has a target, where that is known."""
+        if not on_host(self.targets):
+            return places
+        some = (self.targets[0, texts, places] != IGNORE_INDEX).any(0).nonzero()
+        return slice(places.start, places.start + int(some.max()) + 1 if len(some) else places.start)
+
+    def _group(self, texts: slice, places: slice) -> Tensor:
+        """Forward and backward of one group; its loss."""
+        with torch.set_grad_enabled(self.wanted):
+            reads, loss, found = self._forward(texts, places)
+        self.results.put(found, self.step.thoughts, texts, places)
+        if self.wanted:
+            self._backward(loss, reads)
+        return loss.detach()
+
+    def _forward(
+        self, texts: slice, places: slice
+    ) -> tuple[list[tuple[_Source, Any, Tensor]], Tensor, ThoughtResults]:
+        model, step = self.model, self.step
+        lookahead, virtual = model.thoughts.lookahead, num_virtual(model.causal_lm)
+        where = None if step.positions is None else step.positions[texts, places]
+        end = virtual + self._end(where, places)
+        reads = [
+            (source, index := BlockInputs.index(n, texts, places), source.part(index))
+            for n, source in enumerate(self.block_inputs)
+        ]
+        inputs = BlockInputs(*[part for _, _, part in reads])
+        key_index = (texts, slice(None), slice(0, end))
+        keys = [source.part(key_index) for source in self.keys]
+        reads += [(source, key_index, k) for source, k in zip(self.keys, keys, strict=True)]
+        by_layer = dict(zip(self.layers, zip(keys[::2], keys[1::2], strict=True), strict=True))
+        if where is None:
+            state_index = (texts, slice(places.start, places.stop + lookahead - 1))
+            states = self.states.part(state_index)
+            ahead = TextAhead.at_neighbours(states, lookahead, 0, places.stop - places.start)
+        else:
+            state_index = (texts,)
+            states = self.states.part(state_index)
+            ahead = TextAhead.at_chosen(states, lookahead, where)
+        reads.append((self.states, state_index, states))
+        blocks = make_blocks(inputs, places, end, virtual, None if where is None else shifted(where, virtual))
+        found = block_pass(model.causal_lm, inputs, by_layer, blocks, self.num_positions(virtual))
+        weight = model.mixing_weight(ahead, found.ahead, step.fixed_mixing_weight)
+        loss, results = thought_loss(
+            found.policy, found.ahead, ahead, weight, step.thoughts[..., texts, places],
+            self.targets[:, texts, places], self.head, self.settings, self.weights.sink,
+        )  # fmt: skip
+        return reads, loss, results
+
+    def num_positions(self, virtual: int) -> int:
+        """Highest position of any block token of the step, plus one."""
+        length = self.step.thoughts.shape[0] + self.model.thoughts.lookahead + 1
+        return virtual + self.step.input_ids.shape[1] + length
+
+    def _end(self, where: Tensor | None, places: slice) -> int:
+        """Text tokens that the group can see."""
+        if where is None:
+            return places.stop
+        return int(where.max()) + 1 if on_host(where) else self.step.input_ids.shape[1]
+
+    def _backward(self, loss: Tensor, reads: list[tuple[_Source, Any, Tensor]]) -> None:
+        reads = [read for read in reads if read[2].requires_grad]
+        inputs = [*(part for _, _, part in reads), *self.weights.in_graph]
+        with torch.autocast(loss.device.type, enabled=False):  # backward never runs under it
+            grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+        for (source, index, _), grad in zip(reads, grads, strict=False):
+            source.add(index, grad)
+        self.weights.add(grads[len(reads) :])
+
+
+class _Results:
+    """The groups' results, put together."""
+
+    def __init__(self) -> None:
+        self._whole: dict[str, Tensor | None] = {}
+
+    def put(self, found: ThoughtResults, like: Tensor, texts: slice, places: slice) -> None:
+        """Those of one group; ``like`` has the batch and all positions last."""
+        for field in fields(found):
+            part = getattr(found, field.name)
+            if part is None:
+                self._whole[field.name] = None
+                continue
+            whole = self._whole.get(field.name)
+            if whole is None:
+                whole = part.new_zeros(*part.shape[:-2], *like.shape[-2:])
+                self._whole[field.name] = whole
+            whole[..., texts, places] = part
+
+    def whole(self) -> ThoughtResults:
+        """Of all positions; zeros where no group was."""
+        return ThoughtResults(**self._whole)  # pyright: ignore[reportArgumentType]
