@@ -201,7 +201,7 @@ class _Groups:
         self.weights = _Weights(model, self.head, self.wanted)
         self.results = _Results()
         length, num_thoughts, batch_size, num_positions = step.thoughts.shape
-        each = num_thoughts * (length + lookahead + 1)
+        each = 1 + num_thoughts * (length + lookahead)  # the start token is shared
         self.parts = list(groups(batch_size, num_positions, max(1, block_tokens // each)))
 
     @property

@@ -10,6 +10,7 @@ from quietstar.engine.layout import IGNORE_INDEX, text_ahead
 from quietstar.engine.learn import LearnStates, learn_pass
 from quietstar.engine.positions import choose_positions, count_positions
 from quietstar.engine.rollout import Sampling, sample_thoughts
+from quietstar.learning import Step
 from quietstar.losses.quiet_star import quiet_star_loss
 from quietstar.outputs import predict_everywhere
 
@@ -93,7 +94,8 @@ def test_all_positions_chosen_one_by_one_give_the_loss_without_a_choice():
     model, texts, thoughts = model_and_inputs()
     everywhere = torch.arange(9).expand(2, -1)
     whole, one_by_one = (
-        model._learn(texts, texts, thoughts, where)[0] for where in (None, everywhere)
+        model._learn_at_once(Step(texts, texts, thoughts, where, None, None, 1.0, None))[0]
+        for where in (None, everywhere)
     )
     torch.testing.assert_close(whole, one_by_one)
 

@@ -26,7 +26,7 @@ def test_samples_have_the_distribution_of_the_logits(vocab):
     draws = 200_000
     # Evenly spaced numbers: every token's share is its probability up to one number.
     uniform = (torch.arange(draws) + 0.5) / draws
-    tokens = sample_inverse_cdf(logits.expand(draws, -1).clone(), uniform)
+    tokens = sample_inverse_cdf(logits.expand(draws, -1).clone(), uniform[:, None])[:, 0]
     counts = torch.bincount(tokens, minlength=vocab)
     expected = logits[0].double().softmax(-1) * draws
     # One number at each end of the token's interval, one for rounding of the sums (2e5 * 6e-8).
@@ -37,7 +37,7 @@ def test_samples_have_the_distribution_of_the_logits(vocab):
 def test_samples_with_keyed_noise_pass_a_chi_square_test(vocab):
     logits = random_logits(1, vocab)
     uniform = keyed(3, torch.arange(40), 5, 0, 500).flatten()
-    tokens = sample_inverse_cdf(logits.expand(len(uniform), -1).clone(), uniform)
+    tokens = sample_inverse_cdf(logits.expand(len(uniform), -1).clone(), uniform[:, None])[:, 0]
     counts = torch.bincount(tokens, minlength=vocab)
     expected = logits[0].double().softmax(-1) * len(uniform)
     chi_square = ((counts - expected) ** 2 / expected).sum()
@@ -52,7 +52,7 @@ def test_samples_agree_with_searching_the_whole_cumulative_distribution(vocab):
     uniform = torch.rand(rows, generator=torch.Generator().manual_seed(2))
     ends = logits.double().softmax(-1).cumsum(-1)
     expected = torch.searchsorted(ends, uniform.double()[:, None]).squeeze(1)
-    tokens = sample_inverse_cdf(logits.clone(), uniform)
+    tokens = sample_inverse_cdf(logits.clone(), uniform[:, None])[:, 0]
     clear = (ends - uniform[:, None]).abs().min(-1).values > 1e-6  # float32 sums
     assert clear.float().mean() > 0.99
     assert torch.equal(tokens[clear], expected[clear])
@@ -69,14 +69,14 @@ def test_extreme_numbers_never_give_a_token_of_probability_zero(vocab, excluded)
     possible[torch.arange(rows), torch.randint(0, vocab, (rows,), generator=generator)] = True
     logits = random_logits(rows, vocab).where(possible, excluded)
     for number in (LOWEST, 2.0**-24, 0.5, 1 - 2.0**-24, HIGHEST):
-        tokens = sample_inverse_cdf(logits.clone(), torch.full((rows,), number))
+        tokens = sample_inverse_cdf(logits.clone(), torch.full((rows, 1), number))[:, 0]
         assert possible.gather(1, tokens[:, None]).all(), number
 
 
 def test_extreme_numbers_give_the_first_and_the_last_token():
     logits = torch.zeros(1, 130)
-    assert sample_inverse_cdf(logits.clone(), torch.tensor([LOWEST])).item() == 0
-    assert sample_inverse_cdf(logits.clone(), torch.tensor([HIGHEST])).item() == 129
+    assert sample_inverse_cdf(logits.clone(), torch.tensor([[LOWEST]])).item() == 0
+    assert sample_inverse_cdf(logits.clone(), torch.tensor([[HIGHEST]])).item() == 129
 
 
 def keyed(seed, ids, num_thoughts, token, length):

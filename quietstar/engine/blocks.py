@@ -1,7 +1,8 @@
 """Blocks of tokens behind some positions of texts that ran before, and their exact attention.
 
 The texts' keys and values are given; a pass runs block tokens alone. Each sees the text up to its
-own position and its own block up to itself. `NeighbourBlocks` (positions that lie side by side)
+own position and its own block up to itself. The start token is the same for all thoughts of a
+position, and run once: R = 1 + K (W - 1) tokens a position. `NeighbourBlocks` (positions that lie side by side)
 need no mask: all of their text but its end is seen by all of them, and the end is plain causal
 attention. `ChosenBlocks` (any positions) take a mask towards the text. The own part is that of
 `quietstar.engine.own_block`, merged as in `quietstar.engine.parallel_attention`.
@@ -42,19 +43,21 @@ class Blocks(Protocol):
         ...
 
     def arrange(
-        self, x: Shaped[Tensor, "W K B P width"]
+        self, start: Shaped[Tensor, "B P width"], rest: Shaped[Tensor, "W-1 K B P width"]
     ) -> Shaped[Tensor, "rows tokens width"]:
         """Block tokens as rows."""
         ...
 
-    def restore(
-        self, x: Shaped[Tensor, "rows tokens width"]
-    ) -> Shaped[Tensor, "W K B P width"]:
-        """Rows as block tokens."""
+    def restore(self, x: Shaped[Tensor, "rows tokens width"]) -> Pair:
+        """Rows as start tokens (B, P, width) and the others (W - 1, K, B, P, width)."""
         ...
 
-    def own_view(self, x: Tensor) -> Tensor:
-        """(N, H, L, ...) with every block together: (..., H, W, ...), a view."""
+    def own_views(self, x: Tensor) -> Pair:
+        """(N, H, L, ...) with every block together, views.
+
+        Start tokens are (X, 1, Y, H, 1, ...) and the others (X, K, Y, H, W - 1, ...), X and Y
+        some split of (B, P).
+        """
         ...
 
     def attend(self, kernel: Kernel, q: Tensor, text: Pair, scale: float) -> Pair:
@@ -87,7 +90,9 @@ class Blocks(Protocol):
 
 @dataclass(frozen=True)
 class NeighbourBlocks:
-    """Blocks at positions first .. first + count - 1 of every text; rows (b w k), columns p.
+    """Blocks at positions first .. first + count - 1 of every text; rows (b r), columns p.
+
+    The R rows of a text are the start tokens, then (w k).
 
     Attributes:
         batch_size: B.
@@ -105,23 +110,33 @@ class NeighbourBlocks:
     masked = False
 
     @property
-    def _sizes(self) -> tuple[int, int, int]:
-        return self.batch_size, self.block_length, self.num_thoughts
+    def _rows(self) -> int:
+        return 1 + (self.block_length - 1) * self.num_thoughts
 
     def position_ids(self, device):  # noqa: D102  (see Blocks)
         place = self.first + 1 + torch.arange(self.count, device=device)
-        index = torch.arange(self.block_length, device=device)[:, None, None]
-        rows = (place + index).expand(self.batch_size, -1, self.num_thoughts, -1)
-        return rows.flatten(0, 2)
+        index = torch.arange(1, self.block_length, device=device)
+        index = index.repeat_interleave(self.num_thoughts)
+        rows = place + torch.cat([index.new_zeros(1), index])[:, None]  # (R, P)
+        return rows.expand(self.batch_size, -1, -1).flatten(0, 1)
 
-    def arrange(self, x):  # noqa: D102
-        return x.movedim(2, 0).flatten(0, 2)
+    def arrange(self, start, rest):  # noqa: D102
+        rest = rest.movedim(2, 0).flatten(1, 2)  # (B, (w k), P, width)
+        return torch.cat([start.unsqueeze(1), rest], 1).flatten(0, 1)
 
     def restore(self, x):  # noqa: D102
-        return x.unflatten(0, self._sizes).movedim(0, 2)
+        start, rest = self._split(x)
+        return start, rest.movedim(0, 2)
 
-    def own_view(self, x):  # noqa: D102
-        return x.unflatten(0, self._sizes).movedim((0, 2, 4, 3, 1), (0, 1, 2, 3, 4))
+    def _split(self, x: Tensor) -> Pair:
+        """(N, ...) as start tokens (B, ...) and the others (B, W - 1, K, ...)."""
+        rows = x.unflatten(0, (self.batch_size, -1))
+        return rows[:, 0], rows[:, 1:].unflatten(1, (-1, self.num_thoughts))
+
+    def own_views(self, x):  # noqa: D102
+        start, rest = self._split(x)  # (B, H, P, ...) and (B, W - 1, K, H, P, ...)
+        start = start.transpose(1, 2).unsqueeze(1).unsqueeze(4)
+        return start, rest.movedim((0, 2, 4, 3, 1), (0, 1, 2, 3, 4))
 
     def attend(self, kernel, q, text, scale):  # noqa: D102
         out, lse = kernel.forward(q, *(self._near(x) for x in text), True, scale)
@@ -150,12 +165,11 @@ class NeighbourBlocks:
 
     def _near(self, x: Tensor) -> Tensor:
         """The end of the text, from the first position on, for every row."""
-        rows = self.block_length * self.num_thoughts
         near = x[:, :, self.first : self.first + self.count].unsqueeze(1)
-        return near.expand(-1, rows, -1, -1, -1).reshape(-1, *near.shape[2:])
+        return near.expand(-1, self._rows, -1, -1, -1).reshape(-1, *near.shape[2:])
 
     def _by_text(self, x: Tensor) -> Tensor:
-        """(N, H, P, ...) as (B, H, W * K * P, ...): all queries of a text in one line."""
+        """(N, H, P, ...) as (B, H, R * P, ...): all queries of a text in one line."""
         lines = x.transpose(1, 2).unflatten(0, (self.batch_size, -1)).flatten(1, 2)
         return lines.transpose(1, 2)
 
@@ -165,10 +179,14 @@ class NeighbourBlocks:
         return rows.transpose(1, 2)
 
     def steps(self, x):  # noqa: D102
-        return x.unflatten(0, self._sizes).movedim(1, 0).flatten(1, 2)
+        start, rest = self._split(x)  # (B, H, P, .) and (B, W - 1, K, H, P, .)
+        start = start[:, None, None].expand(-1, 1, self.num_thoughts, -1, -1, -1)
+        return torch.cat([start, rest], 1).movedim(1, 0).flatten(1, 2)
 
     def from_steps(self, x):  # noqa: D102
-        return x.unflatten(1, (self.batch_size, self.num_thoughts)).movedim(0, 1).flatten(0, 2)
+        by_text = x.unflatten(1, (self.batch_size, self.num_thoughts)).movedim(0, 1)
+        rest = by_text[:, 1:].flatten(1, 2)
+        return torch.cat([by_text[:, 0, :1], rest], 1).flatten(0, 1)
 
     def step_texts(self, x):  # noqa: D102
         return x.repeat_interleave(self.num_thoughts, 0)
@@ -179,7 +197,7 @@ class NeighbourBlocks:
 
 
 class ChosenBlocks:
-    """Blocks at chosen positions; one row in the order (b p k w).
+    """Blocks at chosen positions; one row in the order (b p r): start, then (k w).
 
     Args:
         positions: (B, P), ascending; virtual tokens before the text count. Anything below zero
@@ -203,27 +221,33 @@ class ChosenBlocks:
         self.text_length = text_length
 
     @property
-    def _sizes(self) -> tuple[int, int, int, int]:
-        return (*self.positions.shape, self.num_thoughts, self.block_length)  # type: ignore
+    def _tokens(self) -> int:
+        """R."""
+        return 1 + self.num_thoughts * (self.block_length - 1)
 
     @cached_property
     def _prefix(self) -> PrefixAttention:
-        repeats = self.num_thoughts * self.block_length
-        return PrefixAttention(self.positions, repeats, self.text_length)
+        return PrefixAttention(self.positions, self._tokens, self.text_length)
 
     def position_ids(self, device):  # noqa: D102  (see Blocks)
-        offset = 1 + torch.arange(self.block_length, device=device)
-        block = self.positions[:, :, None, None] + offset
-        return block.expand(self._sizes).reshape(1, -1)
+        index = torch.arange(1, self.block_length, device=device).repeat(self.num_thoughts)
+        offset = 1 + torch.cat([index.new_zeros(1), index])
+        return (self.positions.unsqueeze(-1) + offset).reshape(1, -1)
 
-    def arrange(self, x):  # noqa: D102
-        return x.permute(2, 3, 1, 0, 4).flatten(0, 3).unsqueeze(0)
+    def arrange(self, start, rest):  # noqa: D102
+        rest = rest.permute(2, 3, 1, 0, 4).flatten(2, 3)  # (B, P, (k w), width)
+        return torch.cat([start.unsqueeze(2), rest], 2).flatten(0, 2).unsqueeze(0)
 
     def restore(self, x):  # noqa: D102
-        return x[0].unflatten(0, self._sizes).permute(3, 2, 0, 1, 4)
+        tokens = x[0].unflatten(0, (*self.positions.shape, -1))  # (B, P, R, width)
+        rest = tokens[:, :, 1:].unflatten(2, (self.num_thoughts, -1))
+        return tokens[:, :, 0], rest.permute(3, 2, 0, 1, 4)
 
-    def own_view(self, x):  # noqa: D102
-        return x[0].unflatten(1, (-1, self.block_length)).movedim(0, 1)
+    def own_views(self, x):  # noqa: D102
+        tokens = x[0].unflatten(1, (-1, self._tokens))  # (H, B * P, R, ...)
+        start = tokens[:, :, :1].transpose(0, 1)[:, None, None]
+        rest = tokens[:, :, 1:].unflatten(2, (self.num_thoughts, -1))
+        return start, rest.movedim((1, 2, 0), (0, 1, 2)).unsqueeze(2)
 
     def attend(self, kernel, q, text, scale):  # noqa: D102
         out, lse = self._prefix.forward(kernel, self._by_text(q), *text, scale)
@@ -236,7 +260,7 @@ class ChosenBlocks:
         return self._as_row(dq), dk, dv
 
     def _by_text(self, x: Tensor) -> Tensor:
-        """(1, H, L, ...) as (B, H, P * K * W, ...)."""
+        """(1, H, L, ...) as (B, H, P * R, ...)."""
         return x[0].unflatten(1, (self.positions.shape[0], -1)).transpose(0, 1)
 
     def _as_row(self, x: Tensor) -> Tensor:
@@ -244,11 +268,16 @@ class ChosenBlocks:
         return x.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2)
 
     def steps(self, x):  # noqa: D102
-        by_text = x[0].unflatten(1, (self.positions.shape[0], -1, self.block_length))
-        return by_text.permute(3, 1, 0, 2, 4)  # (W, B, H, P * K, .)
+        tokens = x[0].unflatten(1, (*self.positions.shape, -1))  # (H, B, P, R, .)
+        start = tokens[:, :, :, None, :1].expand(-1, -1, -1, self.num_thoughts, -1, -1)
+        rest = tokens[:, :, :, 1:].unflatten(3, (self.num_thoughts, -1))
+        tokens = torch.cat([start, rest], 4).flatten(2, 3)  # (H, B, P * K, W, .)
+        return tokens.permute(3, 1, 0, 2, 4)
 
     def from_steps(self, x):  # noqa: D102
-        return x.permute(2, 1, 3, 0, 4).flatten(1, 3).unsqueeze(0)
+        tokens = x.permute(2, 1, 3, 0, 4).unflatten(2, (-1, self.num_thoughts))
+        rest = tokens[:, :, :, :, 1:].flatten(3, 4)  # (H, B, P, (k w), .)
+        return torch.cat([tokens[:, :, :, 0, :1], rest], 3).flatten(1, 3).unsqueeze(0)
 
     def step_texts(self, x):  # noqa: D102
         return x
@@ -263,53 +292,69 @@ class BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, text_k, text_v, blocks, scale, kernel):  # noqa: D102
         out, lse = blocks.attend(kernel, q, (text_k, text_v), scale)
-        own_q, own_k, own_v = (_together(blocks, x) for x in (q, k, v))
-        scores = own_scores(own_q, own_k, scale)
-        merged = torch.logaddexp(_together(blocks, lse), scores.logsumexp(-1))
-        own_out = own_values(scores.sub_(merged.unsqueeze(-1)).exp_(), own_v)
-        view = blocks.own_view(lse)
-        own_out = own_out.view(*view.shape, -1)
-        add_own_(blocks.own_view(out), view, own_out, merged.view(view.shape))
-        ctx.save_for_backward(q, k, v, text_k, text_v, out, lse)
+        own = tuple(_together(blocks, x) for x in (q, k, v))
+        scores = own_scores(own[0], own[1], scale)
+        own_lse = torch.logaddexp(_together(blocks, lse), scores.logsumexp(-1))
+        own_out = own_values(scores.sub_(own_lse.unsqueeze(-1)).exp_(), own[2])
+        outs, lses = blocks.own_views(out), blocks.own_views(lse)
+        parts = zip(outs, lses, _apart(blocks, own_out, lses), _apart(blocks, own_lse, lses))
+        for out_view, lse_view, own_part, merged in parts:
+            add_own_(out_view, lse_view, own_part, merged)
+        ctx.save_for_backward(q, *own, text_k, text_v, out, lse, own_lse)
         ctx.blocks, ctx.scale, ctx.kernel = blocks, scale, kernel
         return out
 
     @staticmethod
     def backward(ctx, grad):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, text_k, text_v, out, lse = ctx.saved_tensors
+        q, own_q, own_k, own_v, text_k, text_v, out, lse, own_lse = ctx.saved_tensors
         blocks, scale = ctx.blocks, ctx.scale
         dq, text_dk, text_dv = blocks.attend_backward(
             ctx.kernel, grad, (q, text_k, text_v), out, lse, scale
         )
-        views = (blocks.own_view(x) for x in (out, grad))
-        delta = torch.linalg.vecdot(*(at_least_float32(x) for x in views))  # (..., H, W)
+        delta = (at_least_float32(out) * at_least_float32(grad)).sum(-1)  # (N, H, L)
         own_grads = own_backward(
-            _together(blocks, grad),
-            tuple(_together(blocks, x) for x in (q, k, v)),
-            _together(blocks, lse),
-            delta.flatten(0, -3),
+            _together(blocks, grad, once=True),
+            (own_q, own_k, own_v),
+            own_lse,
+            _together(blocks, delta, once=True),
             scale,
         )
-        dk, dv = _rows_like(k), _rows_like(v)
-        view = blocks.own_view(dq)
-        view.add_(own_grads[0].view(view.shape))
+        dk, dv = (x.new_empty(dq.shape[0], dq.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+                  for x in (own_k, own_v))  # fmt: skip
+        views = blocks.own_views(dq)
+        for view, part in zip(views, _apart(blocks, own_grads[0], views)):
+            view.add_(part)
         for total, own in ((dk, own_grads[1]), (dv, own_grads[2])):
-            view = blocks.own_view(total)
-            view.copy_(own.view(view.shape))
+            views = blocks.own_views(total)
+            for view, part in zip(views, _apart(blocks, own, views, summed=True)):
+                view.copy_(part)
         return dq, dk, dv, text_dk, text_dv, None, None, None
 
 
-def _together(blocks: Blocks, x: Tensor) -> Tensor:
-    """(N, H, L, ...) with the blocks as batch: (blocks, H, W, ...)."""
-    view = blocks.own_view(x)
-    tail = x.ndim - 1  # H, W and what follows
-    return view.reshape(-1, *view.shape[view.ndim - tail :])
+def _together(blocks: Blocks, x: Tensor, once: bool = False) -> Tensor:
+    """(N, H, L, ...) with the blocks as batch: (blocks, H, W, ...).
+
+    All thoughts of a position get its start token; with ``once`` the first one only, the others
+    zeros.
+    """
+    start, rest = blocks.own_views(x)
+    if once and rest.shape[1] > 1:
+        others = start.new_zeros(()).expand(start.shape[0], rest.shape[1] - 1, *start.shape[2:])
+        start = torch.cat([start, others], 1)
+    else:
+        start = start.expand(-1, rest.shape[1], *start.shape[2:])
+    return torch.cat([start, rest], 4).flatten(0, 2)
 
 
-def _rows_like(x: Tensor) -> Tensor:
-    """(N, H, L, d), stored as (N, L, H, d), the order that the layers around want."""
-    rows, heads, tokens, size = x.shape
-    return x.new_empty(rows, tokens, heads, size).transpose(1, 2)
+def _apart(blocks: Blocks, own: Tensor, views: Pair, summed: bool = False) -> Pair:
+    """(blocks, H, W, ...) in the order of `Blocks.own_views`, whose views are given.
+
+    The start token is that of the first thought, or the sum over all.
+    """
+    x, k, y = views[1].shape[:3]
+    own = own.unflatten(0, (x, k, y))
+    start = own[:, :, :, :, :1]
+    return start.sum(1, keepdim=True) if summed else start[:, :1], own[:, :, :, :, 1:]
 
 
 def dense_block_attention(

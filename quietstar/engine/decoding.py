@@ -153,7 +153,7 @@ class Decoder:
         """The next token of every thought, by the noise that training would use here."""
         if self.constant is not None:
             return sample_ids.new_full(states.shape[:2], self.constant)
-        noise = self._noise(cache, index, sample_ids)
+        noise = self._noise(cache, index, sample_ids).flatten().unsqueeze(1)
         rows = sample_rows(states.flatten(0, 1), self.head, noise, self.sampling.temperature)
         return rows.view(states.shape[:2])
 
@@ -165,17 +165,19 @@ class Decoder:
         if self.constant is not None:
             return sample_ids.new_full(shape, self.constant)
         noise = self._noise(cache, 0, sample_ids)
-        logits = logits[:, : self.head.vocab_size].repeat_interleave(shape[1], dim=0)
-        return sample_logits(logits, noise, self.sampling.temperature).view(shape)
+        logits = logits[:, : self.head.vocab_size].clone()
+        return sample_logits(logits, noise, self.sampling.temperature)
 
     def _noise(self, cache: DecodeCache, index: int, sample_ids: Tensor) -> Tensor:
-        """For every thought, (B * K,); greedy ones need none."""
+        """For every thought, (B, K); greedy ones need none."""
         sampling = self.sampling
         if sampling.temperature is None:
-            return sample_ids.new_empty(len(sample_ids) * sampling.num_thoughts)
+            return torch.empty(
+                len(sample_ids), sampling.num_thoughts, device=sample_ids.device
+            )
         place = (cache.length - 1 - cache.first - self.virtual)[:, None]  # (B, 1)
         noise = keyed_uniform(sampling.seed, sample_ids, sampling.num_thoughts, index, place)
-        return noise[..., 0].transpose(0, 1).flatten()  # (K, B, 1) -> (B * K)
+        return noise[..., 0].T  # (K, B, 1) -> (B, K)
 
 
 def _aligned_text(

@@ -141,13 +141,13 @@ class BlockInputs:
         """Of some positions of some texts, in the tensor of that number."""
         return ... if number < 2 else (..., texts, places, slice(None))
 
-    def tokens(self) -> Float[Tensor, "W K B P embedding"]:
-        """All of them in order."""
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Start tokens (B, P, embedding), and the others in order, (W - 1, K, B, P, embedding)."""
         thought = self.thought
-        vectors = (x.to(thought.dtype).expand(1, *thought.shape[1:]) for x in (self.start, self.end))
-        start, end = vectors
+        start = self.start.to(thought.dtype).expand(thought.shape[2:])
+        end = self.end.to(thought.dtype).expand(1, *thought.shape[1:])
         true = self.true.unsqueeze(1).expand(-1, *thought.shape[1:])
-        return torch.cat([start, thought, end, true])
+        return start, torch.cat([thought, end, true])
 
 
 def embed_blocks(
@@ -205,11 +205,13 @@ def block_pass(
         blocks: Where the blocks lie.
         num_positions: Highest position of any block token of the step, plus one.
     """
-    rows = blocks.arrange(inputs.tokens())
+    rows = blocks.arrange(*inputs.tokens())
     position_ids = blocks.position_ids(rows.device)
     states = run_backbone(model, rows, position_ids, BlockPass(keys, blocks, num_positions))
-    states, length = blocks.restore(states), len(inputs.thought)  # (W, K, B, P, D)
-    return BlockStates(states[:length], states[length + 1 :])
+    start, rest = blocks.restore(states)  # (B, P, D) and (W - 1, K, B, P, D)
+    length, num_thoughts = inputs.thought.shape[:2]
+    start = start.expand(1, num_thoughts, *start.shape)
+    return BlockStates(torch.cat([start, rest[: length - 1]]), rest[length:])
 
 
 # --- Text and blocks at once ----------------------------------------------------------------------

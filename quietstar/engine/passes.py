@@ -26,11 +26,21 @@ from quietstar.engine.kernels import Kernel, find_kernel
 from quietstar.engine.layout import ChosenLayout
 from quietstar.engine.own_block import own_scores, own_values
 from quietstar.engine.parallel_attention import ParallelAttention, add_own_
+from quietstar.precision import at_least_float32
 
 VIRTUAL_TOKENS = "virtual_tokens"
 """Child of a model, and of attention layers, with what stands for learned tokens before a text."""
 
 logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Order(Protocol):
+    """In which the thoughts of a rollout lie (`quietstar.engine.rollout`)."""
+
+    def for_each_thought(self, x: Tensor) -> Tensor:
+        """What there is of a position (rows, tokens, ...), for each of its thoughts."""
+        ...
 
 
 @runtime_checkable
@@ -216,18 +226,70 @@ class RolloutCache:
             k, v = (x.unsqueeze(0).expand(num_thoughts, *x.shape).flatten(0, 1) for x in pair)
             self.text[layer] = (k, v)
 
+    def store_start(self, layer: int, order: Order, k: Tensor, v: Tensor) -> None:
+        """The start tokens, rows (B, Hkv, S, .) for all thoughts: the first of every block."""
+        self.own[layer] = (self._first(order, k), self._first(order, v))
+
+    def _first(self, order: Order, x: Tensor) -> Tensor:
+        x = order.for_each_thought(x.transpose(1, 2))  # (rows, tokens, Hkv, .)
+        cache = x.new_empty(*x.shape[:3], self.num_steps, x.shape[3])
+        cache[:, :, :, 0] = x
+        return cache
+
     def store_own(self, layer: int, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add one block token; returns the blocks so far, (K * B, S, Hkv, index + 1, .)."""
-        if layer not in self.own:
-            self.own[layer] = (self._allocate(k), self._allocate(v))
+        """Add one token to all blocks; returns them so far, (rows, tokens, Hkv, index + 1, .)."""
         for cache, new in zip(self.own[layer], (k, v), strict=True):
             cache[:, :, :, index] = new.transpose(1, 2)
         keys, values = self.own[layer]
         return keys[..., : index + 1, :], values[..., : index + 1, :]
 
-    def _allocate(self, x: Tensor) -> Tensor:
-        n, heads, length, size = x.shape
-        return x.new_empty(n, length, heads, self.num_steps, size)
+
+class StartStep:
+    """The start token of every position, once for all thoughts: its block holds nothing else.
+
+    Args:
+        cache: Of the text, once for every text.
+        order: In which the thoughts of positions lie.
+        prefix: Attention to the text at chosen positions; None at all of them.
+    """
+
+    def __init__(
+        self, cache: RolloutCache, order: Order, prefix: PrefixAttention | None = None
+    ) -> None:
+        self.cache, self.order, self.prefix = cache, order, prefix
+
+    def attend(self, layer, q, k, v, rules):  # noqa: D102
+        text = self.cache.text[id(layer)]
+        self.cache.store_start(id(layer), self.order, k, v)
+        chosen = self.prefix is not None
+        kernel = choose_kernel(q, k, v, rules, text[0].shape[2] + 1, masked=chosen)
+        # At chosen positions all texts lie in one row (b p).
+        rows = [_by_text(x, len(text[0])) for x in (q, k, v)] if chosen else [q, k, v]
+        if kernel is None:
+            own = (rows[1].unsqueeze(0), rows[2].unsqueeze(0))
+            places = None if self.prefix is None else self.prefix.positions
+            out = dense_attention(rows[0], text, own, rules, 0, places)
+        else:
+            if self.prefix is None:
+                out, lse = kernel.forward(rows[0], *text, True, rules.scale)
+            else:
+                out, lse = self.prefix.forward(kernel, rows[0], *text, rules.scale)
+            _add_itself_(out, lse, *rows, rules.scale)
+        return out.transpose(0, 1).flatten(1, 2).unsqueeze(0) if chosen else out
+
+
+def _by_text(row: Tensor, batch_size: int) -> Tensor:
+    """(1, H, B * P, .) as (B, H, P, .), a view."""
+    return row[0].unflatten(1, (batch_size, -1)).transpose(0, 1)
+
+
+def _add_itself_(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    """Let every query (N, H, S, d) also see the one key of its own place, (N, Hkv, S, d)."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    score = at_least_float32(q * k).sum(-1) * scale
+    merged = torch.logaddexp(lse, score)
+    add_own_(out, lse, v * (score - merged).exp().unsqueeze(-1).to(v.dtype), merged)
 
 
 class ThoughtStep:

@@ -25,7 +25,15 @@ from quietstar.engine.backbone import (
 )
 from quietstar.engine.chosen import PrefixAttention
 from quietstar.engine.layout import shifted
-from quietstar.engine.passes import ChosenStep, Pass, RolloutCache, TextKeys, TextPass, ThoughtStep
+from quietstar.engine.passes import (
+    ChosenStep,
+    Pass,
+    RolloutCache,
+    StartStep,
+    TextKeys,
+    TextPass,
+    ThoughtStep,
+)
 from quietstar.engine.sampling import keyed_uniform, sample_inverse_cdf
 from quietstar.losses.output_head import OutputHead
 
@@ -100,11 +108,17 @@ def sample_thoughts(
                       sampling.thought_length, positions, text)  # fmt: skip
     tokens: list[Tensor] = []
     for index in range(sampling.thought_length):
-        states = rollout.step(index, tokens[-1] if tokens else None)
         noise = keyed_uniform(
             sampling.seed, sample_ids, sampling.num_thoughts, index, rollout.positions
         )
-        noise = rollout.order.from_thoughts(noise).flatten()
+        if not tokens:  # all thoughts of a position draw from one distribution
+            states = rollout.start()  # (B, P, D)
+            noise = noise.flatten(1).T.contiguous()  # (B * P, K)
+            sampled = sample_rows(states.flatten(0, 1), head, noise, sampling.temperature)
+            tokens.append(sampled.T.unflatten(1, states.shape[:2]))
+            continue
+        states = rollout.step(index, tokens[-1])
+        noise = rollout.order.from_thoughts(noise).flatten().unsqueeze(1)
         sampled = sample_rows(states.flatten(0, 1), head, noise, sampling.temperature)
         tokens.append(rollout.order.to_thoughts(sampled.view(states.shape[:2])))
     return torch.stack(tokens)
@@ -124,8 +138,9 @@ def policy_states(
     """
     length, num_thoughts = thoughts.shape[:2]
     rollout = Rollout(model, start_embedding, input_ids, num_thoughts, length, positions)
-    steps = [rollout.step(n, thoughts[n - 1] if n else None) for n in range(length)]
-    return torch.stack([rollout.order.to_thoughts(states) for states in steps])
+    first = rollout.start().expand(num_thoughts, -1, -1, -1)
+    rest = [rollout.step(n, thoughts[n - 1]) for n in range(1, length)]
+    return torch.stack([first, *(rollout.order.to_thoughts(states) for states in rest)])
 
 
 class Rollout:
@@ -165,14 +180,19 @@ class Rollout:
             places = shifted(self.positions, virtual)
             self.order = _ChosenPositions(cache, places, num_thoughts, virtual + length)
 
-    def step(self, index: int, tokens: Tensor | None) -> Tensor:
-        """Run block token ``index``: the last tokens (K, B, P), or start; its final states."""
-        if tokens is None:
-            inputs = self.start_embedding.to(embedding_weight(self.model).dtype)
-            inputs = inputs.expand(*self.order.position_ids.shape, -1)
-        else:
-            inputs = self.embed(self.order.from_thoughts(tokens))
-        offset = self.order.position_ids + index + 1
+    def start(self) -> Float[Tensor, "batch positions width"]:
+        """Run the start token of every position, once for all its thoughts; its final states."""
+        places = self.order.places  # of the start tokens
+        inputs = self.start_embedding.to(embedding_weight(self.model).dtype)
+        inputs = inputs.expand(*places.shape, -1)
+        states = run_backbone(self.model, inputs, places + 1, self.order.start_attention())
+        self.order.started()
+        return states.view(*self.positions.shape, -1)
+
+    def step(self, index: int, tokens: Int[Tensor, "thoughts batch positions"]) -> Tensor:
+        """Run block token ``index``, sampled before it; its final states, in rows."""
+        inputs = self.embed(self.order.from_thoughts(tokens))
+        offset = self.order.for_each_thought(self.order.places) + index + 1
         return run_backbone(self.model, inputs, offset, self.order.attention(index))
 
 
@@ -180,9 +200,17 @@ class _AllPositions:
     """Steps of the blocks at all positions: rows (K * B, S)."""
 
     def __init__(self, cache: RolloutCache, positions: Tensor, num_thoughts: int) -> None:
-        cache.repeat_text(num_thoughts)
-        self.cache, self.batch_size = cache, positions.shape[0]
-        self.position_ids = positions.repeat(num_thoughts, 1)
+        self.cache, self.num_thoughts = cache, num_thoughts
+        self.batch_size, self.places = positions.shape[0], positions
+
+    def start_attention(self) -> Pass:
+        return StartStep(self.cache, self)
+
+    def started(self) -> None:
+        self.cache.repeat_text(self.num_thoughts)
+
+    def for_each_thought(self, x: Tensor) -> Tensor:  # (B, S, ...) -> (K * B, S, ...)
+        return x.repeat(self.num_thoughts, *[1] * (x.ndim - 1))
 
     def attention(self, index: int) -> Pass:
         return ThoughtStep(self.cache, index)
@@ -202,8 +230,18 @@ class _ChosenPositions:
     ) -> None:
         self.cache, self.positions = cache, positions
         self.sizes = (*positions.shape, num_thoughts)
+        self.length = length
         self.prefix = PrefixAttention(positions, num_thoughts, length)
-        self.position_ids = positions.clamp(min=0).flatten().repeat_interleave(num_thoughts)[None]
+        self.places = self.prefix.positions.reshape(1, -1)
+
+    def start_attention(self) -> Pass:
+        return StartStep(self.cache, self, PrefixAttention(self.positions, 1, self.length))
+
+    def started(self) -> None:
+        """Nothing to do: texts are not repeated."""
+
+    def for_each_thought(self, x: Tensor) -> Tensor:  # (1, B * P, ...) -> (1, B * P * K, ...)
+        return x.repeat_interleave(self.sizes[-1], 1)
 
     def attention(self, index: int) -> Pass:
         return ChosenStep(self.cache, index, self.positions, self.prefix)
@@ -218,7 +256,7 @@ class _ChosenPositions:
 def sample_rows(
     states: Tensor, head: OutputHead, noise: Tensor, temperature: float | None
 ) -> Tensor:
-    """Next token of every row, (rows,), a chunk of logits at a time."""
+    """Next tokens, a chunk of logits at a time: as many of every row as noise has columns."""
     vocab_size = head.vocab_size or head.num_logits
     chunk = max(64, _CHUNK_ELEMENTS // head.num_logits)
     tokens = []
@@ -228,9 +266,13 @@ def sample_rows(
     return torch.cat(tokens) if len(tokens) > 1 else tokens[0]
 
 
-def sample_logits(logits: Tensor, noise: Tensor, temperature: float | None) -> Tensor:
-    """Next token of every row, (rows,), from (rows, V); without a temperature the most likely."""
+def sample_logits(
+    logits: Float[Tensor, "rows vocab"],
+    noise: Float[Tensor, "rows draws"],
+    temperature: float | None,
+) -> Int[Tensor, "rows draws"]:
+    """Next tokens of every row; without a temperature the most likely."""
     if temperature is None:
-        return logits.argmax(-1)
+        return logits.argmax(-1, keepdim=True).expand(noise.shape)
     logits = logits if temperature == 1.0 else logits / temperature
     return sample_inverse_cdf(logits, noise)

@@ -47,8 +47,8 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def sample_inverse_cdf(
-    logits: Float[Tensor, "rows vocab"], uniform: Float[Tensor, " rows"]
-) -> Int[Tensor, " rows"]:
+    logits: Float[Tensor, "rows vocab"], uniform: Float[Tensor, "rows draws"]
+) -> Int[Tensor, "rows draws"]:
     """Sample softmax(logits) by the inverse of its cumulative distribution.
 
     The vocabulary is summed in blocks; only the block that holds the answer is searched entry by
@@ -57,20 +57,22 @@ def sample_inverse_cdf(
     weights = logits.float()
     weights = weights.sub_(weights.amax(-1, keepdim=True)).exp_()
     block_ends = _block_sums(weights).cumsum_(-1)
-    threshold = uniform * block_ends[:, -1]
+    threshold = uniform * block_ends[:, -1:]
     last_block = block_ends.shape[-1] - 1
-    block = torch.searchsorted(block_ends, threshold[:, None]).clamp_(max=last_block)  # (rows, 1)
+    block = torch.searchsorted(block_ends, threshold).clamp_(max=last_block)  # (rows, draws)
     before = block_ends.gather(1, (block - 1).clamp(min=0)).where(block > 0, 0.0)
-    entry = block * _BLOCK + torch.arange(_BLOCK, device=logits.device)  # (rows, block)
-    inside = entry < logits.shape[-1]
-    ends = weights.gather(1, entry.clamp(max=logits.shape[-1] - 1)).where(inside, 0.0).cumsum_(-1)
+    entry = block.unsqueeze(-1) * _BLOCK + torch.arange(_BLOCK, device=logits.device)
+    inside = entry < logits.shape[-1]  # (rows, draws, block)
+    last = logits.shape[-1] - 1
+    ends = weights.gather(1, entry.clamp(max=last).flatten(1)).view(entry.shape)
+    ends = ends.where(inside, 0.0).cumsum_(-1)
     # Rounding can put the rest a hair outside the block; strictly inside, the entry found has
     # a weight above zero.
-    rest = threshold[:, None] - before
+    rest = (threshold - before).unsqueeze(-1)
     tiny = torch.finfo(rest.dtype).tiny
-    rest = torch.minimum(rest.clamp(min=tiny), ends[:, -1:] * (1 - 2.0**-20))
+    rest = torch.minimum(rest.clamp(min=tiny), ends[..., -1:] * (1 - 2.0**-20))
     place = torch.searchsorted(ends, rest)
-    return entry.gather(1, place.clamp_(max=_BLOCK - 1)).squeeze(1)
+    return entry.gather(-1, place.clamp_(max=_BLOCK - 1)).squeeze(-1)
 
 
 def _block_sums(weights: Tensor) -> Tensor:
