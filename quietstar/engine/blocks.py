@@ -295,18 +295,20 @@ class BlockAttention(torch.autograd.Function):
         own = tuple(_together(blocks, x) for x in (q, k, v))
         scores = own_scores(own[0], own[1], scale)
         own_lse = torch.logaddexp(_together(blocks, lse), scores.logsumexp(-1))
-        own_out = own_values(scores.sub_(own_lse.unsqueeze(-1)).exp_(), own[2])
+        # Kept for the backward pass: with W columns it is smaller than the queries.
+        weights = scores.sub_(own_lse.unsqueeze(-1)).exp_()
+        own_out = own_values(weights, own[2])
         outs, lses = blocks.own_views(out), blocks.own_views(lse)
         parts = zip(outs, lses, _apart(blocks, own_out, lses), _apart(blocks, own_lse, lses))
         for out_view, lse_view, own_part, merged in parts:
             add_own_(out_view, lse_view, own_part, merged)
-        ctx.save_for_backward(q, *own, text_k, text_v, out, lse, own_lse)
+        ctx.save_for_backward(q, *own, text_k, text_v, out, lse, weights)
         ctx.blocks, ctx.scale, ctx.kernel = blocks, scale, kernel
         return out
 
     @staticmethod
     def backward(ctx, grad):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, own_q, own_k, own_v, text_k, text_v, out, lse, own_lse = ctx.saved_tensors
+        q, own_q, own_k, own_v, text_k, text_v, out, lse, weights = ctx.saved_tensors
         blocks, scale = ctx.blocks, ctx.scale
         dq, text_dk, text_dv = blocks.attend_backward(
             ctx.kernel, grad, (q, text_k, text_v), out, lse, scale
@@ -315,7 +317,7 @@ class BlockAttention(torch.autograd.Function):
         own_grads = own_backward(
             _together(blocks, grad, once=True),
             (own_q, own_k, own_v),
-            own_lse,
+            weights,
             _together(blocks, delta, once=True),
             scale,
         )

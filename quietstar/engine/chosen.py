@@ -152,10 +152,12 @@ class ChosenAttention(torch.autograd.Function):
             kernel, block_grad, (blocks[0], text[1], text[2]), block_out, lse, scale
         )
         delta = torch.linalg.vecdot(at_least_float32(block_out), at_least_float32(block_grad))
+        own = tuple(views.own(x).flatten(0, 1) for x in blocks)
+        own_lse = views.own(lse).flatten(0, 1).unsqueeze(-1)
         own_grads = own_backward(
             views.own(block_grad).flatten(0, 1),
-            tuple(views.own(x).flatten(0, 1) for x in blocks),
-            views.own(lse).flatten(0, 1),
+            own,
+            own_scores(own[0], own[1], scale).sub_(own_lse).exp_(),
             views.own(delta).flatten(0, 1),
             scale,
         )

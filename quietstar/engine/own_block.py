@@ -19,8 +19,7 @@ from quietstar.precision import at_least_float32
 def own_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Scaled scores in float32 at least, (N, H, Q, W), -inf where a key is later than the query."""
     scores = _by_group(q, k).bmm(_flat(k).mT)
-    scores = at_least_float32(scores).mul_(scale)
-    scores = scores.view(*q.shape[:3], k.shape[2])
+    scores = at_least_float32(scores).mul_(scale).view(*q.shape[:3], k.shape[2])
     if q.shape[2] > 1:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
         scores.masked_fill_(later, -torch.inf)
@@ -33,23 +32,47 @@ def own_values(weights: Tensor, v: Tensor) -> Tensor:
     return _by_group(weights.to(v.dtype), v).bmm(_flat(v)).view(n, heads, queries, -1)
 
 
+def own_attend(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What the newest token of every block adds to what it saw of the text (nothing is saved).
+
+    Args:
+        q: Queries, (N, H, 1, d).
+        k: Keys of the blocks so far.
+        v: Values.
+        lse: Log-sum-exp towards the text, (N, H, 1).
+        scale: Of the scores.
+
+    Returns:
+        The own part under the softmax of the whole row, (N, H, 1, d), and the weight that is left
+        to the text, (N, H, 1).
+    """
+    scores = torch.cat([own_scores(q, k, scale), lse.unsqueeze(-1)], dim=-1)
+    weights = scores.softmax(-1)
+    return own_values(weights[..., :-1], v), weights[..., -1]
+
+
 def own_backward(
-    grad: Tensor, qkv: tuple[Tensor, Tensor, Tensor], lse: Tensor, delta: Tensor, scale: float
+    grad: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    weights: Tensor,
+    delta: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values.
 
     With p = exp(score - lse): dv = p^T do, ds = p (do v^T - delta), dq = scale ds k, and so on, as
-    in every flash backward; ``lse`` and ``delta`` are those of the whole row.
+    in every flash backward; p and ``delta`` are those of the whole row.
 
     Args:
         grad: Of the output, (N, H, Q, d).
         qkv: Queries, keys and values.
-        lse: Merged log-sum-exp, (N, H, Q).
+        weights: p, (N, H, Q, W).
         delta: Sum over d of output times its gradient, (N, H, Q).
         scale: Of the scores.
     """
     q, k, v = qkv
-    weights = own_scores(q, k, scale).sub_(lse.unsqueeze(-1)).exp_()  # (N, H, Q, W)
     grad_weights = _by_group(grad, v).bmm(_flat(v).mT).view_as(weights)
     grad_scores = (at_least_float32(grad_weights) - delta.unsqueeze(-1)).mul_(weights).mul_(scale)
     weights, grad_scores = _by_group(weights.to(q.dtype), k), _by_group(grad_scores.to(q.dtype), k)

@@ -38,10 +38,12 @@ class ParallelAttention(torch.autograd.Function):
         dq, dk, dv = ctx.kernel.backward(grad, text, out, lse, True, scale)
         wide_out, wide_grad = (at_least_float32(rows.grid(x)) for x in (out, grad))
         delta = torch.linalg.vecdot(wide_out, wide_grad)
+        own_q, own_k = rows.own(q), rows.own(k)
+        weights = own_scores(own_q, own_k, scale).sub_(rows.own(lse).unsqueeze(-1)).exp_()
         own_dq, own_dk, own_dv = own_backward(
             rows.own(grad),
-            (rows.own(q), rows.own(k), rows.own(v)),
-            rows.own(lse),
+            (own_q, own_k, rows.own(v)),
+            weights,
             rows.to_own(delta),
             scale,
         )

@@ -24,7 +24,7 @@ from quietstar.engine.chosen import (
 from quietstar.engine.dense import ScoreRules, dense_attention, dense_blocks, recomputed
 from quietstar.engine.kernels import Kernel, find_kernel
 from quietstar.engine.layout import ChosenLayout
-from quietstar.engine.own_block import own_scores, own_values
+from quietstar.engine.own_block import own_attend
 from quietstar.engine.parallel_attention import ParallelAttention, add_own_
 from quietstar.precision import at_least_float32
 
@@ -313,15 +313,16 @@ class ThoughtStep:
             return dense_attention(q, text, own, rules, self.index)
         out, lse = kernel.forward(q, *text, True, rules.scale)
         blocks = q.shape[0] * q.shape[2]
-        scores = own_scores(
-            q.transpose(1, 2).reshape(blocks, q.shape[1], 1, -1), own_k.flatten(0, 1), rules.scale
+        own_out, share = own_attend(
+            q.transpose(1, 2).reshape(blocks, q.shape[1], 1, -1),
+            own_k.flatten(0, 1),
+            own_v.flatten(0, 1),
+            lse.transpose(1, 2).reshape(blocks, -1, 1),  # (K * B * S, H, 1)
+            rules.scale,
         )
-        prefix_lse = lse.transpose(1, 2).reshape(blocks, -1, 1)  # (K * B * S, H, 1)
-        merged = torch.logaddexp(prefix_lse, scores.logsumexp(-1))
-        own_out = own_values(scores.sub_(merged.unsqueeze(-1)).exp_(), own_v.flatten(0, 1))
-        own_out = own_out.view(q.shape[0], q.shape[2], q.shape[1], -1).transpose(1, 2)
-        add_own_(out, lse, own_out, merged.view(lse.transpose(1, 2).shape).transpose(1, 2))
-        return out
+        by_place = out.transpose(1, 2)  # (K * B, S, H, d)
+        share = share.view(*by_place.shape[:-1], 1).to(out.dtype)
+        return torch.addcmul(own_out.view(by_place.shape), by_place, share).transpose(1, 2)
 
 
 class ChosenStep:
@@ -353,14 +354,13 @@ class ChosenStep:
             out = dense_step(queries, text, own, rules, self.index, self.positions)
             return out.transpose(0, 1).flatten(1, 2).unsqueeze(0)
         out, lse = self.prefix.forward(kernel, queries, *text, rules.scale)
-        scores = own_scores(q[0].transpose(0, 1).unsqueeze(2), own_k, rules.scale)
+        own_q = q[0].transpose(0, 1).unsqueeze(2)
         by_block = lse.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (B * P * K, H, 1)
-        merged = torch.logaddexp(by_block, scores.logsumexp(-1))
-        own_out = own_values(scores.sub_(merged.unsqueeze(-1)).exp_(), own_v)
-        # (B, P * K, H, .) of both, so that the result is one row again
-        out, lse = (x.transpose(1, 2) for x in (out, lse))
-        add_own_(out, lse, own_out.view(out.shape), merged.view(lse.shape))
-        return out.flatten(0, 1).transpose(0, 1).unsqueeze(0)
+        own_out, share = own_attend(own_q, own_k, own_v, by_block, rules.scale)
+        # (B * P * K, H, .), so that the result is one row again
+        rows = out.transpose(1, 2).flatten(0, 1)
+        rows = torch.addcmul(own_out.squeeze(2), rows, share.to(out.dtype))
+        return rows.transpose(0, 1).unsqueeze(0)
 
 
 _told: set[str] = set()
