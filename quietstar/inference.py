@@ -217,7 +217,5 @@ class ThinkingInference(ThinkingParts):
         if candidates is not None:
             few = mixed_candidates(states, weight, head, candidates, positions).transpose(0, 1)
         assert result.predicted is not None, "it was asked for"
-        logprobs, predicted = (
-            x[0].transpose(0, 1) for x in (-result.mixed, result.predicted)
-        )
+        logprobs, predicted = (x[0].transpose(0, 1) for x in (-result.mixed, result.predicted))
         return MixedScores(logprobs, predicted, few)

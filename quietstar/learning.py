@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from quietstar.engine.backbone import num_virtual
 from quietstar.engine.layout import (
@@ -31,6 +31,7 @@ from quietstar.engine.layout import (
 from quietstar.engine.learn import BlockInputs, block_pass, embed_blocks, make_blocks
 from quietstar.engine.positions import on_host
 from quietstar.engine.rollout import TextRun
+from quietstar.errors import UserError
 from quietstar.losses.cross_entropy import HeadGradients
 from quietstar.losses.mixture import groups
 from quietstar.losses.output_head import OutputHead
@@ -45,6 +46,33 @@ from quietstar.losses.quiet_star import (
 )
 from quietstar.parts import ThinkingParts
 from quietstar.precision import at_least_float32
+
+AUTO_BLOCK_TOKENS = {"cpu": 2304, "cuda": 16384}
+"""Tokens of thoughts that learn at once, by kind of device (docs/performance.md)."""
+
+
+def resolve_block_tokens(setting: int | str | None, device: str, in_pieces: bool) -> int | None:
+    """``training.block_tokens`` as a number, or None for all at once.
+
+    Args:
+        setting: Of the config.
+        device: Kind of device.
+        in_pieces: Whether an engine holds the weights in pieces: it gathers them for one backward
+            pass, and cannot for one that runs inside the forward pass.
+
+    Raises:
+        UserError: A number, where weights lie in pieces.
+    """
+    if setting == "auto":
+        return None if in_pieces else AUTO_BLOCK_TOKENS.get(device, AUTO_BLOCK_TOKENS["cuda"])
+    if setting is not None and in_pieces:
+        raise UserError(
+            f"training.block_tokens: {setting} cannot be used where weights lie in pieces (ZeRO-3, "
+            "FSDP2). Set training.block_tokens: null, or launch with "
+            "configs/accelerate/zero2.yaml."
+        )
+    assert not isinstance(setting, str), "the config was validated"
+    return setting
 
 
 @dataclass(frozen=True)
@@ -98,13 +126,13 @@ class _InGroups(torch.autograd.Function):
     """All groups forward and backward in the forward pass."""
 
     @staticmethod
-    def forward(ctx, work, *inputs):  # noqa: D102
+    def forward(ctx, work, *inputs):
         value = work.run()
         ctx.grads = work.gradients()
         return value
 
     @staticmethod
-    def backward(ctx, grad_value):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad_value):  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.grads is None:
             raise RuntimeError(
                 "backward through the loss a second time: its gradients were used up by the "
@@ -143,7 +171,9 @@ class _Weights:
     def __init__(self, model: ThinkingParts, head: OutputHead, wanted: bool) -> None:
         vectors = (model.start_embedding, model.end_embedding)
         outside = {id(vector) for vector in vectors}
-        self.parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in outside]
+        self.parameters = [
+            p for p in model.parameters() if p.requires_grad and id(p) not in outside
+        ]
         self.sink = None
         if head.is_linear and wanted:
             bias = head.bias is not None and head.bias.requires_grad
@@ -181,9 +211,7 @@ class _Weights:
 class _Groups:
     """The groups of a step, and what they give."""
 
-    def __init__(
-        self, model: ThinkingParts, text: TextRun, step: Step, block_tokens: int
-    ) -> None:
+    def __init__(self, model: ThinkingParts, text: TextRun, step: Step, block_tokens: int) -> None:
         self.model, self.step, self.head = model, step, model.output_head
         self.wanted = torch.is_grad_enabled()
         lookahead, positions = model.thoughts.lookahead, step.positions
@@ -231,7 +259,9 @@ class _Groups:
         if not on_host(self.targets):
             return places
         some = (self.targets[0, texts, places] != IGNORE_INDEX).any(0).nonzero()
-        return slice(places.start, places.start + int(some.max()) + 1 if len(some) else places.start)
+        return slice(
+            places.start, places.start + int(some.max()) + 1 if len(some) else places.start
+        )
 
     def _group(self, texts: slice, places: slice) -> Tensor:
         """Forward and backward of one group; its loss."""
@@ -267,7 +297,9 @@ class _Groups:
             states = self.states.part(state_index)
             ahead = TextAhead.at_chosen(states, lookahead, where)
         reads.append((self.states, state_index, states))
-        blocks = make_blocks(inputs, places, end, virtual, None if where is None else shifted(where, virtual))
+        blocks = make_blocks(
+            inputs, places, end, virtual, None if where is None else shifted(where, virtual)
+        )
         found = block_pass(model.causal_lm, inputs, by_layer, blocks, self.num_positions(virtual))
         weight = model.mixing_weight(ahead, found.ahead, step.fixed_mixing_weight)
         loss, results = thought_loss(

@@ -54,6 +54,7 @@ class ThinkingParts(nn.Module):
         self.end_embedding = nn.Parameter(torch.zeros(size, device=device))
         self.mixing_head = MixingHead(head.weight.shape[1], mixing_head).to(device)
         self._calls = 0
+        # Tokens of thoughts that learn at once (`quietstar.learning`); None: all.
         self.block_tokens: int | None = None
 
     @property

@@ -104,8 +104,8 @@ def batch(model: QuietStarForCausalLM, lengths: list[int]) -> tuple[Tensor, Tens
 
 
 def _recording(choose_kernel, paths: set[str]):
-    def choose(*args):
-        kernel = choose_kernel(*args)
+    def choose(*args, **keywords):
+        kernel = choose_kernel(*args, **keywords)
         paths.add("dense" if kernel is None else "flash")
         return kernel
 

@@ -31,6 +31,7 @@ from quietstar.cpu_memory import keep_freed_memory
 from quietstar.engine.layout import Layout
 from quietstar.engine.self_check import use_thinking_attention
 from quietstar.evaluation.loading import find_device
+from quietstar.learning import resolve_block_tokens
 from quietstar.loading import load_base
 from quietstar.model import QuietStarForCausalLM
 
@@ -84,8 +85,8 @@ def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--vocab-size", type=int, default=None, help="of a built-in model")
     parser.add_argument("--paper-losses", action="store_true",
                         help="no loss on the thought's own prediction, as the floor")  # fmt: skip
-    parser.add_argument("--block-tokens", type=int, default=2048,
-                        help="block tokens that learn at once; 0: all")  # fmt: skip
+    parser.add_argument("--block-tokens", type=int, default=None,
+                        help="that learn at once; by default as training does, 0: all")  # fmt: skip
     parser.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", help="by default a GPU if there is one")
@@ -103,12 +104,13 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
     plain = copy.deepcopy(base)
     names = ("positions", "share", "num_thoughts", "lookahead")
     model = make_thinker(base, args, **{name: getattr(args, name) for name in names}).train()
-    model.block_tokens = args.block_tokens
     if args.paper_losses:
         model.configure(model.thoughts, LossConfig(thought_weight=0.0))
     if args.activation_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     device = find_device(args.device)
+    tokens_at_once = "auto" if args.block_tokens is None else args.block_tokens or None
+    model.block_tokens = resolve_block_tokens(tokens_at_once, device, in_pieces=False)
     if device == "cpu":  # as in training
         keep_freed_memory()
     model = model.to(device)

@@ -1,6 +1,6 @@
 """The sections of the config: every key with its type, bounds and a sentence."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -373,6 +373,12 @@ class TrainingConfig(Section):
         ge=1,
         description="Threads of each process without a GPU; null shares the cores among the"
         " processes of the machine, where accelerate launch would give each one thread.",
+    )
+    block_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        default="auto",
+        description="Most tokens of thoughts that learn at once, forward and backward, before the"
+        " next ones: less is less memory, at no cost until matrix products get small. null: all at"
+        " once. auto: 2304, on a GPU 16384; null under ZeRO-3 and FSDP2, which cannot.",
     )
     activation_checkpointing: bool = Field(
         default=False,

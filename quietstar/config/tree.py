@@ -27,7 +27,8 @@ RUN_KEYS = frozenset(
     for section, names in {
         "mixing_head": ("activation", "initial_weight", "hidden_size", "floor"),
         "training": (
-            *("precision", "cpu_threads", "activation_checkpointing", "seed", "save_every"),
+            *("precision", "cpu_threads", "block_tokens", "activation_checkpointing", "seed"),
+            "save_every",
             *("keep_checkpoints", "output_dir", "overwrite"),
         ),
     }.items()

@@ -2,10 +2,10 @@
 
 The texts' keys and values are given; a pass runs block tokens alone. Each sees the text up to its
 own position and its own block up to itself. The start token is the same for all thoughts of a
-position, and run once: R = 1 + K (W - 1) tokens a position. `NeighbourBlocks` (positions that lie side by side)
-need no mask: all of their text but its end is seen by all of them, and the end is plain causal
-attention. `ChosenBlocks` (any positions) take a mask towards the text. The own part is that of
-`quietstar.engine.own_block`, merged as in `quietstar.engine.parallel_attention`.
+position, and run once: R = 1 + K (W - 1) tokens a position. `NeighbourBlocks` (positions that lie
+side by side) need no mask: all of their text but its end is seen by all of them, and the end is
+plain causal attention. `ChosenBlocks` (any positions) take a mask towards the text. The own part is
+that of `quietstar.engine.own_block`, merged as in `quietstar.engine.parallel_attention`.
 
 Letters as in `quietstar.engine.layout`; N rows of L tokens are what the model is run on.
 """
@@ -250,7 +250,7 @@ class ChosenBlocks:
         return start, rest.movedim((1, 2, 0), (0, 1, 2)).unsqueeze(2)
 
     def attend(self, kernel, q, text, scale):  # noqa: D102
-        out, lse = self._prefix.forward(kernel, self._by_text(q), *text, scale)
+        out, lse = self._prefix.forward(kernel, self._by_text(q), text[0], text[1], scale)
         return self._as_row(out), self._as_row(lse)
 
     def attend_backward(self, kernel, grad, qkv, out, lse, scale):  # noqa: D102
@@ -299,8 +299,8 @@ class BlockAttention(torch.autograd.Function):
         weights = scores.sub_(own_lse.unsqueeze(-1)).exp_()
         own_out = own_values(weights, own[2])
         outs, lses = blocks.own_views(out), blocks.own_views(lse)
-        parts = zip(outs, lses, _apart(blocks, own_out, lses), _apart(blocks, own_lse, lses))
-        for out_view, lse_view, own_part, merged in parts:
+        parts = (outs, lses, _apart(blocks, own_out, lses), _apart(blocks, own_lse, lses))
+        for out_view, lse_view, own_part, merged in zip(*parts, strict=True):
             add_own_(out_view, lse_view, own_part, merged)
         ctx.save_for_backward(q, *own, text_k, text_v, out, lse, weights)
         ctx.blocks, ctx.scale, ctx.kernel = blocks, scale, kernel
@@ -310,10 +310,12 @@ class BlockAttention(torch.autograd.Function):
     def backward(ctx, grad):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
         q, own_q, own_k, own_v, text_k, text_v, out, lse, weights = ctx.saved_tensors
         blocks, scale = ctx.blocks, ctx.scale
+        wide = ctx.kernel.backward_dtype(grad.dtype)
+        wide_grad, wide_out = grad.to(wide), out.to(wide)
         dq, text_dk, text_dv = blocks.attend_backward(
-            ctx.kernel, grad, (q, text_k, text_v), out, lse, scale
+            ctx.kernel, wide_grad, [x.to(wide) for x in (q, text_k, text_v)], wide_out, lse, scale
         )
-        delta = (at_least_float32(out) * at_least_float32(grad)).sum(-1)  # (N, H, L)
+        delta = (at_least_float32(wide_out) * at_least_float32(wide_grad)).sum(-1)  # (N, H, L)
         own_grads = own_backward(
             _together(blocks, grad, once=True),
             (own_q, own_k, own_v),
@@ -321,16 +323,17 @@ class BlockAttention(torch.autograd.Function):
             _together(blocks, delta, once=True),
             scale,
         )
+        dtype = grad.dtype
         dk, dv = (x.new_empty(dq.shape[0], dq.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
                   for x in (own_k, own_v))  # fmt: skip
         views = blocks.own_views(dq)
-        for view, part in zip(views, _apart(blocks, own_grads[0], views)):
+        for view, part in zip(views, _apart(blocks, own_grads[0], views), strict=True):
             view.add_(part)
         for total, own in ((dk, own_grads[1]), (dv, own_grads[2])):
             views = blocks.own_views(total)
-            for view, part in zip(views, _apart(blocks, own, views, summed=True)):
+            for view, part in zip(views, _apart(blocks, own, views, summed=True), strict=True):
                 view.copy_(part)
-        return dq, dk, dv, text_dk, text_dv, None, None, None
+        return dq.to(dtype), dk, dv, text_dk.to(dtype), text_dv.to(dtype), None, None, None
 
 
 def _together(blocks: Blocks, x: Tensor, once: bool = False) -> Tensor:

@@ -90,7 +90,7 @@ class PrefixAttention:
             out_piece, lse_piece = out[:, :, rows], lse[:, :, rows]
             grads = kernel.backward(
                 grad[:, :, rows], piece, out_piece, lse_piece, False, scale, mask
-            )
+            )  # of the types of q, k and v, which are `Kernel.backward_dtype`
             dq[:, :, rows] = grads[0]
             dk[:, :, :end] += grads[1]
             dv[:, :, :end] += grads[2]
@@ -143,19 +143,24 @@ class ChosenAttention(torch.autograd.Function):
     def backward(ctx, grad):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, rows, text_lse, lse = ctx.saved_tensors
         views, kernel, scale = ctx.views, ctx.kernel, ctx.scale
-        text, blocks = (tuple(view(x) for x in (q, k, v)) for view in (views.text, views.blocks))
-        text_grads = kernel.backward(
-            views.text(grad), text, views.text(rows), text_lse, True, scale
+        wide = kernel.backward_dtype(grad.dtype)
+        own = tuple(views.own(views.blocks(x)).flatten(0, 1) for x in (q, k, v))
+        own_grad = views.own(views.blocks(grad)).flatten(0, 1)
+        wide_grad, wide_q, wide_k, wide_v, rows = (x.to(wide) for x in (grad, q, k, v, rows))
+        text, blocks = (
+            tuple(view(x) for x in (wide_q, wide_k, wide_v)) for view in (views.text, views.blocks)
         )
-        block_out, block_grad = views.blocks(rows), views.blocks(grad)
+        text_grads = kernel.backward(
+            views.text(wide_grad), text, views.text(rows), text_lse, True, scale
+        )
+        block_out, block_grad = views.blocks(rows), views.blocks(wide_grad)
         prefix_grads = ctx.prefix.backward(
             kernel, block_grad, (blocks[0], text[1], text[2]), block_out, lse, scale
         )
         delta = torch.linalg.vecdot(at_least_float32(block_out), at_least_float32(block_grad))
-        own = tuple(views.own(x).flatten(0, 1) for x in blocks)
         own_lse = views.own(lse).flatten(0, 1).unsqueeze(-1)
         own_grads = own_backward(
-            views.own(block_grad).flatten(0, 1),
+            own_grad,
             own,
             own_scores(own[0], own[1], scale).sub_(own_lse).exp_(),
             views.own(delta).flatten(0, 1),

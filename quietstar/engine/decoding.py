@@ -172,9 +172,7 @@ class Decoder:
         """For every thought, (B, K); greedy ones need none."""
         sampling = self.sampling
         if sampling.temperature is None:
-            return torch.empty(
-                len(sample_ids), sampling.num_thoughts, device=sample_ids.device
-            )
+            return torch.empty(len(sample_ids), sampling.num_thoughts, device=sample_ids.device)
         place = (cache.length - 1 - cache.first - self.virtual)[:, None]  # (B, 1)
         noise = keyed_uniform(sampling.seed, sample_ids, sampling.num_thoughts, index, place)
         return noise[..., 0].T  # (K, B, 1) -> (B, K)

@@ -41,7 +41,14 @@ class Kernel(Protocol):
         scale: float,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k, v, given an output and log-sum-exp that may be merged ones."""
+        """Gradients of q, k, v, given an output and log-sum-exp that may be merged ones.
+
+        All tensors are of type `backward_dtype`.
+        """
+        ...
+
+    def backward_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """In which the backward pass of a forward pass in ``dtype`` runs."""
         ...
 
 
@@ -54,16 +61,14 @@ class CpuFlash:
         )
 
     def backward(self, grad, qkv, out, lse, causal, scale, mask=None):  # noqa: D102
-        # In half precisions the kernel's backward is up to twice slower than in float32 (measured
-        # at 64 to 256 positions), so it runs in float32.
-        dtype = grad.dtype
-        if dtype in (torch.bfloat16, torch.float16):
-            grad, out, *qkv = (x.float() for x in (grad, out, *qkv))
-            mask = None if mask is None else mask.float()
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, *qkv, out, lse, 0.0, causal, attn_mask=mask, scale=scale
         )
-        return tuple(x.to(dtype) for x in grads)
+
+    def backward_dtype(self, dtype):  # noqa: D102
+        # In half precisions the kernel's backward is up to twice slower than in float32 (measured
+        # at 64 to 256 positions).
+        return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 class CudaFlash:
@@ -75,6 +80,9 @@ class CudaFlash:
             q, k, v, 0.0, causal, return_debug_mask=False, scale=scale
         )
         return out, lse
+
+    def backward_dtype(self, dtype):  # noqa: D102
+        return dtype
 
     def backward(self, grad, qkv, out, lse, causal, scale, mask=None):  # noqa: D102
         q, k, _ = qkv
@@ -108,6 +116,9 @@ class CudaEfficient:
             q, k, v, _as_bias(mask, q), True, 0.0, causal, scale=scale
         )
         return out, lse[..., : q.shape[2]]  # the kernel pads the rows to a multiple of 32
+
+    def backward_dtype(self, dtype):  # noqa: D102
+        return dtype
 
     def backward(self, grad, qkv, out, lse, causal, scale, mask=None):  # noqa: D102
         q, k, v = qkv

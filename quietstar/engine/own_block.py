@@ -32,9 +32,7 @@ def own_values(weights: Tensor, v: Tensor) -> Tensor:
     return _by_group(weights.to(v.dtype), v).bmm(_flat(v)).view(n, heads, queries, -1)
 
 
-def own_attend(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def own_attend(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """What the newest token of every block adds to what it saw of the text (nothing is saved).
 
     Args:

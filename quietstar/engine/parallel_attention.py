@@ -34,10 +34,14 @@ class ParallelAttention(torch.autograd.Function):
     def backward(ctx, grad):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, out, lse = ctx.saved_tensors
         rows, scale = ctx.rows, ctx.scale
-        text = (q, rows.text(k), rows.text(v))
-        dq, dk, dv = ctx.kernel.backward(grad, text, out, lse, True, scale)
-        wide_out, wide_grad = (at_least_float32(rows.grid(x)) for x in (out, grad))
-        delta = torch.linalg.vecdot(wide_out, wide_grad)
+        wide = ctx.kernel.backward_dtype(grad.dtype)
+        text = tuple(x.to(wide) for x in (q, rows.text(k), rows.text(v)))
+        wide_grad, wide_out = grad.to(wide), out.to(wide)
+        grads = ctx.kernel.backward(wide_grad, text, wide_out, lse, True, scale)
+        dq, dk, dv = (x.to(grad.dtype) for x in grads)
+        delta = torch.linalg.vecdot(
+            *(at_least_float32(rows.grid(x)) for x in (wide_out, wide_grad))
+        )
         own_q, own_k = rows.own(q), rows.own(k)
         weights = own_scores(own_q, own_k, scale).sub_(rows.own(lse).unsqueeze(-1)).exp_()
         own_dq, own_dk, own_dv = own_backward(

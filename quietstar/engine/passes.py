@@ -117,10 +117,13 @@ class CausalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, out, lse = ctx.saved_tensors
-        return *ctx.kernel.backward(grad, (q, k, v), out, lse, True, ctx.scale), None, None
+        wide = ctx.kernel.backward_dtype(grad.dtype)
+        dtype, (grad, q, k, v, out) = grad.dtype, (x.to(wide) for x in (grad, q, k, v, out))
+        grads = ctx.kernel.backward(grad, (q, k, v), out, lse, True, ctx.scale)
+        return *(x.to(dtype) for x in grads), None, None
 
 
-# --- Blocks of some positions, against a text that ran before --------------------------------------
+# --- Blocks of some positions, against a text that ran before -------------------------------------
 
 
 class BlockPass:
@@ -271,9 +274,9 @@ class StartStep:
             out = dense_attention(rows[0], text, own, rules, 0, places)
         else:
             if self.prefix is None:
-                out, lse = kernel.forward(rows[0], *text, True, rules.scale)
+                out, lse = kernel.forward(rows[0], text[0], text[1], True, rules.scale)
             else:
-                out, lse = self.prefix.forward(kernel, rows[0], *text, rules.scale)
+                out, lse = self.prefix.forward(kernel, rows[0], text[0], text[1], rules.scale)
             _add_itself_(out, lse, *rows, rules.scale)
         return out.transpose(0, 1).flatten(1, 2).unsqueeze(0) if chosen else out
 

@@ -109,8 +109,8 @@ class _FusedObjective(torch.autograd.Function):
     def forward(ctx, segments, head, sink, grad_enabled, results, weight, bias, *states):
         needs = [grad_enabled and needed for needed in ctx.needs_input_grad[5:]]
         wants_weight, wants_bias, *wants_states = needs
-        ctx.own = HeadGradients(head, wants_weight, wants_bias) if sink is None else None
-        gradients = sink or ctx.own
+        gradients = sink or HeadGradients(head, wants_weight, wants_bias)
+        ctx.own = gradients if sink is None else None
         value = at_least_float32(head.weight.new_zeros(()))
         ctx.grads = []
         for segment, wanted in zip(segments, wants_states, strict=True):
@@ -243,6 +243,7 @@ class SoftmaxChunk:
             self.entropy = (log_total - expected / self.total).squeeze(1)
 
     def result(self) -> RowResult:
+        """The rows' values."""
         return RowResult(self.nll, self.entropy, self.predicted)
 
     def gradient_(self, coefficients: Tensor, entropy_coefficients: Tensor | None = None) -> Tensor:

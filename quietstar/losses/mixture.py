@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import EllipsisType
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from quietstar.engine.layout import IGNORE_INDEX, TextAhead
+from quietstar.engine.layout import TextAhead
 from quietstar.losses.cross_entropy import (
     HeadGradients,
     SoftmaxChunk,
@@ -112,6 +113,10 @@ def mixture_objective(
     return value, results[0]
 
 
+Where = tuple[EllipsisType, slice, slice]
+"""Texts and positions of a chunk."""
+
+
 class _FusedMixture(torch.autograd.Function):
     """All gradients in the forward pass, a chunk of positions at a time."""
 
@@ -165,39 +170,56 @@ class _Work:
 
     def chunk(self, texts: slice, places: slice) -> None:
         """Results and gradients of some positions of some texts."""
-        mixture, where = self.mixture, (..., texts, places)
-        text = mixture.text.part(texts, places)
-        thought = mixture.thought[..., texts, places, :]  # (A, K, B', P', D)
-        share = at_least_float32(mixture.mixing_weight[where]).unsqueeze(-1)
-        targets = mixture.targets[where].unsqueeze(1).expand(share.shape[:-1]).flatten()
+        where = (..., texts, places)
+        text = self.mixture.text.part(texts, places)
         text_states, base = self._logits(text.rows)
-        thought_states, own = self._logits(thought)
-        base = base.view(*text.rows.shape[:2], -1)
+        thought_states, own = self._logits(self.mixture.thought[..., texts, places, :])
+        share = at_least_float32(self.mixture.mixing_weight[where]).unsqueeze(-1)
         grid = own.view(*share.shape[:-1], -1)  # (A, K, B', P', V)
-        spread = text.spread(base).unsqueeze(1)  # (A, 1, B', P', V), a view
-        mixed = SoftmaxChunk(torch.lerp(spread, grid, share).flatten(0, 3), targets,
-                             wants_predicted=mixture.wants_predicted)  # fmt: skip
-        self.mixed[where] = mixed.nll.view(share.shape[:-1])
-        if self.predicted is not None:
-            self.predicted[where] = mixed.predicted.view(share.shape[:-1])
-        grad = None
-        if self.sink is not None:
-            coefficient = mixture.mixed_coefficient[where].unsqueeze(1).expand(share.shape[:-1])
-            grad = mixed.gradient_(coefficient.flatten()).view(grid.shape)
-            by_weight = torch.linalg.vecdot(grad, grid)
-            self.grad_weight[where] = by_weight.sub_(torch.linalg.vecdot(grad, spread))
-        if self.thought is not None:
-            alone = SoftmaxChunk(own, targets)
-            self.thought[where] = alone.nll.view(share.shape[:-1])
-        if grad is None or self.sink is None:
-            return
-        self._to_text(text, text_states, grad, share, texts, places)
-        grad = grad.mul_(share)
-        if self.thought is not None and mixture.thought_coefficient is not None:
-            coefficient = mixture.thought_coefficient[where].unsqueeze(1).expand(share.shape[:-1])
-            grad = grad.add_(alone.gradient_(coefficient.flatten()).view(grid.shape))
-        states = self._to_states(grad.flatten(0, 3), thought_states)
-        self.grad_thought[..., texts, places, :] = states.view(thought.shape)
+        base = text.spread(base.view(*text.rows.shape[:2], -1)).unsqueeze(1)  # a view
+        grad = self._mixed(where, grid, base, share)
+        if grad is not None:
+            self._to_text(text, text_states, grad, share, texts, places)
+            grad = grad.mul_(share)
+        alone = self._alone(where, own)
+        if grad is not None:
+            grad = grad if alone is None else grad.add_(alone.view(grid.shape))
+            states = self._to_states(grad.flatten(0, 3), thought_states)
+            self.grad_thought[..., texts, places, :] = states.view(*grid.shape[:-1], -1)
+
+    def _mixed(self, where: Where, own: Tensor, base: Tensor, share: Tensor) -> Tensor | None:
+        """Mixed NLL; gradient with respect to the mixed logits, and that of the mixing weight."""
+        mixture = self.mixture
+        logits = torch.lerp(base, own, share).flatten(0, 3)
+        chunk = SoftmaxChunk(
+            logits, self._each(mixture.targets, where), wants_predicted=mixture.wants_predicted
+        )
+        self.mixed[where] = chunk.nll.view(own.shape[:-1])
+        if self.predicted is not None and chunk.predicted is not None:
+            self.predicted[where] = chunk.predicted.view(own.shape[:-1])
+        if self.sink is None or mixture.mixed_coefficient is None:
+            return None
+        grad = chunk.gradient_(self._each(mixture.mixed_coefficient, where)).view(own.shape)
+        by_weight = torch.linalg.vecdot(grad, own)
+        self.grad_weight[where] = by_weight.sub_(torch.linalg.vecdot(grad, base))
+        return grad
+
+    def _alone(self, where: Where, own: Tensor) -> Tensor | None:
+        """NLL of the thought's own prediction, and its gradient in place of the logits."""
+        if self.thought is None:
+            return None
+        chunk = SoftmaxChunk(own, self._each(self.mixture.targets, where))
+        part = self.thought[where]
+        part.copy_(chunk.nll.view(part.shape))
+        coefficient = self.mixture.thought_coefficient
+        if self.sink is None or coefficient is None:
+            return None
+        return chunk.gradient_(self._each(coefficient, where))
+
+    def _each(self, x: Tensor, where: Where) -> Tensor:
+        """(A, B, P) for every thought of a chunk, flat."""
+        shape = self.mixture.mixing_weight[where].shape
+        return x[where].unsqueeze(1).expand(shape).flatten()
 
     def _logits(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """States as they enter the product, (rows, D), and logits in float32 at least."""

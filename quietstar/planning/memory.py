@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from quietstar.config import Config, ThoughtsConfig, TuningConfig
 from quietstar.engine.positions import ANSWER_RULES, most_positions
 from quietstar.errors import UserError
+from quietstar.learning import resolve_block_tokens
 from quietstar.loading import build_config, drop_dropout
 from quietstar.losses.cross_entropy import chunk_rows
 from quietstar.model import QuietStarForCausalLM
@@ -24,6 +25,8 @@ from quietstar.training.stages import Stage, begin_stage, plan_stages
 from quietstar.tuning.bottleneck import decoder_layers
 
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+IN_PIECES = ("zero3", "fsdp2")
+"""Engines that hold weights in pieces."""
 PROGRAM = 175 * 2**20
 """What a run loads into the machine's memory besides: texts, tokenizer, loggers, kernels' code.
 
@@ -92,7 +95,7 @@ class Shares:
         """What an engine cuts over how many processes."""
         part = 1 / processes
         return cls(
-            weights=part if engine in ("zero3", "fsdp2") else 1.0,
+            weights=part if engine in IN_PIECES else 1.0,
             gradients=part if engine in ("zero2", "zero3", "fsdp2") else 1.0,
             optimizer=part if engine not in ("single", "ddp") else 1.0,
         )
@@ -129,6 +132,10 @@ def _estimate_stage(
 ) -> Estimate:
     config = _with_known_positions(stage.config)
     model = _without_weights(config, tokenizer)
+    on_cpu = engine == "single" and not torch.cuda.is_available()
+    model.block_tokens = resolve_block_tokens(
+        config.training.block_tokens, "cpu" if on_cpu else "cuda", engine in IN_PIECES
+    )
     begin_stage(model, dataclasses.replace(stage, config=config))
     shares = Shares.of(engine, processes)
     rollout, learning = _trace(model, config, stage.thinks, shares.gradients)

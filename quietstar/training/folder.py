@@ -24,7 +24,8 @@ CONTENTS = (
 
 _FREE_ON_RESUME = (
     *("training.steps", "training.micro_batch_size", "training.cpu_threads"),
-    *("training.activation_checkpointing", "training.eval_every", "training.save_every"),
+    *("training.block_tokens", "training.activation_checkpointing", "training.eval_every"),
+    "training.save_every",
     *("training.keep_checkpoints", "training.overwrite", "training.output_dir"),
     *("data.eval_sequences", "logging.trackers", "logging.log_every", "logging.thought_every"),
 )

@@ -17,6 +17,7 @@ from quietstar.config import Config
 from quietstar.config_io import save_config
 from quietstar.data import DataReport, EvalData, TrainData, build_data
 from quietstar.errors import UserError
+from quietstar.learning import resolve_block_tokens
 from quietstar.model import QuietStarForCausalLM
 from quietstar.training.checkpoint import check_world, checkpoint_step
 from quietstar.training.engines import Engine, ThroughEngine, Trainee, build_engine
@@ -174,6 +175,9 @@ def set_up(config: Config, engine: Engine) -> Job:
         check_positions(stage.config, model)
         if stage.thinks:
             check_steps(stage.config, eval_data)
+    model.block_tokens = resolve_block_tokens(
+        config.training.block_tokens, engine.accelerator.device.type, engine.in_pieces
+    )
     engine.keep_trainable_only(model)
     job = Job(config, stages, engine, tokenizer, model, data)
     engine.accelerator.register_for_checkpointing(job.schedule)

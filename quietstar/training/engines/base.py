@@ -50,6 +50,8 @@ class Engine:
 
     kind: ClassVar[str] = "whole"
     any_world: ClassVar[bool] = True
+    in_pieces: bool = False
+    """Whether it holds weights in pieces."""
     reasons: ClassVar[Mapping[str, str]] = {}
     """Ways to tune that cannot work, and why."""
 

@@ -58,6 +58,7 @@ class FullyShardEngine(Engine):
     """Weights, gradients and the optimiser's state cut over the processes, layer by layer."""
 
     kind = "fsdp2"
+    in_pieces = True
     reasons = IN_PIECES
 
     def __init__(self, accelerator: Accelerator) -> None:

@@ -34,6 +34,11 @@ class DeepSpeedEngine(Engine):
         assert plugin is not None, "DeepSpeed comes with its plugin"
         return plugin.zero_stage
 
+    @property
+    def in_pieces(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether it holds weights in pieces."""
+        return self.stage == 3
+
     def keep_trainable_only(self, model: nn.Module) -> None:
         """Nothing to do: the engine saves what it holds."""
 
