@@ -277,7 +277,7 @@ class StartStep:
                 out, lse = kernel.forward(rows[0], text[0], text[1], True, rules.scale)
             else:
                 out, lse = self.prefix.forward(kernel, rows[0], text[0], text[1], rules.scale)
-            _add_itself_(out, lse, *rows, rules.scale)
+            _add_itself_(out, lse, rows[0], rows[1], rows[2], rules.scale)
         return out.transpose(0, 1).flatten(1, 2).unsqueeze(0) if chosen else out
 
 
