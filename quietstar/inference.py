@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from quietstar.engine.learn import plain_pass
+from quietstar.engine.positions import SCORED_RULES
 from quietstar.engine.rollout import Sampling, run_text
 from quietstar.errors import UserError
 from quietstar.gates import Gate
@@ -107,17 +108,20 @@ class ThinkingInference(ThinkingParts):
         sample_ids: Int[Tensor, " batch"] | None = None,
         seed: int = 0,
     ) -> Int[Tensor, "batch positions"] | None:
-        """Where training would think in these texts (``thoughts.positions``); None for all.
+        """Where to think in these texts by ``thoughts.positions``; None for all.
 
-        Ascending, -1 behind the last of a text with fewer; arguments as in `forward`.
+        Ascending, -1 behind the last of a text with fewer; arguments as in `forward`. Training
+        thinks there too, but leaves a quarter of the positions of ``weight`` and
+        ``weighted_entropy`` to chance.
         """
         if self.thoughts.positions == "all":
             return None
         labels = target_labels(input_ids, attention_mask, labels)
         if sample_ids is None:
             sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
-        text = run_text(self.causal_lm, input_ids) if self.thoughts.positions == "entropy" else None
-        return self._choose(labels, answers, text, sample_ids, seed)
+        scored = self.thoughts.positions in SCORED_RULES
+        text = run_text(self.causal_lm, input_ids) if scored else None
+        return self._choose(labels, answers, text, sample_ids, seed, explore=False)
 
     @torch.no_grad()
     def generate(

@@ -15,6 +15,7 @@ from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig, Tunin
 from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from quietstar.engine.backbone import embedding_weight
 from quietstar.engine.learn import plain_pass
+from quietstar.engine.positions import SCORED_RULES
 from quietstar.engine.rollout import Sampling, TextRun, run_text
 from quietstar.engine.self_check import check_architecture, use_thinking_attention
 from quietstar.inference import ThinkingInference
@@ -182,7 +183,7 @@ class QuietStarForCausalLM(ThinkingInference):
             self.thoughts.num_thoughts, self.thoughts.length, self.thoughts.temperature, seed
         )
         text = self._text_before(input_ids)
-        positions = self._choose(labels, answers, text, sample_ids, seed)
+        positions = self._choose(labels, answers, text, sample_ids, seed, explore=True)
         thoughts = self._sample(input_ids, sample_ids, sampling, positions, text)
         step = Step(
             input_ids, labels, thoughts, positions, num_items_in_batch, num_thought_items,
@@ -211,11 +212,11 @@ class QuietStarForCausalLM(ThinkingInference):
     def _text_before(self, input_ids: Tensor) -> TextRun | None:
         """The text, where something needs it before the rollout would run it.
 
-        Learning in groups does, with its graph; the choice by entropy does.
+        Learning in groups does, with its graph; a choice of positions by score does.
         """
         if self.block_tokens is not None:
             return run_text(self.causal_lm, input_ids)
-        if self.thoughts.positions != "entropy":
+        if self.thoughts.positions not in SCORED_RULES:
             return None
         with torch.no_grad():
             return run_text(self.causal_lm, input_ids)

@@ -11,7 +11,7 @@ from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig, Tunin
 from quietstar.engine.backbone import embedding_weight, num_virtual
 from quietstar.engine.layout import IGNORE_INDEX, TextAhead, text_ahead
 from quietstar.engine.learn import LearnStates, learn_pass
-from quietstar.engine.positions import choose_positions
+from quietstar.engine.positions import LEARNED_RULES, SCORED_RULES, choose_positions
 from quietstar.engine.rollout import Sampling, TextRun, sample_thoughts
 from quietstar.loading import initial_embedding
 from quietstar.losses.output_head import OutputHead, find_output_head
@@ -124,17 +124,33 @@ class ThinkingParts(nn.Module):
         text: TextRun | None,
         sample_ids: Tensor,
         seed: int,
+        explore: bool,
     ) -> Tensor | None:
-        entropy = None if text is None else next_token_entropy(text.states, self.output_head)
+        score = None
+        if self.thoughts.positions in SCORED_RULES:
+            assert text is not None, "the text ran"
+            score = self._score_positions(text.states)
         return choose_positions(
             self.thoughts.positions,
             self.thoughts.share,
             labels,
             answers=answers,
-            entropy=entropy,
+            score=score,
             sample_ids=sample_ids,
             seed=seed,
+            explore=explore,
         )
+
+    def _score_positions(
+        self, states: Float[Tensor, "batch seq width"]
+    ) -> Float[Tensor, "batch seq"]:
+        """By which `SCORED_RULES` choose."""
+        rule = self.thoughts.positions
+        score = torch.ones_like(states[..., 0])
+        if rule in LEARNED_RULES:
+            ahead = TextAhead.at_neighbours(states, 1, 0, states.shape[1])
+            score = self.mixing_head(ahead, torch.zeros_like(states)[None, None])[0, 0]
+        return score if rule == "weight" else score * next_token_entropy(states, self.output_head)
 
     def _sample(
         self,

@@ -118,7 +118,9 @@ def test_terms_of_thoughts_are_means_over_the_chosen_and_the_base_over_all():
         torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.parametrize("rule", ["every", "random", "entropy", "answer", "answer_start"])
+@pytest.mark.parametrize(
+    "rule", ["every", "random", "entropy", "weight", "weighted_entropy", "answer", "answer_start"]
+)
 def test_a_batch_and_its_texts_alone_give_the_same_loss(rule):
     base = plain_model(dtype=torch.float64)
     model = thinking_model(base, thoughts={"positions": rule, "share": 0.4}).to(torch.float64)
@@ -157,8 +159,44 @@ def test_every_takes_evenly_spaced_candidates():
 
 def test_entropy_takes_the_hardest_in_the_order_of_the_text():
     entropy = torch.tensor([[1, 9, 2, 8, 0, 3, 7, 1, 99], [5, 1, 2, 6, 99, 99, 99, 99, 99]])
-    chosen_ones = choose_positions("entropy", 0.3, LABELS, entropy=entropy.float())
+    chosen_ones = choose_positions("entropy", 0.3, LABELS, score=entropy.float())
     assert chosen_ones.tolist() == [[1, 3, 6], [0, 3, -1]]  # ceil(2.4) and ceil(1.2)
+
+
+def test_learned_rules_leave_a_quarter_to_chance_in_training_alone():
+    score = torch.arange(40.0).expand(500, 40)
+    labels, ids = torch.full((500, 40), 7), torch.arange(500)
+
+    def choose(**keywords):
+        return choose_positions("weight", 0.2, labels, score=score, sample_ids=ids, **keywords)
+
+    best = torch.arange(31, 39)  # ceil(0.2 * 39), the highest of 0 .. 38
+    assert (choose() == best).all()
+    explored = choose(explore=True)
+    assert (explored[:, -6:] == best[-6:]).all()
+    others = torch.bincount(explored[:, :2].flatten(), minlength=40)
+    assert others[33:].sum() == 0
+    assert (others[:33] - 1000 / 33).abs().max() < 5 * (1000 / 33) ** 0.5
+    by_entropy = choose_positions("entropy", 0.2, labels, score=score, explore=True)
+    assert (by_entropy == best).all()
+
+
+def test_the_expected_mixing_weight_is_that_of_the_head_without_a_thought():
+    base = plain_model()
+    model = thinking_model(base, thoughts={"positions": "weight", "share": 0.3})
+    torch.nn.init.normal_(model.mixing_head.last_layer.weight)
+    texts = random_texts(2, 9)
+    states = model.causal_lm.base_model(texts).last_hidden_state
+    ahead = text_ahead(states, 1, None)
+    expected = model.mixing_head(ahead, torch.zeros_like(states)[None, None])[0, 0]
+    chosen_ones = model.choose_positions(texts)
+    assert torch.equal(chosen_ones, expected[:, :-1].topk(3).indices.sort(-1).values)
+    product = (
+        expected * torch.distributions.Categorical(logits=model.causal_lm(texts).logits).entropy()
+    )
+    model.configure(model.thoughts.model_copy(update={"positions": "weighted_entropy"}), model.loss)
+    chosen_ones = model.choose_positions(texts)
+    assert torch.equal(chosen_ones, product[:, :-1].topk(3).indices.sort(-1).values)
 
 
 def test_random_is_keyed_by_the_text_and_spread_evenly():

@@ -29,6 +29,7 @@ from quietstar.bench.memory import PeakMemory
 from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig
 from quietstar.cpu_memory import keep_freed_memory
 from quietstar.engine.layout import Layout
+from quietstar.engine.positions import SCORED_RULES
 from quietstar.engine.self_check import use_thinking_attention
 from quietstar.evaluation.loading import find_device
 from quietstar.learning import resolve_block_tokens
@@ -48,6 +49,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
     }
 }
+POSITIONS = ("all", "every", "random", *SCORED_RULES)
 FLOOR_BATCHES = (4, 8, 16)
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
 """Of bfloat16 matrix products without sparsity, by part of the device's name."""
@@ -79,7 +81,7 @@ def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="bfloat16: autocast over float32 weights")  # fmt: skip
-    parser.add_argument("--positions", choices=("all", "every", "random", "entropy"), default="all",
+    parser.add_argument("--positions", choices=POSITIONS, default="all",
                         help="the floor stays that of all positions")  # fmt: skip
     parser.add_argument("--share", type=float, default=0.25)
     parser.add_argument("--vocab-size", type=int, default=None, help="of a built-in model")

@@ -103,18 +103,21 @@ class ThoughtsConfig(Section):
         description="Thoughts that the model samples, or a constant token in their place, the first"
         " of thoughts.start_init: a control that thinks nothing.",
     )
-    positions: Literal["all", "every", "random", "entropy", "answer", "answer_start"] = Field(
+    positions: Literal[
+        "all", "every", "random", "entropy", "weight", "weighted_entropy", "answer", "answer_start"
+    ] = Field(
         default="all",
         description="Where the text thinks: before all tokens; before evenly spaced, random, or the"
-        " hardest to predict ones (thoughts.share of them); or before the tokens of an answer, or"
-        " the first of them.",
+        " hardest to predict ones, or those where the mixing head expects most of a thought, or by"
+        " the product of both (thoughts.share of them); or before the tokens of an answer, or the"
+        " first of them.",
     )
     share: float = Field(
         default=0.25,
         gt=0,
         le=1,
-        description="Share of the targets that get a thought with thoughts.positions every, random"
-        " or entropy; every n-th is a share of 1/n.",
+        description="Share of the targets that get a thought, unless before all or answers; every"
+        " n-th is a share of 1/n.",
     )
     length: int = Field(
         default=8, ge=1, description="Free tokens of a thought; its start and end are not counted."

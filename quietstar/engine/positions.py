@@ -3,8 +3,10 @@
 A position is a candidate if the token after it is a target. With n candidates in a text,
 
 - ``every`` takes evenly spaced ones, ``random`` a random choice (keyed, as the sampling noise is,
-  so that how a batch is cut changes nothing), ``entropy`` those whose next token the base model is
-  least sure of: ceil(share * n) of them;
+  so that how a batch is cut changes nothing): ceil(share * n) of them;
+- as many are those with the highest score: ``entropy`` takes that of the base model's next token,
+  ``weight`` the mixing weight that the mixing head gives without a thought, ``weighted_entropy``
+  the product of both;
 - ``answer`` takes those before a token of an answer, ``answer_start`` those before the first one.
 
 How many there are depends on the data alone, so that a step can be normalised before it runs.
@@ -22,8 +24,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from quietstar.engine.layout import IGNORE_INDEX, NO_POSITION
 from quietstar.engine.sampling import keyed_uniform
 
-Rule = Literal["all", "every", "random", "entropy", "answer", "answer_start"]
+Rule = Literal[
+    "all", "every", "random", "entropy", "weight", "weighted_entropy", "answer", "answer_start"
+]
 ANSWER_RULES = ("answer", "answer_start")
+SCORED_RULES = ("entropy", "weight", "weighted_entropy")
+LEARNED_RULES = ("weight", "weighted_entropy")
+"""Their scores learn only from the positions that they choose: training explores others too."""
 
 _CHOICE = 2**20
 """Stands for the token in the noise's key: beyond the tokens of any thought."""
@@ -55,9 +62,10 @@ def choose_positions(
     labels: Int[Tensor, "batch seq"],
     *,
     answers: Bool[Tensor, "batch seq"] | None = None,
-    entropy: Float[Tensor, "batch seq"] | None = None,
+    score: Float[Tensor, "batch seq"] | None = None,
     sample_ids: Int[Tensor, " batch"] | None = None,
     seed: int = 0,
+    explore: bool = False,
 ) -> Int[Tensor, "batch positions"] | None:
     """Positions that think, ascending, `NO_POSITION` behind the last; None for all.
 
@@ -68,9 +76,10 @@ def choose_positions(
         share: Of the candidates.
         labels: Token ids, IGNORE_INDEX where a token is no target.
         answers: Tokens of answers (rules ``answer`` and ``answer_start``).
-        entropy: Of the base model's next token (rule ``entropy``).
+        score: The higher, the sooner a position is chosen (`SCORED_RULES`).
         sample_ids: Key the random choice.
         seed: Of the random choice.
+        explore: Leave a quarter of the positions of `LEARNED_RULES` to chance.
 
     Raises:
         ValueError: A rule of answers without answers.
@@ -83,7 +92,10 @@ def choose_positions(
         width, score = max(1, int(counts.max())), _before_answers(rule, answers).float()
     else:
         width = most_positions(share, labels.shape[1])
-        score = _scores(rule, share, candidates, entropy, sample_ids, seed)
+        noise = _noise(candidates, sample_ids, seed)
+        score = _scores(rule, share, candidates, score, noise)
+        if explore and rule in LEARNED_RULES:
+            score = _explore(score.masked_fill(~candidates, -torch.inf), noise, counts)
     chosen = score.masked_fill(~candidates, -torch.inf).topk(width, dim=-1).indices
     beyond = torch.arange(width, device=labels.device) >= counts[:, None]
     behind = labels.shape[1]  # sorts behind every position
@@ -95,18 +107,31 @@ def _scores(
     rule: Rule,
     share: float,
     candidates: Tensor,
-    entropy: Tensor | None,
-    sample_ids: Tensor | None,
-    seed: int,
+    score: Tensor | None,
+    noise: Tensor,
 ) -> Float[Tensor, "batch seq"]:
     """The higher, the sooner a position is chosen."""
-    if rule == "entropy":
-        assert entropy is not None, "rule entropy needs the base model's"
-        return entropy
+    if rule in SCORED_RULES:
+        assert score is not None, f"rule {rule} needs scores"
+        return score.float()
     if rule == "every":
         rank = candidates.cumsum(-1) - 1
         steps = [((rank + n) * share - 1e-6).ceil() for n in (0, 1)]
         return (steps[1] > steps[0]).float()
+    return noise
+
+
+def _explore(
+    score: Tensor, noise: Tensor, counts: Int[Tensor, " batch"]
+) -> Float[Tensor, "batch seq"]:
+    """Scores by which three quarters of ``counts`` are the best, and the others any."""
+    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    best = rank < (counts - counts // 4)[:, None]
+    return noise.masked_fill(best, 2.0)  # noise is below 1
+
+
+def _noise(candidates: Tensor, sample_ids: Tensor | None, seed: int) -> Float[Tensor, "batch seq"]:
+    """In (0, 1), keyed by text and place."""
     if sample_ids is None:
         sample_ids = torch.arange(candidates.shape[0], device=candidates.device)
     places = torch.arange(candidates.shape[1], device=candidates.device)

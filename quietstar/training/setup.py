@@ -243,6 +243,8 @@ def where(thoughts: ThoughtsConfig) -> str:
         "every": f"before {share}, evenly spaced",
         "random": f"before {share}, at random",
         "entropy": f"before {share}, the hardest to predict",
+        "weight": f"before {share}, where the mixing head expects most",
+        "weighted_entropy": f"before {share}, hard and with a high expected mixing weight",
         "answer": "before each token of an answer",
         "answer_start": "before each answer",
     }[thoughts.positions]
