@@ -276,6 +276,7 @@ def type_text(key: str) -> str:
 
 BENCHMARKS = {
     "step": "step",
+    "rollout": "rollout",
     "decode": "decode",
     "sweep": "sweep",
     "tuning": "tuning",
@@ -386,6 +387,6 @@ COMMANDS: dict[str, Command] = {
     ),
     "merge": Command("Merge adapters: quietstar merge --model DIR --out DIR", _merge),
     "bench": Command(
-        "Measure a step, decoding, ways to tune, memory: quietstar bench step|decode|...", _bench
+        "Measure a step, sampling, decoding, memory: quietstar bench step|rollout|...", _bench
     ),
 }

@@ -22,6 +22,17 @@ def test_the_step_and_its_floor(tmp_path):
     assert found["settings"]["seq_len"] == 16
 
 
+def test_sampling_and_its_floor(tmp_path):
+    out = tmp_path / "rollout.json"
+    call = ["bench", "rollout", "--seq-len", "16", "--thought-length", "3", "--repeats", "1"]
+    assert cli.main([*call, "--positions", "every", "--device", "cpu", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    ratio = found["rollout_seconds"] / found["floor_seconds"]
+    assert found["rollout_over_floor"] == pytest.approx(ratio)
+    places = 4  # ceil(0.25 * 15)
+    assert found["tokens_per_second"] * found["rollout_seconds"] == pytest.approx(3 * 2 * places)
+
+
 def test_decoding_beside_the_ideal(tmp_path):
     out = tmp_path / "decode.json"
     call = ["bench", "decode", "--prefix", "8", "--tokens", "2", "--repeats", "1"]

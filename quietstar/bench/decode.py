@@ -24,8 +24,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from quietstar.bench.measure import environment
 from quietstar.bench.memory import PeakMemory
-from quietstar.bench.step import environment, load_model, make_thinker
+from quietstar.bench.models import load_model, make_thinker
 from quietstar.engine.decoding import Decoder
 from quietstar.engine.rollout import Sampling
 from quietstar.evaluation.loading import find_device

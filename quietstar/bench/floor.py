@@ -30,11 +30,16 @@ def floor_step(model: PreTrainedModel, layout: Layout, batch_rows: int = 8) -> N
     loss_rows = layout.batch_size * per_text
     for rows, with_loss in _batches(learn_rows, loss_rows, batch_rows):
         _plain_step(model, rows, with_loss, layout.text_length)
+    floor_rollout(model, layout, batch_rows)
+
+
+@torch.no_grad()
+def floor_rollout(model: PreTrainedModel, layout: Layout, batch_rows: int = 8) -> None:
+    """Run the floor of the sampling alone; arguments as in `floor_step`."""
     sampled = layout.batch_size * layout.num_thoughts * layout.thought_length
-    with torch.no_grad():
-        for rows, with_logits in _batches(layout.batch_size + sampled, sampled, batch_rows):
-            states = _states(model, rows, layout.text_length)
-            _logits(model, states[:with_logits])
+    for rows, with_logits in _batches(layout.batch_size + sampled, sampled, batch_rows):
+        states = _states(model, rows, layout.text_length)
+        _logits(model, states[:with_logits])
 
 
 def _batches(rows: int, marked: int, batch_rows: int) -> list[tuple[int, int]]:

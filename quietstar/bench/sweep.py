@@ -22,6 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from quietstar.bench import step
+from quietstar.bench.measure import environment
 from quietstar.errors import UserError
 
 AXES = {
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     for axis, rows in found.items():
         console.print(table(axis, rows))
     if args.json:
-        result = {"axes": found, "settings": vars(args), "environment": step.environment()}
+        result = {"axes": found, "settings": vars(args), "environment": environment()}
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if args.plot:
         write_plot(Path(args.plot), found)

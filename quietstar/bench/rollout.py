@@ -1,0 +1,88 @@
+"""``quietstar bench rollout``: seconds and memory of sampling all thoughts, beside the floor.
+
+The floor: a plain causal LM's forward without gradient over as many tokens, with logits where a
+token is sampled. Both run in turn in one process; the figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from quietstar.bench.floor import floor_rollout
+from quietstar.bench.measure import environment, in_turn, peak_mb, precision
+from quietstar.bench.models import load_model, make_thinker
+from quietstar.bench.step import FLOOR_BATCHES, sizes_parser
+from quietstar.cpu_memory import keep_freed_memory
+from quietstar.engine.layout import Layout
+from quietstar.evaluation.loading import find_device
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark, print a table, write JSON if asked."""
+    args = sizes_parser("quietstar bench rollout", __doc__).parse_args(arguments)
+    result = bench_rollout(args)
+    table = Table(title=f"sampling of thoughts, {args.model}, {args.dtype}")
+    for column in ("rollout s", "floor s", "rollout / floor", "tokens/s", "peak MB above model"):
+        table.add_column(column, justify="right")
+    fine = ("rollout_seconds", "floor_seconds", "rollout_over_floor")
+    coarse = ("tokens_per_second", "peak_mb_above_model")
+    cells = [f"{result[name]:.3f}" for name in fine] + [f"{result[name]:,.0f}" for name in coarse]
+    table.add_row(*cells)
+    Console().print(table)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def bench_rollout(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure one setting; keys as in the JSON file."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    base = load_model(args.model, args.vocab_size)
+    plain = copy.deepcopy(base)
+    names = ("positions", "share", "num_thoughts", "lookahead")
+    model = make_thinker(base, args, **{name: getattr(args, name) for name in names})
+    device = find_device(args.device)
+    if device == "cpu":  # as in training
+        keep_freed_memory()
+    model = model.to(device)
+    plain.to(device)  # pyright: ignore[reportArgumentType]  (a wrapper hides its type)
+    tokens = torch.randint(base.config.vocab_size, (args.batch_size, args.seq_len), device=device)
+    layout = Layout(
+        args.batch_size, args.seq_len, args.num_thoughts, args.thought_length, args.lookahead
+    )
+    sampled = 0
+
+    def rollout() -> None:
+        nonlocal sampled
+        with precision(args.dtype, device):
+            thoughts = model.sample(
+                tokens, num_thoughts=args.num_thoughts, temperature=1.0,
+                positions=model.choose_positions(tokens),
+            )  # fmt: skip
+        sampled = thoughts.numel()
+
+    def floor(rows: int) -> None:
+        with precision(args.dtype, device):
+            floor_rollout(plain, layout, rows)
+
+    peak = peak_mb(rollout, device)
+    mine, floor_seconds, rows = in_turn(rollout, floor, FLOOR_BATCHES, args.repeats)
+    return {
+        "rollout_seconds": mine,
+        "floor_seconds": floor_seconds,
+        "rollout_over_floor": mine / floor_seconds,
+        "tokens_per_second": sampled / mine,
+        "peak_mb_above_model": peak,
+        "settings": {k: v for k, v in vars(args).items() if k != "json"},
+        "environment": environment() | {"floor_batch_rows": rows},
+    }
