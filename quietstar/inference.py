@@ -15,12 +15,8 @@ from quietstar.engine.rollout import Sampling, run_text
 from quietstar.errors import UserError
 from quietstar.gates import Gate
 from quietstar.generation import generate
-from quietstar.losses.quiet_star import (
-    mixed_candidates,
-    mixed_predictions,
-    next_token_loss,
-    quiet_star_loss,
-)
+from quietstar.losses.quiet_star import next_token_loss, quiet_star_loss
+from quietstar.losses.scores import mixed_candidates, mixed_predictions
 from quietstar.metrics import plain_metrics, thought_metrics
 from quietstar.outputs import MixedScores, PlainScores, Thoughts
 from quietstar.parts import ThinkingParts, target_labels

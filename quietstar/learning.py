@@ -13,7 +13,6 @@ parameters get their gradients (DDP, ZeRO-1 and -2) sees them come once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -32,18 +31,15 @@ from quietstar.engine.learn import BlockInputs, block_pass, embed_blocks, make_b
 from quietstar.engine.positions import on_host
 from quietstar.engine.rollout import TextRun
 from quietstar.errors import UserError
-from quietstar.losses.cross_entropy import HeadGradients
+from quietstar.gradient_sums import Source, Weights
 from quietstar.losses.mixture import groups
-from quietstar.losses.output_head import OutputHead
 from quietstar.losses.quiet_star import (
-    ScoredThoughts,
     ThoughtLoss,
-    ThoughtResults,
     count_thought_items,
     next_token_loss,
-    score,
     thought_loss,
 )
+from quietstar.losses.scores import ScoredThoughts, ThoughtResults, score
 from quietstar.parts import ThinkingParts
 from quietstar.precision import at_least_float32
 
@@ -142,72 +138,6 @@ class _InGroups(torch.autograd.Function):
         return None, *[None if g is None else g.mul_(grad_value.to(g.dtype)) for g in grads]
 
 
-class _Source:
-    """A tensor that groups read parts of; what flows back to them is summed here."""
-
-    def __init__(self, x: Tensor, wanted: bool) -> None:
-        self.x = x
-        wide = at_least_float32(x.new_zeros(())).dtype
-        wanted = wanted and x.requires_grad
-        self.grad = torch.zeros_like(x, dtype=wide) if wanted else None
-
-    def part(self, where: Any = ...) -> Tensor:
-        """A leaf with the content of a part."""
-        return self.x.detach()[where].requires_grad_(self.grad is not None)
-
-    def add(self, where: Any, grad: Tensor | None) -> None:
-        """What flows back to a part."""
-        if self.grad is not None and grad is not None:
-            self.grad[where] += grad
-
-    def total(self) -> Tensor | None:
-        """In the tensor's own type."""
-        return None if self.grad is None else self.grad.to(self.x.dtype)
-
-
-class _Weights:
-    """What trains, but for the learned vectors, which are read outside of the groups."""
-
-    def __init__(self, model: ThinkingParts, head: OutputHead, wanted: bool) -> None:
-        vectors = (model.start_embedding, model.end_embedding)
-        outside = {id(vector) for vector in vectors}
-        self.parameters = [
-            p for p in model.parameters() if p.requires_grad and id(p) not in outside
-        ]
-        self.sink = None
-        if head.is_linear and wanted:
-            bias = head.bias is not None and head.bias.requires_grad
-            self.sink = HeadGradients(head, head.weight.requires_grad, bias)
-        in_sink = {id(head.weight), id(head.bias)} if self.sink is not None else set()
-        # The gradients of a linear head are collected by the losses, not by autograd.
-        self.in_graph = [p for p in self.parameters if id(p) not in in_sink]
-        self._grads: dict[int, Tensor] = {}
-
-    def add(self, grads: Sequence[Tensor | None]) -> None:
-        """Of ``in_graph``, of one group."""
-        for parameter, grad in zip(self.in_graph, grads, strict=True):
-            if grad is None:
-                continue
-            total = self._grads.get(id(parameter))
-            if total is None:
-                # Its own: autograd may hand out one tensor twice.
-                self._grads[id(parameter)] = at_least_float32(grad).clone()
-            else:
-                total.add_(grad)
-
-    def totals(self, head: OutputHead) -> list[Tensor | None]:
-        """Of ``parameters``, in their own types."""
-        totals = dict(self._grads)
-        if self.sink is not None:
-            pairs = ((head.weight, self.sink.weight), (head.bias, self.sink.bias))
-            totals |= {id(p): grad for p, grad in pairs if p is not None and grad is not None}
-        grads = [totals.get(id(p)) for p in self.parameters]
-        return [
-            None if g is None else g.to(p.dtype)
-            for p, g in zip(self.parameters, grads, strict=True)
-        ]
-
-
 class _Groups:
     """The groups of a step, and what they give."""
 
@@ -222,18 +152,18 @@ class _Groups:
             model.causal_lm, model.start_embedding, model.end_embedding,
             step.input_ids, step.thoughts, lookahead, positions,
         )  # fmt: skip
-        self.block_inputs = [_Source(x, self.wanted) for x in inputs.tensors]
-        self.states = _Source(text.states, self.wanted)
+        self.block_inputs = [Source(x, self.wanted) for x in inputs.tensors]
+        self.states = Source(text.states, self.wanted)
         self.layers = list(text.keys)
-        self.keys = [_Source(x, self.wanted) for pair in text.keys.values() for x in pair]
-        self.weights = _Weights(model, self.head, self.wanted)
+        self.keys = [Source(x, self.wanted) for pair in text.keys.values() for x in pair]
+        self.weights = Weights(model, self.head, self.wanted)
         self.results = _Results()
         length, num_thoughts, batch_size, num_positions = step.thoughts.shape
         each = 1 + num_thoughts * (length + lookahead)  # the start token is shared
         self.parts = list(groups(batch_size, num_positions, max(1, block_tokens // each)))
 
     @property
-    def _sources(self) -> list[_Source]:
+    def _sources(self) -> list[Source]:
         return [*self.block_inputs, self.states, *self.keys]
 
     @property
@@ -274,7 +204,7 @@ class _Groups:
 
     def _forward(
         self, texts: slice, places: slice
-    ) -> tuple[list[tuple[_Source, Any, Tensor]], Tensor, ThoughtResults]:
+    ) -> tuple[list[tuple[Source, Any, Tensor]], Tensor, ThoughtResults]:
         model, step = self.model, self.step
         lookahead, virtual = model.thoughts.lookahead, num_virtual(model.causal_lm)
         where = None if step.positions is None else step.positions[texts, places]
@@ -319,7 +249,7 @@ class _Groups:
             return places.stop
         return int(where.max()) + 1 if on_host(where) else self.step.input_ids.shape[1]
 
-    def _backward(self, loss: Tensor, reads: list[tuple[_Source, Any, Tensor]]) -> None:
+    def _backward(self, loss: Tensor, reads: list[tuple[Source, Any, Tensor]]) -> None:
         reads = [read for read in reads if read[2].requires_grad]
         inputs = [*(part for _, _, part in reads), *self.weights.in_graph]
         with torch.autocast(loss.device.type, enabled=False):  # backward never runs under it

@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from quietstar.losses.quiet_star import ScoredThoughts, rewards
+from quietstar.losses.quiet_star import rewards
+from quietstar.losses.scores import ScoredThoughts
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from quietstar.inference import ThinkingInference
 from quietstar.learning import Step, learn_in_groups
 from quietstar.loading import drop_dropout_layers, load_base
 from quietstar.losses.quiet_star import (
-    ScoredThoughts,
     choose_policy_temperature,
     next_token_loss,
     quiet_star_loss,
 )
+from quietstar.losses.scores import ScoredThoughts
 from quietstar.metrics import plain_metrics, thought_metrics
 from quietstar.outputs import QuietStarOutput
 from quietstar.parts import target_labels

@@ -15,7 +15,7 @@ from quietstar.engine.positions import LEARNED_RULES, SCORED_RULES, choose_posit
 from quietstar.engine.rollout import Sampling, TextRun, sample_thoughts
 from quietstar.loading import initial_embedding
 from quietstar.losses.output_head import OutputHead, find_output_head
-from quietstar.losses.quiet_star import next_token_entropy
+from quietstar.losses.scores import next_token_entropy
 from quietstar.mixing_head import MixingHead
 
 

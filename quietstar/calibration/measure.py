@@ -20,7 +20,7 @@ from quietstar.engine.learn import plain_pass
 from quietstar.engine.rollout import Sampling
 from quietstar.gates import PROBED, Gate, GateKind, Probe
 from quietstar.generation import next_logits
-from quietstar.losses.quiet_star import next_token_entropy
+from quietstar.losses.scores import next_token_entropy
 from quietstar.model import QuietStarForCausalLM
 
 RIDGE = 1e-2

@@ -19,9 +19,11 @@ from torch import Tensor
 from quietstar.engine.layout import TextAhead
 from quietstar.losses.cross_entropy import (
     HeadGradients,
+    Segment,
     SoftmaxChunk,
     chunk_rows,
     compute_dtype,
+    objective,
 )
 from quietstar.losses.output_head import OutputHead
 from quietstar.precision import at_least_float32
@@ -97,12 +99,14 @@ def mixture_objective(
 
     Args:
         mixture: States, weights, targets, coefficients.
-        head: From states to logits; a linear one.
-        sink: Collects the gradients of the head; by default they are those of its parameters.
+        head: From states to logits.
+        sink: Collects the gradients of a linear head; by default they are those of its parameters.
 
     Returns:
         The scalar objective (differentiable in states, mixing weight and head) and the results.
     """
+    if not head.is_linear:
+        return _by_rows(mixture, head)
     results: list[MixtureResult] = []
     args = (mixture, head, sink, torch.is_grad_enabled(), results)
     weight = None if sink is not None else head.weight
@@ -112,6 +116,40 @@ def mixture_objective(
     )
     return value, results[0]
 
+
+def _by_rows(mixture: Mixture, head: OutputHead) -> tuple[Tensor, MixtureResult]:
+    """The same with a head whose logits are not linear in the states."""
+    shape = mixture.mixing_weight.shape
+    states = mixture.thought.flatten(0, 3)
+
+    def each(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.unsqueeze(1).expand(shape).flatten()
+
+    targets = each(mixture.targets)
+    assert targets is not None, "there are targets"
+    text = mixture.text.spread(mixture.text.rows).unsqueeze(1).expand_as(mixture.thought)
+    segments = [
+        Segment(
+            text.flatten(0, 3),
+            targets,
+            each(mixture.mixed_coefficient),
+            wants_predicted=mixture.wants_predicted,
+            other_states=states,
+            other_weight=mixture.mixing_weight.flatten(),
+        )
+    ]
+    if mixture.wants_thought:
+        segments.append(Segment(states, targets, each(mixture.thought_coefficient)))
+    value, results = objective(segments, head)
+    predicted = results[0].predicted
+    return value, MixtureResult(
+        results[0].nll.view(shape),
+        results[1].nll.view(shape) if mixture.wants_thought else None,
+        predicted.view(shape) if mixture.wants_predicted and predicted is not None else None,
+    )
+
+
+# --- Linear heads: fused --------------------------------------------------------------------------
 
 Where = tuple[EllipsisType, slice, slice]
 """Texts and positions of a chunk."""

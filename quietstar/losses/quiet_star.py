@@ -24,58 +24,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from quietstar.config import LossConfig
-from quietstar.engine.layout import (
-    IGNORE_INDEX,
-    TextAhead,
-    lookahead_states,
-    lookahead_targets,
-    text_ahead,
-)
+from quietstar.engine.layout import IGNORE_INDEX, TextAhead, lookahead_targets, text_ahead
 from quietstar.engine.learn import LearnStates
 from quietstar.losses.cross_entropy import HeadGradients, RowResult, Segment, objective
 from quietstar.losses.estimators import ESTIMATORS
 from quietstar.losses.mixture import Mixture, MixtureResult, mixture_objective
 from quietstar.losses.output_head import OutputHead
+from quietstar.losses.scores import ScoredThoughts, ThoughtResults, score
 
 PAPER_POLICY_TEMPERATURE = 3.0
 """Value of the published code (`reinforce_temperature`); no reason is given there."""
-
-
-@dataclass(frozen=True)
-class ScoredThoughts:
-    """What the thoughts did, position by position, without gradient.
-
-    With chosen positions, P of them a text stand where ``positions`` is written; else S.
-
-    Attributes:
-        thoughts: Sampled tokens.
-        logprobs: Their log-probabilities at the policy temperature.
-        mixing_weight: Share of the thought in each prediction.
-        base_logprobs: Of the true token x_{i+a}, without the thought.
-        mixed_logprobs: With it.
-        thought_logprobs: By the thought's own prediction alone; None if no loss needs it.
-        valid: Whether there is a target x_{i+a}.
-        entropy: Of each thought token's distribution, None if not computed.
-        text_logprobs: Of the next token after every text position, 0 where there is no target.
-        text_valid: Where there is one.
-        positions: The chosen ones, None for all.
-        base_predicted: Most likely next token without the thought, None if not asked for.
-        mixed_predicted: Most likely x_{i+a} with it, None if not asked for.
-    """
-
-    thoughts: Int[Tensor, "length thoughts batch positions"]
-    logprobs: Float[Tensor, "length thoughts batch positions"]
-    mixing_weight: Float[Tensor, "lookahead thoughts batch positions"]
-    base_logprobs: Float[Tensor, "lookahead batch positions"]
-    mixed_logprobs: Float[Tensor, "lookahead thoughts batch positions"]
-    thought_logprobs: Float[Tensor, "lookahead thoughts batch positions"] | None
-    valid: Tensor  # (A, B, P), bool
-    entropy: Float[Tensor, "length thoughts batch positions"] | None
-    text_logprobs: Float[Tensor, "batch seq"]
-    text_valid: Tensor  # (B, S), bool
-    positions: Int[Tensor, "batch positions"] | None = None
-    base_predicted: Int[Tensor, "batch seq"] | None = None
-    mixed_predicted: Int[Tensor, "lookahead thoughts batch positions"] | None = None
 
 
 def choose_policy_temperature(config: LossConfig, sampling_temperature: float) -> float:
@@ -172,27 +130,6 @@ class ThoughtLoss:
         return self.scoring or config.thought_weight > 0 or config.reward == "thought"
 
 
-@dataclass(frozen=True)
-class ThoughtResults:
-    """What the terms behind thoughts gave, without gradient; NLLs are 0 where there is no target.
-
-    Attributes:
-        mixed: NLL of the mixed prediction.
-        thought: NLL of the thought's own, None if nothing read it.
-        predicted: Most likely mixed token, None if not asked for.
-        policy: NLL of the thought tokens at the policy temperature.
-        entropy: Of their distributions, None if not computed.
-        mixing_weight: As given.
-    """
-
-    mixed: Float[Tensor, "lookahead thoughts batch positions"]
-    thought: Float[Tensor, "lookahead thoughts batch positions"] | None
-    predicted: Int[Tensor, "lookahead thoughts batch positions"] | None
-    policy: Float[Tensor, "length thoughts batch positions"]
-    entropy: Float[Tensor, "length thoughts batch positions"] | None
-    mixing_weight: Float[Tensor, "lookahead thoughts batch positions"]
-
-
 def thought_loss(
     policy_states: Float[Tensor, "length thoughts batch positions width"],
     ahead_states: Float[Tensor, "lookahead thoughts batch positions width"],
@@ -252,41 +189,7 @@ def _mixture(
         wants_thought=settings.needs_thought,
         wants_predicted=settings.scoring,
     )
-    if head.is_linear:
-        return mixture_objective(mixture, head, sink)
-    return _mixture_by_rows(mixture, head)
-
-
-def _mixture_by_rows(mixture: Mixture, head: OutputHead) -> tuple[Tensor, MixtureResult]:
-    """The same with a head whose logits are not linear in the states."""
-    shape = mixture.mixing_weight.shape
-    states = mixture.thought.flatten(0, 3)
-
-    def each(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.unsqueeze(1).expand(shape).flatten()
-
-    targets = each(mixture.targets)
-    assert targets is not None, "there are targets"
-    text = mixture.text.spread(mixture.text.rows).unsqueeze(1).expand_as(mixture.thought)
-    segments = [
-        Segment(
-            text.flatten(0, 3),
-            targets,
-            each(mixture.mixed_coefficient),
-            wants_predicted=mixture.wants_predicted,
-            other_states=states,
-            other_weight=mixture.mixing_weight.flatten(),
-        )
-    ]
-    if mixture.wants_thought:
-        segments.append(Segment(states, targets, each(mixture.thought_coefficient)))
-    value, results = objective(segments, head)
-    predicted = results[0].predicted
-    return value, MixtureResult(
-        results[0].nll.view(shape),
-        results[1].nll.view(shape) if mixture.wants_thought else None,
-        predicted.view(shape) if mixture.wants_predicted and predicted is not None else None,
-    )
+    return mixture_objective(mixture, head, sink)
 
 
 def _draft(policy_states: Tensor, targets: Tensor, settings: ThoughtLoss) -> Segment:
@@ -340,38 +243,6 @@ def advantages(
     return ESTIMATORS[config.estimator](rewards(-nll, targets != IGNORE_INDEX))
 
 
-def score(
-    results: ThoughtResults,
-    base: RowResult,
-    thoughts: Int[Tensor, "length thoughts batch positions"],
-    labels: Int[Tensor, "batch seq"],
-    targets: Int[Tensor, "lookahead batch positions"],
-    positions: Int[Tensor, "batch positions"] | None,
-) -> ScoredThoughts:
-    """The results of all positions and of the texts, put together."""
-    text_nll, valid = base.nll.view(labels.shape), targets != IGNORE_INDEX
-    ahead = lookahead_states(text_nll, targets.shape[0], positions)
-    return ScoredThoughts(
-        thoughts=thoughts,
-        logprobs=-results.policy,
-        mixing_weight=results.mixing_weight,
-        base_logprobs=-ahead.where(valid, 0.0),
-        mixed_logprobs=-results.mixed,
-        thought_logprobs=None if results.thought is None else -results.thought,
-        valid=valid,
-        entropy=results.entropy,
-        text_logprobs=-text_nll,
-        text_valid=lookahead_targets(labels, 1)[0] != IGNORE_INDEX,
-        positions=positions,
-        base_predicted=_like(base.predicted, text_nll),
-        mixed_predicted=results.predicted,
-    )
-
-
-def _like(x: Tensor | None, other: Tensor) -> Tensor | None:
-    return None if x is None else x.view(other.shape)
-
-
 def _count(targets: Tensor, given: Tensor | int | None) -> Tensor:
     """Number of targets to divide by, at least 1."""
     count = (targets != IGNORE_INDEX).sum() if given is None else torch.as_tensor(given)
@@ -410,57 +281,6 @@ def next_token_loss(
     )
     loss, results = objective([segment], head)
     return loss, results[0], valid
-
-
-def mixed_predictions(
-    states: LearnStates,
-    mixing_weight: Float[Tensor, "lookahead thoughts batch positions"],
-    labels: Int[Tensor, "batch seq"],
-    head: OutputHead,
-    positions: Int[Tensor, "batch positions"] | None = None,
-) -> MixtureResult:
-    """The mixed prediction of every target alone: what a reader of scores needs, and no more.
-
-    Arguments as in `quiet_star_loss`.
-    """
-    lookahead = mixing_weight.shape[0]
-    targets = lookahead_targets(labels, lookahead, positions)
-    mixture = Mixture(
-        text_ahead(states.text, lookahead, positions),
-        states.ahead,
-        mixing_weight,
-        targets,
-        wants_thought=False,
-        wants_predicted=True,
-    )
-    by = mixture_objective if head.is_linear else _mixture_by_rows
-    return by(mixture, head)[1]
-
-
-def mixed_candidates(
-    states: LearnStates,
-    mixing_weight: Float[Tensor, "lookahead thoughts batch positions"],
-    head: OutputHead,
-    candidates: Int[Tensor, " candidates"],
-    positions: Int[Tensor, "batch positions"] | None = None,
-) -> Float[Tensor, "thoughts batch positions candidates"]:
-    """Mixed logits of a few candidates for the next token; arguments as in `quiet_star_loss`."""
-    base = lookahead_states(states.text, 1, positions)  # (1, B, P, D)
-    base, thought = (head.candidate_logits(x, candidates) for x in (base, states.ahead[0]))
-    weight = mixing_weight[0].unsqueeze(-1).to(thought.dtype)
-    return torch.lerp(base.expand_as(thought), thought, weight)
-
-
-def next_token_entropy(
-    states: Float[Tensor, "batch seq width"], head: OutputHead
-) -> Float[Tensor, "batch seq"]:
-    """Entropy of the next token's distribution after every text position, nats; no gradient."""
-    rows = states.detach().flatten(0, 1)
-    targets = torch.full_like(rows[:, 0], IGNORE_INDEX, dtype=torch.long)
-    with torch.no_grad():
-        _, results = objective([Segment(rows, targets, wants_entropy=True)], head)
-    assert results[0].entropy is not None, "it was asked for"
-    return results[0].entropy.view(states.shape[:2])
 
 
 def _filled(targets: Tensor, value: Tensor) -> Tensor:
