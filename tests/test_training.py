@@ -257,10 +257,10 @@ def test_the_final_model_gives_the_last_evaluation_again(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, monkeypatch):
     seen = {}
-    real_loss, real_train = quietstar.model.quiet_star_loss, run.train
+    real_learn, real_train = quietstar.model.learn_in_groups, run.train
 
     def poisoned(*args, **kwargs):
-        loss, scored = real_loss(*args, **kwargs)
+        loss, scored = real_learn(*args, **kwargs)
         return (loss * float("nan") if loss.requires_grad else loss), scored
 
     def watched(this):
@@ -268,7 +268,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, mon
         seen["before"] = {n: p.detach().clone() for n, p in this.model.named_parameters()}
         real_train(this)
 
-    monkeypatch.setattr(quietstar.model, "quiet_star_loss", poisoned)
+    monkeypatch.setattr(quietstar.model, "learn_in_groups", poisoned)
     monkeypatch.setattr(run, "train", watched)
     with pytest.raises(UserError, match=r"step 1: loss nan.*is not finite"):
         train(run_config(tmp_path))
