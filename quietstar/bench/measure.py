@@ -67,7 +67,7 @@ def in_turn(
     mine: Callable[[], None], floor: Callable[[int], None], batches: Sequence[int], repeats: int
 ) -> tuple[float, float, int]:
     """Median seconds of both, run in turn, and the rows at once with which the floor is fastest."""
-    rows = min(batches, key=lambda rows: seconds(lambda: floor(rows), 2))
+    rows = min(batches, key=lambda rows: seconds(lambda: floor(rows), 2) if batches[1:] else 0)
     times = [(seconds(mine, 1), seconds(lambda: floor(rows), 1)) for _ in range(repeats)]
     first, second = (statistics.median(column) for column in zip(*times, strict=True))
     return first, second, rows

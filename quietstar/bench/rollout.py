@@ -19,7 +19,7 @@ from rich.table import Table
 from quietstar.bench.floor import floor_rollout
 from quietstar.bench.measure import environment, in_turn, peak_mb, precision
 from quietstar.bench.models import load_model, make_thinker
-from quietstar.bench.step import FLOOR_BATCHES, sizes_parser
+from quietstar.bench.step import floor_batches, share_of, sizes_parser
 from quietstar.cpu_memory import keep_freed_memory
 from quietstar.engine.layout import Layout
 from quietstar.evaluation.loading import find_device
@@ -73,10 +73,11 @@ def bench_rollout(args: argparse.Namespace) -> dict[str, Any]:
 
     def floor(rows: int) -> None:
         with precision(args.dtype, device):
-            floor_rollout(plain, layout, rows)
+            floor_rollout(plain, layout, rows, share_of(args))
 
     peak = peak_mb(rollout, device)
-    mine, floor_seconds, rows = in_turn(rollout, floor, FLOOR_BATCHES, args.repeats)
+    batches = floor_batches(args.seq_len)
+    mine, floor_seconds, rows = in_turn(rollout, floor, batches, args.repeats)
     return {
         "rollout_seconds": mine,
         "floor_seconds": floor_seconds,

@@ -29,7 +29,8 @@ from quietstar.evaluation.loading import find_device
 from quietstar.learning import resolve_block_tokens
 
 POSITIONS = ("all", "every", "random", *SCORED_RULES)
-FLOOR_BATCHES = (4, 8, 16)
+FLOOR_TOKENS = (1024, 2048, 4096)
+"""That the floor runs at once; the fastest counts."""
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
 """Of bfloat16 matrix products without sparsity, by part of the device's name."""
 
@@ -74,7 +75,7 @@ def sizes_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
         help="bfloat16: autocast over float32 weights")  # fmt: skip
     add("--positions", choices=POSITIONS, default="all",
-        help="the floor stays that of all positions")  # fmt: skip
+        help="the floor is that of their tokens")  # fmt: skip
     add("--share", type=float, default=0.25)
     add("--vocab-size", type=int, default=None, help="of a built-in model")
     add("--repeats", type=int, default=5)
@@ -118,12 +119,13 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
 
     def floor(rows: int) -> None:
         with precision(args.dtype, device):
-            floor_step(plain, layout, rows)
+            floor_step(plain, layout, rows, share_of(args))
         plain.zero_grad(set_to_none=True)
 
     peak = peak_mb(step, device)
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    step_seconds, floor_seconds, rows = in_turn(step, floor, FLOOR_BATCHES, args.repeats)
+    batches = floor_batches(args.seq_len)
+    step_seconds, floor_seconds, rows = in_turn(step, floor, batches, args.repeats)
     return {
         "step_seconds": step_seconds,
         "floor_seconds": floor_seconds,
@@ -134,6 +136,16 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
         "settings": {k: v for k, v in vars(args).items() if k != "json"},
         "environment": environment() | {"floor_batch_rows": rows},
     }
+
+
+def share_of(args: argparse.Namespace) -> float:
+    """Of the positions, that have thoughts."""
+    return 1.0 if args.positions == "all" else args.share
+
+
+def floor_batches(seq_len: int) -> list[int]:
+    """Rows at once with which the floor is tried."""
+    return sorted({max(1, tokens // seq_len) for tokens in FLOOR_TOKENS})
 
 
 def _flops(floor: Callable[[], None], seconds: float, device: str) -> dict[str, Any]:
