@@ -114,7 +114,8 @@ def _answer_position_rules(config: Config) -> Iterator[CrossFieldProblem]:
         yield CrossFieldProblem(
             ("thoughts.positions", "data.format"),
             f"thoughts.positions ({where}) needs data.format: qa or chat, but it is text, which has"
-            " no answers to think before. Set thoughts.positions to all, every, random or entropy.",
+            " no answers to think before. Set thoughts.positions to all, every, random, entropy,"
+            " weight or weighted_entropy.",
         )
     if data.format == "chat" and data.loss_on != "answer":
         yield CrossFieldProblem(
