@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import copy
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig
+from quietstar.cpu_memory import keep_freed_memory
+from quietstar.engine.layout import Layout
 from quietstar.engine.self_check import use_thinking_attention
 from quietstar.loading import load_base
 from quietstar.model import QuietStarForCausalLM
@@ -47,3 +53,39 @@ def make_thinker(
     config = ThoughtsConfig(length=args.thought_length, **thoughts)
     size = base.config.vocab_size
     return QuietStarForCausalLM(base, config, MixingHeadConfig(), LossConfig(), size)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A Quiet-STaR model and the plain one of its floor, with the same weights.
+
+    Attributes:
+        model: That thinks.
+        plain: A copy of its base.
+        tokens: Random texts.
+        layout: Sizes.
+    """
+
+    model: QuietStarForCausalLM
+    plain: PreTrainedModel
+    tokens: Tensor
+    layout: Layout
+
+
+def make_contest(args: argparse.Namespace, device: str) -> Contest:
+    """Build both of the arguments of `quietstar.bench.step.sizes_parser`."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    base = load_model(args.model, args.vocab_size)
+    plain = copy.deepcopy(base)
+    names = ("positions", "share", "num_thoughts", "lookahead")
+    model = make_thinker(base, args, **{name: getattr(args, name) for name in names})
+    if device == "cpu":  # as in training, once the models are built
+        keep_freed_memory()
+    plain.to(device)  # pyright: ignore[reportArgumentType]  (a wrapper hides its type)
+    tokens = torch.randint(base.config.vocab_size, (args.batch_size, args.seq_len), device=device)
+    layout = Layout(
+        args.batch_size, args.seq_len, args.num_thoughts, args.thought_length, args.lookahead
+    )
+    return Contest(model.to(device), plain, tokens, layout)

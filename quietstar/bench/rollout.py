@@ -7,21 +7,17 @@ token is sampled. Both run in turn in one process; the figures are medians.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from quietstar.bench.floor import floor_rollout
 from quietstar.bench.measure import environment, in_turn, peak_mb, precision
-from quietstar.bench.models import load_model, make_thinker
+from quietstar.bench.models import make_contest
 from quietstar.bench.step import floor_batches, share_of, sizes_parser
-from quietstar.cpu_memory import keep_freed_memory
-from quietstar.engine.layout import Layout
 from quietstar.evaluation.loading import find_device
 
 
@@ -44,22 +40,9 @@ def main(arguments: list[str]) -> int:
 
 def bench_rollout(args: argparse.Namespace) -> dict[str, Any]:
     """Measure one setting; keys as in the JSON file."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    base = load_model(args.model, args.vocab_size)
-    plain = copy.deepcopy(base)
-    names = ("positions", "share", "num_thoughts", "lookahead")
-    model = make_thinker(base, args, **{name: getattr(args, name) for name in names})
     device = find_device(args.device)
-    if device == "cpu":  # as in training
-        keep_freed_memory()
-    model = model.to(device)
-    plain.to(device)  # pyright: ignore[reportArgumentType]  (a wrapper hides its type)
-    tokens = torch.randint(base.config.vocab_size, (args.batch_size, args.seq_len), device=device)
-    layout = Layout(
-        args.batch_size, args.seq_len, args.num_thoughts, args.thought_length, args.lookahead
-    )
+    contest = make_contest(args, device)
+    model, tokens = contest.model, contest.tokens
     sampled = 0
 
     def rollout() -> None:
@@ -73,7 +56,7 @@ def bench_rollout(args: argparse.Namespace) -> dict[str, Any]:
 
     def floor(rows: int) -> None:
         with precision(args.dtype, device):
-            floor_rollout(plain, layout, rows, share_of(args))
+            floor_rollout(contest.plain, contest.layout, rows, share_of(args))
 
     peak = peak_mb(rollout, device)
     batches = floor_batches(args.seq_len)

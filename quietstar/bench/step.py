@@ -7,7 +7,6 @@ several batch sizes and the fastest counts.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from quietstar.bench.floor import floor_step
 from quietstar.bench.measure import environment, in_turn, peak_mb, precision
-from quietstar.bench.models import load_model, make_thinker
+from quietstar.bench.models import make_contest
 from quietstar.config import LossConfig
-from quietstar.cpu_memory import keep_freed_memory
-from quietstar.engine.layout import Layout
 from quietstar.engine.positions import SCORED_RULES
 from quietstar.evaluation.loading import find_device
 from quietstar.learning import resolve_block_tokens
@@ -87,28 +84,15 @@ def sizes_parser(name: str, description: str | None) -> argparse.ArgumentParser:
 
 def bench_step(args: argparse.Namespace) -> dict[str, Any]:
     """Measure one setting; keys as in the JSON file."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    base = load_model(args.model, args.vocab_size)
-    plain = copy.deepcopy(base)
-    names = ("positions", "share", "num_thoughts", "lookahead")
-    model = make_thinker(base, args, **{name: getattr(args, name) for name in names}).train()
+    device = find_device(args.device)
+    contest = make_contest(args, device)
+    model, plain, tokens = contest.model.train(), contest.plain, contest.tokens
     if args.paper_losses:
         model.configure(model.thoughts, LossConfig(thought_weight=0.0))
     if args.activation_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-    device = find_device(args.device)
+        model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     tokens_at_once = "auto" if args.block_tokens is None else args.block_tokens or None
     model.block_tokens = resolve_block_tokens(tokens_at_once, device, in_pieces=False)
-    if device == "cpu":  # as in training
-        keep_freed_memory()
-    model = model.to(device)
-    plain.to(device)  # pyright: ignore[reportArgumentType]  (a wrapper hides its type)
-    tokens = torch.randint(base.config.vocab_size, (args.batch_size, args.seq_len), device=device)
-    layout = Layout(
-        args.batch_size, args.seq_len, args.num_thoughts, args.thought_length, args.lookahead
-    )
 
     def step() -> None:
         with precision(args.dtype, device):
@@ -119,7 +103,7 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
 
     def floor(rows: int) -> None:
         with precision(args.dtype, device):
-            floor_step(plain, layout, rows, share_of(args))
+            floor_step(plain, contest.layout, rows, share_of(args))
         plain.zero_grad(set_to_none=True)
 
     peak = peak_mb(step, device)
