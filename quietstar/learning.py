@@ -43,7 +43,7 @@ from quietstar.losses.scores import ScoredThoughts, ThoughtResults, score
 from quietstar.parts import ThinkingParts
 from quietstar.precision import at_least_float32
 
-AUTO_BLOCK_TOKENS = {"cpu": 4096, "cuda": 16384}
+AUTO_BLOCK_TOKENS = {"cpu": 5120, "cuda": 16384}
 """Tokens of thoughts that learn at once, by kind of device (docs/performance.md)."""
 
 

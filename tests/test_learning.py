@@ -5,6 +5,7 @@ import torch
 from tiny import plain_model, random_texts, thinking_model
 
 from quietstar.engine import passes
+from quietstar.engine.backbone import embed_sparsely
 from quietstar.engine.layout import IGNORE_INDEX
 
 WIDE = torch.float64
@@ -154,3 +155,17 @@ def test_a_second_backward_is_an_error():
     output, _ = run(model, 50)
     with pytest.raises(RuntimeError, match="a second time"):
         output.loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_blocks_leave_rows_of_the_embedding_gradient_and_a_step_one_table(dtype):
+    model = make_model(dtype=dtype)
+    embedding = model.causal_lm.get_input_embeddings()
+    embed_sparsely(model.causal_lm, torch.tensor([[3, 5, 3]])).sum().backward()
+    assert embedding.weight.grad.is_sparse
+    seen = []
+    embedding.weight.register_hook(lambda grad: seen.append(grad.layout))
+    run(model, 8)
+    assert seen == [torch.strided]
+    assert embedding.weight.grad.layout == torch.strided
+    assert not embedding.sparse

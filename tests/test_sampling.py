@@ -166,7 +166,8 @@ def test_a_batch_and_its_halves_draw_the_same_thoughts(model):
 def test_thoughts_do_not_depend_on_the_chunks_of_logits(temperature, model, monkeypatch):
     texts = random_texts(4, 20)  # 160 rows a step
     whole = sample(model, texts, temperature=temperature)
-    monkeypatch.setattr(rollout, "_CHUNK_ELEMENTS", 1)  # chunks of 64 rows, the least
+    monkeypatch.setattr(rollout, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(rollout, "_LEAST_ROWS", 64)
     assert torch.equal(sample(model, texts, temperature=temperature), whole)
 
 

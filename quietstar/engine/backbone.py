@@ -42,6 +42,23 @@ def embed_text(
     return torch.cat([virtual, embedded], dim=1)
 
 
+def embed_sparsely(
+    model: PreTrainedModel, tokens: Int[Tensor, "*rows"]
+) -> Float[Tensor, "*rows embedding"]:
+    """Input embeddings whose gradient is no table of the whole vocabulary, but the tokens' rows.
+
+    For tokens beside a text: autograd adds the rows to the gradient that the text leaves, in place.
+    """
+    embed = model.get_input_embeddings()
+    if not isinstance(embed, torch.nn.Embedding) or tokens.device.type not in ("cpu", "cuda"):
+        return embed(tokens)
+    before, embed.sparse = embed.sparse, True
+    try:
+        return embed(tokens)
+    finally:
+        embed.sparse = before
+
+
 def run_backbone(
     model: PreTrainedModel,
     embeddings: Float[Tensor, "rows seq embedding"],

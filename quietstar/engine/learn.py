@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.engine.backbone import embed_text, num_virtual, run_backbone
+from quietstar.engine.backbone import embed_sparsely, embed_text, num_virtual, run_backbone
 from quietstar.engine.blocks import Blocks, ChosenBlocks, NeighbourBlocks
 from quietstar.engine.layout import (
     ChosenLayout,
@@ -160,9 +160,9 @@ def embed_blocks(
     positions: Int[Tensor, "batch positions"] | None = None,
 ) -> BlockInputs:
     """Input embeddings of the blocks behind all positions, or the chosen ones."""
-    embed = model.get_input_embeddings()
     true = lookahead_targets(input_ids, lookahead, positions)[:-1].clamp(min=0)
-    return BlockInputs(start_embedding, end_embedding, embed(thoughts), embed(true))
+    thought, true = embed_sparsely(model, thoughts), embed_sparsely(model, true)
+    return BlockInputs(start_embedding, end_embedding, thought, true)
 
 
 def make_blocks(

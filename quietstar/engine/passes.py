@@ -24,7 +24,7 @@ from quietstar.engine.chosen import (
 from quietstar.engine.dense import ScoreRules, dense_attention, dense_blocks, recomputed
 from quietstar.engine.kernels import Kernel, find_kernel
 from quietstar.engine.layout import ChosenLayout
-from quietstar.engine.own_block import own_attend
+from quietstar.engine.own_block import own_attend, own_dtype
 from quietstar.engine.parallel_attention import ParallelAttention, add_own_
 from quietstar.precision import at_least_float32
 
@@ -235,16 +235,16 @@ class RolloutCache:
 
     def _first(self, order: Order, x: Tensor) -> Tensor:
         x = order.for_each_thought(x.transpose(1, 2))  # (rows, tokens, Hkv, .)
-        cache = x.new_empty(*x.shape[:3], self.num_steps, x.shape[3])
-        cache[:, :, :, 0] = x
+        cache = x.new_empty(self.num_steps, *x.shape, dtype=own_dtype(x))
+        cache[0] = x
         return cache
 
     def store_own(self, layer: int, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add one token to all blocks; returns them so far, (rows, tokens, Hkv, index + 1, .)."""
         for cache, new in zip(self.own[layer], (k, v), strict=True):
-            cache[:, :, :, index] = new.transpose(1, 2)
-        keys, values = self.own[layer]
-        return keys[..., : index + 1, :], values[..., : index + 1, :]
+            cache[index] = new.transpose(1, 2)
+        keys, values = (x[: index + 1].movedim(0, 3) for x in self.own[layer])
+        return keys, values
 
 
 class StartStep:
@@ -312,8 +312,8 @@ class ThoughtStep:
         own_k, own_v = self.cache.store_own(id(layer), self.index, k, v)
         kernel = choose_kernel(q, k, v, rules, q.shape[2] + self.index + 1)
         if kernel is None:
-            own = (own_k.permute(3, 0, 2, 1, 4), own_v.permute(3, 0, 2, 1, 4))
-            return dense_attention(q, text, own, rules, self.index)
+            own_k, own_v = (x.permute(3, 0, 2, 1, 4).to(q.dtype) for x in (own_k, own_v))
+            return dense_attention(q, text, (own_k, own_v), rules, self.index)
         out, lse = kernel.forward(q, *text, True, rules.scale)
         blocks = q.shape[0] * q.shape[2]
         own_out, share = own_attend(
@@ -325,7 +325,8 @@ class ThoughtStep:
         )
         by_place = out.transpose(1, 2)  # (K * B, S, H, d)
         share = share.view(*by_place.shape[:-1], 1).to(out.dtype)
-        return torch.addcmul(own_out.view(by_place.shape), by_place, share).transpose(1, 2)
+        own_out = own_out.view(by_place.shape).to(out.dtype)
+        return torch.addcmul(own_out, by_place, share).transpose(1, 2)
 
 
 class ChosenStep:
@@ -353,7 +354,7 @@ class ChosenStep:
         num_positions = text[0].shape[2] + self.index + 1
         kernel = choose_kernel(q, k, v, rules, num_positions, masked=True)
         if kernel is None:
-            own = (own_k, own_v)
+            own = (own_k.to(q.dtype), own_v.to(q.dtype))
             out = dense_step(queries, text, own, rules, self.index, self.positions)
             return out.transpose(0, 1).flatten(1, 2).unsqueeze(0)
         out, lse = self.prefix.forward(kernel, queries, *text, rules.scale)
@@ -362,7 +363,7 @@ class ChosenStep:
         own_out, share = own_attend(own_q, own_k, own_v, by_block, rules.scale)
         # (B * P * K, H, .), so that the result is one row again
         rows = out.transpose(1, 2).flatten(0, 1)
-        rows = torch.addcmul(own_out.squeeze(2), rows, share.to(out.dtype))
+        rows = torch.addcmul(own_out.squeeze(2).to(out.dtype), rows, share.to(out.dtype))
         return rows.transpose(0, 1).unsqueeze(0)
 
 

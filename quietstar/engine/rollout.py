@@ -37,8 +37,8 @@ from quietstar.engine.passes import (
 from quietstar.engine.sampling import keyed_uniform, sample_inverse_cdf
 from quietstar.losses.output_head import OutputHead
 
-_CHUNK_ELEMENTS = 2**22
-"""Logits held at once while sampling: 16 MiB in float32."""
+_CHUNK_ELEMENTS, _LEAST_ROWS = 2**22, 256
+"""Logits held at once while sampling: 16 MiB in float32, and more where that makes fewer rows."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def sample_rows(
 ) -> Tensor:
     """Next tokens, a chunk of logits at a time: as many of every row as noise has columns."""
     vocab_size = head.vocab_size or head.num_logits
-    chunk = max(64, _CHUNK_ELEMENTS // head.num_logits)
+    chunk = max(_LEAST_ROWS, _CHUNK_ELEMENTS // head.num_logits)
     tokens = []
     for rows in range(0, states.shape[0], chunk):
         logits = head.logits(states[rows : rows + chunk])[:, :vocab_size]

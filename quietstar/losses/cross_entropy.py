@@ -18,8 +18,9 @@ from quietstar.engine.layout import IGNORE_INDEX
 from quietstar.losses.output_head import OutputHead
 from quietstar.precision import at_least_float32
 
-_CHUNK_ELEMENTS = 2**23
-"""Logits held at once, per chunk: 32 MiB in float32."""
+_CHUNK_ELEMENTS, _LEAST_ROWS = 2**23, 96
+"""Logits held at once, per chunk: 32 MiB in float32, and more where that makes fewer rows: each
+chunk reads the output weight twice and its gradient once."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def objective(
 
 def chunk_rows(vocab_size: int) -> int:
     """Rows whose logits are held at once."""
-    return max(64, _CHUNK_ELEMENTS // vocab_size)
+    return max(_LEAST_ROWS, _CHUNK_ELEMENTS // vocab_size)
 
 
 def _chunks(rows: int, vocab_size: int) -> list[slice]:

@@ -47,10 +47,7 @@ class OutputHead:
 
     def logits(self, states: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocab"]:
         """Logits in float32 or wider over the whole vocabulary."""
-        logits = at_least_float32(self.module(states.to(self.weight.dtype))) * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
+        return self._finished(self.module(states.to(self.weight.dtype)))
 
     def candidate_logits(
         self, states: Float[Tensor, "*rows width"], candidates: Int[Tensor, " candidates"]
@@ -60,7 +57,11 @@ class OutputHead:
             return self.logits(states)[..., candidates]
         bias = None if self.bias is None else self.bias[candidates]
         few = F.linear(states.to(self.weight.dtype), self.weight[candidates], bias)
-        logits = at_least_float32(few) * self.scale
+        return self._finished(few)
+
+    def _finished(self, products: Tensor) -> Tensor:
+        logits = at_least_float32(products)
+        logits = logits if self.scale == 1.0 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     @property

@@ -46,6 +46,8 @@ class MemoryTrace(TorchDispatchMode):
         return result
 
     def _count(self, tensor: Tensor) -> None:
+        if tensor.layout != torch.strided:  # rows of a gradient, counted already, and their tokens
+            return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._live:
