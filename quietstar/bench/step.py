@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from quietstar.bench.floor import floor_step
 from quietstar.bench.measure import environment, in_turn, peak_mb, precision
 from quietstar.bench.models import make_contest
+from quietstar.compiling import check_compile, compile_layers
 from quietstar.config import LossConfig
 from quietstar.engine.positions import SCORED_RULES
 from quietstar.evaluation.loading import find_device
@@ -56,6 +57,7 @@ def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     add("--block-tokens", type=int, default=None,
         help="that learn at once; by default as training does, 0: all")  # fmt: skip
     add("--activation-checkpointing", action="store_true")
+    add("--compile", action="store_true", help="the decoder layers of the step, not of the floor")
     return parser
 
 
@@ -91,6 +93,9 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
         model.configure(model.thoughts, LossConfig(thought_weight=0.0))
     if args.activation_checkpointing:
         model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.compile:
+        check_compile(True, in_pieces=False)
+        compile_layers(model.causal_lm)
     tokens_at_once = "auto" if args.block_tokens is None else args.block_tokens or None
     model.block_tokens = resolve_block_tokens(tokens_at_once, device, in_pieces=False)
 

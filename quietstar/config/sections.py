@@ -387,6 +387,11 @@ class TrainingConfig(Section):
         default=False,
         description="Recompute activations in the backward pass: less memory, more time.",
     )
+    compile: bool = Field(
+        default=False,
+        description="torch.compile of the decoder layers: shorter steps after about a minute of"
+        " compiling. Needs a C++ compiler; not under ZeRO-3 and FSDP2.",
+    )
     seed: int = Field(
         default=0, ge=0, description="Seed of data order, sampled thoughts and new weights."
     )

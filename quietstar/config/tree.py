@@ -28,7 +28,7 @@ RUN_KEYS = frozenset(
         "mixing_head": ("activation", "initial_weight", "hidden_size", "floor"),
         "training": (
             *("precision", "cpu_threads", "block_tokens", "activation_checkpointing", "seed"),
-            "save_every",
+            *("compile", "save_every"),
             *("keep_checkpoints", "output_dir", "overwrite"),
         ),
     }.items()

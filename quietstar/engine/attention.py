@@ -32,6 +32,7 @@ _SETTLED_KEYWORDS = frozenset(
 )
 
 
+@torch.compiler.disable
 def thinking_attention(
     module: torch.nn.Module,
     query: Tensor,

@@ -25,7 +25,7 @@ CONTENTS = (
 _FREE_ON_RESUME = (
     *("training.steps", "training.micro_batch_size", "training.cpu_threads"),
     *("training.block_tokens", "training.activation_checkpointing", "training.eval_every"),
-    "training.save_every",
+    *("training.compile", "training.save_every"),
     *("training.keep_checkpoints", "training.overwrite", "training.output_dir"),
     *("data.eval_sequences", "logging.trackers", "logging.log_every", "logging.thought_every"),
 )

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
+from quietstar.compiling import check_compile, compile_layers
 from quietstar.config import Config
 from quietstar.config_io import save_config
 from quietstar.data import DataReport, EvalData, TrainData, build_data
@@ -165,6 +166,7 @@ def set_up(config: Config, engine: Engine) -> Job:
     stages = plan_stages(config)
     for stage in stages:
         check_batch(stage.config, engine.accelerator.num_processes)
+    check_compile(config.training.compile, engine.in_pieces)
     set_seed(config.training.seed)
     hub = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     tokenizer = find_tokenizer(config, hub)
@@ -178,6 +180,8 @@ def set_up(config: Config, engine: Engine) -> Job:
     model.block_tokens = resolve_block_tokens(
         config.training.block_tokens, engine.accelerator.device.type, engine.in_pieces
     )
+    if config.training.compile:
+        compile_layers(model.causal_lm)
     engine.keep_trainable_only(model)
     job = Job(config, stages, engine, tokenizer, model, data)
     engine.accelerator.register_for_checkpointing(job.schedule)

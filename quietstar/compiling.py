@@ -1,0 +1,75 @@
+"""torch.compile of the decoder layers, one by one: fewer, larger kernels around the attention.
+
+Layers share their compiled code, so compiling takes as long for 4 of them as for 40. The attention
+is ours and runs as it is; norms, rotary embeddings, projections and MLP are compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from quietstar.errors import UserError
+
+_COMPILERS = ("g++", "clang++", "c++")
+_RECOMPILE_LIMIT = 64
+"""Kinds of calls compiled for: text, rollout, groups of blocks, with and without gradient, each in
+a few shapes, and the evaluations. By default torch gives up, in silence, after 8."""
+
+
+def check_compile(wanted: bool, in_pieces: bool) -> None:
+    """Refuse ``training.compile`` where it cannot work.
+
+    Args:
+        wanted: The setting.
+        in_pieces: Whether an engine holds the weights in pieces.
+
+    Raises:
+        UserError: They lie in pieces, or there is no compiler.
+    """
+    if wanted and in_pieces:
+        raise UserError(
+            "training.compile: true cannot be used where weights lie in pieces (ZeRO-3, FSDP2). "
+            "Set training.compile: false, or launch with configs/accelerate/zero2.yaml."
+        )
+    if wanted and not any(map(shutil.which, (os.environ.get("CXX", ""), *_COMPILERS))):
+        raise UserError(
+            "training.compile: true needs a C++ compiler, and there is none here "
+            f"({', '.join(_COMPILERS)}; CXX names another). Install one (apt install g++), or set "
+            "training.compile: false."
+        )
+
+
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> int:
+    """Compile the decoder layers of a causal LM in place, at their first call; returns how many.
+
+    State dicts and what wraps the layers stay as they are.
+
+    Args:
+        model: A causal LM.
+        backend: Of torch.compile.
+
+    Raises:
+        UserError: The architecture does not say what its layers are.
+    """
+    layers = list(decoder_layers(model))
+    if not layers:
+        raise UserError(
+            f"training.compile: true: {type(model).__name__} does not say what its decoder layers "
+            "are (_no_split_modules). Set training.compile: false."
+        )
+    torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
+    for layer in layers:
+        layer.compile(backend=backend)
+    return len(layers)
+
+
+def decoder_layers(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """The modules that the architecture names as whole ones."""
+    names = set(model._no_split_modules or ())
+    yield from (module for module in model.modules() if type(module).__name__ in names)

@@ -1,0 +1,86 @@
+"""training.compile: the same step from compiled layers, and who cannot have it."""
+
+import pytest
+import torch
+from tiny import plain_model, random_texts, thinking_model
+
+from quietstar import compiling
+from quietstar.compiling import check_compile, compile_layers, decoder_layers
+from quietstar.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def step(model, **inputs):
+    model.zero_grad()
+    output = model(random_texts(2, 12), sample_ids=torch.tensor([4, 0]), **inputs)
+    output.loss.backward()
+    return output, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def make_model(**thoughts):
+    thoughts = {"length": 3, "lookahead": 2, "num_thoughts": 2} | thoughts
+    return thinking_model(plain_model(), thoughts=thoughts)
+
+
+@pytest.mark.parametrize(
+    ("thoughts", "checkpointing", "backend"),
+    [
+        ({}, False, "inductor"),
+        ({}, True, "aot_eager"),
+        ({"positions": "random", "share": 0.5}, False, "aot_eager"),
+    ],
+    ids=["inductor", "checkpointing", "random"],
+)
+def test_a_compiled_step_has_the_thoughts_loss_and_gradients_of_a_plain_one(
+    thoughts, checkpointing, backend
+):
+    model = make_model(**thoughts)
+    model.block_tokens = 100
+    if checkpointing:
+        model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    plain, expected = step(model)
+    names = list(model.state_dict())
+    assert compile_layers(model.causal_lm, backend) == model.causal_lm.config.num_hidden_layers
+    compiled, gradients = step(model)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert list(model.state_dict()) == names
+    assert torch.equal(compiled.thoughts, plain.thoughts)
+    torch.testing.assert_close(compiled.loss, plain.loss, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_other_lengths_of_text_compile_once_more_and_then_never():
+    model = make_model()
+    compile_layers(model.causal_lm, "eager")
+    for length in (12, 9):
+        model(random_texts(2, length), sample_ids=torch.tensor([4, 0]))
+    made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for length in (7, 11, 10, 14):
+        model(random_texts(2, length), sample_ids=torch.tensor([4, 0]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made
+
+
+def test_layers_are_what_the_architecture_names():
+    model = plain_model()
+    assert list(decoder_layers(model)) == list(model.model.layers)
+    model._no_split_modules = None
+    with pytest.raises(UserError, match=r"training\.compile.*_no_split_modules.*false"):
+        compile_layers(model)
+
+
+def test_weights_in_pieces_and_a_machine_without_compiler_are_refused(monkeypatch):
+    check_compile(False, in_pieces=True)
+    with pytest.raises(UserError, match=r"training\.compile: true.*ZeRO-3.*zero2\.yaml"):
+        check_compile(True, in_pieces=True)
+    check_compile(True, in_pieces=False)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"training\.compile: true needs a C\+\+ compiler.*false"):
+        check_compile(True, in_pieces=False)
