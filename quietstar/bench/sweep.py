@@ -53,15 +53,15 @@ def main(arguments: Sequence[str]) -> int:
     unknown = set(args.axes) - set(AXES)
     if unknown or not args.axes:
         raise UserError(f"--axes: {args.axes} must be letters of {''.join(AXES)}")
-    found = {axis: sweep(axis, args) for axis in args.axes}
-    console = Console()
-    for axis, rows in found.items():
-        console.print(table(axis, rows))
-    if args.json:
-        result = {"axes": found, "settings": vars(args), "environment": environment()}
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if args.plot:
-        write_plot(Path(args.plot), found)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for axis in args.axes:  # a sweep takes long: what is known is written before the next axis
+        found[axis] = sweep(axis, args)
+        Console().print(table(axis, found[axis]))
+        if args.json:
+            result = {"axes": found, "settings": vars(args), "environment": environment()}
+            Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        if args.plot:
+            write_plot(Path(args.plot), found)
     return 0
 
 
@@ -120,7 +120,9 @@ def write_plot(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
             figure.update_xaxes(type="log", title_text=axis, row=row, col=column)
             figure.update_yaxes(type=scale, rangemode="tozero", row=row, col=column)
             if column == 1:
-                figure.update_yaxes(title_text=title, row=row, col=column)
+                figure.update_yaxes(
+                    title_text=title.replace(" above", "<br>above"), row=row, col=column
+                )
     figure.update_layout(template="plotly_white", height=260 * len(FIGURES), width=1200)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.write_html(path, include_plotlyjs=True)
