@@ -19,7 +19,7 @@ from quietstar.errors import UserError
 _COMPILERS = ("g++", "clang++", "c++")
 _RECOMPILE_LIMIT = 64
 """Kinds of calls compiled for: text, rollout, groups of blocks, with and without gradient, each in
-a few shapes, and the evaluations. By default torch gives up, in silence, after 8."""
+a few shapes, and the evaluations. By default torch gives up after 8."""
 
 
 def check_compile(wanted: bool, in_pieces: bool) -> None:
