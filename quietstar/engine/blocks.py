@@ -1,11 +1,10 @@
-"""Blocks of tokens behind some positions of texts that ran before, and their exact attention.
+"""Blocks of tokens behind some positions of texts that ran before: where they lie, whom they see.
 
 The texts' keys and values are given; a pass runs block tokens alone. Each sees the text up to its
 own position and its own block up to itself. The start token is the same for all thoughts of a
 position, and run once: R = 1 + K (W - 1) tokens a position. `NeighbourBlocks` (positions that lie
 side by side) need no mask: all of their text but its end is seen by all of them, and the end is
-plain causal attention. `ChosenBlocks` (any positions) take a mask towards the text. The own part is
-that of `quietstar.engine.own_block`, merged as in `quietstar.engine.parallel_attention`.
+plain causal attention. `ChosenBlocks` (any positions) take a mask towards the text.
 
 Letters as in `quietstar.engine.layout`; N rows of L tokens are what the model is run on.
 """
@@ -15,18 +14,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from quietstar.engine.chosen import PrefixAttention
-from quietstar.engine.dense import ScoreRules, recomputed
 from quietstar.engine.kernels import Kernel
-from quietstar.engine.own_block import own_backward, own_scores, own_values
-from quietstar.engine.parallel_attention import add_own_
-from quietstar.precision import at_least_float32
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values."""
@@ -284,94 +279,3 @@ class ChosenBlocks:
 
     def step_positions(self, device):  # noqa: D102
         return self.positions.repeat_interleave(self.num_thoughts, 1)
-
-
-class BlockAttention(torch.autograd.Function):
-    """Text part on a flash kernel and own part by small products, merged, with exact backward."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, text_k, text_v, blocks, scale, kernel):  # noqa: D102
-        out, lse = blocks.attend(kernel, q, (text_k, text_v), scale)
-        own = tuple(_together(blocks, x) for x in (q, k, v))
-        scores = own_scores(own[0], own[1], scale)
-        own_lse = torch.logaddexp(_together(blocks, lse), scores.logsumexp(-1))
-        # Kept for the backward pass: with W columns it is smaller than the queries.
-        weights = scores.sub_(own_lse.unsqueeze(-1)).exp_()
-        own_out = own_values(weights, own[2])
-        outs, lses = blocks.own_views(out), blocks.own_views(lse)
-        parts = (outs, lses, _apart(blocks, own_out, lses), _apart(blocks, own_lse, lses))
-        for out_view, lse_view, own_part, merged in zip(*parts, strict=True):
-            add_own_(out_view, lse_view, own_part, merged)
-        ctx.save_for_backward(q, *own, text_k, text_v, out, lse, weights)
-        ctx.blocks, ctx.scale, ctx.kernel = blocks, scale, kernel
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, own_q, own_k, own_v, text_k, text_v, out, lse, weights = ctx.saved_tensors
-        blocks, scale = ctx.blocks, ctx.scale
-        wide = ctx.kernel.backward_dtype(grad.dtype)
-        wide_grad, wide_out = grad.to(wide), out.to(wide)
-        dq, text_dk, text_dv = blocks.attend_backward(
-            ctx.kernel, wide_grad, [x.to(wide) for x in (q, text_k, text_v)], wide_out, lse, scale
-        )
-        delta = (at_least_float32(wide_out) * at_least_float32(wide_grad)).sum(-1)  # (N, H, L)
-        own_grads = own_backward(
-            _together(blocks, grad, once=True),
-            (own_q, own_k, own_v),
-            weights,
-            _together(blocks, delta, once=True),
-            scale,
-        )
-        dtype = grad.dtype
-        dk, dv = (x.new_empty(dq.shape[0], dq.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-                  for x in (own_k, own_v))  # fmt: skip
-        views = blocks.own_views(dq)
-        for view, part in zip(views, _apart(blocks, own_grads[0], views), strict=True):
-            view.add_(part)
-        for total, own in ((dk, own_grads[1]), (dv, own_grads[2])):
-            views = blocks.own_views(total)
-            for view, part in zip(views, _apart(blocks, own, views, summed=True), strict=True):
-                view.copy_(part)
-        return dq.to(dtype), dk, dv, text_dk.to(dtype), text_dv.to(dtype), None, None, None
-
-
-def _together(blocks: Blocks, x: Tensor, once: bool = False) -> Tensor:
-    """(N, H, L, ...) with the blocks as batch: (blocks, H, W, ...).
-
-    All thoughts of a position get its start token; with ``once`` the first one only, the others
-    zeros.
-    """
-    start, rest = blocks.own_views(x)
-    if once and rest.shape[1] > 1:
-        others = start.new_zeros(()).expand(start.shape[0], rest.shape[1] - 1, *start.shape[2:])
-        start = torch.cat([start, others], 1)
-    else:
-        start = start.expand(-1, rest.shape[1], *start.shape[2:])
-    return torch.cat([start, rest], 4).flatten(0, 2)
-
-
-def _apart(blocks: Blocks, own: Tensor, views: Pair, summed: bool = False) -> Pair:
-    """(blocks, H, W, ...) in the order of `Blocks.own_views`, whose views are given.
-
-    The start token is that of the first thought, or the sum over all.
-    """
-    x, k, y = views[1].shape[:3]
-    own = own.unflatten(0, (x, k, y))
-    start = own[:, :, :, :, :1]
-    return start.sum(1, keepdim=True) if summed else start[:, :1], own[:, :, :, :, 1:]
-
-
-def dense_block_attention(
-    q: Tensor, k: Tensor, v: Tensor, text: Pair, blocks: Blocks, rules: ScoreRules
-) -> Tensor:
-    """The same by explicit scores, for what the kernels cannot do: (N, H, L, .) each."""
-    queries, keys, values = (blocks.steps(x) for x in (q, k, v))
-    text = (blocks.step_texts(text[0]), blocks.step_texts(text[1]))
-    positions = blocks.step_positions(q.device)
-    out = []
-    for index, query in enumerate(queries):
-        own = (keys[: index + 1], values[: index + 1])
-        arguments: tuple[Any, ...] = (query, text, own, rules, index, positions)
-        out.append(recomputed(*arguments))
-    return blocks.from_steps(torch.stack(out))

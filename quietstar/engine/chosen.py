@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from quietstar.engine.dense import ScoreRules, dense_attention, recomputed
+from quietstar.engine.dense import ScoreRules, recomputed
 from quietstar.engine.kernels import Kernel
 from quietstar.engine.layout import ChosenLayout
 from quietstar.engine.own_block import own_backward, own_scores, own_values
@@ -203,14 +203,3 @@ def dense_chosen(
     text_out = recomputed(views.text(q), text, None, rules, -1)
     flat = [x.transpose(0, 1).flatten(1, -2) for x in (text_out, blocks)]  # (H, tokens, .)
     return torch.cat(flat, 1).unsqueeze(0)
-
-
-def dense_step(
-    q: Tensor, text: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], rules: ScoreRules,
-    index: int, positions: Tensor,
-) -> Tensor:  # fmt: skip
-    """One token of every chosen block: queries (B, H, P * K, d), own (B * P * K, Hkv, W, .)."""
-    batch_size = q.shape[0]
-    steps = tuple(x.unflatten(0, (batch_size, -1)).permute(3, 0, 2, 1, 4) for x in own)
-    repeated = positions.clamp(min=0).repeat_interleave(q.shape[2] // positions.shape[1], 1)
-    return dense_attention(q, text, (steps[0], steps[1]), rules, index, repeated)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quietstar.engine.own_native import find_own_native
 from quietstar.precision import at_least_float32
 
 
@@ -40,24 +41,35 @@ def own_values(weights: Tensor, v: Tensor) -> Tensor:
     return _by_group(weights.to(v.dtype), v).bmm(_flat(v)).view(n, heads, queries, -1)
 
 
-def own_attend(q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """What the newest token of every block adds to what it saw of the text (nothing is saved).
+def own_step(
+    q: Tensor, past: tuple[Tensor, Tensor], out: Tensor, lse: Tensor, scale: float
+) -> Tensor:
+    """Complete what the newest token of every block saw of the text; may overwrite it.
 
     Args:
-        q: Queries, (N, H, 1, d).
-        k: Keys of the blocks so far, in `own_dtype`.
-        v: Values.
-        lse: Log-sum-exp towards the text, (N, H, 1).
+        q: Queries, (N, H, S, d).
+        past: Keys and values of the blocks so far, in `own_dtype`: (tokens, N, S, Hkv, d).
+        out: Output towards the text, (N, H, S, d).
+        lse: Log-sum-exp towards the text, (N, H, S).
         scale: Of the scores.
 
     Returns:
-        The own part under the softmax of the whole row, (N, H, 1, d), and the weight that is left
-        to the text, (N, H, 1).
+        Output under the softmax of the whole row, (N, H, S, d).
     """
+    native = find_own_native(q, out)
+    if native is not None:
+        native.step_(q, past, out, lse, scale)
+        return out
+    by_place = out.transpose(1, 2)  # (N, S, H, d)
+    keys, values = (x.movedim(0, 3).flatten(0, 1) for x in past)  # (N * S, Hkv, tokens, d)
+    queries = q.transpose(1, 2).flatten(0, 1).unsqueeze(2)
     with torch.autocast(q.device.type, enabled=False):  # it would cast the keys every time
-        scores = torch.cat([own_scores(q.to(k.dtype), k, scale), lse.unsqueeze(-1)], dim=-1)
-        weights = scores.softmax(-1)
-        return own_values(weights[..., :-1], v), weights[..., -1]
+        scores = own_scores(queries.to(keys.dtype), keys, scale)
+        text = lse.transpose(1, 2).reshape(*scores.shape[:3], 1)
+        weights = torch.cat([scores, text], dim=-1).softmax(-1)  # (N * S, H, 1, tokens + 1)
+        own = own_values(weights[..., :-1], values).view(by_place.shape).to(out.dtype)
+    share = weights[..., -1].view(*by_place.shape[:-1], 1).to(out.dtype)
+    return torch.addcmul(own, by_place, share).transpose(1, 2)
 
 
 def own_backward(

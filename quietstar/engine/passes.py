@@ -13,18 +13,18 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from quietstar.engine.blocks import BlockAttention, Blocks, dense_block_attention
+from quietstar.engine.block_attention import block_attention, dense_block_attention
+from quietstar.engine.blocks import Blocks
 from quietstar.engine.chosen import (
     ChosenAttention,
     ChosenViews,
     PrefixAttention,
     dense_chosen,
-    dense_step,
 )
 from quietstar.engine.dense import ScoreRules, dense_attention, dense_blocks, recomputed
 from quietstar.engine.kernels import Kernel, find_kernel
 from quietstar.engine.layout import ChosenLayout
-from quietstar.engine.own_block import own_attend, own_dtype
+from quietstar.engine.own_block import own_dtype, own_step
 from quietstar.engine.parallel_attention import ParallelAttention, add_own_
 from quietstar.precision import at_least_float32
 
@@ -143,7 +143,7 @@ class BlockPass:
         kernel = choose_kernel(q, k, v, rules, self.num_positions, masked=self.blocks.masked)
         if kernel is None:
             return dense_block_attention(q, k, v, text, self.blocks, rules)
-        return BlockAttention.apply(q, k, v, *text, self.blocks, rules.scale, kernel)
+        return block_attention(q, k, v, text, self.blocks, rules.scale, kernel)
 
 
 # --- The learn pass: text and all blocks at once -------------------------------------------------
@@ -240,11 +240,11 @@ class RolloutCache:
         return cache
 
     def store_own(self, layer: int, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add one token to all blocks; returns them so far, (rows, tokens, Hkv, index + 1, .)."""
+        """Add one token to all blocks; returns them so far, (index + 1, rows, tokens, Hkv, .)."""
         for cache, new in zip(self.own[layer], (k, v), strict=True):
             cache[index] = new.transpose(1, 2)
-        keys, values = (x[: index + 1].movedim(0, 3) for x in self.own[layer])
-        return keys, values
+        keys, values = self.own[layer]
+        return keys[: index + 1], values[: index + 1]
 
 
 class StartStep:
@@ -309,24 +309,13 @@ class ThoughtStep:
 
     def attend(self, layer, q, k, v, rules):  # noqa: D102
         text = self.cache.text[id(layer)]
-        own_k, own_v = self.cache.store_own(id(layer), self.index, k, v)
+        own = self.cache.store_own(id(layer), self.index, k, v)
         kernel = choose_kernel(q, k, v, rules, q.shape[2] + self.index + 1)
         if kernel is None:
-            own_k, own_v = (x.permute(3, 0, 2, 1, 4).to(q.dtype) for x in (own_k, own_v))
-            return dense_attention(q, text, (own_k, own_v), rules, self.index)
+            own = tuple(x.transpose(2, 3).to(q.dtype) for x in own)
+            return dense_attention(q, text, own, rules, self.index)
         out, lse = kernel.forward(q, *text, True, rules.scale)
-        blocks = q.shape[0] * q.shape[2]
-        own_out, share = own_attend(
-            q.transpose(1, 2).reshape(blocks, q.shape[1], 1, -1),
-            own_k.flatten(0, 1),
-            own_v.flatten(0, 1),
-            lse.transpose(1, 2).reshape(blocks, -1, 1),  # (K * B * S, H, 1)
-            rules.scale,
-        )
-        by_place = out.transpose(1, 2)  # (K * B, S, H, d)
-        share = share.view(*by_place.shape[:-1], 1).to(out.dtype)
-        own_out = own_out.view(by_place.shape).to(out.dtype)
-        return torch.addcmul(own_out, by_place, share).transpose(1, 2)
+        return own_step(q, own, out, lse, rules.scale)
 
 
 class ChosenStep:
@@ -348,23 +337,21 @@ class ChosenStep:
     def attend(self, layer, q, k, v, rules):  # noqa: D102
         text = self.cache.text[id(layer)]
         own = self.cache.store_own(id(layer), self.index, k, v)
-        own_k, own_v = (x[0] for x in own)  # (B * P * K, Hkv, index + 1, .)
         # (1, H, B * P * K, d) -> (B, H, P * K, d), a view
         queries = q[0].unflatten(1, (self.positions.shape[0], -1)).transpose(0, 1)
+        # (tokens, 1, B * P * K, Hkv, d) -> (tokens, B, P * K, Hkv, d)
+        own = tuple(x[:, 0].unflatten(1, (self.positions.shape[0], -1)) for x in own)
         num_positions = text[0].shape[2] + self.index + 1
         kernel = choose_kernel(q, k, v, rules, num_positions, masked=True)
         if kernel is None:
-            own = (own_k.to(q.dtype), own_v.to(q.dtype))
-            out = dense_step(queries, text, own, rules, self.index, self.positions)
-            return out.transpose(0, 1).flatten(1, 2).unsqueeze(0)
-        out, lse = self.prefix.forward(kernel, queries, *text, rules.scale)
-        own_q = q[0].transpose(0, 1).unsqueeze(2)
-        by_block = lse.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (B * P * K, H, 1)
-        own_out, share = own_attend(own_q, own_k, own_v, by_block, rules.scale)
-        # (B * P * K, H, .), so that the result is one row again
-        rows = out.transpose(1, 2).flatten(0, 1)
-        rows = torch.addcmul(own_out.squeeze(2).to(out.dtype), rows, share.to(out.dtype))
-        return rows.transpose(0, 1).unsqueeze(0)
+            own = tuple(x.transpose(2, 3).to(q.dtype) for x in own)
+            repeats = queries.shape[2] // self.positions.shape[1]
+            places = self.positions.clamp(min=0).repeat_interleave(repeats, 1)
+            out = dense_attention(queries, text, own, rules, self.index, places)
+        else:
+            out, lse = self.prefix.forward(kernel, queries, *text, rules.scale)
+            out = own_step(queries, own, out, lse, rules.scale)
+        return out.transpose(0, 1).flatten(1, 2).unsqueeze(0)
 
 
 _told: set[str] = set()

@@ -1,0 +1,83 @@
+"""Compiling the project's C++ files, on first use, and calling them.
+
+They hold plain functions on memory, without torch's headers: a compiler needs two seconds, once a
+machine (results are kept in the user's cache folder). Without a compiler, or where it fails, torch's
+own operators do the same. ``QUIETSTAR_NATIVE=0`` leaves them out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import platformdirs
+import torch
+
+logger = logging.getLogger(__name__)
+
+_COMPILERS = ("g++", "clang++", "c++")
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno",
+          "-fno-trapping-math")  # fmt: skip
+_FLAGS_OF = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma",
+               "-mprefer-vector-width=512"),
+    "AVX2": ("-mavx2", "-mfma"),
+}  # fmt: skip
+"""By torch's name of what a processor can."""
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler of this machine: CXX, or the first of the usual ones."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *_COMPILERS))), None)
+
+
+@functools.cache
+def load_library(source: Path) -> ctypes.CDLL | None:
+    """The compiled file, or None where it cannot be had; says so once.
+
+    Args:
+        source: A C++ file.
+    """
+    if os.environ.get("QUIETSTAR_NATIVE", "1") == "0":
+        return None
+    compiler = find_compiler()
+    if compiler is None:
+        logger.info("no C++ compiler: %s is done by torch's operators, slower", source.stem)
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled(compiler, source)))
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning(
+            "%s could not be compiled (%s); torch's operators do the same, slower",
+            source.name, _reason(error),
+        )  # fmt: skip
+        return None
+
+
+def _compiled(compiler: str, source: Path) -> Path:
+    """The shared library of a source, made where it is not there yet."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = (*_FLAGS, *_FLAGS_OF.get(capability, ()))
+    key = hashlib.sha256(repr((compiler, flags, source.read_text("utf-8"))).encode())
+    folder = platformdirs.user_cache_path("quietstar")
+    library = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / library.name
+            command = [compiler, *flags, str(source), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+            made.replace(library)  # at once: other ranks may be doing the same
+    return library
+
+
+def _reason(error: Exception) -> str:
+    lines = str(getattr(error, "stderr", "") or error).strip().splitlines()
+    return next((line for line in lines if "error" in line), lines[0] if lines else repr(error))
