@@ -6,8 +6,6 @@ is ours and runs as it is; norms, rotary embeddings, projections and MLP are com
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 
 import torch
@@ -15,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quietstar.errors import UserError
+from quietstar.native import COMPILERS, find_compiler
 
-_COMPILERS = ("g++", "clang++", "c++")
 _RECOMPILE_LIMIT = 64
 """Kinds of calls compiled for: text, rollout, groups of blocks, with and without gradient, each in
 a few shapes, and the evaluations. By default torch gives up after 8."""
@@ -37,10 +35,10 @@ def check_compile(wanted: bool, in_pieces: bool) -> None:
             "training.compile: true cannot be used where weights lie in pieces (ZeRO-3, FSDP2). "
             "Set training.compile: false, or launch with configs/accelerate/zero2.yaml."
         )
-    if wanted and not any(map(shutil.which, (os.environ.get("CXX", ""), *_COMPILERS))):
+    if wanted and find_compiler() is None:
         raise UserError(
             "training.compile: true needs a C++ compiler, and there is none here "
-            f"({', '.join(_COMPILERS)}; CXX names another). Install one (apt install g++), or set "
+            f"({', '.join(COMPILERS)}; CXX names another). Install one (apt install g++), or set "
             "training.compile: false."
         )
 

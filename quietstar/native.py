@@ -1,8 +1,8 @@
 """Compiling the project's C++ files, on first use, and calling them.
 
 They hold plain functions on memory, without torch's headers: a compiler needs two seconds, once a
-machine (results are kept in the user's cache folder). Without a compiler, or where it fails, torch's
-own operators do the same. ``QUIETSTAR_NATIVE=0`` leaves them out.
+machine (results are kept in the user's cache folder). Without a compiler, or where it fails,
+torch's own operators do the same. ``QUIETSTAR_NATIVE=0`` leaves them out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_COMPILERS = ("g++", "clang++", "c++")
+COMPILERS = ("g++", "clang++", "c++")
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno",
           "-fno-trapping-math")  # fmt: skip
 _FLAGS_OF = {
@@ -35,7 +35,8 @@ _FLAGS_OF = {
 
 def find_compiler() -> str | None:
     """The C++ compiler of this machine: CXX, or the first of the usual ones."""
-    return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), *_COMPILERS))), None)
+    names = (os.environ.get("CXX", ""), *COMPILERS)
+    return next(filter(None, (shutil.which(name) for name in names if name)), None)
 
 
 @functools.cache
@@ -49,7 +50,7 @@ def load_library(source: Path) -> ctypes.CDLL | None:
         return None
     compiler = find_compiler()
     if compiler is None:
-        logger.info("no C++ compiler: %s is done by torch's operators, slower", source.stem)
+        logger.info("no C++ compiler: torch's operators do what %s does, slower", source.name)
         return None
     try:
         return ctypes.CDLL(str(_compiled(compiler, source)))

@@ -81,6 +81,6 @@ def test_weights_in_pieces_and_a_machine_without_compiler_are_refused(monkeypatc
     with pytest.raises(UserError, match=r"training\.compile: true.*ZeRO-3.*zero2\.yaml"):
         check_compile(True, in_pieces=True)
     check_compile(True, in_pieces=False)
-    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiling, "find_compiler", lambda: None)
     with pytest.raises(UserError, match=r"training\.compile: true needs a C\+\+ compiler.*false"):
         check_compile(True, in_pieces=False)

@@ -119,6 +119,7 @@ def _own_block_not_causal(patch):
         return q @ k.repeat_interleave(groups, 1).mT * scale
 
     patch.setattr(parallel_attention, "own_scores", scores)
+    patch.setattr(parallel_attention, "find_own_native", lambda *tensors: None)
 
 
 def _thoughts_of_a_position_exchanged(patch):
@@ -135,6 +136,7 @@ def _thoughts_of_a_position_exchanged(patch):
 
 def _no_merge(patch):
     patch.setattr(parallel_attention, "add_own_", lambda *args: None)
+    patch.setattr(parallel_attention, "find_own_native", lambda *tensors: None)
 
 
 def _rollout_keys_lost(patch):

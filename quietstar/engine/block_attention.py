@@ -73,7 +73,8 @@ class _NativeBlockAttention(torch.autograd.Function):
 
 def _empty_like(x: Tensor) -> Tensor:
     """(N, H, L, size), stored as (N, L, H, size), the order that the layers around want."""
-    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    rows, heads, tokens, size = x.shape
+    return x.new_empty(rows, tokens, heads, size).transpose(1, 2)
 
 
 class _BlockAttention(torch.autograd.Function):

@@ -8,6 +8,8 @@ them. The own part and the merge are those of `quietstar.engine.parallel_attenti
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -17,6 +19,7 @@ from quietstar.engine.dense import ScoreRules, recomputed
 from quietstar.engine.kernels import Kernel
 from quietstar.engine.layout import ChosenLayout
 from quietstar.engine.own_block import own_backward, own_scores, own_values
+from quietstar.engine.own_native import find_own_native, split_start
 from quietstar.engine.parallel_attention import add_own_
 from quietstar.precision import at_least_float32
 
@@ -45,21 +48,32 @@ class PrefixAttention:
         size = _MASK_ELEMENTS // (batch_size * repeats * text_length)
         size = max(1, min(size, _PIECE_POSITIONS))
         self.pieces = [slice(n, min(n + size, count)) for n in range(0, count, size)]
+        self._keeps = batch_size * repeats * count * text_length <= _MASK_ELEMENTS
+        self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
         # Where the positions are on the host anyway, no key behind the last one is read.
         on_host = positions.device.type == "cpu" and not isinstance(positions, FakeTensor)
         self.ends = [
             int(self.positions[:, p].max()) + 1 if on_host else text_length for p in self.pieces
         ]
 
-    def _masked(self, dtype: torch.dtype):
+    def _masked(self, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor]]:
         """Every piece: its queries, the end of its keys, and its mask (B, 1, queries, keys)."""
         for piece, end in zip(self.pieces, self.ends, strict=True):
+            rows = slice(piece.start * self.repeats, piece.stop * self.repeats)
+            yield rows, end, self._mask(piece, end, dtype)
+
+    def _mask(self, piece: slice, end: int, dtype: torch.dtype) -> Tensor:
+        """0 where a query sees a key, else -inf; kept for the other layers where all are small."""
+        found = self._masks.get((piece.start, dtype))
+        if found is None:
             key = torch.arange(end, device=self.positions.device)
             hidden = key > self.positions[:, piece, None]  # (B, P', end)
             mask = torch.zeros(hidden.shape, dtype=dtype, device=key.device)
             mask = mask.masked_fill_(hidden, -torch.inf)
-            mask = mask.repeat_interleave(self.repeats, 1).unsqueeze(1)
-            yield slice(piece.start * self.repeats, piece.stop * self.repeats), end, mask
+            found = mask.repeat_interleave(self.repeats, 1).unsqueeze(1)
+            if self._keeps:
+                self._masks[piece.start, dtype] = found
+        return found
 
     def forward(
         self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, scale: float
@@ -125,13 +139,12 @@ class ChosenAttention(torch.autograd.Function):
         text = (views.text(k), views.text(v))
         text_out, text_lse = kernel.forward(views.text(q), *text, True, scale)
         out, lse = prefix.forward(kernel, views.blocks(q), *text, scale)
-        own_q, own_k, own_v = (views.own(views.blocks(x)).flatten(0, 1) for x in (q, k, v))
-        scores = own_scores(own_q, own_k, scale)
-        merged = torch.logaddexp(views.own(lse).flatten(0, 1), scores.logsumexp(-1))
-        own_out = own_values(scores.sub_(merged.unsqueeze(-1)).exp_(), own_v)
-        split = views.own(lse).shape[:2]
-        own_out, merged = own_out.unflatten(0, split), merged.unflatten(0, split)
-        add_own_(views.own(out), views.own(lse), own_out, merged)
+        ctx.native = find_own_native(q, k, v)
+        if ctx.native is None:
+            _own_forward_(views, (q, k, v), out, lse, scale)
+        else:
+            parts = [split_start(views.own(x)) for x in (*map(views.blocks, (q, k, v)), out, lse)]
+            ctx.native.forward_(parts[:3], parts[3], parts[4], scale)
         rows = _row_like(q, v.shape[-1])
         views.text(rows).copy_(text_out)
         views.blocks(rows).copy_(out)
@@ -144,8 +157,7 @@ class ChosenAttention(torch.autograd.Function):
         q, k, v, rows, text_lse, lse = ctx.saved_tensors
         views, kernel, scale = ctx.views, ctx.kernel, ctx.scale
         wide = kernel.backward_dtype(grad.dtype)
-        own = tuple(views.own(views.blocks(x)).flatten(0, 1) for x in (q, k, v))
-        own_grad = views.own(views.blocks(grad)).flatten(0, 1)
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         wide_grad, wide_q, wide_k, wide_v, rows = (x.to(wide) for x in (grad, q, k, v, rows))
         text, blocks = (
             tuple(view(x) for x in (wide_q, wide_k, wide_v)) for view in (views.text, views.blocks)
@@ -153,30 +165,60 @@ class ChosenAttention(torch.autograd.Function):
         text_grads = kernel.backward(
             views.text(wide_grad), text, views.text(rows), text_lse, True, scale
         )
-        block_out, block_grad = views.blocks(rows), views.blocks(wide_grad)
+        results = (views.blocks(rows), views.blocks(wide_grad))
         prefix_grads = ctx.prefix.backward(
-            kernel, block_grad, (blocks[0], text[1], text[2]), block_out, lse, scale
+            kernel, results[1], (blocks[0], text[1], text[2]), results[0], lse, scale
         )
-        delta = torch.linalg.vecdot(at_least_float32(block_out), at_least_float32(block_grad))
-        own_lse = views.own(lse).flatten(0, 1).unsqueeze(-1)
-        own_grads = own_backward(
-            own_grad,
-            own,
-            own_scores(own[0], own[1], scale).sub_(own_lse).exp_(),
-            views.own(delta).flatten(0, 1),
-            scale,
-        )
-        grads = [_row_like(x, x.shape[-1]) for x in (q, k, v)]
-        for total, own in zip(grads, own_grads, strict=True):
-            part = views.own(views.blocks(total))
-            part.copy_(own.unflatten(0, part.shape[:2]))
-        views.blocks(grads[0]).add_(prefix_grads[0])
-        views.text(grads[0]).copy_(text_grads[0])
-        for total, of_text, of_prefix in zip(
-            grads[1:], text_grads[1:], prefix_grads[1:], strict=True
-        ):
-            views.text(total).copy_(of_text + of_prefix)
-        return *grads, None, None, None, None
+        dq, dk, dv = (_row_like(x, x.shape[-1]) for x in (wide_q, k, v))
+        views.text(dq).copy_(text_grads[0])
+        views.blocks(dq).copy_(prefix_grads[0])
+        for total, part in zip((dk, dv), zip(text_grads[1:], prefix_grads[1:], strict=True),
+                               strict=True):  # fmt: skip
+            views.text(total).copy_(part[0] + part[1])
+        if ctx.native is None:
+            _own_backward_(views, grad, (q, k, v), (*results, lse), (dq, dk, dv), scale)
+        else:
+            parts = [
+                split_start(views.own(x))
+                for x in (*map(views.blocks, (grad, q, k, v, rows)), lse,
+                          *map(views.blocks, (dq, dk, dv)))
+            ]  # fmt: skip
+            ctx.native.backward_(parts[0], parts[1:4], parts[4:6], parts[6:], scale)
+        return dq.to(grad.dtype), dk, dv, None, None, None, None
+
+
+def _own_forward_(
+    views: ChosenViews, qkv: Sequence[Tensor], out: Tensor, lse: Tensor, scale: float
+) -> None:
+    """Merge the own part into that of the text, in place."""
+    q, k, v = (views.own(views.blocks(x)).flatten(0, 1) for x in qkv)
+    scores = own_scores(q, k, scale)
+    merged = torch.logaddexp(views.own(lse).flatten(0, 1), scores.logsumexp(-1))
+    own_out = own_values(scores.sub_(merged.unsqueeze(-1)).exp_(), v)
+    split = views.own(lse).shape[:2]
+    own_out, merged = own_out.unflatten(0, split), merged.unflatten(0, split)
+    add_own_(views.own(out), views.own(lse), own_out, merged)
+
+
+def _own_backward_(
+    views: ChosenViews,
+    grad: Tensor,
+    qkv: Sequence[Tensor],
+    results: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    scale: float,
+) -> None:
+    """Add the own part to the queries' gradient, and write those of the own keys and values."""
+    q, k, v, own_grad = (views.own(views.blocks(x)).flatten(0, 1) for x in (*qkv, grad))
+    out, wide_grad, lse = results
+    delta = torch.linalg.vecdot(at_least_float32(out), at_least_float32(wide_grad))
+    own_lse = views.own(lse).flatten(0, 1).unsqueeze(-1)
+    weights = own_scores(q, k, scale).sub_(own_lse).exp_()
+    own = own_backward(own_grad, (q, k, v), weights, views.own(delta).flatten(0, 1), scale)
+    places = [views.own(views.blocks(x)) for x in grads]
+    places[0].add_(own[0].unflatten(0, places[0].shape[:2]))
+    for place, part in zip(places[1:], own[1:], strict=True):
+        place.copy_(part.unflatten(0, place.shape[:2]))
 
 
 def _row_like(x: Tensor, size: int) -> Tensor:

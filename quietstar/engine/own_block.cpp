@@ -1,9 +1,9 @@
 // Attention of block tokens to their own block, on CPUs: thousands of tiny causal problems.
 //
-// What quietstar/engine/own_block.py does with batched products, without their copies and calls: each
-// problem is read once from where its tokens lie, worked on in a cache, and written back. One thread
-// works on all heads that share keys, for all thoughts of a position, so that the gradients of the
-// shared start token need no locks.
+// What quietstar/engine/own_block.py does with batched products, without their copies and calls:
+// each problem is read once from where its tokens lie, worked on in a cache, and written back. One
+// thread works on all heads that share keys, for all thoughts of a position, so that the gradients
+// of the shared start token need no locks.
 //
 // Letters: X and Y some split of (texts, positions), K thoughts, W tokens of a block, H heads,
 // Hkv heads of keys and values, d head size. The last axis of every tensor has stride 1.
@@ -53,7 +53,7 @@ inline void load(float* to, const T* from, i64 n) {
   for (i64 i = 0; i < n; ++i) to[i] = to_float(from[i]);
 }
 
-// And asks for what lies `ahead` of it: where tokens lie in many places, the processor cannot guess.
+// And asks for what lies `ahead`: tokens lie in more places than the processor can guess.
 template <class T>
 inline void load_ahead(float* to, const T* from, i64 n, i64 ahead) {
   for (i64 i = 0; i < n; i += 64 / i64(sizeof(T))) __builtin_prefetch(from + ahead + i, 0, 3);
@@ -153,6 +153,11 @@ inline void weighted_sum(float* to, float share, const float* weights, const flo
     std::memcpy(to + i + LANES, &b, sizeof b);
     std::memcpy(to + i + 2 * LANES, &c, sizeof c);
     std::memcpy(to + i + 3 * LANES, &e, sizeof e);
+  }
+  for (; i + LANES <= d; i += LANES) {
+    Lanes a = share * read(to + i);
+    for (i64 j = 0; j < n; ++j) a += weights[j] * read(rows + j * stride + i);
+    std::memcpy(to + i, &a, sizeof a);
   }
   for (; i < d; ++i) {
     float total = share * to[i];

@@ -25,8 +25,8 @@ _I64 = ctypes.c_int64
 
 
 class _Grid(ctypes.Structure):
-    _fields_ = [("start", ctypes.c_void_p), ("rest", ctypes.c_void_p),
-                *[(name, _I64) for name in ("start_x", "start_y", "start_h", *"xkyhw")]]  # fmt: skip
+    _fields_ = [(name, ctypes.c_void_p) for name in ("start", "rest")]
+    _fields_ += [(name, _I64) for name in ("start_x", "start_y", "start_h", *"xkyhw")]
 
 
 class _Sizes(ctypes.Structure):
@@ -125,6 +125,12 @@ def find_own_native(*tensors: Tensor) -> OwnNative | None:
         return None
     library = load_library(_SOURCE)
     return None if library is None else OwnNative(library)
+
+
+def split_start(places: Tensor) -> OwnViews:
+    """Whole blocks (X, Y, H, W, ...), a start token in each, as their own views."""
+    blocks = places.unsqueeze(1)
+    return blocks[:, :, :, :, :1], blocks[:, :, :, :, 1:]
 
 
 def _sizes(q: OwnViews, k: OwnViews, scale: float) -> _Sizes:

@@ -8,24 +8,29 @@ the merged ones and their gradients add up (as in ring attention).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from quietstar.engine.own_block import own_backward, own_scores, own_values
+from quietstar.engine.own_native import find_own_native, split_start
 from quietstar.precision import at_least_float32
 
 
 class ParallelAttention(torch.autograd.Function):
-    """Prefix part on a flash kernel and own part by small products, merged, with exact backward."""
+    """Prefix part on a flash kernel, own part by small products or compiled loops, merged."""
 
     @staticmethod
     def forward(ctx, q, k, v, batch_size, num_thoughts, scale, kernel):  # noqa: D102
         rows = RowViews(batch_size, num_thoughts)
         out, lse = kernel.forward(q, rows.text(k), rows.text(v), True, scale)
-        scores = own_scores(rows.own(q), rows.own(k), scale)
-        merged = torch.logaddexp(rows.own(lse), scores.logsumexp(-1))  # (K * B * S, H, W)
-        own_out = own_values(scores.sub_(merged.unsqueeze(-1)).exp_(), rows.own(v))
-        add_own_(rows.grid(out), rows.grid(lse), rows.grid_of(own_out), rows.grid_of(merged))
+        ctx.native = find_own_native(q, k, v)
+        if ctx.native is None:
+            _own_forward_(rows, (q, k, v), out, lse, scale)
+        else:
+            parts = [split_start(rows.places(x)) for x in (q, k, v, out, lse)]
+            ctx.native.forward_(parts[:3], parts[3], parts[4], scale)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.rows, ctx.scale, ctx.kernel = rows, scale, kernel
         return out
@@ -36,26 +41,51 @@ class ParallelAttention(torch.autograd.Function):
         rows, scale = ctx.rows, ctx.scale
         wide = ctx.kernel.backward_dtype(grad.dtype)
         text = tuple(x.to(wide) for x in (q, rows.text(k), rows.text(v)))
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         wide_grad, wide_out = grad.to(wide), out.to(wide)
-        grads = ctx.kernel.backward(wide_grad, text, wide_out, lse, True, scale)
-        dq, dk, dv = (x.to(grad.dtype) for x in grads)
-        delta = torch.linalg.vecdot(
-            *(at_least_float32(rows.grid(x)) for x in (wide_out, wide_grad))
-        )
-        own_q, own_k = rows.own(q), rows.own(k)
-        weights = own_scores(own_q, own_k, scale).sub_(rows.own(lse).unsqueeze(-1)).exp_()
-        own_dq, own_dk, own_dv = own_backward(
-            rows.own(grad),
-            (own_q, own_k, rows.own(v)),
-            weights,
-            rows.to_own(delta),
-            scale,
-        )
-        rows.grid(dq).add_(rows.grid_of(own_dq))
-        for total, own in ((dk, own_dk), (dv, own_dv)):
+        dq, *grads = ctx.kernel.backward(wide_grad, text, wide_out, lse, True, scale)
+        dk, dv = (x.to(grad.dtype) for x in grads)
+        for total in (dk, dv):
             total[: rows.batch_size] = total.unflatten(0, (-1, rows.batch_size)).sum(0)
-            rows.grid(total).copy_(rows.grid_of(own))
-        return dq, dk, dv, None, None, None, None
+        if ctx.native is None:
+            results = (wide_grad, wide_out, lse)
+            _own_backward_(rows, grad, (q, k, v), results, (dq, dk, dv), scale)
+        else:
+            parts = [
+                split_start(rows.places(x)) for x in (grad, q, k, v, wide_out, lse, dq, dk, dv)
+            ]
+            ctx.native.backward_(parts[0], parts[1:4], parts[4:6], parts[6:], scale)
+        return dq.to(grad.dtype), dk, dv, None, None, None, None
+
+
+def _own_forward_(
+    rows: RowViews, qkv: Sequence[Tensor], out: Tensor, lse: Tensor, scale: float
+) -> None:
+    """Merge the own part into that of the text, in place."""
+    q, k, v = (rows.own(x) for x in qkv)
+    scores = own_scores(q, k, scale)
+    merged = torch.logaddexp(rows.own(lse), scores.logsumexp(-1))  # (K * B * S, H, W)
+    own_out = own_values(scores.sub_(merged.unsqueeze(-1)).exp_(), v)
+    add_own_(rows.grid(out), rows.grid(lse), rows.grid_of(own_out), rows.grid_of(merged))
+
+
+def _own_backward_(
+    rows: RowViews,
+    grad: Tensor,
+    qkv: Sequence[Tensor],
+    results: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    scale: float,
+) -> None:
+    """Add the own part to the queries' gradient, and write those of the own keys and values."""
+    q, k, v = (rows.own(x) for x in qkv)
+    wide_grad, wide_out, lse = results
+    delta = torch.linalg.vecdot(*(at_least_float32(rows.grid(x)) for x in (wide_out, wide_grad)))
+    weights = own_scores(q, k, scale).sub_(rows.own(lse).unsqueeze(-1)).exp_()
+    own = own_backward(rows.own(grad), (q, k, v), weights, rows.to_own(delta), scale)
+    rows.grid(grads[0]).add_(rows.grid_of(own[0]))
+    for total, part in zip(grads[1:], own[1:], strict=True):
+        rows.grid(total).copy_(rows.grid_of(part))
 
 
 class RowViews:
@@ -79,9 +109,13 @@ class RowViews:
         """Block rows of (rows, H, S, ...) in grid order, a view."""
         return x[self.batch_size :].unflatten(0, (-1, self.columns))
 
+    def places(self, x: Tensor) -> Tensor:
+        """Block rows of (rows, H, S, ...) as (K * B, S, H, W, ...), a view."""
+        return self.grid(x).movedim((1, 3, 2, 0), (0, 1, 2, 3))
+
     def to_own(self, grid: Tensor) -> Tensor:
         """From grid order to own order."""
-        own = grid.movedim((1, 3, 2, 0), (0, 1, 2, 3))  # (K * B, S, H, W, ...)
+        own = grid.movedim((1, 3, 2, 0), (0, 1, 2, 3))
         return own.reshape(-1, *own.shape[2:])
 
     def own(self, x: Tensor) -> Tensor:

@@ -312,8 +312,7 @@ class ThoughtStep:
         own = self.cache.store_own(id(layer), self.index, k, v)
         kernel = choose_kernel(q, k, v, rules, q.shape[2] + self.index + 1)
         if kernel is None:
-            own = tuple(x.transpose(2, 3).to(q.dtype) for x in own)
-            return dense_attention(q, text, own, rules, self.index)
+            return dense_attention(q, text, _dense_own(own, q.dtype), rules, self.index)
         out, lse = kernel.forward(q, *text, True, rules.scale)
         return own_step(q, own, out, lse, rules.scale)
 
@@ -340,18 +339,24 @@ class ChosenStep:
         # (1, H, B * P * K, d) -> (B, H, P * K, d), a view
         queries = q[0].unflatten(1, (self.positions.shape[0], -1)).transpose(0, 1)
         # (tokens, 1, B * P * K, Hkv, d) -> (tokens, B, P * K, Hkv, d)
-        own = tuple(x[:, 0].unflatten(1, (self.positions.shape[0], -1)) for x in own)
+        keys, values = (x[:, 0].unflatten(1, (self.positions.shape[0], -1)) for x in own)
         num_positions = text[0].shape[2] + self.index + 1
         kernel = choose_kernel(q, k, v, rules, num_positions, masked=True)
         if kernel is None:
-            own = tuple(x.transpose(2, 3).to(q.dtype) for x in own)
             repeats = queries.shape[2] // self.positions.shape[1]
             places = self.positions.clamp(min=0).repeat_interleave(repeats, 1)
+            own = _dense_own((keys, values), q.dtype)
             out = dense_attention(queries, text, own, rules, self.index, places)
         else:
             out, lse = self.prefix.forward(kernel, queries, *text, rules.scale)
-            out = own_step(queries, own, out, lse, rules.scale)
+            out = own_step(queries, (keys, values), out, lse, rules.scale)
         return out.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+
+
+def _dense_own(own: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The blocks so far, (tokens, N, S, Hkv, .), as `dense_attention` wants them."""
+    keys, values = (x.transpose(2, 3).to(dtype) for x in own)
+    return keys, values
 
 
 _told: set[str] = set()
