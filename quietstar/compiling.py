@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quietstar.errors import UserError
-from quietstar.native import COMPILERS, find_compiler
+from quietstar.native.library import COMPILERS, find_compiler
 
 _RECOMPILE_LIMIT = 64
 """Kinds of calls compiled for: text, rollout, groups of blocks, with and without gradient, each in

@@ -2,24 +2,22 @@
 
 import os
 import stat
-from pathlib import Path
 
 import pytest
 import torch
 from tiny import plain_model, random_texts, thinking_model
 
-from quietstar import native
 from quietstar.engine import block_attention as blocks_module
 from quietstar.engine import chosen as chosen_module
-from quietstar.engine import own_block, own_native, parallel_attention
+from quietstar.engine import own_block, parallel_attention
 from quietstar.engine.block_attention import block_attention
 from quietstar.engine.blocks import ChosenBlocks, NeighbourBlocks
 from quietstar.engine.kernels import CpuFlash
 from quietstar.engine.own_block import own_step
-from quietstar.engine.own_native import find_own_native
-from quietstar.native import COMPILERS, find_compiler, load_library
+from quietstar.native import library
+from quietstar.native.library import COMPILERS, find_compiler, load_library
+from quietstar.native.own import find_own_native
 
-SOURCE = Path(own_native.__file__).with_name("own_block.cpp")
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 SHAPES = [  # K, W, heads, key heads, head size
     (2, 3, 2, 1, 16),
@@ -216,12 +214,12 @@ def test_other_kinds_of_tensors_are_left_to_torch():
 
 @needs_compiler
 def test_a_library_is_compiled_once(fresh, monkeypatch):
-    assert load_library(SOURCE) is not None
-    (library,) = fresh.iterdir()  # nothing half done lies beside it
+    assert load_library() is not None
+    (made,) = fresh.iterdir()  # nothing half done lies beside it
     load_library.cache_clear()
-    monkeypatch.setattr(native.subprocess, "run", None)
-    assert load_library(SOURCE) is not None
-    assert list(fresh.iterdir()) == [library]
+    monkeypatch.setattr(library.subprocess, "run", None)
+    assert load_library() is not None
+    assert list(fresh.iterdir()) == [made]
 
 
 @needs_compiler
@@ -241,39 +239,39 @@ def test_lesser_processors_give_the_same(capability, fresh, monkeypatch):
 
 def test_the_environment_can_leave_it_out(fresh, monkeypatch):
     monkeypatch.setenv("QUIETSTAR_NATIVE", "0")
-    assert load_library(SOURCE) is None
+    assert load_library() is None
     assert not fresh.exists()
 
 
 def test_without_a_compiler_torch_does_it(fresh, monkeypatch, caplog):
     monkeypatch.setenv("PATH", str(fresh))
     monkeypatch.delenv("CXX", raising=False)
-    with caplog.at_level("INFO", logger="quietstar.native"):
-        assert load_library(SOURCE) is None
-    assert "no C++ compiler: torch's operators do what own_block.cpp does" in caplog.text
+    with caplog.at_level("INFO", logger="quietstar.native.library"):
+        assert load_library() is None
+    assert "no C++ compiler: torch's operators do what compiled loops would" in caplog.text
 
 
 def test_a_compiler_that_fails_is_told_of_once(fresh, monkeypatch, caplog, tmp_path):
     script = compiler_script(tmp_path / "cxx", "echo 'x.cpp: error: no OpenMP here' >&2; exit 1")
     monkeypatch.setenv("CXX", script)
     assert find_compiler() == script
-    assert load_library(SOURCE) is None
-    assert load_library(SOURCE) is None
+    assert load_library() is None
+    assert load_library() is None
     (record,) = caplog.records
-    assert "own_block.cpp could not be compiled (x.cpp: error: no OpenMP here)" in record.message
+    assert "could not be compiled (x.cpp: error: no OpenMP here)" in record.message
 
 
 def test_what_a_compiler_left_may_be_no_library(fresh, monkeypatch, caplog, tmp_path):
     body = 'for last; do :; done; echo nonsense > "$last"'
     monkeypatch.setenv("CXX", compiler_script(tmp_path / "cxx", body))
-    assert load_library(SOURCE) is None
+    assert load_library() is None
     assert "could not be compiled" in caplog.text
 
 
 @needs_compiler
 def test_no_folder_to_keep_it_in(fresh, caplog):
     fresh.write_text("a file, no folder", encoding="utf-8")
-    assert load_library(SOURCE) is None
+    assert load_library() is None
     assert "could not be compiled" in caplog.text
 
 

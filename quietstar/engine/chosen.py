@@ -19,8 +19,8 @@ from quietstar.engine.dense import ScoreRules, recomputed
 from quietstar.engine.kernels import Kernel
 from quietstar.engine.layout import ChosenLayout
 from quietstar.engine.own_block import own_backward, own_scores, own_values
-from quietstar.engine.own_native import find_own_native, split_start
 from quietstar.engine.parallel_attention import add_own_
+from quietstar.native.own import find_own_native, split_start
 from quietstar.precision import at_least_float32
 
 _MASK_ELEMENTS = 2**22

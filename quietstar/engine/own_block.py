@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quietstar.engine.own_native import find_own_native
+from quietstar.native.own import find_own_native
 from quietstar.precision import at_least_float32
 
 

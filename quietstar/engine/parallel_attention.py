@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quietstar.engine.own_block import own_backward, own_scores, own_values
-from quietstar.engine.own_native import find_own_native, split_start
+from quietstar.native.own import find_own_native, split_start
 from quietstar.precision import at_least_float32
 
 

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from quietstar.native.softmax import find_softmax_native
+
 # splitmix64 (Steele, Lea, Flood 2014): the increment and the two multipliers, as signed integers.
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
@@ -54,8 +56,11 @@ def sample_inverse_cdf(
     The vocabulary is summed in blocks; only the block that holds the answer is searched entry by
     entry. Overwrites ``logits`` if they are float32.
     """
-    weights = logits.float()
-    weights = weights.sub_(weights.amax(-1, keepdim=True)).exp_()
+    logits = logits.float()
+    native = find_softmax_native(logits)
+    if native is not None:
+        return native.draw(logits, uniform)
+    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
     block_ends = _block_sums(weights).cumsum_(-1)
     threshold = uniform * block_ends[:, -1:]
     last_block = block_ends.shape[-1] - 1

@@ -16,26 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from quietstar.engine.layout import IGNORE_INDEX
 from quietstar.losses.output_head import OutputHead
+from quietstar.losses.softmax import RowResult, softmax_rows
 from quietstar.precision import at_least_float32
 
 _CHUNK_ELEMENTS, _LEAST_ROWS = 2**23, 96
 """Logits held at once, per chunk: 32 MiB in float32, and more where that makes fewer rows: each
 chunk reads the output weight twice and its gradient once."""
-
-
-@dataclass(frozen=True)
-class RowResult:
-    """What the rows of one segment gave, without gradient.
-
-    Attributes:
-        nll: (rows,), negative log-likelihood of the target, 0 where there is none.
-        entropy: (rows,) of the distribution, or None where it was not asked for.
-        predicted: (rows,), the most likely token, or None where it was not asked for.
-    """
-
-    nll: Tensor
-    entropy: Tensor | None = None
-    predicted: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -195,69 +181,25 @@ def _fused_segment(
         states = segment.states[rows].to(dtype)
         states = states if factor == 1.0 else states * factor
         logits = states @ weight.t() if bias is None else torch.addmm(bias, states, weight.t())
-        chunk = SoftmaxChunk(
-            logits, segment.targets[rows], segment.wants_entropy, segment.wants_predicted
+        found, grad_logits = softmax_rows(
+            logits,
+            segment.targets[rows],
+            None if grad is None or coefficients is None else coefficients[rows],
+            _part(segment.entropy_coefficients, rows),
+            segment.wants_entropy,
+            segment.wants_predicted,
         )
-        pieces.append(chunk.result())
-        if sink is not None and coefficients is not None and grad is not None:
-            grad_logits = chunk.gradient_(
-                coefficients[rows],
-                None
-                if segment.entropy_coefficients is None
-                else segment.entropy_coefficients[rows],
-            ).to(dtype)
+        pieces.append(found)
+        if sink is not None and grad is not None and grad_logits is not None:
+            grad_logits = grad_logits.to(dtype)
             torch.mul(grad_logits @ weight, factor, out=grad[rows])
             sink.add(grad_logits, states, factor)
     result = _concatenate(pieces)
     return _value(segment, coefficients, result), grad, result
 
 
-class SoftmaxChunk:
-    """One chunk of logits turned into probabilities in place; (rows, V) is held once.
-
-    (Twice where the entropy is wanted: its gradient needs the log-probabilities too.)
-    """
-
-    def __init__(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        wants_entropy: bool = False,
-        wants_predicted: bool = False,
-    ) -> None:
-        logits = at_least_float32(logits)
-        self.valid = targets != IGNORE_INDEX
-        self.targets = targets.clamp(min=0).unsqueeze(1)
-        target_logits = logits.gather(1, self.targets)
-        self.predicted = logits.argmax(-1) if wants_predicted else None
-        peak = logits.amax(-1, keepdim=True)
-        shifted = logits.sub_(peak)
-        self.log_weights = shifted if wants_entropy else None
-        self.weights = shifted.exp() if wants_entropy else shifted.exp_()
-        self.total = self.weights.sum(-1, keepdim=True)
-        log_total = self.total.log()
-        self.nll = (log_total + peak - target_logits).squeeze(1).where(self.valid, 0.0)
-        self.entropy = None
-        if self.log_weights is not None:
-            self.log_total = log_total
-            expected = torch.linalg.vecdot(self.weights, self.log_weights).unsqueeze(1)
-            self.entropy = (log_total - expected / self.total).squeeze(1)
-
-    def result(self) -> RowResult:
-        """The rows' values."""
-        return RowResult(self.nll, self.entropy, self.predicted)
-
-    def gradient_(self, coefficients: Tensor, entropy_coefficients: Tensor | None = None) -> Tensor:
-        """Gradient of the value with respect to the logits; uses up the chunk."""
-        coefficients = coefficients.where(self.valid, 0.0).to(self.total.dtype).unsqueeze(1)
-        probs = self.weights
-        if entropy_coefficients is None or self.log_weights is None or self.entropy is None:
-            probs = probs.mul_(coefficients / self.total)
-        else:  # dH/dz = -p (log p + H)
-            surprise = self.log_weights.sub_(self.log_total - self.entropy.unsqueeze(1))
-            surprise.mul_(-entropy_coefficients.to(surprise.dtype).unsqueeze(1)).add_(coefficients)
-            probs = probs.div_(self.total).mul_(surprise)
-        return probs.scatter_add_(1, self.targets, -coefficients)
+def _part(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
 
 
 def compute_dtype(states: Tensor) -> torch.dtype:

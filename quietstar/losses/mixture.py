@@ -20,12 +20,12 @@ from quietstar.engine.layout import TextAhead
 from quietstar.losses.cross_entropy import (
     HeadGradients,
     Segment,
-    SoftmaxChunk,
     chunk_rows,
     compute_dtype,
     objective,
 )
 from quietstar.losses.output_head import OutputHead
+from quietstar.losses.softmax import softmax_rows
 from quietstar.precision import at_least_float32
 
 
@@ -229,15 +229,18 @@ class _Work:
         """Mixed NLL; gradient with respect to the mixed logits, and that of the mixing weight."""
         mixture = self.mixture
         logits = torch.lerp(base, own, share).flatten(0, 3)
-        chunk = SoftmaxChunk(
-            logits, self._each(mixture.targets, where), wants_predicted=mixture.wants_predicted
+        result, grad = softmax_rows(
+            logits,
+            self._each(mixture.targets, where),
+            self._coefficients(mixture.mixed_coefficient, where),
+            wants_predicted=mixture.wants_predicted,
         )
-        self.mixed[where] = chunk.nll.view(own.shape[:-1])
-        if self.predicted is not None and chunk.predicted is not None:
-            self.predicted[where] = chunk.predicted.view(own.shape[:-1])
-        if self.sink is None or mixture.mixed_coefficient is None:
+        self.mixed[where] = result.nll.view(own.shape[:-1])
+        if self.predicted is not None and result.predicted is not None:
+            self.predicted[where] = result.predicted.view(own.shape[:-1])
+        if grad is None:
             return None
-        grad = chunk.gradient_(self._each(mixture.mixed_coefficient, where)).view(own.shape)
+        grad = grad.view(own.shape)
         by_weight = torch.linalg.vecdot(grad, own)
         self.grad_weight[where] = by_weight.sub_(torch.linalg.vecdot(grad, base))
         return grad
@@ -246,13 +249,16 @@ class _Work:
         """NLL of the thought's own prediction, and its gradient in place of the logits."""
         if self.thought is None:
             return None
-        chunk = SoftmaxChunk(own, self._each(self.mixture.targets, where))
+        coefficients = self._coefficients(self.mixture.thought_coefficient, where)
+        targets = self._each(self.mixture.targets, where)
+        result, grad = softmax_rows(own, targets, coefficients)
         part = self.thought[where]
-        part.copy_(chunk.nll.view(part.shape))
-        coefficient = self.mixture.thought_coefficient
-        if self.sink is None or coefficient is None:
-            return None
-        return chunk.gradient_(self._each(coefficient, where))
+        part.copy_(result.nll.view(part.shape))
+        return grad
+
+    def _coefficients(self, x: Tensor | None, where: Where) -> Tensor | None:
+        """Of every row of a chunk, where gradients are collected."""
+        return None if x is None or self.sink is None else self._each(x, where)
 
     def _each(self, x: Tensor, where: Where) -> Tensor:
         """(A, B, P) for every thought of a chunk, flat."""

@@ -1,4 +1,4 @@
-"""Compiling the project's C++ files, on first use, and calling them.
+"""Compiling the C++ files of this folder, on first use, as one library.
 
 They hold plain functions on memory, without torch's headers: a compiler needs two seconds, once a
 machine (results are kept in the user's cache folder). Without a compiler, or where it fails,
@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 COMPILERS = ("g++", "clang++", "c++")
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno",
           "-fno-trapping-math")  # fmt: skip
+_FOLDER = Path(__file__).parent
 _FLAGS_OF = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma",
                "-mprefer-vector-width=512"),
@@ -40,40 +41,38 @@ def find_compiler() -> str | None:
 
 
 @functools.cache
-def load_library(source: Path) -> ctypes.CDLL | None:
-    """The compiled file, or None where it cannot be had; says so once.
-
-    Args:
-        source: A C++ file.
-    """
+def load_library() -> ctypes.CDLL | None:
+    """The compiled files, or None where they cannot be had; says so once."""
     if os.environ.get("QUIETSTAR_NATIVE", "1") == "0":
         return None
     compiler = find_compiler()
     if compiler is None:
-        logger.info("no C++ compiler: torch's operators do what %s does, slower", source.name)
+        logger.info("no C++ compiler: torch's operators do what compiled loops would, slower")
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler, source)))
+        return ctypes.CDLL(str(_compiled(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning(
-            "%s could not be compiled (%s); torch's operators do the same, slower",
-            source.name, _reason(error),
-        )  # fmt: skip
+            "the C++ files could not be compiled (%s); torch's operators do the same, slower",
+            _reason(error),
+        )
         return None
 
 
-def _compiled(compiler: str, source: Path) -> Path:
-    """The shared library of a source, made where it is not there yet."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    flags = (*_FLAGS, *_FLAGS_OF.get(capability, ()))
-    key = hashlib.sha256(repr((compiler, flags, source.read_text("utf-8"))).encode())
+def _compiled(compiler: str) -> Path:
+    """The shared library, made where it is not there yet."""
+    flags = (*_FLAGS, *_FLAGS_OF.get(torch.backends.cpu.get_cpu_capability(), ()))
+    files = sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
+    contents = [path.read_text("utf-8") for path in files]
+    key = hashlib.sha256(repr((compiler, flags, contents)).encode()).hexdigest()
     folder = platformdirs.user_cache_path("quietstar")
-    library = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
+    library = folder / f"native-{key[:16]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / library.name
-            command = [compiler, *flags, str(source), "-o", str(made)]
+            sources = [str(path) for path in files if path.suffix == ".cpp"]
+            command = [compiler, *flags, *sources, "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             made.replace(library)  # at once: other ranks may be doing the same
     return library

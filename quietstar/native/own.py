@@ -1,4 +1,4 @@
-"""Own attention of blocks by compiled loops (``own_block.cpp``), where they serve; shapes there.
+"""Own attention of blocks by compiled loops (``native/own_block.cpp``), where they serve.
 
 They do in place what `quietstar.engine.own_block` does with batched products, and the merge with
 what the text gave.
@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from quietstar.native import load_library
+from quietstar.native.library import load_library
 
-_SOURCE = Path(__file__).with_name("own_block.cpp")
 _DTYPES = (torch.float32, torch.bfloat16)
 
 OwnViews = tuple[Tensor, Tensor]
@@ -51,7 +49,7 @@ class OwnNative:
     """The compiled functions.
 
     Args:
-        library: Of ``own_block.cpp``.
+        library: Of `quietstar.native`.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -123,7 +121,7 @@ def find_own_native(*tensors: Tensor) -> OwnNative | None:
     plain = all(type(x) is Tensor and x.stride(-1) == 1 and x.dtype == first.dtype for x in tensors)
     if not plain or first.device.type != "cpu" or first.dtype not in _DTYPES:
         return None
-    library = load_library(_SOURCE)
+    library = load_library()
     return None if library is None else OwnNative(library)
 
 

@@ -1,0 +1,1 @@
+"""What CPUs do by compiled loops, where torch's operators cost more than their work."""
