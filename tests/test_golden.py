@@ -36,6 +36,7 @@ def trajectory(name, block_tokens=None, steps=8):
     return figures
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("block_tokens", [None, 60], ids=["at once", "in groups"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_trajectory_is_the_recorded_one(name, block_tokens):

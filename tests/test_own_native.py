@@ -1,24 +1,17 @@
-"""Own attention of blocks by compiled loops: as by torch's operators, and who goes without."""
-
-import os
-import stat
+"""Own attention of blocks by compiled loops: as by torch's operators."""
 
 import pytest
 import torch
+from needs import needs_compiler
 from tiny import plain_model, random_texts, thinking_model
 
-from quietstar.engine import block_attention as blocks_module
-from quietstar.engine import chosen as chosen_module
-from quietstar.engine import own_block, parallel_attention
 from quietstar.engine.block_attention import block_attention
 from quietstar.engine.blocks import ChosenBlocks, NeighbourBlocks
 from quietstar.engine.kernels import CpuFlash
 from quietstar.engine.own_block import own_step
-from quietstar.native import library
-from quietstar.native.library import COMPILERS, find_compiler, load_library
+from quietstar.native.library import load_library
 from quietstar.native.own import find_own_native
 
-needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 SHAPES = [  # K, W, heads, key heads, head size
     (2, 3, 2, 1, 16),
     (1, 2, 3, 3, 8),
@@ -26,17 +19,6 @@ SHAPES = [  # K, W, heads, key heads, head size
     (2, 17, 4, 1, 80),
     (2, 40, 2, 2, 24),
 ]
-
-
-@pytest.fixture
-def without_native(monkeypatch):
-    """A function that takes the compiled loops away."""
-
-    def take_away():
-        for module in (blocks_module, chosen_module, own_block, parallel_attention):
-            monkeypatch.setattr(module, "find_own_native", lambda *tensors: None)
-
-    return take_away
 
 
 def normal(*shape, dtype=torch.float32, seed=0):
@@ -182,25 +164,6 @@ def test_a_whole_step_is_the_same_with_and_without(thoughts, block_tokens, witho
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6, msg=name)
 
 
-# --- Who goes without -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """Nothing compiled yet; the cache folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("QUIETSTAR_NATIVE", raising=False)
-    load_library.cache_clear()
-    yield tmp_path / "quietstar"
-    load_library.cache_clear()
-
-
-def compiler_script(path, body):
-    path.write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return str(path)
-
-
 def test_other_kinds_of_tensors_are_left_to_torch():
     x = torch.randn(1, 2, 3, 16)
     assert find_own_native(x.double()) is None
@@ -210,16 +173,6 @@ def test_other_kinds_of_tensors_are_left_to_torch():
     assert find_own_native(torch.empty_like(x, device="meta")) is None
     with torch._subclasses.fake_tensor.FakeTensorMode() as mode:
         assert find_own_native(mode.from_tensor(x)) is None
-
-
-@needs_compiler
-def test_a_library_is_compiled_once(fresh, monkeypatch):
-    assert load_library() is not None
-    (made,) = fresh.iterdir()  # nothing half done lies beside it
-    load_library.cache_clear()
-    monkeypatch.setattr(library.subprocess, "run", None)
-    assert load_library() is not None
-    assert list(fresh.iterdir()) == [made]
 
 
 @needs_compiler
@@ -235,51 +188,3 @@ def test_lesser_processors_give_the_same(capability, fresh, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert max(errors(run(blocks, inputs, grad), expected)) < 1e-5
     assert len(list(fresh.iterdir())) == 2
-
-
-def test_the_environment_can_leave_it_out(fresh, monkeypatch):
-    monkeypatch.setenv("QUIETSTAR_NATIVE", "0")
-    assert load_library() is None
-    assert not fresh.exists()
-
-
-def test_without_a_compiler_torch_does_it(fresh, monkeypatch, caplog):
-    monkeypatch.setenv("PATH", str(fresh))
-    monkeypatch.delenv("CXX", raising=False)
-    with caplog.at_level("INFO", logger="quietstar.native.library"):
-        assert load_library() is None
-    assert "no C++ compiler: torch's operators do what compiled loops would" in caplog.text
-
-
-def test_a_compiler_that_fails_is_told_of_once(fresh, monkeypatch, caplog, tmp_path):
-    script = compiler_script(tmp_path / "cxx", "echo 'x.cpp: error: no OpenMP here' >&2; exit 1")
-    monkeypatch.setenv("CXX", script)
-    assert find_compiler() == script
-    assert load_library() is None
-    assert load_library() is None
-    (record,) = caplog.records
-    assert "could not be compiled (x.cpp: error: no OpenMP here)" in record.message
-
-
-def test_what_a_compiler_left_may_be_no_library(fresh, monkeypatch, caplog, tmp_path):
-    body = 'for last; do :; done; echo nonsense > "$last"'
-    monkeypatch.setenv("CXX", compiler_script(tmp_path / "cxx", body))
-    assert load_library() is None
-    assert "could not be compiled" in caplog.text
-
-
-@needs_compiler
-def test_no_folder_to_keep_it_in(fresh, caplog):
-    fresh.write_text("a file, no folder", encoding="utf-8")
-    assert load_library() is None
-    assert "could not be compiled" in caplog.text
-
-
-def test_the_usual_compilers_are_looked_for(monkeypatch, tmp_path):
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert find_compiler() is None
-    for name in reversed(COMPILERS):
-        compiler_script(tmp_path / name, "exit 0")
-        assert find_compiler() == str(tmp_path / name)
-    assert os.environ["PATH"] == str(tmp_path)
