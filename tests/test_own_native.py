@@ -81,9 +81,9 @@ def test_block_attention_is_that_of_torchs_operators_in_float64(kind, shape, dty
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads_gives_the_same_bits(threads):
-    blocks, rows, tokens = make_blocks("neighbours", 2, 6)
-    inputs = tensors(blocks, rows, tokens, 4, 2, 16, torch.float32)
-    grad = normal(rows, 4, tokens, 16, seed=5)
+    blocks, rows, tokens = make_blocks("neighbours", 2, 14)  # work enough for several
+    inputs = tensors(blocks, rows, tokens, 4, 2, 64, torch.float32)
+    grad = normal(rows, 4, tokens, 64, seed=5)
     before = torch.get_num_threads()
     expected = run(blocks, inputs, grad)
     try:

@@ -59,6 +59,9 @@ inline void store(T* to, const float* from, i64 n) {
   for (i64 i = 0; i < n; ++i) to[i] = from_float<T>(from[i]);
 }
 
+// Threads for so many multiplications: waking more costs some ten microseconds.
+inline i64 worth(i64 threads, i64 work) { return work < 100000 ? 1 : threads; }
+
 // Sixteen numbers at once: one, two or four registers, as the processor has them.
 constexpr i64 LANES = 16;
 typedef float Lanes __attribute__((vector_size(64)));

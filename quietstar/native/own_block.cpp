@@ -137,6 +137,8 @@ struct Sizes {
   i64 x, k, y, heads, key_heads, w, d;
   i64 threads;
   float scale;
+
+  i64 work() const { return x * k * y * heads * w * w * d; }
 };
 
 // Newest tokens: (n, h, s) strides of queries and of what the text gave them.
@@ -155,6 +157,8 @@ struct StepSizes {
   i64 n, s, heads, key_heads, tokens, d;
   i64 threads;
   float scale;
+
+  i64 work() const { return n * s * heads * tokens * d; }
 };
 }
 
@@ -178,7 +182,7 @@ template <class T>
 void forward(const Sizes& n, const Grid& q, const Grid& k, const Grid& v, const Grid& out,
              const Grid& lse) {
   const i64 d = n.d, groups = n.heads / n.key_heads;
-#pragma omp parallel num_threads(n.threads)
+#pragma omp parallel num_threads(worth(n.threads, n.work()))
   {
     std::vector<float> memory(2 * n.w * d + 2 * d + padded(n.w));
     float *keys = memory.data(), *values = keys + n.w * d, *query = values + n.w * d;
@@ -213,7 +217,7 @@ template <class T>
 void backward(const Sizes& n, const Grid& grad, const Grid& q, const Grid& k, const Grid& v,
               const Grid& out, const Grid& lse, const Grid& dq, const Grid& dk, const Grid& dv) {
   const i64 d = n.d, size = n.w, groups = n.heads / n.key_heads, block = size * d;
-#pragma omp parallel num_threads(n.threads)
+#pragma omp parallel num_threads(worth(n.threads, n.work()))
   {
     // Weights and gradients of scores lie by key, so that sums over queries read a row.
     std::vector<float> memory(6 * block + 2 * size * size + 2 * padded(size) + d);
@@ -276,7 +280,7 @@ template <class T>
 void step(const StepSizes& n, const Line& q, const Past& k, const Past& v, const Line& out,
           const Line& lse) {
   const i64 d = n.d, groups = n.heads / n.key_heads;
-#pragma omp parallel num_threads(n.threads)
+#pragma omp parallel num_threads(worth(n.threads, n.work()))
   {
     std::vector<float> memory(2 * d + padded(n.tokens));
     float *query = memory.data(), *result = query + d, *weights = result + d;

@@ -1,5 +1,5 @@
-// Cross entropies and draws over rows of logits, on CPUs: each row is read from memory once, and worked
-// on while it lies in a cache. Rows (R, V) are `stride` apart; their last axis has stride 1.
+// Cross entropies and draws over rows of logits, on CPUs: each row is read from memory once, and
+// worked on while it lies in a cache. Rows (R, V) are `stride` apart; their last axis has stride 1.
 
 #include <vector>
 
@@ -62,7 +62,7 @@ inline i64 first_equal(const T* x, float value, i64 n) {
 template <class T>
 void cross_entropy(const Rows& r, const i64* targets, const float* coefficients, float* nll,
                    i64* predicted) {
-#pragma omp parallel num_threads(r.threads)
+#pragma omp parallel num_threads(worth(r.threads, r.rows * r.vocab))
   {
     std::vector<float> memory(coefficients ? r.vocab : PIECE);
 #pragma omp for schedule(static)
@@ -96,7 +96,7 @@ inline i64 find_entry(const float* x, float top, double rest, i64 n) {
     const float weight = fast_exp(x[i] - top);
     if (weight > 0) found = i;
     sum += weight;
-    if (weight > 0 && sum >= rest) break;
+    if (sum >= rest) break;  // above zero: a weight was found
   }
   return found;
 }
@@ -114,7 +114,7 @@ void softmax_cross_entropy(const Rows* r, i64 half, const i64* targets, const fl
 // Draws tokens (R, draws) by the inverse of the cumulative distribution of each row.
 void softmax_draw(const Rows* r, const float* uniform, i64 draws, i64* tokens) {
   const i64 blocks = (r->vocab + BLOCK - 1) / BLOCK;
-#pragma omp parallel num_threads(r->threads)
+#pragma omp parallel num_threads(worth(r->threads, r->rows * r->vocab))
   {
     std::vector<double> ends(blocks);
     float unused[BLOCK];
