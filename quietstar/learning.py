@@ -45,9 +45,13 @@ from quietstar.precision import at_least_float32
 
 AUTO_BLOCK_TOKENS = {"cpu": 5120, "cuda": 16384}
 """Tokens of thoughts that learn at once, by kind of device (docs/performance.md)."""
+CHECKPOINTED_BLOCK_TOKENS = {"cpu": 4096, "cuda": 16384}
+"""The same where activation checkpointing says that memory counts."""
 
 
-def resolve_block_tokens(setting: int | str | None, device: str, in_pieces: bool) -> int | None:
+def resolve_block_tokens(
+    setting: int | str | None, device: str, in_pieces: bool, checkpointing: bool = False
+) -> int | None:
     """``training.block_tokens`` as a number, or None for all at once.
 
     Args:
@@ -55,12 +59,14 @@ def resolve_block_tokens(setting: int | str | None, device: str, in_pieces: bool
         device: Kind of device.
         in_pieces: Whether an engine holds the weights in pieces: it gathers them for one backward
             pass, and cannot for one that runs inside the forward pass.
+        checkpointing: Whether activations are recomputed.
 
     Raises:
         UserError: A number, where weights lie in pieces.
     """
     if setting == "auto":
-        return None if in_pieces else AUTO_BLOCK_TOKENS.get(device, AUTO_BLOCK_TOKENS["cuda"])
+        by_device = CHECKPOINTED_BLOCK_TOKENS if checkpointing else AUTO_BLOCK_TOKENS
+        return None if in_pieces else by_device.get(device, by_device["cuda"])
     if setting is not None and in_pieces:
         raise UserError(
             f"training.block_tokens: {setting} cannot be used where weights lie in pieces (ZeRO-3, "

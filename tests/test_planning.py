@@ -38,7 +38,9 @@ def real_peak(config):
     (stage,) = plan_stages(config)
     begin_stage(model, stage)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.block_tokens = resolve_block_tokens(config.training.block_tokens, device, False)
+    model.block_tokens = resolve_block_tokens(
+        config.training.block_tokens, device, False, config.training.activation_checkpointing
+    )
     trace = MemoryTrace(model)
     tokens = fake_tokens(config.training.micro_batch_size, config.data.seq_len)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.training.precision == "bf16")

@@ -97,7 +97,9 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
         check_compile(True, in_pieces=False)
         compile_layers(model.causal_lm)
     tokens_at_once = "auto" if args.block_tokens is None else args.block_tokens or None
-    model.block_tokens = resolve_block_tokens(tokens_at_once, device, in_pieces=False)
+    model.block_tokens = resolve_block_tokens(
+        tokens_at_once, device, in_pieces=False, checkpointing=args.activation_checkpointing
+    )
 
     def step() -> None:
         with precision(args.dtype, device):

@@ -381,7 +381,8 @@ class TrainingConfig(Section):
         default="auto",
         description="Most tokens of thoughts that learn at once, forward and backward, before the"
         " next ones: less is less memory, at no cost until matrix products get small. null: all at"
-        " once. auto: 5120, on a GPU 16384; null under ZeRO-3 and FSDP2, which cannot.",
+        " once. auto: 5120 (4096 with activation checkpointing), on a GPU 16384; null under ZeRO-3"
+        " and FSDP2, which cannot.",
     )
     activation_checkpointing: bool = Field(
         default=False,

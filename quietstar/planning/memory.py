@@ -134,7 +134,10 @@ def _estimate_stage(
     model = _without_weights(config, tokenizer)
     on_cpu = engine == "single" and not torch.cuda.is_available()
     model.block_tokens = resolve_block_tokens(
-        config.training.block_tokens, "cpu" if on_cpu else "cuda", engine in IN_PIECES
+        config.training.block_tokens,
+        "cpu" if on_cpu else "cuda",
+        engine in IN_PIECES,
+        config.training.activation_checkpointing,
     )
     begin_stage(model, dataclasses.replace(stage, config=config))
     shares = Shares.of(engine, processes)

@@ -178,7 +178,10 @@ def set_up(config: Config, engine: Engine) -> Job:
         if stage.thinks:
             check_steps(stage.config, eval_data)
     model.block_tokens = resolve_block_tokens(
-        config.training.block_tokens, engine.accelerator.device.type, engine.in_pieces
+        config.training.block_tokens,
+        engine.accelerator.device.type,
+        engine.in_pieces,
+        config.training.activation_checkpointing,
     )
     if config.training.compile:
         compile_layers(model.causal_lm)
