@@ -259,11 +259,15 @@ def sample_rows(
     """Next tokens, a chunk of logits at a time: as many of every row as noise has columns."""
     vocab_size = head.vocab_size or head.num_logits
     chunk = max(_LEAST_ROWS, _CHUNK_ELEMENTS // head.num_logits)
-    tokens = []
-    for rows in range(0, states.shape[0], chunk):
-        logits = head.logits(states[rows : rows + chunk])[:, :vocab_size]
-        tokens.append(sample_logits(logits, noise[rows : rows + chunk], temperature))
-    return torch.cat(tokens) if len(tokens) > 1 else tokens[0]
+    # Made beforehand: small tensors that stay, between chunks that go, would keep the memory of
+    # these from being used again.
+    tokens = torch.empty(noise.shape, dtype=torch.long, device=noise.device)
+    for start in range(0, states.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        tokens[rows] = sample_logits(
+            head.logits(states[rows])[:, :vocab_size], noise[rows], temperature
+        )
+    return tokens
 
 
 def sample_logits(

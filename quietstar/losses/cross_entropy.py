@@ -172,30 +172,46 @@ def _fused_segment(
     dtype = compute_dtype(segment.states)
     weight = head.weight.to(dtype)
     bias = None if head.bias is None else (head.bias * factor).to(dtype)
-    pieces = []
     coefficients = segment.coefficients
     grad = None
     if sink is not None and coefficients is not None:
         grad = torch.empty_like(segment.states)
+    # Made beforehand: small tensors that stay, between chunks that go, would keep the memory of
+    # these from being used again.
+    result = RowResult.empty(
+        segment.targets, at_least_float32(weight.new_empty(0)).dtype, segment.wants_entropy,
+        segment.wants_predicted,
+    )  # fmt: skip
     for rows in _chunks(segment.states.shape[0], weight.shape[0]):
-        states = segment.states[rows].to(dtype)
-        states = states if factor == 1.0 else states * factor
-        logits = states @ weight.t() if bias is None else torch.addmm(bias, states, weight.t())
-        found, grad_logits = softmax_rows(
-            logits,
-            segment.targets[rows],
-            None if grad is None or coefficients is None else coefficients[rows],
-            _part(segment.entropy_coefficients, rows),
-            segment.wants_entropy,
-            segment.wants_predicted,
-        )
-        pieces.append(found)
-        if sink is not None and grad is not None and grad_logits is not None:
-            grad_logits = grad_logits.to(dtype)
-            torch.mul(grad_logits @ weight, factor, out=grad[rows])
-            sink.add(grad_logits, states, factor)
-    result = _concatenate(pieces)
+        result.put(rows, _fused_chunk(segment, rows, (weight, bias, factor), sink, grad))
     return _value(segment, coefficients, result), grad, result
+
+
+def _fused_chunk(
+    segment: Segment,
+    rows: slice,
+    head: tuple[Tensor, Tensor | None, float],
+    sink: HeadGradients | None,
+    grad: Tensor | None,
+) -> RowResult:
+    """Results of some rows; with ``grad`` the gradient of their states goes there."""
+    weight, bias, factor = head
+    states = segment.states[rows].to(weight.dtype)
+    states = states if factor == 1.0 else states * factor
+    logits = states @ weight.t() if bias is None else torch.addmm(bias, states, weight.t())
+    found, grad_logits = softmax_rows(
+        logits,
+        segment.targets[rows],
+        None if grad is None else _part(segment.coefficients, rows),
+        _part(segment.entropy_coefficients, rows),
+        segment.wants_entropy,
+        segment.wants_predicted,
+    )
+    if sink is not None and grad is not None and grad_logits is not None:
+        grad_logits = grad_logits.to(weight.dtype)
+        torch.mul(grad_logits @ weight, factor, out=grad[rows])
+        sink.add(grad_logits, states, factor)
+    return found
 
 
 def _part(x: Tensor | None, rows: slice) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -25,6 +25,24 @@ class RowResult:
     nll: Tensor
     entropy: Tensor | None = None
     predicted: Tensor | None = None
+
+    @staticmethod
+    def empty(
+        targets: Tensor, dtype: torch.dtype, wants_entropy: bool, wants_predicted: bool
+    ) -> RowResult:
+        """Room for the results of as many rows as there are targets."""
+        return RowResult(
+            torch.empty_like(targets, dtype=dtype),
+            torch.empty_like(targets, dtype=dtype) if wants_entropy else None,
+            torch.empty_like(targets) if wants_predicted else None,
+        )
+
+    def put(self, rows: slice, found: RowResult) -> None:
+        """Fill in some rows."""
+        for field in fields(self):
+            whole, part = getattr(self, field.name), getattr(found, field.name)
+            if whole is not None:
+                whole[rows] = part.detach()
 
 
 def softmax_rows(
