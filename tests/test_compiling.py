@@ -1,11 +1,16 @@
 """training.compile: the same step from compiled layers, and who cannot have it."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import plain_model, random_texts, thinking_model
 
 from quietstar import compiling
 from quietstar.compiling import check_compile, compile_layers, decoder_layers
+from quietstar.engine.rollout import policy_states, run_text
 from quietstar.errors import UserError
 
 
@@ -66,6 +71,34 @@ def test_other_lengths_of_text_compile_once_more_and_then_never():
     for length in (7, 11, 10, 14):
         model(random_texts(2, length), sample_ids=torch.tensor([4, 0]))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made
+
+
+def test_steps_of_a_compiled_rollout_are_one_graph_for_all_layers():
+    code = "import test_compiling; test_compiling.check_graphs_of_rollouts()"  # unhooked: the
+    # checks of types that tests run with are breaks themselves
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+
+
+def check_graphs_of_rollouts():
+    lm, start = (model := make_model()).causal_lm, model.start_embedding.detach()
+    texts = random_texts(2, 12)
+    chosen = torch.tensor([[0, 3, 7], [2, 5, 6]])
+    generator = torch.Generator().manual_seed(0)
+    cases = [
+        (places, torch.randint(0, 20, (4, 2, *shape), generator=generator))
+        for places, shape in ((None, texts.shape), (chosen, chosen.shape))
+    ]
+    expected = [policy_states(lm, start, texts, thoughts, places) for places, thoughts in cases]
+    text = run_text(lm, texts)
+    compile_layers(lm, "aot_eager")
+    counters = torch._dynamo.utils.counters
+    for (places, thoughts), states in zip(cases, expected, strict=True):
+        torch._dynamo.reset()
+        counters.clear()
+        found = policy_states(lm, start, texts, thoughts, places, text)
+        torch.testing.assert_close(found, states, rtol=1e-5, atol=1e-5)
+        assert not counters["graph_break"]
+        assert counters["stats"]["unique_graphs"] == 2  # start and thought
 
 
 def test_layers_are_what_the_architecture_names():

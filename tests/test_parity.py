@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quietstar import QuietStarForCausalLM
 from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig
-from quietstar.engine import passes
+from quietstar.engine import passes, steps
 from quietstar.engine.learn import learn_pass
 from quietstar.engine.self_check import use_thinking_attention
 
@@ -80,7 +80,9 @@ def compare(
     input_ids, mask = batch(model, lengths)
     paths: set[str] = set()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passes, "choose_kernel", _recording(passes.choose_kernel, paths))
+        recording = _recording(passes.choose_kernel, paths)
+        for module in (passes, steps):
+            patch.setattr(module, "choose_kernel", recording)
         output = model(input_ids, mask, labels, sample_ids=torch.arange(len(lengths)))
     model.zero_grad()
     output.loss.backward()

@@ -8,7 +8,14 @@ from architectures import REFUSED, SUPPORTED, meta_model, tiny_architecture
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quietstar import QuietStarForCausalLM
-from quietstar.engine import attention, dense, parallel_attention, passes, self_check
+from quietstar.engine import (
+    attention,
+    dense,
+    own_block,
+    parallel_attention,
+    self_check,
+    steps,
+)
 from quietstar.engine.layout import Layout
 from quietstar.engine.parallel_attention import RowViews
 from quietstar.engine.passes import LearnPass
@@ -118,7 +125,7 @@ def _own_block_not_causal(patch):
         groups = q.shape[1] // k.shape[1]
         return q @ k.repeat_interleave(groups, 1).mT * scale
 
-    patch.setattr(parallel_attention, "own_scores", scores)
+    patch.setattr(own_block, "own_scores", scores)
     patch.setattr(parallel_attention, "find_own_native", lambda *tensors: None)
 
 
@@ -135,17 +142,17 @@ def _thoughts_of_a_position_exchanged(patch):
 
 
 def _no_merge(patch):
-    patch.setattr(parallel_attention, "add_own_", lambda *args: None)
+    patch.setattr(own_block, "add_own_", lambda *args: None)
     patch.setattr(parallel_attention, "find_own_native", lambda *tensors: None)
 
 
 def _rollout_keys_lost(patch):
-    store = passes.RolloutCache.store_own
+    store = steps.RolloutCache.store_own
 
     def store_zeros(self, layer, index, k, v):
         return store(self, layer, index, torch.zeros_like(k), v)
 
-    patch.setattr(passes.RolloutCache, "store_own", store_zeros)
+    patch.setattr(steps.RolloutCache, "store_own", store_zeros)
 
 
 def _no_logit_scale(patch):

@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from quietstar.engine.dense import ScoreRules
 from quietstar.engine.passes import Pass
+from quietstar.engine.steps import RolloutStep
 
 ATTENTION_NAME = "quietstar"
 
@@ -32,7 +33,6 @@ _SETTLED_KEYWORDS = frozenset(
 )
 
 
-@torch.compiler.disable
 def thinking_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -49,6 +49,18 @@ def thinking_attention(
     Raises:
         ValueError: An attention keyword that this function does not understand, or dropout.
     """
+    if torch.compiler.is_compiling() and isinstance(thought_pass, RolloutStep):
+        rules = _score_rules(query, scaling, keywords)
+        arguments = (rules.scale, rules.softcap, rules.window, rules.sinks)
+        return rollout_attention(query, key, value, *arguments), None
+    arguments = (module, query, key, value, attention_mask, scaling, dropout, thought_pass)
+    return _thinking_attention(*arguments, keywords)  # pyright: ignore[reportCallIssue]
+
+
+@torch.compiler.disable
+def _thinking_attention(
+    module, query, key, value, attention_mask, scaling, dropout, thought_pass, keywords
+):
     if thought_pass is None:
         return _plain_attention(
             module, query, key, value, attention_mask, scaling, dropout, keywords
@@ -59,12 +71,48 @@ def thinking_attention(
             "thoughts than the rollout sampled. Load the model with QuietStarForCausalLM.from_base."
         )
     rules = _score_rules(query, scaling, keywords)
-    if not query.dtype == key.dtype == value.dtype:
-        # Under autocast rotary embeddings leave queries and keys in float32 beside bfloat16
-        # values; every attention kernel wants the one dtype that the matrix products use.
-        query, key = query.to(value.dtype), key.to(value.dtype)
-    out = thought_pass.attend(module, query, key, value, rules)
+    out = thought_pass.attend(module, *_of_one_dtype(query, key, value), rules)
     return out.transpose(1, 2), None
+
+
+def _of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast rotary embeddings leave queries and keys in float32 beside bfloat16 values.
+
+    Every attention kernel wants the one dtype that the matrix products use.
+    """
+    return query.to(value.dtype), key.to(value.dtype), value
+
+
+@torch.library.custom_op(
+    "quietstar::rollout_attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, float scale, float? softcap, int? window, "
+    "Tensor? sinks) -> Tensor",
+)
+def rollout_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention of the next layer in a step of the rollout, as one operator of a compiled graph.
+
+    What else it reads (the keys of the text and of the thoughts so far) is the running pass's. So
+    layers share their compiled code, and it has no break at the attention.
+    """
+    step = _running.get()
+    assert isinstance(step, RolloutStep), "compiled for the rollout"
+    rules = ScoreRules(scale, softcap, window, sinks)
+    return step.attend_next(*_of_one_dtype(query, key, value), rules).transpose(1, 2).contiguous()
+
+
+@rollout_attention.register_fake
+def _(query, key, value, scale, softcap, window, sinks):
+    rows, heads, tokens, _ = query.shape
+    return value.new_empty(rows, tokens, heads, value.shape[-1])
 
 
 def _score_rules(query: Tensor, scaling: float | None, keywords: dict[str, Any]) -> ScoreRules:
@@ -108,22 +156,22 @@ def _plain_attention(module, query, key, value, attention_mask, scaling, dropout
     return (weights @ value).transpose(1, 2), None
 
 
-_in_pass: contextvars.ContextVar[bool] = contextvars.ContextVar("_in_pass", default=False)
+_running: contextvars.ContextVar[Pass | None] = contextvars.ContextVar("_running", default=None)
 
 
 @contextmanager
-def thought_pass_scope() -> Iterator[None]:
+def thought_pass_scope(thought_pass: Pass) -> Iterator[None]:
     """Inside, the model builds no attention mask: the pass knows who sees whom."""
-    token = _in_pass.set(True)
+    token = _running.set(thought_pass)
     try:
         yield
     finally:
-        _in_pass.reset(token)
+        _running.reset(token)
 
 
 def thinking_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Mask function for transformers' interface: none in a pass, torch's own otherwise."""
-    if _in_pass.get():
+    if _running.get() is not None:
         return None
     return sdpa_mask(*args, **kwargs)
 

@@ -76,7 +76,7 @@ def run_backbone(
     # A mask of ones: without one, transformers compares the positions of each row on the host to
     # find packed sequences.
     everything = torch.ones(position_ids.shape, dtype=torch.bool, device=position_ids.device)
-    with thought_pass_scope():
+    with thought_pass_scope(thought_pass):
         output = model.base_model(
             inputs_embeds=embeddings,
             attention_mask=everything,

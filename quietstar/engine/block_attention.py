@@ -15,8 +15,13 @@ from torch import Tensor
 from quietstar.engine.blocks import Blocks, Pair
 from quietstar.engine.dense import ScoreRules, recomputed
 from quietstar.engine.kernels import Kernel
-from quietstar.engine.own_block import own_backward, own_scores, own_values
-from quietstar.engine.parallel_attention import add_own_
+from quietstar.engine.own_block import (
+    add_own_,
+    empty_tokens,
+    own_backward,
+    own_scores,
+    own_values,
+)
 from quietstar.native.own import find_own_native
 from quietstar.precision import at_least_float32
 
@@ -63,18 +68,12 @@ class _NativeBlockAttention(torch.autograd.Function):
             ctx.kernel, grad.to(wide), [x.to(wide) for x in (q, text_k, text_v)], wide_out, lse,
             scale,
         )  # fmt: skip
-        dk, dv = (_empty_like(x) for x in (k, v))
+        dk, dv = (empty_tokens(x, x.shape) for x in (k, v))
         views = [blocks.own_views(x) for x in (grad, q, k, v, wide_out, lse, dq, dk, dv)]
         ctx.native.backward_(views[0], views[1:4], views[4:6], views[6:], scale)
         dtype = grad.dtype
         grads = (dq.to(dtype), dk, dv, text_dk.to(dtype), text_dv.to(dtype))
         return *grads, None, None, None, None
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    """(N, H, L, size), stored as (N, L, H, size), the order that the layers around want."""
-    rows, heads, tokens, size = x.shape
-    return x.new_empty(rows, tokens, heads, size).transpose(1, 2)
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -115,8 +114,8 @@ class _BlockAttention(torch.autograd.Function):
             scale,
         )
         dtype = grad.dtype
-        dk, dv = (x.new_empty(dq.shape[0], dq.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
-                  for x in (own_k, own_v))  # fmt: skip
+        rows, _, tokens, _ = grad.shape
+        dk, dv = (empty_tokens(x, (rows, x.shape[1], tokens, x.shape[3])) for x in (own_k, own_v))
         views = blocks.own_views(dq)
         for view, part in zip(views, _apart(blocks, own_grads[0], views), strict=True):
             view.add_(part)

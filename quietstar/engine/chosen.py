@@ -8,7 +8,7 @@ them. The own part and the merge are those of `quietstar.engine.parallel_attenti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Int
@@ -18,10 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from quietstar.engine.dense import ScoreRules, recomputed
 from quietstar.engine.kernels import Kernel
 from quietstar.engine.layout import ChosenLayout
-from quietstar.engine.own_block import own_backward, own_scores, own_values
-from quietstar.engine.parallel_attention import add_own_
-from quietstar.native.own import find_own_native, split_start
-from quietstar.precision import at_least_float32
+from quietstar.engine.own_block import empty_tokens, merge_own_, merge_own_backward_
+from quietstar.native.own import find_own_native
 
 _MASK_ELEMENTS = 2**22
 """Entries of a piece's mask: 16 MiB in float32."""
@@ -140,12 +138,9 @@ class ChosenAttention(torch.autograd.Function):
         text_out, text_lse = kernel.forward(views.text(q), *text, True, scale)
         out, lse = prefix.forward(kernel, views.blocks(q), *text, scale)
         ctx.native = find_own_native(q, k, v)
-        if ctx.native is None:
-            _own_forward_(views, (q, k, v), out, lse, scale)
-        else:
-            parts = [split_start(views.own(x)) for x in (*map(views.blocks, (q, k, v)), out, lse)]
-            ctx.native.forward_(parts[:3], parts[3], parts[4], scale)
-        rows = _row_like(q, v.shape[-1])
+        own = [views.own(x) for x in (*map(views.blocks, (q, k, v)), out, lse)]
+        merge_own_(own[:3], own[3], own[4], scale, ctx.native)
+        rows = empty_tokens(q, (*q.shape[:3], v.shape[-1]))
         views.text(rows).copy_(text_out)
         views.blocks(rows).copy_(out)
         ctx.save_for_backward(q, k, v, rows, text_lse, lse)
@@ -169,62 +164,19 @@ class ChosenAttention(torch.autograd.Function):
         prefix_grads = ctx.prefix.backward(
             kernel, results[1], (blocks[0], text[1], text[2]), results[0], lse, scale
         )
-        dq, dk, dv = (_row_like(x, x.shape[-1]) for x in (wide_q, k, v))
+        dq, dk, dv = (empty_tokens(x, x.shape) for x in (wide_q, k, v))
         views.text(dq).copy_(text_grads[0])
         views.blocks(dq).copy_(prefix_grads[0])
         for total, part in zip((dk, dv), zip(text_grads[1:], prefix_grads[1:], strict=True),
                                strict=True):  # fmt: skip
             views.text(total).copy_(part[0] + part[1])
-        if ctx.native is None:
-            _own_backward_(views, grad, (q, k, v), (*results, lse), (dq, dk, dv), scale)
-        else:
-            parts = [
-                split_start(views.own(x))
-                for x in (*map(views.blocks, (grad, q, k, v, rows)), lse,
-                          *map(views.blocks, (dq, dk, dv)))
-            ]  # fmt: skip
-            ctx.native.backward_(parts[0], parts[1:4], parts[4:6], parts[6:], scale)
+        own = [
+            views.own(x)
+            for x in (*map(views.blocks, (grad, q, k, v, rows)), lse,
+                      *map(views.blocks, (dq, dk, dv)))
+        ]  # fmt: skip
+        merge_own_backward_(own[0], own[1:4], own[4:6], own[6:], scale, ctx.native)
         return dq.to(grad.dtype), dk, dv, None, None, None, None
-
-
-def _own_forward_(
-    views: ChosenViews, qkv: Sequence[Tensor], out: Tensor, lse: Tensor, scale: float
-) -> None:
-    """Merge the own part into that of the text, in place."""
-    q, k, v = (views.own(views.blocks(x)).flatten(0, 1) for x in qkv)
-    scores = own_scores(q, k, scale)
-    merged = torch.logaddexp(views.own(lse).flatten(0, 1), scores.logsumexp(-1))
-    own_out = own_values(scores.sub_(merged.unsqueeze(-1)).exp_(), v)
-    split = views.own(lse).shape[:2]
-    own_out, merged = own_out.unflatten(0, split), merged.unflatten(0, split)
-    add_own_(views.own(out), views.own(lse), own_out, merged)
-
-
-def _own_backward_(
-    views: ChosenViews,
-    grad: Tensor,
-    qkv: Sequence[Tensor],
-    results: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    scale: float,
-) -> None:
-    """Add the own part to the queries' gradient, and write those of the own keys and values."""
-    q, k, v, own_grad = (views.own(views.blocks(x)).flatten(0, 1) for x in (*qkv, grad))
-    out, wide_grad, lse = results
-    delta = torch.linalg.vecdot(at_least_float32(out), at_least_float32(wide_grad))
-    own_lse = views.own(lse).flatten(0, 1).unsqueeze(-1)
-    weights = own_scores(q, k, scale).sub_(own_lse).exp_()
-    own = own_backward(own_grad, (q, k, v), weights, views.own(delta).flatten(0, 1), scale)
-    places = [views.own(views.blocks(x)) for x in grads]
-    places[0].add_(own[0].unflatten(0, places[0].shape[:2]))
-    for place, part in zip(places[1:], own[1:], strict=True):
-        place.copy_(part.unflatten(0, place.shape[:2]))
-
-
-def _row_like(x: Tensor, size: int) -> Tensor:
-    """(1, H, N, size), stored as (1, N, H, size), the order that the layers around want."""
-    _, heads, tokens, _ = x.shape
-    return x.new_empty(1, tokens, heads, size).transpose(1, 2)
 
 
 def dense_chosen(

@@ -8,14 +8,11 @@ the merged ones and their gradients add up (as in ring attention).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from quietstar.engine.own_block import own_backward, own_scores, own_values
-from quietstar.native.own import find_own_native, split_start
-from quietstar.precision import at_least_float32
+from quietstar.engine.own_block import merge_own_, merge_own_backward_
+from quietstar.native.own import find_own_native
 
 
 class ParallelAttention(torch.autograd.Function):
@@ -26,11 +23,8 @@ class ParallelAttention(torch.autograd.Function):
         rows = RowViews(batch_size, num_thoughts)
         out, lse = kernel.forward(q, rows.text(k), rows.text(v), True, scale)
         ctx.native = find_own_native(q, k, v)
-        if ctx.native is None:
-            _own_forward_(rows, (q, k, v), out, lse, scale)
-        else:
-            parts = [split_start(rows.places(x)) for x in (q, k, v, out, lse)]
-            ctx.native.forward_(parts[:3], parts[3], parts[4], scale)
+        own = [rows.places(x) for x in (q, k, v, out, lse)]
+        merge_own_(own[:3], own[3], own[4], scale, ctx.native)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.rows, ctx.scale, ctx.kernel = rows, scale, kernel
         return out
@@ -47,45 +41,9 @@ class ParallelAttention(torch.autograd.Function):
         dk, dv = (x.to(grad.dtype) for x in grads)
         for total in (dk, dv):
             total[: rows.batch_size] = total.unflatten(0, (-1, rows.batch_size)).sum(0)
-        if ctx.native is None:
-            results = (wide_grad, wide_out, lse)
-            _own_backward_(rows, grad, (q, k, v), results, (dq, dk, dv), scale)
-        else:
-            parts = [
-                split_start(rows.places(x)) for x in (grad, q, k, v, wide_out, lse, dq, dk, dv)
-            ]
-            ctx.native.backward_(parts[0], parts[1:4], parts[4:6], parts[6:], scale)
+        own = [rows.places(x) for x in (grad, q, k, v, wide_out, lse, dq, dk, dv)]
+        merge_own_backward_(own[0], own[1:4], own[4:6], own[6:], scale, ctx.native)
         return dq.to(grad.dtype), dk, dv, None, None, None, None
-
-
-def _own_forward_(
-    rows: RowViews, qkv: Sequence[Tensor], out: Tensor, lse: Tensor, scale: float
-) -> None:
-    """Merge the own part into that of the text, in place."""
-    q, k, v = (rows.own(x) for x in qkv)
-    scores = own_scores(q, k, scale)
-    merged = torch.logaddexp(rows.own(lse), scores.logsumexp(-1))  # (K * B * S, H, W)
-    own_out = own_values(scores.sub_(merged.unsqueeze(-1)).exp_(), v)
-    add_own_(rows.grid(out), rows.grid(lse), rows.grid_of(own_out), rows.grid_of(merged))
-
-
-def _own_backward_(
-    rows: RowViews,
-    grad: Tensor,
-    qkv: Sequence[Tensor],
-    results: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    scale: float,
-) -> None:
-    """Add the own part to the queries' gradient, and write those of the own keys and values."""
-    q, k, v = (rows.own(x) for x in qkv)
-    wide_grad, wide_out, lse = results
-    delta = torch.linalg.vecdot(*(at_least_float32(rows.grid(x)) for x in (wide_out, wide_grad)))
-    weights = own_scores(q, k, scale).sub_(rows.own(lse).unsqueeze(-1)).exp_()
-    own = own_backward(rows.own(grad), (q, k, v), weights, rows.to_own(delta), scale)
-    rows.grid(grads[0]).add_(rows.grid_of(own[0]))
-    for total, part in zip(grads[1:], own[1:], strict=True):
-        rows.grid(total).copy_(rows.grid_of(part))
 
 
 class RowViews:
@@ -126,18 +84,3 @@ class RowViews:
         """From own order to grid order, a view."""
         own = own.unflatten(0, (self.columns, -1))  # (K * B, S, H, W, ...)
         return own.movedim((3, 0, 2, 1), (0, 1, 2, 3))
-
-
-def add_own_(out: Tensor, lse: Tensor, own_out: Tensor, merged: Tensor) -> None:
-    """Complete a prefix part with its own part, in place.
-
-    With l = logaddexp(l1, l2): o = o1 exp(l1 - l) + sum_j exp(s_j - l) v_j.
-
-    Args:
-        out: Output of the prefix part, (..., d); becomes the merged output.
-        lse: Its log-sum-exp, (...); becomes the merged one.
-        own_out: Values of the own part under the merged softmax, (..., d).
-        merged: Merged log-sum-exp, (...).
-    """
-    out.mul_((lse - merged).exp_().unsqueeze(-1).to(out.dtype)).add_(own_out)
-    lse.copy_(merged)

@@ -25,16 +25,15 @@ from quietstar.engine.backbone import (
 )
 from quietstar.engine.chosen import PrefixAttention
 from quietstar.engine.layout import shifted
-from quietstar.engine.passes import (
+from quietstar.engine.passes import TextKeys, TextPass
+from quietstar.engine.sampling import keyed_uniform, sample_inverse_cdf
+from quietstar.engine.steps import (
     ChosenStep,
-    Pass,
     RolloutCache,
+    RolloutStep,
     StartStep,
-    TextKeys,
-    TextPass,
     ThoughtStep,
 )
-from quietstar.engine.sampling import keyed_uniform, sample_inverse_cdf
 from quietstar.losses.output_head import OutputHead
 
 _CHUNK_ELEMENTS, _LEAST_ROWS = 2**22, 256
@@ -131,13 +130,14 @@ def policy_states(
     input_ids: Int[Tensor, "batch seq"],
     thoughts: Int[Tensor, "length thoughts batch positions"],
     positions: Int[Tensor, "batch positions"] | None = None,
+    text: TextRun | None = None,
 ) -> Float[Tensor, "length thoughts batch positions width"]:
     """States from which the rollout would sample each token of these thoughts.
 
     Those of the learn pass, by another way: for checks.
     """
     length, num_thoughts = thoughts.shape[:2]
-    rollout = Rollout(model, start_embedding, input_ids, num_thoughts, length, positions)
+    rollout = Rollout(model, start_embedding, input_ids, num_thoughts, length, positions, text)
     first = rollout.start().expand(num_thoughts, -1, -1, -1)
     rest = [rollout.step(n, thoughts[n - 1]) for n in range(1, length)]
     return torch.stack([first, *(rollout.order.to_thoughts(states) for states in rest)])
@@ -184,7 +184,7 @@ class Rollout:
         """Run the start token of every position, once for all its thoughts; its final states."""
         places = self.order.places  # of the start tokens
         inputs = self.start_embedding.to(embedding_weight(self.model).dtype)
-        inputs = inputs.expand(*places.shape, -1)
+        inputs = inputs.repeat(*places.shape, 1)  # as layers hand on: no graph of its own
         states = run_backbone(self.model, inputs, places + 1, self.order.start_attention())
         self.order.started()
         return states.view(*self.positions.shape, -1)
@@ -203,7 +203,7 @@ class _AllPositions:
         self.cache, self.num_thoughts = cache, num_thoughts
         self.batch_size, self.places = positions.shape[0], positions
 
-    def start_attention(self) -> Pass:
+    def start_attention(self) -> RolloutStep:
         return StartStep(self.cache, self)
 
     def started(self) -> None:
@@ -212,7 +212,7 @@ class _AllPositions:
     def for_each_thought(self, x: Tensor) -> Tensor:  # (B, S, ...) -> (K * B, S, ...)
         return x.repeat(self.num_thoughts, *[1] * (x.ndim - 1))
 
-    def attention(self, index: int) -> Pass:
+    def attention(self, index: int) -> RolloutStep:
         return ThoughtStep(self.cache, index)
 
     def from_thoughts(self, x: Tensor) -> Tensor:  # (K, B, S, ...) -> (K * B, S, ...)
@@ -234,7 +234,7 @@ class _ChosenPositions:
         self.prefix = PrefixAttention(positions, num_thoughts, length)
         self.places = self.prefix.positions.reshape(1, -1)
 
-    def start_attention(self) -> Pass:
+    def start_attention(self) -> RolloutStep:
         return StartStep(self.cache, self, PrefixAttention(self.positions, 1, self.length))
 
     def started(self) -> None:
@@ -243,7 +243,7 @@ class _ChosenPositions:
     def for_each_thought(self, x: Tensor) -> Tensor:  # (1, B * P, ...) -> (1, B * P * K, ...)
         return x.repeat_interleave(self.sizes[-1], 1)
 
-    def attention(self, index: int) -> Pass:
+    def attention(self, index: int) -> RolloutStep:
         return ChosenStep(self.cache, index, self.positions, self.prefix)
 
     def from_thoughts(self, x: Tensor) -> Tensor:  # (K, B, P, ...) -> (1, B * P * K, ...)
