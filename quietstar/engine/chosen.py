@@ -3,7 +3,7 @@
 The pass is one row of tokens (`quietstar.engine.layout.ChosenLayout`). Block tokens see the text up
 to their own position, which plain causal attention cannot express for a choice of positions: the
 prefix part takes a mask, in pieces of neighbouring positions that need no key behind the last of
-them. The own part and the merge are those of `quietstar.engine.parallel_attention`.
+them. The own part and the merge are those of `quietstar.engine.own_block`.
 """
 
 from __future__ import annotations
