@@ -10,18 +10,12 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
-
-from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
+from typing import NamedTuple
 
 from quietstar import __version__
-from quietstar.config import SECTIONS, Config
-from quietstar.config.keys import FIELDS, field_types, keys_of
-from quietstar.config_io import COMMAND_LINE, default_text, load_config, shipped_configs
+from quietstar.config_io import COMMAND_LINE, load_config
 from quietstar.errors import ConfigError, Preempted, UserError
+from quietstar.help import print_benchmarks, print_commands, print_train_help
 
 DEFAULT_CONFIG = "configs/demo.yaml"
 EXIT_USER_ERROR = 2
@@ -44,7 +38,6 @@ EXAMPLES = {
     "memory": "80",
     "json": "FILE",
 }
-HELP_WIDTH = 100  # longest line on a wide terminal
 
 
 class Command(NamedTuple):
@@ -86,7 +79,8 @@ def main(argv: list[str] | None = None) -> int | None:
 def _dispatch(argv: list[str]) -> int | None:
     name, *arguments = argv or [""]
     if name in HELP_FLAGS:
-        return _print_commands()
+        print_commands({name: command.summary for name, command in COMMANDS.items()})
+        return None
     if name == "--version":
         sys.stdout.write(f"quietstar {__version__}\n")
         return None
@@ -105,7 +99,8 @@ def _is_first_process() -> bool:
 
 def _train(arguments: list[str]) -> int | None:
     if any(flag in arguments for flag in HELP_FLAGS):
-        return _print_train_help()
+        print_train_help()
+        return None
     problems: list[str] = []
     options, overrides = _take_options(
         arguments, ("config", "resume", "controls", "allow-changes", "local_rank"), problems
@@ -180,122 +175,30 @@ def _take_options(
     return options, others
 
 
-# ---------------------------------------------------------------------------------------------
-# Help
-
-
-def _console() -> Console:
-    console = Console(highlight=False)
-    console.width = min(console.width, HELP_WIDTH)
-    return console
-
-
-def _print_rows(console: Console, rows: Sequence[tuple[Text, Text]], first_width: int) -> None:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True, width=first_width)
-    table.add_column()
-    for row in rows:
-        table.add_row(*row)
-    console.print(Padding(table, (0, 0, 1, 2)))
-
-
-def _print_commands() -> None:
-    console = _console()
-    console.print(Text("Quiet-STaR for any Hugging Face causal language model.\n"))
-    console.print(Text("usage: quietstar COMMAND ...   (quietstar COMMAND --help says more)\n"))
-    rows = [(Text(name), Text(command.summary)) for name, command in COMMANDS.items()]
-    rows.append((Text("--version"), Text("Print the version.")))
-    _print_rows(console, rows, first_width=max(len(name.plain) for name, _ in rows))
-
-
-def _print_train_help() -> None:
-    console = _console()
-    console.print(
-        Text("usage: quietstar train [--config FILE] [--resume auto|PATH] [--KEY VALUE ...]")
-    )
-    console.print(Text("       accelerate launch train.py ...   (the same, on many processes)\n"))
-    width = max(len(key) for key in FIELDS) + len("--")
-    shipped = ", ".join(shipped_configs())
-    options = [
-        ("--config FILE", f"YAML file, or one that is shipped ({shipped}); default demo."),
-        ("--resume auto|PATH", "Go on from the newest checkpoint of the run, or from this one."),
-        ("--allow-changes true", "Resume also under settings that make the run another one."),
-        ("--controls SEEDS", "Compare the last stage with its controls, for so many seeds."),
-    ]
-    _print_rows(console, [(Text(name), Text(meaning)) for name, meaning in options], width)
-    console.print(
-        Text(
-            "The keys below go into the file, by section, or on the command line, which wins."
-            " Lists are written [a, b], no value is null, and a bare flag is true."
-            " Single entries of a mapping: --model.config.hidden_size 64.\n"
-        )
-    )
-    for section in SECTIONS:
-        description = Config.model_fields[section].description
-        console.print(Text(f"{section}: {description}", style="bold"))
-        rows = [(Text(f"--{key}"), _describe(key)) for key in keys_of(section)]
-        _print_rows(console, rows, width)
-    console.print(Text(f"stages: {Config.model_fields['stages'].description}", style="bold"))
-    example = Text("Keys of a stage: --stages.NAME.KEY; without stages.NAME a key holds in all.")
-    console.print(Padding(example, (0, 0, 1, 2)))
-
-
-def _describe(key: str) -> Text:
-    text = Text(f"{FIELDS[key].description}\n")
-    return text.append(f"{type_text(key)}; default {default_text(key)}", style="dim")
-
-
-TYPE_NAMES: dict[Any, str] = {
-    bool: "true or false",
-    int: "integer",
-    float: "number",
-    str: "text",
-    list: "list of texts",
-    dict: "mapping",
-    type(None): "null",
-}
-BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-
-
-def type_text(key: str) -> str:
-    """Type and bounds of a key in words: ``integer >= 1 or null``."""
-    annotation = FIELDS[key].annotation
-    if get_origin(annotation) is Literal:
-        return " | ".join(str(choice) for choice in get_args(annotation))
-    limits = [
-        f"{sign} {limit:g}"
-        for rule in FIELDS[key].metadata
-        for name, sign in BOUNDS.items()
-        if (limit := getattr(rule, name, None)) is not None
-    ]
-    types = field_types(key)
-    name = next(TYPE_NAMES[kind] for kind in TYPE_NAMES if kind in types)
-    bounded = " ".join([name, " and ".join(limits)]).rstrip()
-    return f"{bounded} or null" if type(None) in types else bounded
-
-
 BENCHMARKS = {
-    "step": "step",
-    "rollout": "rollout",
-    "decode": "decode",
-    "sweep": "sweep",
-    "tuning": "tuning",
-    "memory": "run",
+    "step": "A training step beside its floor: the matrix products of its tokens.",
+    "sweep": "The same over sizes (S, T, K, A, V); also: quietstar bench step --sweep.",
+    "rollout": "The sampling of the thoughts beside its floor.",
+    "decode": "Tokens a second with thoughts beside the ideal.",
+    "tuning": "Ways to fine-tune beside each other: time, memory, weights.",
+    "memory": "What a run takes beside what quietstar plan says.",
 }
-"""Modules of `quietstar.bench` by what they measure."""
+"""Modules of `quietstar.bench`, and their lines in the help."""
 
 
 def _bench(arguments: list[str]) -> int | None:
+    if "--sweep" in arguments:  # also as an option of the step
+        arguments = ["sweep", *(a for a in arguments if a not in ("step", "--sweep"))]
     what, *rest = arguments or [""]
     if what in ("", *HELP_FLAGS):
-        sys.stdout.write(f"usage: quietstar bench {'|'.join(BENCHMARKS)} [--help]\n")
+        print_benchmarks(BENCHMARKS)
         return None if what in HELP_FLAGS else EXIT_USER_ERROR
     if what not in BENCHMARKS:
         known = ", ".join(BENCHMARKS)
         raise UserError(
             f"there is no benchmark {what}; known: {known} (see quietstar bench --help)"
         )
-    return import_module(f"quietstar.bench.{BENCHMARKS[what]}").main(rest)  # imports torch
+    return import_module(f"quietstar.bench.{what}").main(rest)  # imports torch
 
 
 def _merge(arguments: list[str]) -> int | None:

@@ -1,6 +1,7 @@
 """The benchmarks run, and their files hold what they promise."""
 
 import json
+import multiprocessing
 import os
 
 import pytest
@@ -61,6 +62,35 @@ def test_freed_memory_is_kept_unless_the_environment_rules(monkeypatch):
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
     assert not keep_freed_memory()
     assert len(asked) == 2
+
+
+def test_a_sweep_over_lengths_can_keep_the_tokens_of_a_step(monkeypatch, tmp_path):
+    out = tmp_path / "sweep.json"
+    made = []
+
+    class Here:  # in place of processes
+        def __init__(self, *args):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        close = join = __enter__
+
+        def apply(self, function, args):
+            made.append((args[0].batch_size, args[0].seq_len))
+            return dict.fromkeys(sweep.FIGURES, 1.0)
+
+    monkeypatch.setattr(multiprocessing.get_context("spawn"), "Pool", Here)
+    call = ["bench", "sweep", "--axes", "S", "--step-tokens", "512", "--json", str(out)]
+    assert cli.main(call) == 0
+    assert made == [(8, 64), (4, 128), (2, 256), (1, 512), (1, 1024)]
+    assert [row["value"] for row in json.loads(out.read_text())["axes"]["S"]] == [
+        s for _, s in made
+    ]
 
 
 def test_exponents_are_slopes_of_logarithms(tmp_path):

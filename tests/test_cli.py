@@ -12,6 +12,7 @@ from quietstar import __version__, cli
 from quietstar.config.keys import FIELDS
 from quietstar.config_io import load_config
 from quietstar.errors import UserError
+from quietstar.help import type_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -155,7 +156,7 @@ def test_help_lists_every_key_with_type_default_and_bounds_in_80_columns():
     words = " ".join(result.stdout.split())
     for key in FIELDS:
         assert f"--{key} " in words
-        assert cli.type_text(key) in words
+        assert type_text(key) in words
         assert " ".join((FIELDS[key].description or "").split()[:3]) in words
     assert "integer >= 1; default 8" in words
     assert "number >= 0 and < 1; default 0.05" not in words

@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from quietstar.bench.measure import environment
-from quietstar.bench.memory import PeakMemory
 from quietstar.bench.models import load_model, make_thinker
+from quietstar.bench.peak_memory import PeakMemory
 from quietstar.engine.decoding import Decoder
 from quietstar.engine.rollout import Sampling
 from quietstar.evaluation.loading import find_device

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from quietstar.bench.memory import PeakMemory
+from quietstar.bench.peak_memory import PeakMemory
 
 
 def environment() -> dict[str, Any]:

@@ -48,6 +48,8 @@ def main(arguments: Sequence[str]) -> int:
     """
     parser = step.make_parser("quietstar bench sweep", __doc__)
     parser.add_argument("--axes", default="STKAV", help="letters of the sizes to change")
+    parser.add_argument("--step-tokens", type=int, metavar="N",
+        help="texts a step: N / S, so that all lengths have as many tokens")  # fmt: skip
     parser.add_argument("--plot", metavar="FILE.html")
     args = parser.parse_args(arguments)
     unknown = set(args.axes) - set(AXES)
@@ -72,6 +74,8 @@ def sweep(axis: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     for value in track(values, f"{axis}: {name}", console=Console(stderr=True), transient=True):
         changed = argparse.Namespace(**{**vars(args), name: value})
+        if args.step_tokens:
+            changed.batch_size = max(1, args.step_tokens // changed.seq_len)
         with context.Pool(1) as pool:
             found = pool.apply(step.bench_step, (changed,))
             pool.close()

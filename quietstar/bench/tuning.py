@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.optim import Optimizer
 
-from quietstar.bench.memory import PeakMemory
+from quietstar.bench.peak_memory import PeakMemory
 from quietstar.config import OptimConfig, ThoughtsConfig, TuningConfig
 from quietstar.model import QuietStarForCausalLM
 from quietstar.training.optimizer import build_optimizer
