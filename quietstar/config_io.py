@@ -9,7 +9,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import ValidationError
@@ -21,7 +21,15 @@ from quietstar.config import (
     CrossFieldProblem,
     is_stage_key,
 )
-from quietstar.config.keys import FIELDS, closest, did_you_mean, field_types, keys_of
+from quietstar.config.keys import (
+    FIELDS,
+    choices,
+    closest,
+    did_you_mean,
+    field_types,
+    keys_of,
+    type_text,
+)
 from quietstar.config.yaml12 import Dumper, Loader, key_lines, repeated_keys, yaml_problem
 from quietstar.errors import ConfigError
 
@@ -231,6 +239,8 @@ def _parse_text(key: str, text: str) -> Any:
         return yaml.load(text, Loader=Loader)
     if type(None) in types and text in ("null", "~"):
         return None
+    if _fits(text, types & {int, float}):  # beside a word such as auto
+        return yaml.load(text, Loader=Loader)
     if text[:1] in ("'", '"'):
         quoted = yaml.load(text, Loader=Loader)
         return quoted if isinstance(quoted, str) else text
@@ -297,8 +307,11 @@ def _validate_settings(
     invalid = set(misspelt)
     for error in field_errors:
         key = ".".join(str(part) for part in error["loc"][:2])
+        if key in invalid and _is_mixed(key):  # an error for every type that it might have
+            continue
         invalid.add(key)
-        shown = ".".join(str(part) for part in error["loc"] if part != "[key]")
+        parts = error["loc"][:2] if _is_mixed(key) else error["loc"]
+        shown = ".".join(str(part) for part in parts if part != "[key]")
         where = f"{settings[key].source}: {settings[key].prefix}{shown}"
         problems.append(f"{where}: {_field_message(key, error)}")
     if field_errors:
@@ -342,14 +355,16 @@ PLAIN_WORDS = {
 def _field_message(key: str, error: Mapping[str, Any]) -> str:
     """Value, rule and remedy for what pydantic says about one field."""
     value, rule = error["input"], error["msg"]
+    if _is_mixed(key):
+        rule = f"must be {type_text(key)}"
     rule = re.sub(r"^(Input|Keys|List|String|Dictionary) should( be)?", r"must\2", rule)
     rule = rule.removesuffix(" after validation, not 0")
     for name, plain in PLAIN_WORDS.items():
         rule = rule.replace(name, plain)
     message = f"{_shown_value(value)} {rule}"
     types = field_types(key)
-    if error["type"] == "literal_error":
-        meant = closest(str(value), get_args(FIELDS[key].annotation))
+    if error["type"] == "literal_error" or _is_mixed(key):
+        meant = closest(str(value), choices(key))
         if meant:
             return message + did_you_mean(meant)
     if value is None and type(None) not in types:
@@ -360,6 +375,11 @@ def _field_message(key: str, error: Mapping[str, Any]) -> str:
         return f"{message}; write it as [a, b]"
     description = (FIELDS[key].description or "").rstrip(".")
     return f"{message}; default {default_text(key)} ({description})"
+
+
+def _is_mixed(key: str) -> bool:
+    """Whether a key takes a number or a word."""
+    return bool(choices(key) and field_types(key) & {int, float})
 
 
 def _fits(text: str, types: set[Any]) -> bool:

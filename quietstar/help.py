@@ -1,7 +1,6 @@
 """Help texts of the console command."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args, get_origin
 
 from rich.console import Console
 from rich.padding import Padding
@@ -9,21 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from quietstar.config import SECTIONS, Config
-from quietstar.config.keys import FIELDS, field_types, keys_of
+from quietstar.config.keys import FIELDS, keys_of, type_text
 from quietstar.config_io import default_text, shipped_configs
 
 _WIDTH = 100
 """Longest line on a wide terminal."""
-_TYPE_NAMES: dict[Any, str] = {
-    bool: "true or false",
-    int: "integer",
-    float: "number",
-    str: "text",
-    list: "list of texts",
-    dict: "mapping",
-    type(None): "null",
-}
-_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def _console() -> Console:
@@ -99,20 +88,3 @@ def print_train_help() -> None:
 def _describe(key: str) -> Text:
     text = Text(f"{FIELDS[key].description}\n")
     return text.append(f"{type_text(key)}; default {default_text(key)}", style="dim")
-
-
-def type_text(key: str) -> str:
-    """Type and bounds of a key in words: ``integer >= 1 or null``."""
-    annotation = FIELDS[key].annotation
-    if get_origin(annotation) is Literal:
-        return " | ".join(str(choice) for choice in get_args(annotation))
-    limits = [
-        f"{sign} {limit:g}"
-        for rule in FIELDS[key].metadata
-        for name, sign in _BOUNDS.items()
-        if (limit := getattr(rule, name, None)) is not None
-    ]
-    types = field_types(key)
-    name = next(_TYPE_NAMES[kind] for kind in _TYPE_NAMES if kind in types)
-    bounded = " ".join([name, " and ".join(limits)]).rstrip()
-    return f"{bounded} or null" if type(None) in types else bounded

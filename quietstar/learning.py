@@ -184,10 +184,13 @@ class _Groups:
     def run(self) -> Tensor:
         """The loss of all groups."""
         total = at_least_float32(self.states.x.new_zeros(()))
-        for texts, places in self.parts:
-            places = self._with_targets(texts, places)
-            if places.start < places.stop:
-                total = total + self._group(texts, places)
+        wanted = [(texts, self._with_targets(texts, places)) for texts, places in self.parts]
+        wanted = [(texts, places) for texts, places in wanted if places.start < places.stop]
+        if not wanted:  # no target at all: one position gives the results their shapes
+            texts, places = self.parts[0]
+            wanted = [(texts, slice(places.start, places.start + 1))]
+        for texts, places in wanted:
+            total = total + self._group(texts, places)
         return total
 
     def _with_targets(self, texts: slice, places: slice) -> slice:
@@ -253,7 +256,8 @@ class _Groups:
         """Text tokens that the group can see."""
         if where is None:
             return places.stop
-        return int(where.max()) + 1 if on_host(where) else self.step.input_ids.shape[1]
+        # Where no text has a position, all of them are below zero.
+        return max(1, int(where.max()) + 1) if on_host(where) else self.step.input_ids.shape[1]
 
     def _backward(self, loss: Tensor, reads: list[tuple[Source, Any, Tensor]]) -> None:
         reads = [read for read in reads if read[2].requires_grad]

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 
 import pytest
 
@@ -101,3 +102,40 @@ def test_exponents_are_slopes_of_logarithms(tmp_path):
     sweep.write_plot(tmp_path / "x.html", {"T": rows})
     assert "plotly" in (tmp_path / "x.html").read_text()
     assert cli.main(["bench", "sweep", "--axes", "TX"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (["step", "--seq-len", "1"], "--seq-len: 1 must be a whole number of at least 2"),
+        (["step", "--seq-len", "9000"], "--seq-len: .* takes at most 8178"),
+        (["step", "--repeats", "0"], "--repeats: 0 must be a whole number of at least 1"),
+        (["step", "--share", "2"], "--share: 2 must be above 0 and at most 1"),
+        (["step", "--block-tokens", "-5"], "--block-tokens: -5 must be a whole number"),
+        (["rollout", "--device", "cuda:77"], "--device: cuda:77 is not there .*; try cpu"),
+        (["sweep", "--axes", ""], "--axes: '' must be letters of STKAV"),
+        (["decode", "--tokens", "x"], "--tokens: x must be a whole number of at least 1"),
+        (["tuning", "--model", "m", "--steps", "1"], "--steps: 1 must be .* at least 2"),
+        (["step", "--seqlen", "4"], "unrecognized arguments: --seqlen 4 .*bench step --help"),
+    ],
+)
+def test_a_wrong_value_is_told_of_in_one_line(call, words, capsys):
+    assert cli.main(["bench", *call]) == 2
+    (line,) = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("quietstar: error")
+    ]
+    assert re.search(words, line)
+
+
+def test_a_file_that_cannot_be_written_is_told_of_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    call = ["bench", "step", "--json", str(tmp_path / "file" / "x.json")]
+    assert cli.main(call) == 2
+    assert "--json: " in capsys.readouterr().err
+
+
+def test_one_thought_has_no_others_to_be_compared_with(tmp_path):
+    out = tmp_path / "deeper" / "step.json"
+    call = ["bench", "step", "--seq-len", "8", "--thought-length", "2", "--num-thoughts", "1"]
+    assert cli.main([*call, "--repeats", "1", "--device", "cpu", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["settings"]["num_thoughts"] == 1

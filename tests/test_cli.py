@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from quietstar import __version__, cli
-from quietstar.config.keys import FIELDS
+from quietstar.config.keys import FIELDS, type_text
 from quietstar.config_io import load_config
 from quietstar.errors import UserError
-from quietstar.help import type_text
 
 ROOT = Path(__file__).parents[1]
 

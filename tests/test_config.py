@@ -429,3 +429,24 @@ def test_an_unreadable_file_hides_no_fault_of_the_command_line():
         "--nothing",
         "thoughts.length",
     ]
+
+
+@pytest.mark.parametrize("text", ["64", "auto", "null"])
+def test_a_number_or_a_word_from_the_command_line(text):
+    config = load_config("configs/tiny.yaml", ["--training.block_tokens", text])
+    expected = {"64": 64, "auto": "auto", "null": None}[text]
+    assert config.training.block_tokens == expected
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "6.5", "foo"])
+def test_what_is_neither_the_number_nor_the_word(text):
+    with pytest.raises(ConfigError) as caught:
+        load_config("configs/tiny.yaml", ["--training.block_tokens", text])
+    (problem,) = caught.value.problems
+    assert "training.block_tokens: " in problem
+    assert "must be integer >= 1 or auto or null; default auto" in problem
+
+
+def test_a_word_that_was_probably_meant():
+    with pytest.raises(ConfigError, match=r"block_tokens: 'autu' .*; did you mean auto"):
+        load_config("configs/tiny.yaml", ["--training.block_tokens", "autu"])

@@ -169,3 +169,16 @@ def test_blocks_leave_rows_of_the_embedding_gradient_and_a_step_one_table(dtype)
     assert seen == [torch.strided]
     assert embedding.weight.grad.layout == torch.strided
     assert not embedding.sparse
+
+
+@pytest.mark.parametrize("positions", ["all", "every", "random", "entropy"])
+@pytest.mark.parametrize("block_tokens", [None, 40])
+def test_texts_without_a_target_teach_nothing(positions, block_tokens):
+    model = make_model(positions)
+    model.block_tokens = block_tokens
+    texts = random_texts(2, 9)
+    nothing = torch.full_like(texts, IGNORE_INDEX)
+    output = model(texts, labels=nothing, sample_ids=torch.arange(2))
+    output.loss.backward()
+    assert output.loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())

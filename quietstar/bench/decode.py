@@ -26,6 +26,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from quietstar.bench.measure import environment
 from quietstar.bench.models import load_model, make_thinker
+from quietstar.bench.options import BenchParser, add_machine, at_least
 from quietstar.bench.peak_memory import PeakMemory
 from quietstar.engine.decoding import Decoder
 from quietstar.engine.rollout import Sampling
@@ -143,15 +144,14 @@ def _now() -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("quietstar bench decode", description=__doc__)
+    parser = BenchParser("decode", __doc__)
     parser.add_argument("--model", default="mistral-tiny", help="a built-in name or a folder")
-    parser.add_argument("--prefix", type=int, default=256, help="tokens of the text before")
-    parser.add_argument("--tokens", type=int, default=16, help="new ones in every repeat")
-    parser.add_argument("--thought-length", type=int, default=8)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", help="by default a GPU if there is one")
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--prefix", type=at_least(1), default=256, help="tokens of the text before")
+    parser.add_argument("--tokens", type=at_least(1), default=16, help="new ones in every repeat")
+    parser.add_argument("--thought-length", type=at_least(1), default=8, help="T")
+    parser.add_argument("--batch-sizes", type=at_least(1), nargs="+", default=[1, 8],
+                        help="texts at once")  # fmt: skip
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="of the weights")  # fmt: skip
+    add_machine(parser)
     return parser

@@ -19,6 +19,7 @@ from accelerate.utils import patch_environment
 from rich.console import Console
 from rich.table import Table
 
+from quietstar.bench.options import at_least, new_file
 from quietstar.bench.peak_memory import PeakMemory
 from quietstar.config import Config
 from quietstar.config_io import load_config
@@ -66,9 +67,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="of a run, as for quietstar train")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=at_least(1), default=4)
     parser.add_argument("--heap", action="store_true", help="measure with the heap's holes")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--json", type=new_file, metavar="FILE")
     return parser
 
 

@@ -15,6 +15,7 @@ from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig
 from quietstar.cpu_memory import keep_freed_memory
 from quietstar.engine.layout import Layout
 from quietstar.engine.self_check import use_thinking_attention
+from quietstar.errors import UserError
 from quietstar.loading import load_base
 from quietstar.model import QuietStarForCausalLM
 
@@ -52,7 +53,9 @@ def make_thinker(
     use_thinking_attention(base)
     config = ThoughtsConfig(length=args.thought_length, **thoughts)
     size = base.config.vocab_size
-    return QuietStarForCausalLM(base, config, MixingHeadConfig(), LossConfig(), size)
+    single = thoughts.get("num_thoughts") == 1  # nothing to compare a thought with
+    loss = LossConfig(estimator="no_baseline" if single else "leave_one_out")
+    return QuietStarForCausalLM(base, config, MixingHeadConfig(), loss, size)
 
 
 @dataclass(frozen=True)
@@ -88,4 +91,8 @@ def make_contest(args: argparse.Namespace, device: str) -> Contest:
     layout = Layout(
         args.batch_size, args.seq_len, args.num_thoughts, args.thought_length, args.lookahead
     )
+    try:
+        model._check_length(tokens)
+    except ValueError as problem:
+        raise UserError(f"--seq-len: {problem}") from problem
     return Contest(model.to(device), plain, tokens, layout)

@@ -23,7 +23,7 @@ from quietstar.evaluation.loading import find_device
 
 def main(arguments: list[str]) -> int:
     """Run the benchmark, print a table, write JSON if asked."""
-    args = sizes_parser("quietstar bench rollout", __doc__).parse_args(arguments)
+    args = sizes_parser("rollout", __doc__).parse_args(arguments)
     result = bench_rollout(args)
     table = Table(title=f"sampling of thoughts, {args.model}, {args.dtype}")
     for column in ("rollout s", "floor s", "rollout / floor", "tokens/s", "peak MB above model"):

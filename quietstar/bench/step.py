@@ -20,11 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from quietstar.bench.floor import floor_step
 from quietstar.bench.measure import environment, in_turn, peak_mb, precision
 from quietstar.bench.models import make_contest
+from quietstar.bench.options import BenchParser, add_machine, at_least, share
 from quietstar.compiling import check_compile, compile_layers
-from quietstar.config import LossConfig
 from quietstar.engine.positions import SCORED_RULES
 from quietstar.evaluation.loading import find_device
 from quietstar.learning import resolve_block_tokens
+from quietstar.training.setup import checkpoint_activations
 
 POSITIONS = ("all", "every", "random", *SCORED_RULES)
 FLOOR_TOKENS = (1024, 2048, 4096)
@@ -35,7 +36,7 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 
 
 def main(arguments: list[str]) -> int:
     """Run the benchmark, print a table, write JSON if asked."""
-    args = make_parser("quietstar bench step", __doc__).parse_args(arguments)
+    args = make_parser("step", __doc__).parse_args(arguments)
     result = bench_step(args)
     table = Table(title=f"training step of {args.model}, {args.dtype}")
     for column in ("step s", "floor s", "step / floor", "peak MB above model"):
@@ -54,33 +55,31 @@ def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--paper-losses", action="store_true",
         help="no loss on the thought's own prediction, as the floor")  # fmt: skip
-    add("--block-tokens", type=int, default=None,
+    add("--block-tokens", type=at_least(0),
         help="that learn at once; by default as training does, 0: all")  # fmt: skip
-    add("--activation-checkpointing", action="store_true")
+    add("--activation-checkpointing", action="store_true", help="as in training")
     add("--compile", action="store_true", help="the decoder layers of the step, not of the floor")
+    add("--sweep", action="store_true", help="over sizes: see quietstar bench sweep --help")
     return parser
 
 
 def sizes_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """Model, sizes, precision, repeats: what step and rollout share."""
-    parser = argparse.ArgumentParser(name, description=description)
+    parser = BenchParser(name, description)
     add = parser.add_argument
     add("--model", default="mistral-tiny", help="a built-in name or a folder")
-    add("--seq-len", type=int, default=256)
-    add("--thought-length", type=int, default=9)
-    add("--lookahead", type=int, default=4)
-    add("--num-thoughts", type=int, default=2)
-    add("--batch-size", type=int, default=1)
+    add("--seq-len", type=at_least(2), default=256, help="S, tokens of a text")
+    add("--thought-length", type=at_least(1), default=9, help="T, free tokens of a thought")
+    add("--lookahead", type=at_least(1), default=4, help="A, true tokens scored after it")
+    add("--num-thoughts", type=at_least(1), default=2, help="K, thoughts of a position")
+    add("--batch-size", type=at_least(1), default=1, help="B, texts")
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
         help="bfloat16: autocast over float32 weights")  # fmt: skip
     add("--positions", choices=POSITIONS, default="all",
         help="the floor is that of their tokens")  # fmt: skip
-    add("--share", type=float, default=0.25)
-    add("--vocab-size", type=int, default=None, help="of a built-in model")
-    add("--repeats", type=int, default=5)
-    add("--device", help="by default a GPU if there is one")
-    add("--threads", type=int, default=None)
-    add("--json", metavar="FILE")
+    add("--share", type=share, default=0.25, help="of the positions, where not all think")
+    add("--vocab-size", type=at_least(8), help="of a built-in model; by default its own")
+    add_machine(parser)
     return parser
 
 
@@ -90,9 +89,9 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
     contest = make_contest(args, device)
     model, plain, tokens = contest.model.train(), contest.plain, contest.tokens
     if args.paper_losses:
-        model.configure(model.thoughts, LossConfig(thought_weight=0.0))
+        model.configure(model.thoughts, model.loss.model_copy(update={"thought_weight": 0.0}))
     if args.activation_checkpointing:
-        model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model.causal_lm)
     if args.compile:
         check_compile(True, in_pieces=False)
         compile_layers(model.causal_lm)

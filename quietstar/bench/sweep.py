@@ -23,6 +23,7 @@ from rich.table import Table
 
 from quietstar.bench import step
 from quietstar.bench.measure import environment
+from quietstar.bench.options import at_least, new_file
 from quietstar.errors import UserError
 
 AXES = {
@@ -46,15 +47,17 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         UserError: An unknown axis.
     """
-    parser = step.make_parser("quietstar bench sweep", __doc__)
+    parser = step.make_parser("sweep", __doc__)
     parser.add_argument("--axes", default="STKAV", help="letters of the sizes to change")
-    parser.add_argument("--step-tokens", type=int, metavar="N",
+    parser.add_argument("--step-tokens", type=at_least(1), metavar="N",
         help="texts a step: N / S, so that all lengths have as many tokens")  # fmt: skip
-    parser.add_argument("--plot", metavar="FILE.html")
+    parser.add_argument("--plot", type=new_file, metavar="FILE.html", help="of all figures")
     args = parser.parse_args(arguments)
     unknown = set(args.axes) - set(AXES)
     if unknown or not args.axes:
-        raise UserError(f"--axes: {args.axes} must be letters of {''.join(AXES)}")
+        raise UserError(
+            f"--axes: {args.axes or repr(args.axes)} must be letters of {''.join(AXES)}"
+        )
     found: dict[str, list[dict[str, Any]]] = {}
     for axis in args.axes:  # a sweep takes long: what is known is written before the next axis
         found[axis] = sweep(axis, args)

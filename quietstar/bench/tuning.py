@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.optim import Optimizer
 
+from quietstar.bench.options import BenchParser, at_least, new_file
 from quietstar.bench.peak_memory import PeakMemory
 from quietstar.config import OptimConfig, ThoughtsConfig, TuningConfig
 from quietstar.model import QuietStarForCausalLM
@@ -56,16 +57,16 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("quietstar bench tuning", description=__doc__)
+    parser = BenchParser("tuning", __doc__)
     parser.add_argument("--model", required=True, help="a folder or hub id, with its tokenizer")
-    parser.add_argument("--methods", default=METHODS, help=f"by commas; default {METHODS}")
-    parser.add_argument("--seq-len", type=int, default=64)
-    parser.add_argument("--thought-length", type=int, default=6)
-    parser.add_argument("--lookahead", type=int, default=2)
-    parser.add_argument("--num-thoughts", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=4, help="the first one is warm-up")
-    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--methods", default=METHODS, help="by commas")
+    parser.add_argument("--seq-len", type=at_least(2), default=64, help="S")
+    parser.add_argument("--thought-length", type=at_least(1), default=6, help="T")
+    parser.add_argument("--lookahead", type=at_least(1), default=2, help="A")
+    parser.add_argument("--num-thoughts", type=at_least(2), default=2, help="K")
+    parser.add_argument("--batch-size", type=at_least(1), default=1, help="B")
+    parser.add_argument("--steps", type=at_least(2), default=4, help="the first one is warm-up")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="for all figures")
     return parser
 
 

@@ -1,13 +1,24 @@
 """The keys of the config by dotted name, and which one a misspelt name probably means."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from rapidfuzz import fuzz
 
 from quietstar.config.tree import SECTIONS, Config
+
+_TYPE_NAMES: dict[Any, str] = {
+    bool: "true or false",
+    int: "integer",
+    float: "number",
+    str: "text",
+    list: "list of texts",
+    dict: "mapping",
+    type(None): "null",
+}
+_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 SIMILAR = 75  # least similarity, of 100, of a "did you mean": lets through one or two typos
 
@@ -34,11 +45,41 @@ def keys_of(section: str) -> list[str]:
 
 def field_types(key: str) -> set[Any]:
     """The types that a key takes: ``int | None`` gives int and NoneType, ``list[str]`` list."""
+    return {get_origin(member) or member for member in _members(key)}
+
+
+def choices(key: str) -> list[str]:
+    """The words that a key takes, if it takes certain ones."""
+    literals = [member for member in _members(key) if get_origin(member) is Literal]
+    return [str(choice) for literal in literals for choice in get_args(literal)]
+
+
+def type_text(key: str) -> str:
+    """Type and bounds of a key in words: ``integer >= 1 or null``."""
+    types = field_types(key)
+    words = choices(key)
+    if types == {Literal}:
+        return " | ".join(words)
+    limits = [
+        f"{sign} {limit:g}"
+        for rule in (*FIELDS[key].metadata, *_rules_in_union(key))
+        for name, sign in _BOUNDS.items()
+        if (limit := getattr(rule, name, None)) is not None
+    ]
+    name = next(_TYPE_NAMES[kind] for kind in _TYPE_NAMES if kind in types)
+    bounded = " ".join([name, " and ".join(limits)]).rstrip()
+    return " or ".join([bounded, *words, *(["null"] if type(None) in types else [])])
+
+
+def _members(key: str) -> list[Any]:
     annotation = FIELDS[key].annotation
-    members = get_args(annotation)
-    if type(None) not in members:
-        members = (annotation,)
-    return {get_origin(member) or member for member in members}
+    members = get_args(annotation) if type(None) in get_args(annotation) else (annotation,)
+    return [get_args(m)[0] if get_origin(m) is Annotated else m for m in members]
+
+
+def _rules_in_union(key: str) -> list[Any]:
+    found = [m for m in get_args(FIELDS[key].annotation) if get_origin(m) is Annotated]
+    return [rule for member in found for info in get_args(member)[1:] for rule in info.metadata]
 
 
 def closest(name: str, candidates: Sequence[str]) -> str | None:

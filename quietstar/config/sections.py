@@ -390,8 +390,8 @@ class TrainingConfig(Section):
     )
     compile: bool = Field(
         default=False,
-        description="torch.compile of the decoder layers: shorter steps after about a minute of"
-        " compiling. Needs a C++ compiler; not under ZeRO-3 and FSDP2.",
+        description="torch.compile of the decoder layers: shorter steps after half a minute or so"
+        " of compiling. Needs a C++ compiler; not under ZeRO-3 and FSDP2.",
     )
     seed: int = Field(
         default=0, ge=0, description="Seed of data order, sampled thoughts and new weights."

@@ -47,11 +47,7 @@ class ParallelAttention(torch.autograd.Function):
 
 
 class RowViews:
-    """The orders in which the rows of a learn pass are read, as views where memory allows.
-
-    Grid order is that of the rows, (W, K * B, H, S, ...); own order has the blocks as batch,
-    (K * B * S, H, W, ...).
-    """
+    """The orders in which the rows (rows, H, S, ...) of a learn pass are read."""
 
     def __init__(self, batch_size: int, num_thoughts: int) -> None:
         self.batch_size = batch_size
@@ -63,24 +59,7 @@ class RowViews:
         text = x[: self.batch_size]
         return text.unsqueeze(0).expand(repeats, *text.shape).reshape(x.shape)
 
-    def grid(self, x: Tensor) -> Tensor:
-        """Block rows of (rows, H, S, ...) in grid order, a view."""
-        return x[self.batch_size :].unflatten(0, (-1, self.columns))
-
     def places(self, x: Tensor) -> Tensor:
-        """Block rows of (rows, H, S, ...) as (K * B, S, H, W, ...), a view."""
-        return self.grid(x).movedim((1, 3, 2, 0), (0, 1, 2, 3))
-
-    def to_own(self, grid: Tensor) -> Tensor:
-        """From grid order to own order."""
-        own = grid.movedim((1, 3, 2, 0), (0, 1, 2, 3))
-        return own.reshape(-1, *own.shape[2:])
-
-    def own(self, x: Tensor) -> Tensor:
-        """Block rows of (rows, H, S, ...) in own order."""
-        return self.to_own(self.grid(x))
-
-    def grid_of(self, own: Tensor) -> Tensor:
-        """From own order to grid order, a view."""
-        own = own.unflatten(0, (self.columns, -1))  # (K * B, S, H, W, ...)
-        return own.movedim((3, 0, 2, 1), (0, 1, 2, 3))
+        """Block rows as (K * B, S, H, W, ...), a view: one block at each place."""
+        grid = x[self.batch_size :].unflatten(0, (-1, self.columns))  # (W, K * B, H, S, ...)
+        return grid.movedim((1, 3, 2, 0), (0, 1, 2, 3))

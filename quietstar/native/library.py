@@ -12,6 +12,7 @@ import functools
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -34,10 +35,16 @@ _FLAGS_OF = {
 """By torch's name of what a processor can."""
 
 
-def find_compiler() -> str | None:
-    """The C++ compiler of this machine: CXX, or the first of the usual ones."""
-    names = (os.environ.get("CXX", ""), *COMPILERS)
-    return next(filter(None, (shutil.which(name) for name in names if name)), None)
+def find_compiler() -> tuple[str, ...] | None:
+    """Command of this machine's C++ compiler: CXX, or the first of the usual ones."""
+    wanted = shlex.split(os.environ.get("CXX", ""))
+    for name, *arguments in filter(None, (wanted, *([name] for name in COMPILERS))):
+        found = shutil.which(name)
+        if found is not None:
+            return found, *arguments
+        if [name, *arguments] == wanted:
+            logger.warning("there is no compiler CXX=%s; looking for others", " ".join(wanted))
+    return None
 
 
 @functools.cache
@@ -50,16 +57,27 @@ def load_library() -> ctypes.CDLL | None:
         logger.info("no C++ compiler: torch's operators do what compiled loops would, slower")
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler)))
+        return _loaded(compiler)
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning(
-            "the C++ files could not be compiled (%s); torch's operators do the same, slower",
+            "the C++ files could not be compiled (%s); torch's operators do the same, slower. CXX "
+            "names another compiler, XDG_CACHE_HOME another folder to keep the result in, and "
+            "QUIETSTAR_NATIVE=0 leaves them out",
             _reason(error),
         )
         return None
 
 
-def _compiled(compiler: str) -> Path:
+def _loaded(compiler: tuple[str, ...]) -> ctypes.CDLL:
+    library = _compiled(compiler)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:  # damaged: a full disk, a machine that went down
+        library.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_compiled(compiler)))
+
+
+def _compiled(compiler: tuple[str, ...]) -> Path:
     """The shared library, made where it is not there yet."""
     flags = (*_FLAGS, *_FLAGS_OF.get(torch.backends.cpu.get_cpu_capability(), ()))
     files = sorted(path for path in _FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
@@ -72,12 +90,14 @@ def _compiled(compiler: str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / library.name
             sources = [str(path) for path in files if path.suffix == ".cpp"]
-            command = [compiler, *flags, *sources, "-o", str(made)]
+            command = [*compiler, *flags, *sources, "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             made.replace(library)  # at once: other ranks may be doing the same
     return library
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError) and not error.stderr:
+        return f"{error.cmd[0]} ended with exit code {error.returncode}"
     lines = str(getattr(error, "stderr", "") or error).strip().splitlines()
     return next((line for line in lines if "error" in line), lines[0] if lines else repr(error))

@@ -176,7 +176,7 @@ def teach_thinking(
         tuning=config.tuning,
     )
     if config.training.activation_checkpointing:
-        model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model.causal_lm)
     return model
 
 
@@ -248,3 +248,10 @@ def where(thoughts: ThoughtsConfig) -> str:
         "answer": "before each token of an answer",
         "answer_start": "before each answer",
     }[thoughts.positions]
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Have a model recompute its activations in the backward pass."""
+    with warnings.catch_warnings():  # its new name is not known to the oldest transformers
+        warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
