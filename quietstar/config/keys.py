@@ -58,8 +58,9 @@ def type_text(key: str) -> str:
     """Type and bounds of a key in words: ``integer >= 1 or null``."""
     types = field_types(key)
     words = choices(key)
-    if types == {Literal}:
-        return " | ".join(words)
+    null = ["null"] if type(None) in types else []
+    if types <= {Literal, type(None)}:
+        return " | ".join([*words, *null])
     limits = [
         f"{sign} {limit:g}"
         for rule in (*FIELDS[key].metadata, *_rules_in_union(key))
@@ -68,7 +69,7 @@ def type_text(key: str) -> str:
     ]
     name = next(_TYPE_NAMES[kind] for kind in _TYPE_NAMES if kind in types)
     bounded = " ".join([name, " and ".join(limits)]).rstrip()
-    return " or ".join([bounded, *words, *(["null"] if type(None) in types else [])])
+    return " or ".join([bounded, *words, *null])
 
 
 def _members(key: str) -> list[Any]:
