@@ -189,8 +189,7 @@ class QuietStarForCausalLM(ThinkingInference):
             input_ids, labels, thoughts, positions, num_items_in_batch, num_thought_items,
             choose_policy_temperature(self.loss, self.thoughts.temperature), fixed_mixing_weight,
         )  # fmt: skip
-        some = thoughts.shape[-1] > 0
-        if some and text is not None and self.block_tokens is not None:
+        if text is not None and self.block_tokens is not None:
             loss, scored = learn_in_groups(self, text, step, self.block_tokens)
         else:
             loss, scored = self._learn_at_once(step)

@@ -19,7 +19,7 @@ from accelerate.utils import patch_environment
 from rich.console import Console
 from rich.table import Table
 
-from quietstar.bench.options import at_least, new_file
+from quietstar.bench.options import BenchParser, at_least, new_file
 from quietstar.bench.peak_memory import PeakMemory
 from quietstar.config import Config
 from quietstar.config_io import load_config
@@ -60,16 +60,12 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "quietstar bench memory",
-        description=__doc__,
-        usage="%(prog)s --config FILE [--steps N] [--heap] [--json FILE] [--KEY VALUE ...]",
-        allow_abbrev=False,
-    )
+    parser = BenchParser("memory", __doc__)
+    parser.usage = "%(prog)s --config FILE [--steps N] [--heap] [--json FILE] [--KEY VALUE ...]"
     parser.add_argument("--config", required=True, help="of a run, as for quietstar train")
-    parser.add_argument("--steps", type=at_least(1), default=4)
+    parser.add_argument("--steps", type=at_least(1), default=4, help="of the run")
     parser.add_argument("--heap", action="store_true", help="measure with the heap's holes")
-    parser.add_argument("--json", type=new_file, metavar="FILE")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="for all figures")
     return parser
 
 

@@ -80,10 +80,10 @@ def device(text: str) -> str:
     return text
 
 
-def add_machine(parser: argparse.ArgumentParser, repeats: int = 5) -> None:
+def add_machine(parser: argparse.ArgumentParser) -> None:
     """Add what says where, how often and where to."""
     add = parser.add_argument
-    add("--repeats", type=at_least(1), default=repeats, help="measurements; the median counts")
+    add("--repeats", type=at_least(1), default=5, help="measurements; the median counts")
     add("--device", type=device, help="by default a GPU if there is one")
     add("--threads", type=at_least(1), help="by default torch's own")
     add("--json", type=new_file, metavar="FILE", help="for all figures")
