@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from quietstar import __version__
-from quietstar.config_io import COMMAND_LINE, load_config
+from quietstar.config.reader import COMMAND_LINE
+from quietstar.config_io import load_config
 from quietstar.errors import ConfigError, Preempted, UserError
 from quietstar.help import print_benchmarks, print_commands, print_train_help
 

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from quietstar.config import SECTIONS, Config
 from quietstar.config.keys import FIELDS, keys_of, type_text
-from quietstar.config_io import default_text, shipped_configs
+from quietstar.config.shipped import shipped_configs
+from quietstar.config.words import default_text
 
 _WIDTH = 100
 """Longest line on a wide terminal."""

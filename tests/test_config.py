@@ -9,12 +9,8 @@ from pydantic import ValidationError
 
 from quietstar.config import Config, cross_field_problems
 from quietstar.config.keys import FIELDS
-from quietstar.config_io import (
-    load_config,
-    resolve_config_file,
-    save_config,
-    shipped_configs,
-)
+from quietstar.config.shipped import resolve_config_file, shipped_configs
+from quietstar.config_io import load_config, save_config
 from quietstar.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]

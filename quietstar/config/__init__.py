@@ -7,19 +7,16 @@ fields together are in `rules`. Unknown keys are errors, and so is a value of an
 Nothing here imports torch, so that a wrong config is reported at once.
 """
 
-from quietstar.config.rules import CrossFieldProblem, cross_field_problems
-from quietstar.config.sections import (
-    DataConfig,
-    LoggingConfig,
+from quietstar.config.method import (
     LossConfig,
     MixingHeadConfig,
     ModelConfig,
-    OptimConfig,
-    Section,
     ThoughtsConfig,
-    TrainingConfig,
     TuningConfig,
 )
+from quietstar.config.rules import CrossFieldProblem, cross_field_problems
+from quietstar.config.run import DataConfig, LoggingConfig, OptimConfig, TrainingConfig
+from quietstar.config.section import Section
 from quietstar.config.tree import (
     CROSS_FIELD_ERROR,
     SECTIONS,

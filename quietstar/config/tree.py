@@ -5,19 +5,16 @@ from typing import Any
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from quietstar.config.rules import cross_field_problems
-from quietstar.config.sections import (
-    DataConfig,
-    LoggingConfig,
+from quietstar.config.method import (
     LossConfig,
     MixingHeadConfig,
     ModelConfig,
-    OptimConfig,
-    Section,
     ThoughtsConfig,
-    TrainingConfig,
     TuningConfig,
 )
+from quietstar.config.rules import cross_field_problems
+from quietstar.config.run import DataConfig, LoggingConfig, OptimConfig, TrainingConfig
+from quietstar.config.section import Section
 
 CROSS_FIELD_ERROR = "cross_field"  # type of the pydantic error that carries the problems
 
