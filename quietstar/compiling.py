@@ -35,11 +35,24 @@ def check_compile(wanted: bool, in_pieces: bool) -> None:
             "training.compile: true cannot be used where weights lie in pieces (ZeRO-3, FSDP2). "
             "Set training.compile: false, or launch with configs/accelerate/zero2.yaml."
         )
-    if wanted and find_compiler() is None:
+    if wanted:
+        require_compiler("training.compile: true", "set training.compile: false")
+
+
+def require_compiler(setting: str, remedy: str) -> None:
+    """Refuse a setting that compiles where nothing can.
+
+    Args:
+        setting: As the user wrote it.
+        remedy: What else than to install a compiler.
+
+    Raises:
+        UserError: There is no compiler.
+    """
+    if find_compiler() is None:
         raise UserError(
-            "training.compile: true needs a C++ compiler, and there is none here "
-            f"({', '.join(COMPILERS)}; CXX names another). Install one (apt install g++), or set "
-            "training.compile: false."
+            f"{setting} needs a C++ compiler, and there is none here ({', '.join(COMPILERS)}; CXX "
+            f"names another). Install one (apt install g++), or {remedy}."
         )
 
 

@@ -125,6 +125,12 @@ def test_with_thoughts_scores_are_those_of_a_slow_loop(folder, batch_size):
         assert reply == written.split(tokenizer.eos_token)[0]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU is there")
+def test_the_gpu_of_the_harness_default_is_a_wish(folder):
+    thinker = QuietStarLM(str(folder / "model"), device="cuda").thinker
+    assert next(thinker.parameters()).device.type == "cpu"
+
+
 def test_long_texts_lose_their_beginning_and_are_counted(folder, caplog):
     harness = QuietStarLM(str(folder / "model"), device="cpu")
     assert harness.max_length == 96 - 3 - 2

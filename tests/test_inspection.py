@@ -10,8 +10,9 @@ from tiny import plain_model, thinking_model
 
 from quietstar import cli
 from quietstar.data import load_tokenizer
-from quietstar.inspection.collect import Reading, inspect_text, token_slices, windows
+from quietstar.inspection.collect import Reading, inspect_text, windows
 from quietstar.inspection.page import render_page
+from quietstar.inspection.records import token_slices
 
 NASTY = "a <script>alert(1)</script> & \"b\" 'c' </textarea>\x07\x1b[31m 😀é שלום \u202e‮ \n<!-- end"
 

@@ -82,6 +82,9 @@ def test_the_compiler_may_have_arguments(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("CXX", "/nowhere/g++ -O2")
     find_compiler()
     assert "no compiler CXX=/nowhere/g++ -O2; looking for others" in caplog.text
+    monkeypatch.setenv("CXX", "g++ '-O2")
+    find_compiler()
+    assert "CXX=g++ '-O2 cannot be read (No closing quotation)" in caplog.text
 
 
 @needs_compiler

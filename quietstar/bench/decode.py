@@ -28,9 +28,9 @@ from quietstar.bench.measure import environment
 from quietstar.bench.models import load_model, make_thinker
 from quietstar.bench.options import BenchParser, add_machine, at_least
 from quietstar.bench.peak_memory import PeakMemory
+from quietstar.devices import find_device
 from quietstar.engine.decoding import Decoder
 from quietstar.engine.rollout import Sampling
-from quietstar.evaluation.loading import find_device
 from quietstar.generation import next_logits
 from quietstar.model import QuietStarForCausalLM
 from quietstar.training.setup import quiet_libraries

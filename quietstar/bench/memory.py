@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import tempfile
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.table import Table
 
 from quietstar.bench.options import BenchParser, at_least, new_file
 from quietstar.bench.peak_memory import PeakMemory
+from quietstar.bench.processes import in_fresh_process
 from quietstar.config import Config
 from quietstar.config_io import load_config
 from quietstar.planning.memory import estimate_run
@@ -40,10 +40,8 @@ def main(arguments: list[str]) -> int:
         shortened += ["--training.output_dir", f"{folder}/run", "--training.save_every", "0"]
         config = load_config(args.config, shortened)
         heap = {} if args.heap else MAPPED_APART
-        with patch_environment(**heap), multiprocessing.get_context("spawn").Pool(1) as pool:
-            measured = pool.apply(measure_run, (config,))
-            pool.close()  # so that it ends by itself, and cleans up
-            pool.join()
+        with patch_environment(**heap):
+            measured = in_fresh_process(measure_run, config)
     quiet_libraries()
     estimate = estimate_run(config, "single", 1)
     on_gpu = torch.cuda.is_available()

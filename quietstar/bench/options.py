@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-
+from quietstar.devices import device_option
 from quietstar.errors import UserError
 
 
@@ -70,20 +69,10 @@ def new_file(text: str) -> str:
     return text
 
 
-def device(text: str) -> str:
-    """``cpu`` or a GPU that is there."""
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as problem:
-        reason = str(problem).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text} is not there ({reason}); try cpu") from problem
-    return text
-
-
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """Add what says where, how often and where to."""
     add = parser.add_argument
     add("--repeats", type=at_least(1), default=5, help="measurements; the median counts")
-    add("--device", type=device, help="by default a GPU if there is one")
+    add("--device", type=device_option, help="by default a GPU if there is one")
     add("--threads", type=at_least(1), help="by default torch's own")
     add("--json", type=new_file, metavar="FILE", help="for all figures")

@@ -18,7 +18,7 @@ from quietstar.bench.floor import floor_rollout
 from quietstar.bench.measure import environment, in_turn, peak_mb, precision
 from quietstar.bench.models import make_contest
 from quietstar.bench.step import floor_batches, share_of, sizes_parser
-from quietstar.evaluation.loading import find_device
+from quietstar.devices import find_device
 
 
 def main(arguments: list[str]) -> int:

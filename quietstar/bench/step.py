@@ -21,9 +21,9 @@ from quietstar.bench.floor import floor_step
 from quietstar.bench.measure import environment, in_turn, peak_mb, precision
 from quietstar.bench.models import make_contest
 from quietstar.bench.options import BenchParser, add_machine, at_least, share
-from quietstar.compiling import check_compile, compile_layers
+from quietstar.compiling import compile_layers, require_compiler
+from quietstar.devices import find_device
 from quietstar.engine.positions import SCORED_RULES
-from quietstar.evaluation.loading import find_device
 from quietstar.learning import resolve_block_tokens
 from quietstar.training.setup import checkpoint_activations
 
@@ -93,7 +93,7 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
     if args.activation_checkpointing:
         checkpoint_activations(model.causal_lm)
     if args.compile:
-        check_compile(True, in_pieces=False)
+        require_compiler("--compile", "leave it out")
         compile_layers(model.causal_lm)
     tokens_at_once = "auto" if args.block_tokens is None else args.block_tokens or None
     model.block_tokens = resolve_block_tokens(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from rich.table import Table
 from quietstar.bench import step
 from quietstar.bench.measure import environment
 from quietstar.bench.options import at_least, new_file
+from quietstar.bench.processes import in_fresh_process
 from quietstar.errors import UserError
 
 AXES = {
@@ -74,15 +74,11 @@ def sweep(axis: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Figures for every value of a size, the others as they are."""
     name, values = AXES[axis]
     rows = []
-    context = multiprocessing.get_context("spawn")
     for value in track(values, f"{axis}: {name}", console=Console(stderr=True), transient=True):
         changed = argparse.Namespace(**{**vars(args), name: value})
         if args.step_tokens:
             changed.batch_size = max(1, args.step_tokens // changed.seq_len)
-        with context.Pool(1) as pool:
-            found = pool.apply(step.bench_step, (changed,))
-            pool.close()
-            pool.join()
+        found = in_fresh_process(step.bench_step, changed)
         rows.append({"value": value, **{figure: found[figure] for figure in FIGURES}})
     return rows
 

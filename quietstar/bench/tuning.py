@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch.optim import Optimizer
 
 from quietstar.bench.options import BenchParser, at_least, new_file
 from quietstar.bench.peak_memory import PeakMemory
+from quietstar.bench.processes import in_fresh_process
 from quietstar.config import OptimConfig, ThoughtsConfig, TuningConfig
 from quietstar.model import QuietStarForCausalLM
 from quietstar.training.optimizer import build_optimizer
@@ -33,11 +33,8 @@ METHODS = "full,lora,qlora,prefix,houlsby"
 def main(arguments: list[str]) -> int:
     """Run the benchmark, print a table, write JSON if asked."""
     args = _parser().parse_args(arguments)
-    context = multiprocessing.get_context("spawn")
-    results = []
-    for method in args.methods.split(","):
-        with context.Pool(1) as pool:
-            results.append(pool.apply(measure, (args, method)))
+    methods = args.methods.split(",")
+    results = [in_fresh_process(measure, args, method) for method in methods]
     table = Table(title=f"tuning {args.model}")
     for column in ("method", "trained", "share", "optimiser MB", "peak MB", "step s"):
         table.add_column(column, justify="left" if column == "method" else "right")

@@ -27,8 +27,9 @@ from quietstar.calibration.measure import (
 from quietstar.config import DataConfig
 from quietstar.config_io import load_config
 from quietstar.data import Batch, build_data, load_tokenizer
+from quietstar.devices import device_option, find_device
 from quietstar.errors import UserError
-from quietstar.evaluation.loading import find_device, load_thinker
+from quietstar.evaluation.loading import load_thinker
 from quietstar.gates import GATE_FILE, Gate, GateKind, Probe
 from quietstar.model import QuietStarForCausalLM
 from quietstar.training.folder import CONFIG_FILE
@@ -257,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=8)
     add("--timed-tokens", type=int, default=64, help="decoded with each gate to measure speed")
     add("--dtype", default="auto")
-    add("--device", help="by default a GPU if there is one")
+    add("--device", type=device_option, help="by default a GPU if there is one")
     add("--json", metavar="FILE", help="figures")
     add("--plot", metavar="FILE.html", help="speed against quality")
     return parser

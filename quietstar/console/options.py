@@ -9,8 +9,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.data.tokenizer import load_tokenizer, padding_id
+from quietstar.devices import device_option, find_device
 from quietstar.errors import UserError
-from quietstar.evaluation.loading import find_device, load_thinker
+from quietstar.evaluation.loading import load_thinker
 from quietstar.gates import PROBED, Gate, GateKind
 from quietstar.model import QuietStarForCausalLM
 from quietstar.training.setup import quiet_libraries
@@ -32,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, default=1.0)
     add("--seed", type=int, default=0)
     add("--dtype", default="auto", help="of the weights")
-    add("--device", help="by default a GPU if there is one")
+    add("--device", type=device_option, help="by default a GPU if there is one")
 
 
 def load(args: argparse.Namespace) -> tuple[QuietStarForCausalLM, PreTrainedTokenizerBase]:

@@ -18,9 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from quietstar import __version__
 from quietstar.data.tokenizer import load_tokenizer
+from quietstar.devices import device_option, find_device
 from quietstar.errors import UserError
 from quietstar.evaluation.harness_tasks import HarnessTask, find_harness_task
-from quietstar.evaluation.loading import find_device, fingerprint, load_thinker
+from quietstar.evaluation.loading import fingerprint, load_thinker
 from quietstar.evaluation.page import write_page
 from quietstar.evaluation.runner import CONTROLS, WITH, WITHOUT, Protocol, Runner
 from quietstar.evaluation.store import ItemStore
@@ -266,7 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--untrained", action="store_true", help="thoughts of a plain model, as a baseline")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
         help="of the weights")  # fmt: skip
-    add("--device", help="by default a GPU if there is one")
+    add("--device", type=device_option, help="by default a GPU if there is one")
     add("--out", metavar="FILE.json", help="figures; an interrupted evaluation goes on from it")
     add("--out-items", metavar="FILE.jsonl", help="items; default FILE.items.jsonl beside --out")
     add("--report", metavar="FILE.html", help="a page with plots")

@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 from quietstar.data import load_tokenizer
 from quietstar.data.tokenizer import padding_id
+from quietstar.devices import find_device
 from quietstar.engine.backbone import num_virtual
 from quietstar.engine.learn import plain_pass
 from quietstar.errors import UserError
 from quietstar.evaluation.encoding import answer_batch
-from quietstar.evaluation.loading import find_device, load_thinker
+from quietstar.evaluation.loading import load_thinker
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,9 @@ class QuietStarLM(_Harness):
         remedy = "Set thoughts=off, or untrained=true for a baseline of thoughts never trained."
         needs_training = self.thinks and not untrained
         self.thinker = load_thinker(pretrained, needs_training, dtype, remedy, **hub)
-        self.thinker.to(find_device(device))
+        # The harness asks for "cuda" where nobody asked for anything.
+        on_gpu = torch.cuda.is_available() or not str(device).startswith("cuda")
+        self.thinker.to(find_device(device if on_gpu else None))
         self.sampling: dict[str, Any] = {"num_thoughts": num_thoughts, "seed": seed}
         self.thought_temperature = thought_temperature
         self.num_truncated = 0

@@ -50,13 +50,6 @@ def load_thinker(
     return model.eval()
 
 
-def find_device(wanted: str | None) -> str:
-    """By default a GPU if there is one; a CPU where the GPU that is asked for is not there."""
-    if wanted is None or (wanted.startswith("cuda") and not torch.cuda.is_available()):
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return wanted
-
-
 def fingerprint(name: str) -> str:
     """Tells whether a folder still holds the same weights; the name of a hub's model.
 

@@ -13,8 +13,9 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.data.tokenizer import check_unicode, load_tokenizer
+from quietstar.devices import device_option, find_device
 from quietstar.errors import UserError
-from quietstar.evaluation.loading import find_device, load_thinker
+from quietstar.evaluation.loading import load_thinker
 from quietstar.inspection.collect import Reading, inspect_text, num_windows
 from quietstar.inspection.page import render_page
 from quietstar.inspection.terminal import document_view
@@ -186,5 +187,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of sampled thoughts")
     add("--context", type=int, help="tokens that are read at once; default what the model takes")
     add("--dtype", default="auto", help="of the weights")
-    add("--device", help="by default a GPU if there is one")
+    add("--device", type=device_option, help="by default a GPU if there is one")
     return parser

@@ -37,7 +37,11 @@ _FLAGS_OF = {
 
 def find_compiler() -> tuple[str, ...] | None:
     """Command of this machine's C++ compiler: CXX, or the first of the usual ones."""
-    wanted = shlex.split(os.environ.get("CXX", ""))
+    try:
+        wanted = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        logger.warning("CXX=%s cannot be read (%s); looking for others", os.environ["CXX"], error)
+        wanted = []
     for name, *arguments in filter(None, (wanted, *([name] for name in COMPILERS))):
         found = shutil.which(name)
         if found is not None:

@@ -10,8 +10,8 @@ from quietstar.config import Config
 from quietstar.config_io import load_config
 from quietstar.errors import ConfigError, UserError
 from quietstar.training.checkpoint import check_whole, find_whole
+from quietstar.training.metrics_file import METRICS_FILE
 from quietstar.training.preemption import PREEMPTED_FILE
-from quietstar.training.reporter import METRICS_FILE
 
 CONFIG_FILE = "config.yaml"
 FINAL_FOLDER = "final"

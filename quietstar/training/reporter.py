@@ -10,14 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -26,9 +23,10 @@ from quietstar.config import Config
 from quietstar.metrics import ThoughtMetrics
 from quietstar.outputs import QuietStarOutput
 from quietstar.training.alarms import SILENT_STEPS, sounding
+from quietstar.training.held_out_table import evaluation_table
+from quietstar.training.metrics_file import METRICS_FILE, forget_later
 from quietstar.training.stages import Stage, stage_at
 
-METRICS_FILE = "metrics.jsonl"
 LOG_LINES = 200
 """About how many lines of steps a run writes where there is no terminal to show a bar."""
 
@@ -223,75 +221,6 @@ class Reporter:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         self.accelerator.log({f"{kind}/{k}": v for k, v in figures.items()}, step=step)
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """Whole records of a metrics.jsonl; the last line of an interrupted run may be half written."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def forget_later(path: Path, step: int, stage: Stage) -> None:
-    """Drop the records that a run resumed after ``step``, in ``stage``, writes again."""
-
-    def is_kept(record: Mapping[str, Any]) -> bool:
-        if record["step"] == step == stage.last_step:
-            return record["kind"] == "train"  # the evaluation at the end comes again
-        return record["step"] <= step
-
-    kept = [json.dumps(record) + "\n" for record in read_records(path) if is_kept(record)]
-    path.write_text("".join(kept), encoding="utf-8")
-
-
-COLUMNS = {
-    "base_nll": "base\nNLL",
-    "mixed_nll": "mixed\nNLL",
-    "thought_nll": "thought\nNLL",
-    "gain": "gain of\nthinking",
-    "gain_of_content": "gain of\ncontent",
-    "gain_over_pause": "over\npause",
-    "mixing_weight": "mixing\nweight",
-    "accuracy_without_thoughts": "right\nwithout",
-    "accuracy_with_thoughts": "right\nwith",
-    "accuracy_exchanged": "exchanged\nthoughts",
-    "right_thoughts": "thoughts\nright",
-}
-_WITHOUT_ANSWERS = (
-    "base_nll",
-    "mixed_nll",
-    "thought_nll",
-    "gain_over_pause",
-    "mixing_weight",
-)  # left out where answers need the room
-"""Held-out figures shown on the terminal; the gain of content stands beside the gain."""
-
-
-def evaluation_table(evaluations: Sequence[tuple[int, Mapping[str, float]]]) -> Table:
-    """Held-out figures by step."""
-    keys = [key for key in COLUMNS if any(key in figures for _, figures in evaluations)]
-    if "accuracy_with_thoughts" in keys:
-        keys = [key for key in keys if key not in _WITHOUT_ANSWERS]
-    title = "held out: NLL in nats a token, share of answers that are right"
-    table = Table(
-        title=title if "accuracy_without_thoughts" in keys else title.split(",")[0],
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-        title_justify="left",
-    )
-    for name in ("step", *(COLUMNS[key] for key in keys)):
-        table.add_column(name, justify="right", no_wrap=True)
-    for step, figures in evaluations:
-        table.add_row(str(step), *(_cell(key, figures.get(key)) for key in keys))
-    return table
-
-
-def _cell(key: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    if key.startswith(("accuracy", "right")):
-        return f"{value:.3f}"
-    return f"{value:+.4f}" if key.startswith("gain") else f"{value:.4f}"
 
 
 def peak_memory_mb() -> float:

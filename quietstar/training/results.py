@@ -17,7 +17,7 @@ from quietstar.report import write_report
 from quietstar.training.answers import place_before_answer
 from quietstar.training.engines import ThroughEngine
 from quietstar.training.evaluation import chosen_positions
-from quietstar.training.reporter import METRICS_FILE, read_records
+from quietstar.training.metrics_file import METRICS_FILE, read_records
 
 if TYPE_CHECKING:
     from quietstar.training.loop import Run

@@ -32,9 +32,10 @@ from quietstar.training.folder import (
     start_folder,
 )
 from quietstar.training.loop import Run, train
+from quietstar.training.metrics_file import METRICS_FILE
 from quietstar.training.optimizer import build_optimizer, build_scheduler
 from quietstar.training.preemption import PREEMPTED_FILE, StopRequest, listening
-from quietstar.training.reporter import METRICS_FILE, Reporter
+from quietstar.training.reporter import Reporter
 from quietstar.training.results import write_results
 from quietstar.training.setup import (
     build_accelerator,

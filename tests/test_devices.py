@@ -1,0 +1,32 @@
+"""The device that is asked for, or one line that says that it is not there."""
+
+import pytest
+import torch
+
+from quietstar import cli
+from quietstar.devices import find_device
+from quietstar.errors import UserError
+
+
+def test_by_default_a_gpu_or_the_cpu():
+    assert find_device() == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert find_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("name", ["cuda:77", "meta", "gpu"])
+def test_a_device_that_is_not_there(name):
+    with pytest.raises(UserError, match=f"device {name} is not there .*; try cpu"):
+        find_device(name)
+
+
+@pytest.mark.parametrize(
+    "command", ["eval", "inspect", "generate", "chat", "calibrate", "bench step"]
+)
+def test_every_command_refuses_it_before_a_model_is_loaded(command, capsys):
+    call = [*command.split(), "--device", "cuda:77"]
+    if command.startswith("bench"):
+        assert cli.main(call) == 2
+    else:
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(call)
+    assert "--device: device cuda:77 is not there" in capsys.readouterr().err
