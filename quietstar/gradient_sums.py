@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quietstar.losses.cross_entropy import HeadGradients
+from quietstar.losses.head_gradients import HeadGradients
 from quietstar.losses.output_head import OutputHead
 from quietstar.parts import ThinkingParts
 from quietstar.precision import at_least_float32
@@ -74,7 +74,7 @@ class Weights:
         """Of ``parameters``, in their own types."""
         totals = dict(self._grads)
         if self.sink is not None:
-            pairs = ((head.weight, self.sink.weight), (head.bias, self.sink.bias))
+            pairs = zip((head.weight, head.bias), self.sink.totals(), strict=True)
             totals |= {id(p): grad for p, grad in pairs if p is not None and grad is not None}
         grads = [totals.get(id(p)) for p in self.parameters]
         return [

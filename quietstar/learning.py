@@ -113,10 +113,11 @@ def learn_in_groups(
         step: Texts, thoughts, counts.
         block_tokens: Most tokens of blocks at once; at least those of one position.
     """
-    text_loss, base, _ = next_token_loss(
-        text.states, step.labels, model.output_head, step.num_items, weight=model.loss.base_weight
-    )
     work = _Groups(model, text, step, block_tokens)
+    text_loss, base, _ = next_token_loss(
+        text.states, step.labels, work.head, step.num_items,
+        weight=model.loss.base_weight, sink=work.weights.sink,
+    )  # fmt: skip
     loss = _InGroups.apply(work, *work.inputs)
     scored = score(
         work.results.whole(), base, step.thoughts, step.labels, work.targets, step.positions
@@ -141,6 +142,8 @@ class _InGroups(torch.autograd.Function):
                 "first. Call the model again."
             )
         grads, ctx.grads = ctx.grads, None
+        if on_host(grad_value) and grad_value == 1:  # known without waiting
+            return None, *grads
         return None, *[None if g is None else g.mul_(grad_value.to(g.dtype)) for g in grads]
 
 

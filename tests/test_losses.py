@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quietstar.config import LossConfig
 from quietstar.engine.learn import LearnStates
-from quietstar.losses import cross_entropy
+from quietstar.losses import cross_entropy, head_gradients
 from quietstar.losses.cross_entropy import Segment, objective
+from quietstar.losses.head_gradients import HeadGradients
 from quietstar.losses.output_head import OutputHead
 from quietstar.losses.quiet_star import quiet_star_loss
 from quietstar.metrics import thought_metrics
@@ -251,6 +252,33 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(softcap, monkeypatch):
         value.backward()
     assert states.grad is not None
     assert largest.numel == chunk_rows * vocab
+
+
+@pytest.mark.parametrize(
+    ("chunks", "products"),
+    [((200, 200, 200, 100), [400, 300]), ((30, 600, 512), [30, 600, 512]), ((512, 1), [512, 1])],
+)
+def test_chunks_in_half_precision_make_few_products(chunks, products, monkeypatch):
+    monkeypatch.setattr(head_gradients, "_VOCABULARY_BLOCK", 16)
+    sums = HeadGradients(make_head(width=6, vocab=40, bias=True), True, True)
+    made, add_product = [], sums._add_product
+    monkeypatch.setattr(sums, "_add_product", lambda *x: made.append(len(x[0])) or add_product(*x))
+    weight, bias = torch.zeros(40, 6), torch.zeros(40)
+    for number, rows in enumerate(chunks):
+        size = 40 - 7 * (number % 2)  # the rows that may be sampled, now and then
+        # Small whole numbers: exact in bfloat16, and so are their products.
+        grad_logits = normal(rows, size, seed=number).round().clamp(-1, 1)
+        states = (normal(rows, 6, seed=9) > 1.3).to(torch.bfloat16)
+        found = sums.add(grad_logits, states, 2.0)
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found.float(), grad_logits)
+        weight[:size] += grad_logits.T @ states.float()
+        bias[:size] += 2 * grad_logits.sum(0)
+    totals = sums.totals()
+    assert made == products
+    assert torch.equal(totals[0], weight)
+    assert torch.equal(totals[1], bias)
+    assert torch.equal(sums.scaled(torch.tensor(0.5))[0], weight / 2)
 
 
 # --- quiet_star_loss against its formulas ---------------------------------------------------------

@@ -13,17 +13,18 @@ from collections.abc import Iterator
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from quietstar.engine.dense import ScoreRules, recomputed
 from quietstar.engine.kernels import Kernel
 from quietstar.engine.layout import ChosenLayout
 from quietstar.engine.own_block import empty_tokens, merge_own_, merge_own_backward_
+from quietstar.engine.positions import on_host
 from quietstar.native.own import find_own_native
 
 _MASK_ELEMENTS = 2**22
 """Entries of a piece's mask: 16 MiB in float32."""
-_PIECE_POSITIONS = 64
+_PIECE_POSITIONS, _PIECE_QUERIES = 64, 512
+"""Most positions of a piece; and, where fewer keys are read for fewer, about its most queries."""
 
 
 class PrefixAttention:
@@ -43,15 +44,15 @@ class PrefixAttention:
     ) -> None:
         self.positions, self.repeats = positions.clamp(min=0), repeats
         batch_size, count = positions.shape
-        size = _MASK_ELEMENTS // (batch_size * repeats * text_length)
-        size = max(1, min(size, _PIECE_POSITIONS))
+        # Where the positions are on the host anyway, no key behind the last one is read.
+        cuts_keys = on_host(positions)
+        sizes = [_MASK_ELEMENTS // (batch_size * repeats * text_length), _PIECE_POSITIONS]
+        size = max(1, min(*sizes, _PIECE_QUERIES // repeats if cuts_keys else _PIECE_POSITIONS))
         self.pieces = [slice(n, min(n + size, count)) for n in range(0, count, size)]
         self._keeps = batch_size * repeats * count * text_length <= _MASK_ELEMENTS
         self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
-        # Where the positions are on the host anyway, no key behind the last one is read.
-        on_host = positions.device.type == "cpu" and not isinstance(positions, FakeTensor)
         self.ends = [
-            int(self.positions[:, p].max()) + 1 if on_host else text_length for p in self.pieces
+            int(self.positions[:, p].max()) + 1 if cuts_keys else text_length for p in self.pieces
         ]
 
     def _masked(self, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor]]:

@@ -10,6 +10,7 @@ after it stays part of the thought.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from quietstar.engine.backbone import (
     num_virtual,
     run_backbone,
 )
+from quietstar.engine.cast_weights import cast_weights
 from quietstar.engine.chosen import PrefixAttention
 from quietstar.engine.layout import shifted
 from quietstar.engine.passes import TextKeys, TextPass
@@ -105,22 +107,30 @@ def sample_thoughts(
     """
     rollout = Rollout(model, start_embedding, input_ids, sampling.num_thoughts,
                       sampling.thought_length, positions, text)  # fmt: skip
-    tokens: list[Tensor] = []
+    with cast_weights(model.base_model):
+        return torch.stack(list(_sample_tokens(rollout, head, sample_ids, sampling)))
+
+
+def _sample_tokens(
+    rollout: Rollout, head: OutputHead, sample_ids: Tensor, sampling: Sampling
+) -> Iterator[Tensor]:
+    """Of every thought the next one, (K, B, P), T times."""
+    tokens: Tensor | None = None
     for index in range(sampling.thought_length):
         noise = keyed_uniform(
             sampling.seed, sample_ids, sampling.num_thoughts, index, rollout.positions
         )
-        if not tokens:  # all thoughts of a position draw from one distribution
+        if tokens is None:  # all thoughts of a position draw from one distribution
             states = rollout.start()  # (B, P, D)
             noise = noise.flatten(1).T.contiguous()  # (B * P, K)
             sampled = sample_rows(states.flatten(0, 1), head, noise, sampling.temperature)
-            tokens.append(sampled.T.unflatten(1, states.shape[:2]))
-            continue
-        states = rollout.step(index, tokens[-1])
-        noise = rollout.order.from_thoughts(noise).flatten().unsqueeze(1)
-        sampled = sample_rows(states.flatten(0, 1), head, noise, sampling.temperature)
-        tokens.append(rollout.order.to_thoughts(sampled.view(states.shape[:2])))
-    return torch.stack(tokens)
+            tokens = sampled.T.unflatten(1, states.shape[:2])
+        else:
+            states = rollout.step(index, tokens)
+            noise = rollout.order.from_thoughts(noise).flatten().unsqueeze(1)
+            sampled = sample_rows(states.flatten(0, 1), head, noise, sampling.temperature)
+            tokens = rollout.order.to_thoughts(sampled.view(states.shape[:2]))
+        yield tokens
 
 
 @torch.no_grad()

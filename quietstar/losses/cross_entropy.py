@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from quietstar.engine.layout import IGNORE_INDEX
+from quietstar.losses.head_gradients import HeadGradients
 from quietstar.losses.output_head import OutputHead
 from quietstar.losses.softmax import RowResult, softmax_rows
 from quietstar.precision import at_least_float32
@@ -121,48 +122,6 @@ class _FusedObjective(torch.autograd.Function):
         return None, None, None, None, None, weight, bias, *states
 
 
-class HeadGradients:
-    """Sums of the output layer's gradients, in float32 or wider.
-
-    Args:
-        head: A linear one.
-        wants_weight: Whether that of its weight is wanted.
-        wants_bias: And of its bias, if it has one.
-    """
-
-    def __init__(self, head: OutputHead, wants_weight: bool, wants_bias: bool) -> None:
-        weight, bias = head.weight, head.bias
-        self.dtypes = (weight.dtype, None if bias is None else bias.dtype)
-        wide = at_least_float32(weight.new_zeros(())).dtype
-        wants_bias = wants_bias and bias is not None
-        self.weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
-        self.bias = weight.new_zeros(weight.shape[0], dtype=wide) if wants_bias else None
-
-    @property
-    def wanted(self) -> bool:
-        """Whether anything is collected."""
-        return self.weight is not None or self.bias is not None
-
-    def add(self, grad_logits: Tensor, states: Tensor, factor: float) -> None:
-        """Add one chunk: (rows, V') and (rows, D), V' the first rows of the vocabulary.
-
-        The states were multiplied by ``factor`` already; the bias is here.
-        """
-        size = grad_logits.shape[1]
-        if self.weight is not None and grad_logits.dtype == self.weight.dtype:
-            self.weight[:size].addmm_(grad_logits.t(), states)
-        elif self.weight is not None:
-            self.weight[:size].add_(grad_logits.t() @ states)
-        if self.bias is not None:
-            self.bias[:size] += factor * grad_logits.sum(0, dtype=self.bias.dtype)
-
-    def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients times ``factor``, in the dtypes of the parameters."""
-        pairs = zip((self.weight, self.bias), self.dtypes, strict=True)
-        weight, bias = (None if g is None else g.mul_(factor).to(dtype) for g, dtype in pairs)
-        return weight, bias
-
-
 def _fused_segment(
     segment: Segment, head: OutputHead, sink: HeadGradients | None
 ) -> tuple[Tensor, Tensor | None, RowResult]:
@@ -208,9 +167,8 @@ def _fused_chunk(
         segment.wants_predicted,
     )
     if sink is not None and grad is not None and grad_logits is not None:
-        grad_logits = grad_logits.to(weight.dtype)
+        grad_logits = sink.add(grad_logits, states, factor)
         torch.mul(grad_logits @ weight, factor, out=grad[rows])
-        sink.add(grad_logits, states, factor)
     return found
 
 

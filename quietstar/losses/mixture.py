@@ -292,9 +292,7 @@ class _Work:
     def _to_states(self, grad_logits: Tensor, states: Tensor) -> Tensor:
         """Gradient of the states, (rows, D); that of the head goes to the sink."""
         assert self.sink is not None, "only called with one"
-        grad_logits = grad_logits.to(self.dtype)
-        self.sink.add(grad_logits, states, self.factor)
-        grad = grad_logits @ self.weight
+        grad = self.sink.add(grad_logits, states, self.factor) @ self.weight
         return grad if self.factor == 1.0 else grad * self.factor
 
     def value(self) -> Tensor:

@@ -26,8 +26,9 @@ from torch import Tensor
 from quietstar.config import LossConfig
 from quietstar.engine.layout import IGNORE_INDEX, TextAhead, lookahead_targets, text_ahead
 from quietstar.engine.learn import LearnStates
-from quietstar.losses.cross_entropy import HeadGradients, RowResult, Segment, objective
+from quietstar.losses.cross_entropy import RowResult, Segment, objective
 from quietstar.losses.estimators import ESTIMATORS
+from quietstar.losses.head_gradients import HeadGradients
 from quietstar.losses.mixture import Mixture, MixtureResult, mixture_objective
 from quietstar.losses.output_head import OutputHead
 from quietstar.losses.scores import ScoredThoughts, ThoughtResults, score
@@ -256,6 +257,7 @@ def next_token_loss(
     num_items: Tensor | int | None = None,
     scoring: bool = False,
     weight: float = 1.0,
+    sink: HeadGradients | None = None,
 ) -> tuple[Tensor, RowResult, Tensor]:
     """Plain language modelling: sum_i -log p(x_{i+1}) / N.
 
@@ -266,6 +268,7 @@ def next_token_loss(
         num_items: N; by default the valid targets of this batch.
         scoring: Find the most likely tokens too.
         weight: Of the loss.
+        sink: Collects the gradients of a linear head; by default they are those of its parameters.
 
     Returns:
         The scalar loss, the results of all rows (batch * seq), and where there is a target.
@@ -279,7 +282,7 @@ def next_token_loss(
         coefficients,
         wants_predicted=scoring,
     )
-    loss, results = objective([segment], head)
+    loss, results = objective([segment], head, sink)
     return loss, results[0], valid
 
 
