@@ -167,6 +167,8 @@ class _FusedMixture(torch.autograd.Function):
         for texts, places in mixture.chunks(head.weight.shape[0]):
             work.chunk(texts, places)
         results.append(work.result())
+        if ctx.own is not None:
+            ctx.own.totals()  # nothing waits while the layers run backward
         ctx.grads = work.grads
         return work.value()
 
