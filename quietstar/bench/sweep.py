@@ -108,7 +108,7 @@ def table(axis: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def write_plot(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
-    """Every figure over every size, logarithmic."""
+    """Every figure over every size; sizes and seconds logarithmic."""
     figure = make_subplots(rows=len(FIGURES), cols=len(found), vertical_spacing=0.08)
     for column, (axis, rows) in enumerate(found.items(), 1):
         for row, (name, title) in enumerate(FIGURES.items(), 1):
@@ -119,13 +119,16 @@ def write_plot(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
                 ),
                 row=row, col=column,
             )  # fmt: skip
-            scale = "linear" if name == "step_over_floor" else "log"
-            figure.update_xaxes(type="log", title_text=axis, row=row, col=column)
+            scale = "log" if name == "step_seconds" else "linear"
+            values = [r["value"] for r in rows]
+            figure.update_xaxes(type="log", title_text=axis, tickvals=values, row=row, col=column,
+                ticktext=[f"{value:,}" for value in values])  # fmt: skip
             figure.update_yaxes(type=scale, rangemode="tozero", row=row, col=column)
             if column == 1:
                 figure.update_yaxes(
                     title_text=title.replace(" above", "<br>above"), row=row, col=column
                 )
-    figure.update_layout(template="plotly_white", height=260 * len(FIGURES), width=1200)
+    figure.update_layout(template="plotly_white", height=260 * len(FIGURES), width=1200,
+        margin={"t": 20, "r": 20})  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.write_html(path, include_plotlyjs=True)
