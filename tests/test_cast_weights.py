@@ -64,11 +64,17 @@ def in_pieces():
     return model
 
 
+def checkpointing():
+    model = frozen()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
 def half():
     return plain_model(dtype=torch.float16).requires_grad_(False)
 
 
-@pytest.mark.parametrize("make", [learning, in_pieces, half])
+@pytest.mark.parametrize("make", [learning, in_pieces, checkpointing, half])
 def test_others_stay_as_they_are(make, autocast):
     model = make()
     before = weights_of(model)

@@ -18,9 +18,11 @@ from torch import nn
 def cast_weights(model: nn.Module) -> Iterator[None]:
     """Inside, linear layers hold weights cast once, where autocast would cast them at each call.
 
-    For passes without gradient. Weights that an engine holds in pieces stay as they are.
+    For passes without gradient. Weights that an engine holds in pieces stay as they are, and all of
+    them with activation checkpointing, which says that memory counts: the copies are half a model.
     """
-    found = list(_cast_each_time(model))
+    sparing = getattr(model, "is_gradient_checkpointing", False)
+    found = [] if sparing else list(_cast_each_time(model))
     try:
         for layer, weight in found:
             dtype = torch.get_autocast_dtype(weight.device.type)
