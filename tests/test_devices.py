@@ -13,9 +13,18 @@ def test_by_default_a_gpu_or_the_cpu():
     assert find_device("cpu") == "cpu"
 
 
-@pytest.mark.parametrize("name", ["cuda:77", "meta", "gpu"])
-def test_a_device_that_is_not_there(name):
-    with pytest.raises(UserError, match=f"device {name} is not there .*; try cpu"):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("cuda:77", r"[^\n]+"),
+        ("meta", "torch cannot compute there"),
+        ("hip", "torch cannot compute there"),
+        ("gpu", "torch knows none of this name"),
+        ("", "torch knows none of this name"),
+    ],
+)
+def test_a_device_that_cannot_be_used(name, reason):
+    with pytest.raises(UserError, match=rf"^device '{name}' cannot be used \({reason}\); try cpu$"):
         find_device(name)
 
 
@@ -29,4 +38,4 @@ def test_every_command_refuses_it_before_a_model_is_loaded(command, capsys):
     else:
         with pytest.raises(SystemExit, match="2"):
             cli.main(call)
-    assert "--device: device cuda:77 is not there" in capsys.readouterr().err
+    assert "--device: device 'cuda:77' cannot be used" in capsys.readouterr().err
