@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from quietstar.config import Config, cross_field_problems
-from quietstar.config.keys import FIELDS
+from quietstar.config.keys import FIELDS, TRAINER_NAMES
 from quietstar.config.shipped import resolve_config_file, shipped_configs
 from quietstar.config_io import load_config, save_config
 from quietstar.errors import ConfigError
@@ -446,3 +446,11 @@ def test_what_is_neither_the_number_nor_the_word(text):
 def test_a_word_that_was_probably_meant():
     with pytest.raises(ConfigError, match=r"block_tokens: 'autu' .*; did you mean auto"):
         load_config("configs/tiny.yaml", ["--training.block_tokens", "autu"])
+
+
+def test_names_of_other_trainers_are_understood():
+    assert set(TRAINER_NAMES.values()) <= set(FIELDS)
+    assert not set(TRAINER_NAMES) & {key.rpartition(".")[2] for key in FIELDS}
+    problems = problems_of(None, "--learning_rate", "1e-4", "--training.max_steps", "3")
+    for written, meant in (("learning_rate", "optim.lr"), ("training.max_steps", "training.steps")):
+        assert f"command line: --{written}: unknown key; did you mean --{meant}?" in problems

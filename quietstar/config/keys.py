@@ -23,6 +23,30 @@ _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 SIMILAR = 75  # least similarity, of 100, of a "did you mean": lets through one or two typos
 
 
+TRAINER_NAMES = {
+    "model_name_or_path": "model.name_or_path",
+    "max_length": "data.seq_len",
+    "max_seq_length": "data.seq_len",
+    "dataset_text_field": "data.text_field",
+    "learning_rate": "optim.lr",
+    "lr_scheduler_type": "optim.schedule",
+    "max_grad_norm": "optim.clip_norm",
+    "adam_beta1": "optim.beta1",
+    "adam_beta2": "optim.beta2",
+    "adam_epsilon": "optim.eps",
+    "max_steps": "training.steps",
+    "per_device_train_batch_size": "training.micro_batch_size",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "gradient_checkpointing": "training.activation_checkpointing",
+    "torch_compile": "training.compile",
+    "eval_steps": "training.eval_every",
+    "save_steps": "training.save_every",
+    "save_total_limit": "training.keep_checkpoints",
+}
+"""Keys by the names that the trainers of transformers and TRL give them."""
+
+
 def _config_fields() -> dict[str, FieldInfo]:
     fields = {}
     for section in SECTIONS:
@@ -84,7 +108,10 @@ def _rules_in_union(key: str) -> list[Any]:
 
 
 def closest(name: str, candidates: Sequence[str]) -> str | None:
-    """The candidate that was probably meant, if one is similar."""
+    """The candidate that was probably meant: by another trainer's name, or a similar one."""
+    elsewhere = TRAINER_NAMES.get(name.rpartition(".")[2])
+    if elsewhere in candidates:
+        return elsewhere
 
     def similarity(candidate: str) -> float:
         # `--lenght` and `training.lr` name a key without its section, or with another one
