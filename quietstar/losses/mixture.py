@@ -17,13 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from quietstar.engine.layout import TextAhead
-from quietstar.losses.cross_entropy import (
-    HeadGradients,
-    Segment,
-    chunk_rows,
-    compute_dtype,
-    objective,
-)
+from quietstar.losses.cross_entropy import Segment, chunk_rows, compute_dtype, objective
+from quietstar.losses.head_gradients import HeadGradients
 from quietstar.losses.output_head import OutputHead
 from quietstar.losses.softmax import softmax_rows
 from quietstar.precision import at_least_float32
