@@ -14,7 +14,7 @@ import sys
 
 import psutil
 
-from quietstar.cli import EXIT_PREEMPTED, EXIT_USER_ERROR, main
+from quietstar.cli.main import EXIT_PREEMPTED, EXIT_USER_ERROR, main
 
 
 def stop_launcher() -> None:

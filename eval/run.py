@@ -5,7 +5,7 @@ python eval/run.py --model DIR --tasks gsm8k,commonsense_qa [--thoughts both] [-
 
 import sys
 
-from quietstar.cli import main
+from quietstar.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["eval", *sys.argv[1:]]))

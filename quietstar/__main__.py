@@ -2,6 +2,6 @@
 
 import sys
 
-from quietstar.cli import main
+from quietstar.cli.main import main
 
 sys.exit(main())

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from quietstar import cli
-from quietstar.bench import sweep
-from quietstar.cpu_memory import keep_freed_memory
+from benchmarks import sweep
+from quietstar.cli import main as cli
+from quietstar.training.cpu_memory import keep_freed_memory
 
 
 @pytest.mark.slow
@@ -53,8 +53,8 @@ def test_freed_memory_is_kept_unless_the_environment_rules(monkeypatch):
             asked.append((parameter, value))
             return 1
 
-    monkeypatch.setattr("quietstar.cpu_memory.ctypes.CDLL", lambda _: Library())
-    monkeypatch.setattr("quietstar.cpu_memory.sys.platform", "linux")
+    monkeypatch.setattr("quietstar.training.cpu_memory.ctypes.CDLL", lambda _: Library())
+    monkeypatch.setattr("quietstar.training.cpu_memory.sys.platform", "linux")
     for name in [name for name in os.environ if name.startswith("MALLOC_")]:
         monkeypatch.delenv(name)
     assert keep_freed_memory()

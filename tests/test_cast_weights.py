@@ -7,9 +7,9 @@ import torch
 from tiny import plain_model, random_texts, thinking_model
 from torch import nn
 
-from quietstar.compiling import compile_layers
-from quietstar.engine import rollout
-from quietstar.engine.cast_weights import cast_weights
+from quietstar.backbone.casting import cast_weights
+from quietstar.backbone.compiling import compile_layers
+from quietstar.sampling import rollout
 
 
 def weights_of(model):

@@ -10,7 +10,7 @@ import torch
 from test_training import assert_same_weights, timeless
 from tiny import read_metrics, run_config
 
-from quietstar import cli
+from quietstar.cli import main as cli
 from quietstar.errors import Preempted, UserError
 from quietstar.training import checkpoint, loop
 from quietstar.training.checkpoint import drop_old, list_checkpoints

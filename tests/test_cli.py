@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from quietstar import __version__, cli
+from quietstar import __version__
+from quietstar.cli import main as cli
 from quietstar.config.keys import FIELDS, type_text
-from quietstar.config_io import load_config
+from quietstar.config.loading import load_config
 from quietstar.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +64,7 @@ def test_each_problem_is_a_line_with_the_prefix(capsys):
 
 def test_a_wrong_config_fails_before_torch_is_imported():
     code = (
-        "import sys; from quietstar.cli import main;"
+        "import sys; from quietstar.cli.main import main;"
         "assert main(['train', '--optim.lr', '0']) == 2; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny import plain_model, random_texts, thinking_model
 
-from quietstar import compiling
-from quietstar.compiling import check_compile, compile_layers, decoder_layers
-from quietstar.engine.rollout import policy_states, run_text
+from quietstar.backbone import compiling
+from quietstar.backbone.compiling import check_compile, compile_layers, decoder_layers
 from quietstar.errors import UserError
+from quietstar.sampling.rollout import policy_states, run_text
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from quietstar.config import Config, cross_field_problems
 from quietstar.config.keys import FIELDS, TRAINER_NAMES
-from quietstar.config.shipped import resolve_config_file, shipped_configs
-from quietstar.config_io import load_config, save_config
+from quietstar.config.loading import load_config, save_config
+from quietstar.config.presets import resolve_config_file, shipped_configs
 from quietstar.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +50,7 @@ def only_problem_of(config_file, *overrides):
 
 def test_importing_the_config_imports_no_torch():
     code = (
-        "import sys, quietstar.config, quietstar.config_io, quietstar.cli;"
+        "import sys, quietstar.config, quietstar.config.loading, quietstar.cli.main;"
         "heavy = {'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
     )

@@ -7,10 +7,10 @@ import torch
 from tiny import plain_model, thinking_model, write_texts
 
 from quietstar import QuietStarForCausalLM, cli
-from quietstar.calibration.measure import Measured, fit_probes, threshold_at, try_gate
-from quietstar.console.streaming import thought_text
+from quietstar.cli.streaming import thought_text
 from quietstar.data import load_tokenizer
-from quietstar.gates import Gate
+from quietstar.generation.calibration import Measured, fit_probes, threshold_at, try_gate
+from quietstar.generation.gates import Gate
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
 
@@ -53,7 +53,7 @@ def continuations(folder, prompts, new=6, **how):
 
 def plainly(text):
     """As the terminal shows it."""
-    from quietstar.inspection.terminal import visible
+    from quietstar.cli.terminal import visible
 
     return visible(text)
 

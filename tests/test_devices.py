@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from quietstar import cli
-from quietstar.devices import find_device
+from quietstar.cli import main as cli
+from quietstar.cli.devices import find_device
 from quietstar.errors import UserError
 
 

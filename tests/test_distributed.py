@@ -18,7 +18,7 @@ from launching import ROOT, launch, marked
 from safetensors.torch import load_file
 from tiny import plain_model, read_metrics, run_config
 
-from quietstar.config_io import save_config
+from quietstar.config.loading import save_config
 from quietstar.data import load_tokenizer
 
 ENGINES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]

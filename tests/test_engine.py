@@ -10,15 +10,17 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quietstar import QuietStarForCausalLM
+from quietstar.attention import interface as attention
+from quietstar.attention import layout, passes
+from quietstar.attention.dense import ScoreRules, dense_blocks
+from quietstar.attention.interface import thinking_attention
+from quietstar.attention.kernels import CpuFlash
+from quietstar.attention.parallel_attention import ParallelAttention
+from quietstar.attention.passes import LearnPass
+from quietstar.backbone.learn import LearnStates, learn_pass
 from quietstar.config import MixingHeadConfig, ThoughtsConfig
-from quietstar.engine import attention, layout, passes, rollout
-from quietstar.engine.attention import thinking_attention
-from quietstar.engine.dense import ScoreRules, dense_blocks
-from quietstar.engine.kernels import CpuFlash
-from quietstar.engine.learn import LearnStates, learn_pass
-from quietstar.engine.parallel_attention import ParallelAttention
-from quietstar.engine.passes import LearnPass
-from quietstar.engine.self_check import use_thinking_attention
+from quietstar.model.self_check import use_thinking_attention
+from quietstar.sampling import rollout
 
 UNCHANGED = 1e-6  # float32 rounding of states of unit scale
 CHANGED = 1e-4
@@ -71,7 +73,7 @@ def qkv(rows: int, heads: int, kv_heads: int, length: int, size: int, dtype=torc
 
 
 def drawn_grid() -> Tensor:
-    """The 0/1 grid in the docstring of `quietstar.engine.layout`, (queries, keys)."""
+    """The 0/1 grid in the docstring of `quietstar.attention.layout`, (queries, keys)."""
     lines = re.findall(r"^ *(?:text|w\d) +\d((?: +[1.])+)$", layout.__doc__, flags=re.MULTILINE)
     return torch.tensor([[mark == "1" for mark in line.split()] for line in lines])
 

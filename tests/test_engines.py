@@ -7,10 +7,10 @@ import torch
 from accelerate import Accelerator
 from tiny import run_config
 
+from quietstar.distributed import Engine
+from quietstar.distributed.fsdp import FullyShardEngine, wants_fsdp
+from quietstar.distributed.zero import DeepSpeedEngine
 from quietstar.errors import UserError
-from quietstar.training.engines import Engine
-from quietstar.training.engines.fsdp import FullyShardEngine, wants_fsdp
-from quietstar.training.engines.zero import DeepSpeedEngine
 
 
 def engine_on(kind, device):

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import nn
 
+from quietstar.backbone.learn import LearnStates
+from quietstar.backbone.output_head import OutputHead
 from quietstar.config import LossConfig
-from quietstar.engine.learn import LearnStates
 from quietstar.losses.estimators import ESTIMATORS
-from quietstar.losses.output_head import OutputHead
 from quietstar.losses.quiet_star import choose_policy_temperature, quiet_star_loss
 
 LENGTH = 2

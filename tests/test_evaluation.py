@@ -8,7 +8,7 @@ import torch
 from test_generation import slow_step
 from tiny import plain_model, thinking_model
 
-from quietstar import cli
+from quietstar.cli import main as cli
 from quietstar.data import load_tokenizer
 from quietstar.evaluation.encoding import answer_batch, encode, find_candidates
 from quietstar.evaluation.scoring import (

@@ -10,8 +10,8 @@ from tiny import plain_model, random_texts, thinking_model
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quietstar.training.engines import ThroughEngine, Trainee
-from quietstar.training.engines.fsdp import FullyShardEngine
+from quietstar.distributed import ThroughEngine, Trainee
+from quietstar.distributed.fsdp import FullyShardEngine
 
 LAYERS, LENGTH = 3, 4
 

@@ -14,8 +14,8 @@ from quietstar import QuietStarForCausalLM
 from quietstar.config import ThoughtsConfig, TuningConfig
 from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
-from quietstar.gates import Gate, Probe
-from quietstar.merging import merge
+from quietstar.generation.gates import Gate, Probe
+from quietstar.model.merging import merge
 
 LENGTH, NEW = 3, 5
 
@@ -171,8 +171,8 @@ def test_rows_that_ended_are_padded_and_do_not_disturb_others():
 
 
 def test_the_cache_grows_with_the_text_and_not_with_thoughts():
-    from quietstar.engine.decoding import Decoder
-    from quietstar.engine.rollout import Sampling
+    from quietstar.sampling.decoding import Decoder
+    from quietstar.sampling.rollout import Sampling
 
     model = thinking_model(plain_model(max_position_embeddings=512)).eval()
     text = random_texts(1, 9)

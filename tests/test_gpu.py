@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import random_texts, thinking_model
 
-from quietstar.engine.kernels import find_kernel
+from quietstar.attention.kernels import find_kernel
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,7 @@ import torch
 from launching import ROOT, marked
 from tiny import read_metrics, run_config
 
-from quietstar.config_io import save_config
+from quietstar.config.loading import save_config
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,7 +8,7 @@ import torch
 from test_generation import slow_generate
 from tiny import plain_model, thinking_model
 
-from quietstar import cli
+from quietstar.cli import main as cli
 from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny import plain_model, thinking_model
 
-from quietstar import cli
+from quietstar.cli import main as cli
 from quietstar.data import load_tokenizer
-from quietstar.inspection.collect import Reading, inspect_text, windows
-from quietstar.inspection.page import render_page
-from quietstar.inspection.records import token_slices
+from quietstar.evaluation.inspection import Reading, inspect_text, windows
+from quietstar.evaluation.thought_records import token_slices
+from quietstar.reports.thoughts import render_page
 
 NASTY = "a <script>alert(1)</script> & \"b\" 'c' </textarea>\x07\x1b[31m 😀é שלום \u202e‮ \n<!-- end"
 

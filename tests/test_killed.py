@@ -15,7 +15,7 @@ from launching import ROOT, command, launch, marked
 from safetensors.torch import load_file
 from tiny import run_config
 
-from quietstar.config_io import save_config
+from quietstar.config.loading import save_config
 
 KILLS = int(os.environ.get("QUIETSTAR_KILLS", "2"))
 STEPS, SAVE_EVERY = 60, 5

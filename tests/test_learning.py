@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny import plain_model, random_texts, thinking_model
 
-from quietstar.engine import passes
-from quietstar.engine.backbone import embed_sparsely
-from quietstar.engine.layout import IGNORE_INDEX
+from quietstar.attention import passes
+from quietstar.attention.layout import IGNORE_INDEX
+from quietstar.backbone.run import embed_sparsely
 
 WIDE = torch.float64
 # Its norms keep float64 (those of llama are float32 in any model): gradients agree to 1e-9.

@@ -12,14 +12,14 @@ from tiny import random_texts, thinking_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from quietstar.backbone.learn import LearnStates
+from quietstar.backbone.output_head import OutputHead
 from quietstar.config import LossConfig
-from quietstar.engine.learn import LearnStates
 from quietstar.losses import cross_entropy, head_gradients
 from quietstar.losses.cross_entropy import Segment, objective
 from quietstar.losses.head_gradients import HeadGradients
-from quietstar.losses.output_head import OutputHead
 from quietstar.losses.quiet_star import quiet_star_loss
-from quietstar.metrics import thought_metrics
+from quietstar.model.metrics import thought_metrics
 
 IGNORE = -100
 HEADS = {

@@ -5,10 +5,10 @@ import torch
 from needs import needs_compiler
 from tiny import plain_model, random_texts, thinking_model
 
-from quietstar.engine.block_attention import block_attention
-from quietstar.engine.blocks import ChosenBlocks, NeighbourBlocks
-from quietstar.engine.kernels import CpuFlash
-from quietstar.engine.own_block import own_step
+from quietstar.attention.block_attention import block_attention
+from quietstar.attention.blocks import ChosenBlocks, NeighbourBlocks
+from quietstar.attention.kernels import CpuFlash
+from quietstar.attention.own_block import own_step
 from quietstar.native.library import load_library
 from quietstar.native.own import find_own_native
 

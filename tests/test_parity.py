@@ -10,10 +10,10 @@ from reference import Reference, run_reference
 from torch import Tensor
 
 from quietstar import QuietStarForCausalLM
+from quietstar.attention import passes, steps
+from quietstar.backbone.learn import learn_pass
 from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig
-from quietstar.engine import passes, steps
-from quietstar.engine.learn import learn_pass
-from quietstar.engine.self_check import use_thinking_attention
+from quietstar.model.self_check import use_thinking_attention
 
 TOLERANCE = 1e-5  # relative; float32 rounds to 6e-8, and the sums here have some 100 terms
 # Attention is peaked, so its gradients are differences of large numbers, and rounding moves with

@@ -6,13 +6,14 @@ import pytest
 import torch
 from tiny import plain_model, run_config, write_texts
 
-from quietstar import cli, learning
-from quietstar.config_io import save_config
+from quietstar.cli import main as cli
+from quietstar.config.loading import save_config
 from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
-from quietstar.learning import resolve_block_tokens
-from quietstar.planning.memory import Shares, _without_weights, estimate_run
-from quietstar.planning.trace import MemoryTrace, fake_tokens, num_bytes, trainable
+from quietstar.model import learning
+from quietstar.model.learning import resolve_block_tokens
+from quietstar.training.memory_plan import Shares, _without_weights, estimate_run
+from quietstar.training.memory_trace import MemoryTrace, fake_tokens, num_bytes, trainable
 from quietstar.training.setup import build_model
 from quietstar.training.stages import begin_stage, plan_stages
 

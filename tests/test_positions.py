@@ -4,15 +4,15 @@ import pytest
 import torch
 from tiny import plain_model, random_texts, thinking_model
 
+from quietstar.attention import chosen, passes
+from quietstar.attention.layout import IGNORE_INDEX, text_ahead
+from quietstar.backbone.learn import LearnStates, learn_pass
 from quietstar.config import LossConfig
-from quietstar.engine import chosen, passes
-from quietstar.engine.layout import IGNORE_INDEX, text_ahead
-from quietstar.engine.learn import LearnStates, learn_pass
-from quietstar.engine.positions import choose_positions, count_positions
-from quietstar.engine.rollout import Sampling, sample_thoughts
-from quietstar.learning import Step
 from quietstar.losses.quiet_star import quiet_star_loss
-from quietstar.outputs import predict_everywhere
+from quietstar.model.learning import Step
+from quietstar.model.outputs import predict_everywhere
+from quietstar.sampling.positions import choose_positions, count_positions
+from quietstar.sampling.rollout import Sampling, sample_thoughts
 
 POSITIONS = torch.tensor([[0, 3, 4, 7], [2, 5, -1, -1]])
 """Of two texts of nine tokens; the second one thinks at two places only."""

@@ -9,13 +9,13 @@ from html.parser import HTMLParser
 import pytest
 
 from quietstar.errors import UserError
-from quietstar.report import page, plots, write_report
-from quietstar.report.artifacts import Accuracy, Controls, Results
-from quietstar.report.charts import CHARTS
-from quietstar.report.forest import variant_rows
-from quietstar.report.formats import duration, percent, signed, wilson
-from quietstar.report.headline import headline
-from quietstar.report.records import Record, find_stages, parse_record, read_records
+from quietstar.reports import page, plots, write_report
+from quietstar.reports.artifacts import Accuracy, Controls, Results
+from quietstar.reports.charts import CHARTS
+from quietstar.reports.forest import variant_rows
+from quietstar.reports.formats import duration, percent, signed, wilson
+from quietstar.reports.headline import headline
+from quietstar.reports.records import Record, find_stages, parse_record, read_records
 
 HOSTILE = "</script><script>alert(1)</script><img src=https://x.example/a onerror=alert(2)>"
 HOSTILE += "{{ 7 * 7 }} \u2028 \ud800 & \" ' <b>"

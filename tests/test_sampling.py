@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny import BYTES_VOCAB, plain_model, random_texts, thinking_model
 
-from quietstar.engine import rollout
-from quietstar.engine.rollout import Sampling, sample_thoughts
-from quietstar.engine.sampling import keyed_uniform, sample_inverse_cdf
-from quietstar.losses.output_head import find_output_head
+from quietstar.backbone.output_head import find_output_head
+from quietstar.sampling import rollout
+from quietstar.sampling.noise import keyed_uniform, sample_inverse_cdf
+from quietstar.sampling.rollout import Sampling, sample_thoughts
 
 LOWEST, HIGHEST = 2.0**-25, 1 - 2.0**-25  # the second is 1.0 in float32
 

@@ -8,7 +8,7 @@ from architectures import REFUSED, SUPPORTED, meta_model, tiny_architecture
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quietstar import QuietStarForCausalLM
-from quietstar.engine import (
+from quietstar.attention import (
     attention,
     dense,
     own_block,
@@ -16,12 +16,12 @@ from quietstar.engine import (
     self_check,
     steps,
 )
-from quietstar.engine.layout import Layout
-from quietstar.engine.parallel_attention import RowViews
-from quietstar.engine.passes import LearnPass
-from quietstar.engine.self_check import TOLERANCE, check_architecture, worst_error
+from quietstar.attention.layout import Layout
+from quietstar.attention.parallel_attention import RowViews
+from quietstar.attention.passes import LearnPass
+from quietstar.backbone import output_head
 from quietstar.errors import UserError
-from quietstar.losses import output_head
+from quietstar.model.self_check import TOLERANCE, check_architecture, worst_error
 
 
 @pytest.mark.parametrize("name", SUPPORTED)

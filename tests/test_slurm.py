@@ -11,7 +11,7 @@ import pytest
 from launching import ROOT, needs_deepspeed
 from tiny import read_metrics, run_config
 
-from quietstar.config_io import save_config
+from quietstar.config.loading import save_config
 
 SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done

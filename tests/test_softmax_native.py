@@ -4,10 +4,10 @@ import pytest
 import torch
 from needs import needs_compiler
 
-from quietstar.engine.layout import IGNORE_INDEX
-from quietstar.engine.sampling import sample_inverse_cdf
+from quietstar.attention.layout import IGNORE_INDEX
 from quietstar.losses.softmax import softmax_rows
 from quietstar.native.softmax import find_softmax_native
+from quietstar.sampling.noise import sample_inverse_cdf
 
 pytestmark = needs_compiler
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tiny import LLAMA, read_metrics
 
 from quietstar.config import Config
-from quietstar.config_io import load_config, save_config
+from quietstar.config.loading import load_config, save_config
 from quietstar.errors import ConfigError, UserError
 from quietstar.training.run import run_training
 from quietstar.training.stages import plan_stages, stage_at

@@ -21,16 +21,16 @@ from tiny import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import quietstar.model
+import quietstar.model.quiet_star
 from quietstar import QuietStarForCausalLM, cli
 from quietstar.config import OptimConfig
-from quietstar.config_io import load_config
+from quietstar.config.loading import load_config
 from quietstar.data import build_data, load_tokenizer
+from quietstar.distributed import Engine
 from quietstar.errors import UserError
-from quietstar.metrics import ThoughtMetrics
-from quietstar.outputs import QuietStarOutput
+from quietstar.model.metrics import ThoughtMetrics
+from quietstar.model.outputs import QuietStarOutput
 from quietstar.training import loop, run, setup
-from quietstar.training.engines import Engine
 from quietstar.training.evaluation import compare, exchange, figures
 from quietstar.training.optimizer import build_optimizer
 from quietstar.training.reporter import Reporter, StepRecord
@@ -259,7 +259,7 @@ def test_the_final_model_gives_the_last_evaluation_again(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, monkeypatch):
     seen = {}
-    real_learn, real_train = quietstar.model.learn_in_groups, run.train
+    real_learn, real_train = quietstar.model.quiet_star.learn_in_groups, run.train
 
     def poisoned(*args, **kwargs):
         loss, scored = real_learn(*args, **kwargs)
@@ -270,7 +270,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, mon
         seen["before"] = {n: p.detach().clone() for n, p in this.model.named_parameters()}
         real_train(this)
 
-    monkeypatch.setattr(quietstar.model, "learn_in_groups", poisoned)
+    monkeypatch.setattr(quietstar.model.quiet_star, "learn_in_groups", poisoned)
     monkeypatch.setattr(run, "train", watched)
     with pytest.raises(UserError, match=r"step 1: loss nan.*is not finite"):
         train(run_config(tmp_path))

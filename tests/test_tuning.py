@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from quietstar import QuietStarForCausalLM
 from quietstar.config import LossConfig, OptimConfig, ThoughtsConfig, TuningConfig
 from quietstar.data import load_tokenizer
-from quietstar.engine.self_check import use_thinking_attention
 from quietstar.errors import UserError
-from quietstar.merging import merge
+from quietstar.model.merging import merge
+from quietstar.model.self_check import use_thinking_attention
+from quietstar.model.tuning import apply_tuning
 from quietstar.training.optimizer import build_optimizer
-from quietstar.tuning import apply_tuning
 
 ON_CPU = ("full", "lora", "rslora", "dora", "ia3", "houlsby", "mlp_adapter", "prompt", "prefix")
 METHODS = (*ON_CPU, "qlora", "galore")
@@ -164,8 +164,8 @@ def through_oracle(base, oracle, method, embeddings):
 @pytest.mark.parametrize("chosen", [None, torch.tensor([[1, 4, -1]])])
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_texts_and_thoughts_see_the_virtual_tokens(method, chosen):
-    from quietstar.engine.learn import learn_pass, plain_pass
-    from quietstar.engine.rollout import policy_states
+    from quietstar.backbone.learn import learn_pass, plain_pass
+    from quietstar.sampling.rollout import policy_states
 
     base, oracle = tuned(method)
     embed = base.get_input_embeddings()

@@ -2,7 +2,7 @@
 
 Each field has its bounds and one sentence; ``quietstar train --help`` prints both. Rules that tie
 fields together are in `rules`. Unknown keys are errors, and so is a value of another type (the text
-``"8"`` is no integer). `quietstar.config_io` reads and writes the tree as YAML.
+``"8"`` is no integer). `quietstar.config.loading` reads and writes the tree as YAML.
 
 Nothing here imports torch, so that a wrong config is reported at once.
 """
@@ -16,14 +16,14 @@ from quietstar.config.method import (
 )
 from quietstar.config.rules import CrossFieldProblem, cross_field_problems
 from quietstar.config.run import DataConfig, LoggingConfig, OptimConfig, TrainingConfig
-from quietstar.config.section import Section
-from quietstar.config.tree import (
+from quietstar.config.schema import (
     CROSS_FIELD_ERROR,
     SECTIONS,
     Config,
     Stages,
     is_stage_key,
 )
+from quietstar.config.section import Section
 
 __all__ = [
     "CROSS_FIELD_ERROR",

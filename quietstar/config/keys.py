@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from rapidfuzz import fuzz
 
-from quietstar.config.tree import SECTIONS, Config
+from quietstar.config.schema import SECTIONS, Config
 
 _TYPE_NAMES: dict[Any, str] = {
     bool: "true or false",

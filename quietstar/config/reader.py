@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from quietstar.config.keys import FIELDS, closest, did_you_mean, field_types, keys_of
-from quietstar.config.tree import SECTIONS, Config, is_stage_key
-from quietstar.config.words import fits, shown_value
+from quietstar.config.messages import fits, shown_value
+from quietstar.config.schema import SECTIONS, Config, is_stage_key
 from quietstar.config.yaml12 import Loader, key_lines, repeated_keys, yaml_problem
 from quietstar.errors import ConfigError
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from quietstar.config.tree import Config
+    from quietstar.config.schema import Config
 
 SYNTHETIC = "synthetic:"
 DEFAULT_STEPS = 4

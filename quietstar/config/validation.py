@@ -5,10 +5,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from quietstar.config.messages import field_message, is_mixed
 from quietstar.config.reader import COMMAND_LINE, Reader, Setting
 from quietstar.config.rules import CrossFieldProblem
-from quietstar.config.tree import CROSS_FIELD_ERROR, Config
-from quietstar.config.words import field_message, is_mixed
+from quietstar.config.schema import CROSS_FIELD_ERROR, Config
 
 
 def _nested(settings: Mapping[str, Setting]) -> dict[str, dict[str, Any]]:

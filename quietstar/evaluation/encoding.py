@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from quietstar.engine.layout import IGNORE_INDEX, NO_POSITION
+from quietstar.attention.layout import IGNORE_INDEX, NO_POSITION
 from quietstar.errors import UserError
 from quietstar.evaluation.tasks import Item, Task
 

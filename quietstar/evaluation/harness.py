@@ -18,11 +18,11 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
 from tqdm import tqdm
 
+from quietstar.backbone.learn import plain_pass
+from quietstar.backbone.run import num_virtual
+from quietstar.cli.devices import find_device
 from quietstar.data import load_tokenizer
 from quietstar.data.tokenizer import padding_id
-from quietstar.devices import find_device
-from quietstar.engine.backbone import num_virtual
-from quietstar.engine.learn import plain_pass
 from quietstar.errors import UserError
 from quietstar.evaluation.encoding import answer_batch
 from quietstar.evaluation.loading import load_thinker

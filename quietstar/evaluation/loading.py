@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from quietstar.errors import UserError
-from quietstar.model import QuietStarForCausalLM
-from quietstar.saving import SETTINGS_FILE
+from quietstar.model.quiet_star import QuietStarForCausalLM
+from quietstar.model.saving import SETTINGS_FILE
 
 _PIECE = 2**20  # bytes
 _MOST_PIECES = 64

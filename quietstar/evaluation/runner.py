@@ -31,7 +31,7 @@ from quietstar.evaluation.scoring import (
 from quietstar.evaluation.store import ItemStore
 from quietstar.evaluation.tasks import Item, Task
 from quietstar.evaluation.votes import Voting, generate_chains, read_number, vote_metrics
-from quietstar.model import QuietStarForCausalLM
+from quietstar.model.quiet_star import QuietStarForCausalLM
 
 WITHOUT, WITH = "without_thoughts", "with_thoughts"
 CONTROLS = ("shuffled", "pause", "other")

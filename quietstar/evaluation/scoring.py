@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from quietstar.evaluation.encoding import AnswerBatch, Candidates, EncodedItem, answer_batch
-from quietstar.model import QuietStarForCausalLM
+from quietstar.model.quiet_star import QuietStarForCausalLM
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from quietstar.evaluation.runner import CONTROLS, WITH, WITHOUT
 from quietstar.evaluation.summary import CONTENT
-from quietstar.report.formats import MISSING, plain, signed
+from quietstar.reports.formats import MISSING, plain, signed
 
 TITLES = {
     "accuracy": "accuracy (argmax)",

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, StopStri
 
 from quietstar.data.tokenizer import pad_left, padding_id
 from quietstar.evaluation.tasks import Item
-from quietstar.model import QuietStarForCausalLM
+from quietstar.model.quiet_star import QuietStarForCausalLM
 
 FINAL_ANSWER = "\nTherefore, the answer (arabic numerals) is"
 ANSWER_TOKENS = 12

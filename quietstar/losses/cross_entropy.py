@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from quietstar.engine.layout import IGNORE_INDEX
+from quietstar.attention.layout import IGNORE_INDEX
+from quietstar.attention.precision import at_least_float32
+from quietstar.backbone.output_head import OutputHead
 from quietstar.losses.head_gradients import HeadGradients
-from quietstar.losses.output_head import OutputHead
 from quietstar.losses.softmax import RowResult, softmax_rows
-from quietstar.precision import at_least_float32
 
 _CHUNK_ELEMENTS, _LEAST_ROWS = 2**23, 96
 """Logits held at once, per chunk: 32 MiB in float32, and more where that makes fewer rows: each

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quietstar.losses.output_head import OutputHead
-from quietstar.precision import at_least_float32
+from quietstar.attention.precision import at_least_float32
+from quietstar.backbone.output_head import OutputHead
 
 _ROWS = 512
 """Rows of half precision that make one product: what it adds to the sum is read and written once

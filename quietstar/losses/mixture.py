@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from quietstar.engine.layout import TextAhead
+from quietstar.attention.layout import TextAhead
+from quietstar.attention.precision import at_least_float32
+from quietstar.backbone.output_head import OutputHead
 from quietstar.losses.cross_entropy import Segment, chunk_rows, compute_dtype, objective
 from quietstar.losses.head_gradients import HeadGradients
-from quietstar.losses.output_head import OutputHead
 from quietstar.losses.softmax import softmax_rows
-from quietstar.precision import at_least_float32
 
 
 @dataclass(frozen=True)

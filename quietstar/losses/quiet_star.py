@@ -23,14 +23,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from quietstar.attention.layout import IGNORE_INDEX, TextAhead, lookahead_targets, text_ahead
+from quietstar.backbone.learn import LearnStates
+from quietstar.backbone.output_head import OutputHead
 from quietstar.config import LossConfig
-from quietstar.engine.layout import IGNORE_INDEX, TextAhead, lookahead_targets, text_ahead
-from quietstar.engine.learn import LearnStates
 from quietstar.losses.cross_entropy import RowResult, Segment, objective
 from quietstar.losses.estimators import ESTIMATORS
 from quietstar.losses.head_gradients import HeadGradients
 from quietstar.losses.mixture import Mixture, MixtureResult, mixture_objective
-from quietstar.losses.output_head import OutputHead
 from quietstar.losses.scores import ScoredThoughts, ThoughtResults, score
 
 PAPER_POLICY_TEMPERATURE = 3.0

@@ -8,16 +8,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from quietstar.engine.layout import (
+from quietstar.attention.layout import (
     IGNORE_INDEX,
     lookahead_states,
     lookahead_targets,
     text_ahead,
 )
-from quietstar.engine.learn import LearnStates
+from quietstar.backbone.learn import LearnStates
+from quietstar.backbone.output_head import OutputHead
 from quietstar.losses.cross_entropy import RowResult, Segment, objective
 from quietstar.losses.mixture import Mixture, MixtureResult, mixture_objective
-from quietstar.losses.output_head import OutputHead
 
 
 @dataclass(frozen=True)

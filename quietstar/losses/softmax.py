@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from quietstar.engine.layout import IGNORE_INDEX
+from quietstar.attention.layout import IGNORE_INDEX
+from quietstar.attention.precision import at_least_float32
 from quietstar.native.softmax import find_softmax_native
-from quietstar.precision import at_least_float32
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Own attention of blocks by compiled loops (``native/own_block.cpp``), where they serve.
 
-They do in place what `quietstar.engine.own_block` does with batched products, and the merge with
+They do in place what `quietstar.attention.own_block` does with batched products, and the merge with
 what the text gave.
 """
 

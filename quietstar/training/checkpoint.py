@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from quietstar.distributed import Engine
 from quietstar.errors import UserError
-from quietstar.training.engines import Engine
 from quietstar.training.manifest import find_damage, write_manifest
 
 if TYPE_CHECKING:

@@ -24,12 +24,12 @@ from scipy import stats
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import Config
-from quietstar.config_io import load_config, save_config
+from quietstar.config.loading import load_config, save_config
 from quietstar.data import Batch, build_data, load_tokenizer
-from quietstar.engine.positions import count_positions
 from quietstar.errors import UserError
-from quietstar.model import QuietStarForCausalLM
-from quietstar.report import write_report
+from quietstar.model.quiet_star import QuietStarForCausalLM
+from quietstar.reports import write_report
+from quietstar.sampling.positions import count_positions
 from quietstar.training.answers import right_answers
 from quietstar.training.evaluation import chosen_positions
 from quietstar.training.folder import CONFIG_FILE, FINAL_FOLDER, check_same_run

@@ -17,15 +17,15 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from quietstar.data import Batch
-from quietstar.metrics import ThoughtMetrics, as_metrics
-from quietstar.model import QuietStarForCausalLM
+from quietstar.distributed import ThroughEngine
+from quietstar.model.metrics import ThoughtMetrics, as_metrics
+from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.training.answers import (
     exchange_among_texts,
     place_before_answer,
     right_answers,
     right_thoughts,
 )
-from quietstar.training.engines import ThroughEngine
 
 Thinker = QuietStarForCausalLM | ThroughEngine
 """A model, or one inside an engine."""

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from quietstar.config import Config
-from quietstar.config_io import load_config
+from quietstar.config.loading import load_config
 from quietstar.errors import ConfigError, UserError
 from quietstar.training.checkpoint import check_whole, find_whole
 from quietstar.training.metrics_file import METRICS_FILE

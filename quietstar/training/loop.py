@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from quietstar.attention.layout import IGNORE_INDEX
 from quietstar.config import Config
 from quietstar.data import Batch, EvalData, TrainData
-from quietstar.engine.layout import IGNORE_INDEX
-from quietstar.engine.positions import count_positions
+from quietstar.distributed import Engine
 from quietstar.errors import Preempted, UserError
-from quietstar.metrics import ThoughtMetrics
-from quietstar.outputs import QuietStarOutput
+from quietstar.model.metrics import ThoughtMetrics
+from quietstar.model.outputs import QuietStarOutput
+from quietstar.sampling.positions import count_positions
 from quietstar.training.checkpoint import save_checkpoint
-from quietstar.training.engines import Engine
 from quietstar.training.evaluation import evaluate
 from quietstar.training.preemption import PREEMPTED_FILE, StopRequest
 from quietstar.training.reporter import Reporter, StepRecord

@@ -1,7 +1,7 @@
 """Stopping a run from outside: schedulers warn with SIGTERM or SIGUSR1 before they kill.
 
 The step under way is finished, a checkpoint is saved, and the process ends with
-`quietstar.cli.EXIT_PREEMPTED`. The file ``preempted`` in the run folder says the same to launch
+`EXIT_PREEMPTED`. The file ``preempted`` in the run folder says the same to launch
 scripts, since launchers replace the exit codes of their processes by their own.
 """
 

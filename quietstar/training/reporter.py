@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import Config
-from quietstar.metrics import ThoughtMetrics
-from quietstar.outputs import QuietStarOutput
+from quietstar.model.metrics import ThoughtMetrics
+from quietstar.model.outputs import QuietStarOutput
 from quietstar.training.alarms import SILENT_STEPS, sounding
 from quietstar.training.held_out_table import evaluation_table
 from quietstar.training.metrics_file import METRICS_FILE, forget_later

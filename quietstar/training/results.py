@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.data import Batch
-from quietstar.outputs import Thoughts
-from quietstar.report import write_report
+from quietstar.distributed import ThroughEngine
+from quietstar.model.outputs import Thoughts
+from quietstar.reports import write_report
 from quietstar.training.answers import place_before_answer
-from quietstar.training.engines import ThroughEngine
 from quietstar.training.evaluation import chosen_positions
 from quietstar.training.metrics_file import METRICS_FILE, read_records
 

@@ -13,15 +13,15 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
-from quietstar.compiling import check_compile, compile_layers
+from quietstar.backbone.compiling import check_compile, compile_layers
 from quietstar.config import Config
-from quietstar.config_io import save_config
+from quietstar.config.loading import save_config
 from quietstar.data import DataReport, EvalData, TrainData, build_data
+from quietstar.distributed import Engine, ThroughEngine, Trainee, build_engine
 from quietstar.errors import UserError
-from quietstar.learning import resolve_block_tokens
-from quietstar.model import QuietStarForCausalLM
+from quietstar.model.learning import resolve_block_tokens
+from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.training.checkpoint import check_world, checkpoint_step
-from quietstar.training.engines import Engine, ThroughEngine, Trainee, build_engine
 from quietstar.training.folder import (
     CONFIG_FILE,
     FINAL_FOLDER,

@@ -16,18 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
+from quietstar.backbone.loading import load_base
+from quietstar.backbone.run import num_virtual
 from quietstar.config import Config, ThoughtsConfig
-from quietstar.cpu_memory import keep_freed_memory
 from quietstar.data import EvalData, load_tokenizer
-from quietstar.engine.backbone import num_virtual
+from quietstar.distributed import wants_fsdp
 from quietstar.errors import UserError
-from quietstar.loading import load_base
-from quietstar.model import QuietStarForCausalLM
-from quietstar.saving import SETTINGS_FILE
-from quietstar.training.engines import wants_fsdp
+from quietstar.model.quiet_star import QuietStarForCausalLM
+from quietstar.model.saving import SETTINGS_FILE
+from quietstar.model.tuning.peft_methods import quantization
+from quietstar.training.cpu_memory import keep_freed_memory
 from quietstar.training.folder import TRACKERS_FOLDER
 from quietstar.training.stages import Stage
-from quietstar.tuning.peft_methods import quantization
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 def quiet_libraries() -> None:
     """Leave the terminal to the run's own progress bar and lines."""
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in `quietstar.cli`
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in `quietstar.cli.main`
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quietstar.config import Config
-from quietstar.model import QuietStarForCausalLM
+from quietstar.model.quiet_star import QuietStarForCausalLM
 
 
 @dataclass(frozen=True)

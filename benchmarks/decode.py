@@ -1,0 +1,157 @@
+"""``quietstar bench decode``: tokens a second with thoughts, beside the ideal.
+
+The ideal: a bare loop of the plain model's cached forwards, T + 1 of one token a row for each new
+token, on its own (sdpa) attention, with neither sampling nor mixing. Both run in turn in one
+process; the figures are medians. Memory is what new tokens with their thoughts add.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from benchmarks.measure import environment
+from benchmarks.models import load_model, make_thinker
+from benchmarks.options import BenchParser, add_machine, at_least
+from benchmarks.peak_memory import PeakMemory
+from quietstar.cli.devices import find_device
+from quietstar.generation.generate import next_logits
+from quietstar.model.quiet_star import QuietStarForCausalLM
+from quietstar.sampling.decoding import Decoder
+from quietstar.sampling.rollout import Sampling
+from quietstar.training.setup import quiet_libraries
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the benchmark, print a table, write JSON if asked."""
+    args = _parser().parse_args(arguments)
+    # Its new name is not known to the oldest transformers that serves.
+    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")
+    quiet_libraries()
+    result = bench_decode(args)
+    table = Table(title=f"decoding, {args.model}, {args.dtype}, T {args.thought_length}, "
+                  f"prefix {args.prefix}", title_justify="left", box=box.SIMPLE_HEAD)  # fmt: skip
+    for heading in ("batch", "tokens/s", "ideal", "of the ideal", "MB added"):
+        table.add_column(heading, justify="right")
+    for row in result["rows"]:
+        table.add_row(
+            str(row["batch_size"]), f"{row['tokens_per_second']:.2f}",
+            f"{row['ideal_tokens_per_second']:.2f}", f"{row['share_of_ideal']:.3f}",
+            f"{row['mb_added']:.1f}",
+        )  # fmt: skip
+    Console().print(table)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def bench_decode(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure all batch sizes; keys as in the JSON file."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    base = load_model(args.model).to(dtype).eval()
+    plain = copy.deepcopy(base)
+    device = find_device(args.device)
+    model = make_thinker(base, args).to(device, dtype).eval()
+    plain.to(device)  # pyright: ignore[reportArgumentType]  (a wrapper hides its type)
+    rows = [_measure(model, plain, batch_size, args) for batch_size in args.batch_sizes]
+    settings = {k: v for k, v in vars(args).items() if k != "json"}
+    return {"rows": rows, "settings": settings, "environment": environment()}
+
+
+@torch.no_grad()
+def _measure(
+    model: QuietStarForCausalLM, plain: PreTrainedModel, batch_size: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    text = torch.randint(model.vocab_size, (batch_size, args.prefix), device=model.device)
+    times, added = [], 0.0
+    for repeat in range(args.repeats + 1):  # the first warms up
+        mine, memory = _think(model, text, args.tokens)
+        ideal = _ideal(plain, text, args.tokens, args.thought_length)
+        if repeat:
+            times.append((mine, ideal))
+        added = memory
+    mine, ideal = (statistics.median(column) for column in zip(*times, strict=True))
+    return {
+        "batch_size": batch_size,
+        "tokens_per_second": batch_size / mine,
+        "ideal_tokens_per_second": batch_size / ideal,
+        "share_of_ideal": ideal / mine,
+        "mb_added": added,
+    }
+
+
+def _think(model: QuietStarForCausalLM, text: Tensor, tokens: int) -> tuple[float, float]:
+    """Seconds of a step that appends a token to every row and thinks, and MB that steps add."""
+    sampling = Sampling(1, model.thoughts.length, None, 0)
+    real = torch.ones_like(text[:, :-1], dtype=torch.bool)
+    decoder = Decoder(
+        model.causal_lm, model.output_head, model.start_embedding, model.end_embedding,
+        sampling, text[:, :-1], real, torch.arange(len(text), device=text.device),
+    )  # fmt: skip
+    newest = text[:, -1]
+
+    def step(newest: Tensor) -> Tensor:
+        new = decoder.append(newest, opens=True)
+        return next_logits(model, new.states, new.logits, decoder.think(new)).argmax(-1)
+
+    newest = step(newest)  # makes room in the cache
+    begun = _now()
+    for _ in range(tokens):
+        newest = step(newest)
+    seconds = (_now() - begun) / tokens
+    with PeakMemory() as memory:  # by itself: its watching takes time
+        for _ in range(tokens):
+            newest = step(newest)
+    return seconds, memory.mb
+
+
+def _ideal(plain: PreTrainedModel, text: Tensor, tokens: int, length: int) -> float:
+    """Seconds of T + 1 cached forwards of one token a row; the thoughts' keys are cropped."""
+    cache = DynamicCache(config=plain.config)
+    plain(input_ids=text, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    seconds = 0.0
+    newest = text[:, -1:]
+    for _ in range(tokens):
+        begun = _now()
+        for _ in range(length + 1):
+            plain(input_ids=newest, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        seconds += _now() - begun
+        cache.crop(-length)
+    return seconds / tokens
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = BenchParser("decode", __doc__)
+    parser.add_argument("--model", default="mistral-tiny", help="a built-in name or a folder")
+    parser.add_argument("--prefix", type=at_least(1), default=256, help="tokens of the text before")
+    parser.add_argument("--tokens", type=at_least(1), default=16, help="new ones in every repeat")
+    parser.add_argument("--thought-length", type=at_least(1), default=8, help="T")
+    parser.add_argument("--batch-sizes", type=at_least(1), nargs="+", default=[1, 8],
+                        help="texts at once")  # fmt: skip
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="of the weights")  # fmt: skip
+    add_machine(parser)
+    return parser

@@ -1,0 +1,77 @@
+"""``quietstar bench memory``: what a run takes, beside what ``quietstar plan`` says.
+
+The run is the real one, cut to a few steps, in a fresh process: load, evaluate, train, save. On a
+CPU glibc maps every block apart in it: its heap, full of holes, would hold several times what is
+alive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from accelerate.utils import patch_environment
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.options import BenchParser, at_least, new_file
+from benchmarks.peak_memory import PeakMemory
+from benchmarks.processes import in_fresh_process
+from quietstar.config import Config
+from quietstar.config.loading import load_config
+from quietstar.training.memory_plan import estimate_run
+from quietstar.training.run import run_training
+from quietstar.training.setup import quiet_libraries
+
+MAPPED_APART = {"MALLOC_MMAP_THRESHOLD_": "262144"}
+"""Of glibc, for a process that starts: larger blocks go back to the system when they are freed."""
+_MIB = 2**20
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark, print a table, write JSON if asked."""
+    args, overrides = _parser().parse_known_args(arguments)
+    shortened = [*overrides, "--training.steps", str(args.steps)]
+    with tempfile.TemporaryDirectory() as folder:
+        shortened += ["--training.output_dir", f"{folder}/run", "--training.save_every", "0"]
+        config = load_config(args.config, shortened)
+        heap = {} if args.heap else MAPPED_APART
+        with patch_environment(**heap):
+            measured = in_fresh_process(measure_run, config)
+    quiet_libraries()
+    estimate = estimate_run(config, "single", 1)
+    on_gpu = torch.cuda.is_available()
+    planned = (estimate.total if on_gpu else estimate.total_on_cpu) / _MIB
+    table = Table(title=f"memory of {args.config}")
+    for column in ("planned MiB", "measured MiB", "planned / measured"):
+        table.add_column(column, justify="right")
+    table.add_row(f"{planned:,.0f}", f"{measured:,.0f}", f"{planned / measured:.2f}")
+    Console().print(table)
+    if args.json:
+        figures = {"planned_mb": planned, "measured_mb": measured, "ratio": planned / measured}
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = BenchParser("memory", __doc__)
+    parser.usage = "%(prog)s --config FILE [--steps N] [--heap] [--json FILE] [--KEY VALUE ...]"
+    parser.add_argument("--config", required=True, help="of a run, as for quietstar train")
+    parser.add_argument("--steps", type=at_least(1), default=4, help="of the run")
+    parser.add_argument("--heap", action="store_true", help="measure with the heap's holes")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="for all figures")
+    return parser
+
+
+def measure_run(config: Config) -> float:
+    """Most MiB that the run takes, in this process: on a GPU of the GPU's, else resident ones."""
+    import_module("datasets")  # as `quietstar plan` counts: above the imported process
+    with PeakMemory() as memory:
+        run_training(config)
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / _MIB
+    return memory.mb

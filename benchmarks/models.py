@@ -1,0 +1,98 @@
+"""What benchmarks run on: built-in models with random weights, or folders."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from quietstar.attention.layout import Layout
+from quietstar.backbone.loading import load_base
+from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig
+from quietstar.errors import UserError
+from quietstar.model.quiet_star import QuietStarForCausalLM
+from quietstar.model.self_check import use_thinking_attention
+from quietstar.training.cpu_memory import keep_freed_memory
+
+MODELS: dict[str, dict[str, Any]] = {
+    "mistral-tiny": {
+        "model_type": "mistral",
+        "num_hidden_layers": 4,
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 688,
+        "vocab_size": 2048,
+        "sliding_window": None,
+        "max_position_embeddings": 8192,
+    }
+}
+
+
+def load_model(name: str, vocab_size: int | None = None) -> PreTrainedModel:
+    """A model of `MODELS` with random weights, or one of a folder."""
+    if name not in MODELS:
+        return load_base(name)
+    fields = dict(MODELS[name])
+    if vocab_size is not None:
+        fields["vocab_size"] = vocab_size
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(fields.pop("model_type"), **fields)
+    )
+
+
+def make_thinker(
+    base: PreTrainedModel, args: argparse.Namespace, **thoughts: Any
+) -> QuietStarForCausalLM:
+    """A Quiet-STaR model around a plain one."""
+    use_thinking_attention(base)
+    config = ThoughtsConfig(length=args.thought_length, **thoughts)
+    size = base.config.vocab_size
+    single = thoughts.get("num_thoughts") == 1  # nothing to compare a thought with
+    loss = LossConfig(estimator="no_baseline" if single else "leave_one_out")
+    return QuietStarForCausalLM(base, config, MixingHeadConfig(), loss, size)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A Quiet-STaR model and the plain one of its floor, with the same weights.
+
+    Attributes:
+        model: That thinks.
+        plain: A copy of its base.
+        tokens: Random texts.
+        layout: Sizes.
+    """
+
+    model: QuietStarForCausalLM
+    plain: PreTrainedModel
+    tokens: Tensor
+    layout: Layout
+
+
+def make_contest(args: argparse.Namespace, device: str) -> Contest:
+    """Build both of the arguments of `benchmarks.step.sizes_parser`."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    base = load_model(args.model, args.vocab_size)
+    plain = copy.deepcopy(base)
+    names = ("positions", "share", "num_thoughts", "lookahead")
+    model = make_thinker(base, args, **{name: getattr(args, name) for name in names})
+    if device == "cpu":  # as in training, once the models are built
+        keep_freed_memory()
+    plain.to(device)  # pyright: ignore[reportArgumentType]  (a wrapper hides its type)
+    tokens = torch.randint(base.config.vocab_size, (args.batch_size, args.seq_len), device=device)
+    layout = Layout(
+        args.batch_size, args.seq_len, args.num_thoughts, args.thought_length, args.lookahead
+    )
+    try:
+        model._check_length(tokens)
+    except ValueError as problem:
+        raise UserError(f"--seq-len: {problem}") from problem
+    return Contest(model.to(device), plain, tokens, layout)

@@ -1,0 +1,155 @@
+"""``quietstar bench step``: seconds and memory of a training step, beside the floor.
+
+Step and floor run in turn in one process; the figures are medians. The floor is measured with
+several batch sizes and the fastest counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.floor import floor_step
+from benchmarks.measure import environment, in_turn, peak_mb, precision
+from benchmarks.models import make_contest
+from benchmarks.options import BenchParser, add_machine, at_least, share
+from quietstar.backbone.compiling import compile_layers, require_compiler
+from quietstar.cli.devices import find_device
+from quietstar.model.learning import resolve_block_tokens
+from quietstar.sampling.positions import SCORED_RULES
+from quietstar.training.setup import checkpoint_activations
+
+POSITIONS = ("all", "every", "random", *SCORED_RULES)
+FLOOR_TOKENS = (1024, 2048, 4096)
+"""That the floor runs at once; the fastest counts."""
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
+"""Of bfloat16 matrix products without sparsity, by part of the device's name."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark, print a table, write JSON if asked."""
+    args = make_parser("step", __doc__).parse_args(arguments)
+    result = bench_step(args)
+    table = Table(title=f"training step of {args.model}, {args.dtype}")
+    for column in ("step s", "floor s", "step / floor", "peak MB above model"):
+        table.add_column(column, justify="right")
+    figures = ("step_seconds", "floor_seconds", "step_over_floor", "peak_mb_above_model")
+    table.add_row(*[f"{result[name]:.3f}" for name in figures[:3]], f"{result[figures[3]]:.0f}")
+    Console().print(table)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """The arguments of a step."""
+    parser = sizes_parser(name, description)
+    add = parser.add_argument
+    add("--paper-losses", action="store_true",
+        help="no loss on the thought's own prediction, as the floor")  # fmt: skip
+    add("--block-tokens", type=at_least(0),
+        help="that learn at once; by default as training does, 0: all")  # fmt: skip
+    add("--activation-checkpointing", action="store_true", help="as in training")
+    add("--compile", action="store_true", help="the decoder layers of the step, not of the floor")
+    add("--sweep", action="store_true", help="over sizes: see quietstar bench sweep --help")
+    return parser
+
+
+def sizes_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Model, sizes, precision, repeats: what step and rollout share."""
+    parser = BenchParser(name, description)
+    add = parser.add_argument
+    add("--model", default="mistral-tiny", help="a built-in name or a folder")
+    add("--seq-len", type=at_least(2), default=256, help="S, tokens of a text")
+    add("--thought-length", type=at_least(1), default=9, help="T, free tokens of a thought")
+    add("--lookahead", type=at_least(1), default=4, help="A, true tokens scored after it")
+    add("--num-thoughts", type=at_least(1), default=2, help="K, thoughts of a position")
+    add("--batch-size", type=at_least(1), default=1, help="B, texts")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="bfloat16: autocast over float32 weights")  # fmt: skip
+    add("--positions", choices=POSITIONS, default="all",
+        help="the floor is that of their tokens")  # fmt: skip
+    add("--share", type=share, default=0.25, help="of the positions, where not all think")
+    add("--vocab-size", type=at_least(8), help="of a built-in model; by default its own")
+    add_machine(parser)
+    return parser
+
+
+def bench_step(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure one setting; keys as in the JSON file."""
+    device = find_device(args.device)
+    contest = make_contest(args, device)
+    model, plain, tokens = contest.model.train(), contest.plain, contest.tokens
+    if args.paper_losses:
+        model.configure(model.thoughts, model.loss.model_copy(update={"thought_weight": 0.0}))
+    if args.activation_checkpointing:
+        checkpoint_activations(model.causal_lm)
+    if args.compile:
+        require_compiler("--compile", "leave it out")
+        compile_layers(model.causal_lm)
+    tokens_at_once = "auto" if args.block_tokens is None else args.block_tokens or None
+    model.block_tokens = resolve_block_tokens(
+        tokens_at_once, device, in_pieces=False, checkpointing=args.activation_checkpointing
+    )
+
+    def step() -> None:
+        with precision(args.dtype, device):
+            output = model(tokens, sample_ids=torch.arange(args.batch_size, device=device))
+        assert output.loss is not None, "forward gives a loss"
+        output.loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    def floor(rows: int) -> None:
+        with precision(args.dtype, device):
+            floor_step(plain, contest.layout, rows, share_of(args))
+        plain.zero_grad(set_to_none=True)
+
+    peak = peak_mb(step, device)
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    batches = floor_batches(args.seq_len)
+    step_seconds, floor_seconds, rows = in_turn(step, floor, batches, args.repeats)
+    return {
+        "step_seconds": step_seconds,
+        "floor_seconds": floor_seconds,
+        "step_over_floor": step_seconds / floor_seconds,
+        "peak_mb_above_model": peak,
+        "peak_mb_above_gradients": peak - gradients / 2**20,
+        **_flops(lambda: floor(rows), step_seconds, device),
+        "settings": {k: v for k, v in vars(args).items() if k != "json"},
+        "environment": environment() | {"floor_batch_rows": rows},
+    }
+
+
+def share_of(args: argparse.Namespace) -> float:
+    """Of the positions, that have thoughts."""
+    return 1.0 if args.positions == "all" else args.share
+
+
+def floor_batches(seq_len: int) -> list[int]:
+    """Rows at once with which the floor is tried."""
+    return sorted({max(1, tokens // seq_len) for tokens in FLOOR_TOKENS})
+
+
+def _flops(floor: Callable[[], None], seconds: float, device: str) -> dict[str, Any]:
+    """FLOP of the floor's matrix products, and how much of the device's peak a step makes of them.
+
+    Attention on CPUs is not counted: torch's counter does not know its kernel.
+    """
+    counter = FlopCounterMode(display=False)
+    with counter:
+        floor()
+    total = counter.get_total_flops()
+    found = {"floor_tflop": total / 1e12, "tflop_per_second": total / 1e12 / seconds}
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    for gpu, peak in PEAK_TFLOPS.items():
+        if gpu in name:
+            found["share_of_peak"] = found["tflop_per_second"] / peak
+    return found

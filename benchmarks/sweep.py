@@ -1,0 +1,134 @@
+"""``quietstar bench sweep``: how time and memory of a step grow with its sizes.
+
+Every setting runs in a fresh process, beside its own floor. Exponents are slopes of straight lines
+through the logarithms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks import step
+from benchmarks.measure import environment
+from benchmarks.options import at_least, new_file
+from benchmarks.processes import in_fresh_process
+from quietstar.errors import UserError
+
+AXES = {
+    "S": ("seq_len", (64, 128, 256, 512, 1024)),
+    "T": ("thought_length", (4, 8, 12, 16, 24)),
+    "K": ("num_thoughts", (1, 2, 3, 4)),
+    "A": ("lookahead", (1, 2, 4, 8)),
+    "V": ("vocab_size", (2048, 8192, 32768, 131072)),
+}
+"""By letter: the setting, and its values."""
+FIGURES = {
+    "step_seconds": "step, s",
+    "step_over_floor": "step / floor",
+    "peak_mb_above_gradients": "peak MB above model and gradients",
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run all settings, print a table, write JSON and the plot if asked.
+
+    Raises:
+        UserError: An unknown axis.
+    """
+    parser = step.make_parser("sweep", __doc__)
+    parser.add_argument("--axes", default="STKAV", help="letters of the sizes to change")
+    parser.add_argument("--step-tokens", type=at_least(1), metavar="N",
+        help="texts a step: N / S, so that all lengths have as many tokens")  # fmt: skip
+    parser.add_argument("--plot", type=new_file, metavar="FILE.html", help="of all figures")
+    args = parser.parse_args(arguments)
+    unknown = set(args.axes) - set(AXES)
+    if unknown or not args.axes:
+        raise UserError(
+            f"--axes: {args.axes or repr(args.axes)} must be letters of {''.join(AXES)}"
+        )
+    found: dict[str, list[dict[str, Any]]] = {}
+    for axis in args.axes:  # a sweep takes long: what is known is written before the next axis
+        found[axis] = sweep(axis, args)
+        Console().print(table(axis, found[axis]))
+        if args.json:
+            result = {"axes": found, "settings": vars(args), "environment": environment()}
+            Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        if args.plot:
+            write_plot(Path(args.plot), found)
+    return 0
+
+
+def sweep(axis: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Figures for every value of a size, the others as they are."""
+    name, values = AXES[axis]
+    rows = []
+    for value in track(values, f"{axis}: {name}", console=Console(stderr=True), transient=True):
+        changed = argparse.Namespace(**{**vars(args), name: value})
+        if args.step_tokens:
+            changed.batch_size = max(1, args.step_tokens // changed.seq_len)
+        found = in_fresh_process(step.bench_step, changed)
+        rows.append({"value": value, **{figure: found[figure] for figure in FIGURES}})
+    return rows
+
+
+def exponent(rows: Sequence[dict[str, Any]], figure: str) -> float:
+    """Slope of log(figure) over log(value)."""
+    values = [row["value"] for row in rows]
+    figures = [max(row[figure], 1e-9) for row in rows]
+    return float(np.polyfit(np.log(values), np.log(figures), 1)[0])
+
+
+def table(axis: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """A row for every value, and the exponents below."""
+    name, _ = AXES[axis]
+    shown = Table(title=f"{name} ({axis})", title_justify="left", box=box.SIMPLE_HEAD,
+                  show_footer=True)  # fmt: skip
+    shown.add_column(axis, footer="exponent")
+    for figure, title in FIGURES.items():
+        footer = f"{exponent(rows, figure):+.2f}"
+        shown.add_column(title, justify="right", footer=footer)
+    for row in rows:
+        shown.add_row(
+            f"{row['value']:,}", f"{row['step_seconds']:.3f}", f"{row['step_over_floor']:.3f}",
+            f"{row['peak_mb_above_gradients']:,.0f}",
+        )  # fmt: skip
+    return shown
+
+
+def write_plot(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Every figure over every size; sizes and seconds logarithmic."""
+    figure = make_subplots(rows=len(FIGURES), cols=len(found), vertical_spacing=0.08)
+    for column, (axis, rows) in enumerate(found.items(), 1):
+        for row, (name, title) in enumerate(FIGURES.items(), 1):
+            figure.add_trace(
+                go.Scatter(
+                    x=[r["value"] for r in rows], y=[r[name] for r in rows],
+                    mode="lines+markers", line={"color": "#0072b2"}, showlegend=False,
+                ),
+                row=row, col=column,
+            )  # fmt: skip
+            scale = "log" if name == "step_seconds" else "linear"
+            values = [r["value"] for r in rows]
+            figure.update_xaxes(type="log", title_text=axis, tickvals=values, row=row, col=column,
+                ticktext=[f"{value:,}" for value in values])  # fmt: skip
+            figure.update_yaxes(type=scale, rangemode="tozero", row=row, col=column)
+            if column == 1:
+                figure.update_yaxes(
+                    title_text=title.replace(" above", "<br>above"), row=row, col=column
+                )
+    figure.update_layout(template="plotly_white", height=260 * len(FIGURES), width=1200,
+        margin={"t": 20, "r": 20})  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.write_html(path, include_plotlyjs=True)

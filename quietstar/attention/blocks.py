@@ -1,0 +1,281 @@
+"""Blocks of tokens behind some positions of texts that ran before: where they lie, whom they see.
+
+The texts' keys and values are given; a pass runs block tokens alone. Each sees the text up to its
+own position and its own block up to itself. The start token is the same for all thoughts of a
+position, and run once: R = 1 + K (W - 1) tokens a position. `NeighbourBlocks` (positions that lie
+side by side) need no mask: all of their text but its end is seen by all of them, and the end is
+plain causal attention. `ChosenBlocks` (any positions) take a mask towards the text.
+
+Letters as in `quietstar.attention.layout`; N rows of L tokens are what the model is run on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor
+
+from quietstar.attention.chosen import PrefixAttention
+from quietstar.attention.kernels import Kernel
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values."""
+
+
+@runtime_checkable
+class Blocks(Protocol):
+    """Where the tokens of some blocks lie in the rows of a pass, and how they see the text."""
+
+    masked: bool
+
+    def position_ids(self, device: torch.device) -> Int[Tensor, "rows tokens"]:
+        """Position of every token."""
+        ...
+
+    def arrange(
+        self, start: Shaped[Tensor, "B P width"], rest: Shaped[Tensor, "W-1 K B P width"]
+    ) -> Shaped[Tensor, "rows tokens width"]:
+        """Block tokens as rows."""
+        ...
+
+    def restore(self, x: Shaped[Tensor, "rows tokens width"]) -> Pair:
+        """Rows as start tokens (B, P, width) and the others (W - 1, K, B, P, width)."""
+        ...
+
+    def own_views(self, x: Tensor) -> Pair:
+        """(N, H, L, ...) with every block together, views.
+
+        Start tokens are (X, 1, Y, H, 1, ...) and the others (X, K, Y, H, W - 1, ...), X and Y
+        some split of (B, P).
+        """
+        ...
+
+    def attend(self, kernel: Kernel, q: Tensor, text: Pair, scale: float) -> Pair:
+        """Towards the text: output (N, H, L, d) and log-sum-exp."""
+        ...
+
+    def attend_backward(
+        self, kernel: Kernel, grad: Tensor, qkv: Sequence[Tensor], out: Tensor, lse: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of the queries, and of the text's keys and values."""
+        ...
+
+    def steps(self, x: Tensor) -> Shaped[Tensor, "W texts heads queries size"]:
+        """(N, H, L, .) token by token of the blocks, each towards its own text."""
+        ...
+
+    def from_steps(self, x: Tensor) -> Tensor:
+        """The inverse of `steps`."""
+        ...
+
+    def step_texts(self, x: Tensor) -> Tensor:
+        """The text's keys or values for the queries of `steps`."""
+        ...
+
+    def step_positions(self, device: torch.device) -> Tensor:
+        """Positions of the queries of `steps`, (texts, queries)."""
+        ...
+
+
+@dataclass(frozen=True)
+class NeighbourBlocks:
+    """Blocks at positions first .. first + count - 1 of every text; rows (b r), columns p.
+
+    The R rows of a text are the start tokens, then (w k).
+
+    Attributes:
+        batch_size: B.
+        num_thoughts: K.
+        block_length: W.
+        first: Of the positions; virtual tokens before the text count.
+        count: P.
+    """
+
+    batch_size: int
+    num_thoughts: int
+    block_length: int
+    first: int
+    count: int
+    masked = False
+
+    @property
+    def _rows(self) -> int:
+        return 1 + (self.block_length - 1) * self.num_thoughts
+
+    def position_ids(self, device):  # noqa: D102  (see Blocks)
+        place = self.first + 1 + torch.arange(self.count, device=device)
+        index = torch.arange(1, self.block_length, device=device)
+        index = index.repeat_interleave(self.num_thoughts)
+        rows = place + torch.cat([index.new_zeros(1), index])[:, None]  # (R, P)
+        return rows.expand(self.batch_size, -1, -1).flatten(0, 1)
+
+    def arrange(self, start, rest):  # noqa: D102
+        rest = rest.movedim(2, 0).flatten(1, 2)  # (B, (w k), P, width)
+        return torch.cat([start.unsqueeze(1), rest], 1).flatten(0, 1)
+
+    def restore(self, x):  # noqa: D102
+        start, rest = self._split(x)
+        return start, rest.movedim(0, 2)
+
+    def _split(self, x: Tensor) -> Pair:
+        """(N, ...) as start tokens (B, ...) and the others (B, W - 1, K, ...)."""
+        rows = x.unflatten(0, (self.batch_size, -1))
+        return rows[:, 0], rows[:, 1:].unflatten(1, (-1, self.num_thoughts))
+
+    def own_views(self, x):  # noqa: D102
+        start, rest = self._split(x)  # (B, H, P, ...) and (B, W - 1, K, H, P, ...)
+        start = start.transpose(1, 2).unsqueeze(1).unsqueeze(4)
+        return start, rest.movedim((0, 2, 4, 3, 1), (0, 1, 2, 3, 4))
+
+    def attend(self, kernel, q, text, scale):  # noqa: D102
+        out, lse = kernel.forward(q, *(self._near(x) for x in text), True, scale)
+        if self.first:
+            far = [x[:, :, : self.first] for x in text]
+            far_out, far_lse = kernel.forward(self._by_text(q), *far, False, scale)
+            far_out, far_lse = self._by_row(far_out), self._by_row(far_lse)
+            merged = torch.logaddexp(lse, far_lse)
+            out.mul_((lse - merged).exp_().unsqueeze(-1).to(out.dtype))
+            out.addcmul_(far_out, (far_lse - merged).exp_().unsqueeze(-1).to(out.dtype))
+            lse = merged
+        return out, lse
+
+    def attend_backward(self, kernel, grad, qkv, out, lse, scale):  # noqa: D102
+        q, k, v = qkv
+        near = (q, self._near(k), self._near(v))
+        dq, dk, dv = kernel.backward(grad, near, out, lse, True, scale)
+        dk, dv = (x.unflatten(0, (self.batch_size, -1)).sum(1) for x in (dk, dv))
+        if not self.first:
+            return dq, dk, dv
+        far = (self._by_text(q), k[:, :, : self.first], v[:, :, : self.first])
+        rows = (self._by_text(out), self._by_text(lse).contiguous())
+        far_dq, far_dk, far_dv = kernel.backward(self._by_text(grad), far, *rows, False, scale)
+        dq = dq.add_(self._by_row(far_dq))
+        return dq, torch.cat([far_dk, dk], 2), torch.cat([far_dv, dv], 2)
+
+    def _near(self, x: Tensor) -> Tensor:
+        """The end of the text, from the first position on, for every row."""
+        near = x[:, :, self.first : self.first + self.count].unsqueeze(1)
+        return near.expand(-1, self._rows, -1, -1, -1).reshape(-1, *near.shape[2:])
+
+    def _by_text(self, x: Tensor) -> Tensor:
+        """(N, H, P, ...) as (B, H, R * P, ...): all queries of a text in one line."""
+        lines = x.transpose(1, 2).unflatten(0, (self.batch_size, -1)).flatten(1, 2)
+        return lines.transpose(1, 2)
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        """The inverse of `_by_text`."""
+        rows = x.transpose(1, 2).unflatten(1, (-1, self.count)).flatten(0, 1)
+        return rows.transpose(1, 2)
+
+    def steps(self, x):  # noqa: D102
+        start, rest = self._split(x)  # (B, H, P, .) and (B, W - 1, K, H, P, .)
+        start = start[:, None, None].expand(-1, 1, self.num_thoughts, -1, -1, -1)
+        return torch.cat([start, rest], 1).movedim(1, 0).flatten(1, 2)
+
+    def from_steps(self, x):  # noqa: D102
+        by_text = x.unflatten(1, (self.batch_size, self.num_thoughts)).movedim(0, 1)
+        rest = by_text[:, 1:].flatten(1, 2)
+        return torch.cat([by_text[:, 0, :1], rest], 1).flatten(0, 1)
+
+    def step_texts(self, x):  # noqa: D102
+        return x.repeat_interleave(self.num_thoughts, 0)
+
+    def step_positions(self, device):  # noqa: D102
+        places = self.first + torch.arange(self.count, device=device)
+        return places.expand(self.batch_size * self.num_thoughts, -1)
+
+
+class ChosenBlocks:
+    """Blocks at chosen positions; one row in the order (b p r): start, then (k w).
+
+    Args:
+        positions: (B, P), ascending; virtual tokens before the text count. Anything below zero
+            fills up texts with fewer.
+        num_thoughts: K.
+        block_length: W.
+        text_length: S, virtual tokens included.
+    """
+
+    masked = True
+
+    def __init__(
+        self,
+        positions: Int[Tensor, "batch positions"],
+        num_thoughts: int,
+        block_length: int,
+        text_length: int,
+    ) -> None:
+        self.positions = positions.clamp(min=0)
+        self.num_thoughts, self.block_length = num_thoughts, block_length
+        self.text_length = text_length
+
+    @property
+    def _tokens(self) -> int:
+        """R."""
+        return 1 + self.num_thoughts * (self.block_length - 1)
+
+    @cached_property
+    def _prefix(self) -> PrefixAttention:
+        return PrefixAttention(self.positions, self._tokens, self.text_length)
+
+    def position_ids(self, device):  # noqa: D102  (see Blocks)
+        index = torch.arange(1, self.block_length, device=device).repeat(self.num_thoughts)
+        offset = 1 + torch.cat([index.new_zeros(1), index])
+        return (self.positions.unsqueeze(-1) + offset).reshape(1, -1)
+
+    def arrange(self, start, rest):  # noqa: D102
+        rest = rest.permute(2, 3, 1, 0, 4).flatten(2, 3)  # (B, P, (k w), width)
+        return torch.cat([start.unsqueeze(2), rest], 2).flatten(0, 2).unsqueeze(0)
+
+    def restore(self, x):  # noqa: D102
+        tokens = x[0].unflatten(0, (*self.positions.shape, -1))  # (B, P, R, width)
+        rest = tokens[:, :, 1:].unflatten(2, (self.num_thoughts, -1))
+        return tokens[:, :, 0], rest.permute(3, 2, 0, 1, 4)
+
+    def own_views(self, x):  # noqa: D102
+        tokens = x[0].unflatten(1, (-1, self._tokens))  # (H, B * P, R, ...)
+        start = tokens[:, :, :1].transpose(0, 1)[:, None, None]
+        rest = tokens[:, :, 1:].unflatten(2, (self.num_thoughts, -1))
+        return start, rest.movedim((1, 2, 0), (0, 1, 2)).unsqueeze(2)
+
+    def attend(self, kernel, q, text, scale):  # noqa: D102
+        out, lse = self._prefix.forward(kernel, self._by_text(q), text[0], text[1], scale)
+        return self._as_row(out), self._as_row(lse)
+
+    def attend_backward(self, kernel, grad, qkv, out, lse, scale):  # noqa: D102
+        q, k, v = qkv
+        q, grad, out, lse = (self._by_text(x) for x in (q, grad, out, lse))
+        dq, dk, dv = self._prefix.backward(kernel, grad, (q, k, v), out, lse.contiguous(), scale)
+        return self._as_row(dq), dk, dv
+
+    def _by_text(self, x: Tensor) -> Tensor:
+        """(1, H, L, ...) as (B, H, P * R, ...)."""
+        return x[0].unflatten(1, (self.positions.shape[0], -1)).transpose(0, 1)
+
+    def _as_row(self, x: Tensor) -> Tensor:
+        """The inverse of `_by_text`."""
+        return x.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2)
+
+    def steps(self, x):  # noqa: D102
+        tokens = x[0].unflatten(1, (*self.positions.shape, -1))  # (H, B, P, R, .)
+        start = tokens[:, :, :, None, :1].expand(-1, -1, -1, self.num_thoughts, -1, -1)
+        rest = tokens[:, :, :, 1:].unflatten(3, (self.num_thoughts, -1))
+        tokens = torch.cat([start, rest], 4).flatten(2, 3)  # (H, B, P * K, W, .)
+        return tokens.permute(3, 1, 0, 2, 4)
+
+    def from_steps(self, x):  # noqa: D102
+        tokens = x.permute(2, 1, 3, 0, 4).unflatten(2, (-1, self.num_thoughts))
+        rest = tokens[:, :, :, :, 1:].flatten(3, 4)  # (H, B, P, (k w), .)
+        return torch.cat([tokens[:, :, :, 0, :1], rest], 3).flatten(1, 3).unsqueeze(0)
+
+    def step_texts(self, x):  # noqa: D102
+        return x
+
+    def step_positions(self, device):  # noqa: D102
+        return self.positions.repeat_interleave(self.num_thoughts, 1)

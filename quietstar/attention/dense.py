@@ -1,0 +1,135 @@
+"""The slow exact path: explicit scores, for what the flash kernels cannot do.
+
+Soft-capped scores, sliding windows shorter than the text, attention sinks, unequal key and value
+sizes, devices and dtypes without a kernel. It goes block token by block token; every step is
+recomputed in the backward pass, so that the scores of one step at most are held.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from quietstar.attention.precision import at_least_float32
+
+
+@dataclass(frozen=True)
+class ScoreRules:
+    """How one attention layer turns queries and keys into weights.
+
+    Attributes:
+        scale: Multiplies the scores.
+        softcap: Scores become ``softcap * tanh(score / softcap)``.
+        window: A query sees keys less than this many positions back.
+        sinks: One learned score a head, (H,), that takes weight and gives no value.
+    """
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    sinks: Tensor | None = None
+
+    def fits_flash(self, num_positions: int) -> bool:
+        """Whether plain causal attention over so many positions is the same thing."""
+        windowed = self.window is not None and self.window < num_positions
+        return self.softcap is None and self.sinks is None and not windowed
+
+
+def dense_attention(
+    q: Tensor,
+    text: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor] | None,
+    rules: ScoreRules,
+    index: int = -1,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """One token of every block (or of the text, index -1) against the text and its own block.
+
+    Args:
+        q: Queries, (N, H, Q, d), at position i + 1 + index.
+        text: Keys and values of the text, (N, Hkv, S, .).
+        own: Keys and values of the blocks up to this token, (index + 1, N, Hkv, Q, .).
+        rules: Scale, soft-capping, window and sinks.
+        index: Place of the token in its block.
+        positions: The i of every query, (N, Q); by default 0 .. S - 1.
+
+    Returns:
+        (N, H, Q, dv).
+    """
+    n, heads, queries, _ = q.shape
+    kv_heads, length = text[0].shape[1:3]
+    q = q.reshape(n, kv_heads, heads // kv_heads, queries, -1)  # (N, Hkv, G, Q, d)
+    scores = at_least_float32(torch.einsum("nhgsd,nhjd->nhgsj", q, text[0]))
+    if positions is None:
+        positions = torch.arange(queries, device=q.device).unsqueeze(0)
+    visible = _visible(positions, length, index, rules.window)
+    scores = softcapped(scores * rules.scale, rules).masked_fill(~visible, -math.inf)
+    if own is not None:
+        own_scores = at_least_float32(torch.einsum("nhgsd,wnhsd->nhgsw", q, own[0]))
+        own_scores = softcapped(own_scores * rules.scale, rules)
+        if rules.window is not None:
+            distance = torch.arange(own[0].shape[0] - 1, -1, -1, device=q.device)
+            own_scores = own_scores.masked_fill(distance >= rules.window, -math.inf)
+        scores = torch.cat([scores, own_scores], dim=-1)
+    weights = softmax_with_sinks(scores, rules.sinks).to(text[1].dtype)
+    out = torch.einsum("nhgsj,nhjd->nhgsd", weights[..., :length], text[1])
+    if own is not None:
+        out = out + torch.einsum("nhgsw,wnhsd->nhgsd", weights[..., length:], own[1])
+    return out.flatten(1, 2)
+
+
+def _visible(positions: Tensor, length: int, index: int, window: int | None) -> Tensor:
+    """Which text keys a query of each position sees: (N or 1, 1, 1, Q, S), True = seen."""
+    key = torch.arange(length, device=positions.device)
+    query = positions[:, None, None, :, None]
+    seen = key <= query
+    if window is not None:
+        seen &= (query + 1 + index) - key < window
+    return seen
+
+
+def softcapped(scores: Tensor, rules: ScoreRules) -> Tensor:
+    """Scores as the rules bound them."""
+    if rules.softcap is None:
+        return scores
+    return rules.softcap * torch.tanh(scores / rules.softcap)
+
+
+def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Weights of scores (B, Hkv, G, ..., S); a sink takes some and gives nothing."""
+    if sinks is None:
+        # A window may hide the whole text from a late block token; its own block never is.
+        return scores.softmax(-1)
+    rest = [1] * (scores.ndim - 3)
+    column = sinks.to(scores.dtype).reshape(1, scores.shape[1], scores.shape[2], *rest)
+    column = column.expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+
+
+def dense_blocks(
+    q: Tensor, k: Tensor, v: Tensor, batch_size: int, num_thoughts: int, rules: ScoreRules
+) -> Tensor:
+    """All rows of a learn pass (`quietstar.attention.layout`), (rows, H, S, .) each."""
+
+    def per_thought(x: Tensor) -> Tensor:  # (B, ...) -> (K * B, ...)
+        return x.unsqueeze(0).expand(num_thoughts, *x.shape).flatten(0, 1)
+
+    text = (k[:batch_size], v[:batch_size])
+    out = [recomputed(q[:batch_size], text, None, rules, -1)]
+    text = (per_thought(text[0]), per_thought(text[1]))
+    steps = [x[batch_size:].unflatten(0, (-1, num_thoughts * batch_size)) for x in (q, k, v)]
+    for index in range(steps[0].shape[0]):
+        own = (steps[1][: index + 1], steps[2][: index + 1])
+        out.append(recomputed(steps[0][index], text, own, rules, index))
+    return torch.cat(out)
+
+
+def recomputed(*args) -> Tensor:
+    """`dense_attention`, its scores made again in the backward pass."""
+    if not torch.is_grad_enabled():
+        return dense_attention(*args)
+    return checkpoint(dense_attention, *args, use_reentrant=False, preserve_rng_state=False)

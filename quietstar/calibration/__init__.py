@@ -1,1 +1,0 @@
-"""Gates fitted on held-out text: what thinking is worth behind every token, and what it costs."""

@@ -1,0 +1,1 @@
+"""Generation that thinks before each new token, and the gates that say when to."""

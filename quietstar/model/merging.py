@@ -1,0 +1,75 @@
+"""Adapters into their base: from a saved folder that names its base to one that holds it all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from quietstar.backbone.loading import load_base
+from quietstar.config import TuningConfig
+from quietstar.errors import UserError
+from quietstar.model import saving
+from quietstar.model.quiet_star import QuietStarForCausalLM
+from quietstar.model.self_check import check_architecture, use_thinking_attention
+from quietstar.model.tuning import PEFT_METHODS
+
+_MERGED = TuningConfig(method="full")
+
+
+@torch.no_grad()
+def merge(folder: Path, out: Path, **hub: Any) -> Path:
+    """Write the model of ``folder`` with its adapters merged; also loads as a plain model.
+
+    Args:
+        folder: Written by `QuietStarForCausalLM.save_pretrained`.
+        out: New folder.
+        **hub: ``trust_remote_code``.
+
+    Raises:
+        UserError: Nothing to merge, or what cannot be merged, or ``out`` is not empty.
+    """
+    settings = saving.read_settings(folder)
+    tuning = TuningConfig.model_validate(settings["tuning"])
+    if tuning.method not in PEFT_METHODS:
+        raise UserError(f"--model: {folder} {_why_not(tuning.method)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out: {out} already holds something; give a new folder")
+    base = load_base(
+        settings["base_model_name_or_path"],
+        dtype=getattr(torch, settings["dtype"]),
+        revision=settings["base_revision"],
+        **hub,
+    )
+    check_architecture(base)
+    use_thinking_attention(base)
+    adapted = peft.PeftModel.from_pretrained(base, folder)
+    own = load_file(folder / saving.WEIGHTS_FILE)
+    prefix = saving.LANGUAGE_MODEL
+    beside = {n.removeprefix(prefix): own.pop(n) for n in list(own) if n.startswith(prefix)}
+    adapted.load_state_dict(beside, strict=False)  # what `tuning.unfreeze` trained
+    merged = adapted.merge_and_unload()  # pyright: ignore[reportCallIssue]
+    model = saving.rebuild(QuietStarForCausalLM, merged, settings, _MERGED)
+    model.load_state_dict(own, strict=False)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(f"--out: {out} cannot be made ({problem.strerror}); give another") from None
+    model.save_pretrained(out)
+    if (folder / "tokenizer_config.json").exists():
+        AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+    return out
+
+
+def _why_not(method: str) -> str:
+    reasons = {
+        "full": "holds the whole model already; it needs no merging",
+        "galore": "holds the whole model already; it needs no merging",
+        "houlsby": "has bottleneck adapters, which no weight of the base can stand for",
+        "mlp_adapter": "has bottleneck adapters, which no weight of the base can stand for",
+    }
+    return reasons.get(method, "has virtual tokens, which no weight of the base can stand for")

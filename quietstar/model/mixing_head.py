@@ -1,0 +1,71 @@
+"""The mixing head: how much of a prediction comes from the thought (section 4.3 of the paper)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from quietstar.attention.layout import TextAhead
+from quietstar.attention.precision import at_least_float32
+from quietstar.config import MixingHeadConfig
+
+
+class MixingHead(nn.Module):
+    """MLP over [text state, thought state]: 2D -> D -> D -> 1, ReLU.
+
+    The first layer is kept in two halves, so that its text half runs once per text token and not
+    once per thought and lookahead. The last layer starts at zero: every weight starts at
+    ``initial_weight``.
+
+    Args:
+        width: D of the final states.
+        config: Activation, initial weight, hidden size and floor.
+    """
+
+    def __init__(self, width: int, config: MixingHeadConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_size or width
+        self.text_layer = nn.Linear(width, hidden)
+        self.thought_layer = nn.Linear(width, hidden, bias=False)
+        self.middle_layer = nn.Linear(hidden, hidden)
+        self.last_layer = nn.Linear(hidden, 1)
+        self.sigmoid = config.activation == "sigmoid"
+        self.floor = config.floor
+        self._initialise(config.initial_weight)
+
+    def _initialise(self, weight: float) -> None:
+        # Two halves of one layer of 2D inputs: the bound that the whole would have.
+        bound = 1 / math.sqrt(2 * self.text_layer.in_features)
+        for layer in (self.text_layer, self.thought_layer):
+            nn.init.uniform_(layer.weight, -bound, bound)
+        nn.init.zeros_(self.last_layer.weight)
+        share = max(weight - self.floor, 1e-6) / (1 - self.floor)
+        nn.init.constant_(
+            self.last_layer.bias, math.log(share / (1 - share)) if self.sigmoid else weight
+        )
+
+    def forward(
+        self,
+        text: TextAhead,
+        thought_states: Float[Tensor, "lookahead thoughts batch positions width"],
+    ) -> Float[Tensor, "lookahead thoughts batch positions"]:
+        """Mixing weight of every thought and lookahead, in float32.
+
+        Args:
+            text: The text's own states that predict the same tokens.
+            thought_states: Those from the end token on.
+        """
+        rows = text.rows
+        if not torch.is_autocast_enabled(rows.device.type):  # weights of a bfloat16 model
+            dtype = self.text_layer.weight.dtype
+            rows, thought_states = rows.to(dtype), thought_states.to(dtype)
+        by_text = text.spread(self.text_layer(rows))  # (A, B, P, hidden)
+        hidden = torch.relu(by_text.unsqueeze(1) + self.thought_layer(thought_states))
+        hidden = torch.relu(self.middle_layer(hidden))
+        weight = at_least_float32(self.last_layer(hidden).squeeze(-1))
+        if not self.sigmoid:
+            return weight
+        return self.floor + (1 - self.floor) * torch.sigmoid(weight)

@@ -1,0 +1,156 @@
+"""Refuse by measurement: a tiny copy of the architecture against a per-position loop.
+
+Before a model is used, parallel thoughts on a tiny copy of it are compared with what the copy's own
+attention computes for every single thought written out as an ordinary sequence. A model class that
+takes its own way (own attention code, dropped keywords, recurrent layers) is refused by name.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from quietstar.attention.interface import ATTENTION_NAME
+from quietstar.backbone.learn import LearnStates, learn_pass
+from quietstar.backbone.output_head import OutputHead, find_output_head
+from quietstar.backbone.run import embedding_weight
+from quietstar.errors import UserError
+from quietstar.model.tiny_copy import tiny_model
+from quietstar.sampling.rollout import policy_states
+
+TOLERANCE = 1e-4
+"""Of logits of unit scale, float32; a wrong mask, scale or cap is off by 1e-2 and more."""
+_LENGTH, _NUM_THOUGHTS, _THOUGHT_LENGTH, _LOOKAHEAD = 8, 2, 3, 3
+_CHOSEN = torch.tensor([1, 4, 6])
+
+_passed: set[tuple[type, str]] = set()
+
+
+def check_architecture(model: PreTrainedModel) -> None:
+    """Compare parallel thoughts on a tiny copy of ``model`` with the per-position loop.
+
+    Raises:
+        UserError: The architecture cannot be run in parallel, or comes out wrong.
+    """
+    key = (type(model), model.config.to_json_string())
+    if key in _passed:
+        return
+    name = f"{type(model).__name__} (model_type {model.config.model_type})"
+    try:
+        error = worst_error(tiny_model(model))
+    except Exception as problem:
+        reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
+        raise UserError(
+            f"model.name_or_path: the architecture {name} is not supported: its tiny copy cannot "
+            f"run thoughts in parallel ({reason[:160]}). Choose one that README lists."
+        ) from problem
+    if not error < TOLERANCE:
+        raise UserError(
+            f"model.name_or_path: the architecture {name} is not supported: parallel thoughts "
+            f"differ from the per-position loop by {error:.2g} in the logits (at most {TOLERANCE}"
+            " is rounding). Its attention takes a way of its own. Choose one that README lists."
+        )
+    _passed.add(key)
+
+
+def use_thinking_attention(model: PreTrainedModel) -> None:
+    """Switch the model's attention layers to ``quietstar``; without a pass they act as before.
+
+    Raises:
+        ValueError: The model's attention does not go through transformers' attention interface.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it would only warn, and keep its own attention
+    try:
+        model.set_attn_implementation(ATTENTION_NAME)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if model.config._attn_implementation != ATTENTION_NAME:
+        raise ValueError("its attention code does not use transformers' attention interface")
+
+
+@torch.no_grad()
+def worst_error(model: PreTrainedModel) -> float:
+    """Largest difference of any logit between the parallel way and the per-position loop."""
+    embed = model.get_input_embeddings()
+    generator = torch.Generator().manual_seed(1)
+    vocab_size = embedding_weight(model).shape[0]
+    text = torch.randint(1, vocab_size, (1, _LENGTH), generator=generator)
+    shape = (_THOUGHT_LENGTH, _NUM_THOUGHTS, 1, _LENGTH)
+    thoughts = torch.randint(1, vocab_size, shape, generator=generator)
+    start, end = torch.randn(2, embed(text).shape[-1], generator=generator)
+
+    slow = _loop_logits(model, text, thoughts, start, end)
+    plain = model(input_ids=text).logits[0]
+    use_thinking_attention(model)
+    head = find_output_head(model)
+    states = learn_pass(model, start, end, text, thoughts, _LOOKAHEAD)
+    pairs = [
+        *zip(_block_logits(states, head), slow, strict=True),
+        (head.logits(states.text[0]), plain),
+        (model(input_ids=text).logits[0], plain),
+        (policy_states(model, start, text, thoughts), states.policy),
+        *_chosen_pairs(model, (start, end), text, thoughts, states),
+    ]
+    return max(_difference(a, b) for a, b in pairs)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    error = (a.float() - b.float()).abs().max().item()
+    return error if error == error else float("inf")
+
+
+def _loop_logits(
+    model: PreTrainedModel, text: Tensor, thoughts: Tensor, start: Tensor, end: Tensor
+) -> list[Tensor]:
+    """Logits at every block token that predicts one, by position: (K, T + A', V) each.
+
+    The copy's own attention runs ``x_1..x_i start t_1..t_T end x_{i+1}..`` as one sequence.
+    """
+    embed = model.get_input_embeddings()
+    logits = []
+    for position in range(_LENGTH):
+        sequences = []
+        for thought in thoughts[:, :, 0, position].T:
+            true = text[0, position + 1 : position + _LOOKAHEAD]
+            before, inner, after = (embed(x) for x in (text[0, : position + 1], thought, true))
+            sequences.append(torch.cat([before, start[None], inner, end[None], after]))
+        output = model(inputs_embeds=torch.stack(sequences), use_cache=False)
+        block = output.logits[:, position + 1 :]
+        logits.append(torch.cat([block[:, :_THOUGHT_LENGTH], block[:, _THOUGHT_LENGTH + 1 :]], 1))
+    return logits
+
+
+def _block_logits(states: LearnStates, head: OutputHead) -> list[Tensor]:
+    """The same from the learn pass."""
+    result = []
+    for position in range(_LENGTH):
+        true = min(_LOOKAHEAD, _LENGTH - position)
+        before = states.policy[:, :, 0, position]
+        after = states.ahead[:true, :, 0, position]
+        rows = torch.cat([before, after]).transpose(0, 1)  # (K, T + true, D)
+        result.append(head.logits(rows))
+    return result
+
+
+def _chosen_pairs(
+    model: PreTrainedModel, vectors: tuple[Tensor, Tensor], text: Tensor, thoughts: Tensor,
+    states: LearnStates,
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """The passes with thoughts at chosen positions only, and those at all of them."""
+    places = _CHOSEN.expand(1, -1)
+    chosen = thoughts[..., _CHOSEN]
+    learned = learn_pass(model, *vectors, text, chosen, _LOOKAHEAD, places)
+    rolled = policy_states(model, vectors[0], text, chosen, places)
+    ahead = states.ahead[..., _CHOSEN, :]
+    # Behind the end of the text the fillers differ.
+    real = (_CHOSEN + torch.arange(_LOOKAHEAD)[:, None] < _LENGTH)[:, None, None, :, None]
+    policy = states.policy[..., _CHOSEN, :]
+    return [
+        (learned.text, states.text),
+        (learned.policy, policy),
+        (rolled, policy),
+        (learned.ahead.where(real, 0.0), ahead.where(real, 0.0)),
+    ]

@@ -1,5 +1,0 @@
-"""One page about a run: ``report.html`` from the files of its folder."""
-
-from quietstar.report.page import write_report
-
-__all__ = ["write_report"]

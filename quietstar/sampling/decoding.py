@@ -1,0 +1,201 @@
+"""Thinking before each new token: cached texts, thoughts that are dropped after use.
+
+T + 1 passes a token: the last token and the start vector together, the thought tokens but the last
+one by one, and the last thought token with the end vector. Keys and values of the text stay, those
+of the thoughts are overwritten at the next token, so memory does not grow with their number.
+Letters as in `quietstar.attention.layout`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quietstar.attention.decode_pass import DecodeCache, DecodePass
+from quietstar.backbone.output_head import OutputHead
+from quietstar.backbone.run import embedding_weight, num_virtual, run_backbone
+from quietstar.sampling.noise import keyed_uniform
+from quietstar.sampling.rollout import Sampling, run_text, sample_logits, sample_rows
+
+
+@dataclass(frozen=True)
+class Appended:
+    """What is known behind the newest tokens, before any thought.
+
+    Attributes:
+        states: Of the texts.
+        logits: The plain model's, of the next tokens.
+        opened: Logits behind the start vector; None where it was not run.
+    """
+
+    states: Float[Tensor, "batch width"]
+    logits: Float[Tensor, "batch vocab"]
+    opened: Float[Tensor, "batch vocab"] | None
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """Thoughts behind the newest tokens, and what follows them.
+
+    Attributes:
+        ahead: State of the end vector behind each thought.
+        tokens: Of the thoughts.
+    """
+
+    ahead: Float[Tensor, "thoughts rows width"]
+    tokens: Int[Tensor, "rows thoughts length"]
+
+
+class Decoder:
+    """Texts that grow by one token at a time, with thoughts before each.
+
+    Args:
+        model: A causal LM whose attention implementation is ``quietstar``.
+        head: Its output head, for the thought tokens.
+        start_embedding: Opens every thought.
+        end_embedding: Closes every thought.
+        sampling: Number, length, temperature and seed of the thoughts.
+        input_ids: All tokens of the texts but their last, padded on the left.
+        real: False at padding.
+        sample_ids: Index of each text; with the seed it keys the noise.
+        constant: Stands for every thought token instead of sampled ones.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        head: OutputHead,
+        start_embedding: Float[Tensor, " embedding"],
+        end_embedding: Float[Tensor, " embedding"],
+        sampling: Sampling,
+        input_ids: Int[Tensor, "batch seq"],
+        real: Bool[Tensor, "batch seq"],
+        sample_ids: Int[Tensor, " batch"],
+        constant: int | None = None,
+    ) -> None:
+        self.model, self.head, self.sampling = model, head, sampling
+        self.constant = constant
+        self.embed = model.get_input_embeddings()
+        dtype = embedding_weight(model).dtype
+        self.start, self.end = start_embedding.to(dtype), end_embedding.to(dtype)
+        self.sample_ids = sample_ids
+        first = input_ids.shape[1] - real.sum(1)
+        text = _aligned_text(model, input_ids, first)
+        block_length = sampling.thought_length + 2
+        self.cache = DecodeCache(text, first, sampling.num_thoughts, block_length)
+        self.virtual = num_virtual(model)
+
+    @torch.no_grad()
+    def append(self, tokens: Int[Tensor, " batch"], opens: bool) -> Appended:
+        """Append a token to every text.
+
+        Args:
+            tokens: The next of each text.
+            opens: Whether the start vector is run with them, so that `think` may follow.
+        """
+        embedded = self.embed(tokens)[:, None]  # (B, 1, embedding)
+        if opens:
+            start = self.start.expand(tokens.shape[0], 1, -1)
+            embedded = torch.cat([embedded, start], dim=1)
+        states = self._run(self.cache, embedded, True, 0 if opens else None)
+        self.cache.length += 1
+        logits = self.head.logits(states)  # of both at once: the head's weight is read once
+        return Appended(states[:, 0], logits[:, 0], logits[:, 1] if opens else None)
+
+    @torch.no_grad()
+    def think(self, appended: Appended, rows: Int[Tensor, " rows"] | None = None) -> Thinking:
+        """Think behind the newest token of every text, or of these rows only.
+
+        The texts of some rows are copied once a token; thoughts cost what their rows cost.
+
+        Args:
+            appended: From `append`, with ``opens``.
+            rows: That think, all by default.
+        """
+        cache, first, sample_ids = self.cache, appended.opened, self.sample_ids
+        assert first is not None, "append with opens"
+        if rows is not None:
+            cache, first, sample_ids = cache.chosen(rows), first[rows], sample_ids[rows]
+        thoughts = [self._draw_first(cache, first, sample_ids)]
+        for index in range(1, self.sampling.thought_length):
+            states = self._run(cache, self.embed(thoughts[-1]), False, index)
+            thoughts.append(self._draw(cache, states, index, sample_ids))
+        ahead = self._close(cache, thoughts[-1])
+        return Thinking(ahead.transpose(0, 1), torch.stack(thoughts, dim=-1))
+
+    def _close(self, cache: DecodeCache, tokens: Int[Tensor, "rows thoughts"]) -> Tensor:
+        """Run the last thought token and the end vector; the latter's state, (B, K, D)."""
+        embedded = self.embed(tokens).unsqueeze(2)  # (B, K, 1, embedding)
+        end = self.end.expand(*embedded.shape)
+        pairs = torch.cat([embedded, end], dim=2).flatten(1, 2)  # (B, K * 2, embedding)
+        states = self._run(cache, pairs, False, self.sampling.thought_length)
+        return states.unflatten(1, (-1, 2))[:, :, 1]
+
+    def _run(
+        self, cache: DecodeCache, embedded: Tensor, new_text: bool, index: int | None
+    ) -> Tensor:
+        """States of tokens (B, K * m, embedding)."""
+        thoughts = 1 if new_text else cache.num_thoughts
+        num_tokens = embedded.shape[1] // thoughts
+        start = cache.length + (0 if new_text else index or 0)
+        offset = torch.arange(start, start + num_tokens, device=embedded.device)
+        places = offset - cache.first[:, None]  # (B, m)
+        places = places if thoughts == 1 else places.repeat(1, thoughts)
+        return run_backbone(self.model, embedded, places, DecodePass(cache, new_text, index))
+
+    def _draw(
+        self, cache: DecodeCache, states: Tensor, index: int, sample_ids: Tensor
+    ) -> Int[Tensor, "rows thoughts"]:
+        """The next token of every thought, by the noise that training would use here."""
+        if self.constant is not None:
+            return sample_ids.new_full(states.shape[:2], self.constant)
+        noise = self._noise(cache, index, sample_ids).flatten().unsqueeze(1)
+        rows = sample_rows(states.flatten(0, 1), self.head, noise, self.sampling.temperature)
+        return rows.view(states.shape[:2])
+
+    def _draw_first(
+        self, cache: DecodeCache, logits: Float[Tensor, "rows vocab"], sample_ids: Tensor
+    ) -> Int[Tensor, "rows thoughts"]:
+        """The first token of every thought; behind the start vector all see the same logits."""
+        shape = (len(logits), self.sampling.num_thoughts)
+        if self.constant is not None:
+            return sample_ids.new_full(shape, self.constant)
+        noise = self._noise(cache, 0, sample_ids)
+        logits = logits[:, : self.head.vocab_size].clone()
+        return sample_logits(logits, noise, self.sampling.temperature)
+
+    def _noise(self, cache: DecodeCache, index: int, sample_ids: Tensor) -> Tensor:
+        """For every thought, (B, K); greedy ones need none."""
+        sampling = self.sampling
+        if sampling.temperature is None:
+            return torch.empty(len(sample_ids), sampling.num_thoughts, device=sample_ids.device)
+        place = (cache.length - 1 - cache.first - self.virtual)[:, None]  # (B, 1)
+        noise = keyed_uniform(sampling.seed, sample_ids, sampling.num_thoughts, index, place)
+        return noise[..., 0].T  # (K, B, 1) -> (B, K)
+
+
+def _aligned_text(
+    model: PreTrainedModel, input_ids: Tensor, first: Tensor
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values of texts (and virtual tokens), every row's last token in the last column.
+
+    The pass itself takes texts padded on the right, where causal attention does not see it.
+    """
+    if input_ids.shape[1] + num_virtual(model) == 0:
+        return {}
+    column = torch.arange(input_ids.shape[1], device=input_ids.device)
+    moved = (column + first[:, None]) % max(len(column), 1)
+    text = run_text(model, input_ids.gather(1, moved)).keys
+    if not first.any():
+        return text
+    length = next(iter(text.values()))[0].shape[2]
+    column = torch.arange(length, device=input_ids.device)
+    back = ((column - first[:, None]) % length)[:, None, :, None]  # (B, 1, S, 1)
+    return {
+        layer: tuple(x.gather(2, back.expand(-1, x.shape[1], -1, x.shape[3])) for x in pair)
+        for layer, pair in text.items()
+    }  # pyright: ignore[reportReturnType]

@@ -1,0 +1,162 @@
+"""Where a text thinks: the positions chosen for thoughts.
+
+A position is a candidate if the token after it is a target. With n candidates in a text,
+
+- ``every`` takes evenly spaced ones, ``random`` a random choice (keyed, as the sampling noise is,
+  so that how a batch is cut changes nothing): ceil(share * n) of them;
+- as many are those with the highest score: ``entropy`` takes that of the base model's next token,
+  ``weight`` the mixing weight that the mixing head gives without a thought, ``weighted_entropy``
+  the product of both;
+- ``answer`` takes those before a token of an answer, ``answer_start`` those before the first one.
+
+How many there are depends on the data alone, so that a step can be normalised before it runs.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from quietstar.attention.layout import IGNORE_INDEX, NO_POSITION
+from quietstar.sampling.noise import keyed_uniform
+
+Rule = Literal[
+    "all", "every", "random", "entropy", "weight", "weighted_entropy", "answer", "answer_start"
+]
+ANSWER_RULES = ("answer", "answer_start")
+SCORED_RULES = ("entropy", "weight", "weighted_entropy")
+LEARNED_RULES = ("weight", "weighted_entropy")
+"""Their scores learn only from the positions that they choose: training explores others too."""
+
+_CHOICE = 2**20
+"""Stands for the token in the noise's key: beyond the tokens of any thought."""
+
+
+def count_positions(
+    rule: Rule,
+    share: float,
+    labels: Int[Tensor, "batch seq"],
+    answers: Bool[Tensor, "batch seq"] | None = None,
+) -> Int[Tensor, " batch"]:
+    """How many positions of each text think (candidates, for rule ``all``)."""
+    candidates = _candidates(labels)
+    if rule in ANSWER_RULES:
+        return (candidates & _before_answers(rule, answers)).sum(-1)
+    count = candidates.sum(-1)
+    # A hair less, so that a third of three stays one.
+    return count if rule == "all" else (count * share - 1e-6).ceil().long()
+
+
+def most_positions(share: float, seq_len: int) -> int:
+    """Most positions that a share of a text's can be."""
+    return max(1, int(-(-(seq_len - 1) * share // 1)))
+
+
+def choose_positions(
+    rule: Rule,
+    share: float,
+    labels: Int[Tensor, "batch seq"],
+    *,
+    answers: Bool[Tensor, "batch seq"] | None = None,
+    score: Float[Tensor, "batch seq"] | None = None,
+    sample_ids: Int[Tensor, " batch"] | None = None,
+    seed: int = 0,
+    explore: bool = False,
+) -> Int[Tensor, "batch positions"] | None:
+    """Positions that think, ascending, `NO_POSITION` behind the last; None for all.
+
+    Only the rules of answers look at the result on the host, to know how wide it is.
+
+    Args:
+        rule: As in the module's docstring.
+        share: Of the candidates.
+        labels: Token ids, IGNORE_INDEX where a token is no target.
+        answers: Tokens of answers (rules ``answer`` and ``answer_start``).
+        score: The higher, the sooner a position is chosen (`SCORED_RULES`).
+        sample_ids: Key the random choice.
+        seed: Of the random choice.
+        explore: Leave a quarter of the positions of `LEARNED_RULES` to chance.
+
+    Raises:
+        ValueError: A rule of answers without answers.
+    """
+    if rule == "all":
+        return None
+    candidates = _candidates(labels)
+    counts = count_positions(rule, share, labels, answers)
+    if rule in ANSWER_RULES:
+        width, score = max(1, int(counts.max())), _before_answers(rule, answers).float()
+    else:
+        width = most_positions(share, labels.shape[1])
+        noise = _noise(candidates, sample_ids, seed)
+        score = _scores(rule, share, candidates, score, noise)
+        if explore and rule in LEARNED_RULES:
+            score = _explore(score.masked_fill(~candidates, -torch.inf), noise, counts)
+    chosen = score.masked_fill(~candidates, -torch.inf).topk(width, dim=-1).indices
+    beyond = torch.arange(width, device=labels.device) >= counts[:, None]
+    behind = labels.shape[1]  # sorts behind every position
+    chosen = chosen.masked_fill(beyond, behind).sort(-1).values
+    return chosen.masked_fill(chosen == behind, NO_POSITION)
+
+
+def _scores(
+    rule: Rule,
+    share: float,
+    candidates: Tensor,
+    score: Tensor | None,
+    noise: Tensor,
+) -> Float[Tensor, "batch seq"]:
+    """The higher, the sooner a position is chosen."""
+    if rule in SCORED_RULES:
+        assert score is not None, f"rule {rule} needs scores"
+        return score.float()
+    if rule == "every":
+        rank = candidates.cumsum(-1) - 1
+        steps = [((rank + n) * share - 1e-6).ceil() for n in (0, 1)]
+        return (steps[1] > steps[0]).float()
+    return noise
+
+
+def _explore(
+    score: Tensor, noise: Tensor, counts: Int[Tensor, " batch"]
+) -> Float[Tensor, "batch seq"]:
+    """Scores by which three quarters of ``counts`` are the best, and the others any."""
+    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    best = rank < (counts - counts // 4)[:, None]
+    return noise.masked_fill(best, 2.0)  # noise is below 1
+
+
+def _noise(candidates: Tensor, sample_ids: Tensor | None, seed: int) -> Float[Tensor, "batch seq"]:
+    """In (0, 1), keyed by text and place."""
+    if sample_ids is None:
+        sample_ids = torch.arange(candidates.shape[0], device=candidates.device)
+    places = torch.arange(candidates.shape[1], device=candidates.device)
+    return keyed_uniform(seed, sample_ids, 1, _CHOICE, places.expand(candidates.shape))[0]
+
+
+def _candidates(labels: Tensor) -> Bool[Tensor, "batch seq"]:
+    return _next(labels != IGNORE_INDEX)
+
+
+def _before_answers(rule: Rule, answers: Tensor | None) -> Bool[Tensor, "batch seq"]:
+    if answers is None:
+        raise ValueError(
+            f"thoughts.positions {rule} needs to know the tokens of answers: pass answers "
+            "(batch, seq), or choose other positions"
+        )
+    before = _next(answers)
+    return before if rule == "answer" else before & ~answers
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether its content can be read without waiting for a device."""
+    return x.device.type == "cpu" and not isinstance(x, FakeTensor)
+
+
+def _next(x: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:
+    """What is said of token i + 1, at i."""
+    return torch.nn.functional.pad(x[:, 1:], (0, 1), value=False)
