@@ -35,9 +35,9 @@ _MIB = 2**20
 def main(arguments: list[str]) -> int:
     """Run the benchmark, print a table, write JSON if asked."""
     args, overrides = _parser().parse_known_args(arguments)
-    shortened = [*overrides, "--training.steps", str(args.steps)]
+    shortened = [*overrides, "--training.max_steps", str(args.steps)]
     with tempfile.TemporaryDirectory() as folder:
-        shortened += ["--training.output_dir", f"{folder}/run", "--training.save_every", "0"]
+        shortened += ["--training.output_dir", f"{folder}/run", "--training.save_steps", "0"]
         config = load_config(args.config, shortened)
         heap = {} if args.heap else MAPPED_APART
         with patch_environment(**heap):

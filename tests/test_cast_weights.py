@@ -90,7 +90,7 @@ def test_without_autocast_nothing_is_cast():
 
 @pytest.mark.parametrize("think", ["all", "random"])
 def test_thoughts_are_those_of_casts_at_every_call(think, monkeypatch):
-    thoughts = {"positions": think, "share": 0.5, "length": 3}
+    thoughts = {"positions": think, "position_fraction": 0.5, "length": 3}
     model = thinking_model(plain_model(), thoughts=thoughts)
     model.causal_lm.requires_grad_(False)
     seen = []

@@ -20,7 +20,11 @@ from quietstar.training.run import run_training
 
 def saved_run(tmp_path, **more):
     """A run of six steps with a checkpoint after every second one."""
-    settings = {"training__steps": 6, "training__save_every": 2, "training__keep_checkpoints": 3}
+    settings = {
+        "training__max_steps": 6,
+        "training__save_steps": 2,
+        "training__save_total_limit": 3,
+    }
     config = run_config(tmp_path, **settings, **more)
     return config, run_training(config).parent
 
@@ -76,7 +80,7 @@ def test_nothing_is_started_anew_over_damaged_checkpoints(tmp_path):
 def test_a_signal_saves_after_the_step_and_the_run_goes_on_bit_for_bit(
     tmp_path, monkeypatch, capsys, name
 ):
-    settings = {"training__steps": 5, "training__save_every": 2}
+    settings = {"training__max_steps": 5, "training__save_steps": 2}
     whole = run_config(tmp_path, **settings, training__output_dir=str(tmp_path / "whole"))
     whole = run_training(whole).parent
     config = run_config(tmp_path, **settings)
@@ -126,7 +130,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     assert [f.name for f in (folder / "checkpoints").iterdir()] == ["step-000002"]
     config = run_config(
-        tmp_path, training__steps=6, training__save_every=2, training__keep_checkpoints=3
+        tmp_path, training__max_steps=6, training__save_steps=2, training__save_total_limit=3
     )
     assert run_training(config, resume="auto").exists()
 
@@ -144,7 +148,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
 
 
 def test_checkpoints_know_the_evaluation_at_their_step(tmp_path):
-    _, folder = saved_run(tmp_path, training__eval_every=4)
+    _, folder = saved_run(tmp_path, training__eval_steps=4)
     states = [checkpoint.read_state(f) for f in list_checkpoints(folder)]
     evaluations = {r["step"]: r["mixed_nll"] for r in read_metrics(folder, "eval")}
     assert [s["mixed_nll"] for s in states] == [None, pytest.approx(evaluations[4]), None]
@@ -153,15 +157,17 @@ def test_checkpoints_know_the_evaluation_at_their_step(tmp_path):
 def test_changes_are_refused_unless_they_are_insisted_on(tmp_path, capsys):
     _, folder = saved_run(tmp_path)
     changed = run_config(
-        tmp_path, training__steps=7, training__save_every=2, training__keep_checkpoints=3,
-        optim__lr=0.005,
+        tmp_path, training__max_steps=7, training__save_steps=2, training__save_total_limit=3,
+        optim__learning_rate=0.005,
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"optim.lr was 0.01, is 0.005.*--allow-changes true"):
+    with pytest.raises(
+        UserError, match=r"optim.learning_rate was 0.01, is 0.005.*--allow-changes true"
+    ):
         run_training(changed, resume="auto")
     run_training(changed, resume="auto", allow_changes=True)
     said = capsys.readouterr().out
-    assert "--resume: optim.lr was 0.01, is 0.005" in said
-    assert "--resume: training.steps was 6, is 7" in said
+    assert "--resume: optim.learning_rate was 0.01, is 0.005" in said
+    assert "--resume: training.max_steps was 6, is 7" in said
     assert [r["step"] for r in read_metrics(folder, "train")] == [1, 2, 3, 4, 5, 6, 7]
 
 

@@ -56,7 +56,12 @@ def test_a_wrong_key_ends_in_one_line_and_exit_code_2():
 
 
 def test_each_problem_is_a_line_with_the_prefix(capsys):
-    assert cli.main(["train", "--thoughts.length", "0", "--optim.lr", "0", "--resume", "no"]) == 2
+    assert (
+        cli.main(
+            ["train", "--thoughts.length", "0", "--optim.learning_rate", "0", "--resume", "no"]
+        )
+        == 2
+    )
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert all(line.startswith("quietstar: error: command line: ") for line in lines)
@@ -65,7 +70,8 @@ def test_each_problem_is_a_line_with_the_prefix(capsys):
 def test_a_wrong_config_fails_before_torch_is_imported():
     code = (
         "import sys; from quietstar.cli.main import main;"
-        "assert main(['train', '--optim.lr', '0']) == 2; assert 'torch' not in sys.modules"
+        "assert main(['train', '--optim.learning_rate', '0']) == 2; "
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
@@ -93,8 +99,10 @@ def test_train_without_config_runs_the_demo(runs):
 
 def test_train_hands_over_config_overrides_and_resume(runs, tmp_path):
     arguments = ["--config=smollm2_math", "--data.train", "x.txt", "--resume", "auto"]
-    assert cli.main(["train", *arguments, "--training.overwrite", "--local_rank=0"]) is None
-    overrides = ["--data.train=x.txt", "--training.overwrite=true"]
+    assert (
+        cli.main(["train", *arguments, "--training.overwrite_output_dir", "--local_rank=0"]) is None
+    )
+    overrides = ["--data.train=x.txt", "--training.overwrite_output_dir=true"]
     assert runs == [(load_config("smollm2_math", overrides), "auto")]
     assert cli.main(["train", f"--resume={tmp_path}"]) is None
     assert runs[1][1] == str(tmp_path)
@@ -106,7 +114,7 @@ def test_train_hands_over_config_overrides_and_resume(runs, tmp_path):
         ([], "no command is given"),
         (["trian"], "there is no command trian; known: train"),
         (["train", "--config"], "--config: has no value; write --config FILE"),
-        (["train", "--resume", "--training.overwrite"], "--resume: has no value"),
+        (["train", "--resume", "--training.overwrite_output_dir"], "--resume: has no value"),
         (["train", "--allow-changes", "maybe"], "--allow-changes: maybe must be true or false"),
         (["train", "--resume", "runs/no/such"], "--resume: there is no folder runs/no/such"),
         (["train", "--config", "no_such_file"], "--config: there is no file no_such_file"),

@@ -1,4 +1,4 @@
-"""training.compile: the same step from compiled layers, and who cannot have it."""
+"""training.torch_compile: the same step from compiled layers, and who cannot have it."""
 
 import subprocess
 import sys
@@ -38,7 +38,7 @@ def make_model(**thoughts):
     [
         ({}, False, "inductor"),
         ({}, True, "aot_eager"),
-        ({"positions": "random", "share": 0.5}, False, "aot_eager"),
+        ({"positions": "random", "position_fraction": 0.5}, False, "aot_eager"),
     ],
     ids=["inductor", "checkpointing", "random"],
 )

@@ -78,16 +78,16 @@ def test_config_is_frozen_and_forbids_unknown_keys():
         ("thoughts.length", True),
         ("thoughts.length", 0),
         ("thoughts.temperature", 0),
-        ("optim.lr", "0.1"),
-        ("optim.lr", True),
-        ("optim.lr", float("inf")),
-        ("optim.beta2", 1),
-        ("training.overwrite", 1),
-        ("training.precision", False),
+        ("optim.learning_rate", "0.1"),
+        ("optim.learning_rate", True),
+        ("optim.learning_rate", float("inf")),
+        ("optim.adam_beta2", 1),
+        ("training.overwrite_output_dir", 1),
+        ("training.mixed_precision", False),
         ("data.eval_fraction", 1.0),
         ("mixing_head.floor", 1.0),
-        ("tuning.lora_targets", []),
-        ("logging.trackers", "tensorboard"),
+        ("tuning.lora_target_modules", []),
+        ("logging.report_to", "tensorboard"),
     ],
 )
 def test_a_value_of_another_type_or_out_of_bounds_is_an_error(key, value):
@@ -98,8 +98,8 @@ def test_a_value_of_another_type_or_out_of_bounds_is_an_error(key, value):
 
 
 def test_a_whole_number_serves_as_a_real_one():
-    config = Config.model_validate({**VALID, "optim": {"lr": 1}})
-    assert config.optim.lr == 1.0
+    config = Config.model_validate({**VALID, "optim": {"learning_rate": 1}})
+    assert config.optim.learning_rate == 1.0
 
 
 def test_the_valid_example_breaks_no_rule():
@@ -223,7 +223,7 @@ def test_numbers_and_nested_values_survive_a_round_trip(tmp_path):
     tree = {
         "model": {"config": {"model_type": "llama", **options}, "tokenizer": "bytes"},
         "data": {"train": "x"},
-        "optim": {"lr": 1e-7, "eps": 1e-12},
+        "optim": {"learning_rate": 1e-7, "adam_epsilon": 1e-12},
     }
     config = Config.model_validate(tree)
     save_config(config, tmp_path / "config.yaml")
@@ -235,9 +235,9 @@ def test_numbers_and_nested_values_survive_a_round_trip(tmp_path):
 def test_yaml_numbers_and_words_are_read_as_people_write_them(write):
     text = "optim: {lr: 1e-4}\ntraining: {precision: no, steps: 10_000}\nthoughts:\n"
     config = load_config(write(VALID_YAML + text))
-    assert config.optim.lr == 1e-4
-    assert config.training.precision == "no"
-    assert config.training.steps == 10000
+    assert config.optim.learning_rate == 1e-4
+    assert config.training.mixed_precision == "no"
+    assert config.training.max_steps == 10000
     assert config.thoughts.length == 8  # an empty section sets nothing
 
 
@@ -266,7 +266,7 @@ def test_yaml_numbers_and_words_are_read_as_people_write_them(write):
         (VALID_YAML + "xyzzy: 1", "x.yaml:3: xyzzy: unknown section"),
         (
             VALID_YAML + "training: {lr: 1}",
-            "x.yaml:3: training.lr: unknown key; did you mean optim.lr?",
+            "x.yaml:3: training.lr: unknown key; did you mean optim.learning_rate?",
         ),
         (
             VALID_YAML + "thoughts.length: 8",
@@ -278,7 +278,7 @@ def test_yaml_numbers_and_words_are_read_as_people_write_them(write):
         ),
         (
             VALID_YAML + "training: {precision: bf17}",
-            "x.yaml:3: training.precision: 'bf17' must be 'no' or 'bf16'; did you mean bf16?",
+            "x.yaml:3: training.mixed_precision: 'bf17' must be 'no' or 'bf16'; did you mean bf16?",
         ),
         (
             VALID_YAML + "thoughts: {length: null}",
@@ -286,11 +286,11 @@ def test_yaml_numbers_and_words_are_read_as_people_write_them(write):
         ),
         (
             VALID_YAML + "logging: {trackers: wandb}",
-            "x.yaml:3: logging.trackers: 'wandb' must be a valid list; write it as [a, b]",
+            "x.yaml:3: logging.report_to: 'wandb' must be a valid list; write it as [a, b]",
         ),
         (
             VALID_YAML + "logging: {trackers: [1]}",
-            "x.yaml:3: logging.trackers.0: 1 must be text",
+            "x.yaml:3: logging.report_to.0: 1 must be text",
         ),
         ("model: {name_or_path: x}\ndata: {trian: x}", "x.yaml:2: data.trian: unknown key; did"),
     ],
@@ -323,16 +323,20 @@ def test_an_empty_file_leaves_only_what_must_be_set(write):
         (["--thoughts.length", "9"], "thoughts.length", 9),
         (["--thoughts.length=9"], "thoughts.length", 9),
         (["--thoughts.length=9", "--thoughts.length", "10"], "thoughts.length", 10),
-        (["--training.overwrite"], "training.overwrite", True),
-        (["--training.overwrite", "--training.seed", "1"], "training.overwrite", True),
-        (["--training.overwrite", "false"], "training.overwrite", False),
-        (["--optim.lr", "1e-3"], "optim.lr", 1e-3),
-        (["--optim.lr", "1"], "optim.lr", 1.0),
-        (["--logging.trackers", "[wandb, tensorboard]"], "logging.trackers", None),
-        (["--tuning.lora_targets", "null"], "tuning.lora_targets", None),
+        (["--training.overwrite_output_dir"], "training.overwrite_output_dir", True),
+        (
+            ["--training.overwrite_output_dir", "--training.seed", "1"],
+            "training.overwrite_output_dir",
+            True,
+        ),
+        (["--training.overwrite_output_dir", "false"], "training.overwrite_output_dir", False),
+        (["--optim.learning_rate", "1e-3"], "optim.learning_rate", 1e-3),
+        (["--optim.learning_rate", "1"], "optim.learning_rate", 1.0),
+        (["--logging.report_to", "[wandb, tensorboard]"], "logging.report_to", None),
+        (["--tuning.lora_target_modules", "null"], "tuning.lora_target_modules", None),
         (["--data.eval", "null"], "data.eval", None),
         (["--data.eval", "8"], "data.eval", "8"),
-        (["--training.precision", "no"], "training.precision", "no"),
+        (["--training.mixed_precision", "no"], "training.mixed_precision", "no"),
         (["--thoughts.start_init", "---"], "thoughts.start_init", "---"),
         (["--data.template", "{question} {answer}"], "data.template", "{question} {answer}"),
         (["--data.template", r'"{question}\n{answer}"'], "data.template", "{question}\n{answer}"),
@@ -343,7 +347,7 @@ def test_an_empty_file_leaves_only_what_must_be_set(write):
 def test_an_override_replaces_the_file(write, arguments, key, value):
     name = write(VALID_YAML + "thoughts: {length: 3, start_init: x}\n")
     section, field = key.split(".")
-    if key == "logging.trackers":
+    if key == "logging.report_to":
         value = ["wandb", "tensorboard"]
     assert getattr(getattr(load_config(name, arguments), section), field) == value
 
@@ -364,14 +368,17 @@ def test_an_override_below_a_mapping_keeps_its_other_entries():
         (["--thoughts", "{}"], "--thoughts: is a section; set one of its keys, such as --thoughts"),
         (["--thoughts.length"], "thoughts.length: has no value; write --thoughts.length VALUE"),
         (["--thoughts.length="], "thoughts.length: has no value"),
-        (["--logging.trackers", "[a"], "logging.trackers: '[a' is no valid YAML"),
+        (["--logging.report_to", "[a"], "logging.report_to: '[a' is no valid YAML"),
         (["y.yaml"], "y.yaml: belongs to no key; write --config y.yaml"),
         (
             ["--thoughts.length", "-1"],
             "thoughts.length: -1 must be greater than or equal to 1; default 8 (Free tokens",
         ),
         (["--thoughts.num_thoughts", "1"], "thoughts.num_thoughts: thoughts.num_thoughts (1) must"),
-        (["--training.batch_size", "7", "--training.micro_batch_size", "2"], "training.micro_"),
+        (
+            ["--training.global_batch_size", "7", "--training.micro_batch_size", "2"],
+            "training.micro_",
+        ),
     ],
 )
 def test_a_fault_on_the_command_line_is_one_line(write, arguments, expected):
@@ -381,8 +388,10 @@ def test_a_fault_on_the_command_line_is_one_line(write, arguments, expected):
 
 def test_a_rule_broken_by_an_override_is_reported_at_the_override(write):
     name = write(VALID_YAML + "training: {batch_size: 8, micro_batch_size: 4}")
-    problem = only_problem_of(name, "--training.batch_size", "6")
-    assert problem.startswith("command line: training.batch_size: training.micro_batch_size (4)")
+    problem = only_problem_of(name, "--training.global_batch_size", "6")
+    assert problem.startswith(
+        "command line: training.global_batch_size: training.micro_batch_size (4)"
+    )
     problem = only_problem_of(name, "--loss.estimator=paper", "--thoughts.num_thoughts=1")
     assert problem.startswith("command line: thoughts.num_thoughts: ")
 
@@ -411,7 +420,7 @@ def test_all_faults_are_reported_at_once(write):
         ["x.yaml:4", "thoughts.lookahead"],
         ["x.yaml:8", "loss.estimator"],
         ["command line", "data.size"],
-        ["x.yaml:6", "optim.lr"],
+        ["x.yaml:6", "optim.learning_rate"],
         ["x.yaml", "mixing_head.initial_weight"],
         ["x.yaml", "data.train"],
         ["command line", "training.micro_batch_size"],
@@ -429,28 +438,31 @@ def test_an_unreadable_file_hides_no_fault_of_the_command_line():
 
 @pytest.mark.parametrize("text", ["64", "auto", "null"])
 def test_a_number_or_a_word_from_the_command_line(text):
-    config = load_config("configs/tiny.yaml", ["--training.block_tokens", text])
+    config = load_config("configs/tiny.yaml", ["--training.learn_chunk_tokens", text])
     expected = {"64": 64, "auto": "auto", "null": None}[text]
-    assert config.training.block_tokens == expected
+    assert config.training.learn_chunk_tokens == expected
 
 
 @pytest.mark.parametrize("text", ["0", "-5", "6.5", "foo"])
 def test_what_is_neither_the_number_nor_the_word(text):
     with pytest.raises(ConfigError) as caught:
-        load_config("configs/tiny.yaml", ["--training.block_tokens", text])
+        load_config("configs/tiny.yaml", ["--training.learn_chunk_tokens", text])
     (problem,) = caught.value.problems
-    assert "training.block_tokens: " in problem
+    assert "training.learn_chunk_tokens: " in problem
     assert "must be integer >= 1 or auto or null; default auto" in problem
 
 
 def test_a_word_that_was_probably_meant():
     with pytest.raises(ConfigError, match=r"block_tokens: 'autu' .*; did you mean auto"):
-        load_config("configs/tiny.yaml", ["--training.block_tokens", "autu"])
+        load_config("configs/tiny.yaml", ["--training.learn_chunk_tokens", "autu"])
 
 
 def test_names_of_other_trainers_are_understood():
     assert set(TRAINER_NAMES.values()) <= set(FIELDS)
     assert not set(TRAINER_NAMES) & {key.rpartition(".")[2] for key in FIELDS}
     problems = problems_of(None, "--learning_rate", "1e-4", "--training.max_steps", "3")
-    for written, meant in (("learning_rate", "optim.lr"), ("training.max_steps", "training.steps")):
+    for written, meant in (
+        ("learning_rate", "optim.learning_rate"),
+        ("training.max_steps", "training.max_steps"),
+    ):
         assert f"command line: --{written}: unknown key; did you mean --{meant}?" in problems

@@ -32,9 +32,9 @@ def test_each_variant_changes_one_thing(tmp_path):
     assert full.thoughts == stage.thoughts
     assert full.loss == stage.loss
     assert no_thoughts.training.objective == "next_token"
-    assert no_thoughts.training.steps == matched_steps(stage)
-    assert (pause.thoughts.source, pause.loss.policy_weight) == ("pause", 0.0)
-    assert pause.training.steps == full.training.steps
+    assert no_thoughts.training.max_steps == matched_steps(stage)
+    assert (pause.thoughts.sampler, pause.loss.policy_weight) == ("pause", 0.0)
+    assert pause.training.max_steps == full.training.max_steps
     assert no_reinforce.loss == stage.loss.model_copy(update={"policy_weight": 0.0})
     assert no_reinforce.thoughts == stage.thoughts
 
@@ -77,16 +77,16 @@ def test_one_seed_has_no_interval():
 
 @pytest.mark.slow
 def test_controls_of_a_tiny_run(tmp_path):
-    page = run_controls(staged_config(tmp_path / "run", training__save_every=0), 1)
+    page = run_controls(staged_config(tmp_path / "run", training__save_steps=0), 1)
     root = tmp_path / "run_controls"
     assert page == root / "report.html"
     summary = json.loads((root / "controls.json").read_text(encoding="utf-8"))
     assert [row["name"] for row in summary["variants"]] == [*TRAINED, "first_thoughts"]
     assert len(summary["differences"]) == 4
     stamp = (root / "seed-0" / "pause" / "metrics.jsonl").stat().st_mtime_ns
-    run_controls(staged_config(tmp_path / "run", training__save_every=0), 1)
+    run_controls(staged_config(tmp_path / "run", training__save_steps=0), 1)
     assert (root / "seed-0" / "pause" / "metrics.jsonl").stat().st_mtime_ns == stamp
-    other = staged_config(tmp_path / "run", training__save_every=0, thoughts__num_thoughts=3)
+    other = staged_config(tmp_path / "run", training__save_steps=0, thoughts__num_thoughts=3)
     with pytest.raises(UserError, match=r"thoughts.num_thoughts was 2, is 3"):
         run_controls(other, 1)
 

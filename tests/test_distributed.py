@@ -48,9 +48,9 @@ def one(request, tmp_path_factory):
         model = {"model__name_or_path": str(folder / "base"), "model__config": None}
         more = {**model, "model__tokenizer": None, "tuning__method": "lora"}
     config = run_config(
-        folder, training__steps=10, training__micro_batch_size=2, training__save_every=5,
-        training__eval_every=5, data__eval_sequences=6, loss__policy_weight=1.0,
-        optim__lr=1e-3, **more,
+        folder, training__max_steps=10, training__micro_batch_size=2, training__save_steps=5,
+        training__eval_steps=5, data__eval_sequences=6, loss__policy_weight=1.0,
+        optim__learning_rate=1e-3, **more,
     )  # fmt: skip
     save_config(config, folder / "config.yaml")
     return (
@@ -139,7 +139,7 @@ stages:
 )
 def test_stages_on_two_ranks_give_those_of_one(engine, tmp_path):
     """The two vectors are read from cut embeddings and written into cut vectors."""
-    config = run_config(tmp_path, training__micro_batch_size=2, training__save_every=2,
+    config = run_config(tmp_path, training__micro_batch_size=2, training__save_steps=2,
                         loss__policy_weight=1.0, data__eval_sequences=6)  # fmt: skip
     file = tmp_path / "config.yaml"
     save_config(config, file)
@@ -153,8 +153,8 @@ def test_stages_on_two_ranks_give_those_of_one(engine, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", [marked(engine) for engine in ("fsdp2", "zero2")])
 def test_the_script_for_cpus_starts_two_processes(engine, tmp_path):
-    call = ["bash", "launch/cpu.sh", engine, "configs/tiny.yaml", "--training.steps", "2"]
-    call += ["--training.save_every", "2", "--training.output_dir", str(tmp_path / "run")]
+    call = ["bash", "launch/cpu.sh", engine, "configs/tiny.yaml", "--training.max_steps", "2"]
+    call += ["--training.save_steps", "2", "--training.output_dir", str(tmp_path / "run")]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

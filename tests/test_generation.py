@@ -84,7 +84,7 @@ def test_generation_equals_the_slow_way_token_by_token(name):
 @pytest.mark.parametrize("method", ["lora", "houlsby", "ia3"])
 def test_adapters_generate_as_the_slow_way(fields, method):
     model = thinking_model(plain_model(fields), thoughts={"length": LENGTH},
-                           tuning={"method": method, "lora_rank": 2})  # fmt: skip
+                           tuning={"method": method, "lora_r": 2})  # fmt: skip
     prompts, batch, mask = left_padded([3, 6])
     out = generated(model.eval(), batch, mask)
     for row, prompt in enumerate(prompts):
@@ -97,7 +97,7 @@ def test_adapters_generate_as_the_slow_way(fields, method):
 def test_generation_thinks_what_think_thinks(method, temperature):
     """Also with virtual tokens, several thoughts, and sampled ones: the noise is keyed."""
     model = thinking_model(thoughts={"length": LENGTH},
-                           tuning={"method": method, "virtual_tokens": 3})  # fmt: skip
+                           tuning={"method": method, "num_virtual_tokens": 3})  # fmt: skip
     prompts, batch, mask = left_padded([5, 2, 8])
     out = generated(model.eval(), batch, mask, num_thoughts=2, thought_temperature=temperature,
                     seed=3)  # fmt: skip
@@ -208,7 +208,7 @@ def test_texts_are_needed():
 
 
 def test_pause_thoughts_are_pauses():
-    model = thinking_model(thoughts={"source": "pause", "length": LENGTH}).eval()
+    model = thinking_model(thoughts={"sampler": "pause", "length": LENGTH}).eval()
     _, batch, mask = left_padded([3])
     assert (generated(model, batch, mask).thoughts == model.pause_token_id).all()
 

@@ -56,8 +56,9 @@ def test_engines_give_the_losses_of_one_gpu(engine, tmp_path):
 def test_a_billion_parameters_train_in_bfloat16(engine, tmp_path):
     size = torch.cuda.device_count()
     config = run_config(
-        tmp_path, model__config=ONE_BILLION, training__precision="bf16", optim__lr=1e-4,
-        training__batch_size=size, training__micro_batch_size=1, data__seq_len=64,
+        tmp_path, model__config=ONE_BILLION, training__mixed_precision="bf16",
+        optim__learning_rate=1e-4,
+        training__global_batch_size=size, training__micro_batch_size=1, data__seq_len=64,
     )  # fmt: skip
     losses = [record["loss"] for record in launch_on_gpus(engine, config, tmp_path)]
     assert all(loss < 20 for loss in losses), losses

@@ -70,8 +70,8 @@ def final_weights(folder):
 def whole(request, tmp_path_factory):
     """Engine, config file and run folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp(request.param)
-    config = run_config(folder, training__steps=STEPS, training__save_every=SAVE_EVERY,
-                        training__micro_batch_size=4, optim__lr=1e-3)  # fmt: skip
+    config = run_config(folder, training__max_steps=STEPS, training__save_steps=SAVE_EVERY,
+                        training__micro_batch_size=4, optim__learning_rate=1e-3)  # fmt: skip
     save_config(config, folder / "config.yaml")
     return (
         request.param,

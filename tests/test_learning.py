@@ -33,7 +33,7 @@ def path(request, monkeypatch):
 def make_model(positions="all", dtype=WIDE, loss=SETTINGS, **options):
     base = plain_model(STARCODER, dtype=dtype, **options)
     thoughts = {"length": 3, "lookahead": 2, "num_thoughts": 2}
-    thoughts |= {"positions": positions, "share": 0.5}
+    thoughts |= {"positions": positions, "position_fraction": 0.5}
     return thinking_model(base, thoughts=thoughts, loss=loss).to(dtype)
 
 

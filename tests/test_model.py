@@ -46,7 +46,7 @@ def make(folder, method="full", **settings):
     return QuietStarForCausalLM.from_base(
         str(folder),
         thoughts=ThoughtsConfig(length=2, lookahead=2),
-        tuning=TuningConfig(method=method, lora_rank=2),
+        tuning=TuningConfig(method=method, lora_r=2),
         **settings,
     )
 
@@ -160,7 +160,7 @@ def test_a_newer_format_is_refused(base_folder, tmp_path):
 
 
 def step(model, texts):
-    optimizer = build_optimizer(model, OptimConfig(lr=0.01))
+    optimizer = build_optimizer(model, OptimConfig(learning_rate=0.01))
     model(texts).loss.backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -138,8 +138,8 @@ def test_bfloat16_is_rounded_as_torch_does():
 @needs_compiler
 @pytest.mark.parametrize(
     ("thoughts", "block_tokens"),
-    [({}, 30), ({}, None), ({"positions": "random", "share": 0.5}, 30),
-     ({"positions": "random", "share": 0.5}, None)],
+    [({}, 30), ({}, None), ({"positions": "random", "position_fraction": 0.5}, 30),
+     ({"positions": "random", "position_fraction": 0.5}, None)],
     ids=["groups", "at once", "chosen in groups", "chosen at once"],
 )  # fmt: skip
 def test_a_whole_step_is_the_same_with_and_without(thoughts, block_tokens, without_native):

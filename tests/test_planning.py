@@ -40,11 +40,13 @@ def real_peak(config):
     begin_stage(model, stage)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.block_tokens = resolve_block_tokens(
-        config.training.block_tokens, device, False, config.training.activation_checkpointing
+        config.training.learn_chunk_tokens, device, False, config.training.gradient_checkpointing
     )
     trace = MemoryTrace(model)
     tokens = fake_tokens(config.training.micro_batch_size, config.data.seq_len)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.training.precision == "bf16")
+    autocast = torch.autocast(
+        "cpu", torch.bfloat16, enabled=config.training.mixed_precision == "bf16"
+    )
     for _ in range(2):
         with trace, autocast:
             output = model(tokens, sample_ids=torch.arange(len(tokens)))
@@ -58,12 +60,12 @@ def real_peak(config):
     "changes",
     [
         {},
-        {"training__precision": "bf16"},
-        {"training__activation_checkpointing": True},
-        {"thoughts__positions": "random", "thoughts__share": 0.5},
+        {"training__mixed_precision": "bf16"},
+        {"training__gradient_checkpointing": True},
+        {"thoughts__positions": "random", "thoughts__position_fraction": 0.5},
         {"tuning__method": "lora"},
-        {"training__block_tokens": 100},
-        {"training__block_tokens": None},
+        {"training__learn_chunk_tokens": 100},
+        {"training__learn_chunk_tokens": None},
     ],
     ids=str,
 )
@@ -84,8 +86,8 @@ def test_checkpointing_and_fewer_positions_need_less(tmp_path):
         return estimate_run(planned(tmp_path, **changes), "single", 1).learning
 
     whole = needed()
-    assert needed(training__activation_checkpointing=True) < 0.8 * whole
-    assert needed(thoughts__positions="every", thoughts__share=0.25) < 0.6 * whole
+    assert needed(training__gradient_checkpointing=True) < 0.8 * whole
+    assert needed(thoughts__positions="every", thoughts__position_fraction=0.25) < 0.6 * whole
 
 
 def test_engines_cut_what_they_say(tmp_path):
@@ -127,7 +129,7 @@ def test_the_command_prints_the_sum_and_says_whether_it_fits(tmp_path, capsys):
         (["--memory", "nan"], "--memory: 'nan' must be a number above 0"),
         (["--processes", "1.5"], "--processes: '1.5' must be a number"),
         (["--engine", "single", "--processes", "2"], "single is one process, not 2"),
-        (["--processes", "3"], "training.batch_size (8) must be a multiple"),
+        (["--processes", "3"], "training.global_batch_size (8) must be a multiple"),
         (["--thoughts.lenght", "3"], "did you mean --thoughts.length"),
         (["--tuning.method", "qlora"], "qlora cannot be planned"),
     ],

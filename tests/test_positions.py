@@ -123,7 +123,9 @@ def test_terms_of_thoughts_are_means_over_the_chosen_and_the_base_over_all():
 )
 def test_a_batch_and_its_texts_alone_give_the_same_loss(rule):
     base = plain_model(dtype=torch.float64)
-    model = thinking_model(base, thoughts={"positions": rule, "share": 0.4}).to(torch.float64)
+    model = thinking_model(base, thoughts={"positions": rule, "position_fraction": 0.4}).to(
+        torch.float64
+    )
     texts, ids = random_texts(3, 9), torch.tensor([3, 8, 1])
     labels = texts.clone()
     labels[1, 6:] = IGNORE_INDEX
@@ -183,7 +185,7 @@ def test_learned_rules_leave_a_quarter_to_chance_in_training_alone():
 
 def test_the_expected_mixing_weight_is_that_of_the_head_without_a_thought():
     base = plain_model()
-    model = thinking_model(base, thoughts={"positions": "weight", "share": 0.3})
+    model = thinking_model(base, thoughts={"positions": "weight", "position_fraction": 0.3})
     torch.nn.init.normal_(model.mixing_head.last_layer.weight)
     texts = random_texts(2, 9)
     states = model.causal_lm.base_model(texts).last_hidden_state

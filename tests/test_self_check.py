@@ -8,19 +8,14 @@ from architectures import REFUSED, SUPPORTED, meta_model, tiny_architecture
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quietstar import QuietStarForCausalLM
-from quietstar.attention import (
-    attention,
-    dense,
-    own_block,
-    parallel_attention,
-    self_check,
-    steps,
-)
+from quietstar.attention import dense, own_block, parallel_attention, steps
+from quietstar.attention import interface as attention
 from quietstar.attention.layout import Layout
 from quietstar.attention.parallel_attention import RowViews
 from quietstar.attention.passes import LearnPass
 from quietstar.backbone import output_head
 from quietstar.errors import UserError
+from quietstar.model import self_check
 from quietstar.model.self_check import TOLERANCE, check_architecture, worst_error
 
 

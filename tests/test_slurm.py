@@ -46,7 +46,7 @@ def cluster(folder):
 @needs_deepspeed
 @pytest.mark.slow
 def test_a_job_near_its_time_limit_saves_and_goes_back_into_the_queue(tmp_path):
-    config = run_config(tmp_path, training__steps=400, training__micro_batch_size=4)
+    config = run_config(tmp_path, training__max_steps=400, training__micro_batch_size=4)
     save_config(config, tmp_path / "config.yaml")
     run = tmp_path / "run"
     job = ["bash", "launch/slurm.sh", "zero2_cpu", str(tmp_path / "config.yaml")]
@@ -66,7 +66,7 @@ def test_a_job_near_its_time_limit_saves_and_goes_back_into_the_queue(tmp_path):
     assert (tmp_path / "requeued").read_text() == f"{os.getpid()}\n"
 
     # The same job again: it goes on, ends, and is not requeued.
-    job += ["--training.steps", str(step + 2), "--allow-changes", "true"]
+    job += ["--training.max_steps", str(step + 2), "--allow-changes", "true"]
     done = subprocess.run(job, cwd=ROOT, env=cluster(tmp_path), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (run / "final").exists()

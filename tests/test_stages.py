@@ -22,28 +22,28 @@ def staged_config(folder, **changes):
             "train": "synthetic:moves",
             "format": "qa",
             "template": "{question} {answer}",
-            "steps_field": "steps",
+            "rationale_field": "steps",
             "size": 64,
             "seq_len": 20,
             "eval_sequences": 8,
             "task_options": {"num_steps": 2},
         },
         "thoughts": {"length": 2, "lookahead": 1, "start_init": "—", "end_init": "—"},
-        "optim": {"lr": 0.01, "warmup_steps": 0},
+        "optim": {"learning_rate": 0.01, "warmup_steps": 0},
         "training": {
-            "batch_size": 4,
+            "global_batch_size": 4,
             "micro_batch_size": 4,
-            "precision": "no",
+            "mixed_precision": "no",
             "cpu_threads": 1,
-            "eval_every": 0,
-            "save_every": 2,
-            "keep_checkpoints": 20,
+            "eval_steps": 0,
+            "save_steps": 2,
+            "save_total_limit": 20,
             "output_dir": str(folder),
         },
-        "logging": {"trackers": [], "thought_every": 0},
+        "logging": {"report_to": [], "thought_steps": 0},
         "stages": {
-            "pretrain": {"training": {"objective": "next_token", "steps": 4}},
-            "think": {"training": {"steps": 3}, "optim": {"lr": 0.002}},
+            "pretrain": {"training": {"objective": "next_token", "max_steps": 4}},
+            "think": {"training": {"max_steps": 3}, "optim": {"learning_rate": 0.002}},
         },
     }
     for key, value in changes.items():
@@ -110,8 +110,11 @@ def test_what_a_run_leaves(whole):
 
 def test_the_vectors_start_as_the_learned_embedding_of_their_texts(whole, tmp_path):
     config = staged_config(tmp_path / "run")
-    stages = {**config.stages, "think": {"optim": {"lr": 1e-12, "embedding_lr": 1e-12}}}
-    stages["think"]["training"] = {"steps": 1}
+    stages = {
+        **config.stages,
+        "think": {"optim": {"learning_rate": 1e-12, "embedding_learning_rate": 1e-12}},
+    }
+    stages["think"]["training"] = {"max_steps": 1}
     run_training(config.model_copy(update={"stages": stages}))
     saved = weights(tmp_path / "run")
     dash = saved["model.embed_tokens.weight"][_dash()]
@@ -148,8 +151,8 @@ def test_resume_is_exact_inside_and_between_stages(whole, tmp_path, step):
 def test_earlier_stages_keep_their_steps_on_resume(whole):
     changed = staged_config(whole)
     stages = {name: dict(part) for name, part in changed.stages.items()}
-    stages["pretrain"] = {"training": {"objective": "next_token", "steps": 5}}
-    with pytest.raises(UserError, match=r"stages.pretrain.training.steps was 4, is 5"):
+    stages["pretrain"] = {"training": {"objective": "next_token", "max_steps": 5}}
+    with pytest.raises(UserError, match=r"stages.pretrain.training.max_steps was 4, is 5"):
         run_training(changed.model_copy(update={"stages": stages}), resume="auto")
 
 
@@ -172,8 +175,8 @@ def test_stage_at_a_boundary_is_the_earlier_one(tmp_path):
 
 def test_pause_thoughts_are_constant(tmp_path):
     config = staged_config(tmp_path / "run")
-    pause = {"thoughts": {"source": "pause"}, "loss": {"policy_weight": 0.0}}
-    stages = {"think": {"training": {"steps": 2}, **pause}}
+    pause = {"thoughts": {"sampler": "pause"}, "loss": {"policy_weight": 0.0}}
+    stages = {"think": {"training": {"max_steps": 2}, **pause}}
     run_training(config.model_copy(update={"stages": stages}))
     figures = read_metrics(tmp_path / "run", "eval")[-1]
     assert figures["gain_over_pause"] == pytest.approx(0.0, abs=1e-6)
@@ -208,16 +211,16 @@ stages:
 
 def test_a_stage_changes_its_keys_only(tmp_path):
     stages = load_config(write(tmp_path, TWO)).stage_configs()
-    assert [s.training.steps for s in stages.values()] == [5, 7]
+    assert [s.training.max_steps for s in stages.values()] == [5, 7]
     assert [s.thoughts.length for s in stages.values()] == [8, 3]
     assert [s.data.seq_len for s in stages.values()] == [32, 32]
 
 
 def test_the_command_line_wins_over_stages(tmp_path):
     path = write(tmp_path, TWO)
-    overrides = ["--training.steps", "2", "--stages.second.thoughts.length", "4"]
+    overrides = ["--training.max_steps", "2", "--stages.second.thoughts.length", "4"]
     stages = load_config(path, overrides).stage_configs()
-    assert [s.training.steps for s in stages.values()] == [2, 2]
+    assert [s.training.max_steps for s in stages.values()] == [2, 2]
     assert [s.thoughts.length for s in stages.values()] == [8, 4]
 
 

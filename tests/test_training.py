@@ -87,7 +87,7 @@ SUMS = {
     "data__train": "synthetic:sums",
     "data__format": "qa",
     "data__template": "{question} {answer}",
-    "data__steps_field": "steps",
+    "data__rationale_field": "steps",
     "data__size": 50,
     "data__task_options": {"min_terms": 3, "max_terms": 3},
     "data__seq_len": 28,
@@ -108,7 +108,7 @@ def test_every_cut_of_the_batch_gives_one_trajectory(tmp_path, positions):
             **(SUMS if positions.startswith("answer") else {"data__seq_len": 28}),
             thoughts__positions=positions,
             loss__policy_weight=1.0,
-            training__steps=3,
+            training__max_steps=3,
             # With seed 0 rounding moved one draw of step 3 across the edge between two tokens.
             training__seed=1,
         )
@@ -123,7 +123,7 @@ def test_every_cut_of_the_batch_gives_one_trajectory(tmp_path, positions):
 
 def test_answers_are_thought_about_and_counted(tmp_path):
     config = run_config(
-        tmp_path, **SUMS, thoughts__positions="answer_start", logging__thought_every=1
+        tmp_path, **SUMS, thoughts__positions="answer_start", logging__thought_steps=1
     )  # fmt: skip
     folder = train(config)
     before, after = (read_metrics(folder, "eval")[n] for n in (0, -1))
@@ -141,12 +141,12 @@ def test_answers_are_thought_about_and_counted(tmp_path):
 
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     settings = {
-        "training__steps": 4,
-        "training__save_every": 2,
-        "training__eval_every": 2,
+        "training__max_steps": 4,
+        "training__save_steps": 2,
+        "training__eval_steps": 2,
         "training__micro_batch_size": 4,
         "optim__warmup_steps": 3,
-        "optim__schedule": "cosine",
+        "optim__lr_scheduler_type": "cosine",
     }
     whole = train(run_config(tmp_path, **settings, training__output_dir=str(tmp_path / "whole")))
 
@@ -168,13 +168,13 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_by_path_goes_on_in_another_folder(tmp_path):
-    config = run_config(tmp_path, training__save_every=2, training__steps=4)
+    config = run_config(tmp_path, training__save_steps=2, training__max_steps=4)
     first = train(config)
     other = run_config(
         tmp_path,
-        training__save_every=1,
-        training__keep_checkpoints=5,
-        training__steps=4,
+        training__save_steps=1,
+        training__save_total_limit=5,
+        training__max_steps=4,
         training__output_dir=str(tmp_path / "other"),
     )
     second = train(other, resume=str(first / "checkpoints" / "step-000002"))
@@ -188,18 +188,18 @@ def test_a_checkpoint_by_path_goes_on_in_another_folder(tmp_path):
 
 
 def test_resume_auto_without_a_checkpoint_starts_anew(tmp_path):
-    folder = train(run_config(tmp_path, training__steps=1), resume="auto")
+    folder = train(run_config(tmp_path, training__max_steps=1), resume="auto")
     assert [r["step"] for r in read_metrics(folder)] == [0, 1, 1]
 
 
 def test_only_the_newest_checkpoints_are_kept_and_none_is_half_written(tmp_path):
-    folder = train(run_config(tmp_path, training__save_every=1, training__keep_checkpoints=2))
+    folder = train(run_config(tmp_path, training__save_steps=1, training__save_total_limit=2))
     names = sorted(p.name for p in (folder / "checkpoints").iterdir())
     assert names == ["step-000002", "step-000003"]
 
 
 def test_the_resolved_config_starts_the_same_run_again(tmp_path):
-    folder = train(run_config(tmp_path, training__steps=2))
+    folder = train(run_config(tmp_path, training__max_steps=2))
     records, weights = read_metrics(folder), tmp_path / "first"
     folder.rename(weights)
     again = train(load_config(weights / "config.yaml"))
@@ -211,29 +211,33 @@ def test_the_resolved_config_starts_the_same_run_again(tmp_path):
 
 
 def test_a_folder_with_another_run_is_refused_untouched_and_overwritten_only_if_asked(tmp_path):
-    folder = train(run_config(tmp_path, training__steps=2, training__save_every=2))
+    folder = train(run_config(tmp_path, training__max_steps=2, training__save_steps=2))
     before = snapshot(folder)
     assert len(before) > 5
     with pytest.raises(UserError, match="already holds a run"):
-        train(run_config(tmp_path, training__steps=1))
+        train(run_config(tmp_path, training__max_steps=1))
     assert snapshot(folder) == before
-    train(run_config(tmp_path, training__steps=1, training__overwrite=True))
+    train(run_config(tmp_path, training__max_steps=1, training__overwrite_output_dir=True))
     assert [r["step"] for r in read_metrics(folder)] == [0, 1, 1]
     assert not (folder / "checkpoints").exists()
 
 
 def test_a_failed_setup_leaves_an_overwritable_run_as_it_was(tmp_path):
-    folder = train(run_config(tmp_path, training__steps=1))
+    folder = train(run_config(tmp_path, training__max_steps=1))
     before = snapshot(folder)
     with pytest.raises(UserError):
-        train(run_config(tmp_path, training__overwrite=True, data__train=str(tmp_path / "no.txt")))
+        train(
+            run_config(
+                tmp_path, training__overwrite_output_dir=True, data__train=str(tmp_path / "no.txt")
+            )
+        )
     assert snapshot(folder) == before
 
 
 def test_records_have_exactly_the_documented_keys(tmp_path):
     table = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| ([a-z, ]+) \|", table, flags=re.MULTILINE)
-    folder = train(run_config(tmp_path, training__steps=1))
+    folder = train(run_config(tmp_path, training__max_steps=1))
     for kind in ("train", "eval"):
         documented = {key for key, kinds in rows if kind in kinds.split(", ")}
         for record in read_metrics(folder, kind):
@@ -241,7 +245,7 @@ def test_records_have_exactly_the_documented_keys(tmp_path):
 
 
 def test_the_final_model_gives_the_last_evaluation_again(tmp_path):
-    config = run_config(tmp_path, training__steps=2, thoughts__start_init="x")
+    config = run_config(tmp_path, training__max_steps=2, thoughts__start_init="x")
     folder = train(config)
     model = QuietStarForCausalLM.from_pretrained(folder / "final")
     tokenizer = load_tokenizer(str(folder / "final"))
@@ -337,7 +341,7 @@ def test_an_alarm_sounds_once_for_the_figure_that_is_bad(name, tmp_path, capsys)
         "distinct": 0.9,
         "alike": 0.1,
     }
-    config = run_config(tmp_path, training__steps=100)
+    config = run_config(tmp_path, training__max_steps=100)
     (tmp_path / "run").mkdir()
     stages = plan_stages(config)
     reporter = Reporter(config, Accelerator(cpu=True), load_tokenizer("bytes"), stages)
@@ -364,7 +368,12 @@ def test_an_alarm_sounds_once_for_the_figure_that_is_bad(name, tmp_path, capsys)
 
 def test_each_group_has_its_own_learning_rate_and_vectors_do_not_decay():
     model = thinking_model()
-    config = OptimConfig(lr=0.1, mixing_head_lr=0.2, embedding_lr=0.3, weight_decay=0.5)
+    config = OptimConfig(
+        learning_rate=0.1,
+        mixing_head_learning_rate=0.2,
+        embedding_learning_rate=0.3,
+        weight_decay=0.5,
+    )
     optimizer = build_optimizer(model, config)
     settings = {
         p: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]
@@ -425,8 +434,8 @@ def test_a_lora_run_trains_and_its_final_model_loads(tmp_path):
         model__name_or_path=str(tmp_path / "base"),
         model__config=None,
         tuning__method="lora",
-        tuning__lora_rank=2,
-        training__save_every=3,
+        tuning__lora_r=2,
+        training__save_steps=3,
     )
     folder = train(config)
     losses = [r["loss"] for r in read_metrics(folder, "train")]
@@ -445,13 +454,15 @@ def test_a_lora_run_trains_and_its_final_model_loads(tmp_path):
 
 
 def test_gpt2_trains(tmp_path):
-    folder = train(run_config(tmp_path, model__config=dict(GPT2), training__steps=2))
+    folder = train(run_config(tmp_path, model__config=dict(GPT2), training__max_steps=2))
     assert [r["step"] for r in read_metrics(folder, "train")] == [1, 2]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_run_learns(seed, tmp_path):
-    config = run_config(tmp_path, training__steps=12, training__seed=seed, optim__lr=0.03)
+    config = run_config(
+        tmp_path, training__max_steps=12, training__seed=seed, optim__learning_rate=0.03
+    )
     before, after = read_metrics(train(config), "eval")
     for name in ("base_nll", "mixed_nll", "thought_nll"):
         assert after[name] < before[name] - 0.3, name
@@ -462,7 +473,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path):
     for on in (False, True):
         config = run_config(
             tmp_path,
-            training__activation_checkpointing=on,
+            training__gradient_checkpointing=on,
             training__output_dir=str(tmp_path / str(on)),
         )
         folder = train(config)
@@ -488,7 +499,9 @@ def test_overwriting_spares_a_folder_that_no_run_wrote(tmp_path):
     output = tmp_path / "mine"
     (output / "final").mkdir(parents=True)
     (output / "final" / "thesis.txt").write_text("years of work")
-    config = run_config(tmp_path, training__overwrite=True, training__output_dir=str(output))
+    config = run_config(
+        tmp_path, training__overwrite_output_dir=True, training__output_dir=str(output)
+    )
     with pytest.raises(UserError, match=r"holds final but no config\.yaml"):
         train(config)
     assert (output / "final" / "thesis.txt").read_text() == "years of work"
@@ -502,13 +515,13 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(tmp_p
 
 
 def test_resuming_under_other_settings_is_refused_and_names_them(tmp_path):
-    settings = {"training__steps": 2, "training__save_every": 1}
+    settings = {"training__max_steps": 2, "training__save_steps": 1}
     train(run_config(tmp_path, **settings))
     changed = run_config(tmp_path, **settings, thoughts__length=3)
     with pytest.raises(
         UserError, match=r"thoughts\.length was \d, is 3: that would be another run"
     ):
         train(changed, resume="auto")
-    longer = run_config(tmp_path, **(settings | {"training__steps": 3}))
+    longer = run_config(tmp_path, **(settings | {"training__max_steps": 3}))
     folder = train(longer, resume="auto")
-    assert load_config(folder / "config.yaml").training.steps == 3
+    assert load_config(folder / "config.yaml").training.max_steps == 3

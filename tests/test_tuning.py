@@ -20,7 +20,7 @@ from quietstar.training.optimizer import build_optimizer
 ON_CPU = ("full", "lora", "rslora", "dora", "ia3", "houlsby", "mlp_adapter", "prompt", "prefix")
 METHODS = (*ON_CPU, "qlora", "galore")
 ADDED = ("lora_", "ia3_", ".adapter.", "virtual_tokens")
-SMALL = {"lora_rank": 2, "adapter_size": 3, "virtual_tokens": 4, "galore_rank": 4}
+SMALL = {"lora_r": 2, "adapter_size": 3, "num_virtual_tokens": 4, "galore_rank": 4}
 # 4-bit layers want sizes that are multiples of their block.
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 SHAPES = {"llama": {**LLAMA, **WIDE}, "gpt2": {**GPT2, "n_embd": 64}}
@@ -50,7 +50,7 @@ def make(folder, method, **more):
 
 
 def train(model, steps):
-    optimizer = build_optimizer(model, OptimConfig(lr=1e-2), model.tuning)
+    optimizer = build_optimizer(model, OptimConfig(learning_rate=1e-2), model.tuning)
     model.train()
     losses = []
     for _ in range(steps):
@@ -136,7 +136,7 @@ def tuned(method):
     base = plain_model(num_attention_heads=4, num_key_value_heads=2, dtype=torch.float64)
     use_thinking_attention(base)
     oracle = copy.deepcopy(base)
-    apply_tuning(base, TuningConfig(method=method, virtual_tokens=3))
+    apply_tuning(base, TuningConfig(method=method, num_virtual_tokens=3))
     base.to(torch.float64)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_gradients_reach_the_virtual_tokens(method):
     model = QuietStarForCausalLM.from_base(
         plain_model(), tokenizer=load_tokenizer("bytes"),
         thoughts=ThoughtsConfig(length=2, lookahead=2),
-        tuning=TuningConfig(method=method, virtual_tokens=3),
+        tuning=TuningConfig(method=method, num_virtual_tokens=3),
     )  # fmt: skip
     texts = random_texts(2, 9)
     for think in (True, False):

@@ -94,18 +94,18 @@ def run_config(folder, **changes):
         "model": {"config": dict(LLAMA), "tokenizer": "bytes"},
         "thoughts": {"length": 2, "lookahead": 2, "num_thoughts": 2},
         "data": {"train": None, "seq_len": 12, "eval_sequences": 4, "eval_fraction": 0.2},
-        "optim": {"lr": 0.01, "warmup_steps": 0},
+        "optim": {"learning_rate": 0.01, "warmup_steps": 0},
         "training": {
-            "steps": 3,
-            "batch_size": 8,
+            "max_steps": 3,
+            "global_batch_size": 8,
             "micro_batch_size": 8,
-            "precision": "no",
+            "mixed_precision": "no",
             "cpu_threads": 1,  # the models are so small that a second thread only costs
-            "eval_every": 0,
-            "save_every": 0,
+            "eval_steps": 0,
+            "save_steps": 0,
             "output_dir": str(folder / "run"),
         },
-        "logging": {"trackers": [], "thought_every": 0},
+        "logging": {"report_to": [], "thought_steps": 0},
     }
     if "data__train" not in changes:
         changes["data__train"] = write_texts(folder / "texts.jsonl")

@@ -21,7 +21,7 @@ a few shapes, and the evaluations. By default torch gives up after 8."""
 
 
 def check_compile(wanted: bool, in_pieces: bool) -> None:
-    """Refuse ``training.compile`` where it cannot work.
+    """Refuse ``training.torch_compile`` where it cannot work.
 
     Args:
         wanted: The setting.
@@ -32,11 +32,12 @@ def check_compile(wanted: bool, in_pieces: bool) -> None:
     """
     if wanted and in_pieces:
         raise UserError(
-            "training.compile: true cannot be used where weights lie in pieces (ZeRO-3, FSDP2). "
-            "Set training.compile: false, or launch with configs/accelerate/zero2.yaml."
+            "training.torch_compile: true cannot be used where weights "
+            "lie in pieces (ZeRO-3, FSDP2). "
+            "Set training.torch_compile: false, or launch with configs/accelerate/zero2.yaml."
         )
     if wanted:
-        require_compiler("training.compile: true", "set training.compile: false")
+        require_compiler("training.torch_compile: true", "set training.torch_compile: false")
 
 
 def require_compiler(setting: str, remedy: str) -> None:
@@ -71,8 +72,9 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> int:
     layers = list(decoder_layers(model))
     if not layers:
         raise UserError(
-            f"training.compile: true: {type(model).__name__} does not say what its decoder layers "
-            "are (_no_split_modules). Set training.compile: false."
+            f"training.torch_compile: true: {type(model).__name__} does "
+            "not say what its decoder layers "
+            "are (_no_split_modules). Set training.torch_compile: false."
         )
     torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
     for layer in layers:

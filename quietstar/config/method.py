@@ -35,7 +35,7 @@ class ModelConfig(Section):
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="Type of the weights held in memory; training.precision is that of the"
+        description="Type of the weights held in memory; training.mixed_precision is that of the"
         " arithmetic.",
     )
 
@@ -63,11 +63,11 @@ class TuningConfig(Section):
         " (prompt: their embeddings; prefix: their keys and values in every layer); galore: all"
         " weights by low-rank gradients. The mixing head and the two embeddings always train.",
     )
-    lora_rank: int = Field(default=16, ge=1, description="Rank of the adapters.")
+    lora_r: int = Field(default=16, ge=1, description="Rank of the adapters.")
     lora_alpha: float = Field(
         default=32.0, gt=0, description="Scale of the adapters, whose output is times alpha / rank."
     )
-    lora_targets: list[str] | None = Field(
+    lora_target_modules: list[str] | None = Field(
         default=None,
         min_length=1,
         description="Names of the layers that get adapters; null means all linear layers of the"
@@ -76,11 +76,11 @@ class TuningConfig(Section):
     adapter_size: int = Field(
         default=64, ge=1, description="Width of bottleneck adapters (houlsby, mlp_adapter)."
     )
-    virtual_tokens: int = Field(
+    num_virtual_tokens: int = Field(
         default=16, ge=1, description="Virtual tokens before every text (prompt, prefix)."
     )
     galore_rank: int = Field(default=128, ge=1, description="Rank of the gradients (galore).")
-    galore_update_every: int = Field(
+    galore_update_proj_gap: int = Field(
         default=200, ge=1, description="Steps between two choices of the subspace (galore)."
     )
     galore_scale: float = Field(default=0.25, gt=0, description="Scale of the update (galore).")
@@ -94,8 +94,8 @@ class TuningConfig(Section):
 class ThoughtsConfig(Section):
     """The thoughts: how long, how many, and how they are sampled."""
 
-    source: Literal["sampled", "pause"] = Field(
-        default="sampled",
+    sampler: Literal["rollout", "pause"] = Field(
+        default="rollout",
         description="Thoughts that the model samples, or a constant token in their place, the first"
         " of thoughts.start_init: a control that thinks nothing.",
     )
@@ -105,10 +105,11 @@ class ThoughtsConfig(Section):
         default="all",
         description="Where the text thinks: before all tokens; before evenly spaced, random, or the"
         " hardest to predict ones, or those where the mixing head expects most of a thought, or by"
-        " the product of both (thoughts.share of them); or before the tokens of an answer, or the"
+        " the product of both (thoughts.position_fraction of them);"
+        " or before the tokens of an answer, or the"
         " first of them.",
     )
-    share: float = Field(
+    position_fraction: float = Field(
         default=0.25,
         gt=0,
         le=1,

@@ -70,10 +70,10 @@ def _thought_rules(config: Config) -> Iterator[CrossFieldProblem]:
     thoughts, loss = config.thoughts, config.loss
     if config.training.objective == "next_token":
         return
-    if thoughts.source == "pause" and loss.policy_weight > 0:
+    if thoughts.sampler == "pause" and loss.policy_weight > 0:
         yield CrossFieldProblem(
-            ("loss.policy_weight", "thoughts.source"),
-            f"loss.policy_weight ({loss.policy_weight}) must be 0 with thoughts.source: pause:"
+            ("loss.policy_weight", "thoughts.sampler"),
+            f"loss.policy_weight ({loss.policy_weight}) must be 0 with thoughts.sampler: pause:"
             " thoughts that nobody chose cannot be reinforced. Set it to 0.",
         )
     steps = synthetic_steps(config)
@@ -200,10 +200,11 @@ def _data_rules(config: Config) -> Iterator[CrossFieldProblem]:
             " at most white space: the answer is what follows the question."
             " Write it like '{question} {answer}'.",
         )
-    if data.steps_field is not None and data.format != "qa":
+    if data.rationale_field is not None and data.format != "qa":
         yield CrossFieldProblem(
-            ("data.steps_field", "data.format"),
-            f"data.steps_field ({data.steps_field}) must be null with data.format: {data.format},"
+            ("data.rationale_field", "data.format"),
+            f"data.rationale_field ({data.rationale_field}) must be null "
+            f"with data.format: {data.format},"
             " whose records have no answer that steps lead to. Leave it out, or set data.format:"
             " qa.",
         )
@@ -217,10 +218,11 @@ def _data_rules(config: Config) -> Iterator[CrossFieldProblem]:
 
 def _batch_rules(config: Config) -> Iterator[CrossFieldProblem]:
     training = config.training
-    if training.batch_size % training.micro_batch_size:
+    if training.global_batch_size % training.micro_batch_size:
         yield CrossFieldProblem(
-            ("training.micro_batch_size", "training.batch_size"),
+            ("training.micro_batch_size", "training.global_batch_size"),
             f"training.micro_batch_size ({training.micro_batch_size}) must divide"
-            f" training.batch_size ({training.batch_size}): a step is made of whole micro-batches."
+            f" training.global_batch_size ({training.global_batch_size}):"
+            " a step is made of whole micro-batches."
             " Set it to a divisor, such as 1.",
         )

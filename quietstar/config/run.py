@@ -48,7 +48,7 @@ class DataConfig(Section):
         min_length=1,
         description="Field of a record with the messages (format chat).",
     )
-    steps_field: str | None = Field(
+    rationale_field: str | None = Field(
         default=None,
         min_length=1,
         description="Field of a record with the steps to its answer (format qa), to tell right"
@@ -98,24 +98,29 @@ class DataConfig(Section):
 class OptimConfig(Section):
     """AdamW and its schedule."""
 
-    lr: float = Field(
+    learning_rate: float = Field(
         default=1e-4, gt=0, description="Learning rate of the base model or its adapters."
     )
-    mixing_head_lr: float | None = Field(
-        default=None, gt=0, description="Learning rate of the mixing head; null means optim.lr."
-    )
-    embedding_lr: float | None = Field(
+    mixing_head_learning_rate: float | None = Field(
         default=None,
         gt=0,
-        description="Learning rate of the start and end embeddings; null means optim.lr.",
+        description="Learning rate of the mixing head; null means optim.learning_rate.",
+    )
+    embedding_learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="Learning rate of the start and end embeddings; null means"
+        " optim.learning_rate.",
     )
     weight_decay: float = Field(default=0.001, ge=0, description="Decoupled weight decay.")
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the mean of gradients.")
-    beta2: float = Field(
+    adam_beta1: float = Field(
+        default=0.9, ge=0, lt=1, description="Decay of the mean of gradients."
+    )
+    adam_beta2: float = Field(
         default=0.999, ge=0, lt=1, description="Decay of the mean of squared gradients."
     )
-    eps: float = Field(default=1e-8, gt=0, description="Term in AdamW's denominator.")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="Term in AdamW's denominator.")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
         default="constant",
         description="Learning rate after the warm-up: constant, or falling to 0 at the last step.",
     )
@@ -124,7 +129,7 @@ class OptimConfig(Section):
         ge=0,
         description="Steps in which the learning rates rise from 0 to their values.",
     )
-    clip_norm: float = Field(
+    max_grad_norm: float = Field(
         default=1.0, gt=0, description="Largest norm of the gradient; longer is cut."
     )
 
@@ -136,8 +141,8 @@ class TrainingConfig(Section):
         default="quiet_star",
         description="Learn to think, or plain language modelling without thoughts.",
     )
-    steps: int = Field(default=1000, ge=1, description="Optimiser steps.")
-    batch_size: int = Field(
+    max_steps: int = Field(default=1000, ge=1, description="Optimiser steps.")
+    global_batch_size: int = Field(
         default=8,
         ge=1,
         description="Sequences per optimiser step, over all processes and accumulation.",
@@ -147,7 +152,7 @@ class TrainingConfig(Section):
         ge=1,
         description="Sequences that one process forwards at once; divides batch_size.",
     )
-    precision: Literal["no", "bf16"] = Field(
+    mixed_precision: Literal["no", "bf16"] = Field(
         default="bf16",
         description="Arithmetic: bfloat16 autocast, or none (the weights' own type).",
     )
@@ -157,18 +162,18 @@ class TrainingConfig(Section):
         description="Threads of each process without a GPU; null shares the cores among the"
         " processes of the machine, where accelerate launch would give each one thread.",
     )
-    block_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+    learn_chunk_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         default="auto",
         description="Most tokens of thoughts that learn at once, forward and backward, before the"
         " next ones: less is less memory, at no cost until matrix products get small. null: all at"
         " once. auto: 5120 (4096 with activation checkpointing), on a GPU 16384; null under ZeRO-3"
         " and FSDP2, which cannot.",
     )
-    activation_checkpointing: bool = Field(
+    gradient_checkpointing: bool = Field(
         default=False,
         description="Recompute activations in the backward pass: less memory, more time.",
     )
-    compile: bool = Field(
+    torch_compile: bool = Field(
         default=False,
         description="torch.compile of the decoder layers: shorter steps after half a minute or so"
         " of compiling. Needs a C++ compiler; not under ZeRO-3 and FSDP2.",
@@ -176,15 +181,15 @@ class TrainingConfig(Section):
     seed: int = Field(
         default=0, ge=0, description="Seed of data order, sampled thoughts and new weights."
     )
-    eval_every: int = Field(
+    eval_steps: int = Field(
         default=100, ge=0, description="Steps between evaluations; 0 means only at start and end."
     )
-    save_every: int = Field(
+    save_steps: int = Field(
         default=500, ge=0, description="Steps between checkpoints; 0 means only the final model."
     )
-    keep_checkpoints: int = Field(default=2, ge=1, description="Newest checkpoints kept on disk.")
+    save_total_limit: int = Field(default=2, ge=1, description="Newest checkpoints kept on disk.")
     output_dir: str = Field(default="runs/default", min_length=1, description="Folder of the run.")
-    overwrite: bool = Field(
+    overwrite_output_dir: bool = Field(
         default=False,
         description="Start a new run in a folder that already holds one, which is an error"
         " otherwise.",
@@ -194,13 +199,15 @@ class TrainingConfig(Section):
 class LoggingConfig(Section):
     """What is reported, where and how often."""
 
-    trackers: list[str] = Field(
+    report_to: list[str] = Field(
         default_factory=lambda: ["tensorboard"],
         description="Trackers of accelerate (tensorboard, wandb, ...) that get the metrics beside"
         " metrics.jsonl.",
     )
-    log_every: int = Field(default=1, ge=1, description="Steps between two records of the metrics.")
-    thought_every: int = Field(
+    logging_steps: int = Field(
+        default=1, ge=1, description="Steps between two records of the metrics."
+    )
+    thought_steps: int = Field(
         default=25,
         ge=0,
         description="Steps between two decoded thoughts on the terminal; 0 means none.",

@@ -24,9 +24,15 @@ RUN_KEYS = frozenset(
     for section, names in {
         "mixing_head": ("activation", "initial_weight", "hidden_size", "floor"),
         "training": (
-            *("precision", "cpu_threads", "block_tokens", "activation_checkpointing", "seed"),
-            *("compile", "save_every"),
-            *("keep_checkpoints", "output_dir", "overwrite"),
+            *(
+                "mixed_precision",
+                "cpu_threads",
+                "learn_chunk_tokens",
+                "gradient_checkpointing",
+                "seed",
+            ),
+            *("torch_compile", "save_steps"),
+            *("save_total_limit", "output_dir", "overwrite_output_dir"),
         ),
     }.items()
     for name in names

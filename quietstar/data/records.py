@@ -36,7 +36,7 @@ class Layout:
         if config.format == "chat":
             return cls("chat", (("messages", config.messages_field),))
         fields = (("question", config.question_field), ("answer", config.answer_field))
-        steps = () if config.steps_field is None else (("steps", config.steps_field),)
+        steps = () if config.rationale_field is None else (("steps", config.rationale_field),)
         return cls("qa", fields + steps)
 
     @property

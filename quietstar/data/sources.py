@@ -196,20 +196,22 @@ _STEPS: dict[str, Callable[[str], str]] = {"chain_sum": chain_sum_steps}
 
 
 def _check_steps_field(config: DataConfig) -> None:
-    if config.steps_field not in (None, "steps"):
+    if config.rationale_field not in (None, "steps"):
         raise UserError(
-            f"data.steps_field: {config.steps_field!r} is no field of generated problems: set"
-            " data.steps_field: steps, or leave it out"
+            f"data.rationale_field: {config.rationale_field!r} is no "
+            "field of generated problems: set"
+            " data.rationale_field: steps, or leave it out"
         )
 
 
 def _gym_steps(label: str, task: str, config: DataConfig) -> Callable[[str], str] | None:
-    if config.steps_field is None:
+    if config.rationale_field is None:
         return None
     _check_steps_field(config)
     if task not in _STEPS:
         raise UserError(
-            f"data.steps_field: {config.steps_field!r} needs problems with steps, but those of"
+            f"data.rationale_field: {config.rationale_field!r} needs "
+            "problems with steps, but those of"
             f" {label} have none (known: {', '.join(_STEPS)}): leave it out"
         )
     return _STEPS[task]

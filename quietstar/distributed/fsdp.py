@@ -77,7 +77,7 @@ class FullyShardEngine(Engine):
             raise UserError(
                 f"model.dtype: {config.model.dtype} with tuning.method: full cannot be cut by "
                 "fsdp2, which wants one type for all that trains (the mixing head is float32). "
-                "Set model.dtype: float32; training.precision: bf16 computes in bfloat16."
+                "Set model.dtype: float32; training.mixed_precision: bf16 computes in bfloat16."
             )
 
     def keep_trainable_only(self, model: nn.Module) -> None:

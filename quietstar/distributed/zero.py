@@ -49,7 +49,7 @@ class DeepSpeedEngine(Engine):
         plugin = self.accelerator.state.deepspeed_plugin
         assert plugin is not None, "DeepSpeed comes with its plugin"
         settings = plugin.deepspeed_config
-        settings["gradient_clipping"] = config.optim.clip_norm
+        settings["gradient_clipping"] = config.optim.max_grad_norm
         settings["train_micro_batch_size_per_gpu"] = config.training.micro_batch_size
         settings["gradient_accumulation_steps"] = 1  # the loop accumulates
         settings["train_batch_size"] = (

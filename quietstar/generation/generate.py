@@ -83,7 +83,7 @@ def generate(
             model.causal_lm, model.output_head, model.start_embedding, model.end_embedding,
             sampling, input_ids[:, :-1], real[:, :-1],
             torch.arange(len(input_ids), device=input_ids.device),
-            model.pause_token_id if model.thoughts.source == "pause" else None,
+            model.pause_token_id if model.thoughts.sampler == "pause" else None,
         )  # fmt: skip
         loop = _Loop(model, decoder, gate, logits_processor, stopping_criteria, generation_config)
         return loop.run(input_ids, streamer)

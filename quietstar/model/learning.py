@@ -52,7 +52,7 @@ CHECKPOINTED_BLOCK_TOKENS = {"cpu": 4096, "cuda": 16384}
 def resolve_block_tokens(
     setting: int | str | None, device: str, in_pieces: bool, checkpointing: bool = False
 ) -> int | None:
-    """``training.block_tokens`` as a number, or None for all at once.
+    """``training.learn_chunk_tokens`` as a number, or None for all at once.
 
     Args:
         setting: Of the config.
@@ -69,8 +69,9 @@ def resolve_block_tokens(
         return None if in_pieces else by_device.get(device, by_device["cuda"])
     if setting is not None and in_pieces:
         raise UserError(
-            f"training.block_tokens: {setting} cannot be used where weights lie in pieces (ZeRO-3, "
-            "FSDP2). Set training.block_tokens: null, or launch with "
+            f"training.learn_chunk_tokens: {setting} cannot be used where "
+            "weights lie in pieces (ZeRO-3, "
+            "FSDP2). Set training.learn_chunk_tokens: null, or launch with "
             "configs/accelerate/zero2.yaml."
         )
     assert not isinstance(setting, str), "the config was validated"

@@ -132,7 +132,7 @@ class ThinkingParts(nn.Module):
             score = self._score_positions(text.states)
         return choose_positions(
             self.thoughts.positions,
-            self.thoughts.share,
+            self.thoughts.position_fraction,
             labels,
             answers=answers,
             score=score,
@@ -160,7 +160,7 @@ class ThinkingParts(nn.Module):
         positions: Tensor | None,
         text: TextRun | None = None,
     ) -> Tensor:
-        if self.thoughts.source == "pause":
+        if self.thoughts.sampler == "pause":
             places = input_ids if positions is None else positions
             shape = (sampling.thought_length, sampling.num_thoughts, *places.shape)
             return input_ids.new_full(shape, self.pause_token_id)

@@ -66,7 +66,7 @@ def save_checkpoint(run: Run, step: int) -> Path:
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        drop_old(output_dir, run.config.training.keep_checkpoints)
+        drop_old(output_dir, run.config.training.save_total_limit)
     accelerator.wait_for_everyone()
     return final
 

@@ -126,14 +126,14 @@ def variant(
     ``share`` of the tokens think (`thinking_share`).
     """
     changes: dict[str, dict[str, Any]] = {
-        "training": {"seed": seed, "output_dir": str(folder), "eval_every": 0},
+        "training": {"seed": seed, "output_dir": str(folder), "eval_steps": 0},
     }
     if start is not None:
         changes["model"] = {"name_or_path": str(start), "config": None, "tokenizer": None}
     if name == "no_thoughts":
-        changes["training"] |= {"objective": "next_token", "steps": matched_steps(stage, share)}
+        changes["training"] |= {"objective": "next_token", "max_steps": matched_steps(stage, share)}
     elif name == "pause":
-        changes |= {"thoughts": {"source": "pause"}, "loss": {"policy_weight": 0.0}}
+        changes |= {"thoughts": {"sampler": "pause"}, "loss": {"policy_weight": 0.0}}
     elif name == "no_reinforce":
         changes["loss"] = {"policy_weight": 0.0}
     return _changed(stage, changes)
@@ -150,7 +150,7 @@ def matched_steps(stage: Config, share: float = 1.0) -> int:
     block = thoughts.length + thoughts.lookahead + 1
     learn = 1 + share * thoughts.num_thoughts * block
     rollout = (1 + share * thoughts.num_thoughts * thoughts.length) / 3
-    return math.ceil(stage.training.steps * (learn + rollout))
+    return math.ceil(stage.training.max_steps * (learn + rollout))
 
 
 def thinking_share(stage: Config, tokenizer: PreTrainedTokenizerBase) -> float:
@@ -160,10 +160,12 @@ def thinking_share(stage: Config, tokenizer: PreTrainedTokenizerBase) -> float:
         return 1.0
     train_data, _, _ = build_data(stage.data, tokenizer, settings.seed)
     counts = []
-    for step in range(min(settings.steps, COUNTED_STEPS)):
-        batch = train_data.batch(step, settings.batch_size)
+    for step in range(min(settings.max_steps, COUNTED_STEPS)):
+        batch = train_data.batch(step, settings.global_batch_size)
         counts.append(
-            count_positions(thoughts.positions, thoughts.share, batch.labels, batch.answers)
+            count_positions(
+                thoughts.positions, thoughts.position_fraction, batch.labels, batch.answers
+            )
         )
     return float(torch.cat(counts).float().mean()) / stage.data.seq_len
 
@@ -183,7 +185,7 @@ def _train(config: Config) -> dict[str, Any]:
     else:
         is_begun = (results.parent / CONFIG_FILE).exists()
         if is_begun and not (results.parent / "checkpoints").exists():
-            config = _changed(config, {"training": {"overwrite": True}}, config.stages)
+            config = _changed(config, {"training": {"overwrite_output_dir": True}}, config.stages)
             is_begun = False
         run_training(config, resume="auto" if is_begun else None)
     return json.loads(results.read_text(encoding="utf-8"))
@@ -198,12 +200,12 @@ def check_finished(folder: Path, config: Config) -> None:
     check_same_run(folder, config)
     before = load_config(folder / CONFIG_FILE)
     steps = [
-        {name: stage.training.steps for name, stage in one.stage_configs().items()}
+        {name: stage.training.max_steps for name, stage in one.stage_configs().items()}
         for one in (before, config)
     ]
     if steps[0] != steps[1]:
         raise UserError(
-            f"--controls: {folder} is finished with training.steps {steps[0]}, not {steps[1]}. "
+            f"--controls: {folder} is finished with training.max_steps {steps[0]}, not {steps[1]}. "
             "Choose another training.output_dir, or remove that folder."
         )
 

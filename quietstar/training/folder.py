@@ -23,11 +23,11 @@ CONTENTS = (
 )
 
 _FREE_ON_RESUME = (
-    *("training.steps", "training.micro_batch_size", "training.cpu_threads"),
-    *("training.block_tokens", "training.activation_checkpointing", "training.eval_every"),
-    *("training.compile", "training.save_every"),
-    *("training.keep_checkpoints", "training.overwrite", "training.output_dir"),
-    *("data.eval_sequences", "logging.trackers", "logging.log_every", "logging.thought_every"),
+    *("training.max_steps", "training.micro_batch_size", "training.cpu_threads"),
+    *("training.learn_chunk_tokens", "training.gradient_checkpointing", "training.eval_steps"),
+    *("training.torch_compile", "training.save_steps"),
+    *("training.save_total_limit", "training.overwrite_output_dir", "training.output_dir"),
+    *("data.eval_sequences", "logging.report_to", "logging.logging_steps", "logging.thought_steps"),
 )
 """Keys that may change between stop and resume: they leave the run what it is, or prolong it."""
 
@@ -47,7 +47,7 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None, 
     if checkpoint is None and damaged:
         raise UserError(
             f"--resume auto: {'; '.join(damaged)}; no whole checkpoint is left. Start a new run "
-            "in another folder, or replace this one with --training.overwrite true."
+            "in another folder, or replace this one with --training.overwrite_output_dir true."
         )
     return checkpoint, damaged
 
@@ -56,7 +56,7 @@ def check_free(output_dir: Path, overwrite: bool) -> None:
     """Refuse a folder that cannot be written, or holds a run or anything else under its names.
 
     Raises:
-        UserError: One of these; ``training.overwrite`` only replaces what a run wrote.
+        UserError: One of these; ``training.overwrite_output_dir`` only replaces what a run wrote.
     """
     ancestor = next(f for f in (output_dir, *output_dir.absolute().parents) if f.exists())
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
@@ -69,7 +69,7 @@ def check_free(output_dir: Path, overwrite: bool) -> None:
     if is_run and not overwrite:
         raise UserError(
             f"training.output_dir: {output_dir} already holds a run. Choose another folder, go on "
-            "with --resume auto, or replace it with --training.overwrite true."
+            "with --resume auto, or replace it with --training.overwrite_output_dir true."
         )
     found = [name for name in CONTENTS if (output_dir / name).exists()]
     if found and not is_run:
@@ -123,7 +123,7 @@ def _is_free_on_resume(key: str, last_stage: str) -> bool:
     if not key.startswith("stages."):
         return key in _FREE_ON_RESUME
     _, stage, name = key.split(".", 2)
-    return name in _FREE_ON_RESUME and (name != "training.steps" or stage == last_stage)
+    return name in _FREE_ON_RESUME and (name != "training.max_steps" or stage == last_stage)
 
 
 def start_folder(output_dir: Path) -> None:

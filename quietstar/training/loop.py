@@ -77,19 +77,19 @@ def train(run: Run) -> None:
     first = run.stage.first_step
     if run.start_step == 0:
         run.reporter.evaluation(first, evaluate(run))
-    for step in range(run.start_step, settings.steps):
+    for step in range(run.start_step, settings.max_steps):
         run.reporter.step_begins()
         loss, output = accumulate_gradients(run, step)
         done, lr = step + 1, run.optimizer.param_groups[0]["lr"]
         check = partial(check_finite, first + done, loss)
-        norms = run.engine.update(run.model, run.optimizer, run.config.optim.clip_norm, check)
+        norms = run.engine.update(run.model, run.optimizer, run.config.optim.max_grad_norm, check)
         run.scheduler.step()
         run.reporter.step_ends(StepRecord(first + done, loss, output.metrics, norms, lr), output)
         if run.stop.agreed(run.accelerator):
             leave(run, first + done)
-        if _due(done, settings.eval_every) and done < settings.steps:
+        if _due(done, settings.eval_steps) and done < settings.max_steps:
             run.reporter.evaluation(first + done, evaluate(run))
-        if _due(done, settings.save_every) or (settings.save_every and done == settings.steps):
+        if _due(done, settings.save_steps) or (settings.save_steps and done == settings.max_steps):
             save_checkpoint(run, first + done)
     run.reporter.evaluation(run.stage.last_step, evaluate(run))
 
@@ -155,19 +155,21 @@ def accumulate_gradients(run: Run, step: int) -> tuple[Tensor, QuietStarOutput]:
 def _micro_batches(run: Run, step: int) -> Iterator[Batch]:
     """This rank's part of the step's batch, in pieces."""
     settings = run.config.training
-    rank_rows = settings.batch_size // run.accelerator.num_processes
+    rank_rows = settings.global_batch_size // run.accelerator.num_processes
     first = run.accelerator.process_index * rank_rows
     for start in range(first, first + rank_rows, settings.micro_batch_size):
         rows = range(start, start + settings.micro_batch_size)
         # Counted over the run: a later stage goes on in the data, and draws other thoughts.
-        batch = run.train_data.batch(run.stage.first_step + step, settings.batch_size, rows)
+        batch = run.train_data.batch(run.stage.first_step + step, settings.global_batch_size, rows)
         yield batch.to(run.accelerator.device)
 
 
 def _num_targets(config: Config, batch: Batch) -> Tensor:
     """Next tokens that are targets, and how many of them have a thought before them."""
     thoughts = config.thoughts
-    chosen = count_positions(thoughts.positions, thoughts.share, batch.labels, batch.answers)
+    chosen = count_positions(
+        thoughts.positions, thoughts.position_fraction, batch.labels, batch.answers
+    )
     return torch.stack([(batch.labels[:, 1:] != IGNORE_INDEX).sum(), chosen.sum()])
 
 
@@ -191,8 +193,9 @@ def check_finite(
     if bad:
         when = "after the step, whose weights are not saved" if stepped else "before the step"
         raise UserError(
-            f"step {step}: {', '.join(bad)} is not finite; stopped {when}. Lower optim.lr or "
-            "optim.clip_norm, or resume from an earlier checkpoint."
+            f"step {step}: {', '.join(bad)} is not finite; stopped "
+            f"{when}. Lower optim.learning_rate or "
+            "optim.max_grad_norm, or resume from an earlier checkpoint."
         )
 
 

@@ -134,10 +134,10 @@ def _estimate_stage(
     model = _without_weights(config, tokenizer)
     on_cpu = engine == "single" and not torch.cuda.is_available()
     model.block_tokens = resolve_block_tokens(
-        config.training.block_tokens,
+        config.training.learn_chunk_tokens,
         "cpu" if on_cpu else "cuda",
         engine in IN_PIECES,
-        config.training.activation_checkpointing,
+        config.training.gradient_checkpointing,
     )
     begin_stage(model, dataclasses.replace(stage, config=config))
     shares = Shares.of(engine, processes)
@@ -195,12 +195,12 @@ def _trace(
 ) -> tuple[MemoryTrace, MemoryTrace]:
     """Rollout alone, and whole micro-batches (two where gradients are accumulated)."""
     settings = config.training
-    passes = 2 if settings.batch_size > settings.micro_batch_size else 1
+    passes = 2 if settings.global_batch_size > settings.micro_batch_size else 1
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         tokens = fake_tokens(settings.micro_batch_size, config.data.seq_len)
         ids = torch.arange(len(tokens))
-        autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16")
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings.mixed_precision == "bf16")
         rollout, learning = MemoryTrace(model), MemoryTrace(model, gradient_share)
         if thinks:
             with rollout, autocast:
@@ -255,7 +255,7 @@ def _cache_bytes(model: QuietStarForCausalLM, config: Config) -> int:
     fields = model.causal_lm.config.get_text_config()
     heads = getattr(fields, "num_key_value_heads", None) or fields.num_attention_heads
     size = getattr(fields, "head_dim", None) or fields.hidden_size // fields.num_attention_heads
-    in_bf16 = config.training.precision == "bf16" or config.model.dtype == "bfloat16"
+    in_bf16 = config.training.mixed_precision == "bf16" or config.model.dtype == "bfloat16"
     tokens = _cached_tokens(config.thoughts, config.data.seq_len)
     rows = config.training.micro_batch_size * tokens
     return rows * fields.num_hidden_layers * 2 * heads * size * (2 if in_bf16 else _FLOAT)
@@ -264,5 +264,5 @@ def _cache_bytes(model: QuietStarForCausalLM, config: Config) -> int:
 def _cached_tokens(thoughts: ThoughtsConfig, seq_len: int) -> int:
     positions = seq_len
     if thoughts.positions != "all":
-        positions = most_positions(thoughts.share, seq_len)
+        positions = most_positions(thoughts.position_fraction, seq_len)
     return seq_len + thoughts.num_thoughts * positions * thoughts.length

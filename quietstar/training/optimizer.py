@@ -37,9 +37,9 @@ def build_optimizer(
     Raises:
         UserError: galore-torch is not installed.
     """
-    betas = (config.beta1, config.beta2)
+    betas = (config.adam_beta1, config.adam_beta2)
     if tuning is None or tuning.method != "galore":
-        return AdamW(parameter_groups(model, config), betas=betas, eps=config.eps)
+        return AdamW(parameter_groups(model, config), betas=betas, eps=config.adam_epsilon)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -50,14 +50,24 @@ def build_optimizer(
             "tuning.method: full"
         ) from problem
     groups: Any = parameter_groups(model, config, tuning)
-    return GaLoreAdamW(groups, betas=betas, eps=config.eps, no_deprecation_warning=True)
+    return GaLoreAdamW(groups, betas=betas, eps=config.adam_epsilon, no_deprecation_warning=True)
 
 
 def parameter_groups(
     model: torch.nn.Module, config: OptimConfig, galore: TuningConfig | None = None
 ) -> list[dict[str, Any]]:
     """The parameters that train, by learning rate, decay, and projection of their gradients."""
-    rates = dict(zip(GROUPS, (config.lr, config.mixing_head_lr, config.embedding_lr), strict=True))
+    rates = dict(
+        zip(
+            GROUPS,
+            (
+                config.learning_rate,
+                config.mixing_head_learning_rate,
+                config.embedding_learning_rate,
+            ),
+            strict=True,
+        )
+    )
     by_kind: dict[tuple[Group, bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -68,7 +78,7 @@ def parameter_groups(
     return [
         {
             "params": by_kind[kind],
-            "lr": rates[kind[0]] or config.lr,
+            "lr": rates[kind[0]] or config.learning_rate,
             "weight_decay": config.weight_decay if kind[1] else 0.0,
             "name": kind[0],
             **(_projection(galore) if galore is not None and kind[2] else {}),
@@ -91,7 +101,7 @@ def is_projected(name: str, parameter: torch.nn.Parameter, rank: int) -> bool:
 def _projection(tuning: TuningConfig) -> dict[str, Any]:
     return {
         "rank": tuning.galore_rank,
-        "update_proj_gap": tuning.galore_update_every,
+        "update_proj_gap": tuning.galore_update_proj_gap,
         "scale": tuning.galore_scale,
         "proj_type": "std",
     }
@@ -99,5 +109,9 @@ def _projection(tuning: TuningConfig) -> dict[str, Any]:
 
 def build_scheduler(optimizer: Optimizer, config: OptimConfig, steps: int) -> LRScheduler:
     """Linear warm-up, then constant or falling to 0 at the last step."""
-    name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+    name = (
+        "constant_with_warmup"
+        if config.lr_scheduler_type == "constant"
+        else config.lr_scheduler_type
+    )
     return get_scheduler(name, optimizer, config.warmup_steps, steps)

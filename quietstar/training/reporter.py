@@ -127,7 +127,9 @@ class Reporter:
     def step_ends(self, record: StepRecord, output: QuietStarOutput) -> None:
         """Report a step: bar, file, trackers, alarms, now and then a thought."""
         self._progress.advance(self._task)
-        if not self.active or not self._is_due(record.step, self.stage.config.logging.log_every):
+        if not self.active or not self._is_due(
+            record.step, self.stage.config.logging.logging_steps
+        ):
             return
         assert record.metrics is not None, "a training step has metrics"
         figures = {
@@ -141,7 +143,7 @@ class Reporter:
         if record.step - self.stage.first_step > SILENT_STEPS:
             self._sound_alarms(record.step, figures)
         if output.thoughts is not None and self._is_due(
-            record.step, self.stage.config.logging.thought_every
+            record.step, self.stage.config.logging.thought_steps
         ):
             self._show_thought(output)
 
@@ -155,7 +157,7 @@ class Reporter:
     def _speed(self, metrics: ThoughtMetrics) -> dict[str, float]:
         seconds = time.perf_counter() - self._began
         thoughts, data = self.stage.config.thoughts, self.stage.config.data
-        text_tokens = self.stage.config.training.batch_size * data.seq_len
+        text_tokens = self.stage.config.training.global_batch_size * data.seq_len
         figures = {
             "seconds": seconds,
             "text_tokens_per_second": text_tokens / seconds,

@@ -113,7 +113,7 @@ def run_training(config: Config, resume: str | None = None, allow_changes: bool 
     if is_new:
         # A run that was killed before its first checkpoint begins anew.
         begun = resume == "auto" and not (output_dir / FINAL_FOLDER).exists()
-        check_free(output_dir, config.training.overwrite or begun)
+        check_free(output_dir, config.training.overwrite_output_dir or begun)
     else:
         remarks += check_same_run(output_dir, config, allow_changes)
     engine = build_engine(accelerator, config)
@@ -167,7 +167,7 @@ def set_up(config: Config, engine: Engine) -> Job:
     stages = plan_stages(config)
     for stage in stages:
         check_batch(stage.config, engine.accelerator.num_processes)
-    check_compile(config.training.compile, engine.in_pieces)
+    check_compile(config.training.torch_compile, engine.in_pieces)
     set_seed(config.training.seed)
     hub = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     tokenizer = find_tokenizer(config, hub)
@@ -179,12 +179,12 @@ def set_up(config: Config, engine: Engine) -> Job:
         if stage.thinks:
             check_steps(stage.config, eval_data)
     model.block_tokens = resolve_block_tokens(
-        config.training.block_tokens,
+        config.training.learn_chunk_tokens,
         engine.accelerator.device.type,
         engine.in_pieces,
-        config.training.activation_checkpointing,
+        config.training.gradient_checkpointing,
     )
-    if config.training.compile:
+    if config.training.torch_compile:
         compile_layers(model.causal_lm)
     engine.keep_trainable_only(model)
     job = Job(config, stages, engine, tokenizer, model, data)
@@ -219,7 +219,7 @@ def run_stage(
     for name, vector in zip(("start_embedding", "end_embedding"), vectors, strict=bool(vectors)):
         engine.write(getattr(job.model, name), vector)
     optimizer = build_optimizer(job.model, config.optim, config.tuning)
-    scheduler = build_scheduler(optimizer, config.optim, config.training.steps)
+    scheduler = build_scheduler(optimizer, config.optim, config.training.max_steps)
     job.schedule.scheduler = scheduler
     prepared, optimizer = engine.prepare(trainee, optimizer, config)
     start_step = 0

@@ -53,14 +53,14 @@ def build_accelerator(config: Config) -> Accelerator:
         handlers.append(InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl"))  # saving is on CPUs
     output_dir = Path(config.training.output_dir)
     use_cpu_threads(config.training.cpu_threads)
-    check_trackers(config.logging.trackers)
+    check_trackers(config.logging.report_to)
     folders = ProjectConfiguration(
         project_dir=str(output_dir), logging_dir=str(output_dir / TRACKERS_FOLDER)
     )
     with patch_environment(ACCELERATE_USE_FSDP="false"):  # our own engine cuts
         accelerator = Accelerator(
-            mixed_precision=config.training.precision,
-            log_with=list(config.logging.trackers) or None,
+            mixed_precision=config.training.mixed_precision,
+            log_with=list(config.logging.report_to) or None,
             project_config=folders,
             kwargs_handlers=handlers,
             step_scheduler_with_optimizer=False,
@@ -83,17 +83,17 @@ def check_batch(config: Config, num_processes: int) -> None:
     """
     settings = config.training
     share = settings.micro_batch_size * num_processes
-    if settings.batch_size % share:
+    if settings.global_batch_size % share:
         fitting = [
             size
             for size in range(1, settings.micro_batch_size + 1)
-            if settings.batch_size % (size * num_processes) == 0
+            if settings.global_batch_size % (size * num_processes) == 0
         ]
-        remedy = f"training.batch_size {-(-settings.batch_size // share) * share}"
+        remedy = f"training.global_batch_size {-(-settings.global_batch_size // share) * share}"
         if fitting:
             remedy = f"training.micro_batch_size {fitting[-1]}, or {remedy}"
         raise UserError(
-            f"training.batch_size ({settings.batch_size}) must be a multiple of "
+            f"training.global_batch_size ({settings.global_batch_size}) must be a multiple of "
             f"training.micro_batch_size ({settings.micro_batch_size}) x processes "
             f"({num_processes}) = {share}, so that every process has the same work: set {remedy}"
         )
@@ -123,7 +123,7 @@ def check_trackers(names: Sequence[str]) -> None:
         known = sorted({tracker.value for tracker in LoggerType} - {"all"})
         remedy = f"pip install {missing[0]}" if missing[0] in known else f"use {', '.join(known)}"
         raise UserError(
-            f"logging.trackers: {missing[0]!r} is not available (here are: "
+            f"logging.report_to: {missing[0]!r} is not available (here are: "
             f"{', '.join(sorted(available)) or 'none'}); {remedy}, or leave it out"
         )
 
@@ -175,7 +175,7 @@ def teach_thinking(
         loss=config.loss,
         tuning=config.tuning,
     )
-    if config.training.activation_checkpointing:
+    if config.training.gradient_checkpointing:
         checkpoint_activations(model.causal_lm)
     return model
 
@@ -191,10 +191,10 @@ def check_positions(config: Config, model: QuietStarForCausalLM) -> None:
     if longest is not None and config.data.seq_len > longest:
         block = thoughts.length + thoughts.lookahead + 1
         virtual = num_virtual(model.causal_lm)
-        with_virtual = f" + tuning.virtual_tokens ({virtual})" if virtual else ""
+        with_virtual = f" + tuning.num_virtual_tokens ({virtual})" if virtual else ""
         remedy = f"set data.seq_len to at most {longest}"
         if longest < 2:
-            remedy = "lower tuning.virtual_tokens" if virtual else "shorten the thoughts"
+            remedy = "lower tuning.num_virtual_tokens" if virtual else "shorten the thoughts"
         raise UserError(
             f"data.seq_len ({config.data.seq_len}) + thoughts.length ({thoughts.length}) + "
             f"thoughts.lookahead ({thoughts.lookahead}) + 1{with_virtual} is more than the model's "
@@ -226,7 +226,7 @@ def describe(model: QuietStarForCausalLM, stage: Stage) -> str:
     config, thoughts = stage.config, stage.config.thoughts
     name = config.model.name_or_path or f"random {model.causal_lm.config.model_type}"
     what = f"{thoughts.num_thoughts} thoughts of {thoughts.length} tokens {where(thoughts)}"
-    if thoughts.source == "pause":
+    if thoughts.sampler == "pause":
         what += " (constant pause tokens)"
     objective = f"{what}, lookahead {thoughts.lookahead}" if stage.thinks else "no thoughts"
     return (
@@ -237,7 +237,7 @@ def describe(model: QuietStarForCausalLM, stage: Stage) -> str:
 
 def where(thoughts: ThoughtsConfig) -> str:
     """Where texts think, in words."""
-    share = f"{thoughts.share:.0%} of the tokens"
+    share = f"{thoughts.position_fraction:.0%} of the tokens"
     return {
         "all": "at every position",
         "every": f"before {share}, evenly spaced",

@@ -30,7 +30,7 @@ class Stage:
     @property
     def last_step(self) -> int:
         """Steps of the run at its end."""
-        return self.first_step + self.config.training.steps
+        return self.first_step + self.config.training.max_steps
 
     @property
     def thinks(self) -> bool:

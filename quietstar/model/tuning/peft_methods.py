@@ -27,7 +27,7 @@ def add_peft(model: PreTrainedModel, tuning: TuningConfig) -> nn.Module:
         return peft.get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as problem:
         raise UserError(
-            f"tuning.lora_targets: {tuning.lora_targets} fits no layer of "
+            f"tuning.lora_target_modules: {tuning.lora_target_modules} fits no layer of "
             f"{type(model).__name__}; its linear layers are {', '.join(linear_names(model))}"
         ) from problem
 
@@ -35,10 +35,10 @@ def add_peft(model: PreTrainedModel, tuning: TuningConfig) -> nn.Module:
 def _lora(tuning: TuningConfig) -> peft.LoraConfig:
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
-        r=tuning.lora_rank,
+        r=tuning.lora_r,
         lora_alpha=tuning.lora_alpha,  # pyright: ignore[reportArgumentType]  (floats work)
         lora_dropout=0.0,
-        target_modules=tuning.lora_targets or "all-linear",
+        target_modules=tuning.lora_target_modules or "all-linear",
         use_rslora=tuning.method == "rslora",
         use_dora=tuning.method == "dora",
     )
@@ -48,7 +48,7 @@ def _ia3(model: PreTrainedModel, tuning: TuningConfig) -> peft.IA3Config:
     """Scales of keys, values and the MLP's inner activations (Liu et al. 2022)."""
     names = [name for name, module in model.named_modules() if is_linear(module)]
     inner = _ending(names, _MLP_OUTPUT)
-    targets = tuning.lora_targets or [*_ending(names, _KEYS_AND_VALUES), *inner]
+    targets = tuning.lora_target_modules or [*_ending(names, _KEYS_AND_VALUES), *inner]
     return peft.IA3Config(
         task_type="CAUSAL_LM",
         target_modules=targets,

@@ -60,13 +60,13 @@ def add_virtual_tokens(model: PreTrainedModel, tuning: TuningConfig) -> None:
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor), type(model).__name__
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(weight.shape[0], (tuning.virtual_tokens,), generator=generator)
+    chosen = torch.randint(weight.shape[0], (tuning.num_virtual_tokens,), generator=generator)
     start = weight.detach()[chosen.to(weight.device)]  # as Lester et al.: of real tokens
     learned = tuning.method == "prompt"
     model.add_module(VIRTUAL_TOKENS, VirtualTokens(start, learned))
     if not learned:
         for layer in decoder_layers(model):
-            _add_key_values(model, layer, tuning.virtual_tokens)
+            _add_key_values(model, layer, tuning.num_virtual_tokens)
 
 
 def _add_key_values(model: PreTrainedModel, layer: nn.Module, count: int) -> None:
