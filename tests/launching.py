@@ -1,4 +1,4 @@
-"""Runs as users launch them: one process, or two ranks of an engine, on CPUs."""
+"""Runs as users launch them: one process, or two ranks of a strategy, on CPUs."""
 
 import importlib.util
 import os
@@ -14,17 +14,17 @@ needs_deepspeed = pytest.mark.skipif(
 )
 
 
-def marked(engine):
-    """The engine as a test's parameter."""
-    return pytest.param(engine, marks=needs_deepspeed if "zero" in engine else ())
+def marked(strategy):
+    """The strategy as a test's parameter."""
+    return pytest.param(strategy, marks=needs_deepspeed if "zero" in strategy else ())
 
 
-def command(engine, config, output_dir, *arguments):
+def command(strategy, config, output_dir, *arguments):
     """Command and environment; ``zero2x1`` is ZeRO-2 with one process."""
     train = ["train.py", "--config", str(config), "--training.output_dir", str(output_dir)]
     train += arguments
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    name, world = engine.split("x") if "x" in engine else (engine, "2")
+    name, world = strategy.split("x") if "x" in strategy else (strategy, "2")
     if name == "one":
         return [sys.executable, *train], environment
     if name in ("ddp", "fsdp2"):
@@ -44,9 +44,9 @@ def command(engine, config, output_dir, *arguments):
     return [sys.executable, "-m", module, "launch", *file, *train], environment
 
 
-def launch(engine, config, output_dir, *arguments, refused=None):
+def launch(strategy, config, output_dir, *arguments, refused=None):
     """Run the config to its end, or to the refusal; returns the run folder."""
-    call, environment = command(engine, config, output_dir, *arguments)
+    call, environment = command(strategy, config, output_dir, *arguments)
     done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True)
     if refused is not None:
         assert done.returncode != 0

@@ -1,4 +1,4 @@
-"""Many processes: the trajectory of one, whatever the engine, and resuming bit for bit.
+"""Many processes: the trajectory of one, whatever the strategy, and resuming bit for bit.
 
 Launched as users do, two ranks on CPUs. DeepSpeed's tests run where it is installed.
 """
@@ -21,7 +21,7 @@ from tiny import plain_model, read_metrics, run_config
 from quietstar.config.loading import save_config
 from quietstar.data import load_tokenizer
 
-ENGINES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+STRATEGIES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=str)
@@ -73,35 +73,35 @@ def assert_same_trajectory(folder, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [marked(engine) for engine in ENGINES])
-def test_two_ranks_give_the_trajectory_of_one(engine, one, tmp_path):
+@pytest.mark.parametrize("strategy", [marked(strategy) for strategy in STRATEGIES])
+def test_two_ranks_give_the_trajectory_of_one(strategy, one, tmp_path):
     _, config, whole = one
-    assert_same_trajectory(launch(engine, config, tmp_path / "run"), whole)
+    assert_same_trajectory(launch(strategy, config, tmp_path / "run"), whole)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [marked(engine) for engine in ("fsdp2", "zero2", "zero3")])
-def test_a_run_in_pieces_resumes_bit_for_bit(engine, one, tmp_path):
+@pytest.mark.parametrize("strategy", [marked(strategy) for strategy in ("fsdp2", "zero2", "zero3")])
+def test_a_sharded_run_resumes_bit_for_bit(strategy, one, tmp_path):
     tuning, config, _ = one
     if tuning != "full":
         pytest.skip("once is enough")
-    whole = launch(engine, config, tmp_path / "whole")
+    whole = launch(strategy, config, tmp_path / "whole")
     part = tmp_path / "part"
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoints" / "step-000010")
-    launch(engine, config, part, "--resume", "auto")
+    launch(strategy, config, part, "--resume", "auto")
     a, b = (load_file(folder / "final" / "model.safetensors") for folder in (whole, part))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [marked(engine) for engine in ("ddp", "fsdp2", "zero2")])
-def test_another_number_of_processes_goes_on_where_the_engine_can(engine, one, tmp_path):
+@pytest.mark.parametrize("strategy", [marked(strategy) for strategy in ("ddp", "fsdp2", "zero2")])
+def test_another_number_of_processes_goes_on_where_the_strategy_can(strategy, one, tmp_path):
     tuning, config, whole = one
     if tuning != "full":
         pytest.skip("once is enough")
     part = tmp_path / "part"
-    if engine == "ddp":  # from one process to two
+    if strategy == "ddp":  # from one process to two
         shutil.copytree(whole, part)
         shutil.rmtree(part / "checkpoints" / "step-000010")
         assert_same_trajectory(launch("ddp", config, part, "--resume", "auto"), whole)
@@ -114,9 +114,9 @@ def test_another_number_of_processes_goes_on_where_the_engine_can(engine, one, t
             refused="was written under one process or DDP",
         )
         return
-    launch(engine, config, part)
+    launch(strategy, config, part)
     shutil.rmtree(part / "checkpoints" / "step-000010")
-    if engine == "fsdp2":
+    if strategy == "fsdp2":
         launch("fsdp2x1", config, part, "--resume", "auto")
         assert_same_trajectory(part, whole)
     else:
@@ -135,10 +135,10 @@ stages:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "engine", [marked(engine) for engine in ("ddp", "fsdp2", "zero2", "zero3")]
+    "strategy", [marked(strategy) for strategy in ("ddp", "fsdp2", "zero2", "zero3")]
 )
-def test_stages_on_two_ranks_give_those_of_one(engine, tmp_path):
-    """The two vectors are read from cut embeddings and written into cut vectors."""
+def test_stages_on_two_ranks_give_those_of_one(strategy, tmp_path):
+    """The two vectors are read from sharded embeddings and written into sharded vectors."""
     config = run_config(tmp_path, training__micro_batch_size=2, training__save_steps=2,
                         loss__policy_weight=1.0, data__eval_sequences=6)  # fmt: skip
     file = tmp_path / "config.yaml"
@@ -147,13 +147,13 @@ def test_stages_on_two_ranks_give_those_of_one(engine, tmp_path):
     assert "\nstages: {}\n" in written
     file.write_text(written.replace("\nstages: {}\n", STAGES))
     whole = launch("one", file, tmp_path / "one")
-    assert_same_trajectory(launch(engine, file, tmp_path / "two"), whole)
+    assert_same_trajectory(launch(strategy, file, tmp_path / "two"), whole)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [marked(engine) for engine in ("fsdp2", "zero2")])
-def test_the_script_for_cpus_starts_two_processes(engine, tmp_path):
-    call = ["bash", "launch/cpu.sh", engine, "configs/tiny.yaml", "--training.max_steps", "2"]
+@pytest.mark.parametrize("strategy", [marked(strategy) for strategy in ("fsdp2", "zero2")])
+def test_the_script_for_cpus_starts_two_processes(strategy, tmp_path):
+    call = ["bash", "launch/cpu.sh", strategy, "configs/tiny.yaml", "--training.max_steps", "2"]
     call += ["--training.save_steps", "2", "--training.output_dir", str(tmp_path / "run")]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Cut weights are gathered once for each layer and pass of a rollout, and nothing else is sent."""
+"""A rollout gathers sharded weights once for each layer and pass, and sends nothing else."""
 
 from collections import Counter
 from unittest.mock import create_autospec
@@ -10,20 +10,20 @@ from tiny import plain_model, random_texts, thinking_model
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quietstar.distributed import ThroughEngine, Trainee
-from quietstar.distributed.fsdp import FullyShardEngine
+from quietstar.distributed import ModelProxy, WrappedModule
+from quietstar.distributed.fsdp import FSDP2Strategy
 
 LAYERS, LENGTH = 3, 4
 
 
 @pytest.fixture
 def sharded():
-    """A model cut over two processes, the other of which is only pretended."""
+    """A model sharded over two processes, the other of which is only pretended."""
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     model = thinking_model(plain_model(num_hidden_layers=LAYERS), thoughts={"length": LENGTH})
     accelerator = create_autospec(Accelerator, instance=True)
     accelerator.device, accelerator.num_processes = torch.device("cpu"), 2
-    yield FullyShardEngine(accelerator).cut(Trainee(model))
+    yield FSDP2Strategy(accelerator).shard(WrappedModule(model))
     torch.distributed.destroy_process_group()
 
 
@@ -42,6 +42,6 @@ class Sent(TorchDispatchMode):
 
 def test_a_rollout_gathers_each_layer_once_a_pass(sharded):
     with Sent() as sent:
-        ThroughEngine(sharded).sample(random_texts(2, 9), num_thoughts=2)
+        ModelProxy(sharded).sample(random_texts(2, 9), num_thoughts=2)
     # The text, the start token and every thought token but the last; the outer weights once.
     assert sent.counts == {"c10d::_allgather_base_": LAYERS * (1 + LENGTH) + 1}

@@ -26,7 +26,7 @@ from quietstar import QuietStarForCausalLM, cli
 from quietstar.config import OptimConfig
 from quietstar.config.loading import load_config
 from quietstar.data import build_data, load_tokenizer
-from quietstar.distributed import Engine
+from quietstar.distributed import Strategy
 from quietstar.errors import UserError
 from quietstar.model.metrics import ThoughtMetrics
 from quietstar.model.outputs import QuietStarOutput
@@ -284,13 +284,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, mon
 
 
 def test_a_gradient_that_is_not_finite_stops_too(tmp_path, monkeypatch):
-    real = Engine.clip
+    real = Strategy.clip
 
     def poisoned(engine, model, clip_norm):
         next(iter(model.parameters())).grad.view(-1)[0] = float("inf")
         return real(engine, model, clip_norm)
 
-    monkeypatch.setattr(Engine, "clip", poisoned)
+    monkeypatch.setattr(Strategy, "clip", poisoned)
     with pytest.raises(UserError, match="gradient norm inf is not finite"):
         train(run_config(tmp_path))
 
@@ -397,7 +397,7 @@ def test_gradient_norms_are_those_of_each_group_before_clipping():
         part = name.split(".")[0]
         group = "embeddings" if part.endswith("_embedding") else part
         squares[group] += parameter.grad.double().square().sum().item()
-    norms = Engine(Accelerator(cpu=True)).clip(model, 1e-3)
+    norms = Strategy(Accelerator(cpu=True)).clip(model, 1e-3)
     assert {n: x.item() for n, x in norms.items()} == pytest.approx(
         {n: x**0.5 for n, x in squares.items()} | {"total": sum(squares.values()) ** 0.5}, rel=1e-5
     )

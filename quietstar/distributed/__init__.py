@@ -1,8 +1,8 @@
-"""What DDP, DeepSpeed and FSDP do differently from one process, a class for each.
+"""How DDP, DeepSpeed and FSDP2 differ from a single process: one strategy class for each.
 
-An engine wraps a module and acts in its forward: it gathers weights that lie in pieces, and gets
-ready for gradients. So everything that reads weights goes through the forward of one outer module,
-the `Trainee`, not only the training step.
+A strategy's wrapper acts in the forward of the module that it wraps: there it gathers sharded
+weights and prepares for gradients. Whatever reads weights must therefore go through the forward of
+one outer module, `WrappedModule`: the training step, evaluations and samples alike.
 """
 
 from __future__ import annotations
@@ -11,25 +11,34 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from quietstar.config import Config
-from quietstar.distributed.base import Engine
-from quietstar.distributed.fsdp import FullyShardEngine, wants_fsdp
-from quietstar.distributed.trainee import ThroughEngine, Trainee
-from quietstar.distributed.zero import DeepSpeedEngine
+from quietstar.distributed.fsdp import FSDP2Strategy, wants_fsdp
+from quietstar.distributed.strategies import Strategy
+from quietstar.distributed.wrapped import GROUPS, Group, ModelProxy, WrappedModule, group_of
+from quietstar.distributed.zero import DeepSpeedStrategy
 
-__all__ = ["Engine", "ThroughEngine", "Trainee", "build_engine", "wants_fsdp"]
+__all__ = [
+    "GROUPS",
+    "Group",
+    "ModelProxy",
+    "Strategy",
+    "WrappedModule",
+    "build_strategy",
+    "group_of",
+    "wants_fsdp",
+]
 
 
-def build_engine(accelerator: Accelerator, config: Config) -> Engine:
-    """The engine of this launch.
+def build_strategy(accelerator: Accelerator, config: Config) -> Strategy:
+    """Returns the strategy of this launch.
 
     Raises:
-        UserError: A way to tune that it cannot serve.
+        UserError: The strategy cannot serve the tuning method.
     """
-    kind = Engine
+    kind = Strategy
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        kind = DeepSpeedEngine
+        kind = DeepSpeedStrategy
     elif wants_fsdp():
-        kind = FullyShardEngine
-    engine = kind(accelerator)
-    engine.check(config)
-    return engine
+        kind = FSDP2Strategy
+    strategy = kind(accelerator)
+    strategy.check(config)
+    return strategy

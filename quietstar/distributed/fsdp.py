@@ -1,7 +1,7 @@
-"""FSDP2: torch's ``fully_shard``, applied here, so that it is the same on GPUs and on CPUs.
+"""FSDP2 by torch's ``fully_shard``, applied here so that it is the same on GPUs and CPUs.
 
-accelerate wraps models for FSDP on GPUs only; its launcher's settings are read all the same.
-Checkpoints are torch's distributed ones, which another number of processes can read.
+accelerate wraps models for FSDP on GPUs only; the settings of its launcher are read all the same.
+Checkpoints are torch's distributed ones, which any number of processes can read.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from quietstar.config import Config
-from quietstar.distributed.base import IN_PIECES, Check, Engine
-from quietstar.distributed.trainee import Trainee
+from quietstar.distributed.strategies import NOT_SHARDED, Check, Strategy
+from quietstar.distributed.wrapped import WrappedModule
 from quietstar.errors import UserError
 from quietstar.model.tuning.bottleneck import decoder_layers
 
-PIECES_FOLDER = "pieces"
+SHARDS_FOLDER = "pieces"
 
 
 def wants_fsdp() -> bool:
-    """Whether this was launched with an FSDP file.
+    """True if the launcher's file asks for FSDP.
 
     Raises:
-        UserError: With FSDP1.
+        UserError: It asks for FSDP1.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
@@ -54,45 +54,45 @@ def wants_fsdp() -> bool:
     return True
 
 
-class FullyShardEngine(Engine):
-    """Weights, gradients and the optimiser's state cut over the processes, layer by layer."""
+class FSDP2Strategy(Strategy):
+    """Shards weights, gradients and the optimizer's state over the processes, layer by layer."""
 
     kind = "fsdp2"
-    in_pieces = True
-    reasons = IN_PIECES
+    sharded = True
+    refused = NOT_SHARDED
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
-        self._trainee: Trainee | None = None
-        self._kept: list[str] = []
+        self._wrapped: WrappedModule | None = None
+        self._trained: list[str] = []
 
     def check(self, config: Config) -> None:
-        """As `Engine.check`; all that trains must be of one type.
+        """As `Strategy.check`; all weights that train must have one dtype.
 
         Raises:
-            UserError: It is not.
+            UserError: The tuning method cannot work, or the dtypes differ.
         """
         super().check(config)
         if config.tuning.method == "full" and config.model.dtype != "float32":
             raise UserError(
-                f"model.dtype: {config.model.dtype} with tuning.method: full cannot be cut by "
-                "fsdp2, which wants one type for all that trains (the mixing head is float32). "
+                f"model.dtype: {config.model.dtype} with tuning.method: full cannot be "
+                "sharded by fsdp2: all that trains must have one dtype (the mixing head: float32). "
                 "Set model.dtype: float32; training.mixed_precision: bf16 computes in bfloat16."
             )
 
     def keep_trainable_only(self, model: nn.Module) -> None:
-        """As `Engine.keep_trainable_only`."""
-        self._kept = [f"model.{n}" for n, p in model.named_parameters() if p.requires_grad]
-        # The weights are saved by `save`: accelerate keeps the rest.
+        """As `Strategy.keep_trainable_only`."""
+        self._trained = [f"model.{n}" for n, p in model.named_parameters() if p.requires_grad]
+        # `save` writes the weights, accelerate the random state.
         self.accelerator.register_save_state_pre_hook(
             lambda models, weights, folder: weights.clear()
         )
         self.accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
-    def cut(self, trainee: Trainee) -> Trainee:
-        """As `Engine.cut`; what was cut for an earlier stage stays as it is."""
-        if self._trainee is not None:
-            return self._trainee
+    def shard(self, wrapped: WrappedModule) -> WrappedModule:
+        """As `Strategy.shard`; later stages go on with the shards of the first."""
+        if self._wrapped is not None:
+            return self._wrapped
         device = self.accelerator.device.type
         if not dist.is_initialized():  # one process
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
@@ -103,37 +103,37 @@ class FullyShardEngine(Engine):
         }
         if _flag("FSDP_OFFLOAD_PARAMS"):
             settings["offload_policy"] = CPUOffloadPolicy()
-        for layer in decoder_layers(trainee.model.causal_lm):
+        for layer in decoder_layers(wrapped.model.causal_lm):
             fully_shard(layer, **settings)
-        fully_shard(trainee, **settings)
-        # On its device already; this gives it autocast.
-        self.accelerator.prepare_model(trainee, device_placement=False, evaluation_mode=True)
-        self._trainee = trainee
-        return trainee
+        fully_shard(wrapped, **settings)
+        # fully_shard has moved it to its device; this only adds autocast.
+        self.accelerator.prepare_model(wrapped, device_placement=False, evaluation_mode=True)
+        self._wrapped = wrapped
+        return wrapped
 
     def prepare(
-        self, trainee: Trainee, optimizer: Optimizer, config: Config
+        self, wrapped: WrappedModule, optimizer: Optimizer, config: Config
     ) -> tuple[nn.Module, Optimizer]:
-        """As they are: `cut` has done it all."""
-        return trainee, optimizer
+        """Returns both as they are: `shard` has done everything."""
+        return wrapped, optimizer
 
     def accumulate(
         self, prepared: nn.Module, last: bool
     ) -> contextlib.AbstractContextManager[object]:
-        """As `Engine.accumulate`."""
-        _sharded(prepared).set_requires_gradient_sync(last)
+        """As `Strategy.accumulate`."""
+        _fsdp(prepared).set_requires_gradient_sync(last)
         return contextlib.nullcontext()
 
     def update(
         self, prepared: nn.Module, optimizer: Optimizer, clip_norm: float, check: Check
     ) -> dict[str, Tensor]:
-        """As `Engine.update`."""
-        _sharded(prepared).reshard()
+        """As `Strategy.update`."""
+        _fsdp(prepared).reshard()
         return super().update(prepared, optimizer, clip_norm, check)
 
     @torch.no_grad()
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """As `Engine.write`, into the piece that this process holds."""
+        """As `Strategy.write`, into the shard that this process holds."""
         if not isinstance(parameter, DTensor):
             parameter.copy_(value)
             return
@@ -141,34 +141,34 @@ class FullyShardEngine(Engine):
         parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
 
     def full_weights(self, prepared: nn.Module) -> dict[str, Tensor] | None:
-        """As `Engine.full_weights`."""
+        """As `Strategy.full_weights`."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(prepared, options=options)
-        whole: dict[str, Any] = {n.removeprefix("model."): w for n, w in weights.items()}
-        return whole
+        full: dict[str, Any] = {n.removeprefix("model."): w for n, w in weights.items()}
+        return full
 
     def save(self, folder: Path, prepared: nn.Module, optimizer: Optimizer) -> None:
-        """As `Engine.save`; pieces go into a folder of their own."""
+        """As `Strategy.save`; the shards go into a folder of their own."""
         super().save(folder, prepared, optimizer)
-        save(self._state(prepared, optimizer), checkpoint_id=folder / PIECES_FOLDER)
+        save(self._state(prepared, optimizer), checkpoint_id=folder / SHARDS_FOLDER)
 
     def load(self, folder: Path, prepared: nn.Module, optimizer: Optimizer) -> None:
-        """As `Engine.load`, whatever the number of processes that saved."""
+        """As `Strategy.load`, for any number of processes."""
         super().load(folder, prepared, optimizer)
         state = self._state(prepared, optimizer)
-        load(state, checkpoint_id=folder / PIECES_FOLDER)  # weights are read in place
+        load(state, checkpoint_id=folder / SHARDS_FOLDER)  # weights are read in place
         set_optimizer_state_dict(prepared, optimizer, state["optimizer"])
 
     def _state(self, prepared: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        _sharded(prepared).reshard()
+        _fsdp(prepared).reshard()
         weights = prepared.state_dict()
         return {
-            "weights": {name: weights[name] for name in self._kept},
+            "weights": {name: weights[name] for name in self._trained},
             "optimizer": get_optimizer_state_dict(prepared, optimizer),
         }
 
 
-def _sharded(prepared: nn.Module) -> FSDPModule:
+def _fsdp(prepared: nn.Module) -> FSDPModule:
     assert isinstance(prepared, FSDPModule), type(prepared)
     return prepared
 

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO: it steps, clips and accumulates by itself, and saves what it holds in pieces."""
+"""DeepSpeed ZeRO, whose engine steps, clips and saves by itself."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quietstar.config import Config
-from quietstar.distributed.base import IN_PIECES, Check, Engine
-from quietstar.distributed.trainee import Trainee
+from quietstar.distributed.strategies import NOT_SHARDED, Check, Strategy
+from quietstar.distributed.wrapped import WrappedModule
 
 
-class DeepSpeedEngine(Engine):
-    """ZeRO-1, 2 and 3, as the launcher's file says."""
+class DeepSpeedStrategy(Strategy):
+    """Runs ZeRO-1, 2 or 3, as the launcher's file says."""
 
     kind = "deepspeed"
-    any_world = False
-    reasons = IN_PIECES
+    reshardable = False
+    refused = NOT_SHARDED
 
     @property
     def _engine(self) -> Any:
@@ -29,23 +29,23 @@ class DeepSpeedEngine(Engine):
 
     @property
     def stage(self) -> int:
-        """Of ZeRO."""
+        """Stage of ZeRO: 1, 2 or 3."""
         plugin = self.accelerator.state.deepspeed_plugin
         assert plugin is not None, "DeepSpeed comes with its plugin"
         return plugin.zero_stage
 
     @property
-    def in_pieces(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether it holds weights in pieces."""
+    def sharded(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """True under ZeRO-3, the one stage that shards weights."""
         return self.stage == 3
 
     def keep_trainable_only(self, model: nn.Module) -> None:
-        """Nothing to do: the engine saves what it holds."""
+        """Does nothing: DeepSpeed's engine saves all that it holds."""
 
     def prepare(
-        self, trainee: Trainee, optimizer: Optimizer, config: Config
+        self, wrapped: WrappedModule, optimizer: Optimizer, config: Config
     ) -> tuple[nn.Module, Optimizer]:
-        """As `Engine.prepare`; DeepSpeed's own file only says how to cut."""
+        """As `Strategy.prepare`; DeepSpeed's own file only says how to shard."""
         plugin = self.accelerator.state.deepspeed_plugin
         assert plugin is not None, "DeepSpeed comes with its plugin"
         settings = plugin.deepspeed_config
@@ -55,26 +55,26 @@ class DeepSpeedEngine(Engine):
         settings["train_batch_size"] = (
             config.training.micro_batch_size * self.accelerator.num_processes
         )
-        prepared = super().prepare(trainee, optimizer, config)
+        prepared = super().prepare(wrapped, optimizer, config)
         if self.stage == 3:
-            _gather_outer_weights(trainee)
+            _gather_outer_weights(wrapped)
         return prepared
 
     def accumulate(
         self, prepared: nn.Module, last: bool
     ) -> contextlib.AbstractContextManager[object]:
-        """Nothing to do: `backward` says which micro-batch is the last."""
+        """Does nothing: `backward` tells the engine which micro-batch is the last."""
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """As `Engine.backward`."""
+        """As `Strategy.backward`."""
         self._engine.set_gradient_accumulation_boundary(is_boundary=last)
         self._engine.backward(loss * self.accelerator.num_processes)
 
     def update(
         self, prepared: nn.Module, optimizer: Optimizer, clip_norm: float, check: Check
     ) -> dict[str, Tensor]:
-        """As `Engine.update`; the norm is known after the step only, and in total only."""
+        """As `Strategy.update`; only the total norm is known, and only after the step."""
         check({})
         self._engine.step()
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.accelerator.device)
@@ -84,7 +84,7 @@ class DeepSpeedEngine(Engine):
 
     @torch.no_grad()
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """As `Engine.write`, also where the parameter lies in pieces."""
+        """As `Strategy.write`, also for a sharded parameter."""
         import deepspeed  # pyright: ignore[reportMissingImports]  (an extra)
 
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
@@ -92,23 +92,24 @@ class DeepSpeedEngine(Engine):
                 parameter.copy_(value)
 
     def full_weights(self, prepared: nn.Module) -> dict[str, Tensor] | None:
-        """As `Engine.full_weights`: ZeRO-3 alone cuts weights."""
+        """As `Strategy.full_weights`: only ZeRO-3 shards weights."""
         if self.stage < 3:
             return None
         weights: Any = self.accelerator.get_state_dict(prepared) or {}
         return {name.removeprefix("model."): weight for name, weight in weights.items()}
 
 
-def _gather_outer_weights(trainee: Trainee) -> None:
-    """Have some weights gathered during the whole of the trainee's forward.
+def _gather_outer_weights(wrapped: WrappedModule) -> None:
+    """Has DeepSpeed gather some weights for the whole forward of the wrapped module.
 
-    The fused cross entropy reads the output layer's weight outside that layer, and a method other
-    than forward the two vectors outside their module's forward.
+    Its hooks gather a weight for the forward of the module that owns it. But the fused cross
+    entropy reads the output layer's weight outside that layer, and methods other than forward read
+    the two vectors outside their module's forward.
     """
     import deepspeed  # pyright: ignore[reportMissingImports]  (an extra)
 
-    model = trainee.model
+    model = wrapped.model
     head = model.output_head
     for weight in (head.weight, head.bias, model.start_embedding, model.end_embedding):
         if weight is not None:
-            deepspeed.zero.register_external_parameter(trainee, weight)
+            deepspeed.zero.register_external_parameter(wrapped, weight)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from quietstar.distributed import Engine
+from quietstar.distributed import Strategy
 from quietstar.errors import UserError
 from quietstar.training.manifest import find_damage, write_manifest
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 STATE_FILE = "trainer_state.json"
 PARTIAL = ".partial"
 LAUNCHERS = {
-    "whole": "one process or DDP (configs/accelerate/ddp.yaml)",
+    "replicated": "one process or DDP (configs/accelerate/ddp.yaml)",
     "deepspeed": "DeepSpeed (configs/accelerate/zero*.yaml)",
     "fsdp2": "FSDP2 (configs/accelerate/fsdp2.yaml)",
 }
@@ -56,7 +56,7 @@ def save_checkpoint(run: Run, step: int) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
     try:
-        run.engine.save(partial, run.model, run.optimizer)
+        run.strategy.save(partial, run.model, run.optimizer)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             _complete(partial, _state(run, step))
@@ -81,13 +81,13 @@ def _complete(folder: Path, state: dict[str, Any]) -> None:
 
 
 def _state(run: Run, step: int) -> dict[str, Any]:
-    engine = run.engine
+    strategy = run.strategy
     return {
         "step": step,
         "stage": run.stage.name,
         "mixed_nll": _nll(run, step),
-        "engine": engine.kind,
-        "num_processes": engine.accelerator.num_processes,
+        "strategy": strategy.kind,
+        "num_processes": strategy.accelerator.num_processes,
     }
 
 
@@ -178,21 +178,23 @@ def check_whole(folder: Path) -> None:
         )
 
 
-def check_world(folder: Path, engine: Engine) -> None:
+def check_world(folder: Path, strategy: Strategy) -> None:
     """Refuse a checkpoint that this launch cannot read.
 
     Raises:
-        UserError: Another engine wrote it, or as many processes as this engine cannot read.
+        UserError: Another strategy wrote it, or as many processes as this strategy cannot read.
     """
     state = read_state(folder)
-    now = engine.accelerator.num_processes
-    kind, processes = state.get("engine", engine.kind), state.get("num_processes", now)
-    if kind != engine.kind:
+    now = strategy.accelerator.num_processes
+    kind = state.get("strategy", state.get("engine", strategy.kind))  # "engine": an older name
+    kind = "replicated" if kind == "whole" else kind
+    processes = state.get("num_processes", now)
+    if kind != strategy.kind:
         raise UserError(
             f"--resume: {folder} was written under {LAUNCHERS[kind]}; this launch, "
-            f"{LAUNCHERS[engine.kind]}, cannot read it. Launch as before."
+            f"{LAUNCHERS[strategy.kind]}, cannot read it. Launch as before."
         )
-    if processes != now and not engine.any_world:
+    if processes != now and not strategy.reshardable:
         raise UserError(
             f"--resume: {folder} was written by {processes} processes under {kind}, which only as "
             f"many can read; there are {now}. Launch {processes}, or train under ddp or fsdp2, "

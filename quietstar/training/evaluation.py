@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from quietstar.data import Batch
-from quietstar.distributed import ThroughEngine
+from quietstar.distributed import ModelProxy
 from quietstar.model.metrics import ThoughtMetrics, as_metrics
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.training.answers import (
@@ -27,7 +27,7 @@ from quietstar.training.answers import (
     right_thoughts,
 )
 
-Thinker = QuietStarForCausalLM | ThroughEngine
+Thinker = QuietStarForCausalLM | ModelProxy
 """A model, or one inside an engine."""
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def evaluate(run: Run) -> dict[str, float]:
         has ``base_nll`` and ``accuracy_without_thoughts`` only.
     """
     accelerator = run.accelerator
-    model = ThroughEngine(run.model)
+    model = ModelProxy(run.model)
     batches, counted = rank_batches(run)
     batches = [batch.to(accelerator.device) for batch in batches]
     passes = 2 if run.stage.thinks else 1

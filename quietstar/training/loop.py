@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from quietstar.attention.layout import IGNORE_INDEX
 from quietstar.config import Config
 from quietstar.data import Batch, EvalData, TrainData
-from quietstar.distributed import Engine
+from quietstar.distributed import Strategy
 from quietstar.errors import Preempted, UserError
 from quietstar.model.metrics import ThoughtMetrics
 from quietstar.model.outputs import QuietStarOutput
@@ -37,8 +37,8 @@ class Run:
     Attributes:
         stage: Which one.
         config: The whole config that holds in it.
-        engine: Wraps the module, exchanges gradients, saves.
-        model: The prepared `Trainee`, perhaps wrapped by the engine.
+        strategy: Wraps the module, exchanges gradients, saves.
+        model: The prepared `WrappedModule`, perhaps wrapped by the strategy.
         optimizer: AdamW with the groups of `quietstar.training.optimizer`.
         scheduler: Of its learning rates.
         train_data: Batches by step.
@@ -50,7 +50,7 @@ class Run:
 
     stage: Stage
     config: Config
-    engine: Engine
+    strategy: Strategy
     model: torch.nn.Module
     optimizer: Optimizer
     scheduler: LRScheduler
@@ -63,7 +63,7 @@ class Run:
     @property
     def accelerator(self) -> Accelerator:
         """Devices, ranks, precision."""
-        return self.engine.accelerator
+        return self.strategy.accelerator
 
 
 def train(run: Run) -> None:
@@ -82,7 +82,7 @@ def train(run: Run) -> None:
         loss, output = accumulate_gradients(run, step)
         done, lr = step + 1, run.optimizer.param_groups[0]["lr"]
         check = partial(check_finite, first + done, loss)
-        norms = run.engine.update(run.model, run.optimizer, run.config.optim.max_grad_norm, check)
+        norms = run.strategy.update(run.model, run.optimizer, run.config.optim.max_grad_norm, check)
         run.scheduler.step()
         run.reporter.step_ends(StepRecord(first + done, loss, output.metrics, norms, lr), output)
         if run.stop.agreed(run.accelerator):
@@ -129,7 +129,7 @@ def accumulate_gradients(run: Run, step: int) -> tuple[Tensor, QuietStarOutput]:
     output = QuietStarOutput()
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
-        with run.engine.accumulate(run.model, last):
+        with run.strategy.accumulate(run.model, last):
             output = run.model(
                 "forward",
                 input_ids=batch.input_ids,
@@ -144,7 +144,7 @@ def accumulate_gradients(run: Run, step: int) -> tuple[Tensor, QuietStarOutput]:
                 think=run.stage.thinks,
             )
             assert output.loss is not None, "forward gives a loss"
-            run.engine.backward(output.loss, last)
+            run.strategy.backward(output.loss, last)
         total += output.loss.detach()
         metrics = output.metrics if metrics is None else metrics + output.metrics
     assert metrics is not None, "a step has at least one micro-batch"

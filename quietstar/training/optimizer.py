@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.optim import AdamW, Optimizer
@@ -11,19 +11,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from quietstar.config import OptimConfig, TuningConfig
+from quietstar.distributed import GROUPS, Group, group_of
 from quietstar.errors import UserError
-
-Group = Literal["language_model", "mixing_head", "embeddings"]
-GROUPS: tuple[Group, ...] = ("language_model", "mixing_head", "embeddings")
-"""Parameter groups, in the optimiser's order; the names are used in logs too."""
-
-
-def group_of(name: str) -> Group:
-    """Group of a parameter of `QuietStarForCausalLM`, perhaps wrapped by an engine."""
-    name = name.removeprefix("module.").removeprefix("model.")
-    if name.startswith("language_model."):
-        return "language_model"
-    return "mixing_head" if name.startswith("mixing_head.") else "embeddings"
 
 
 def build_optimizer(

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.data import Batch
-from quietstar.distributed import ThroughEngine
+from quietstar.distributed import ModelProxy
 from quietstar.model.outputs import Thoughts
 from quietstar.reports import write_report
 from quietstar.training.answers import place_before_answer
@@ -71,7 +71,7 @@ def collect_results(run: Run) -> dict[str, Any]:
 @torch.no_grad()
 def samples(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Thoughts in held-out texts: before the answer, or at some place where there is none."""
-    model = ThroughEngine(run.model)
+    model = ModelProxy(run.model)
     found: list[dict[str, Any]] = []
     for batch in run.eval_data.batches(run.config.training.micro_batch_size):
         if len(found) >= NUM_SAMPLES:

@@ -17,7 +17,7 @@ from quietstar.backbone.compiling import check_compile, compile_layers
 from quietstar.config import Config
 from quietstar.config.loading import save_config
 from quietstar.data import DataReport, EvalData, TrainData, build_data
-from quietstar.distributed import Engine, ThroughEngine, Trainee, build_engine
+from quietstar.distributed import ModelProxy, Strategy, WrappedModule, build_strategy
 from quietstar.errors import UserError
 from quietstar.model.learning import resolve_block_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
@@ -73,9 +73,9 @@ class Job:
     Attributes:
         config: Of the run.
         stages: In order.
-        engine: Wraps the model, exchanges gradients, saves.
+        strategy: Wraps the model, exchanges gradients, saves.
         tokenizer: The model's.
-        model: The model itself, as no engine wraps it.
+        model: The model itself, as no strategy wraps it.
         data: Of each stage.
         schedule: Holds the running stage's learning rate schedule for checkpoints.
         stop: Whether a signal asked for an end.
@@ -83,7 +83,7 @@ class Job:
 
     config: Config
     stages: Sequence[Stage]
-    engine: Engine
+    strategy: Strategy
     tokenizer: PreTrainedTokenizerBase
     model: QuietStarForCausalLM
     data: Sequence[StageData]
@@ -116,11 +116,11 @@ def run_training(config: Config, resume: str | None = None, allow_changes: bool 
         check_free(output_dir, config.training.overwrite_output_dir or begun)
     else:
         remarks += check_same_run(output_dir, config, allow_changes)
-    engine = build_engine(accelerator, config)
+    strategy = build_strategy(accelerator, config)
     if checkpoint is not None:
-        check_world(checkpoint, engine)
+        check_world(checkpoint, strategy)
     steps_done = 0 if checkpoint is None else checkpoint_step(checkpoint)
-    job = set_up(config, engine)
+    job = set_up(config, strategy)
     if accelerator.is_main_process:
         if is_new:
             start_folder(output_dir)
@@ -158,7 +158,7 @@ def _agreed(accelerator: Accelerator, look: Callable[[], T]) -> T:
     return found[0]
 
 
-def set_up(config: Config, engine: Engine) -> Job:
+def set_up(config: Config, strategy: Strategy) -> Job:
     """Load tokenizer, model and data of all stages.
 
     Raises:
@@ -166,8 +166,8 @@ def set_up(config: Config, engine: Engine) -> Job:
     """
     stages = plan_stages(config)
     for stage in stages:
-        check_batch(stage.config, engine.accelerator.num_processes)
-    check_compile(config.training.torch_compile, engine.in_pieces)
+        check_batch(stage.config, strategy.accelerator.num_processes)
+    check_compile(config.training.torch_compile, strategy.sharded)
     set_seed(config.training.seed)
     hub = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     tokenizer = find_tokenizer(config, hub)
@@ -180,15 +180,15 @@ def set_up(config: Config, engine: Engine) -> Job:
             check_steps(stage.config, eval_data)
     model.block_tokens = resolve_block_tokens(
         config.training.learn_chunk_tokens,
-        engine.accelerator.device.type,
-        engine.in_pieces,
+        strategy.accelerator.device.type,
+        strategy.sharded,
         config.training.gradient_checkpointing,
     )
     if config.training.torch_compile:
         compile_layers(model.causal_lm)
-    engine.keep_trainable_only(model)
-    job = Job(config, stages, engine, tokenizer, model, data)
-    engine.accelerator.register_for_checkpointing(job.schedule)
+    strategy.keep_trainable_only(model)
+    job = Job(config, stages, strategy, tokenizer, model, data)
+    strategy.accelerator.register_for_checkpointing(job.schedule)
     return job
 
 
@@ -208,28 +208,28 @@ def run_stage(
         checkpoint: Inside this stage, to go on from.
         previous: The stage before, at its end.
     """
-    engine, config = job.engine, stage.config
+    strategy, config = job.strategy, stage.config
     begin_stage(job.model, stage)
     vectors = ()
     if stage.starts_thinking and previous is not None:
         # Now, when the embeddings have learned what the texts mean.
-        vectors = ThroughEngine(previous.model).initial_vectors(job.tokenizer)
-    engine.release()
-    trainee = engine.cut(Trainee(job.model))
+        vectors = ModelProxy(previous.model).initial_vectors(job.tokenizer)
+    strategy.free_memory()
+    wrapped = strategy.shard(WrappedModule(job.model))
     for name, vector in zip(("start_embedding", "end_embedding"), vectors, strict=bool(vectors)):
-        engine.write(getattr(job.model, name), vector)
+        strategy.write(getattr(job.model, name), vector)
     optimizer = build_optimizer(job.model, config.optim, config.tuning)
     scheduler = build_scheduler(optimizer, config.optim, config.training.max_steps)
     job.schedule.scheduler = scheduler
-    prepared, optimizer = engine.prepare(trainee, optimizer, config)
+    prepared, optimizer = strategy.prepare(wrapped, optimizer, config)
     start_step = 0
     if checkpoint is not None:
-        engine.load(checkpoint, prepared, optimizer)
+        strategy.load(checkpoint, prepared, optimizer)
         start_step = checkpoint_step(checkpoint) - stage.first_step
     train_data, eval_data, report = job.data[stage.index]
     reporter.begin_stage(stage, [report.summary(), describe(job.model, stage)])
     prepared.train()
-    run = Run(stage, config, engine, prepared, optimizer, scheduler,
+    run = Run(stage, config, strategy, prepared, optimizer, scheduler,
               train_data, eval_data, reporter, start_step, job.stop)  # fmt: skip
     train(run)
     return run
@@ -237,9 +237,9 @@ def run_stage(
 
 def finish(job: Job, run: Run, reporter: Reporter, seconds: float) -> Path:
     """Save the final model, results and report; returns the model's folder."""
-    accelerator, output_dir = job.engine.accelerator, Path(job.config.training.output_dir)
+    accelerator, output_dir = job.strategy.accelerator, Path(job.config.training.output_dir)
     final = output_dir / FINAL_FOLDER
-    weights = job.engine.full_weights(run.model)
+    weights = job.strategy.full_weights(run.model)
     if accelerator.is_main_process:
         job.model.save_pretrained(final, job.tokenizer, weights=weights)
     write_results(run, job.tokenizer, seconds)

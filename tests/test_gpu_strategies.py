@@ -27,39 +27,39 @@ ONE_BILLION = {
 }
 
 
-def launch_on_gpus(engine, config, folder):
+def launch_on_gpus(strategy, config, folder):
     """Run the config on all GPUs (``single``: one); returns its training metrics."""
     save_config(config, folder / "config.yaml")
-    processes = 1 if engine == "single" else torch.cuda.device_count()
+    processes = 1 if strategy == "single" else torch.cuda.device_count()
     module = "accelerate.commands.accelerate_cli"
-    file = ["--config_file", f"configs/accelerate/{engine}.yaml"]
+    file = ["--config_file", f"configs/accelerate/{strategy}.yaml"]
     call = [sys.executable, "-m", module, "launch", *file, "--num_processes", str(processes)]
     call += ["train.py", "--config", str(folder / "config.yaml")]
-    call += ["--training.output_dir", str(folder / engine)]
+    call += ["--training.output_dir", str(folder / strategy)]
     done = subprocess.run(call, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return read_metrics(folder / engine, "train")
+    return read_metrics(folder / strategy, "train")
 
 
-@pytest.mark.parametrize("engine", [marked(e) for e in ("ddp", "fsdp2", "zero2", "zero3")])
-def test_engines_give_the_losses_of_one_gpu(engine, tmp_path):
+@pytest.mark.parametrize("strategy", [marked(e) for e in ("ddp", "fsdp2", "zero2", "zero3")])
+def test_strategies_give_the_losses_of_one_gpu(strategy, tmp_path):
     micro = 8 // torch.cuda.device_count()
     config = run_config(tmp_path, training__micro_batch_size=micro, loss__policy_weight=1.0)
     whole = launch_on_gpus("single", config, tmp_path)
-    ours = launch_on_gpus(engine, config, tmp_path)
+    ours = launch_on_gpus(strategy, config, tmp_path)
     for record, wanted in zip(ours, whole, strict=True):
         for key in ("loss", "grad_norm_total"):
             assert record[key] == pytest.approx(wanted[key], rel=1e-4), (record["step"], key)
 
 
-@pytest.mark.parametrize("engine", [marked(e) for e in ("fsdp2", "zero3")])
-def test_a_billion_parameters_train_in_bfloat16(engine, tmp_path):
+@pytest.mark.parametrize("strategy", [marked(e) for e in ("fsdp2", "zero3")])
+def test_a_billion_parameters_train_in_bfloat16(strategy, tmp_path):
     size = torch.cuda.device_count()
     config = run_config(
         tmp_path, model__config=ONE_BILLION, training__mixed_precision="bf16",
         optim__learning_rate=1e-4,
         training__global_batch_size=size, training__micro_batch_size=1, data__seq_len=64,
     )  # fmt: skip
-    losses = [record["loss"] for record in launch_on_gpus(engine, config, tmp_path)]
+    losses = [record["loss"] for record in launch_on_gpus(strategy, config, tmp_path)]
     assert all(loss < 20 for loss in losses), losses
     assert losses[-1] < losses[0]

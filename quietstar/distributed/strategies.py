@@ -1,9 +1,9 @@
-"""One process, and DDP: every process holds everything."""
+"""The strategy of one process and of DDP, where every process holds all weights; base of others."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -14,63 +14,61 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quietstar.config import Config
-from quietstar.distributed.trainee import Trainee
+from quietstar.distributed.wrapped import GROUPS, WrappedModule, group_of
 from quietstar.errors import UserError
-from quietstar.training.optimizer import GROUPS, group_of
 
 WEIGHTS_FILE = "trainable.safetensors"
-IN_PIECES = {
-    "galore": "projects whole gradients, which lie in pieces",
-    "qlora": "keeps 4-bit weights, which cannot be cut",
+NOT_SHARDED = {
+    "galore": "projects whole gradients, which are sharded",
+    "qlora": "keeps 4-bit weights, which cannot be sharded",
 }
-"""Ways to tune that engines refuse which cut weights or gradients, and why."""
+"""Tuning methods that sharding strategies refuse, and why."""
 FOUR_BIT_DEVICES = ("cpu", "cuda", "xpu")
-"""Where gradients flow through 4-bit weights."""
+"""Devices on which gradients flow through 4-bit weights."""
 
 
 @runtime_checkable
 class Check(Protocol):
-    """Raises if the weights must not change, or should not have."""
+    """Raises if the weights must not change, or should not have changed."""
 
     def __call__(self, norms: Mapping[str, Tensor], *, stepped: bool = False) -> None:
         """See `quietstar.training.loop.check_finite`."""
         ...
 
 
-class Engine:
-    """How a run's module is wrapped, its gradients exchanged, its state saved.
+class Strategy:
+    """Wraps a run's module, exchanges its gradients and saves its state.
 
     Args:
-        accelerator: Of the run.
+        accelerator: The run's accelerator.
 
     Attributes:
-        kind: Written into checkpoints; those of one kind are not read by another.
-        any_world: Whether its checkpoints can be read by another number of processes.
+        kind: Name that checkpoints carry; those of another kind are refused.
+        reshardable: True if any number of processes can read its checkpoints.
+        sharded: True if no process holds all weights.
+        refused: Tuning methods that cannot work, and why.
     """
 
-    kind: ClassVar[str] = "whole"
-    any_world: ClassVar[bool] = True
-    in_pieces: bool = False
-    """Whether it holds weights in pieces."""
-    reasons: ClassVar[Mapping[str, str]] = {}
-    """Ways to tune that cannot work, and why."""
+    kind: ClassVar[str] = "replicated"
+    reshardable: ClassVar[bool] = True
+    sharded: bool = False
+    refused: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
 
     def check(self, config: Config) -> None:
-        """Refuse a way to tune that cannot work.
+        """Refuses a tuning method that cannot work.
 
         Raises:
-            UserError: It cannot; the message says why.
+            UserError: The method cannot work; the message says why.
         """
-        method = config.tuning.method
-        if method in self.reasons:
+        method, device = config.tuning.method, self.accelerator.device.type
+        if method in self.refused:
             raise UserError(
-                f"tuning.method: {method} {self.reasons[method]} under {self.kind}. "
+                f"tuning.method: {method} {self.refused[method]} under {self.kind}. "
                 "Launch with configs/accelerate/ddp.yaml, or set tuning.method: lora."
             )
-        device = self.accelerator.device.type
         if method == "qlora" and device not in FOUR_BIT_DEVICES:
             raise UserError(
                 f"tuning.method: qlora has no 4-bit weights on {device}, only on "
@@ -81,70 +79,74 @@ class Engine:
     # --- Wrapping ---------------------------------------------------------------------------------
 
     def keep_trainable_only(self, model: nn.Module) -> None:
-        """Make checkpoints hold what trains in any stage; frozen weights come from the base model.
+        """Makes checkpoints hold the weights that train in any stage, and no frozen ones.
 
         Call it before a stage freezes anything.
         """
         names = [name for name, p in model.named_parameters() if p.requires_grad]
 
         def save(models: list[nn.Module], weights: list[dict], folder: str) -> None:
-            weights.clear()  # tells accelerate that the weights are taken care of
+            weights.clear()  # accelerate then writes none itself
             if self.accelerator.is_main_process:
-                kept = {n: p.detach().contiguous() for n, p in _named(model, names)}
-                save_file(kept, Path(folder) / WEIGHTS_FILE)
+                parameters = dict(model.named_parameters())
+                trained = {n: parameters[n].detach().contiguous() for n in names}
+                save_file(trained, Path(folder) / WEIGHTS_FILE)
 
         def load(models: list[nn.Module], folder: str) -> None:
             models.clear()
-            weights = load_file(Path(folder) / WEIGHTS_FILE)
-            for name, parameter in _named(model, names):
-                parameter.data.copy_(weights[name])
+            parameters, weights = (
+                dict(model.named_parameters()),
+                load_file(Path(folder) / WEIGHTS_FILE),
+            )
+            for name in names:
+                parameters[name].data.copy_(weights[name])
 
         self.accelerator.register_save_state_pre_hook(save)
         self.accelerator.register_load_state_pre_hook(load)
 
-    def release(self) -> None:
-        """Let go of the stage before."""
+    def free_memory(self) -> None:
+        """Frees the wrapper and optimizer of the previous stage."""
         self.accelerator.free_memory()
 
-    def cut(self, trainee: Trainee) -> Trainee:
-        """Cut the weights in place, before an optimiser sees them; returns what to prepare."""
-        return trainee
+    def shard(self, wrapped: WrappedModule) -> WrappedModule:
+        """Shards the weights in place, before an optimizer is built; returns what to prepare."""
+        return wrapped
 
     def prepare(
-        self, trainee: Trainee, optimizer: Optimizer, config: Config
+        self, wrapped: WrappedModule, optimizer: Optimizer, config: Config
     ) -> tuple[nn.Module, Optimizer]:
-        """The engine around the trainee, and the optimiser that goes with it."""
-        return self.accelerator.prepare(trainee, optimizer)
+        """Returns the module with the strategy's wrapper, and the optimizer that fits it."""
+        return self.accelerator.prepare(wrapped, optimizer)
 
     # --- A step -----------------------------------------------------------------------------------
 
     def accumulate(
         self, prepared: nn.Module, last: bool
     ) -> contextlib.AbstractContextManager[object]:
-        """Context of one micro-batch: gradients are exchanged after the last one only."""
+        """Opens the context of one micro-batch: only the last one exchanges gradients."""
         return contextlib.nullcontext() if last else self.accelerator.no_sync(prepared)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Backward of a micro-batch's part of the loss.
+        """Runs backward for a micro-batch's part of the step's loss.
 
-        Engines average gradients over processes; the parts are to be added up, so the factor undoes
-        it.
+        The wrappers average gradients over processes, but these parts must be summed: the factor
+        undoes the division.
         """
         self.accelerator.backward(loss * self.accelerator.num_processes)
 
     def update(
         self, prepared: nn.Module, optimizer: Optimizer, clip_norm: float, check: Check
     ) -> dict[str, Tensor]:
-        """Clip and take the optimiser's step.
+        """Clips the gradients and takes the optimizer's step.
 
         Args:
-            prepared: The engine around the `Trainee`.
-            optimizer: As prepared.
-            clip_norm: Longest gradient.
-            check: Called with the norms before the weights change where that can be.
+            prepared: The module that `prepare` returned.
+            optimizer: The optimizer that `prepare` returned.
+            clip_norm: Largest norm of the whole gradient.
+            check: Callback that gets the norms, before the weights change where that is possible.
 
         Returns:
-            The gradient norms before clipping, of each group where they are known, and ``total``.
+            Gradient norms before clipping: ``total``, and one a group where they are known.
         """
         norms = self.clip(prepared, clip_norm)
         check(norms)
@@ -153,7 +155,7 @@ class Engine:
         return norms
 
     def clip(self, prepared: nn.Module, clip_norm: float) -> dict[str, Tensor]:
-        """Gradient norm of each group and in total, before clipping; then clip."""
+        """Clips the gradients; returns the norms before, of each group and in total."""
         by_group: dict[str, list[Tensor]] = {group: [] for group in GROUPS}
         for name, parameter in prepared.named_parameters():
             if parameter.grad is not None:
@@ -165,35 +167,28 @@ class Engine:
         return norms
 
     # --- Weights and checkpoints ------------------------------------------------------------------
+    # All processes must call these together.
 
     @torch.no_grad()
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Give a parameter another value, before `prepare`. To be called on all processes."""
+        """Gives a parameter another value, before `prepare`."""
         parameter.copy_(value)
 
     def full_weights(self, prepared: nn.Module) -> dict[str, Tensor] | None:
-        """All weights of the model in one piece on the main process; None where they are so anyway.
-
-        To be called on all processes.
-        """
+        """Gathers sharded weights on the main process; None where every process has them all."""
         return None
 
     def save(self, folder: Path, prepared: nn.Module, optimizer: Optimizer) -> None:
-        """Write weights, optimiser, schedule and random state. To be called on all processes."""
+        """Writes weights, optimizer and random state."""
         self.accelerator.save_state(str(folder), safe_serialization=True)
 
     def load(self, folder: Path, prepared: nn.Module, optimizer: Optimizer) -> None:
-        """Read what `save` wrote. To be called on all processes."""
+        """Reads what `save` wrote."""
         self.accelerator.load_state(str(folder))
 
 
-def _named(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, nn.Parameter]]:
-    parameters = dict(model.named_parameters())
-    return ((name, parameters[name]) for name in names)
-
-
 def _norm(gradients: list[Tensor]) -> Tensor:
-    """Euclidean norm over all of them, and over all processes that hold pieces."""
+    """Returns the Euclidean norm over all gradients, and over all shards of each."""
     norm = torch.nn.utils.get_total_norm(gradients)
-    full = getattr(norm, "full_tensor", None)  # of a distributed tensor
-    return norm if full is None else full()
+    full_tensor = getattr(norm, "full_tensor", None)  # only a DTensor has it
+    return norm if full_tensor is None else full_tensor()
