@@ -31,7 +31,7 @@ def test_each_variant_changes_one_thing(tmp_path):
     assert full.training.seed == 5
     assert full.thoughts == stage.thoughts
     assert full.loss == stage.loss
-    assert no_thoughts.training.objective == "next_token"
+    assert no_thoughts.loss.objective == "next_token"
     assert no_thoughts.training.max_steps == matched_steps(stage)
     assert (pause.thoughts.sampler, pause.loss.policy_weight) == ("pause", 0.0)
     assert pause.training.max_steps == full.training.max_steps

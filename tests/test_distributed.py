@@ -126,10 +126,11 @@ def test_another_number_of_processes_goes_on_where_the_strategy_can(strategy, on
 STAGES = """
 stages:
   reads:
-    training: {objective: next_token, steps: 3}
+    loss: {objective: next_token}
+    training: {max_steps: 3}
   thinks:
     thoughts: {length: 3}
-    training: {steps: 4}
+    training: {max_steps: 4}
 """
 
 

@@ -22,7 +22,7 @@ def staged_config(folder, **changes):
             "train": "synthetic:moves",
             "format": "qa",
             "template": "{question} {answer}",
-            "rationale_field": "steps",
+            "rationale_field": "rationale",
             "size": 64,
             "seq_len": 20,
             "eval_sequences": 8,
@@ -42,7 +42,7 @@ def staged_config(folder, **changes):
         },
         "logging": {"report_to": [], "thought_steps": 0},
         "stages": {
-            "pretrain": {"training": {"objective": "next_token", "max_steps": 4}},
+            "pretrain": {"loss": {"objective": "next_token"}, "training": {"max_steps": 4}},
             "think": {"training": {"max_steps": 3}, "optim": {"learning_rate": 0.002}},
         },
     }
@@ -151,7 +151,7 @@ def test_resume_is_exact_inside_and_between_stages(whole, tmp_path, step):
 def test_earlier_stages_keep_their_steps_on_resume(whole):
     changed = staged_config(whole)
     stages = {name: dict(part) for name, part in changed.stages.items()}
-    stages["pretrain"] = {"training": {"objective": "next_token", "max_steps": 5}}
+    stages["pretrain"] = {"loss": {"objective": "next_token"}, "training": {"max_steps": 5}}
     with pytest.raises(UserError, match=r"stages.pretrain.training.max_steps was 4, is 5"):
         run_training(changed.model_copy(update={"stages": stages}), resume="auto")
 
@@ -201,9 +201,10 @@ TWO = (
     + """
 stages:
   first:
-    training: {objective: next_token, steps: 5}
+    loss: {objective: next_token}
+    training: {max_steps: 5}
   second:
-    training: {steps: 7}
+    training: {max_steps: 7}
     thoughts: {length: 3}
 """
 )

@@ -25,7 +25,7 @@ def test_every_move_is_one_permutation_of_the_places():
     meaning = {}
     for record in problems(MovesOptions(num_steps=3), size=2000):
         start, moves = bare(record)
-        places = [start, *record["steps"].split()]
+        places = [start, *record["rationale"].split()]
         assert record["answer"] == places[-1]
         for move, before, after in zip(moves, places, places[1:], strict=False):
             assert meaning.setdefault((move, before), after) == after
@@ -47,7 +47,7 @@ def test_asides_come_in_the_shares_asked_for():
     options = MovesOptions(aside_share=0.5, worked_share=0.2)
     records = problems(options, 4000)
     asides = [r for r in records if DASH in r["question"]]
-    worked = [r for r in asides if f"{DASH} {r['steps']} {DASH}" in r["question"]]
+    worked = [r for r in asides if f"{DASH} {r['rationale']} {DASH}" in r["question"]]
     assert len(asides) / len(records) == pytest.approx(0.5, abs=0.03)
     assert len(worked) / len(asides) == pytest.approx(0.2, abs=0.03)
     chatter = next(r for r in asides if r not in worked)["question"].split(DASH)[1].split()
@@ -76,7 +76,7 @@ def test_one_token_a_word():
 def test_batches_mark_answers_and_carry_steps():
     config = DataConfig(
         train="synthetic:moves", format="qa", template="{question} {answer}",
-        rationale_field="steps", seq_len=26, size=50, eval_sequences=8,
+        rationale_field="rationale", seq_len=26, size=50, eval_sequences=8,
         task_options={"aside_share": 1.0, "worked_share": 1.0},
     )  # fmt: skip
     tokenizer = load_tokenizer("synthetic:moves")
@@ -84,8 +84,8 @@ def test_batches_mark_answers_and_carry_steps():
     batch = train.batch(0, 4)
     assert batch.answers.sum(1).tolist() == [1] * 4
     for row in range(4):
-        assert batch.input_ids[row][batch.answers[row]] == batch.steps[row][-1]
-    assert all(batch.steps.shape[1] == 4 for batch in held_out.batches(4))
+        assert batch.input_ids[row][batch.answers[row]] == batch.rationale[row][-1]
+    assert all(batch.rationale.shape[1] == 4 for batch in held_out.batches(4))
 
 
 @pytest.mark.parametrize(
@@ -116,11 +116,11 @@ def test_steps_of_a_chain_sum_go_from_left_to_right():
 def test_asides_of_sums_work_out_the_answer_or_chatter():
     options = SumsOptions(min_terms=3, max_terms=4, aside_share=0.8, worked_share=0.5)
     records = list(sums_records(options, 500, 0, False))
-    worked = [r for r in records if f"({r['steps']})" in r["question"]]
+    worked = [r for r in records if f"({r['rationale']})" in r["question"]]
     asides = [r for r in records if "(" in r["question"]]
     assert 0.7 < len(asides) / len(records) < 0.9
     assert 0.4 < len(worked) / len(asides) < 0.6
-    assert all(r["steps"].rpartition("=")[2] == r["answer"] for r in records)
+    assert all(r["rationale"].rpartition("=")[2] == r["answer"] for r in records)
     held_out = list(sums_records(options, 50, 0, True))
     assert not any("(" in r["question"] for r in held_out)
 
@@ -128,11 +128,11 @@ def test_asides_of_sums_work_out_the_answer_or_chatter():
 def test_problems_of_reasoning_gym_carry_steps_where_they_are_asked_for():
     config = DataConfig(
         train="reasoning_gym:chain_sum", format="qa", template="{question} {answer}",
-        rationale_field="steps", seq_len=160, size=20, eval_sequences=4,
+        rationale_field="rationale", seq_len=160, size=20, eval_sequences=4,
         task_options={"max_terms": 4, "max_digits": 1},
     )  # fmt: skip
     batch = build_data(config, load_tokenizer("bytes"), 0)[0].batch(0, 2)
-    assert (batch.steps >= 0).any(1).all()
+    assert (batch.rationale >= 0).any(1).all()
     wrong = config.model_copy(update={"train": "reasoning_gym:gcd", "task_options": {}})
-    with pytest.raises(UserError, match="'steps' needs problems with steps"):
+    with pytest.raises(UserError, match="'rationale' needs problems with steps"):
         build_data(wrong, load_tokenizer("bytes"), 0)

@@ -87,7 +87,7 @@ SUMS = {
     "data__train": "synthetic:sums",
     "data__format": "qa",
     "data__template": "{question} {answer}",
-    "data__rationale_field": "steps",
+    "data__rationale_field": "rationale",
     "data__size": 50,
     "data__task_options": {"min_terms": 3, "max_terms": 3},
     "data__seq_len": 28,

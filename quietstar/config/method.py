@@ -180,6 +180,10 @@ class MixingHeadConfig(Section):
 class LossConfig(Section):
     """The terms of the loss, and the estimator of the policy gradient."""
 
+    objective: Literal["quiet_star", "next_token"] = Field(
+        default="quiet_star",
+        description="Learn to think, or plain language modelling without thoughts.",
+    )
     base_weight: float = Field(
         default=0.3,
         ge=0,

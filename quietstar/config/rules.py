@@ -68,7 +68,7 @@ def _model_rules(config: Config) -> Iterator[CrossFieldProblem]:
 
 def _thought_rules(config: Config) -> Iterator[CrossFieldProblem]:
     thoughts, loss = config.thoughts, config.loss
-    if config.training.objective == "next_token":
+    if config.loss.objective == "next_token":
         return
     if thoughts.sampler == "pause" and loss.policy_weight > 0:
         yield CrossFieldProblem(
@@ -167,7 +167,7 @@ def _mixing_head_rules(config: Config) -> Iterator[CrossFieldProblem]:
 
 
 def _loss_rules(config: Config) -> Iterator[CrossFieldProblem]:
-    if config.training.objective == "next_token":
+    if config.loss.objective == "next_token":
         return
     weights = {
         f"loss.{name}": value

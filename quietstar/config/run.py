@@ -137,10 +137,6 @@ class OptimConfig(Section):
 class TrainingConfig(Section):
     """The loop: steps, batch, precision, evaluations, checkpoints."""
 
-    objective: Literal["quiet_star", "next_token"] = Field(
-        default="quiet_star",
-        description="Learn to think, or plain language modelling without thoughts.",
-    )
     max_steps: int = Field(default=1000, ge=1, description="Optimiser steps.")
     global_batch_size: int = Field(
         default=8,

@@ -37,7 +37,7 @@ class Batch:
         labels: The id where the token is a target, -100 elsewhere; not shifted.
         sample_ids: Index of each sample in the run (or in the evaluation).
         answers: True at a token of an answer.
-        steps: Tokens of the steps to the answer, -100 behind them.
+        rationale: Tokens of the gold reasoning, -100 behind them.
     """
 
     input_ids: Int[Tensor, "batch seq"]
@@ -45,7 +45,7 @@ class Batch:
     labels: Int[Tensor, "batch seq"]
     sample_ids: Int[Tensor, " batch"]
     answers: Bool[Tensor, "batch seq"]
-    steps: Int[Tensor, "batch steps"]
+    rationale: Int[Tensor, "batch rationale"]
 
     def to(self, device: torch.device) -> "Batch":
         """Returns the same batch on another device."""
@@ -147,8 +147,8 @@ def collate(
     ids = np.full(shape, pad_id, np.int64)
     labels = np.full(shape, IGNORED, np.int64)
     mask, answers = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
-    longest = max((len(sample.steps) for sample in samples), default=0)
-    steps = np.full((len(samples), longest), IGNORED, np.int64)
+    longest = max((len(sample.rationale) for sample in samples), default=0)
+    rationale = np.full((len(samples), longest), IGNORED, np.int64)
     for row, sample in enumerate(samples):
         length = len(sample)
         assert length <= seq_len, f"sample of {length} tokens in a batch of width {seq_len}"
@@ -156,14 +156,14 @@ def collate(
         mask[row, :length] = True
         labels[row, :length] = np.where(sample.targets, sample.ids, IGNORED)
         answers[row, :length] = sample.answers
-        steps[row, : len(sample.steps)] = sample.steps
+        rationale[row, : len(sample.rationale)] = sample.rationale
     return Batch(
         torch.from_numpy(ids),
         torch.from_numpy(mask),
         torch.from_numpy(labels),
         torch.tensor(list(sample_ids), dtype=torch.int64),
         torch.from_numpy(answers),
-        torch.from_numpy(steps),
+        torch.from_numpy(rationale),
     )
 
 

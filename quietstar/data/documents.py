@@ -28,7 +28,7 @@ ENCODED = Features(
         "targets": List(Value("bool")),
         "answers": List(Value("bool")),
         "answer_start": Value("int64"),
-        "steps": List(Value("int32")),
+        "rationale": List(Value("int32")),
     }
 )
 
@@ -73,8 +73,8 @@ class EncodedTable:
         """Returns one document."""
         row: Any = self._table[int(index)]
         targets, answers = _bools(row["targets"]), _bools(row["answers"])
-        start, steps = int(row["answer_start"]), _ids(row["steps"])
-        return Encoded(_ids(row["ids"]), targets, answers, start, steps)
+        start, rationale = int(row["answer_start"]), _ids(row["rationale"])
+        return Encoded(_ids(row["ids"]), targets, answers, start, rationale)
 
     def select(self, indices: Int[np.ndarray, " chosen"]) -> "EncodedTable":
         """Returns the documents at these indices."""
@@ -164,7 +164,7 @@ def _columns(encoded: Sequence[Encoded]) -> dict[str, list[Any]]:
         "targets": [document.targets for document in encoded],
         "answers": [document.answers for document in encoded],
         "answer_start": [document.answer_start for document in encoded],
-        "steps": [document.steps for document in encoded],
+        "rationale": [document.rationale for document in encoded],
     }
 
 

@@ -26,14 +26,14 @@ class Encoded:
         targets: True where the token is to be predicted.
         answers: True where the token belongs to an answer, what the template adds apart.
         answer_start: Index of the first token of the (last) answer; -1 where there is none.
-        steps: Tokens of the steps to the answer, which no text shows.
+        rationale: Tokens of the gold reasoning, which no text shows.
     """
 
     ids: Int[np.ndarray, " tokens"]
     targets: Bool[np.ndarray, " tokens"]
     answers: Bool[np.ndarray, " tokens"]
     answer_start: int = -1
-    steps: Int[np.ndarray, " steps"] = field(default_factory=lambda: np.zeros(0, np.int32))
+    rationale: Int[np.ndarray, " rationale"] = field(default_factory=lambda: np.zeros(0, np.int32))
 
     def __len__(self) -> int:
         """Returns the number of tokens."""
@@ -44,7 +44,7 @@ class Encoded:
         stop = start + length
         cut = slice(start, stop)
         kept = self.answer_start - start if self.answer_start >= start else -1
-        return Encoded(self.ids[cut], self.targets[cut], self.answers[cut], kept, self.steps)
+        return Encoded(self.ids[cut], self.targets[cut], self.answers[cut], kept, self.rationale)
 
     def without_targets(self, first: int) -> "Encoded":
         """The same with none of the `first` tokens as target."""
@@ -99,16 +99,16 @@ class Encoder:
         checked = [read_record(record, self._layout, "data") for record in records]
         filled = [record for record in checked if not is_empty(record)]
         encoded = self._encode([self._segments(record) for record in filled])
-        in_order = iter(self._with_steps(encoded, filled))
+        in_order = iter(self._with_rationale(encoded, filled))
         return [EMPTY if is_empty(record) else next(in_order) for record in checked]
 
-    def _with_steps(self, encoded: list[Encoded], records: list[Record]) -> list[Encoded]:
-        if not records or "steps" not in records[0]:
+    def _with_rationale(self, encoded: list[Encoded], records: list[Record]) -> list[Encoded]:
+        if not records or "rationale" not in records[0]:
             return encoded
-        texts = [record["steps"] for record in records]
+        texts = [record["rationale"] for record in records]
         all_ids: Any = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         pairs = zip(encoded, all_ids, strict=True)
-        return [replace(one, steps=np.asarray(ids, np.int32)) for one, ids in pairs]
+        return [replace(one, rationale=np.asarray(ids, np.int32)) for one, ids in pairs]
 
     def _segments(self, record: Record) -> list[Segment]:
         if self._layout.format == "text":

@@ -1,7 +1,7 @@
 """Records: raw text, questions with answers, and chats, checked as they are read.
 
-A record is a dict with canonical fields: `text`; or `question` and `answer`, perhaps `steps`; or
-`messages` (dicts with `role` and `content`).
+A record is a dict with canonical fields: `text`; or `question` and `answer`, perhaps `rationale`;
+or `messages` (dicts with `role` and `content`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,8 +36,10 @@ class Layout:
         if config.format == "chat":
             return cls("chat", (("messages", config.messages_field),))
         fields = (("question", config.question_field), ("answer", config.answer_field))
-        steps = () if config.rationale_field is None else (("steps", config.rationale_field),)
-        return cls("qa", fields + steps)
+        rationale = (
+            () if config.rationale_field is None else (("rationale", config.rationale_field),)
+        )
+        return cls("qa", fields + rationale)
 
     @property
     def canonical(self) -> "Layout":

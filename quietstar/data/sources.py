@@ -195,19 +195,19 @@ _STEPS: dict[str, Callable[[str], str]] = {"chain_sum": chain_sum_steps}
 """From a question of a reasoning_gym task to the steps to its answer."""
 
 
-def _check_steps_field(config: DataConfig) -> None:
-    if config.rationale_field not in (None, "steps"):
+def _check_rationale_field(config: DataConfig) -> None:
+    if config.rationale_field not in (None, "rationale"):
         raise UserError(
             f"data.rationale_field: {config.rationale_field!r} is no "
             "field of generated problems: set"
-            " data.rationale_field: steps, or leave it out"
+            " data.rationale_field: rationale, or leave it out"
         )
 
 
 def _gym_steps(label: str, task: str, config: DataConfig) -> Callable[[str], str] | None:
     if config.rationale_field is None:
         return None
-    _check_steps_field(config)
+    _check_rationale_field(config)
     if task not in _STEPS:
         raise UserError(
             f"data.rationale_field: {config.rationale_field!r} needs "
@@ -224,8 +224,8 @@ def _gym_rows(
     for problem in problems:
         question, answer = str(problem["question"]), str(problem["answer"] or "")
         if record_format == "qa":
-            steps = {} if steps_of is None else {"steps": steps_of(question)}
-            yield {"question": question, "answer": answer, **steps}
+            rationale = {} if steps_of is None else {"rationale": steps_of(question)}
+            yield {"question": question, "answer": answer, **rationale}
         elif record_format == "text":
             yield {"text": f"{question}\n{answer}" if answer else ""}
         else:
@@ -237,7 +237,7 @@ def _gym_rows(
 def _open_synthetic(
     label: str, task: str, config: DataConfig, seed: int, size: int, held_out: bool
 ) -> Source:
-    _check_steps_field(config)
+    _check_rationale_field(config)
     records = synthetic_records(label, task, config.task_options, size, seed, held_out)
     names = [name for name, _ in Layout.of(config).fields]
     if "messages" in names:

@@ -75,9 +75,9 @@ def check_comparable(config: Config, stage: Config) -> None:
     Raises:
         UserError: The last stage does not think, texts have no answers, or LoRA after a stage.
     """
-    if stage.training.objective != "quiet_star":
+    if stage.loss.objective != "quiet_star":
         raise UserError(
-            "--controls: the last stage has training.objective: next_token, but controls compare "
+            "--controls: the last stage has loss.objective: next_token, but controls compare "
             "a quiet_star stage. Put one last, or leave --controls out."
         )
     if stage.data.format == "text":
@@ -131,7 +131,8 @@ def variant(
     if start is not None:
         changes["model"] = {"name_or_path": str(start), "config": None, "tokenizer": None}
     if name == "no_thoughts":
-        changes["training"] |= {"objective": "next_token", "max_steps": matched_steps(stage, share)}
+        changes["loss"] = {"objective": "next_token"}
+        changes["training"]["max_steps"] = matched_steps(stage, share)
     elif name == "pause":
         changes |= {"thoughts": {"sampler": "pause"}, "loss": {"policy_weight": 0.0}}
     elif name == "no_reinforce":

@@ -142,10 +142,10 @@ def _own(model: Thinker, batch: Batch, positions: Tensor | None) -> tuple[Tensor
     where = {"positions": positions, "sample_ids": batch.sample_ids}
     tokens = model.sample(batch.input_ids, **where)
     metrics = score(model, batch, tokens, positions)
-    if batch.steps.shape[1] == 0:
+    if batch.rationale.shape[1] == 0:
         return tokens, metrics
     sampled = model.sample(batch.input_ids, num_thoughts=SAMPLES, temperature=1.0, **where)
-    right = right_thoughts(sampled, batch.answers, batch.steps, positions)
+    right = right_thoughts(sampled, batch.answers, batch.rationale, positions)
     return tokens, metrics.joined(as_metrics({"right_thoughts": right}))
 
 

@@ -93,7 +93,7 @@ def _sample(
         return {}
     position = _position(thoughts, row, place)
     ids, tokens = batch.input_ids[row], thoughts.tokens[row, 0, place]
-    steps = batch.steps[row][batch.steps[row] >= 0]
+    steps = batch.rationale[row][batch.rationale[row] >= 0]
     is_right = (
         bool((tokens[: len(steps)] == steps).all()) if 0 < len(steps) <= len(tokens) else None
     )

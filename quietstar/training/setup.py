@@ -208,7 +208,7 @@ def check_steps(config: Config, eval_data: EvalData) -> None:
     Raises:
         UserError: thoughts.length is less than the fewest tokens of them.
     """
-    lengths = [len(sample.steps) for sample in eval_data.samples if len(sample.steps)]
+    lengths = [len(sample.rationale) for sample in eval_data.samples if len(sample.rationale)]
     length = config.thoughts.length
     if lengths and min(lengths) > length:
         raise UserError(

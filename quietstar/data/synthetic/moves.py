@@ -78,7 +78,7 @@ class MovesOptions(Section):
 
 
 def moves_records(options: MovesOptions, size: int, seed: int, held_out: bool) -> Iterator[Record]:
-    """Problems as records with ``question``, ``answer`` and ``steps``.
+    """Problems as records with ``question``, ``answer`` and ``rationale``.
 
     Args:
         options: Of the task.
@@ -128,7 +128,7 @@ def _record(
         words += _aside(steps if worked else _chatter(options.num_steps, rng))
     if with_aside and chatter:
         words[elsewhere:elsewhere] = _aside(_chatter(options.num_steps, rng))
-    return {"question": " ".join(words), "answer": steps[-1], "steps": " ".join(steps)}
+    return {"question": " ".join(words), "answer": steps[-1], "rationale": " ".join(steps)}
 
 
 def _aside(words: list[str]) -> list[str]:

@@ -39,7 +39,7 @@ class SumsOptions(Section):
 
 
 def sums_records(options: SumsOptions, size: int, seed: int, held_out: bool) -> Iterator[Record]:
-    """Problems as records with ``question``, ``answer`` and ``steps``.
+    """Problems as records with ``question``, ``answer`` and ``rationale``.
 
     Args:
         options: Of the task.
@@ -67,7 +67,7 @@ def sums_records(options: SumsOptions, size: int, seed: int, held_out: bool) -> 
         before, worked = rng.random() < options.aside_share, rng.random() < options.worked_share
         if before and not held_out:
             question += f" ({steps if worked else _chatter(rng)})"
-        yield {"question": question, "answer": answer, "steps": steps}
+        yield {"question": question, "answer": answer, "rationale": steps}
 
 
 def chain_sum_steps(question: str) -> str:
