@@ -76,22 +76,6 @@ def test_a_wrong_config_fails_before_torch_is_imported():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize(
-    ("variables", "prints"),
-    [
-        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
-        ({"RANK": "1", "LOCAL_RANK": "1"}, False),
-        ({"RANK": "8", "LOCAL_RANK": "0"}, False),  # first process of the second machine
-        ({"LOCAL_RANK": "1"}, False),
-    ],
-)
-def test_only_the_first_process_of_a_launch_prints(variables, prints, monkeypatch, capsys):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert cli.main(["train", "--xyzzy"]) == 2
-    assert bool(capsys.readouterr().err) == prints
-
-
 def test_train_without_config_runs_the_demo(runs):
     assert cli.main(["train"]) is None
     assert runs == [(load_config("demo"), None)]

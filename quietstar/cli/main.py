@@ -7,6 +7,7 @@ torch before the config is known to be valid.
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +23,8 @@ DEFAULT_CONFIG = "configs/demo.yaml"
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+SECONDS_FOR_RANK_0 = 3.0
+"""How long other ranks leave an error to rank 0 before they print it themselves."""
 INTERRUPTED = {
     "train": "; --resume auto goes on from a checkpoint",
     "eval": "; the same command goes on from the finished items, if it has --out",
@@ -63,16 +66,14 @@ def main(argv: list[str] | None = None) -> int | None:
     try:
         return _dispatch(argv)
     except UserError as error:
-        if _is_first_process():
-            for line in str(error).splitlines():
-                sys.stderr.write(f"quietstar: error: {line}\n")
+        _print_error(error, launched_rank())
         return EXIT_USER_ERROR
     except Preempted as stop:
-        if _is_first_process():
+        if launched_rank() == 0:
             sys.stderr.write(f"quietstar: {stop}\n")
         return EXIT_PREEMPTED
     except KeyboardInterrupt:
-        if _is_first_process():
+        if launched_rank() == 0:
             sys.stderr.write(f"quietstar: interrupted{INTERRUPTED.get((argv or [''])[0], '')}\n")
         return EXIT_INTERRUPTED
 
@@ -92,10 +93,24 @@ def _dispatch(argv: list[str]) -> int | None:
     return COMMANDS[name].run(arguments)
 
 
-def _is_first_process() -> bool:
-    """False in all but one process of a distributed launch, so that errors are printed once."""
-    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
-    return rank == "0"
+def launched_rank() -> int:
+    """Returns the rank of this process; 0 outside a launch, whatever RANK an environment has."""
+    rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return int(rank) if rank.isdecimal() and world.isdecimal() and int(world) > 1 else 0
+
+
+def _print_error(error: UserError, rank: int) -> None:
+    """Prints an error once for all processes that fail with it.
+
+    Most errors strike every rank. Rank 0 prints at once, and when it exits, the launcher ends the
+    others while they wait here. A rank that outlives the wait is alone with its error.
+    """
+    if rank > 0:
+        time.sleep(SECONDS_FOR_RANK_0)
+    prefix = f"[rank {rank}] " if rank > 0 else ""
+    for line in str(error).splitlines():
+        sys.stderr.write(f"{prefix}quietstar: error: {line}\n")
+    sys.stderr.flush()
 
 
 def _train(arguments: list[str]) -> int | None:
