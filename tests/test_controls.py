@@ -7,6 +7,7 @@ from test_stages import staged_config
 from tiny import run_config
 
 from quietstar.errors import UserError
+from quietstar.reports import write_report
 from quietstar.training.controls import (
     TRAINED,
     check_comparable,
@@ -77,9 +78,10 @@ def test_one_seed_has_no_interval():
 
 @pytest.mark.slow
 def test_controls_of_a_tiny_run(tmp_path):
-    page = run_controls(staged_config(tmp_path / "run", training__save_steps=0), 1)
-    root = tmp_path / "run_controls"
-    assert page == root / "report.html"
+    config = staged_config(tmp_path / "run", training__save_steps=0)
+    root = run_controls(config, 1, on_report=write_report)
+    assert root == tmp_path / "run_controls"
+    assert "<html" in (root / "report.html").read_text(encoding="utf-8")
     summary = json.loads((root / "controls.json").read_text(encoding="utf-8"))
     assert [row["name"] for row in summary["variants"]] == [*TRAINED, "first_thoughts"]
     assert len(summary["differences"]) == 4

@@ -10,6 +10,7 @@ from tiny import LLAMA, read_metrics
 from quietstar.config import Config
 from quietstar.config.loading import load_config, save_config
 from quietstar.errors import ConfigError, UserError
+from quietstar.reports import write_report
 from quietstar.training.run import run_training
 from quietstar.training.stages import plan_stages, stage_at
 
@@ -68,7 +69,7 @@ def same(a, b):
 def whole(tmp_path_factory):
     """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("staged") / "run"
-    run_training(staged_config(folder))
+    run_training(staged_config(folder), on_report=write_report)
     return folder
 
 

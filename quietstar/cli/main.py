@@ -136,15 +136,17 @@ def _train(arguments: list[str]) -> int | None:
     if problems:
         raise ConfigError(problems)
 
+    from quietstar.reports import write_report
+
     if num_seeds is not None:
         from quietstar.training.controls import run_controls  # imports torch
 
-        run_controls(config, num_seeds)
+        run_controls(config, num_seeds, on_report=write_report)
         return None
 
     from quietstar.training.run import run_training  # imports torch
 
-    run_training(config, resume=resume, allow_changes=allow_changes)
+    run_training(config, resume=resume, allow_changes=allow_changes, on_report=write_report)
     return None
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from quietstar.config.loading import load_config, save_config
 from quietstar.data import Batch, build_data, load_tokenizer
 from quietstar.errors import UserError
 from quietstar.model.quiet_star import QuietStarForCausalLM
-from quietstar.reports import write_report
 from quietstar.sampling.positions import count_positions
 from quietstar.training.answers import right_answers
 from quietstar.training.evaluation import chosen_positions
@@ -49,10 +48,13 @@ LABELS = {
 TRAINED = ("full", "no_thoughts", "pause", "no_reinforce")
 
 
-def run_controls(config: Config, num_seeds: int) -> Path:
+def run_controls(
+    config: Config, num_seeds: int, on_report: Callable[[Path], object] | None = None
+) -> Path:
     """Train all variants for every seed; returns the folder of the comparison.
 
-    What an interrupted call has finished is kept, and what it was at goes on.
+    What an interrupted call has finished is kept, and what it was at goes on. ``on_report`` is
+    called with the folder at the end.
 
     Raises:
         UserError: The last stage does not think, its texts have no answers, or training fails.
@@ -66,7 +68,9 @@ def run_controls(config: Config, num_seeds: int) -> Path:
     save_config(config, root / CONFIG_FILE)
     (root / CONTROLS_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     Console().print(controls_table(summary))
-    return write_report(root)
+    if on_report is not None:
+        on_report(root)
+    return root
 
 
 def check_comparable(config: Config, stage: Config) -> None:

@@ -59,6 +59,7 @@ class Reporter:
         tokenizer: To show thoughts.
         stages: Of the run.
         start_step: Steps already done.
+        on_report: Called with the run folder after every held-out evaluation.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Reporter:
         tokenizer: PreTrainedTokenizerBase,
         stages: Sequence[Stage],
         start_step: int = 0,
+        on_report: Callable[[Path], object] | None = None,
     ) -> None:
         self.accelerator, self.tokenizer = accelerator, tokenizer
         self.stage, self._num_stages = stages[0], len(stages)
@@ -78,6 +80,7 @@ class Reporter:
         if self.active and start_step > 0:
             forget_later(self.path, start_step, stage_at(stages, start_step))
         self.evaluations: list[tuple[int, dict[str, float]]] = []
+        self.on_report = on_report
         self._sounded: set[str] = set()
         self._began = time.perf_counter()
         self._progress = Progress(
@@ -217,6 +220,8 @@ class Reporter:
             return
         self._write("eval", step, figures)
         self.console.print(evaluation_table(self.evaluations))
+        if self.on_report is not None:
+            self.on_report(self.path.parent)
 
     def _write(self, kind: str, step: int, figures: Mapping[str, float]) -> None:
         record = {"kind": kind, "stage": self.stage.name, "step": step, **figures}

@@ -1,4 +1,4 @@
-"""What a run leaves beside its model: results.json, samples.json and report.html."""
+"""What a run leaves beside its model: results.json and samples.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from quietstar.data import Batch
 from quietstar.distributed import ModelProxy
 from quietstar.model.outputs import Thoughts
-from quietstar.reports import write_report
 from quietstar.training.answers import place_before_answer
 from quietstar.training.evaluation import chosen_positions
 from quietstar.training.metrics_file import METRICS_FILE, read_records
@@ -22,7 +21,7 @@ from quietstar.training.metrics_file import METRICS_FILE, read_records
 if TYPE_CHECKING:
     from quietstar.training.loop import Run
 
-RESULTS_FILE, SAMPLES_FILE, REPORT_FILE = "results.json", "samples.json", "report.html"
+RESULTS_FILE, SAMPLES_FILE = "results.json", "samples.json"
 NUM_SAMPLES = 20
 ACCURACIES = {
     "with_thoughts": "accuracy_with_thoughts",
@@ -34,7 +33,7 @@ ACCURACIES = {
 
 
 def write_results(run: Run, tokenizer: PreTrainedTokenizerBase, seconds: float) -> None:
-    """Write all three; ``seconds`` is the time of the whole run. To be called on all processes."""
+    """Write both; ``seconds`` is the time of the whole run. To be called on all processes."""
     folder = Path(run.config.training.output_dir)
     shown = samples(run, tokenizer) if run.stage.thinks else None
     if not run.accelerator.is_main_process:
@@ -43,7 +42,6 @@ def write_results(run: Run, tokenizer: PreTrainedTokenizerBase, seconds: float) 
     _write_json(folder / RESULTS_FILE, results)
     if shown is not None:
         _write_json(folder / SAMPLES_FILE, {"samples": shown})
-    write_report(folder)
 
 
 def _write_json(path: Path, content: Any) -> None:

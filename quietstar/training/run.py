@@ -91,7 +91,12 @@ class Job:
     stop: StopRequest = field(default_factory=StopRequest)
 
 
-def run_training(config: Config, resume: str | None = None, allow_changes: bool = False) -> Path:
+def run_training(
+    config: Config,
+    resume: str | None = None,
+    allow_changes: bool = False,
+    on_report: Callable[[Path], object] | None = None,
+) -> Path:
     """Train as ``config`` says; returns the folder of the final model.
 
     Args:
@@ -99,6 +104,8 @@ def run_training(config: Config, resume: str | None = None, allow_changes: bool 
         resume: ``auto`` (newest checkpoint of the run folder, a new run if there is none), a
             checkpoint folder, or None for a new run.
         allow_changes: Resume also under settings that make the run another one.
+        on_report: Called in the main process with the run folder when its figures have changed:
+            after every held-out evaluation and at the end. The command line writes the page there.
 
     Raises:
         UserError: Whatever the user can mend, in one line; nothing is overwritten.
@@ -128,7 +135,7 @@ def run_training(config: Config, resume: str | None = None, allow_changes: bool 
         (output_dir / PREEMPTED_FILE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("quietstar", config=flat(config))
-    reporter = Reporter(config, accelerator, job.tokenizer, job.stages, steps_done)
+    reporter = Reporter(config, accelerator, job.tokenizer, job.stages, steps_done, on_report)
     with reporter, listening() as job.stop:
         if resume is not None:
             reporter.say(describe_resume(checkpoint, steps_done, config, job.stages))
@@ -244,10 +251,12 @@ def finish(job: Job, run: Run, reporter: Reporter, seconds: float) -> Path:
         job.model.save_pretrained(final, job.tokenizer, weights=weights)
     write_results(run, job.tokenizer, seconds)
     if accelerator.is_main_process:
-        reporter.say(
-            f"the model is in {final}; the figures are in {output_dir / METRICS_FILE}; "
-            f"look at {output_dir / 'report.html'}"
-        )
+        report = ""
+        if reporter.on_report is not None:
+            reporter.on_report(output_dir)
+            report = f"; report: {output_dir / 'report.html'}"
+        figures = output_dir / METRICS_FILE
+        reporter.say(f"the model is in {final}; the figures are in {figures}{report}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return final
