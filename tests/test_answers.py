@@ -3,7 +3,6 @@
 import torch
 
 from quietstar.training.answers import (
-    exchange_among_texts,
     place_before_answer,
     right_answers,
     right_thoughts,
@@ -58,30 +57,3 @@ def test_steps_longer_than_a_thought_are_never_in_it():
     tokens = torch.full((2, 1, 4, 1), 7)
     steps = torch.tensor([[7, 8], [7, -100]])
     assert shares(right_thoughts(tokens, ANSWERS, steps)) == [1, 2]
-
-
-def test_exchange_gives_every_text_another_ones_thought_before_the_answer():
-    answers = torch.zeros(5, 6, dtype=torch.bool)
-    places = [2, 3, 4, 5, 3]
-    for row, place in enumerate(places):
-        answers[row, place] = True
-    # The thought at (text, position) is the number 10 * text + position.
-    tokens = (10 * torch.arange(5)[:, None] + torch.arange(6))[:, None, :, None]
-    exchanged = exchange_among_texts(tokens, place_before_answer(answers), torch.full((5,), 6))
-    got = [int(exchanged[row, 0, place - 1, 0]) for row, place in enumerate(places)]
-    donors = [value // 10 for value in got]
-    assert sorted(donors) == [0, 1, 2, 3, 4]
-    assert all(donor != row for row, donor in enumerate(donors))
-    assert [value % 10 for value in got] == [places[donor] - 1 for donor in donors]
-
-
-def test_nobody_gets_what_is_no_thought():
-    # Three texts think at 1, 2 and 3 places; the number is 10 * text + place.
-    tokens = (10 * torch.arange(3)[:, None] + torch.arange(3))[:, None, :, None]
-    counts = torch.tensor([1, 2, 3])
-    exchanged = exchange_among_texts(tokens, torch.zeros(3, dtype=torch.long), counts)
-    donors = exchanged[:, 0, 0, 0] // 10
-    for row in range(3):
-        places = (exchanged[row, 0, :, 0] % 10).tolist()
-        last = int(counts[donors[row]]) - 1
-        assert places == [min(place, last) for place in range(3)]

@@ -83,7 +83,7 @@ THINKING = {
     "mixing_weight": 0.4,
     "accuracy_without_thoughts": 0.31,
     "accuracy_with_thoughts": 0.92,
-    "accuracy_exchanged": 0.12,
+    "accuracy_swapped": 0.12,
     "right_thoughts": 0.88,
 }
 RECORDS = [
@@ -99,7 +99,7 @@ RESULTS = {
     "accuracy": {
         "with_thoughts": 0.924,
         "without_thoughts": 0.312,
-        "exchanged_thoughts": 0.12,
+        "swapped_thoughts": 0.12,
         "pause_thoughts": 0.33,
         "n": 500,
     },
@@ -267,7 +267,7 @@ def test_every_stage_has_a_panel_with_its_name_and_steps():
 def test_a_figure_stands_once_in_the_legend():
     figure = drawn(CHARTS[0], RECORDS)
     listed = [trace["name"] for trace in figure["data"] if trace["showlegend"]]
-    assert sorted(listed) == ["exchanged", "with thoughts", "without"]
+    assert sorted(listed) == ["swapped", "with thoughts", "without"]
     assert len(figure["data"]) > 3  # in both panels, and in training
 
 

@@ -90,7 +90,7 @@ def test_each_stage_has_its_own_figures(whole):
     assert first["lr"] == 0.01
     assert last["lr"] == 0.002
     end = read_metrics(whole, "eval")[-1]
-    assert {"accuracy_with_thoughts", "accuracy_exchanged", "right_thoughts"} <= end.keys()
+    assert {"accuracy_with_thoughts", "accuracy_swapped", "right_thoughts"} <= end.keys()
 
 
 def test_a_stage_starts_from_the_weights_of_the_one_before(whole):

@@ -31,7 +31,7 @@ from quietstar.errors import UserError
 from quietstar.model.metrics import ThoughtMetrics
 from quietstar.model.outputs import QuietStarOutput
 from quietstar.training import loop, run, setup
-from quietstar.training.evaluation import compare, exchange, figures
+from quietstar.training.evaluation import compare, figures
 from quietstar.training.optimizer import build_optimizer
 from quietstar.training.reporter import Reporter, StepRecord
 from quietstar.training.run import run_training
@@ -403,25 +403,6 @@ def test_gradient_norms_are_those_of_each_group_before_clipping():
     )
     clipped = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     assert clipped.item() == pytest.approx(1e-3, rel=1e-2)
-
-
-# --- exchange -------------------------------------------------------------------------------------
-
-
-def test_exchange_gives_no_position_its_own_thoughts_and_leaves_padding_alone():
-    batch, num_thoughts, length = 3, 2, 7
-    real = torch.arange(length).expand(batch, -1) < torch.tensor([[7], [4], [2]])
-    tokens = torch.arange(batch * num_thoughts * length * 2).view(batch, num_thoughts, length, 2)
-    for first in range(20):
-        exchanged = exchange(tokens, real, torch.arange(first, first + batch))
-        same = (exchanged == tokens).flatten(3).all(-1).transpose(1, 2).all(-1)  # (B, S)
-        assert torch.equal(same, ~real)
-        # a position's thoughts stay together, and every position's are used once
-        for own, others, places in zip(tokens, exchanged, real, strict=True):
-            groups = [t.transpose(0, 1)[places].flatten(1).tolist() for t in (own, others)]
-            assert sorted(groups[0]) == sorted(groups[1])
-    keys = [torch.arange(start, start + batch) for start in (0, 40)]
-    assert not torch.equal(exchange(tokens, real, keys[0]), exchange(tokens, real, keys[1]))
 
 
 # --- Other models ---------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.attention.layout import at_positions
 from quietstar.backbone.output_head import OutputHead
+from quietstar.evaluation.controls import swap_positions
 from quietstar.evaluation.thought_records import (
     name_tokens,
     token_records,
@@ -22,7 +23,6 @@ from quietstar.evaluation.thought_records import (
 from quietstar.evaluation.thought_summary import summarise
 from quietstar.losses.cross_entropy import chunk_rows
 from quietstar.model.quiet_star import QuietStarForCausalLM
-from quietstar.training.evaluation import exchange
 
 FORMAT, VERSION = "quietstar-thoughts", 1
 TOP = 5
@@ -99,7 +99,7 @@ def inspect_text(
     parts = list(windows(ids.shape[1], reading.context))
     own = torch.cat([_sampled(model, ids, window, reading, advance) for window in parts], dim=2)
     real = torch.ones_like(own[:, 0, :, 0], dtype=torch.bool)
-    others = exchange(own, real, torch.zeros_like(ids[:, 0]))
+    others = swap_positions(own, real, [0])
     records: list[dict[str, Any]] = [{"position": 0, "id": int(ids[0, 0])}]
     for window in parts:
         columns = _scored(model, ids, own, window)

@@ -34,7 +34,9 @@ class Part(BaseModel):
     def _without_nulls(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return {key: value for key, value in data.items() if value is not None}
+        # Runs of earlier versions called swapped thoughts exchanged.
+        present = {key: value for key, value in data.items() if value is not None}
+        return {str(key).replace("exchanged", "swapped"): value for key, value in present.items()}
 
 
 class Accuracy(Part):
@@ -42,7 +44,7 @@ class Accuracy(Part):
 
     with_thoughts: Figure = None
     without_thoughts: Figure = None
-    exchanged_thoughts: Figure = None
+    swapped_thoughts: Figure = None
     pause_thoughts: Figure = None
     n: Figure = None
 

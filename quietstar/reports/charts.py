@@ -64,7 +64,7 @@ CHARTS = (
         (
             Line("accuracy_with_thoughts", "with thoughts", BLUE),
             Line("accuracy_without_thoughts", "without", INK, "square"),
-            Line("accuracy_exchanged", "exchanged", VERMILLION, "diamond"),
+            Line("accuracy_swapped", "swapped", VERMILLION, "diamond"),
             Line("accuracy_pause", "pause tokens", PURPLE, "triangle-down"),
         ),
         is_share=True,
@@ -95,7 +95,7 @@ CHARTS = (
     Chart(
         "gain",
         "Gain of thinking, and how much of it is content",
-        "Gain: base minus mixed. Of content: what is lost when the thoughts are exchanged; only "
+        "Gain: base minus mixed. Of content: what is lost when the thoughts are swapped; only "
         "this part is thinking.",
         "nats a token",
         (
@@ -178,7 +178,7 @@ def explain(chart: Chart, records: Sequence[Record]) -> str:
 COLUMNS: Mapping[str, str] = {
     "accuracy_with_thoughts": "accuracy with thoughts",
     "accuracy_without_thoughts": "without thoughts",
-    "accuracy_exchanged": "exchanged",
+    "accuracy_swapped": "swapped",
     "accuracy_pause": "pause",
     "right_thoughts": "right thoughts",
     "base_nll": "base NLL",

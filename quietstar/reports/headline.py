@@ -22,7 +22,7 @@ _MOST_DIFFERENCES = 3
 _ACCURACIES = {
     "with_thoughts": "accuracy_with_thoughts",
     "without_thoughts": "accuracy_without_thoughts",
-    "exchanged_thoughts": "accuracy_exchanged",
+    "swapped_thoughts": "accuracy_swapped",
     "pause_thoughts": "accuracy_pause",
 }
 
@@ -63,7 +63,7 @@ def headline(records: Sequence[Record], results: Results, controls: Controls) ->
 
 
 def answers(records: Sequence[Record], results: Results) -> Group:
-    """Accuracy with, without and with exchanged thoughts, and how many thoughts are right."""
+    """Accuracy with, without and with swapped thoughts, and how many thoughts are right."""
     accuracy, title = measured_accuracy(records, results)
     tiles = [*accuracy_tiles(accuracy), *right_thoughts(records, results)]
     return Group(title, tiles)
@@ -88,16 +88,16 @@ def _short(record: Record) -> dict[str, float]:
 
 def accuracy_tiles(accuracy: Accuracy) -> Iterator[Tile]:
     """One tile for each accuracy there is."""
-    own, without, exchanged, pause = (getattr(accuracy, part) for part in _ACCURACIES)
+    own, without, swapped, pause = (getattr(accuracy, part) for part in _ACCURACIES)
     n = accuracy.n
     if own is not None:
         gained = () if without is None else (f"{points(own - without)} against no thoughts",)
         yield Tile("With thoughts", percent(own), spread(own, n) + gained, "blue")
     if without is not None:
         yield Tile("Without thoughts", percent(without), spread(without, n))
-    if exchanged is not None:
-        notes = (*spread(exchanged, n), "each problem with the thought of another")
-        yield Tile("Exchanged thoughts", percent(exchanged), notes, "vermillion")
+    if swapped is not None:
+        notes = (*spread(swapped, n), "each problem with the thought of another")
+        yield Tile("Swapped thoughts", percent(swapped), notes, "vermillion")
     if pause is not None:
         notes = (*spread(pause, n), "one constant token in place of every thought token")
         yield Tile("Pause tokens", percent(pause), notes, "purple")
@@ -152,7 +152,7 @@ def gain_tiles(last: Record) -> Iterator[Tile]:
         return
     yield Tile("Gain of thinking", signed(last.figures["gain"], 3), ("base minus mixed",), "blue")
     content = last.figures.get("gain_of_content")
-    note = "not measured" if content is None else "lost when thoughts are exchanged"
+    note = "not measured" if content is None else "lost when thoughts are swapped"
     yield Tile("Gain of content", signed(content, 3), (note,), "green")
     if "mixing_weight" in last.figures:
         weight = plain(last.figures["mixing_weight"], 3)

@@ -50,7 +50,8 @@ def parse_record(line: str) -> Record | None:
     step, stage = finite(entry.pop("step", None)), entry.pop("stage", None)
     if step is None:
         return None
-    numbers = {key: finite(value) for key, value in entry.items()}
+    # Runs of earlier versions called swapped thoughts exchanged.
+    numbers = {k.replace("exchanged", "swapped"): finite(v) for k, v in entry.items()}
     figures = {key: value for key, value in numbers.items() if value is not None}
     return Record(entry["kind"], "" if stage is None else str(stage), int(step), figures)
 

@@ -70,30 +70,3 @@ def right_thoughts(
     fits = ~is_step[:, width:].any(-1)  # steps longer than a thought cannot be in it
     right = agrees.all(-1) & (counted & fits)[:, None]
     return right.sum(), counted.sum() * tokens.shape[1]
-
-
-def exchange_among_texts(
-    tokens: Int[Tensor, "texts thoughts places length"],
-    place: Int[Tensor, " texts"],
-    counts: Int[Tensor, " texts"],
-) -> Int[Tensor, "texts thoughts places length"]:
-    """Give every text the thoughts of another one, those before the answers to each other.
-
-    Args:
-        tokens: Thoughts of every (chosen) position.
-        place: Of the thought before the answer (`place_before_answer`).
-        counts: Places of each text; what lies behind them is no thought, and nobody gets it.
-    """
-    count, length = tokens.shape[0], tokens.shape[2]
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(count, generator=generator)
-    donors = torch.empty(count, dtype=torch.long)
-    donors[order] = order.roll(1)  # one cycle: nobody keeps its own
-    donors = donors.to(tokens.device)
-    shift = place[donors] - place  # (texts,)
-    positions = torch.arange(length, device=tokens.device)
-    sources = (positions + shift[:, None]).clamp(min=0)  # (texts, places)
-    sources = torch.minimum(sources, counts[donors, None] - 1)
-    donated = tokens[donors].transpose(1, 2)  # (texts, places, thoughts, length)
-    rows = torch.arange(count, device=tokens.device)[:, None]
-    return donated[rows, sources].transpose(1, 2)

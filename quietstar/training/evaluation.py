@@ -1,9 +1,9 @@
 """Held-out evaluation: the gain of thinking, and how much of it comes from what thoughts say.
 
 Greedy thoughts at every position that `thoughts.positions` takes; then the same texts with thoughts
-exchanged, and with a constant pause token in place of every thought token. A second read-out of the
-text gives a gain with any thoughts at all; only what exchanged thoughts lose is content. Thoughts
-are exchanged among the texts where these have answers, and within each text otherwise.
+swapped, and with a constant pause token in place of every thought token (`evaluation.controls`).
+A second read-out of the text gives a gain with any thoughts at all; only what swapped thoughts lose
+is content. Thoughts are swapped among texts where all have answers, within each text otherwise.
 """
 
 from __future__ import annotations
@@ -12,16 +12,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from quietstar.data import Batch
 from quietstar.distributed import ModelProxy
+from quietstar.evaluation.controls import (
+    GAINS,
+    PAUSE,
+    SWAPPED,
+    TextThoughts,
+    gain_over,
+    pause_tokens,
+    plan_swap,
+)
 from quietstar.model.metrics import ThoughtMetrics, as_metrics
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.training.answers import (
-    exchange_among_texts,
     place_before_answer,
     right_answers,
     right_thoughts,
@@ -33,7 +40,7 @@ Thinker = QuietStarForCausalLM | ModelProxy
 if TYPE_CHECKING:
     from quietstar.training.loop import Run
 
-CONTROLS = ("exchanged", "pause")
+CONTROLS = (SWAPPED, PAUSE)
 SAMPLES = 4
 """Thoughts sampled at every position, at temperature 1, to count the right ones."""
 
@@ -43,11 +50,11 @@ def evaluate(run: Run) -> dict[str, float]:
 
     Returns:
         ``base_nll``, ``mixed_nll``, ``thought_nll``, ``gain``, ``gain_ahead``, ``mixing_weight``
-        and the like with the model's greedy thoughts; ``exchanged_mixed_nll``,
-        ``exchanged_thought_nll``, ``pause_mixed_nll``, ``pause_thought_nll`` with the controls;
-        ``gain_of_content`` = exchanged_mixed_nll - mixed_nll; ``gain_over_pause`` =
+        and the like with the model's greedy thoughts; ``swapped_mixed_nll``,
+        ``swapped_thought_nll``, ``pause_mixed_nll``, ``pause_thought_nll`` with the controls;
+        ``gain_of_content`` = swapped_mixed_nll - mixed_nll; ``gain_over_pause`` =
         pause_mixed_nll - mixed_nll. Nats a token. Where texts have answers also
-        ``accuracy_without_thoughts``, ``accuracy_with_thoughts``, ``accuracy_exchanged``,
+        ``accuracy_without_thoughts``, ``accuracy_with_thoughts``, ``accuracy_swapped``,
         ``accuracy_pause``, and ``right_thoughts`` where they have steps. A stage without thoughts
         has ``base_nll`` and ``accuracy_without_thoughts`` only.
     """
@@ -58,10 +65,15 @@ def evaluate(run: Run) -> dict[str, float]:
     passes = 2 if run.stage.thinks else 1
     with accelerator.autocast(), run.reporter.evaluating(passes * len(batches)) as advance:
         if run.stage.thinks:
-            totals = compare(model, batches, advance, counted)
+            totals = compare(model, batches, advance, counted, gather_object)
         else:
             parts = [_plain(model, batch, advance) for batch in batches]
             totals = {"own": _total(parts[:counted])}
+    if run.stage.thinks and SWAPPED not in totals:
+        run.reporter.say(
+            "gain of content: not available, because a single held-out text has no other to swap "
+            "thoughts with; raise data.eval_sequences"
+        )
     return figures({kind: total.reduced(accelerator) for kind, total in totals.items()})
 
 
@@ -100,31 +112,38 @@ def compare(
     batches: Sequence[Batch],
     advance: Callable[[], object] = lambda: None,
     counted: int | None = None,
+    gather: Callable[[list[TextThoughts]], list[TextThoughts]] = lambda texts: texts,
 ) -> dict[str, ThoughtMetrics]:
-    """Figures of texts with the model's greedy thoughts and with each control.
+    """Score texts with the model's greedy thoughts (``own``) and with each control.
+
+    Swapped thoughts are missing where there is nothing to swap with (`plan_swap`).
 
     Args:
         model: That thinks.
         batches: The texts.
         advance: Called once a batch and pass.
         counted: So many batches count, all by default; the others are only read.
+        gather: Joins the thoughts of all ranks, so that they are swapped over the whole set.
     """
     parts: dict[str, list[ThoughtMetrics]] = {kind: [] for kind in ("own", *CONTROLS)}
-    thoughts, places = [], []
+    thoughts, places, texts = [], [], []
     for batch in batches:
         positions = chosen_positions(model, batch)
         tokens, metrics = _own(model, batch, positions)
         thoughts.append(tokens)
         places.append(positions)
+        texts.append(_text_thoughts(batch, tokens, positions))
         parts["own"].append(metrics)
         advance()
-    exchanged = _exchanged(batches, thoughts, places, counted)
-    for batch, others, positions in zip(batches, exchanged, places, strict=True):
-        pause = torch.full_like(others, model.pause_token_id)
-        parts["exchanged"].append(score(model, batch, others, positions))
-        parts["pause"].append(score(model, batch, pause, positions))
+    swap = plan_swap(gather([text for texts_of_batch in texts for text in texts_of_batch]))
+    for batch, own, positions, batch_texts in zip(batches, thoughts, places, texts, strict=True):
+        if swap is not None:
+            swapped = torch.stack([swap(text, own.shape[2]) for text in batch_texts])
+            parts[SWAPPED].append(score(model, batch, swapped.to(own.device), positions))
+        pause = pause_tokens(own, model.pause_token_id)
+        parts[PAUSE].append(score(model, batch, pause, positions))
         advance()
-    return {kind: _total(metrics[:counted]) for kind, metrics in parts.items()}
+    return {kind: _total(metrics[:counted]) for kind, metrics in parts.items() if metrics}
 
 
 def chosen_positions(model: Thinker, batch: Batch) -> Tensor | None:
@@ -164,74 +183,25 @@ def score(
     return scored.metrics.joined(as_metrics(accuracies))
 
 
-def _exchanged(
-    batches: Sequence[Batch],
-    thoughts: Sequence[Tensor],
-    places: Sequence[Tensor | None],
-    counted: int | None,
-) -> list[Tensor]:
-    """Every batch's thoughts, exchanged; those that do not count stay as they are."""
-    if counted is not None and counted < len(batches):
-        kept = _exchanged(batches[:counted], thoughts[:counted], places[:counted], None)
-        return [*kept, *thoughts[counted:]]
-    if not all(batch.answers.any(-1).all() for batch in batches):
-        return [
-            exchange(t, b.attention_mask.bool() if p is None else p >= 0, b.sample_ids)
-            for b, t, p in zip(batches, thoughts, places, strict=True)
-        ]
-    width = max(t.shape[2] for t in thoughts)  # of the batch with the longest answer
-    together = torch.cat([F.pad(t, (0, 0, 0, width - t.shape[2])) for t in thoughts])
-    before = torch.cat(
-        [place_before_answer(b.answers, p) for b, p in zip(batches, places, strict=True)]
-    )
-    counts = torch.cat([_num_places(t, p) for t, p in zip(thoughts, places, strict=True)])
-    parts = exchange_among_texts(together, before, counts).split([len(t) for t in thoughts])
-    return [part[:, :, : t.shape[2]] for part, t in zip(parts, thoughts, strict=True)]
-
-
-def _num_places(thoughts: Tensor, positions: Tensor | None) -> Tensor:
-    """Places with a thought of each text, (batch,)."""
-    if positions is None:
-        return torch.full_like(thoughts[:, 0, 0, 0], thoughts.shape[2])
-    return (positions >= 0).sum(-1).clamp(min=1)
-
-
-def exchange(
-    tokens: Int[Tensor, "batch thoughts positions length"],
-    real: Bool[Tensor, "batch positions"],
-    sample_ids: Int[Tensor, " batch"],
-) -> Int[Tensor, "batch thoughts positions length"]:
-    """Give every position the thoughts of another one of its text; none keeps its own.
-
-    Within the text, so that what is exchanged still fits the subject (the harder control), and so
-    that the way a batch is cut changes nothing.
-
-    Args:
-        tokens: Thoughts.
-        real: Positions that take part (no padding).
-        sample_ids: Key the exchange of each text.
-    """
-    exchanged = tokens.clone()
-    for text, (thoughts, sample) in enumerate(zip(tokens, sample_ids.tolist(), strict=True)):
-        positions = real[text].nonzero().squeeze(1)
-        generator = torch.Generator().manual_seed(sample)
-        order = positions[torch.randperm(len(positions), generator=generator)]
-        # One cycle through all positions in random order: each gets its predecessor's.
-        exchanged[text, :, order] = thoughts[:, order.roll(1)]
-    return exchanged
+def _text_thoughts(batch: Batch, thoughts: Tensor, positions: Tensor | None) -> list[TextThoughts]:
+    """Thoughts of each text of a batch, as the ranks give them to each other."""
+    real = batch.attention_mask.bool() if positions is None else positions >= 0
+    anchors = place_before_answer(batch.answers, positions).tolist()
+    has_answer, counts = batch.answers.any(-1).tolist(), real.sum(-1).clamp(min=1).tolist()
+    rows = zip(batch.sample_ids.tolist(), thoughts.cpu(), counts, anchors, has_answer, strict=True)
+    return [TextThoughts(i, t[:, :count], a, has) for i, t, count, a, has in rows]
 
 
 def figures(totals: Mapping[str, ThoughtMetrics]) -> dict[str, float]:
     """From the metrics with own thoughts and each control to the figures of `evaluate`."""
     result = totals["own"].means()
-    if "exchanged" not in totals:
-        return result
     for kind in CONTROLS:
+        if kind not in totals:
+            continue
         control = totals[kind].means()
         result[f"{kind}_mixed_nll"] = control["mixed_nll"]
         result[f"{kind}_thought_nll"] = control["thought_nll"]
         if "accuracy_with_thoughts" in control:
             result[f"accuracy_{kind}"] = control["accuracy_with_thoughts"]
-    result["gain_of_content"] = result["exchanged_mixed_nll"] - result["mixed_nll"]
-    result["gain_over_pause"] = result["pause_mixed_nll"] - result["mixed_nll"]
+        result[GAINS[kind]] = gain_over(result["mixed_nll"], control["mixed_nll"])
     return result

@@ -17,7 +17,7 @@ _COLUMNS = {
     "mixing_weight": "mixing\nweight",
     "accuracy_without_thoughts": "right\nwithout",
     "accuracy_with_thoughts": "right\nwith",
-    "accuracy_exchanged": "exchanged\nthoughts",
+    "accuracy_swapped": "swapped\nthoughts",
     "right_thoughts": "thoughts\nright",
 }
 _WITHOUT_ANSWERS = (

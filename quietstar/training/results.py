@@ -26,7 +26,7 @@ NUM_SAMPLES = 20
 ACCURACIES = {
     "with_thoughts": "accuracy_with_thoughts",
     "without_thoughts": "accuracy_without_thoughts",
-    "exchanged_thoughts": "accuracy_exchanged",
+    "swapped_thoughts": "accuracy_swapped",
     "pause_thoughts": "accuracy_pause",
 }
 """Names in results.json, and in metrics.jsonl."""

@@ -1,0 +1,190 @@
+"""Controls: what the model's own thoughts are compared with, and what the comparison is called.
+
+Any second read-out of a text gives some gain, whatever the thoughts say. Each control keeps the
+read-out and takes the content away: swapped thoughts (those of another text, or of another position
+of the same text), shuffled thoughts (a thought's tokens in another order), and pause tokens (one
+constant token). Every function is pure; training, ``quietstar eval`` and ``quietstar inspect`` all
+use these.
+
+Shapes: B texts, K thoughts, P positions, T tokens of a thought.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+WITHOUT, WITH = "without_thoughts", "with_thoughts"
+SWAPPED, SHUFFLED, PAUSE = "swapped", "shuffled", "pause"
+CONTROLS = (SHUFFLED, PAUSE, SWAPPED)
+GAINS = {
+    SWAPPED: "gain_of_content",
+    SHUFFLED: "gain_over_shuffled",
+    PAUSE: "gain_over_pause",
+}
+"""The name of what the model's own thoughts gain over each control."""
+LOWER_IS_BETTER = ("nll",)
+
+Value = TypeVar("Value", float, Tensor)
+
+
+def gain_over(own: Value, control: Value, metric: str = "nll") -> Value:
+    """Compute what own thoughts gain over a control; positive where they are better.
+
+    Over swapped thoughts this is the gain of content, the one figure of that name: control minus
+    own NLL (nats a token), or own minus control of a metric that is better when higher.
+
+    Args:
+        own: Metric with the model's own thoughts.
+        control: The same metric with the control's.
+        metric: Name of the metric, which says which direction is better.
+    """
+    return control - own if metric in LOWER_IS_BETTER else own - control
+
+
+# --- Swapped thoughts -----------------------------------------------------------------------------
+
+
+def derangement(count: int, seed: int) -> Int[Tensor, " count"]:
+    """Draw whose thoughts each of ``count`` owners gets: one cycle through all, in random order.
+
+    Every owner gives once and takes once, and with two or more none keeps its own.
+
+    Raises:
+        ValueError: Fewer than two owners, which could only keep what is theirs.
+    """
+    if count < 2:
+        raise ValueError(f"thoughts of {count} owners cannot be swapped; it takes two")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    donors = torch.empty_like(order)
+    donors[order] = order.roll(1)
+    return donors
+
+
+def swap_positions(
+    thoughts: Int[Tensor, "batch thoughts positions length"],
+    real: Bool[Tensor, "batch positions"],
+    seeds: Sequence[int],
+) -> Int[Tensor, "batch thoughts positions length"]:
+    """Give every position the thoughts of another position of its text.
+
+    Within the text what is swapped still fits the subject (the harder control), and the figures do
+    not depend on how texts are batched.
+
+    Args:
+        thoughts: Thoughts of the texts.
+        real: Positions that take part (no padding), at least two in each text.
+        seeds: Seed of each text's derangement, such as its index.
+    """
+    swapped = thoughts.clone()
+    for row, seed in enumerate(seeds):
+        places = real[row].nonzero().squeeze(1)
+        donors = derangement(len(places), seed).to(places.device)
+        swapped[row, :, places] = thoughts[row][:, places[donors]]
+    return swapped
+
+
+def fit_thoughts(
+    thoughts: Int[Tensor, "thoughts donor_positions length"], num_positions: int, shift: int = 0
+) -> Int[Tensor, "thoughts positions length"]:
+    """Lay a donor's thoughts out over a text with another number of positions.
+
+    Args:
+        thoughts: Thoughts of the donor, at its real positions only.
+        num_positions: Positions of the text that gets them.
+        shift: Donor's index of the thought that goes to index 0; the first and the last thought
+            stand in for those that the donor lacks.
+    """
+    places = (torch.arange(num_positions) + shift).clamp(0, thoughts.shape[1] - 1)
+    return thoughts[:, places.to(thoughts.device)]
+
+
+@dataclass(frozen=True)
+class TextThoughts:
+    """Thoughts of one evaluated text, as ranks give them to each other.
+
+    Attributes:
+        sample_id: Index of the text in the evaluation set.
+        tokens: Thoughts at its real positions, on the CPU.
+        anchor: Index of the thought before the first answer token; 0 without an answer.
+        has_answer: True if the text has an answer.
+    """
+
+    sample_id: int
+    tokens: Int[Tensor, "thoughts positions length"]
+    anchor: int
+    has_answer: bool
+
+
+Swap = Callable[[TextThoughts, int], Tensor]
+
+
+def plan_swap(texts: Sequence[TextThoughts], seed: int = 0) -> Swap | None:
+    """Decide how the thoughts of a whole evaluation set are swapped.
+
+    Among texts where all of them have answers: the thoughts before two answers take each other's
+    place. Otherwise within each text, and among texts only for one that thinks at a single
+    position. The order of ``texts``, duplicates in it, and so the number of ranks and the way
+    texts are batched do not matter.
+
+    Args:
+        texts: All texts of the evaluation, from all ranks.
+        seed: Seed of the derangement among texts.
+
+    Returns:
+        A function from a text and a number of positions to the swapped thoughts, (thoughts,
+        positions, length); None if a single text would have to swap with another one.
+    """
+    by_id = {text.sample_id: text for text in texts}
+    ids = sorted(by_id)
+    all_answers = all(text.has_answer for text in by_id.values())
+    if len(ids) < 2 and (all_answers or any(t.tokens.shape[1] < 2 for t in by_id.values())):
+        return None
+    order = derangement(len(ids), seed).tolist() if len(ids) > 1 else []
+    donors = {ids[i]: by_id[ids[j]] for i, j in enumerate(order)}
+
+    def swap(text: TextThoughts, num_positions: int) -> Tensor:
+        if all_answers or text.tokens.shape[1] < 2:
+            donor = donors[text.sample_id]
+            return fit_thoughts(donor.tokens, num_positions, donor.anchor - text.anchor)
+        real = torch.ones(1, text.tokens.shape[1], dtype=torch.bool)
+        swapped = swap_positions(text.tokens[None], real, [text.sample_id])[0]
+        return fit_thoughts(swapped, num_positions)
+
+    return swap
+
+
+# --- Shuffled thoughts and pause tokens -----------------------------------------------------------
+
+
+def shuffle_tokens(
+    thoughts: Int[Tensor, "batch thoughts positions length"], numbers: Sequence[int], seed: int
+) -> Int[Tensor, "batch thoughts positions length"]:
+    """Reorder the tokens of every thought so that none keeps its place.
+
+    Args:
+        thoughts: Thoughts of at least two tokens.
+        numbers: Index of each item; with the seed it keys the orders.
+        seed: Seed of the run.
+    """
+    assert thoughts.shape[-1] > 1, "one token cannot be shuffled"
+    shuffled = thoughts.clone()
+    for row, number in enumerate(numbers):
+        generator = torch.Generator().manual_seed(1_000_003 * seed + number)
+        noise = torch.rand(thoughts.shape[1:], generator=generator)
+        order = noise.argsort(-1).to(thoughts.device)  # one cycle through all places
+        tokens = thoughts[row]
+        shuffled[row] = tokens.scatter(-1, order, tokens.gather(-1, order.roll(1, -1)))
+    return shuffled
+
+
+def pause_tokens(
+    thoughts: Int[Tensor, "batch thoughts positions length"], token_id: int
+) -> Int[Tensor, "batch thoughts positions length"]:
+    """Replace every token of every thought by one constant token."""
+    return torch.full_like(thoughts, token_id)

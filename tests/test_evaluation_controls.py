@@ -1,0 +1,151 @@
+"""Controls: swapped, shuffled and pause thoughts, and the gain of content."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny import thinking_model
+
+from quietstar.data import Batch
+from quietstar.evaluation.controls import (
+    TextThoughts,
+    derangement,
+    fit_thoughts,
+    gain_over,
+    pause_tokens,
+    plan_swap,
+    shuffle_tokens,
+    swap_positions,
+)
+from quietstar.training.evaluation import compare, figures
+
+
+@pytest.mark.parametrize("count", [2, 3, 9, 50])
+def test_a_derangement_is_one_cycle_through_all(count):
+    donors = derangement(count, seed=3).tolist()
+    seen, place = [], 0
+    for _ in range(count):
+        seen.append(place)
+        place = donors[place]
+    assert sorted(seen) == list(range(count))
+    assert place == 0
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_nothing_is_swapped_with_itself(count):
+    with pytest.raises(ValueError, match="it takes two"):
+        derangement(count, seed=0)
+
+
+def test_swapping_gives_no_position_its_own_thoughts_and_leaves_padding_alone():
+    batch, num_thoughts, length = 3, 2, 7
+    real = torch.arange(length).expand(batch, -1) < torch.tensor([[7], [4], [2]])
+    tokens = torch.arange(batch * num_thoughts * length * 2).view(batch, num_thoughts, length, 2)
+    for first in range(20):
+        swapped = swap_positions(tokens, real, range(first, first + batch))
+        same = (swapped == tokens).flatten(3).all(-1).transpose(1, 2).all(-1)  # (B, S)
+        assert torch.equal(same, ~real)
+        # a position's thoughts stay together, and every position's are used once
+        for own, others, places in zip(tokens, swapped, real, strict=True):
+            groups = [t.transpose(0, 1)[places].flatten(1).tolist() for t in (own, others)]
+            assert sorted(groups[0]) == sorted(groups[1])
+    one, other = (swap_positions(tokens, real, range(n, n + batch)) for n in (0, 40))
+    assert not torch.equal(one, other)
+
+
+def texts_with_answers(counts, anchors):
+    """The thought at (text, position) is the number 10 * text + position."""
+    return [
+        TextThoughts(i, (10 * i + torch.arange(count))[None, :, None], anchor, True)
+        for i, (count, anchor) in enumerate(zip(counts, anchors, strict=True))
+    ]
+
+
+def test_every_text_gets_another_ones_thought_before_the_answer():
+    anchors = [1, 2, 3, 4, 2]
+    texts = texts_with_answers([6] * 5, anchors)
+    swap = plan_swap(texts)
+    got = [int(swap(text, 6)[0, text.anchor, 0]) for text in texts]
+    donors = [value // 10 for value in got]
+    assert sorted(donors) == [0, 1, 2, 3, 4]
+    assert all(donor != row for row, donor in enumerate(donors))
+    assert [value % 10 for value in got] == [anchors[donor] for donor in donors]
+
+
+def test_nobody_gets_what_is_no_thought():
+    counts = [1, 2, 3]
+    texts = texts_with_answers(counts, [0, 0, 0])
+    swap = plan_swap(texts)
+    for text in texts:
+        swapped = swap(text, 3)[0, :, 0]
+        last = counts[int(swapped[0]) // 10] - 1
+        assert (swapped % 10).tolist() == [min(place, last) for place in range(3)]
+
+
+def test_the_swap_does_not_depend_on_the_order_of_texts_or_on_ranks_that_read_one_twice():
+    texts = texts_with_answers([4, 4, 3, 5], [1, 2, 0, 3])
+    plans = [plan_swap(texts), plan_swap([*texts[::-1], texts[0]])]
+    for text in texts:
+        assert torch.equal(plans[0](text, 5), plans[1](text, 5))
+
+
+def test_a_single_text_with_an_answer_has_nothing_to_swap_with():
+    (text,) = texts_with_answers([4], [1])
+    assert plan_swap([text]) is None
+    without = dataclasses.replace(text, has_answer=False)
+    swapped = plan_swap([without])(without, 4)
+    assert (swapped != without.tokens).all()
+    assert plan_swap([dataclasses.replace(without, tokens=without.tokens[:, :1])]) is None
+
+
+def test_a_text_with_one_position_takes_the_thought_of_another_text():
+    texts = [dataclasses.replace(t, has_answer=False) for t in texts_with_answers([1, 4], [0, 0])]
+    swap = plan_swap(texts)
+    assert swap(texts[0], 1).tolist() == [[[10]]]
+    assert sorted(swap(texts[1], 4).flatten().tolist()) == [10, 11, 12, 13]
+
+
+def test_the_last_thought_stands_in_for_those_a_donor_lacks():
+    assert fit_thoughts(torch.arange(6).view(1, 2, 3), 3)[0, 2].tolist() == [3, 4, 5]
+    assert fit_thoughts(torch.arange(6).view(1, 2, 3), 2, shift=-1)[0, 0].tolist() == [0, 1, 2]
+
+
+def test_shuffled_thoughts_keep_no_token_at_its_place():
+    thoughts = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
+    shuffled = shuffle_tokens(thoughts, [7, 8], seed=0)
+    assert (shuffled != thoughts).all()
+    assert torch.equal(shuffled.sort(-1).values, thoughts)
+    assert torch.equal(shuffled[1:], shuffle_tokens(thoughts[1:], [8], seed=0))
+
+
+def test_pause_tokens_are_one_token():
+    thoughts = torch.arange(12).view(1, 2, 2, 3)
+    assert pause_tokens(thoughts, 7).tolist() == torch.full((1, 2, 2, 3), 7).tolist()
+
+
+def test_a_gain_is_positive_where_own_thoughts_are_better():
+    assert gain_over(2.0, 2.5) == 0.5  # NLL
+    assert gain_over(0.75, 0.5, "gold_probability") == 0.25
+
+
+def test_the_swap_is_the_same_however_many_ranks_share_the_texts():
+    """Before, a rank with a single text gave it its own thoughts: a gain of content of zero."""
+    model = thinking_model(thoughts={"length": 2}).eval()
+    tokens = torch.arange(3 * 8).view(3, 8) * 7 % 250
+    answers = torch.zeros(3, 8, dtype=torch.bool)
+    answers[:, 5:7] = True
+    mask = torch.ones(3, 8, dtype=torch.bool)
+    nothing = torch.full((3, 0), -100)
+    rows = [Batch(*(x[i : i + 1] for x in (tokens, mask, tokens, torch.arange(3), answers,
+                                           nothing))) for i in range(3)]  # fmt: skip
+    whole = compare(model, rows)
+    texts = []
+    compare(model, rows, gather=lambda mine: texts.extend(mine) or mine)
+    ranks = [compare(model, mine, gather=lambda _: texts) for mine in (rows[:1], rows[1:])]
+    for name, total in whole["swapped"].sums.items():
+        parts = [rank["swapped"].sums[name] for rank in ranks]
+        assert float(sum(parts)) == pytest.approx(float(total), rel=1e-5)
+    assert abs(figures(whole)["gain_of_content"]) > 1e-4
+    alone = figures(compare(model, rows[:1]))
+    assert "gain_of_content" not in alone
+    assert "gain_over_pause" in alone
