@@ -10,8 +10,9 @@ import pytest
 
 from quietstar import __version__
 from quietstar.cli import main as cli
-from quietstar.config.keys import FIELDS, type_text
+from quietstar.config import FIELDS
 from quietstar.config.loading import load_config
+from quietstar.config.messages import type_text
 from quietstar.errors import UserError
 
 ROOT = Path(__file__).parents[1]

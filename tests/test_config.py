@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from quietstar.config import Config, cross_field_problems
-from quietstar.config.keys import FIELDS, TRAINER_NAMES
-from quietstar.config.loading import load_config, save_config
+from quietstar.config import FIELDS, Config, cross_field_problems
+from quietstar.config.loading import RENAMED, load_config, save_config
 from quietstar.config.presets import resolve_config_file, shipped_configs
 from quietstar.errors import ConfigError
 
@@ -154,7 +153,6 @@ RULES = [
     ("data.template", "answer", {"data": {"train": "x", "template": "{question}{answer}!"}}),
     ("data.template", "answer", {"data": {"train": "x", "template": "{answer}{question}"}}),
     ("data.loss_on", "format", {"data": {"train": "x", "loss_on": "answer"}}),
-    ("training.micro_batch_size", "divide", {"training": {"micro_batch_size": 3}}),
 ]
 
 
@@ -171,6 +169,8 @@ def test_a_broken_cross_field_rule_names_key_and_reason(key, reason, change):
         {"thoughts": {"num_thoughts": 1}, "loss": {"estimator": "no_baseline"}},
         {"mixing_head": {"activation": "none", "initial_weight": 0}},
         {"data": {"train": "x", "format": "chat", "loss_on": "answer"}},
+        {"training": {"global_batch_size": 8, "micro_batch_size": 3}},
+        {"training": {"global_batch_size": 2, "micro_batch_size": 8}},
         {"data": {"train": "x", "template": "Q: {question} A: {answer}\n"}},
         {"model": {"config": {"model_type": "llama"}, "tokenizer": "bytes"}},
     ],
@@ -232,9 +232,19 @@ def test_numbers_and_nested_values_survive_a_round_trip(tmp_path):
     assert [type(x) for x in loaded.model.config["a"]] == [type(x) for x in options["a"]]
 
 
+@pytest.mark.parametrize("text", LOOKS_LIKE_SOMETHING_ELSE)
+def test_readers_of_yaml_1_1_understand_a_saved_config(text, tmp_path):
+    yaml = pytest.importorskip("yaml")  # PyYAML, as accelerate and others use it
+    options = {"a": text, "b": 1e-7, "c": 1e22}
+    config = Config.model_validate({**VALID, "data": {"train": "x", "task_options": options}})
+    save_config(config, tmp_path / "config.yaml")
+    tree = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
+    assert tree == config.model_dump()
+
+
 def test_yaml_numbers_and_words_are_read_as_people_write_them(write):
-    text = "optim: {lr: 1e-4}\ntraining: {precision: no, steps: 10_000}\nthoughts:\n"
-    config = load_config(write(VALID_YAML + text))
+    text = "optim: {learning_rate: 1e-4}\ntraining: {mixed_precision: no, max_steps: 10_000}\n"
+    config = load_config(write(VALID_YAML + text + "thoughts:\n"))
     assert config.optim.learning_rate == 1e-4
     assert config.training.mixed_precision == "no"
     assert config.training.max_steps == 10000
@@ -277,7 +287,7 @@ def test_yaml_numbers_and_words_are_read_as_people_write_them(write):
             "x.yaml:3: thoughts.length: '8' must be a valid integer; write it without quotes",
         ),
         (
-            VALID_YAML + "training: {precision: bf17}",
+            VALID_YAML + "training: {mixed_precision: bf17}",
             "x.yaml:3: training.mixed_precision: 'bf17' must be 'no' or 'bf16'; did you mean bf16?",
         ),
         (
@@ -285,13 +295,30 @@ def test_yaml_numbers_and_words_are_read_as_people_write_them(write):
             "x.yaml:3: thoughts.length: null must be a valid integer; leave the key out",
         ),
         (
-            VALID_YAML + "logging: {trackers: wandb}",
+            VALID_YAML + "logging: {report_to: wandb}",
             "x.yaml:3: logging.report_to: 'wandb' must be a valid list; write it as [a, b]",
         ),
         (
-            VALID_YAML + "logging: {trackers: [1]}",
+            VALID_YAML + "logging: {report_to: [1]}",
             "x.yaml:3: logging.report_to.0: 1 must be text",
         ),
+        (
+            VALID_YAML + "optim:\n  lr: 1",
+            "x.yaml:4: optim.lr: renamed; write optim.learning_rate",
+        ),
+        (
+            VALID_YAML + "training: {objective: next_token}",
+            "x.yaml:3: training.objective: renamed; write loss.objective",
+        ),
+        (
+            VALID_YAML + "stages: {a: {thoughts: {share: 0.5}}}",
+            "x.yaml:3: stages.a.thoughts.share: renamed; write thoughts.position_fraction",
+        ),
+        (VALID_YAML + "[a]: 1", "x.yaml:3: no valid YAML: a list cannot be a key; write a name"),
+        (VALID_YAML + "? {a: 1}\n: 1", "x.yaml:3: no valid YAML: a mapping cannot be a key"),
+        ("a: &a [*a]", "x.yaml: no valid YAML: more than 10000 values with its aliases"),
+        (VALID_YAML + "a: !!set {b}", "x.yaml:3: no valid YAML: could not determine"),
+        ("[" * 2000, "x.yaml: no valid YAML: maximum recursion depth exceeded"),
         ("model: {name_or_path: x}\ndata: {trian: x}", "x.yaml:2: data.trian: unknown key; did"),
     ],
 )
@@ -362,6 +389,9 @@ def test_an_override_below_a_mapping_keeps_its_other_entries():
     ("arguments", "expected"),
     [
         (["--lenght", "8"], "--lenght: unknown key; did you mean --thoughts.length?"),
+        (["--learning_rate=1"], "--learning_rate: unknown key; did you mean --optim.learning_rate"),
+        (["--lr", "1"], "--lr: unknown key; did you mean --optim.learning_rate?"),
+        (["--optim.lr", "1"], "--optim.lr: renamed; write --optim.learning_rate"),
         (["--thoughts.lenght=8"], "--thoughts.lenght: unknown key; did you mean --thoughts.length"),
         (["--thoughts.length.x", "8"], "--thoughts.length.x: unknown key"),
         (["--xyzzy"], "--xyzzy: unknown key"),
@@ -375,10 +405,6 @@ def test_an_override_below_a_mapping_keeps_its_other_entries():
             "thoughts.length: -1 must be greater than or equal to 1; default 8 (Free tokens",
         ),
         (["--thoughts.num_thoughts", "1"], "thoughts.num_thoughts: thoughts.num_thoughts (1) must"),
-        (
-            ["--training.global_batch_size", "7", "--training.micro_batch_size", "2"],
-            "training.micro_",
-        ),
     ],
 )
 def test_a_fault_on_the_command_line_is_one_line(write, arguments, expected):
@@ -387,11 +413,9 @@ def test_a_fault_on_the_command_line_is_one_line(write, arguments, expected):
 
 
 def test_a_rule_broken_by_an_override_is_reported_at_the_override(write):
-    name = write(VALID_YAML + "training: {batch_size: 8, micro_batch_size: 4}")
-    problem = only_problem_of(name, "--training.global_batch_size", "6")
-    assert problem.startswith(
-        "command line: training.global_batch_size: training.micro_batch_size (4)"
-    )
+    name = write(VALID_YAML + "thoughts: {lookahead: 20}")
+    problem = only_problem_of(name, "--data.seq_len", "16")
+    assert problem.startswith("command line: data.seq_len: thoughts.lookahead (20)")
     problem = only_problem_of(name, "--loss.estimator=paper", "--thoughts.num_thoughts=1")
     assert problem.startswith("command line: thoughts.num_thoughts: ")
 
@@ -408,22 +432,21 @@ def test_all_faults_are_reported_at_once(write):
         "  lenght: 8\n"  # unknown
         "  lookahead: 0\n"  # out of bounds
         "  num_thoughts: 1\n"  # cross-field
-        "optim: {lr: fast}\n"  # type
+        "optim: {learning_rate: fast}\n"  # type
         "mixing_head: {activation: none}\n"  # cross-field
         "loss: {estimator: papre}\n"  # no such choice, so the rule on num_thoughts waits
     )
-    arguments = ["--training.micro_batch_size", "3", "--training.stepz", "1", "--data.size", "x"]
+    arguments = ["--training.max_stepz", "1", "--data.size", "x"]
     keys = [problem.split(": ")[:2] for problem in problems_of(name, *arguments)]
     assert keys == [
         ["x.yaml:3", "thoughts.lenght"],
-        ["command line", "--training.stepz"],
+        ["command line", "--training.max_stepz"],
         ["x.yaml:4", "thoughts.lookahead"],
         ["x.yaml:8", "loss.estimator"],
         ["command line", "data.size"],
         ["x.yaml:6", "optim.learning_rate"],
         ["x.yaml", "mixing_head.initial_weight"],
         ["x.yaml", "data.train"],
-        ["command line", "training.micro_batch_size"],
     ]
 
 
@@ -453,16 +476,67 @@ def test_what_is_neither_the_number_nor_the_word(text):
 
 
 def test_a_word_that_was_probably_meant():
-    with pytest.raises(ConfigError, match=r"block_tokens: 'autu' .*; did you mean auto"):
+    with pytest.raises(ConfigError, match=r"learn_chunk_tokens: 'autu' .*; did you mean auto"):
         load_config("configs/tiny.yaml", ["--training.learn_chunk_tokens", "autu"])
 
 
-def test_names_of_other_trainers_are_understood():
-    assert set(TRAINER_NAMES.values()) <= set(FIELDS)
-    assert not set(TRAINER_NAMES) & {key.rpartition(".")[2] for key in FIELDS}
-    problems = problems_of(None, "--learning_rate", "1e-4", "--training.max_steps", "3")
-    for written, meant in (
-        ("learning_rate", "optim.learning_rate"),
-        ("training.max_steps", "training.max_steps"),
-    ):
-        assert f"command line: --{written}: unknown key; did you mean --{meant}?" in problems
+def test_a_bomb_of_aliases_is_refused_at_once(write):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30)]
+    problem = only_problem_of(write("\n".join(lines)))
+    assert problem == (
+        "x.yaml: no valid YAML: more than 10000 values with its aliases written out; use fewer"
+        " aliases"
+    )
+
+
+def test_a_few_aliases_and_merged_keys_are_understood(write):
+    text = "stages:\n  a: {optim: &o {warmup_steps: 3}}\n  b: {optim: {<<: *o, weight_decay: 0}}\n"
+    config = load_config(write(VALID_YAML + text))
+    assert [stage.optim.warmup_steps for stage in config.stage_configs().values()] == [3, 3]
+
+
+# Configs of earlier versions
+
+
+def test_every_renamed_key_leads_to_one_of_today():
+    assert set(RENAMED.values()) <= set(FIELDS)
+    assert not set(RENAMED) & set(FIELDS)
+
+
+OLD_RUN = """
+model: {config: {model_type: llama}, tokenizer: bytes}
+data: {train: "synthetic:moves", steps_field: steps, format: qa}
+thoughts: {source: sampled, share: 0.5}
+optim: {lr: 0.01}
+stages:
+  first:
+    training: {objective: next_token, steps: 5}
+  second:
+    thoughts: {source: pause, length: 4}
+    loss: {policy_weight: 0}
+"""
+
+
+def test_the_config_of_an_old_run_folder_is_translated(write, caplog):
+    Path("run/checkpoints").mkdir(parents=True)
+    config = load_config(write(OLD_RUN, "run/config.yaml"))
+    first, second = config.stage_configs().values()
+    assert (first.loss.objective, second.loss.objective) == ("next_token", "quiet_star")
+    assert (first.training.max_steps, config.optim.learning_rate) == (5, 0.01)
+    assert (first.thoughts.sampler, second.thoughts.sampler) == ("rollout", "pause")
+    assert first.thoughts.position_fraction == 0.5
+    assert config.data.rationale_field == "rationale"
+    assert "keys of an earlier version" in caplog.text
+    assert "optim.lr -> optim.learning_rate" in caplog.text
+
+
+def test_old_keys_of_any_other_file_are_errors(write):
+    problems = problems_of(write(OLD_RUN, "config.yaml"))
+    assert len([problem for problem in problems if ": renamed; write " in problem]) == 7
+
+
+def test_a_fault_in_an_old_run_folder_keeps_its_line(write):
+    Path("run/checkpoints").mkdir(parents=True)
+    problem = only_problem_of(write(VALID_YAML + "optim:\n  lr: x", "run/config.yaml"))
+    assert problem.startswith("run/config.yaml:4: optim.learning_rate: 'x' must be")

@@ -7,9 +7,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from quietstar.config import SECTIONS, Config
-from quietstar.config.keys import FIELDS, keys_of, type_text
-from quietstar.config.messages import default_text
+from quietstar.config import FIELDS, SECTIONS, Config
+from quietstar.config.messages import default_text, type_text
 from quietstar.config.presets import shipped_configs
 
 _WIDTH = 100
@@ -79,7 +78,9 @@ def print_train_help() -> None:
     for section in SECTIONS:
         description = Config.model_fields[section].description
         console.print(Text(f"{section}: {description}", style="bold"))
-        rows = [(Text(f"--{key}"), _describe(key)) for key in keys_of(section)]
+        rows = [
+            (Text(f"--{key}"), _describe(key)) for key in FIELDS if key.startswith(f"{section}.")
+        ]
         _print_rows(console, rows, width)
     console.print(Text(f"stages: {Config.model_fields['stages'].description}", style="bold"))
     example = Text("Keys of a stage: --stages.NAME.KEY; without stages.NAME a key holds in all.")

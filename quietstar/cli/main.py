@@ -16,7 +16,7 @@ from typing import NamedTuple
 from quietstar import __version__
 from quietstar.cli.help import print_benchmarks, print_commands, print_train_help
 from quietstar.config.loading import load_config
-from quietstar.config.reader import COMMAND_LINE
+from quietstar.config.messages import COMMAND_LINE
 from quietstar.errors import ConfigError, Preempted, UserError
 
 DEFAULT_CONFIG = "configs/demo.yaml"

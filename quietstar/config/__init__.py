@@ -1,32 +1,32 @@
 """The config of a training run: one frozen, typed tree.
 
-Each field has its bounds and one sentence; ``quietstar train --help`` prints both. Rules that tie
-fields together are in `rules`. Unknown keys are errors, and so is a value of another type (the text
-``"8"`` is no integer). `quietstar.config.loading` reads and writes the tree as YAML.
-
-Nothing here imports torch, so that a wrong config is reported at once.
+`schema` has the tree, `rules` what ties its keys together, `loading` reads and writes it as YAML,
+`messages` words what is wrong, and `presets` finds the configs that come with the package. Unknown
+keys are errors, and so is a value of another type (the text ``"8"`` is no integer).
 """
 
-from quietstar.config.method import (
+from quietstar.config import rules as _rules  # noqa: F401  (registers the rules)
+from quietstar.config.schema import (
+    FIELDS,
+    SECTIONS,
+    Config,
+    CrossFieldProblem,
+    DataConfig,
+    LoggingConfig,
     LossConfig,
     MixingHeadConfig,
     ModelConfig,
+    OptimConfig,
+    Section,
     ThoughtsConfig,
+    TrainingConfig,
     TuningConfig,
-)
-from quietstar.config.rules import CrossFieldProblem, cross_field_problems
-from quietstar.config.run import DataConfig, LoggingConfig, OptimConfig, TrainingConfig
-from quietstar.config.schema import (
-    CROSS_FIELD_ERROR,
-    SECTIONS,
-    Config,
-    Stages,
+    cross_field_problems,
     is_stage_key,
 )
-from quietstar.config.section import Section
 
 __all__ = [
-    "CROSS_FIELD_ERROR",
+    "FIELDS",
     "SECTIONS",
     "Config",
     "CrossFieldProblem",
@@ -37,7 +37,6 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "Section",
-    "Stages",
     "ThoughtsConfig",
     "TrainingConfig",
     "TuningConfig",

@@ -2,27 +2,17 @@
 
 from pathlib import Path
 
-from quietstar.config.keys import closest, did_you_mean
-from quietstar.config.reader import COMMAND_LINE
+from quietstar.config.messages import COMMAND_LINE, closest, did_you_mean
 from quietstar.errors import ConfigError
 
 
-def _shipped_folder() -> Path | None:
-    package = Path(__file__).resolve().parents[1]
-    if (package / "configs").is_dir():  # an installed wheel
-        return package / "configs"
-    checkout = package.parent
-    if (checkout / "pyproject.toml").is_file() and (checkout / "configs").is_dir():
-        return checkout / "configs"
-    return None
-
-
 def shipped_configs() -> dict[str, Path]:
-    """The config files that come with the package, by name: ``tiny`` is ``configs/tiny.yaml``."""
-    folder = _shipped_folder()
-    if folder is None:
-        return {}
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}  # below lie launchers' files
+    """Returns the shipped config files by name: ``tiny`` is ``configs/tiny.yaml``."""
+    package = Path(__file__).resolve().parents[1]
+    folder = package / "configs"  # of an installed wheel
+    if not folder.is_dir() and (package.parent / "pyproject.toml").is_file():
+        folder = package.parent / "configs"  # of a checkout
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}  # launchers' lie below
 
 
 def resolve_config_file(name: str | Path) -> tuple[Path, str]:

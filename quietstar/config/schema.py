@@ -1,49 +1,348 @@
-"""The whole config, and the configs of its stages."""
+"""The config of a run: one frozen, typed tree, its sections, and the configs of its stages.
 
-from typing import Any
+The text below a key is its description; ``quietstar train --help`` prints it with the type, the
+bounds and the default. `quietstar.config.rules` adds the rules that tie keys together.
 
-from pydantic import Field, model_validator
+Nothing here imports torch, so that a wrong config is reported at once.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from quietstar.config.method import (
-    LossConfig,
-    MixingHeadConfig,
-    ModelConfig,
-    ThoughtsConfig,
-    TuningConfig,
-)
-from quietstar.config.rules import cross_field_problems
-from quietstar.config.run import DataConfig, LoggingConfig, OptimConfig, TrainingConfig
-from quietstar.config.section import Section
+AtLeastOne = Annotated[int, Field(ge=1)]
+AtLeastZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, strict types, no unknown keys, finite numbers."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Puts each description on one line, as messages and the help need it."""
+        super().__pydantic_init_subclass__(**kwargs)
+        for field in cls.model_fields.values():
+            field.description = " ".join((field.description or "").split())
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    name_or_path: Text | None = None
+    """Hub id or folder of the pretrained model (or set model.config instead)."""
+    config: dict[str, Any] | None = None
+    """Inline architecture for a model with random weights: model_type and fields of its
+    transformers config."""
+    tokenizer: Text | None = None
+    """Folder or hub id of the tokenizer, `bytes` for the built-in byte-level one, or
+    `synthetic:<task>` for that task's words; null means the model's own, and model.config needs
+    one."""
+    revision: Text | None = None
+    """Branch, tag or commit of a model from the hub."""
+    trust_remote_code: bool = False
+    """Run the model code that comes with a model from the hub."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the weights in memory; training.mixed_precision is that of the arithmetic."""
+
+
+class TuningConfig(Section):
+    """Which weights of the base model train."""
+
+    method: Literal[
+        "full",
+        "lora",
+        "rslora",
+        "dora",
+        "qlora",
+        "ia3",
+        "houlsby",
+        "mlp_adapter",
+        "prompt",
+        "prefix",
+        "galore",
+    ] = "full"
+    """Train all weights of the base model, or a small addition to frozen ones: low-rank adapters
+    (plain, rank-stabilized, with magnitudes, on 4-bit weights), scales (ia3), bottleneck adapters
+    (after attention and MLP, or MLP only), virtual tokens (prompt: their embeddings; prefix: their
+    keys and values in every layer); galore: all weights by low-rank gradients. The mixing head and
+    the two embeddings always train."""
+    lora_r: AtLeastOne = 16
+    """Rank of the adapters."""
+    lora_alpha: Positive = 32.0
+    """Scale of the adapters, whose output is multiplied by alpha / rank."""
+    lora_target_modules: Annotated[list[str], Field(min_length=1)] | None = None
+    """Names of the layers that get adapters; null means all linear layers of the decoder (ia3:
+    keys, values and the MLP's output)."""
+    adapter_size: AtLeastOne = 64
+    """Width of bottleneck adapters (houlsby, mlp_adapter)."""
+    num_virtual_tokens: AtLeastOne = 16
+    """Number of virtual tokens before every text (prompt, prefix)."""
+    galore_rank: AtLeastOne = 128
+    """Rank of the gradients (galore)."""
+    galore_update_proj_gap: AtLeastOne = 200
+    """Steps between two updates of the projection (galore)."""
+    galore_scale: Positive = 0.25
+    """Scale of the update (galore)."""
+    unfreeze: list[str] = Field(default_factory=list)
+    """Parameters of the base model that train beside what the method adds, by the end of their
+    names; * matches anything: layers.29.*, embed_tokens.weight."""
+
+
+class ThoughtsConfig(Section):
+    """Where the model thinks, how long, how often, and how thoughts are sampled."""
+
+    sampler: Literal["rollout", "pause"] = "rollout"
+    """How thoughts are made: sampled from the model (rollout), or a constant token, the first of
+    thoughts.start_init, in their place (pause: a control that thinks nothing)."""
+    positions: Literal[
+        "all", "every", "random", "entropy", "weight", "weighted_entropy", "answer", "answer_start"
+    ] = "all"
+    """Where the text thinks: before all tokens; before a share of them (thoughts.position_fraction)
+    that is evenly spaced, random, hardest to predict (entropy), given most weight by the mixing
+    head, or highest in the product of both; before the tokens of an answer, or its first one."""
+    position_fraction: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Share of the targets that get a thought, unless that is all or answers; every n-th is a share
+    of 1/n."""
+    length: AtLeastOne = 8
+    """Free tokens of a thought; its start and end are not counted."""
+    lookahead: AtLeastOne = 4
+    """True tokens after the position that a thought is scored on."""
+    num_thoughts: AtLeastOne = 2
+    """Thoughts sampled at each position."""
+    temperature: Positive = 1.0
+    """Temperature at which thought tokens are sampled in training."""
+    start_init: Text = "---"
+    """Text whose input embedding initializes the learned start embedding."""
+    end_init: Text = "---"
+    """Text whose input embedding initializes the learned end embedding."""
+
+
+class MixingHeadConfig(Section):
+    """The mixing head: how far the thought's prediction replaces the base prediction."""
+
+    activation: Literal["sigmoid", "none"] = "sigmoid"
+    """Last layer of the head: sigmoid keeps the mixing weight in (0, 1); none is the paper's
+    unbounded head."""
+    initial_weight: BelowOne = 0.12
+    """Mixing weight at the start of training, above 0 with sigmoid and 0 with activation none."""
+    hidden_size: AtLeastOne | None = None
+    """Width of the head's hidden layers; null means the model's width."""
+    floor: BelowOne = 0.0
+    """Lower bound of the mixing weight, so that it cannot collapse to 0 while thoughts are still
+    useless (saved with the head)."""
+    warmup_steps: AtLeastZero = 0
+    """First steps in which warmup_weight replaces the head's output."""
+    warmup_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Fixed mixing weight during warmup_steps."""
+
+
+class LossConfig(Section):
+    """The objective, the terms of the loss, and the estimator of the policy gradient."""
+
+    objective: Literal["quiet_star", "next_token"] = "quiet_star"
+    """Learn to think, or plain language modeling without thoughts."""
+    base_weight: NonNegative = 0.3
+    """Weight of the NLL of the base prediction (without a thought)."""
+    mixed_weight: NonNegative = 0.3
+    """Weight of the NLL of the mixed prediction."""
+    thought_weight: NonNegative = 0.4
+    """Weight of the NLL of the thought's own prediction, which teaches the model to go on after a
+    thought."""
+    draft_weight: NonNegative = 0.0
+    """Weight of the NLL of the next true token as the first thought token: thoughts begin as drafts
+    of what follows, which gives REINFORCE something to improve."""
+    policy_weight: NonNegative = 0.1
+    """Weight of the REINFORCE term on the thought tokens."""
+    entropy_weight: NonNegative = 0.0
+    """Weight of a bonus on the entropy of the thought tokens."""
+    estimator: Literal["leave_one_out", "paper", "no_baseline"] = "leave_one_out"
+    """Policy gradient: leave_one_out is unbiased; paper takes the group mean as baseline and drops
+    negative advantages; no_baseline uses the reward itself."""
+    reward: Literal["mixed", "thought"] = "thought"
+    """Prediction whose log-probability of the true tokens is the reward of a thought: the mixed one
+    or the thought's own."""
+    policy_temperature: Positive | None = None
+    """Temperature inside the log-probability of the policy term; null means thoughts.temperature,
+    and 3.0 with estimator paper."""
+
+
+class DataConfig(Section):
+    """The text to train on, and how it is cut into sequences."""
+
+    train: Text | None = None
+    """Training text, required: a .jsonl, .json, .txt or .parquet file, a folder of them, a hub data
+    set id, reasoning_gym:<task>, or synthetic:<task>."""
+    eval: Text | None = None
+    """Held-out text, given like data.train; null holds out a share of data.train."""
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of data.train held out when data.eval is null."""
+    eval_sequences: AtLeastOne = 64
+    """Largest number of sequences in an evaluation."""
+    format: Literal["text", "qa", "chat"] = "text"
+    """Records are raw text, questions with answers (joined by data.template), or chats (through the
+    tokenizer's chat template)."""
+    text_field: Text = "text"
+    """Field of a record with the text (format text)."""
+    question_field: Text = "question"
+    """Field of a record with the question (format qa)."""
+    answer_field: Text = "answer"
+    """Field of a record with the answer (format qa)."""
+    messages_field: Text = "messages"
+    """Field of a record with the messages (format chat)."""
+    rationale_field: Text | None = None
+    """Field of a record with the gold reasoning that leads to its answer (format qa); evaluations
+    compare thoughts with it, and it is never trained on."""
+    template: str = "{question}\n{answer}"
+    """Text of a qa record: {question}, then {answer}, then at most white space."""
+    spans: Literal["random", "concatenate"] = "random"
+    """One random span of a document per visit, as in the paper, or documents joined by end-of-text
+    and cut into chunks."""
+    loss_on: Literal["all", "answer"] = "all"
+    """Think and learn at all tokens, or only at those of the answer (formats qa and chat)."""
+    seq_len: Annotated[int, Field(ge=2)] = 256
+    """Tokens of a training sequence."""
+    min_context: AtLeastOne = 1
+    """First tokens of a sequence that are no targets. A pretrained model predicts badly from the
+    very first token, which serves as an attention sink, and any thought improves on that; a few
+    more tokens keep this effect out of the gain."""
+    short_texts: Literal["pad", "skip"] = "pad"
+    """What happens to a text shorter than seq_len."""
+    split: Text = "train"
+    """Split of a hub data set."""
+    subset: Text | None = None
+    """Subset (configuration) of a hub data set."""
+    streaming: bool = False
+    """Read a hub data set while training instead of downloading it first."""
+    size: AtLeastOne = 10000
+    """Number of generated problems of a reasoning_gym or synthetic task."""
+    task_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the reasoning_gym or synthetic task."""
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule."""
+
+    learning_rate: Positive = 1e-4
+    """Learning rate of the base model or its adapters."""
+    mixing_head_learning_rate: Positive | None = None
+    """Learning rate of the mixing head; null means optim.learning_rate."""
+    embedding_learning_rate: Positive | None = None
+    """Learning rate of the start and end embeddings; null means optim.learning_rate."""
+    weight_decay: NonNegative = 0.001
+    """Decoupled weight decay."""
+    adam_beta1: BelowOne = 0.9
+    """Decay of the running mean of gradients."""
+    adam_beta2: BelowOne = 0.999
+    """Decay of the running mean of squared gradients."""
+    adam_epsilon: Positive = 1e-8
+    """Term in AdamW's denominator."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or falling to 0 at the last step."""
+    warmup_steps: AtLeastZero = 20
+    """Steps in which the learning rates rise from 0 to their values."""
+    max_grad_norm: Positive = 1.0
+    """Norm to which a longer gradient is clipped."""
+
+
+class TrainingConfig(Section):
+    """The loop: steps, batch, precision, evaluations, checkpoints."""
+
+    max_steps: AtLeastOne = 1000
+    """Optimizer steps."""
+    global_batch_size: AtLeastOne = 8
+    """Sequences per optimizer step, over all processes and micro-batches."""
+    micro_batch_size: AtLeastOne = 1
+    """Most sequences in one forward pass of a process; it need not divide global_batch_size."""
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    """Arithmetic: bfloat16 autocast, or none (the weights' own data type)."""
+    cpu_threads: AtLeastOne | None = None
+    """Threads of each process without a GPU; null shares the cores among the processes of the
+    machine, where accelerate launch would give each one thread."""
+    learn_chunk_tokens: AtLeastOne | Literal["auto"] | None = "auto"
+    """Most tokens of thoughts that learn at once, forward and backward, before the next ones: fewer
+    take less memory, at no cost until matrix products get small. null: all at once. auto: 5120
+    (4096 with gradient checkpointing), 16384 on a GPU; null under ZeRO-3 and FSDP2, which cannot
+    do it in groups."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    torch_compile: bool = False
+    """torch.compile of the decoder layers: shorter steps after about half a minute of compiling.
+    Needs a C++ compiler; not available under ZeRO-3 and FSDP2."""
+    seed: AtLeastZero = 0
+    """Seed of data order, sampled thoughts and new weights."""
+    eval_steps: AtLeastZero = 100
+    """Steps between evaluations; 0 means only at start and end."""
+    save_steps: AtLeastZero = 500
+    """Steps between checkpoints; 0 means only the final model."""
+    save_total_limit: AtLeastOne = 2
+    """Number of newest checkpoints that stay on disk."""
+    output_dir: Text = "runs/default"
+    """Folder of the run."""
+    overwrite_output_dir: bool = False
+    """Start a new run in a folder that already holds one, which is an error otherwise."""
+
+
+class LoggingConfig(Section):
+    """What is reported, where and how often."""
+
+    report_to: list[str] = Field(default_factory=lambda: ["tensorboard"])
+    """Trackers of accelerate (tensorboard, wandb, ...) that get the metrics beside
+    metrics.jsonl."""
+    logging_steps: AtLeastOne = 1
+    """Steps between two records of the metrics."""
+    thought_steps: AtLeastZero = 25
+    """Steps between two decoded thoughts on the terminal; 0 means none."""
+
+
+class CrossFieldProblem(NamedTuple):
+    """A broken rule between keys.
+
+    Attributes:
+        keys: Dotted names of the keys in the rule, the one to change first.
+        message: Values, rule, reason and remedy in one line.
+    """
+
+    keys: tuple[str, ...]
+    message: str
+
+
+RULES: list[Callable[["Config"], Iterator[CrossFieldProblem]]] = []
+"""The rules between keys; `quietstar.config.rules` fills the list, so that it may import us."""
 
 CROSS_FIELD_ERROR = "cross_field"  # type of the pydantic error that carries the problems
 
-RUN_SECTIONS = frozenset({"model", "tuning", "logging"})
-RUN_KEYS = frozenset(
-    f"{section}.{name}"
-    for section, names in {
-        "mixing_head": ("activation", "initial_weight", "hidden_size", "floor"),
-        "training": (
-            *(
-                "mixed_precision",
-                "cpu_threads",
-                "learn_chunk_tokens",
-                "gradient_checkpointing",
-                "seed",
-            ),
-            *("torch_compile", "save_steps"),
-            *("save_total_limit", "output_dir", "overwrite_output_dir"),
-        ),
-    }.items()
-    for name in names
-)
-"""Keys that hold for the whole run; a stage may change all others."""
-
 Stages = dict[str, dict[str, dict[str, Any]]]
+
+RUN_SECTIONS = frozenset({"model", "tuning", "logging"})
+_RUN_KEYS: Mapping[str, tuple[str, ...]] = {
+    "mixing_head": ("activation", "initial_weight", "hidden_size", "floor"),
+    "training": (
+        *("mixed_precision", "cpu_threads", "learn_chunk_tokens", "gradient_checkpointing"),
+        *("torch_compile", "seed", "save_steps", "save_total_limit"),
+        *("output_dir", "overwrite_output_dir"),
+    ),
+}
+RUN_KEYS = frozenset(f"{section}.{name}" for section, ks in _RUN_KEYS.items() for name in ks)
+"""Keys that hold for the whole run; a stage may change all others."""
 
 
 def is_stage_key(key: str) -> bool:
-    """Whether a stage may change this key."""
+    """Tells whether a stage may change this key."""
     return key.partition(".")[0] not in RUN_SECTIONS and key not in RUN_KEYS
 
 
@@ -57,51 +356,44 @@ class Config(Section):
         pydantic.ValidationError: With every broken bound, or else every broken cross-field rule.
     """
 
-    model: ModelConfig = Field(default_factory=ModelConfig, description="The base model.")
-    tuning: TuningConfig = Field(
-        default_factory=TuningConfig, description="Which weights of the base model train."
-    )
-    thoughts: ThoughtsConfig = Field(
-        default_factory=ThoughtsConfig, description="How long, how many, and how sampled."
-    )
-    mixing_head: MixingHeadConfig = Field(
-        default_factory=MixingHeadConfig,
-        description="How far the thought's prediction replaces the base's.",
-    )
-    loss: LossConfig = Field(
-        default_factory=LossConfig, description="Terms of the loss, and the policy gradient."
-    )
-    data: DataConfig = Field(
-        default_factory=DataConfig, description="The text, and how it is cut into sequences."
-    )
-    optim: OptimConfig = Field(default_factory=OptimConfig, description="AdamW and its schedule.")
-    training: TrainingConfig = Field(
-        default_factory=TrainingConfig, description="Steps, batch, precision, checkpoints."
-    )
-    logging: LoggingConfig = Field(
-        default_factory=LoggingConfig, description="What is reported, where and how often."
-    )
-    stages: Stages = Field(
-        default_factory=dict,
-        description="Stages of the run by name, in order, each with the keys it changes; none"
-        " means that the run is one stage.",
-    )
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    """The base model: pretrained (name_or_path), or with random weights (config)."""
+    tuning: TuningConfig = Field(default_factory=TuningConfig)
+    """Which weights of the base model train."""
+    thoughts: ThoughtsConfig = Field(default_factory=ThoughtsConfig)
+    """Where the model thinks, how long, how often, and how thoughts are sampled."""
+    mixing_head: MixingHeadConfig = Field(default_factory=MixingHeadConfig)
+    """How far the thought's prediction replaces the base prediction."""
+    loss: LossConfig = Field(default_factory=LossConfig)
+    """The objective, the terms of the loss, and the policy gradient."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    """The text, and how it is cut into sequences."""
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    """AdamW and its schedule."""
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    """Steps, batch, precision, checkpoints."""
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    """What is reported, where and how often."""
+    stages: Stages = Field(default_factory=dict)
+    """Stages of the run by name, in order, each with the keys it changes; none means that the run
+    is one stage."""
 
     @model_validator(mode="after")
     def _check_rules(self) -> "Config":
+        for stage, sections in self.stages.items():
+            for key in (f"{section}.{name}" for section in sections for name in sections[section]):
+                if not is_stage_key(key):
+                    raise ValueError(f"stages.{stage}: {key} holds for the whole run")
         if self.stages:
-            _check_stage_keys(self.stages)
             self.stage_configs()  # each checks its own fields and rules
-            return self
-        problems = cross_field_problems(self)
-        if problems:
+        elif problems := cross_field_problems(self):
             lines = "\n".join(f"{problem.keys[0]}: {problem.message}" for problem in problems)
             context = {"lines": lines, "problems": problems}
             raise PydanticCustomError(CROSS_FIELD_ERROR, "{lines}", context)
         return self
 
     def stage_configs(self) -> dict[str, "Config"]:
-        """The whole config of each stage, by name, in order.
+        """Returns the whole config of each stage, by name, in order.
 
         A config that names no stages is one, called ``train``.
         """
@@ -116,13 +408,28 @@ class Config(Section):
         }
 
 
-def _check_stage_keys(stages: Stages) -> None:
-    for stage, sections in stages.items():
-        for section, values in sections.items():
-            for name in values:
-                if not is_stage_key(f"{section}.{name}"):
-                    raise ValueError(f"stages.{stage}: {section}.{name} holds for the whole run")
+def cross_field_problems(config: Config) -> list[CrossFieldProblem]:
+    """Returns all broken rules between the keys of a config whose single fields are valid."""
+    return [problem for rule in RULES for problem in rule(config)]
 
 
 SECTIONS = tuple(name for name in Config.model_fields if name != "stages")
 """Names of the sections, in order."""
+
+
+def _keys() -> Iterator[tuple[str, FieldInfo]]:
+    for section in SECTIONS:
+        kind = Config.model_fields[section].annotation
+        assert isinstance(kind, type), section
+        assert issubclass(kind, BaseModel), section
+        for name, field in kind.model_fields.items():
+            yield f"{section}.{name}", field
+
+
+FIELDS: Mapping[str, FieldInfo] = dict(_keys())
+"""Every key of the config, such as ``thoughts.length``, with its field."""
+
+
+def keys_of(section: str) -> list[str]:
+    """Returns the keys of a section, with its name before them."""
+    return [key for key in FIELDS if key.startswith(f"{section}.")]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quietstar.config.keys import closest, did_you_mean
+from quietstar.config.messages import closest, did_you_mean
 from quietstar.errors import UserError
 from quietstar.evaluation.runner import WITH, WITHOUT, Protocol
 from quietstar.evaluation.store import ItemStore

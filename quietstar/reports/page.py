@@ -11,10 +11,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from quietstar.config.yaml import YamlProblem, parse
 from quietstar.errors import UserError
 from quietstar.reports.artifacts import Controls, Results, Samples, read_part
 from quietstar.reports.charts import CHARTS, describe, evaluation_rows, explain, has_data
@@ -217,8 +217,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
 def from_config(config: str, section: str, key: str) -> str:
     """A text in the config; empty if it is not there."""
     try:
-        tree: Any = yaml.safe_load(config)
-    except yaml.YAMLError:
+        tree: Any = parse(config).data
+    except YamlProblem:
         return ""
     for part in (section, key):
         tree = tree.get(part) if isinstance(tree, dict) else None

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from quietstar.config.section import Section
+from quietstar.config import Section
 from quietstar.data.records import Record
 from quietstar.data.synthetic.moves import VOCABULARY, MovesOptions, moves_records
 from quietstar.data.synthetic.sums import SumsOptions, chain_sum_steps, sums_records

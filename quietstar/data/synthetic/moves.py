@@ -27,8 +27,8 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
+from quietstar.config import Section
 from quietstar.config.rules import DEFAULT_STEPS
-from quietstar.config.section import Section
 from quietstar.data.records import Record
 
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from quietstar.config.section import Section
+from quietstar.config import Section
 from quietstar.data.records import Record
 from quietstar.data.synthetic.moves import Share
 

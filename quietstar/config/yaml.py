@@ -1,0 +1,156 @@
+"""YAML 1.2 to plain data and back (`ruamel.yaml`): ``1e-4`` is a number, ``no`` and dates are text.
+
+What a config cannot use is refused: tags, lists as keys, and aliases that expand without measure.
+"""
+
+import io
+import re
+from typing import Any, NamedTuple
+
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import SafeConstructor
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.representer import SafeRepresenter
+
+MOST_VALUES = 10_000  # with every alias written out; shipped configs have fewer than 100
+
+_PLAIN_TYPES = ("null", "bool", "int", "float", "str", "seq", "map")
+# Plain text that YAML 1.1, which PyYAML reads, takes for a boolean, a date or a number.
+_OTHERWISE_IN_YAML_1_1 = re.compile(r"(?i:y|yes|n|no|on|off)|[-+.\d][-+.:_\d]*")
+
+
+class YamlProblem(ValueError):
+    """What is wrong with a text, in one line.
+
+    Attributes:
+        line: Line of the text, from 1; None if unknown.
+    """
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(" ".join(message.split()))
+        self.line = line
+
+
+class Document(NamedTuple):
+    """A text that was read.
+
+    Attributes:
+        data: Plain data; None for an empty text.
+        lines: Line of each key, by dotted name.
+        repeated: Dotted name and line of each key that stands twice in one mapping.
+    """
+
+    data: Any
+    lines: dict[str, int]
+    repeated: list[tuple[str, int]]
+
+
+class _Constructor(SafeConstructor):
+    """Makes plain data only; dates stay text."""
+
+
+_Constructor.yaml_constructors = {
+    None: SafeConstructor.construct_undefined,
+    **{
+        f"tag:yaml.org,2002:{name}": getattr(SafeConstructor, f"construct_yaml_{name}")
+        for name in _PLAIN_TYPES
+    },
+    **{
+        f"tag:yaml.org,2002:{name}": SafeConstructor.construct_yaml_str
+        for name in ("timestamp", "value", "merge")
+    },
+}
+
+
+class _Representer(SafeRepresenter):
+    """Writes what `parse` and readers of YAML 1.1 understand alike."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Writes out a value that stands twice twice."""
+        return True
+
+    def represent_text(self, data: str) -> ScalarNode:
+        """Quotes what YAML 1.1 takes for something else than text."""
+        style = "'" if _OTHERWISE_IN_YAML_1_1.fullmatch(data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+    def represent_number(self, data: float) -> ScalarNode:
+        """Writes 1e-7 as 1.0e-7, which YAML 1.1 would take for text otherwise."""
+        node = self.represent_float(data)
+        if "." not in node.value:
+            node.value = node.value.replace("e", ".0e", 1)
+        return node
+
+
+_Representer.add_representer(str, _Representer.represent_text)
+_Representer.add_representer(float, _Representer.represent_number)
+
+
+def parse(text: str) -> Document:
+    """Reads one YAML document.
+
+    Raises:
+        YamlProblem: If it is no valid YAML, or holds what a config cannot use.
+    """
+    loader = YAML(typ="safe", pure=True)
+    loader.Constructor = _Constructor
+    loader.allow_duplicate_keys = True  # `repeated` reports all of them, not only the first
+    try:
+        root = loader.compose(text)
+        if root is None:
+            return Document(None, {}, [])
+        lines, repeated = _keys(root)
+        return Document(loader.constructor.construct_document(root), lines, repeated)
+    except MarkedYAMLError as error:
+        message = ": ".join(part for part in (error.context, error.problem) if part)
+        line = None if error.problem_mark is None else error.problem_mark.line + 1
+        raise YamlProblem(message, line) from error
+    except YamlProblem:
+        raise
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise YamlProblem(str(error)) from error
+
+
+def _keys(root: Node) -> tuple[dict[str, int], list[tuple[str, int]]]:
+    """Finds the line of each key, and repeated keys; refuses what cannot be a config."""
+    lines: dict[str, int] = {}
+    repeated: list[tuple[str, int]] = []
+    nodes, visited = [("", root)], 0
+    while nodes:  # no recursion: an alias may stand inside the very value that it names
+        prefix, node = nodes.pop()
+        visited += 1
+        if visited > MOST_VALUES:
+            raise YamlProblem(
+                f"more than {MOST_VALUES} values with its aliases written out; use fewer aliases"
+            )
+        children: list[tuple[str, Node]] = []
+        if isinstance(node, SequenceNode):
+            children = [(f"{prefix}{index}.", item) for index, item in enumerate(node.value)]
+        elif isinstance(node, MappingNode):
+            seen = set()
+            for key, value in node.value:
+                line = key.start_mark.line + 1
+                if not isinstance(key, ScalarNode):
+                    kind = "a list" if isinstance(key, SequenceNode) else "a mapping"
+                    raise YamlProblem(f"{kind} cannot be a key; write a name before the :", line)
+                name = f"{prefix}{key.value}"
+                if key.value in seen:
+                    repeated.append((name, line))
+                seen.add(key.value)
+                lines[name] = line
+                children.append((f"{name}.", value))
+        nodes += reversed(children)
+    return lines, repeated
+
+
+def dump(data: Any, one_line: bool = False) -> str:
+    """Writes data as YAML, in the order of its keys."""
+    dumper = YAML(typ="safe", pure=True)
+    dumper.Representer = _Representer
+    dumper.default_flow_style = one_line
+    dumper.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
+    dumper.width = 2**20 if one_line else 100
+    stream = io.StringIO()
+    dumper.dump(data, stream)
+    return stream.getvalue()
