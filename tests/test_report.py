@@ -4,22 +4,29 @@ import base64
 import hashlib
 import json
 import math
+import sys
 from html.parser import HTMLParser
 
 import pytest
 
 from quietstar.errors import UserError
-from quietstar.reports import page, plots, write_report
-from quietstar.reports.artifacts import Accuracy, Controls, Results
-from quietstar.reports.charts import CHARTS
-from quietstar.reports.forest import variant_rows
+from quietstar.reports import figures, pages, write_report
 from quietstar.reports.formats import duration, percent, signed, wilson
-from quietstar.reports.headline import headline
-from quietstar.reports.records import Record, find_stages, parse_record, read_records
+from quietstar.reports.run import CHARTS, headline
+from quietstar.reports.run_files import (
+    Accuracy,
+    Controls,
+    Record,
+    Results,
+    find_stages,
+    parse_record,
+    read_records,
+)
 
 HOSTILE = "</script><script>alert(1)</script><img src=https://x.example/a onerror=alert(2)>"
 HOSTILE += "{{ 7 * 7 }} \u2028 \ud800 & \" ' <b>"
 PLOTLY_STUB = "/* plotly.js */"
+plotly_script = pages.plotly_script
 VOID = ("meta", "link", "img", "br", "input", "hr")
 
 
@@ -62,7 +69,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(autouse=True)
 def _light_plotly(monkeypatch):
-    monkeypatch.setattr(page, "plotly_script", lambda: PLOTLY_STUB)
+    monkeypatch.setattr(pages, "plotly_script", lambda: PLOTLY_STUB)
 
 
 def train(step, stage, **figures):
@@ -83,7 +90,7 @@ THINKING = {
     "mixing_weight": 0.4,
     "accuracy_without_thoughts": 0.31,
     "accuracy_with_thoughts": 0.92,
-    "accuracy_swapped": 0.12,
+    "accuracy_exchanged": 0.12,
     "right_thoughts": 0.88,
 }
 RECORDS = [
@@ -99,7 +106,7 @@ RESULTS = {
     "accuracy": {
         "with_thoughts": 0.924,
         "without_thoughts": 0.312,
-        "swapped_thoughts": 0.12,
+        "exchanged_thoughts": 0.12,
         "pause_thoughts": 0.33,
         "n": 500,
     },
@@ -179,17 +186,17 @@ def test_a_full_folder_gives_every_section_and_chart(report):
 
 def test_the_key_figures_stand_at_the_top(report):
     text = report().text
-    top = text[: text.index("Marked points")]
+    top = text[: text.index("Markers: held out")]
     for figure in (
-        "92.4 %",
-        "31.2 %",
-        "12.0 %",
-        "33.0 %",
-        "3.0 % → 88.0 %",
+        "92.4%",
+        "31.2%",
+        "12.0%",
+        "33.0%",
+        "3.0% → 88.0%",
         "500 held-out problems",
     ):
         assert figure in top
-    assert "+61.2 points against no thoughts" in top
+    assert "+61.2 points vs. no thoughts" in top
     assert "1 h 24 min" in top
     assert "tiny-llama" in top
     assert "pretrain → think" in top
@@ -198,8 +205,8 @@ def test_the_key_figures_stand_at_the_top(report):
 def test_accuracy_comes_from_the_last_evaluation_without_results(report):
     text = report({"metrics.jsonl": FILES["metrics.jsonl"]}).text
     assert "Answers to held-out problems, step 30" in text
-    assert "92.0 %" in text
-    assert "3.0 % → 88.0 %" in text
+    assert "92.0%" in text
+    assert "3.0% → 88.0%" in text
 
 
 def labels(records, results=None, controls=None):
@@ -210,7 +217,7 @@ def labels(records, results=None, controls=None):
 def test_the_gain_of_content_stands_beside_the_gain_even_if_not_measured(report):
     figures = {"base_nll": 2.0, "mixed_nll": 1.9, "gain": 0.1}
     assert labels([Record("eval", "", 5, figures)]) == [
-        *("Base NLL", "Mixed NLL", "Gain of thinking", "Gain of content")
+        *("Base NLL", "Mixed NLL", "Gain from thinking", "Gain of content")
     ]
     text = report(lines({"kind": "eval", "step": 5, **figures})).text
     assert "Gain of content – not measured" in text
@@ -220,9 +227,9 @@ def test_the_gain_of_content_stands_beside_the_gain_even_if_not_measured(report)
 def test_samples_are_marked_in_words(report):
     text = report().text
     samples = text[text.index("17 + 25") :]
-    assert samples.index("7+5=12 ✓ right") < samples.index("41 ✗ wrong")
-    assert samples.index("41 ✗ wrong") < samples.index("42 ✓ right")
-    assert "1 of 1 right with thoughts, 0 without, 1 of 1 thoughts right." in text
+    assert samples.index("7+5=12 ✓ correct") < samples.index("41 ✗ wrong")
+    assert samples.index("41 ✗ wrong") < samples.index("42 ✓ correct")
+    assert "1 of 1 correct with thoughts, 0 without, 1 of 1 thoughts correct." in text
 
 
 def test_a_long_text_before_a_sample_is_folded_to_its_end(report):
@@ -235,8 +242,8 @@ def test_a_long_text_before_a_sample_is_folded_to_its_end(report):
 
 def test_controls_are_listed_with_seeds_and_intervals(report):
     text = report().text
-    assert "Quiet-STaR 92.0 % 88.0 to 96.0 % 90.0 % · 94.0 % 85.0 %" in text
-    assert "no thoughts 30.0 % – 30.0 % –" in text
+    assert "Quiet-STaR 92.0% 88.0–96.0% 90.0% · 94.0% 85.0%" in text
+    assert "no thoughts 30.0% – 30.0% –" in text
     assert "Quiet-STaR minus no thoughts +62.0 +50.0 to +70.0 outside" in text
     assert "+1.0 −10.0 to +10.0 inside" in text
 
@@ -250,7 +257,7 @@ def test_a_folder_of_controls_alone_is_enough(report):
 
 def drawn(chart, entries):
     records = [parse_record(json.dumps(entry)) for entry in entries]
-    return plots.draw(chart, records, find_stages(records))
+    return figures.draw_curves(chart, records, find_stages(records))
 
 
 def test_every_stage_has_a_panel_with_its_name_and_steps():
@@ -267,7 +274,7 @@ def test_every_stage_has_a_panel_with_its_name_and_steps():
 def test_a_figure_stands_once_in_the_legend():
     figure = drawn(CHARTS[0], RECORDS)
     listed = [trace["name"] for trace in figure["data"] if trace["showlegend"]]
-    assert sorted(listed) == ["swapped", "with thoughts", "without"]
+    assert sorted(listed) == ["swapped thoughts", "with thoughts", "without"]
     assert len(figure["data"]) > 3  # in both panels, and in training
 
 
@@ -282,8 +289,8 @@ def test_a_run_without_stages_is_one_panel_without_a_name(report):
 
 def test_a_long_training_line_is_thinned_to_means_of_neighbours():
     steps = list(range(1, 1001))
-    middles, means = plots.thinned(steps, [float(step) for step in steps])
-    assert len(middles) <= plots.MAX_POINTS
+    middles, means = figures.thinned(steps, [float(step) for step in steps])
+    assert len(middles) <= figures.MAX_POINTS
     assert (middles[0], means[0]) == (4, 4.0)  # 1000 / 150 rounded up is 7: the mean of 1 to 7
     assert (middles[-1], means[-1]) == (997, 997.5)  # 1000 = 142 * 7 + 6: the mean of 995 to 1000
 
@@ -312,7 +319,7 @@ def test_a_run_without_thoughts_has_only_its_own_charts(report):
     result = report(lines(*RECORDS[:3]))
     assert set(result.figures()) == {"accuracy", "nll"}
     assert "Gain" not in result.text
-    assert "Exchanged thoughts" not in result.text
+    assert "Swapped thoughts" not in result.text
 
 
 def test_empty_lists_leave_their_sections_out(report):
@@ -399,10 +406,8 @@ def test_a_damaged_file_is_named_in_one_line(report, file, text, problem):
 
 
 def test_a_missing_plotly_is_said_in_one_line(report, monkeypatch):
-    def fail():
-        raise ImportError("No module named 'plotly'")
-
-    monkeypatch.setattr(page, "plotly_script", fail)
+    monkeypatch.setattr(pages, "plotly_script", plotly_script)
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)  # an import of it fails
     with pytest.raises(UserError, match="pip install plotly"):
         report()
 
@@ -442,10 +447,10 @@ def test_no_text_of_a_run_becomes_markup_or_script(report):
 
 
 def test_labels_in_charts_are_shown_as_they_are():
-    row = variant_rows(Controls.model_validate(hostile(CONTROLS)))[0]
+    row = figures.control_rows(Controls.model_validate(hostile(CONTROLS)))[0][0]
     assert row.label == HOSTILE
-    assert plots.literal("<a href='x'>\n b", 46) == "&lt;a href='x'&gt; b"
-    assert len(plots.literal("x" * 80, 46)) == 46
+    assert figures.literal("<a href='x'>\n b", 46) == "&lt;a href='x'&gt; b"
+    assert len(figures.literal("x" * 80, 46)) == 46
 
 
 def test_nothing_is_loaded_from_a_network(report):
@@ -453,13 +458,13 @@ def test_nothing_is_loaded_from_a_network(report):
     for tag, attributes in result.elements:
         assert "src" not in attributes, tag
         assert attributes.get("href", "#").startswith(("#", "data:")), tag
-    for name in ("style.css", "script.js"):
-        source = page.packaged(name)
+    for name in ("style.css", "charts.js", "thoughts.js"):
+        source = pages.asset(name)
         assert not any(word in source for word in ("url(", "@import", "fetch(", "://"))
 
 
 def test_the_policy_admits_only_the_scripts_of_the_page(report, monkeypatch):
-    monkeypatch.setattr(page, "plotly_script", lambda: "let a;\r\nlet b;\rlet c;")
+    monkeypatch.setattr(pages, "plotly_script", lambda: "let a;\r\nlet b;\rlet c;")
     result = report()
     policies = [a["content"] for _, a in result.elements if "Content-Security" in str(a)]
     assert len(policies) == 1
@@ -472,10 +477,10 @@ def test_the_policy_admits_only_the_scripts_of_the_page(report, monkeypatch):
 
 def test_plotly_is_inlined_once_and_cannot_end_its_element(report, monkeypatch):
     pytest.importorskip("plotly")
-    source = plots.plotly_script()
+    source = plotly_script()
     assert "</script" not in source.lower()
     assert "<!--" not in source
-    monkeypatch.setattr(page, "plotly_script", lambda: source)
+    monkeypatch.setattr(pages, "plotly_script", lambda: source)
     assert report().scripts[1] == source
 
 
@@ -483,7 +488,7 @@ def test_plotly_is_inlined_once_and_cannot_end_its_element(report, monkeypatch):
 
 
 def test_numbers_as_texts():
-    assert percent(0.9244) == "92.4\u202f%"
+    assert percent(0.9244) == "92.4%"
     assert percent(None) == "–"
     assert signed(-0.0366) == "−0.0366"
     assert [duration(s) for s in (45.0, 2119.0, 5025.0)] == ["45 s", "35 min", "1 h 24 min"]

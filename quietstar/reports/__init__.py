@@ -1,5 +1,5 @@
-"""One page about a run: ``report.html`` from the files of its folder."""
+"""Pages: a run's ``report.html``, thoughts in a text, an evaluation, the gates of generation."""
 
-from quietstar.reports.page import write_report
+from quietstar.reports.run import write_report
 
 __all__ = ["write_report"]

@@ -1,4 +1,4 @@
-"""Speed against quality of gates, as one page."""
+"""The page of ``quietstar calibrate``: speed against quality of the gates."""
 
 from __future__ import annotations
 
@@ -6,49 +6,84 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
+from quietstar.reports.figures import BASE, MIXED, Figure, axis, base_layout
+from quietstar.reports.pages import chart_scripts, render, write
 
-COLORS = {"entropy": "#0072b2", "weight": "#d55e00", "gain": "#009e73"}
-SYMBOLS = {"entropy": "circle", "weight": "diamond", "gain": "square"}
+GATES = {  # color, symbol and dash: color is not all that tells gates apart
+    "entropy": ("var(--gate-entropy)", "circle", "solid"),
+    "weight": ("var(--gate-weight)", "diamond", "dash"),
+    "gain": ("var(--gate-gain)", "square", "dot"),
+}
+MEASURES = {
+    "nll": ("Negative log-likelihood", "nats/token", "Lower is better."),
+    "accuracy": ("Accuracy of answers", "correct answers", "Higher is better."),
+}
 
 
-def write_plot(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+def write_plot(
+    path: Path, rows: Sequence[dict[str, Any]], chosen: dict[str, Any] | None = None
+) -> Path:
     """Write the page; returns its path.
 
     Args:
-        path: Of the page.
+        path: Path of the page.
         rows: Figures of every gate and threshold, as ``--json`` writes them.
+        chosen: Figures of the saved gate, as ``--json`` writes them; marked if given.
+
+    Raises:
+        UserError: plotly is not installed.
     """
-    measures = {"nll": "NLL, nats a token"}
-    if rows[0]["accuracy"] is not None:
-        measures["accuracy"] = "accuracy of answers"
-    figure = make_subplots(rows=1, cols=len(measures), horizontal_spacing=0.12)
-    for column, (measure, title) in enumerate(measures.items(), 1):
-        for kind, color in COLORS.items():
-            _add_line(figure, [r for r in rows if r["gate"] == kind], measure, column, color)
-        for kind, symbol in (("always", "star"), ("never", "x")):
-            (end,) = (row for row in rows if row["gate"] == kind)
-            figure.add_scatter(
-                x=[end["tokens_per_second"]], y=[end[measure]], name=kind, mode="markers",
-                marker={"size": 12, "symbol": symbol, "color": "#4c535b"},
-                legendgroup=kind, showlegend=column == 1, row=1, col=column,
-            )  # fmt: skip
-        figure.update_xaxes(title_text="tokens a second", row=1, col=column)
-        figure.update_yaxes(title_text=title, row=1, col=column)
-    figure.update_layout(title="Gates: speed against quality", template="plotly_white", height=460)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.write_html(path, include_plotlyjs=True)
-    return path
+    measured = [key for key in MEASURES if rows[0][key] is not None]
+    cards = [
+        {"name": key, "title": MEASURES[key][0],
+         "caption": f"Against forward passes per token, where fewer is faster. {MEASURES[key][2]}"}
+        for key in measured
+    ]  # fmt: skip
+    figures = {key: _draw(rows, key, chosen) for key in measured}
+    page = render(
+        "calibration.html.j2",
+        chart_scripts(figures),
+        rows=rows,
+        chosen=chosen,
+        cards=cards,
+        figures=figures,
+    )
+    return write(path, page)
 
 
-def _add_line(
-    figure: go.Figure, rows: Sequence[dict[str, Any]], measure: str, column: int, color: str
-) -> None:
-    kind = rows[0]["gate"]
-    figure.add_scatter(
-        x=[row["tokens_per_second"] for row in rows], y=[row[measure] for row in rows],
-        text=[f"{row['share']:.1%} think, threshold {row['threshold']:.4f}" for row in rows],
-        name=kind, mode="lines+markers", legendgroup=kind, showlegend=column == 1,
-        line={"color": color}, marker={"size": 8, "symbol": SYMBOLS[kind]}, row=1, col=column,
-    )  # fmt: skip
+def _draw(rows: Sequence[dict[str, Any]], measure: str, chosen: dict[str, Any] | None) -> Figure:
+    """Draw a measure over the passes, which are exact, unlike a few timed tokens."""
+    share = ".1%" if measure == "accuracy" else ".4f"
+    traces: list[Figure] = []
+
+    def add(name: str, points: Sequence[dict[str, Any]], **look: Any) -> None:
+        traces.append({
+            "type": "scatter", "name": name, "mode": "markers",
+            "x": [point["passes_a_token"] for point in points],
+            "y": [point[measure] for point in points],
+            "text": [f"{point['share']:.1%} of tokens think" for point in points],
+            "hovertemplate": f"{name}: %{{y:{share}}}, %{{x:.2f}} passes/token, %{{text}}"
+                             "<extra></extra>",
+            **look,
+        })  # fmt: skip
+
+    for kind, (color, symbol, dash) in GATES.items():
+        if points := [row for row in rows if row["gate"] == kind]:
+            points.sort(key=lambda point: point["passes_a_token"])
+            add(kind, points, mode="lines+markers", line={"color": color, "dash": dash},
+                marker={"size": 8, "symbol": symbol, "color": color})  # fmt: skip
+    for kind, symbol, color in (("always", "star", MIXED), ("never", "x", BASE)):
+        points = [row for row in rows if row["gate"] == kind]
+        add(kind, points, marker={"size": 12, "symbol": symbol, "color": color})
+    if chosen is not None:
+        add(f"chosen ({chosen['gate']})", [chosen],
+            marker={"size": 18, "symbol": "circle-open", "color": "var(--ink)",
+                    "line": {"width": 2.5}})  # fmt: skip
+    layout = base_layout(
+        400,
+        showlegend=True,
+        hovermode="closest",
+        xaxis=axis("forward passes/token", rangemode="tozero", tickangle=0),
+        yaxis=axis(MEASURES[measure][1], tickformat=".0%" if measure == "accuracy" else ""),
+    )
+    return {"data": traces, "layout": layout}

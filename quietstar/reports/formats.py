@@ -1,50 +1,44 @@
-"""Numbers as texts. A missing number is a dash."""
+"""Numbers as text. A missing number is a dash."""
 
 from __future__ import annotations
 
-import math
+from scipy import stats
 
 MISSING = "–"
-_THIN = "\u202f"  # narrow space that does not break a line
-
-
-def percent(share: float | None) -> str:
-    """``0.924`` as ``92.4 %``."""
-    return MISSING if share is None else f"{100 * share:.1f}{_THIN}%".replace("-", "−")
-
-
-def points(difference: float | None) -> str:
-    """A difference of shares, ``0.6`` as ``+60.0 points``."""
-    return MISSING if difference is None else f"{signed_points(difference)} points"
-
-
-def signed_points(difference: float | None) -> str:
-    """A difference of shares in points, without the unit."""
-    return MISSING if difference is None else signed(100 * difference, 1)
-
-
-def signed(value: float | None, digits: int = 4) -> str:
-    """A number with its sign."""
-    return MISSING if value is None else f"{value:+.{digits}f}".replace("-", "−")
 
 
 def plain(value: float | None, digits: int = 4) -> str:
-    """A number with a fixed number of decimals."""
+    """Format a number with a fixed number of decimals."""
     return MISSING if value is None else f"{value:.{digits}f}".replace("-", "−")
 
 
-def percents(bounds: tuple[float, float] | None) -> str:
-    """An interval of shares."""
-    return MISSING if bounds is None else f"{plain(100 * bounds[0], 1)} to {percent(bounds[1])}"
+def signed(value: float | None, digits: int = 4) -> str:
+    """Format a number with its sign."""
+    return MISSING if value is None else f"{value:+.{digits}f}".replace("-", "−")
 
 
-def point_bounds(bounds: tuple[float, float] | None) -> str:
-    """An interval of differences of shares, in points without the unit."""
-    return MISSING if bounds is None else " to ".join(signed_points(bound) for bound in bounds)
+def percent(share: float | None) -> str:
+    """Format ``0.924`` as ``92.4%``."""
+    return MISSING if share is None else f"{plain(100 * share, 1)}%"
+
+
+def points(difference: float | None) -> str:
+    """Format a difference of shares, ``0.6``, in percentage points: ``+60.0``."""
+    return MISSING if difference is None else signed(100 * difference, 1)
+
+
+def percent_range(bounds: tuple[float, float] | None) -> str:
+    """Format an interval of shares as ``88.0–96.0%``."""
+    return MISSING if bounds is None else f"{plain(100 * bounds[0], 1)}–{percent(bounds[1])}"
+
+
+def points_range(bounds: tuple[float, float] | None) -> str:
+    """Format an interval of differences of shares as ``+50.0 to +70.0``."""
+    return MISSING if bounds is None else f"{points(bounds[0])} to {points(bounds[1])}"
 
 
 def duration(seconds: float) -> str:
-    """``5025`` as ``1 h 24 min``."""
+    """Format ``5025`` as ``1 h 24 min``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -52,9 +46,6 @@ def duration(seconds: float) -> str:
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
-    """The 95 % score interval of a share of ``n`` (Wilson 1927)."""
-    z = 1.959964  # 97.5 % quantile of the normal distribution
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    variance = max(0.0, share * (1 - share)) / n + z * z / (4 * n * n)
-    half = z * math.sqrt(variance) / (1 + z * z / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    """Return the 95% score interval of a share of ``n`` (Wilson 1927)."""
+    result = stats.binomtest(round(share * n), round(n)).proportion_ci(0.95, method="wilson")
+    return float(result.low), float(result.high)

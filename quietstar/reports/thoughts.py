@@ -1,26 +1,19 @@
-"""The page: one file that opens without a network, with texts and thoughts as data in it."""
+"""The page of thoughts: a text colored by what the thought before each token gains."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from markupsafe import Markup
-
-from quietstar.reports.page import environment, hash_source, normal, packaged
+from quietstar.reports.pages import asset, render
 
 
 def render_page(documents: Sequence[dict[str, Any]]) -> str:
-    """HTML of one inspected text, or of the same text as two models read it.
+    """Render one inspected text, or the same text as two models read it.
 
     Args:
-        documents: From `quietstar.evaluation.inspection.inspect_text`.
+        documents: Results of `quietstar.evaluation.inspection.inspect_text`. They stand in the page
+            as data, which its script turns into text nodes only.
     """
-    script = normal(packaged("thoughts.js"))
-    template = environment().get_template("thoughts.html.j2")
-    return template.render(
-        documents=documents,
-        style=Markup(packaged("thoughts.css")),
-        script=Markup(script),
-        script_hash=hash_source(script),
-    )
+    title = " and ".join(document["model"] for document in documents)
+    return render("thoughts.html.j2", [asset("thoughts.js")], documents=documents, title=title)

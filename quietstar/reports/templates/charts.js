@@ -1,6 +1,6 @@
 "use strict";
 
-// Figures name their colours by the variables of the style sheet; plotly needs values, and other
+// Figures name their colors by the variables of the style sheet; plotly needs values, and other
 // ones when the reader's device goes from light to dark.
 const root = document.documentElement;
 const figures = JSON.parse(document.getElementById("figures").textContent);

@@ -25,9 +25,9 @@ function visible(text) {
   }).replace(/[\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]/g, "\u25cc").replace(/\n/g, "⏎\n");
 }
 
-const shown = (text) => make("code", { dir: "auto" }, visible(text).replace(/ /g, "␣").replace(/\n/g, ""));
+const shown = (text) => make("code", { class: "token", dir: "auto" }, visible(text).replace(/ /g, "␣").replace(/\n/g, ""));
 const nats = (x) => (Number(x.toFixed(3)) < 0 ? "−" : "+") + Math.abs(x).toFixed(3);
-const percent = (p) => (p < 0.001 ? (100 * p).toPrecision(2) : (100 * p).toFixed(p < 0.1 ? 2 : 1)) + " %";
+const percent = (p) => (p < 0.001 ? (100 * p).toPrecision(2) : (100 * p).toFixed(p < 0.1 ? 2 : 1)) + "%";
 
 function level(gain) {
   const size = LEVELS.filter((edge) => Math.abs(gain) >= edge).length;
@@ -36,30 +36,28 @@ function level(gain) {
 
 // --- Summary -------------------------------------------------------------------------------------
 
-function tile(value, label) {
-  return make("div", { class: "tile" }, make("b", {}, value), make("span", {}, label));
+function tile(label, value, color, ...notes) {
+  return make("li", { class: "tile " + color }, make("p", { class: "label" }, label), make("p", { class: "value" }, value), make("p", { class: "note" }, ...notes));
 }
 
+// Hard tokens are those whose NLL without thoughts is above the median.
 function summary(doc) {
   const s = doc.summary;
-  const part = (name) => (s[name] === null ? "–" : nats(s[name].gain));
-  const content = (name) => (s[name] === null ? "–" : nats(s[name].content));
-  const tiles = make("div", { class: "tiles" },
-    tile(nats(s.all.gain), "gain, nats a token"),
-    tile(nats(s.all.content), "gain of content"),
-    tile(part("hard") + " / " + part("easy"), "gain, hard / easy tokens"),
-    tile(content("hard") + " / " + content("easy"), "content, hard / easy"),
-    tile(s.mixing_weight.toFixed(3), "mean mixing weight"),
-    tile(s.entropy.toFixed(2), "surprise of thought tokens, nats"),
-    tile(percent(s.distinct), "distinct tokens in a thought"),
-    tile(String(s.tokens), "predicted tokens"));
+  const halves = (figure) => ["hard", "easy"].filter((half) => s[half] !== null)
+    .map((half) => `${half} tokens ${nats(s[half][figure])}`).join(", ");
+  const tiles = make("ul", { class: "tiles more" },
+    tile("Gain", nats(s.all.gain), "mixed", halves("gain")),
+    tile("Gain of content", nats(s.all.content), "content", halves("content")),
+    tile("Mixing weight", s.mixing_weight.toFixed(3), "mixed", "mean weight of the thought"),
+    tile("Surprisal", s.entropy.toFixed(2), "thought", "mean over thought tokens"),
+    tile("Distinct tokens", percent(s.distinct), "thought", "of a thought's length"));
   return make("div", {}, ...(documents.length > 1 ? [make("p", { class: "model" }, doc.model)] : []), tiles);
 }
 
 // --- The text ------------------------------------------------------------------------------------
 
 function textBox(doc, which) {
-  const box = make("div", { class: "text", role: "listbox", tabindex: "0", dir: "auto",
+  const box = make("div", { class: "reader", role: "listbox", tabindex: "0", dir: "auto",
     "aria-label": "Text as read by " + doc.model });
   doc.tokens.forEach((token, index) => {
     const span = make("span", { role: "option", id: `t${which}-${index}`, "data-i": index,
@@ -111,6 +109,10 @@ function choose(index, scroll = false) {
   });
   chosen = index;
   detail();
+  if (small.matches) { // the sheet must not cover the token that it is about
+    const below = byId(`t0-${index}`).getBoundingClientRect().bottom + 8 - byId("detail").getBoundingClientRect().top;
+    if (below > 0) scrollBy(0, below);
+  }
 }
 
 function hide() {
@@ -145,16 +147,17 @@ function filter() {
 
 // --- The chosen token ----------------------------------------------------------------------------
 
-function bar(p) {
+function bar(p, color) {
   const inner = make("i");
+  inner.style.background = `var(--${color})`;
   inner.style.width = (100 * p).toFixed(1) + "%";
-  return make("span", { class: "bar", "aria-hidden": "true" }, inner);
+  return make("span", { class: "chart-bar", "aria-hidden": "true" }, inner);
 }
 
-function truth(label, logprob) {
+function chance(label, logprob) {
   const p = Math.exp(logprob);
   return make("tr", {}, make("th", { scope: "row" }, label),
-    make("td", { class: "n" }, percent(p)), make("td", {}, bar(p)));
+    make("td", { class: "number" }, percent(p)), make("td", {}, bar(p, label)));
 }
 
 function topTable(token, thought) {
@@ -173,13 +176,13 @@ function topTable(token, thought) {
 function thoughtView(token, thought, number, count) {
   const list = make("ol", { class: "thought" }, ...thought.texts.map((text, i) =>
     make("li", {}, shown(text), percent(thought.probabilities[i]))));
-  const rows = make("table", { class: "truth" }, make("tbody", {},
-    truth("base", token.base_logprob), truth("thought", thought.thought_logprob),
-    truth("mixed", thought.mixed_logprob)));
+  const rows = make("table", { class: "chances" }, make("tbody", {},
+    chance("base", token.base_logprob), chance("thought", thought.thought_logprob),
+    chance("mixed", thought.mixed_logprob)));
   return make("div", { class: "one" },
     make("h3", {}, count > 1 ? `Thought ${number + 1} of ${count}` : "Thought"), list,
     make("p", {}, `mixing weight ${thought.mixing_weight.toFixed(3)}, gain ${nats(thought.gain)} nats`),
-    make("h3", {}, "Probability of the true token"), rows,
+    make("h3", {}, "Probability of the text's token"), rows,
     make("h3", {}, "Most likely tokens"), topTable(token, thought));
 }
 
@@ -192,7 +195,7 @@ function tokenView(doc, index) {
     box.append(make("p", { class: "hint" }, "The first token is not predicted."));
     return box;
   }
-  box.append(make("p", {}, `gain ${nats(token.gain)}, of content ${nats(token.content)}, NLL without ${(-token.base_logprob).toFixed(3)}`));
+  box.append(make("p", {}, `Gain ${nats(token.gain)} nats (content ${nats(token.content)}); NLL without thought ${(-token.base_logprob).toFixed(3)}`));
   token.thoughts.forEach((thought, i) => box.append(thoughtView(token, thought, i, token.thoughts.length)));
   return box;
 }
@@ -208,30 +211,34 @@ function frequent(doc) {
   const body = make("tbody");
   for (const thought of doc.summary.frequent) {
     body.append(make("tr", {}, make("td", {}, ...thought.texts.map(shown)),
-      make("td", { class: "n" }, String(thought.count)), make("td", { class: "n" }, nats(thought.gain))));
+      make("td", { class: "number" }, String(thought.count)), make("td", { class: "number" }, nats(thought.gain))));
   }
   return make("div", { class: "card scroll" }, make("h2", {}, "Most frequent thoughts"),
     ...(documents.length > 1 ? [make("p", { class: "model" }, doc.model)] : []),
     make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "thought"),
-      make("th", { scope: "col", class: "n" }, "times"), make("th", { scope: "col", class: "n" }, "mean gain"))), body));
+      make("th", { scope: "col", class: "number" }, "count"), make("th", { scope: "col", class: "number" }, "mean gain"))), body));
 }
 
+// Bins differ in width, so each names its range.
 function histogram(doc) {
   const bins = doc.summary.histogram;
   const most = Math.max(...bins.map((bin) => bin.count));
-  const bars = make("div", { class: "histogram", role: "img", "aria-label":
-    bins.map((bin) => `${bin.low ?? "below"} to ${bin.high ?? "above"}: ${bin.count}`).join(", ") });
-  for (const bin of bins) {
-    const middle = bin.low === null ? bin.high * 1.01 : bin.high === null ? bin.low * 1.01 : (bin.low + bin.high) / 2;
-    const fill = make("i", { class: level(middle) });
-    fill.style.height = (80 * bin.count / most).toFixed(1) + "%";
-    bars.append(make("div", {}, String(bin.count), fill, bin.low === null ? "<" : String(bin.low)));
+  const body = make("tbody");
+  for (const { low, high, count } of bins) {
+    const number = (x) => String(x).replace("-", "−");
+    const range = low === null ? "below " + number(high) : high === null ? number(low) + " or more"
+      : `${number(low)} to ${number(high)}`;
+    const middle = low === null ? high * 1.01 : high === null ? low * 1.01 : (low + high) / 2;
+    const fill = make("i", { class: level(middle), "aria-hidden": "true" });
+    fill.style.width = (100 * count / most).toFixed(1) + "%";
+    body.append(make("tr", {}, make("th", { scope: "row" }, range),
+      make("td", { class: "number" }, String(count)), make("td", {}, ...(count ? [fill] : []))));
   }
-  return make("div", { class: "card" }, make("h2", {}, "Gains of all tokens, nats"),
-    ...(documents.length > 1 ? [make("p", { class: "model" }, doc.model)] : []), bars);
+  return make("div", { class: "card" }, make("h2", {}, "Distribution of token gains (nats)"),
+    ...(documents.length > 1 ? [make("p", { class: "model" }, doc.model)] : []),
+    make("table", { class: "histogram" }, body));
 }
 
-byId("title").textContent = documents.map((doc) => doc.model).join(" and ");
 byId("summary").append(make("div", { class: "pair" }, ...documents.map(summary)));
 document.querySelector(".reading").classList.toggle("two", documents.length > 1);
 byId("texts").append(...documents.map(textBox));

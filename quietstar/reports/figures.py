@@ -1,0 +1,337 @@
+"""Charts as plain data for plotly.js.
+
+Colors are variables of the style sheet, so that one figure serves light and dark.
+"""
+
+from __future__ import annotations
+
+import html
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quietstar.reports.run_files import Controls, Record, series
+
+Figure = dict[str, Any]
+
+# Each color has one meaning on all pages.
+BASE, MIXED, THOUGHT = "var(--base)", "var(--mixed)", "var(--thought)"
+CONTENT, SWAPPED, PAUSE = "var(--content)", "var(--swapped)", "var(--pause)"
+OTHER = "var(--other)"
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+HEIGHT = 320  # pixels; the page reserves the same
+MAX_POINTS = 150  # of a training line: more hides its course in its noise
+_NARROWEST = 0.8  # of the widest panel, so that a short stage can be read beside a long one
+_GAP = 0.06  # of the width, between panels: half a number on either side
+_CHARACTERS = 48  # of the stages' names side by side, on a phone
+
+# --- The look of all figures ----------------------------------------------------------------------
+
+
+def base_layout(height: int = HEIGHT, **settings: Any) -> Figure:
+    """Return what every figure has: the page's font and colors, no background of its own."""
+    box: Figure = {"bgcolor": "var(--card)", "bordercolor": "var(--line)", "namelength": -1}
+    return {
+        "height": height,
+        "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
+        "font": {"family": FONT, "size": 12, "color": "var(--muted)"},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "hoverlabel": box | {"font": {"color": "var(--ink)"}},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        **settings,
+    }
+
+
+def axis(title: str, **settings: Any) -> Figure:
+    """Return an axis in the look of the page."""
+    return {
+        "title": {"text": title, "standoff": 8, "font": {"size": 12}},
+        "gridcolor": "var(--grid)",
+        "zerolinecolor": "var(--edge)",
+        "linecolor": "var(--edge)",
+        "automargin": True,
+        "showspikes": False,
+        **settings,
+    }
+
+
+def error_bars(values: Sequence[float], bounds: Sequence[Any], color: str) -> Figure:
+    """Return the bars from a value to the ends of its interval; none where the interval is None."""
+    ends = [
+        (value, value) if pair is None else pair for value, pair in zip(values, bounds, strict=True)
+    ]
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [high - value for value, (_, high) in zip(values, ends, strict=True)],
+        "arrayminus": [value - low for value, (low, _) in zip(values, ends, strict=True)],
+        "color": color,
+        "thickness": 2.5,
+        "width": 5,
+    }
+
+
+def padded(low: float, high: float) -> tuple[float, float]:
+    """Return a range with some air, around a single value too."""
+    air = 0.04 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - air, high + air
+
+
+def literal(text: str, width: int) -> str:
+    """Return a text that plotly, which reads some HTML in texts, shows as it is, in one line."""
+    line = " ".join(text.split())
+    return html.escape(line if len(line) <= width else line[: width - 1] + "…", quote=False)
+
+
+# --- Curves over the steps ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """A figure in a chart: held out as marked points, training as a thin line.
+
+    Attributes:
+        key: Key of the figure in ``metrics.jsonl``.
+        name: Name in the legend.
+        color: Variable of the style sheet.
+        symbol: Symbol of the held-out points, so that color is not all that tells lines apart.
+    """
+
+    key: str
+    name: str
+    color: str
+    symbol: str = "circle"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines on one pair of axes.
+
+    Attributes:
+        name: Id of the element in the page.
+        title: Heading.
+        caption: What is to be seen, in one or two sentences.
+        unit: Title of the vertical axis.
+        lines: What is drawn, if it was measured.
+        is_share: True if the unit is a share of one, shown in percent.
+        cut_spikes: True if the highest training values may leave the axes.
+        show_zero: True if the axis takes in zero.
+    """
+
+    name: str
+    title: str
+    caption: str
+    unit: str
+    lines: tuple[Line, ...]
+    is_share: bool = False
+    cut_spikes: bool = False
+    show_zero: bool = False
+
+
+def draw_curves(chart: Chart, records: Sequence[Record], stages: Sequence[str]) -> Figure:
+    """Draw a chart with a panel for every stage; training thin, held-out figures marked."""
+    panels: list[tuple[str, list[Figure]]] = []
+    for stage in stages:
+        staged = [record for record in records if record.stage == stage]
+        if traces := [trace for line in chart.lines for trace in line_traces(line, staged)]:
+            panels.append((stage, traces))
+    traces = [trace for _, traces in panels for trace in traces]
+    listed: set[str] = set()
+    for trace in reversed(traces):  # the legend lists a figure once, as its last panel shows it
+        trace["showlegend"] = trace["showlegend"] and trace["legendgroup"] not in listed
+        listed |= {trace["legendgroup"]} if trace["showlegend"] else set()
+
+    steps = [[float(step) for trace in traces for step in trace["x"]] for _, traces in panels]
+    spans = [padded(min(of_panel), max(of_panel)) for of_panel in steps]
+    lengths = [high - low for low, high in spans]
+    widths = [max(length, _NARROWEST * max(lengths)) for length in lengths]
+    axes, shapes, notes, left = {}, [], [], 0.0
+    for number, ((stage, own), span, width) in enumerate(
+        zip(panels, spans, widths, strict=True), start=1
+    ):
+        share = width / sum(widths) * (1 - _GAP * (len(panels) - 1))
+        domain = (left, min(left + share, 1.0))
+        suffix = str(number) if number > 1 else ""
+        axes[f"xaxis{suffix}"] = axis(
+            "step", range=span, domain=domain, showgrid=False, zeroline=False,
+            nticks=2 + int(6 * share), tickangle=0, ticklabeloverflow="hide past domain",
+            unifiedhovertitle={"text": "step %{x}"},
+        )  # fmt: skip
+        for trace in own:
+            trace["xaxis"] = f"x{suffix}"
+        if len(stages) > 1:
+            shapes.append({"type": "rect", "xref": "paper", "yref": "paper", "layer": "below",
+                           "x0": domain[0], "x1": domain[1], "y0": 0, "y1": 1,
+                           "fillcolor": "var(--band)", "line": {"width": 0}})  # fmt: skip
+            name = literal(stage, max(3, int(_CHARACTERS * (domain[1] - domain[0]))))
+            notes.append({"text": name, "x": domain[0], "xref": "paper", "xanchor": "left",
+                          "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False,
+                          "font": {"size": 12, "color": "var(--muted)"}})  # fmt: skip
+        left += share + _GAP
+
+    values = axis(
+        chart.unit,
+        tickformat=".0%" if chart.is_share else "",
+        hoverformat=".1%" if chart.is_share else ".4~f",
+    )
+    if chart.show_zero:
+        values["rangemode"] = "tozero"
+    if chart.cut_spikes:
+        values["range"] = without_spikes(traces)
+    layout = base_layout(
+        showlegend=len(listed) > 1, hovermode="x unified", yaxis=values,
+        shapes=shapes, annotations=notes, **axes,
+    )  # fmt: skip
+    if len(stages) > 1:
+        layout["legend"]["y"] = 1.12  # above the names of the stages
+    return {"data": traces, "layout": layout}
+
+
+def line_traces(line: Line, records: Sequence[Record]) -> list[Figure]:
+    """Return the traces of a figure, training under held out; they are toggled together."""
+    train, held_out = (series(records, kind, line.key) for kind in ("train", "eval"))
+    common = {"type": "scatter", "legendgroup": line.key}
+    traces = []
+    if train[0]:
+        steps, values = thinned(*train)
+        traces.append(common | {
+            "x": steps, "y": values,
+            "name": f"{line.name}, training" if held_out[0] else line.name,
+            "showlegend": not held_out[0],
+            "mode": "lines" if len(steps) > 1 else "markers",
+            "line": {"width": 1.25, "color": line.color},
+            "marker": {"color": line.color},
+            "opacity": 0.6 if held_out[0] else 1.0,
+        })  # fmt: skip
+    if held_out[0]:
+        traces.append(common | {
+            "x": held_out[0], "y": held_out[1], "name": line.name, "showlegend": True,
+            "mode": "lines+markers",
+            "line": {"width": 2.25, "color": line.color},
+            "marker": {"symbol": line.symbol, "size": 8, "color": line.color},
+        })  # fmt: skip
+    return traces
+
+
+def thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
+    """Average over neighbors, to at most `MAX_POINTS`; each mean stands at its middle step."""
+    size = -(-len(steps) // MAX_POINTS)
+    starts = range(0, len(steps), size)
+    groups = [values[start : start + size] for start in starts]
+    middles = [
+        steps[start + (len(group) - 1) // 2] for start, group in zip(starts, groups, strict=True)
+    ]
+    return middles, [sum(group) / len(group) for group in groups]
+
+
+def without_spikes(traces: Sequence[Figure]) -> tuple[float, float]:
+    """Return a range with all held-out values and all but the top 2% of the training values."""
+    tops = []
+    for trace in traces:
+        values = sorted(trace["y"])
+        is_held_out = "markers" in trace["mode"]
+        tops.append(values[-1] if is_held_out else values[int(0.98 * (len(values) - 1))])
+    return padded(min(min(trace["y"]) for trace in traces), max(tops))
+
+
+# --- Means with intervals -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a forest plot: a mean, its interval and the figures of the seeds."""
+
+    label: str
+    mean: float
+    bounds: tuple[float, float] | None
+    seeds: tuple[float, ...] = ()
+    color: str = MIXED
+
+
+def control_rows(controls: Controls) -> tuple[list[Row], list[Row]]:
+    """Return the variants (shares) and the differences (points) that have a mean."""
+    variants = [
+        Row(v.title, v.mean, v.ci95, tuple(x for x in v.accuracy if x is not None))
+        for v in controls.variants
+        if v.mean is not None
+    ]
+    differences = [
+        Row(d.label, 100 * d.mean, (100 * d.ci95[0], 100 * d.ci95[1]) if d.ci95 else None)
+        for d in controls.differences
+        if d.mean is not None
+    ]
+    return variants, differences
+
+
+def draw_forest(rows: Sequence[Row], title: str, tickformat: str, hoverformat: str) -> Figure:
+    """Draw rows from top to bottom: intervals as bars, means as dots, seeds as small rings."""
+    ends = [x for row in rows for x in (row.mean, *(row.bounds or ()), *row.seeds)]
+    labels = []
+    for row in rows:  # at most two lines, which fit a phone
+        width = 44 if len(row.label) <= 44 else min(44, len(row.label) // 2 + 8)
+        lines = textwrap.wrap(row.label, width, max_lines=2, placeholder=" …")
+        labels.append("<br>".join(literal(line, 44) for line in lines))
+    row_height = 71 if any("<br>" in label for label in labels) else 54
+    layout = base_layout(
+        64 + row_height * len(rows),
+        showlegend=False,
+        hovermode="closest",
+        xaxis=axis(title, range=padded(min(0.0, *ends), max(0.0, *ends)), tickformat=tickformat,
+                   zeroline=True, tickangle=0, nticks=6),
+        yaxis={"range": [len(rows) - 0.55, -0.75], "visible": False, "fixedrange": True},
+        annotations=[
+            {"text": label, "x": 0, "xref": "paper", "xanchor": "left", "y": place,
+             "yanchor": "bottom", "yshift": 9, "align": "left", "showarrow": False,
+             "bgcolor": "var(--card)", "font": {"color": "var(--ink)", "size": 13}}
+            for place, label in enumerate(labels)
+        ],
+    )  # fmt: skip
+    rings = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [x for row in rows for x in row.seeds],
+        "y": [place + 0.22 for place, row in enumerate(rows) for _ in row.seeds],
+        "hovertemplate": f"one seed: %{{x:{hoverformat}}}<extra></extra>",
+        "marker": {"size": 7, "symbol": "circle-open", "color": BASE, "line": {"width": 1.5}},
+    }
+    dots = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "x": [row.mean],
+            "y": [place],
+            "hovertemplate": f"{literal(row.label, 60)}: %{{x:{hoverformat}}}<extra></extra>",
+            "marker": {"size": 11, "color": row.color},
+            "error_x": error_bars([row.mean], [row.bounds], row.color),
+        }
+        for place, row in enumerate(rows)
+    ]
+    return {"data": [rings, *dots], "layout": layout}
+
+
+def draw_groups(groups: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw gain and gain of content of groups of tokens, side by side."""
+    looks = {"gain": ("gain", MIXED, "circle"), "content": ("gain of content", CONTENT, "diamond")}
+    labels = [f"{literal(group['label'], 30)}<br>n {group['n']}" for group in groups]
+    traces = []
+    for key, (name, color, symbol) in looks.items():
+        if key in groups[0]:
+            values = [group[key] for group in groups]
+            bounds = [group[f"{key}_ci95"] for group in groups]
+            traces.append({
+                "type": "scatter", "mode": "markers", "name": name, "x": labels, "y": values,
+                "hovertemplate": "%{x}: %{y:+.4f}<extra></extra>",
+                "marker": {"size": 9, "color": color, "symbol": symbol},
+                "error_y": error_bars(values, bounds, color),
+            })  # fmt: skip
+    layout = base_layout(
+        showlegend=True,
+        hovermode="closest",
+        xaxis=axis("", showgrid=False, type="category", tickangle=0),
+        yaxis=axis("nats/token", zeroline=True),
+        scattermode="group",
+    )
+    return {"data": traces, "layout": layout}
