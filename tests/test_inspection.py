@@ -171,7 +171,7 @@ def test_the_page_in_a_browser(folder, tmp_path, browser, scheme, width):
     document = json.loads((tmp_path / "page.json").read_text())
     page = opened(browser, out, errors, viewport={"width": width, "height": 800},
                   color_scheme=scheme)  # fmt: skip
-    shown = page.eval_on_selector_all("#texts .text span", "all => all.map(x => x.textContent)")
+    shown = page.eval_on_selector_all("#texts .reader span", "all => all.map(x => x.textContent)")
     assert len(shown) == len(document["tokens"])
     assert "<script>alert(1)</script>" in "".join(shown)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -183,7 +183,7 @@ def test_the_page_in_a_browser(folder, tmp_path, browser, scheme, width):
         token = document["tokens"][index]
         assert f"token {index}" in told
         sign = "−" if round(token["gain"], 3) < 0 else "+"
-        assert f"gain {sign}{abs(token['gain']):.3f}" in told
+        assert f"Gain {sign}{abs(token['gain']):.3f} nats" in told
         weight = token["thoughts"][0]["mixing_weight"]
         assert f"mixing weight {weight:.3f}" in told
     page.keyboard.press("Home")
@@ -192,7 +192,7 @@ def test_the_page_in_a_browser(folder, tmp_path, browser, scheme, width):
     least = 0.2
     hits = sum(abs(token.get("gain", 0)) >= least for token in document["tokens"])
     assert page.locator("#matches").inner_text().startswith(f"{hits} tokens")
-    assert page.locator(".text span.hit").count() == hits
+    assert page.locator(".reader span.hit").count() == hits
     if width > 1000:
         page.keyboard.press("Escape")
         page.locator("#t0-9").dispatch_event("pointerover", {"pointerType": "mouse"})
@@ -207,7 +207,7 @@ def test_two_models_stand_side_by_side(folder, tmp_path, browser):
                      str(folder / "other"), "--text", "three and four", "--out", str(out),
                      "--device", "cpu"]) == 0  # fmt: skip
     page = opened(browser, out, errors)
-    assert page.locator("#texts .text").count() == 2
+    assert page.locator("#texts .reader").count() == 2
     page.locator("#t1-3").click()
     assert page.locator("#t0-3").get_attribute("aria-selected") == "true"
     assert page.locator("#detail .model").count() == 2
