@@ -1,1 +1,1 @@
-"""Generating and chatting in the terminal."""
+"""The console command: one parser, one module per command."""

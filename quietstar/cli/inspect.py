@@ -1,52 +1,66 @@
-"""``quietstar inspect``: the thoughts before every token of a text, as a page or JSON."""
+"""``quietstar inspect``: the thoughts before every token of a text, as a page, JSON or colors."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Sequence
+from math import exp
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from quietstar.cli.devices import device_option, find_device
-from quietstar.cli.terminal import document_view
+from quietstar.cli.options import (
+    MOST_THOUGHTS, Parser, add_model, existing, load_model, number, output_file, read_text, whole,
+    write_text,
+)  # fmt: skip
 from quietstar.data.tokenizer import check_unicode, load_tokenizer
-from quietstar.errors import UserError
+from quietstar.errors import UserError, visible
 from quietstar.evaluation.inspection import Reading, inspect_text, num_windows
-from quietstar.evaluation.loading import load_thinker
-from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.reports.thoughts import render_page
-from quietstar.training.setup import quiet_libraries
 
-ENDINGS = (".html", ".json")
+LEVELS = (0.02, 0.1, 0.5, 1.5)
+"""Gains in nats at which the color grows darker."""
+GAINS = ("", "color(153)", "color(75)", "color(33)", "color(27)")
+LOSSES = ("", "color(223)", "color(215)", "color(208)", "color(202)")
+ROWS = 8
+"""Tokens in each table."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the text with one model, or two, and show what was thought.
+    """Read the text with one model, or two, and show the thoughts.
 
     Raises:
-        UserError: A wrong argument, text, file or model.
+        UserError: An option, the text, a file or a model is wrong.
     """
-    args = _parser().parse_args(arguments)
-    quiet_libraries()
-    text = read_text(args)
-    out = check_out(args.out, args.force)
-    if args.num_thoughts < 1:
-        raise UserError(f"--num-thoughts: {args.num_thoughts} must be at least 1")
-    if args.temperature is None and args.num_thoughts > 1:
+    args = _parser().read(arguments)
+    text = _text(args)
+    out: Path | None = args.out
+    if out is not None and out.exists() and not args.force:
+        raise UserError(f"--out ({out}): exists; give another name, or --force to replace it")
+    if not args.temperature and args.num_thoughts > 1:
         raise UserError(
-            f"--num-thoughts: {args.num_thoughts} greedy thoughts are all alike; "
-            "set --temperature 1"
+            f"--num-thoughts ({args.num_thoughts}): greedy thoughts are all identical; set "
+            "--temperature 1"
         )
     names = [args.model] if args.compare is None else [args.model, args.compare]
-    tokenizers = [load_tokenizer(name) for name in names]
-    check_same_tokens(text, names, tokenizers)
+    tokenizers = [load_tokenizer(name, trust_remote_code=False) for name in names]
+    ids: list[Any] = [tokenizer(text)["input_ids"] for tokenizer in tokenizers]
+    if len(ids[0]) < 2:
+        raise UserError("--text: is a single token; give a text of at least two")
+    if ids[-1] != ids[0]:
+        raise UserError(
+            f"--compare ({names[1]}): splits the text into other tokens than {names[0]}; compare "
+            "models of one tokenizer"
+        )
     documents = [
-        read_with(name, tokenizer, text, args)
+        _inspect(name, tokenizer, text, len(ids[0]), args)
         for name, tokenizer in zip(names, tokenizers, strict=True)
     ]
     console = Console(highlight=False)
@@ -54,138 +68,126 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for document in documents:
             console.print(document_view(document))
         return 0
-    write(out, documents)
-    console.print(f"{len(documents[0]['tokens'])} tokens: {out}", soft_wrap=True)
+    if out.suffix == ".html":
+        write_text(out, render_page(documents))
+    else:
+        content = documents[0] if len(documents) == 1 else documents
+        write_text(out, json.dumps(content, indent=1) + "\n")
+    console.print(Text(visible(f"{len(documents[0]['tokens'])} tokens: {out}")), soft_wrap=True)
     return 0
 
 
-def read_text(args: argparse.Namespace) -> str:
-    """The text of ``--text`` or ``--text-file``.
-
-    Raises:
-        UserError: Not one of the two, no such file, one that is no UTF-8, or nothing in it.
-    """
+def _text(args: argparse.Namespace) -> str:
     if (args.text is None) == (args.text_file is None):
         raise UserError("--text: give either --text TEXT or --text-file FILE")
     if args.text is not None:
         text = check_unicode(args.text, "--text")
     else:
-        path = Path(args.text_file)
-        try:
-            text = path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as problem:
-            raise UserError(
-                f"--text-file: {path} is no UTF-8 (byte {problem.start} is "
-                f"0x{problem.object[problem.start]:02x}); convert it, as with iconv"
-            ) from None
-        except OSError as problem:
-            raise UserError(f"--text-file: {path} cannot be read: {problem.strerror}") from None
+        text = read_text("--text-file", args.text_file)
     if not text.strip():
-        option = "--text" if args.text is not None else f"--text-file: {args.text_file}"
+        option = "--text" if args.text is not None else f"--text-file ({args.text_file})"
         raise UserError(f"{option}: is empty; give a text of at least two tokens")
     return text
 
 
-def check_out(name: str | None, force: bool) -> Path | None:
-    """The file to write.
-
-    Raises:
-        UserError: Of another kind, in no folder, or there already.
-    """
-    if name is None:
-        return None
-    path = Path(name)
-    if path.suffix not in ENDINGS:
-        raise UserError(f"--out: {path} must end in .html (a page) or .json (its figures)")
-    if not path.parent.is_dir():
-        raise UserError(f"--out: there is no folder {path.parent}; make it first")
-    if path.exists() and not force:
-        raise UserError(f"--out: {path} exists; give another name, or --force to replace it")
-    return path
-
-
-def check_same_tokens(
-    text: str, names: Sequence[str], tokenizers: Sequence[PreTrainedTokenizerBase]
-) -> None:
-    """Refuse texts that cannot be shown side by side, and those of a single token.
-
-    Raises:
-        UserError: The tokenizers disagree, or there is nothing to predict.
-    """
-    ids = [tokenizer(text)["input_ids"] for tokenizer in tokenizers]
-    if len(ids[0]) < 2:  # pyright: ignore[reportArgumentType]
-        raise UserError("--text: is a single token; give a text of at least two")
-    if any(other != ids[0] for other in ids):
-        raise UserError(
-            f"--compare: {names[1]} splits the text into other tokens than {names[0]}; compare "
-            "models of one tokenizer"
-        )
-
-
-def read_with(
-    name: str, tokenizer: PreTrainedTokenizerBase, text: str, args: argparse.Namespace
+def _inspect(
+    name: str, tokenizer: PreTrainedTokenizerBase, text: str, count: int, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """What a model thinks of the text.
-
-    Raises:
-        UserError: It is no Quiet-STaR model.
-    """
-    model = load_thinker(name, True, args.dtype, "quietstar inspect needs a trained one.")
-    model.to(find_device(args.device))
-    context = longest(model, args.context)
-    count = len(tokenizer(text)["input_ids"])  # pyright: ignore[reportArgumentType]
+    """Return what a model thinks of a text of ``count`` tokens."""
+    model = load_model(args, True, "quietstar inspect needs a trained one.", name)
+    most = model.max_text_length
+    context = args.context or most
+    if most is not None and context is not None and context > most:
+        raise UserError(f"--context ({context}): must be at most {most}, what the model takes")
     if context is not None and count > context:
         Console(stderr=True).print(
             f"the text has {count} tokens: read in windows of {context}, in which every position "
             f"sees at least {context - min(128, context // 2)} tokens before it",
             soft_wrap=True,
         )
-    reading = Reading(args.num_thoughts, args.temperature, args.seed, context)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task(name, total=num_windows(count, context))
+    reading = Reading(args.num_thoughts, args.temperature or None, args.seed, context)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task(visible(name), total=num_windows(count, context))
         return inspect_text(model, tokenizer, text, name, reading, lambda: progress.advance(bar))
 
 
-def longest(model: QuietStarForCausalLM, wanted: int | None) -> int | None:
-    """Tokens that are read at once.
-
-    Raises:
-        UserError: More are wanted than the model takes.
-    """
-    most = model.max_text_length
-    if wanted is not None and (wanted < 2 or (most is not None and wanted > most)):
-        limit = "" if most is None else f" and at most {most}, what the model takes"
-        raise UserError(f"--context: {wanted} must be at least 2{limit}")
-    return most if wanted is None else wanted
-
-
-def write(path: Path, documents: Sequence[dict[str, Any]]) -> None:
-    """The page, or its figures: one document, or a list of two."""
-    if path.suffix == ".html":
-        path.write_text(render_page(documents), encoding="utf-8")
-        return
-    content = documents[0] if len(documents) == 1 else documents
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "quietstar inspect",
-        description="Shows what a model thinks before every token of a text, and what it gains. "
-        "Without --out in the terminal.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def document_view(document: dict[str, Any]) -> RenderableType:
+    """Return summary, the colored text, and the tokens with the largest gains and losses."""
+    scored = [record for record in document["tokens"] if "gain" in record]
+    ordered = sorted(scored, key=lambda record: record["gain"])
+    return Group(
+        Text(visible(document["model"]), style="bold"),
+        _summary_table(document["summary"]),
+        _colored_text(document["tokens"]),
+        Text(),
+        _token_table("largest gains", ordered[: -ROWS - 1 : -1]),
+        _token_table("largest losses", ordered[:ROWS]),
     )
+
+
+def _summary_table(summary: dict[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("tokens", "count", "gain", "gain of content"):
+        table.add_column(heading, justify="left" if heading == "tokens" else "right")
+    for name in ("all", "hard", "easy"):
+        if summary[name] is not None:
+            row = summary[name]
+            table.add_row(name, str(row["tokens"]), f"{row['gain']:+.4f}", f"{row['content']:+.4f}")
+    table.caption = (
+        f"mixing weight {summary['mixing_weight']:.3f}, surprise of thought tokens "
+        f"{summary['entropy']:.2f} nats, distinct tokens {summary['distinct']:.0%}"
+    )
+    return table
+
+
+def _colored_text(tokens: Sequence[dict[str, Any]]) -> Text:
+    """Return the text: blue where thoughts gain, orange where they lose."""
+    text = Text()
+    for token in tokens:
+        gain = token.get("gain", 0.0)
+        level = sum(abs(gain) >= edge for edge in LEVELS)
+        style = (GAINS if gain > 0 else LOSSES)[level]
+        text.append(visible(token["text"]), style=f"black on {style}" if style else "")
+    return text
+
+
+def _token_table(title: str, records: Sequence[dict[str, Any]]) -> Table:
+    """Return tokens with their first thought."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("position", "token", "gain", "p base", "p mixed", "weight"):
+        table.add_column(heading, justify="left" if heading == "token" else "right", no_wrap=True)
+    table.add_column("thought")
+    for record in records:
+        thought = record["thoughts"][0]
+        token, words = (visible(r["text"]).replace("\n", "⏎") for r in (record, thought))
+        base, mixed = exp(record["base_logprob"]), exp(thought["mixed_logprob"])
+        table.add_row(
+            str(record["position"]), Text(token), f"{record['gain']:+.3f}", f"{base:.3f}",
+            f"{mixed:.3f}", f"{thought['mixing_weight']:.2f}", Text(words, style="dim"),
+        )  # fmt: skip
+    return table
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "quietstar inspect",
+        "Shows what a model thinks before every token of a text, and what it gains;\n"
+        "without --out in the terminal.",
+    )
+    add_model(parser)
     add = parser.add_argument
-    add("--model", required=True, help="folder of a saved Quiet-STaR model")
-    add("--text", help="the text")
-    add("--text-file", help="file with the text, UTF-8")
-    add("--out", help="page (.html) or figures (.json)")
+    add("--text", metavar="TEXT", help="text to read")
+    add("--text-file", metavar="FILE", help="file with the text, UTF-8")
+    add("--out", type=output_file(".html", ".json"), metavar="FILE",
+        help="page (.html) or its figures (.json)")  # fmt: skip
     add("--force", action="store_true", help="replace a file that exists")
-    add("--compare", metavar="DIR", help="a second model, side by side")
-    add("--num-thoughts", type=int, default=1, help="before every token")
-    add("--temperature", type=float, help="of thoughts; without it the most likely tokens")
-    add("--seed", type=int, default=0, help="of sampled thoughts")
-    add("--context", type=int, help="tokens that are read at once; default what the model takes")
-    add("--dtype", default="auto", help="of the weights")
-    add("--device", type=device_option, help="by default a GPU if there is one")
+    add("--compare", type=existing, metavar="DIR", help="a second model, side by side")
+    add("--num-thoughts", type=whole(1, MOST_THOUGHTS), default=1, metavar="K",
+        help="thoughts before every token")  # fmt: skip
+    add("--temperature", type=number(), metavar="T",
+        help="temperature of thoughts; without it their most likely tokens")  # fmt: skip
+    add("--seed", type=whole(), default=0, help="seed of sampled thoughts")
+    add("--context", type=whole(2), metavar="N",
+        help="tokens that are read at once; default: what the model takes")  # fmt: skip
     return parser

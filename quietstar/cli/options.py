@@ -1,92 +1,250 @@
-"""What ``quietstar generate`` and ``quietstar chat`` have in common."""
+"""What all commands have in common: the parser, kinds of values, the model, files to write.
+
+Nothing here imports torch before a command line is known to be valid.
+"""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any, cast
+import difflib
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
-from quietstar.cli.devices import device_option, find_device
-from quietstar.data.tokenizer import load_tokenizer, padding_id
 from quietstar.errors import UserError
-from quietstar.evaluation.loading import load_thinker
-from quietstar.generation.gates import PROBED, Gate, GateKind
-from quietstar.model.quiet_star import QuietStarForCausalLM
-from quietstar.training.setup import quiet_libraries
 
-CALIBRATED = "calibrated"
+if TYPE_CHECKING:
+    from quietstar.model.quiet_star import QuietStarForCausalLM
 
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of model, thoughts and sampling."""
-    add = parser.add_argument
-    add("--model", required=True, help="folder of a saved Quiet-STaR model")
-    add("--max-new-tokens", type=int, default=128)
-    add("--show-thoughts", action="store_true", help="print them dim, before their token")
-    add("--no-thoughts", action="store_true", help="the plain model")
-    add("--gate", metavar="GATE", help="who thinks: calibrated, entropy:NATS, weight:W, gain:NATS")
-    add("--num-thoughts", type=int, default=1, help="before each token, averaged")
-    add("--thought-temperature", type=float, help="without it the most likely tokens")
-    add("--temperature", type=float, default=0.0, help="of the text; 0 takes the most likely")
-    add("--top-p", type=float, default=1.0)
-    add("--seed", type=int, default=0)
-    add("--dtype", default="auto", help="of the weights")
-    add("--device", type=device_option, help="by default a GPU if there is one")
+DEFAULT_CONFIG = "configs/demo.yaml"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+MOST_THOUGHTS = 1000
+"""Upper bound of thoughts per position on the command line: far above what memory allows."""
 
 
-def load(args: argparse.Namespace) -> tuple[QuietStarForCausalLM, PreTrainedTokenizerBase]:
-    """The model, on its device.
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # A default of None or False is described by the help text itself.
+        return super()._get_help_string(action) if action.default else action.help
 
-    Raises:
-        UserError: It is none that thinks, though it shall, or a value is out of range.
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line: ``--option (value): rule; remedy``.
+
+    Args:
+        program: Name of the command, as the user types it.
+        description: First lines of the help.
+        usage: Usage line; None lists all options.
     """
-    quiet_libraries()
-    for name in ("max_new_tokens", "num_thoughts"):
-        if getattr(args, name) < 1:
-            value = getattr(args, name)
-            raise UserError(f"--{name.replace('_', '-')}: {value} must be at least 1")
-    if args.temperature < 0 or (args.thought_temperature or 0) < 0:
-        raise UserError("--temperature: must be 0 or more")
-    if not 0 < args.top_p <= 1:
-        raise UserError(f"--top-p: {args.top_p} must be above 0 and at most 1")
-    if args.no_thoughts and (args.show_thoughts or args.gate):
-        raise UserError("--no-thoughts: does not go with --show-thoughts or --gate")
-    remedy = "Set --no-thoughts to generate with the plain model."
-    model = load_thinker(args.model, not args.no_thoughts, args.dtype, remedy)
-    torch.manual_seed(args.seed)
-    return model.to(find_device(args.device)), load_tokenizer(args.model)
+
+    def __init__(self, program: str, description: str | None, usage: str | None = None) -> None:
+        super().__init__(
+            program, usage, description, formatter_class=_Help, allow_abbrev=False
+        )  # an abbreviation would be ambiguous with the keys of a config
+
+    def read(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        """Parse a command line on which every argument belongs to an option.
+
+        Raises:
+            UserError: An argument is unknown, is missing, or has a wrong value.
+        """
+        args, unknown = self.parse_known_args(arguments)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            meant = difflib.get_close_matches(name, known, 1, 0.7)
+            if not name.startswith("-"):
+                self.error(f"{unknown[0]}: belongs to no option")
+            if meant:
+                raise UserError(f"{name}: unknown option; did you mean {meant[0]}?")
+            self.error(f"{name}: unknown option")
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        """Raise argparse's message as one line in the form of this project.
+
+        Raises:
+            UserError: Always.
+        """
+        option, _, problem = message.removeprefix("argument ").partition(": ")
+        if problem.startswith("("):  # of the kinds of values below
+            raise UserError(f"{option} {problem}")
+        if choice := re.fullmatch(r"invalid choice: (.*) \(choose from (.*)\)", problem, re.S):
+            value, choices = (part.replace("'", "") for part in choice.groups())
+            raise UserError(f"{option} ({value}): must be one of {choices}")
+        if problem.startswith("expected"):
+            metavar = next((a.metavar for a in self._actions if option in a.option_strings), None)
+            raise UserError(f"{option}: has no value; write {option} {metavar or 'VALUE'}")
+        if problem.startswith("ignored explicit argument"):
+            raise UserError(f"{option}: takes no value; write {option} alone")
+        if option.startswith("the following arguments are required"):
+            message = f"{problem}: must be given"
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def arguments_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Arguments of `QuietStarForCausalLM.generate`."""
-    sampled = args.temperature > 0
-    how = {"temperature": args.temperature, "top_p": args.top_p, "top_k": 0} if sampled else {}
-    return {
-        "think": find_gate(args), "num_thoughts": args.num_thoughts,
-        "thought_temperature": args.thought_temperature or None, "seed": args.seed,
-        "max_new_tokens": args.max_new_tokens, "pad_token_id": padding_id(tokenizer),
-        "do_sample": sampled, **how,
-    }  # fmt: skip
+def whole(least: int = 0, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """Make a parser of whole numbers between two bounds."""
+
+    def parse(text: str) -> int:
+        digits = re.fullmatch(r"[+-]?[0-9]{1,20}", text.strip())
+        if digits is None or not least <= int(text) <= most:
+            upper = f" and at most {most}" if most < 2**63 - 1 or text.strip().isdecimal() else ""
+            raise _wrong(text, f"must be a whole number of at least {least}{upper}")
+        return int(text)
+
+    return parse
 
 
-def find_gate(args: argparse.Namespace) -> bool | Gate:
-    """Who thinks.
+def number(least: float = 0.0, most: float = math.inf, above: bool = False) -> Callable[[str], Any]:
+    """Make a parser of finite numbers between two bounds.
 
-    Raises:
-        UserError: No such gate, or none was calibrated.
+    Args:
+        least: Lower bound.
+        most: Upper bound, allowed itself.
+        above: True if the lower bound itself is not allowed.
     """
-    if args.gate is None:
-        return not args.no_thoughts
-    if args.gate == CALIBRATED:
-        return Gate.load(args.model)
-    kind, _, threshold = args.gate.partition(":")
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not least <= value <= most or (above and value == least):
+            lower = f"above {least:g}" if above else f"of at least {least:g}"
+            upper = "" if most == math.inf else f" and at most {most:g}"
+            raise _wrong(text, f"must be a number {lower}{upper}")
+        return value
+
+    return parse
+
+
+def device(text: str) -> str:
+    """Parse the name of a device that can be used here."""
+    from quietstar.backbone.devices import find_device  # imports torch
+
     try:
-        value = float(threshold)
-    except ValueError:
+        return find_device(text)
+    except UserError as problem:
+        raise _wrong(text, str(problem)) from None
+
+
+def existing(text: str) -> str:
+    """Parse a name that may be a folder or file here, or a model on the hub; expands ``~``."""
+    try:
+        Path(text).expanduser().exists()
+        if not text.strip():
+            raise ValueError("it is empty")
+    except (OSError, ValueError, RuntimeError) as problem:
+        raise _wrong(text, f"is no name of a model or file ({_reason(problem)})") from None
+    return str(Path(text).expanduser()) if text.startswith("~") else text
+
+
+def output_file(*endings: str) -> Callable[[str], Path]:
+    """Make a parser of files that can be written once the work is done; makes their folder.
+
+    Args:
+        *endings: Endings such as ``.html`` that are allowed; all if none are given.
+    """
+
+    def parse(text: str) -> Path:
+        # Links are followed, so that what they point to is written, not the link.
+        try:
+            path = Path(os.path.realpath(Path(text).expanduser()))
+            if endings and path.suffix not in endings:
+                raise _wrong(text, f"must end in {' or '.join(endings)}")
+            if path.is_dir():
+                raise _wrong(text, "is a folder; give the name of a file in it")
+            if path.exists() and not path.is_file():
+                raise _wrong(text, "is no regular file")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(path if path.exists() else path.parent, os.W_OK):
+                raise _wrong(text, "cannot be written (permission denied)")
+        except (OSError, ValueError, RuntimeError) as problem:
+            raise _wrong(text, f"cannot be written ({_reason(problem)})") from None
+        return path
+
+    return parse
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole, so that a full disk leaves the earlier one.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    new = path.with_name(f"{path.name}.new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)
+    except OSError as problem:
+        raise UserError(f"{path}: cannot be written ({_reason(problem)})") from None
+
+
+def read_text(option: str, name: str) -> str:
+    """Read a file of UTF-8.
+
+    Args:
+        option: Option that names it, for messages.
+        name: Path of the file.
+
+    Raises:
+        UserError: It cannot be read, or is no UTF-8.
+    """
+    try:
+        return Path(name).expanduser().read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        byte = f"byte {problem.start} is 0x{problem.object[problem.start]:02x}"
         raise UserError(
-            f"--gate: {args.gate} must be calibrated, or a kind and a threshold, as entropy:1.5"
+            f"{option} ({name}): is no UTF-8 ({byte}); convert it, as with iconv"
         ) from None
-    probes = Gate.load(args.model).probes if kind in PROBED else {}
-    return Gate(cast(GateKind, kind), value, probes)
+    except (OSError, ValueError, RuntimeError) as problem:
+        raise UserError(f"{option} ({name}): cannot be read ({_reason(problem)})") from None
+
+
+def add_model(parser: argparse.ArgumentParser, meaning: str = "a saved Quiet-STaR model") -> None:
+    """Add ``--model``, ``--dtype`` and ``--device``."""
+    add = parser.add_argument
+    add("--model", type=existing, required=True, metavar="DIR", help=f"folder of {meaning}")
+    add("--dtype", default="auto", choices=DTYPES, help="precision of the weights")
+    add("--device", type=device, metavar="NAME", help="default: a GPU if there is one")
+
+
+def load_model(
+    args: argparse.Namespace, needs_training: bool, remedy: str, name: str | None = None
+) -> QuietStarForCausalLM:
+    """Load the model of the options of `add_model` onto its device.
+
+    Code that comes with a model never runs.
+
+    Args:
+        args: Parsed command line.
+        needs_training: True to refuse a plain causal LM.
+        remedy: What to do about a plain model, for the message.
+        name: Folder of another model than ``--model``.
+
+    Raises:
+        UserError: There is no such model, or it is a plain one where that is refused.
+    """
+    from quietstar.backbone.devices import find_device
+    from quietstar.evaluation.loading import load_thinker
+    from quietstar.model.saving import SETTINGS_FILE
+    from quietstar.training.setup import quiet_libraries
+
+    quiet_libraries()
+    name = name or args.model
+    inside = Path(name) / "final"
+    if (inside / SETTINGS_FILE).exists() and not (Path(name) / SETTINGS_FILE).exists():
+        raise UserError(f"--model ({name}): is the folder of a run; its model is in {inside}")
+    model = load_thinker(name, needs_training, args.dtype, remedy, trust_remote_code=False)
+    return model.to(find_device(args.device))
+
+
+def _wrong(value: str, rule: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"({value}): {rule}")
+
+
+def _reason(problem: Exception) -> str:
+    return (isinstance(problem, OSError) and problem.strerror) or str(problem)

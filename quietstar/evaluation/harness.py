@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from quietstar.backbone.learn import plain_pass
 from quietstar.backbone.run import num_virtual
-from quietstar.cli.devices import find_device
+from quietstar.backbone.devices import find_device
 from quietstar.data import load_tokenizer
 from quietstar.data.tokenizer import padding_id
 from quietstar.errors import UserError

@@ -1,0 +1,97 @@
+"""``quietstar train``: a run from a config file and keys on the command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from quietstar.cli.options import DEFAULT_CONFIG, Parser, whole
+from quietstar.config import FIELDS, SECTIONS, Config
+from quietstar.config.loading import load_config
+from quietstar.config.messages import default_text, type_text
+from quietstar.config.presets import shipped_configs
+from quietstar.errors import ConfigError
+
+DESCRIPTION = """Trains a model. On many processes: accelerate launch train.py with the same options.
+
+The keys below go into the config file, by section, or on the command line,
+which wins. Lists are written [a, b], no value is null, and a bare flag is true.
+Single entries of a mapping: --model.config.hidden_size 64. Keys of a stage:
+--stages.NAME.KEY; without stages.NAME a key holds in all stages.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int | None:
+    """Train, or compare the last stage with its controls.
+
+    Raises:
+        UserError: An option or the config is wrong, or the run cannot go on.
+    """
+    parser = _parser()
+    args, overrides = parser.parse_known_args(arguments)
+    problems: list[str] = []
+    if args.resume not in (None, "auto") and not Path(args.resume).exists():
+        problems.append(
+            f"--resume ({args.resume}): there is no such folder; give a checkpoint such as"
+            " runs/x/checkpoints/step-000500, or auto for the newest of the run"
+        )
+    try:
+        config = load_config(args.config, overrides)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from error
+    if problems:
+        raise ConfigError(problems)
+
+    from quietstar.reports import write_report
+
+    if args.controls is not None:
+        from quietstar.training.controls import run_controls  # imports torch
+
+        run_controls(config, args.controls, on_report=write_report)
+        return None
+
+    from quietstar.training.run import run_training  # imports torch
+
+    run_training(
+        config, resume=args.resume, allow_changes=args.allow_changes, on_report=write_report
+    )
+    return None
+
+
+class _TrainParser(Parser):
+    def format_help(self) -> str:
+        """List the keys of the config, which the config's own reader parses."""
+        for section in SECTIONS:
+            group = self.add_argument_group(section, Config.model_fields[section].description)
+            for key in (key for key in FIELDS if key.startswith(f"{section}.")):
+                text = f"{FIELDS[key].description} ({type_text(key)}; default {default_text(key)})"
+                group.add_argument(f"--{key}", help=text.replace("%", "%%"), metavar="")
+        self.add_argument_group("stages", Config.model_fields["stages"].description)
+        return super().format_help()
+
+
+def _parser() -> Parser:
+    parser = _TrainParser(
+        "quietstar train",
+        DESCRIPTION,
+        "quietstar train [--config FILE] [--resume auto|PATH] [--KEY VALUE ...]",
+    )
+    add = parser.add_argument
+    add("--config", default=DEFAULT_CONFIG, metavar="FILE",
+        help=f"YAML file, or one that is shipped: {', '.join(shipped_configs())}")  # fmt: skip
+    add("--resume", metavar="auto|PATH",
+        help="continue from the newest checkpoint of the run, or from this one")  # fmt: skip
+    add("--allow-changes", type=_true_or_false, nargs="?", const=True, default=False,
+        metavar="true", help="resume also under settings that make it another run")  # fmt: skip
+    add("--controls", type=whole(1, 1000), metavar="SEEDS",
+        help="compare the last stage with its controls, with this many seeds")  # fmt: skip
+    # DeepSpeed's launcher adds it; the environment says the same.
+    add("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    return parser
+
+
+def _true_or_false(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"({text}): must be true or false")
+    return text == "true"
