@@ -13,13 +13,21 @@ from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
-from quietstar.cli.devices import device_option, find_device
+from quietstar.cli.options import (
+    Parser,
+    add_model,
+    load_model,
+    number,
+    output_file,
+    whole,
+    write_text,
+)  # fmt: skip
 from quietstar.config import DataConfig
 from quietstar.config.loading import load_config
 from quietstar.data import Batch, build_data, load_tokenizer
-from quietstar.errors import UserError
-from quietstar.evaluation.loading import load_thinker
+from quietstar.errors import UserError, visible
 from quietstar.generation.calibration import (
     Measured,
     Setting,
@@ -31,33 +39,30 @@ from quietstar.generation.calibration import (
     try_gate,
 )
 from quietstar.generation.gates import GATE_FILE, Gate, GateKind, Probe
-from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.training.folder import CONFIG_FILE
-from quietstar.training.setup import quiet_libraries
 
 KINDS: tuple[GateKind, ...] = ("entropy", "weight", "gain")
-SHOWN_SHARES = (0.02, 0.05, 0.1, 0.25, 0.5)
-"""Of the tokens that think, for the five thresholds of the table."""
+TABLE_FRACTIONS = (0.02, 0.05, 0.1, 0.25, 0.5)
+"""Fractions of the tokens that think, for the five thresholds of the table."""
 TRIED = 200
-"""Thresholds among which the best is looked for."""
+"""Thresholds among which the best is searched."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, save the gate beside the model.
 
     Raises:
-        UserError: A wrong argument, or no such model or text.
+        UserError: An option, the model or the text is wrong.
     """
-    args = _parser().parse_args(arguments)
-    quiet_libraries()
-    check(args)
-    model = load_thinker(args.model, True, args.dtype, "Give the folder of a saved one.")
-    model.to(find_device(args.device))
+    args = _parser().read(arguments)
+    if args.speed is not None and args.quality is not None:
+        raise UserError("--speed: does not go with --quality; leave one out")
+    model = load_model(args, True, "Give the folder of a saved one.")
     if model.max_text_length is not None:
         args.seq_len = min(args.seq_len, model.max_text_length)
-    batches = held_out(args)
-    shown = track(range(len(batches)), "thinking", console=Console(stderr=True), transient=True)
-    steps = iter(shown)
+    batches = _held_out(args)
+    bar = track(range(len(batches)), "thinking", console=Console(stderr=True), transient=True)
+    steps = iter(bar)
     measured = measure(model, batches, lambda: next(steps, None))
     fitted = measured.where(measured.text % 2 == 0)
     tried = measured.where(measured.text % 2 == 1)
@@ -68,40 +73,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     probes = fit_probes(fitted)
     length = model.thoughts.length
-    texts = stream_texts(batches, args.timed_tokens, model)
-    rows = ends(tried, length) + [
-        row for kind in KINDS for row in sweep(kind, tried, probes, length)
+    texts: list[torch.Tensor] = []  # (1, seq) each, decoded one after the other to measure speed
+    for batch in batches:
+        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
+            left = args.timed_tokens - sum(text.shape[1] for text in texts)
+            text = ids[mask.bool()][: max(left, 0)]
+            if len(text) > 2:
+                texts.append(text[None].to(model.device))
+    rows = _ends(tried, length) + [
+        row for kind in KINDS for row in _sweep(kind, tried, probes, length)
     ]
-    seconds = [mean_seconds(model, texts, row.gate) for row in [rows[0], *rows]][1:]
-    chosen = choose(args, tried, probes, length)
-    Console().print(table(rows, seconds))
-    report(args, rows, seconds, chosen)
+    weights = [text.shape[1] for text in texts]
+    seconds = []  # per token
+    for row in [rows[0], *rows]:  # the first warms up
+        times = [stream_seconds(model, text, row.gate) for text in texts]
+        seconds.append(sum(t * w for t, w in zip(times, weights, strict=True)) / sum(weights))
+    chosen = _choose(args, tried, probes, length)
+    Console().print(_table(rows, seconds[1:]))
+    _report(args, rows, seconds[1:], chosen)
     return 0
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse wishes that cannot be.
-
-    Raises:
-        UserError: They are.
-    """
-    if args.speed is not None and args.speed <= 1:
-        raise UserError(f"--speed: {args.speed} must be above 1: so many times faster than always")
-    if args.quality is not None and args.quality < 0:
-        raise UserError(f"--quality: {args.quality} must be 0 or more: how much may be lost")
-    if args.speed is not None and args.quality is not None:
-        raise UserError("--speed: does not go with --quality; leave one out")
-
-
-def held_out(args: argparse.Namespace) -> list[Batch]:
-    """Texts of ``--data``, or the held-out ones of the run that the model is from.
-
-    Raises:
-        UserError: There are none.
-    """
-    tokenizer = load_tokenizer(args.model)
+def _held_out(args: argparse.Namespace) -> list[Batch]:
+    """Return texts of ``--data``, or the held-out ones of the run that the model is from."""
+    tokenizer = load_tokenizer(args.model, trust_remote_code=False)
     seed = 0
     if args.data is not None:
+        if not args.data:
+            raise UserError("--data: names nothing; give a file or a data set of the hub")
         data = DataConfig(train=args.data, eval_fraction=0.5, seq_len=args.seq_len)
     else:
         path = Path(args.model).resolve().parent / CONFIG_FILE
@@ -114,29 +113,8 @@ def held_out(args: argparse.Namespace) -> list[Batch]:
     return list(held.batches(args.batch_size))
 
 
-def mean_seconds(model: QuietStarForCausalLM, texts: Sequence[torch.Tensor], gate: Gate) -> float:
-    """Seconds a token over texts that are decoded one after the other."""
-    weights = [text.shape[1] for text in texts]
-    times = [stream_seconds(model, text, gate) for text in texts]
-    return sum(t * w for t, w in zip(times, weights, strict=True)) / sum(weights)
-
-
-def stream_texts(
-    batches: Sequence[Batch], tokens: int, model: QuietStarForCausalLM
-) -> list[torch.Tensor]:
-    """Texts of so many tokens together, (1, seq) each, that are decoded to measure speed."""
-    texts = []
-    for batch in batches:
-        for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True):
-            left = tokens - sum(text.shape[1] for text in texts)
-            text = ids[mask.bool()][: max(left, 0)]
-            if len(text) > 2:
-                texts.append(text[None].to(model.device))
-    return texts
-
-
-def ends(measured: Measured, length: int) -> list[Setting]:
-    """Always and never."""
+def _ends(measured: Measured, length: int) -> list[Setting]:
+    """Return the gates that always and never think."""
     nothing = torch.zeros_like(measured.entropy)
     return [
         try_gate(Gate("always", -1.0), measured, nothing, length),
@@ -144,30 +122,30 @@ def ends(measured: Measured, length: int) -> list[Setting]:
     ]
 
 
-def sweep(
+def _sweep(
     kind: GateKind,
     measured: Measured,
     probes: dict[str, Probe],
     length: int,
-    shares: Sequence[float] = SHOWN_SHARES,
+    fractions: Sequence[float] = TABLE_FRACTIONS,
 ) -> list[Setting]:
-    """What a gate gives where so many tokens think."""
+    """Return what a kind of gate gives where these fractions of the tokens think."""
     scores = score_tokens(kind, measured, probes)
-    gates = [Gate(kind, threshold_at(scores, share), probes) for share in shares]
+    gates = [Gate(kind, threshold_at(scores, fraction), probes) for fraction in fractions]
     return [try_gate(gate, measured, scores, length) for gate in gates]
 
 
-def choose(
+def _choose(
     args: argparse.Namespace, measured: Measured, probes: dict[str, Probe], length: int
 ) -> Setting:
-    """The best gate for the wish.
+    """Return the gate that loses least of those fast enough for ``--speed``.
 
-    Of those fast enough the one that loses least, or the fastest of those that lose little enough.
+    Without ``--speed``: the fastest of those that lose little enough for ``--quality``.
     """
-    shares = [step / TRIED for step in range(TRIED + 1)]
+    fractions = [step / TRIED for step in range(TRIED + 1)]
     kinds = KINDS if args.gate == "best" else (args.gate,)
-    settings = [row for kind in kinds for row in sweep(kind, measured, probes, length, shares)]
-    always = ends(measured, length)[0]
+    settings = [row for kind in kinds for row in _sweep(kind, measured, probes, length, fractions)]
+    always = _ends(measured, length)[0]
 
     def lost(row: Setting) -> float:
         if always.accuracy is not None and row.accuracy is not None:
@@ -178,87 +156,93 @@ def choose(
         fast = [row for row in settings if always.passes / row.passes >= args.speed]
         if not fast:
             raise UserError(
-                f"--speed: {args.speed} cannot be: with thoughts of {length} tokens a model that "
-                f"never thinks is {always.passes:.0f} times faster; set it lower"
+                f"--speed ({args.speed:g}): is out of reach: with thoughts of {length} tokens a "
+                f"model that never thinks is {always.passes:.0f} times faster; set it lower"
             )
         return min(fast, key=lambda row: (lost(row), row.passes))
     allowed = 0.01 if args.quality is None else args.quality
     return min((r for r in settings if lost(r) <= allowed), key=lambda r: (r.passes, lost(r)))
 
 
-def table(rows: Sequence[Setting], seconds: Sequence[float]) -> Table:
-    """Speed against quality."""
-    shown = Table(title="gates on held-out text", title_justify="left", box=box.SIMPLE_HEAD)
+def _table(rows: Sequence[Setting], seconds: Sequence[float]) -> Table:
+    """Return speed against quality."""
+    table = Table(title="gates on held-out text", title_justify="left", box=box.SIMPLE_HEAD)
     has_answers = rows[0].accuracy is not None
     headings = ("threshold", "thinking", "NLL", *(("accuracy",) if has_answers else ()),
                 "tokens/s", "speed-up")  # fmt: skip
-    shown.add_column("gate")
+    table.add_column("gate")
     for heading in headings:
-        shown.add_column(heading, justify="right")
+        table.add_column(heading, justify="right")
     for row, second in zip(rows, seconds, strict=True):
         plain = row.gate.kind in ("always", "never")
         cells = ["" if plain else f"{row.gate.threshold:.4f}", f"{row.share:.1%}", f"{row.nll:.4f}"]
         cells += [f"{row.accuracy:.3f}"] if row.accuracy is not None else []
         cells += [f"{1 / second:.1f}", f"{seconds[0] / second:.2f}"]
-        shown.add_row(row.gate.kind, *cells)
-    return shown
+        table.add_row(row.gate.kind, *cells)
+    return table
 
 
-def report(
+def _report(
     args: argparse.Namespace, rows: Sequence[Setting], seconds: Sequence[float], chosen: Setting
 ) -> None:
     """Save the chosen gate, and write what was measured."""
-    console = Console(highlight=False, soft_wrap=True)
-    told = {"share": chosen.share, "nll": chosen.nll, "accuracy": chosen.accuracy,
-            "passes_a_token": chosen.passes}  # fmt: skip
-    chosen.gate.save(args.model, **told)
+    console = Console(highlight=False)
+
+    def say(line: str) -> None:
+        console.print(Text(visible(line)), soft_wrap=True)
+
+    def figures_of(row: Setting) -> dict[str, Any]:
+        return {"share": row.share, "nll": row.nll, "accuracy": row.accuracy,
+                "passes_a_token": row.passes}  # fmt: skip
+
+    chosen.gate.save(args.model, **figures_of(chosen))
     accuracy = "" if chosen.accuracy is None else f", accuracy {chosen.accuracy:.3f}"
-    always = rows[0]
-    console.print(
+    say(
         f"chosen: {chosen.gate.kind} above {chosen.gate.threshold:.4f}: {chosen.share:.1%} of the "
-        f"tokens think, {always.passes / chosen.passes:.2f} times fewer passes, NLL "
+        f"tokens think, {rows[0].passes / chosen.passes:.2f} times fewer passes, NLL "
         f"{chosen.nll:.4f}{accuracy}; saved in {Path(args.model) / GATE_FILE}"
     )
     if chosen.share == 0:
-        console.print(
-            "note: it never thinks: on these texts thoughts gain less than --quality lets be lost; "
-            "set it lower, or --speed"
+        say(
+            "note: it never thinks: on these texts thoughts gain less than --quality allows to "
+            "lose; set it lower, or --speed"
         )
-    figures: list[dict[str, Any]] = [
-        {"gate": r.gate.kind, "threshold": r.gate.threshold, "share": r.share, "nll": r.nll,
-         "accuracy": r.accuracy, "passes_a_token": r.passes, "tokens_per_second": 1 / s}
-        for r, s in zip(rows, seconds, strict=True)
+    figures = [
+        {"gate": row.gate.kind, "threshold": row.gate.threshold, **figures_of(row),
+         "tokens_per_second": 1 / second}
+        for row, second in zip(rows, seconds, strict=True)
     ]  # fmt: skip
-    if args.json:
-        chosen_figures = {"gate": chosen.gate.kind, "threshold": chosen.gate.threshold, **told}
-        result = {"rows": figures, "chosen": chosen_figures}
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if args.plot:
+    if args.json is not None:
+        gate = {"gate": chosen.gate.kind, "threshold": chosen.gate.threshold}
+        result = {"rows": figures, "chosen": {**gate, **figures_of(chosen)}}
+        write_text(args.json, json.dumps(result, indent=2) + "\n")
+    if args.plot is not None:
         from quietstar.reports.calibration import write_plot
 
-        console.print(f"plot: {write_plot(Path(args.plot), figures)}")
+        say(f"plot: {write_plot(args.plot, figures)}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         "quietstar calibrate",
-        description="Finds where thinking pays on held-out text, and saves a gate beside the model "
+        "Finds where thinking pays on held-out text, and saves a gate beside the model\n"
         "(quietstar generate --gate calibrated).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    add_model(parser)
     add = parser.add_argument
-    add("--model", required=True, help="folder of a saved Quiet-STaR model")
-    add("--data", help="held-out text; without it that of the run which the model is from")
+    add("--data", metavar="FILE", help="held-out text; default: that of the run of the model")
     add("--gate", choices=(*KINDS, "best"), default="best", help="kind of score")
-    add("--speed", type=float, help="so many times fewer passes than with always; loses least")
-    add("--quality", type=float,
-        help="fastest that loses at most so much accuracy (or nats); default 0.01")  # fmt: skip
-    add("--seq-len", type=int, default=128, help="of texts of --data")
-    add("--sequences", type=int, default=64, help="texts; half fit the probes, half try the gates")
-    add("--batch-size", type=int, default=8)
-    add("--timed-tokens", type=int, default=64, help="decoded with each gate to measure speed")
-    add("--dtype", default="auto")
-    add("--device", type=device_option, help="by default a GPU if there is one")
-    add("--json", metavar="FILE", help="figures")
-    add("--plot", metavar="FILE.html", help="speed against quality")
+    add("--speed", type=number(1, above=True), metavar="X",
+        help="lose least among gates with X times fewer passes than thinking always")  # fmt: skip
+    add("--quality", type=number(), metavar="LOSS",
+        help="be fastest among gates that lose at most this accuracy (or nats); "
+        "default: 0.01")  # fmt: skip
+    add("--seq-len", type=whole(2), default=128, metavar="N", help="length of texts of --data")
+    add("--sequences", type=whole(2), default=64, metavar="N",
+        help="texts; half fit the probes, half try the gates")  # fmt: skip
+    add("--batch-size", type=whole(1), default=8, metavar="N", help="texts at once")
+    add("--timed-tokens", type=whole(3), default=64, metavar="N",
+        help="tokens decoded with each gate to measure speed")  # fmt: skip
+    add("--json", type=output_file(), metavar="FILE", help="all figures")
+    add("--plot", type=output_file(), metavar="FILE.html", help="speed against quality")
     return parser

@@ -41,17 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(highlight=False)
     console.print(HELP, style="dim")
     turns = opening
-    while True:
-        try:
-            text = check_unicode(console.input("[bold]you:[/bold] ").strip(), "this turn")
-        except UserError as problem:
-            console.print(visible(str(problem)), style="red", markup=False)
-            continue
-        except EOFError:
-            console.print()
-            return 0
-        if text == "/quit":
-            return 0
+    while (text := _read_turn(console)) != "/quit":
         if text == "/reset":
             turns = opening
         elif text == "/thoughts":
@@ -59,10 +49,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif text:
             asked = [*turns, {"role": "user", "content": text}]
             try:
+                check_unicode(text, "this turn")
                 turns = [*asked, _answer(model, tokenizer, asked, args, console)]
             except UserError as problem:  # the talk goes on without this turn
                 message = visible(f"{problem} (/reset starts over)")
                 console.print(message, style="red", markup=False)
+    return 0
+
+
+def _read_turn(console: Console) -> str:
+    try:
+        return console.input("[bold]you:[/bold] ").strip()
+    except EOFError:
+        console.print()
+        return "/quit"
 
 
 def _render(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:

@@ -13,7 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.cli.options import (
-    MOST_THOUGHTS, Parser, add_model, load_model, number, read_text, whole,
+    MOST_THOUGHTS,
+    Parser,
+    add_model,
+    load_model,
+    number,
+    read_text,
+    whole,
 )  # fmt: skip
 from quietstar.data.tokenizer import check_unicode, load_tokenizer, pad_left, padding_id
 from quietstar.errors import UserError, visible

@@ -17,7 +17,15 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.cli.options import (
-    MOST_THOUGHTS, Parser, add_model, existing, load_model, number, output_file, read_text, whole,
+    MOST_THOUGHTS,
+    Parser,
+    add_model,
+    existing,
+    load_model,
+    number,
+    output_file,
+    read_text,
+    whole,
     write_text,
 )  # fmt: skip
 from quietstar.data.tokenizer import check_unicode, load_tokenizer

@@ -10,6 +10,7 @@ import difflib
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -51,16 +52,16 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: An argument is unknown, is missing, or has a wrong value.
         """
+        known = [option for action in self._actions for option in action.option_strings]
+        for argument in sys.argv[1:] if arguments is None else arguments:
+            name = argument.partition("=")[0]
+            if name.startswith("--") and name not in known:
+                meant = difflib.get_close_matches(name, known, 1, 0.7)
+                remedy = f"did you mean {meant[0]}?" if meant else f"see {self.prog} --help"
+                raise UserError(f"{name}: unknown option; {remedy}")
         args, unknown = self.parse_known_args(arguments)
         if unknown:
-            name = unknown[0].partition("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
-            meant = difflib.get_close_matches(name, known, 1, 0.7)
-            if not name.startswith("-"):
-                self.error(f"{unknown[0]}: belongs to no option")
-            if meant:
-                raise UserError(f"{name}: unknown option; did you mean {meant[0]}?")
-            self.error(f"{name}: unknown option")
+            self.error(f"{unknown[0]}: belongs to no option")
         return args
 
     def error(self, message: str) -> NoReturn:

@@ -13,7 +13,7 @@ from quietstar.config.messages import default_text, type_text
 from quietstar.config.presets import shipped_configs
 from quietstar.errors import ConfigError
 
-DESCRIPTION = """Trains a model. On many processes: accelerate launch train.py with the same options.
+DESCRIPTION = """Trains a model. On many processes: accelerate launch train.py, same options.
 
 The keys below go into the config file, by section, or on the command line,
 which wins. Lists are written [a, b], no value is null, and a bare flag is true.
