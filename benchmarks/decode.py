@@ -1,4 +1,4 @@
-"""``quietstar bench decode``: tokens a second with thoughts, beside the ideal.
+"""``python -m benchmarks.decode``: tokens a second with thoughts, beside the ideal.
 
 The ideal: a bare loop of the plain model's cached forwards, T + 1 of one token a row for each new
 token, on its own (sdpa) attention, with neither sampling nor mixing. Both run in turn in one
@@ -14,7 +14,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +25,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.measure import environment
 from benchmarks.models import load_model, make_thinker
-from benchmarks.options import BenchParser, add_machine, at_least
+from benchmarks.options import add_machine, run, settings_of
 from benchmarks.peak_memory import PeakMemory
-from quietstar.cli.devices import find_device
+from quietstar.backbone.devices import find_device
+from quietstar.cli.options import Parser, whole, write_text
 from quietstar.generation.generate import next_logits
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.sampling.decoding import Decoder
@@ -38,7 +38,7 @@ from quietstar.training.setup import quiet_libraries
 
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark, print a table, write JSON if asked."""
-    args = _parser().parse_args(arguments)
+    args = _parser().read(arguments)
     # Its new name is not known to the oldest transformers that serves.
     warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")
     quiet_libraries()
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         )  # fmt: skip
     Console().print(table)
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(result, indent=2) + "\n")
     return 0
 
 
@@ -71,8 +71,7 @@ def bench_decode(args: argparse.Namespace) -> dict[str, Any]:
     model = make_thinker(base, args).to(device, dtype).eval()
     plain.to(device)  # pyright: ignore[reportArgumentType]  (a wrapper hides its type)
     rows = [_measure(model, plain, batch_size, args) for batch_size in args.batch_sizes]
-    settings = {k: v for k, v in vars(args).items() if k != "json"}
-    return {"rows": rows, "settings": settings, "environment": environment()}
+    return {"rows": rows, "settings": settings_of(args), "environment": environment()}
 
 
 @torch.no_grad()
@@ -143,15 +142,19 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = BenchParser("decode", __doc__)
+def _parser() -> Parser:
+    parser = Parser("python -m benchmarks.decode", __doc__)
     parser.add_argument("--model", default="mistral-tiny", help="a built-in name or a folder")
-    parser.add_argument("--prefix", type=at_least(1), default=256, help="tokens of the text before")
-    parser.add_argument("--tokens", type=at_least(1), default=16, help="new ones in every repeat")
-    parser.add_argument("--thought-length", type=at_least(1), default=8, help="T")
-    parser.add_argument("--batch-sizes", type=at_least(1), nargs="+", default=[1, 8],
+    parser.add_argument("--prefix", type=whole(1), default=256, help="tokens of the text before")
+    parser.add_argument("--tokens", type=whole(1), default=16, help="new ones in every repeat")
+    parser.add_argument("--thought-length", type=whole(1), default=8, help="T")
+    parser.add_argument("--batch-sizes", type=whole(1), nargs="+", default=[1, 8],
                         help="texts at once")  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="of the weights")  # fmt: skip
     add_machine(parser)
     return parser
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,4 +1,4 @@
-"""``quietstar bench memory``: what a run takes, beside what ``quietstar plan`` says.
+"""``python -m benchmarks.memory``: what a run takes, beside what ``quietstar plan`` says.
 
 The run is the real one, cut to a few steps, in a fresh process: load, evaluate, train, save. On a
 CPU glibc maps every block apart in it: its heap, full of holes, would hold several times what is
@@ -7,20 +7,19 @@ alive.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from importlib import import_module
-from pathlib import Path
 
 import torch
 from accelerate.utils import patch_environment
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.options import BenchParser, at_least, new_file
+from benchmarks.options import add_json, run
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.processes import in_fresh_process
+from quietstar.cli.options import Parser, whole, write_text
 from quietstar.config import Config
 from quietstar.config.loading import load_config
 from quietstar.training.memory_plan import estimate_run
@@ -53,17 +52,17 @@ def main(arguments: list[str]) -> int:
     Console().print(table)
     if args.json:
         figures = {"planned_mb": planned, "measured_mb": measured, "ratio": planned / measured}
-        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(figures, indent=2) + "\n")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = BenchParser("memory", __doc__)
+def _parser() -> Parser:
+    parser = Parser("python -m benchmarks.memory", __doc__)
     parser.usage = "%(prog)s --config FILE [--steps N] [--heap] [--json FILE] [--KEY VALUE ...]"
     parser.add_argument("--config", required=True, help="of a run, as for quietstar train")
-    parser.add_argument("--steps", type=at_least(1), default=4, help="of the run")
+    parser.add_argument("--steps", type=whole(1), default=4, help="of the run")
     parser.add_argument("--heap", action="store_true", help="measure with the heap's holes")
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="for all figures")
+    add_json(parser)
     return parser
 
 
@@ -75,3 +74,7 @@ def measure_run(config: Config) -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / _MIB
     return memory.mb
+
+
+if __name__ == "__main__":
+    run(main)

@@ -82,8 +82,9 @@ def make_contest(args: argparse.Namespace, device: str) -> Contest:
     torch.manual_seed(0)
     base = load_model(args.model, args.vocab_size)
     plain = copy.deepcopy(base)
-    names = ("positions", "share", "num_thoughts", "lookahead")
-    model = make_thinker(base, args, **{name: getattr(args, name) for name in names})
+    names = ("positions", "num_thoughts", "lookahead")
+    thoughts = {name: getattr(args, name) for name in names}
+    model = make_thinker(base, args, **thoughts, position_fraction=args.share)
     if device == "cpu":  # as in training, once the models are built
         keep_freed_memory()
     plain.to(device)  # pyright: ignore[reportArgumentType]  (a wrapper hides its type)

@@ -1,78 +1,39 @@
-"""What the benchmarks' command lines have in common: a mistake is one line, before the work."""
+"""What the benchmarks' command lines have in common."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
-from quietstar.cli.devices import device_option
-from quietstar.errors import UserError
-
-
-class BenchParser(argparse.ArgumentParser):
-    """Help with defaults; mistakes as this project's errors.
-
-    Args:
-        name: Of the benchmark.
-        description: Its first lines.
-    """
-
-    def __init__(self, name: str, description: str | None) -> None:
-        super().__init__(
-            f"quietstar bench {name}",
-            description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        """In one line.
-
-        Raises:
-            UserError: Always.
-        """
-        raise UserError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+from quietstar.cli.main import run_command
+from quietstar.cli.options import Parser, device, output_file, whole
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """A whole number not below ``least``."""
-
-    def parse(text: str) -> int:
-        if not (text.removeprefix("-").isdecimal() and int(text) >= least):
-            raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least {least}")
-        return int(text)
-
-    return parse
+def run(main: Callable[[list[str]], int]) -> None:
+    """Run a benchmark on the arguments of this process, and exit with its code."""
+    sys.exit(run_command(main, sys.argv[1:]))
 
 
-def share(text: str) -> float:
-    """A share of the positions."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
-    return value
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``, the file for all figures."""
+    parser.add_argument("--json", type=output_file(), metavar="FILE", help="all figures")
 
 
-def new_file(text: str) -> str:
-    """A file that can be written when the work is done; its folder is made."""
-    path = Path(text)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a", encoding="utf-8").close()
-    except OSError as problem:
-        raise argparse.ArgumentTypeError(f"{text} cannot be written: {problem}") from problem
-    return text
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings for the JSON file: all options but files and what to do with them."""
+    return {
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("json", "plot", "methods", "sweep")
+    }
 
 
-def add_machine(parser: argparse.ArgumentParser) -> None:
-    """Add what says where, how often and where to."""
+def add_machine(parser: Parser) -> None:
+    """Add the options that say where, how often and into which file is measured."""
     add = parser.add_argument
-    add("--repeats", type=at_least(1), default=5, help="measurements; the median counts")
-    add("--device", type=device_option, help="by default a GPU if there is one")
-    add("--threads", type=at_least(1), help="by default torch's own")
-    add("--json", type=new_file, metavar="FILE", help="for all figures")
+    add("--repeats", type=whole(1), default=5, metavar="N", help="measurements; the median counts")
+    add("--device", type=device, metavar="NAME", help="default: a GPU if there is one")
+    add("--threads", type=whole(1, 4096), metavar="N", help="default: what torch takes")
+    add_json(parser)

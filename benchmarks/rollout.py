@@ -1,4 +1,4 @@
-"""``quietstar bench rollout``: seconds and memory of sampling all thoughts, beside the floor.
+"""``python -m benchmarks.rollout``: seconds and memory of sampling all thoughts, beside the floor.
 
 The floor: a plain causal LM's forward without gradient over as many tokens, with logits where a
 token is sampled. Both run in turn in one process; the figures are medians.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,13 +16,15 @@ from rich.table import Table
 from benchmarks.floor import floor_rollout
 from benchmarks.measure import environment, in_turn, peak_mb, precision
 from benchmarks.models import make_contest
+from benchmarks.options import run, settings_of
 from benchmarks.step import floor_batches, share_of, sizes_parser
-from quietstar.cli.devices import find_device
+from quietstar.backbone.devices import find_device
+from quietstar.cli.options import write_text
 
 
 def main(arguments: list[str]) -> int:
     """Run the benchmark, print a table, write JSON if asked."""
-    args = sizes_parser("rollout", __doc__).parse_args(arguments)
+    args = sizes_parser("rollout", __doc__).read(arguments)
     result = bench_rollout(args)
     table = Table(title=f"sampling of thoughts, {args.model}, {args.dtype}")
     for column in ("rollout s", "floor s", "rollout / floor", "tokens/s", "peak MB above model"):
@@ -34,7 +35,7 @@ def main(arguments: list[str]) -> int:
     table.add_row(*cells)
     Console().print(table)
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(result, indent=2) + "\n")
     return 0
 
 
@@ -67,6 +68,10 @@ def bench_rollout(args: argparse.Namespace) -> dict[str, Any]:
         "rollout_over_floor": mine / floor_seconds,
         "tokens_per_second": sampled / mine,
         "peak_mb_above_model": peak,
-        "settings": {k: v for k, v in vars(args).items() if k != "json"},
+        "settings": settings_of(args),
         "environment": environment() | {"floor_batch_rows": rows},
     }
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,4 +1,4 @@
-"""``quietstar bench step``: seconds and memory of a training step, beside the floor.
+"""``python -m benchmarks.step``: seconds and memory of a training step, beside the floor.
 
 Step and floor run in turn in one process; the figures are medians. The floor is measured with
 several batch sizes and the fastest counts.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.floor import floor_step
 from benchmarks.measure import environment, in_turn, peak_mb, precision
 from benchmarks.models import make_contest
-from benchmarks.options import BenchParser, add_machine, at_least, share
+from benchmarks.options import add_machine, run, settings_of
 from quietstar.backbone.compiling import compile_layers, require_compiler
-from quietstar.cli.devices import find_device
+from quietstar.backbone.devices import find_device
+from quietstar.cli.options import Parser, number, whole, write_text
 from quietstar.model.learning import resolve_block_tokens
 from quietstar.sampling.positions import SCORED_RULES
 from quietstar.training.setup import checkpoint_activations
@@ -36,7 +36,11 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 
 
 def main(arguments: list[str]) -> int:
     """Run the benchmark, print a table, write JSON if asked."""
-    args = make_parser("step", __doc__).parse_args(arguments)
+    args = make_parser("step", __doc__).read(arguments)
+    if args.sweep:
+        from benchmarks import sweep  # which imports this module
+
+        return sweep.main([argument for argument in arguments if argument != "--sweep"])
     result = bench_step(args)
     table = Table(title=f"training step of {args.model}, {args.dtype}")
     for column in ("step s", "floor s", "step / floor", "peak MB above model"):
@@ -45,40 +49,45 @@ def main(arguments: list[str]) -> int:
     table.add_row(*[f"{result[name]:.3f}" for name in figures[:3]], f"{result[figures[3]]:.0f}")
     Console().print(table)
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(result, indent=2) + "\n")
     return 0
 
 
-def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+def make_parser(name: str, description: str | None) -> Parser:
     """The arguments of a step."""
     parser = sizes_parser(name, description)
     add = parser.add_argument
     add("--paper-losses", action="store_true",
         help="no loss on the thought's own prediction, as the floor")  # fmt: skip
-    add("--block-tokens", type=at_least(0),
+    add("--block-tokens", type=whole(0),
         help="that learn at once; by default as training does, 0: all")  # fmt: skip
     add("--activation-checkpointing", action="store_true", help="as in training")
     add("--compile", action="store_true", help="the decoder layers of the step, not of the floor")
-    add("--sweep", action="store_true", help="over sizes: see quietstar bench sweep --help")
+    add("--sweep", action="store_true", help="over sizes: see python -m benchmarks.sweep --help")
     return parser
 
 
-def sizes_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+def sizes_parser(name: str, description: str | None) -> Parser:
     """Model, sizes, precision, repeats: what step and rollout share."""
-    parser = BenchParser(name, description)
+    parser = Parser(f"python -m benchmarks.{name}", description)
     add = parser.add_argument
     add("--model", default="mistral-tiny", help="a built-in name or a folder")
-    add("--seq-len", type=at_least(2), default=256, help="S, tokens of a text")
-    add("--thought-length", type=at_least(1), default=9, help="T, free tokens of a thought")
-    add("--lookahead", type=at_least(1), default=4, help="A, true tokens scored after it")
-    add("--num-thoughts", type=at_least(1), default=2, help="K, thoughts of a position")
-    add("--batch-size", type=at_least(1), default=1, help="B, texts")
+    add("--seq-len", type=whole(2), default=256, help="S, tokens of a text")
+    add("--thought-length", type=whole(1), default=9, help="T, free tokens of a thought")
+    add("--lookahead", type=whole(1), default=4, help="A, true tokens scored after it")
+    add("--num-thoughts", type=whole(1), default=2, help="K, thoughts of a position")
+    add("--batch-size", type=whole(1), default=1, help="B, texts")
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
         help="bfloat16: autocast over float32 weights")  # fmt: skip
     add("--positions", choices=POSITIONS, default="all",
         help="the floor is that of their tokens")  # fmt: skip
-    add("--share", type=share, default=0.25, help="of the positions, where not all think")
-    add("--vocab-size", type=at_least(8), help="of a built-in model; by default its own")
+    add(
+        "--share",
+        type=number(0.0, 1.0, above=True),
+        default=0.25,
+        help="of the positions, where not all think",
+    )
+    add("--vocab-size", type=whole(8), help="of a built-in model; by default its own")
     add_machine(parser)
     return parser
 
@@ -123,7 +132,7 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
         "peak_mb_above_model": peak,
         "peak_mb_above_gradients": peak - gradients / 2**20,
         **_flops(lambda: floor(rows), step_seconds, device),
-        "settings": {k: v for k, v in vars(args).items() if k != "json"},
+        "settings": settings_of(args),
         "environment": environment() | {"floor_batch_rows": rows},
     }
 
@@ -153,3 +162,7 @@ def _flops(floor: Callable[[], None], seconds: float, device: str) -> dict[str, 
         if gpu in name:
             found["share_of_peak"] = found["tflop_per_second"] / peak
     return found
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,4 +1,4 @@
-"""``quietstar bench sweep``: how time and memory of a step grow with its sizes.
+"""``python -m benchmarks.sweep``: how time and memory of a step grow with its sizes.
 
 Every setting runs in a fresh process, beside its own floor. Exponents are slopes of straight lines
 through the logarithms.
@@ -22,8 +22,9 @@ from rich.table import Table
 
 from benchmarks import step
 from benchmarks.measure import environment
-from benchmarks.options import at_least, new_file
+from benchmarks.options import run, settings_of
 from benchmarks.processes import in_fresh_process
+from quietstar.cli.options import output_file, whole, write_text
 from quietstar.errors import UserError
 
 AXES = {
@@ -49,24 +50,24 @@ def main(arguments: Sequence[str]) -> int:
     """
     parser = step.make_parser("sweep", __doc__)
     parser.add_argument("--axes", default="STKAV", help="letters of the sizes to change")
-    parser.add_argument("--step-tokens", type=at_least(1), metavar="N",
+    parser.add_argument("--step-tokens", type=whole(1), metavar="N",
         help="texts a step: N / S, so that all lengths have as many tokens")  # fmt: skip
-    parser.add_argument("--plot", type=new_file, metavar="FILE.html", help="of all figures")
-    args = parser.parse_args(arguments)
+    parser.add_argument(
+        "--plot", type=output_file(".html"), metavar="FILE.html", help="of all figures"
+    )
+    args = parser.read(arguments)
     unknown = set(args.axes) - set(AXES)
     if unknown or not args.axes:
-        raise UserError(
-            f"--axes: {args.axes or repr(args.axes)} must be letters of {''.join(AXES)}"
-        )
+        raise UserError(f"--axes ({args.axes}): must be letters of {''.join(AXES)}")
     found: dict[str, list[dict[str, Any]]] = {}
     for axis in args.axes:  # a sweep takes long: what is known is written before the next axis
         found[axis] = sweep(axis, args)
         Console().print(table(axis, found[axis]))
         if args.json:
-            result = {"axes": found, "settings": vars(args), "environment": environment()}
-            Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            result = {"axes": found, "settings": settings_of(args), "environment": environment()}
+            write_text(args.json, json.dumps(result, indent=2) + "\n")
         if args.plot:
-            write_plot(Path(args.plot), found)
+            write_plot(args.plot, found)
     return 0
 
 
@@ -132,3 +133,7 @@ def write_plot(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
         margin={"t": 20, "r": 20})  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.write_html(path, include_plotlyjs=True)
+
+
+if __name__ == "__main__":
+    run(main)

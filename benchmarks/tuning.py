@@ -1,4 +1,4 @@
-"""``quietstar bench tuning``: what each way to tune a model costs.
+"""``python -m benchmarks.tuning``: what each way to tune a model costs.
 
 Every method runs in a fresh process: load, a few steps with the optimiser, and the most memory that
 all of it took above the imports.
@@ -10,7 +10,6 @@ import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.optim import Optimizer
 
-from benchmarks.options import BenchParser, at_least, new_file
+from benchmarks.options import add_json, run, settings_of
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.processes import in_fresh_process
+from quietstar.cli.options import Parser, whole, write_text
 from quietstar.config import OptimConfig, ThoughtsConfig, TuningConfig
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.tuning import WHOLE
@@ -32,7 +32,7 @@ METHODS = "full,lora,qlora,prefix,houlsby"
 
 def main(arguments: list[str]) -> int:
     """Run the benchmark, print a table, write JSON if asked."""
-    args = _parser().parse_args(arguments)
+    args = _parser().read(arguments)
     methods = args.methods.split(",")
     results = [in_fresh_process(measure, args, method) for method in methods]
     table = Table(title=f"tuning {args.model}")
@@ -49,21 +49,21 @@ def main(arguments: list[str]) -> int:
         )
     Console().print(table)
     if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(results, indent=2) + "\n")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = BenchParser("tuning", __doc__)
+def _parser() -> Parser:
+    parser = Parser("python -m benchmarks.tuning", __doc__)
     parser.add_argument("--model", required=True, help="a folder or hub id, with its tokenizer")
     parser.add_argument("--methods", default=METHODS, help="by commas")
-    parser.add_argument("--seq-len", type=at_least(2), default=64, help="S")
-    parser.add_argument("--thought-length", type=at_least(1), default=6, help="T")
-    parser.add_argument("--lookahead", type=at_least(1), default=2, help="A")
-    parser.add_argument("--num-thoughts", type=at_least(2), default=2, help="K")
-    parser.add_argument("--batch-size", type=at_least(1), default=1, help="B")
-    parser.add_argument("--steps", type=at_least(2), default=4, help="the first one is warm-up")
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="for all figures")
+    parser.add_argument("--seq-len", type=whole(2), default=64, help="S")
+    parser.add_argument("--thought-length", type=whole(1), default=6, help="T")
+    parser.add_argument("--lookahead", type=whole(1), default=2, help="A")
+    parser.add_argument("--num-thoughts", type=whole(2), default=2, help="K")
+    parser.add_argument("--batch-size", type=whole(1), default=1, help="B")
+    parser.add_argument("--steps", type=whole(2), default=4, help="the first one is warm-up")
+    add_json(parser)
     return parser
 
 
@@ -93,7 +93,7 @@ def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
         "optimizer_mb": _state_bytes(optimizer) / 2**20,
         "peak_mb": memory.mb,
         "step_seconds": statistics.median(seconds[1:] or seconds),
-        "settings": {k: v for k, v in vars(args).items() if k not in ("json", "methods")},
+        "settings": settings_of(args),
     }
 
 
@@ -118,3 +118,7 @@ def _step(model: QuietStarForCausalLM, optimizer: Optimizer, tokens: torch.Tenso
 def _state_bytes(optimizer: Optimizer) -> int:
     values = (value for state in optimizer.state.values() for value in state.values())
     return sum(v.numel() * v.element_size() for v in values if isinstance(v, torch.Tensor))
+
+
+if __name__ == "__main__":
+    run(main)

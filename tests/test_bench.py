@@ -6,16 +6,16 @@ import re
 
 import pytest
 
-from benchmarks import sweep
-from quietstar.cli import main as cli
+from benchmarks import decode, rollout, step, sweep, tuning
+from quietstar.cli.main import run_command
 from quietstar.training.cpu_memory import keep_freed_memory
 
 
 @pytest.mark.slow
 def test_the_step_and_its_floor(tmp_path):
     out = tmp_path / "step.json"
-    call = ["bench", "step", "--seq-len", "16", "--thought-length", "3", "--repeats", "1"]
-    assert cli.main([*call, "--device", "cpu", "--json", str(out)]) == 0
+    main, call = step.main, ["--seq-len", "16", "--thought-length", "3", "--repeats", "1"]
+    assert run_command(main, [*call, "--device", "cpu", "--json", str(out)]) == 0
     found = json.loads(out.read_text())
     assert found["step_over_floor"] == pytest.approx(found["step_seconds"] / found["floor_seconds"])
     assert found["peak_mb_above_model"] > found["peak_mb_above_gradients"]
@@ -25,8 +25,11 @@ def test_the_step_and_its_floor(tmp_path):
 
 def test_sampling_and_its_floor(tmp_path):
     out = tmp_path / "rollout.json"
-    call = ["bench", "rollout", "--seq-len", "16", "--thought-length", "3", "--repeats", "1"]
-    assert cli.main([*call, "--positions", "every", "--device", "cpu", "--json", str(out)]) == 0
+    main, call = rollout.main, ["--seq-len", "16", "--thought-length", "3", "--repeats", "1"]
+    assert (
+        run_command(main, [*call, "--positions", "every", "--device", "cpu", "--json", str(out)])
+        == 0
+    )
     found = json.loads(out.read_text())
     ratio = found["rollout_seconds"] / found["floor_seconds"]
     assert found["rollout_over_floor"] == pytest.approx(ratio)
@@ -36,8 +39,8 @@ def test_sampling_and_its_floor(tmp_path):
 
 def test_decoding_beside_the_ideal(tmp_path):
     out = tmp_path / "decode.json"
-    call = ["bench", "decode", "--prefix", "8", "--tokens", "2", "--repeats", "1"]
-    assert cli.main([*call, "--device", "cpu", "--json", str(out)]) == 0
+    main, call = decode.main, ["--prefix", "8", "--tokens", "2", "--repeats", "1"]
+    assert run_command(main, [*call, "--device", "cpu", "--json", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [row["batch_size"] for row in rows] == [1, 8]
     for row in rows:
@@ -73,8 +76,8 @@ def test_a_sweep_over_lengths_can_keep_the_tokens_of_a_step(monkeypatch, tmp_pat
         return dict.fromkeys(sweep.FIGURES, 1.0)
 
     monkeypatch.setattr(sweep, "in_fresh_process", here)
-    call = ["bench", "sweep", "--axes", "S", "--step-tokens", "512", "--json", str(out)]
-    assert cli.main(call) == 0
+    main, call = sweep.main, ["--axes", "S", "--step-tokens", "512", "--json", str(out)]
+    assert run_command(main, call) == 0
     assert made == [(8, 64), (4, 128), (2, 256), (1, 512), (1, 1024)]
     assert [row["value"] for row in json.loads(out.read_text())["axes"]["S"]] == [
         s for _, s in made
@@ -88,25 +91,25 @@ def test_exponents_are_slopes_of_logarithms(tmp_path):
     assert sweep.exponent(rows, "step_over_floor") == pytest.approx(0, abs=1e-9)
     sweep.write_plot(tmp_path / "x.html", {"T": rows})
     assert "plotly" in (tmp_path / "x.html").read_text()
-    assert cli.main(["bench", "sweep", "--axes", "TX"]) == 2
+    assert run_command(sweep.main, ["--axes", "TX"]) == 2
 
 
 @pytest.mark.parametrize(
-    ("call", "words"),
+    ("main", "call", "words"),
     [
-        (["step", "--seq-len", "1"], "--seq-len: 1 must be a whole number of at least 2"),
-        (["step", "--seq-len", "9000"], "--seq-len: .* takes at most 8178"),
-        (["step", "--repeats", "0"], "--repeats: 0 must be a whole number of at least 1"),
-        (["step", "--share", "2"], "--share: 2 must be above 0 and at most 1"),
-        (["step", "--block-tokens", "-5"], "--block-tokens: -5 must be a whole number"),
-        (["sweep", "--axes", ""], "--axes: '' must be letters of STKAV"),
-        (["decode", "--tokens", "x"], "--tokens: x must be a whole number of at least 1"),
-        (["tuning", "--model", "m", "--steps", "1"], "--steps: 1 must be .* at least 2"),
-        (["step", "--seqlen", "4"], "unrecognized arguments: --seqlen 4 .*bench step --help"),
+        (step.main, ["--seq-len", "1"], r"--seq-len \(1\): must be a whole number of at least 2"),
+        (step.main, ["--seq-len", "9000"], "--seq-len: .* takes at most 8178"),
+        (step.main, ["--repeats", "0"], r"--repeats \(0\): must be a whole number of at least 1"),
+        (step.main, ["--share", "2"], r"--share \(2\): must be a number above 0 and at most 1"),
+        (step.main, ["--block-tokens", "-5"], r"--block-tokens \(-5\): must be a whole number"),
+        (sweep.main, ["--axes", ""], r"--axes \(\): must be letters of STKAV"),
+        (decode.main, ["--tokens", "x"], r"--tokens \(x\): must be a whole number of at least 1"),
+        (tuning.main, ["--model", "m", "--steps", "1"], r"--steps \(1\): must be .* at least 2"),
+        (step.main, ["--seqlen", "4"], "--seqlen: unknown option; did you mean --seq-len"),
     ],
 )
-def test_a_wrong_value_is_told_of_in_one_line(call, words, capsys):
-    assert cli.main(["bench", *call]) == 2
+def test_a_wrong_value_is_told_of_in_one_line(main, call, words, capsys):
+    assert run_command(main, call) == 2
     (line,) = [
         line for line in capsys.readouterr().err.splitlines() if line.startswith("quietstar: error")
     ]
@@ -115,13 +118,13 @@ def test_a_wrong_value_is_told_of_in_one_line(call, words, capsys):
 
 def test_a_file_that_cannot_be_written_is_told_of_before_the_work(tmp_path, capsys):
     (tmp_path / "file").touch()
-    call = ["bench", "step", "--json", str(tmp_path / "file" / "x.json")]
-    assert cli.main(call) == 2
-    assert "--json: " in capsys.readouterr().err
+    main, call = step.main, ["--json", str(tmp_path / "file" / "x.json")]
+    assert run_command(main, call) == 2
+    assert "--json (" in capsys.readouterr().err
 
 
 def test_one_thought_has_no_others_to_be_compared_with(tmp_path):
     out = tmp_path / "deeper" / "step.json"
-    call = ["bench", "step", "--seq-len", "8", "--thought-length", "2", "--num-thoughts", "1"]
-    assert cli.main([*call, "--repeats", "1", "--device", "cpu", "--json", str(out)]) == 0
+    main, call = step.main, ["--seq-len", "8", "--thought-length", "2", "--num-thoughts", "1"]
+    assert run_command(main, [*call, "--repeats", "1", "--device", "cpu", "--json", str(out)]) == 0
     assert json.loads(out.read_text())["settings"]["num_thoughts"] == 1

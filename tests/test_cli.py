@@ -10,6 +10,7 @@ import pytest
 
 from quietstar import __version__
 from quietstar.cli import main as cli
+from quietstar.cli.options import output_file, write_text
 from quietstar.config import FIELDS
 from quietstar.config.loading import load_config
 from quietstar.config.messages import type_text
@@ -23,7 +24,9 @@ def runs(monkeypatch):
     """Puts a recorder in the place of the training loop."""
     calls = []
     module = types.ModuleType("quietstar.training.run")
-    module.run_training = lambda config, resume, allow_changes: calls.append((config, resume))
+    module.run_training = lambda config, resume, allow_changes, on_report: calls.append(
+        (config, resume)
+    )
     monkeypatch.setitem(sys.modules, "quietstar.training", types.ModuleType("quietstar.training"))
     monkeypatch.setitem(sys.modules, "quietstar.training.run", module)
     return calls
@@ -65,7 +68,7 @@ def test_each_problem_is_a_line_with_the_prefix(capsys):
     )
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
-    assert all(line.startswith("quietstar: error: command line: ") for line in lines)
+    assert all(line.startswith("quietstar: error: ") for line in lines)
 
 
 def test_a_wrong_config_fails_before_torch_is_imported():
@@ -98,10 +101,18 @@ def test_train_hands_over_config_overrides_and_resume(runs, tmp_path):
     [
         ([], "no command is given"),
         (["trian"], "there is no command trian; known: train"),
+        (["bench", "step"], "there is no command bench"),
+        (["bench", "sweep", "--axes", "S"], "in a checkout run python -m benchmarks.sweep"),
         (["train", "--config"], "--config: has no value; write --config FILE"),
         (["train", "--resume", "--training.overwrite_output_dir"], "--resume: has no value"),
-        (["train", "--allow-changes", "maybe"], "--allow-changes: maybe must be true or false"),
-        (["train", "--resume", "runs/no/such"], "--resume: there is no folder runs/no/such"),
+        (["train", "--allow-changes", "maybe"], "--allow-changes (maybe): must be true or false"),
+        (["train", "--controls", "0"], "--controls (0): must be a whole number of at least 1"),
+        (["train", "--resume", "runs/no/such"], "--resume (runs/no/such): there is no such folder"),
+        (["merge", "--model", "a"], "--out: must be given (see quietstar merge --help)"),
+        (["merge", "a", "--out", "b", "--model", "c"], "a: belongs to no option"),
+        (["generate", "--modl", "a"], "--modl: unknown option; did you mean --model?"),
+        (["generate", "--show-thoughts=1"], "--show-thoughts: takes no value"),
+        (["eval", "--thoughts", "maybe"], "--thoughts (maybe): must be one of off, on, both"),
         (["train", "--config", "no_such_file"], "--config: there is no file no_such_file"),
     ],
 )
@@ -112,7 +123,7 @@ def test_a_mistake_in_the_command_ends_with_exit_code_2(arguments, expected, run
 
 
 def test_mistakes_found_by_the_loop_end_the_same_way(runs, monkeypatch, capsys):
-    def fail(config, resume, allow_changes):
+    def fail(config, resume, allow_changes, on_report):
         raise UserError("runs/tiny already holds a run")
 
     monkeypatch.setattr(sys.modules["quietstar.training.run"], "run_training", fail)
@@ -121,7 +132,7 @@ def test_mistakes_found_by_the_loop_end_the_same_way(runs, monkeypatch, capsys):
 
 
 def test_other_errors_keep_their_traceback(runs, monkeypatch):
-    def fail(config, resume, allow_changes):
+    def fail(config, resume, allow_changes, on_report):
         raise ValueError("a fault of the program")
 
     monkeypatch.setattr(sys.modules["quietstar.training.run"], "run_training", fail)
@@ -130,7 +141,7 @@ def test_other_errors_keep_their_traceback(runs, monkeypatch):
 
 
 def test_an_interrupt_ends_with_exit_code_130(runs, monkeypatch):
-    def interrupt(config, resume, allow_changes):
+    def interrupt(config, resume, allow_changes, on_report):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["quietstar.training.run"], "run_training", interrupt)
@@ -161,3 +172,90 @@ def test_help_and_version_of_the_command(capsys):
     assert "train" in capsys.readouterr().out
     assert not cli.main(["--version"])
     assert capsys.readouterr().out == f"quietstar {__version__}\n"
+
+
+NUMBERS = [
+    ("generate", "--temperature", "nan"),
+    ("generate", "--temperature", "-1"),
+    ("generate", "--thought-temperature", "inf"),
+    ("generate", "--top-p", "0"),
+    ("generate", "--top-p", "1.1"),
+    ("generate", "--seed", "-1"),
+    ("generate", "--seed", str(2**63)),
+    ("generate", "--num-thoughts", "0"),
+    ("generate", "--num-thoughts", str(10**6)),
+    ("generate", "--max-new-tokens", "9" * 5000),
+    ("generate", "--batch-size", "0"),
+    ("inspect", "--temperature", "-1"),
+    ("inspect", "--temperature", "inf"),
+    ("inspect", "--num-thoughts", "1.5"),
+    ("inspect", "--context", "1"),
+    ("eval", "--limit", "0"),
+    ("eval", "--seed", "-3"),
+    ("eval", "--votes", "x"),
+    ("calibrate", "--sequences", "-3"),
+    ("calibrate", "--batch-size", "0"),
+    ("calibrate", "--seq-len", "1"),
+    ("calibrate", "--timed-tokens", "-5"),
+    ("calibrate", "--speed", "1"),
+    ("calibrate", "--quality", "nan"),
+    ("plan", "--memory", "nan"),
+    ("plan", "--processes", "1.5"),
+]
+
+
+@pytest.mark.parametrize(("command", "option", "value"), NUMBERS)
+def test_numbers_out_of_range_are_refused_in_one_line_at_once(command, option, value, capsys):
+    assert cli.main([command, option, value]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"quietstar: error: {option} ({value}): must be a ")
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("eval", "--out"), ("inspect", "--out"), ("calibrate", "--plot"), ("plan", "--json")],
+)
+def test_files_that_cannot_be_written_are_refused_before_the_work(
+    command, option, tmp_path, capsys
+):
+    (tmp_path / "file").touch()
+    bad = {
+        str(tmp_path / "file" / "x.html"): "cannot be written",
+        str(tmp_path): "must end in" if command == "inspect" else "is a folder",
+        os.devnull: "must end in" if command == "inspect" else "is no regular file",
+        f"{tmp_path}/{'x' * 300}.html": "cannot be written",
+    }
+    for path, words in bad.items():
+        assert cli.main([command, option, path]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"quietstar: error: {option} ({path}): {words}")
+    assert Path(os.devnull).is_char_device()
+
+
+def test_a_link_stays_and_what_it_points_to_is_written(tmp_path):
+    (tmp_path / "target.json").write_text("old")
+    (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
+    path = output_file(".json")(str(tmp_path / "link.json"))
+    write_text(path, "new")
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "target.json").read_text() == "new"
+
+
+def test_an_error_is_one_line_whatever_is_in_it(capsys):
+    def fail(arguments):
+        raise UserError("key \x1b]0;title\x07\x1b[2J\nquietstar: error: forged \u202e\u2028\udcff")
+
+    assert cli.run_command(fail, []) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert printed.startswith("quietstar: error: key \\x1b]0;title\\x07\\x1b[2J quietstar: error:")
+    assert not set(printed) & set("\x1b\x07\u202e\u2028\udcff")
+
+
+def test_options_stand_among_the_keys_of_a_config(runs, capsys):
+    negative = ["--optim.learning_rate", "-5e-3", "--config", "demo", "--data.train", "- a b"]
+    assert cli.main(["train", *negative]) == 2
+    assert "learning_rate: -0.005 must be" in capsys.readouterr().err
+    arguments = ["--thoughts.length", "9", "--config", "demo", "--resume=auto"]
+    assert cli.main(["train", *arguments]) is None
+    assert runs == [(load_config("demo", ["--thoughts.length", "9"]), "auto")]

@@ -6,9 +6,11 @@ import pytest
 import torch
 from tiny import plain_model, thinking_model, write_texts
 
-from quietstar import QuietStarForCausalLM, cli
-from quietstar.cli.streaming import thought_text
+from quietstar import QuietStarForCausalLM
+from quietstar.cli import main as cli
+from quietstar.cli.generate import thought_text
 from quietstar.data import load_tokenizer
+from quietstar.errors import visible
 from quietstar.generation.calibration import Measured, fit_probes, threshold_at, try_gate
 from quietstar.generation.gates import Gate
 
@@ -53,8 +55,6 @@ def continuations(folder, prompts, new=6, **how):
 
 def plainly(text):
     """As the terminal shows it."""
-    from quietstar.cli.terminal import visible
-
     return visible(text)
 
 
@@ -105,7 +105,7 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys):
     assert "is no Unicode character; is the text UTF-8" in said("--prompt", "a\udcffb")
     assert generate(folder, "--prompt", "abc" * 40, "--max-new-tokens", 99) == 2
     assert capsys.readouterr().out == ""  # no prompt before the error
-    assert "--top-p: 0.0 must be above 0" in said("--prompt", "a", "--top-p", 0)
+    assert "--top-p (0): must be a number above 0" in said("--prompt", "a", "--top-p", 0)
 
 
 def test_chat_answers_turn_by_turn(folder, capsys, monkeypatch):
@@ -116,7 +116,7 @@ def test_chat_answers_turn_by_turn(folder, capsys, monkeypatch):
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
     assert printed.count("⟨") >= 4  # thoughts of the later answers alone
-    assert "/reset begins anew" in printed.splitlines()[0]
+    assert "/reset starts over" in printed.splitlines()[0]
     assert "need" in printed  # the turn that is too long, after which the talk goes on
     assert cli.main(["chat", "--model", str(folder / "model"), "--device", "cpu"]) == 2
     assert "without a chat template; use quietstar generate" in capsys.readouterr().err

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from benchmarks import step
+from quietstar.backbone.devices import find_device
 from quietstar.cli import main as cli
-from quietstar.cli.devices import find_device
 from quietstar.errors import UserError
 
 
@@ -19,8 +20,8 @@ def test_by_default_a_gpu_or_the_cpu():
         ("cuda:77", r"[^\n]+"),
         ("meta", "torch cannot compute there"),
         ("hip", "torch cannot compute there"),
-        ("gpu", "torch knows none of this name"),
-        ("", "torch knows none of this name"),
+        ("gpu", "torch knows no device of this name"),
+        ("", "torch knows no device of this name"),
     ],
 )
 def test_a_device_that_cannot_be_used(name, reason):
@@ -28,14 +29,12 @@ def test_a_device_that_cannot_be_used(name, reason):
         find_device(name)
 
 
-@pytest.mark.parametrize(
-    "command", ["eval", "inspect", "generate", "chat", "calibrate", "bench step"]
-)
+@pytest.mark.parametrize("command", ["eval", "inspect", "generate", "chat", "calibrate"])
 def test_every_command_refuses_it_before_a_model_is_loaded(command, capsys):
-    call = [*command.split(), "--device", "cuda:77"]
-    if command.startswith("bench"):
-        assert cli.main(call) == 2
-    else:
-        with pytest.raises(SystemExit, match="2"):
-            cli.main(call)
-    assert "--device: device 'cuda:77' cannot be used" in capsys.readouterr().err
+    assert cli.main([command, "--device", "cuda:77"]) == 2
+    assert "--device (cuda:77): device 'cuda:77' cannot be used" in capsys.readouterr().err
+
+
+def test_a_benchmark_refuses_it_too(capsys):
+    assert cli.run_command(step.main, ["--device", "cuda:77"]) == 2
+    assert "--device (cuda:77): device 'cuda:77' cannot be used" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import plain_model, run_config, write_texts
 
+from benchmarks import memory
 from quietstar.cli import main as cli
 from quietstar.config.loading import save_config
 from quietstar.data import load_tokenizer
@@ -124,11 +125,11 @@ def test_the_command_prints_the_sum_and_says_whether_it_fits(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--engine", "zero4"], "--engine: 'zero4' is unknown; known: single, ddp"),
-        (["--processes", "none"], "--processes: 'none' must be a number above 0"),
-        (["--memory", "nan"], "--memory: 'nan' must be a number above 0"),
-        (["--processes", "1.5"], "--processes: '1.5' must be a number"),
-        (["--engine", "single", "--processes", "2"], "single is one process, not 2"),
+        (["--engine", "zero4"], "--engine (zero4): must be one of single, ddp"),
+        (["--processes", "none"], "--processes (none): must be a whole number of at least 1"),
+        (["--memory", "nan"], "--memory (nan): must be a number above 0"),
+        (["--processes", "1.5"], "--processes (1.5): must be a whole number"),
+        (["--engine", "single", "--processes", "2"], "--engine (single): is one process, not 2"),
         (["--processes", "3"], "training.global_batch_size (8) must be a multiple"),
         (["--thoughts.lenght", "3"], "did you mean --thoughts.length"),
         (["--tuning.method", "qlora"], "qlora cannot be planned"),
@@ -153,8 +154,8 @@ def test_a_plan_needs_a_config_that_can_be_read(tmp_path):
 def test_a_run_is_measured_beside_its_plan(tmp_path):
     texts = write_texts(tmp_path / "texts.jsonl")
     save_config(planned(tmp_path, data__train=texts), tmp_path / "config.yaml")
-    call = ["bench", "memory", "--config", str(tmp_path / "config.yaml"), "--steps", "1"]
-    assert cli.main([*call, "--json", str(tmp_path / "memory.json")]) == 0
+    call = ["--config", str(tmp_path / "config.yaml"), "--steps", "1"]
+    assert cli.run_command(memory.main, [*call, "--json", str(tmp_path / "memory.json")]) == 0
     figures = json.loads((tmp_path / "memory.json").read_text())
     # So small a model takes little beside the program itself.
     assert figures["planned_mb"] > 175

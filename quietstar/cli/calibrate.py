@@ -232,7 +232,7 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--data", metavar="FILE", help="held-out text; default: that of the run of the model")
     add("--gate", choices=(*KINDS, "best"), default="best", help="kind of score")
-    add("--speed", type=number(1, above=True), metavar="X",
+    add("--speed", type=number(1.0, above=True), metavar="X",
         help="lose least among gates with X times fewer passes than thinking always")  # fmt: skip
     add("--quality", type=number(), metavar="LOSS",
         help="be fastest among gates that lose at most this accuracy (or nats); "

@@ -81,7 +81,7 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
         help="temperature of thoughts; without it their most likely tokens")  # fmt: skip
     add("--temperature", type=number(), default=0.0, metavar="T",
         help="temperature of the text; 0 takes the most likely tokens")  # fmt: skip
-    add("--top-p", type=number(0, 1, above=True), default=1.0, metavar="P",
+    add("--top-p", type=number(0.0, 1.0, above=True), default=1.0, metavar="P",
         help="sample from the most likely tokens that reach this probability")  # fmt: skip
     add("--seed", type=whole(), default=0, help="seed of text and thoughts")
 

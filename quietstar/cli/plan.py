@@ -100,6 +100,6 @@ def _parser() -> Parser:
     add("--config", default=DEFAULT_CONFIG, metavar="FILE", help="YAML file or shipped config")
     add("--engine", choices=ENGINES, help="default: single, or ddp with several processes")
     add("--processes", type=whole(1, 2**20), default=1, metavar="N", help="GPUs of the run")
-    add("--memory", type=number(0, above=True), metavar="GIB", help="of each GPU, to compare with")
+    add("--memory", type=number(above=True), metavar="GIB", help="of each GPU, to compare with")
     add("--json", type=output_file(), metavar="FILE", help="all figures")
     return parser

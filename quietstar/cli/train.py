@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 from quietstar.cli.options import DEFAULT_CONFIG, Parser, whole
 from quietstar.config import FIELDS, SECTIONS, Config
@@ -63,11 +64,12 @@ class _TrainParser(Parser):
     def format_help(self) -> str:
         """List the keys of the config, which the config's own reader parses."""
         for section in SECTIONS:
-            group = self.add_argument_group(section, Config.model_fields[section].description)
+            description = fill(Config.model_fields[section].description or "", 76)
+            group = self.add_argument_group(section, description)
             for key in (key for key in FIELDS if key.startswith(f"{section}.")):
                 text = f"{FIELDS[key].description} ({type_text(key)}; default {default_text(key)})"
                 group.add_argument(f"--{key}", help=text.replace("%", "%%"), metavar="")
-        self.add_argument_group("stages", Config.model_fields["stages"].description)
+        self.add_argument_group("stages", fill(Config.model_fields["stages"].description or "", 76))
         return super().format_help()
 
 
