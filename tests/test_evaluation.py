@@ -281,7 +281,7 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys):
     assert "is no Quiet-STaR model" in said(model="plain")
     assert "--thoughts off, or --untrained" in said("--thoughts", "on", model="plain")
     assert "set --thought-temperature 1" in said("--samples", 2)
-    assert "--limit: 0 must be at least 1" in said("--limit", 0)
+    assert "--limit (0): must be a whole number of at least 1" in said("--limit", 0)
     assert "need thoughts" in said("--controls", "--thoughts", "off")
     assert "is a folder" in said("--out", tmp_path)
     out = tmp_path / "x.json"
@@ -296,7 +296,12 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys):
     assert "is also --out-items; give another name" in said("--out", out, "--out-items", out)
     assert "is also --report; give another name" in said("--out", out, "--report", out)
     assert "is a folder" in said("--report", tmp_path)
-    assert "cannot be made" in said("--out", out / "below" / "x.json")
+    assert "cannot be written" in said("--out", out / "below" / "x.json")
+    (tmp_path / "mine.json").write_text('[{"mine": 1}]')
+    (tmp_path / "mine.html").write_text("<p>mine")
+    for option, name in (("--out", "mine.json"), ("--report", "mine.html")):
+        assert "holds something else than an evaluation" in said(option, tmp_path / name)
+    assert (tmp_path / "mine.json").read_text() == '[{"mine": 1}]'
     write_lines(tmp_path / "short.jsonl", [{"text": "x"}])
     assert "line 1: the text has no token" in said(tasks=str(tmp_path / "short.jsonl"))
     write_lines(tmp_path / "half.jsonl", [{"text": "a\ud800b"}])

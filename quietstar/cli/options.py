@@ -90,9 +90,10 @@ def whole(least: int = 0, most: int = 2**63 - 1) -> Callable[[str], int]:
     """Make a parser of whole numbers between two bounds."""
 
     def parse(text: str) -> int:
-        digits = re.fullmatch(r"[+-]?[0-9]{1,20}", text.strip())
-        if digits is None or not least <= int(text) <= most:
-            upper = f" and at most {most}" if most < 2**63 - 1 or text.strip().isdecimal() else ""
+        is_whole = re.fullmatch(r"[+-]?[0-9]{1,20}", text.strip()) is not None
+        if not is_whole or not least <= int(text) <= most:
+            is_large = text.strip().isdecimal() and (not is_whole or int(text) > most)
+            upper = f" and at most {most}" if most < 2**63 - 1 or is_large else ""
             raise _wrong(text, f"must be a whole number of at least {least}{upper}")
         return int(text)
 
