@@ -20,28 +20,26 @@ def marked(strategy):
 
 
 def command(strategy, config, output_dir, *arguments):
-    """Command and environment; ``zero2x1`` is ZeRO-2 with one process."""
+    """Command and environment of a training run."""
     train = ["train.py", "--config", str(config), "--training.output_dir", str(output_dir)]
-    train += arguments
+    return wrap(strategy, [*train, *arguments])
+
+
+def wrap(strategy, script):
+    """The script's command and environment under a launcher; ``zero2x1`` is one process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     name, world = strategy.split("x") if "x" in strategy else (strategy, "2")
     if name == "one":
-        return [sys.executable, *train], environment
+        return [sys.executable, *script], environment
     if name in ("ddp", "fsdp2"):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", world]
         environment |= {"ACCELERATE_USE_CPU": "true"}
         environment |= {"ACCELERATE_USE_FSDP": str(name == "fsdp2").lower()}
-        return [
-            *torchrun,
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            "localhost:0",
-            *train,
-        ], environment
+        call = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", world]
+        call += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        return [*call, *script], environment
     file = ["--config_file", f"configs/accelerate/{name}_cpu.yaml", "--num_processes", world]
     module = "accelerate.commands.accelerate_cli"
-    return [sys.executable, "-m", module, "launch", *file, *train], environment
+    return [sys.executable, "-m", module, "launch", *file, *script], environment
 
 
 def launch(strategy, config, output_dir, *arguments, refused=None):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -14,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from quietstar.backbone.run import embedding_weight
 from quietstar.errors import UserError
@@ -36,7 +39,8 @@ def load_base(
     Args:
         name_or_path: Hub id or folder; None builds the model of ``config``.
         config: ``model_type`` and fields of its transformers config.
-        dtype: Of the weights.
+        dtype: Of the weights; "stored" keeps the dtype of the files, whose weights are then mapped
+            into memory and not copied.
         vocab_size: Of the built model where ``config`` names none.
         seed: Of the random weights.
         quantization: How transformers shall quantize the weights, None for not at all.
@@ -87,6 +91,8 @@ def _make(
     hub: dict[str, Any],
 ) -> PreTrainedModel:
     if name_or_path is not None:
+        if dtype == "stored":
+            config.dtype, dtype = None, "auto"  # else transformers would believe the config
         return AutoModelForCausalLM.from_pretrained(name_or_path, config=config, dtype=dtype, **hub)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -114,6 +120,21 @@ def drop_dropout_layers(model: PreTrainedModel) -> None:
         for name, value in vars(module).items():  # OPT and Llama keep plain numbers
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def stored_dtypes(model: PreTrainedModel) -> set[torch.dtype]:
+    """Returns the floating-point dtypes in the safetensors files that a model was loaded from."""
+    name, revision = model.config.name_or_path, vars(model.config).get("_commit_hash")
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = Path(str(cached_file(name, "config.json", revision=revision))).parent
+    dtypes = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as tensors:
+            dtypes |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
+    known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+             "BF16": torch.bfloat16}  # fmt: skip
+    return {known[name] for name in dtypes if name in known}
 
 
 def _say_dropped(names: list[str]) -> None:

@@ -24,7 +24,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -103,8 +108,19 @@ class FSDP2Strategy(Strategy):
         }
         if _flag("FSDP_OFFLOAD_PARAMS"):
             settings["offload_policy"] = CPUOffloadPolicy()
+        policy = MixedPrecisionPolicy()
+        if self.accelerator.mixed_precision == "bf16":
+            # Layers are gathered in bfloat16; autocast would cast their weights to it anyway. Their
+            # inputs are not cast, so that the residual stream has the dtypes of a single process.
+            # The outer weights stay float32: the embeddings that begin the stream, the two vectors
+            # and the mixing head.
+            policy = MixedPrecisionPolicy(
+                torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
         for layer in decoder_layers(wrapped.model.causal_lm):
-            fully_shard(layer, **settings)
+            self._cast(layer)
+            fully_shard(layer, mp_policy=policy, **settings)
+        self._cast(wrapped)
         fully_shard(wrapped, **settings)
         # fully_shard has moved it to its device; this only adds autocast.
         self.accelerator.prepare_model(wrapped, device_placement=False, evaluation_mode=True)

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from quietstar.config import Config
 from quietstar.distributed.wrapped import GROUPS, WrappedModule, group_of
@@ -56,6 +57,8 @@ class Strategy:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
+        self._to_cast: set[nn.Parameter] = set()
+        self._dtype: torch.dtype | None = None
 
     def check(self, config: Config) -> None:
         """Refuses a tuning method that cannot work.
@@ -107,6 +110,27 @@ class Strategy:
     def free_memory(self) -> None:
         """Frees the wrapper and optimizer of the previous stage."""
         self.accelerator.free_memory()
+
+    def cast_when_sharded(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        """Has `shard` cast the weights of a base model that still lie mapped on the disk.
+
+        A mapped weight takes no memory until it is read. Cast and sharded layer by layer, no
+        process ever holds more than its shards and a single layer.
+
+        Args:
+            model: Base model, loaded in the dtype of its files.
+            dtype: Dtype to train in.
+        """
+        self._to_cast, self._dtype = set(model.parameters()), dtype
+        model.config.dtype = dtype
+
+    @torch.no_grad()
+    def _cast(self, module: nn.Module) -> None:
+        """Casts what `cast_when_sharded` noted of this module, by a copy that is not mapped."""
+        for parameter in module.parameters():
+            if parameter in self._to_cast:
+                self._to_cast.remove(parameter)
+                parameter.data = parameter.data.to(self._dtype, copy=True)
 
     def shard(self, wrapped: WrappedModule) -> WrappedModule:
         """Shards the weights in place, before an optimizer is built; returns what to prepare."""

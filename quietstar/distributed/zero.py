@@ -6,12 +6,14 @@ import contextlib
 from typing import Any
 
 import torch
+from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quietstar.config import Config
 from quietstar.distributed.strategies import NOT_SHARDED, Check, Strategy
 from quietstar.distributed.wrapped import WrappedModule
+from quietstar.model.tuning.bottleneck import decoder_layers
 
 
 class DeepSpeedStrategy(Strategy):
@@ -30,9 +32,13 @@ class DeepSpeedStrategy(Strategy):
     @property
     def stage(self) -> int:
         """Stage of ZeRO: 1, 2 or 3."""
+        return self._plugin.zero_stage
+
+    @property
+    def _plugin(self) -> DeepSpeedPlugin:
         plugin = self.accelerator.state.deepspeed_plugin
         assert plugin is not None, "DeepSpeed comes with its plugin"
-        return plugin.zero_stage
+        return plugin
 
     @property
     def sharded(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -42,13 +48,31 @@ class DeepSpeedStrategy(Strategy):
     def keep_trainable_only(self, model: nn.Module) -> None:
         """Does nothing: DeepSpeed's engine saves all that it holds."""
 
+    def shard(self, wrapped: WrappedModule) -> WrappedModule:
+        """As `Strategy.shard`; later stages go on with the shards of the first."""
+        if self.stage < 3:
+            return wrapped
+        import deepspeed  # pyright: ignore[reportMissingImports]  (an extra)
+
+        for module in (*decoder_layers(wrapped.model.causal_lm), wrapped):
+            self._cast(module)
+            deepspeed.zero.Init(module=module, config_dict_or_path=self._plugin.deepspeed_config)
+        return wrapped
+
+    @torch.no_grad()
+    def _cast(self, module: nn.Module) -> None:
+        """As `Strategy._cast`; under bf16 DeepSpeed shards parameters that are bfloat16 already."""
+        super()._cast(module)
+        if self.accelerator.mixed_precision == "bf16":
+            for parameter in module.parameters():
+                if not hasattr(parameter, "ds_id"):
+                    parameter.data = parameter.data.to(torch.bfloat16)
+
     def prepare(
         self, wrapped: WrappedModule, optimizer: Optimizer, config: Config
     ) -> tuple[nn.Module, Optimizer]:
         """As `Strategy.prepare`; DeepSpeed's own file only says how to shard."""
-        plugin = self.accelerator.state.deepspeed_plugin
-        assert plugin is not None, "DeepSpeed comes with its plugin"
-        settings = plugin.deepspeed_config
+        settings = self._plugin.deepspeed_config
         settings["gradient_clipping"] = config.optim.max_grad_norm
         settings["train_micro_batch_size_per_gpu"] = config.training.micro_batch_size
         settings["gradient_accumulation_steps"] = 1  # the loop accumulates

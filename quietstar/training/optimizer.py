@@ -61,7 +61,8 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             projected = galore is not None and is_projected(name, parameter, galore.galore_rank)
-            kind = (group_of(name), parameter.ndim >= 2, projected)
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # of the whole under ZeRO-3
+            kind = (group_of(name), len(shape) >= 2, projected)
             by_kind.setdefault(kind, []).append(parameter)
     order = sorted(by_kind, key=lambda kind: (GROUPS.index(kind[0]), not kind[1], not kind[2]))
     return [

@@ -180,7 +180,7 @@ def set_up(config: Config, strategy: Strategy) -> Job:
     tokenizer = find_tokenizer(config, hub)
     seed = config.training.seed  # one seed: what is held out is held out in every stage
     data = [build_data(stage.config.data, tokenizer, seed) for stage in stages]
-    model = build_model(model_stage(stages).config, tokenizer, hub)
+    model = build_model(model_stage(stages).config, tokenizer, hub, strategy)
     for stage, (_, eval_data, _) in zip(stages, data, strict=True):
         check_positions(stage.config, model)
         if stage.thinks:

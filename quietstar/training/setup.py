@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
-from quietstar.backbone.loading import load_base
+from quietstar.backbone.loading import load_base, stored_dtypes
 from quietstar.backbone.run import num_virtual
 from quietstar.config import Config, ThoughtsConfig
 from quietstar.data import EvalData, load_tokenizer
-from quietstar.distributed import wants_fsdp
+from quietstar.distributed import Strategy, wants_fsdp
 from quietstar.errors import UserError
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import SETTINGS_FILE
@@ -136,30 +137,35 @@ def find_tokenizer(config: Config, hub: dict) -> PreTrainedTokenizerBase:
 
 
 def build_model(
-    config: Config, tokenizer: PreTrainedTokenizerBase, hub: dict
+    config: Config, tokenizer: PreTrainedTokenizerBase, hub: dict, strategy: Strategy | None = None
 ) -> QuietStarForCausalLM:
-    """Load or make the base model and turn it into one that thinks.
+    """Loads or builds the base model and turns it into one that thinks.
 
-    Every process makes the whole model, also under ZeRO-3, which cuts it afterwards: weights that
-    are cut while they load have no shapes, and the checks and adapters need them.
+    Args:
+        config: The run's config.
+        tokenizer: The model's tokenizer.
+        hub: Keywords for the hub: ``revision``, ``trust_remote_code``.
+        strategy: Strategy that will train the model; one that shards weights loads them lazily.
     """
-    unset_hf_deepspeed_config()
-    name = config.model.name_or_path
+    unset_hf_deepspeed_config()  # or transformers would shard weights before adapters see them
+    settings, dtype = config.model, getattr(torch, config.model.dtype)
+    name = settings.name_or_path
     if name is not None and (Path(name) / SETTINGS_FILE).exists():
         logger.warning(
             "model.name_or_path: %s holds a Quiet-STaR model; only its language model is taken, "
             "the two vectors and the mixing head start anew",
             name,
         )
-    base = load_base(
-        config.model.name_or_path,
-        config.model.config,
-        dtype=getattr(torch, config.model.dtype),
-        vocab_size=len(tokenizer),
-        seed=config.training.seed,
-        quantization=quantization(config.tuning),
-        **hub,
-    )
+    load = partial(
+        load_base, name, settings.config, vocab_size=len(tokenizer), seed=config.training.seed,
+        quantization=quantization(config.tuning), **hub,
+    )  # fmt: skip
+    if strategy is None or not strategy.sharded or name is None:
+        return teach_thinking(load(dtype=dtype), config, tokenizer)
+    base = load(dtype="stored")
+    if stored_dtypes(base) != {base.dtype}:  # some weights would lose digits on the way
+        return teach_thinking(load(dtype=dtype), config, tokenizer)
+    strategy.cast_when_sharded(base, dtype)
     return teach_thinking(base, config, tokenizer)
 
 
