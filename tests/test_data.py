@@ -12,12 +12,11 @@ from transformers import PreTrainedTokenizer
 
 from quietstar.config import DataConfig
 from quietstar.data import build_data, byte_tokenizer
-from quietstar.data import documents as documents_module
+from quietstar.data import encoding as encoding_module
 from quietstar.data import sources as sources_module
 from quietstar.data.batches import IGNORED, collate
-from quietstar.data.encoding import Encoded, Encoder
-from quietstar.data.records import Layout
-from quietstar.data.spans import answer_span, chunks
+from quietstar.data.encoding import Encoded, Encoder, answer_span, chunks
+from quietstar.data.sources import RecordFields
 from quietstar.errors import UserError
 
 EOS, PAD = 256, 257
@@ -592,7 +591,7 @@ def test_a_table_too_large_to_count_is_tokenised_on_demand_to_the_same_samples(
 ):
     config = DataConfig(train=text_file(tmp_path, [*numbered(20), "ab"]), seq_len=16)
     counted = build_data(config, tokenizer, 0)
-    monkeypatch.setattr(documents_module, "EXACT_BYTES", 0)
+    monkeypatch.setattr(encoding_module, "EXACT_BYTES", 0)
     lazy = build_data(config, tokenizer, 0)
     assert_same(lazy[0].batch(2, 8), counted[0].batch(2, 8))
     assert_same(next(lazy[1].batches(4)), next(counted[1].batches(4)))
@@ -807,5 +806,8 @@ def test_a_missing_generator_package_says_how_to_install_it(tokenizer, monkeypat
 
 def test_layouts_name_the_fields_of_their_format():
     config = DataConfig(format="qa", question_field="q", answer_field="a")
-    assert Layout.of(config).fields == (("question", "q"), ("answer", "a"))
-    assert Layout.of(config).canonical.fields == (("question", "question"), ("answer", "answer"))
+    assert RecordFields.of(config).fields == (("question", "q"), ("answer", "a"))
+    assert RecordFields.of(config).canonical.fields == (
+        ("question", "question"),
+        ("answer", "answer"),
+    )

@@ -4,9 +4,17 @@ import pytest
 
 from quietstar.config import DataConfig
 from quietstar.data import build_data, load_tokenizer
-from quietstar.data.synthetic import chain_sum_steps, read_options
-from quietstar.data.synthetic.moves import CHATTER, DASH, VOCABULARY, MovesOptions, moves_records
-from quietstar.data.synthetic.sums import SumsOptions, sums_records
+from quietstar.data.synthetic import (
+    CHATTER,
+    DASH,
+    VOCABULARY,
+    MovesOptions,
+    SumsOptions,
+    chain_sum_steps,
+    moves_records,
+    read_options,
+    sums_records,
+)
 from quietstar.data.tokenizer import word_tokenizer
 from quietstar.errors import UserError
 
@@ -134,5 +142,13 @@ def test_problems_of_reasoning_gym_carry_steps_where_they_are_asked_for():
     batch = build_data(config, load_tokenizer("bytes"), 0)[0].batch(0, 2)
     assert (batch.rationale >= 0).any(1).all()
     wrong = config.model_copy(update={"train": "reasoning_gym:gcd", "task_options": {}})
-    with pytest.raises(UserError, match="'rationale' needs problems with steps"):
+    with pytest.raises(UserError, match="'rationale' needs problems with known reasoning"):
         build_data(wrong, load_tokenizer("bytes"), 0)
+
+
+@pytest.mark.parametrize(
+    ("share", "held_out", "part"), [(0.0, True, "held out"), (1.0, False, "to train on")]
+)
+def test_a_part_without_problems_is_refused_in_one_line(share, held_out, part):
+    with pytest.raises(UserError, match=f"held_out_share: {share:g} leaves no problem {part}"):
+        problems(MovesOptions(held_out_share=share), held_out=held_out)

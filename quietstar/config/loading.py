@@ -302,7 +302,7 @@ class _Reader:
     ) -> str:
         """Says which key replaces an unknown one, or which was probably meant."""
         renamed = RENAMED.get(name)
-        meant = renamed or closest(name, [*candidates, *RENAMED])
+        meant = renamed or closest(name, [*candidates, *RENAMED], by_leaf=True)
         meant = RENAMED.get(meant, meant) if meant else None
         self.misspelt.update([meant] if meant else [])
         if renamed:

@@ -2,9 +2,8 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from typing import Annotated, Any, Literal, get_args, get_origin
-
-from rapidfuzz import fuzz
 
 from quietstar.config.schema import FIELDS
 from quietstar.config.yaml import YamlProblem, dump, parse
@@ -12,7 +11,7 @@ from quietstar.config.yaml import YamlProblem, dump, parse
 COMMAND_LINE = "command line"
 """Source of a problem, in the place of a file and its line."""
 
-SIMILAR = 75  # least similarity, of 100, of a "did you mean": lets through one or two typos
+SIMILAR = 75.0  # least similarity, of 100, of a "did you mean": lets through one or two typos
 
 _TYPE_NAMES: dict[Any, str] = {
     bool: "true or false",
@@ -31,16 +30,27 @@ _PLAIN_WORDS = {
 }
 
 
-def closest(name: str, candidates: Sequence[str], similar: float = SIMILAR) -> str | None:
-    """Returns the candidate that was probably meant, if one is similar enough."""
+def closest(
+    name: str, candidates: Sequence[str], least: float = SIMILAR, by_leaf: bool = False
+) -> str | None:
+    """Returns the candidate that was probably meant, if one is similar enough.
+
+    Args:
+        name: Unknown name.
+        candidates: Known names.
+        least: Least similarity, of 100.
+        by_leaf: Compares dotted names by their last part too: `--lenght` lacks the section of its
+            key, and `training.learning_rate` has the wrong one.
+    """
 
     def similarity(candidate: str) -> float:
-        # `--lenght` and `training.learning_rate` lack a key's section, or give it another one.
-        leaf = fuzz.ratio(name.rpartition(".")[2], candidate.rpartition(".")[2])
-        return max(fuzz.ratio(name, candidate), leaf)
+        pairs = [(name, candidate)]
+        if by_leaf:
+            pairs.append((name.rpartition(".")[2], candidate.rpartition(".")[2]))
+        return max(100 * SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
     best = max(candidates, key=similarity, default=None)
-    return best if best is not None and similarity(best) >= similar else None
+    return best if best is not None and similarity(best) >= least else None
 
 
 def did_you_mean(meant: str | None) -> str:

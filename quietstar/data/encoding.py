@@ -1,16 +1,25 @@
-"""Records to tokens: each token of a document, and whether it is a target."""
+"""Records to tokens: which of them are targets, which make a sequence, and documents of them.
 
-from collections.abc import Callable, Mapping, Sequence
+A table of up to `EXACT_BYTES` is tokenized once at the start and counted exactly; a larger one is
+tokenized document by document as training asks for it, unless an option needs every length.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import datasets
 import numpy as np
+from datasets import Dataset, Features, List
+from datasets.features import Value
+from datasets.fingerprint import generate_random_fingerprint
 from jaxtyping import Bool, Int
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import DataConfig
-from quietstar.data.records import Layout, Record, is_empty, read_record
+from quietstar.data.sources import Record, RecordFields, Source, is_empty, read_record
 from quietstar.data.tokenizer import first_line
 from quietstar.errors import UserError
 
@@ -87,7 +96,7 @@ class Encoder:
                 " nothing but white space"
             )
         self._tokenizer = tokenizer
-        self._layout = Layout.of(config).canonical
+        self._fields = RecordFields.of(config).canonical
         # A space before an answer goes with it: most tokenizers join it to the first word, and so
         # whether they do (for a word) or not (for a digit), the answer begins at the same place.
         self._before = before.rstrip(" ")
@@ -96,53 +105,42 @@ class Encoder:
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> list[Encoded]:
         """Encodes a batch of canonical records."""
-        checked = [read_record(record, self._layout, "data") for record in records]
+        checked = [read_record(record, self._fields, "data") for record in records]
         filled = [record for record in checked if not is_empty(record)]
-        encoded = self._encode([self._segments(record) for record in filled])
-        in_order = iter(self._with_rationale(encoded, filled))
+        if not filled:
+            return [EMPTY] * len(checked)
+        tokenize = _tokenize_fast if self._tokenizer.is_fast else _tokenize_slow
+        segments = [self._segments(record) for record in filled]
+        pairs = tokenize(self._tokenizer, segments, with_special=self._fields.format != "chat")
+        encoded = [self._finish(ids, in_answer) for ids, in_answer in pairs]
+        if "rationale" in filled[0]:
+            texts = [record["rationale"] for record in filled]
+            all_ids: Any = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+            rationales = [np.asarray(ids, np.int32) for ids in all_ids]
+            encoded = [replace(e, rationale=r) for e, r in zip(encoded, rationales, strict=True)]
+        in_order = iter(encoded)
         return [EMPTY if is_empty(record) else next(in_order) for record in checked]
 
-    def _with_rationale(self, encoded: list[Encoded], records: list[Record]) -> list[Encoded]:
-        if not records or "rationale" not in records[0]:
-            return encoded
-        texts = [record["rationale"] for record in records]
-        all_ids: Any = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
-        pairs = zip(encoded, all_ids, strict=True)
-        return [replace(one, rationale=np.asarray(ids, np.int32)) for one, ids in pairs]
-
     def _segments(self, record: Record) -> list[Segment]:
-        if self._layout.format == "text":
+        if self._fields.format == "text":
             return [(record["text"], False)]
-        if self._layout.format == "chat":
-            return chat_segments(self._tokenizer, record["messages"], self._answers_only)
+        if self._fields.format == "chat":
+            return _chat_segments(self._tokenizer, record["messages"], self._answers_only)
         prompt = self._before.replace("{question}", record["question"])
         return [(prompt, False), (self._space + record["answer"], True), (self._after, False)]
 
-    def _encode(self, batch: list[list[Segment]]) -> list[Encoded]:
-        if not batch:
-            return []
-        tokenize = _tokenize_fast if self._tokenizer.is_fast else _tokenize_slow
-        with_special = self._layout.format != "chat"
-        pairs = tokenize(self._tokenizer, batch, with_special)
-        return [self._finish(ids, in_answer) for ids, in_answer in pairs]
-
     def _finish(self, ids: list[int], in_answer: Bool[np.ndarray, " tokens"]) -> Encoded:
         eos: Any = self._tokenizer.eos_token_id
-        if self._layout.format != "chat" and eos is not None and (not ids or ids[-1] != eos):
+        if self._fields.format != "chat" and eos is not None and (not ids or ids[-1] != eos):
             ids, in_answer = [*ids, eos], np.append(in_answer, False)
         if self._answers_only and not in_answer.any():
             return EMPTY  # such as a chat without an assistant message
         targets = in_answer.copy() if self._answers_only else np.ones(len(ids), np.bool_)
-        if self._layout.format == "qa" and in_answer.any():
+        if self._fields.format == "qa" and in_answer.any():
             targets[int(in_answer.argmax()) :] = True  # what ends an answer is to be learned too
-        answer_start = last_answer(in_answer)
+        starts = np.flatnonzero(in_answer & ~np.concatenate([[False], in_answer[:-1]]))
+        answer_start = int(starts[-1]) if len(starts) else -1
         return Encoded(np.asarray(ids, np.int32), targets, in_answer, answer_start)
-
-
-def last_answer(in_answer: Bool[np.ndarray, " tokens"]) -> int:
-    """Returns the index at which the last run of answer tokens starts, -1 without one."""
-    starts = np.flatnonzero(in_answer & ~np.concatenate([[False], in_answer[:-1]]))
-    return int(starts[-1]) if len(starts) else -1
 
 
 def _tokenize_fast(
@@ -165,21 +163,18 @@ def _tokenize_fast(
     all_ids: Any = tokens["input_ids"]
     if not with_offsets:
         return [(ids, np.zeros(len(ids), np.bool_)) for ids in all_ids]
-    pairs = zip(all_ids, tokens["offset_mapping"], batch, strict=True)
-    return [(ids, _inside_answers(offsets, segments)) for ids, offsets, segments in pairs]
-
-
-def _inside_answers(offsets: Any, segments: list[Segment]) -> np.ndarray:
-    bounds = np.asarray(offsets, np.int64).reshape(-1, 2)
-    starts, ends = bounds[:, 0], bounds[:, 1]
-    inside = np.zeros(len(bounds), np.bool_)
-    cursor = 0
-    for text, in_answer in segments:
-        stop = cursor + len(text)
-        if in_answer:  # tokens that the tokenizer adds by itself have empty offsets
-            inside |= (ends > cursor) & (starts < stop) & (ends > starts)
-        cursor = stop
-    return inside
+    pairs: list[tuple[list[int], np.ndarray]] = []
+    for ids, offsets, segments in zip(all_ids, tokens["offset_mapping"], batch, strict=True):
+        starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
+        inside = np.zeros(len(ids), np.bool_)
+        cursor = 0
+        for text, in_answer in segments:
+            stop = cursor + len(text)
+            if in_answer:  # tokens that the tokenizer adds by itself have empty offsets
+                inside |= (ends > cursor) & (starts < stop) & (ends > starts)
+            cursor = stop
+        pairs.append((ids, inside))
+    return pairs
 
 
 def _tokenize_slow(
@@ -199,7 +194,7 @@ def _tokenize_slow(
     return pairs
 
 
-def chat_segments(
+def _chat_segments(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], mark_answers: bool
 ) -> list[Segment]:
     """Renders a chat and, where asked, marks what the assistant writes.
@@ -246,3 +241,251 @@ def _render(
             f"the tokenizer's chat template refuses a chat ({first_line(error)}; roles: {roles}):"
             " correct the record, or set data.loss_on: all if the chat opens with the assistant"
         ) from error
+
+
+# --- Spans ----------------------------------------------------------------------------------------
+
+# First key of every random stream, so that no two uses of one seed share their numbers.
+ORDER, SPAN, HELD_OUT, EVAL_ORDER, EVAL_SPAN, ESTIMATE = range(6)
+
+
+def keyed_rng(seed: int, *keys: int) -> np.random.Generator:
+    """Returns a generator that depends on the seed and the keys only."""
+    return np.random.default_rng([seed, *keys])
+
+
+def random_span(document: Encoded, seq_len: int, seed: int, index: int) -> Encoded:
+    """Takes the span of a document that the sample of this index in the run sees."""
+    if len(document) <= seq_len:
+        return document
+    start = keyed_rng(seed, SPAN, index).integers(len(document) - seq_len + 1)
+    return document.span(int(start), seq_len)
+
+
+def answer_span(document: Encoded, seq_len: int) -> Encoded:
+    """Shortens a record so that its last answer survives.
+
+    The question loses its start; an answer of more than seq_len - 1 tokens keeps one token before
+    it and loses its end. Without a known answer the end of the record is kept.
+    """
+    start = max(len(document) - seq_len, 0)
+    if document.answer_start >= 0:
+        start = min(start, max(document.answer_start - 1, 0))
+    return document.span(start, seq_len)
+
+
+def held_out_spans(document: Encoded, seq_len: int, seed: int, index: int) -> list[Encoded]:
+    """Cuts a held-out document into disjoint spans, in random order, always the same ones."""
+    count = len(document) // seq_len
+    if count == 0:
+        return [document]
+    rng = keyed_rng(seed, EVAL_SPAN, index)
+    shift = int(rng.integers(len(document) - count * seq_len + 1))
+    return [
+        document.span(shift + int(place) * seq_len, seq_len) for place in rng.permutation(count)
+    ]
+
+
+def chunks(documents: Iterable[Encoded], seq_len: int) -> Iterator[Encoded]:
+    """Joins documents and cuts the whole into chunks of seq_len; the last one may be shorter."""
+    rest = EMPTY
+    for document in documents:
+        joined = Encoded(
+            np.concatenate([rest.ids, document.ids]),
+            np.concatenate([rest.targets, document.targets]),
+            np.concatenate([rest.answers, document.answers]),
+        )
+        whole = len(joined) - len(joined) % seq_len
+        for start in range(0, whole, seq_len):
+            yield joined.span(start, seq_len)
+        rest = joined.span(whole, seq_len)
+    if len(rest) > 1:  # a single token has nothing to predict
+        yield rest
+
+
+# --- Documents ------------------------------------------------------------------------------------
+
+EXACT_BYTES = 64 * 2**20  # half a minute of tokenisation on one slow core
+ENCODED = Features(
+    {
+        "ids": List(Value("int32")),
+        "targets": List(Value("bool")),
+        "answers": List(Value("bool")),
+        "answer_start": Value("int64"),
+        "rationale": List(Value("int32")),
+    }
+)
+
+
+class LazyDocuments:
+    """Documents that are tokenised when they are asked for; an empty one gives no tokens."""
+
+    def __init__(self, records: Dataset, encoder: Encoder) -> None:
+        """Keeps the canonical records and what encodes them."""
+        self._records, self._encoder = records, encoder
+
+    def __len__(self) -> int:
+        """Returns the number of documents."""
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Encoded:
+        """Tokenises one document."""
+        return self._encoder([self._records[int(index)]])[0]
+
+    def select(self, indices: Int[np.ndarray, " chosen"]) -> "LazyDocuments":
+        """Returns the documents at these indices."""
+        return LazyDocuments(self._records.select(indices), self._encoder)
+
+
+class EncodedTable:
+    """Documents that were tokenised once, in memory or in a cached arrow file."""
+
+    def __init__(
+        self, table: Dataset, lengths: Int[np.ndarray, " documents"] | None = None
+    ) -> None:
+        """Keeps a table with the columns of `ENCODED`; lengths are counted unless given."""
+        self._table = table.with_format("numpy")
+        if lengths is None:
+            lengths = np.asarray([len(ids) for ids in _column(table, "ids")], np.int64)
+        self.lengths = lengths
+
+    def __len__(self) -> int:
+        """Returns the number of documents."""
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Encoded:
+        """Returns one document."""
+        row: Any = self._table[int(index)]
+        targets, answers = _bools(row["targets"]), _bools(row["answers"])
+        start, rationale = int(row["answer_start"]), _ids(row["rationale"])
+        return Encoded(_ids(row["ids"]), targets, answers, start, rationale)
+
+    def select(self, indices: Int[np.ndarray, " chosen"]) -> "EncodedTable":
+        """Returns the documents at these indices."""
+        return EncodedTable(self._table.select(indices), self.lengths[indices])
+
+    def concatenate(self, seq_len: int) -> "EncodedTable":
+        """Joins the documents, a thousand at a time, and cuts them into chunks."""
+
+        def join(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+            parts = zip(batch["ids"], batch["targets"], batch["answers"], strict=True)
+            documents = (Encoded(_ids(ids), _bools(t), _bools(a)) for ids, t, a in parts)
+            return _columns(list(chunks(documents, seq_len)))
+
+        return EncodedTable(_map(self._table, join))
+
+
+Documents = EncodedTable | LazyDocuments
+
+
+def encode_table(records: Dataset, encoder: Encoder) -> EncodedTable:
+    """Tokenises every record of a table."""
+
+    def encode(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        rows = [
+            dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
+        ]
+        return _columns(encoder(rows))
+
+    return EncodedTable(_map(records, encode))
+
+
+def prepare(source: Source, config: DataConfig, encoder: Encoder) -> tuple[Documents, int, int]:
+    """Turns a source's table into documents to train on or to hold out.
+
+    Returns:
+        The documents, how many empty ones were dropped and how many short ones were skipped
+        (0 and 0 where documents are tokenised on demand, which drops and skips nothing).
+
+    Raises:
+        UserError: If no document is left.
+    """
+    records = source.table
+    assert records is not None, "a stream has no table"
+    joined, skip = config.spans == "concatenate", config.short_texts == "skip"
+    if not (joined or skip) and records.data.nbytes > EXACT_BYTES:
+        return LazyDocuments(records, encoder), 0, 0
+    table = encode_table(records, encoder)
+    filled = table.lengths > 0
+    long_enough = table.lengths >= (config.seq_len if skip and not joined else 1)
+    if not filled.any():
+        raise UserError(f"{source.label}: every record is empty: give text to learn from")
+    if not long_enough.any():
+        raise no_text_long_enough(source.label, config.seq_len, int(table.lengths.max()))
+    kept = table.select(np.flatnonzero(filled & long_enough))
+    return kept, int((~filled).sum()), int((filled & ~long_enough).sum())
+
+
+def join_documents(table: EncodedTable, config: DataConfig, label: str) -> tuple[EncodedTable, int]:
+    """Joins documents into chunks; the short last chunks are kept or skipped.
+
+    Returns:
+        The chunks, and how many were skipped.
+
+    Raises:
+        UserError: If no chunk is left.
+    """
+    joined = table.concatenate(config.seq_len)
+    if config.short_texts == "pad":
+        return joined, 0
+    whole = np.flatnonzero(joined.lengths == config.seq_len)
+    if len(whole) == 0:
+        raise no_text_long_enough(label, config.seq_len, int(joined.lengths.max()))
+    return joined.select(whole), len(joined) - len(whole)
+
+
+def no_text_long_enough(label: str, seq_len: int, longest: int) -> UserError:
+    """Builds the error for data of which `short_texts: skip` leaves nothing."""
+    return UserError(
+        f"{label}: no text has data.seq_len ({seq_len}) tokens (the longest has {longest}) and"
+        " data.short_texts is 'skip': lower data.seq_len, or set data.short_texts: pad"
+    )
+
+
+def _columns(encoded: Sequence[Encoded]) -> dict[str, list[Any]]:
+    return {
+        "ids": [document.ids for document in encoded],
+        "targets": [document.targets for document in encoded],
+        "answers": [document.answers for document in encoded],
+        "answer_start": [document.answer_start for document in encoded],
+        "rationale": [document.rationale for document in encoded],
+    }
+
+
+def _map(table: Dataset, function: Any) -> Dataset:
+    # The fingerprint of function and tokenizer names a cache file; in memory there is none.
+    fingerprint = None if table.cache_files else generate_random_fingerprint()
+    with _quiet(table.data.nbytes <= EXACT_BYTES):
+        return table.map(
+            function,
+            batched=True,
+            remove_columns=table.column_names,
+            features=ENCODED,
+            new_fingerprint=fingerprint,
+        )
+
+
+def _column(table: Dataset, name: str) -> Iterator[Any]:
+    for batch in table.with_format("numpy").select_columns([name]).iter(batch_size=1000):
+        yield from batch[name]  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def _ids(values: Any) -> np.ndarray:
+    return np.asarray(values, np.int32)
+
+
+def _bools(values: Any) -> np.ndarray:
+    return np.asarray(values, np.bool_)
+
+
+@contextlib.contextmanager
+def _quiet(small: bool) -> Iterator[None]:
+    """Shows progress bars for long work only."""
+    if not small or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
