@@ -7,10 +7,10 @@ out=${1:-runs/gpu_bench}
 mkdir -p "$out"
 python -m pytest -m gpu 2>&1 | tee "$out/tests.txt"
 for dtype in float32 bfloat16; do
-  python -m quietstar bench step --dtype "$dtype" --json "$out/step_$dtype.json" | tee -a "$out/table.txt"
-  python -m quietstar bench rollout --dtype "$dtype" --json "$out/rollout_$dtype.json" | tee -a "$out/table.txt"
-  python -m quietstar bench decode --dtype "$dtype" --json "$out/decode_$dtype.json" | tee -a "$out/table.txt"
+  python -m benchmarks.step --dtype "$dtype" --json "$out/step_$dtype.json" | tee -a "$out/table.txt"
+  python -m benchmarks.rollout --dtype "$dtype" --json "$out/rollout_$dtype.json" | tee -a "$out/table.txt"
+  python -m benchmarks.decode --dtype "$dtype" --json "$out/decode_$dtype.json" | tee -a "$out/table.txt"
 done
-python -m quietstar bench sweep --dtype bfloat16 --json "$out/sweep.json" --plot "$out/sweep.html" \
+python -m benchmarks.sweep --dtype bfloat16 --json "$out/sweep.json" --plot "$out/sweep.html" \
   | tee -a "$out/table.txt"
 echo "figures: $out"

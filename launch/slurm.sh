@@ -33,21 +33,41 @@ main_address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 gpus=${SLURM_GPUS_ON_NODE:-1}
 port=$((20000 + SLURM_JOB_ID % 20000))
 
-# The warning reaches this script only; hand it to the training processes on every machine. The
-# launchers above them, whose command lines name train.py too, would die of it.
+# The warning reaches this script only; srun forwards it to its own task on every machine.
 warned=
+training=
 # shellcheck disable=SC2329  # the trap calls it
 warn() {
   warned=1
-  srun --overlap --ntasks-per-node=1 pkill -USR1 -f '^[^ ]*python[^ ]* (-u )?train\.py --config' || true
+  if [[ -n $training ]]; then
+    kill -USR1 "$training" || true
+  fi
 }
 trap warn USR1
 
+# Each task starts the launcher and hands the warning down to the processes below it, and to no
+# other process of the machine. The launcher would die of the signal: it starts with the signal
+# ignored, and so do the training processes until they listen to it.
 # shellcheck disable=SC2016  # SLURM_NODEID is that of each machine
 srun --kill-on-bad-exit=1 bash -c '
-  exec accelerate launch --config_file "configs/accelerate/$1.yaml" --num_machines "$2" \
+  warn_below() {
+    local child
+    for child in $(pgrep -P "$1"); do
+      kill -USR1 "$child" || true
+      warn_below "$child"
+    done
+  }
+  trap "" USR1
+  accelerate launch --config_file "configs/accelerate/$1.yaml" --num_machines "$2" \
     --num_processes "$(($2 * $3))" --machine_rank "$SLURM_NODEID" --main_process_ip "$4" \
-    --main_process_port "$5" --rdzv_backend c10d train.py --config "$6" --resume auto "${@:7}"
+    --main_process_port "$5" --rdzv_backend c10d train.py --config "$6" --resume auto "${@:7}" &
+  launcher=$!
+  trap "warn_below $launcher" USR1
+  status=0
+  while kill -0 "$launcher" 2>/dev/null; do
+    wait "$launcher" && status=0 || status=$?
+  done
+  exit "$status"
 ' quietstar "$engine" "$SLURM_JOB_NUM_NODES" "$gpus" "$main_address" "$port" "$config" "$@" &
 training=$!
 status=0

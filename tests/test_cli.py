@@ -59,6 +59,14 @@ def test_a_wrong_key_ends_in_one_line_and_exit_code_2():
     )
 
 
+def test_a_script_that_starts_it_goes_on_after_a_mistake(tmp_path):
+    script = tmp_path / "accelerate_jobs.sh"
+    script.write_text(f"{sys.executable} {ROOT / 'train.py'} --xyzzy 2>/dev/null; echo code $?\n")
+    call = ["bash", str(script), "launch"]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "code 2\n")
+
+
 def test_each_problem_is_a_line_with_the_prefix(capsys):
     assert (
         cli.main(

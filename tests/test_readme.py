@@ -37,13 +37,19 @@ def test_the_main_command_trains_and_saves_a_model(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mistake_under_accelerate_launch_is_one_line_without_a_traceback(tmp_path):
+def test_a_mistake_under_accelerate_launch_is_one_line_before_what_the_launcher_says(tmp_path):
     accelerate = Path(sys.executable).with_name("accelerate")
-    command = [accelerate, "launch", ROOT / "train.py", "--thoughts.lenght", "8"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode != 0
-    assert "did you mean --thoughts.length?" in done.stderr
-    assert "Traceback" not in done.stderr
+    mistake = [ROOT / "train.py", "--thoughts.lenght", "8"]
+    for quiet in ([], ["--quiet"]):
+        command = [accelerate, "launch", *quiet, *mistake]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert done.returncode == 1
+        ours, _, launcher = done.stderr.partition("did you mean --thoughts.length?\n")
+        assert ours.splitlines()[-1].startswith("quietstar: error: command line: --thoughts.lenght")
+        assert "Traceback" not in ours
+        assert ("Traceback" in launcher) == (
+            not quiet
+        )  # accelerate's own, unless it is told not to
 
 
 def test_every_link_and_config_that_readme_names_exists():

@@ -51,14 +51,27 @@ def test_a_job_near_its_time_limit_saves_and_goes_back_into_the_queue(tmp_path):
     run = tmp_path / "run"
     job = ["bash", "launch/slurm.sh", "zero2_cpu", str(tmp_path / "config.yaml")]
     job += ["--training.output_dir", str(run)]
-    with subprocess.Popen(
-        job, cwd=ROOT, env=cluster(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
+    # Another job's training on the same machine: its command line looks the same.
+    code = "import sys, time; print(flush=True); time.sleep(300)"
+    (tmp_path / "train.py").write_text(code)
+    other = subprocess.Popen(
+        ["python", "train.py", "--config", "x"], cwd=tmp_path, stdout=subprocess.PIPE,
+        env=cluster(tmp_path),
+    )  # fmt: skip
+    assert other.stdout.readline()
+    with (
+        other,
+        subprocess.Popen(
+            job, cwd=ROOT, env=cluster(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process,
+    ):
         while not (run / "metrics.jsonl").exists() or len(read_metrics(run, "train")) < 3:
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.1)
         process.send_signal(signal.SIGUSR1)
         said = process.communicate(timeout=120)[0].decode()
+        assert other.poll() is None, "the warning went to another job, too"
+        other.kill()
     assert process.returncode == 0, said
     step = int((run / "preempted").read_text())
     assert f"saved at step {step}; back into the queue" in said
