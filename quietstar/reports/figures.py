@@ -6,6 +6,7 @@ Colors are variables of the style sheet, so that one figure serves light and dar
 from __future__ import annotations
 
 import html
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -157,9 +158,11 @@ def draw_curves(chart: Chart, records: Sequence[Record], stages: Sequence[str]) 
         suffix = str(number) if number > 1 else ""
         axes[f"xaxis{suffix}"] = axis(
             "step", range=span, domain=domain, showgrid=False, zeroline=False,
-            nticks=2 + int(6 * share), tickangle=0, ticklabeloverflow="hide past domain",
+            nticks=6, tickangle=0,
             unifiedhovertitle={"text": "step %{x}"},
         )  # fmt: skip
+        if len(panels) > 1:  # numbers at the ends would meet those of the next panel
+            axes[f"xaxis{suffix}"]["tickvals"] = inner_steps(*span, most=max(1, int(5 * share)))
         for trace in own:
             trace["xaxis"] = f"x{suffix}"
         if len(stages) > 1:
@@ -185,9 +188,20 @@ def draw_curves(chart: Chart, records: Sequence[Record], stages: Sequence[str]) 
         showlegend=len(listed) > 1, hovermode="x unified", yaxis=values,
         shapes=shapes, annotations=notes, **axes,
     )  # fmt: skip
-    if len(stages) > 1:
-        layout["legend"]["y"] = 1.12  # above the names of the stages
+    if len(stages) > 1:  # room for the names of the stages, under the legend if there is one
+        layout["legend"]["y"] = 1.12
+        layout["margin"]["t"] = 8 if layout["showlegend"] else 24
     return {"data": traces, "layout": layout}
+
+
+def inner_steps(low: float, high: float, most: int) -> list[int]:
+    """Return at most so many round steps away from the ends of a range, at least one."""
+    first, last = low + 0.12 * (high - low), high - 0.12 * (high - low)
+    for size in (unit * 10**power for power in range(12) for unit in (1, 2, 5)):
+        steps = range(size * math.ceil(first / size), math.floor(last) + 1, size)
+        if len(steps) <= most:
+            return list(steps) or [round((low + high) / 2)]
+    return []
 
 
 def line_traces(line: Line, records: Sequence[Record]) -> list[Figure]:

@@ -18,7 +18,7 @@ from quietstar.reports import formats
 
 def asset(name: str) -> str:
     """Read a style sheet or script of the package."""
-    path = resources.files("quietstar.reports").joinpath("templates", name)
+    path = resources.files("quietstar.reports") / "templates" / name
     return path.read_text(encoding="utf-8")
 
 

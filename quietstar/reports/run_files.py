@@ -75,7 +75,7 @@ def parse_record(line: str) -> Record | None:
     step, stage = finite(entry.pop("step", None)), entry.pop("stage", None)
     if step is None:
         return None
-    numbers = {RENAMED.get(key, key): finite(value) for key, value in entry.items()}
+    numbers = {RENAMED.get(str(key), str(key)): finite(value) for key, value in entry.items()}
     figures = {key: value for key, value in numbers.items() if value is not None}
     return Record(entry["kind"], "" if stage is None else str(stage), int(step), figures)
 

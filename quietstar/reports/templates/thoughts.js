@@ -174,7 +174,7 @@ function topTable(token, thought) {
 }
 
 function thoughtView(token, thought, number, count) {
-  const list = make("ol", { class: "thought" }, ...thought.texts.map((text, i) =>
+  const list = make("ol", { class: "chips" }, ...thought.texts.map((text, i) =>
     make("li", {}, shown(text), percent(thought.probabilities[i]))));
   const rows = make("table", { class: "chances" }, make("tbody", {},
     chance("base", token.base_logprob), chance("thought", thought.thought_logprob),
@@ -213,10 +213,11 @@ function frequent(doc) {
     body.append(make("tr", {}, make("td", {}, ...thought.texts.map(shown)),
       make("td", { class: "number" }, String(thought.count)), make("td", { class: "number" }, nats(thought.gain))));
   }
-  return make("div", { class: "card scroll" }, make("h2", {}, "Most frequent thoughts"),
+  return make("div", { class: "card" }, make("h2", {}, "Most frequent thoughts"),
     ...(documents.length > 1 ? [make("p", { class: "model" }, doc.model)] : []),
-    make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "thought"),
-      make("th", { scope: "col", class: "number" }, "count"), make("th", { scope: "col", class: "number" }, "mean gain"))), body));
+    make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {},
+      make("th", { scope: "col" }, "thought"), make("th", { scope: "col", class: "number" }, "count"),
+      make("th", { scope: "col", class: "number" }, "mean gain"))), body)));
 }
 
 // Bins differ in width, so each names its range.
