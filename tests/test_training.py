@@ -22,7 +22,8 @@ from tiny import (
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import quietstar.model.quiet_star
-from quietstar import QuietStarForCausalLM, cli
+from quietstar import QuietStarForCausalLM
+from quietstar.cli import main as cli
 from quietstar.config import OptimConfig
 from quietstar.config.loading import load_config
 from quietstar.data import build_data, load_tokenizer
@@ -312,8 +313,8 @@ def test_an_unsupported_architecture_is_refused_in_one_line(tmp_path, capsys):
     file.write_text(
         f"model: {{name_or_path: {tmp_path / 'falcon'}}}\n"
         f"data: {{train: {write_texts(tmp_path / 'texts.jsonl')}, seq_len: 12}}\n"
-        f"logging: {{trackers: []}}\n"
-        f"training: {{precision: 'no', output_dir: {tmp_path / 'run'}}}\n"
+        f"logging: {{report_to: []}}\n"
+        f"training: {{mixed_precision: 'no', output_dir: {tmp_path / 'run'}}}\n"
     )
     capsys.readouterr()
     assert cli.main(["train", "--config", str(file)]) == 2

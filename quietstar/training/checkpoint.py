@@ -6,19 +6,20 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.optim import Optimizer
 
 from quietstar.distributed import Strategy
 from quietstar.errors import UserError
 from quietstar.training.manifest import find_damage, write_manifest
-
-if TYPE_CHECKING:
-    from quietstar.training.loop import Run
+from quietstar.training.state import StageRun
 
 STATE_FILE = "trainer_state.json"
 PARTIAL = ".partial"
@@ -42,7 +43,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(whole, key=lambda f: int(f.name.removeprefix("step-")))
 
 
-def save_checkpoint(run: Run, step: int) -> Path:
+def save_checkpoint(run: StageRun, step: int) -> Path:
     """Save the state after ``step`` steps: written beside, renamed when whole; drop old ones.
 
     Raises:
@@ -80,7 +81,7 @@ def _complete(folder: Path, state: dict[str, Any]) -> None:
                 os.fsync(stream.fileno())
 
 
-def _state(run: Run, step: int) -> dict[str, Any]:
+def _state(run: StageRun, step: int) -> dict[str, Any]:
     strategy = run.strategy
     return {
         "step": step,
@@ -91,7 +92,7 @@ def _state(run: Run, step: int) -> dict[str, Any]:
     }
 
 
-def _nll(run: Run, step: int) -> float | None:
+def _nll(run: StageRun, step: int) -> float | None:
     """Held-out NLL (mixed, where the stage thinks) of an evaluation at this very step."""
     evaluations = run.reporter.evaluations
     if not evaluations or evaluations[-1][0] != step:
@@ -100,7 +101,7 @@ def _nll(run: Run, step: int) -> float | None:
     return figures.get("mixed_nll", figures["base_nll"])
 
 
-def _unwritten(run: Run, folder: Path, problem: Exception) -> UserError:
+def _unwritten(run: StageRun, folder: Path, problem: Exception) -> UserError:
     """One line about a checkpoint that could not be written."""
     needed = sum(x.numel() * x.element_size() for x in _tensors(run))
     free = shutil.disk_usage(folder.parent).free
@@ -113,7 +114,7 @@ def _unwritten(run: Run, folder: Path, problem: Exception) -> UserError:
     )
 
 
-def _tensors(run: Run) -> Iterator[torch.Tensor]:
+def _tensors(run: StageRun) -> Iterator[torch.Tensor]:
     """What makes up nearly all of a checkpoint: trainable weights and optimiser state."""
     for parameter in run.model.parameters():
         if parameter.requires_grad:
@@ -147,6 +148,37 @@ def find_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
             return folder, damaged
         damaged.append(f"{folder} is damaged and passed over: {damage}")
     return None, damaged
+
+
+def load_checkpoint(
+    folder: Path, strategy: Strategy, prepared: torch.nn.Module, optimizer: Optimizer
+) -> None:
+    """Loads weights, optimizer state and random state; settings stay those of the config.
+
+    Optimizers save their settings (learning rates, decay, betas) beside their state, but a run
+    resumed under other settings must train with its own.
+    """
+    settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    with _without_pickled_schedule(folder) as readable:
+        strategy.load(readable, prepared, optimizer)
+    for group, of_config in zip(optimizer.param_groups, settings, strict=True):
+        group.update(of_config)
+
+
+@contextmanager
+def _without_pickled_schedule(folder: Path) -> Iterator[Path]:
+    """Shows a checkpoint without the schedule that earlier versions pickled into it.
+
+    accelerate unpickles every ``custom_checkpoint_*.pkl``, and a pickle may run any code.
+    """
+    if not any(folder.glob("custom_checkpoint_*")):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as view:
+        for path in folder.iterdir():
+            if not path.name.startswith("custom_checkpoint_"):
+                (Path(view) / path.name).symlink_to(path.resolve())
+        yield Path(view)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

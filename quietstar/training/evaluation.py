@@ -9,7 +9,6 @@ is content. Thoughts are swapped among texts where all have answers, within each
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
@@ -33,19 +32,17 @@ from quietstar.training.answers import (
     right_answers,
     right_thoughts,
 )
+from quietstar.training.state import StageRun
 
 Thinker = QuietStarForCausalLM | ModelProxy
 """A model, or one inside an engine."""
-
-if TYPE_CHECKING:
-    from quietstar.training.loop import Run
 
 CONTROLS = (SWAPPED, PAUSE)
 SAMPLES = 4
 """Thoughts sampled at every position, at temperature 1, to count the right ones."""
 
 
-def evaluate(run: Run) -> dict[str, float]:
+def evaluate(run: StageRun) -> dict[str, float]:
     """Held-out figures, over all ranks.
 
     Returns:
@@ -77,7 +74,7 @@ def evaluate(run: Run) -> dict[str, float]:
     return figures({kind: total.reduced(accelerator) for kind, total in totals.items()})
 
 
-def rank_batches(run: Run) -> tuple[list[Batch], int]:
+def rank_batches(run: StageRun) -> tuple[list[Batch], int]:
     """This rank's part of the held-out texts, and how many of its batches count.
 
     Engines want as many forward passes on every rank: one with fewer batches reads one of them

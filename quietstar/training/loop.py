@@ -3,99 +3,61 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from quietstar.attention.layout import IGNORE_INDEX
-from quietstar.config import Config
-from quietstar.data import Batch, EvalData, TrainData
-from quietstar.distributed import Strategy
 from quietstar.errors import Preempted, UserError
 from quietstar.model.metrics import ThoughtMetrics
 from quietstar.model.outputs import QuietStarOutput
-from quietstar.sampling.positions import count_positions
+from quietstar.training.batches import StepBatches, micro_batch_rows, prefetched, read_step
 from quietstar.training.checkpoint import save_checkpoint
 from quietstar.training.evaluation import evaluate
-from quietstar.training.preemption import PREEMPTED_FILE, StopRequest
-from quietstar.training.reporter import Reporter, StepRecord
-from quietstar.training.stages import Stage
+from quietstar.training.optimizer import learning_rate_factor, set_learning_rates
+from quietstar.training.preemption import PREEMPTED_FILE
+from quietstar.training.reporter import StepRecord
+from quietstar.training.state import StageRun
 
 
-@dataclass
-class Run:
-    """All that the loop of one stage holds.
-
-    Attributes:
-        stage: Which one.
-        config: The whole config that holds in it.
-        strategy: Wraps the module, exchanges gradients, saves.
-        model: The prepared `WrappedModule`, perhaps wrapped by the strategy.
-        optimizer: AdamW with the groups of `quietstar.training.optimizer`.
-        scheduler: Of its learning rates.
-        train_data: Batches by step.
-        eval_data: Held-out sequences.
-        reporter: Progress bar, metrics.jsonl, trackers.
-        start_step: Steps of the stage already done (0 if it is new).
-        stop: Whether a signal asked for an end.
-    """
-
-    stage: Stage
-    config: Config
-    strategy: Strategy
-    model: torch.nn.Module
-    optimizer: Optimizer
-    scheduler: LRScheduler
-    train_data: TrainData
-    eval_data: EvalData
-    reporter: Reporter
-    start_step: int = 0
-    stop: StopRequest = field(default_factory=StopRequest)
-
-    @property
-    def accelerator(self) -> Accelerator:
-        """Devices, ranks, precision."""
-        return self.strategy.accelerator
-
-
-def train(run: Run) -> None:
-    """Train to the last step of the stage, evaluating and saving on the way.
+def train(run: StageRun) -> None:
+    """Trains to the last step of the stage, evaluating and saving on the way.
 
     Raises:
         UserError: The loss or gradient is not finite; no weight has been changed by it.
         Preempted: A signal asked for an end; the step was finished and a checkpoint saved.
     """
-    settings = run.config.training
-    first = run.stage.first_step
+    settings, optim, first = run.config.training, run.config.optim, run.stage.first_step
     if run.start_step == 0:
         run.reporter.evaluation(first, evaluate(run))
-    for step in range(run.start_step, settings.max_steps):
-        run.reporter.step_begins()
-        loss, output = accumulate_gradients(run, step)
-        done, lr = step + 1, run.optimizer.param_groups[0]["lr"]
-        check = partial(check_finite, first + done, loss)
-        norms = run.strategy.update(run.model, run.optimizer, run.config.optim.max_grad_norm, check)
-        run.scheduler.step()
-        run.reporter.step_ends(StepRecord(first + done, loss, output.metrics, norms, lr), output)
-        if run.stop.agreed(run.accelerator):
-            leave(run, first + done)
-        if _due(done, settings.eval_steps) and done < settings.max_steps:
-            run.reporter.evaluation(first + done, evaluate(run))
-        if _due(done, settings.save_steps) or (settings.save_steps and done == settings.max_steps):
-            save_checkpoint(run, first + done)
+    steps = range(run.start_step, settings.max_steps)
+    with closing(prefetched(partial(_read, run, _rows(run)), steps)) as batches_of_steps:
+        for step, batches in zip(steps, batches_of_steps, strict=True):
+            done, last = step + 1, step + 1 == settings.max_steps
+            run.reporter.step_begins()
+            factor = learning_rate_factor(optim, step, settings.max_steps)
+            lr = set_learning_rates(run.optimizer, factor)
+            output, sums = accumulate_gradients(run, step, batches)
+            check = StepCheck(first + done, sums)
+            run.strategy.update(run.model, run.optimizer, optim.max_grad_norm, check)
+            record = StepRecord(first + done, check.loss, output.metrics, check.norms, lr)
+            run.reporter.step_ends(record, output)
+            signaled = run.stop.signal is not None and run.accelerator.num_processes == 1
+            if check.stop_requested or signaled:
+                leave(run, first + done)
+            if _due(done, settings.eval_steps) and not last:
+                run.reporter.evaluation(first + done, evaluate(run))
+            if _due(done, settings.save_steps) or (settings.save_steps and last):
+                save_checkpoint(run, first + done)
     run.reporter.evaluation(run.stage.last_step, evaluate(run))
 
 
-def leave(run: Run, step: int) -> NoReturn:
-    """Save a checkpoint and end the run, as a signal asked.
+def leave(run: StageRun, step: int) -> NoReturn:
+    """Saves a checkpoint and ends the run, as a signal asked.
 
     Raises:
         Preempted: Always.
@@ -110,25 +72,34 @@ def leave(run: Run, step: int) -> NoReturn:
     )
 
 
-def accumulate_gradients(run: Run, step: int) -> tuple[Tensor, QuietStarOutput]:
-    """Forward and backward over all micro-batches of a step.
+def accumulate_gradients(
+    run: StageRun, step: int, batches: StepBatches
+) -> tuple[QuietStarOutput, Tensor]:
+    """Runs forward and backward over all micro-batches of a step.
 
     Every micro-batch divides by the number of valid targets of the whole step, over ranks too, so
-    its loss is a plain part of the step's.
+    its loss is a plain part of the step's. Nothing here waits for the device.
+
+    Args:
+        run: State of the stage.
+        step: Step of the stage, from 0.
+        batches: This rank's micro-batches.
 
     Returns:
-        The step's loss on all ranks, and the last micro-batch's output with the step's metrics.
+        The last micro-batch's output with the step's metrics (over all ranks if the step is
+        reported), and the sums over ranks of the loss and of requests to stop, (2,).
     """
     accelerator = run.accelerator
-    batches = list(_micro_batches(run, step))
     num_items, num_thought_items = accelerator.reduce(
-        sum(_num_targets(run.config, batch) for batch in batches), "sum"
+        batches.num_targets.to(accelerator.device, non_blocking=True), "sum"
     )
+    head = run.config.mixing_head
     total = torch.zeros((), device=accelerator.device)
     metrics: ThoughtMetrics | None = None
     output = QuietStarOutput()
-    for index, batch in enumerate(batches):
-        last = index == len(batches) - 1
+    for index, batch in enumerate(batches.micro_batches):
+        batch = batch.to(accelerator.device)
+        last = index == len(batches.micro_batches) - 1
         with run.strategy.accumulate(run.model, last):
             output = run.model(
                 "forward",
@@ -140,7 +111,7 @@ def accumulate_gradients(run: Run, step: int) -> tuple[Tensor, QuietStarOutput]:
                 num_thought_items=num_thought_items,
                 sample_ids=batch.sample_ids,
                 seed=run.config.training.seed,
-                fixed_mixing_weight=_warm_up_weight(run.config, step),
+                fixed_mixing_weight=head.warmup_weight if step < head.warmup_steps else None,
                 think=run.stage.thinks,
             )
             assert output.loss is not None, "forward gives a loss"
@@ -148,55 +119,71 @@ def accumulate_gradients(run: Run, step: int) -> tuple[Tensor, QuietStarOutput]:
         total += output.loss.detach()
         metrics = output.metrics if metrics is None else metrics + output.metrics
     assert metrics is not None, "a step has at least one micro-batch"
-    output.metrics = metrics.reduced(accelerator)
-    return accelerator.reduce(total, "sum"), output  # pyright: ignore[reportReturnType]
+    is_reported = run.reporter.is_step_due(run.stage.first_step + step + 1)
+    output.metrics = metrics.reduced(accelerator) if is_reported else metrics
+    stop = torch.tensor(float(run.stop.signal is not None)).to(total.device, non_blocking=True)
+    sums = accelerator.reduce(torch.stack([total, stop]), "sum")
+    return output, sums  # pyright: ignore[reportReturnType]
 
 
-def _micro_batches(run: Run, step: int) -> Iterator[Batch]:
-    """This rank's part of the step's batch, in pieces."""
-    settings = run.config.training
-    rank_rows = settings.global_batch_size // run.accelerator.num_processes
-    first = run.accelerator.process_index * rank_rows
-    for start in range(first, first + rank_rows, settings.micro_batch_size):
-        rows = range(start, start + settings.micro_batch_size)
-        # Counted over the run: a later stage goes on in the data, and draws other thoughts.
-        batch = run.train_data.batch(run.stage.first_step + step, settings.global_batch_size, rows)
-        yield batch.to(run.accelerator.device)
+class StepCheck:
+    """Reads a step's loss, gradient norms and stop requests from the device, all in one transfer.
 
+    Called by the strategy before the weights change where that is possible, so it is also what
+    stops a step that would destroy them.
 
-def _num_targets(config: Config, batch: Batch) -> Tensor:
-    """Next tokens that are targets, and how many of them have a thought before them."""
-    thoughts = config.thoughts
-    chosen = count_positions(
-        thoughts.positions, thoughts.position_fraction, batch.labels, batch.answers
-    )
-    return torch.stack([(batch.labels[:, 1:] != IGNORE_INDEX).sum(), chosen.sum()])
-
-
-def _warm_up_weight(config: Config, step: int) -> float | None:
-    head = config.mixing_head
-    return head.warmup_weight if step < head.warmup_steps else None
-
-
-def check_finite(
-    step: int, loss: Tensor, norms: Mapping[str, Tensor], *, stepped: bool = False
-) -> None:
-    """Stop before a step that would destroy the weights, or right after it.
-
-    Raises:
-        UserError: The loss or a gradient norm is not finite.
+    Args:
+        step: Steps of the run done, this one included.
+        sums: Sums over ranks of the loss and of requests to stop, (2,).
     """
-    values = {"loss": loss.item()}
-    if "total" in norms:
-        values["gradient norm"] = norms["total"].item()
-    bad = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        when = "after the step, whose weights are not saved" if stepped else "before the step"
-        raise UserError(
-            f"step {step}: {', '.join(bad)} is not finite; stopped "
-            f"{when}. Lower optim.learning_rate or "
-            "optim.max_grad_norm, or resume from an earlier checkpoint."
-        )
+
+    def __init__(self, step: int, sums: Tensor) -> None:
+        self.loss, self.stop_requested = math.nan, False
+        self.norms: dict[str, float] = {}
+        self._step, self._sums = step, sums
+
+    def __call__(self, norms: Mapping[str, Tensor], *, stepped: bool = False) -> None:
+        """Stops before a step that would destroy the weights, or right after it.
+
+        Raises:
+            UserError: The loss or the total gradient norm is not finite.
+        """
+        on_device = [norm.to(self._sums.device, torch.float32) for norm in norms.values()]
+        # The only place of a step that waits for the device.
+        self.loss, stops, *values = torch.stack([*self._sums, *on_device]).tolist()
+        self.stop_requested, self.norms = stops > 0, dict(zip(norms, values, strict=True))
+        read = {"loss": self.loss}
+        if "total" in self.norms:
+            read["gradient norm"] = self.norms["total"]
+        bad = [f"{name} {value}" for name, value in read.items() if not math.isfinite(value)]
+        if bad:
+            when = "after the step, whose weights are not saved" if stepped else "before the step"
+            raise UserError(
+                f"step {self._step}: {', '.join(bad)} is not finite; stopped {when}. Lower "
+                "optim.learning_rate or optim.max_grad_norm, or resume from an earlier checkpoint."
+            )
+
+
+def _rows(run: StageRun) -> list[range]:
+    settings, accelerator = run.config.training, run.accelerator
+    return micro_batch_rows(
+        settings.global_batch_size,
+        settings.micro_batch_size,
+        accelerator.num_processes,
+        accelerator.process_index,
+    )
+
+
+def _read(run: StageRun, rows: list[range], step: int) -> StepBatches:
+    # Counted over the run: a later stage goes on in the data, and draws other thoughts.
+    return read_step(
+        run.train_data,
+        run.stage.first_step + step,
+        run.config.training.global_batch_size,
+        rows,
+        run.config.thoughts,
+        pin=run.accelerator.device.type == "cuda",
+    )
 
 
 def _due(step: int, every: int) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
 import torch
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
 
 from quietstar.config import OptimConfig, TuningConfig
 from quietstar.distributed import GROUPS, Group, group_of
@@ -69,6 +68,7 @@ def parameter_groups(
         {
             "params": by_kind[kind],
             "lr": rates[kind[0]] or config.learning_rate,
+            "initial_lr": rates[kind[0]] or config.learning_rate,
             "weight_decay": config.weight_decay if kind[1] else 0.0,
             "name": kind[0],
             **(_projection(galore) if galore is not None and kind[2] else {}),
@@ -97,11 +97,32 @@ def _projection(tuning: TuningConfig) -> dict[str, Any]:
     }
 
 
-def build_scheduler(optimizer: Optimizer, config: OptimConfig, steps: int) -> LRScheduler:
-    """Linear warm-up, then constant or falling to 0 at the last step."""
-    name = (
-        "constant_with_warmup"
-        if config.lr_scheduler_type == "constant"
-        else config.lr_scheduler_type
-    )
-    return get_scheduler(name, optimizer, config.warmup_steps, steps)
+def learning_rate_factor(config: OptimConfig, step: int, max_steps: int) -> float:
+    """Returns the factor of every learning rate in a step: linear warm-up, then the schedule.
+
+    It depends on the config alone, so a resumed run takes its learning rates from its own config
+    and no checkpoint holds a schedule. As in transformers, a warm-up begins at 0 and ``linear`` and
+    ``cosine`` fall to 0 behind the last step.
+
+    Args:
+        config: Warm-up steps and kind of schedule.
+        step: Steps of the stage already done.
+        max_steps: Steps of the stage.
+    """
+    if step < config.warmup_steps:
+        return step / config.warmup_steps
+    decay_steps = max(1, max_steps - config.warmup_steps)
+    if config.lr_scheduler_type == "linear":
+        return max(0.0, (max_steps - step) / decay_steps)
+    if config.lr_scheduler_type == "cosine":
+        return max(
+            0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - config.warmup_steps) / decay_steps)))
+        )
+    return 1.0
+
+
+def set_learning_rates(optimizer: Optimizer, factor: float) -> float:
+    """Gives every group its learning rate of a step; returns the first group's."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    return optimizer.param_groups[0]["lr"]

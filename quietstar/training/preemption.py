@@ -13,10 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
-from accelerate import Accelerator
-from torch import Tensor
-
 PREEMPTED_FILE = "preempted"
 SIGNALS = ("SIGTERM", "SIGUSR1")
 
@@ -26,15 +22,6 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: str | None = None
-
-    def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether any process was asked; the same answer on all of them."""
-        if accelerator.num_processes == 1:
-            return self.signal is not None
-        asked = torch.tensor(float(self.signal is not None), device=accelerator.device)
-        total = accelerator.reduce(asked, "sum")
-        assert isinstance(total, Tensor)
-        return total.item() > 0
 
 
 @contextmanager

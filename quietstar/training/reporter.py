@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import Config
@@ -37,16 +36,16 @@ class StepRecord:
 
     Attributes:
         step: Steps done, this one included.
-        loss: Of the whole step.
-        metrics: Of the whole step.
+        loss: Loss of the whole step.
+        metrics: Metrics of the whole step; over all ranks if the step is due for a report.
         norms: Gradient norms by group and in total, before clipping.
         lr: Learning rate of the language model in this step.
     """
 
     step: int
-    loss: Tensor
+    loss: float
     metrics: ThoughtMetrics | None
-    norms: Mapping[str, Tensor]
+    norms: Mapping[str, float]
     lr: float
 
 
@@ -130,15 +129,14 @@ class Reporter:
     def step_ends(self, record: StepRecord, output: QuietStarOutput) -> None:
         """Report a step: bar, file, trackers, alarms, now and then a thought."""
         self._progress.advance(self._task)
-        if not self.active or not self._is_due(
-            record.step, self.stage.config.logging.logging_steps
-        ):
+        if not self.active or not self.is_step_due(record.step):
             return
         assert record.metrics is not None, "a training step has metrics"
         figures = {
-            "loss": record.loss.item(),
+            "loss": record.loss,
             **record.metrics.means(),
-            **self._optimizer_figures(record),
+            **{f"grad_norm_{name}": norm for name, norm in record.norms.items()},
+            "lr": record.lr,
             **self._speed(record.metrics),
         }
         self._write("train", record.step, figures)
@@ -150,12 +148,12 @@ class Reporter:
         ):
             self._show_thought(output)
 
+    def is_step_due(self, step: int) -> bool:
+        """True if the figures of a step are reported; the same on all ranks."""
+        return self._is_due(step, self.stage.config.logging.logging_steps)
+
     def _is_due(self, step: int, every: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.stage.last_step)
-
-    def _optimizer_figures(self, record: StepRecord) -> dict[str, float]:
-        norms = {f"grad_norm_{name}": norm.item() for name, norm in record.norms.items()}
-        return {**norms, "lr": record.lr}
 
     def _speed(self, metrics: ThoughtMetrics) -> dict[str, float]:
         seconds = time.perf_counter() - self._began

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,7 @@ from quietstar.model.outputs import Thoughts
 from quietstar.training.answers import place_before_answer
 from quietstar.training.evaluation import chosen_positions
 from quietstar.training.metrics_file import METRICS_FILE, read_records
-
-if TYPE_CHECKING:
-    from quietstar.training.loop import Run
+from quietstar.training.state import StageRun
 
 RESULTS_FILE, SAMPLES_FILE = "results.json", "samples.json"
 NUM_SAMPLES = 20
@@ -32,7 +30,7 @@ ACCURACIES = {
 """Names in results.json, and in metrics.jsonl."""
 
 
-def write_results(run: Run, tokenizer: PreTrainedTokenizerBase, seconds: float) -> None:
+def write_results(run: StageRun, tokenizer: PreTrainedTokenizerBase, seconds: float) -> None:
     """Write both; ``seconds`` is the time of the whole run. To be called on all processes."""
     folder = Path(run.config.training.output_dir)
     shown = samples(run, tokenizer) if run.stage.thinks else None
@@ -49,7 +47,7 @@ def _write_json(path: Path, content: Any) -> None:
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def collect_results(run: Run) -> dict[str, Any]:
+def collect_results(run: StageRun) -> dict[str, Any]:
     """Held-out figures at the end of the last stage; ``before`` is its start."""
     records = read_records(Path(run.config.training.output_dir) / METRICS_FILE)
     ours = [r for r in records if r["kind"] == "eval" and r["stage"] == run.stage.name]
@@ -67,7 +65,7 @@ def collect_results(run: Run) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def samples(run: Run, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+def samples(run: StageRun, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """Thoughts in held-out texts: before the answer, or at some place where there is none."""
     model = ModelProxy(run.model)
     found: list[dict[str, Any]] = []

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
-from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.backbone.compiling import check_compile, compile_layers
@@ -21,7 +20,7 @@ from quietstar.distributed import ModelProxy, Strategy, WrappedModule, build_str
 from quietstar.errors import UserError
 from quietstar.model.learning import resolve_block_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
-from quietstar.training.checkpoint import check_world, checkpoint_step
+from quietstar.training.checkpoint import check_world, checkpoint_step, load_checkpoint
 from quietstar.training.folder import (
     CONFIG_FILE,
     FINAL_FOLDER,
@@ -31,9 +30,9 @@ from quietstar.training.folder import (
     flat,
     start_folder,
 )
-from quietstar.training.loop import Run, train
+from quietstar.training.loop import train
 from quietstar.training.metrics_file import METRICS_FILE
-from quietstar.training.optimizer import build_optimizer, build_scheduler
+from quietstar.training.optimizer import build_optimizer
 from quietstar.training.preemption import PREEMPTED_FILE, StopRequest, listening
 from quietstar.training.reporter import Reporter
 from quietstar.training.results import write_results
@@ -48,22 +47,9 @@ from quietstar.training.setup import (
     quiet_libraries,
 )
 from quietstar.training.stages import Stage, begin_stage, model_stage, plan_stages, stage_at
+from quietstar.training.state import StageRun
 
 StageData = tuple[TrainData, EvalData, DataReport]
-
-
-class CurrentSchedule:
-    """The running stage's schedule under one name, since checkpoints keep what was registered."""
-
-    scheduler: LRScheduler
-
-    def state_dict(self) -> dict[str, Any]:
-        """State of the running stage's schedule."""
-        return self.scheduler.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load it into the running stage's schedule."""
-        self.scheduler.load_state_dict(state)
 
 
 @dataclass
@@ -77,7 +63,6 @@ class Job:
         tokenizer: The model's.
         model: The model itself, as no strategy wraps it.
         data: Of each stage.
-        schedule: Holds the running stage's learning rate schedule for checkpoints.
         stop: Whether a signal asked for an end.
     """
 
@@ -87,7 +72,6 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     model: QuietStarForCausalLM
     data: Sequence[StageData]
-    schedule: CurrentSchedule = field(default_factory=CurrentSchedule)
     stop: StopRequest = field(default_factory=StopRequest)
 
 
@@ -194,9 +178,7 @@ def set_up(config: Config, strategy: Strategy) -> Job:
     if config.training.torch_compile:
         compile_layers(model.causal_lm)
     strategy.keep_trainable_only(model)
-    job = Job(config, stages, strategy, tokenizer, model, data)
-    strategy.accelerator.register_for_checkpointing(job.schedule)
-    return job
+    return Job(config, stages, strategy, tokenizer, model, data)
 
 
 def run_stage(
@@ -204,8 +186,8 @@ def run_stage(
     stage: Stage,
     reporter: Reporter,
     checkpoint: Path | None = None,
-    previous: Run | None = None,
-) -> Run:
+    previous: StageRun | None = None,
+) -> StageRun:
     """Train one stage; returns its loop's state.
 
     Args:
@@ -226,23 +208,21 @@ def run_stage(
     for name, vector in zip(("start_embedding", "end_embedding"), vectors, strict=bool(vectors)):
         strategy.write(getattr(job.model, name), vector)
     optimizer = build_optimizer(job.model, config.optim, config.tuning)
-    scheduler = build_scheduler(optimizer, config.optim, config.training.max_steps)
-    job.schedule.scheduler = scheduler
     prepared, optimizer = strategy.prepare(wrapped, optimizer, config)
     start_step = 0
     if checkpoint is not None:
-        strategy.load(checkpoint, prepared, optimizer)
+        load_checkpoint(checkpoint, strategy, prepared, optimizer)
         start_step = checkpoint_step(checkpoint) - stage.first_step
     train_data, eval_data, report = job.data[stage.index]
     reporter.begin_stage(stage, [report.summary(), describe(job.model, stage)])
     prepared.train()
-    run = Run(stage, config, strategy, prepared, optimizer, scheduler,
-              train_data, eval_data, reporter, start_step, job.stop)  # fmt: skip
+    run = StageRun(stage, config, strategy, prepared, optimizer,
+                   train_data, eval_data, reporter, start_step, job.stop)  # fmt: skip
     train(run)
     return run
 
 
-def finish(job: Job, run: Run, reporter: Reporter, seconds: float) -> Path:
+def finish(job: Job, run: StageRun, reporter: Reporter, seconds: float) -> Path:
     """Save the final model, results and report; returns the model's folder."""
     accelerator, output_dir = job.strategy.accelerator, Path(job.config.training.output_dir)
     final = output_dir / FINAL_FOLDER

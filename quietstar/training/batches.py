@@ -1,0 +1,112 @@
+"""One rank's share of every step: which rows it takes, and reading them one step ahead."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from quietstar.attention.layout import IGNORE_INDEX
+from quietstar.config import ThoughtsConfig
+from quietstar.data import Batch, TrainData
+from quietstar.sampling.positions import count_positions
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """What one rank runs in one optimizer step, in host memory.
+
+    Attributes:
+        micro_batches: Micro-batches, as many on every rank.
+        num_targets: Target tokens of all micro-batches, and positions that think, (2,).
+    """
+
+    micro_batches: list[Batch]
+    num_targets: Tensor
+
+
+def micro_batch_rows(
+    batch_size: int, micro_batch_size: int, num_processes: int, rank: int
+) -> list[range]:
+    """Returns the rows of the global batch in each of a rank's micro-batches.
+
+    Ranks take contiguous shares that differ by at most one row, and cut them into equally many
+    micro-batches: the wrappers' collectives hang if one rank runs another forward pass. So the last
+    micro-batches of a smaller share may be empty ranges.
+
+    Args:
+        batch_size: Sequences in the step over all ranks.
+        micro_batch_size: Largest micro-batch.
+        num_processes: Number of ranks, at most ``batch_size``.
+        rank: Index of this rank.
+    """
+    share = _part(range(batch_size), rank, num_processes)
+    largest_share = -(-batch_size // num_processes)
+    count = -(-largest_share // micro_batch_size)
+    return [_part(share, index, count) for index in range(count)]
+
+
+def _part(rows: range, index: int, count: int) -> range:
+    return rows[index * len(rows) // count : (index + 1) * len(rows) // count]
+
+
+def read_step(
+    data: TrainData,
+    step: int,
+    batch_size: int,
+    rows: list[range],
+    thoughts: ThoughtsConfig,
+    pin: bool,
+) -> StepBatches:
+    """Reads and tokenizes one rank's micro-batches of a step, and counts what they train on.
+
+    Args:
+        data: Training data.
+        step: Step of the whole run, from 0.
+        batch_size: Sequences in the step over all ranks.
+        rows: Rows of each micro-batch, from `micro_batch_rows`.
+        thoughts: Rule for the positions that think.
+        pin: Whether to page-lock the tensors, so that copies to a GPU can overlap with its work.
+    """
+    batches = []
+    for of_one in rows:
+        # An empty micro-batch is a text of this rank without targets: it costs a pass, adds zero.
+        batch = data.batch(step, batch_size, of_one or rows[0])
+        if not of_one:
+            labels = torch.full_like(batch.labels, IGNORE_INDEX)
+            batch = dataclasses.replace(batch, labels=labels)
+        batches.append(_pinned(batch) if pin else batch)
+    return StepBatches(batches, sum(_num_targets(thoughts, b) for b in batches))  # pyright: ignore[reportArgumentType]
+
+
+def _num_targets(thoughts: ThoughtsConfig, batch: Batch) -> Tensor:
+    thinking = count_positions(
+        thoughts.positions, thoughts.position_fraction, batch.labels, batch.answers
+    )
+    return torch.stack([(batch.labels[:, 1:] != IGNORE_INDEX).sum(), thinking.sum()])
+
+
+def _pinned(batch: Batch) -> Batch:
+    names = [field.name for field in dataclasses.fields(batch)]
+    return dataclasses.replace(batch, **{n: getattr(batch, n).pin_memory() for n in names})
+
+
+def prefetched(read: Callable[[int], T], steps: range) -> Iterator[T]:
+    """Yields ``read(step)`` for every step; a background thread reads one step ahead.
+
+    An error of ``read`` is raised at its own step. Close the generator to end the thread.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as executor:
+        upcoming = [executor.submit(read, step) for step in steps[:1]]
+        for step in steps:
+            current = upcoming.pop()
+            if step + 1 in steps:
+                upcoming.append(executor.submit(read, step + 1))
+            yield current.result()
