@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,10 +88,10 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on_bit_for_bit(
     config = run_config(tmp_path, **settings)
     step = loop.accumulate_gradients
 
-    def warned(run, number):
+    def warned(run, number, batches):
         if number == 2:  # in the middle of the third step
             os.kill(os.getpid(), getattr(signal, name))
-        return step(run, number)
+        return step(run, number, batches)
 
     monkeypatch.setattr(loop, "accumulate_gradients", warned)
     handlers = signal.getsignal(signal.SIGTERM)
@@ -171,9 +173,67 @@ def test_changes_are_refused_unless_they_are_insisted_on(tmp_path, capsys):
     assert [r["step"] for r in read_metrics(folder, "train")] == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_a_run_resumed_under_other_settings_has_the_learning_rates_of_these(tmp_path):
+    def resumed(name, **changes):
+        """Four steps more, or other ones, behind the second step."""
+        settings = {
+            "training__max_steps": 4,
+            "training__save_steps": 2,
+            "optim__warmup_steps": 1,
+            "optim__lr_scheduler_type": "linear",
+            **changes,
+        }
+        folder = tmp_path / name
+        return run_config(tmp_path, **settings, training__output_dir=str(folder))
+
+    first = run_training(resumed("first")).parent
+    shutil.rmtree(first / "checkpoints" / "step-000004")
+    for name, changes in {
+        "steps": {"training__max_steps": 8},
+        "rate": {"optim__learning_rate": 0.1, "optim__weight_decay": 0.5},
+    }.items():
+        shutil.copytree(first, tmp_path / name)
+        run_training(resumed(name, **changes), resume="auto", allow_changes=True)
+        whole = run_training(resumed(f"whole-{name}", **changes)).parent
+        rates = [[r["lr"] for r in read_metrics(f, "train")] for f in (tmp_path / name, whole)]
+        assert rates[0][2:] == rates[1][2:], name
+    state = torch.load(list_checkpoints(tmp_path / "rate")[-1] / "optimizer.bin", weights_only=True)
+    assert state["param_groups"][0]["weight_decay"] == 0.5
+
+
 def test_a_checkpoint_is_plain_tensors_and_json(tmp_path):
     _, folder = saved_run(tmp_path)
     newest = list_checkpoints(folder)[-1]
     for name in ("optimizer.bin",):
         torch.load(newest / name, weights_only=True)
-    assert {f.suffix for f in newest.iterdir()} <= {".safetensors", ".json", ".bin", ".pkl"}
+    names = {f.name for f in newest.iterdir()}
+    assert {Path(name).suffix for name in names} <= {".safetensors", ".json", ".bin", ".pkl"}
+    # Loaded by accelerate with weights_only; it unpickles any custom_checkpoint_*.pkl whole.
+    assert [name for name in names if name.endswith(".pkl")] == ["random_states_0.pkl"]
+
+
+class Trap:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return (Path.touch, (self.file,))
+
+
+def test_a_pickled_schedule_of_an_older_version_is_never_read(tmp_path):
+    config, folder = saved_run(tmp_path)
+    wanted = timeless(read_metrics(folder))
+    for newest in list_checkpoints(folder)[1:]:
+        shutil.rmtree(newest)
+    (old,) = list_checkpoints(folder)
+    torch.save(Trap(tmp_path / "ran"), old / "custom_checkpoint_0.pkl")
+    state = json.loads((old / "trainer_state.json").read_text())
+    state["engine"] = "whole"  # what one process was called then
+    state.pop("strategy", None)
+    (old / "trainer_state.json").write_text(json.dumps(state))
+    write_manifest(old)
+    run_training(config, resume="auto")
+    assert not (tmp_path / "ran").exists()
+    assert timeless(read_metrics(folder)) == wanted

@@ -130,7 +130,7 @@ def test_the_command_prints_the_sum_and_says_whether_it_fits(tmp_path, capsys):
         (["--memory", "nan"], "--memory (nan): must be a number above 0"),
         (["--processes", "1.5"], "--processes (1.5): must be a whole number"),
         (["--engine", "single", "--processes", "2"], "--engine (single): is one process, not 2"),
-        (["--processes", "3"], "training.global_batch_size (8) must be a multiple"),
+        (["--processes", "9"], "training.global_batch_size (8) must be at least"),
         (["--thoughts.lenght", "3"], "did you mean --thoughts.length"),
         (["--tuning.method", "qlora"], "qlora cannot be planned"),
     ],

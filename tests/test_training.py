@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny import (
     GPT2,
+    LLAMA,
     plain_model,
     random_texts,
     read_metrics,
@@ -19,7 +22,9 @@ from tiny import (
     thinking_model,
     write_texts,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 
 import quietstar.model.quiet_star
 from quietstar import QuietStarForCausalLM
@@ -33,7 +38,7 @@ from quietstar.model.metrics import ThoughtMetrics
 from quietstar.model.outputs import QuietStarOutput
 from quietstar.training import loop, run, setup
 from quietstar.training.evaluation import compare, figures
-from quietstar.training.optimizer import build_optimizer
+from quietstar.training.optimizer import build_optimizer, learning_rate_factor
 from quietstar.training.reporter import Reporter, StepRecord
 from quietstar.training.run import run_training
 from quietstar.training.stages import plan_stages
@@ -296,6 +301,58 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path, monkeypatch):
         train(run_config(tmp_path))
 
 
+def test_a_step_waits_for_the_device_once(tmp_path, monkeypatch):
+    """Every number that this package's training code reads on the host is a sync on a GPU."""
+    reads = []
+
+    def counted(name):
+        real = getattr(torch.Tensor, name)
+
+        def read(tensor, *args):
+            module = sys._getframe(1).f_globals["__name__"]
+            if module.startswith(("quietstar.training.", "quietstar.distributed.")):
+                reads.append((module, name))
+            return real(tensor, *args)
+
+        return read
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    monkeypatch.setattr(loop, "evaluate", lambda run: {"base_nll": 1.0})
+    seen = {}
+
+    def watched(this):
+        reads.clear()
+        real_train(this)
+        seen["reads"] = list(reads)
+
+    real_train = run.train
+    monkeypatch.setattr(run, "train", watched)
+    monkeypatch.setattr(run, "write_results", lambda *args: None)
+    train(run_config(tmp_path, training__max_steps=4, logging__logging_steps=1000))
+    assert seen["reads"] == [("quietstar.training.loop", "tolist")] * 4
+
+
+def test_figures_are_summed_on_a_device_without_float64():
+    """As on Apple's GPUs, here without content: making a float64 tensor there is an error."""
+    accelerator = Mock(spec=Accelerator, num_processes=2)
+    accelerator.reduce.side_effect = lambda table, reduction: table
+
+    class WithoutFloat64(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.device.type == "mps":
+                assert result.dtype != torch.float64, func
+            return result
+
+    with FakeTensorMode(), WithoutFloat64():
+        names = ("base_nll", "mixed_nll")
+        sums = {name: torch.zeros((), device="mps") for name in names}
+        counts = {name: torch.zeros((), device="mps", dtype=torch.int64) for name in names}
+        reduced = ThoughtMetrics(sums, counts).reduced(accelerator)
+        assert reduced.sums["mixed_nll"].dtype == torch.float64
+
+
 def test_too_few_positions_are_refused_with_the_numbers(tmp_path):
     longest = 64 - 2 - 2 - 1  # positions - length - lookahead - 1
     with pytest.raises(UserError, match=rf"data.seq_len \(60\).* 64 positions.*at most {longest}"):
@@ -350,7 +407,7 @@ def test_an_alarm_sounds_once_for_the_figure_that_is_bad(name, tmp_path, capsys)
     def report(step, changes):
         sums = {k: torch.tensor(v) for k, v in (healthy | changes).items()}
         metrics = ThoughtMetrics(sums, dict.fromkeys(sums, torch.tensor(1)))
-        record = StepRecord(step, torch.tensor(1.0), metrics, {"total": torch.tensor(1.0)}, 0.1)
+        record = StepRecord(step, 1.0, metrics, {"total": 1.0}, 0.1)
         reporter.step_begins()
         reporter.step_ends(record, QuietStarOutput())
         return [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning:")]
@@ -388,6 +445,21 @@ def test_each_group_has_its_own_learning_rate_and_vectors_do_not_decay():
     for name, parameter in model.named_parameters():
         decay = 0.5 if parameter.ndim == 2 else 0.0
         assert settings[parameter] == (rates[name.split(".")[0]], decay), name
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 6), (3, 10), (4, 4), (5, 3)])
+def test_learning_rates_are_those_of_transformers_schedules(kind, warmup, steps):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    theirs = get_scheduler(
+        "constant_with_warmup" if kind == "constant" else kind, optimizer, warmup, steps
+    )
+    config = OptimConfig(lr_scheduler_type=kind, warmup_steps=warmup)
+    for step in range(steps):
+        ours = 0.3 * learning_rate_factor(config, step, steps)
+        assert ours == optimizer.param_groups[0]["lr"], step
+        optimizer.step()
+        theirs.step()
 
 
 def test_gradient_norms_are_those_of_each_group_before_clipping():
@@ -433,6 +505,24 @@ def test_a_lora_run_trains_and_its_final_model_loads(tmp_path):
     # A checkpoint holds what trains, not the frozen base.
     trained = load_file(folder / "checkpoints" / "step-000003" / "trainable.safetensors")
     assert not any("embed_tokens" in name or "base_layer" in name for name in trained)
+
+
+def test_a_new_model_takes_its_special_tokens_from_the_tokenizer(tmp_path):
+    final = train(run_config(tmp_path, training__max_steps=1)) / "final"
+    tokenizer = load_tokenizer(str(final))
+    model = QuietStarForCausalLM.from_pretrained(final)
+    for settings in (model.causal_lm.config, model.causal_lm.generation_config):
+        assert settings.eos_token_id == tokenizer.eos_token_id == 256
+        assert settings.pad_token_id == tokenizer.pad_token_id == 257
+        assert settings.bos_token_id is None
+    named = run_config(
+        tmp_path,
+        model__config={**LLAMA, "eos_token_id": 10},
+        training__max_steps=1,
+        training__output_dir=str(tmp_path / "named"),
+    )
+    model = QuietStarForCausalLM.from_pretrained(train(named) / "final")
+    assert model.causal_lm.generation_config.eos_token_id == 10
 
 
 def test_gpt2_trains(tmp_path):

@@ -54,10 +54,7 @@ class ThoughtMetrics:
         """Figures of all ranks together."""
         if accelerator.num_processes == 1:
             return self
-        table = torch.stack(
-            [torch.stack([self.sums[n].double(), self.counts[n].double()]) for n in self.sums]
-        )
-        table = accelerator.reduce(table, "sum")
+        table = accelerator.reduce(self._table(), "sum")
         assert isinstance(table, Tensor)
         rows = dict(zip(self.sums, table, strict=True))
         return ThoughtMetrics(
@@ -66,14 +63,19 @@ class ThoughtMetrics:
 
     def means(self) -> dict[str, float]:
         """Every figure as a number; those that were not computed are left out."""
-        names = list(self.sums)
-        table = torch.stack(
-            [torch.stack([self.sums[n].double(), self.counts[n].double()]) for n in names]
-        ).tolist()
-        means = {n: s / c for n, (s, c) in zip(names, table, strict=True) if c > 0}
+        table = self._table().tolist()
+        means = {n: s / c for n, (s, c) in zip(self.sums, table, strict=True) if c > 0}
         if "mixed_nll" in means:
             means["gain"] = means["base_nll"] - means["mixed_nll"]
         return means
+
+    def _table(self) -> Tensor:
+        """Sum and count of every figure in float64, (figures, 2)."""
+        pairs = [(self.sums[name], self.counts[name]) for name in self.sums]
+        if pairs[0][0].device.type == "mps":  # has no float64: the CPU widens what is read
+            sums, counts = torch.stack([s.float() for s, _ in pairs]), [c for _, c in pairs]
+            return torch.stack([sums.cpu().double(), torch.stack(counts).cpu().double()], dim=1)
+        return torch.stack([torch.stack([s.double(), c.double()]) for s, c in pairs])
 
 
 def as_metrics(figures: Mapping[str, tuple[Tensor, Tensor]]) -> ThoughtMetrics:

@@ -77,8 +77,9 @@ def read_step(
     """
     batches = []
     for of_one in rows:
-        # An empty micro-batch is a text of this rank without targets: it costs a pass, adds zero.
-        batch = data.batch(step, batch_size, of_one or rows[0])
+        # In place of an empty micro-batch runs a text without targets, whose loss is zero. The last
+        # one is never empty, since `_part` rounds down.
+        batch = data.batch(step, batch_size, of_one or rows[-1][:1])
         if not of_one:
             labels = torch.full_like(batch.labels, IGNORE_INDEX)
             batch = dataclasses.replace(batch, labels=labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -163,7 +164,9 @@ def set_up(config: Config, strategy: Strategy) -> Job:
     hub = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     tokenizer = find_tokenizer(config, hub)
     seed = config.training.seed  # one seed: what is held out is held out in every stage
-    data = [build_data(stage.config.data, tokenizer, seed) for stage in stages]
+    # The thread that reads ahead has a tokenizer of its own: Rust's cannot be used by two at once.
+    reader = copy.deepcopy(tokenizer)
+    data = [build_data(stage.config.data, reader, seed) for stage in stages]
     model = build_model(model_stage(stages).config, tokenizer, hub, strategy)
     for stage, (_, eval_data, _) in zip(stages, data, strict=True):
         check_positions(stage.config, model)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -77,26 +78,17 @@ def build_accelerator(config: Config) -> Accelerator:
 
 
 def check_batch(config: Config, num_processes: int) -> None:
-    """Refuse a batch that cannot be cut into equal shares.
+    """Refuses a step that leaves a process without work.
 
     Raises:
-        UserError: batch_size is no multiple of micro_batch_size times processes.
+        UserError: The step has fewer sequences than there are processes.
     """
-    settings = config.training
-    share = settings.micro_batch_size * num_processes
-    if settings.global_batch_size % share:
-        fitting = [
-            size
-            for size in range(1, settings.micro_batch_size + 1)
-            if settings.global_batch_size % (size * num_processes) == 0
-        ]
-        remedy = f"training.global_batch_size {-(-settings.global_batch_size // share) * share}"
-        if fitting:
-            remedy = f"training.micro_batch_size {fitting[-1]}, or {remedy}"
+    batch_size = config.training.global_batch_size
+    if batch_size < num_processes:
         raise UserError(
-            f"training.global_batch_size ({settings.global_batch_size}) must be a multiple of "
-            f"training.micro_batch_size ({settings.micro_batch_size}) x processes "
-            f"({num_processes}) = {share}, so that every process has the same work: set {remedy}"
+            f"training.global_batch_size ({batch_size}) must be at least the number of processes "
+            f"({num_processes}), so that each has a sequence in every step: set "
+            f"training.global_batch_size {num_processes}, or launch {batch_size}"
         )
 
 
@@ -160,13 +152,32 @@ def build_model(
         load_base, name, settings.config, vocab_size=len(tokenizer), seed=config.training.seed,
         quantization=quantization(config.tuning), **hub,
     )  # fmt: skip
-    if strategy is None or not strategy.sharded or name is None:
+    if name is None:
+        base = load(dtype=dtype)
+        adopt_special_tokens(base, tokenizer, settings.config or {})
+        return teach_thinking(base, config, tokenizer)
+    if strategy is None or not strategy.sharded:
         return teach_thinking(load(dtype=dtype), config, tokenizer)
     base = load(dtype="stored")
     if stored_dtypes(base) != {base.dtype}:  # some weights would lose digits on the way
         return teach_thinking(load(dtype=dtype), config, tokenizer)
     strategy.cast_when_sharded(base, dtype)
     return teach_thinking(base, config, tokenizer)
+
+
+def adopt_special_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, Any]
+) -> None:
+    """Gives a new model its tokenizer's special tokens, where ``fields`` does not name them.
+
+    Otherwise it would keep the ids that its architecture's first tokenizer had (Llama's end of text
+    is 2), and generation would stop at an ordinary token.
+    """
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if key not in fields:
+            setattr(model.config, key, getattr(tokenizer, key))
+        if model.generation_config is not None:
+            setattr(model.generation_config, key, getattr(model.config, key))
 
 
 def teach_thinking(

@@ -1,0 +1,128 @@
+"""Shares of a step: how batches are cut over ranks, and reading one step ahead."""
+
+import threading
+import time
+
+import pytest
+import torch
+from launching import launch
+from test_training import assert_close, timeless
+from tiny import read_metrics, run_config
+
+from quietstar.config import ThoughtsConfig
+from quietstar.config.loading import save_config
+from quietstar.data import build_data, load_tokenizer
+from quietstar.errors import UserError
+from quietstar.training.batches import micro_batch_rows, prefetched, read_step
+from quietstar.training.run import run_training
+from quietstar.training.setup import check_batch
+
+
+@pytest.mark.parametrize("batch_size", range(1, 12))
+def test_ranks_share_every_row_in_equally_many_micro_batches(batch_size):
+    for processes in range(1, batch_size + 1):
+        for micro in range(1, batch_size + 2):
+            ranks = [micro_batch_rows(batch_size, micro, processes, r) for r in range(processes)]
+            rows = [row for rank in ranks for part in rank for row in part]
+            assert rows == list(range(batch_size))  # each once, shares contiguous
+            assert len({len(rank) for rank in ranks}) == 1
+            shares = [sum(map(len, rank)) for rank in ranks]
+            assert max(shares) - min(shares) <= 1
+            assert max(len(part) for rank in ranks for part in rank) <= micro
+
+
+def test_a_step_that_divides_is_cut_into_whole_micro_batches():
+    assert micro_batch_rows(8, 2, 2, 1) == [range(4, 6), range(6, 8)]
+
+
+@pytest.mark.parametrize("positions", ["all", "random", "answer"])
+def test_a_padding_micro_batch_counts_nothing(tmp_path, positions):
+    config = run_config(tmp_path)
+    data, _, _ = build_data(config.data, load_tokenizer("bytes"), 0)
+    thoughts = ThoughtsConfig(positions=positions)
+    rows = micro_batch_rows(5, 1, 2, 0)
+    assert rows == [range(0, 0), range(0, 1), range(1, 2)]
+    padded = read_step(data, 0, 5, rows, thoughts, pin=False)
+    alone = read_step(data, 0, 5, rows[1:], thoughts, pin=False)
+    assert torch.equal(padded.num_targets, alone.num_targets)
+    assert (padded.micro_batches[0].labels == -100).all()
+    assert padded.micro_batches[0].input_ids.shape == padded.micro_batches[1].input_ids.shape
+
+
+def test_five_texts_train_alike_however_they_are_cut(tmp_path):
+    def trajectory(micro):
+        config = run_config(
+            tmp_path,
+            training__global_batch_size=5,
+            training__micro_batch_size=micro,
+            training__output_dir=str(tmp_path / f"run{micro}"),
+        )
+        return timeless(read_metrics(run_training(config).parent))
+
+    whole = trajectory(5)
+    for micro in (2, 8):  # it is an upper bound, also above the whole step
+        assert_close(trajectory(micro), whole, rel=2e-5, abs=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "micro"), [("ddp", 2), ("fsdp2", 1)])
+def test_five_texts_train_alike_on_two_ranks(strategy, micro, tmp_path):
+    """With micro-batches of one text, the first rank pads: ranks must run as many passes."""
+    config = run_config(
+        tmp_path, training__global_batch_size=5, training__micro_batch_size=micro
+    )  # fmt: skip
+    save_config(config, tmp_path / "config.yaml")
+    two = launch(strategy, tmp_path / "config.yaml", tmp_path / "two")
+    one = run_training(config).parent
+    assert_close(timeless(read_metrics(two)), timeless(read_metrics(one)), rel=1e-4, abs=1e-4)
+
+
+def test_more_processes_than_texts_are_refused(tmp_path):
+    config = run_config(tmp_path, training__global_batch_size=5, training__micro_batch_size=2)
+    check_batch(config, 5)
+    with pytest.raises(UserError, match=r"global_batch_size \(5\) must be at least .*\(6\)"):
+        check_batch(config, 6)
+
+
+# --- Reading ahead --------------------------------------------------------------------------------
+
+
+def test_the_next_step_is_read_in_the_background_and_none_behind_the_last():
+    seen, threads = [], set()
+
+    def read(step):
+        seen.append(step)
+        threads.add(threading.current_thread())
+        return step * 10
+
+    results = []
+    for result in prefetched(read, range(3, 6)):
+        for _ in range(500):  # the reader is one step ahead, and no further
+            if len(seen) == min(len(results) + 2, 3):
+                break
+            time.sleep(0.01)
+        assert seen == [3, 4, 5][: len(results) + 2]
+        results.append(result)
+    assert results == [30, 40, 50]
+    assert threading.main_thread() not in threads
+    assert list(prefetched(read, range(6, 6))) == []
+
+
+def test_an_error_of_the_reader_is_raised_at_its_own_step():
+    def read(step):
+        if step == 1:
+            raise UserError("data.train: line 7 is no JSON")
+        return step
+
+    steps = prefetched(read, range(3))
+    assert next(steps) == 0
+    with pytest.raises(UserError, match="line 7"):
+        next(steps)
+
+
+def test_closing_ends_the_thread():
+    before = threading.active_count()
+    steps = prefetched(lambda step: step, range(10))
+    next(steps)
+    steps.close()
+    assert threading.active_count() == before
