@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quietstar.reports.figures import BASE, MIXED, Figure, axis, base_layout
+from quietstar.reports.figures import Figure, axis, base_layout
 from quietstar.reports.pages import chart_scripts, render, write
 
 GATES = {  # color, symbol and dash: color is not all that tells gates apart
@@ -72,7 +72,7 @@ def _draw(rows: Sequence[dict[str, Any]], measure: str, chosen: dict[str, Any] |
             points.sort(key=lambda point: point["passes_a_token"])
             add(kind, points, mode="lines+markers", line={"color": color, "dash": dash},
                 marker={"size": 8, "symbol": symbol, "color": color})  # fmt: skip
-    for kind, symbol, color in (("always", "star", MIXED), ("never", "x", BASE)):
+    for kind, symbol, color in (("always", "star", "var(--mixed)"), ("never", "x", "var(--base)")):
         points = [row for row in rows if row["gate"] == kind]
         add(kind, points, marker={"size": 12, "symbol": symbol, "color": color})
     if chosen is not None:

@@ -7,10 +7,6 @@ from typing import Any
 
 from quietstar.evaluation.tables import TITLES
 from quietstar.reports.figures import (
-    CONTENT,
-    MIXED,
-    OTHER,
-    PAUSE,
     Figure,
     Row,
     draw_forest,
@@ -26,10 +22,10 @@ VARIANTS = {
     "swapped": "Swapped thoughts",
 }
 DIFFERENCES = {
-    "difference": ("with thoughts − without", MIXED),
-    "gain_of_content": ("own − swapped thoughts (gain of content)", CONTENT),
-    "gain_over_shuffled": ("own − shuffled thoughts", OTHER),
-    "gain_over_pause": ("own − pause tokens", PAUSE),
+    "difference": ("with thoughts − without", "mixed"),
+    "gain_of_content": ("own − swapped thoughts (gain of content)", "content"),
+    "gain_over_shuffled": ("own − shuffled thoughts", "other"),
+    "gain_over_pause": ("own − pause tokens", "pause"),
 }
 BREAKDOWNS = {
     "difficulty": ("By difficulty", "Quintiles of NLL without thoughts (nats)"),

@@ -1,6 +1,7 @@
 """Charts as plain data for plotly.js.
 
-Colors are variables of the style sheet, so that one figure serves light and dark.
+Colors are variables of the style sheet, so that one figure serves light and dark, and have one
+meaning on all pages: base, mixed, thought, content, swapped, pause, and other for what is neither.
 """
 
 from __future__ import annotations
@@ -15,11 +16,6 @@ from typing import Any
 from quietstar.reports.run_files import Controls, Record, series
 
 Figure = dict[str, Any]
-
-# Each color has one meaning on all pages.
-BASE, MIXED, THOUGHT = "var(--base)", "var(--mixed)", "var(--thought)"
-CONTENT, SWAPPED, PAUSE = "var(--content)", "var(--swapped)", "var(--pause)"
-OTHER = "var(--other)"
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 HEIGHT = 320  # pixels; the page reserves the same
@@ -69,7 +65,7 @@ def error_bars(values: Sequence[float], bounds: Sequence[Any], color: str) -> Fi
         "symmetric": False,
         "array": [high - value for value, (_, high) in zip(values, ends, strict=True)],
         "arrayminus": [value - low for value, (low, _) in zip(values, ends, strict=True)],
-        "color": color,
+        "color": f"var(--{color})",
         "thickness": 2.5,
         "width": 5,
     }
@@ -97,7 +93,7 @@ class Line:
     Attributes:
         key: Key of the figure in ``metrics.jsonl``.
         name: Name in the legend.
-        color: Variable of the style sheet.
+        color: Name of the color in the style sheet.
         symbol: Symbol of the held-out points, so that color is not all that tells lines apart.
     """
 
@@ -134,47 +130,16 @@ class Chart:
 
 def draw_curves(chart: Chart, records: Sequence[Record], stages: Sequence[str]) -> Figure:
     """Draw a chart with a panel for every stage; training thin, held-out figures marked."""
-    panels: list[tuple[str, list[Figure]]] = []
+    panels: dict[str, list[Figure]] = {}
     for stage in stages:
         staged = [record for record in records if record.stage == stage]
-        if traces := [trace for line in chart.lines for trace in line_traces(line, staged)]:
-            panels.append((stage, traces))
-    traces = [trace for _, traces in panels for trace in traces]
+        if own := [trace for line in chart.lines for trace in line_traces(line, staged)]:
+            panels[stage] = own
+    traces = [trace for own in panels.values() for trace in own]
     listed: set[str] = set()
     for trace in reversed(traces):  # the legend lists a figure once, as its last panel shows it
         trace["showlegend"] = trace["showlegend"] and trace["legendgroup"] not in listed
         listed |= {trace["legendgroup"]} if trace["showlegend"] else set()
-
-    steps = [[float(step) for trace in traces for step in trace["x"]] for _, traces in panels]
-    spans = [padded(min(of_panel), max(of_panel)) for of_panel in steps]
-    lengths = [high - low for low, high in spans]
-    widths = [max(length, _NARROWEST * max(lengths)) for length in lengths]
-    axes, shapes, notes, left = {}, [], [], 0.0
-    for number, ((stage, own), span, width) in enumerate(
-        zip(panels, spans, widths, strict=True), start=1
-    ):
-        share = width / sum(widths) * (1 - _GAP * (len(panels) - 1))
-        domain = (left, min(left + share, 1.0))
-        suffix = str(number) if number > 1 else ""
-        axes[f"xaxis{suffix}"] = axis(
-            "step", range=span, domain=domain, showgrid=False, zeroline=False,
-            nticks=6, tickangle=0,
-            unifiedhovertitle={"text": "step %{x}"},
-        )  # fmt: skip
-        if len(panels) > 1:  # numbers at the ends would meet those of the next panel
-            axes[f"xaxis{suffix}"]["tickvals"] = inner_steps(*span, most=max(1, int(5 * share)))
-        for trace in own:
-            trace["xaxis"] = f"x{suffix}"
-        if len(stages) > 1:
-            shapes.append({"type": "rect", "xref": "paper", "yref": "paper", "layer": "below",
-                           "x0": domain[0], "x1": domain[1], "y0": 0, "y1": 1,
-                           "fillcolor": "var(--band)", "line": {"width": 0}})  # fmt: skip
-            name = literal(stage, max(3, int(_CHARACTERS * (domain[1] - domain[0]))))
-            notes.append({"text": name, "x": domain[0], "xref": "paper", "xanchor": "left",
-                          "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False,
-                          "font": {"size": 12, "color": "var(--muted)"}})  # fmt: skip
-        left += share + _GAP
-
     values = axis(
         chart.unit,
         tickformat=".0%" if chart.is_share else "",
@@ -184,14 +149,48 @@ def draw_curves(chart: Chart, records: Sequence[Record], stages: Sequence[str]) 
         values["rangemode"] = "tozero"
     if chart.cut_spikes:
         values["range"] = without_spikes(traces)
-    layout = base_layout(
-        showlegend=len(listed) > 1, hovermode="x unified", yaxis=values,
-        shapes=shapes, annotations=notes, **axes,
-    )  # fmt: skip
-    if len(stages) > 1:  # room for the names of the stages, under the legend if there is one
+    layout = base_layout(showlegend=len(listed) > 1, hovermode="x unified", yaxis=values)
+    place_panels(panels, layout, has_names=len(stages) > 1)
+    return {"data": traces, "layout": layout}
+
+
+def place_panels(panels: Mapping[str, list[Figure]], layout: Figure, has_names: bool) -> None:
+    """Set axes, shades and names of panels side by side; long stages get more of the width."""
+    steps = [[float(step) for trace in own for step in trace["x"]] for own in panels.values()]
+    spans = [padded(min(of_panel), max(of_panel)) for of_panel in steps]
+    lengths = [high - low for low, high in spans]
+    widths = [max(length, _NARROWEST * max(lengths)) for length in lengths]
+    layout |= {"shapes": [], "annotations": []}
+    left = 0.0
+    for number, (stage, span, width) in enumerate(zip(panels, spans, widths, strict=True), 1):
+        share = width / sum(widths) * (1 - _GAP * (len(panels) - 1))
+        right = min(left + share, 1.0)
+        suffix = str(number) if number > 1 else ""
+        # Numbers at the ends of a panel would meet those of the next one.
+        inner = inner_steps(*span, most=max(1, int(5 * share)))
+        layout[f"xaxis{suffix}"] = axis(
+            "step", range=span, domain=(left, right), showgrid=False, zeroline=False, tickangle=0,
+            unifiedhovertitle={"text": "step %{x}"}, nticks=6,
+            tickvals=inner if len(panels) > 1 else None,
+        )  # fmt: skip
+        for trace in panels[stage]:
+            trace["xaxis"] = f"x{suffix}"
+        if has_names:
+            layout["shapes"].append({
+                "type": "rect", "xref": "paper", "yref": "paper", "layer": "below",
+                "x0": left, "x1": right, "y0": 0, "y1": 1,
+                "fillcolor": "var(--band)", "line": {"width": 0},
+            })  # fmt: skip
+            layout["annotations"].append({
+                "text": literal(stage, max(3, int(_CHARACTERS * (right - left)))),
+                "x": left, "xref": "paper", "xanchor": "left",
+                "y": 1, "yref": "paper", "yanchor": "bottom",
+                "showarrow": False, "font": {"size": 12, "color": "var(--muted)"},
+            })  # fmt: skip
+        left += share + _GAP
+    if has_names:  # room for the names of the stages, under the legend if there is one
         layout["legend"]["y"] = 1.12
         layout["margin"]["t"] = 8 if layout["showlegend"] else 24
-    return {"data": traces, "layout": layout}
 
 
 def inner_steps(low: float, high: float, most: int) -> list[int]:
@@ -216,16 +215,16 @@ def line_traces(line: Line, records: Sequence[Record]) -> list[Figure]:
             "name": f"{line.name}, training" if held_out[0] else line.name,
             "showlegend": not held_out[0],
             "mode": "lines" if len(steps) > 1 else "markers",
-            "line": {"width": 1.25, "color": line.color},
-            "marker": {"color": line.color},
+            "line": {"width": 1.25, "color": f"var(--{line.color})"},
+            "marker": {"color": f"var(--{line.color})"},
             "opacity": 0.6 if held_out[0] else 1.0,
         })  # fmt: skip
     if held_out[0]:
         traces.append(common | {
             "x": held_out[0], "y": held_out[1], "name": line.name, "showlegend": True,
             "mode": "lines+markers",
-            "line": {"width": 2.25, "color": line.color},
-            "marker": {"symbol": line.symbol, "size": 8, "color": line.color},
+            "line": {"width": 2.25, "color": f"var(--{line.color})"},
+            "marker": {"symbol": line.symbol, "size": 8, "color": f"var(--{line.color})"},
         })  # fmt: skip
     return traces
 
@@ -262,7 +261,7 @@ class Row:
     mean: float
     bounds: tuple[float, float] | None
     seeds: tuple[float, ...] = ()
-    color: str = MIXED
+    color: str = "mixed"
 
 
 def control_rows(controls: Controls) -> tuple[list[Row], list[Row]]:
@@ -309,7 +308,12 @@ def draw_forest(rows: Sequence[Row], title: str, tickformat: str, hoverformat: s
         "x": [x for row in rows for x in row.seeds],
         "y": [place + 0.22 for place, row in enumerate(rows) for _ in row.seeds],
         "hovertemplate": f"one seed: %{{x:{hoverformat}}}<extra></extra>",
-        "marker": {"size": 7, "symbol": "circle-open", "color": BASE, "line": {"width": 1.5}},
+        "marker": {
+            "size": 7,
+            "symbol": "circle-open",
+            "color": "var(--base)",
+            "line": {"width": 1.5},
+        },
     }
     dots = [
         {
@@ -318,7 +322,7 @@ def draw_forest(rows: Sequence[Row], title: str, tickformat: str, hoverformat: s
             "x": [row.mean],
             "y": [place],
             "hovertemplate": f"{literal(row.label, 60)}: %{{x:{hoverformat}}}<extra></extra>",
-            "marker": {"size": 11, "color": row.color},
+            "marker": {"size": 11, "color": f"var(--{row.color})"},
             "error_x": error_bars([row.mean], [row.bounds], row.color),
         }
         for place, row in enumerate(rows)
@@ -328,7 +332,10 @@ def draw_forest(rows: Sequence[Row], title: str, tickformat: str, hoverformat: s
 
 def draw_groups(groups: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw gain and gain of content of groups of tokens, side by side."""
-    looks = {"gain": ("gain", MIXED, "circle"), "content": ("gain of content", CONTENT, "diamond")}
+    looks = {
+        "gain": ("gain", "mixed", "circle"),
+        "content": ("gain of content", "content", "diamond"),
+    }
     labels = [f"{literal(group['label'], 30)}<br>n {group['n']}" for group in groups]
     traces = []
     for key, (name, color, symbol) in looks.items():
@@ -338,7 +345,7 @@ def draw_groups(groups: Sequence[Mapping[str, Any]]) -> Figure:
             traces.append({
                 "type": "scatter", "mode": "markers", "name": name, "x": labels, "y": values,
                 "hovertemplate": "%{x}: %{y:+.4f}<extra></extra>",
-                "marker": {"size": 9, "color": color, "symbol": symbol},
+                "marker": {"size": 9, "color": f"var(--{color})", "symbol": symbol},
                 "error_y": error_bars(values, bounds, color),
             })  # fmt: skip
     layout = base_layout(

@@ -9,31 +9,9 @@ from statistics import median
 from typing import Any
 
 from quietstar.config.yaml import YamlProblem, parse
-from quietstar.reports.figures import (
-    BASE,
-    CONTENT,
-    MIXED,
-    OTHER,
-    PAUSE,
-    SWAPPED,
-    THOUGHT,
-    Chart,
-    Line,
-    control_rows,
-    draw_curves,
-    draw_forest,
-)
-from quietstar.reports.formats import (
-    MISSING,
-    duration,
-    percent,
-    percent_range,
-    plain,
-    points,
-    points_range,
-    signed,
-    wilson,
-)
+from quietstar.reports import formats
+from quietstar.reports.figures import Chart, Line, control_rows, draw_curves, draw_forest
+from quietstar.reports.formats import MISSING, percent, percent_range, plain, points, signed
 from quietstar.reports.pages import chart_scripts, render, write
 from quietstar.reports.run_files import (
     Accuracy,
@@ -49,100 +27,65 @@ from quietstar.reports.run_files import (
 
 REPORT_FILE = "report.html"
 
+# fmt: off
 CHARTS = (
-    Chart(
-        "accuracy",
-        "Accuracy",
-        "Held-out problems that are answered correctly. Swapped: each problem gets the thought of "
-        "another one. Pause: one constant token in place of every thought token.",
-        "correct answers",
-        (
-            Line("accuracy_with_thoughts", "with thoughts", MIXED),
-            Line("accuracy_without_thoughts", "without", BASE, "square"),
-            Line("accuracy_swapped", "swapped thoughts", SWAPPED, "diamond"),
-            Line("accuracy_pause", "pause tokens", PAUSE, "triangle-down"),
-        ),
-        is_share=True,
-        show_zero=True,
-    ),
-    Chart(
-        "right-thoughts",
-        "Correct thoughts",
-        "Share of the sampled thoughts that are correct.",
-        "correct thoughts",
-        (Line("right_thoughts", "correct thoughts", THOUGHT, "triangle-up"),),
-        is_share=True,
-        show_zero=True,
-    ),
-    Chart(
-        "nll",
-        "Negative log-likelihood of the next token",
-        "Base: without a thought. Mixed: base and thought together. Thought: its prediction alone. "
-        "Lower is better.",
-        "nats/token",
-        (
-            Line("base_nll", "base", BASE, "square"),
-            Line("mixed_nll", "mixed", MIXED),
-            Line("thought_nll", "thought", THOUGHT, "triangle-up"),
-        ),
-        cut_spikes=True,
-    ),
-    Chart(
-        "gain",
-        "Gain from thinking, and cost of swapping the thoughts",
-        "Gain: base minus mixed NLL. Gain of content: what is lost with swapped thoughts; only "
-        "this part is thinking.",
-        "nats/token",
-        (
-            Line("gain", "gain", MIXED),
-            Line("gain_of_content", "gain of content", CONTENT, "triangle-up"),
-            Line("gain_over_pause", "gain over pause tokens", PAUSE, "diamond"),
-        ),
-        show_zero=True,
-    ),
-    Chart(
-        "mixing-weight",
-        "Mixing weight",
-        "Mean weight of the thought in the prediction. Near zero, thoughts are ignored.",
-        "weight of the thought",
-        (Line("mixing_weight", "mixing weight", MIXED),),
-        show_zero=True,
-    ),
-    Chart(
-        "reward",
-        "Reward",
-        "What a thought adds to the log-probability of its targets, and its standard deviation "
-        "among the thoughts of one position: if that is zero, REINFORCE has no signal.",
-        "nats/thought",
-        (
-            Line("reward", "reward", THOUGHT, "triangle-up"),
-            Line("reward_std", "standard deviation", OTHER, "diamond"),
-        ),
-        show_zero=True,
-    ),
-    Chart(
-        "entropy",
-        "Entropy of thoughts",
-        "Mean entropy of the next-token distribution inside thoughts. Held-out thoughts are "
-        "greedy.",
-        "nats/token",
-        (Line("entropy", "entropy", THOUGHT, "triangle-up"),),
-        show_zero=True,
-    ),
-    Chart(
-        "variety",
-        "Variety of thoughts",
-        "Distinct: distinct tokens of a thought over its length. Identical: positions where all K "
-        "thoughts coincide.",
-        "share",
-        (
-            Line("distinct_token_ratio", "distinct", THOUGHT, "triangle-up"),
-            Line("identical_fraction", "identical", OTHER, "square"),
-        ),
-        is_share=True,
-        show_zero=True,
-    ),
+    Chart("accuracy", "Accuracy",
+          "Held-out problems that are answered correctly. Swapped: each problem gets the thought "
+          "of another one. Pause: one constant token in place of every thought token.",
+          "correct answers",
+          (Line("accuracy_with_thoughts", "with thoughts", "mixed"),
+           Line("accuracy_without_thoughts", "without", "base", "square"),
+           Line("accuracy_swapped", "swapped thoughts", "swapped", "diamond"),
+           Line("accuracy_pause", "pause tokens", "pause", "triangle-down")),
+          is_share=True, show_zero=True),
+    Chart("right-thoughts", "Correct thoughts",
+          "Share of the sampled thoughts that are correct.",
+          "correct thoughts",
+          (Line("right_thoughts", "correct thoughts", "thought", "triangle-up"),),
+          is_share=True, show_zero=True),
+    Chart("nll", "Negative log-likelihood of the next token",
+          "Base: without a thought. Mixed: base and thought together. Thought: its prediction "
+          "alone. Lower is better.",
+          "nats/token",
+          (Line("base_nll", "base", "base", "square"),
+           Line("mixed_nll", "mixed", "mixed"),
+           Line("thought_nll", "thought", "thought", "triangle-up")),
+          cut_spikes=True),
+    Chart("gain", "Gain from thinking, and cost of swapping the thoughts",
+          "Gain: base minus mixed NLL. Gain of content: what is lost with swapped thoughts; only "
+          "this part is thinking.",
+          "nats/token",
+          (Line("gain", "gain", "mixed"),
+           Line("gain_of_content", "gain of content", "content", "triangle-up"),
+           Line("gain_over_pause", "gain over pause tokens", "pause", "diamond")),
+          show_zero=True),
+    Chart("mixing-weight", "Mixing weight",
+          "Mean weight of the thought in the prediction. Near zero, thoughts are ignored.",
+          "weight of the thought",
+          (Line("mixing_weight", "mixing weight", "mixed"),),
+          show_zero=True),
+    Chart("reward", "Reward",
+          "What a thought adds to the log-probability of its targets, and its standard deviation "
+          "among the thoughts of one position: if that is zero, REINFORCE has no signal.",
+          "nats/thought",
+          (Line("reward", "reward", "thought", "triangle-up"),
+           Line("reward_std", "standard deviation", "other", "diamond")),
+          show_zero=True),
+    Chart("entropy", "Entropy of thoughts",
+          "Mean entropy of the next-token distribution inside thoughts. Held-out thoughts are "
+          "greedy.",
+          "nats/token",
+          (Line("entropy", "entropy", "thought", "triangle-up"),),
+          show_zero=True),
+    Chart("variety", "Variety of thoughts",
+          "Distinct: distinct tokens of a thought over its length. Identical: positions where all "
+          "K thoughts coincide.",
+          "share",
+          (Line("distinct_token_ratio", "distinct", "thought", "triangle-up"),
+           Line("identical_fraction", "identical", "other", "square")),
+          is_share=True, show_zero=True),
 )
+# fmt: on
 
 COLUMNS = {
     "accuracy_with_thoughts": ("accuracy with thoughts", percent),
@@ -222,7 +165,7 @@ def facts(run: RunFiles) -> list[tuple[str, str]]:
         "Data": setting("data", "train"),
         "Stages": " → ".join(filter(None, run.stages)),
         "Steps": str(run.records[-1].step) if run.records else "",
-        "Time": "" if run.results.seconds is None else duration(run.results.seconds),
+        "Time": "" if run.results.seconds is None else formats.duration(run.results.seconds),
         f"Step time, {last_stage}" if len(run.stages) > 1 else "Step time": (
             f"{median(seconds):.2g} s" if seconds else ""
         ),
@@ -311,7 +254,7 @@ def headline(records: Sequence[Record], results: Results, controls: Controls) ->
         for v in controls.variants[:1]
     ]
     tiles += [
-        Tile(d.label, f"{points(d.mean)} points", _ci(points_range(d.ci95)))
+        Tile(d.label, f"{points(d.mean)} points", _ci(formats.points_range(d.ci95)))
         for d in controls.differences[:3]
         if d.mean is not None
     ]
@@ -357,7 +300,7 @@ def accuracy_tiles(accuracy: Accuracy) -> Iterator[Tile]:
     ):  # fmt: skip
         if share is not None:
             has_interval = n is not None and n >= 1 and 0 <= share <= 1
-            interval = _ci(percent_range(wilson(share, n))) if has_interval else ()
+            interval = _ci(percent_range(formats.wilson(share, n))) if has_interval else ()
             yield Tile(label, percent(share), interval + notes, color)
 
 
