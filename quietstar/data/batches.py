@@ -40,7 +40,7 @@ from quietstar.data.tokenizer import padding_id
 from quietstar.errors import UserError
 
 IGNORED = -100  # the label of what is no target, as in torch's cross entropy
-ESTIMATE_DOCUMENTS = 256  # tokenised to estimate the figures of a table that is not counted
+ESTIMATE_DOCUMENTS = 256  # tokenized to estimate the figures of a table that is not counted
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,6 @@ class MapSamples:
     """
 
     def __init__(self, documents: Documents, config: DataConfig, seed: int) -> None:
-        """Keeps the documents (or chunks) of the training part."""
         self._documents, self._config, self._seed = documents, config, seed
         self._order = lru_cache(maxsize=2)(self._permutation)  # a batch may cross two epochs
 
@@ -162,18 +161,14 @@ def held_out_samples(documents: Documents, config: DataConfig, seed: int) -> lis
     One sequence of every held-out document, in random order; while there are too few and raw
     text is left, further disjoint spans of the same documents.
     """
-    chosen = _held_out(documents, config, seed)
-    return [sample.without_targets(config.min_context) for sample in chosen]
-
-
-def _held_out(documents: Documents, config: DataConfig, seed: int) -> list[Encoded]:
-    order = keyed_rng(seed, EVAL_ORDER).permutation(len(documents))[: config.eval_sequences]
-    if config.format != "text":
-        return [answer_span(documents[int(place)], config.seq_len) for place in order]
-    spans = [held_out_spans(documents[int(n)], config.seq_len, seed, int(n)) for n in order]
-    rounds = range(max(map(len, spans), default=0))
-    in_turn = [of_one[n] for n in rounds for of_one in spans if n < len(of_one)]
-    return in_turn[: config.eval_sequences]
+    places = keyed_rng(seed, EVAL_ORDER).permutation(len(documents))[: config.eval_sequences]
+    if config.format == "text":
+        spans = [held_out_spans(documents[int(n)], config.seq_len, seed, int(n)) for n in places]
+        rounds = range(max(map(len, spans), default=0))
+        chosen = [of_one[n] for n in rounds for of_one in spans if n < len(of_one)]
+    else:
+        chosen = [answer_span(documents[int(place)], config.seq_len) for place in places]
+    return [s.without_targets(config.min_context) for s in chosen[: config.eval_sequences]]
 
 
 def stream_sequences(
@@ -244,7 +239,6 @@ class StreamSamples:
     def __init__(
         self, source: Source, encoder: Encoder, config: DataConfig, seed: int, head: int
     ) -> None:
-        """Starts the stream behind its first `head` documents."""
         self._source, self._encoder, self._config = source, encoder, config
         self._seed, self._head = seed, head
         self._restart()
@@ -271,7 +265,7 @@ class StreamSamples:
             self._position += 1
 
     def _sampler(self, item: Record | Encoded, index: int) -> Callable[[], Encoded]:
-        """Puts off tokenisation, so that a row that is never asked for costs nothing."""
+        """Puts off tokenization, so that a row that is never asked for costs nothing."""
 
         def sample() -> Encoded:
             document = item if isinstance(item, Encoded) else self._encoder([item])[0]
@@ -282,17 +276,15 @@ class StreamSamples:
     def _endless(self) -> Iterator[Record | Encoded]:
         while True:
             empty = True
-            for item in self._one_pass():
+            records = islice(filled_rows(self._source), self._head, None)
+            as_records = self._config.spans == "random" and self._config.short_texts == "pad"
+            for item in (
+                records if as_records else stream_sequences(records, self._encoder, self._config)
+            ):
                 empty = False
                 yield item
             if empty:
                 raise nothing_left(self._source, self._encoder, self._config, self._head)
-
-    def _one_pass(self) -> Iterator[Record] | Iterator[Encoded]:
-        records = islice(filled_rows(self._source), self._head, None)
-        if self._config.spans == "random" and self._config.short_texts == "pad":
-            return records
-        return stream_sequences(records, self._encoder, self._config)
 
 
 # --- Batches --------------------------------------------------------------------------------------
@@ -302,14 +294,13 @@ class TrainData:
     """Training batches by step."""
 
     def __init__(self, samples: MapSamples | StreamSamples, seq_len: int, pad_id: int) -> None:
-        """Keeps the samples, the width of a batch and the id that fills it."""
         self._samples, self._seq_len, self._pad_id = samples, seq_len, pad_id
 
     def batch(self, step: int, batch_size: int, rows: range | None = None) -> Batch:
         """Builds the batch of a step, or some of its rows.
 
         Args:
-            step: Optimiser step, from 0.
+            step: Optimizer step, from 0.
             batch_size: Sequences of the whole step, over ranks and accumulation.
             rows: The rows wanted, such as one rank's micro-batch; all by default.
         """
@@ -323,7 +314,6 @@ class EvalData:
     """The held-out sequences, the same at every evaluation."""
 
     def __init__(self, samples: Sequence[Encoded], seq_len: int, pad_id: int) -> None:
-        """Keeps the sequences, the width of a batch and the id that fills it."""
         self.samples, self._seq_len, self._pad_id = list(samples), seq_len, pad_id
 
     def __len__(self) -> int:
@@ -396,8 +386,12 @@ def build_data(
         # Seeds of generated problems overlap when they are close: start behind the training ones.
         behind, size = seed + config.size, config.eval_sequences
         held_out = open_source(config.eval, config, behind, "data.eval", size)
-    build = _build_stream if source.table is None else _build_map
-    samples, eval_samples, report = build(source, held_out, config, encoder, seed)
+    if source.table is None:
+        eval_samples, count = _evaluation(held_out or source, config, encoder, seed)
+        samples = StreamSamples(source, encoder, config, seed, head=0 if held_out else count)
+        report = DataReport(source.label, None, count, len(eval_samples))
+    else:
+        samples, eval_samples, report = _build_map(source, held_out, config, encoder, seed)
     assert eval_samples, "a source that opens gives a sequence"
     pad_id = padding_id(tokenizer)
     train_data = TrainData(samples, config.seq_len, pad_id)
@@ -405,23 +399,15 @@ def build_data(
     return train_data, EvalData(eval_samples, config.seq_len, pad_id), report
 
 
-def _build_stream(
-    source: Source, held_out: Source | None, config: DataConfig, encoder: Encoder, seed: int
-) -> tuple[StreamSamples, list[Encoded], DataReport]:
-    eval_samples, used = _eval_of(held_out or source, config, encoder, seed)
-    samples = StreamSamples(source, encoder, config, seed, head=0 if held_out else used)
-    return samples, eval_samples, DataReport(source.label, None, used, len(eval_samples))
-
-
-def _eval_of(
+def _evaluation(
     source: Source, config: DataConfig, encoder: Encoder, seed: int
 ) -> tuple[list[Encoded], int]:
+    """Returns the sequences of an evaluation, and how many documents they came from."""
     if source.table is None:
         return stream_head(source, encoder, config, seed)
     documents, _, _ = prepare(source, config, encoder)
-    count = len(documents)
-    chosen, _ = _join(documents, config, source.label)
-    return held_out_samples(chosen, config, seed), count
+    joined, _ = _join(documents, config, source.label)
+    return held_out_samples(joined, config, seed), len(documents)
 
 
 def _build_map(
@@ -429,14 +415,21 @@ def _build_map(
 ) -> tuple[MapSamples, list[Encoded], DataReport]:
     documents, dropped, skipped = prepare(source, config, encoder)
     if held_out is not None:
-        eval_samples, eval_count = _eval_of(held_out, config, encoder, seed)
+        eval_samples, eval_count = _evaluation(held_out, config, encoder, seed)
     else:
-        documents, kept_apart = split(documents, config.eval_fraction, seed, source.label)
-        eval_count = len(kept_apart)
-        apart, _ = _join(kept_apart, config, source.label)
-        eval_samples = held_out_samples(apart, config, seed)
+        documents, apart = split(documents, config.eval_fraction, seed, source.label)
+        joined, _ = _join(apart, config, source.label)
+        eval_samples, eval_count = held_out_samples(joined, config, seed), len(apart)
     sequences, skipped_chunks = _join(documents, config, source.label)
-    padded, truncated, tokens = _measure(sequences, config, seed)
+    exact = isinstance(sequences, EncodedTable)
+    if exact:
+        lengths, scale = sequences.lengths, 1.0
+    else:  # estimate from a few documents, since to tokenize all of them would take long
+        count = min(len(sequences), ESTIMATE_DOCUMENTS)
+        chosen = keyed_rng(seed, ESTIMATE).choice(len(sequences), count, replace=False)
+        lengths = np.asarray([len(sequences[int(index)]) for index in chosen])
+        scale = len(sequences) / count
+    longer = int((lengths > config.seq_len).sum() * scale)
     report = DataReport(
         source=source.label,
         documents=len(documents),
@@ -445,10 +438,10 @@ def _build_map(
         sequences=len(sequences),
         dropped_empty=dropped,
         skipped_short=skipped + skipped_chunks,
-        padded=padded,
-        truncated=truncated,
-        tokens=tokens,
-        exact=isinstance(sequences, EncodedTable),
+        padded=int((lengths < config.seq_len).sum() * scale),
+        truncated=0 if config.format == "text" else longer,
+        tokens=int(lengths.sum() * scale),
+        exact=exact,
     )
     return MapSamples(sequences, config, seed), eval_samples, report
 
@@ -477,17 +470,3 @@ def _join(documents: Documents, config: DataConfig, label: str) -> tuple[Documen
         return documents, 0
     assert isinstance(documents, EncodedTable), type(documents)
     return join_documents(documents, config, label)
-
-
-def _measure(documents: Documents, config: DataConfig, seed: int) -> tuple[int, int, int]:
-    """Counts, or estimates, padded and truncated sequences and tokens."""
-    if isinstance(documents, EncodedTable):
-        lengths, scale = documents.lengths, 1.0
-    else:
-        count = min(len(documents), ESTIMATE_DOCUMENTS)
-        chosen = keyed_rng(seed, ESTIMATE).choice(len(documents), count, replace=False)
-        lengths = np.asarray([len(documents[int(index)]) for index in chosen])
-        scale = len(documents) / count
-    padded = int((lengths < config.seq_len).sum() * scale)
-    longer = int((lengths > config.seq_len).sum() * scale)
-    return padded, 0 if config.format == "text" else longer, int(lengths.sum() * scale)

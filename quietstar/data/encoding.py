@@ -4,7 +4,6 @@ A table of up to `EXACT_BYTES` is tokenized once at the start and counted exactl
 tokenized document by document as training asks for it, unless an option needs every length.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -146,7 +145,7 @@ class Encoder:
 def _tokenize_fast(
     tokenizer: PreTrainedTokenizerBase, batch: list[list[Segment]], with_special: bool
 ) -> list[tuple[list[int], np.ndarray]]:
-    """Tokenises whole texts: a token belongs to an answer if it ends inside or behind its start.
+    """Tokenizes whole texts: a token belongs to an answer if it ends inside or behind its start.
 
     The text is cut as the tokenizer would by itself: a token across the joint of question and
     answer counts as the answer's.
@@ -180,7 +179,7 @@ def _tokenize_fast(
 def _tokenize_slow(
     tokenizer: PreTrainedTokenizerBase, batch: list[list[Segment]], with_special: bool
 ) -> list[tuple[list[int], np.ndarray]]:
-    """Tokenises segment by segment, for tokenizers that give no character offsets."""
+    """Tokenizes segment by segment, for tokenizers that give no character offsets."""
     special = tokenizer.encode("", add_special_tokens=True) if with_special else []
     bos = special[:1] if special and special[0] == tokenizer.bos_token_id else []
     pairs: list[tuple[list[int], np.ndarray]] = []
@@ -305,7 +304,7 @@ def chunks(documents: Iterable[Encoded], seq_len: int) -> Iterator[Encoded]:
 
 # --- Documents ------------------------------------------------------------------------------------
 
-EXACT_BYTES = 64 * 2**20  # half a minute of tokenisation on one slow core
+EXACT_BYTES = 64 * 2**20  # half a minute of tokenization on one slow core
 ENCODED = Features(
     {
         "ids": List(Value("int32")),
@@ -318,10 +317,9 @@ ENCODED = Features(
 
 
 class LazyDocuments:
-    """Documents that are tokenised when they are asked for; an empty one gives no tokens."""
+    """Documents that are tokenized when they are asked for; an empty one gives no tokens."""
 
     def __init__(self, records: Dataset, encoder: Encoder) -> None:
-        """Keeps the canonical records and what encodes them."""
         self._records, self._encoder = records, encoder
 
     def __len__(self) -> int:
@@ -329,7 +327,7 @@ class LazyDocuments:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Encoded:
-        """Tokenises one document."""
+        """Tokenizes one document."""
         return self._encoder([self._records[int(index)]])[0]
 
     def select(self, indices: Int[np.ndarray, " chosen"]) -> "LazyDocuments":
@@ -338,15 +336,15 @@ class LazyDocuments:
 
 
 class EncodedTable:
-    """Documents that were tokenised once, in memory or in a cached arrow file."""
+    """Documents that were tokenized once, in memory or in a cached arrow file."""
 
     def __init__(
         self, table: Dataset, lengths: Int[np.ndarray, " documents"] | None = None
     ) -> None:
-        """Keeps a table with the columns of `ENCODED`; lengths are counted unless given."""
         self._table = table.with_format("numpy")
         if lengths is None:
-            lengths = np.asarray([len(ids) for ids in _column(table, "ids")], np.int64)
+            batches: Any = self._table.select_columns(["ids"]).iter(batch_size=1000)
+            lengths = np.asarray([len(ids) for batch in batches for ids in batch["ids"]], np.int64)
         self.lengths = lengths
 
     def __len__(self) -> int:
@@ -356,9 +354,13 @@ class EncodedTable:
     def __getitem__(self, index: int) -> Encoded:
         """Returns one document."""
         row: Any = self._table[int(index)]
-        targets, answers = _bools(row["targets"]), _bools(row["answers"])
-        start, rationale = int(row["answer_start"]), _ids(row["rationale"])
-        return Encoded(_ids(row["ids"]), targets, answers, start, rationale)
+        return Encoded(
+            np.asarray(row["ids"], np.int32),
+            np.asarray(row["targets"], np.bool_),
+            np.asarray(row["answers"], np.bool_),
+            int(row["answer_start"]),
+            np.asarray(row["rationale"], np.int32),
+        )
 
     def select(self, indices: Int[np.ndarray, " chosen"]) -> "EncodedTable":
         """Returns the documents at these indices."""
@@ -368,9 +370,11 @@ class EncodedTable:
         """Joins the documents, a thousand at a time, and cuts them into chunks."""
 
         def join(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-            parts = zip(batch["ids"], batch["targets"], batch["answers"], strict=True)
-            documents = (Encoded(_ids(ids), _bools(t), _bools(a)) for ids, t, a in parts)
-            return _columns(list(chunks(documents, seq_len)))
+            ids = (np.asarray(row, np.int32) for row in batch["ids"])
+            masks = [
+                (np.asarray(row, np.bool_) for row in batch[k]) for k in ("targets", "answers")
+            ]
+            return _columns(list(chunks(map(Encoded, ids, *masks), seq_len)))
 
         return EncodedTable(_map(self._table, join))
 
@@ -378,24 +382,12 @@ class EncodedTable:
 Documents = EncodedTable | LazyDocuments
 
 
-def encode_table(records: Dataset, encoder: Encoder) -> EncodedTable:
-    """Tokenises every record of a table."""
-
-    def encode(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        rows = [
-            dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
-        ]
-        return _columns(encoder(rows))
-
-    return EncodedTable(_map(records, encode))
-
-
 def prepare(source: Source, config: DataConfig, encoder: Encoder) -> tuple[Documents, int, int]:
     """Turns a source's table into documents to train on or to hold out.
 
     Returns:
         The documents, how many empty ones were dropped and how many short ones were skipped
-        (0 and 0 where documents are tokenised on demand, which drops and skips nothing).
+        (0 and 0 where documents are tokenized on demand, which drops and skips nothing).
 
     Raises:
         UserError: If no document is left.
@@ -405,7 +397,12 @@ def prepare(source: Source, config: DataConfig, encoder: Encoder) -> tuple[Docum
     joined, skip = config.spans == "concatenate", config.short_texts == "skip"
     if not (joined or skip) and records.data.nbytes > EXACT_BYTES:
         return LazyDocuments(records, encoder), 0, 0
-    table = encode_table(records, encoder)
+
+    def encode(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        rows = zip(*batch.values(), strict=True)
+        return _columns(encoder([dict(zip(batch, row, strict=True)) for row in rows]))
+
+    table = EncodedTable(_map(records, encode))
     filled = table.lengths > 0
     long_enough = table.lengths >= (config.seq_len if skip and not joined else 1)
     if not filled.any():
@@ -443,19 +440,16 @@ def no_text_long_enough(label: str, seq_len: int, longest: int) -> UserError:
 
 
 def _columns(encoded: Sequence[Encoded]) -> dict[str, list[Any]]:
-    return {
-        "ids": [document.ids for document in encoded],
-        "targets": [document.targets for document in encoded],
-        "answers": [document.answers for document in encoded],
-        "answer_start": [document.answer_start for document in encoded],
-        "rationale": [document.rationale for document in encoded],
-    }
+    return {name: [getattr(document, name) for document in encoded] for name in ENCODED}
 
 
 def _map(table: Dataset, function: Any) -> Dataset:
     # The fingerprint of function and tokenizer names a cache file; in memory there is none.
     fingerprint = None if table.cache_files else generate_random_fingerprint()
-    with _quiet(table.data.nbytes <= EXACT_BYTES):
+    hide_bar = table.data.nbytes <= EXACT_BYTES and not datasets.are_progress_bars_disabled()
+    if hide_bar:
+        datasets.disable_progress_bars()
+    try:
         return table.map(
             function,
             batched=True,
@@ -463,29 +457,6 @@ def _map(table: Dataset, function: Any) -> Dataset:
             features=ENCODED,
             new_fingerprint=fingerprint,
         )
-
-
-def _column(table: Dataset, name: str) -> Iterator[Any]:
-    for batch in table.with_format("numpy").select_columns([name]).iter(batch_size=1000):
-        yield from batch[name]  # pyright: ignore[reportArgumentType, reportCallIssue]
-
-
-def _ids(values: Any) -> np.ndarray:
-    return np.asarray(values, np.int32)
-
-
-def _bools(values: Any) -> np.ndarray:
-    return np.asarray(values, np.bool_)
-
-
-@contextlib.contextmanager
-def _quiet(small: bool) -> Iterator[None]:
-    """Shows progress bars for long work only."""
-    if not small or datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
     finally:
-        datasets.enable_progress_bars()
+        if hide_bar:
+            datasets.enable_progress_bars()

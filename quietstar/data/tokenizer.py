@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_unicode(text: str, where: str) -> str:
-    """The text, if it is one that can be written as UTF-8.
+    """Returns a text that can be written as UTF-8.
 
     Raises:
-        UserError: It holds bytes that are none, or half of a surrogate pair.
+        UserError: If it holds bytes that are none, or half of a surrogate pair.
     """
     try:
         text.encode("utf-8")
@@ -86,7 +86,7 @@ def load_tokenizer(name: str, **hub_kwargs: Any) -> PreTrainedTokenizerBase:
     Args:
         name: `bytes` for the built-in byte-level tokenizer, `synthetic:<task>` for the words of
             a synthetic task, else a folder or a hub id.
-        **hub_kwargs: Handed to `AutoTokenizer.from_pretrained` (revision, token, ...).
+        **hub_kwargs: Arguments of `AutoTokenizer.from_pretrained` (revision, token, ...).
 
     Raises:
         UserError: If there is no such tokenizer.
@@ -138,7 +138,7 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def pad_left(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Ids and mask of texts that are to be continued, (batch, seq) each."""
+    """Pads texts to be continued on the left: ids and mask, (batch, seq) each."""
     width = max(map(len, rows))
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
