@@ -6,40 +6,19 @@ keys are errors, and so is a value of another type (the text ``"8"`` is no integ
 """
 
 from quietstar.config import rules as _rules  # noqa: F401  (registers the rules)
-from quietstar.config.schema import (
-    FIELDS,
-    SECTIONS,
-    Config,
-    CrossFieldProblem,
-    DataConfig,
-    LoggingConfig,
-    LossConfig,
-    MixingHeadConfig,
-    ModelConfig,
-    OptimConfig,
-    Section,
-    ThoughtsConfig,
-    TrainingConfig,
-    TuningConfig,
-    cross_field_problems,
-    is_stage_key,
-)
-
-__all__ = [
-    "FIELDS",
-    "SECTIONS",
-    "Config",
-    "CrossFieldProblem",
-    "DataConfig",
-    "LoggingConfig",
-    "LossConfig",
-    "MixingHeadConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "Section",
-    "ThoughtsConfig",
-    "TrainingConfig",
-    "TuningConfig",
-    "cross_field_problems",
-    "is_stage_key",
-]
+from quietstar.config.schema import FIELDS as FIELDS
+from quietstar.config.schema import SECTIONS as SECTIONS
+from quietstar.config.schema import Config as Config
+from quietstar.config.schema import CrossFieldProblem as CrossFieldProblem
+from quietstar.config.schema import DataConfig as DataConfig
+from quietstar.config.schema import LoggingConfig as LoggingConfig
+from quietstar.config.schema import LossConfig as LossConfig
+from quietstar.config.schema import MixingHeadConfig as MixingHeadConfig
+from quietstar.config.schema import ModelConfig as ModelConfig
+from quietstar.config.schema import OptimConfig as OptimConfig
+from quietstar.config.schema import Section as Section
+from quietstar.config.schema import ThoughtsConfig as ThoughtsConfig
+from quietstar.config.schema import TrainingConfig as TrainingConfig
+from quietstar.config.schema import TuningConfig as TuningConfig
+from quietstar.config.schema import cross_field_problems as cross_field_problems
+from quietstar.config.schema import is_stage_key as is_stage_key

@@ -49,46 +49,36 @@ RUN_CONTENTS = ("checkpoints", "final", "metrics.jsonl")
 _OPTIONS = ("config", "resume", "controls", "help")  # flags of the command line beside the keys
 _FLAG = re.compile(r"--[A-Za-z_][^=\s]*(=.*)?", re.DOTALL)  # `---` and `-1` are values
 
-_RENAMED_IN: Mapping[str, Mapping[str, str]] = {
-    "tuning": {
-        "lora_rank": "lora_r",
-        "lora_targets": "lora_target_modules",
-        "virtual_tokens": "num_virtual_tokens",
-        "galore_update_every": "galore_update_proj_gap",
-    },
-    "thoughts": {"source": "sampler", "share": "position_fraction"},
-    "data": {"steps_field": "rationale_field"},
-    "optim": {
-        "lr": "learning_rate",
-        "mixing_head_lr": "mixing_head_learning_rate",
-        "embedding_lr": "embedding_learning_rate",
-        "beta1": "adam_beta1",
-        "beta2": "adam_beta2",
-        "eps": "adam_epsilon",
-        "schedule": "lr_scheduler_type",
-        "clip_norm": "max_grad_norm",
-    },
-    "training": {
-        "steps": "max_steps",
-        "batch_size": "global_batch_size",
-        "precision": "mixed_precision",
-        "block_tokens": "learn_chunk_tokens",
-        "activation_checkpointing": "gradient_checkpointing",
-        "compile": "torch_compile",
-        "eval_every": "eval_steps",
-        "save_every": "save_steps",
-        "keep_checkpoints": "save_total_limit",
-        "overwrite": "overwrite_output_dir",
-    },
-    "logging": {
-        "trackers": "report_to",
-        "log_every": "logging_steps",
-        "thought_every": "thought_steps",
-    },
-}
 RENAMED: Mapping[str, str] = {
     "training.objective": "loss.objective",
-    **{f"{s}.{old}": f"{s}.{new}" for s, keys in _RENAMED_IN.items() for old, new in keys.items()},
+    "tuning.lora_rank": "tuning.lora_r",
+    "tuning.lora_targets": "tuning.lora_target_modules",
+    "tuning.virtual_tokens": "tuning.num_virtual_tokens",
+    "tuning.galore_update_every": "tuning.galore_update_proj_gap",
+    "thoughts.source": "thoughts.sampler",
+    "thoughts.share": "thoughts.position_fraction",
+    "data.steps_field": "data.rationale_field",
+    "optim.lr": "optim.learning_rate",
+    "optim.mixing_head_lr": "optim.mixing_head_learning_rate",
+    "optim.embedding_lr": "optim.embedding_learning_rate",
+    "optim.beta1": "optim.adam_beta1",
+    "optim.beta2": "optim.adam_beta2",
+    "optim.eps": "optim.adam_epsilon",
+    "optim.schedule": "optim.lr_scheduler_type",
+    "optim.clip_norm": "optim.max_grad_norm",
+    "training.steps": "training.max_steps",
+    "training.batch_size": "training.global_batch_size",
+    "training.precision": "training.mixed_precision",
+    "training.block_tokens": "training.learn_chunk_tokens",
+    "training.activation_checkpointing": "training.gradient_checkpointing",
+    "training.compile": "training.torch_compile",
+    "training.eval_every": "training.eval_steps",
+    "training.save_every": "training.save_steps",
+    "training.keep_checkpoints": "training.save_total_limit",
+    "training.overwrite": "training.overwrite_output_dir",
+    "logging.trackers": "logging.report_to",
+    "logging.log_every": "logging.logging_steps",
+    "logging.thought_every": "logging.thought_steps",
 }
 """Keys of earlier versions, and their names of today."""
 
@@ -246,7 +236,7 @@ class _Reader:
         if not isinstance(stages, dict):
             message = "must be a mapping of stages; write `stages:` with `think:` below it"
             where = f"{shown}:{lines['stages']}"
-            self.problems.append(f"{where}: stages: {shown_value(stages)} {message}")
+            self._report("stages", f"{shown_value(stages)} {message}", where)
             return
         for stage, sections in stages.items():
             self.stages[str(stage)] = {}
@@ -254,9 +244,8 @@ class _Reader:
                 prefix = f"stages.{stage}."
                 self._read_sections(sections, lines, shown, self.stages[str(stage)], prefix)
             elif sections is not None:
-                message = "must be a mapping of sections, such as thoughts"
-                where = f"{shown}:{lines[f'stages.{stage}']}"
-                self.problems.append(f"{where}: stages.{stage}: {shown_value(sections)} {message}")
+                message = f"{shown_value(sections)} must be a mapping of sections, such as thoughts"
+                self._report(f"stages.{stage}", message, f"{shown}:{lines[f'stages.{stage}']}")
 
     def _read_sections(
         self,
@@ -273,29 +262,25 @@ class _Reader:
                 for name, value in body.items():
                     key = f"{section}.{name}"
                     source = f"{shown}:{lines.get(f'{prefix}{key}', line)}"
-                    self._take(key, Setting(value, source, prefix), settings)
+                    if key not in FIELDS:
+                        self._report(f"{prefix}{key}", self._unknown(key), source)
+                    elif prefix and not is_stage_key(key):
+                        message = f"holds for the whole run; set {key} outside of stages"
+                        self._report(f"{prefix}{key}", message, source)
+                    else:
+                        settings[key] = Setting(value, source, prefix)
             elif section in SECTIONS and body is not None:  # an empty section sets nothing
                 message = f"must be a mapping of keys, such as {keys_of(section)[0]}"
-                self.problems.append(f"{source}: {prefix}{section}: {shown_value(body)} {message}")
+                self._report(f"{prefix}{section}", f"{shown_value(body)} {message}", source)
             elif section in FIELDS:
                 parent, _, name = section.partition(".")
                 self.misspelt.add(section)
                 message = f"unknown section; write `{parent}:` and `{name}:` below it"
-                self.problems.append(f"{source}: {section}: {message}")
+                self._report(section, message, source)
             elif section not in SECTIONS:
                 meant = closest(str(section), list(Config.model_fields))
                 self.misspelt.update(keys_of(meant) if meant else ())
-                message = f"unknown section{did_you_mean(meant)}"
-                self.problems.append(f"{source}: {section}: {message}")
-
-    def _take(self, key: str, setting: Setting, settings: Settings) -> None:
-        where = f"{setting.source}: {setting.prefix}{key}"
-        if key not in FIELDS:
-            self.problems.append(f"{where}: {self._unknown(key)}")
-        elif setting.prefix and not is_stage_key(key):
-            self.problems.append(f"{where}: holds for the whole run; set {key} outside of stages")
-        else:
-            settings[key] = setting
+                self._report(section, f"unknown section{did_you_mean(meant)}", source)
 
     def _unknown(
         self, name: str, before: str = "", candidates: Sequence[str] = tuple(FIELDS)
@@ -334,8 +319,8 @@ class _Reader:
                 return prefix, name.removeprefix(prefix), settings
         return "", name, self.settings
 
-    def _report(self, name: str, message: str) -> None:
-        self.problems.append(f"{COMMAND_LINE}: {name}: {message}")
+    def _report(self, name: str, message: str, source: str = COMMAND_LINE) -> None:
+        self.problems.append(f"{source}: {name}: {message}")
 
     def _split_flags(self, arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
         rest = list(arguments)

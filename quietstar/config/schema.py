@@ -25,23 +25,20 @@ class Section(BaseModel):
     """Base of all sections: frozen, strict types, no unknown keys, finite numbers."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Puts each description on one line, as messages and the help need it."""
+        """Puts each description on one line; a section is described by its own docstring."""
         super().__pydantic_init_subclass__(**kwargs)
         for field in cls.model_fields.values():
-            field.description = " ".join((field.description or "").split())
+            text = field.description or getattr(field.annotation, "__doc__", None) or ""
+            field.description = " ".join(text.split())
 
 
 class ModelConfig(Section):
-    """The base model."""
+    """The base model: pretrained (name_or_path), or with random weights (config)."""
 
     name_or_path: Text | None = None
     """Hub id or folder of the pretrained model (or set model.config instead)."""
@@ -63,19 +60,12 @@ class ModelConfig(Section):
 class TuningConfig(Section):
     """Which weights of the base model train."""
 
+    # fmt: off
     method: Literal[
-        "full",
-        "lora",
-        "rslora",
-        "dora",
-        "qlora",
-        "ia3",
-        "houlsby",
-        "mlp_adapter",
-        "prompt",
-        "prefix",
-        "galore",
+        "full", "lora", "rslora", "dora", "qlora", "ia3", "houlsby", "mlp_adapter", "prompt",
+        "prefix", "galore",
     ] = "full"
+    # fmt: on
     """Train all weights of the base model, or a small addition to frozen ones: low-rank adapters
     (plain, rank-stabilized, with magnitudes, on 4-bit weights), scales (ia3), bottleneck adapters
     (after attention and MLP, or MLP only), virtual tokens (prompt: their embeddings; prefix: their
@@ -328,22 +318,20 @@ CROSS_FIELD_ERROR = "cross_field"  # type of the pydantic error that carries the
 
 Stages = dict[str, dict[str, dict[str, Any]]]
 
-RUN_SECTIONS = frozenset({"model", "tuning", "logging"})
-_RUN_KEYS: Mapping[str, tuple[str, ...]] = {
-    "mixing_head": ("activation", "initial_weight", "hidden_size", "floor"),
-    "training": (
-        *("mixed_precision", "cpu_threads", "learn_chunk_tokens", "gradient_checkpointing"),
-        *("torch_compile", "seed", "save_steps", "save_total_limit"),
-        *("output_dir", "overwrite_output_dir"),
-    ),
+# Keys that hold for the whole run; a stage may change all others.
+_RUN_SECTIONS = ("model", "tuning", "logging")
+_RUN_KEYS = {
+    *(f"mixing_head.{name}" for name in ("activation", "initial_weight", "hidden_size", "floor")),
+    *("training.mixed_precision", "training.cpu_threads", "training.learn_chunk_tokens"),
+    *("training.gradient_checkpointing", "training.torch_compile", "training.seed"),
+    *("training.save_steps", "training.save_total_limit"),
+    *("training.output_dir", "training.overwrite_output_dir"),
 }
-RUN_KEYS = frozenset(f"{section}.{name}" for section, ks in _RUN_KEYS.items() for name in ks)
-"""Keys that hold for the whole run; a stage may change all others."""
 
 
 def is_stage_key(key: str) -> bool:
     """Tells whether a stage may change this key."""
-    return key.partition(".")[0] not in RUN_SECTIONS and key not in RUN_KEYS
+    return key.partition(".")[0] not in _RUN_SECTIONS and key not in _RUN_KEYS
 
 
 class Config(Section):
@@ -357,23 +345,14 @@ class Config(Section):
     """
 
     model: ModelConfig = Field(default_factory=ModelConfig)
-    """The base model: pretrained (name_or_path), or with random weights (config)."""
     tuning: TuningConfig = Field(default_factory=TuningConfig)
-    """Which weights of the base model train."""
     thoughts: ThoughtsConfig = Field(default_factory=ThoughtsConfig)
-    """Where the model thinks, how long, how often, and how thoughts are sampled."""
     mixing_head: MixingHeadConfig = Field(default_factory=MixingHeadConfig)
-    """How far the thought's prediction replaces the base prediction."""
     loss: LossConfig = Field(default_factory=LossConfig)
-    """The objective, the terms of the loss, and the policy gradient."""
     data: DataConfig = Field(default_factory=DataConfig)
-    """The text, and how it is cut into sequences."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
-    """AdamW and its schedule."""
     training: TrainingConfig = Field(default_factory=TrainingConfig)
-    """Steps, batch, precision, checkpoints."""
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
-    """What is reported, where and how often."""
     stages: Stages = Field(default_factory=dict)
     """Stages of the run by name, in order, each with the keys it changes; none means that the run
     is one stage."""

@@ -15,7 +15,9 @@ from ruamel.yaml.representer import SafeRepresenter
 
 MOST_VALUES = 10_000  # with every alias written out; shipped configs have fewer than 100
 
-_PLAIN_TYPES = ("null", "bool", "int", "float", "str", "seq", "map")
+_TAG = "tag:yaml.org,2002:"
+_PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
+_READ_AS_TEXT = ("timestamp", "value", "merge")
 # Plain text that YAML 1.1, which PyYAML reads, takes for a boolean, a date or a number.
 _OTHERWISE_IN_YAML_1_1 = re.compile(r"(?i:y|yes|n|no|on|off)|[-+.\d][-+.:_\d]*")
 
@@ -49,18 +51,11 @@ class Document(NamedTuple):
 class _Constructor(SafeConstructor):
     """Makes plain data only; dates stay text."""
 
-
-_Constructor.yaml_constructors = {
-    None: SafeConstructor.construct_undefined,
-    **{
-        f"tag:yaml.org,2002:{name}": getattr(SafeConstructor, f"construct_yaml_{name}")
-        for name in _PLAIN_TYPES
-    },
-    **{
-        f"tag:yaml.org,2002:{name}": SafeConstructor.construct_yaml_str
-        for name in ("timestamp", "value", "merge")
-    },
-}
+    yaml_constructors = {  # noqa: RUF012  (ruamel's own attribute)
+        None: SafeConstructor.construct_undefined,
+        **{_TAG + name: getattr(SafeConstructor, f"construct_yaml_{name}") for name in _PLAIN},
+        **{_TAG + name: SafeConstructor.construct_yaml_str for name in _READ_AS_TEXT},
+    }
 
 
 class _Representer(SafeRepresenter):
@@ -70,21 +65,21 @@ class _Representer(SafeRepresenter):
         """Writes out a value that stands twice twice."""
         return True
 
-    def represent_text(self, data: str) -> ScalarNode:
-        """Quotes what YAML 1.1 takes for something else than text."""
-        style = "'" if _OTHERWISE_IN_YAML_1_1.fullmatch(data) else None
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
-    def represent_number(self, data: float) -> ScalarNode:
-        """Writes 1e-7 as 1.0e-7, which YAML 1.1 would take for text otherwise."""
-        node = self.represent_float(data)
-        if "." not in node.value:
-            node.value = node.value.replace("e", ".0e", 1)
-        return node
+def _represent_text(representer: _Representer, data: str) -> ScalarNode:
+    style = "'" if _OTHERWISE_IN_YAML_1_1.fullmatch(data) else None
+    return representer.represent_scalar(_TAG + "str", data, style=style)
 
 
-_Representer.add_representer(str, _Representer.represent_text)
-_Representer.add_representer(float, _Representer.represent_number)
+def _represent_number(representer: _Representer, data: float) -> ScalarNode:
+    node = representer.represent_float(data)
+    if "." not in node.value:  # YAML 1.1 takes 1e-7 for text, and 1.0e-7 for a number
+        node.value = node.value.replace("e", ".0e", 1)
+    return node
+
+
+_Representer.add_representer(str, _represent_text)
+_Representer.add_representer(float, _represent_number)
 
 
 def parse(text: str) -> Document:
