@@ -1,6 +1,7 @@
 """The console command: help, exit codes, and that mistakes end in one line without torch."""
 
 import os
+import re
 import subprocess
 import sys
 import types
@@ -15,6 +16,7 @@ from quietstar.config import FIELDS
 from quietstar.config.loading import load_config
 from quietstar.config.messages import type_text
 from quietstar.errors import UserError
+from quietstar.model.tuning.peft_methods import require_peft
 
 ROOT = Path(__file__).parents[1]
 
@@ -267,3 +269,67 @@ def test_options_stand_among_the_keys_of_a_config(runs, capsys):
     arguments = ["--thoughts.length", "9", "--config", "demo", "--resume=auto"]
     assert cli.main(["train", *arguments]) is None
     assert runs == [(load_config("demo", ["--thoughts.length", "9"]), "auto")]
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "arguments"),
+    [
+        ("scipy", "eval", ["eval", "--help"]),
+        ("lm_eval", "lm-eval", ["lm-eval", "ls"]),
+    ],
+)
+def test_a_missing_package_is_one_line_that_names_its_extra(module, extra, arguments):
+    code = (
+        f"import sys; sys.modules[{module!r}] = None; from quietstar.cli.main import main;"
+        f"sys.exit(main({arguments}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    assert f"pip install 'quietstar[{extra}]'" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_adapters_without_peft_are_one_line_that_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"pip install 'quietstar\[peft\]'"):
+        require_peft()
+
+
+EXTRA_MODULES = ("peft", "scipy", "reasoning_gym", "lm_eval", "bitsandbytes", "galore_torch",
+                 "deepspeed", "psutil")  # fmt: skip
+
+
+def test_the_demo_needs_required_packages_only(tmp_path):
+    arguments = ["train", "--training.max_steps", "1", "--data.size", "100"]
+    arguments += ["--data.eval_sequences", "8", "--training.output_dir", str(tmp_path / "run")]
+    code = f"""
+import sys
+from importlib.machinery import PathFinder
+
+class Hiding(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        hidden = name.partition(".")[0] in {EXTRA_MODULES}
+        return None if hidden else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
+from quietstar.cli.main import main
+sys.exit(main({arguments}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report.html").exists()
+    assert list((tmp_path / "run" / "tensorboard").rglob("events.*"))
+
+
+def test_required_packages_are_at_most_14_and_every_extra_in_an_error_exists():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    required = re.search(r"^dependencies = \[\n(.*?)^\]", project, re.S | re.M).group(1)
+    assert 10 < len(required.splitlines()) <= 14
+    extras = re.search(r"^\[project.optional-dependencies\]\n(.*?)^\[", project, re.S | re.M).group(
+        1
+    )
+    names = set(re.findall(r"^([\w-]+) = ", extras, re.M))
+    package = "".join(file.read_text("utf-8") for file in (ROOT / "quietstar").rglob("*.py"))
+    named = set(re.findall(r"quietstar\[([\w-]+)\]", package)) | set(cli.EXTRAS.values())
+    assert {"eval", "peft", "tasks"} <= named <= names

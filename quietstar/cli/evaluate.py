@@ -195,7 +195,8 @@ def _settings(args: argparse.Namespace, protocol: Protocol) -> dict[str, Any]:
 def _environment(model: QuietStarForCausalLM) -> dict[str, Any]:
     """Return versions and machine."""
     dtype = next(model.causal_lm.parameters()).dtype
-    versions = {name: metadata.version(name) for name in PACKAGES}
+    installed = {d.name: d.version for d in metadata.distributions() if d.name in PACKAGES}
+    versions = {name: installed[name] for name in PACKAGES if name in installed}
     return {
         "quietstar": __version__, **versions, "python": platform.python_version(),
         "platform": platform.platform(), "device": model.device.type,

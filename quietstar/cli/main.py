@@ -32,6 +32,15 @@ COMMANDS = {
     "merge": ("merge", "Merge adapters into their base: quietstar merge --model DIR --out DIR"),
 }
 """By name: the module of ``quietstar.cli``, whose ``main`` takes the arguments, and a summary."""
+EXTRAS = {
+    "lm_eval": "lm-eval",
+    "pandas": "pandas",
+    "peft": "peft",
+    "reasoning_gym": "tasks",
+    "scipy": "eval",
+    "tqdm": "lm-eval",
+}
+"""By module: the extra of this package that installs it."""
 RESUME_HINTS = {
     "train": "; --resume auto continues from a checkpoint",
     "eval": "; the same command continues from the finished items, if it has --out",
@@ -76,6 +85,14 @@ def run_command(
         if launched_rank() == 0:
             _print_line(f"interrupted{resume_hint}")
         return EXIT_INTERRUPTED
+    except ModuleNotFoundError as problem:
+        module = (problem.name or "").partition(".")[0]
+        if module not in EXTRAS:
+            raise
+        remedy = f"pip install 'quietstar[{EXTRAS[module]}]'"
+        _print_error(UserError(f"this needs {module}, which is not installed; {remedy}"),
+                     launched_rank())  # fmt: skip
+        return EXIT_USER_ERROR
     except SystemExit as stop:  # argparse, after --help
         if stop.code:
             raise

@@ -30,10 +30,10 @@ from quietstar.config.messages import (
 from quietstar.config.presets import resolve_config_file
 from quietstar.config.rules import GYM, SYNTHETIC
 from quietstar.config.schema import (
-    CROSS_FIELD_ERROR,
     FIELDS,
     SECTIONS,
     Config,
+    CrossFieldError,
     CrossFieldProblem,
     is_stage_key,
     keys_of,
@@ -460,6 +460,7 @@ def _try(
         return Config.model_validate(_nested(settings)), [], []
     except ValidationError as error:
         details = error.errors(include_url=False)
-        if details[0]["type"] == CROSS_FIELD_ERROR:
-            return None, [], details[0].get("ctx", {})["problems"]
+        problem = details[0].get("ctx", {}).get("error")
+        if isinstance(problem, CrossFieldError):
+            return None, [], problem.problems
         return None, details, []

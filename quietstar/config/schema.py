@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 AtLeastZero = Annotated[int, Field(ge=0)]
@@ -314,7 +313,14 @@ class CrossFieldProblem(NamedTuple):
 RULES: list[Callable[["Config"], Iterator[CrossFieldProblem]]] = []
 """The rules between keys; `quietstar.config.rules` fills the list, so that it may import us."""
 
-CROSS_FIELD_ERROR = "cross_field"  # type of the pydantic error that carries the problems
+
+class CrossFieldError(ValueError):
+    """Carries the broken rules between keys through pydantic."""
+
+    def __init__(self, problems: list[CrossFieldProblem]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(f"{problem.keys[0]}: {problem.message}" for problem in problems))
+
 
 Stages = dict[str, dict[str, dict[str, Any]]]
 
@@ -366,9 +372,7 @@ class Config(Section):
         if self.stages:
             self.stage_configs()  # each checks its own fields and rules
         elif problems := cross_field_problems(self):
-            lines = "\n".join(f"{problem.keys[0]}: {problem.message}" for problem in problems)
-            context = {"lines": lines, "problems": problems}
-            raise PydanticCustomError(CROSS_FIELD_ERROR, "{lines}", context)
+            raise CrossFieldError(problems)
         return self
 
     def stage_configs(self) -> dict[str, "Config"]:

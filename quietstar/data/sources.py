@@ -445,9 +445,7 @@ def _create_problems(label: str, task: str, config: DataConfig, seed: int, size:
             import reasoning_gym
             from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise UserError(
-            f"{label}: needs the package reasoning-gym: run `pip install reasoning-gym`"
-        ) from error
+        raise UserError(f"{label}: needs reasoning-gym: pip install 'quietstar[tasks]'") from error
     if task not in DATASETS:
         hint = did_you_mean(closest(task, list(DATASETS), SIMILAR_NAME))
         raise UserError(f"{label}: reasoning_gym has no task {task!r}{hint}")

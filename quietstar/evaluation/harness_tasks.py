@@ -137,7 +137,7 @@ def find_harness_task(name: str, include: str | None) -> HarnessTask:
         return HarnessTask(name, include)
     meant = did_you_mean(closest(name, [*TASKS, *known]))
     harness = "those of lm-evaluation-harness" if known else (
-        "with pip install 'quietstar[eval]' those of lm-evaluation-harness"
+        "with pip install 'quietstar[lm-eval]' those of lm-evaluation-harness"
     )  # fmt: skip
     raise UserError(
         f"--tasks: there is no task {name}{meant}; known: {', '.join(TASKS)}, FILE.jsonl with "

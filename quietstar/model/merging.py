@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -17,6 +16,7 @@ from quietstar.model import saving
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.self_check import check_architecture, use_thinking_attention
 from quietstar.model.tuning import PEFT_METHODS
+from quietstar.model.tuning.peft_methods import require_peft
 
 _MERGED = TuningConfig(method="full")
 
@@ -47,7 +47,7 @@ def merge(folder: Path, out: Path, **hub: Any) -> Path:
     )
     check_architecture(base)
     use_thinking_attention(base)
-    adapted = peft.PeftModel.from_pretrained(base, folder)
+    adapted = require_peft().PeftModel.from_pretrained(base, folder)
     own = load_file(folder / saving.WEIGHTS_FILE)
     prefix = saving.LANGUAGE_MODEL
     beside = {n.removeprefix(prefix): own.pop(n) for n in list(own) if n.startswith(prefix)}

@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import peft
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +21,7 @@ from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig, Tunin
 from quietstar.errors import UserError
 from quietstar.model.self_check import check_architecture, use_thinking_attention
 from quietstar.model.tuning import PEFT_METHODS, WHOLE, apply_tuning, beside_peft, unfreeze
-from quietstar.model.tuning.peft_methods import keep_gradients_of_4bit, quantization
+from quietstar.model.tuning.peft_methods import keep_gradients_of_4bit, quantization, require_peft
 
 if TYPE_CHECKING:
     from quietstar.model.quiet_star import QuietStarForCausalLM
@@ -144,7 +143,7 @@ def _tuned(
     """The language model as it was trained; what is not PEFT's is loaded with the own weights."""
     if tuning.method not in PEFT_METHODS:
         return apply_tuning(base, tuning)
-    model = peft.PeftModel.from_pretrained(base, folder, is_trainable=trainable)
+    model = require_peft().PeftModel.from_pretrained(base, folder, is_trainable=trainable)
     if trainable:
         unfreeze(model, tuning.unfreeze)
     return model
@@ -173,6 +172,6 @@ def read_settings(folder: Path) -> dict[str, Any]:
             f"reads ({FORMAT_VERSION}). Upgrade quietstar."
         )
     if settings["format_version"] == 1:  # knew full tuning and LoRA only
-        is_lora = (folder / peft.utils.CONFIG_NAME).exists()
+        is_lora = (folder / "adapter_config.json").exists()
         settings["tuning"] = {"method": "lora" if is_lora else "full"}
     return settings

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from scipy import stats
+import math
+from statistics import NormalDist
 
 MISSING = "–"
 
@@ -47,5 +48,9 @@ def duration(seconds: float) -> str:
 
 def wilson(share: float, n: float) -> tuple[float, float]:
     """Return the 95% score interval of a share of ``n`` (Wilson 1927)."""
-    result = stats.binomtest(round(share * n), round(n)).proportion_ci(0.95, method="wilson")
-    return float(result.low), float(result.high)
+    n = round(n)
+    share = round(share * n) / n
+    z = NormalDist().inv_cdf(0.975)
+    center = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, center - half), min(1.0, center + half)

@@ -34,7 +34,7 @@ def build_optimizer(
             from galore_torch import GaLoreAdamW
     except ImportError as problem:
         raise UserError(
-            "tuning.method: galore needs galore-torch: pip install galore-torch, or set "
+            "tuning.method: galore needs galore-torch: pip install 'quietstar[galore]', or set "
             "tuning.method: full"
         ) from problem
     groups: Any = parameter_groups(model, config, tuning)

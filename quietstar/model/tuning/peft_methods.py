@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import peft
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,6 +17,22 @@ _KEYS_AND_VALUES = ("k_proj", "v_proj", "query_key_value", "c_attn", "qkv_proj",
 _MLP_OUTPUT = ("down_proj", "fc2", "fc_out", "dense_4h_to_h", "w2", "mlp.c_proj", "output.dense")
 
 
+def require_peft() -> Any:
+    """Import PEFT, which is an extra.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        import peft
+    except ImportError as problem:
+        raise UserError(
+            f"tuning.method: adapters need PEFT ({problem}): pip install 'quietstar[peft]', or set "
+            "another method"
+        ) from problem
+    return peft
+
+
 def add_peft(model: PreTrainedModel, tuning: TuningConfig) -> nn.Module:
     """The PEFT model of the method around ``model``.
 
@@ -24,7 +41,7 @@ def add_peft(model: PreTrainedModel, tuning: TuningConfig) -> nn.Module:
     """
     config = _ia3(model, tuning) if tuning.method == "ia3" else _lora(tuning)
     try:
-        return peft.get_peft_model(model, config, autocast_adapter_dtype=True)
+        return require_peft().get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as problem:
         raise UserError(
             f"tuning.lora_target_modules: {tuning.lora_target_modules} fits no layer of "
@@ -32,8 +49,8 @@ def add_peft(model: PreTrainedModel, tuning: TuningConfig) -> nn.Module:
         ) from problem
 
 
-def _lora(tuning: TuningConfig) -> peft.LoraConfig:
-    return peft.LoraConfig(
+def _lora(tuning: TuningConfig) -> Any:
+    return require_peft().LoraConfig(
         task_type="CAUSAL_LM",
         r=tuning.lora_r,
         lora_alpha=tuning.lora_alpha,  # pyright: ignore[reportArgumentType]  (floats work)
@@ -44,12 +61,12 @@ def _lora(tuning: TuningConfig) -> peft.LoraConfig:
     )
 
 
-def _ia3(model: PreTrainedModel, tuning: TuningConfig) -> peft.IA3Config:
+def _ia3(model: PreTrainedModel, tuning: TuningConfig) -> Any:
     """Scales of keys, values and the MLP's inner activations (Liu et al. 2022)."""
     names = [name for name, module in model.named_modules() if is_linear(module)]
     inner = _ending(names, _MLP_OUTPUT)
     targets = tuning.lora_target_modules or [*_ending(names, _KEYS_AND_VALUES), *inner]
-    return peft.IA3Config(
+    return require_peft().IA3Config(
         task_type="CAUSAL_LM",
         target_modules=targets,
         feedforward_modules=[name for name in inner if name in targets],
@@ -93,7 +110,7 @@ def quantization(tuning: TuningConfig):
         import bitsandbytes  # noqa: F401
     except ImportError as problem:
         raise UserError(
-            "tuning.method: qlora needs bitsandbytes: pip install bitsandbytes, or set "
+            "tuning.method: qlora needs bitsandbytes: pip install 'quietstar[qlora]', or set "
             "tuning.method: lora"
         ) from problem
     from transformers import BitsAndBytesConfig
