@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from launching import launch, marked
 from test_stages import staged_config
 from tiny import run_config
 
+from quietstar.config.loading import save_config
 from quietstar.errors import UserError
 from quietstar.reports import write_report
 from quietstar.training.controls import (
@@ -13,7 +15,7 @@ from quietstar.training.controls import (
     check_comparable,
     matched_steps,
     run_controls,
-    summarise,
+    summarize,
     variant,
 )
 
@@ -57,7 +59,7 @@ def results(full, other):
 
 
 def test_means_and_intervals_over_seeds():
-    summary = summarise({0: results(0.9, 0.2), 1: results(1.0, 0.1), 2: results(0.8, 0.3)})
+    summary = summarize({0: results(0.9, 0.2), 1: results(1.0, 0.1), 2: results(0.8, 0.3)})
     full = summary["variants"][0]
     # Mean 0.9, standard error 0.1 / sqrt(3), t(0.975, 2) = 4.3027.
     assert full["mean"] == pytest.approx(0.9)
@@ -72,7 +74,7 @@ def test_means_and_intervals_over_seeds():
 
 
 def test_one_seed_has_no_interval():
-    summary = summarise({0: results(0.9, 0.2)})
+    summary = summarize({0: results(0.9, 0.2)})
     assert summary["variants"][0]["ci95"] is None
 
 
@@ -101,3 +103,21 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     first = next(iter(config.stage_configs().values()))
     with pytest.raises(UserError, match="--controls: the last stage has"):
         check_comparable(config, first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [marked("zero2")])
+def test_controls_on_two_processes_give_those_of_one(strategy, tmp_path):
+    """The variants run one after another in the same processes, and rank 0 alone writes."""
+    folder = tmp_path / "two"
+    config = staged_config(folder, training__save_steps=0, training__micro_batch_size=2)
+    save_config(config, tmp_path / "config.yaml")
+    launch(strategy, tmp_path / "config.yaml", folder, "--controls", "1")
+    run_controls(config.model_copy(update={"training": config.training.model_copy(
+        update={"output_dir": str(tmp_path / "one")})}), 1)  # fmt: skip
+    two, one = (
+        json.loads((tmp_path / name / "controls.json").read_text(encoding="utf-8"))
+        for name in ("two_controls", "one_controls")
+    )
+    assert two == one
+    assert not list(tmp_path.rglob("*.partial"))

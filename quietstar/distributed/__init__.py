@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 
 from quietstar.config import Config
 from quietstar.distributed.fsdp import FSDP2Strategy, wants_fsdp
-from quietstar.distributed.strategies import Strategy
+from quietstar.distributed.strategies import Strategy, from_main_process
 from quietstar.distributed.wrapped import GROUPS, Group, ModelProxy, WrappedModule, group_of
 from quietstar.distributed.zero import DeepSpeedStrategy
 
@@ -23,6 +23,7 @@ __all__ = [
     "Strategy",
     "WrappedModule",
     "build_strategy",
+    "from_main_process",
     "group_of",
     "wants_fsdp",
 ]

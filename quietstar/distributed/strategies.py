@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,6 +19,7 @@ from quietstar.config import Config
 from quietstar.distributed.wrapped import GROUPS, WrappedModule, group_of
 from quietstar.errors import UserError
 
+T = TypeVar("T")
 WEIGHTS_FILE = "trainable.safetensors"
 NOT_SHARDED = {
     "galore": "projects whole gradients, which are sharded",
@@ -209,6 +211,24 @@ class Strategy:
     def load(self, folder: Path, prepared: nn.Module, optimizer: Optimizer) -> None:
         """Reads what `save` wrote."""
         self.accelerator.load_state(str(folder))
+
+
+def from_main_process(accelerator: Accelerator, call: Callable[[], T]) -> T:
+    """Calls a function on the main process; all processes return its result or raise its error.
+
+    Raises:
+        UserError: The function raised it.
+    """
+    results: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            results = [call()]
+        except UserError as error:
+            results = [error]
+    broadcast_object_list(results)
+    if isinstance(results[0], UserError):
+        raise results[0]
+    return results[0]
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:

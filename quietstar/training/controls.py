@@ -1,9 +1,9 @@
-"""Controls: is it the thinking? The last stage of a run again without one of its parts.
+"""Controls: does the thinking make the difference? The last stage again without one of its parts.
 
-Each starts from the same weights, for several seeds:
+All variants start from the same weights, and are trained for several seeds:
 
 - ``full``: the stage as it is.
-- ``no_thoughts``: plain language modelling with as many tokens through the model.
+- ``no_thoughts``: plain language modeling with as many tokens through the model.
 - ``pause``: constant tokens in place of thoughts.
 - ``no_reinforce``: thoughts, but no REINFORCE (policy weight 0).
 - ``first_thoughts``: the model of ``full`` reads the thoughts of the model before the stage.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
@@ -25,7 +26,8 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import Config
 from quietstar.config.loading import load_config, save_config
-from quietstar.data import Batch, build_data, load_tokenizer
+from quietstar.data import build_data, load_tokenizer
+from quietstar.distributed import from_main_process
 from quietstar.errors import UserError
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.sampling.positions import count_positions
@@ -34,6 +36,7 @@ from quietstar.training.evaluation import chosen_positions
 from quietstar.training.folder import CONFIG_FILE, FINAL_FOLDER, check_same_run
 from quietstar.training.results import RESULTS_FILE
 from quietstar.training.run import run_training
+from quietstar.training.setup import build_accelerator
 
 CONTROLS_FILE = "controls.json"
 COUNTED_STEPS = 20
@@ -46,15 +49,19 @@ LABELS = {
     "first_thoughts": "thoughts of the model before",
 }
 TRAINED = ("full", "no_thoughts", "pause", "no_reinforce")
+OnReport = Callable[[Path], object]
 
 
-def run_controls(
-    config: Config, num_seeds: int, on_report: Callable[[Path], object] | None = None
-) -> Path:
-    """Train all variants for every seed; returns the folder of the comparison.
+def run_controls(config: Config, num_seeds: int, on_report: OnReport | None = None) -> Path:
+    """Trains all variants for every seed and compares them; returns the folder of the comparison.
 
-    What an interrupted call has finished is kept, and what it was at goes on. ``on_report`` is
-    called with the folder at the end.
+    An interrupted call goes on: finished variants are kept, the current one resumes. All processes
+    of a launch take part in every variant, and the main process alone writes the comparison.
+
+    Args:
+        config: Config of the whole run; its last stage is compared.
+        num_seeds: Number of seeds, counted up from ``training.seed``.
+        on_report: Callback on the main process, with each run folder whose figures changed.
 
     Raises:
         UserError: The last stage does not think, its texts have no answers, or training fails.
@@ -62,22 +69,54 @@ def run_controls(
     stage = list(config.stage_configs().values())[-1]
     check_comparable(config, stage)
     root = Path(f"{config.training.output_dir}_controls")
-    seeds = [config.training.seed + index for index in range(num_seeds)]
-    results = {seed: _run_seed(config, stage, root, seed) for seed in seeds}
-    summary = summarise(results)
-    save_config(config, root / CONFIG_FILE)
-    (root / CONTROLS_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    Console().print(controls_table(summary))
-    if on_report is not None:
-        on_report(root)
+    accelerator = build_accelerator(config)
+
+    def train(one: Config) -> dict[str, Any]:
+        results = Path(one.training.output_dir) / RESULTS_FILE
+        state = from_main_process(accelerator, lambda: _state(results.parent, one))
+        if state == "failed":  # before its first checkpoint
+            one = _changed(one, {"training": {"overwrite_output_dir": True}}, one.stages)
+        if state != "finished":
+            resume = "auto" if state == "begun" else None
+            run_training(one, resume=resume, on_report=on_report, more_runs=True)
+        return from_main_process(accelerator, lambda: json.loads(results.read_text("utf-8")))
+
+    by_seed = {}
+    for seed in range(config.training.seed, config.training.seed + num_seeds):
+        folder, start = root / f"seed-{seed}", None
+        if len(config.stages) > 1:
+            earlier = dict(list(config.stages.items())[:-1])
+            changes = {"seed": seed, "output_dir": str(folder / "start")}
+            train(_changed(config, {"training": changes}, stages=earlier))
+            start = folder / "start" / FINAL_FOLDER
+        tokenizer = load_tokenizer(str(start or stage.model.tokenizer or stage.model.name_or_path))
+        fraction = thinking_fraction(stage, tokenizer)
+        results = {
+            name: train(variant(name, stage, start, seed, folder / name, fraction))
+            for name in TRAINED
+        }
+        final = folder / "full" / FINAL_FOLDER
+        results["first_thoughts"] = _first_thoughts(accelerator, stage, start, final, seed)
+        by_seed[seed] = results
+    if accelerator.is_main_process:
+        summary = summarize(by_seed)
+        save_config(config, root / CONFIG_FILE)
+        text = json.dumps(summary, indent=2) + "\n"
+        (root / CONTROLS_FILE).write_text(text, encoding="utf-8")
+        Console().print(controls_table(summary))
+        if on_report is not None:
+            on_report(root)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
     return root
 
 
 def check_comparable(config: Config, stage: Config) -> None:
-    """Refuse what the controls cannot compare.
+    """Refuses what the controls cannot compare.
 
     Raises:
-        UserError: The last stage does not think, texts have no answers, or LoRA after a stage.
+        UserError: The last stage does not think, its texts have no answers, or several stages
+            train adapters.
     """
     if stage.loss.objective != "quiet_star":
         raise UserError(
@@ -96,38 +135,18 @@ def check_comparable(config: Config, stage: Config) -> None:
         )
 
 
-def _run_seed(config: Config, stage: Config, root: Path, seed: int) -> dict[str, dict[str, Any]]:
-    folder = root / f"seed-{seed}"
-    start = _start(config, folder, seed)
-    share = thinking_share(stage, load_tokenizer(_tokenizer_of(stage, start)))
-    results = {}
-    for name in TRAINED:
-        results[name] = _train(variant(name, stage, start, seed, folder / name, share))
-    results["first_thoughts"] = _first_thoughts(stage, start, folder / "full" / FINAL_FOLDER, seed)
-    return results
-
-
-def _tokenizer_of(stage: Config, start: Path | None) -> str:
-    return str(start or stage.model.tokenizer or stage.model.name_or_path)
-
-
-def _start(config: Config, folder: Path, seed: int) -> Path | None:
-    """The model that the last stage starts from: trained by the stages before it, if any."""
-    if len(config.stages) < 2:
-        return None
-    earlier = dict(list(config.stages.items())[:-1])
-    changes = {"seed": seed, "output_dir": str(folder / "start")}
-    start = _changed(config, {"training": changes}, stages=earlier)
-    _train(start)
-    return folder / "start" / FINAL_FOLDER
-
-
 def variant(
-    name: str, stage: Config, start: Path | None, seed: int, folder: Path, share: float = 1.0
+    name: str, stage: Config, start: Path | None, seed: int, folder: Path, fraction: float = 1.0
 ) -> Config:
-    """Config of one variant of the stage, starting from the model in ``start`` (or its own).
+    """Returns the config of one variant of the stage.
 
-    ``share`` of the tokens think (`thinking_share`).
+    Args:
+        name: One of `TRAINED`.
+        stage: Config of the stage as it is.
+        start: Folder of the model to start from; None for the stage's own.
+        seed: Seed of the variant.
+        folder: Run folder of the variant.
+        fraction: Fraction of the tokens that think (`thinking_fraction`).
     """
     changes: dict[str, dict[str, Any]] = {
         "training": {"seed": seed, "output_dir": str(folder), "eval_steps": 0},
@@ -136,7 +155,7 @@ def variant(
         changes["model"] = {"name_or_path": str(start), "config": None, "tokenizer": None}
     if name == "no_thoughts":
         changes["loss"] = {"objective": "next_token"}
-        changes["training"]["max_steps"] = matched_steps(stage, share)
+        changes["training"]["max_steps"] = matched_steps(stage, fraction)
     elif name == "pause":
         changes |= {"thoughts": {"sampler": "pause"}, "loss": {"policy_weight": 0.0}}
     elif name == "no_reinforce":
@@ -144,22 +163,22 @@ def variant(
     return _changed(stage, changes)
 
 
-def matched_steps(stage: Config, share: float = 1.0) -> int:
-    """Steps of plain language modelling that put as many tokens through the model.
+def matched_steps(stage: Config, fraction: float = 1.0) -> int:
+    """Returns the steps of plain language modeling that cost as much compute as the stage.
 
-    A text token of a Quiet-STaR step costs 1 + s * K * W tokens forward and backward, s the share
-    of tokens with thoughts, and 1 + s * K * T forward in the rollout, which is a third of forward
-    and backward.
+    With a fraction s of thinking tokens, a text token of a Quiet-STaR step costs 1 + s * K * W
+    tokens forward and backward, W = T + A + 1 the tokens of a block, and 1 + s * K * T forward in
+    the rollout; a forward is a third of forward and backward.
     """
     thoughts = stage.thoughts
     block = thoughts.length + thoughts.lookahead + 1
-    learn = 1 + share * thoughts.num_thoughts * block
-    rollout = (1 + share * thoughts.num_thoughts * thoughts.length) / 3
+    learn = 1 + fraction * thoughts.num_thoughts * block
+    rollout = (1 + fraction * thoughts.num_thoughts * thoughts.length) / 3
     return math.ceil(stage.training.max_steps * (learn + rollout))
 
 
-def thinking_share(stage: Config, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Share of the tokens of a stage's sequences, padding included, that think."""
+def thinking_fraction(stage: Config, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Returns the fraction of a stage's tokens, padding included, that think."""
     thoughts, settings = stage.thoughts, stage.training
     if thoughts.positions == "all":
         return 1.0
@@ -167,11 +186,8 @@ def thinking_share(stage: Config, tokenizer: PreTrainedTokenizerBase) -> float:
     counts = []
     for step in range(min(settings.max_steps, COUNTED_STEPS)):
         batch = train_data.batch(step, settings.global_batch_size)
-        counts.append(
-            count_positions(
-                thoughts.positions, thoughts.position_fraction, batch.labels, batch.answers
-            )
-        )
+        chosen = (thoughts.positions, thoughts.position_fraction, batch.labels, batch.answers)
+        counts.append(count_positions(*chosen))
     return float(torch.cat(counts).float().mean()) / stage.data.seq_len
 
 
@@ -182,108 +198,88 @@ def _changed(config: Config, changes: Mapping[str, Mapping[str, Any]], stages=No
     return Config.model_validate({**tree, "stages": stages or {}})
 
 
-def _train(config: Config) -> dict[str, Any]:
-    """Train, or go on, unless it is done; returns results.json."""
-    results = Path(config.training.output_dir) / RESULTS_FILE
-    if results.exists():
-        check_finished(results.parent, config)
-    else:
-        is_begun = (results.parent / CONFIG_FILE).exists()
-        if is_begun and not (results.parent / "checkpoints").exists():
-            config = _changed(config, {"training": {"overwrite_output_dir": True}}, config.stages)
-            is_begun = False
-        run_training(config, resume="auto" if is_begun else None)
-    return json.loads(results.read_text(encoding="utf-8"))
-
-
-def check_finished(folder: Path, config: Config) -> None:
-    """Refuse a finished run of other settings, whose results would be taken for these.
+def _state(folder: Path, config: Config) -> str:
+    """Returns how far an earlier call has come with a run: new, failed, begun or finished.
 
     Raises:
-        UserError: It is one.
+        UserError: A run of other settings is finished; its results would be taken for this one's.
     """
+    if not (folder / RESULTS_FILE).exists():
+        if not (folder / CONFIG_FILE).exists():
+            return "new"
+        return "begun" if (folder / "checkpoints").exists() else "failed"
     check_same_run(folder, config)
-    before = load_config(folder / CONFIG_FILE)
-    steps = [
+    before, now = (
         {name: stage.training.max_steps for name, stage in one.stage_configs().items()}
-        for one in (before, config)
-    ]
-    if steps[0] != steps[1]:
+        for one in (load_config(folder / CONFIG_FILE), config)
+    )
+    if before != now:
         raise UserError(
-            f"--controls: {folder} is finished with training.max_steps {steps[0]}, not {steps[1]}. "
+            f"--controls: {folder} is finished with training.max_steps {before}, not {now}. "
             "Choose another training.output_dir, or remove that folder."
         )
+    return "finished"
 
 
 @torch.no_grad()
-def _first_thoughts(stage: Config, start: Path | None, final: Path, seed: int) -> dict[str, Any]:
-    """Accuracy of the trained model with greedy thoughts of the model it started from."""
-    source = str(start or stage.model.name_or_path)
+def _first_thoughts(
+    accelerator: Accelerator, stage: Config, start: Path | None, final: Path, seed: int
+) -> dict[str, Any]:
+    """Scores the trained model with greedy thoughts of the model that it started from."""
     tokenizer = load_tokenizer(str(final))
-    reader = QuietStarForCausalLM.from_pretrained(final)
+    source = str(start or stage.model.name_or_path)
     writer = QuietStarForCausalLM.from_base(source, tokenizer=tokenizer, thoughts=stage.thoughts)
+    reader = QuietStarForCausalLM.from_pretrained(final).to(accelerator.device)
+    writer.to(accelerator.device).eval()
     _, eval_data, _ = build_data(stage.data, tokenizer, seed)
-    right = total = 0
-    for batch in eval_data.batches(stage.training.micro_batch_size):
-        part, count = _read(reader, writer.eval(), batch)
-        right, total = right + part, total + count
+    counts = torch.zeros(2, dtype=torch.int64, device=accelerator.device)
+    for index, batch in enumerate(eval_data.batches(stage.training.micro_batch_size)):
+        if index % accelerator.num_processes != accelerator.process_index:
+            continue
+        batch = batch.to(accelerator.device)
+        positions = chosen_positions(reader, batch)
+        thoughts = writer.sample(batch.input_ids, positions=positions, sample_ids=batch.sample_ids)
+        inputs = (batch.input_ids, batch.attention_mask, batch.labels)
+        scored = reader.think(*inputs, thoughts=thoughts, positions=positions)
+        right, count = right_answers(scored.next_predicted(), batch.input_ids, batch.answers)
+        counts += torch.tensor([int(right), int(count)], device=accelerator.device)
+    right, total = accelerator.reduce(counts, "sum").tolist()  # pyright: ignore
     return {"accuracy": {"with_thoughts": right / total, "n": total}}
 
 
-def _read(
-    reader: QuietStarForCausalLM, writer: QuietStarForCausalLM, batch: Batch
-) -> tuple[int, int]:
-    positions = chosen_positions(reader, batch)
-    thoughts = writer.sample(batch.input_ids, positions=positions, sample_ids=batch.sample_ids)
-    inputs = (batch.input_ids, batch.attention_mask, batch.labels)
-    scored = reader.think(*inputs, thoughts=thoughts, positions=positions)
-    right, count = right_answers(scored.next_predicted(), batch.input_ids, batch.answers)
-    return int(right), int(count)
-
-
-# --- Comparing ------------------------------------------------------------------------------------
-
-
-def summarise(results: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """From the results by seed and variant to means with intervals, as in controls.json."""
-    accuracies = {
-        name: [_accuracy(name, by_name[name]) for by_name in results.values()] for name in LABELS
-    }
+def summarize(results: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Turns the results by seed and variant into means with intervals, as in controls.json."""
+    accuracies, right = {}, {}
+    for name in LABELS:
+        key = "without_thoughts" if name == "no_thoughts" else "with_thoughts"
+        accuracies[name] = [by_name[name]["accuracy"][key] for by_name in results.values()]
+        right[name] = [by_name[name].get("right_thoughts", {}).get("after")
+                       for by_name in results.values()]  # fmt: skip
     variants = [
         {
             "name": name,
-            "label": LABELS[name],
-            "accuracy": values,
-            **_mean_and_interval(values),
-            "right_thoughts": _right(name, results),
+            "label": label,
+            "accuracy": accuracies[name],
+            **_mean_and_interval(accuracies[name]),
+            "right_thoughts": None if None in right[name] else right[name],
         }
-        for name, values in accuracies.items()
+        for name, label in LABELS.items()
     ]
     differences = [
         {
-            "label": f"{LABELS['full']} minus {LABELS[name]}",
+            "label": f"{LABELS['full']} minus {label}",
             **_mean_and_interval(
                 [a - b for a, b in zip(accuracies["full"], accuracies[name], strict=True)]
             ),
         }
-        for name in LABELS
+        for name, label in LABELS.items()
         if name != "full"
     ]
     return {"seeds": list(results), "variants": variants, "differences": differences}
 
 
-def _accuracy(name: str, result: Mapping[str, Any]) -> float:
-    key = "without_thoughts" if name == "no_thoughts" else "with_thoughts"
-    return result["accuracy"][key]
-
-
-def _right(name: str, results: Mapping[int, Mapping[str, Any]]) -> list[float] | None:
-    shares = [by_name[name].get("right_thoughts", {}).get("after") for by_name in results.values()]
-    return None if None in shares else shares
-
-
 def _mean_and_interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and 95 % interval over seeds by Student's t; no interval of a single seed."""
+    """Returns the mean over seeds and its 95 % interval by Student's t; none of a single seed."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return {"mean": mean, "ci95": None}
@@ -295,7 +291,7 @@ def _mean_and_interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def controls_table(summary: Mapping[str, Any]) -> Table:
-    """Accuracy of every variant, for the terminal."""
+    """Returns the accuracies of all variants, for the terminal."""
     seeds = len(summary["seeds"])
     table = Table("", "accuracy", "95 % interval", title=f"held-out answers, {seeds} seeds")
     for row in (*summary["variants"], *summary["differences"]):

@@ -7,18 +7,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.backbone.compiling import check_compile, compile_layers
 from quietstar.config import Config
 from quietstar.config.loading import save_config
 from quietstar.data import DataReport, EvalData, TrainData, build_data
-from quietstar.distributed import ModelProxy, Strategy, WrappedModule, build_strategy
-from quietstar.errors import UserError
+from quietstar.distributed import (
+    ModelProxy,
+    Strategy,
+    WrappedModule,
+    build_strategy,
+    from_main_process,
+)
 from quietstar.model.learning import resolve_block_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.training.checkpoint import check_world, checkpoint_step, load_checkpoint
@@ -81,6 +85,7 @@ def run_training(
     resume: str | None = None,
     allow_changes: bool = False,
     on_report: Callable[[Path], object] | None = None,
+    more_runs: bool = False,
 ) -> Path:
     """Train as ``config`` says; returns the folder of the final model.
 
@@ -91,6 +96,7 @@ def run_training(
         allow_changes: Resume also under settings that make the run another one.
         on_report: Called in the main process with the run folder when its figures have changed:
             after every held-out evaluation and at the end. The command line writes the page there.
+        more_runs: Keep the processes of the launch connected, for another run in them.
 
     Raises:
         UserError: Whatever the user can mend, in one line; nothing is overwritten.
@@ -100,7 +106,9 @@ def run_training(
     quiet_libraries()
     output_dir = Path(config.training.output_dir)
     accelerator = build_accelerator(config)
-    checkpoint, remarks = _agreed(accelerator, lambda: find_checkpoint(output_dir, resume))
+    checkpoint, remarks = from_main_process(
+        accelerator, lambda: find_checkpoint(output_dir, resume)
+    )
     is_new = checkpoint is None or output_dir.resolve() not in checkpoint.resolve().parents
     if is_new:
         # A run that was killed before its first checkpoint begins anew.
@@ -130,24 +138,12 @@ def run_training(
         run = run_stage(job, first, reporter, checkpoint=checkpoint)
         for stage in job.stages[first.index + 1 :]:
             run = run_stage(job, stage, reporter, previous=run)
-        return finish(job, run, reporter, time.perf_counter() - began)
-
-
-T = TypeVar("T")
-
-
-def _agreed(accelerator: Accelerator, look: Callable[[], T]) -> T:
-    """What the main process sees, or the mistake it finds, on all of them."""
-    found: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            found = [look()]
-        except UserError as error:
-            found = [error]
-    broadcast_object_list(found)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return found[0]
+        final = finish(job, run, reporter, time.perf_counter() - began)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    if not more_runs:
+        accelerator.state.destroy_process_group()
+    return final
 
 
 def set_up(config: Config, strategy: Strategy) -> Job:
@@ -241,7 +237,6 @@ def finish(job: Job, run: StageRun, reporter: Reporter, seconds: float) -> Path:
         figures = output_dir / METRICS_FILE
         reporter.say(f"the model is in {final}; the figures are in {figures}{report}")
     accelerator.wait_for_everyone()
-    accelerator.end_training()
     return final
 
 
