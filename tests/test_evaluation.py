@@ -10,15 +10,16 @@ from tiny import plain_model, thinking_model
 
 from quietstar.cli import main as cli
 from quietstar.data import load_tokenizer
-from quietstar.evaluation.encoding import answer_batch, encode, find_candidates
-from quietstar.evaluation.scoring import (
-    Predictions,
-    donated,
-    donors,
-    item_metrics,
-    shuffle_within,
+from quietstar.evaluation.controls import derangement
+from quietstar.evaluation.scoring import Predictions, item_metrics
+from quietstar.evaluation.tasks import (
+    TASKS,
+    Item,
+    Task,
+    answer_batch,
+    encode,
+    find_candidates,
 )
-from quietstar.evaluation.tasks import TASKS, Item, Task
 
 QUESTIONS = [
     "Two and two?",
@@ -159,30 +160,17 @@ def test_a_text_is_scored_at_every_token_but_the_first(folder, tmp_path):
 # --- Controls -------------------------------------------------------------------------------------
 
 
-def test_shuffled_thoughts_keep_no_token_at_its_place():
-    thoughts = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
-    shuffled = shuffle_within(thoughts, [7, 8], seed=0)
-    assert (shuffled != thoughts).all()
-    assert torch.equal(shuffled.sort(-1).values, thoughts)
-    assert torch.equal(shuffled[1:], shuffle_within(thoughts[1:], [8], seed=0))
-
-
 def test_every_item_gets_the_thoughts_of_another_one(folder, tmp_path):
-    given = donors(9, seed=3)
-    assert sorted(given) == list(range(9))
-    assert all(i != j for i, j in enumerate(given))
-    some = [torch.arange(6).view(1, 2, 3), torch.arange(9).view(1, 3, 3)]
-    assert donated(some, 3)[0, 0, 2].tolist() == [3, 4, 5]  # its last one again
     result, items = evaluated(folder, tmp_path, "--controls", tasks="gsm8k")
     kept = {(r["item"], r["variant"]): r for r in items}
     found = result["tasks"]["gsm8k"]
-    assert set(found["controls"]) == {"shuffled", "pause", "other"}
-    own, other = (
+    assert set(found["controls"]) == {"shuffled", "pause", "swapped"}
+    own, swapped = (
         sum(kept[i, v]["metrics"]["gold_probability"][0] for i in range(4)) / 4
-        for v in ("with_thoughts", "other")
+        for v in ("with_thoughts", "swapped")
     )
-    assert found["gain_of_content"]["gold_probability"] == pytest.approx(own - other)
-    assert own != pytest.approx(other)
+    assert found["gain_of_content"]["gold_probability"] == pytest.approx(own - swapped)
+    assert own != pytest.approx(swapped)
 
 
 def test_the_model_itself_scores_another_items_thoughts_alike(folder, tmp_path):
@@ -192,7 +180,7 @@ def test_the_model_itself_scores_another_items_thoughts_alike(folder, tmp_path):
     model = thinking_model(
         plain_model(max_position_embeddings=256, eos_token_id=256), thoughts={"length": 3}
     ).eval()
-    for number, donor in enumerate(donors(4, seed=0)):
+    for number, donor in enumerate(derangement(4, seed=0).tolist()):
         prompt = f"Q: {QUESTIONS[number]}\nA: "
         text = list(f"{prompt}{NUMBERS[number].replace(',', '')}\n".encode())
         batch = answer_batch([text], [len(text) - len(prompt)], 0)
@@ -203,7 +191,7 @@ def test_the_model_itself_scores_another_items_thoughts_alike(folder, tmp_path):
             thoughts=thoughts[None, :, places],
         )  # fmt: skip
         nll = -scored.mixed_logprobs[0, 0, :, 0].mean().item()
-        assert kept[number, "other"]["metrics"]["nll"][0] == pytest.approx(nll, abs=1e-5)
+        assert kept[number, "swapped"]["metrics"]["nll"][0] == pytest.approx(nll, abs=1e-5)
 
 
 # --- Interrupted ----------------------------------------------------------------------------------
@@ -238,7 +226,9 @@ def test_another_batch_size_may_go_on(folder, tmp_path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     again, _ = evaluated(folder, tmp_path, "--controls", "--batch-size", 1)
     for name, task in whole["tasks"].items():
-        assert again["tasks"][name]["controls"]["other"] == pytest.approx(task["controls"]["other"])
+        assert again["tasks"][name]["controls"]["swapped"] == pytest.approx(
+            task["controls"]["swapped"]
+        )
 
 
 def test_two_items_tell_nothing_however_they_agree(folder, tmp_path):

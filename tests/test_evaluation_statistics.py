@@ -6,9 +6,17 @@ import math
 import numpy as np
 import pytest
 
-from quietstar.evaluation.breakdown import Tokens, break_down, kind_of
-from quietstar.evaluation.statistics import difference, items_needed, mean
-from quietstar.evaluation.summary import verdict, warnings
+from quietstar.evaluation.statistics import (
+    Tokens,
+    break_down,
+    difference,
+    differences,
+    items_needed,
+    kind_of,
+    mean,
+    verdict,
+    warnings,
+)
 from quietstar.evaluation.votes import FINAL_ANSWER, majority, pass_at, read_number, vote_metrics
 
 
@@ -75,7 +83,7 @@ def test_how_many_items_a_difference_takes():
     ("gain", "content", "words"),
     [
         ((0.01, 0.2), (0.02, 0.1), "because of what they say"),
-        ((0.01, 0.2), (-0.02, 0.1), "thoughts of other items help as much"),
+        ((0.01, 0.2), (-0.02, 0.1), "swapped thoughts help as much"),
         ((-0.01, 0.2), (0.02, 0.1), "no difference that 50 items can tell"),
         ((-0.3, -0.1), (0.02, 0.1), "thoughts make it worse"),
     ],
@@ -87,10 +95,19 @@ def test_the_verdict_says_it_in_words(gain, content, words):
         "gain_of_content": {"gold_probability": sum(content) / 2, "ci95": content, "p_value": 0.01},
     }  # fmt: skip
     assert words in verdict(found)
-    swapped = {"nll": -sum(gain) / 2, "ci95": (-gain[1], -gain[0]), "p_value": 0.01}
-    other = {"nll": -sum(content) / 2, "ci95": (-content[1], -content[0]), "p_value": 0.01}
-    lower = {"n": 50, "main_metric": "nll", "difference": swapped, "gain_of_content": other}
+    change = {"nll": -sum(gain) / 2, "ci95": (-gain[1], -gain[0]), "p_value": 0.01}
+    of_content = {"nll": sum(content) / 2, "ci95": content, "p_value": 0.01}
+    lower = {"n": 50, "main_metric": "nll", "difference": change, "gain_of_content": of_content}
     assert words in verdict(lower)
+
+
+def test_a_gain_is_positive_where_own_thoughts_are_better_whatever_the_metric():
+    own, control = column([0.2, 0.4, 0.1]), column([0.5, 0.5, 0.5])
+    values = ({"nll": own, "accuracy": own}, {"nll": control, "accuracy": control})
+    gains = differences(*values, "nll", seed=0, as_gain=True)
+    plain = differences(*values, "nll", seed=0)
+    assert gains["nll"] == pytest.approx(0.8 / 3) == -plain["nll"] == -gains["accuracy"]
+    assert gains["ci95"] == pytest.approx(tuple(-x for x in plain["ci95"][::-1]), abs=0.05)
 
 
 # --- Votes ----------------------------------------------------------------------------------------
@@ -134,11 +151,17 @@ def test_gains_by_difficulty_kind_and_place():
         item=np.repeat(np.arange(50.0), 10),
         kind=np.array(["digits", "words"] * 250),
         position=np.tile(np.arange(10.0), 50),
-        nll={"without_thoughts": base, "with_thoughts": base - hard, "other": base - 0.25 * hard},
+        nll={"without_thoughts": base, "with_thoughts": base - hard, "swapped": base - 0.25 * hard},
     )
     found = break_down(tokens, seed=0)
     assert [round(group["gain"], 3) for group in found["difficulty"]] == [0, 0, 0, 0, 1]
-    assert [round(group["content"], 3) for group in found["difficulty"]] == [0, 0, 0, 0, 0.75]
+    assert [round(group["gain_of_content"], 3) for group in found["difficulty"]] == [
+        0,
+        0,
+        0,
+        0,
+        0.75,
+    ]
     assert [group["n"] for group in found["kind"]] == [250, 250]
     for group in found["kind"]:
         assert group["gain_ci95"][0] < group["gain"] < group["gain_ci95"][1]

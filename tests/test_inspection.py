@@ -10,8 +10,7 @@ from tiny import plain_model, thinking_model
 
 from quietstar.cli import main as cli
 from quietstar.data import load_tokenizer
-from quietstar.evaluation.inspection import Reading, inspect_text, windows
-from quietstar.evaluation.thought_records import token_slices
+from quietstar.evaluation.inspection import Reading, inspect_text, token_slices, windows
 from quietstar.reports.thoughts import render_page
 
 NASTY = "a <script>alert(1)</script> & \"b\" 'c' </textarea>\x07\x1b[31m 😀é שלום \u202e‮ \n<!-- end"

@@ -29,23 +29,25 @@ from quietstar.cli.options import (
 )  # fmt: skip
 from quietstar.data.tokenizer import load_tokenizer
 from quietstar.errors import UserError, visible
+from quietstar.evaluation.controls import CONTROLS, WITH, WITHOUT
 from quietstar.evaluation.harness_tasks import HarnessTask, find_harness_task
 from quietstar.evaluation.loading import fingerprint
-from quietstar.evaluation.runner import CONTROLS, WITH, WITHOUT, Protocol, Runner
-from quietstar.evaluation.store import ItemStore
-from quietstar.evaluation.summary import summarise
-from quietstar.evaluation.tables import task_view
-from quietstar.evaluation.tasks import TASKS, Task, find_task
+from quietstar.evaluation.runner import ItemStore, Protocol, Runner
+from quietstar.evaluation.scoring import POSITIONS
+from quietstar.evaluation.statistics import summarise
+from quietstar.evaluation.tasks import TASKS, TEXT_FILES, Task, find_task
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.reports.evaluation import write_page
+from quietstar.reports.evaluation_table import task_view
 
 DESCRIPTION = """Scores tasks with and without thoughts, paired item by item.
 
 Tasks: gsm8k and commonsense_qa (the probability of the gold answer, as in the
 paper, and argmax accuracy), gsm8k_solution (the NLL of worked solutions),
 gsm8k_cot (votes over chains of thought), demo (that of the built-in demo),
-FILE.jsonl with prompt and answer, or text, on every line, and those of
-lm-evaluation-harness by their names.
+FILE.jsonl with prompt and answer, or text, on every line (prompt and answer
+are scored as they are, with nothing between), FILE.txt (held-out text, in spans
+of --text-tokens), and those of lm-evaluation-harness by their names.
 """
 PACKAGES = ("torch", "transformers", "peft", "scipy")
 
@@ -57,12 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         UserError: An option, a file or the model is wrong.
     """
     args = _parser().read(arguments)
-    tasks = _find_tasks(args.tasks, args.include_path)
+    tasks = _find_tasks(args.tasks, args.include_path, args.separator)
     protocol = _protocol(args)
     data_dir = None if args.data_dir is None else Path(args.data_dir)
     _check_files(args)
     own = [task for task in tasks if isinstance(task, Task)]
-    items = {task.name: task.items(data_dir, args.limit) for task in own}  # fails early
+    cuts_text = any(task.file is not None and task.file.endswith(TEXT_FILES) for task in own)
+    tokenizer = load_tokenizer(args.model, trust_remote_code=False) if cuts_text else None
+    items = {  # fails early
+        task.name: task.items(data_dir, args.limit, tokenizer, args.text_tokens) for task in own
+    }
     config = _settings(args, protocol)
     store = ItemStore(args.out_items, config, args.overwrite)
     model, runner = _build(args, protocol, store)
@@ -131,7 +137,7 @@ def _is_replaceable(path: Path) -> bool:
     return isinstance(found, dict) and {"tasks", "config", "environment"} <= set(found)
 
 
-def _find_tasks(names: str, include: str | None) -> list[Task | HarnessTask]:
+def _find_tasks(names: str, include: str | None, separator: str) -> list[Task | HarnessTask]:
     """Return tasks by their comma-separated names: ours, files, and the harness's."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
@@ -139,7 +145,7 @@ def _find_tasks(names: str, include: str | None) -> list[Task | HarnessTask]:
     twice = {name for name in wanted if wanted.count(name) > 1}
     if twice:
         raise UserError(f"--tasks: {', '.join(sorted(twice))} is given twice; remove one")
-    return [find_task(name) or find_harness_task(name, include) for name in wanted]
+    return [find_task(name, separator) or find_harness_task(name, include) for name in wanted]
 
 
 def _build(
@@ -178,6 +184,8 @@ def _protocol(args: argparse.Namespace) -> Protocol:
         temperature=args.temperature,
         max_new_tokens=args.max_new_tokens,
         text_tokens=args.text_tokens,
+        positions=args.positions,
+        separator=args.separator,
     )
 
 
@@ -209,10 +217,15 @@ def _parser() -> Parser:
     add_model(parser, "a saved Quiet-STaR model, or a plain causal LM")
     add = parser.add_argument
     add("--tasks", required=True, metavar="NAMES",
-        help=f"comma-separated: {', '.join(TASKS)}, FILE.jsonl")  # fmt: skip
+        help=f"comma-separated: {', '.join(TASKS)}, FILE.jsonl, FILE.txt")  # fmt: skip
     add("--thoughts", choices=("off", "on", "both"), default="both", help="what is scored")
     add("--controls", action="store_true",
-        help="also score shuffled thoughts, pause tokens, and another item's thoughts")  # fmt: skip
+        help="also score swapped thoughts, shuffled thoughts and pause tokens")  # fmt: skip
+    add("--positions", choices=POSITIONS, default="trained",
+        help="think about an answer as trained (once before it, if trained with "
+        "thoughts.positions answer_start), or before every one of its tokens")  # fmt: skip
+    add("--separator", default="", metavar="TEXT",
+        help="text between prompt and answer of FILE.jsonl; default: none")  # fmt: skip
     add("--include-path", metavar="DIR",
         help="folder with task files of lm-evaluation-harness, as eval/tasks")  # fmt: skip
     add("--data-dir", metavar="DIR", help="folder with the tasks' JSONL files; default: the hub")
@@ -230,7 +243,7 @@ def _parser() -> Parser:
     add("--max-new-tokens", type=whole(1), default=384, metavar="N",
         help="length of a chain, before its final answer")  # fmt: skip
     add("--text-tokens", type=whole(1), default=256, metavar="N",
-        help="tokens that are read of a text without a prompt")  # fmt: skip
+        help="tokens that are read of a text, and tokens of a span of FILE.txt")  # fmt: skip
     add("--untrained", action="store_true", help="let a plain model think, as a baseline")
     add("--out", type=output_file(), metavar="FILE.json",
         help="figures; an interrupted evaluation continues from the items beside it")  # fmt: skip

@@ -141,10 +141,12 @@ def _summary_table(summary: dict[str, Any]) -> Table:
     for name in ("all", "hard", "easy"):
         if summary[name] is not None:
             row = summary[name]
-            table.add_row(name, str(row["tokens"]), f"{row['gain']:+.4f}", f"{row['content']:+.4f}")
+            content = row["gain_of_content"]
+            shown = "not available" if content is None else f"{content:+.4f}"
+            table.add_row(name, str(row["tokens"]), f"{row['gain']:+.4f}", shown)
     table.caption = (
         f"mixing weight {summary['mixing_weight']:.3f}, surprise of thought tokens "
-        f"{summary['entropy']:.2f} nats, distinct tokens {summary['distinct']:.0%}"
+        f"{summary['entropy']:.2f} nats, distinct tokens {summary['distinct_token_ratio']:.0%}"
     )
     return table
 

@@ -1,6 +1,6 @@
-"""The model of lm-evaluation-harness: every task of it runs with and without thoughts.
+"""The model class for lm-evaluation-harness: all its tasks run with and without thoughts.
 
-Importing this module registers the name ``quietstar`` (``quietstar lm-eval run`` does). Without
+Importing this module registers the name ``quietstar``, as ``quietstar lm-eval run`` does. Without
 thoughts everything is the harness's own ``hf`` class on the same weights.
 """
 
@@ -24,8 +24,9 @@ from quietstar.backbone.run import num_virtual
 from quietstar.data import load_tokenizer
 from quietstar.data.tokenizer import padding_id
 from quietstar.errors import UserError
-from quietstar.evaluation.encoding import answer_batch
 from quietstar.evaluation.loading import load_thinker
+from quietstar.evaluation.scoring import POSITIONS, predict_thinking, thinks_once
+from quietstar.evaluation.tasks import answer_batch
 
 logger = logging.getLogger(__name__)
 
@@ -39,19 +40,21 @@ class QuietStarLM(_Harness):
 
     Args:
         pretrained: Folder (or hub id) of the model.
-        thoughts: ``on``: before each scored or generated token; ``off``: the plain model.
-        num_thoughts: Before each token; their predictions are averaged.
-        thought_temperature: Of thoughts; None takes the most likely tokens.
-        seed: Of the thoughts' noise.
-        untrained: Think also with a plain model, whose vectors and head were never trained.
-        dtype: Of the weights.
-        device: Where it runs; by default a GPU if there is one.
-        revision: Of a model on the hub.
-        trust_remote_code: Whether code that lies with a model may run.
-        **settings: Those of ``HFLM``: ``batch_size``, ``max_length``, ...
+        thoughts: ``on``: think before scored and generated tokens; ``off``: the plain model.
+        num_thoughts: Thoughts before each token; their predictions are averaged.
+        thought_temperature: Sampling temperature of thoughts; None takes the most likely tokens.
+        seed: Seed of the thoughts' noise.
+        positions: ``trained``: a model trained with ``thoughts.positions: answer_start`` thinks
+            once, before a continuation; ``every``: before each of its tokens.
+        untrained: Let a plain model think too, with vectors and a head that were never trained.
+        dtype: Data type of the weights.
+        device: Device; defaults to a GPU if there is one.
+        revision: Revision of a model on the hub.
+        trust_remote_code: Allow code that comes with a model to run.
+        **settings: Settings of ``HFLM``: ``batch_size``, ``max_length``, ...
 
     Raises:
-        UserError: Thoughts of a plain model, or a setting that cannot be.
+        UserError: A plain model was asked for thoughts, or a setting has no such value.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class QuietStarLM(_Harness):
         num_thoughts: int = 1,
         thought_temperature: float | None = None,
         seed: int = 0,
+        positions: str = "trained",
         untrained: bool = False,
         dtype: str | torch.dtype = "auto",
         device: str | None = None,
@@ -72,6 +76,8 @@ class QuietStarLM(_Harness):
             thoughts = "on" if thoughts else "off"
         if thoughts not in THOUGHTS:
             raise UserError(f"thoughts: {thoughts!r} must be {' or '.join(THOUGHTS)}")
+        if positions not in POSITIONS:
+            raise UserError(f"positions: {positions!r} must be {' or '.join(POSITIONS)}")
         self.thinks = thoughts == "on"
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         remedy = "Set thoughts=off, or untrained=true for a baseline of thoughts never trained."
@@ -82,6 +88,7 @@ class QuietStarLM(_Harness):
         self.thinker.to(find_device(device if on_gpu else None))
         self.sampling: dict[str, Any] = {"num_thoughts": num_thoughts, "seed": seed}
         self.thought_temperature = thought_temperature
+        self.thinks_once = thinks_once(self.thinker, positions)
         self.num_truncated = 0
         super().__init__(
             pretrained=self.thinker.causal_lm,
@@ -92,14 +99,14 @@ class QuietStarLM(_Harness):
 
     @property
     def max_length(self) -> int:
-        """Tokens of a text, with room for a thought where it thinks."""
+        """Count the tokens that a text may have, with room for a thought where it thinks."""
         longest = self.thinker.max_text_length
         if not self.thinks or longest is None:
             return super().max_length
         return min(super().max_length, longest)
 
     def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
-        """Logits of the plain model, its virtual tokens in front."""
+        """Compute logits of the plain model, behind its virtual tokens."""
         causal_lm = self.thinker.causal_lm
         if not num_virtual(causal_lm):
             return super()._model_call(inps, attn_mask, labels)
@@ -109,11 +116,13 @@ class QuietStarLM(_Harness):
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Of each (text, context, continuation): its log-probability, and whether it is greedy."""
+        """Give the log-probability of each continuation, and whether it is the greedy one."""
         if not self.thinks:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1] + requests[i][2]))
-        size = override_bs or self._fixed_batch_size()
+        size = override_bs or self.batch_size
+        if not isinstance(size, int):
+            raise UserError(f"batch_size: {size} is not known with thoughts; give a number")
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         bar = tqdm(total=len(requests), desc="log-likelihoods, thinking",
                    disable=disable_tqdm or self.rank != 0)  # fmt: skip
@@ -131,40 +140,28 @@ class QuietStarLM(_Harness):
                            self.num_truncated, self.max_length)  # fmt: skip
         return answers
 
-    def _fixed_batch_size(self) -> int:
-        if not isinstance(self.batch_size, int):
-            raise UserError(
-                f"batch_size: {self.batch_size} is not known with thoughts; give a number"
-            )
-        return self.batch_size
-
     def _score(
         self, pairs: Sequence[tuple[list[int], list[int]]], sample_ids: Sequence[int]
     ) -> list[tuple[float, bool]]:
-        """A batch of (context, continuation), a thought before every token of the latter."""
-        texts = [self._fitted(context, continuation) for context, continuation in pairs]
+        """Score a batch of (context, continuation); texts too long lose their beginning."""
+        texts = [context + continuation for context, continuation in pairs]
+        self.num_truncated += sum(len(text) > self.max_length for text in texts)
         counts = [len(continuation) for _, continuation in pairs]
-        device = self.thinker.device
-        batch = answer_batch(texts, counts, padding_id(self.tokenizer)).to(device)
+        thinking = [1] * len(pairs) if self.thinks_once else None
+        texts, device = [text[-self.max_length :] for text in texts], self.thinker.device
+        batch = answer_batch(texts, counts, padding_id(self.tokenizer), thinking).to(device)
         thoughts = self.thinker.sample(
-            batch.ids, positions=batch.positions, temperature=self.thought_temperature,
+            batch.ids, positions=batch.thinking, temperature=self.thought_temperature,
             sample_ids=torch.tensor(sample_ids, device=device), **self.sampling,
         )  # fmt: skip
-        scored = self.thinker.score_mixed(
-            batch.ids, batch.mask, batch.labels, thoughts, batch.positions
-        )  # log-probabilities are 0 where there is no target
-        logprobs = scored.logprobs.logsumexp(1) - math.log(scored.logprobs.shape[1])
-        # The most likely token of every thought: of their average with one thought.
-        right = (scored.predicted == batch.targets.unsqueeze(1)).all(1)
-        sums = logprobs.double().where(batch.valid, 0).sum(1).tolist()
-        return list(zip(sums, (right | ~batch.valid).all(1).tolist(), strict=True))
-
-    def _fitted(self, context: list[int], continuation: list[int]) -> list[int]:
-        """The text, shortened from the left to what the model takes; counts those shortened."""
-        text = context + continuation
-        if len(text) > self.max_length:
-            self.num_truncated += 1
-        return text[-self.max_length :]
+        predictions = predict_thinking(self.thinker, batch, None, thoughts)
+        targets, valid = batch.targets.cpu(), batch.valid.cpu()
+        # Thoughts are averaged as probabilities.
+        logprobs = predictions.logprobs.cpu().logsumexp(1) - math.log(thoughts.shape[1])
+        # A continuation is greedy if each thought alone would have chosen all of it.
+        greedy = (predictions.predicted.cpu() == targets.unsqueeze(1)).all(1)
+        sums = logprobs.double().where(valid, 0).sum(1).tolist()
+        return list(zip(sums, (greedy | ~valid).all(1).tolist(), strict=True))
 
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **settings: Any

@@ -9,17 +9,17 @@ from typing import Any
 
 from quietstar.config.messages import closest, did_you_mean
 from quietstar.errors import UserError
-from quietstar.evaluation.runner import WITH, WITHOUT, Protocol
-from quietstar.evaluation.store import ItemStore
+from quietstar.evaluation.controls import WITH, WITHOUT
+from quietstar.evaluation.runner import ItemStore, Protocol
 from quietstar.evaluation.tasks import TASKS
 
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """A task, or group of tasks, of the harness.
+    """A task, or a group of tasks, of the harness.
 
     Attributes:
-        name: As the harness knows it.
+        name: Name that the harness knows it by.
         include: Folder with task files of the user's own.
     """
 
@@ -39,11 +39,12 @@ class HarnessTask:
         """Score all items in every variant that is not finished yet.
 
         Args:
-            args: Of the model class: ``pretrained``, ``dtype``, ``device``, ``untrained``.
+            args: Arguments of the model class: ``pretrained``, ``dtype``, ``device``,
+                ``untrained``.
             protocol: Variants, thoughts, batch size.
-            limit: First so many items of each task of a group.
-            data_dir: For tasks that read files (``metadata``).
-            store: Gets the records.
+            limit: Number of items of each task of a group; None scores all.
+            data_dir: Folder for tasks that read files (``metadata``).
+            store: Store that gets the records.
 
         Returns:
             Number of items.
@@ -75,22 +76,22 @@ class HarnessTask:
         model = model_class(
             thoughts="on" if variant == WITH else "off",
             num_thoughts=protocol.samples, thought_temperature=protocol.thought_temperature,
-            seed=protocol.seed, batch_size=protocol.batch_size, **args,
+            seed=protocol.seed, positions=protocol.positions, batch_size=protocol.batch_size,
+            **args,
         )  # fmt: skip
-        found = evaluate(
+        results = evaluate(
             model=model, tasks=[self.name], limit=limit, log_samples=True, bootstrap_iters=0,
             task_manager=_manager(self.include, data_dir),
         )  # fmt: skip
-        samples = found["samples"]
-        return [sample for name in sorted(samples) for sample in _sorted(samples[name])]
-
-
-def _sorted(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return sorted(samples, key=lambda sample: (sample["doc_id"], str(sample.get("filter"))))
+        return [
+            sample
+            for _, samples in sorted(results["samples"].items())
+            for sample in sorted(samples, key=lambda s: (s["doc_id"], str(s.get("filter"))))
+        ]
 
 
 def _records(task: str, variant: str, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One for each item; a metric that is no number of a single item is left out."""
+    """Make a record of each item; a metric that is no number of a single item is left out."""
     records = []
     for number, sample in enumerate(samples):
         values = {name: sample[name] for name in sample["metrics"]}
@@ -122,10 +123,10 @@ def _manager(include: str | None, data_dir: str | None) -> Any:
 
 
 def find_harness_task(name: str, include: str | None) -> HarnessTask:
-    """A task of the harness by its name.
+    """Find a task of the harness by its name.
 
     Raises:
-        UserError: It has none, or is not installed.
+        UserError: The harness has no such task, or is not installed.
     """
     if include is not None and not Path(include).is_dir():
         raise UserError(f"--include-path: there is no folder {include}")
@@ -141,5 +142,5 @@ def find_harness_task(name: str, include: str | None) -> HarnessTask:
     )  # fmt: skip
     raise UserError(
         f"--tasks: there is no task {name}{meant}; known: {', '.join(TASKS)}, FILE.jsonl with "
-        f"prompt and answer, or text, and {harness}"
+        f"prompt and answer, or text, FILE.txt, and {harness}"
     )

@@ -1,4 +1,4 @@
-"""Scores of items, token by token, without thoughts and with given or own ones."""
+"""Scores of items, token by token, without thoughts and with given ones."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from quietstar.evaluation.encoding import AnswerBatch, Candidates, EncodedItem, answer_batch
+from quietstar.evaluation.tasks import AnswerBatch, Candidates, EncodedItem, answer_batch
 from quietstar.model.quiet_star import QuietStarForCausalLM
+
+POSITIONS = ("trained", "every")
+"""Where answers are thought about: as the model was trained, or before every scored token."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What was predicted of the scored tokens of a batch; K is 1 without thoughts.
+    """Predictions of the scored tokens of a batch; there is one "thought" where none was made.
 
     Attributes:
-        logprobs: Of the true tokens, over the whole vocabulary, natural logarithm.
+        logprobs: Log-probabilities of the true tokens over the whole vocabulary, nats.
         predicted: Most likely tokens.
         candidates: Logits of the candidates; None for texts.
         thoughts: Tokens of the thoughts; None without.
@@ -27,29 +30,41 @@ class Predictions:
     logprobs: Float[Tensor, "batch thoughts positions"]
     predicted: Int[Tensor, "batch thoughts positions"]
     candidates: Float[Tensor, "batch thoughts positions candidates"] | None
-    thoughts: Int[Tensor, "batch thoughts positions length"] | None
+    thoughts: Int[Tensor, "batch thoughts thinking length"] | None
+
+
+def thinks_once(model: QuietStarForCausalLM, positions: str) -> bool:
+    """Say whether answers are thought about once, before their first token.
+
+    Args:
+        model: Model that thinks.
+        positions: One of `POSITIONS`.
+    """
+    return positions == "trained" and model.thoughts.positions == "answer_start"
 
 
 def batch_of(encoded: Sequence[EncodedItem], pad: int, device: torch.device) -> AnswerBatch:
-    """Items side by side."""
-    batch = answer_batch([one.ids for one in encoded], [one.num_scored for one in encoded], pad)
-    return batch.to(device)
+    """Put items side by side."""
+    counts, thinking = ([getattr(one, name) for one in encoded]
+                        for name in ("num_scored", "num_thinking"))  # fmt: skip
+    return answer_batch([one.ids for one in encoded], counts, pad, thinking).to(device)
 
 
 def predict_plain(
     model: QuietStarForCausalLM, batch: AnswerBatch, candidates: Candidates | None
 ) -> Predictions:
-    """Without thoughts: what the plain model says."""
-    few = None if candidates is None else candidates.ids.to(batch.ids.device)
-    scores = model.score_plain(batch.ids, batch.mask, batch.labels, candidates=few)
-    places = batch.positions.clamp(min=0)
+    """Predict the scored tokens without thoughts, as the plain model does."""
+    ids = None if candidates is None else candidates.ids.to(batch.ids.device)
+    scores = model.score_plain(batch.ids, batch.mask, batch.labels, candidates=ids)
+    places = batch.positions.clamp(min=0)  # (B, P)
+    logits = None
     if scores.candidates is not None:
         index = places.unsqueeze(-1).expand(*places.shape, scores.candidates.shape[-1])
-        few = scores.candidates.gather(1, index).unsqueeze(1)
+        logits = scores.candidates.gather(1, index).unsqueeze(1)
     return Predictions(
         scores.logprobs.gather(1, places).unsqueeze(1),
         scores.predicted.gather(1, places).unsqueeze(1),
-        few,
+        logits,
         None,
     )
 
@@ -58,40 +73,61 @@ def predict_thinking(
     model: QuietStarForCausalLM,
     batch: AnswerBatch,
     candidates: Candidates | None,
-    thoughts: Int[Tensor, "batch thoughts positions length"],
+    thoughts: Int[Tensor, "batch thoughts thinking length"],
 ) -> Predictions:
-    """With these thoughts before the scored tokens."""
-    few = None if candidates is None else candidates.ids.to(batch.ids.device)
-    scored = model.score_mixed(batch.ids, batch.mask, batch.labels, thoughts, batch.positions, few)
-    return Predictions(scored.logprobs, scored.predicted, scored.candidates, thoughts)
+    """Predict the scored tokens with these thoughts, and plainly where the batch does not think."""
+    ids = None if candidates is None else candidates.ids.to(batch.ids.device)
+    scores = model.score_mixed(
+        batch.ids, batch.mask, batch.labels, thoughts, batch.thinking, candidates=ids
+    )
+    mixed = Predictions(scores.logprobs, scores.predicted, scores.candidates, thoughts)
+    if torch.equal(batch.thinking, batch.positions):
+        return mixed
+    plain = predict_plain(model, batch, candidates)
+    width = batch.thinking.shape[1]
+    thinks = (batch.thinking >= 0).unsqueeze(1)  # (B, 1, thinking)
 
+    def merge(plain: Tensor, mixed: Tensor) -> Tensor:
+        merged = plain.repeat_interleave(mixed.shape[1], dim=1)
+        here = thinks if mixed.ndim == 3 else thinks.unsqueeze(-1)
+        merged[:, :, :width] = mixed.where(here, merged[:, :, :width])
+        return merged
 
-# --- Metrics of items -----------------------------------------------------------------------------
+    logits = None
+    if plain.candidates is not None and mixed.candidates is not None:
+        logits = merge(plain.candidates, mixed.candidates)
+    return Predictions(
+        merge(plain.logprobs, mixed.logprobs),
+        merge(plain.predicted, mixed.predicted),
+        logits,
+        thoughts,
+    )
 
 
 def item_metrics(
     predictions: Predictions, batch: AnswerBatch, candidates: Candidates | None
 ) -> dict[str, Float[Tensor, "batch thoughts"]]:
-    """Metrics of every item and every one of its thoughts.
+    """Compute the metrics of every item and every one of its thoughts.
 
     Returns:
         ``nll``: of the scored tokens over the whole vocabulary, nats a token, and
 
         - with candidates: ``gold_probability``: the product over the answer's tokens of their
-          probabilities, renormalised over the digits (or labels); ``accuracy``: 1 where each is
+          probabilities, renormalized over the digits (or labels); ``accuracy``: 1 where each is
           the most likely of those; ``published_accuracy``: as ``gold_probability``, with the end
           of the line among candidates and tokens, as the published code does;
         - without: ``accuracy``: 1 where every token is the most likely of the vocabulary, and
-          ``token_accuracy``, the share of those.
+          ``token_accuracy``, the fraction of tokens that are.
     """
+    batch = batch.to(torch.device("cpu"))  # float64 is not on every device
     valid = batch.valid.unsqueeze(1)  # (B, 1, P)
     counts = valid.sum(-1)
-    metrics = {"nll": -predictions.logprobs.double().where(valid, 0).sum(-1) / counts}
+    metrics = {"nll": -predictions.logprobs.cpu().double().where(valid, 0).sum(-1) / counts}
     if candidates is None or predictions.candidates is None:
-        right = (predictions.predicted == batch.targets.unsqueeze(1)) & valid
-        share = right.sum(-1).double() / counts
-        return metrics | {"accuracy": (right | ~valid).all(-1).double(), "token_accuracy": share}
-    logits = predictions.candidates.double()
+        right = (predictions.predicted.cpu() == batch.targets.unsqueeze(1)) & valid
+        fraction = right.sum(-1).double() / counts
+        return metrics | {"accuracy": (right | ~valid).all(-1).double(), "token_accuracy": fraction}
+    logits = predictions.candidates.cpu().double()
     gold = gold_index(batch, candidates)  # (B, P)
     answers = logits[..., : candidates.num_answers]
     is_answer = ((gold >= 0) & (gold < candidates.num_answers)).unsqueeze(1)
@@ -104,8 +140,8 @@ def item_metrics(
 
 
 def gold_index(batch: AnswerBatch, candidates: Candidates) -> Int[Tensor, "batch positions"]:
-    """Place of the true token among the candidates, -1 for another token or none."""
-    same = batch.targets.unsqueeze(-1) == candidates.ids.to(batch.targets.device)  # (B, P, C)
+    """Find each true token among the candidates; -1 for another token or none."""
+    same = batch.targets.unsqueeze(-1) == candidates.ids  # (B, P, C)
     index = same.int().argmax(-1)
     return index.where(same.any(-1) & batch.valid, -1)
 
@@ -119,45 +155,3 @@ def _probability(
     index = inside[:, None, :, None].expand(*logits.shape[:3], 1)
     logprobs = logits.log_softmax(-1).gather(-1, index).squeeze(-1)
     return logprobs.where(counted, 0).sum(-1).exp()
-
-
-# --- Controls -------------------------------------------------------------------------------------
-
-
-def shuffle_within(
-    thoughts: Int[Tensor, "batch thoughts positions length"], numbers: Sequence[int], seed: int
-) -> Int[Tensor, "batch thoughts positions length"]:
-    """Every thought's tokens in another order, in which none keeps its place.
-
-    Args:
-        thoughts: Of at least two tokens.
-        numbers: Of the items; with the seed they key the orders.
-        seed: Of the run.
-    """
-    assert thoughts.shape[-1] > 1, "one token cannot be shuffled"
-    shuffled = thoughts.clone()
-    for row, number in enumerate(numbers):
-        generator = torch.Generator().manual_seed(1_000_003 * seed + number)
-        noise = torch.rand(thoughts.shape[1:], generator=generator)
-        order = noise.argsort(-1).to(thoughts.device)  # a cycle through all places
-        shuffled[row] = thoughts[row].scatter(
-            -1, order, thoughts[row].gather(-1, order.roll(1, -1))
-        )
-    return shuffled
-
-
-def donors(count: int, seed: int) -> list[int]:
-    """Whose thoughts each item gets: one cycle through all of them in random order."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(count, generator=generator)
-    given = torch.empty_like(order)
-    given[order] = order.roll(1)
-    return given.tolist()
-
-
-def donated(
-    thoughts: Sequence[Int[Tensor, "thoughts _ length"]], width: int
-) -> Int[Tensor, "batch thoughts positions length"]:
-    """Thoughts of other items at ``width`` places; their last one stands for those they lack."""
-    places = torch.arange(width)
-    return torch.stack([own[:, places.clamp(max=own.shape[1] - 1)] for own in thoughts])

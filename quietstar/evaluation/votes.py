@@ -20,14 +20,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
 from quietstar.data.tokenizer import pad_left, padding_id
+from quietstar.errors import UserError
 from quietstar.evaluation.tasks import Item
 from quietstar.model.quiet_star import QuietStarForCausalLM
 
 FINAL_ANSWER = "\nTherefore, the answer (arabic numerals) is"
 ANSWER_TOKENS = 12
 STOP = ("Q:", "\n\n\n")
-MOST_SUBSETS = 20_000
-"""Up to so many subsets of the votes are all counted, else so many are drawn."""
+MAX_SUBSETS = 20_000
+"""Up to so many subsets of the votes are all counted; of more, so many are drawn."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class Voting:
 
     Attributes:
         votes: Chains of each item.
-        temperature: Of their tokens; 0 takes the most likely.
-        max_new_tokens: Of a chain, without the final answer.
-        thought_temperature: Of the thoughts; None takes the most likely tokens.
-        seed: Of both.
+        temperature: Sampling temperature of their tokens; 0 takes the most likely.
+        max_new_tokens: Tokens of a chain, without the final answer.
+        thought_temperature: Sampling temperature of thoughts; None takes the most likely tokens.
+        seed: Seed of chains and thoughts.
     """
 
     votes: int
@@ -57,17 +58,30 @@ def generate_chains(
     voting: Voting,
     think: bool,
 ) -> list[list[str]]:
-    """What follows the prompt of every item, once a vote, the final answer included.
+    """Generate what follows the prompt of every item, once a vote, the final answer included.
 
     The first item's number keys the noise, so the same batch gives the same chains again.
+
+    Raises:
+        UserError: The chains leave no room for a prompt.
     """
+    longest = model.max_text_length
+    most = None if longest is None else longest - 1
+    if most is not None and max(voting.max_new_tokens, ANSWER_TOKENS) > most:
+        remedy = "use a model that takes more" if most < ANSWER_TOKENS else f"set at most {most}"
+        raise UserError(
+            f"--max-new-tokens: {voting.max_new_tokens} leaves no room for a prompt, because the "
+            f"model takes texts of {longest} tokens, thoughts apart; {remedy}"
+        )
     torch.manual_seed(1_000_003 * voting.seed + numbers[0])
     prompts = [item.prompt for item in items for _ in range(voting.votes)]
     stop = StoppingCriteriaList([StopStringCriteria(tokenizer, list(STOP))])
     chains = _continue(model, tokenizer, prompts, voting, think, voting.max_new_tokens, stop)
-    chains = [_before_stop(chain).rstrip() + FINAL_ANSWER for chain in chains]
-    asked = [prompt + chain for prompt, chain in zip(prompts, chains, strict=True)]
-    answers = _continue(model, tokenizer, asked, voting, think, ANSWER_TOKENS, None)
+    for text in STOP:
+        chains = [chain.partition(text)[0] for chain in chains]
+    chains = [chain.rstrip() + FINAL_ANSWER for chain in chains]
+    questions = [prompt + chain for prompt, chain in zip(prompts, chains, strict=True)]
+    answers = _continue(model, tokenizer, questions, voting, think, ANSWER_TOKENS, None)
     texts = [chain + answer for chain, answer in zip(chains, answers, strict=True)]
     return [texts[i : i + voting.votes] for i in range(0, len(texts), voting.votes)]
 
@@ -81,40 +95,33 @@ def _continue(
     max_new_tokens: int,
     stop: StoppingCriteriaList | None,
 ) -> list[str]:
-    longest = model.max_text_length
-    room = None if longest is None else longest - max_new_tokens
     rows: list[Any] = [tokenizer(text)["input_ids"] for text in texts]
-    rows = [row if room is None else row[-room:] for row in rows]
+    if model.max_text_length is not None:
+        rows = [row[-(model.max_text_length - max_new_tokens) :] for row in rows]
     pad = padding_id(tokenizer)
     ids, mask = (x.to(model.device) for x in pad_left(rows, pad))
-    how: dict[str, Any] = {"do_sample": False}
+    decoding: dict[str, Any] = {"do_sample": False}
     if voting.temperature > 0:
-        how = {"do_sample": True, "temperature": voting.temperature, "top_k": 0, "top_p": 1.0}
+        decoding = {"do_sample": True, "temperature": voting.temperature, "top_k": 0, "top_p": 1.0}
     generated: Tensor = model.generate(
         ids, attention_mask=mask, think=think, max_new_tokens=max_new_tokens,
         thought_temperature=voting.thought_temperature, seed=voting.seed,
-        pad_token_id=pad, stopping_criteria=stop,
-        **how,
+        pad_token_id=pad, stopping_criteria=stop, **decoding,
     )  # fmt: skip
     return tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
-
-
-def _before_stop(chain: str) -> str:
-    ends = [chain.find(stop) for stop in STOP if stop in chain]
-    return chain[: min(ends)] if ends else chain
 
 
 # --- What the votes say ---------------------------------------------------------------------------
 
 
 def read_number(chain: str) -> str | None:
-    """The first integer of the final answer, without thousands separators."""
-    found = re.search(r"-?\d+", chain.rpartition(FINAL_ANSWER)[2].replace(",", ""))
-    return None if found is None else str(int(found.group()))
+    """Read the first integer of the final answer, without thousands separators."""
+    match = re.search(r"-?\d+", chain.rpartition(FINAL_ANSWER)[2].replace(",", ""))
+    return None if match is None else str(int(match.group()))
 
 
 def vote_metrics(numbers: Sequence[str | None], gold: str) -> dict[str, float]:
-    """``maj@k`` and ``pass@k`` of an item, for k a power of two and for all votes.
+    """Compute ``maj@k`` and ``pass@k`` of an item, for k a power of two and for all votes.
 
     Unbiased: means over all choices of k of the votes (pass@k as in arXiv 2107.03374, eq. 1).
     A chain without a number does not vote; tied answers share the vote.
@@ -127,22 +134,21 @@ def vote_metrics(numbers: Sequence[str | None], gold: str) -> dict[str, float]:
 
 
 def majority(numbers: Sequence[str | None], gold: str, k: int) -> float:
-    """Chance that the majority of k of the answers is right."""
-    if math.comb(len(numbers), k) <= MOST_SUBSETS:
-        chosen = list(combinations(range(len(numbers)), k))
+    """Compute the chance that the majority of k of the answers is right."""
+    if math.comb(len(numbers), k) <= MAX_SUBSETS:
+        subsets = list(combinations(range(len(numbers)), k))
     else:
         generator = np.random.default_rng(0)
-        chosen = [generator.choice(len(numbers), k, replace=False) for _ in range(MOST_SUBSETS)]
-    return sum(_vote([numbers[i] for i in subset], gold) for subset in chosen) / len(chosen)
-
-
-def _vote(numbers: Sequence[str | None], gold: str) -> float:
-    counts = Counter(number for number in numbers if number is not None)
-    most = max(counts.values(), default=0)
-    winners = [number for number, count in counts.items() if count == most]
-    return 1 / len(winners) if gold in winners else 0.0
+        subsets = [generator.choice(len(numbers), k, replace=False) for _ in range(MAX_SUBSETS)]
+    wins = 0.0
+    for subset in subsets:
+        counts = Counter(numbers[i] for i in subset if numbers[i] is not None)
+        most = max(counts.values(), default=0)
+        if most and counts[gold] == most:
+            wins += 1 / sum(count == most for count in counts.values())
+    return wins / len(subsets)
 
 
 def pass_at(right: int, count: int, k: int) -> float:
-    """Chance that at least one of k of the answers is right."""
+    """Compute the chance that at least one of k of the answers is right."""
     return 1.0 - math.comb(count - right, k) / math.comb(count, k)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quietstar.evaluation.tables import TITLES
+from quietstar.evaluation.controls import gain_over
+from quietstar.reports.evaluation_table import TITLES
 from quietstar.reports.figures import (
     Figure,
     Row,
@@ -22,10 +23,10 @@ VARIANTS = {
     "swapped": "Swapped thoughts",
 }
 DIFFERENCES = {
-    "difference": ("with thoughts − without", "mixed"),
-    "gain_of_content": ("own − swapped thoughts (gain of content)", "content"),
-    "gain_over_shuffled": ("own − shuffled thoughts", "other"),
-    "gain_over_pause": ("own − pause tokens", "pause"),
+    "difference": ("over no thoughts", "mixed"),
+    "gain_of_content": ("over swapped thoughts (gain of content)", "content"),
+    "gain_over_shuffled": ("over shuffled thoughts", "other"),
+    "gain_over_pause": ("over pause tokens", "pause"),
 }
 BREAKDOWNS = {
     "difficulty": ("By difficulty", "Quintiles of NLL without thoughts (nats)"),
@@ -70,19 +71,19 @@ def _task(key: str, name: str, task: dict[str, Any], figures: dict[str, Figure])
     variants = {label: scored[v] for v, label in VARIANTS.items() if v in scored}
     first = next(iter(variants.values()))
     metrics = {m: TITLES.get(m, m) for m in first if f"{m}_stderr" in first}
-    compared = {"With − without": "difference", "Own − swapped": "gain_of_content"}
+    compared = {"With − without": "difference", "Gain of content": "gain_of_content"}
     compared = {heading: task[d] for heading, d in compared.items() if d in task}
     main, cards = task["main_metric"], []
     if "difference" in task:
         title = TITLES.get(main, main)
         rows = [
-            Row(label, task[d][main], task[d]["ci95"], color=color)
+            Row(label, *_gain(task, d), color=color)
             for d, (label, color) in DIFFERENCES.items()
             if d in task
         ]
-        figures[key] = draw_forest(rows, f"difference in {title}", "", "+.4f")
+        figures[key] = draw_forest(rows, f"gain in {title}", "", "+.4f")
         cards.append({"name": key, "title": "What thoughts change",
-                      "caption": f"Difference in {title}: mean and 95% CI"})  # fmt: skip
+                      "caption": f"Gain in {title}: mean and 95% CI"})  # fmt: skip
     for kind, groups in task.get("breakdown", {}).items():
         if len(groups) > 1:  # one group is the whole
             heading, caption = BREAKDOWNS[kind]
@@ -90,3 +91,16 @@ def _task(key: str, name: str, task: dict[str, Any], figures: dict[str, Figure])
             cards.append({"name": f"{key}-{kind}", "title": heading, "caption": caption})
     return {"name": name, "task": task, "variants": variants, "metrics": metrics,
             "compared": compared, "cards": cards}  # fmt: skip
+
+
+def _gain(task: dict[str, Any], key: str) -> tuple[float, tuple[float, float] | None]:
+    """Return a comparison's gain and interval, positive where the model's own thoughts are better.
+
+    Gains over controls have that sign already; the plain difference gets it here.
+    """
+    main, value, ci95 = task["main_metric"], task[key][task["main_metric"]], task[key]["ci95"]
+    if key == "difference":
+        value = gain_over(value, 0.0, main)
+        low, high = (gain_over(bound, 0.0, main) for bound in ci95 or (0.0, 0.0))
+        ci95 = ci95 and (min(low, high), max(low, high))
+    return value, ci95

@@ -334,7 +334,7 @@ def draw_groups(groups: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw gain and gain of content of groups of tokens, side by side."""
     looks = {
         "gain": ("gain", "mixed", "circle"),
-        "content": ("gain of content", "content", "diamond"),
+        "gain_of_content": ("gain of content", "content", "diamond"),
     }
     labels = [f"{literal(group['label'], 30)}<br>n {group['n']}" for group in groups]
     traces = []

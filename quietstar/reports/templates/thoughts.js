@@ -26,7 +26,7 @@ function visible(text) {
 }
 
 const shown = (text) => make("code", { class: "token", dir: "auto" }, visible(text).replace(/ /g, "␣").replace(/\n/g, ""));
-const nats = (x) => (Number(x.toFixed(3)) < 0 ? "−" : "+") + Math.abs(x).toFixed(3);
+const nats = (x) => x === null ? "–" : (Number(x.toFixed(3)) < 0 ? "−" : "+") + Math.abs(x).toFixed(3);
 const percent = (p) => (p < 0.001 ? (100 * p).toPrecision(2) : (100 * p).toFixed(p < 0.1 ? 2 : 1)) + "%";
 
 function level(gain) {
@@ -47,10 +47,10 @@ function summary(doc) {
     .map((half) => `${half} tokens ${nats(s[half][figure])}`).join(", ");
   const tiles = make("ul", { class: "tiles more" },
     tile("Gain", nats(s.all.gain), "mixed", halves("gain")),
-    tile("Gain of content", nats(s.all.content), "content", halves("content")),
+    tile("Gain of content", nats(s.all.gain_of_content), "content", halves("gain_of_content")),
     tile("Mixing weight", s.mixing_weight.toFixed(3), "mixed", "mean weight of the thought"),
     tile("Surprisal", s.entropy.toFixed(2), "thought", "mean over thought tokens"),
-    tile("Distinct tokens", percent(s.distinct), "thought", "of a thought's length"));
+    tile("Distinct tokens", percent(s.distinct_token_ratio), "thought", "of a thought's length"));
   return make("div", {}, ...(documents.length > 1 ? [make("p", { class: "model" }, doc.model)] : []), tiles);
 }
 
@@ -195,7 +195,7 @@ function tokenView(doc, index) {
     box.append(make("p", { class: "hint" }, "The first token is not predicted."));
     return box;
   }
-  box.append(make("p", {}, `Gain ${nats(token.gain)} nats (content ${nats(token.content)}); NLL without thought ${(-token.base_logprob).toFixed(3)}`));
+  box.append(make("p", {}, `Gain ${nats(token.gain)} nats (content ${nats(token.gain_of_content)}); NLL without thought ${(-token.base_logprob).toFixed(3)}`));
   token.thoughts.forEach((thought, i) => box.append(thoughtView(token, thought, i, token.thoughts.length)));
   return box;
 }

@@ -10,8 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from quietstar.evaluation.runner import CONTROLS, WITH, WITHOUT
-from quietstar.evaluation.summary import CONTENT
+from quietstar.evaluation.controls import CONTROLS, GAINS, SWAPPED, WITH, WITHOUT
+from quietstar.evaluation.statistics import CONTROL_NAMES
 from quietstar.reports.formats import MISSING, plain, signed
 
 TITLES = {
@@ -54,19 +54,17 @@ def metrics_table(name: str, found: dict[str, Any]) -> Table:
 
 
 def controls_table(found: dict[str, Any]) -> Table:
-    """The main metric with each control in place of the thoughts, and how far it stays behind."""
+    """The main metric with each control, and what the model's own thoughts gain over it."""
     metric = found["main_metric"]
     table = _table("", f"{TITLES.get(metric, metric)} with")
-    for heading in ("", "own − these", "95 % interval", "p"):
+    for heading in ("", "gain over it", "95 % interval", "p"):
         table.add_column(heading, justify="right", no_wrap=True)
-    names = {"shuffled": "thoughts shuffled", "pause": "pause tokens",
-             "other": "another item's thoughts"}  # fmt: skip
     for control in CONTROLS:
         if control in found["controls"]:
-            own = plain(found["controls"][control][metric])
-            cells = told_cells(found[CONTENT[control]], metric)
-            style = "bold" if control == "other" else ""
-            table.add_row(names[control], own, *cells, style=style)
+            value = plain(found["controls"][control][metric])
+            cells = told_cells(found[GAINS[control]], metric)
+            style = "bold" if control == SWAPPED else ""
+            table.add_row(CONTROL_NAMES[control], value, *cells, style=style)
     return table
 
 
