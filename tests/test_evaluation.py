@@ -19,6 +19,7 @@ from quietstar.evaluation.tasks import (
     answer_batch,
     encode,
     find_candidates,
+    find_task,
 )
 
 QUESTIONS = [
@@ -194,6 +195,92 @@ def test_the_model_itself_scores_another_items_thoughts_alike(folder, tmp_path):
         assert kept[number, "swapped"]["metrics"]["nll"][0] == pytest.approx(nll, abs=1e-5)
 
 
+def test_a_single_item_has_nothing_to_swap_with_and_this_is_said(folder, tmp_path):
+    """Before, it got its own thoughts: a gain of content of exactly zero."""
+    result, _ = evaluated(folder, tmp_path, "--controls", "--limit", 1, tasks="gsm8k")
+    found = result["tasks"]["gsm8k"]
+    assert "gain_of_content" not in found
+    assert "gain_over_pause" in found
+    assert any("gain of content: not available" in line for line in found["warnings"])
+
+
+# --- Where answers are thought about --------------------------------------------------------------
+
+
+def test_a_model_trained_to_think_once_is_evaluated_so(folder, tmp_path):
+    base = plain_model(max_position_embeddings=256, eos_token_id=256)
+    once = thinking_model(base, thoughts={"length": 3, "positions": "answer_start"})
+    once.save_pretrained(folder / "once", load_tokenizer("bytes"))
+    settings = {"tasks": "gsm8k", "model": "once"}
+    runs = {"trained": evaluated(folder, tmp_path, "--controls", **settings)[1]}
+    more = ("--controls", "--positions", "every", "--overwrite")
+    runs["every"] = evaluated(folder, tmp_path, *more, **settings)[1]
+    nll = {(name, r["variant"], r["item"]): r["nll"] for name, items in runs.items() for r in items}
+    for number, answer in enumerate(NUMBERS):
+        thought, every, plain = (
+            nll[(*key, number)]
+            for key in (("trained", "with_thoughts"), ("every", "with_thoughts"),
+                        ("every", "without_thoughts"))
+        )  # fmt: skip
+        assert len(thought) == len(answer.replace(",", "")) + 1
+        assert thought == pytest.approx([every[0], *plain[1:]], abs=1e-5)
+        assert thought[1:] != pytest.approx(every[1:], abs=1e-5)
+    own = [r["thoughts"] for r in runs["trained"] if r["variant"] == "with_thoughts"]
+    assert all(len(sample) == 1 for thoughts in own for sample in thoughts)
+
+
+def ordered(items):
+    return sorted(items, key=lambda record: record["item"])
+
+
+# --- A user's own texts ---------------------------------------------------------------------------
+
+
+def test_exactly_the_text_that_the_user_wrote_is_scored(folder, tmp_path):
+    """Before, a blank stood between prompt and answer, also where the answer brought its own."""
+    write_lines(tmp_path / "my.jsonl", [{"prompt": "2+2=", "answer": "4"},
+                                        {"prompt": "one,", "answer": " two"}])  # fmt: skip
+    name = str(tmp_path / "my.jsonl")
+    _, items = evaluated(folder, tmp_path, "--thoughts", "off", tasks=name)
+    assert ["".join(r["tokens"]) for r in ordered(items)] == ["4", " two"]
+    assert [r["position"] for r in ordered(items)] == [4, 4]
+    more = ("--thoughts", "off", "--separator", " ", "--overwrite")
+    _, items = evaluated(folder, tmp_path, *more, tasks=name)
+    assert ["".join(r["tokens"]) for r in ordered(items)] == ["4", "two"]
+    assert [r["position"] for r in ordered(items)] == [5, 5]
+
+
+def test_an_item_without_a_prompt_does_not_shorten_those_behind_it():
+    items = [Item("0", "", "x" * 40, "here"), Item("1", "p" * 30, "answer", "here")]
+    task = find_task("my.jsonl")
+    text, question = encode(task, items, load_tokenizer("bytes"), None, text_tokens=20)
+    assert (len(text.ids), text.num_cut) == (20, 20)
+    assert (len(question.ids), question.num_cut) == (36, 0)
+
+
+def test_a_text_file_is_read_in_spans_and_its_thoughts_are_swapped_within_each(folder, tmp_path):
+    (tmp_path / "held.txt").write_text("words of a text " * 6, encoding="utf-8")
+    name = str(tmp_path / "held.txt")
+    result, items = evaluated(folder, tmp_path, "--controls", "--text-tokens", 40, tasks=name)
+    found = result["tasks"][name]
+    assert (found["n"], found["truncated"]) == (3, 0)
+    without = [r for r in items if r["variant"] == "without_thoughts"]
+    assert "".join(without[1]["tokens"]) == ("words of a text " * 6)[48:80]
+    means = {v: found[v]["nll"] for v in ("without_thoughts", "with_thoughts")}
+    assert found["difference"]["nll"] == pytest.approx(
+        means["with_thoughts"] - means["without_thoughts"]
+    )
+    swapped = found["controls"]["swapped"]["nll"]
+    assert found["gain_of_content"]["nll"] == pytest.approx(swapped - means["with_thoughts"])
+    one, _ = evaluated(
+        folder, tmp_path, "--controls", "--text-tokens", 40, "--limit", 1, "--overwrite", tasks=name
+    )
+    records = {(r["item"], r["variant"]): r for r in items}
+    alone = one["tasks"][name]["gain_of_content"]["nll"]  # the other spans do not matter
+    kept = [records[0, v]["metrics"]["nll"][0] for v in ("swapped", "with_thoughts")]
+    assert alone == pytest.approx(kept[0] - kept[1], abs=1e-5)
+
+
 # --- Interrupted ----------------------------------------------------------------------------------
 
 
@@ -273,6 +360,12 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys):
     assert "set --thought-temperature 1" in said("--samples", 2)
     assert "--limit (0): must be a whole number of at least 1" in said("--limit", 0)
     assert "need thoughts" in said("--controls", "--thoughts", "off")
+    room = said("--max-new-tokens", 300, tasks="gsm8k_cot")
+    assert "--max-new-tokens: 300 leaves no room for a prompt" in room
+    assert "set at most 250" in room
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    assert "latin.txt: is not UTF-8" in said(tasks=str(tmp_path / "latin.txt"))
+    assert "cannot be read" in said(tasks=str(tmp_path / "gone.txt"))
     assert "is a folder" in said("--out", tmp_path)
     out = tmp_path / "x.json"
     run(folder, "--out", out, "--limit", 1)
@@ -341,7 +434,7 @@ def bpe(merges, *words):
 
 
 def test_an_answer_that_the_tokenizer_joins_to_its_prompt_is_refused():
-    task = Task("t", "answer", TASKS["gsm8k"].read, candidates="labels")
+    task = Task("t", "answer", TASKS["gsm8k"].read, candidates="labels", separator=" ")
     item = Item("0", "Q", "4", "here")
     assert encode(task, [item], bpe([(" ", "4")], " 4"), None)[0].ids == [0, 4]
     with pytest.raises(ValueError, match=r"here: the tokenizer joins the end of the prompt"):
@@ -349,7 +442,7 @@ def test_an_answer_that_the_tokenizer_joins_to_its_prompt_is_refused():
 
 
 def test_a_label_or_digit_of_several_tokens_is_refused():
-    task = Task("t", "answer", TASKS["gsm8k"].read, candidates="labels")
+    task = Task("t", "answer", TASKS["gsm8k"].read, candidates="labels", separator=" ")
     item = Item("0", "Q", "B", "here", ("B", "BBB"))
     tokenizer = bpe([(" ", "B")], " B")
     with pytest.raises(ValueError, match=r"splits the answer 'BBB' into .* must be one token"):
