@@ -247,7 +247,7 @@ def test_exactly_the_text_that_the_user_wrote_is_scored(folder, tmp_path):
     more = ("--thoughts", "off", "--separator", " ", "--overwrite")
     _, items = evaluated(folder, tmp_path, *more, tasks=name)
     assert ["".join(r["tokens"]) for r in ordered(items)] == ["4", "two"]
-    assert [r["position"] for r in ordered(items)] == [5, 5]
+    assert [r["position"] for r in ordered(items)] == [5, 6]
 
 
 def test_an_item_without_a_prompt_does_not_shorten_those_behind_it():
