@@ -487,5 +487,5 @@ def test_the_page_shows_names_as_text(folder, tmp_path):
     assert "<script>alert(1)" not in text
     assert "&lt;script&gt;alert(1)" in text
     figures = json.loads(text.split('id="figures">')[1].split("</script>")[0])
-    assert set(figures) == {"task0", "task0-difficulty", "task0-kind", "task0-position"}
-    assert len(figures["task0"]["data"][1]["x"]) == 4  # difference and three controls
+    assert set(figures) == {"task1", "task1-difficulty", "task1-kind", "task1-position"}
+    assert len(figures["task1"]["data"][1]["x"]) == 4  # difference and three controls
