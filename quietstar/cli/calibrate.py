@@ -212,14 +212,14 @@ def _report(
          "tokens_per_second": 1 / second}
         for row, second in zip(rows, seconds, strict=True)
     ]  # fmt: skip
+    gate = {"gate": chosen.gate.kind, "threshold": chosen.gate.threshold, **figures_of(chosen)}
     if args.json is not None:
-        gate = {"gate": chosen.gate.kind, "threshold": chosen.gate.threshold}
-        result = {"rows": figures, "chosen": {**gate, **figures_of(chosen)}}
+        result = {"rows": figures, "chosen": gate}
         write_text(args.json, json.dumps(result, indent=2) + "\n")
     if args.plot is not None:
         from quietstar.reports.calibration import write_plot
 
-        say(f"plot: {write_plot(args.plot, figures)}")
+        say(f"plot: {write_plot(args.plot, figures, gate)}")
 
 
 def _parser() -> Parser:

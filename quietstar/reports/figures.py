@@ -259,7 +259,7 @@ class Row:
 
     label: str
     mean: float
-    bounds: tuple[float, float] | None
+    bounds: Sequence[float] | None
     seeds: tuple[float, ...] = ()
     color: str = "mixed"
 

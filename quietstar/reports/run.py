@@ -299,8 +299,9 @@ def accuracy_tiles(accuracy: Accuracy) -> Iterator[Tile]:
          ("one constant token in place of every thought token",), "pause"),
     ):  # fmt: skip
         if share is not None:
-            has_interval = n is not None and n >= 1 and 0 <= share <= 1
-            interval = _ci(percent_range(formats.wilson(share, n))) if has_interval else ()
+            interval = ()
+            if n is not None and n >= 1 and 0 <= share <= 1:
+                interval = _ci(percent_range(formats.wilson(share, n)))
             yield Tile(label, percent(share), interval + notes, color)
 
 

@@ -1,0 +1,176 @@
+"""The pages of an evaluation and of gates, and all pages in a browser."""
+
+import json
+
+import pytest
+from test_inspection import browser, opened  # noqa: F401  (browser is a fixture)
+from test_report import FILES, HOSTILE, Page
+
+from quietstar.reports import figures, pages, write_report
+from quietstar.reports.calibration import write_plot
+from quietstar.reports.evaluation import write_page
+from quietstar.reports.run import CHARTS
+from quietstar.reports.run_files import find_stages, parse_record
+
+plotly_script = pages.plotly_script
+METRICS = {"accuracy": 1.0, "gold_probability": 0.5, "nll": -0.3}
+
+
+@pytest.fixture(autouse=True)
+def _light_plotly(monkeypatch):
+    monkeypatch.setattr(pages, "plotly_script", lambda: "/* plotly.js */")
+
+
+def variant(accuracy):
+    values = {name: accuracy * scale for name, scale in METRICS.items()}
+    return values | {f"{name}_stderr": 0.03 for name in METRICS} | {"n": 128}
+
+
+def difference(value, low, high, p_value):
+    result = {"ci95": [low / 2, high / 2], "p_value": p_value}
+    for name, scale in METRICS.items():
+        result[name] = value * scale
+        result[f"{name}_ci95"] = sorted((low * scale, high * scale))
+        result[f"{name}_p_value"] = p_value
+    return result
+
+
+def group(label, gain):
+    return {"label": label, "n": 25, "gain": gain, "gain_ci95": [gain - 0.1, gain + 0.1]}
+
+
+TASK = {
+    "n": 128,
+    "main_metric": "gold_probability",
+    "without_thoughts": variant(0.3),
+    "with_thoughts": variant(0.41),
+    "difference": difference(0.11, 0.05, 0.17, 0.0004),
+    "controls": {"shuffled": variant(0.39), "pause": variant(0.32), "swapped": variant(0.31)},
+    "gain_of_content": difference(0.1, 0.04, 0.16, 0.002),
+    "gain_over_shuffled": difference(0.02, -0.02, 0.06, 0.3),
+    "gain_over_pause": difference(0.09, 0.03, 0.15, 0.004),
+    "breakdown": {
+        "difficulty": [group("0 to 1", 0.1), group("1 to 9", 0.3)],
+        "kind": [group("digits", 0.2)],
+        "position": [group("0 to 15", 0.1), group(HOSTILE, 0.2)],
+    },
+    "warnings": ["2 items were longer than the model takes and were cut"],
+    "verdict": "better with thoughts, and because of what they say",
+}
+RESULT = {
+    "tasks": {"commonsense_qa": TASK, HOSTILE: TASK | {"breakdown": {}, "verdict": HOSTILE}},
+    "environment": {"dtype": "float32", "device": "cpu", "torch": "2.9"},
+    "config": {"seed": 0, "data_dir": None, "controls": True},
+}
+GATES = [
+    {"gate": gate, "threshold": share, "share": share, "nll": 2.1 - share / 9,
+     "accuracy": 0.2 + share / 9, "passes_a_token": 1 + 8 * share, "tokens_per_second": 90.0}
+    for gate, share in [("always", 1.0), ("never", 0.0), ("entropy", 0.1), ("entropy", 0.5),
+                        ("weight", 0.2), ("gain", 0.3)]
+]  # fmt: skip
+
+
+def test_the_page_of_an_evaluation_answers_first_and_shows_every_figure(tmp_path):
+    page = Page(write_page(tmp_path / "new" / "e.html", HOSTILE, RESULT).read_text("utf-8"))
+    assert page.open == []
+    assert "better with thoughts, and because of what they say 128 items. Note: 2" in page.text
+    assert (
+        "P(gold answer) 0.1500 0.2050 0.1950 0.1600 0.1550 +0.0550 95% CI +0.0250 to +0.0850 p < 0.001"
+        in page.text
+    )
+    assert "controls yes" in page.text
+    assert "data_dir" not in page.text
+    # A breakdown of one group says nothing that the whole does not say.
+    assert set(page.figures()) == {"task1", "task1-difficulty", "task1-position", "task2"}
+    assert {f"plot-{name}" for name in page.figures()} <= set(page.ids)
+
+
+def test_no_text_of_an_evaluation_becomes_markup_or_script(tmp_path):
+    page = Page(write_page(tmp_path / "e.html", HOSTILE, RESULT).read_text("utf-8"))
+    assert "<" not in page.scripts[0]
+    assert page.scripts[1:] == ["/* plotly.js */", pages.asset("charts.js")]
+    assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
+
+
+def test_the_page_of_gates_marks_the_chosen_one(tmp_path):
+    chosen = {key: GATES[3][key] for key in GATES[3] if key != "tokens_per_second"}
+    page = Page(write_plot(tmp_path / "g.html", GATES, chosen).read_text("utf-8"))
+    assert page.open == []
+    assert set(page.figures()) == {"nll", "accuracy"}
+    names = [trace["name"] for trace in page.figures()["nll"]["data"]]
+    assert names == ["entropy", "weight", "gain", "always", "never", "chosen (entropy)"]
+    assert page.figures()["nll"]["data"][0]["x"] == [1.8, 5.0]
+    assert "Chosen: entropy above 0.5000, 50.0% of tokens think." in page.text
+    without_answers = [row | {"accuracy": None} for row in GATES]
+    page = Page(write_plot(tmp_path / "h.html", without_answers).read_text("utf-8"))
+    assert set(page.figures()) == {"nll"}
+    assert "Accuracy" not in page.text
+
+
+def test_a_color_means_the_same_on_all_pages():
+    lines = {line.key: line.color for chart in CHARTS for line in chart.lines}
+    assert lines["accuracy_with_thoughts"] == lines["mixed_nll"] == lines["gain"] == "mixed"
+    assert lines["accuracy_without_thoughts"] == lines["base_nll"] == "base"
+    groups = figures.draw_groups([{**group("a", 0.1), "content": 0.1, "content_ci95": None}])
+    drawn = {trace["name"]: trace["marker"]["color"] for trace in groups["data"]}
+    assert drawn == {"gain": "var(--mixed)", "gain of content": "var(--content)"}
+    assert lines["gain_of_content"] == "content"
+    style = pages.asset("style.css")
+    for color in {*lines.values()}:
+        assert style.count(f"  --{color}:") + style.count(f" --{color}:") >= 2  # light and dark
+
+
+def test_runs_of_earlier_versions_are_read_by_the_names_of_today():
+    line = {"kind": "eval", "step": 1, "accuracy_exchanged": 0.1, "reward_spread": 0.2,
+            "alike": 0.3, "distinct": 0.4}  # fmt: skip
+    record = parse_record(json.dumps(line))
+    assert dict(record.figures) == {
+        "accuracy_swapped": 0.1,
+        "reward_std": 0.2,
+        "identical_fraction": 0.3,
+        "distinct_token_ratio": 0.4,
+    }
+
+
+def test_a_chart_of_one_line_has_no_legend():
+    entry = {"kind": "eval", "step": 1, "mixing_weight": 0.1, "gain": 0.1, "gain_of_content": 0.1}
+    records = [parse_record(json.dumps(entry))]
+    by_name = {chart.name: chart for chart in CHARTS}
+    for name, has_legend in (("mixing-weight", False), ("gain", True)):
+        layout = figures.draw_curves(by_name[name], records, find_stages(records))["layout"]
+        assert layout["showlegend"] is has_legend
+
+
+@pytest.mark.parametrize(
+    ("span", "most", "steps"),
+    [((0, 1500), 2, [500, 1000]), ((1490, 1760), 1, [1600]), ((6.65, 7.35), 3, [7])],
+)
+def test_numbers_of_steps_stay_away_from_the_next_panel(span, most, steps):
+    assert figures.inner_steps(*map(float, span), most=most) == steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_pages_with_charts_in_a_browser(tmp_path, browser, monkeypatch, scheme, width):  # noqa: F811
+    monkeypatch.setattr(pages, "plotly_script", plotly_script)
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    paths = [
+        write_report(tmp_path),
+        write_page(tmp_path / "e.html", "model", RESULT),
+        write_plot(tmp_path / "g.html", GATES, GATES[3]),
+    ]
+    for path in paths:
+        errors = []
+        page = opened(browser, path, errors, viewport={"width": width, "height": 900},
+                      color_scheme=scheme)  # fmt: skip
+        page.wait_for_function(
+            "document.querySelectorAll('.plot:not(.js-plotly-plot)').length == 0"
+        )
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        if width == 1280:
+            widths = "all => all.map(box => box.scrollWidth - box.clientWidth)"
+            assert max(page.eval_on_selector_all(".scroll", widths)) <= 1, path
+        assert errors == []
+        page.close()
