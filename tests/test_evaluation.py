@@ -488,4 +488,6 @@ def test_the_page_shows_names_as_text(folder, tmp_path):
     assert "&lt;script&gt;alert(1)" in text
     figures = json.loads(text.split('id="figures">')[1].split("</script>")[0])
     assert set(figures) == {"task1", "task1-difficulty", "task1-kind", "task1-position"}
-    assert len(figures["task1"]["data"][1]["x"]) == 4  # difference and three controls
+    drawn = json.dumps(figures["task1"])
+    for control in ("no thoughts", "swapped thoughts", "shuffled thoughts", "pause tokens"):
+        assert f"over {control}" in drawn
