@@ -32,7 +32,7 @@ from quietstar.cli.options import Parser, whole, write_text
 from quietstar.generation.generate import next_logits
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.sampling.decoding import Decoder
-from quietstar.sampling.rollout import Sampling
+from quietstar.sampling.thoughts import Sampling
 from quietstar.training.setup import quiet_libraries
 
 

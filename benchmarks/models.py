@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from quietstar.attention.layout import Layout
 from quietstar.backbone.loading import load_base
-from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig
+from quietstar.config import MixingHeadConfig, ThoughtsConfig, loss_config
 from quietstar.errors import UserError
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.self_check import use_thinking_attention
@@ -54,7 +54,7 @@ def make_thinker(
     config = ThoughtsConfig(length=args.thought_length, **thoughts)
     size = base.config.vocab_size
     single = thoughts.get("num_thoughts") == 1  # nothing to compare a thought with
-    loss = LossConfig(estimator="no_baseline" if single else "leave_one_out")
+    loss = loss_config(estimator="no_baseline" if single else "leave_one_out")
     return QuietStarForCausalLM(base, config, MixingHeadConfig(), loss, size)
 
 

@@ -23,7 +23,7 @@ from benchmarks.options import add_machine, run, settings_of
 from quietstar.backbone.compiling import compile_layers, require_compiler
 from quietstar.backbone.devices import find_device
 from quietstar.cli.options import Parser, number, whole, write_text
-from quietstar.model.learning import resolve_block_tokens
+from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.sampling.positions import SCORED_RULES
 from quietstar.training.setup import checkpoint_activations
 
@@ -98,14 +98,15 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
     contest = make_contest(args, device)
     model, plain, tokens = contest.model.train(), contest.plain, contest.tokens
     if args.paper_losses:
-        model.configure(model.thoughts, model.loss.model_copy(update={"thought_weight": 0.0}))
+        loss = model.objective.settings
+        model.configure(loss=loss.model_copy(update={"thought_weight": 0.0}))
     if args.activation_checkpointing:
         checkpoint_activations(model.causal_lm)
     if args.compile:
         require_compiler("--compile", "leave it out")
         compile_layers(model.causal_lm)
     tokens_at_once = "auto" if args.block_tokens is None else args.block_tokens or None
-    model.block_tokens = resolve_block_tokens(
+    model.learn_chunk_tokens = resolve_chunk_tokens(
         tokens_at_once, device, in_pieces=False, checkpointing=args.activation_checkpointing
     )
 

@@ -9,9 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from quietstar import QuietStarForCausalLM
-from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig
+from quietstar.config import MixingHeadConfig, ThoughtsConfig, loss_config
 from quietstar.data import byte_tokenizer
-from quietstar.native.library import load_library
 
 torch.set_num_threads(1)  # the models are so small that a second thread only costs
 transformers_logging.set_verbosity_error()
@@ -33,35 +32,6 @@ def fixed_init_(module: torch.nn.Module) -> None:
             parameter.add_(0.1 * noise)
         else:
             parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-
-
-@pytest.fixture
-def without_native(monkeypatch):
-    """A function that takes the compiled loops away, for the rest of the test."""
-
-    def take_away():
-        monkeypatch.setenv("QUIETSTAR_NATIVE", "0")
-        load_library.cache_clear()
-
-    yield take_away
-    load_library.cache_clear()
-
-
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """Nothing compiled yet; the folder where it will lie."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("QUIETSTAR_NATIVE", raising=False)
-    load_library.cache_clear()
-    yield tmp_path / "quietstar"
-    load_library.cache_clear()
-
-
-@pytest.fixture(params=["native", "torch"])
-def both_ways(request, without_native):
-    """Once by compiled loops, where there is a compiler, and once by torch's operators."""
-    if request.param == "torch":
-        without_native()
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +63,7 @@ def make_model(tokenizer) -> Callable[..., QuietStarForCausalLM]:
         settings = {
             "thoughts": ThoughtsConfig(length=3, lookahead=2, num_thoughts=2),
             "mixing_head": MixingHeadConfig(),
-            "loss": LossConfig(policy_weight=1.0),
+            "loss": loss_config(policy_weight=1.0),
         }
         model = QuietStarForCausalLM.from_base(base, tokenizer=tokenizer, **(settings | sections))
         fixed_init_(model)

@@ -2,6 +2,6 @@
 
 import pytest
 
-from quietstar.native.library import find_compiler
+from quietstar.backbone.compiling import find_compiler
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")

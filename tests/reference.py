@@ -112,13 +112,14 @@ def run_reference(
                 r.reached[a - 1, b, i] = i + a - 1 < len(text)
             _add_position(r, terms, text, base, (b, i), valid, thoughts[b, :, i])
     num_items = r.valid[0].sum().item()
-    pairs = num_thoughts * num_items
+    positions = r.valid.any(0).sum().item()
+    pairs, loss = num_thoughts * positions, model.objective.settings
     r.loss = (
-        model.loss.base_weight * terms["base"] / num_items
-        + model.loss.mixed_weight * terms["mixed"] / (lookahead * pairs)
-        + model.loss.thought_weight * terms["thought"] / (lookahead * pairs)
-        + model.loss.draft_weight * terms["draft"] / num_items
-        + model.loss.policy_weight * terms["policy"] / pairs
+        loss.base_weight * terms["base"] / num_items
+        + loss.mixed_weight * terms["mixed"] / (lookahead * pairs)
+        + loss.thought_weight * terms["thought"] / (lookahead * pairs)
+        + loss.draft_weight * terms["draft"] / positions
+        + loss.policy_weight * terms["policy"] / pairs
     )
     return r
 
@@ -149,7 +150,7 @@ def _add_position(
         mean_logprobs.append(logprobs.mean())
     for k in range(len(thoughts)):
         if valid:
-            advantage = _advantage(r.model.loss.estimator, rewards, k)
+            advantage = _advantage(r.model.objective.settings.estimator, rewards, k)
             terms["policy"] = terms["policy"] - advantage * mean_logprobs[k]
 
 
@@ -193,7 +194,9 @@ def _add_predictions(
         own_logprob = logits[a - 1].log_softmax(-1)[target]
         terms["mixed"] = terms["mixed"] - mixed_logprob
         terms["thought"] = terms["thought"] - own_logprob
-        reward += (mixed_logprob if r.model.loss.reward == "mixed" else own_logprob).item()
+        reward += (
+            mixed_logprob if r.model.objective.settings.reward == "mixed" else own_logprob
+        ).item()
         r.mixing_weight[a - 1, k, b, i] = weight.detach()
         r.base_logprobs[a - 1, b, i] = base_logprob.detach()
         r.mixed_logprobs[a - 1, k, b, i] = mixed_logprob.detach()
@@ -244,9 +247,9 @@ def mixing_weight(model: QuietStarForCausalLM, text: Tensor, thought: Tensor) ->
 
 
 def _policy_temperature(model: QuietStarForCausalLM) -> float:
-    if model.loss.policy_temperature is not None:
-        return model.loss.policy_temperature
-    return 3.0 if model.loss.estimator == "paper" else model.thoughts.temperature
+    if model.objective.settings.policy_temperature is not None:
+        return model.objective.settings.policy_temperature
+    return 3.0 if model.objective.settings.estimator == "paper" else model.thoughts.temperature
 
 
 def _advantage(estimator: str, rewards: list[float], k: int) -> float:

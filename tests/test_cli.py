@@ -81,11 +81,11 @@ def test_each_problem_is_a_line_with_the_prefix(capsys):
     assert all(line.startswith("quietstar: error: ") for line in lines)
 
 
-def test_a_wrong_config_fails_before_torch_is_imported():
+def test_a_wrong_config_fails_before_transformers_is_imported():
     code = (
         "import sys; from quietstar.cli.main import main;"
         "assert main(['train', '--optim.learning_rate', '0']) == 2; "
-        "assert 'torch' not in sys.modules"
+        "assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

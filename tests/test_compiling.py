@@ -10,8 +10,9 @@ from tiny import plain_model, random_texts, thinking_model
 
 from quietstar.backbone import compiling
 from quietstar.backbone.compiling import check_compile, compile_layers, decoder_layers
+from quietstar.backbone.run import run_text
 from quietstar.errors import UserError
-from quietstar.sampling.rollout import policy_states, run_text
+from quietstar.sampling.rollout import policy_states
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ def test_a_compiled_step_has_the_thoughts_loss_and_gradients_of_a_plain_one(
     thoughts, checkpointing, backend
 ):
     model = make_model(**thoughts)
-    model.block_tokens = 100
+    model.learn_chunk_tokens = 100
     if checkpointing:
         model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     plain, expected = step(model)
@@ -105,15 +106,17 @@ def test_layers_are_what_the_architecture_names():
     model = plain_model()
     assert list(decoder_layers(model)) == list(model.model.layers)
     model._no_split_modules = None
-    with pytest.raises(UserError, match=r"training\.compile.*_no_split_modules.*false"):
+    with pytest.raises(UserError, match=r"training\.torch_compile.*_no_split_modules.*false"):
         compile_layers(model)
 
 
 def test_weights_in_pieces_and_a_machine_without_compiler_are_refused(monkeypatch):
     check_compile(False, in_pieces=True)
-    with pytest.raises(UserError, match=r"training\.compile: true.*ZeRO-3.*zero2\.yaml"):
+    with pytest.raises(UserError, match=r"training\.torch_compile: true.*ZeRO-3.*zero2\.yaml"):
         check_compile(True, in_pieces=True)
     check_compile(True, in_pieces=False)
     monkeypatch.setattr(compiling, "find_compiler", lambda: None)
-    with pytest.raises(UserError, match=r"training\.compile: true needs a C\+\+ compiler.*false"):
+    with pytest.raises(
+        UserError, match=r"training\.torch_compile: true needs a C\+\+ compiler.*false"
+    ):
         check_compile(True, in_pieces=False)

@@ -12,15 +12,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from quietstar import QuietStarForCausalLM
 from quietstar.attention import interface as attention
 from quietstar.attention import layout, passes
-from quietstar.attention.dense import ScoreRules, dense_blocks
+from quietstar.attention.block_attention import block_attention, dense_block_attention
+from quietstar.attention.blocks import ContiguousBlocks
+from quietstar.attention.dense import ScoreRules
 from quietstar.attention.interface import thinking_attention
 from quietstar.attention.kernels import CpuFlash
-from quietstar.attention.parallel_attention import ParallelAttention
-from quietstar.attention.passes import LearnPass
-from quietstar.backbone.learn import LearnStates, learn_pass
+from quietstar.attention.passes import BlockPass, TextPass
+from quietstar.backbone.teacher_forced import ThoughtStates, teacher_forced
 from quietstar.config import MixingHeadConfig, ThoughtsConfig
 from quietstar.model.self_check import use_thinking_attention
 from quietstar.sampling import rollout
+from quietstar.sampling.thoughts import ThoughtBatch
 
 UNCHANGED = 1e-6  # float32 rounding of states of unit scale
 CHANGED = 1e-4
@@ -49,8 +51,8 @@ def random_thoughts(model: QuietStarForCausalLM, batch_size: int, length: int) -
 
 
 @torch.no_grad()
-def learn(model: QuietStarForCausalLM, input_ids: Tensor, thoughts: Tensor) -> LearnStates:
-    return learn_pass(
+def learn(model: QuietStarForCausalLM, input_ids: Tensor, thoughts: Tensor) -> ThoughtStates:
+    return teacher_forced(
         model.causal_lm,
         model.start_embedding,
         model.end_embedding,
@@ -78,12 +80,22 @@ def drawn_grid() -> Tensor:
     return torch.tensor([[mark == "1" for mark in line.split()] for line in lines])
 
 
+def joint(q, k, v, rules, layer=LAYER):
+    """Text and blocks of one text and K = 1, of rows (text, w0, w1, ...) each (1, H, S, d)."""
+    keys = {}
+    text = TextPass(keys).attend(layer, q[:1], k[:1], v[:1], rules)
+    length, block_length = q.shape[2], len(q) - 1
+    blocks = ContiguousBlocks(1, 1, block_length, 0, length)
+    block_pass = BlockPass(keys, blocks, length + block_length)
+    return torch.cat([text, block_pass.attend(layer, q[1:], k[1:], v[1:], rules)])
+
+
 def test_keys_influence_the_queries_that_the_drawn_grid_allows_and_no_others(path):
     grid = drawn_grid()
     assert grid.shape == (9, 9)
     # B = 1, K = 1: the rows are the text, w0 and w1, of 3 tokens each.
     q, k, v = qkv(rows=3, heads=2, kv_heads=1, length=3, size=4)
-    out = LearnPass(1, 1, 2).attend(None, q, k, v, ScoreRules(scale=0.5))
+    out = joint(q, k, v, ScoreRules(scale=0.5))
     for tensor in (k, v):
         seen = torch.zeros(9, 9, dtype=torch.bool)
         for query in range(9):
@@ -182,15 +194,24 @@ def test_the_rollout_samples_from_the_states_of_the_learn_pass(quiet_star, path,
     assert (torch.stack(rest).view_as(policy[1:]) - policy[1:]).abs().max() < 5 * UNCHANGED
 
 
+def block_leaves(batch_size, num_thoughts, block_length, heads, kv_heads, length, size, dtype):
+    """Queries, keys and values of blocks, and keys and values of their texts."""
+    rows = batch_size * (1 + (block_length - 1) * num_thoughts)
+    blocks = qkv(rows, heads, kv_heads, length, size, dtype)
+    _, *text = qkv(batch_size, heads, kv_heads, length, size, dtype)
+    return [*blocks, *text], ContiguousBlocks(batch_size, num_thoughts, block_length, 0, length)
+
+
 def both_paths(window: int | None = None):
-    """Output and gradients of q, k and v by flash and dense: B = 2, K = 2, W = 3, grouped heads."""
-    leaves = qkv(rows=2 * (1 + 3 * 2), heads=4, kv_heads=2, length=5, size=8)
-    results = []
+    """Output and gradients of all tensors by flash and dense: B, K 2, W 3, grouped heads."""
+    leaves, blocks = block_leaves(2, 2, 3, 4, 2, 5, 8, torch.float32)
+    rules, results = ScoreRules(scale=0.3, window=window), []
     for dense in (False, True):
+        q, k, v, *text = leaves
         if dense:
-            out = dense_blocks(*leaves, 2, 2, ScoreRules(scale=0.3, window=window))
+            out = dense_block_attention(q, k, v, tuple(text), blocks, rules)
         else:
-            out = ParallelAttention.apply(*leaves, 2, 2, 0.3, CpuFlash())
+            out = block_attention(q, k, v, tuple(text), blocks, rules.scale, CpuFlash())
         weights = torch.linspace(-1, 1, out.numel()).view_as(out)
         results.append((out, *torch.autograd.grad((out * weights).sum(), leaves)))
     return zip(*results, strict=True)
@@ -207,38 +228,42 @@ def test_the_dense_path_differs_where_a_window_hides_something():
     assert (out[0] - out[1]).abs().max() > CHANGED
 
 
-def test_gradients_of_parallel_attention_pass_gradcheck():
-    leaves = qkv(rows=2 * (1 + 2 * 2), heads=2, kv_heads=1, length=2, size=2, dtype=torch.float64)
-    kernel = CpuFlash()
+def test_gradients_of_block_attention_pass_gradcheck():
+    leaves, blocks = block_leaves(2, 2, 3, 2, 1, 2, 2, torch.float64)
     assert torch.autograd.gradcheck(
-        lambda q, k, v: ParallelAttention.apply(q, k, v, 2, 2, 0.5, kernel), leaves
+        lambda q, k, v, *text: block_attention(q, k, v, text, blocks, 0.5, CpuFlash()), leaves
     )
 
 
 def test_gradients_of_the_dense_path_pass_gradcheck():
-    leaves = qkv(rows=2 * (1 + 2 * 2), heads=2, kv_heads=1, length=2, size=2, dtype=torch.float64)
+    leaves, blocks = block_leaves(2, 2, 3, 2, 1, 2, 2, torch.float64)
     sinks = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda q, k, v, s: dense_blocks(q, k, v, 2, 2, ScoreRules(0.5, 3.0, 3, s)),
+        lambda q, k, v, a, b, s: dense_block_attention(
+            q, k, v, (a, b), blocks, ScoreRules(0.5, 3.0, 3, s)
+        ),
         [*leaves, sinks],
     )
 
 
 @pytest.mark.parametrize(("window", "dense"), [(10, False), (9, True), (None, False)])
 def test_a_window_takes_the_dense_path_only_where_it_hides_something(window, dense):
-    q, k, v = qkv(rows=5, heads=2, kv_heads=1, length=6, size=4)  # S + W = 6 + 4
+    leaves, blocks = block_leaves(1, 1, 4, 2, 1, 6, 4, torch.float32)  # S + W = 6 + 4
+    q, k, v, *text = leaves
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passes, "dense_blocks", lambda *args: calls.append(args) or args[0])
-        LearnPass(1, 1, 4).attend(None, q, k, v, ScoreRules(scale=0.5, window=window))
+        fake = lambda *args: calls.append(args) or args[0]  # noqa: E731
+        patch.setattr(passes, "dense_block_attention", fake)
+        block_pass = BlockPass({id(LAYER): tuple(text)}, blocks, 10)
+        block_pass.attend(LAYER, q, k, v, ScoreRules(scale=0.5, window=window))
     assert bool(calls) == dense
 
 
 def test_mixed_dtypes_of_autocast_are_computed_in_that_of_the_values_by_flash(monkeypatch):
-    monkeypatch.delattr(passes, "dense_blocks")
+    monkeypatch.delattr(passes, "dense_block_attention")
     q, k, v = qkv(rows=3, heads=2, kv_heads=1, length=4, size=8)
-    exact, _ = thinking_attention(LAYER, q, k, v, None, thought_pass=LearnPass(1, 1, 2))
-    mixed, _ = thinking_attention(LAYER, q, k, v.bfloat16(), None, thought_pass=LearnPass(1, 1, 2))
+    exact, _ = thinking_attention(LAYER, q, k, v, None, thought_pass=TextPass())
+    mixed, _ = thinking_attention(LAYER, q, k, v.bfloat16(), None, thought_pass=TextPass())
     assert mixed.dtype == torch.bfloat16
     assert (mixed - exact).abs().max() < 0.1  # peaked scores up to 10 keep 8 bits
 
@@ -253,7 +278,7 @@ def test_no_mask_is_built_in_a_pass(quiet_star, monkeypatch):
 
 def test_an_unknown_attention_keyword_is_an_error_and_an_unset_one_is_not():
     q, k, v = qkv(rows=3, heads=2, kv_heads=1, length=4, size=8)
-    learn = LearnPass(1, 1, 2)
+    learn = TextPass()
     with pytest.raises(ValueError, match="'alibi' is not understood"):
         thinking_attention(LAYER, q, k, v, None, thought_pass=learn, alibi=torch.ones(2))
     thinking_attention(LAYER, q, k, v, None, thought_pass=learn, alibi=None)
@@ -262,7 +287,7 @@ def test_an_unknown_attention_keyword_is_an_error_and_an_unset_one_is_not():
 def test_attention_dropout_is_an_error():
     q, k, v = qkv(rows=3, heads=2, kv_heads=1, length=4, size=8)
     with pytest.raises(ValueError, match=r"attention dropout \(0.1\) must be 0"):
-        thinking_attention(LAYER, q, k, v, None, dropout=0.1, thought_pass=LearnPass(1, 1, 2))
+        thinking_attention(LAYER, q, k, v, None, dropout=0.1, thought_pass=TextPass())
 
 
 # --- The model as it was --------------------------------------------------------------------------
@@ -340,7 +365,8 @@ def test_activation_checkpointing_changes_no_bit_of_loss_and_gradients(make_mode
 def test_bfloat16_autocast_is_close_to_float32(quiet_star, path, monkeypatch):
     input_ids = texts(2, 6)
     thoughts = random_thoughts(quiet_star, 2, 6)  # the same: samples of rounded logits may differ
-    monkeypatch.setattr(quiet_star, "_sample", lambda *args: thoughts)
+    monkeypatch.setattr(quiet_star, "_sample", lambda texts, positions, spec: ThoughtBatch.of_texts(
+        texts, positions, thoughts.permute(2, 3, 1, 0)))  # fmt: skip
     loss, gradients = loss_and_gradients(quiet_star, input_ids)
     with torch.autocast("cpu", torch.bfloat16):
         rounded_loss, rounded = loss_and_gradients(quiet_star, input_ids)

@@ -14,13 +14,14 @@ import itertools
 
 import pytest
 import torch
+from states_loss import quiet_star_loss
 from torch import nn
 
-from quietstar.backbone.learn import LearnStates
 from quietstar.backbone.output_head import OutputHead
-from quietstar.config import LossConfig
+from quietstar.backbone.teacher_forced import ThoughtStates
+from quietstar.config import loss_config
 from quietstar.losses.estimators import ESTIMATORS
-from quietstar.losses.quiet_star import choose_policy_temperature, quiet_star_loss
+from quietstar.objectives.quiet_star import QuietStar
 
 LENGTH = 2
 THOUGHTS = list(itertools.product(range(3), repeat=LENGTH))
@@ -64,7 +65,7 @@ def loss_gradient(pair, config, policy_temperature):
     first = torch.stack([torch.stack([theta1, zero]) for _ in pair])
     second = torch.stack([torch.stack([theta2[t[0]], zero]) for t in pair])
     ahead = torch.stack([torch.stack([AHEAD[t], zero]) for t in pair])
-    states = LearnStates(
+    states = ThoughtStates(
         text=TEXT,
         policy=torch.stack([first, second]).unsqueeze(2),  # (T, K, B, S, D)
         ahead=ahead[None, :, None],
@@ -95,7 +96,7 @@ def expected_gradient(config, *, sampled_at=1.0, scored_at=1.0):
 
 
 def policy_only(estimator, reward):
-    return LossConfig(
+    return loss_config(
         base_weight=0,
         mixed_weight=0,
         thought_weight=0,
@@ -122,7 +123,7 @@ def test_expected_gradient_is_exact(estimator, reward):
 
 def test_expected_gradient_is_exact_at_another_temperature():
     config = policy_only("leave_one_out", "thought")
-    temperature = choose_policy_temperature(config, 0.7)
+    temperature = QuietStar(config).policy_temperature(0.7)
     assert temperature == 0.7
     gradient = expected_gradient(config, sampled_at=0.7, scored_at=temperature)
     assert (gradient - exact_gradient("thought", 0.7)).abs().max() < 1e-6
@@ -132,7 +133,9 @@ def test_expected_gradient_is_exact_at_another_temperature():
 def test_a_group_mean_with_the_thought_itself_shrinks_the_gradient_by_one_over_k(
     reward, monkeypatch
 ):
-    group_mean = {"paper": lambda rewards: rewards - rewards.mean(0)}  # without the clamp
+    group_mean = {
+        "paper": lambda rewards: rewards - rewards.mean(-1, keepdim=True)
+    }  # without the clamp
     monkeypatch.setitem(ESTIMATORS, "paper", group_mean["paper"])
     gradient = expected_gradient(policy_only("paper", reward))
     assert (gradient - exact_gradient(reward) / 2).abs().max() < 1e-6
@@ -145,7 +148,7 @@ PINNED = {"mixed": (0.8811, 0.0711), "thought": (0.8747, 0.0689)}
 @pytest.mark.parametrize("reward", ["mixed", "thought"])
 def test_the_papers_estimator_is_biased_by_this_much(reward):
     config = policy_only("paper", reward)
-    temperature = choose_policy_temperature(config, 1.0)
+    temperature = QuietStar(config).policy_temperature(1.0)
     assert temperature == 3.0  # sampled at 1, scored at 3, as in the published code
     gradient = expected_gradient(config, scored_at=temperature)
     cosine, scale = compare(gradient, exact_gradient(reward))
@@ -162,7 +165,7 @@ def test_dropping_negative_advantages_alone_bends_the_gradient():
 
 def test_advantages_of_three_thoughts_by_hand():
     """Rewards -1, -2, -6: the others' means are -4, -3.5, -1.5; the mean of all is -3."""
-    rewards = torch.tensor([-1.0, -2.0, -6.0]).view(3, 1, 1)
+    rewards = torch.tensor([-1.0, -2.0, -6.0]).view(1, 1, 3)
     wanted = {
         "leave_one_out": [3.0, 1.5, -4.5],
         "paper": [2.0, 1.0, 0.0],

@@ -69,7 +69,7 @@ def generated(model, batch, mask, **arguments):
 )
 def test_generation_equals_the_slow_way_token_by_token(name):
     model = build(name)
-    model.configure(ThoughtsConfig(length=LENGTH), model.loss)
+    model.configure(ThoughtsConfig(length=LENGTH))
     prompts, batch, mask = left_padded([7, 1, 4, 9, 2], model.vocab_size)
     out = generated(model.eval(), batch, mask)
     for row, prompt in enumerate(prompts):
@@ -172,7 +172,7 @@ def test_rows_that_ended_are_padded_and_do_not_disturb_others():
 
 def test_the_cache_grows_with_the_text_and_not_with_thoughts():
     from quietstar.sampling.decoding import Decoder
-    from quietstar.sampling.rollout import Sampling
+    from quietstar.sampling.thoughts import Sampling
 
     model = thinking_model(plain_model(max_position_embeddings=512)).eval()
     text = random_texts(1, 9)
@@ -250,7 +250,7 @@ def probes(model, seed=3):
 def test_some_texts_of_a_batch_think_and_others_do_not(name, kind):
     """Every token is that of the slow way with a thought where the gate asks for one."""
     model = build(name)
-    model.configure(ThoughtsConfig(length=LENGTH), model.loss)
+    model.configure(ThoughtsConfig(length=LENGTH))
     prompts, batch, mask = left_padded([7, 1, 4, 9, 2], model.vocab_size)
     model.eval()
     always = generated(model, batch, mask)

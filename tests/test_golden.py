@@ -24,7 +24,7 @@ def trajectory(name, block_tokens=None, steps=8):
     """Loss and gain of every step."""
     thoughts, loss = SETTINGS[name]
     model = thinking_model(plain_model(), thoughts={"length": 3, **thoughts}, loss=loss).train()
-    model.block_tokens = block_tokens
+    model.learn_chunk_tokens = block_tokens
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     figures = []
     for step in range(steps):
@@ -36,7 +36,6 @@ def trajectory(name, block_tokens=None, steps=8):
     return figures
 
 
-@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("block_tokens", [None, 60], ids=["at once", "in groups"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_trajectory_is_the_recorded_one(name, block_tokens):

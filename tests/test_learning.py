@@ -39,7 +39,7 @@ def make_model(positions="all", dtype=WIDE, loss=SETTINGS, **options):
 
 def run(model, block_tokens, **inputs):
     """Loss, gradients by name, and the output."""
-    model.block_tokens = block_tokens
+    model.learn_chunk_tokens = block_tokens
     model.zero_grad()
     output = model(random_texts(3, 9), sample_ids=torch.tensor([4, 0, 7]), **inputs)
     (2 * output.loss).backward()
@@ -175,7 +175,7 @@ def test_blocks_leave_rows_of_the_embedding_gradient_and_a_step_one_table(dtype)
 @pytest.mark.parametrize("block_tokens", [None, 40])
 def test_texts_without_a_target_teach_nothing(positions, block_tokens):
     model = make_model(positions)
-    model.block_tokens = block_tokens
+    model.learn_chunk_tokens = block_tokens
     texts = random_texts(2, 9)
     nothing = torch.full_like(texts, IGNORE_INDEX)
     output = model(texts, labels=nothing, sample_ids=torch.arange(2))

@@ -8,18 +8,19 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from states_loss import quiet_star_loss
 from tiny import random_texts, thinking_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quietstar.backbone.learn import LearnStates
 from quietstar.backbone.output_head import OutputHead
-from quietstar.config import LossConfig
-from quietstar.losses import cross_entropy, head_gradients
-from quietstar.losses.cross_entropy import Segment, objective
-from quietstar.losses.head_gradients import HeadGradients
-from quietstar.losses.quiet_star import quiet_star_loss
+from quietstar.backbone.teacher_forced import ThoughtStates
+from quietstar.config import loss_config
+from quietstar.losses import cross_entropy
+from quietstar.losses.cross_entropy import HeadGradients, Segment, objective
 from quietstar.model.metrics import thought_metrics
+from quietstar.objectives.quiet_star import QuietStarSettings
 
 IGNORE = -100
 HEADS = {
@@ -259,7 +260,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(softcap, monkeypatch):
     [((200, 200, 200, 100), [400, 300]), ((30, 600, 512), [30, 600, 512]), ((512, 1), [512, 1])],
 )
 def test_chunks_in_half_precision_make_few_products(chunks, products, monkeypatch):
-    monkeypatch.setattr(head_gradients, "_VOCABULARY_BLOCK", 16)
+    monkeypatch.setattr(cross_entropy, "_VOCABULARY_BLOCK", 16)
     sums = HeadGradients(make_head(width=6, vocab=40, bias=True), True, True)
     made, add_product = [], sums._add_product
     monkeypatch.setattr(sums, "_add_product", lambda *x: made.append(len(x[0])) or add_product(*x))
@@ -300,7 +301,7 @@ class Case:
         return [self.text, self.policy, self.ahead, self.weight, *self.head.module.parameters()]
 
     def loss(self, config, temperature=1.0, **options):
-        states = LearnStates(self.text, self.policy, self.ahead)
+        states = ThoughtStates(self.text, self.policy, self.ahead)
         args = (states, self.weight, self.thoughts, self.labels, self.head, config, temperature)
         return quiet_star_loss(*args, **options)
 
@@ -340,6 +341,12 @@ def baseline(estimator, rewards, k):
     return sum(chosen) / len(chosen)
 
 
+def thought_items(case):
+    """Positions with a target among the next ones."""
+    valid = [F.pad(case.labels[:, a:] != IGNORE, (0, a)) for a in range(1, len(case.weight) + 1)]
+    return int(torch.stack(valid).any(0).sum())
+
+
 def by_formula(case, config, temperature=1.0):
     """The loss, position by position, in float64: the formulas of the module docstring."""
     head = case.head
@@ -352,6 +359,7 @@ def by_formula(case, config, temperature=1.0):
     lookahead, num_thoughts = case.weight.shape[:2]
     labels = case.labels
     n = int((labels[:, 1:] != IGNORE).sum())
+    m = thought_items(case)
     for b in range(batch):
         for i in range(length):
             ahead = [a for a in range(1, lookahead + 1) if i + a < length]
@@ -371,7 +379,7 @@ def by_formula(case, config, temperature=1.0):
                     target = labels[b, i + a]
                     mixed = ((1 - w) * base + w * own).log_softmax(-1)[target]
                     own = own.log_softmax(-1)[target]
-                    scale = lookahead * num_thoughts * n
+                    scale = lookahead * num_thoughts * m
                     total = total - config.mixed_weight * mixed / scale
                     total = total - config.thought_weight * own / scale
                     reward += (mixed if config.reward == "mixed" else own).item()
@@ -387,16 +395,16 @@ def by_formula(case, config, temperature=1.0):
                     advantage = max(advantage, 0.0)
                 term = config.policy_weight * advantage * logprobs[k]
                 term = term + config.entropy_weight * entropies[k]
-                total = total - term / (num_thoughts * n)
+                total = total - term / (num_thoughts * m)
     return total
 
 
 CONFIGS = {
-    "default": LossConfig(policy_weight=1.0),
-    "mixed reward": LossConfig(policy_weight=2.0, reward="mixed", thought_weight=0.0),
-    "paper": LossConfig(policy_weight=1.0, estimator="paper", reward="mixed"),
-    "no baseline": LossConfig(policy_weight=0.5, estimator="no_baseline"),
-    "entropy": LossConfig(policy_weight=0.5, entropy_weight=0.7),
+    "default": loss_config(policy_weight=1.0),
+    "mixed reward": loss_config(policy_weight=2.0, reward="mixed", thought_weight=0.0),
+    "paper": loss_config(policy_weight=1.0, estimator="paper", reward="mixed"),
+    "no baseline": loss_config(policy_weight=0.5, estimator="no_baseline"),
+    "entropy": loss_config(policy_weight=0.5, entropy_weight=0.7),
 }
 
 
@@ -416,7 +424,7 @@ def test_loss_is_its_formula_in_value_and_gradient(options, config):
 @pytest.mark.parametrize("softcap", [None, 2.0], ids=["states", "logits"])
 def test_mixing_passes_gradcheck(softcap):
     """The mixing weight, and both predictions, through the NLL of the mixed prediction."""
-    config = LossConfig(base_weight=0, mixed_weight=1, thought_weight=0, policy_weight=0)
+    config = loss_config(base_weight=0, mixed_weight=1, thought_weight=0, policy_weight=0)
     case = make_case(softcap=softcap, dtype=torch.float64)
 
     def value(text, ahead, weight):
@@ -432,7 +440,7 @@ def test_mixing_passes_gradcheck(softcap):
 
 
 def test_the_draft_term_scores_the_next_token_at_the_start_vector():
-    config = LossConfig(base_weight=0, mixed_weight=0, thought_weight=0, policy_weight=0,
+    config = loss_config(base_weight=0, mixed_weight=0, thought_weight=0, policy_weight=0,
                         draft_weight=2.0)  # fmt: skip
     case = make_case()
     loss, _ = case.loss(config)
@@ -440,7 +448,7 @@ def test_the_draft_term_scores_the_next_token_at_the_start_vector():
     targets = case.labels[:, 1:]
     picked = logprobs[:, :-1].gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     valid = targets != IGNORE
-    assert_same(loss, -2.0 * picked[valid].sum() / valid.sum(), 1e-5)
+    assert_same(loss, -2.0 * picked[valid].sum() / thought_items(case), 1e-5)
 
 
 # --- By hand --------------------------------------------------------------------------------------
@@ -493,9 +501,9 @@ def test_rewards_gain_and_policy_loss_of_a_case_worked_out_by_hand():
     )
     bit = math.log(2)
     off = dict.fromkeys(("base_weight", "mixed_weight", "thought_weight", "policy_weight"), 0.0)
-    mixed, _ = case.loss(LossConfig(**off | {"mixed_weight": 1.0}, reward="mixed"))
+    mixed, _ = case.loss(loss_config(**off | {"mixed_weight": 1.0}, reward="mixed"))
     assert mixed.item() == pytest.approx(9 * bit / 8, rel=1e-6)
-    loss, scored = case.loss(LossConfig(**off | {"policy_weight": 1.0}, reward="mixed"))
+    loss, scored = case.loss(loss_config(**off | {"policy_weight": 1.0}, reward="mixed"))
     assert loss.item() == pytest.approx(-(bit**2) / 4, rel=1e-5)
     means = thought_metrics(scored).means()
     expected = {
@@ -526,7 +534,7 @@ def identity_head(width):
 @pytest.mark.parametrize("softcap", [None, 2.0], ids=["linear", "soft-capped"])
 @pytest.mark.parametrize("reward", ["mixed", "thought"])
 def test_reward_gets_no_gradient(reward, softcap):
-    config = LossConfig(
+    config = loss_config(
         base_weight=0, mixed_weight=0, thought_weight=0, policy_weight=1, reward=reward
     )
     case = make_case(softcap=softcap)
@@ -579,7 +587,8 @@ def test_parts_of_a_batch_with_the_same_num_items_add_up_to_the_whole(config):
     case = make_case(batch=4)
     num_items = (case.labels[:, 1:] != IGNORE).sum()
     whole, scored = case.loss(config)
-    parts = [case.rows(rows).loss(config, num_items=num_items) for rows in ([0], [1, 2, 3])]
+    counts = {"num_items": num_items, "num_thought_items": thought_items(case)}
+    parts = [case.rows(rows).loss(config, **counts) for rows in ([0], [1, 2, 3])]
     assert sum(loss for loss, _ in parts).item() == pytest.approx(whole.item(), rel=1e-6)
     sums = thought_metrics(parts[0][1]) + thought_metrics(parts[1][1])
     assert sums.means() == pytest.approx(thought_metrics(scored).means(), rel=1e-5)
@@ -605,7 +614,7 @@ def test_padding_of_a_text_changes_neither_its_thoughts_nor_its_loss():
 
 
 def test_the_draft_loss_is_the_nll_of_the_next_token_at_the_start_vector():
-    weights = {name: 0.0 for name in LossConfig.model_fields if name.endswith("_weight")}
+    weights = {name: 0.0 for name in QuietStarSettings.model_fields if name.endswith("_weight")}
     model = thinking_model(loss={**weights, "draft_weight": 2.0})
     input_ids = random_texts(2, 6)
     attention_mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from quietstar import QuietStarForCausalLM
 from quietstar.attention import passes, steps
-from quietstar.backbone.learn import learn_pass
-from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig
+from quietstar.backbone.teacher_forced import teacher_forced
+from quietstar.config import MixingHeadConfig, ThoughtsConfig, loss_config
 from quietstar.model.self_check import use_thinking_attention
 
 TOLERANCE = 1e-5  # relative; float32 rounds to 6e-8, and the sums here have some 100 terms
@@ -23,7 +23,7 @@ GRADIENT_TOLERANCE = 3e-5
 
 # T = A = K = 2 and 6 tokens: longer than the window (4) that tiny copies have.
 LENGTH = 6
-LOSS = LossConfig(
+LOSS = loss_config(
     base_weight=0.5,
     mixed_weight=0.7,
     thought_weight=0.3,
@@ -48,7 +48,7 @@ class Comparison:
     path: str
 
 
-def build(name: str, loss: LossConfig = LOSS) -> QuietStarForCausalLM:
+def build(name: str, loss=LOSS) -> QuietStarForCausalLM:
     """A tiny Quiet-STaR model of an architecture; two rows of its vocabulary are padding."""
     base = tiny_architecture(name)
     use_thinking_attention(base)
@@ -124,7 +124,7 @@ def _tables(
     expected: Reference,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Pairs (ours, the loop's) of every table, where there is something to compare."""
-    states = learn_pass(
+    states = teacher_forced(
         model.causal_lm,
         model.start_embedding,
         model.end_embedding,
@@ -149,7 +149,7 @@ def _tables(
     for name in ("mixing_weight", "thought_logprobs", "mixed_logprobs"):
         ours = getattr(scored, name).permute(3, 1, 0, 2)
         pairs[name] = (ours[by_thought], getattr(expected, name)[by_thought])
-    if model.loss.estimator != "paper":
+    if model.objective.settings.estimator != "paper":
         ours = scored.logprobs.permute(3, 1, 0, 2)
         pairs["policy_logprobs"] = (ours[sampled], expected.policy_logprobs[sampled])
     return pairs
@@ -204,7 +204,7 @@ def test_it_does_so_for_texts_without_padding(name):
 @pytest.mark.parametrize("reward", ["mixed", "thought"])
 @pytest.mark.parametrize("name", ["qwen3", "gemma2"])  # fused head; soft-capped logits
 def test_it_does_so_for_every_estimator_and_reward(name, reward, estimator):
-    loss = LossConfig(policy_weight=1.0, estimator=estimator, reward=reward)
+    loss = loss_config(policy_weight=1.0, estimator=estimator, reward=reward)
     check(compare(build(name, loss), [LENGTH, LENGTH - 2]))
 
 

@@ -12,7 +12,7 @@ from quietstar.config.loading import save_config
 from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
 from quietstar.model import learning
-from quietstar.model.learning import resolve_block_tokens
+from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.training.memory_plan import Shares, _without_weights, estimate_run
 from quietstar.training.memory_trace import MemoryTrace, fake_tokens, num_bytes, trainable
 from quietstar.training.setup import build_model
@@ -40,7 +40,7 @@ def real_peak(config):
     (stage,) = plan_stages(config)
     begin_stage(model, stage)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.block_tokens = resolve_block_tokens(
+    model.learn_chunk_tokens = resolve_chunk_tokens(
         config.training.learn_chunk_tokens, device, False, config.training.gradient_checkpointing
     )
     trace = MemoryTrace(model)
@@ -70,11 +70,10 @@ def real_peak(config):
     ],
     ids=str,
 )
-def test_fake_tensors_take_what_real_ones_take(tmp_path, monkeypatch, without_native, changes):
+def test_fake_tensors_take_what_real_ones_take(tmp_path, monkeypatch, changes):
     # As on a GPU: a CPU reads the targets and leaves trailing positions out, fake tensors cannot;
     # and its compiled loops need less.
     monkeypatch.setattr(learning, "on_host", lambda _: False)
-    without_native()
     config = planned(tmp_path, **changes)
     estimate = estimate_run(config, "single", 1)
     assert estimate.learning + estimate.learning_gradients == pytest.approx(

@@ -2,17 +2,17 @@
 
 import pytest
 import torch
+from states_loss import quiet_star_loss
 from tiny import plain_model, random_texts, thinking_model
 
-from quietstar.attention import chosen, passes
-from quietstar.attention.layout import IGNORE_INDEX, text_ahead
-from quietstar.backbone.learn import LearnStates, learn_pass
-from quietstar.config import LossConfig
-from quietstar.losses.quiet_star import quiet_star_loss
-from quietstar.model.learning import Step
+from quietstar.attention import blocks, passes
+from quietstar.attention.layout import IGNORE_INDEX, text_lookahead
+from quietstar.backbone.teacher_forced import ThoughtStates, teacher_forced
+from quietstar.config import loss_config
 from quietstar.model.outputs import predict_everywhere
 from quietstar.sampling.positions import choose_positions, count_positions
-from quietstar.sampling.rollout import Sampling, sample_thoughts
+from quietstar.sampling.rollout import sample_thoughts
+from quietstar.sampling.thoughts import Sampling
 
 POSITIONS = torch.tensor([[0, 3, 4, 7], [2, 5, -1, -1]])
 """Of two texts of nine tokens; the second one thinks at two places only."""
@@ -24,7 +24,7 @@ def path(request, monkeypatch):
     if request.param == "dense":
         monkeypatch.setattr(passes, "find_kernel", lambda *args: None)
     if request.param == "pieces":
-        monkeypatch.setattr(chosen, "_PIECE_POSITIONS", 1)
+        monkeypatch.setattr(blocks, "_PIECE_POSITIONS", 1)
     return request.param
 
 
@@ -48,8 +48,8 @@ def at(x, axis):
 def both(model, texts, thoughts):
     """States of all positions, and of the chosen ones."""
     vectors = (model.start_embedding, model.end_embedding)
-    full = learn_pass(model.causal_lm, *vectors, texts, thoughts, 2)
-    some = learn_pass(model.causal_lm, *vectors, texts, at(thoughts, 3), 2, POSITIONS)
+    full = teacher_forced(model.causal_lm, *vectors, texts, thoughts, 2)
+    some = teacher_forced(model.causal_lm, *vectors, texts, at(thoughts, 3), 2, POSITIONS)
     return full, some
 
 
@@ -64,12 +64,12 @@ def test_chosen_states_are_those_of_the_full_pass(path):
 
 def test_gradients_are_those_of_the_full_computation_restricted_to_the_chosen(path):
     model, texts, thoughts = model_and_inputs()
-    config = LossConfig(draft_weight=0.3, policy_weight=0.5, entropy_weight=0.1)
+    config = loss_config(draft_weight=0.3, policy_weight=0.5, entropy_weight=0.1)
     full, some = both(model, texts, thoughts)
-    restricted = LearnStates(full.text, at(full.policy, 3), at(full.ahead, 3))
+    restricted = ThoughtStates(full.text, at(full.policy, 3), at(full.ahead, 3))
     losses, gradients = [], []
     for states in (restricted, some):
-        weight = model.mixing_head(text_ahead(states.text, 2, POSITIONS), states.ahead)
+        weight = model.mixing_head(text_lookahead(states.text, 2, POSITIONS), states.ahead)
         loss, _ = quiet_star_loss(
             states, weight, at(thoughts, 3), texts, model.output_head, config, 1.0,
             positions=POSITIONS,
@@ -94,7 +94,15 @@ def test_all_positions_chosen_one_by_one_give_the_loss_without_a_choice():
     model, texts, thoughts = model_and_inputs()
     everywhere = torch.arange(9).expand(2, -1)
     whole, one_by_one = (
-        model._learn_at_once(Step(texts, texts, thoughts, where, None, None, 1.0, None))[0]
+        quiet_star_loss(
+            *model.states_with(texts, thoughts, where),
+            thoughts,
+            texts,
+            model.output_head,
+            loss_config(),
+            1.0,
+            positions=where,
+        )[0]
         for where in (None, everywhere)
     )
     torch.testing.assert_close(whole, one_by_one)
@@ -103,11 +111,11 @@ def test_all_positions_chosen_one_by_one_give_the_loss_without_a_choice():
 def test_terms_of_thoughts_are_means_over_the_chosen_and_the_base_over_all():
     model, texts, thoughts = model_and_inputs()
     _, some = both(model, texts, thoughts)
-    weight = model.mixing_head(text_ahead(some.text, 2, POSITIONS), some.ahead)
+    weight = model.mixing_head(text_lookahead(some.text, 2, POSITIONS), some.ahead)
     args = (some, weight, at(thoughts, 3), texts, model.output_head)
     for name in ("base_weight", "mixed_weight", "thought_weight"):
         only = {f"{n}_weight": 0.0 for n in ("base", "mixed", "thought", "policy")} | {name: 1.0}
-        loss, scored = quiet_star_loss(*args, LossConfig(**only), 1.0, positions=POSITIONS)
+        loss, scored = quiet_star_loss(*args, loss_config(**only), 1.0, positions=POSITIONS)
         assert int(scored.valid[0].sum()) == 6  # 4 and 2 places, all before a token
         if name == "base_weight":
             expected = -scored.text_logprobs.sum() / 16
@@ -189,14 +197,14 @@ def test_the_expected_mixing_weight_is_that_of_the_head_without_a_thought():
     torch.nn.init.normal_(model.mixing_head.last_layer.weight)
     texts = random_texts(2, 9)
     states = model.causal_lm.base_model(texts).last_hidden_state
-    ahead = text_ahead(states, 1, None)
+    ahead = text_lookahead(states, 1, None)
     expected = model.mixing_head(ahead, torch.zeros_like(states)[None, None])[0, 0]
     chosen_ones = model.choose_positions(texts)
     assert torch.equal(chosen_ones, expected[:, :-1].topk(3).indices.sort(-1).values)
     product = (
         expected * torch.distributions.Categorical(logits=model.causal_lm(texts).logits).entropy()
     )
-    model.configure(model.thoughts.model_copy(update={"positions": "weighted_entropy"}), model.loss)
+    model.configure(model.thoughts.model_copy(update={"positions": "weighted_entropy"}))
     chosen_ones = model.choose_positions(texts)
     assert torch.equal(chosen_ones, product[:, :-1].topk(3).indices.sort(-1).values)
 

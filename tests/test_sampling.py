@@ -7,7 +7,8 @@ from tiny import BYTES_VOCAB, plain_model, random_texts, thinking_model
 from quietstar.backbone.output_head import find_output_head
 from quietstar.sampling import rollout
 from quietstar.sampling.noise import keyed_uniform, sample_inverse_cdf
-from quietstar.sampling.rollout import Sampling, sample_thoughts
+from quietstar.sampling.rollout import sample_thoughts
+from quietstar.sampling.thoughts import Sampling
 
 LOWEST, HIGHEST = 2.0**-25, 1 - 2.0**-25  # the second is 1.0 in float32
 
@@ -20,7 +21,6 @@ def random_logits(rows, vocab, seed=0):
 # --- sample_inverse_cdf ---------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("vocab", [7, 64, 130])
 def test_samples_have_the_distribution_of_the_logits(vocab):
     logits = random_logits(1, vocab)
@@ -34,7 +34,6 @@ def test_samples_have_the_distribution_of_the_logits(vocab):
     assert (counts - expected).abs().max() <= 2
 
 
-@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("vocab", [7, 64, 130])
 def test_samples_with_keyed_noise_pass_a_chi_square_test(vocab):
     logits = random_logits(1, vocab)
@@ -47,7 +46,6 @@ def test_samples_with_keyed_noise_pass_a_chi_square_test(vocab):
     assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5  # mean n, variance 2n
 
 
-@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("vocab", [7, 64, 130, 200])
 def test_samples_agree_with_searching_the_whole_cumulative_distribution(vocab):
     rows = 4000
@@ -61,7 +59,6 @@ def test_samples_agree_with_searching_the_whole_cumulative_distribution(vocab):
     assert torch.equal(tokens[clear], expected[clear])
 
 
-@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("excluded", [float("-inf"), -200.0])
 @pytest.mark.parametrize("vocab", [7, 64, 65, 130, 200])
 def test_extreme_numbers_never_give_a_token_of_probability_zero(vocab, excluded):
@@ -77,7 +74,6 @@ def test_extreme_numbers_never_give_a_token_of_probability_zero(vocab, excluded)
         assert possible.gather(1, tokens[:, None]).all(), number
 
 
-@pytest.mark.usefixtures("both_ways")
 def test_extreme_numbers_give_the_first_and_the_last_token():
     logits = torch.zeros(1, 130)
     assert sample_inverse_cdf(logits.clone(), torch.tensor([[LOWEST]])).item() == 0

@@ -8,11 +8,9 @@ from architectures import REFUSED, SUPPORTED, meta_model, tiny_architecture
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quietstar import QuietStarForCausalLM
-from quietstar.attention import dense, own_block, parallel_attention, steps
+from quietstar.attention import block_attention, dense, steps
 from quietstar.attention import interface as attention
-from quietstar.attention.layout import Layout
-from quietstar.attention.parallel_attention import RowViews
-from quietstar.attention.passes import LearnPass
+from quietstar.attention.blocks import ContiguousBlocks
 from quietstar.backbone import output_head
 from quietstar.errors import UserError
 from quietstar.model import self_check
@@ -96,49 +94,39 @@ def _no_sinks_in_blocks(patch):
     patch.setattr(dense, "softmax_with_sinks", lambda scores, sinks: scores.softmax(-1))
 
 
-def _text_row_wrong(patch):
-    def text(self, x):
-        wrong = x[self.batch_size : 2 * self.batch_size]
-        return wrong.expand(x.shape)
-
-    patch.setattr(RowViews, "text", text)
+def _text_keys_moved(patch):
+    near = ContiguousBlocks._near
+    patch.setattr(ContiguousBlocks, "_near", lambda self, x: near(self, x).roll(1, 2))
 
 
 def _block_positions_off_by_one(patch):
-    position_ids = Layout.position_ids
-
-    def shifted(self, device):
-        positions = position_ids(self, device)
-        positions[self.batch_size :] += 1
-        return positions
-
-    patch.setattr(Layout, "position_ids", shifted)
+    position_ids = ContiguousBlocks.position_ids
+    patch.setattr(
+        ContiguousBlocks, "position_ids", lambda self, device: position_ids(self, device) + 1
+    )
 
 
-def _own_block_not_causal(patch):
+def _block_not_causal(patch):
     def scores(q, k, scale):
         groups = q.shape[1] // k.shape[1]
         return q @ k.repeat_interleave(groups, 1).mT * scale
 
-    patch.setattr(own_block, "own_scores", scores)
-    patch.setattr(parallel_attention, "find_own_native", lambda *tensors: None)
+    patch.setattr(block_attention, "inner_scores", scores)
 
 
-def _thoughts_of_a_position_exchanged(patch):
-    attend = LearnPass.attend
+def _thoughts_of_a_position_swapped(patch):
+    from_rows = ContiguousBlocks.from_rows
 
-    def exchanged(self, layer, q, k, v, rules):
-        out = attend(self, layer, q, k, v, rules).clone()
-        blocks = out[self.batch_size :].unflatten(0, (-1, self.num_thoughts, self.batch_size))
-        out[self.batch_size :] = blocks.flip(1).flatten(0, 2)
-        return out
+    def swapped(self, x):
+        start, rest = from_rows(self, x)
+        return start, rest.flip(1)
 
-    patch.setattr(LearnPass, "attend", exchanged)
+    patch.setattr(ContiguousBlocks, "from_rows", swapped)
 
 
 def _no_merge(patch):
-    patch.setattr(own_block, "add_own_", lambda *args: None)
-    patch.setattr(parallel_attention, "find_own_native", lambda *tensors: None)
+    values = block_attention.inner_values
+    patch.setattr(block_attention, "inner_values", lambda w, v: torch.zeros_like(values(w, v)))
 
 
 def _rollout_keys_lost(patch):
@@ -172,12 +160,12 @@ FAULTS = {
     "own scale of the scores ignored": ("granite", _rules(scale=lambda scale: 0.25)),
     "sinks ignored": ("gpt_oss", _no_sinks_in_blocks),
     "sinks read as none": ("gpt_oss", _rules(sinks=lambda sinks: None)),
-    "another row taken for the text": ("llama", _text_row_wrong),
+    "text keys moved by one": ("llama", _text_keys_moved),
     "rotary positions off by one": ("llama", _block_positions_off_by_one),
     "learned positions off by one": ("gpt2", _block_positions_off_by_one),
-    "own block not causal": ("llama", _own_block_not_causal),
-    "thoughts exchanged": ("llama", _thoughts_of_a_position_exchanged),
-    "own block left out": ("llama", _no_merge),
+    "block not causal": ("llama", _block_not_causal),
+    "thoughts swapped": ("llama", _thoughts_of_a_position_swapped),
+    "block left out": ("llama", _no_merge),
     "keys of the rollout lost": ("llama", _rollout_keys_lost),
     "scale of the logits ignored": ("cohere", _no_logit_scale),
 }

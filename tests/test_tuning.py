@@ -9,7 +9,7 @@ from tiny import GPT2, LLAMA, plain_model, random_texts, randomise_own_weights
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from quietstar import QuietStarForCausalLM
-from quietstar.config import LossConfig, OptimConfig, ThoughtsConfig, TuningConfig
+from quietstar.config import OptimConfig, ThoughtsConfig, TuningConfig, loss_config
 from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
 from quietstar.model.merging import merge
@@ -42,7 +42,7 @@ def make(folder, method, **more):
     model = QuietStarForCausalLM.from_base(
         str(folder),
         thoughts=ThoughtsConfig(length=2, lookahead=2),
-        loss=LossConfig(policy_weight=1.0),
+        loss=loss_config(policy_weight=1.0),
         tuning=TuningConfig(method=method, **SMALL, **more),
     )
     randomise_own_weights(model)
@@ -164,7 +164,7 @@ def through_oracle(base, oracle, method, embeddings):
 @pytest.mark.parametrize("chosen", [None, torch.tensor([[1, 4, -1]])])
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_texts_and_thoughts_see_the_virtual_tokens(method, chosen):
-    from quietstar.backbone.learn import learn_pass, plain_pass
+    from quietstar.backbone.teacher_forced import plain_pass, teacher_forced
     from quietstar.sampling.rollout import policy_states
 
     base, oracle = tuned(method)
@@ -176,7 +176,7 @@ def test_texts_and_thoughts_see_the_virtual_tokens(method, chosen):
     thoughts = torch.randint(0, 256, (2, 2, 1, width), generator=generator)
     start, end = torch.randn(2, 16, dtype=torch.float64, generator=generator)
     with torch.no_grad():
-        states = learn_pass(base, start, end, texts, thoughts, 2, chosen)
+        states = teacher_forced(base, start, end, texts, thoughts, 2, chosen)
         plain = plain_pass(base, texts)
         rolled = policy_states(base, start, texts, thoughts, chosen)
         text = through_oracle(base, oracle, method, embed(texts))

@@ -8,10 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from quietstar import QuietStarForCausalLM
 from quietstar.config import (
     Config,
-    LossConfig,
     MixingHeadConfig,
     ThoughtsConfig,
     TuningConfig,
+    loss_config,
 )
 from quietstar.data import load_tokenizer
 
@@ -59,7 +59,7 @@ def thinking_model(
         tokenizer=load_tokenizer("bytes"),
         thoughts=ThoughtsConfig(**{"length": 2, "lookahead": 2, **(thoughts or {})}),
         mixing_head=MixingHeadConfig(**(head or {})),
-        loss=LossConfig(**(loss or {})),
+        loss=loss_config(**(loss or {})),
         tuning=TuningConfig(**(tuning or {})),
     )
     if randomise:

@@ -2,16 +2,16 @@
 
 The texts' keys and values are given; a pass runs block tokens alone. Each sees the text up to its
 own position and its own block up to itself. The start token is the same for all thoughts of a
-position, and run once: R = 1 + K (W - 1) tokens a position. `NeighbourBlocks` (positions that lie
+position, and run once: R = 1 + K (W - 1) tokens a position. `ContiguousBlocks` (positions that lie
 side by side) need no mask: all of their text but its end is seen by all of them, and the end is
-plain causal attention. `ChosenBlocks` (any positions) take a mask towards the text.
+plain causal attention. `SelectedBlocks` (any positions) take a mask towards the text.
 
 Letters as in `quietstar.attention.layout`; N rows of L tokens are what the model is run on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -20,8 +20,97 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from quietstar.attention.chosen import PrefixAttention
 from quietstar.attention.kernels import Kernel
+from quietstar.attention.layout import on_host
+
+_MASK_ELEMENTS = 2**22
+"""Entries of a piece's mask: 16 MiB in float32."""
+_PIECE_POSITIONS, _PIECE_QUERIES = 64, 512
+"""Most positions of a piece; and, where fewer keys are read for fewer, about its most queries."""
+
+
+class PrefixAttention:
+    """Attention of queries at chosen positions to the text up to there.
+
+    Shapes: queries (B, H, P * R, d), R of them at every position; keys and values of the text
+    (B, Hkv, S, d); log-sum-exp (B, H, P * R).
+
+    Args:
+        positions: Ascending in every text; those below zero count as 0.
+        repeats: R.
+        text_length: S.
+    """
+
+    def __init__(
+        self, positions: Int[Tensor, "batch positions"], repeats: int, text_length: int
+    ) -> None:
+        self.positions, self.repeats = positions.clamp(min=0), repeats
+        batch_size, count = positions.shape
+        # Where the positions are on the host anyway, no key behind the last one is read.
+        cuts_keys = on_host(positions)
+        sizes = [_MASK_ELEMENTS // (batch_size * repeats * text_length), _PIECE_POSITIONS]
+        size = max(1, min(*sizes, _PIECE_QUERIES // repeats if cuts_keys else _PIECE_POSITIONS))
+        self.pieces = [slice(n, min(n + size, count)) for n in range(0, count, size)]
+        self._keeps = batch_size * repeats * count * text_length <= _MASK_ELEMENTS
+        self._masks: dict[tuple[int, torch.dtype], Tensor] = {}
+        self.ends = [
+            int(self.positions[:, p].max()) + 1 if cuts_keys else text_length for p in self.pieces
+        ]
+
+    def _masked(self, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor]]:
+        """Every piece: its queries, the end of its keys, and its mask (B, 1, queries, keys)."""
+        for piece, end in zip(self.pieces, self.ends, strict=True):
+            rows = slice(piece.start * self.repeats, piece.stop * self.repeats)
+            yield rows, end, self._mask(piece, end, dtype)
+
+    def _mask(self, piece: slice, end: int, dtype: torch.dtype) -> Tensor:
+        """0 where a query sees a key, else -inf; kept for the other layers where all are small."""
+        found = self._masks.get((piece.start, dtype))
+        if found is None:
+            key = torch.arange(end, device=self.positions.device)
+            hidden = key > self.positions[:, piece, None]  # (B, P', end)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=key.device)
+            mask = mask.masked_fill_(hidden, -torch.inf)
+            found = mask.repeat_interleave(self.repeats, 1).unsqueeze(1)
+            if self._keeps:
+                self._masks[piece.start, dtype] = found
+        return found
+
+    def forward(
+        self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Output (B, H, P * R, d) and log-sum-exp."""
+        parts = [
+            kernel.forward(q[:, :, rows], k[:, :, :end], v[:, :, :end], False, scale, mask)
+            for rows, end, mask in self._masked(q.dtype)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
+
+    def backward(
+        self,
+        kernel: Kernel,
+        grad: Tensor,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of queries, keys and values; output and log-sum-exp may be merged ones."""
+        q, k, v = qkv
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for rows, end, mask in self._masked(q.dtype):
+            piece = (q[:, :, rows], k[:, :, :end], v[:, :, :end])
+            out_piece, lse_piece = out[:, :, rows], lse[:, :, rows]
+            grads = kernel.backward(
+                grad[:, :, rows], piece, out_piece, lse_piece, False, scale, mask
+            )  # of the types of q, k and v, which are `Kernel.backward_dtype`
+            dq[:, :, rows] = grads[0]
+            dk[:, :, :end] += grads[1]
+            dv[:, :, :end] += grads[2]
+        return dq, dk, dv
+
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values."""
@@ -37,17 +126,17 @@ class Blocks(Protocol):
         """Position of every token."""
         ...
 
-    def arrange(
+    def to_rows(
         self, start: Shaped[Tensor, "B P width"], rest: Shaped[Tensor, "W-1 K B P width"]
     ) -> Shaped[Tensor, "rows tokens width"]:
         """Block tokens as rows."""
         ...
 
-    def restore(self, x: Shaped[Tensor, "rows tokens width"]) -> Pair:
+    def from_rows(self, x: Shaped[Tensor, "rows tokens width"]) -> Pair:
         """Rows as start tokens (B, P, width) and the others (W - 1, K, B, P, width)."""
         ...
 
-    def own_views(self, x: Tensor) -> Pair:
+    def block_views(self, x: Tensor) -> Pair:
         """(N, H, L, ...) with every block together, views.
 
         Start tokens are (X, 1, Y, H, 1, ...) and the others (X, K, Y, H, W - 1, ...), X and Y
@@ -84,7 +173,7 @@ class Blocks(Protocol):
 
 
 @dataclass(frozen=True)
-class NeighbourBlocks:
+class ContiguousBlocks:
     """Blocks at positions first .. first + count - 1 of every text; rows (b r), columns p.
 
     The R rows of a text are the start tokens, then (w k).
@@ -115,11 +204,11 @@ class NeighbourBlocks:
         rows = place + torch.cat([index.new_zeros(1), index])[:, None]  # (R, P)
         return rows.expand(self.batch_size, -1, -1).flatten(0, 1)
 
-    def arrange(self, start, rest):  # noqa: D102
+    def to_rows(self, start, rest):  # noqa: D102
         rest = rest.movedim(2, 0).flatten(1, 2)  # (B, (w k), P, width)
         return torch.cat([start.unsqueeze(1), rest], 1).flatten(0, 1)
 
-    def restore(self, x):  # noqa: D102
+    def from_rows(self, x):  # noqa: D102
         start, rest = self._split(x)
         return start, rest.movedim(0, 2)
 
@@ -128,7 +217,7 @@ class NeighbourBlocks:
         rows = x.unflatten(0, (self.batch_size, -1))
         return rows[:, 0], rows[:, 1:].unflatten(1, (-1, self.num_thoughts))
 
-    def own_views(self, x):  # noqa: D102
+    def block_views(self, x):  # noqa: D102
         start, rest = self._split(x)  # (B, H, P, ...) and (B, W - 1, K, H, P, ...)
         start = start.transpose(1, 2).unsqueeze(1).unsqueeze(4)
         return start, rest.movedim((0, 2, 4, 3, 1), (0, 1, 2, 3, 4))
@@ -191,7 +280,7 @@ class NeighbourBlocks:
         return places.expand(self.batch_size * self.num_thoughts, -1)
 
 
-class ChosenBlocks:
+class SelectedBlocks:
     """Blocks at chosen positions; one row in the order (b p r): start, then (k w).
 
     Args:
@@ -229,16 +318,16 @@ class ChosenBlocks:
         offset = 1 + torch.cat([index.new_zeros(1), index])
         return (self.positions.unsqueeze(-1) + offset).reshape(1, -1)
 
-    def arrange(self, start, rest):  # noqa: D102
+    def to_rows(self, start, rest):  # noqa: D102
         rest = rest.permute(2, 3, 1, 0, 4).flatten(2, 3)  # (B, P, (k w), width)
         return torch.cat([start.unsqueeze(2), rest], 2).flatten(0, 2).unsqueeze(0)
 
-    def restore(self, x):  # noqa: D102
+    def from_rows(self, x):  # noqa: D102
         tokens = x[0].unflatten(0, (*self.positions.shape, -1))  # (B, P, R, width)
         rest = tokens[:, :, 1:].unflatten(2, (self.num_thoughts, -1))
         return tokens[:, :, 0], rest.permute(3, 2, 0, 1, 4)
 
-    def own_views(self, x):  # noqa: D102
+    def block_views(self, x):  # noqa: D102
         tokens = x[0].unflatten(1, (-1, self._tokens))  # (H, B * P, R, ...)
         start = tokens[:, :, :1].transpose(0, 1)[:, None, None]
         rest = tokens[:, :, 1:].unflatten(2, (self.num_thoughts, -1))

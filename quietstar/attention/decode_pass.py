@@ -18,7 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from quietstar.attention.dense import ScoreRules, softcapped, softmax_with_sinks
-from quietstar.attention.precision import at_least_float32
+from quietstar.attention.kernels import at_least_float32
 
 _ROOM = 128
 """Columns by which the cache of a text grows."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from quietstar.attention.precision import at_least_float32
+from quietstar.attention.kernels import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -108,24 +108,6 @@ def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
     column = sinks.to(scores.dtype).reshape(1, scores.shape[1], scores.shape[2], *rest)
     column = column.expand(*scores.shape[:-1], 1)
     return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
-
-
-def dense_blocks(
-    q: Tensor, k: Tensor, v: Tensor, batch_size: int, num_thoughts: int, rules: ScoreRules
-) -> Tensor:
-    """All rows of a learn pass (`quietstar.attention.layout`), (rows, H, S, .) each."""
-
-    def per_thought(x: Tensor) -> Tensor:  # (B, ...) -> (K * B, ...)
-        return x.unsqueeze(0).expand(num_thoughts, *x.shape).flatten(0, 1)
-
-    text = (k[:batch_size], v[:batch_size])
-    out = [recomputed(q[:batch_size], text, None, rules, -1)]
-    text = (per_thought(text[0]), per_thought(text[1]))
-    steps = [x[batch_size:].unflatten(0, (-1, num_thoughts * batch_size)) for x in (q, k, v)]
-    for index in range(steps[0].shape[0]):
-        own = (steps[1][: index + 1], steps[2][: index + 1])
-        out.append(recomputed(steps[0][index], text, own, rules, index))
-    return torch.cat(out)
 
 
 def recomputed(*args) -> Tensor:

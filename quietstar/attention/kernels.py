@@ -15,6 +15,11 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Widen half precisions to float32; leave float32 and float64 (gradient checks) as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 @runtime_checkable
 class Kernel(Protocol):
     """One attention kernel; ``scale`` multiplies the scores."""

@@ -40,85 +40,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 IGNORE_INDEX = -100
 """Label of a token that is no target (the convention of transformers)."""
 
 NO_POSITION = -1
 """Fills up the chosen positions of a text that has fewer than others."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Sizes of one parallel-thought pass (letters in the module docstring)."""
-
-    batch_size: int
-    text_length: int
-    num_thoughts: int
-    thought_length: int
-    lookahead: int
-
-    @property
-    def block_length(self) -> int:
-        """W: start, the thought, end, and the true tokens but the last."""
-        return self.thought_length + self.lookahead + 1
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of S tokens: the texts and every block token."""
-        return self.batch_size * (1 + self.block_length * self.num_thoughts)
-
-    def position_ids(self, device: torch.device) -> Int[Tensor, "rows seq"]:
-        """Position of every token: i in the text, i + 1 + w in the block behind i."""
-        text = torch.arange(self.text_length, device=device)
-        offset = torch.arange(self.block_length, device=device).repeat_interleave(
-            self.num_thoughts * self.batch_size
-        )
-        offset = torch.cat([offset.new_full((self.batch_size,), -1), offset])
-        return text + 1 + offset[:, None]  # (rows, S)
-
-    def blocks(self, rows: Shaped[Tensor, "rows ..."]) -> Shaped[Tensor, "W K B ..."]:
-        """Rows of the blocks as (W, K, B, ...), a view."""
-        return rows[self.batch_size :].unflatten(
-            0, (self.block_length, self.num_thoughts, self.batch_size)
-        )
-
-
-@dataclass(frozen=True)
-class ChosenLayout:
-    """Sizes of a pass with thoughts at chosen positions only.
-
-    Attributes:
-        layout: As if all positions were chosen.
-        positions: Of the blocks, (B, P); `NO_POSITION` fills up texts with fewer.
-    """
-
-    layout: Layout
-    positions: Int[Tensor, "batch positions"]
-
-    @property
-    def num_text(self) -> int:
-        """Text tokens, B * S."""
-        return self.layout.batch_size * self.layout.text_length
-
-    def position_ids(self) -> Int[Tensor, "1 tokens"]:
-        """Position of every token of the one row."""
-        device = self.positions.device
-        text = torch.arange(self.layout.text_length, device=device)
-        offset = 1 + torch.arange(self.layout.block_length, device=device)
-        block = self.positions.clamp(min=0)[:, :, None, None] + offset  # (B, P, 1, W)
-        block = block.expand(-1, -1, self.layout.num_thoughts, -1)
-        texts = text.expand(self.layout.batch_size, -1)
-        return torch.cat([texts.flatten(), block.flatten()]).unsqueeze(0)
-
-    def texts(self, row: Shaped[Tensor, "tokens ..."]) -> Shaped[Tensor, "B S ..."]:
-        """The texts' part of the row, a view."""
-        return row[: self.num_text].unflatten(0, (self.layout.batch_size, -1))
-
-    def blocks(self, row: Shaped[Tensor, "tokens ..."]) -> Shaped[Tensor, "B P K W ..."]:
-        """The blocks' part of the row, a view."""
-        sizes = (*self.positions.shape, self.layout.num_thoughts, self.layout.block_length)
-        return row[self.num_text :].unflatten(0, sizes)
 
 
 def shift_ahead(
@@ -144,24 +72,26 @@ def lookahead_targets(
 
 
 @dataclass(frozen=True)
-class TextAhead:
+class TextLookahead:
     """The text's own states (or figures) that predict what comes behind some positions.
 
     x_{i+a} is predicted by the one at i + a - 1. Neighbouring positions share them.
 
     Attributes:
-        rows: Those that are needed, (B, R, ...): R = P + A - 1 for P neighbours, else A * P in the
+        rows: Those that are needed, (B, R, ...): R = P + A - 1 for P contiguous, else A * P in the
             order (a p). Zeros stand for those behind the end of the text.
         lookahead: A.
-        neighbours: Whether the positions are.
+        contiguous: Whether the positions are.
     """
 
     rows: Shaped[Tensor, "batch rows *rest"]
     lookahead: int
-    neighbours: bool
+    contiguous: bool
 
     @classmethod
-    def at_neighbours(cls, x: Tensor, lookahead: int, first: int, count: int) -> TextAhead:
+    def contiguous_positions(
+        cls, x: Tensor, lookahead: int, first: int, count: int
+    ) -> TextLookahead:
         """Of ``count`` positions from ``first`` on, out of all of a text's (B, S, ...)."""
         rows = x[:, first : first + count + lookahead - 1]
         missing = count + lookahead - 1 - rows.shape[1]
@@ -169,7 +99,7 @@ class TextAhead:
         return cls(F.pad(rows, [*padding, 0, missing]) if missing else rows, lookahead, True)
 
     @classmethod
-    def at_chosen(cls, x: Tensor, lookahead: int, positions: Tensor) -> TextAhead:
+    def selected_positions(cls, x: Tensor, lookahead: int, positions: Tensor) -> TextLookahead:
         """Of chosen positions (B, P), out of all of a text's (B, S, ...)."""
         steps = torch.arange(lookahead, device=positions.device)[:, None]
         ahead = (positions.clamp(min=0).unsqueeze(1) + steps).flatten(1)  # (B, A * P)
@@ -183,44 +113,44 @@ class TextAhead:
     def num_positions(self) -> int:
         """P."""
         rows = self.rows.shape[1]
-        return rows - self.lookahead + 1 if self.neighbours else rows // self.lookahead
+        return rows - self.lookahead + 1 if self.contiguous else rows // self.lookahead
 
-    def spread(
+    def gather(
         self, x: Shaped[Tensor, "batch rows *rest"]
     ) -> Shaped[Tensor, "lookahead batch positions *rest"]:
         """What was computed for the rows, for every target; a view."""
-        if not self.neighbours:
+        if not self.contiguous:
             return x.unflatten(1, (self.lookahead, -1)).movedim(1, 0)
         return x.unfold(1, self.num_positions, 1).movedim(-1, 2).movedim(1, 0)
 
-    def collect(
+    def scatter_add(
         self, x: Shaped[Tensor, "lookahead batch positions *rest"]
     ) -> Shaped[Tensor, "batch rows *rest"]:
-        """The transpose of `spread`: for every row, the sum over its targets."""
-        if not self.neighbours:
+        """The transpose of `gather`: for every row, the sum over its targets."""
+        if not self.contiguous:
             return x.movedim(0, 1).flatten(1, 2)
         total = x.new_zeros(x.shape[1], self.rows.shape[1], *x.shape[3:])
         for a, part in enumerate(x):
             total[:, a : a + self.num_positions] += part
         return total
 
-    def part(self, texts: slice, places: slice) -> TextAhead:
+    def part(self, texts: slice, places: slice) -> TextLookahead:
         """Of some texts and some of their positions."""
         rows = self.rows[texts]
-        if self.neighbours:
+        if self.contiguous:
             rows = rows[:, places.start : places.stop + self.lookahead - 1]
         else:
             rows = rows.unflatten(1, (self.lookahead, -1))[:, :, places].flatten(1, 2)
         return replace(self, rows=rows)
 
 
-def text_ahead(
+def text_lookahead(
     x: Shaped[Tensor, "batch seq *rest"], lookahead: int, positions: Tensor | None
-) -> TextAhead:
+) -> TextLookahead:
     """States (or figures) of a text that predict what comes behind the chosen positions, or all."""
     if positions is None:
-        return TextAhead.at_neighbours(x, lookahead, 0, x.shape[1])
-    return TextAhead.at_chosen(x, lookahead, positions)
+        return TextLookahead.contiguous_positions(x, lookahead, 0, x.shape[1])
+    return TextLookahead.selected_positions(x, lookahead, positions)
 
 
 def lookahead_states(
@@ -229,8 +159,8 @@ def lookahead_states(
     positions: Int[Tensor, "batch positions"] | None = None,
 ) -> Float[Tensor, "lookahead batch positions *width"]:
     """The text's own state (or figure) that predicts x_{i+a}: the one at i + a - 1."""
-    ahead = text_ahead(text_states, lookahead, positions)
-    return ahead.spread(ahead.rows)
+    ahead = text_lookahead(text_states, lookahead, positions)
+    return ahead.gather(ahead.rows)
 
 
 def shifted(positions: Int[Tensor, "batch positions"], by: int) -> Int[Tensor, "batch positions"]:
@@ -244,3 +174,8 @@ def at_positions(
     """Entries of the last axis at every text's own positions; anything at `NO_POSITION`."""
     index = positions.clamp(min=0).expand(*x.shape[:-1], positions.shape[-1])
     return x.gather(-1, index)
+
+
+def on_host(x: Tensor) -> bool:
+    """Whether its content can be read without waiting for a device."""
+    return x.device.type == "cpu" and not isinstance(x, FakeTensor)

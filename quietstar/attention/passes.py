@@ -1,8 +1,7 @@
 """What each pass of the engine does at an attention layer: who attends to whom.
 
 `TextPass` runs a text alone and may keep its keys and values; `BlockPass` runs blocks against them,
-with gradient. `LearnPass` runs text and blocks at once, `ChosenLearnPass` the same with thoughts at
-chosen positions only. The steps of the rollout are in `quietstar.attention.steps`.
+with gradient. The steps of the rollout are in `quietstar.attention.steps`.
 """
 
 from __future__ import annotations
@@ -15,16 +14,8 @@ from torch import Tensor
 
 from quietstar.attention.block_attention import block_attention, dense_block_attention
 from quietstar.attention.blocks import Blocks
-from quietstar.attention.chosen import (
-    ChosenAttention,
-    ChosenViews,
-    PrefixAttention,
-    dense_chosen,
-)
-from quietstar.attention.dense import ScoreRules, dense_blocks, recomputed
+from quietstar.attention.dense import ScoreRules, recomputed
 from quietstar.attention.kernels import Kernel, find_kernel
-from quietstar.attention.layout import ChosenLayout
-from quietstar.attention.parallel_attention import ParallelAttention
 
 VIRTUAL_TOKENS = "virtual_tokens"
 """Child of a model, and of attention layers, with what stands for learned tokens before a text."""
@@ -133,67 +124,6 @@ class BlockPass:
         if kernel is None:
             return dense_block_attention(q, k, v, text, self.blocks, rules)
         return block_attention(q, k, v, text, self.blocks, rules.scale, kernel)
-
-
-# --- The learn pass: text and all blocks at once -------------------------------------------------
-
-
-class LearnPass:
-    """Attention of the text and all its blocks at once, with gradient.
-
-    Args:
-        batch_size: B.
-        num_thoughts: K.
-        block_length: W.
-    """
-
-    def __init__(self, batch_size: int, num_thoughts: int, block_length: int) -> None:
-        self.batch_size = batch_size
-        self.num_thoughts = num_thoughts
-        self.block_length = block_length
-
-    def attend(self, layer, q, k, v, rules):  # noqa: D102  (see Pass)
-        kernel = choose_kernel(q, k, v, rules, q.shape[2] + self.block_length)
-        if kernel is None:
-            return dense_blocks(q, k, v, self.batch_size, self.num_thoughts, rules)
-        return ParallelAttention.apply(
-            q, k, v, self.batch_size, self.num_thoughts, rules.scale, kernel
-        )
-
-
-class ChosenLearnPass:
-    """The same with thoughts at chosen positions only, as one row.
-
-    Args:
-        layout: Its sizes and positions.
-    """
-
-    def __init__(self, layout: ChosenLayout) -> None:
-        sizes = layout.layout
-        self.layout = layout
-        self.views = ChosenViews(layout)
-        self.num_positions = sizes.text_length + sizes.block_length
-        repeats = sizes.num_thoughts * sizes.block_length
-        self.prefix = PrefixAttention(layout.positions, repeats, sizes.text_length)
-
-    def attend(self, layer, q, k, v, rules):  # noqa: D102
-        k, v = self._with_virtual(layer, k, v)
-        kernel = choose_kernel(q, k, v, rules, self.num_positions, masked=True)
-        if kernel is None:
-            return dense_chosen(q, k, v, self.layout, rules)
-        return ChosenAttention.apply(q, k, v, self.views, self.prefix, rules.scale, kernel)
-
-    def _with_virtual(self, layer: torch.nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if not hasattr(layer, VIRTUAL_TOKENS):
-            return k, v
-        texts = with_virtual(layer, self.views.text(k), self.views.text(v), 2)
-        flat = (x.transpose(0, 1).flatten(1, 2) for x in texts)  # (Hkv, B * S, .)
-        count = self.layout.num_text
-        k, v = (
-            torch.cat([text, x[0, :, count:]], 1).unsqueeze(0)
-            for text, x in zip(flat, (k, v), strict=True)
-        )
-        return k, v
 
 
 _told: set[str] = set()

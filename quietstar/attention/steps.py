@@ -1,7 +1,7 @@
 """What each step of the rollout does at an attention layer, without gradient.
 
 The text ran once and left its keys and values (`TextPass`); then every step
-runs one token of every block against them: `StartStep`, then `ThoughtStep`, or `ChosenStep` where
+runs one token of every block against them: `StartStep`, then `ThoughtStep`, or `SelectedStep` where
 only some positions have thoughts.
 
 Layers are told apart by the order in which they attend, not by what they are, so that code compiled
@@ -17,11 +17,11 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from quietstar.attention.chosen import PrefixAttention
+from quietstar.attention.block_attention import inner_dtype, merge_, step_attention
+from quietstar.attention.blocks import PrefixAttention
 from quietstar.attention.dense import ScoreRules, dense_attention
-from quietstar.attention.own_block import add_own_, own_dtype, own_step
+from quietstar.attention.kernels import at_least_float32
 from quietstar.attention.passes import TextKeys, choose_kernel
-from quietstar.attention.precision import at_least_float32
 
 
 @runtime_checkable
@@ -58,7 +58,7 @@ class RolloutCache:
 
     def _first(self, order: Order, x: Tensor) -> Tensor:
         x = order.for_each_thought(x.transpose(1, 2))  # (rows, tokens, Hkv, .)
-        cache = x.new_empty(self.num_steps, *x.shape, dtype=own_dtype(x))
+        cache = x.new_empty(self.num_steps, *x.shape, dtype=inner_dtype(x))
         cache[0] = x
         return cache
 
@@ -141,7 +141,7 @@ def _add_itself_(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scal
     k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     score = at_least_float32(q * k).sum(-1) * scale
     merged = torch.logaddexp(lse, score)
-    add_own_(out, lse, v * (score - merged).exp().unsqueeze(-1).to(v.dtype), merged)
+    merge_(out, lse, v * (score - merged).exp().unsqueeze(-1).to(v.dtype), merged)
 
 
 class ThoughtStep(RolloutStep):
@@ -163,10 +163,10 @@ class ThoughtStep(RolloutStep):
         if kernel is None:
             return dense_attention(q, text, _dense_own(own, q.dtype), rules, self.index)
         out, lse = kernel.forward(q, *text, True, rules.scale)
-        return own_step(q, own, out, lse, rules.scale)
+        return step_attention(q, own, out, lse, rules.scale)
 
 
-class ChosenStep(RolloutStep):
+class SelectedStep(RolloutStep):
     """One token of every block at chosen positions, as one row in the order (b p k).
 
     Args:
@@ -198,7 +198,7 @@ class ChosenStep(RolloutStep):
             out = dense_attention(queries, text, own, rules, self.index, places)
         else:
             out, lse = self.prefix.forward(kernel, queries, *text, rules.scale)
-            out = own_step(queries, (keys, values), out, lse, rules.scale)
+            out = step_attention(queries, (keys, values), out, lse, rules.scale)
         return out.transpose(0, 1).flatten(1, 2).unsqueeze(0)
 
 

@@ -6,6 +6,8 @@ is ours and runs as it is; norms, rotary embeddings, projections and MLP are com
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 
 import torch
@@ -13,11 +15,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quietstar.errors import UserError
-from quietstar.native.library import COMPILERS, find_compiler
 
 _RECOMPILE_LIMIT = 64
 """Kinds of calls compiled for: text, rollout, groups of blocks, with and without gradient, each in
 a few shapes, and the evaluations. By default torch gives up after 8."""
+
+
+COMPILERS = ("g++", "c++", "clang++")
+
+
+def find_compiler() -> str | None:
+    """Find the C++ compiler that torch.compile would call: that of ``CXX``, or one on the PATH."""
+    wanted = os.environ.get("CXX", "").split()
+    names = wanted[:1] or COMPILERS
+    return next((path for path in map(shutil.which, names) if path is not None), None)
 
 
 def check_compile(wanted: bool, in_pieces: bool) -> None:

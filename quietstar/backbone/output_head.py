@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from quietstar.attention.precision import at_least_float32
+from quietstar.attention.kernels import at_least_float32
 
 # config name -> multiplier of the logits, as transformers' models apply it
 _SCALES = {

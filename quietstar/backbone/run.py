@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.attention.interface import thought_pass_scope
-from quietstar.attention.passes import VIRTUAL_TOKENS, Pass
+from quietstar.attention.passes import VIRTUAL_TOKENS, Pass, TextKeys, TextPass
 
 
 def embedding_weight(model: PreTrainedModel) -> Float[Tensor, "vocab embedding"]:
@@ -85,3 +87,26 @@ def run_backbone(
             thought_pass=thought_pass,
         )
     return output.last_hidden_state
+
+
+@dataclass(frozen=True)
+class TextRun:
+    """A text that was run once, for all that is done behind its tokens.
+
+    Attributes:
+        keys: Keys and values.
+        states: Final states.
+    """
+
+    keys: TextKeys
+    states: Float[Tensor, "batch seq width"]
+
+
+def run_text(model: PreTrainedModel, input_ids: Int[Tensor, "batch seq"]) -> TextRun:
+    """Run texts (padded on the right if at all) and keep what thoughts need of them."""
+    keys: TextKeys = {}
+    embedded = embed_text(model, input_ids)
+    positions = torch.arange(embedded.shape[1], device=input_ids.device)
+    positions = positions.expand(embedded.shape[:2])
+    states = run_backbone(model, embedded, positions, TextPass(keys))
+    return TextRun(keys, states[:, num_virtual(model) :])

@@ -22,3 +22,4 @@ from quietstar.config.schema import TrainingConfig as TrainingConfig
 from quietstar.config.schema import TuningConfig as TuningConfig
 from quietstar.config.schema import cross_field_problems as cross_field_problems
 from quietstar.config.schema import is_stage_key as is_stage_key
+from quietstar.config.schema import loss_config as loss_config

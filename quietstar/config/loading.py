@@ -12,6 +12,7 @@ such a version wrote, is translated (`migrate`).
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,9 +38,10 @@ from quietstar.config.schema import (
     CrossFieldProblem,
     is_stage_key,
     keys_of,
+    loss_class,
 )
 from quietstar.config.yaml import YamlProblem, dump, parse
-from quietstar.errors import ConfigError
+from quietstar.errors import ConfigError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -232,6 +234,10 @@ class _Reader:
         data, lines, problems = _read_yaml(path, shown)
         self.problems += problems
         stages = data.pop("stages", None) or {}
+        for sections in (data, *(stages.values() if isinstance(stages, dict) else ())):
+            loss = sections.get("loss") if isinstance(sections, dict) else None
+            if isinstance(loss, dict):
+                _add_settings(loss.get("objective"))
         self._read_sections(data, lines, shown, self.settings)
         if not isinstance(stages, dict):
             message = "must be a mapping of stages; write `stages:` with `think:` below it"
@@ -282,12 +288,12 @@ class _Reader:
                 self.misspelt.update(keys_of(meant) if meant else ())
                 self._report(section, f"unknown section{did_you_mean(meant)}", source)
 
-    def _unknown(
-        self, name: str, before: str = "", candidates: Sequence[str] = tuple(FIELDS)
-    ) -> str:
+    def _unknown(self, name: str, before: str = "", candidates: Sequence[str] | None = None) -> str:
         """Says which key replaces an unknown one, or which was probably meant."""
         renamed = RENAMED.get(name)
-        meant = renamed or closest(name, [*candidates, *RENAMED], by_leaf=True)
+        meant = renamed or closest(
+            name, [*(FIELDS if candidates is None else candidates), *RENAMED], by_leaf=True
+        )
         meant = RENAMED.get(meant, meant) if meant else None
         self.misspelt.update([meant] if meant else [])
         if renamed:
@@ -296,7 +302,11 @@ class _Reader:
 
     def read_overrides(self, arguments: Sequence[str]) -> None:
         """Takes over ``--key value``, ``--key=value`` and bare ``--flag``; the last one wins."""
-        for name, text in self._split_flags(arguments):
+        flags = list(self._split_flags(arguments))
+        for name, text in flags:
+            if name.endswith("loss.objective"):
+                _add_settings(text)
+        for name, text in flags:
             prefix, rest, settings = self._of_stage(name)
             key = ".".join(rest.split(".")[:2])
             path = rest.split(".")[2:]
@@ -365,6 +375,13 @@ class _Reader:
             before = settings.get(key) or self.settings.get(key)
             value = _with_entry(before.value if before else None, path, value)
         settings[key] = Setting(value, COMMAND_LINE, prefix)
+
+
+def _add_settings(objective: Any) -> None:
+    """Makes the settings of an objective of the user's own known as keys."""
+    if isinstance(objective, str) and ":" in objective:
+        with suppress(UserError):  # a rule reports it with the others
+            loss_class(objective)
 
 
 def _parse_text(key: str, text: str) -> Any:

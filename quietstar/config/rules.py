@@ -6,7 +6,9 @@ is the one to change; the message has values, rule, reason and remedy.
 
 from collections.abc import Callable, Iterator
 
+from quietstar import registry
 from quietstar.config.schema import RULES, Config, CrossFieldProblem
+from quietstar.errors import UserError
 
 SYNTHETIC = "synthetic:"
 GYM = "reasoning_gym:"
@@ -59,15 +61,12 @@ def _model_rules(config: Config) -> Broken:
 
 @rule
 def _thought_rules(config: Config) -> Broken:
-    thoughts, loss, data = config.thoughts, config.loss, config.data
-    if loss.objective == "next_token":
+    thoughts, data = config.thoughts, config.data
+    try:
+        if not config.loss.thinks:
+            return
+    except UserError:  # another rule says so
         return
-    if thoughts.sampler == "pause" and loss.policy_weight > 0:
-        yield (
-            ("loss.policy_weight", "thoughts.sampler"),
-            f"loss.policy_weight ({loss.policy_weight}) must be 0 with thoughts.sampler: pause:"
-            " thoughts that nobody chose cannot be reinforced. Set it to 0.",
-        )
     steps = data.task_options.get("num_steps", DEFAULT_STEPS)  # the task reports a wrong type
     is_moves = data.train == f"{SYNTHETIC}moves"
     if is_moves and isinstance(steps, int) and steps > thoughts.length:
@@ -92,13 +91,6 @@ def _thought_rules(config: Config) -> Broken:
                 f" {thoughts.positions} and data.format: chat: only then are the assistant's tokens"
                 " known. Set it to answer.",
             )
-    has_baseline = loss.estimator != "no_baseline" and loss.policy_weight > 0
-    if thoughts.num_thoughts == 1 and has_baseline:
-        yield (
-            ("thoughts.num_thoughts", "loss.estimator", "loss.policy_weight"),
-            "thoughts.num_thoughts (1) must be at least 2: the REINFORCE baseline compares thoughts"
-            " sampled at the same position. Raise it, or set loss.estimator: no_baseline.",
-        )
     if data.min_context >= data.seq_len:
         yield (
             ("data.min_context", "data.seq_len"),
@@ -147,15 +139,20 @@ def _mixing_head_rules(config: Config) -> Broken:
 
 
 @rule
-def _loss_rules(config: Config) -> Broken:
-    loss = config.loss.model_dump()
-    weights = {f"loss.{name}": loss[name] for name in loss if name.endswith("_weight")}
-    if config.loss.objective == "quiet_star" and not any(weights.values()):
-        yield (
-            tuple(weights),
-            f"all weights ({', '.join(weights)}) are 0, but at least one must be above 0: there"
-            " would be nothing to learn. Leave one of them out to get its default.",
-        )
+def _part_rules(config: Config) -> Broken:
+    named = {
+        "loss.objective": config.loss.objective,
+        "loss.reward": config.loss.reward,
+        "thoughts.sampler": config.thoughts.sampler,
+    }
+    for key, name in named.items():
+        try:
+            part = registry.find(key, name)
+        except UserError as problem:
+            yield (key,), str(problem).replace(f"{key} ({name}): ", f"{name}: ", 1)
+        else:
+            if key == "loss.objective":
+                yield from part.problems(config)
 
 
 @rule

@@ -3,14 +3,27 @@
 The text below a key is its description; ``quietstar train --help`` prints it with the type, the
 bounds and the default. `quietstar.config.rules` adds the rules that tie keys together.
 
-Nothing here imports torch, so that a wrong config is reported at once.
+The keys of the ``loss`` section are those of the objective: `quietstar.registry` finds it when a
+config is validated.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
+
+from quietstar import registry
+from quietstar.errors import UserError
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 AtLeastZero = Annotated[int, Field(ge=0)]
@@ -95,9 +108,10 @@ class TuningConfig(Section):
 class ThoughtsConfig(Section):
     """Where the model thinks, how long, how often, and how thoughts are sampled."""
 
-    sampler: Literal["rollout", "pause"] = "rollout"
-    """How thoughts are made: sampled from the model (rollout), or a constant token, the first of
-    thoughts.start_init, in their place (pause: a control that thinks nothing)."""
+    sampler: Text = "rollout"
+    """Where thoughts come from: rollout (the model samples them), pause (a constant token, the
+    first of thoughts.start_init, in their place: a control that thinks nothing), or a sampler of
+    your own as module:name."""
     positions: Literal[
         "all", "every", "random", "entropy", "weight", "weighted_entropy", "answer", "answer_start"
     ] = "all"
@@ -141,33 +155,40 @@ class MixingHeadConfig(Section):
 
 
 class LossConfig(Section):
-    """The objective, the terms of the loss, and the estimator of the policy gradient."""
+    """The objective, the reward, and the objective's own settings (`loss_class`)."""
 
-    objective: Literal["quiet_star", "next_token"] = "quiet_star"
-    """Learn to think, or plain language modeling without thoughts."""
-    base_weight: NonNegative = 0.3
-    """Weight of the NLL of the base prediction (without a thought)."""
-    mixed_weight: NonNegative = 0.3
-    """Weight of the NLL of the mixed prediction."""
-    thought_weight: NonNegative = 0.4
-    """Weight of the NLL of the thought's own prediction, which teaches the model to go on after a
-    thought."""
-    draft_weight: NonNegative = 0.0
-    """Weight of the NLL of the next true token as the first thought token: thoughts begin as drafts
-    of what follows, which gives REINFORCE something to improve."""
-    policy_weight: NonNegative = 0.1
-    """Weight of the REINFORCE term on the thought tokens."""
-    entropy_weight: NonNegative = 0.0
-    """Weight of a bonus on the entropy of the thought tokens."""
-    estimator: Literal["leave_one_out", "paper", "no_baseline"] = "leave_one_out"
-    """Policy gradient: leave_one_out is unbiased; paper takes the group mean as baseline and drops
-    negative advantages; no_baseline uses the reward itself."""
-    reward: Literal["mixed", "thought"] = "thought"
-    """Prediction whose log-probability of the true tokens is the reward of a thought: the mixed one
-    or the thought's own."""
-    policy_temperature: Positive | None = None
-    """Temperature inside the log-probability of the policy term; null means thoughts.temperature,
-    and 3.0 with estimator paper."""
+    objective: Text = "quiet_star"
+    """What is learned: quiet_star, next_token (plain language modeling without thoughts), or an
+    objective of your own as module:name. It brings the other keys of this section."""
+    reward: Text = "thought"
+    """What thoughts are reinforced by: mixed or thought (the log-probability of the true tokens by
+    the mixed prediction or the thought's own), or a function of your own as module:name."""
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the objective samples thoughts at all."""
+        return registry.find("loss.objective", self.objective).thinks
+
+
+@cache
+def loss_class(objective: str) -> type[LossConfig]:
+    """Returns the ``loss`` section with the settings of an objective.
+
+    Raises:
+        UserError: There is no such objective.
+    """
+    settings = registry.find("loss.objective", objective).Settings
+    if settings is Section:
+        return LossConfig
+    kind = create_model("LossConfig", __base__=(LossConfig, settings))
+    FIELDS.add("loss", kind)
+    return kind
+
+
+def loss_config(**values: Any) -> LossConfig:
+    """Makes a ``loss`` section: the objective, the reward, and the objective's own settings."""
+    objective = values.get("objective", LossConfig.model_fields["objective"].default)
+    return loss_class(objective)(**values)
 
 
 class DataConfig(Section):
@@ -354,7 +375,7 @@ class Config(Section):
     tuning: TuningConfig = Field(default_factory=TuningConfig)
     thoughts: ThoughtsConfig = Field(default_factory=ThoughtsConfig)
     mixing_head: MixingHeadConfig = Field(default_factory=MixingHeadConfig)
-    loss: LossConfig = Field(default_factory=LossConfig)
+    loss: SerializeAsAny[LossConfig] = Field(default_factory=loss_config)
     data: DataConfig = Field(default_factory=DataConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
@@ -362,6 +383,23 @@ class Config(Section):
     stages: Stages = Field(default_factory=dict)
     """Stages of the run by name, in order, each with the keys it changes; none means that the run
     is one stage."""
+
+    @field_validator("loss", mode="wrap")
+    @classmethod
+    def _by_objective(cls, value: Any, handler: Callable[[Any], LossConfig]) -> LossConfig:
+        """Validates the section with the settings that its objective brings."""
+        if not isinstance(value, Mapping):
+            return handler(value)
+        objective = value.get("objective", LossConfig.model_fields["objective"].default)
+        try:
+            kind = loss_class(objective) if isinstance(objective, str) else LossConfig
+        except UserError:  # a rule says so
+            kind = LossConfig
+        # Settings of another objective may stand here for another stage of the run.
+        own = {
+            k: v for k, v in value.items() if k in kind.model_fields or f"loss.{k}" not in FIELDS
+        }
+        return kind.model_validate(own)
 
     @model_validator(mode="after")
     def _check_rules(self) -> "Config":
@@ -400,17 +438,43 @@ SECTIONS = tuple(name for name in Config.model_fields if name != "stages")
 """Names of the sections, in order."""
 
 
-def _keys() -> Iterator[tuple[str, FieldInfo]]:
-    for section in SECTIONS:
-        kind = Config.model_fields[section].annotation
-        assert isinstance(kind, type), section
-        assert issubclass(kind, BaseModel), section
+class _Fields(Mapping[str, FieldInfo]):
+    """Every key of the config, such as ``thoughts.length``, with its field.
+
+    Filled at the first look, since objectives import torch.
+    """
+
+    def __init__(self) -> None:
+        self._fields: dict[str, FieldInfo] = {}
+
+    def add(self, section: str, kind: type[BaseModel]) -> None:
+        """Adds the fields of a section that are not known yet."""
         for name, field in kind.model_fields.items():
-            yield f"{section}.{name}", field
+            self._fields.setdefault(f"{section}.{name}", field)
+
+    def _filled(self) -> dict[str, FieldInfo]:
+        if "logging.report_to" not in self._fields:
+            for section in SECTIONS:
+                kind = Config.model_fields[section].annotation
+                assert isinstance(kind, type), section
+                assert issubclass(kind, BaseModel), section
+                self.add(section, kind)
+                if kind is LossConfig:
+                    for objective in registry.choices("loss.objective"):
+                        self.add("loss", loss_class(objective))
+        return self._fields
+
+    def __getitem__(self, key: str) -> FieldInfo:
+        return self._filled()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._filled())
+
+    def __len__(self) -> int:
+        return len(self._filled())
 
 
-FIELDS: Mapping[str, FieldInfo] = dict(_keys())
-"""Every key of the config, such as ``thoughts.length``, with its field."""
+FIELDS = _Fields()
 
 
 def keys_of(section: str) -> list[str]:

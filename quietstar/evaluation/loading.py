@@ -46,7 +46,7 @@ def load_thinker(
     else:
         model = QuietStarForCausalLM.from_base(name, dtype=dtype, **hub)
     one = model.thoughts.model_copy(update={"lookahead": 1})
-    model.configure(one, model.loss)
+    model.configure(one)
     return model.eval()
 
 

@@ -14,14 +14,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from quietstar.backbone.learn import plain_pass
+from quietstar.backbone.teacher_forced import plain_pass
 from quietstar.data import Batch
 from quietstar.generation.gates import PROBED, Gate, GateKind, Probe
 from quietstar.generation.generate import next_logits
-from quietstar.losses.scores import next_token_entropy
+from quietstar.losses.thought_loss import next_token_entropy
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.sampling.decoding import Decoder
-from quietstar.sampling.rollout import Sampling
+from quietstar.sampling.thoughts import Sampling
 
 RIDGE = 1e-2
 """Of the probes' fit, times the mean variance of the states."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,15 +17,12 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.generic import ModelOutput
 
-from quietstar.attention.layout import text_ahead
+from quietstar.attention.layout import text_lookahead
 from quietstar.backbone.run import num_virtual
 from quietstar.errors import UserError
 from quietstar.generation.gates import Gate
 from quietstar.sampling.decoding import Decoder, Thinking
-from quietstar.sampling.rollout import Sampling
-
-if TYPE_CHECKING:
-    from quietstar.model.parts import ThinkingParts
+from quietstar.sampling.thoughts import Sampling
 
 
 @dataclass
@@ -54,7 +51,7 @@ class ThinkingStreamer(BaseStreamer):
 
 
 def generate(
-    model: ThinkingParts,
+    model: Any,
     inputs: Int[Tensor, "batch seq"],
     sampling: Sampling,
     think: bool | Gate,
@@ -92,7 +89,7 @@ def generate(
     return causal_lm.generate(inputs, custom_generate=decode, streamer=streamer, **arguments)
 
 
-def _check(model: ThinkingParts, config: GenerationConfig, sampling: Sampling | None) -> None:
+def _check(model: Any, config: GenerationConfig, sampling: Sampling | None) -> None:
     if (config.num_beams or 1) > 1:
         raise UserError(
             f"num_beams: {config.num_beams} cannot be: beams are not thought about. Set "
@@ -115,7 +112,7 @@ class _Loop:
 
     def __init__(
         self,
-        model: ThinkingParts,
+        model: Any,
         decoder: Decoder,
         gate: Gate,
         processor: LogitsProcessorList,
@@ -196,7 +193,7 @@ class _Loop:
 
 
 def next_logits(
-    model: ThinkingParts,
+    model: Any,
     states: Float[Tensor, "rows width"],
     base: Float[Tensor, "rows vocab"],
     thinking: Thinking,
@@ -210,7 +207,7 @@ def next_logits(
         thinking: Thoughts there.
     """
     weight = model.mixing_head(
-        text_ahead(states[:, None], 1, None), thinking.ahead[None, :, :, None]
+        text_lookahead(states[:, None], 1, None), thinking.ahead[None, :, :, None]
     )
     weight = weight[0, :, :, 0, None]  # (K, B, 1)
     mixed = torch.lerp(base, model.output_head.logits(thinking.ahead), weight)

@@ -8,17 +8,15 @@ computed in the forward pass because the coefficient of every row is known by th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from quietstar.attention.kernels import at_least_float32
 from quietstar.attention.layout import IGNORE_INDEX
-from quietstar.attention.precision import at_least_float32
 from quietstar.backbone.output_head import OutputHead
-from quietstar.losses.head_gradients import HeadGradients
-from quietstar.losses.softmax import RowResult, softmax_rows
 
 _CHUNK_ELEMENTS, _LEAST_ROWS = 2**23, 96
 """Logits held at once, per chunk: 32 MiB in float32, and more where that makes fewer rows: each
@@ -56,14 +54,15 @@ class Segment:
 
 
 def objective(
-    segments: Sequence[Segment], head: OutputHead, sink: HeadGradients | None = None
+    segments: Sequence[Segment], head: OutputHead, accumulator: HeadGradients | None = None
 ) -> tuple[Tensor, list[RowResult]]:
     """Sum over all segments of coefficient * nll (+ entropy coefficient * entropy).
 
     Args:
         segments: Rows and what they count.
         head: From states to logits.
-        sink: Collects the gradients of a linear head; by default they are those of its parameters.
+        accumulator: Collects the gradients of a linear head; by default they are those of its
+            parameters.
 
     Returns:
         The scalar objective (differentiable in states and head) and each segment's results.
@@ -71,8 +70,8 @@ def objective(
     if head.is_linear:
         results: list[RowResult] = []
         states = [s.states for s in segments]
-        params = (head.weight, head.bias) if sink is None else (None, None)
-        args = (segments, head, sink, torch.is_grad_enabled(), results)
+        params = (head.weight, head.bias) if accumulator is None else (None, None)
+        args = (segments, head, accumulator, torch.is_grad_enabled(), results)
         return _FusedObjective.apply(*args, *params, *states), results
     return _recomputed_objective(segments, head)
 
@@ -94,11 +93,11 @@ class _FusedObjective(torch.autograd.Function):
     """Gradients of all segments in the forward pass; one buffer for the weight's."""
 
     @staticmethod
-    def forward(ctx, segments, head, sink, grad_enabled, results, weight, bias, *states):
+    def forward(ctx, segments, head, accumulator, grad_enabled, results, weight, bias, *states):
         needs = [grad_enabled and needed for needed in ctx.needs_input_grad[5:]]
         wants_weight, wants_bias, *wants_states = needs
-        gradients = sink or HeadGradients(head, wants_weight, wants_bias)
-        ctx.own = gradients if sink is None else None
+        gradients = accumulator or HeadGradients(head, wants_weight, wants_bias)
+        ctx.own = gradients if accumulator is None else None
         value = at_least_float32(head.weight.new_zeros(()))
         ctx.grads = []
         for segment, wanted in zip(segments, wants_states, strict=True):
@@ -125,9 +124,9 @@ class _FusedObjective(torch.autograd.Function):
 
 
 def _fused_segment(
-    segment: Segment, head: OutputHead, sink: HeadGradients | None
+    segment: Segment, head: OutputHead, accumulator: HeadGradients | None
 ) -> tuple[Tensor, Tensor | None, RowResult]:
-    """Value, gradient of the states (None without a sink), and results of one segment."""
+    """Value, gradient of the states (None without a accumulator), and results of one segment."""
     head = head.sampled_only() if segment.sampled_only else head
     factor = head.scale / segment.temperature
     dtype = compute_dtype(segment.states)
@@ -135,7 +134,7 @@ def _fused_segment(
     bias = None if head.bias is None else (head.bias * factor).to(dtype)
     coefficients = segment.coefficients
     grad = None
-    if sink is not None and coefficients is not None:
+    if accumulator is not None and coefficients is not None:
         grad = torch.empty_like(segment.states)
     # Made beforehand: small tensors that stay, between chunks that go, would keep the memory of
     # these from being used again.
@@ -144,7 +143,7 @@ def _fused_segment(
         segment.wants_predicted,
     )  # fmt: skip
     for rows in _chunks(segment.states.shape[0], weight.shape[0]):
-        result.put(rows, _fused_chunk(segment, rows, (weight, bias, factor), sink, grad))
+        result.put(rows, _fused_chunk(segment, rows, (weight, bias, factor), accumulator, grad))
     return _value(segment, coefficients, result), grad, result
 
 
@@ -152,7 +151,7 @@ def _fused_chunk(
     segment: Segment,
     rows: slice,
     head: tuple[Tensor, Tensor | None, float],
-    sink: HeadGradients | None,
+    accumulator: HeadGradients | None,
     grad: Tensor | None,
 ) -> RowResult:
     """Results of some rows; with ``grad`` the gradient of their states goes there."""
@@ -168,8 +167,8 @@ def _fused_chunk(
         segment.wants_entropy,
         segment.wants_predicted,
     )
-    if sink is not None and grad is not None and grad_logits is not None:
-        grad_logits = sink.add(grad_logits, states, factor)
+    if accumulator is not None and grad is not None and grad_logits is not None:
+        grad_logits = accumulator.add(grad_logits, states, factor)
         torch.mul(grad_logits @ weight, factor, out=grad[rows])
     return found
 
@@ -184,17 +183,6 @@ def compute_dtype(states: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return states.dtype
-
-
-def _concatenate(pieces: Sequence[RowResult]) -> RowResult:
-    nll = torch.cat([p.nll.detach() for p in pieces])
-    entropies = [p.entropy.detach() for p in pieces if p.entropy is not None]
-    predicted = [p.predicted for p in pieces if p.predicted is not None]
-    return RowResult(
-        nll,
-        torch.cat(entropies) if entropies else None,
-        torch.cat(predicted) if predicted else None,
-    )
 
 
 def _value(segment: Segment, coefficients: Tensor | None, result: RowResult) -> Tensor:
@@ -216,35 +204,35 @@ def _recomputed_objective(
     results: list[RowResult] = []
     value = at_least_float32(segments[0].states.new_zeros(()))
     for segment in segments:
-        pieces = [
-            RowResult(*_recomputed_rows(segment, rows, head))
-            for rows in _chunks(segment.states.shape[0], head.num_logits)
-        ]
-        live = RowResult(
-            torch.cat([p.nll for p in pieces]),
-            torch.cat([p.entropy for p in pieces if p.entropy is not None]),
-        )
-        value = value + _value(segment, segment.coefficients, live)
-        results.append(_concatenate(pieces))
+        nll, entropy, predicted = recomputed_rows(segment, head)
+        value = value + _value(segment, segment.coefficients, RowResult(nll, entropy))
+        results.append(RowResult(nll.detach(), entropy.detach(), predicted))
     return value, results
 
 
-def _recomputed_rows(
-    segment: Segment, rows: slice, head: OutputHead
-) -> tuple[Tensor, Tensor, Tensor]:
-    other_states, other_weight = segment.other_states, segment.other_weight
-    args = (
-        segment.states[rows],
-        segment.targets[rows],
-        None if other_states is None else other_states[rows],
-        None if other_weight is None else other_weight[rows],
-        segment.temperature,
-        head,
-        head.vocab_size if segment.sampled_only else None,
-    )
-    if not torch.is_grad_enabled():
-        return _plain_rows(*args)
-    return checkpoint(_plain_rows, *args, use_reentrant=False, preserve_rng_state=False)
+def recomputed_rows(segment: Segment, head: OutputHead) -> tuple[Tensor, Tensor, Tensor]:
+    """NLL and entropy (both differentiable) and most likely token of every row of a segment.
+
+    The logits of a chunk are made again in the backward pass.
+    """
+    pieces = []
+    for rows in _chunks(segment.states.shape[0], head.num_logits):
+        args = (
+            segment.states[rows],
+            segment.targets[rows],
+            _part(segment.other_states, rows),
+            _part(segment.other_weight, rows),
+            segment.temperature,
+            head,
+            head.vocab_size if segment.sampled_only else None,
+        )
+        if torch.is_grad_enabled():
+            piece = checkpoint(_plain_rows, *args, use_reentrant=False, preserve_rng_state=False)
+        else:
+            piece = _plain_rows(*args)
+        pieces.append(piece)
+    nll, entropy, predicted = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return nll, entropy, predicted
 
 
 def _plain_rows(states, targets, other_states, other_weight, temperature, head, vocab_size):
@@ -258,3 +246,210 @@ def _plain_rows(states, targets, other_states, other_weight, temperature, head, 
     nll = -logprobs.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return nll.where(valid, 0.0), entropy, logprobs.argmax(-1)
+
+
+# --- Softmax of a chunk ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """What the rows of one segment gave, without gradient.
+
+    Attributes:
+        nll: (rows,), negative log-likelihood of the target, 0 where there is none.
+        entropy: (rows,) of the distribution, or None where it was not asked for.
+        predicted: (rows,), the most likely token, or None where it was not asked for.
+    """
+
+    nll: Tensor
+    entropy: Tensor | None = None
+    predicted: Tensor | None = None
+
+    @staticmethod
+    def empty(
+        targets: Tensor, dtype: torch.dtype, wants_entropy: bool, wants_predicted: bool
+    ) -> RowResult:
+        """Room for the results of as many rows as there are targets."""
+        return RowResult(
+            torch.empty_like(targets, dtype=dtype),
+            torch.empty_like(targets, dtype=dtype) if wants_entropy else None,
+            torch.empty_like(targets) if wants_predicted else None,
+        )
+
+    def put(self, rows: slice, found: RowResult) -> None:
+        """Fill in some rows."""
+        for field in fields(self):
+            whole, part = getattr(self, field.name), getattr(found, field.name)
+            if whole is not None:
+                whole[rows] = part.detach()
+
+
+def softmax_rows(
+    logits: Tensor,
+    targets: Tensor,
+    coefficients: Tensor | None = None,
+    entropy_coefficients: Tensor | None = None,
+    wants_entropy: bool = False,
+    wants_predicted: bool = False,
+) -> tuple[RowResult, Tensor | None]:
+    """Results of all rows, and the gradient of sum(coefficient * nll); uses up the logits.
+
+    Args:
+        logits: (rows, V).
+        targets: (rows,), token ids or IGNORE_INDEX.
+        coefficients: (rows,); without them there is no gradient.
+        entropy_coefficients: (rows,): adds sum(coefficient * entropy).
+        wants_entropy: Compute the entropy of each row.
+        wants_predicted: Find the most likely token of each row.
+    """
+    chunk = SoftmaxChunk(logits, targets, wants_entropy, wants_predicted)
+    result = RowResult(chunk.nll, chunk.entropy, chunk.predicted)
+    if coefficients is None:
+        return result, None
+    return result, chunk.gradient_(coefficients, entropy_coefficients)
+
+
+class SoftmaxChunk:
+    """One chunk of logits turned into probabilities in place; (rows, V) is held once.
+
+    (Twice where the entropy is wanted: its gradient needs the log-probabilities too.)
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        wants_entropy: bool = False,
+        wants_predicted: bool = False,
+    ) -> None:
+        logits = at_least_float32(logits)
+        self.valid = targets != IGNORE_INDEX
+        self.targets = targets.clamp(min=0).unsqueeze(1)
+        target_logits = logits.gather(1, self.targets)
+        self.predicted = logits.argmax(-1) if wants_predicted else None
+        peak = logits.amax(-1, keepdim=True)
+        shifted = logits.sub_(peak)
+        self.log_weights = shifted if wants_entropy else None
+        self.weights = shifted.exp() if wants_entropy else shifted.exp_()
+        self.total = self.weights.sum(-1, keepdim=True)
+        log_total = self.total.log()
+        self.nll = (log_total + peak - target_logits).squeeze(1).where(self.valid, 0.0)
+        self.entropy = None
+        if self.log_weights is not None:
+            self.log_total = log_total
+            expected = torch.linalg.vecdot(self.weights, self.log_weights).unsqueeze(1)
+            self.entropy = (log_total - expected / self.total).squeeze(1)
+
+    def gradient_(self, coefficients: Tensor, entropy_coefficients: Tensor | None = None) -> Tensor:
+        """Gradient of the value with respect to the logits; uses up the chunk."""
+        coefficients = coefficients.where(self.valid, 0.0).to(self.total.dtype).unsqueeze(1)
+        probs = self.weights
+        if entropy_coefficients is None or self.log_weights is None or self.entropy is None:
+            probs = probs.mul_(coefficients / self.total)
+        else:  # dH/dz = -p (log p + H)
+            surprise = self.log_weights.sub_(self.log_total - self.entropy.unsqueeze(1))
+            surprise.mul_(-entropy_coefficients.to(surprise.dtype).unsqueeze(1)).add_(coefficients)
+            probs = probs.div_(self.total).mul_(surprise)
+        return probs.scatter_add_(1, self.targets, -coefficients)
+
+
+# --- Gradients of the output layer ----------------------------------------------------------------
+
+_ROWS = 512
+"""Rows of half precision that make one product: what it adds to the sum is read and written once
+for all of them."""
+_VOCABULARY_BLOCK = 8192
+"""Rows of the weight that such a product fills at once."""
+
+
+class HeadGradients:
+    """Sums of the output layer's gradients, in float32 or wider.
+
+    Args:
+        head: A linear one.
+        wants_weight: Whether that of its weight is wanted.
+        wants_bias: And of its bias, if it has one.
+    """
+
+    def __init__(self, head: OutputHead, wants_weight: bool, wants_bias: bool) -> None:
+        weight, bias = head.weight, head.bias
+        self.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        wide = at_least_float32(weight.new_zeros(())).dtype
+        wants_bias = wants_bias and bias is not None
+        self._weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        self._bias = weight.new_zeros(weight.shape[0], dtype=wide) if wants_bias else None
+        self._waiting = 0
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is collected."""
+        return self._weight is not None or self._bias is not None
+
+    def add(self, grad_logits: Tensor, states: Tensor, factor: float) -> Tensor:
+        """Add one chunk: (rows, V') and (rows, D), V' the first rows of the vocabulary.
+
+        The states were multiplied by ``factor`` already; the bias is here.
+
+        Returns:
+            The gradient of the logits in the dtype of the states; to be used before the next chunk.
+        """
+        if self._bias is not None:
+            size = grad_logits.shape[1]
+            self._bias[:size] += factor * grad_logits.sum(0, dtype=self._bias.dtype)
+        if self._weight is None:
+            return grad_logits.to(states.dtype)
+        if states.dtype != self._weight.dtype:
+            return self._wait(grad_logits, states)
+        grad_logits = grad_logits.to(states.dtype)
+        self._weight[: grad_logits.shape[1]].addmm_(grad_logits.t(), states)
+        return grad_logits
+
+    def _wait(self, grad_logits: Tensor, states: Tensor) -> Tensor:
+        """Keep half precisions until there are rows enough for a product worth its sum."""
+        rows, size = grad_logits.shape
+        if self._waiting + rows > _ROWS:
+            self._multiply()
+        if rows >= _ROWS:
+            grad_logits = grad_logits.to(states.dtype)
+            self._add_product(grad_logits, states)
+            return grad_logits
+        assert self._weight is not None, "only called with one"
+        if self._buffers is None:
+            vocab_size, width = self._weight.shape
+            self._buffers = (states.new_empty(_ROWS, vocab_size), states.new_empty(_ROWS, width))
+        place = slice(self._waiting, self._waiting + rows)
+        kept, kept_states = (buffer[place] for buffer in self._buffers)
+        kept[:, :size].copy_(grad_logits)
+        kept[:, size:].zero_()
+        kept_states.copy_(states)
+        self._waiting += rows
+        return kept[:, :size]
+
+    def _multiply(self) -> None:
+        if self._waiting:
+            assert self._buffers is not None, "rows wait in them"
+            grad_logits, states = (buffer[: self._waiting] for buffer in self._buffers)
+            self._add_product(grad_logits, states)
+        self._waiting = 0
+
+    def _add_product(self, grad_logits: Tensor, states: Tensor) -> None:
+        """In blocks: the product in half precision is never there as a whole."""
+        assert self._weight is not None, "only called with one"
+        for block, part in zip(
+            self._weight.split(_VOCABULARY_BLOCK), grad_logits.t().split(_VOCABULARY_BLOCK),
+            strict=False,
+        ):  # fmt: skip
+            block[: len(part)].add_(part @ states)
+
+    def totals(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of weight and bias, in float32 or wider, None where not wanted."""
+        self._multiply()
+        self._buffers = None
+        return self._weight, self._bias
+
+    def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients times ``factor``, in the dtypes of the parameters."""
+        pairs = zip(self.totals(), self.dtypes, strict=True)
+        weight, bias = (None if g is None else g.mul_(factor).to(dtype) for g, dtype in pairs)
+        return weight, bias

@@ -12,26 +12,26 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
-Rewards = Float[Tensor, "thoughts *positions"]
+Rewards = Float[Tensor, "*positions thoughts"]
 
 
 def leave_one_out(reward: Rewards) -> Rewards:
-    """Reward minus the mean reward of the *other* thoughts of the position. Unbiased."""
-    num_thoughts = reward.shape[0]
+    """Subtract the mean reward of the *other* thoughts of the position. Unbiased."""
+    num_thoughts = reward.shape[-1]
     assert num_thoughts >= 2, f"leave-one-out needs 2 thoughts a position, not {num_thoughts}"
-    return (reward - reward.mean(0)) * (num_thoughts / (num_thoughts - 1))
+    return (reward - reward.mean(-1, keepdim=True)) * (num_thoughts / (num_thoughts - 1))
 
 
 def paper(reward: Rewards) -> Rewards:
-    """Reward minus the mean of all thoughts of the position, negative ones dropped.
+    """Subtract the mean of all thoughts of the position and drop negative results.
 
-    The estimator of arXiv 2403.09629 section 4.4.2 and of the published code. Biased.
+    This is the estimator of arXiv 2403.09629, section 4.4.2, and of the published code. Biased.
     """
-    return (reward - reward.mean(0)).clamp(min=0.0)
+    return (reward - reward.mean(-1, keepdim=True)).clamp(min=0.0)
 
 
 def no_baseline(reward: Rewards) -> Rewards:
-    """The reward itself: unbiased, of high variance; the only choice for one thought."""
+    """Return the reward itself: unbiased, of high variance; the only choice for one thought."""
     return reward
 
 

@@ -3,72 +3,123 @@
 Mixed logits are ``(1 - w) * base + w * thought``: with both at hand, the mixed prediction needs no
 product with the output weight of its own, forward or backward. As in
 `quietstar.losses.cross_entropy`, logits live a chunk at a time and gradients are computed with
-them. Letters: A lookahead, K thoughts, B texts, P positions, D width, V vocabulary.
+them. A chunk holds *all* thoughts of its positions, so that what a target counts may depend on what
+every thought of its position achieved: the log-probabilities are known before the gradient is made.
+Letters: A lookahead, K thoughts, B texts, P positions, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import EllipsisType
 
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from quietstar.attention.layout import TextAhead
-from quietstar.attention.precision import at_least_float32
+from quietstar.attention.kernels import at_least_float32
+from quietstar.attention.layout import IGNORE_INDEX, TextLookahead
 from quietstar.backbone.output_head import OutputHead
-from quietstar.losses.cross_entropy import Segment, chunk_rows, compute_dtype, objective
-from quietstar.losses.head_gradients import HeadGradients
-from quietstar.losses.softmax import softmax_rows
+from quietstar.losses.cross_entropy import (
+    HeadGradients,
+    Segment,
+    SoftmaxChunk,
+    chunk_rows,
+    compute_dtype,
+    recomputed_rows,
+)
+from quietstar.losses.weights import ThoughtScores, Weigh
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Rows of the two predictions behind a thought, with what each counts in the objective.
+    """Rows of the two predictions behind thoughts, and what weighs them.
 
     Attributes:
         text: The text's own states that predict the same tokens.
         thought: States from the end token on.
-        mixing_weight: Share of the thought.
+        mixing_weight: Fraction of the thought in the mixed logits.
         targets: Token ids or IGNORE_INDEX, the same for all thoughts.
-        mixed_coefficient: Of the mixed NLL of every target; None: only results are wanted.
-        thought_coefficient: Of the NLL of the thought's own prediction.
-        wants_thought: Compute the thought's own prediction.
-        wants_predicted: Find the most likely mixed token.
+        base_nll: NLL of the targets without a thought; read by ``weigh``.
+        num_items: M, the number that sums over positions are divided by.
+        weigh: From scores to weights; without it only results are computed.
+        needs_thought: Whether the thought's own prediction is computed.
+        needs_predicted: Whether the most likely mixed token is found.
     """
 
-    text: TextAhead
+    text: TextLookahead
     thought: Float[Tensor, "lookahead thoughts batch positions width"]
     mixing_weight: Float[Tensor, "lookahead thoughts batch positions"]
     targets: Int[Tensor, "lookahead batch positions"]
-    mixed_coefficient: Tensor | None = None
-    thought_coefficient: Tensor | None = None
-    wants_thought: bool = True
-    wants_predicted: bool = False
+    base_nll: Float[Tensor, "lookahead batch positions"] | None = None
+    num_items: Tensor | None = None
+    weigh: Weigh | None = None
+    needs_thought: bool = True
+    needs_predicted: bool = False
 
     def chunks(self, vocab_size: int) -> Iterator[tuple[slice, slice]]:
-        """Texts and positions whose logits are held at once."""
+        """Yield the texts and positions whose logits are held at once."""
         lookahead, num_thoughts, batch_size, num_positions = self.mixing_weight.shape
-        # Mixed logits lie beside those of the thoughts, and a share of the text's.
+        # Mixed logits lie beside those of the thoughts, and a fraction of the text's.
         rows_each = lookahead * (2 * num_thoughts + 1)
         return groups(batch_size, num_positions, 2 * chunk_rows(vocab_size) // rows_each)
+
+    def coefficients(
+        self, mixed: Tensor, thought: Tensor | None, texts: slice, places: slice
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Weigh some positions of some texts.
+
+        Args:
+            mixed: NLL of the mixed prediction, (A, K, B', P').
+            thought: NLL of the thought's own prediction, the same shape.
+            texts: Which texts.
+            places: Which positions.
+
+        Returns:
+            The advantage (K, B', P'), and the coefficients of both NLLs, (A, K, B', P').
+        """
+        if self.weigh is None:
+            return None, None, None
+        assert self.base_nll is not None, "scores have the base prediction"
+        assert self.num_items is not None, "weights are divided by a count"
+        valid = self.targets[:, texts, places] != IGNORE_INDEX
+        base = self.base_nll[:, texts, places].where(valid, 0.0)
+        scores = ThoughtScores(
+            base=-rearrange(base, "a b p -> b p a"),
+            thought=None if thought is None else -rearrange(thought, "a k b p -> b p k a"),
+            mixed=-rearrange(mixed, "a k b p -> b p k a"),
+            reference=None,
+            valid=rearrange(valid, "a b p -> b p a"),
+        )
+        weights = self.weigh(scores, texts, places)
+        each = mixed.shape[0] * mixed.shape[1] * self.num_items
+
+        def normalized(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            return rearrange(x, "b p k a -> a k b p") / each * valid.unsqueeze(1)
+
+        advantage = weights.advantage
+        advantage = None if advantage is None else rearrange(advantage, "b p k -> k b p")
+        return advantage, normalized(weights.mixed), normalized(weights.thought)
 
 
 @dataclass(frozen=True)
 class MixtureResult:
-    """Without gradient: negative log-likelihoods, 0 where there is no target.
+    """Negative log-likelihoods without gradient, 0 where there is no target.
 
     Attributes:
-        mixed: By the mixed prediction.
-        thought: By the thought's own; None if it was not wanted.
-        predicted: Most likely mixed token; None if it was not wanted.
+        mixed: NLL of the mixed prediction.
+        thought: NLL of the thought's own prediction; None if it was not needed.
+        predicted: Most likely mixed token; None if it was not needed.
+        advantage: Advantage of every thought; None if nothing was weighed.
     """
 
     mixed: Float[Tensor, "lookahead thoughts batch positions"]
     thought: Float[Tensor, "lookahead thoughts batch positions"] | None
     predicted: Int[Tensor, "lookahead thoughts batch positions"] | None
+    advantage: Float[Tensor, "thoughts batch positions"] | None
 
 
 def groups(batch_size: int, num_positions: int, most: int) -> Iterator[tuple[slice, slice]]:
@@ -88,14 +139,15 @@ def groups(batch_size: int, num_positions: int, most: int) -> Iterator[tuple[sli
 
 
 def mixture_objective(
-    mixture: Mixture, head: OutputHead, sink: HeadGradients | None = None
+    mixture: Mixture, head: OutputHead, accumulator: HeadGradients | None = None
 ) -> tuple[Tensor, MixtureResult]:
-    """Sum over all targets and thoughts of coefficient * nll, mixed and thought's own.
+    """Sum coefficient * NLL over all targets and thoughts, mixed and the thought's own.
 
     Args:
-        mixture: States, weights, targets, coefficients.
+        mixture: States, mixing weights, targets and what weighs them.
         head: From states to logits.
-        sink: Collects the gradients of a linear head; by default they are those of its parameters.
+        accumulator: Collects the gradients of a linear head; by default they are those of its
+            parameters.
 
     Returns:
         The scalar objective (differentiable in states, mixing weight and head) and the results.
@@ -103,9 +155,9 @@ def mixture_objective(
     if not head.is_linear:
         return _by_rows(mixture, head)
     results: list[MixtureResult] = []
-    args = (mixture, head, sink, torch.is_grad_enabled(), results)
-    weight = None if sink is not None else head.weight
-    bias = None if sink is not None else head.bias
+    args = (mixture, head, accumulator, torch.is_grad_enabled(), results)
+    weight = None if accumulator is not None else head.weight
+    bias = None if accumulator is not None else head.bias
     value = _FusedMixture.apply(
         *args, mixture.text.rows, mixture.thought, mixture.mixing_weight, weight, bias
     )
@@ -113,59 +165,55 @@ def mixture_objective(
 
 
 def _by_rows(mixture: Mixture, head: OutputHead) -> tuple[Tensor, MixtureResult]:
-    """The same with a head whose logits are not linear in the states."""
+    """Do the same with a head whose logits are not linear in the states."""
     shape = mixture.mixing_weight.shape
     states = mixture.thought.flatten(0, 3)
-
-    def each(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.unsqueeze(1).expand(shape).flatten()
-
-    targets = each(mixture.targets)
-    assert targets is not None, "there are targets"
-    text = mixture.text.spread(mixture.text.rows).unsqueeze(1).expand_as(mixture.thought)
-    segments = [
-        Segment(
-            text.flatten(0, 3),
-            targets,
-            each(mixture.mixed_coefficient),
-            wants_predicted=mixture.wants_predicted,
-            other_states=states,
-            other_weight=mixture.mixing_weight.flatten(),
-        )
-    ]
-    if mixture.wants_thought:
-        segments.append(Segment(states, targets, each(mixture.thought_coefficient)))
-    value, results = objective(segments, head)
-    predicted = results[0].predicted
-    return value, MixtureResult(
-        results[0].nll.view(shape),
-        results[1].nll.view(shape) if mixture.wants_thought else None,
-        predicted.view(shape) if mixture.wants_predicted and predicted is not None else None,
+    targets = mixture.targets.unsqueeze(1).expand(shape).flatten()
+    text = mixture.text.gather(mixture.text.rows).unsqueeze(1).expand_as(mixture.thought)
+    mixed = Segment(
+        text.flatten(0, 3),
+        targets,
+        other_states=states,
+        other_weight=mixture.mixing_weight.flatten(),
     )
+    mixed_nll, _, predicted = recomputed_rows(mixed, head)
+    thought_nll = None
+    if mixture.needs_thought:
+        thought_nll = recomputed_rows(Segment(states, targets), head)[0].view(shape)
+    mixed_nll = mixed_nll.view(shape)
+    everything = (slice(0, shape[2]), slice(0, shape[3]))
+    detached = None if thought_nll is None else thought_nll.detach()
+    advantage, *coefficients = mixture.coefficients(mixed_nll.detach(), detached, *everything)
+    value = mixed_nll.new_zeros(())
+    for nll, coefficient in zip((mixed_nll, thought_nll), coefficients, strict=True):
+        if nll is not None and coefficient is not None:
+            value = value + (coefficient * nll).sum()
+    predicted = predicted.view(shape) if mixture.needs_predicted else None
+    return value, MixtureResult(mixed_nll.detach(), detached, predicted, advantage)
 
 
 # --- Linear heads: fused --------------------------------------------------------------------------
-
-Where = tuple[EllipsisType, slice, slice]
-"""Texts and positions of a chunk."""
 
 
 class _FusedMixture(torch.autograd.Function):
     """All gradients in the forward pass, a chunk of positions at a time."""
 
     @staticmethod
-    def forward(ctx, mixture, head, sink, grad_enabled, results, rows, thought, weight, *params):
+    def forward(
+        ctx, mixture, head, accumulator, grad_enabled, results, rows, thought, weight, *params
+    ):
         needs = [grad_enabled and needed for needed in ctx.needs_input_grad[5:]]
-        ctx.own = HeadGradients(head, needs[3], needs[4]) if sink is None else None
-        wants = mixture.mixed_coefficient is not None and (any(needs) or sink is not None)
-        work = _Work(mixture, head, (sink or ctx.own) if wants and grad_enabled else None)
+        ctx.own = HeadGradients(head, needs[3], needs[4]) if accumulator is None else None
+        wanted = grad_enabled and mixture.weigh is not None
+        wanted = wanted and (any(needs) or accumulator is not None)
+        work = _Work(mixture, head, (accumulator or ctx.own) if wanted else None)
         for texts, places in mixture.chunks(head.weight.shape[0]):
             work.chunk(texts, places)
         results.append(work.result())
         if ctx.own is not None:
-            ctx.own.totals()  # nothing waits while the layers run backward
+            ctx.own.totals()  # no buffer stays while the layers run backward
         ctx.grads = work.grads
-        return work.value()
+        return work.value
 
     @staticmethod
     def backward(ctx, grad_value):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -183,84 +231,96 @@ class _FusedMixture(torch.autograd.Function):
 class _Work:
     """What the chunks fill."""
 
-    def __init__(self, mixture: Mixture, head: OutputHead, sink: HeadGradients | None) -> None:
-        self.mixture, self.sink = mixture, sink
+    def __init__(
+        self, mixture: Mixture, head: OutputHead, accumulator: HeadGradients | None
+    ) -> None:
+        self.mixture, self.accumulator = mixture, accumulator
         self.factor, self.dtype = head.scale, compute_dtype(mixture.thought)
         self.weight = head.weight.to(self.dtype)
         self.bias = None if head.bias is None else (head.bias * self.factor).to(self.dtype)
         shape, like = mixture.mixing_weight.shape, at_least_float32(mixture.mixing_weight)
+        # Made beforehand: small tensors that stay, between chunks that go, would keep the memory
+        # of these from being used again.
         self.mixed = torch.empty_like(like, memory_format=torch.contiguous_format)
-        self.thought = torch.empty_like(self.mixed) if mixture.wants_thought else None
+        self.thought = torch.empty_like(self.mixed) if mixture.needs_thought else None
         self.predicted = None
-        if mixture.wants_predicted:
+        if mixture.needs_predicted:
             self.predicted = torch.empty(shape, dtype=torch.long, device=like.device)
+        self.advantage = None if mixture.weigh is None else torch.zeros_like(self.mixed[0])
+        self.has_advantage = False
+        self.value = self.mixed.new_zeros(())
         self.grads: list[Tensor | None] = [None, None, None]
-        if sink is not None:
-            self.grad_rows = torch.zeros_like(mixture.text.rows)  # neighbours' parts overlap
-            self.grad_thought = torch.empty_like(
+        if accumulator is not None:
+            self.grad_rows = torch.zeros_like(mixture.text.rows)  # contiguous parts overlap
+            self.grad_thought = torch.zeros_like(
                 mixture.thought, memory_format=torch.contiguous_format
             )
-            self.grad_weight = torch.empty_like(self.mixed)
+            self.grad_weight = torch.zeros_like(self.mixed)
             self.grads = [self.grad_rows, self.grad_thought, self.grad_weight]
 
     def chunk(self, texts: slice, places: slice) -> None:
-        """Results and gradients of some positions of some texts."""
-        where = (..., texts, places)
-        text = self.mixture.text.part(texts, places)
+        """Compute results and gradients of some positions of some texts."""
+        mixture, where = self.mixture, (..., texts, places)
+        text = mixture.text.part(texts, places)
         text_states, base = self._logits(text.rows)
-        thought_states, own = self._logits(self.mixture.thought[..., texts, places, :])
-        share = at_least_float32(self.mixture.mixing_weight[where]).unsqueeze(-1)
-        grid = own.view(*share.shape[:-1], -1)  # (A, K, B', P', V)
-        base = text.spread(base.view(*text.rows.shape[:2], -1)).unsqueeze(1)  # a view
-        grad = self._mixed(where, grid, base, share)
+        thought_states, own = self._logits(mixture.thought[..., texts, places, :])
+        fraction = at_least_float32(mixture.mixing_weight[where]).unsqueeze(-1)
+        grid = own.view(*fraction.shape[:-1], -1)  # (A, K, B', P', V)
+        base = text.gather(base.view(*text.rows.shape[:2], -1)).unsqueeze(1)  # a view
+        targets = repeat(mixture.targets[where], "a b p -> (a k b p)", k=grid.shape[1])
+
+        mixed = SoftmaxChunk(
+            torch.lerp(base, grid, fraction).flatten(0, 3),
+            targets,
+            wants_predicted=mixture.needs_predicted,
+        )
+        self.mixed[where] = mixed.nll.view(grid.shape[:-1])
+        if self.predicted is not None and mixed.predicted is not None:
+            self.predicted[where] = mixed.predicted.view(grid.shape[:-1])
+        slope = None
+        if self.accumulator is not None:
+            # d nll / d w = E_mixed[thought - base] - (thought - base) at the target. Taken here,
+            # before the thought's logits turn into its probabilities in place.
+            slope = self._slope(mixed, grid, base, targets)
+        alone = SoftmaxChunk(own, targets) if self.thought is not None else None
+        if self.thought is not None and alone is not None:
+            self.thought[where] = alone.nll.view(grid.shape[:-1])
+
+        alone_nll = None if self.thought is None else self.thought[where]
+        advantage, for_mixed, for_thought = mixture.coefficients(
+            self.mixed[where], alone_nll, texts, places
+        )
+        if self.advantage is not None and advantage is not None:
+            self.advantage[:, texts, places], self.has_advantage = advantage, True
+        if for_mixed is not None:
+            self.value = self.value + (for_mixed * self.mixed[where]).sum()
+        if for_thought is not None:
+            assert alone_nll is not None, "a weighed prediction is computed"
+            self.value = self.value + (for_thought * alone_nll).sum()
+        if self.accumulator is None:
+            return
+        grad = None
+        if for_mixed is not None and slope is not None:
+            grad = mixed.gradient_(for_mixed.flatten()).view(grid.shape)
+            self.grad_weight[where] = slope * for_mixed
+            self._to_text(text, text_states, grad, fraction, texts, places)
+            grad = grad.mul_(fraction).flatten(0, 3)
+        if for_thought is not None and alone is not None:
+            own_grad = alone.gradient_(for_thought.flatten())
+            grad = own_grad if grad is None else grad.add_(own_grad)
         if grad is not None:
-            self._to_text(text, text_states, grad, share, texts, places)
-            grad = grad.mul_(share)
-        alone = self._alone(where, own)
-        if grad is not None:
-            grad = grad if alone is None else grad.add_(alone.view(grid.shape))
-            states = self._to_states(grad.flatten(0, 3), thought_states)
+            states = self._to_states(grad, thought_states)
             self.grad_thought[..., texts, places, :] = states.view(*grid.shape[:-1], -1)
 
-    def _mixed(self, where: Where, own: Tensor, base: Tensor, share: Tensor) -> Tensor | None:
-        """Mixed NLL; gradient with respect to the mixed logits, and that of the mixing weight."""
-        mixture = self.mixture
-        logits = torch.lerp(base, own, share).flatten(0, 3)
-        result, grad = softmax_rows(
-            logits,
-            self._each(mixture.targets, where),
-            self._coefficients(mixture.mixed_coefficient, where),
-            wants_predicted=mixture.wants_predicted,
-        )
-        self.mixed[where] = result.nll.view(own.shape[:-1])
-        if self.predicted is not None and result.predicted is not None:
-            self.predicted[where] = result.predicted.view(own.shape[:-1])
-        if grad is None:
-            return None
-        grad = grad.view(own.shape)
-        by_weight = torch.linalg.vecdot(grad, own)
-        self.grad_weight[where] = by_weight.sub_(torch.linalg.vecdot(grad, base))
-        return grad
-
-    def _alone(self, where: Where, own: Tensor) -> Tensor | None:
-        """NLL of the thought's own prediction, and its gradient in place of the logits."""
-        if self.thought is None:
-            return None
-        coefficients = self._coefficients(self.mixture.thought_coefficient, where)
-        targets = self._each(self.mixture.targets, where)
-        result, grad = softmax_rows(own, targets, coefficients)
-        part = self.thought[where]
-        part.copy_(result.nll.view(part.shape))
-        return grad
-
-    def _coefficients(self, x: Tensor | None, where: Where) -> Tensor | None:
-        """Of every row of a chunk, where gradients are collected."""
-        return None if x is None or self.sink is None else self._each(x, where)
-
-    def _each(self, x: Tensor, where: Where) -> Tensor:
-        """(A, B, P) for every thought of a chunk, flat."""
-        shape = self.mixture.mixing_weight[where].shape
-        return x[where].unsqueeze(1).expand(shape).flatten()
+    def _slope(
+        self, mixed: SoftmaxChunk, own: Tensor, base: Tensor, targets: Tensor
+    ) -> Float[Tensor, "lookahead thoughts batch positions"]:
+        """Derivative of the mixed NLL with respect to the mixing weight."""
+        weights = mixed.weights.view(own.shape)
+        expected = torch.linalg.vecdot(weights, own).sub_(torch.linalg.vecdot(weights, base))
+        index = targets.clamp(min=0).view(*own.shape[:-1], 1)
+        at_target = own.gather(-1, index) - base.expand_as(own).gather(-1, index)
+        return expected.div_(mixed.total.view(expected.shape)).sub_(at_target.squeeze(-1))
 
     def _logits(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """States as they enter the product, (rows, D), and logits in float32 at least."""
@@ -270,35 +330,26 @@ class _Work:
         logits = states @ weight if self.bias is None else torch.addmm(self.bias, states, weight)
         return states, at_least_float32(logits)
 
-    def _to_text(self, text, states, grad, share, texts, places) -> None:
-        """The part that flows to the text's own states."""
-        total = grad[:, 0] * (1 - share[:, 0])  # (A, B', P', V)
+    def _to_text(self, text, states, grad, fraction, texts, places) -> None:
+        """Add the part that flows to the text's own states."""
+        total = grad[:, 0] * (1 - fraction[:, 0])  # (A, B', P', V)
         for n in range(1, grad.shape[1]):
-            total.addcmul_(grad[:, n], 1 - share[:, n])
-        rows = self._to_states(text.collect(total).flatten(0, 1), states)
-        target = self.mixture.text.part(texts, places)  # a view where positions are neighbours
-        rows = rows.view(target.rows.shape)
-        if self.mixture.text.neighbours:
-            stop = places.stop + self.mixture.text.lookahead - 1
-            self.grad_rows[texts, places.start : stop] += rows
+            total.addcmul_(grad[:, n], 1 - fraction[:, n])
+        rows = self._to_states(text.scatter_add(total).flatten(0, 1), states)
+        rows = rows.view(text.rows.shape)
+        lookahead = self.mixture.text.lookahead
+        if self.mixture.text.contiguous:
+            self.grad_rows[texts, places.start : places.stop + lookahead - 1] += rows
         else:
-            lookahead = self.mixture.text.lookahead
             by_step = self.grad_rows.unflatten(1, (lookahead, -1))
             by_step[texts, :, places] = rows.unflatten(1, (lookahead, -1))
 
     def _to_states(self, grad_logits: Tensor, states: Tensor) -> Tensor:
-        """Gradient of the states, (rows, D); that of the head goes to the sink."""
-        assert self.sink is not None, "only called with one"
-        grad = self.sink.add(grad_logits, states, self.factor) @ self.weight
+        """Gradient of the states, (rows, D); that of the head goes to the accumulator."""
+        assert self.accumulator is not None, "only called with one"
+        grad = self.accumulator.add(grad_logits, states, self.factor) @ self.weight
         return grad if self.factor == 1.0 else grad * self.factor
 
-    def value(self) -> Tensor:
-        mixture, total = self.mixture, self.mixed.new_zeros(())
-        if mixture.mixed_coefficient is not None:
-            total = total + (mixture.mixed_coefficient.unsqueeze(1) * self.mixed).sum()
-        if mixture.thought_coefficient is not None and self.thought is not None:
-            total = total + (mixture.thought_coefficient.unsqueeze(1) * self.thought).sum()
-        return total
-
     def result(self) -> MixtureResult:
-        return MixtureResult(self.mixed, self.thought, self.predicted)
+        advantage = self.advantage if self.has_advantage else None
+        return MixtureResult(self.mixed, self.thought, self.predicted, advantage)

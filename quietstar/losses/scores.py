@@ -1,23 +1,14 @@
-"""What a learn pass says of its thoughts, for those who read figures and not gradients."""
+"""What the terms behind thoughts gave, put together for those who read figures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from quietstar.attention.layout import (
-    IGNORE_INDEX,
-    lookahead_states,
-    lookahead_targets,
-    text_ahead,
-)
-from quietstar.backbone.learn import LearnStates
-from quietstar.backbone.output_head import OutputHead
-from quietstar.losses.cross_entropy import RowResult, Segment, objective
-from quietstar.losses.mixture import Mixture, MixtureResult, mixture_objective
+from quietstar.attention.layout import IGNORE_INDEX, lookahead_states, lookahead_targets
+from quietstar.losses.cross_entropy import RowResult
 
 
 @dataclass(frozen=True)
@@ -108,53 +99,3 @@ def score(
 
 def _like(x: Tensor | None, other: Tensor) -> Tensor | None:
     return None if x is None else x.view(other.shape)
-
-
-def mixed_predictions(
-    states: LearnStates,
-    mixing_weight: Float[Tensor, "lookahead thoughts batch positions"],
-    labels: Int[Tensor, "batch seq"],
-    head: OutputHead,
-    positions: Int[Tensor, "batch positions"] | None = None,
-) -> MixtureResult:
-    """The mixed prediction of every target alone: what a reader of scores needs, and no more.
-
-    Arguments as in `quiet_star_loss`.
-    """
-    lookahead = mixing_weight.shape[0]
-    targets = lookahead_targets(labels, lookahead, positions)
-    mixture = Mixture(
-        text_ahead(states.text, lookahead, positions),
-        states.ahead,
-        mixing_weight,
-        targets,
-        wants_thought=False,
-        wants_predicted=True,
-    )
-    return mixture_objective(mixture, head)[1]
-
-
-def mixed_candidates(
-    states: LearnStates,
-    mixing_weight: Float[Tensor, "lookahead thoughts batch positions"],
-    head: OutputHead,
-    candidates: Int[Tensor, " candidates"],
-    positions: Int[Tensor, "batch positions"] | None = None,
-) -> Float[Tensor, "thoughts batch positions candidates"]:
-    """Mixed logits of a few candidates for the next token; arguments as in `quiet_star_loss`."""
-    base = lookahead_states(states.text, 1, positions)  # (1, B, P, D)
-    base, thought = (head.candidate_logits(x, candidates) for x in (base, states.ahead[0]))
-    weight = mixing_weight[0].unsqueeze(-1).to(thought.dtype)
-    return torch.lerp(base.expand_as(thought), thought, weight)
-
-
-def next_token_entropy(
-    states: Float[Tensor, "batch seq width"], head: OutputHead
-) -> Float[Tensor, "batch seq"]:
-    """Entropy of the next token's distribution after every text position, nats; no gradient."""
-    rows = states.detach().flatten(0, 1)
-    targets = torch.full_like(rows[:, 0], IGNORE_INDEX, dtype=torch.long)
-    with torch.no_grad():
-        _, results = objective([Segment(rows, targets, wants_entropy=True)], head)
-    assert results[0].entropy is not None, "it was asked for"
-    return results[0].entropy.view(states.shape[:2])

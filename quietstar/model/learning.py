@@ -1,73 +1,85 @@
-"""The learning phase of a step, some blocks at a time.
+"""The learning phase of a step: blocks of thoughts against the run of their texts.
 
-Blocks at different positions meet nowhere but in the text that they look back at. So the text runs
-once, with its graph; then every group of blocks runs forward *and backward* before the next one,
-against the text's keys, values and states as if they were constants, and what flows back to these
-is summed. One backward pass through the text ends the step. The gradient is that of all blocks at
-once, no forward pass is repeated, and never more than one group's activations are alive.
+Thoughts at different positions interact only through the shared text. So the text runs once, with
+its graph, and blocks run against its keys, values and states: in one group with an ordinary graph,
+or in many, where every group runs forward *and backward* before the next one, as if text keys,
+values and states were constants, and what flows back to these is summed. One backward pass through
+the text ends the step. The gradient is that of one group, no forward pass is repeated, and never
+more than one group's activations are alive.
 
 The groups' backward passes run inside the model's forward (`torch.autograd.grad`) and are handed
-out in its backward, as the gradients of one function of all that trains: whoever watches
-parameters get their gradients (DDP, ZeRO-1 and -2) sees them come once.
+out in its backward, as the gradients of one function of all that trains: gradient hooks (DDP,
+ZeRO-1/2) fire once per parameter.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
+from quietstar.attention.kernels import at_least_float32
 from quietstar.attention.layout import (
     IGNORE_INDEX,
-    TextAhead,
+    TextLookahead,
+    lookahead_states,
     lookahead_targets,
+    on_host,
     shifted,
 )
-from quietstar.attention.precision import at_least_float32
-from quietstar.backbone.learn import BlockInputs, block_pass, embed_blocks, make_blocks
-from quietstar.backbone.run import num_virtual
+from quietstar.backbone.output_head import OutputHead
+from quietstar.backbone.run import TextRun, num_virtual
+from quietstar.backbone.teacher_forced import (
+    BlockInputs,
+    block_pass,
+    embed_blocks,
+    make_blocks,
+)
 from quietstar.errors import UserError
+from quietstar.losses.cross_entropy import HeadGradients
 from quietstar.losses.mixture import groups
-from quietstar.losses.quiet_star import (
-    ThoughtLoss,
+from quietstar.losses.scores import ScoredThoughts, ThoughtResults, score
+from quietstar.losses.thought_loss import (
+    LossTerms,
     count_thought_items,
+    loss_from_states,
     next_token_loss,
     thought_loss,
 )
-from quietstar.losses.scores import ScoredThoughts, ThoughtResults, score
-from quietstar.model.gradient_sums import Source, Weights
-from quietstar.model.parts import ThinkingParts
-from quietstar.sampling.positions import on_host
-from quietstar.sampling.rollout import TextRun
+from quietstar.losses.weights import ThoughtScores, ThoughtWeights, Weigh
+from quietstar.sampling.thoughts import ThoughtBatch
 
-AUTO_BLOCK_TOKENS = {"cpu": 5120, "cuda": 16384}
+if TYPE_CHECKING:
+    from quietstar.model.quiet_star import QuietStarForCausalLM
+
+AUTO_CHUNK_TOKENS = {"cpu": 5120, "cuda": 16384}
 """Tokens of thoughts that learn at once, by kind of device (docs/performance.md)."""
-CHECKPOINTED_BLOCK_TOKENS = {"cpu": 4096, "cuda": 16384}
+CHECKPOINTED_CHUNK_TOKENS = {"cpu": 4096, "cuda": 16384}
 """The same where activation checkpointing says that memory counts."""
 
 
-def resolve_block_tokens(
-    setting: int | str | None, device: str, in_pieces: bool, checkpointing: bool = False
+def resolve_chunk_tokens(
+    setting: int | str | None, device: str, sharded: bool, checkpointing: bool = False
 ) -> int | None:
     """``training.learn_chunk_tokens`` as a number, or None for all at once.
 
     Args:
         setting: Of the config.
         device: Kind of device.
-        in_pieces: Whether an engine holds the weights in pieces: it gathers them for one backward
+        sharded: Whether an engine holds the weights in pieces: it gathers them for one backward
             pass, and cannot for one that runs inside the forward pass.
         checkpointing: Whether activations are recomputed.
 
     Raises:
-        UserError: A number, where weights lie in pieces.
+        UserError: A number, where weights are sharded.
     """
     if setting == "auto":
-        by_device = CHECKPOINTED_BLOCK_TOKENS if checkpointing else AUTO_BLOCK_TOKENS
-        return None if in_pieces else by_device.get(device, by_device["cuda"])
-    if setting is not None and in_pieces:
+        by_device = CHECKPOINTED_CHUNK_TOKENS if checkpointing else AUTO_CHUNK_TOKENS
+        return None if sharded else by_device.get(device, by_device["cuda"])
+    if setting is not None and sharded:
         raise UserError(
             f"training.learn_chunk_tokens: {setting} cannot be used where "
             "weights lie in pieces (ZeRO-3, "
@@ -83,47 +95,48 @@ class Step:
     """What a learning phase is about.
 
     Attributes:
-        input_ids: Texts, padded on the right if at all.
-        labels: Token ids, IGNORE_INDEX where a token is no target.
-        thoughts: Sampled tokens.
-        positions: Where the thoughts are, None for all.
+        thoughts: Texts and their thoughts.
+        positions: Positions of the thoughts, None for all.
+        terms: Terms of the loss.
         num_items: N; by default the valid targets of this batch.
-        num_thought_items: M; by default those behind a thought.
-        policy_temperature: Inside the log-probability of the policy term.
-        fixed_mixing_weight: Stands in for the head's output.
+        num_thought_items: M; by default the positions of this batch with a target.
+        fixed_mixing_weight: Replacement for the head's output.
     """
 
-    input_ids: Int[Tensor, "batch seq"]
-    labels: Int[Tensor, "batch seq"]
-    thoughts: Int[Tensor, "length thoughts batch positions"]
-    positions: Int[Tensor, "batch positions"] | None
-    num_items: Tensor | int | None
-    num_thought_items: Tensor | int | None
-    policy_temperature: float
-    fixed_mixing_weight: float | None
+    thoughts: ThoughtBatch
+    positions: Tensor | None
+    terms: LossTerms
+    num_items: Tensor | int | None = None
+    num_thought_items: Tensor | int | None = None
+    fixed_mixing_weight: float | None = None
 
 
-def learn_in_groups(
-    model: ThinkingParts, text: TextRun, step: Step, block_tokens: int
+def learn(
+    model: QuietStarForCausalLM, text: TextRun, step: Step, chunk_tokens: int | None
 ) -> tuple[Tensor, ScoredThoughts]:
-    """Loss of one (micro-)batch and its thoughts scored, as `quiet_star_loss` of all blocks.
+    """Compute the loss of one (micro-)batch, and score its thoughts.
 
     Args:
-        model: That learns.
-        text: Its run of the texts, with graph.
-        step: Texts, thoughts, counts.
-        block_tokens: Most tokens of blocks at once; at least those of one position.
+        model: Model that learns.
+        text: Run of the texts, with graph.
+        step: Thoughts, terms, counts.
+        chunk_tokens: Most tokens of blocks at once (at least those of one position are); None for
+            one group with an ordinary graph.
     """
-    work = _Groups(model, text, step, block_tokens)
-    text_loss, base, _ = next_token_loss(
-        text.states, step.labels, work.head, step.num_items,
-        weight=model.loss.base_weight, sink=work.weights.sink,
-    )  # fmt: skip
+    batch = step.thoughts
+    tokens, labels = batch.token_major(), batch.labels
+    if chunk_tokens is None or not torch.is_grad_enabled():
+        states, weight = model.states_with(
+            batch.input_ids, tokens, step.positions, step.fixed_mixing_weight, text=text
+        )
+        return loss_from_states(
+            states, weight, tokens, labels, model.output_head, step.terms, step.num_items,
+            step.positions, step.num_thought_items,
+        )  # fmt: skip
+    work = _Groups(model, text, step, tokens, chunk_tokens)
     loss = _InGroups.apply(work, *work.inputs)
-    scored = score(
-        work.results.whole(), base, step.thoughts, step.labels, work.targets, step.positions
-    )
-    return text_loss + loss, scored
+    scored = score(work.results.whole(), work.base, tokens, labels, work.targets, step.positions)
+    return work.text_loss + loss, scored
 
 
 class _InGroups(torch.autograd.Function):
@@ -151,29 +164,41 @@ class _InGroups(torch.autograd.Function):
 class _Groups:
     """The groups of a step, and what they give."""
 
-    def __init__(self, model: ThinkingParts, text: TextRun, step: Step, block_tokens: int) -> None:
-        self.model, self.step, self.head = model, step, model.output_head
-        self.wanted = torch.is_grad_enabled()
-        lookahead, positions = model.thoughts.lookahead, step.positions
-        self.targets = lookahead_targets(step.labels, lookahead, positions)
-        count = count_thought_items(self.targets, step.num_items, step.num_thought_items, positions)
-        self.settings = ThoughtLoss(model.loss, step.policy_temperature, count)
+    def __init__(
+        self,
+        model: QuietStarForCausalLM,
+        text: TextRun,
+        step: Step,
+        tokens: Tensor,
+        chunk_tokens: int,
+    ) -> None:
+        self.model, self.step, self.tokens, self.head = model, step, tokens, model.output_head
+        batch, positions = step.thoughts, step.positions
+        lookahead = model.thoughts.lookahead
+        self.weights = _Weights(model, self.head)
+        self.targets = lookahead_targets(batch.labels, lookahead, positions)
+        self.num_items = count_thought_items(self.targets, step.num_thought_items)
+        self.text_loss, self.base, _ = next_token_loss(
+            text.states, batch.labels, self.head, step.num_items, step.terms.scoring,
+            step.terms.base_weight, self.weights.accumulator,
+        )  # fmt: skip
+        text_nll = self.base.nll.view(batch.labels.shape)
+        self.base_nll = lookahead_states(text_nll, lookahead, positions)
         inputs = embed_blocks(
             model.causal_lm, model.start_embedding, model.end_embedding,
-            step.input_ids, step.thoughts, lookahead, positions,
+            batch.input_ids, tokens, lookahead, positions,
         )  # fmt: skip
-        self.block_inputs = [Source(x, self.wanted) for x in inputs.tensors]
-        self.states = Source(text.states, self.wanted)
+        self.block_inputs = [_Source(x) for x in inputs.tensors]
+        self.states = _Source(text.states)
         self.layers = list(text.keys)
-        self.keys = [Source(x, self.wanted) for pair in text.keys.values() for x in pair]
-        self.weights = Weights(model, self.head, self.wanted)
+        self.keys = [_Source(x) for pair in text.keys.values() for x in pair]
         self.results = _Results()
-        length, num_thoughts, batch_size, num_positions = step.thoughts.shape
+        length, num_thoughts, batch_size, num_positions = tokens.shape
         each = 1 + num_thoughts * (length + lookahead)  # the start token is shared
-        self.parts = list(groups(batch_size, num_positions, max(1, block_tokens // each)))
+        self.parts = list(groups(batch_size, num_positions, max(1, chunk_tokens // each)))
 
     @property
-    def _sources(self) -> list[Source]:
+    def _sources(self) -> list[_Source]:
         return [*self.block_inputs, self.states, *self.keys]
 
     @property
@@ -208,16 +233,15 @@ class _Groups:
 
     def _group(self, texts: slice, places: slice) -> Tensor:
         """Forward and backward of one group; its loss."""
-        with torch.set_grad_enabled(self.wanted):
-            reads, loss, found = self._forward(texts, places)
-        self.results.put(found, self.step.thoughts, texts, places)
-        if self.wanted:
-            self._backward(loss, reads)
+        with torch.enable_grad():  # forward of an autograd function runs without
+            reads, loss, results = self._forward(texts, places)
+        self.results.put(results, self.tokens, texts, places)
+        self._backward(loss, reads)
         return loss.detach()
 
     def _forward(
         self, texts: slice, places: slice
-    ) -> tuple[list[tuple[Source, Any, Tensor]], Tensor, ThoughtResults]:
+    ) -> tuple[list[tuple[_Source, Any, Tensor]], Tensor, ThoughtResults]:
         model, step = self.model, self.step
         lookahead, virtual = model.thoughts.lookahead, num_virtual(model.causal_lm)
         where = None if step.positions is None else step.positions[texts, places]
@@ -234,36 +258,42 @@ class _Groups:
         if where is None:
             state_index = (texts, slice(places.start, places.stop + lookahead - 1))
             states = self.states.part(state_index)
-            ahead = TextAhead.at_neighbours(states, lookahead, 0, places.stop - places.start)
+            ahead = TextLookahead.contiguous_positions(
+                states, lookahead, 0, places.stop - places.start
+            )
         else:
             state_index = (texts,)
             states = self.states.part(state_index)
-            ahead = TextAhead.at_chosen(states, lookahead, where)
+            ahead = TextLookahead.selected_positions(states, lookahead, where)
         reads.append((self.states, state_index, states))
         blocks = make_blocks(
             inputs, places, end, virtual, None if where is None else shifted(where, virtual)
         )
-        found = block_pass(model.causal_lm, inputs, by_layer, blocks, self.num_positions(virtual))
-        weight = model.mixing_weight(ahead, found.ahead, step.fixed_mixing_weight)
+        length = step.thoughts.input_ids.shape[1] + len(self.tokens) + lookahead + 1
+        states = block_pass(model.causal_lm, inputs, by_layer, blocks, virtual + length)
+        weight = model.mixing_weight(ahead, states.ahead, step.fixed_mixing_weight)
+        weigh = step.terms.weigh
+        assert weigh is not None, "a step that learns weighs its thoughts"
         loss, results = thought_loss(
-            found.policy, found.ahead, ahead, weight, step.thoughts[..., texts, places],
-            self.targets[:, texts, places], self.head, self.settings, self.weights.sink,
+            states.policy, states.ahead, ahead, weight, self.tokens[..., texts, places],
+            self.targets[:, texts, places], self.base_nll[:, texts, places], self.head,
+            replace(step.terms, weigh=_of_part(weigh, texts, places)), self.num_items,
+            self.weights.accumulator,
         )  # fmt: skip
         return reads, loss, results
-
-    def num_positions(self, virtual: int) -> int:
-        """Highest position of any block token of the step, plus one."""
-        length = self.step.thoughts.shape[0] + self.model.thoughts.lookahead + 1
-        return virtual + self.step.input_ids.shape[1] + length
 
     def _end(self, where: Tensor | None, places: slice) -> int:
         """Text tokens that the group can see."""
         if where is None:
             return places.stop
         # Where no text has a position, all of them are below zero.
-        return max(1, int(where.max()) + 1) if on_host(where) else self.step.input_ids.shape[1]
+        return (
+            max(1, int(where.max()) + 1)
+            if on_host(where)
+            else self.step.thoughts.input_ids.shape[1]
+        )
 
-    def _backward(self, loss: Tensor, reads: list[tuple[Source, Any, Tensor]]) -> None:
+    def _backward(self, loss: Tensor, reads: list[tuple[_Source, Any, Tensor]]) -> None:
         reads = [read for read in reads if read[2].requires_grad]
         inputs = [*(part for _, _, part in reads), *self.weights.in_graph]
         with torch.autocast(loss.device.type, enabled=False):  # backward never runs under it
@@ -271,6 +301,20 @@ class _Groups:
         for (source, index, _), grad in zip(reads, grads, strict=False):
             source.add(index, grad)
         self.weights.add(grads[len(reads) :])
+
+
+def _of_part(weigh: Weigh, texts: slice, places: slice) -> Weigh:
+    """Weigh texts and places that are counted within a part of the batch."""
+
+    def inner(scores: ThoughtScores, some: slice, where: slice) -> ThoughtWeights:
+        first_text, first_place = texts.start, places.start
+        return weigh(
+            scores,
+            slice(first_text + some.start, first_text + some.stop),
+            slice(first_place + where.start, first_place + where.stop),
+        )
+
+    return inner
 
 
 class _Results:
@@ -295,3 +339,74 @@ class _Results:
     def whole(self) -> ThoughtResults:
         """Of all positions; zeros where no group was."""
         return ThoughtResults(**self._whole)  # pyright: ignore[reportArgumentType]
+
+
+# --- Sums over groups -----------------------------------------------------------------------------
+
+
+class _Source:
+    """A tensor that groups read parts of, and the sum of what flows back to them.
+
+    The sum is in float32 or wider, so that many groups lose nothing in half precisions.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        wide = at_least_float32(x.new_zeros(())).dtype
+        self.grad = torch.zeros_like(x, dtype=wide) if x.requires_grad else None
+
+    def part(self, where: Any = ...) -> Tensor:
+        """Make a leaf with the content of a part."""
+        return self.x.detach()[where].requires_grad_(self.grad is not None)
+
+    def add(self, where: Any, grad: Tensor | None) -> None:
+        """Add what flows back to a part."""
+        if self.grad is not None and grad is not None:
+            self.grad[where] += grad
+
+    def total(self) -> Tensor | None:
+        """Return the sum in the tensor's own type."""
+        return None if self.grad is None else self.grad.to(self.x.dtype)
+
+
+class _Weights:
+    """The weights that train, but for the learned vectors, which are read outside of the groups."""
+
+    def __init__(self, model: QuietStarForCausalLM, head: OutputHead) -> None:
+        vectors = (model.start_embedding, model.end_embedding)
+        outside = {id(vector) for vector in vectors}
+        self.parameters = [
+            p for p in model.parameters() if p.requires_grad and id(p) not in outside
+        ]
+        self.accumulator = None
+        if head.is_linear:
+            bias = head.bias is not None and head.bias.requires_grad
+            self.accumulator = HeadGradients(head, head.weight.requires_grad, bias)
+        in_accumulator = {id(head.weight), id(head.bias)} if self.accumulator is not None else set()
+        # The gradients of a linear head are collected by the losses, not by autograd.
+        self.in_graph = [p for p in self.parameters if id(p) not in in_accumulator]
+        self._grads: dict[int, Tensor] = {}
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        """Add one group's gradients of ``in_graph``."""
+        for parameter, grad in zip(self.in_graph, grads, strict=True):
+            if grad is None:
+                continue
+            total = self._grads.get(id(parameter))
+            if total is None:
+                # Its own: autograd may hand out one tensor twice.
+                self._grads[id(parameter)] = at_least_float32(grad).clone()
+            else:
+                total.add_(grad)
+
+    def totals(self, head: OutputHead) -> list[Tensor | None]:
+        """Return the gradients of ``parameters`` in their own types."""
+        totals = dict(self._grads)
+        if self.accumulator is not None:
+            pairs = zip((head.weight, head.bias), self.accumulator.totals(), strict=True)
+            totals |= {id(p): grad for p, grad in pairs if p is not None and grad is not None}
+        grads = [totals.get(id(p)) for p in self.parameters]
+        return [
+            None if g is None else g.to(p.dtype)
+            for p, g in zip(self.parameters, grads, strict=True)
+        ]

@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from quietstar.losses.quiet_star import rewards
 from quietstar.losses.scores import ScoredThoughts
 
 
@@ -125,7 +124,7 @@ def _reward_figures(s: ScoredThoughts) -> dict[str, tuple[Tensor, Tensor]]:
     num_thoughts = s.mixing_weight.shape[1]
     has_target = s.valid.any(0)  # (B, P)
     count = has_target.sum()
-    gain = rewards(s.mixed_logprobs - s.base_logprobs.unsqueeze(1), s.valid)  # (K, B, P)
+    gain = (s.mixed_logprobs - s.base_logprobs.unsqueeze(1)).where(s.valid.unsqueeze(1), 0.0).sum(0)
     figures = {"reward": (gain.sum(), count * num_thoughts)}
     if num_thoughts > 1:
         alike = (s.thoughts == s.thoughts[:, :1]).all(0).all(0)  # (B, P)

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from quietstar.attention.layout import TextAhead
-from quietstar.attention.precision import at_least_float32
+from quietstar.attention.kernels import at_least_float32
+from quietstar.attention.layout import TextLookahead
 from quietstar.config import MixingHeadConfig
 
 
@@ -49,7 +49,7 @@ class MixingHead(nn.Module):
 
     def forward(
         self,
-        text: TextAhead,
+        text: TextLookahead,
         thought_states: Float[Tensor, "lookahead thoughts batch positions width"],
     ) -> Float[Tensor, "lookahead thoughts batch positions"]:
         """Mixing weight of every thought and lookahead, in float32.
@@ -62,7 +62,7 @@ class MixingHead(nn.Module):
         if not torch.is_autocast_enabled(rows.device.type):  # weights of a bfloat16 model
             dtype = self.text_layer.weight.dtype
             rows, thought_states = rows.to(dtype), thought_states.to(dtype)
-        by_text = text.spread(self.text_layer(rows))  # (A, B, P, hidden)
+        by_text = text.gather(self.text_layer(rows))  # (A, B, P, hidden)
         hidden = torch.relu(by_text.unsqueeze(1) + self.thought_layer(thought_states))
         hidden = torch.relu(self.middle_layer(hidden))
         weight = at_least_float32(self.last_layer(hidden).squeeze(-1))

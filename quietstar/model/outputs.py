@@ -164,8 +164,8 @@ class Thoughts:
         return DataFrame(columns)
 
     @staticmethod
-    def to_engine(tokens: Int[Tensor, "batch thoughts positions length"]) -> Tensor:
-        """Tokens in the engine's order, (length, thoughts, batch, positions)."""
+    def token_major(tokens: Int[Tensor, "batch thoughts positions length"]) -> Tensor:
+        """The tokens in the order in which blocks are laid out."""
         return tokens.permute(3, 1, 0, 2).contiguous().long()
 
 

@@ -1,4 +1,4 @@
-"""`QuietStarForCausalLM`: any Hugging Face causal LM that thinks at every token."""
+"""`QuietStarForCausalLM`: any Hugging Face causal LM that thinks before it predicts."""
 
 from __future__ import annotations
 
@@ -6,40 +6,159 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
-from quietstar.backbone.learn import plain_pass
-from quietstar.backbone.loading import drop_dropout_layers, load_base
-from quietstar.backbone.run import embedding_weight
-from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig, TuningConfig
-from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
-from quietstar.losses.quiet_star import (
-    choose_policy_temperature,
-    next_token_loss,
-    quiet_star_loss,
+from quietstar import registry
+from quietstar.attention.layout import (
+    IGNORE_INDEX,
+    NO_POSITION,
+    TextLookahead,
+    on_host,
+    text_lookahead,
 )
-from quietstar.losses.scores import ScoredThoughts
+from quietstar.backbone.loading import drop_dropout_layers, initial_embedding, load_base
+from quietstar.backbone.output_head import OutputHead, find_output_head
+from quietstar.backbone.run import TextRun, embedding_weight, num_virtual, run_text
+from quietstar.backbone.teacher_forced import ThoughtStates, plain_pass, teacher_forced
+from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig, TuningConfig, loss_config
+from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
+from quietstar.errors import UserError
+from quietstar.generation.gates import Gate
+from quietstar.generation.generate import generate
+from quietstar.losses.thought_loss import (
+    LossTerms,
+    loss_from_states,
+    mixed_candidates,
+    mixed_predictions,
+    next_token_entropy,
+    next_token_loss,
+)
+from quietstar.losses.weights import ThoughtScores, ThoughtWeights, Weigh
 from quietstar.model import saving
-from quietstar.model.inference import ThinkingInference
-from quietstar.model.learning import Step, learn_in_groups
+from quietstar.model.learning import Step, learn
 from quietstar.model.metrics import plain_metrics, thought_metrics
-from quietstar.model.outputs import QuietStarOutput
-from quietstar.model.parts import target_labels
+from quietstar.model.mixing_head import MixingHead
+from quietstar.model.outputs import MixedScores, PlainScores, QuietStarOutput, Thoughts
 from quietstar.model.self_check import check_architecture, use_thinking_attention
 from quietstar.model.tuning import apply_tuning
 from quietstar.model.tuning.peft_methods import keep_gradients_of_4bit, quantization
-from quietstar.sampling.positions import SCORED_RULES
-from quietstar.sampling.rollout import Sampling, TextRun, run_text
+from quietstar.sampling.positions import LEARNED_RULES, SCORED_RULES, choose_positions
+from quietstar.sampling.thoughts import Sampling, Texts, ThoughtBatch
 
 
-class QuietStarForCausalLM(ThinkingInference):
+class QuietStarForCausalLM(nn.Module):
     """A causal LM with the two learned vectors and the mixing head of Quiet-STaR.
 
     Build one with `from_base` (a plain model) or `from_pretrained` (a saved Quiet-STaR model).
     Both phases, sampling and learning, run inside `forward`, so DDP, FSDP and DeepSpeed see them.
+
+    Args:
+        language_model: Causal LM, or a PEFT model around it; its architecture was checked.
+        thoughts: Length, lookahead, number, positions and sampler of the thoughts.
+        mixing_head: Settings of the head.
+        loss: Objective, reward and their settings; only training reads them.
+        vocab_size: Tokens of the tokenizer; rows of the vocabulary beyond are never sampled.
+        pause_token_id: Token that stands for every thought token in the pause control.
+        tuning: Way in which ``language_model`` was made to train.
     """
+
+    def __init__(
+        self,
+        language_model: nn.Module,
+        thoughts: ThoughtsConfig,
+        mixing_head: MixingHeadConfig,
+        loss: LossConfig | None,
+        vocab_size: int,
+        pause_token_id: int = 0,
+        tuning: TuningConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.tuning = tuning or TuningConfig()
+        self.mixing_head_config = mixing_head
+        self.configure(thoughts, loss or loss_config())
+        self.vocab_size, self.pause_token_id = vocab_size, pause_token_id
+        device = embedding_weight(self.causal_lm).device
+        size = embedding_weight(self.causal_lm).shape[1]
+        head = find_output_head(self.causal_lm)
+        self.start_embedding = nn.Parameter(torch.zeros(size, device=device))
+        self.end_embedding = nn.Parameter(torch.zeros(size, device=device))
+        self.mixing_head = MixingHead(head.weight.shape[1], mixing_head).to(device)
+        self.texts_seen = 0  # keys the noise of texts that come without an index
+        # Most block tokens that learn at once (`quietstar.model.learning`); None: all, with an
+        # ordinary graph, as engines that shard the weights need it.
+        self.learn_chunk_tokens: int | None = None
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The Hugging Face causal LM itself (adapters, if any, are inside its layers)."""
+        model = self.language_model
+        get_base_model = getattr(model, "get_base_model", None)
+        return get_base_model() if get_base_model is not None else model  # pyright: ignore
+
+    @property
+    def output_head(self) -> OutputHead:
+        """From final states to logits."""
+        return find_output_head(self.causal_lm, self.vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the learned vectors are."""
+        return self.start_embedding.device
+
+    @property
+    def max_text_length(self) -> int | None:
+        """Longest text that leaves room for a block; None if the model has no limit."""
+        config = self.causal_lm.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is None:
+            return None
+        block = self.thoughts.length + self.thoughts.lookahead + 1
+        return positions - block - num_virtual(self.causal_lm)
+
+    def configure(
+        self, thoughts: ThoughtsConfig | None = None, loss: LossConfig | None = None
+    ) -> None:
+        """Think or learn by other settings from now on; weights stay.
+
+        Raises:
+            UserError: A sampler, reward or objective that cannot be found or called.
+        """
+        if thoughts is not None:
+            self.thoughts = thoughts
+            self.sampler = registry.find("thoughts.sampler", thoughts.sampler)()
+        if loss is not None:
+            self.objective = registry.find("loss.objective", loss.objective)(loss)
+            self.reward, self.reward_name = registry.find("loss.reward", loss.reward), loss.reward
+
+    def initial_vectors(
+        self, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[Float[Tensor, " embedding"], Float[Tensor, " embedding"]]:
+        """The input embeddings of ``start_init`` and ``end_init``.
+
+        Raises:
+            UserError: A text without tokens.
+        """
+        return tuple(  # pyright: ignore[reportReturnType]
+            initial_embedding(
+                self.causal_lm, tokenizer, getattr(self.thoughts, name), f"thoughts.{name}"
+            )
+            for name in ("start_init", "end_init")
+        )
+
+    @torch.no_grad()
+    def initialise_vectors(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Set both vectors to `initial_vectors`.
+
+        Raises:
+            UserError: A text without tokens.
+        """
+        start, end = self.initial_vectors(tokenizer)
+        self.start_embedding.copy_(start)
+        self.end_embedding.copy_(end)
 
     # --- Making and keeping -----------------------------------------------------------------------
 
@@ -60,12 +179,12 @@ class QuietStarForCausalLM(ThinkingInference):
 
         Args:
             name_or_path: Hub id, folder, or a loaded model.
-            tokenizer: By default the one that lies with the model.
+            tokenizer: Tokenizer; defaults to the one saved with the model.
             thoughts: Length, lookahead, number, temperature, initial vectors.
             mixing_head: Settings of the head.
-            loss: Weights, estimator, reward.
-            tuning: Which weights train.
-            dtype: Of the weights; float32 trains safely with small learning rates.
+            loss: Objective, reward and their settings, for training.
+            tuning: Way to tune the base model.
+            dtype: Type of the weights; float32 trains safely with small learning rates.
             **hub: ``revision``, ``trust_remote_code``.
 
         Raises:
@@ -88,7 +207,7 @@ class QuietStarForCausalLM(ThinkingInference):
             apply_tuning(base, tuning),
             thoughts,
             mixing_head or MixingHeadConfig(),
-            loss or LossConfig(),
+            loss,
             len(tokenizer),
             _first_token(tokenizer, thoughts.start_init),
             tuning,
@@ -106,9 +225,9 @@ class QuietStarForCausalLM(ThinkingInference):
         """Save everything that was learned, as safetensors and JSON (`quietstar.model.saving`).
 
         Args:
-            folder: Made if need be.
-            tokenizer: Saved beside the model.
-            weights: To save in place of the model's own, where an engine holds them in pieces.
+            folder: Folder to write; created if need be.
+            tokenizer: Tokenizer to save beside the model.
+            weights: Full weights, where the model's own are sharded.
         """
         saving.save_pretrained(self, Path(folder), tokenizer, weights)
 
@@ -124,8 +243,8 @@ class QuietStarForCausalLM(ThinkingInference):
         """Load a saved Quiet-STaR model: what was saved is what is used.
 
         Args:
-            folder: Written by `save_pretrained`.
-            dtype: Of the language model's weights; by default the one they were trained in.
+            folder: Folder that `save_pretrained` wrote.
+            dtype: Type of the language model's weights; by default the one they were trained in.
             trainable: Whether adapters can be trained further.
             **hub: ``revision`` (of an adapter's base; the one trained on by default) and
                 ``trust_remote_code``.
@@ -150,53 +269,67 @@ class QuietStarForCausalLM(ThinkingInference):
         seed: int = 0,
         fixed_mixing_weight: float | None = None,
         think: bool = True,
+        thoughts: ThoughtBatch | None = None,
     ) -> QuietStarOutput:
-        """Sample thoughts at every position (or those of ``thoughts.positions``); the loss.
+        """Sample thoughts where ``thoughts.positions`` says, and compute the loss.
 
         Args:
             input_ids: Texts, padded on the right if at all.
-            attention_mask: (batch, seq), true (or 1) for real tokens.
+            attention_mask: Mask of real tokens, (batch, seq), true or 1.
             labels: Token ids where a token is a target, -100 elsewhere; default: all real tokens.
-            num_items_in_batch: Valid targets of the whole optimiser step, over micro-batches and
+            num_items_in_batch: Valid targets of the whole optimizer step, over micro-batches and
                 ranks; by default those of this batch.
-            answers: True at a token of an answer; only ``thoughts.positions: answer`` reads it.
-            num_thought_items: Like ``num_items_in_batch``, those behind a thought.
+            answers: Mask of answer tokens; only the rules of answers in ``thoughts.positions``
+                read it.
+            num_thought_items: Positions of the whole step with a thought and a target behind it.
             sample_ids: Index of each text in the run. Keys the noise, so that the same text draws
                 the same thoughts however batches are cut. By default the texts of all calls are
                 counted.
-            seed: Of the noise.
-            fixed_mixing_weight: Stands in for the head's output (warm-up of the gate).
-            think: Without it the loss is that of plain language modelling.
+            seed: Seed of the noise.
+            fixed_mixing_weight: Replacement for the head's output (warm-up of the gate).
+            think: Whether to think; otherwise the loss is that of plain language modeling.
+            thoughts: Thoughts to learn from instead of sampling: of an earlier call, another
+                policy, another machine. Their texts must be ``input_ids``.
 
         Raises:
-            ValueError: A text too long for the model, or padded on the left, or answers missing.
+            ValueError: A text too long for the model or padded on the left, answers missing, or
+                thoughts that do not fit the texts.
+            UserError: A sampler, reward or objective of the user's that returns what it must not.
         """
         labels = target_labels(input_ids, attention_mask, labels)
-        if not think:
+        if not (think and self.objective.thinks):
             return self._next_token(input_ids, labels, num_items_in_batch)
         self._check_length(input_ids)
         if sample_ids is None:
-            first = self._calls * input_ids.shape[0]
-            sample_ids = torch.arange(first, first + input_ids.shape[0], device=input_ids.device)
-            self._calls += 1
-        sampling = Sampling(
-            self.thoughts.num_thoughts, self.thoughts.length, self.thoughts.temperature, seed
-        )
-        text = self._text_before(input_ids)
-        positions = self._choose(labels, answers, text, sample_ids, seed, explore=True)
-        thoughts = self._sample(input_ids, sample_ids, sampling, positions, text)
-        step = Step(
-            input_ids, labels, thoughts, positions, num_items_in_batch, num_thought_items,
-            choose_policy_temperature(self.loss, self.thoughts.temperature), fixed_mixing_weight,
-        )  # fmt: skip
-        if text is not None and self.block_tokens is not None:
-            loss, scored = learn_in_groups(self, text, step, self.block_tokens)
+            first, self.texts_seen = self.texts_seen, self.texts_seen + len(input_ids)
+            sample_ids = torch.arange(first, self.texts_seen, device=input_ids.device)
+        run = run_text(self.causal_lm, input_ids)
+        texts = Texts(input_ids, labels, answers, sample_ids, run)
+        if thoughts is None:
+            positions = self._choose(texts, seed, explore=True)
+            sampling = Sampling(
+                self.thoughts.num_thoughts, self.thoughts.length, self.thoughts.temperature, seed
+            )
+            batch = self._sample(texts, positions, sampling)
         else:
-            loss, scored = self._learn_at_once(step)
+            positions, batch = given_thoughts(thoughts, texts)
+        temperature = self.objective.policy_temperature(self.thoughts.temperature)
+        terms = LossTerms(
+            self._weigh(batch),
+            temperature,
+            self.objective.base_weight,
+            self.objective.draft_weight,
+            self.objective.entropy_weight,
+            self.objective.needs_thought or getattr(self.reward, "reads_thought", True),
+        )
+        step = Step(
+            batch, positions, terms, num_items_in_batch, num_thought_items, fixed_mixing_weight
+        )
+        loss, scored = learn(self, run, step, self.learn_chunk_tokens)
         return QuietStarOutput(
             loss=loss,
             metrics=thought_metrics(scored),
-            thoughts=thoughts.permute(2, 1, 3, 0),
+            thoughts=batch.tokens.transpose(1, 2),
             input_ids=input_ids,
             positions=positions,
         )
@@ -209,35 +342,387 @@ class QuietStarForCausalLM(ThinkingInference):
         metrics = plain_metrics(result.nll, valid)
         return QuietStarOutput(loss=loss, metrics=metrics, input_ids=input_ids)
 
-    def _text_before(self, input_ids: Tensor) -> TextRun | None:
-        """The text, where something needs it before the rollout would run it.
+    def _weigh(self, batch: ThoughtBatch) -> Weigh:
+        """Bind reward and objective to the thoughts of a batch."""
 
-        Learning in groups does, with its graph; a choice of positions by score does.
+        @torch.no_grad()
+        def weigh(scores: ThoughtScores, texts: slice, places: slice) -> ThoughtWeights:
+            part = batch.part(texts, places)
+            reward = self.reward(part, scores)
+            check_figures(reward, part.lengths.shape, f"loss.reward ({self.reward_name})")
+            weights = self.objective.weigh(reward, scores)
+            name = f"loss.objective ({type(self.objective).__name__})"
+            for figure in ("advantage", "mixed", "thought"):
+                x = getattr(weights, figure, None)
+                if x is not None:
+                    shape = part.lengths.shape if figure == "advantage" else scores.mixed.shape
+                    check_figures(x, shape, f"{name}: {figure}")
+            return weights
+
+        return weigh
+
+    @torch.no_grad()
+    def _choose(self, texts: Texts, seed: int, explore: bool) -> Tensor | None:
+        """Choose where to think; None for all positions."""
+        rule, score = self.thoughts.positions, None
+        if rule in SCORED_RULES:
+            assert texts.run is not None, "the text ran"
+            states = texts.run.states
+            score = torch.ones_like(states[..., 0])
+            if rule in LEARNED_RULES:
+                ahead = TextLookahead.contiguous_positions(states, 1, 0, states.shape[1])
+                score = self.mixing_head(ahead, torch.zeros_like(states)[None, None])[0, 0]
+            if rule != "weight":
+                score = score * next_token_entropy(states, self.output_head)
+        return choose_positions(
+            rule,
+            self.thoughts.position_fraction,
+            texts.labels,
+            answers=texts.answer_mask,
+            score=score,
+            sample_ids=texts.sample_ids,
+            seed=seed,
+            explore=explore,
+        )
+
+    def _sample(self, texts: Texts, positions: Tensor | None, spec: Sampling) -> ThoughtBatch:
+        """Draw thoughts, and check what a sampler of the user's gives."""
+        batch = self.sampler.sample(self, texts, positions, spec)
+        places = texts.input_ids.shape if positions is None else positions.shape
+        shape = (*places, spec.num_thoughts, spec.thought_length)
+        name = f"thoughts.sampler ({self.thoughts.sampler})"
+        if not isinstance(batch, ThoughtBatch):
+            raise UserError(
+                f"{name}: it returned {type(batch).__name__}, but must return a ThoughtBatch. "
+                "Make one with ThoughtBatch.of_texts."
+            )
+        if batch.tokens.shape != shape or batch.tokens.dtype != torch.long:
+            raise UserError(
+                f"{name}: its tokens are {batch.tokens.dtype} of shape {tuple(batch.tokens.shape)},"
+                f" but must be torch.int64 of (batch, positions, thoughts, length) = {shape}. "
+                "Mend its sample method."
+            )
+        return batch
+
+    def states_with(
+        self,
+        input_ids: Tensor,
+        thoughts: Tensor,
+        positions: Tensor | None,
+        fixed_mixing_weight: float | None = None,
+        lookahead: int | None = None,
+        text: TextRun | None = None,
+    ) -> tuple[ThoughtStates, Tensor]:
+        """Run thoughts (length, thoughts, batch, positions); their states and mixing weight."""
+        states = teacher_forced(
+            self.causal_lm,
+            self.start_embedding,
+            self.end_embedding,
+            input_ids,
+            thoughts,
+            lookahead or self.thoughts.lookahead,
+            positions,
+            text,
+        )
+        ahead = text_lookahead(states.text, states.ahead.shape[0], positions)
+        return states, self.mixing_weight(ahead, states.ahead, fixed_mixing_weight)
+
+    def mixing_weight(
+        self, text: TextLookahead, ahead: Tensor, fixed: float | None
+    ) -> Float[Tensor, "lookahead thoughts batch positions"]:
+        """Mix by text states and those behind thoughts; ``fixed`` replaces the head's output."""
+        weight = self.mixing_head(text, ahead)
+        if fixed is None:
+            return weight
+        # The head stays in the graph, with gradient zero: DDP wants every parameter used.
+        return weight * 0.0 + fixed
+
+    def _check_length(self, input_ids: Tensor) -> None:
+        longest = self.max_text_length
+        if longest is not None and input_ids.shape[1] > longest:
+            raise ValueError(
+                f"a text of {input_ids.shape[1]} tokens leaves no room for a thought: with "
+                f"thoughts.length {self.thoughts.length} and thoughts.lookahead "
+                f"{self.thoughts.lookahead} this model takes at most {longest}. Shorten it."
+            )
+
+    # --- Looking at it: thoughts, scores, generated texts -----------------------------------------
+
+    @torch.no_grad()
+    def think(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Tensor | None = None,
+        labels: Int[Tensor, "batch seq"] | None = None,
+        *,
+        thoughts: Int[Tensor, "batch thoughts positions length"] | None = None,
+        num_thoughts: int = 1,
+        temperature: float | None = None,
+        positions: Int[Tensor, "batch positions"] | None = None,
+        sample_ids: Int[Tensor, " batch"] | None = None,
+        seed: int = 0,
+    ) -> Thoughts:
+        """Think at every position and say what it did to the prediction of the true tokens.
+
+        Args:
+            input_ids: Texts, padded on the right if at all.
+            attention_mask: (batch, seq), true (or 1) for real tokens.
+            labels: As in `forward`.
+            thoughts: Score these thoughts instead of sampling.
+            num_thoughts: Thoughts a position.
+            temperature: Of the sampling; None takes the most likely tokens.
+            positions: Think there only: ascending, -1 behind the last of a text with fewer
+                (`choose_positions`).
+            sample_ids: As in `forward`; by default 0, 1, ...
+            seed: Of the noise.
+
+        Raises:
+            ValueError: A text too long for the model, or padded on the left.
         """
-        if self.block_tokens is not None:
-            return run_text(self.causal_lm, input_ids)
-        if self.thoughts.positions not in SCORED_RULES:
-            return None
-        with torch.no_grad():
-            return run_text(self.causal_lm, input_ids)
+        labels = target_labels(input_ids, attention_mask, labels)
+        self._check_length(input_ids)
+        if thoughts is None:
+            thoughts = self.sample(
+                input_ids,
+                num_thoughts=num_thoughts,
+                temperature=temperature,
+                positions=positions,
+                sample_ids=sample_ids,
+                seed=seed,
+            )
+        tokens = Thoughts.token_major(thoughts)
+        states, weight = self.states_with(input_ids, tokens, positions)
+        terms = LossTerms(None, scoring=True)
+        _, scored = loss_from_states(
+            states, weight, tokens, labels, self.output_head, terms, positions=positions
+        )
+        return Thoughts.from_scored(scored, thought_metrics(scored))
 
-    def _learn_at_once(self, step: Step) -> tuple[Tensor, ScoredThoughts]:
-        """The loss with the graph of text and all blocks alive at once."""
-        states, weight = self.states_with(
-            step.input_ids, step.thoughts, step.positions, step.fixed_mixing_weight
+    @torch.no_grad()
+    def sample(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        *,
+        num_thoughts: int = 1,
+        temperature: float | None = None,
+        positions: Int[Tensor, "batch positions"] | None = None,
+        sample_ids: Int[Tensor, " batch"] | None = None,
+        seed: int = 0,
+    ) -> Int[Tensor, "batch thoughts positions length"]:
+        """Thoughts at every (chosen) position, not scored; arguments as in `think`."""
+        self._check_length(input_ids)
+        if sample_ids is None:
+            sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
+        texts = Texts(input_ids, input_ids, None, sample_ids)
+        sampling = Sampling(num_thoughts, self.thoughts.length, temperature, seed)
+        return self._sample(texts, positions, sampling).tokens.transpose(1, 2)
+
+    @torch.no_grad()
+    def choose_positions(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Tensor | None = None,
+        labels: Int[Tensor, "batch seq"] | None = None,
+        *,
+        answers: Bool[Tensor, "batch seq"] | None = None,
+        sample_ids: Int[Tensor, " batch"] | None = None,
+        seed: int = 0,
+    ) -> Int[Tensor, "batch positions"] | None:
+        """Where to think in these texts by ``thoughts.positions``; None for all.
+
+        Ascending, -1 behind the last of a text with fewer; arguments as in `forward`. Training
+        thinks there too, but leaves a quarter of the positions of ``weight`` and
+        ``weighted_entropy`` to chance.
+        """
+        if self.thoughts.positions == "all":
+            return None
+        labels = target_labels(input_ids, attention_mask, labels)
+        if sample_ids is None:
+            sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
+        scored = self.thoughts.positions in SCORED_RULES
+        run = run_text(self.causal_lm, input_ids) if scored else None
+        texts = Texts(input_ids, labels, answers, sample_ids, run)
+        return self._choose(texts, seed, explore=False)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Int[Tensor, "batch seq"] | None = None,
+        *,
+        think: bool | Gate = True,
+        num_thoughts: int = 1,
+        thought_temperature: float | None = None,
+        seed: int = 0,
+        streamer: BaseStreamer | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Generate texts, thinking before each new token (`quietstar.generation.generate`).
+
+        Thoughts are dropped after use; the text is never run twice.
+
+        Args:
+            inputs: Texts, padded on the left if at all; also as ``input_ids``.
+            think: False: what the plain model generates. A `Gate`: texts think
+                where it says so.
+            num_thoughts: Before each token; their predictions are averaged.
+            thought_temperature: Of thoughts; None takes the most likely tokens. (``temperature``
+                is that of the text, as in transformers.)
+            seed: Of the thoughts' noise.
+            streamer: Is given each new token.
+            **arguments: Those of transformers' ``generate``: ``attention_mask``,
+                ``max_new_tokens``, ``do_sample``, ``top_p``, ``num_return_sequences``,
+                ``generation_config``, ``logits_processor``, ``stopping_criteria``, ...
+
+        Returns:
+            Token ids, (batch * num_return_sequences, prompt and new); with
+            ``return_dict_in_generate`` a `ThinkingOutput`, with the thoughts.
+
+        Raises:
+            UserError: No texts, beams, or more tokens than the model has positions.
+        """
+        inputs = arguments.pop("input_ids", None) if inputs is None else inputs
+        if inputs is None:
+            raise UserError("inputs: no texts are given; write generate(input_ids, ...)")
+        sampling = Sampling(num_thoughts, self.thoughts.length, thought_temperature, seed)
+        return generate(self, inputs, sampling, think, streamer, arguments)
+
+    @torch.no_grad()
+    def score_plain(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Tensor | None = None,
+        labels: Int[Tensor, "batch seq"] | None = None,
+        candidates: Int[Tensor, " candidates"] | None = None,
+    ) -> PlainScores:
+        """Predict the next tokens without thoughts, as the plain model does.
+
+        Args:
+            input_ids: Texts, padded on the right if at all.
+            attention_mask: (batch, seq), true (or 1) for real tokens.
+            labels: As in `forward`.
+            candidates: Tokens whose logits are wanted.
+        """
+        labels = target_labels(input_ids, attention_mask, labels)
+        states = plain_pass(self.causal_lm, input_ids)
+        _, result, valid = next_token_loss(states, labels, self.output_head, scoring=True)
+        assert result.predicted is not None, "scoring was asked for"
+        shape = input_ids.shape
+        metrics = plain_metrics(result.nll, valid)
+        few = None if candidates is None else self.output_head.candidate_logits(states, candidates)
+        return PlainScores(
+            -result.nll.view(shape), result.predicted.view(shape), valid, metrics, few
         )
-        return quiet_star_loss(
-            states,
-            weight,
-            step.thoughts,
-            step.labels,
-            self.output_head,
-            self.loss,
-            step.policy_temperature,
-            step.num_items,
-            positions=step.positions,
-            num_thought_items=step.num_thought_items,
+
+    @torch.no_grad()
+    def score_mixed(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Tensor | None,
+        labels: Int[Tensor, "batch seq"],
+        thoughts: Int[Tensor, "batch thoughts positions length"],
+        positions: Int[Tensor, "batch positions"] | None = None,
+        candidates: Int[Tensor, " candidates"] | None = None,
+    ) -> MixedScores:
+        """Predict the next tokens with these thoughts, as `think` does, but for less.
+
+        Args:
+            input_ids: Texts, padded on the right if at all.
+            attention_mask: (batch, seq), true (or 1) for real tokens.
+            labels: As in `forward`.
+            thoughts: From `sample`, or any.
+            positions: Of the thoughts; None for all.
+            candidates: Tokens whose logits are wanted.
+        """
+        labels = target_labels(input_ids, attention_mask, labels)
+        self._check_length(input_ids)
+        tokens, head = Thoughts.token_major(thoughts), self.output_head
+        states, weight = self.states_with(input_ids, tokens, positions, lookahead=1)
+        result = mixed_predictions(states, weight, labels, head, positions)
+        few = None
+        if candidates is not None:
+            few = mixed_candidates(states, weight, head, candidates, positions).transpose(0, 1)
+        assert result.predicted is not None, "it was asked for"
+        logprobs, predicted = (x[0].transpose(0, 1) for x in (-result.mixed, result.predicted))
+        return MixedScores(logprobs, predicted, few)
+
+
+def given_thoughts(
+    thoughts: ThoughtBatch, texts: Texts
+) -> tuple[Int[Tensor, "batch positions"] | None, ThoughtBatch]:
+    """Fit given thoughts to the texts of a call; their positions, None for all.
+
+    Raises:
+        ValueError: Thoughts of other texts, at no position, or of unequal length.
+    """
+    ids, positions = texts.input_ids, thoughts.positions
+    if thoughts.input_ids.shape != ids.shape or thoughts.tokens.shape[:2] != positions.shape:
+        raise ValueError(
+            f"thoughts of texts {tuple(thoughts.input_ids.shape)} at positions "
+            f"{tuple(positions.shape)} with tokens {tuple(thoughts.tokens.shape)} do not fit "
+            f"input_ids {tuple(ids.shape)}. Give the texts that they were sampled for."
         )
+    if on_host(ids):
+        if not torch.equal(thoughts.input_ids, ids):
+            raise ValueError("thoughts of other texts than input_ids. Give those texts.")
+        if (thoughts.lengths != thoughts.tokens.shape[3]).any():
+            raise ValueError("thoughts must all have the length of their tokens' last axis")
+    batch = ThoughtBatch(
+        ids, texts.labels, texts.answer_mask, thoughts.sample_ids, positions,
+        thoughts.tokens, thoughts.lengths, thoughts.sampling_logprobs,
+    )  # fmt: skip
+    everywhere = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    if positions.shape == ids.shape and on_host(ids) and torch.equal(positions, everywhere):
+        return None, batch
+    return positions.where(positions >= 0, NO_POSITION), batch
+
+
+def check_figures(x: object, shape: torch.Size, name: str) -> None:
+    """Refuse what a part of the user's must not return.
+
+    Raises:
+        UserError: No tensor, another shape, a gradient, or a figure that is not finite.
+    """
+    if not isinstance(x, Tensor) or x.shape != shape:
+        what = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise UserError(
+            f"{name}: it returned {what}, but must return a tensor of shape {tuple(shape)} "
+            "(batch, positions, thoughts, and lookahead for true tokens). Mend its last line."
+        )
+    if x.requires_grad:
+        raise UserError(
+            f"{name}: it returned a tensor with a gradient, but rewards and weights are constants "
+            "of the loss. Call detach() on it."
+        )
+    finite = x.isfinite().all()
+    message = f"{name}: it returned figures that are not finite. Bound them, or mask them by valid."
+    if x.device.type == "cpu" and on_host(x):
+        if not finite:
+            raise UserError(message)
+    elif x.device.type != "meta":
+        torch._assert_async(finite, message)  # pyright: ignore  (no host sync)
+
+
+def target_labels(
+    input_ids: Tensor,
+    attention_mask: Bool[Tensor, "batch seq"] | Tensor | None,
+    labels: Tensor | None,
+) -> Int[Tensor, "batch seq"]:
+    """Labels with padding ignored.
+
+    Raises:
+        ValueError: Padding on the left.
+    """
+    labels = input_ids if labels is None else labels
+    if attention_mask is None:
+        return labels
+    real = attention_mask.bool()
+    padded_right = (real[:, 1:] <= real[:, :-1]).all()
+    message = "texts must be padded on the right (tokenizer.padding_side = 'right')"
+    if real.device.type != "cpu":
+        torch._assert_async(padded_right, message)  # pyright: ignore  (no host sync)
+    elif not padded_right:
+        raise ValueError(message)
+    return labels.where(real, IGNORE_INDEX)
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:

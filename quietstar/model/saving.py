@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quietstar.backbone.loading import load_base
-from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig, TuningConfig
+from quietstar.config import MixingHeadConfig, ThoughtsConfig, TuningConfig
 from quietstar.errors import UserError
 from quietstar.model.self_check import check_architecture, use_thinking_attention
 from quietstar.model.tuning import PEFT_METHODS, WHOLE, apply_tuning, beside_peft, unfreeze
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 SETTINGS_FILE = "quietstar.json"
 WEIGHTS_FILE = "quietstar.safetensors"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""1 knew full tuning and LoRA only; 2 carried the loss of its training, and other names."""
 LANGUAGE_MODEL = "language_model."
 
 
@@ -55,7 +56,7 @@ def save_pretrained(
         "pause_token_id": model.pause_token_id,
         "thoughts": model.thoughts.model_dump(),
         "mixing_head": model.mixing_head_config.model_dump(),
-        "loss": model.loss.model_dump(),
+        "texts_seen": model.texts_seen,
         "tuning": model.tuning.model_dump(),
     }
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -126,15 +127,17 @@ def rebuild(
     tuning: TuningConfig,
 ) -> QuietStarForCausalLM:
     """The model around a language model, by the settings of ``quietstar.json``."""
-    return cls(
+    model = cls(
         language_model,
         ThoughtsConfig.model_validate(settings["thoughts"]),
         MixingHeadConfig.model_validate(settings["mixing_head"]),
-        LossConfig.model_validate(settings["loss"]),
+        None,
         settings["vocab_size"],
         settings["pause_token_id"],
         tuning,
     )
+    model.texts_seen = settings["texts_seen"]
+    return model
 
 
 def _tuned(
@@ -174,4 +177,25 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if settings["format_version"] == 1:  # knew full tuning and LoRA only
         is_lora = (folder / "adapter_config.json").exists()
         settings["tuning"] = {"method": "lora" if is_lora else "full"}
+    return _translated(settings)
+
+
+_OLD_NAMES = {
+    "thoughts": {"source": "sampler", "share": "position_fraction"},
+    "tuning": {
+        "lora_rank": "lora_r",
+        "lora_targets": "lora_target_modules",
+        "virtual_tokens": "num_virtual_tokens",
+        "galore_update_every": "galore_update_proj_gap",
+    },
+}
+
+
+def _translated(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an older format in today's names."""
+    for section, names in _OLD_NAMES.items():
+        settings[section] = {names.get(k, k): v for k, v in settings[section].items()}
+    if settings["thoughts"].get("sampler") == "sampled":
+        settings["thoughts"]["sampler"] = "rollout"
+    settings.setdefault("texts_seen", 0)
     return settings

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from quietstar.attention.interface import ATTENTION_NAME
-from quietstar.backbone.learn import LearnStates, learn_pass
 from quietstar.backbone.output_head import OutputHead, find_output_head
 from quietstar.backbone.run import embedding_weight
+from quietstar.backbone.teacher_forced import ThoughtStates, teacher_forced
 from quietstar.errors import UserError
 from quietstar.model.tiny_copy import tiny_model
 from quietstar.sampling.rollout import policy_states
@@ -86,7 +86,7 @@ def worst_error(model: PreTrainedModel) -> float:
     plain = model(input_ids=text).logits[0]
     use_thinking_attention(model)
     head = find_output_head(model)
-    states = learn_pass(model, start, end, text, thoughts, _LOOKAHEAD)
+    states = teacher_forced(model, start, end, text, thoughts, _LOOKAHEAD)
     pairs = [
         *zip(_block_logits(states, head), slow, strict=True),
         (head.logits(states.text[0]), plain),
@@ -123,7 +123,7 @@ def _loop_logits(
     return logits
 
 
-def _block_logits(states: LearnStates, head: OutputHead) -> list[Tensor]:
+def _block_logits(states: ThoughtStates, head: OutputHead) -> list[Tensor]:
     """The same from the learn pass."""
     result = []
     for position in range(_LENGTH):
@@ -137,12 +137,12 @@ def _block_logits(states: LearnStates, head: OutputHead) -> list[Tensor]:
 
 def _chosen_pairs(
     model: PreTrainedModel, vectors: tuple[Tensor, Tensor], text: Tensor, thoughts: Tensor,
-    states: LearnStates,
+    states: ThoughtStates,
 ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
     """The passes with thoughts at chosen positions only, and those at all of them."""
     places = _CHOSEN.expand(1, -1)
     chosen = thoughts[..., _CHOSEN]
-    learned = learn_pass(model, *vectors, text, chosen, _LOOKAHEAD, places)
+    learned = teacher_forced(model, *vectors, text, chosen, _LOOKAHEAD, places)
     rolled = policy_states(model, vectors[0], text, chosen, places)
     ahead = states.ahead[..., _CHOSEN, :]
     # Behind the end of the text the fillers differ.

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from quietstar.attention.decode_pass import DecodeCache, DecodePass
 from quietstar.backbone.output_head import OutputHead
-from quietstar.backbone.run import embedding_weight, num_virtual, run_backbone
+from quietstar.backbone.run import embedding_weight, num_virtual, run_backbone, run_text
 from quietstar.sampling.noise import keyed_uniform
-from quietstar.sampling.rollout import Sampling, run_text, sample_logits, sample_rows
+from quietstar.sampling.rollout import sample_logits, sample_rows
+from quietstar.sampling.thoughts import Sampling
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from quietstar.native.softmax import find_softmax_native
-
 # splitmix64 (Steele, Lea, Flood 2014): the increment and the two multipliers, as signed integers.
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
@@ -57,9 +55,6 @@ def sample_inverse_cdf(
     entry. Overwrites ``logits`` if they are float32.
     """
     logits = logits.float()
-    native = find_softmax_native(logits)
-    if native is not None:
-        return native.draw(logits, uniform)
     weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
     block_ends = _block_sums(weights).cumsum_(-1)
     threshold = uniform * block_ends[:, -1:]

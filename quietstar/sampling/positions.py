@@ -19,7 +19,6 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from quietstar.attention.layout import IGNORE_INDEX, NO_POSITION
 from quietstar.sampling.noise import keyed_uniform
@@ -150,11 +149,6 @@ def _before_answers(rule: Rule, answers: Tensor | None) -> Bool[Tensor, "batch s
         )
     before = _next(answers)
     return before if rule == "answer" else before & ~answers
-
-
-def on_host(x: Tensor) -> bool:
-    """Whether its content can be read without waiting for a device."""
-    return x.device.type == "cpu" and not isinstance(x, FakeTensor)
 
 
 def _next(x: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq"]:

@@ -11,75 +11,35 @@ after it stays part of the thought.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.attention.chosen import PrefixAttention
+from quietstar.attention.blocks import PrefixAttention
 from quietstar.attention.layout import shifted
-from quietstar.attention.passes import TextKeys, TextPass
 from quietstar.attention.steps import (
-    ChosenStep,
     RolloutCache,
     RolloutStep,
+    SelectedStep,
     StartStep,
     ThoughtStep,
 )
 from quietstar.backbone.casting import cast_weights
 from quietstar.backbone.output_head import OutputHead
 from quietstar.backbone.run import (
-    embed_text,
+    TextRun,
     embedding_weight,
     num_virtual,
     run_backbone,
+    run_text,
 )
 from quietstar.sampling.noise import keyed_uniform, sample_inverse_cdf
+from quietstar.sampling.thoughts import Sampling
 
 _CHUNK_ELEMENTS, _LEAST_ROWS = 2**22, 256
 """Logits held at once while sampling: 16 MiB in float32, and more where that makes fewer rows."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How thoughts are drawn.
-
-    Attributes:
-        num_thoughts: K.
-        thought_length: T.
-        temperature: Divides the logits; None takes the most likely token.
-        seed: Of the keyed noise.
-    """
-
-    num_thoughts: int
-    thought_length: int
-    temperature: float | None
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class TextRun:
-    """A text that was run once, for all that is done behind its tokens.
-
-    Attributes:
-        keys: Keys and values.
-        states: Final states.
-    """
-
-    keys: TextKeys
-    states: Float[Tensor, "batch seq width"]
-
-
-def run_text(model: PreTrainedModel, input_ids: Int[Tensor, "batch seq"]) -> TextRun:
-    """Run texts (padded on the right if at all) and keep what thoughts need of them."""
-    keys: TextKeys = {}
-    embedded = embed_text(model, input_ids)
-    positions = torch.arange(embedded.shape[1], device=input_ids.device)
-    positions = positions.expand(embedded.shape[:2])
-    states = run_backbone(model, embedded, positions, TextPass(keys))
-    return TextRun(keys, states[:, num_virtual(model) :])
 
 
 @torch.no_grad()
@@ -254,7 +214,7 @@ class _ChosenPositions:
         return x.repeat_interleave(self.sizes[-1], 1)
 
     def attention(self, index: int) -> RolloutStep:
-        return ChosenStep(self.cache, index, self.positions, self.prefix)
+        return SelectedStep(self.cache, index, self.positions, self.prefix)
 
     def from_thoughts(self, x: Tensor) -> Tensor:  # (K, B, P, ...) -> (1, B * P * K, ...)
         return x.movedim(0, 2).flatten(0, 2).unsqueeze(0)

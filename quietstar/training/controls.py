@@ -118,10 +118,10 @@ def check_comparable(config: Config, stage: Config) -> None:
         UserError: The last stage does not think, its texts have no answers, or several stages
             train adapters.
     """
-    if stage.loss.objective != "quiet_star":
+    if not stage.loss.thinks:
         raise UserError(
-            "--controls: the last stage has loss.objective: next_token, but controls compare "
-            "a quiet_star stage. Put one last, or leave --controls out."
+            f"--controls: the last stage has loss.objective: {stage.loss.objective}, but controls "
+            "compare a stage that thinks. Put one last, or leave --controls out."
         )
     if stage.data.format == "text":
         raise UserError(

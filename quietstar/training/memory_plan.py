@@ -15,7 +15,7 @@ from quietstar.backbone.loading import build_config, drop_dropout
 from quietstar.config import Config, ThoughtsConfig, TuningConfig
 from quietstar.errors import UserError
 from quietstar.losses.cross_entropy import chunk_rows
-from quietstar.model.learning import resolve_block_tokens
+from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.tuning.bottleneck import decoder_layers
 from quietstar.sampling.positions import ANSWER_RULES, most_positions
@@ -133,7 +133,7 @@ def _estimate_stage(
     config = _with_known_positions(stage.config)
     model = _without_weights(config, tokenizer)
     on_cpu = engine == "single" and not torch.cuda.is_available()
-    model.block_tokens = resolve_block_tokens(
+    model.learn_chunk_tokens = resolve_chunk_tokens(
         config.training.learn_chunk_tokens,
         "cpu" if on_cpu else "cuda",
         engine in IN_PIECES,

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
@@ -23,7 +22,7 @@ from quietstar.distributed import (
     build_strategy,
     from_main_process,
 )
-from quietstar.model.learning import resolve_block_tokens
+from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.training.checkpoint import check_world, checkpoint_step, load_checkpoint
 from quietstar.training.folder import (
@@ -168,7 +167,7 @@ def set_up(config: Config, strategy: Strategy) -> Job:
         check_positions(stage.config, model)
         if stage.thinks:
             check_steps(stage.config, eval_data)
-    model.block_tokens = resolve_block_tokens(
+    model.learn_chunk_tokens = resolve_chunk_tokens(
         config.training.learn_chunk_tokens,
         strategy.accelerator.device.type,
         strategy.sharded,

@@ -35,14 +35,14 @@ class Stage:
     @property
     def thinks(self) -> bool:
         """Whether its objective needs thoughts."""
-        return self.config.loss.objective == "quiet_star"
+        return self.config.loss.thinks
 
 
 def plan_stages(config: Config) -> list[Stage]:
     """The stages in order."""
     stages: list[Stage] = []
     for index, (name, stage_config) in enumerate(config.stage_configs().items()):
-        starts = stage_config.loss.objective == "quiet_star"
+        starts = stage_config.loss.thinks
         starts = starts and not any(stage.thinks for stage in stages)
         first = stages[-1].last_step if stages else 0
         stages.append(Stage(name, index, stage_config, first, starts))

@@ -1,1 +1,0 @@
-"""What CPUs do by compiled loops, where torch's operators cost more than their work."""

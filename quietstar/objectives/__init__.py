@@ -1,0 +1,72 @@
+"""Objectives (``loss.objective``): a file each, named as the objective.
+
+An objective turns rewards and scores into weights: the advantage of every thought, and what the
+NLL of every true token counts. It owns its settings, a pydantic model whose fields are keys of the
+config's ``loss`` section.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from quietstar.config import Section
+from quietstar.losses.weights import ThoughtScores, ThoughtWeights
+
+
+class Objective:
+    """What all objectives share; the defaults are those of one that only reinforces thoughts.
+
+    Args:
+        settings: Settings of the objective, or of a config's whole ``loss`` section.
+    """
+
+    Settings: ClassVar[type[Section]] = Section
+    """Keys of the ``loss`` section that belong to the objective."""
+    thinks: ClassVar[bool] = True
+    """Whether thoughts are sampled at all."""
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    def weigh(self, reward: Tensor, scores: ThoughtScores) -> ThoughtWeights:
+        """Turn rewards (batch, positions, thoughts) into advantages and weights, without gradient.
+
+        Called for some texts and positions at a time, always with all thoughts of a position.
+        """
+        raise NotImplementedError
+
+    @property
+    def needs_thought(self) -> bool:
+        """Whether `weigh` weighs or reads the thought's own prediction."""
+        return True
+
+    @property
+    def base_weight(self) -> float:
+        """Weight of the NLL of all next tokens without a thought."""
+        return 0.0
+
+    @property
+    def draft_weight(self) -> float:
+        """Weight of the NLL of the next true token as the first thought token."""
+        return 0.0
+
+    @property
+    def entropy_weight(self) -> float:
+        """Weight of a bonus on the entropy of thought tokens."""
+        return 0.0
+
+    def policy_temperature(self, sampling_temperature: float) -> float:
+        """Temperature inside the log-probability of the policy term."""
+        return sampling_temperature
+
+    @staticmethod
+    def problems(config: Any) -> Iterable[tuple[tuple[str, ...], str]]:
+        """Yield broken rules between the objective's settings and the rest of a config.
+
+        Each is the dotted keys in the rule, the one to change first, and a message with the values,
+        the rule, the reason and the remedy.
+        """
+        return ()

@@ -1,0 +1,16 @@
+"""Plain language modeling, without thoughts: warm-up stages and controls."""
+
+from __future__ import annotations
+
+from quietstar.objectives import Objective
+
+
+class NextToken(Objective):
+    """Learns the next token alone; nothing thinks."""
+
+    thinks = False
+
+    @property
+    def base_weight(self) -> float:
+        """The whole loss."""
+        return 1.0

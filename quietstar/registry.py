@@ -1,0 +1,124 @@
+"""The replaceable parts of the method, by name or by the dotted path of a user's own.
+
+A built-in part is a file: ``loss.reward: mixed`` is the function ``mixed`` of
+``quietstar/rewards/mixed.py``. A user's own is ``module:name``, as in ``my_rewards:brevity``, found
+wherever Python finds modules and in the working directory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from quietstar.errors import UserError
+
+
+class Kind(NamedTuple):
+    """One kind of replaceable part.
+
+    Attributes:
+        package: Package whose modules are the built-in parts.
+        suffix: What the name of the part ends in, after the module's name in CamelCase; None where
+            the part is a function named as its module.
+        method: Method that is called, None where the part itself is.
+        parameters: Its parameters, ``self`` not counted.
+    """
+
+    package: str
+    suffix: str | None
+    method: str | None
+    parameters: tuple[str, ...]
+
+
+KINDS = {
+    "loss.reward": Kind("quietstar.rewards", None, None, ("thoughts", "scores")),
+    "loss.objective": Kind("quietstar.objectives", "", "weigh", ("reward", "scores")),
+    "thoughts.sampler": Kind(
+        "quietstar.sampling.samplers", "", "sample", ("model", "texts", "positions", "spec")
+    ),
+}
+"""Config key -> what may be named there."""
+
+
+def choices(key: str) -> list[str]:
+    """List the built-in parts that a config key may name."""
+    package = importlib.import_module(KINDS[key].package)
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_")
+
+
+def find(key: str, name: str) -> Any:
+    """Import the part that ``name`` stands for.
+
+    Args:
+        key: Config key, one of `KINDS`.
+        name: Name of a built-in part, or ``module:name``.
+
+    Raises:
+        UserError: There is no such part, its module cannot be imported, or it cannot be called as
+            such parts are.
+    """
+    kind = KINDS[key]
+    if ":" not in name:
+        if name not in choices(key):
+            raise UserError(_unknown(key, name))
+        attribute = name
+        if kind.suffix is not None:
+            attribute = "".join(word.capitalize() for word in name.split("_")) + kind.suffix
+        return getattr(importlib.import_module(f"{kind.package}.{name}"), attribute)
+    module, _, attribute = name.partition(":")
+    part = _import(key, name, module, attribute)
+    called = part if kind.method is None else getattr(part, kind.method, None)
+    wanted = f"{kind.method or attribute}({', '.join(kind.parameters)})"
+    if not callable(called):
+        raise UserError(f"{key} ({name}): it has no method {kind.method}. Define {wanted}.")
+    # A method is looked up on its class, where self is a parameter too.
+    is_method = kind.method is not None and inspect.isclass(part)
+    try:
+        inspect.signature(called).bind(*((None,) * is_method), *kind.parameters)
+    except TypeError:
+        raise UserError(
+            f"{key} ({name}): its signature is {attribute}{inspect.signature(called)}, but it is "
+            f"called as {wanted}. Change its parameters."
+        ) from None
+    return part
+
+
+def _import(key: str, name: str, module: str, attribute: str) -> Any:
+    if not re.fullmatch(r"\w+(\.\w+)*", module) or not attribute.isidentifier():
+        raise UserError(
+            f"{key} ({name}): a part of your own is written module:name, such as my_module:mine."
+        )
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    importlib.invalidate_caches()
+    try:
+        loaded = importlib.import_module(module)
+    except Exception as problem:
+        reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
+        raise UserError(
+            f"{key} ({name}): the module {module} cannot be imported ({reason}). Put {module}.py "
+            "into the working directory or on PYTHONPATH, and mend what fails in it."
+        ) from problem
+    if not hasattr(loaded, attribute):
+        raise UserError(
+            f"{key} ({name}): {loaded.__file__ or module} defines no {attribute}. Define it, or "
+            "correct the name."
+        )
+    return getattr(loaded, attribute)
+
+
+def _unknown(key: str, name: str) -> str:
+    known = choices(key)
+    near = get_close_matches(name, known, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return (
+        f"{key} ({name}): there is none of this name{hint} (built in: {', '.join(known)}; one of "
+        "your own is written module:name)"
+    )

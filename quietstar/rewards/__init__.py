@@ -1,0 +1,27 @@
+"""Rewards of thoughts (``loss.reward``): a file each, named as the reward.
+
+A reward is a pure function of `ThoughtBatch` and `ThoughtScores`. It returns a number for every
+thought, (batch, positions, thoughts), and runs without gradient on some texts and some of their
+positions at a time, always with all thoughts of a position.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from quietstar.losses.weights import ThoughtScores
+from quietstar.sampling.thoughts import ThoughtBatch
+
+
+class Reward(Protocol):
+    """What a reward is.
+
+    One that does not read ``scores.thought`` may say so by an attribute ``reads_thought = False``:
+    where nothing else reads it either, it is not computed, and ``scores.thought`` is None.
+    """
+
+    def __call__(self, thoughts: ThoughtBatch, scores: ThoughtScores) -> Tensor:
+        """Return the reward of every thought, (batch, positions, thoughts)."""
+        ...

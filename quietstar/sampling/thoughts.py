@@ -1,0 +1,133 @@
+"""What a sampler is given and what it gives: texts, a specification, and thoughts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from quietstar.backbone.run import TextRun
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How thoughts are drawn.
+
+    Attributes:
+        num_thoughts: K.
+        thought_length: T.
+        temperature: Divides the logits; None takes the most likely token.
+        seed: Seed of the keyed noise.
+    """
+
+    num_thoughts: int
+    thought_length: int
+    temperature: float | None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts to think about, padded on the right if at all.
+
+    Attributes:
+        input_ids: Token ids.
+        labels: Token ids, -100 where a token is no target.
+        answer_mask: Whether a token belongs to an answer; None where that is not known.
+        sample_ids: Index of each text in the run; with the seed it keys the noise.
+        run: Keys, values and states of the texts, where the model has run them already.
+    """
+
+    input_ids: Int[Tensor, "batch seq"]
+    labels: Int[Tensor, "batch seq"]
+    answer_mask: Bool[Tensor, "batch seq"] | None
+    sample_ids: Int[Tensor, " batch"]
+    run: TextRun | None = None
+
+
+@dataclass(frozen=True)
+class ThoughtBatch:
+    """Thoughts at positions of texts: what a sampler gives and a learn pass takes.
+
+    Attributes:
+        input_ids: Token ids of the texts.
+        labels: Token ids, -100 where a token is no target.
+        answer_mask: Whether a token belongs to an answer; None where that is not known.
+        sample_ids: Index of each text in the run.
+        positions: Position of each thought, ascending; -1 pads texts with fewer than others.
+        tokens: Thought tokens.
+        lengths: Tokens of each thought.
+        sampling_logprobs: Log-probabilities of the tokens by the policy that drew them; None where
+            that is not known.
+    """
+
+    input_ids: Int[Tensor, "batch seq"]
+    labels: Int[Tensor, "batch seq"]
+    answer_mask: Bool[Tensor, "batch seq"] | None
+    sample_ids: Int[Tensor, " batch"]
+    positions: Int[Tensor, "batch positions"]
+    tokens: Int[Tensor, "batch positions thoughts length"]
+    lengths: Int[Tensor, "batch positions thoughts"]
+    sampling_logprobs: Float[Tensor, "batch positions thoughts length"] | None = None
+
+    @classmethod
+    def of_texts(
+        cls,
+        texts: Texts,
+        positions: Int[Tensor, "batch positions"] | None,
+        tokens: Int[Tensor, "batch positions thoughts length"],
+    ) -> ThoughtBatch:
+        """Put texts and the thoughts drawn for them together.
+
+        Args:
+            texts: Texts of the thoughts.
+            positions: Position of each thought; None for all positions.
+            tokens: Thought tokens, all of one length.
+        """
+        if positions is None:
+            seq = torch.arange(texts.input_ids.shape[1], device=texts.input_ids.device)
+            positions = seq.expand(texts.input_ids.shape)
+        lengths = tokens.new_full(tokens.shape[:3], tokens.shape[3])
+        return cls(
+            texts.input_ids, texts.labels, texts.answer_mask, texts.sample_ids, positions,
+            tokens, lengths,
+        )  # fmt: skip
+
+    def part(self, texts: slice, places: slice) -> ThoughtBatch:
+        """Take some texts and some of their positions."""
+        drawn = self.sampling_logprobs
+        return ThoughtBatch(
+            self.input_ids[texts],
+            self.labels[texts],
+            None if self.answer_mask is None else self.answer_mask[texts],
+            self.sample_ids[texts],
+            self.positions[texts, places],
+            self.tokens[texts, places],
+            self.lengths[texts, places],
+            None if drawn is None else drawn[texts, places],
+        )
+
+    def token_major(self) -> Int[Tensor, "length thoughts batch positions"]:
+        """The tokens in the order in which blocks are laid out."""
+        return rearrange(self.tokens, "b p k t -> t k b p").contiguous()
+
+
+class ThoughtSampler(Protocol):
+    """Draws thoughts; a class that is made without arguments."""
+
+    def sample(
+        self, model: Any, texts: Texts, positions: Tensor | None, spec: Sampling
+    ) -> ThoughtBatch:
+        """Draw ``spec.num_thoughts`` thoughts of ``spec.thought_length`` tokens a position.
+
+        Args:
+            model: `QuietStarForCausalLM` that thinks.
+            texts: Texts, perhaps with their run.
+            positions: Positions, (batch, positions), -1 behind the last; None for all.
+            spec: Number, length, temperature and seed.
+        """
+        ...
