@@ -800,8 +800,10 @@ def test_an_unknown_task_and_wrong_options_are_refused(tokenizer):
 
 def test_a_missing_generator_package_says_how_to_install_it(tokenizer, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
-    message = error_of(DataConfig(train="reasoning_gym:chain_sum"), tokenizer)
-    assert "pip install reasoning-gym" in message
+    for name in ("reasoning_gym:chain_sum", "synthetic:sums"):
+        message = error_of(DataConfig(train=name, format="qa"), tokenizer)
+        assert name in message
+        assert "pip install 'quietstar[tasks]'" in message
 
 
 def test_layouts_name_the_fields_of_their_format():

@@ -4,11 +4,8 @@ A record is a dict with canonical fields, checked as it is read: `text`; or `que
 perhaps `rationale`; or `messages` (dicts with `role` and `content`).
 """
 
-import contextlib
 import glob
-import io
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +18,7 @@ from datasets.features import Value
 from quietstar.config import DataConfig
 from quietstar.config.messages import closest, did_you_mean
 from quietstar.config.rules import GYM, SYNTHETIC
-from quietstar.data.synthetic import chain_sum_steps, synthetic_records
+from quietstar.data.synthetic import chain_sum_steps, import_reasoning_gym, synthetic_records
 from quietstar.data.tokenizer import first_line
 from quietstar.errors import UserError
 
@@ -434,23 +431,13 @@ def _open_gym(label: str, task: str, config: DataConfig, seed: int, size: int) -
 
 
 def _create_problems(label: str, task: str, config: DataConfig, seed: int, size: int) -> Any:
-    sink = io.StringIO()  # what the package prints and warns of while it is imported
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(sink),
-            contextlib.redirect_stderr(sink),
-        ):
-            warnings.simplefilter("ignore")
-            import reasoning_gym
-            from reasoning_gym.factory import DATASETS
-    except ImportError as error:
-        raise UserError(f"{label}: needs reasoning-gym: pip install 'quietstar[tasks]'") from error
-    if task not in DATASETS:
-        hint = did_you_mean(closest(task, list(DATASETS), SIMILAR_NAME))
+    gym = import_reasoning_gym(label)
+    tasks = list(gym.factory.DATASETS)
+    if task not in tasks:
+        hint = did_you_mean(closest(task, tasks, SIMILAR_NAME))
         raise UserError(f"{label}: reasoning_gym has no task {task!r}{hint}")
     try:
-        return reasoning_gym.create_dataset(task, size=size, seed=seed, **config.task_options)
+        return gym.create_dataset(task, size=size, seed=seed, **config.task_options)
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(
             f"data.task_options: {config.task_options} is refused by the task {task!r}"

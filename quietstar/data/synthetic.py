@@ -27,9 +27,12 @@ A record has a ``question``, an ``answer`` and a ``rationale``: the places, or t
 to the answer.
 """
 
+import contextlib
 import hashlib
+import io
 import random
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NamedTuple
 
@@ -181,13 +184,12 @@ def sums_records(
         held_out: True for problems without asides.
 
     Raises:
-        ImportError: If reasoning-gym is not installed.
+        UserError: If reasoning-gym is not installed.
     """
-    import reasoning_gym
-
+    gym = import_reasoning_gym("synthetic:sums")
     terms = options.model_dump(include={"min_terms", "max_terms", "max_digits"})
     rng = random.Random(f"{seed}-{held_out}")
-    for problem in reasoning_gym.create_dataset("chain_sum", size=size, seed=seed, **terms):
+    for problem in gym.create_dataset("chain_sum", size=size, seed=seed, **terms):
         question, answer = str(problem["question"]), str(problem["answer"])
         rationale = chain_sum_steps(question)
         before, worked = rng.random() < options.aside_share, rng.random() < options.worked_share
@@ -196,6 +198,27 @@ def sums_records(
             chatter = (rng.choice(_SUM_CHATTER[slot % len(_SUM_CHATTER)]) for slot in slots)
             question += f" ({rationale if worked else ' '.join(chatter)})"
         yield {"question": question, "answer": answer, "rationale": rationale}
+
+
+def import_reasoning_gym(label: str) -> Any:
+    """Imports reasoning-gym, without what it prints and warns of.
+
+    Raises:
+        UserError: If it is not installed; ``label`` names the data that need it.
+    """
+    sink = io.StringIO()
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(sink),
+            contextlib.redirect_stderr(sink),
+        ):
+            warnings.simplefilter("ignore")
+            import reasoning_gym
+            import reasoning_gym.factory
+    except ImportError as error:
+        raise UserError(f"{label}: needs reasoning-gym: pip install 'quietstar[tasks]'") from error
+    return reasoning_gym
 
 
 def chain_sum_steps(question: str) -> str:

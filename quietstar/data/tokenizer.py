@@ -2,9 +2,9 @@
 
 import json
 import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -37,28 +37,22 @@ def check_unicode(text: str, where: str) -> str:
     return text
 
 
-def _byte_alphabet() -> list[str]:
-    """Returns the printable character that stands for each byte, as GPT-2's byte-level BPE does.
-
-    Printable Latin-1 bytes stand for themselves; the others, in order, for U+0100 onwards.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    stand_in = {byte: 0x100 + place for place, byte in enumerate(others)}
-    return [chr(stand_in.get(byte, byte)) for byte in range(256)]
-
-
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Builds a tokenizer with one token per byte: id 0 to 255 is the byte, then eos and pad.
 
     It round-trips any UTF-8 text and needs no download, so tests and tiny random models use it.
     """
-    vocab = {character: byte for byte, character in enumerate(_byte_alphabet())}
-    byte_level = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
+    # As in GPT-2's byte-level BPE, printable Latin-1 bytes stand for themselves and the others,
+    # in order, are written as the characters from U+0100 on.
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    stand_in = {byte: 0x100 + place for place, byte in enumerate(others)}
+    vocab = {chr(stand_in.get(byte, byte)): byte for byte in range(256)}
+    by_bytes = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
     return _built_in(
         model={"type": "BPE", "vocab": vocab, "merges": []},
-        pre_tokenizer={**byte_level, "add_prefix_space": False},
-        decoder={**byte_level, "add_prefix_space": True},
+        pre_tokenizer={**by_bytes, "add_prefix_space": False},
+        decoder={**by_bytes, "add_prefix_space": True},
     )
 
 
@@ -73,13 +67,16 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _built_in(**parts: dict[str, Any] | None) -> PreTrainedTokenizerFast:
-    """Builds a tokenizer from the parts of a ``tokenizer.json``."""
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "tokenizer.json"
-        file.write_text(json.dumps({"version": "1.0", "added_tokens": [], **parts}), "utf-8")
+def _built_in(**parts: Any) -> PreTrainedTokenizerFast:
+    """Builds a tokenizer from what a tokenizer.json says of it."""
+    unused = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        path.write_text(
+            json.dumps({"version": "1.0", "added_tokens": [], **unused, **parts}), "utf-8"
+        )
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(file),
+            tokenizer_file=str(path),
             eos_token=EOS_TOKEN,
             pad_token=PAD_TOKEN,
             clean_up_tokenization_spaces=False,
