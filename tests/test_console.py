@@ -1,6 +1,7 @@
 """``quietstar generate``, ``chat`` and ``calibrate`` as a user runs them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -184,3 +185,53 @@ def test_what_a_gate_gives_is_what_its_tokens_give():
     assert setting.accuracy == pytest.approx(right.double().mean().item())
     assert try_gate(Gate("entropy", threshold_at(scores, 1.0)), found, scores, 4).share == 1
     assert try_gate(Gate("entropy", threshold_at(scores, 0.0)), found, scores, 4).share == 0
+
+
+# --- What a folder may bring ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{% for m in messages %}{{ m.nothing.at_all }}{% endfor %}", "has no attribute"),
+        ("{% if %}", "the chat template of the tokenizer fails"),
+        ("", "gives an empty text"),
+    ],
+)
+def test_a_chat_template_that_fails_is_told_in_one_line(folder, tmp_path, capsys, template, words):
+    shutil.copytree(folder / "chat", tmp_path / "chat")
+    for file in tmp_path.glob("chat/chat_template*"):
+        file.unlink()
+    path = tmp_path / "chat" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "chat_template": template}))
+    call = ["chat", "--model", str(tmp_path / "chat"), "--device", "cpu", "--system", "be kind"]
+    assert cli.main(call) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "inspect", "eval", "calibrate", "merge"])
+def test_code_in_a_model_folder_is_refused_not_asked_for(folder, tmp_path, monkeypatch, command):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *question: asked.append(question) or "y")
+    shutil.copytree(folder / "chat", tmp_path / "model")
+    shutil.copytree(folder / "plain", tmp_path / "plain")
+    evil = f"open({str(tmp_path / 'canary')!r}, 'w').close()\nclass Evil: pass\n"
+    for name in ("model", "plain"):
+        (tmp_path / name / "evil.py").write_text(evil)
+        for file in ("config.json", "tokenizer_config.json"):
+            path = tmp_path / name / file
+            settings = json.loads(path.read_text()) if path.exists() else {}
+            kind = "AutoTokenizer" if file.startswith("tokenizer") else "AutoModelForCausalLM"
+            entry = ["evil.Evil", None] if kind == "AutoTokenizer" else "evil.Evil"
+            more = {"auto_map": {kind: entry, "AutoConfig": "evil.Evil"}, "model_type": "evil"}
+            path.write_text(json.dumps({**settings, **more}))
+    options = {"generate": ["--prompt", "a", "--no-thoughts"], "inspect": ["--text", "some text"],
+               "chat": ["--no-thoughts"], "eval": ["--tasks", "demo", "--untrained"],
+               "calibrate": [], "merge": ["--out", str(tmp_path / "out")]}  # fmt: skip
+    for name in ("model", "plain"):
+        assert cli.main([command, "--model", str(tmp_path / name), *options[command]]) == 2
+        assert not asked
+        assert not (tmp_path / "canary").exists()
