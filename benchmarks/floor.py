@@ -9,48 +9,65 @@ that of their tokens, rounded to whole rows.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.attention.layout import Layout
 from quietstar.backbone.output_head import find_output_head
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a step: B texts of S tokens, K thoughts of T tokens, A tokens ahead."""
+
+    batch_size: int
+    text_length: int
+    num_thoughts: int
+    thought_length: int
+    lookahead: int
+
+    @property
+    def block_length(self) -> int:
+        """Tokens of a thought's block: start, thought, end, and the true ones but the last."""
+        return self.thought_length + 2 + self.lookahead - 1
+
+
 def floor_step(
-    model: PreTrainedModel, layout: Layout, batch_rows: int = 8, share: float = 1.0
+    model: PreTrainedModel, sizes: Sizes, batch_rows: int = 8, share: float = 1.0
 ) -> None:
     """Run the floor of one step on a plain model, gradients included.
 
     Args:
         model: A plain causal LM.
-        layout: Sizes of the step.
+        sizes: Sizes of the step.
         batch_rows: Sequences run at once.
         share: Of the positions, that have thoughts.
     """
-    texts, scored = layout.batch_size, layout.thought_length + layout.lookahead
-    learn_rows = texts + _thought_rows(layout, layout.block_length, share)
-    loss_rows = texts + _thought_rows(layout, scored, share)
+    texts, scored = sizes.batch_size, sizes.thought_length + sizes.lookahead
+    learn_rows = texts + _thought_rows(sizes, sizes.block_length, share)
+    loss_rows = texts + _thought_rows(sizes, scored, share)
     for rows, with_loss in _batches(learn_rows, loss_rows, batch_rows):
-        _plain_step(model, rows, with_loss, layout.text_length)
-    floor_rollout(model, layout, batch_rows, share)
+        _plain_step(model, rows, with_loss, sizes.text_length)
+    floor_rollout(model, sizes, batch_rows, share)
 
 
 @torch.no_grad()
 def floor_rollout(
-    model: PreTrainedModel, layout: Layout, batch_rows: int = 8, share: float = 1.0
+    model: PreTrainedModel, sizes: Sizes, batch_rows: int = 8, share: float = 1.0
 ) -> None:
     """Run the floor of the sampling alone; arguments as in `floor_step`."""
-    sampled = _thought_rows(layout, layout.thought_length, share)
-    for rows, with_logits in _batches(layout.batch_size + sampled, sampled, batch_rows):
-        states = _states(model, rows, layout.text_length)
+    sampled = _thought_rows(sizes, sizes.thought_length, share)
+    for rows, with_logits in _batches(sizes.batch_size + sampled, sampled, batch_rows):
+        states = _states(model, rows, sizes.text_length)
         _logits(model, states[:with_logits])
 
 
-def _thought_rows(layout: Layout, per_thought: int, share: float) -> int:
+def _thought_rows(sizes: Sizes, per_thought: int, share: float) -> int:
     """Rows of S tokens that ``per_thought`` tokens of every thought make."""
-    return round(share * layout.batch_size * layout.num_thoughts * per_thought)
+    return round(share * sizes.batch_size * sizes.num_thoughts * per_thought)
 
 
 def _batches(rows: int, marked: int, batch_rows: int) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from quietstar.attention.layout import Layout
+from benchmarks.floor import Sizes
 from quietstar.backbone.loading import load_base
 from quietstar.config import MixingHeadConfig, ThoughtsConfig, loss_config
 from quietstar.errors import UserError
@@ -66,13 +66,13 @@ class Contest:
         model: That thinks.
         plain: A copy of its base.
         tokens: Random texts.
-        layout: Sizes.
+        sizes: Sizes of the step.
     """
 
     model: QuietStarForCausalLM
     plain: PreTrainedModel
     tokens: Tensor
-    layout: Layout
+    sizes: Sizes
 
 
 def make_contest(args: argparse.Namespace, device: str) -> Contest:
@@ -89,11 +89,11 @@ def make_contest(args: argparse.Namespace, device: str) -> Contest:
         keep_freed_memory()
     plain.to(device)  # pyright: ignore[reportArgumentType]  (a wrapper hides its type)
     tokens = torch.randint(base.config.vocab_size, (args.batch_size, args.seq_len), device=device)
-    layout = Layout(
+    sizes = Sizes(
         args.batch_size, args.seq_len, args.num_thoughts, args.thought_length, args.lookahead
     )
     try:
         model._check_length(tokens)
     except ValueError as problem:
         raise UserError(f"--seq-len: {problem}") from problem
-    return Contest(model.to(device), plain, tokens, layout)
+    return Contest(model.to(device), plain, tokens, sizes)

@@ -57,7 +57,7 @@ def bench_rollout(args: argparse.Namespace) -> dict[str, Any]:
 
     def floor(rows: int) -> None:
         with precision(args.dtype, device):
-            floor_rollout(contest.plain, contest.layout, rows, share_of(args))
+            floor_rollout(contest.plain, contest.sizes, rows, share_of(args))
 
     peak = peak_mb(rollout, device)
     batches = floor_batches(args.seq_len)

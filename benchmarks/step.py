@@ -107,7 +107,7 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
         compile_layers(model.causal_lm)
     tokens_at_once = "auto" if args.block_tokens is None else args.block_tokens or None
     model.learn_chunk_tokens = resolve_chunk_tokens(
-        tokens_at_once, device, in_pieces=False, checkpointing=args.activation_checkpointing
+        tokens_at_once, device, sharded=False, checkpointing=args.activation_checkpointing
     )
 
     def step() -> None:
@@ -119,7 +119,7 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
 
     def floor(rows: int) -> None:
         with precision(args.dtype, device):
-            floor_step(plain, contest.layout, rows, share_of(args))
+            floor_step(plain, contest.sizes, rows, share_of(args))
         plain.zero_grad(set_to_none=True)
 
     peak = peak_mb(step, device)

@@ -236,7 +236,8 @@ def load_model(
     from quietstar.training.setup import quiet_libraries
 
     quiet_libraries()
-    name = name or args.model
+    name = args.model if name is None else name
+    assert name is not None, "--model is required"
     inside = Path(name) / "final"
     if (inside / SETTINGS_FILE).exists() and not (Path(name) / SETTINGS_FILE).exists():
         raise UserError(f"--model ({name}): is the folder of a run; its model is in {inside}")
