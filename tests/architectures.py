@@ -4,7 +4,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING
 
-from quietstar.model.tiny_copy import tiny_model
+from quietstar.model.self_check import tiny_model
 
 # The configs' own default leaves the head size unset, and their models cannot be built.
 _HEAD_SIZE = {"head_dim": 64}

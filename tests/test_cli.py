@@ -16,7 +16,7 @@ from quietstar.config import FIELDS
 from quietstar.config.loading import load_config
 from quietstar.config.messages import type_text
 from quietstar.errors import UserError
-from quietstar.model.tuning.peft_methods import require_peft
+from quietstar.model.tuning import require_peft
 
 ROOT = Path(__file__).parents[1]
 

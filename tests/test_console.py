@@ -12,7 +12,7 @@ from quietstar.cli import main as cli
 from quietstar.cli.generate import thought_text
 from quietstar.data import load_tokenizer
 from quietstar.errors import visible
-from quietstar.generation.calibration import Measured, fit_probes, threshold_at, try_gate
+from quietstar.evaluation.calibration import Measured, fit_probes, threshold_at, try_gate
 from quietstar.generation.gates import Gate
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"

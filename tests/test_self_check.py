@@ -8,8 +8,9 @@ from architectures import REFUSED, SUPPORTED, meta_model, tiny_architecture
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quietstar import QuietStarForCausalLM
-from quietstar.attention import block_attention, dense, steps
+from quietstar.attention import block_attention, dense
 from quietstar.attention import interface as attention
+from quietstar.attention import rollout_steps as steps
 from quietstar.attention.blocks import ContiguousBlocks
 from quietstar.backbone import output_head
 from quietstar.errors import UserError

@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from quietstar.attention.dense import ScoreRules
 from quietstar.attention.passes import Pass
-from quietstar.attention.steps import RolloutStep
+from quietstar.attention.rollout_steps import RolloutStep
 
 ATTENTION_NAME = "quietstar"
 

@@ -1,7 +1,7 @@
 """What each pass of the engine does at an attention layer: who attends to whom.
 
 `TextPass` runs a text alone and may keep its keys and values; `BlockPass` runs blocks against them,
-with gradient. The steps of the rollout are in `quietstar.attention.steps`.
+with gradient. The steps of the rollout are in `quietstar.attention.rollout_steps`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from quietstar.config import DataConfig
 from quietstar.config.loading import load_config
 from quietstar.data import Batch, build_data, load_tokenizer
 from quietstar.errors import UserError, visible
-from quietstar.generation.calibration import (
+from quietstar.evaluation.calibration import (
     Measured,
     Setting,
     fit_probes,

@@ -37,7 +37,7 @@ from quietstar.config import Config
 from quietstar.distributed.strategies import NOT_SHARDED, Check, Strategy
 from quietstar.distributed.wrapped import WrappedModule
 from quietstar.errors import UserError
-from quietstar.model.tuning.bottleneck import decoder_layers
+from quietstar.model.tuning import decoder_layers
 
 SHARDS_FOLDER = "pieces"
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from quietstar.config import Config
 from quietstar.distributed.strategies import NOT_SHARDED, Check, Strategy
 from quietstar.distributed.wrapped import WrappedModule
-from quietstar.model.tuning.bottleneck import decoder_layers
+from quietstar.model.tuning import decoder_layers
 
 
 class DeepSpeedStrategy(Strategy):

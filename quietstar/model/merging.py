@@ -15,8 +15,7 @@ from quietstar.errors import UserError
 from quietstar.model import saving
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.self_check import check_architecture, use_thinking_attention
-from quietstar.model.tuning import PEFT_METHODS
-from quietstar.model.tuning.peft_methods import require_peft
+from quietstar.model.tuning import PEFT_METHODS, require_peft
 
 _MERGED = TuningConfig(method="full")
 

@@ -43,8 +43,7 @@ from quietstar.model.metrics import plain_metrics, thought_metrics
 from quietstar.model.mixing_head import MixingHead
 from quietstar.model.outputs import MixedScores, PlainScores, QuietStarOutput, Thoughts
 from quietstar.model.self_check import check_architecture, use_thinking_attention
-from quietstar.model.tuning import apply_tuning
-from quietstar.model.tuning.peft_methods import keep_gradients_of_4bit, quantization
+from quietstar.model.tuning import apply_tuning, keep_gradients_of_4bit, quantization
 from quietstar.sampling.positions import LEARNED_RULES, SCORED_RULES, choose_positions
 from quietstar.sampling.thoughts import Sampling, Texts, ThoughtBatch
 
@@ -510,12 +509,34 @@ class QuietStarForCausalLM(nn.Module):
         seed: int = 0,
     ) -> Int[Tensor, "batch thoughts positions length"]:
         """Thoughts at every (chosen) position, not scored; arguments as in `think`."""
+        batch = self.draw(
+            input_ids, num_thoughts=num_thoughts, temperature=temperature, positions=positions,
+            sample_ids=sample_ids, seed=seed,
+        )  # fmt: skip
+        return batch.tokens.transpose(1, 2)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Tensor | None = None,
+        labels: Int[Tensor, "batch seq"] | None = None,
+        *,
+        answers: Bool[Tensor, "batch seq"] | None = None,
+        num_thoughts: int = 1,
+        temperature: float | None = None,
+        positions: Int[Tensor, "batch positions"] | None = None,
+        sample_ids: Int[Tensor, " batch"] | None = None,
+        seed: int = 0,
+    ) -> ThoughtBatch:
+        """Draw thoughts that `forward` can learn from; arguments as in `think` and `forward`."""
         self._check_length(input_ids)
         if sample_ids is None:
             sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
-        texts = Texts(input_ids, input_ids, None, sample_ids)
+        labels = target_labels(input_ids, attention_mask, labels)
+        texts = Texts(input_ids, labels, answers, sample_ids)
         sampling = Sampling(num_thoughts, self.thoughts.length, temperature, seed)
-        return self._sample(texts, positions, sampling).tokens.transpose(1, 2)
+        return self._sample(texts, positions, sampling)
 
     @torch.no_grad()
     def choose_positions(

@@ -20,8 +20,16 @@ from quietstar.backbone.loading import load_base
 from quietstar.config import MixingHeadConfig, ThoughtsConfig, TuningConfig
 from quietstar.errors import UserError
 from quietstar.model.self_check import check_architecture, use_thinking_attention
-from quietstar.model.tuning import PEFT_METHODS, WHOLE, apply_tuning, beside_peft, unfreeze
-from quietstar.model.tuning.peft_methods import keep_gradients_of_4bit, quantization, require_peft
+from quietstar.model.tuning import (
+    PEFT_METHODS,
+    WHOLE,
+    apply_tuning,
+    beside_peft,
+    keep_gradients_of_4bit,
+    quantization,
+    require_peft,
+    unfreeze,
+)
 
 if TYPE_CHECKING:
     from quietstar.model.quiet_star import QuietStarForCausalLM

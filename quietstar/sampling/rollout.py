@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from quietstar.attention.blocks import PrefixAttention
 from quietstar.attention.layout import shifted
-from quietstar.attention.steps import (
+from quietstar.attention.rollout_steps import (
     RolloutCache,
     RolloutStep,
     SelectedStep,

@@ -17,7 +17,7 @@ from quietstar.errors import UserError
 from quietstar.losses.cross_entropy import chunk_rows
 from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
-from quietstar.model.tuning.bottleneck import decoder_layers
+from quietstar.model.tuning import decoder_layers
 from quietstar.sampling.positions import ANSWER_RULES, most_positions
 from quietstar.training.memory_trace import MemoryTrace, fake_tokens, num_bytes, trainable
 from quietstar.training.optimizer import is_projected

@@ -26,7 +26,7 @@ from quietstar.distributed import Strategy, wants_fsdp
 from quietstar.errors import UserError
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import SETTINGS_FILE
-from quietstar.model.tuning.peft_methods import quantization
+from quietstar.model.tuning import quantization
 from quietstar.training.cpu_memory import keep_freed_memory
 from quietstar.training.folder import TRACKERS_FOLDER
 from quietstar.training.stages import Stage
