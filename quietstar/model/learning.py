@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,9 +51,6 @@ from quietstar.losses.thought_loss import (
 )
 from quietstar.losses.weights import ThoughtScores, ThoughtWeights, Weigh
 from quietstar.sampling.thoughts import ThoughtBatch
-
-if TYPE_CHECKING:
-    from quietstar.model.quiet_star import QuietStarForCausalLM
 
 AUTO_CHUNK_TOKENS = {"cpu": 5120, "cuda": 16384}
 """Tokens of thoughts that learn at once, by kind of device (docs/performance.md)."""
@@ -112,7 +109,7 @@ class Step:
 
 
 def learn(
-    model: QuietStarForCausalLM, text: TextRun, step: Step, chunk_tokens: int | None
+    model: Any, text: TextRun, step: Step, chunk_tokens: int | None
 ) -> tuple[Tensor, ScoredThoughts]:
     """Compute the loss of one (micro-)batch, and score its thoughts.
 
@@ -166,7 +163,7 @@ class _Groups:
 
     def __init__(
         self,
-        model: QuietStarForCausalLM,
+        model: Any,
         text: TextRun,
         step: Step,
         tokens: Tensor,
@@ -372,7 +369,7 @@ class _Source:
 class _Weights:
     """The weights that train, but for the learned vectors, which are read outside of the groups."""
 
-    def __init__(self, model: QuietStarForCausalLM, head: OutputHead) -> None:
+    def __init__(self, model: Any, head: OutputHead) -> None:
         vectors = (model.start_embedding, model.end_embedding)
         outside = {id(vector) for vector in vectors}
         self.parameters = [

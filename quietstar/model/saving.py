@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,9 +31,6 @@ from quietstar.model.tuning import (
     unfreeze,
 )
 
-if TYPE_CHECKING:
-    from quietstar.model.quiet_star import QuietStarForCausalLM
-
 SETTINGS_FILE = "quietstar.json"
 WEIGHTS_FILE = "quietstar.safetensors"
 FORMAT_VERSION = 3
@@ -42,7 +39,7 @@ LANGUAGE_MODEL = "language_model."
 
 
 def save_pretrained(
-    model: QuietStarForCausalLM,
+    model: Any,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     weights: dict[str, torch.Tensor] | None = None,
@@ -74,9 +71,7 @@ def save_pretrained(
         tokenizer.save_pretrained(folder)
 
 
-def _own_weights(
-    model: QuietStarForCausalLM, weights: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _own_weights(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The two vectors, the mixing head, and trained weights that lie in no other file."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     return {
@@ -86,7 +81,7 @@ def _own_weights(
     }
 
 
-def _is_own(model: QuietStarForCausalLM, name: str) -> bool:
+def _is_own(model: Any, name: str) -> bool:
     method = model.tuning.method
     if method in WHOLE:
         return False
@@ -94,13 +89,13 @@ def _is_own(model: QuietStarForCausalLM, name: str) -> bool:
 
 
 def from_pretrained(
-    cls: type[QuietStarForCausalLM],
+    cls: type[Any],
     folder: Path,
     *,
     dtype: torch.dtype | str,
     trainable: bool,
     **hub: Any,
-) -> QuietStarForCausalLM:
+) -> Any:
     """Load a folder that `save_pretrained` wrote.
 
     Raises:
@@ -129,11 +124,11 @@ def from_pretrained(
 
 
 def rebuild(
-    cls: type[QuietStarForCausalLM],
+    cls: type[Any],
     language_model: torch.nn.Module,
     settings: dict[str, Any],
     tuning: TuningConfig,
-) -> QuietStarForCausalLM:
+) -> Any:
     """The model around a language model, by the settings of ``quietstar.json``."""
     model = cls(
         language_model,
