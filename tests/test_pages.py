@@ -74,10 +74,7 @@ def test_the_page_of_an_evaluation_answers_first_and_shows_every_figure(tmp_path
     page = Page(write_page(tmp_path / "new" / "e.html", HOSTILE, RESULT).read_text("utf-8"))
     assert page.open == []
     assert "better with thoughts, and because of what they say 128 items. Note: 2" in page.text
-    assert (
-        "P(gold answer) 0.1500 0.2050 0.1950 0.1600 0.1550 +0.0550 95% CI +0.0250 to +0.0850 p < 0.001"
-        in page.text
-    )
+    assert "P(gold answer) 0.1500 0.2050 +0.0550 95% CI +0.0250 to +0.0850 p < 0.001" in page.text
     assert "controls yes" in page.text
     assert "data_dir" not in page.text
     # A breakdown of one group says nothing that the whole does not say.
@@ -111,7 +108,9 @@ def test_a_color_means_the_same_on_all_pages():
     lines = {line.key: line.color for chart in CHARTS for line in chart.lines}
     assert lines["accuracy_with_thoughts"] == lines["mixed_nll"] == lines["gain"] == "mixed"
     assert lines["accuracy_without_thoughts"] == lines["base_nll"] == "base"
-    groups = figures.draw_groups([{**group("a", 0.1), "content": 0.1, "content_ci95": None}])
+    groups = figures.draw_groups(
+        [{**group("a", 0.1), "gain_of_content": 0.1, "gain_of_content_ci95": None}]
+    )
     drawn = {trace["name"]: trace["marker"]["color"] for trace in groups["data"]}
     assert drawn == {"gain": "var(--mixed)", "gain of content": "var(--content)"}
     assert lines["gain_of_content"] == "content"

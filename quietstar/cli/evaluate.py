@@ -37,8 +37,7 @@ from quietstar.evaluation.scoring import POSITIONS
 from quietstar.evaluation.statistics import summarise
 from quietstar.evaluation.tasks import TASKS, TEXT_FILES, Task, find_task
 from quietstar.model.quiet_star import QuietStarForCausalLM
-from quietstar.reports.evaluation import write_page
-from quietstar.reports.evaluation_table import task_view
+from quietstar.reports.evaluation import task_view, write_page
 
 DESCRIPTION = """Scores tasks with and without thoughts, paired item by item.
 

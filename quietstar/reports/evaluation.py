@@ -1,38 +1,95 @@
-"""The page of an evaluation: the figures of ``quietstar eval``."""
+"""The figures of ``quietstar eval``, in the terminal and as a page."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from quietstar.evaluation.controls import gain_over
-from quietstar.reports.evaluation_table import TITLES
-from quietstar.reports.figures import (
-    Figure,
-    Row,
-    draw_forest,
-    draw_groups,
-)
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from quietstar.evaluation.controls import CONTROLS, GAINS, SWAPPED, WITH, WITHOUT, gain_over
+from quietstar.evaluation.statistics import CONTROL_NAMES
+from quietstar.reports.figures import Figure, Row, draw_forest, draw_groups
+from quietstar.reports.formats import MISSING, plain, signed
 from quietstar.reports.pages import chart_scripts, render, write
 
-VARIANTS = {
-    "without_thoughts": "Without thoughts",
-    "with_thoughts": "With thoughts",
-    "shuffled": "Shuffled thoughts",
-    "pause": "Pause tokens",
-    "swapped": "Swapped thoughts",
-}
-DIFFERENCES = {
-    "difference": ("over no thoughts", "mixed"),
-    "gain_of_content": ("over swapped thoughts (gain of content)", "content"),
-    "gain_over_shuffled": ("over shuffled thoughts", "other"),
-    "gain_over_pause": ("over pause tokens", "pause"),
+METRICS = {
+    "accuracy": "accuracy (argmax)",
+    "gold_probability": "P(gold answer)",
+    "published_accuracy": "P, as published",
+    "nll": "NLL, nats/token",
+    "token_accuracy": "accuracy of tokens",
 }
 BREAKDOWNS = {
     "difficulty": ("By difficulty", "Quintiles of NLL without thoughts (nats)"),
     "kind": ("By kind of token", "What the token's text is made of"),
     "position": ("By position", "Quintiles of the token's index in the text"),
 }
+
+
+def metrics_of(task: dict[str, Any]) -> dict[str, str]:
+    """Return the metrics of a task, those with a standard error, and what they are called."""
+    first = task[WITHOUT] if WITHOUT in task else task[WITH]
+    return {m: METRICS.get(m, m) for m in first if f"{m}_stderr" in first}
+
+
+# --- In the terminal ------------------------------------------------------------------------------
+
+
+def task_view(name: str, task: dict[str, Any]) -> RenderableType:
+    """Show a task: metrics with and without thoughts, controls, notes and the verdict."""
+    metrics, difference = metrics_of(task), task.get("difference")
+    variants = {"without": WITHOUT, "with": WITH}
+    variants = {heading: task[v] for heading, v in variants.items() if v in task}
+    headings = ("difference", "95% CI", "p") if difference else ("std. error",)
+    table = _table(f"{name}, {task['n']} item{'s' if task['n'] != 1 else ''}", "metric",
+                   *variants, *headings)  # fmt: skip
+    for metric, label in metrics.items():
+        row = [label, *(plain(variant[metric]) for variant in variants.values())]
+        if difference:
+            row += _comparison(difference, metric)
+        else:
+            row += [plain(variant[f"{metric}_stderr"]) for variant in variants.values()]
+        table.add_row(*row, style="bold" if metric == task["main_metric"] else "")
+    parts: list[RenderableType] = [table]
+    if "controls" in task:
+        main = task["main_metric"]
+        table = _table("", f"{metrics[main]} with", "", "gain over it", "95% CI", "p")
+        for control in (c for c in CONTROLS if c in task["controls"]):
+            cells = [plain(task["controls"][control][main])]
+            cells += _comparison(task[GAINS[control]], main)
+            style = "bold" if control == SWAPPED else ""
+            table.add_row(CONTROL_NAMES[control], *cells, style=style)
+        parts.append(table)
+    parts += [Text(f"  note: {line}", style="yellow") for line in task["warnings"]]
+    if task["verdict"]:
+        parts.append(Text(f"  {name}: {task['verdict']}", style="bold"))
+    return Group(*parts)
+
+
+def _table(title: str, first: str, *numbers: str) -> Table:
+    table = Table(first, title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _comparison(comparison: dict[str, Any], metric: str) -> list[str]:
+    """Format a difference, its interval and its p-value."""
+    bounds, p_value = comparison[f"{metric}_ci95"], comparison[f"{metric}_p_value"]
+    interval = MISSING if bounds is None else " to ".join(signed(bound) for bound in bounds)
+    return [signed(comparison[metric]), interval, show_p(p_value)]
+
+
+def show_p(value: float | None) -> str:
+    """Format a p-value; those below a thousandth are not told apart."""
+    return MISSING if value is None else ("< 0.001" if value < 0.001 else f"{value:.3f}")
+
+
+# --- As a page ------------------------------------------------------------------------------------
 
 
 def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
@@ -48,7 +105,7 @@ def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
     """
     figures: dict[str, Figure] = {}
     tasks = [
-        _task(f"task{number}", name, task, figures)
+        _section(f"task{number}", name, task, figures)
         for number, (name, task) in enumerate(result["tasks"].items(), start=1)
     ]
     facts = [("Model", model)]
@@ -65,42 +122,42 @@ def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
     return write(path, page)
 
 
-def _task(key: str, name: str, task: dict[str, Any], figures: dict[str, Figure]) -> dict[str, Any]:
+def _section(
+    key: str, name: str, task: dict[str, Any], figures: dict[str, Figure]
+) -> dict[str, Any]:
     """Return what the page says of a task; its charts go into ``figures``."""
-    scored = {**task, **task.get("controls", {})}
-    variants = {label: scored[v] for v, label in VARIANTS.items() if v in scored}
-    first = next(iter(variants.values()))
-    metrics = {m: TITLES.get(m, m) for m in first if f"{m}_stderr" in first}
-    compared = {"With − without": "difference", "Gain of content": "gain_of_content"}
-    compared = {heading: task[d] for heading, d in compared.items() if d in task}
-    main, cards = task["main_metric"], []
+    metrics, main = metrics_of(task), task["main_metric"]
+    scored = {"Without thoughts": task.get(WITHOUT), "With thoughts": task.get(WITH)}
+    controls = {CONTROL_NAMES[c].capitalize(): task.get("controls", {}).get(c) for c in CONTROLS}
+    compared = {
+        "With − without": task.get("difference"),
+        "Gain of content": task.get(GAINS[SWAPPED]),
+    }
+    cards = []
     if "difference" in task:
-        title = TITLES.get(main, main)
-        rows = [
-            Row(label, *_gain(task, d), color=color)
-            for d, (label, color) in DIFFERENCES.items()
-            if d in task
-        ]
-        figures[key] = draw_forest(rows, f"gain in {title}", "", "+.4f")
-        cards.append({"name": key, "title": "What thoughts change",
-                      "caption": f"Gain in {title}: mean and 95% CI"})  # fmt: skip
+        rows = [Row("over no thoughts", *_gain(task), "mixed")]
+        for control in (c for c in CONTROLS if GAINS[c] in task):
+            label = f"over {CONTROL_NAMES[control]}"
+            label += " (gain of content)" if control == SWAPPED else ""
+            color = {SWAPPED: "content", "pause": "pause"}.get(control, "other")
+            gain = task[GAINS[control]]
+            rows.append(Row(label, gain[main], gain["ci95"], color))
+        title = f"gain in {metrics[main]}"
+        figures[key] = draw_forest(rows, title, "", "+.4f")
+        caption = f"{title.capitalize()}: mean and 95% CI"
+        cards.append({"name": key, "title": "What thoughts change", "caption": caption})
     for kind, groups in task.get("breakdown", {}).items():
         if len(groups) > 1:  # one group is the whole
             heading, caption = BREAKDOWNS[kind]
             figures[f"{key}-{kind}"] = draw_groups(groups)
             cards.append({"name": f"{key}-{kind}", "title": heading, "caption": caption})
-    return {"name": name, "task": task, "variants": variants, "metrics": metrics,
-            "compared": compared, "cards": cards}  # fmt: skip
+    present = [{k: v for k, v in part.items() if v} for part in (scored, compared, controls)]
+    return {"name": name, "task": task, "metrics": metrics, "cards": cards,
+            "scored": present[0], "compared": present[1], "controls": present[2]}  # fmt: skip
 
 
-def _gain(task: dict[str, Any], key: str) -> tuple[float, tuple[float, float] | None]:
-    """Return a comparison's gain and interval, positive where the model's own thoughts are better.
-
-    Gains over controls have that sign already; the plain difference gets it here.
-    """
-    main, value, ci95 = task["main_metric"], task[key][task["main_metric"]], task[key]["ci95"]
-    if key == "difference":
-        value = gain_over(value, 0.0, main)
-        low, high = (gain_over(bound, 0.0, main) for bound in ci95 or (0.0, 0.0))
-        ci95 = ci95 and (min(low, high), max(low, high))
-    return value, ci95
+def _gain(task: dict[str, Any]) -> tuple[float, tuple[float, ...] | None]:
+    """Return the gain over no thoughts, positive where thoughts are better, and its interval."""
+    main, ci95 = task["main_metric"], task["difference"]["ci95"]
+    bounds = ci95 and tuple(sorted(gain_over(bound, 0.0, main) for bound in ci95))
+    return gain_over(task["difference"][main], 0.0, main), bounds

@@ -260,14 +260,14 @@ class Row:
     label: str
     mean: float
     bounds: Sequence[float] | None
-    seeds: tuple[float, ...] = ()
     color: str = "mixed"
+    seeds: tuple[float, ...] = ()
 
 
 def control_rows(controls: Controls) -> tuple[list[Row], list[Row]]:
     """Return the variants (shares) and the differences (points) that have a mean."""
     variants = [
-        Row(v.title, v.mean, v.ci95, tuple(x for x in v.accuracy if x is not None))
+        Row(v.title, v.mean, v.ci95, seeds=tuple(x for x in v.accuracy if x is not None))
         for v in controls.variants
         if v.mean is not None
     ]
