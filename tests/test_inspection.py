@@ -214,6 +214,19 @@ def test_two_models_stand_side_by_side(folder, tmp_path, browser):
     page.close()
 
 
+@pytest.mark.slow
+def test_a_page_of_a_single_thought_shows_a_dash_for_what_cannot_be_measured(
+    folder, tmp_path, browser
+):
+    out, errors = tmp_path / "page.html", []
+    assert cli.main(["inspect", "--model", str(folder / "model"), "--text", "ab", "--out",
+                     str(out), "--device", "cpu"]) == 0  # fmt: skip
+    page = opened(browser, out, errors)
+    assert "content –" in page.locator("#detail").inner_text()
+    assert errors == []
+    page.close()
+
+
 # --- Mistakes -------------------------------------------------------------------------------------
 
 

@@ -33,7 +33,7 @@ BREAKDOWNS = {
 def metrics_of(task: dict[str, Any]) -> dict[str, str]:
     """Return the metrics of a task, those with a standard error, and what they are called."""
     first = task[WITHOUT] if WITHOUT in task else task[WITH]
-    return {m: METRICS.get(m, m) for m in first if f"{m}_stderr" in first}
+    return {str(m): METRICS.get(m) or str(m) for m in first if f"{m}_stderr" in first}
 
 
 # --- In the terminal ------------------------------------------------------------------------------
