@@ -33,7 +33,7 @@ from quietstar.generation.generate import next_logits
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.sampling.decoding import Decoder
 from quietstar.sampling.thoughts import Sampling
-from quietstar.training.setup import quiet_libraries
+from quietstar.training.build import quiet_libraries
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -22,9 +22,9 @@ from benchmarks.processes import in_fresh_process
 from quietstar.cli.options import Parser, whole, write_text
 from quietstar.config import Config
 from quietstar.config.loading import load_config
+from quietstar.training.build import quiet_libraries
 from quietstar.training.memory_plan import estimate_run
 from quietstar.training.run import run_training
-from quietstar.training.setup import quiet_libraries
 
 MAPPED_APART = {"MALLOC_MMAP_THRESHOLD_": "262144"}
 """Of glibc, for a process that starts: larger blocks go back to the system when they are freed."""

@@ -17,7 +17,7 @@ from quietstar.config import MixingHeadConfig, ThoughtsConfig, loss_config
 from quietstar.errors import UserError
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.self_check import use_thinking_attention
-from quietstar.training.cpu_memory import keep_freed_memory
+from quietstar.training.build import keep_freed_memory
 
 MODELS: dict[str, dict[str, Any]] = {
     "mistral-tiny": {

@@ -25,7 +25,7 @@ from quietstar.backbone.devices import find_device
 from quietstar.cli.options import Parser, number, whole, write_text
 from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.sampling.positions import SCORED_RULES
-from quietstar.training.setup import checkpoint_activations
+from quietstar.training.build import checkpoint_activations
 
 POSITIONS = ("all", "every", "random", *SCORED_RULES)
 FLOOR_TOKENS = (1024, 2048, 4096)

@@ -24,8 +24,8 @@ from quietstar.cli.options import Parser, whole, write_text
 from quietstar.config import OptimConfig, ThoughtsConfig, TuningConfig
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.tuning import WHOLE
+from quietstar.training.build import quiet_libraries
 from quietstar.training.optimizer import build_optimizer
-from quietstar.training.setup import quiet_libraries
 
 METHODS = "full,lora,qlora,prefix,houlsby"
 

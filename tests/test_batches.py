@@ -14,8 +14,8 @@ from quietstar.config.loading import save_config
 from quietstar.data import build_data, load_tokenizer
 from quietstar.errors import UserError
 from quietstar.training.batches import micro_batch_rows, prefetched, read_step
+from quietstar.training.build import check_batch
 from quietstar.training.run import run_training
-from quietstar.training.setup import check_batch
 
 
 @pytest.mark.parametrize("batch_size", range(1, 12))

@@ -15,8 +15,13 @@ from tiny import read_metrics, run_config
 from quietstar.cli import main as cli
 from quietstar.errors import Preempted, UserError
 from quietstar.training import checkpoint, loop
-from quietstar.training.checkpoint import drop_old, list_checkpoints
-from quietstar.training.manifest import MANIFEST_FILE, find_damage, write_manifest
+from quietstar.training.checkpoint import (
+    MANIFEST_FILE,
+    drop_old,
+    find_damage,
+    list_checkpoints,
+    write_manifest,
+)
 from quietstar.training.run import run_training
 
 

@@ -13,9 +13,16 @@ from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
 from quietstar.model import learning
 from quietstar.model.learning import resolve_chunk_tokens
-from quietstar.training.memory_plan import Shares, _without_weights, estimate_run
-from quietstar.training.memory_trace import MemoryTrace, fake_tokens, num_bytes, trainable
-from quietstar.training.setup import build_model
+from quietstar.training.build import build_model
+from quietstar.training.memory_plan import (
+    MemoryTrace,
+    Shares,
+    estimate_run,
+    fake_tokens,
+    model_without_weights,
+    num_bytes,
+    trainable,
+)
 from quietstar.training.stages import begin_stage, plan_stages
 
 MIB = 2**20
@@ -93,7 +100,7 @@ def test_checkpointing_and_fewer_positions_need_less(tmp_path):
 def test_engines_cut_what_they_say(tmp_path):
     config = planned(tmp_path)
     one = estimate_run(config, "single", 1)
-    model = _without_weights(config, load_tokenizer("bytes"))
+    model = modelmodel_without_weights(config, load_tokenizer("bytes"))
     assert one.weights == num_bytes(model.parameters())
     assert one.gradients == num_bytes(trainable(model))
     assert one.optimizer == 2 * one.gradients

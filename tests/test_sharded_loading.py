@@ -21,7 +21,7 @@ from pathlib import Path
 from quietstar.config.loading import load_config
 from quietstar.data import load_tokenizer
 from quietstar.distributed import WrappedModule, build_strategy
-from quietstar.training.setup import build_accelerator, build_model
+from quietstar.training.build import build_accelerator, build_model
 
 def memory():  # without the pages of mapped files, which the system takes back when it needs them
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -36,7 +36,7 @@ from quietstar.distributed import Strategy
 from quietstar.errors import UserError
 from quietstar.model.metrics import ThoughtMetrics
 from quietstar.model.outputs import QuietStarOutput
-from quietstar.training import loop, run, setup
+from quietstar.training import build, loop, run
 from quietstar.training.evaluation import compare, figures
 from quietstar.training.optimizer import build_optimizer, learning_rate_factor
 from quietstar.training.reporter import Reporter, StepRecord
@@ -558,10 +558,10 @@ def test_without_a_gpu_a_run_takes_all_cores_unless_told():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # as accelerate launch does
-        setup.use_cpu_threads(None)
+        build.use_cpu_threads(None)
         if not torch.cuda.is_available():
             assert torch.get_num_threads() == len(os.sched_getaffinity(0))
-            setup.use_cpu_threads(1)
+            build.use_cpu_threads(1)
             assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)

@@ -39,7 +39,7 @@ from quietstar.evaluation.calibration import (
     try_gate,
 )
 from quietstar.generation.gates import GATE_FILE, Gate, GateKind, Probe
-from quietstar.training.folder import CONFIG_FILE
+from quietstar.training.checkpoint import CONFIG_FILE
 
 KINDS: tuple[GateKind, ...] = ("entropy", "weight", "gain")
 TABLE_FRACTIONS = (0.02, 0.05, 0.1, 0.25, 0.5)

@@ -233,7 +233,7 @@ def load_model(
     from quietstar.backbone.devices import find_device
     from quietstar.evaluation.loading import load_thinker
     from quietstar.model.saving import SETTINGS_FILE
-    from quietstar.training.setup import quiet_libraries
+    from quietstar.training.build import quiet_libraries
 
     quiet_libraries()
     name = args.model if name is None else name

@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         )
     config = load_config(args.config, overrides)
 
+    from quietstar.training.build import check_batch, quiet_libraries
     from quietstar.training.memory_plan import estimate_run  # imports torch
-    from quietstar.training.setup import check_batch, quiet_libraries
 
     quiet_libraries()
     check_batch(config, args.processes)

@@ -35,7 +35,7 @@ class Check(Protocol):
     """Raises if the weights must not change, or should not have changed."""
 
     def __call__(self, norms: Mapping[str, Tensor], *, stepped: bool = False) -> None:
-        """See `quietstar.training.loop.check_finite`."""
+        """See `quietstar.training.loop.StepCheck`."""
         ...
 
 

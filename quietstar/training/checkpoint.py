@@ -1,7 +1,12 @@
-"""Checkpoints inside a run folder: everything to go on from, written whole or not at all."""
+"""The run folder and its checkpoints: what may be written there, and what a run goes on from.
+
+A checkpoint is written whole or not at all, with a manifest of the sizes and SHA-256 digests of
+its files, and holds trainable weights, optimizer state and random state.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -16,43 +21,58 @@ import torch
 from safetensors import SafetensorError
 from torch.optim import Optimizer
 
+from quietstar.config import Config
+from quietstar.config.loading import load_config
 from quietstar.distributed import Strategy
-from quietstar.errors import UserError
-from quietstar.training.manifest import find_damage, write_manifest
+from quietstar.errors import ConfigError, UserError
+from quietstar.training.preemption import PREEMPTED_FILE
+from quietstar.training.reporter import METRICS_FILE
 from quietstar.training.state import StageRun
 
-STATE_FILE = "trainer_state.json"
-PARTIAL = ".partial"
+CONFIG_FILE, STATE_FILE, MANIFEST_FILE = "config.yaml", "trainer_state.json", "manifest.json"
+FINAL_FOLDER, CHECKPOINTS_FOLDER, TRACKERS_FOLDER = "final", "checkpoints", "tensorboard"
+CONTENTS = (
+    *(METRICS_FILE, CHECKPOINTS_FOLDER, FINAL_FOLDER, TRACKERS_FOLDER, PREEMPTED_FILE),
+    *("results.json", "samples.json", "report.html"),
+)
+"""What a run writes beside `CONFIG_FILE`."""
 LAUNCHERS = {
     "replicated": "one process or DDP (configs/accelerate/ddp.yaml)",
     "deepspeed": "DeepSpeed (configs/accelerate/zero*.yaml)",
     "fsdp2": "FSDP2 (configs/accelerate/fsdp2.yaml)",
 }
+FREE_ON_RESUME = (
+    *("training.max_steps", "training.micro_batch_size", "training.cpu_threads"),
+    *("training.learn_chunk_tokens", "training.gradient_checkpointing", "training.eval_steps"),
+    *("training.torch_compile", "training.save_steps"),
+    *("training.save_total_limit", "training.overwrite_output_dir", "training.output_dir"),
+    *("data.eval_sequences", "logging.report_to", "logging.logging_steps", "logging.thought_steps"),
+)
+"""Keys that may change between stop and resume: the run stays the same one, or is prolonged."""
 _NAME = re.compile(r"step-(\d{6,})")
 
 
-def checkpoint_folder(output_dir: Path, step: int) -> Path:
-    """``checkpoints/step-000123`` of a run folder."""
-    return output_dir / "checkpoints" / f"step-{step:06d}"
+# --- Saving and loading ---------------------------------------------------------------------------
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints of a run folder that were written to the end, oldest first."""
-    folders = (output_dir / "checkpoints").glob("step-*")
+    """Returns the checkpoints of a run folder that were written to the end, oldest first."""
+    folders = (output_dir / CHECKPOINTS_FOLDER).glob("step-*")
     whole = [f for f in folders if _NAME.fullmatch(f.name) and (f / STATE_FILE).exists()]
     return sorted(whole, key=lambda f: int(f.name.removeprefix("step-")))
 
 
 def save_checkpoint(run: StageRun, step: int) -> Path:
-    """Save the state after ``step`` steps: written beside, renamed when whole; drop old ones.
+    """Saves the state after ``step`` steps of the run, then removes old checkpoints.
+
+    It is written beside its final name and renamed when it is whole. To be called on all processes.
 
     Raises:
         UserError: It cannot be written (a full disk); the earlier ones stay as they are.
     """
-    output_dir = Path(run.config.training.output_dir)
-    final = checkpoint_folder(output_dir, step)
-    partial = final.with_name(final.name + PARTIAL)
-    accelerator = run.accelerator
+    output_dir, accelerator = Path(run.config.training.output_dir), run.accelerator
+    final = output_dir / CHECKPOINTS_FOLDER / f"step-{step:06d}"
+    partial = final.with_name(final.name + ".partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -60,10 +80,16 @@ def save_checkpoint(run: StageRun, step: int) -> Path:
         run.strategy.save(partial, run.model, run.optimizer)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            _complete(partial, _state(run, step))
+            state = json.dumps(_trainer_state(run, step))
+            (partial / STATE_FILE).write_text(state + "\n", encoding="utf-8")
+            write_manifest(partial)
+            for path in partial.rglob("*"):  # on disk before the name says that it is whole
+                if path.is_file():
+                    with path.open("rb") as stream:
+                        os.fsync(stream.fileno())
     except (OSError, RuntimeError, SafetensorError) as problem:
         shutil.rmtree(partial, ignore_errors=True)
-        raise _unwritten(run, final, problem) from problem
+        raise _cannot_write(run, final, problem) from problem
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
@@ -72,38 +98,24 @@ def save_checkpoint(run: StageRun, step: int) -> Path:
     return final
 
 
-def _complete(folder: Path, state: dict[str, Any]) -> None:
-    (folder / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
-    write_manifest(folder)
-    for path in folder.rglob("*"):  # on disk before the name says that it is whole
-        if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-
-
-def _state(run: StageRun, step: int) -> dict[str, Any]:
-    strategy = run.strategy
+def _trainer_state(run: StageRun, step: int) -> dict[str, Any]:
+    """Contents of ``trainer_state.json``: the NLL is that of an evaluation at this very step."""
+    evaluations = run.reporter.evaluations
+    figures = evaluations[-1][1] if evaluations and evaluations[-1][0] == step else {}
     return {
         "step": step,
         "stage": run.stage.name,
-        "mixed_nll": _nll(run, step),
-        "strategy": strategy.kind,
-        "num_processes": strategy.accelerator.num_processes,
+        "mixed_nll": figures.get("mixed_nll", figures.get("base_nll")),
+        "strategy": run.strategy.kind,
+        "num_processes": run.accelerator.num_processes,
     }
 
 
-def _nll(run: StageRun, step: int) -> float | None:
-    """Held-out NLL (mixed, where the stage thinks) of an evaluation at this very step."""
-    evaluations = run.reporter.evaluations
-    if not evaluations or evaluations[-1][0] != step:
-        return None
-    figures = evaluations[-1][1]
-    return figures.get("mixed_nll", figures["base_nll"])
-
-
-def _unwritten(run: StageRun, folder: Path, problem: Exception) -> UserError:
-    """One line about a checkpoint that could not be written."""
-    needed = sum(x.numel() * x.element_size() for x in _tensors(run))
+def _cannot_write(run: StageRun, folder: Path, problem: Exception) -> UserError:
+    tensors = [p for p in run.model.parameters() if p.requires_grad]
+    for state in run.optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    needed = sum(x.numel() * x.element_size() for x in tensors)
     free = shutil.disk_usage(folder.parent).free
     whole = list_checkpoints(folder.parent.parent)
     earlier = f"{whole[-1]} is whole" if whole else "there is no earlier one"
@@ -114,40 +126,26 @@ def _unwritten(run: StageRun, folder: Path, problem: Exception) -> UserError:
     )
 
 
-def _tensors(run: StageRun) -> Iterator[torch.Tensor]:
-    """What makes up nearly all of a checkpoint: trainable weights and optimiser state."""
-    for parameter in run.model.parameters():
-        if parameter.requires_grad:
-            yield parameter
-    for state in run.optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, torch.Tensor))
-
-
 def drop_old(output_dir: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints and the best by held-out NLL.
+    """Removes all but the newest ``keep`` checkpoints and the best one.
 
-    The best is the one of the newest one's stage whose evaluation was lowest.
+    The best is the one with the lowest held-out NLL in the stage of the newest. A damaged
+    checkpoint, or one that cannot be removed, must not end a run: it stays or goes in silence.
     """
     folders = list_checkpoints(output_dir)
-    states = {folder: read_state(folder) for folder in folders}
+    states: dict[Path, dict[str, Any]] = {}
+    for folder in folders:
+        try:
+            states[folder] = dict(read_state(folder))
+        except (OSError, ValueError, TypeError):
+            states[folder] = {}
     stage = states[folders[-1]].get("stage")
     scored = [f for f in folders if states[f].get("stage") == stage]
     scored = [f for f in scored if states[f].get("mixed_nll") is not None]
     best = min(scored, key=lambda f: states[f]["mixed_nll"], default=None)
     for folder in folders[:-keep]:
         if folder != best:
-            shutil.rmtree(folder)
-
-
-def find_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint without damage, and a line about every damaged one passed over."""
-    damaged = []
-    for folder in reversed(list_checkpoints(output_dir)):
-        damage = find_damage(folder)
-        if damage is None:
-            return folder, damaged
-        damaged.append(f"{folder} is damaged and passed over: {damage}")
-    return None, damaged
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_checkpoint(
@@ -182,36 +180,95 @@ def _without_pickled_schedule(folder: Path) -> Iterator[Path]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """``trainer_state.json`` of a checkpoint: step, stage, and the NLL of an evaluation there."""
+    """Reads ``trainer_state.json``: step, stage, strategy, and the NLL of an evaluation there."""
     return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
 
 
-def checkpoint_step(folder: Path) -> int:
-    """Steps of the run that a checkpoint has behind it."""
-    return read_state(folder)["step"]
+# --- Damage ---------------------------------------------------------------------------------------
 
 
-def check_whole(folder: Path) -> None:
-    """Refuse a folder that is no checkpoint, or a damaged one.
+def write_manifest(folder: Path) -> None:
+    """Writes ``manifest.json``: size and SHA-256 of every file below ``folder``."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_FILE)
+    files = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _digest(path)}
+        for path in paths
+    }
+    text = json.dumps({"algorithm": "sha256", "files": files}, indent=2) + "\n"
+    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+
+def find_damage(folder: Path) -> str | None:
+    """Says what is wrong with a checkpoint; None if every file is as it was written."""
+    path = folder / MANIFEST_FILE
+    if not path.exists():
+        return f"{MANIFEST_FILE} is missing"
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        entries = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST_FILE} cannot be read"
+    for name, (size, digest) in entries.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, not {size}"
+        if _digest(file) != digest:
+            return f"{name} is not what was written (its sha256 differs)"
+    return None
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# --- What a launch finds --------------------------------------------------------------------------
+
+
+def find_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None, list[str]]:
+    """Finds the checkpoint to go on from.
+
+    Returns:
+        Its folder (None for a new run), and a line about each damaged one that is passed over.
 
     Raises:
-        UserError: It is one of these; the message names the file.
+        UserError: The checkpoint asked for is damaged or none, or all of the run's are damaged.
     """
-    if not (folder / STATE_FILE).exists():
+    if resume is None:
+        return None, []
+    if resume != "auto":
+        if not (Path(resume) / STATE_FILE).exists():
+            raise UserError(
+                f"--resume: {resume} is no whole checkpoint ({STATE_FILE} is missing). Give a "
+                "folder like runs/x/checkpoints/step-000100, or auto for the newest."
+            )
+        if (damage := find_damage(Path(resume))) is not None:
+            raise UserError(
+                f"--resume: {resume} is damaged: {damage}. Give an earlier checkpoint, or auto for "
+                "the newest whole one."
+            )
+        return Path(resume), []
+    damaged: list[str] = []
+    for folder in reversed(list_checkpoints(output_dir)):
+        damage = find_damage(folder)
+        if damage is None:
+            return folder, damaged
+        damaged.append(f"{folder} is damaged and passed over: {damage}")
+    if damaged:
         raise UserError(
-            f"--resume: {folder} is no whole checkpoint ({STATE_FILE} is missing). Give a folder "
-            "like runs/x/checkpoints/step-000100, or auto for the newest."
+            f"--resume auto: {'; '.join(damaged)}; no whole checkpoint is left. Start a new run "
+            "in another folder, or replace this one with --training.overwrite_output_dir true."
         )
-    damage = find_damage(folder)
-    if damage is not None:
-        raise UserError(
-            f"--resume: {folder} is damaged: {damage}. Give an earlier checkpoint, or auto for "
-            "the newest whole one."
-        )
+    return None, []
 
 
 def check_world(folder: Path, strategy: Strategy) -> None:
-    """Refuse a checkpoint that this launch cannot read.
+    """Refuses a checkpoint that this launch cannot read.
 
     Raises:
         UserError: Another strategy wrote it, or as many processes as this strategy cannot read.
@@ -232,3 +289,101 @@ def check_world(folder: Path, strategy: Strategy) -> None:
             f"many can read; there are {now}. Launch {processes}, or train under ddp or fsdp2, "
             "whose checkpoints any number of processes reads."
         )
+
+
+def check_free(output_dir: Path, overwrite: bool) -> None:
+    """Refuses a folder that cannot be written, or holds a run or anything else under its names.
+
+    Raises:
+        UserError: One of these; ``training.overwrite_output_dir`` only replaces what a run wrote.
+    """
+    key = f"training.output_dir: {output_dir}"
+    ancestor = next(f for f in (output_dir, *output_dir.absolute().parents) if f.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        what = "cannot be written" if ancestor.is_dir() else "is a file"
+        raise UserError(f"{key} cannot be made, since {ancestor} {what}; give another folder")
+    is_run = (output_dir / CONFIG_FILE).exists()
+    if is_run and not overwrite:
+        raise UserError(
+            f"{key} already holds a run. Choose another folder, go on with --resume auto, or "
+            "replace it with --training.overwrite_output_dir true."
+        )
+    others = [name for name in CONTENTS if (output_dir / name).exists()]
+    if others and not is_run:
+        raise UserError(
+            f"{key} holds {', '.join(others)} but no {CONFIG_FILE}, so no run of quietstar wrote "
+            "it and it would be lost. Choose another folder."
+        )
+
+
+def start_run_dir(output_dir: Path) -> None:
+    """Makes the run folder, without what an overwritten run left.
+
+    Raises:
+        UserError: The folder cannot be made.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(
+            f"training.output_dir: {output_dir} cannot be made ({problem.strerror}); give another "
+            "folder"
+        ) from problem
+    for name in CONTENTS:
+        path = output_dir / name
+        if path.is_file():
+            path.unlink()
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def check_same_run(output_dir: Path, config: Config, allow_changes: bool = False) -> list[str]:
+    """Refuses to go on with a run under settings that would make it another one.
+
+    Args:
+        output_dir: Folder of the run.
+        config: Config to go on with.
+        allow_changes: Whether to go on all the same.
+
+    Returns:
+        A line for each key that changed.
+
+    Raises:
+        UserError: They do; names every changed key with its old and new value.
+    """
+    path = output_dir / CONFIG_FILE
+    try:
+        before = flat(load_config(path)) if path.exists() else {}
+    except ConfigError as error:
+        raise UserError(f"--resume: {error.problems[0]}") from error
+    now, last_stage = flat(config), list(config.stage_configs())[-1]
+    changes, binding = [], []
+    for key in {**before, **now} if before else ():
+        if before.get(key) == now.get(key):
+            continue
+        changes.append(f"{key} was {before.get(key)}, is {now.get(key)}")
+        stage, name = last_stage, key
+        if key.startswith("stages."):
+            _, stage, name = key.split(".", 2)
+        # Other steps of an earlier stage are binding: the stages behind it would begin elsewhere.
+        prolongs_earlier = name == "training.max_steps" and stage != last_stage
+        if name not in FREE_ON_RESUME or prolongs_earlier:
+            binding.append(" ".join(changes[-1].split()))
+    if binding and not allow_changes:
+        more = f"; and {len(binding) - 5} more" if len(binding) > 5 else ""
+        raise UserError(
+            f"--resume: {'; '.join(binding[:5])}{more}: that would be another run. Take the values "
+            f"of {path}, start a new run in another folder, or insist with --allow-changes true."
+        )
+    return changes
+
+
+def flat(config: Config) -> dict[str, str]:
+    """Returns dotted keys and values as text, as trackers take them; of each stage if several."""
+    if not config.stages:
+        sections = config.model_dump(exclude={"stages"}).items()
+        return {f"{name}.{key}": str(v) for name, part in sections for key, v in part.items()}
+    return {
+        f"stages.{stage}.{key}": value
+        for stage, stage_config in config.stage_configs().items()
+        for key, value in flat(stage_config).items()
+    }

@@ -1,34 +1,37 @@
-"""The memory of a run, by what it is for."""
+"""The memory of a run, by purpose, from a step on fake tensors: shapes without content."""
 
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from quietstar.backbone.loading import build_config, drop_dropout
-from quietstar.config import Config, ThoughtsConfig, TuningConfig
+from quietstar.config import Config, TuningConfig
 from quietstar.errors import UserError
 from quietstar.losses.cross_entropy import chunk_rows
 from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.tuning import decoder_layers
 from quietstar.sampling.positions import ANSWER_RULES, most_positions
-from quietstar.training.memory_trace import MemoryTrace, fake_tokens, num_bytes, trainable
+from quietstar.training.build import find_tokenizer, teach_thinking
 from quietstar.training.optimizer import is_projected
-from quietstar.training.setup import find_tokenizer, teach_thinking
 from quietstar.training.stages import Stage, begin_stage, plan_stages
 
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
-IN_PIECES = ("zero3", "fsdp2")
-"""Engines that hold weights in pieces."""
+SHARDED = ("zero3", "fsdp2")
+"""Engines that shard the weights."""
 PROGRAM = 175 * 2**20
-"""What a run loads into the machine's memory besides: texts, tokenizer, loggers, kernels' code.
+"""Bytes that a run loads into the machine's memory besides: texts, tokenizer, loggers, kernels.
 
 Measured: 174 and 176 MiB in two runs of SmolLM2-135M.
 """
@@ -37,18 +40,18 @@ _FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one process, above those of the process that has imported everything.
+    """Bytes of one process, above those of a process that has imported everything.
 
     Attributes:
-        weights: Of the model, this process's part.
-        gradients: When all are there.
-        optimizer: State, and the copy of the weights that ZeRO keeps.
-        exchange: Layers gathered from pieces, and buffers of gradients under way.
-        rollout: Most that is alive while thoughts are sampled.
-        learning: Most that is alive in forward and backward, beyond the gradients alive then.
+        weights: This process's part of the model.
+        gradients: All gradients, when all are there.
+        optimizer: Optimizer state, and the copy of the weights that ZeRO keeps.
+        exchange: Gathered layers, and buffers of gradients under way.
+        rollout: Peak while thoughts are sampled.
+        learning: Peak in forward and backward, beyond the gradients alive at that moment.
         learning_gradients: Those gradients.
         cache: Keys and values of a rollout, a part of ``rollout``.
-        logits: Of one chunk of the cross entropy, a part of ``learning``.
+        logits: Logits of one chunk of the cross entropy, a part of ``learning``.
     """
 
     weights: int
@@ -63,18 +66,13 @@ class Estimate:
 
     @property
     def step(self) -> int:
-        """Most at any moment of a step, beyond what is there all the time."""
+        """Peak of a step, beyond what is there all the time."""
         return max(self.rollout, self.learning + self.learning_gradients, self.gradients)
 
     @property
-    def resting(self) -> int:
-        """What is there all the time."""
-        return self.weights + self.optimizer + self.exchange
-
-    @property
     def total(self) -> int:
-        """Most at any moment."""
-        return self.resting + self.step
+        """Peak at any moment."""
+        return self.weights + self.optimizer + self.exchange + self.step
 
     @property
     def total_on_cpu(self) -> int:
@@ -84,7 +82,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Shares:
-    """Part of the weights, gradients and optimiser's state that one process holds."""
+    """Part of the weights, gradients and optimizer state that one process holds."""
 
     weights: float
     gradients: float
@@ -92,22 +90,22 @@ class Shares:
 
     @classmethod
     def of(cls, engine: str, processes: int) -> Shares:
-        """What an engine cuts over how many processes."""
+        """Returns what one process of an engine holds."""
         part = 1 / processes
         return cls(
-            weights=part if engine in IN_PIECES else 1.0,
+            weights=part if engine in SHARDED else 1.0,
             gradients=part if engine in ("zero2", "zero3", "fsdp2") else 1.0,
             optimizer=part if engine not in ("single", "ddp") else 1.0,
         )
 
 
 def estimate_run(config: Config, engine: str, processes: int) -> Estimate:
-    """The memory of the stage that needs most.
+    """Estimates the memory of the stage that needs most.
 
     Args:
-        config: Of the run; its weights are not loaded, but its tokenizer and config are.
+        config: Config of the run; its weights are not loaded, but its tokenizer and config are.
         engine: One of `ENGINES`.
-        processes: All of them together.
+        processes: Number of processes.
 
     Raises:
         UserError: The model cannot be built, or the tuning method cannot be planned.
@@ -117,26 +115,26 @@ def estimate_run(config: Config, engine: str, processes: int) -> Estimate:
             "tuning.method: qlora cannot be planned, since 4-bit weights exist only once loaded; "
             "plan lora, and take three quarters of its frozen weights off"
         )
-    tokenizer = find_tokenizer(config, _hub(config))
+    hub = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
+    tokenizer = find_tokenizer(config, hub)
     stages = plan_stages(config)
     estimates = [_estimate_stage(stage, tokenizer, engine, processes) for stage in stages]
     return max(estimates, key=lambda estimate: estimate.total)
 
 
-def _hub(config: Config) -> dict[str, Any]:
-    return {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
-
-
 def _estimate_stage(
     stage: Stage, tokenizer: PreTrainedTokenizerBase, engine: str, processes: int
 ) -> Estimate:
-    config = _with_known_positions(stage.config)
-    model = _without_weights(config, tokenizer)
+    config = stage.config
+    if config.thoughts.positions in ANSWER_RULES:  # an answer may be as long as the text
+        thoughts = config.thoughts.model_copy(update={"positions": "all"})
+        config = config.model_copy(update={"thoughts": thoughts})
+    model = model_without_weights(config, tokenizer)
     on_cpu = engine == "single" and not torch.cuda.is_available()
     model.learn_chunk_tokens = resolve_chunk_tokens(
         config.training.learn_chunk_tokens,
         "cpu" if on_cpu else "cuda",
-        engine in IN_PIECES,
+        engine in SHARDED,
         config.training.gradient_checkpointing,
     )
     begin_stage(model, dataclasses.replace(stage, config=config))
@@ -156,44 +154,39 @@ def _estimate_stage(
     )
 
 
-def _with_known_positions(config: Config) -> Config:
-    """Answers may be as long as the text: then every position thinks."""
-    if config.thoughts.positions not in ANSWER_RULES:
-        return config
-    thoughts = config.thoughts.model_copy(update={"positions": "all"})
-    return config.model_copy(update={"thoughts": thoughts})
+def model_without_weights(
+    config: Config, tokenizer: PreTrainedTokenizerBase
+) -> QuietStarForCausalLM:
+    """Builds the model as a run does, on the meta device.
 
-
-def _without_weights(config: Config, tokenizer: PreTrainedTokenizerBase) -> QuietStarForCausalLM:
-    """The model as a run builds it, on the meta device."""
-    settings = _model_config(config, len(tokenizer))
-    drop_dropout(settings)
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
-            settings,
-            dtype=getattr(torch, config.model.dtype),
-            trust_remote_code=config.model.trust_remote_code,
-        )
-    return teach_thinking(base, config, tokenizer).train()
-
-
-def _model_config(config: Config, vocab_size: int) -> PreTrainedConfig:
-    name = config.model.name_or_path
+    Raises:
+        UserError: The base model's config cannot be read.
+    """
+    name, trust = config.model.name_or_path, config.model.trust_remote_code
     try:
         if name is None:
-            return build_config(dict(config.model.config or {}), vocab_size)
-        return AutoConfig.from_pretrained(name, **_hub(config))
+            settings = build_config(dict(config.model.config or {}), len(tokenizer))
+        else:
+            settings = AutoConfig.from_pretrained(
+                name, revision=config.model.revision, trust_remote_code=trust
+            )
     except (OSError, ValueError, KeyError) as problem:
         reason = " ".join(str(problem).split())[:300]
         raise UserError(
             f"model.name_or_path: {name!r}: its config cannot be read ({reason})"
         ) from problem
+    drop_dropout(settings)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            settings, dtype=getattr(torch, config.model.dtype), trust_remote_code=trust
+        )
+    return teach_thinking(base, config, tokenizer).train()
 
 
 def _trace(
     model: QuietStarForCausalLM, config: Config, thinks: bool, gradient_share: float
 ) -> tuple[MemoryTrace, MemoryTrace]:
-    """Rollout alone, and whole micro-batches (two where gradients are accumulated)."""
+    """Traces a rollout alone, and whole micro-batches (two where gradients are accumulated)."""
     settings = config.training
     passes = 2 if settings.global_batch_size > settings.micro_batch_size else 1
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -220,7 +213,7 @@ def _trace(
 
 
 def _optimizer_bytes(model: nn.Module, tuning: TuningConfig, engine: str) -> int:
-    """AdamW's two moments in the parameters' type; ZeRO adds a copy of the weights in float32."""
+    """Counts AdamW's two moments in the parameters' type; ZeRO adds a float32 copy of weights."""
     total = 0
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -236,7 +229,7 @@ def _optimizer_bytes(model: nn.Module, tuning: TuningConfig, engine: str) -> int
 
 
 def _exchange_bytes(model: QuietStarForCausalLM, engine: str) -> int:
-    """What is gathered at once, and the buffers in which gradients travel."""
+    """Counts what is gathered at once, and the buffers in which gradients travel."""
     trained = num_bytes(trainable(model))
     if engine == "single":
         return 0
@@ -251,18 +244,101 @@ def _exchange_bytes(model: QuietStarForCausalLM, engine: str) -> int:
 
 
 def _cache_bytes(model: QuietStarForCausalLM, config: Config) -> int:
-    """Keys and values of the text and of all thoughts."""
-    fields = model.causal_lm.config.get_text_config()
+    """Counts keys and values of the text and of all thoughts."""
+    fields, thoughts = model.causal_lm.config.get_text_config(), config.thoughts
     heads = getattr(fields, "num_key_value_heads", None) or fields.num_attention_heads
     size = getattr(fields, "head_dim", None) or fields.hidden_size // fields.num_attention_heads
     in_bf16 = config.training.mixed_precision == "bf16" or config.model.dtype == "bfloat16"
-    tokens = _cached_tokens(config.thoughts, config.data.seq_len)
+    positions = seq_len = config.data.seq_len
+    if thoughts.positions != "all":
+        positions = most_positions(thoughts.position_fraction, seq_len)
+    tokens = seq_len + thoughts.num_thoughts * positions * thoughts.length
     rows = config.training.micro_batch_size * tokens
     return rows * fields.num_hidden_layers * 2 * heads * size * (2 if in_bf16 else _FLOAT)
 
 
-def _cached_tokens(thoughts: ThoughtsConfig, seq_len: int) -> int:
-    positions = seq_len
-    if thoughts.positions != "all":
-        positions = most_positions(thoughts.position_fraction, seq_len)
-    return seq_len + thoughts.num_thoughts * positions * thoughts.length
+# --- Which bytes are alive ------------------------------------------------------------------------
+
+
+class MemoryTrace(TorchDispatchMode):
+    """Counts what operators make and what is let go, while it is entered.
+
+    Args:
+        model: Model whose parameters are not counted; their gradients are, by their share.
+        gradient_share: Part of every gradient that stays on this process.
+
+    Attributes:
+        peak: Most bytes alive at once, gradients included.
+        peak_gradients: Bytes of gradients at that moment.
+    """
+
+    def __init__(self, model: nn.Module, gradient_share: float = 1.0) -> None:
+        super().__init__()
+        self.peak = self.peak_gradients = 0
+        self._share = gradient_share
+        self._live: dict[int, int] = {}
+        self._others = self._gradients = 0
+        for parameter in model.parameters():
+            self._live[_key(parameter)] = 0
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._mark_gradient)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Iterable[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """Runs the operator; counts what it returns."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        if tensor.layout != torch.strided:  # rows of a gradient, counted already, and their tokens
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._live:
+            return
+        self._live[key] = size
+        self._others += size
+        weakref.finalize(storage, self._forget, key)
+        self._note()
+
+    def _forget(self, key: int) -> None:
+        self._others -= self._live.pop(key, 0)
+
+    def _mark_gradient(self, parameter: nn.Parameter) -> None:
+        """Moves a gradient that stays from the other tensors to the gradients."""
+        assert parameter.grad is not None, "called after it was added up"
+        key = _key(parameter.grad)
+        size = self._live.get(key, 0)
+        if size:
+            self._live[key] = 0
+            self._others -= size
+            self._gradients += int(size * self._share)
+            self._note()
+
+    def _note(self) -> None:
+        alive = self._others + self._gradients
+        if alive > self.peak:
+            self.peak, self.peak_gradients = alive, self._gradients
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Counts the bytes of tensors that share no memory."""
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the parameters that train."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def fake_tokens(batch: int, seq_len: int) -> Tensor:
+    """Makes a batch of texts; in a fake mode it takes no memory."""
+    return torch.zeros((batch, seq_len), dtype=torch.long)

@@ -1,4 +1,4 @@
-"""What a run says: progress bar, lines, metrics.jsonl, trackers, thoughts, warnings."""
+"""What a run says: progress bar, lines, tables, metrics.jsonl, trackers, thoughts, warnings."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import Config
 from quietstar.model.metrics import ThoughtMetrics
 from quietstar.model.outputs import QuietStarOutput
-from quietstar.training.alarms import SILENT_STEPS, sounding
-from quietstar.training.held_out_table import evaluation_table
-from quietstar.training.metrics_file import METRICS_FILE, forget_later
 from quietstar.training.stages import Stage, stage_at
 
+METRICS_FILE = "metrics.jsonl"
 LOG_LINES = 200
 """About how many lines of steps a run writes where there is no terminal to show a bar."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step gave.
+    """Figures of one step.
 
     Attributes:
-        step: Steps done, this one included.
+        step: Steps of the run done, this one included.
         loss: Loss of the whole step.
         metrics: Metrics of the whole step; over all ranks if the step is due for a report.
         norms: Gradient norms by group and in total, before clipping.
@@ -50,13 +51,13 @@ class StepRecord:
 
 
 class Reporter:
-    """Writes on the main process only; elsewhere every call does nothing.
+    """Reports a run on the main process; on the others every call does nothing.
 
     Args:
-        config: Of the run.
-        accelerator: Whose trackers get the metrics.
-        tokenizer: To show thoughts.
-        stages: Of the run.
+        config: Config of the run.
+        accelerator: Accelerator whose trackers get the metrics.
+        tokenizer: Tokenizer to show thoughts with.
+        stages: Stages of the run.
         start_step: Steps already done.
         on_report: Called with the run folder after every held-out evaluation.
     """
@@ -70,7 +71,7 @@ class Reporter:
         start_step: int = 0,
         on_report: Callable[[Path], object] | None = None,
     ) -> None:
-        self.accelerator, self.tokenizer = accelerator, tokenizer
+        self.accelerator, self.tokenizer, self.on_report = accelerator, tokenizer, on_report
         self.stage, self._num_stages = stages[0], len(stages)
         self._total = stages[-1].last_step
         self.active = accelerator.is_main_process
@@ -79,15 +80,14 @@ class Reporter:
         if self.active and start_step > 0:
             forget_later(self.path, start_step, stage_at(stages, start_step))
         self.evaluations: list[tuple[int, dict[str, float]]] = []
-        self.on_report = on_report
-        self._sounded: set[str] = set()
-        self._began = time.perf_counter()
+        self._failed_checks: set[str] = set()
+        self._step_began = time.perf_counter()
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             console=self.console,
             disable=not (self.active and self.console.is_terminal),
         )
@@ -96,23 +96,23 @@ class Reporter:
         )
 
     def __enter__(self) -> Reporter:
-        """Show the progress bar."""
+        """Shows the progress bar."""
         self._progress.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Take the progress bar away."""
+        """Takes the progress bar away."""
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        """One line, above the progress bar."""
+        """Prints one line, above the progress bar."""
         if self.active:
             self.console.print(Text(text), soft_wrap=True)
 
     def begin_stage(self, stage: Stage, lines: Sequence[str]) -> None:
-        """Say what begins; figures belong to this stage from now on."""
+        """Says what begins; figures belong to this stage from now on."""
         self.stage = stage
-        self._sounded.clear()
+        self._failed_checks.clear()
         self.evaluations.clear()
         self._progress.update(self._task, description=stage.name)
         if self._num_stages > 1:
@@ -123,11 +123,18 @@ class Reporter:
     # --- Steps ------------------------------------------------------------------------------------
 
     def step_begins(self) -> None:
-        """Start the clock of a step."""
-        self._began = time.perf_counter()
+        """Starts the clock of a step."""
+        self._step_began = time.perf_counter()
+
+    def is_step_due(self, step: int) -> bool:
+        """Returns True if the figures of a step are reported; the same on all ranks."""
+        return self._is_due(step, self.stage.config.logging.logging_steps)
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return every > 0 and (step % every == 0 or step == self.stage.last_step)
 
     def step_ends(self, record: StepRecord, output: QuietStarOutput) -> None:
-        """Report a step: bar, file, trackers, alarms, now and then a thought."""
+        """Reports a step: bar, file, trackers, health checks, now and then a thought."""
         self._progress.advance(self._task)
         if not self.active or not self.is_step_due(record.step):
             return
@@ -141,22 +148,16 @@ class Reporter:
         }
         self._write("train", record.step, figures)
         self._show(record.step, figures)
-        if record.step - self.stage.first_step > SILENT_STEPS:
-            self._sound_alarms(record.step, figures)
-        if output.thoughts is not None and self._is_due(
-            record.step, self.stage.config.logging.thought_steps
-        ):
+        if record.step - self.stage.first_step > UNCHECKED_STEPS:
+            for name, message in failed_health_checks(figures):
+                if name not in self._failed_checks:  # each warns once a stage
+                    self._failed_checks.add(name)
+                    self.say(f"warning: step {record.step}: {message}")
+        if self._is_due(record.step, self.stage.config.logging.thought_steps):
             self._show_thought(output)
 
-    def is_step_due(self, step: int) -> bool:
-        """True if the figures of a step are reported; the same on all ranks."""
-        return self._is_due(step, self.stage.config.logging.logging_steps)
-
-    def _is_due(self, step: int, every: int) -> bool:
-        return every > 0 and (step % every == 0 or step == self.stage.last_step)
-
     def _speed(self, metrics: ThoughtMetrics) -> dict[str, float]:
-        seconds = time.perf_counter() - self._began
+        seconds = time.perf_counter() - self._step_began
         thoughts, data = self.stage.config.thoughts, self.stage.config.data
         text_tokens = self.stage.config.training.global_batch_size * data.seq_len
         figures = {
@@ -172,10 +173,10 @@ class Reporter:
         return figures
 
     def _show(self, step: int, figures: Mapping[str, float]) -> None:
-        shown = {"base": "base_nll", "mixed": "mixed_nll", "gain": "gain", "w": "mixing_weight"}
+        columns = {"base": "base_nll", "mixed": "mixed_nll", "gain": "gain", "w": "mixing_weight"}
         text = "  ".join(
             f"{name} {figures[key]:{'+.4f' if key == 'gain' else '.3f'}}"
-            for name, key in {**shown, "entropy": "entropy"}.items()
+            for name, key in {**columns, "entropy": "entropy"}.items()
             if key in figures
         )
         text += f"  {figures['seconds']:.1f} s/step"
@@ -183,15 +184,9 @@ class Reporter:
         if not self.console.is_terminal and self._is_due(step, max(1, self._total // LOG_LINES)):
             self.say(f"step {step:>5}/{self._total}  {text}")
 
-    def _sound_alarms(self, step: int, figures: Mapping[str, float]) -> None:
-        for name, message in sounding(figures):
-            if name not in self._sounded:
-                self._sounded.add(name)
-                self.say(f"warning: step {step}: {message}")
-
     def _show_thought(self, output: QuietStarOutput) -> None:
-        assert output.thoughts is not None
-        assert output.input_ids is not None
+        if output.thoughts is None or output.input_ids is None:
+            return
         place = position = output.thoughts.shape[2] // 2
         if output.positions is not None:
             place = int((output.positions[0] >= 0).sum()) // 2
@@ -204,7 +199,7 @@ class Reporter:
 
     @contextmanager
     def evaluating(self, num_batches: int) -> Iterator[Callable[[], None]]:
-        """A second bar; yields what advances it."""
+        """Shows a second bar; yields the function that advances it."""
         task = self._progress.add_task("evaluating", total=num_batches, figures="")
         try:
             yield lambda: self._progress.advance(task)
@@ -212,7 +207,7 @@ class Reporter:
             self._progress.remove_task(task)
 
     def evaluation(self, step: int, figures: dict[str, float]) -> None:
-        """Report a held-out evaluation."""
+        """Reports a held-out evaluation."""
         self.evaluations.append((step, figures))
         if not self.active:
             return
@@ -229,8 +224,112 @@ class Reporter:
 
 
 def peak_memory_mb() -> float:
-    """Most memory held so far: of the GPU if there is one, else of the process."""
+    """Returns the most memory held so far: of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# --- metrics.jsonl --------------------------------------------------------------------------------
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Reads the whole records of a metrics.jsonl; an interrupted run may leave half a line."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def forget_later(path: Path, step: int, stage: Stage) -> None:
+    """Drops the records that a run resumed after ``step``, in ``stage``, writes again."""
+
+    def stays(record: Mapping[str, Any]) -> bool:
+        if record["step"] == step == stage.last_step:
+            return record["kind"] == "train"  # the evaluation at the end comes again
+        return record["step"] <= step
+
+    records = [json.dumps(record) + "\n" for record in read_records(path) if stays(record)]
+    path.write_text("".join(records), encoding="utf-8")
+
+
+# --- Health checks --------------------------------------------------------------------------------
+
+UNCHECKED_STEPS = 20
+"""First steps of a stage without checks: a head of activation none starts at weight zero."""
+_HEALTH_CHECKS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "entropy": (
+        lambda x: x < 0.05,
+        "thoughts have almost no entropy ({:.3f} nats a token): they collapse to one text. "
+        "Raise loss.entropy_weight or thoughts.temperature, or lower loss.policy_weight.",
+    ),
+    "distinct": (
+        lambda x: x < 0.3,
+        "thoughts repeat themselves ({:.2f} distinct tokens a token). "
+        "Raise loss.entropy_weight or lower loss.policy_weight.",
+    ),
+    "alike": (
+        lambda x: x > 0.9,
+        "at {:.0%} of the positions all thoughts are the same, so REINFORCE has no signal. "
+        "Raise thoughts.temperature, thoughts.num_thoughts or loss.entropy_weight.",
+    ),
+    "mixing_weight": (
+        lambda x: abs(x) < 0.002,
+        "the mixing weight fell to {:.4f}: thoughts no longer reach the prediction. "
+        "Set mixing_head.floor or warmup_steps, or raise loss.thought_weight.",
+    ),
+}
+"""Figures that show when training goes wrong: test for a bad value, and what helps."""
+
+
+def failed_health_checks(figures: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    """Yields the name and message of every health check that these figures fail."""
+    for name, (is_bad, message) in _HEALTH_CHECKS.items():
+        value = figures.get(name)
+        if value is not None and is_bad(value):
+            yield name, message.format(value)
+
+
+# --- The table of held-out figures ----------------------------------------------------------------
+
+_COLUMNS = {
+    "base_nll": "base\nNLL",
+    "mixed_nll": "mixed\nNLL",
+    "thought_nll": "thought\nNLL",
+    "gain": "gain of\nthinking",
+    "gain_of_content": "gain of\ncontent",
+    "gain_over_pause": "over\npause",
+    "mixing_weight": "mixing\nweight",
+    "accuracy_without_thoughts": "right\nwithout",
+    "accuracy_with_thoughts": "right\nwith",
+    "accuracy_swapped": "swapped\nthoughts",
+    "right_thoughts": "thoughts\nright",
+}
+_LEFT_OUT = ("base_nll", "mixed_nll", "thought_nll", "gain_over_pause", "mixing_weight")
+"""Columns that make room for those of answers."""
+
+
+def evaluation_table(evaluations: Sequence[tuple[int, Mapping[str, float]]]) -> Table:
+    """Makes the terminal's table of held-out figures by step."""
+    keys = [key for key in _COLUMNS if any(key in figures for _, figures in evaluations)]
+    if "accuracy_with_thoughts" in keys:
+        keys = [key for key in keys if key not in _LEFT_OUT]
+    title = "held out: NLL in nats a token, share of answers that are right"
+    table = Table(
+        title=title if "accuracy_without_thoughts" in keys else title.split(",")[0],
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+        title_justify="left",
+    )
+    for name in ("step", *(_COLUMNS[key] for key in keys)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for step, figures in evaluations:
+        cells = [_cell(key, figures[key]) if key in figures else "" for key in keys]
+        table.add_row(str(step), *cells)
+    return table
+
+
+def _cell(key: str, value: float) -> str:
+    if key.startswith(("accuracy", "right")):
+        return f"{value:.3f}"
+    return f"{value:+.4f}" if key.startswith("gain") else f"{value:.4f}"

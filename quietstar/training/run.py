@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate.utils import set_seed
@@ -24,36 +24,34 @@ from quietstar.distributed import (
 )
 from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
-from quietstar.training.checkpoint import check_world, checkpoint_step, load_checkpoint
-from quietstar.training.folder import (
-    CONFIG_FILE,
-    FINAL_FOLDER,
-    check_free,
-    check_same_run,
-    find_checkpoint,
-    flat,
-    start_folder,
-)
-from quietstar.training.loop import train
-from quietstar.training.metrics_file import METRICS_FILE
-from quietstar.training.optimizer import build_optimizer
-from quietstar.training.preemption import PREEMPTED_FILE, StopRequest, listening
-from quietstar.training.reporter import Reporter
-from quietstar.training.results import write_results
-from quietstar.training.setup import (
+from quietstar.training.build import (
     build_accelerator,
     build_model,
     check_batch,
-    check_positions,
-    check_steps,
+    check_thoughts_fit,
     describe,
     find_tokenizer,
     quiet_libraries,
 )
+from quietstar.training.checkpoint import (
+    CONFIG_FILE,
+    FINAL_FOLDER,
+    check_free,
+    check_same_run,
+    check_world,
+    find_checkpoint,
+    flat,
+    load_checkpoint,
+    read_state,
+    start_run_dir,
+)
+from quietstar.training.loop import train
+from quietstar.training.optimizer import build_optimizer
+from quietstar.training.preemption import PREEMPTED_FILE, StopRequest, listening
+from quietstar.training.reporter import METRICS_FILE, Reporter
+from quietstar.training.results import write_results
 from quietstar.training.stages import Stage, begin_stage, model_stage, plan_stages, stage_at
 from quietstar.training.state import StageRun
-
-StageData = tuple[TrainData, EvalData, DataReport]
 
 
 @dataclass
@@ -61,22 +59,18 @@ class Job:
     """What all stages of a run share.
 
     Attributes:
-        config: Of the run.
-        stages: In order.
+        stages: Stages in order.
         strategy: Wraps the model, exchanges gradients, saves.
-        tokenizer: The model's.
-        model: The model itself, as no strategy wraps it.
-        data: Of each stage.
-        stop: Whether a signal asked for an end.
+        tokenizer: Tokenizer of the model.
+        model: Model without the strategy's wrapper.
+        data: Training data, held-out data and their summary, of each stage.
     """
 
-    config: Config
     stages: Sequence[Stage]
     strategy: Strategy
     tokenizer: PreTrainedTokenizerBase
     model: QuietStarForCausalLM
-    data: Sequence[StageData]
-    stop: StopRequest = field(default_factory=StopRequest)
+    data: Sequence[tuple[TrainData, EvalData, DataReport]]
 
 
 def run_training(
@@ -86,19 +80,19 @@ def run_training(
     on_report: Callable[[Path], object] | None = None,
     more_runs: bool = False,
 ) -> Path:
-    """Train as ``config`` says; returns the folder of the final model.
+    """Trains as ``config`` says; returns the folder of the final model.
 
     Args:
-        config: The whole config.
+        config: Config of the whole run.
         resume: ``auto`` (newest checkpoint of the run folder, a new run if there is none), a
             checkpoint folder, or None for a new run.
-        allow_changes: Resume also under settings that make the run another one.
+        allow_changes: Whether to resume also under settings that make the run another one.
         on_report: Called in the main process with the run folder when its figures have changed:
             after every held-out evaluation and at the end. The command line writes the page there.
-        more_runs: Keep the processes of the launch connected, for another run in them.
+        more_runs: Whether to keep the processes of the launch connected, for another run in them.
 
     Raises:
-        UserError: Whatever the user can mend, in one line; nothing is overwritten.
+        UserError: Any mistake of the user, in one line; nothing is overwritten.
         Preempted: A signal asked the run to stop; a checkpoint is saved.
     """
     began = time.perf_counter()
@@ -111,33 +105,34 @@ def run_training(
     is_new = checkpoint is None or output_dir.resolve() not in checkpoint.resolve().parents
     if is_new:
         # A run that was killed before its first checkpoint begins anew.
-        begun = resume == "auto" and not (output_dir / FINAL_FOLDER).exists()
-        check_free(output_dir, config.training.overwrite_output_dir or begun)
+        is_begun = resume == "auto" and not (output_dir / FINAL_FOLDER).exists()
+        check_free(output_dir, config.training.overwrite_output_dir or is_begun)
     else:
         remarks += check_same_run(output_dir, config, allow_changes)
     strategy = build_strategy(accelerator, config)
+    steps_done = 0
     if checkpoint is not None:
         check_world(checkpoint, strategy)
-    steps_done = 0 if checkpoint is None else checkpoint_step(checkpoint)
+        steps_done = read_state(checkpoint)["step"]
     job = set_up(config, strategy)
     if accelerator.is_main_process:
         if is_new:
-            start_folder(output_dir)
+            start_run_dir(output_dir)
         save_config(config, output_dir / CONFIG_FILE)
         (output_dir / PREEMPTED_FILE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("quietstar", config=flat(config))
     reporter = Reporter(config, accelerator, job.tokenizer, job.stages, steps_done, on_report)
-    with reporter, listening() as job.stop:
+    with reporter, listening() as stop:
         if resume is not None:
-            reporter.say(describe_resume(checkpoint, steps_done, config, job.stages))
+            reporter.say(_describe_resume(checkpoint, steps_done, job.stages))
         for remark in remarks:
             reporter.say(f"--resume: {remark}")
         first = stage_at(job.stages, steps_done)
-        run = run_stage(job, first, reporter, checkpoint=checkpoint)
+        run = run_stage(job, first, reporter, stop, checkpoint=checkpoint)
         for stage in job.stages[first.index + 1 :]:
-            run = run_stage(job, stage, reporter, previous=run)
-        final = finish(job, run, reporter, time.perf_counter() - began)
+            run = run_stage(job, stage, reporter, stop, previous=run)
+        final = finish(job, run, time.perf_counter() - began)
     for tracker in accelerator.trackers:
         tracker.finish()
     if not more_runs:
@@ -145,55 +140,66 @@ def run_training(
     return final
 
 
+def _describe_resume(checkpoint: Path | None, steps_done: int, stages: Sequence[Stage]) -> str:
+    total = stages[-1].last_step
+    if checkpoint is None:
+        output_dir = stages[0].config.training.output_dir
+        return f"--resume auto: no checkpoint in {output_dir}, so a new run begins"
+    if steps_done >= total:
+        return f"--resume: {checkpoint} already has all {total} steps; it is evaluated"
+    where = f", stage {stage_at(stages, steps_done).name}" if len(stages) > 1 else ""
+    return f"--resume: going on from {checkpoint}, step {steps_done} of {total}{where}"
+
+
 def set_up(config: Config, strategy: Strategy) -> Job:
-    """Load tokenizer, model and data of all stages.
+    """Loads tokenizer, model and data of all stages.
 
     Raises:
         UserError: Any of them cannot be used.
     """
-    stages = plan_stages(config)
+    stages, accelerator, seed = plan_stages(config), strategy.accelerator, config.training.seed
     for stage in stages:
-        check_batch(stage.config, strategy.accelerator.num_processes)
+        check_batch(stage.config, accelerator.num_processes)
     check_compile(config.training.torch_compile, strategy.sharded)
-    set_seed(config.training.seed)
+    set_seed(seed)
     hub = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
     tokenizer = find_tokenizer(config, hub)
-    seed = config.training.seed  # one seed: what is held out is held out in every stage
     # The thread that reads ahead has a tokenizer of its own: Rust's cannot be used by two at once.
     reader = copy.deepcopy(tokenizer)
+    # One seed, so that what is held out is held out in every stage.
     data = [build_data(stage.config.data, reader, seed) for stage in stages]
     model = build_model(model_stage(stages).config, tokenizer, hub, strategy)
     for stage, (_, eval_data, _) in zip(stages, data, strict=True):
-        check_positions(stage.config, model)
-        if stage.thinks:
-            check_steps(stage.config, eval_data)
+        check_thoughts_fit(stage, model, eval_data)
     model.learn_chunk_tokens = resolve_chunk_tokens(
         config.training.learn_chunk_tokens,
-        strategy.accelerator.device.type,
+        accelerator.device.type,
         strategy.sharded,
         config.training.gradient_checkpointing,
     )
     if config.training.torch_compile:
         compile_layers(model.causal_lm)
     strategy.keep_trainable_only(model)
-    return Job(config, stages, strategy, tokenizer, model, data)
+    return Job(stages, strategy, tokenizer, model, data)
 
 
 def run_stage(
     job: Job,
     stage: Stage,
     reporter: Reporter,
+    stop: StopRequest,
     checkpoint: Path | None = None,
     previous: StageRun | None = None,
 ) -> StageRun:
-    """Train one stage; returns its loop's state.
+    """Trains one stage; returns its loop's state.
 
     Args:
         job: What the stages share.
-        stage: Which one.
-        reporter: Of the run.
-        checkpoint: Inside this stage, to go on from.
-        previous: The stage before, at its end.
+        stage: Stage to train.
+        reporter: Reporter of the run.
+        stop: Request to stop, set by a signal.
+        checkpoint: Checkpoint inside this stage, to go on from.
+        previous: State of the stage before, at its end.
     """
     strategy, config = job.strategy, stage.config
     begin_stage(job.model, stage)
@@ -210,19 +216,20 @@ def run_stage(
     start_step = 0
     if checkpoint is not None:
         load_checkpoint(checkpoint, strategy, prepared, optimizer)
-        start_step = checkpoint_step(checkpoint) - stage.first_step
+        start_step = read_state(checkpoint)["step"] - stage.first_step
     train_data, eval_data, report = job.data[stage.index]
     reporter.begin_stage(stage, [report.summary(), describe(job.model, stage)])
     prepared.train()
     run = StageRun(stage, config, strategy, prepared, optimizer,
-                   train_data, eval_data, reporter, start_step, job.stop)  # fmt: skip
+                   train_data, eval_data, reporter, start_step, stop)  # fmt: skip
     train(run)
     return run
 
 
-def finish(job: Job, run: StageRun, reporter: Reporter, seconds: float) -> Path:
-    """Save the final model, results and report; returns the model's folder."""
-    accelerator, output_dir = job.strategy.accelerator, Path(job.config.training.output_dir)
+def finish(job: Job, run: StageRun, seconds: float) -> Path:
+    """Saves the final model and the results, then reports; returns the model's folder."""
+    accelerator, reporter = run.accelerator, run.reporter
+    output_dir = Path(run.config.training.output_dir)
     final = output_dir / FINAL_FOLDER
     weights = job.strategy.full_weights(run.model)
     if accelerator.is_main_process:
@@ -237,17 +244,3 @@ def finish(job: Job, run: StageRun, reporter: Reporter, seconds: float) -> Path:
         reporter.say(f"the model is in {final}; the figures are in {figures}{report}")
     accelerator.wait_for_everyone()
     return final
-
-
-def describe_resume(
-    checkpoint: Path | None, steps_done: int, config: Config, stages: Sequence[Stage]
-) -> str:
-    """One line about where a run goes on."""
-    total = stages[-1].last_step
-    if checkpoint is None:
-        return f"--resume auto: no checkpoint in {config.training.output_dir}, so a new run begins"
-    if steps_done >= total:
-        return f"--resume: {checkpoint} already has all {total} steps; it is evaluated"
-    stage = stage_at(stages, steps_done)
-    where = f", stage {stage.name}" if len(stages) > 1 else ""
-    return f"--resume: going on from {checkpoint}, step {steps_done} of {total}{where}"

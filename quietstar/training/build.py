@@ -1,9 +1,11 @@
-"""Setting a run up: everything that can be wrong is wrong here, before the first step."""
+"""Building what a run needs and checking that it fits together, before the first step."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -20,32 +22,31 @@ from transformers.utils import logging as transformers_logging
 
 from quietstar.backbone.loading import load_base, stored_dtypes
 from quietstar.backbone.run import num_virtual
-from quietstar.config import Config, ThoughtsConfig
+from quietstar.config import Config
 from quietstar.data import EvalData, load_tokenizer
 from quietstar.distributed import Strategy, wants_fsdp
 from quietstar.errors import UserError
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import SETTINGS_FILE
 from quietstar.model.tuning import quantization
-from quietstar.training.cpu_memory import keep_freed_memory
-from quietstar.training.folder import TRACKERS_FOLDER
+from quietstar.training.checkpoint import TRACKERS_FOLDER
 from quietstar.training.stages import Stage
 
 logger = logging.getLogger(__name__)
 
 
 def quiet_libraries() -> None:
-    """Leave the terminal to the run's own progress bar and lines."""
+    """Leaves the terminal to the run's own progress bar and lines."""
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in `quietstar.cli.main`
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def build_accelerator(config: Config) -> Accelerator:
-    """The accelerator, refusing a world that is not the one launched.
+    """Builds the accelerator, on all of the machine's cores where there is no GPU.
 
     Raises:
-        UserError: Fewer processes than launched see each other.
+        UserError: Fewer processes than launched see each other, or a tracker cannot be used.
     """
     handlers = []
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.cuda.is_available():
@@ -59,13 +60,12 @@ def build_accelerator(config: Config) -> Accelerator:
     folders = ProjectConfiguration(
         project_dir=str(output_dir), logging_dir=str(output_dir / TRACKERS_FOLDER)
     )
-    with patch_environment(ACCELERATE_USE_FSDP="false"):  # our own engine cuts
+    with patch_environment(ACCELERATE_USE_FSDP="false"):  # our own strategy shards
         accelerator = Accelerator(
             mixed_precision=config.training.mixed_precision,
             log_with=list(config.logging.report_to) or None,
             project_config=folders,
             kwargs_handlers=handlers,
-            step_scheduler_with_optimizer=False,
         )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
@@ -93,9 +93,12 @@ def check_batch(config: Config, num_processes: int) -> None:
 
 
 def use_cpu_threads(threads: int | None) -> None:
-    """Use the machine's cores: ``accelerate launch`` sets OMP_NUM_THREADS to 1 on its own.
+    """Uses the machine's cores where there is no GPU, and keeps freed memory there.
 
-    On a machine without a GPU; freed memory is kept there too.
+    ``accelerate launch`` sets OMP_NUM_THREADS to 1 on its own.
+
+    Args:
+        threads: Number of threads; by default this process's part of the cores.
     """
     if not torch.cuda.is_available():
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -104,8 +107,24 @@ def use_cpu_threads(threads: int | None) -> None:
         keep_freed_memory()
 
 
+def keep_freed_memory() -> bool:
+    """Lets glibc keep large freed blocks for the next ones; returns True if it does.
+
+    By default it gives blocks of megabytes back at once, and gets them again page by page: on two
+    cores 11 % of a training step (docs/performance.md). A ``MALLOC_`` variable in the environment
+    takes precedence.
+    """
+    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is None:
+        return False
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+
+
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse a tracker that accelerate would leave out in silence.
+    """Refuses a tracker that accelerate would leave out in silence.
 
     Raises:
         UserError: It is unknown to accelerate, or its package is not installed.
@@ -122,7 +141,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def find_tokenizer(config: Config, hub: dict) -> PreTrainedTokenizerBase:
-    """The tokenizer that the config names, or the model's own."""
+    """Loads the tokenizer that the config names, or the model's own."""
     name = config.model.tokenizer or config.model.name_or_path
     assert name is not None, "the config was validated"
     return load_tokenizer(name, **hub)
@@ -183,7 +202,7 @@ def adopt_special_tokens(
 def teach_thinking(
     base: PreTrainedModel, config: Config, tokenizer: PreTrainedTokenizerBase
 ) -> QuietStarForCausalLM:
-    """Turn a causal LM into one that thinks, as the config says."""
+    """Turns a causal LM into one that thinks, as the config says."""
     model = QuietStarForCausalLM.from_base(
         base,
         tokenizer=tokenizer,
@@ -197,14 +216,14 @@ def teach_thinking(
     return model
 
 
-def check_positions(config: Config, model: QuietStarForCausalLM) -> None:
-    """Refuse sequences that leave no room for a thought.
+def check_thoughts_fit(stage: Stage, model: QuietStarForCausalLM, eval_data: EvalData) -> None:
+    """Refuses sequences without room for a thought, and thoughts without room for a rationale.
 
     Raises:
-        UserError: seq_len + length + lookahead + 1 is more than the model's positions.
+        UserError: seq_len + length + lookahead + 1 is more than the model's positions, or a stage
+            thinks in fewer tokens than the shortest rationale has.
     """
-    longest = model.max_text_length
-    thoughts = config.thoughts
+    config, thoughts, longest = stage.config, stage.config.thoughts, model.max_text_length
     if longest is not None and config.data.seq_len > longest:
         block = thoughts.length + thoughts.lookahead + 1
         virtual = num_virtual(model.causal_lm)
@@ -217,32 +236,34 @@ def check_positions(config: Config, model: QuietStarForCausalLM) -> None:
             f"thoughts.lookahead ({thoughts.lookahead}) + 1{with_virtual} is more than the model's "
             f"{longest + block + virtual} positions; {remedy}"
         )
-
-
-def check_steps(config: Config, eval_data: EvalData) -> None:
-    """Refuse thoughts that cannot hold the steps to any held-out answer.
-
-    Raises:
-        UserError: thoughts.length is less than the fewest tokens of them.
-    """
     lengths = [len(sample.rationale) for sample in eval_data.samples if len(sample.rationale)]
-    length = config.thoughts.length
-    if lengths and min(lengths) > length:
+    if stage.thinks and lengths and min(lengths) > thoughts.length:
         raise UserError(
-            f"thoughts.length ({length}) must be at least {min(lengths)}, the fewest tokens of the "
-            f"steps to an answer in the held-out texts of data.train ({config.data.train}; at most "
-            f"{max(lengths)}): a shorter thought cannot hold them. Raise it, or make "
-            "data.task_options easier."
+            f"thoughts.length ({thoughts.length}) must be at least {min(lengths)}, the fewest "
+            "tokens of the steps to an answer in the held-out texts of data.train "
+            f"({config.data.train}; at most {max(lengths)}): a shorter thought cannot hold them. "
+            "Raise it, or make data.task_options easier."
         )
 
 
 def describe(model: QuietStarForCausalLM, stage: Stage) -> str:
-    """One line about what trains in a stage, and how."""
+    """Says in one line what trains in a stage, and how."""
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     total, trainable = sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
     config, thoughts = stage.config, stage.config.thoughts
     name = config.model.name_or_path or f"random {model.causal_lm.config.model_type}"
-    what = f"{thoughts.num_thoughts} thoughts of {thoughts.length} tokens {where(thoughts)}"
+    fraction = f"before {thoughts.position_fraction:.0%} of the tokens"
+    where = {
+        "all": "at every position",
+        "every": f"{fraction}, evenly spaced",
+        "random": f"{fraction}, at random",
+        "entropy": f"{fraction}, the hardest to predict",
+        "weight": f"{fraction}, where the mixing head expects most",
+        "weighted_entropy": f"{fraction}, hard and with a high expected mixing weight",
+        "answer": "before each token of an answer",
+        "answer_start": "before each answer",
+    }[thoughts.positions]
+    what = f"{thoughts.num_thoughts} thoughts of {thoughts.length} tokens {where}"
     if thoughts.sampler == "pause":
         what += " (constant pause tokens)"
     objective = f"{what}, lookahead {thoughts.lookahead}" if stage.thinks else "no thoughts"
@@ -252,23 +273,8 @@ def describe(model: QuietStarForCausalLM, stage: Stage) -> str:
     )
 
 
-def where(thoughts: ThoughtsConfig) -> str:
-    """Where texts think, in words."""
-    share = f"{thoughts.position_fraction:.0%} of the tokens"
-    return {
-        "all": "at every position",
-        "every": f"before {share}, evenly spaced",
-        "random": f"before {share}, at random",
-        "entropy": f"before {share}, the hardest to predict",
-        "weight": f"before {share}, where the mixing head expects most",
-        "weighted_entropy": f"before {share}, hard and with a high expected mixing weight",
-        "answer": "before each token of an answer",
-        "answer_start": "before each answer",
-    }[thoughts.positions]
-
-
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Have a model recompute its activations in the backward pass."""
+    """Makes a model recompute its activations in the backward pass."""
     with warnings.catch_warnings():  # its new name is not known to the oldest transformers
         warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")
         model.gradient_checkpointing_enable({"use_reentrant": False})
