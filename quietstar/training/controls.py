@@ -32,11 +32,11 @@ from quietstar.errors import UserError
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.sampling.positions import count_positions
 from quietstar.training.answers import right_answers
+from quietstar.training.build import build_accelerator
 from quietstar.training.checkpoint import CONFIG_FILE, FINAL_FOLDER, check_same_run
 from quietstar.training.evaluation import chosen_positions
 from quietstar.training.results import RESULTS_FILE
 from quietstar.training.run import run_training
-from quietstar.training.build import build_accelerator
 
 CONTROLS_FILE = "controls.json"
 COUNTED_STEPS = 20
