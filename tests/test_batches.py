@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import closing
 
 import pytest
 import torch
@@ -122,7 +123,6 @@ def test_an_error_of_the_reader_is_raised_at_its_own_step():
 
 def test_closing_ends_the_thread():
     before = threading.active_count()
-    steps = prefetched(lambda step: step, range(10))
-    next(steps)
-    steps.close()
+    with closing(prefetched(lambda step: step, range(10))) as steps:
+        next(steps)
     assert threading.active_count() == before

@@ -19,7 +19,6 @@ from quietstar.training.memory_plan import (
     Shares,
     estimate_run,
     fake_tokens,
-    model_without_weights,
     num_bytes,
     trainable,
 )
@@ -100,7 +99,7 @@ def test_checkpointing_and_fewer_positions_need_less(tmp_path):
 def test_engines_cut_what_they_say(tmp_path):
     config = planned(tmp_path)
     one = estimate_run(config, "single", 1)
-    model = modelmodel_without_weights(config, load_tokenizer("bytes"))
+    model = model_without_weights(config, load_tokenizer("bytes"))
     assert one.weights == num_bytes(model.parameters())
     assert one.gradients == num_bytes(trainable(model))
     assert one.optimizer == 2 * one.gradients

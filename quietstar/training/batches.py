@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -99,7 +99,7 @@ def _pinned(batch: Batch) -> Batch:
     return dataclasses.replace(batch, **{n: getattr(batch, n).pin_memory() for n in names})
 
 
-def prefetched(read: Callable[[int], T], steps: range) -> Iterator[T]:
+def prefetched(read: Callable[[int], T], steps: range) -> Generator[T]:
     """Yields ``read(step)`` for every step; a background thread reads one step ahead.
 
     An error of ``read`` is raised at its own step. Close the generator to end the thread.
