@@ -99,7 +99,7 @@ def _pinned(batch: Batch) -> Batch:
     return dataclasses.replace(batch, **{n: getattr(batch, n).pin_memory() for n in names})
 
 
-def prefetched(read: Callable[[int], T], steps: range) -> Generator[T]:
+def prefetched(read: Callable[[int], T], steps: range) -> Generator[T, None, None]:
     """Yields ``read(step)`` for every step; a background thread reads one step ahead.
 
     An error of ``read`` is raised at its own step. Close the generator to end the thread.
