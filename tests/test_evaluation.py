@@ -11,7 +11,7 @@ from tiny import plain_model, thinking_model
 from quietstar.cli import main as cli
 from quietstar.data import load_tokenizer
 from quietstar.evaluation.controls import derangement
-from quietstar.evaluation.scoring import Predictions, item_metrics
+from quietstar.evaluation.scoring import item_metrics
 from quietstar.evaluation.tasks import (
     TASKS,
     Item,
@@ -21,6 +21,7 @@ from quietstar.evaluation.tasks import (
     find_candidates,
     find_task,
 )
+from quietstar.model.outputs import MixedScores
 
 QUESTIONS = [
     "Two and two?",
@@ -327,7 +328,7 @@ def test_two_items_tell_nothing_however_they_agree(folder, tmp_path):
 
 def test_finished_items_are_not_scored_again(folder, tmp_path, monkeypatch):
     evaluated(folder, tmp_path)
-    monkeypatch.setattr("quietstar.evaluation.runner.predict_plain", None)
+    monkeypatch.setattr("quietstar.evaluation.scoring.predict_plain", None)
     evaluated(folder, tmp_path)
     with pytest.raises(TypeError):
         evaluated(folder, tmp_path, "--overwrite")
@@ -468,7 +469,7 @@ def test_probabilities_of_many_digits_multiply():
     assert found.ids.tolist() == [*b"0123456789\n"]
     batch = answer_batch([encoded.ids], [encoded.num_scored], 0)
     nothing = torch.zeros(1, 1, 3)
-    flat = Predictions(nothing, nothing.long(), torch.zeros(1, 1, 3, 11), None)
+    flat = MixedScores(nothing, nothing.long(), torch.zeros(1, 1, 3, 11))
     metrics = item_metrics(flat, batch, found)
     assert metrics["gold_probability"].item() == pytest.approx(0.01)
     assert metrics["published_accuracy"].item() == pytest.approx(11**-3)

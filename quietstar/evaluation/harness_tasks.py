@@ -10,7 +10,8 @@ from typing import Any
 from quietstar.config.messages import closest, did_you_mean
 from quietstar.errors import UserError
 from quietstar.evaluation.controls import WITH, WITHOUT
-from quietstar.evaluation.runner import ItemStore, Protocol
+from quietstar.evaluation.runner import ItemStore
+from quietstar.evaluation.scoring import Protocol
 from quietstar.evaluation.tasks import TASKS
 
 
@@ -53,7 +54,7 @@ class HarnessTask:
         for variant in (WITHOUT, WITH):
             if variant not in protocol.variants:
                 continue
-            if (self.name, 0, variant) not in store:
+            if not store.has(self.name, [0], [variant]):
                 samples = self._samples(args, protocol, variant, limit, data_dir)
                 store.add(_records(self.name, variant, samples))
             count = sum(1 for task, _, v in store.records if (task, v) == (self.name, variant))

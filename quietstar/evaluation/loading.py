@@ -1,4 +1,4 @@
-"""Models to evaluate: saved Quiet-STaR models and plain ones."""
+"""Loads models to evaluate: saved Quiet-STaR models and plain ones."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _MOST_PIECES = 64
 def load_thinker(
     name: str, needs_training: bool, dtype: str | torch.dtype, remedy: str, **hub: Any
 ) -> QuietStarForCausalLM:
-    """A saved Quiet-STaR model, or a plain one with vectors and head that were never trained.
+    """Load a saved Quiet-STaR model, or a plain one with vectors and head never trained.
 
     One token is predicted behind each thought, so its lookahead is 1.
 
     Args:
         name: Folder, or hub id of a plain model.
         needs_training: Refuse a plain model.
-        dtype: Of the weights.
-        remedy: What to do about a plain model, for the message.
+        dtype: Data type of the weights.
+        remedy: Advice about a plain model, for the message.
         **hub: ``revision``, ``trust_remote_code``.
 
     Raises:
-        UserError: No such model, or a plain one where a trained one is needed.
+        UserError: There is no such model, or it is plain where a trained one is needed.
     """
     path = Path(name).expanduser()
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
@@ -51,10 +51,7 @@ def load_thinker(
 
 
 def fingerprint(name: str) -> str:
-    """Tells whether a folder still holds the same weights; the name of a hub's model.
-
-    A hash of the files' names, sizes and pieces of what is in them.
-    """
+    """Hash the names, sizes and pieces of a folder's weights; give a hub model's name as it is."""
     folder = Path(name)
     if not folder.is_dir():
         return name

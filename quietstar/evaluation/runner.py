@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,72 +13,23 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.data.tokenizer import padding_id
 from quietstar.errors import UserError
-from quietstar.evaluation.controls import (
-    CONTROLS,
-    PAUSE,
-    SHUFFLED,
-    SWAPPED,
-    WITH,
-    WITHOUT,
-    derangement,
-    fit_thoughts,
-    pause_tokens,
-    shuffle_tokens,
-    swap_positions,
-)
-from quietstar.evaluation.scoring import (
-    Predictions,
-    batch_of,
-    item_metrics,
-    predict_plain,
-    predict_thinking,
-    thinks_once,
-)
+from quietstar.evaluation import controls, scoring, votes
+from quietstar.evaluation.controls import CONTROLS, PAUSE, SHUFFLED, SWAPPED, WITH, WITHOUT
+from quietstar.evaluation.scoring import Protocol
 from quietstar.evaluation.tasks import (
     AnswerBatch,
     Candidates,
     EncodedItem,
     Item,
     Task,
+    answer_batch,
     encode,
     find_candidates,
 )
-from quietstar.evaluation.votes import Voting, generate_chains, read_number, vote_metrics
 from quietstar.model.quiet_star import QuietStarForCausalLM
 
 Key = tuple[str, int, str]
 """Task, number of the item, variant."""
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How items are scored.
-
-    Attributes:
-        variants: Some of `WITHOUT`, `WITH` and `CONTROLS`.
-        batch_size: Items (chains, where there are votes) at once.
-        samples: Thoughts of each item, over which scores are averaged.
-        thought_temperature: Sampling temperature of thoughts; None takes the most likely tokens.
-        seed: Seed of thoughts, votes, controls and resampling.
-        votes: Chains of thought of an item.
-        temperature: Sampling temperature of the chains.
-        max_new_tokens: Tokens of a chain.
-        text_tokens: Tokens that are read of a text without a prompt.
-        positions: Where answers are thought about (`scoring.POSITIONS`).
-        separator: Text between prompt and answer of the user's own records.
-    """
-
-    variants: tuple[str, ...]
-    batch_size: int = 16
-    samples: int = 1
-    thought_temperature: float | None = None
-    seed: int = 0
-    votes: int = 8
-    temperature: float = 0.9
-    max_new_tokens: int = 384
-    text_tokens: int = 256
-    positions: str = "trained"
-    separator: str = ""
 
 
 class ItemStore:
@@ -140,16 +90,12 @@ class ItemStore:
 
     def add(self, records: Sequence[dict[str, Any]]) -> None:
         """Keep finished items; of a batch that was cut short some are there already."""
-        records = [r for r in records if (r["task"], r["item"], r["variant"]) not in self]
-        for record in records:
-            self.records[record["task"], record["item"], record["variant"]] = record
+        new = {(r["task"], r["item"], r["variant"]): r for r in records}
+        new = {key: record for key, record in new.items() if key not in self.records}
+        self.records |= new
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
-
-    def __contains__(self, key: Key) -> bool:
-        """Say whether an item is finished in a variant."""
-        return key in self.records
+                file.writelines(json.dumps(record) + "\n" for record in new.values())
 
     def of(self, task: str, variant: str, count: int) -> list[dict[str, Any]]:
         """Give the records of all items of a task, in order."""
@@ -206,7 +152,7 @@ class Runner:
         if task.kind == "votes":
             self._run_votes(task, items, advance)
             return 0
-        once = thinks_once(self.model, self.protocol.positions)
+        once = scoring.thinks_once(self.model, self.protocol.positions)
         encoded = encode(task, items, self.tokenizer, self.model.max_text_length,
                          self.protocol.text_tokens, once)  # fmt: skip
         candidates = find_candidates(task, encoded, self.tokenizer)
@@ -241,7 +187,9 @@ class Runner:
         candidates: Candidates | None,
         count: int,
     ) -> list[dict[str, Any]]:
-        batch = batch_of(items, self.pad, self.model.device)
+        counts, thinking = [one.num_scored for one in items], [one.num_thinking for one in items]
+        batch = answer_batch([one.ids for one in items], counts, self.pad, thinking)
+        batch = batch.to(self.model.device)
         numbers, seed = [one.number for one in items], self.protocol.seed
         records, thoughts = [], {}
         if {WITH, SHUFFLED, PAUSE} & {*variants}:
@@ -250,17 +198,35 @@ class Runner:
                 temperature=self.protocol.thought_temperature,
                 sample_ids=torch.tensor(numbers, device=batch.ids.device), seed=seed,
             )  # fmt: skip
-            thoughts = {WITH: own, PAUSE: pause_tokens(own, self.model.pause_token_id)}
+            thoughts = {WITH: own, PAUSE: controls.pause_tokens(own, self.model.pause_token_id)}
             if SHUFFLED in variants:
-                thoughts[SHUFFLED] = shuffle_tokens(own, numbers, seed)
+                thoughts[SHUFFLED] = controls.shuffle_tokens(own, numbers, seed)
         if SWAPPED in variants:
             thoughts[SWAPPED] = self._swapped(task, items, batch, count)
         for variant in variants:
             if variant == WITHOUT:
-                predictions = predict_plain(self.model, batch, candidates)
+                scores = scoring.predict_plain(self.model, batch, candidates)
             else:
-                predictions = predict_thinking(self.model, batch, candidates, thoughts[variant])
-            records += self._records(task, variant, items, batch, predictions, candidates)
+                scores = scoring.predict_thinking(self.model, batch, candidates, thoughts[variant])
+            metrics = scoring.item_metrics(scores, batch, candidates)
+            nll = (-scores.logprobs.cpu().double()).mean(1).tolist()  # (B, P), over thoughts
+            for row, one in enumerate(items):
+                predicted = scores.predicted[row, :, : one.num_scored].cpu()
+                record = {
+                    "task": task.name, "item": one.number, "variant": variant, "id": one.item.id,
+                    "answer": one.item.answer,
+                    "predicted": self.tokenizer.batch_decode(predicted),
+                    "metrics": {name: values[row].tolist() for name, values in metrics.items()},
+                    "nll": nll[row][: one.num_scored],
+                }  # fmt: skip
+                if variant == WITHOUT:
+                    record["tokens"] = self.tokenizer.batch_decode([[i] for i in one.scored_ids])
+                    record["position"] = len(one.ids) - one.num_scored
+                if variant == WITH:
+                    tokens = thoughts[WITH][row, :, : one.num_thinking].tolist()
+                    record["thoughts"] = tokens
+                    record["thought_texts"] = [self.tokenizer.batch_decode(k) for k in tokens]
+                records.append(record)
         return records
 
     def _swapped(
@@ -268,63 +234,29 @@ class Runner:
     ) -> Tensor:
         """Thoughts of another item, or of other positions of a plain text, from the store."""
         seed, swapped = self.protocol.seed, []
-        donors = derangement(count, seed).tolist() if count > 1 else []
+        donors = controls.derangement(count, seed).tolist() if count > 1 else []
         for one in items:
             donor = one.number if one.swaps_within else donors[one.number]
             thoughts = torch.tensor(self.store.records[task.name, donor, WITH]["thoughts"])
             if one.swaps_within:
                 everywhere = torch.ones(1, thoughts.shape[1], dtype=torch.bool)
-                thoughts = swap_positions(thoughts[None], everywhere, [one.number])[0]
-            swapped.append(fit_thoughts(thoughts, batch.thinking.shape[1]))
+                thoughts = controls.swap_positions(thoughts[None], everywhere, [one.number])[0]
+            swapped.append(controls.fit_thoughts(thoughts, batch.thinking.shape[1]))
         return torch.stack(swapped).to(batch.ids.device)
 
-    def _records(
-        self,
-        task: Task,
-        variant: str,
-        items: Sequence[EncodedItem],
-        batch: AnswerBatch,
-        predictions: Predictions,
-        candidates: Candidates | None,
-    ) -> list[dict[str, Any]]:
-        metrics = {k: v.tolist() for k, v in item_metrics(predictions, batch, candidates).items()}
-        nll = (-predictions.logprobs.cpu().double()).mean(1).tolist()  # (B, P), over thoughts
-        predicted = predictions.predicted.cpu()
-        records = []
-        for row, one in enumerate(items):
-            places = slice(0, one.num_scored)
-            record = {
-                "task": task.name, "item": one.number, "variant": variant, "id": one.item.id,
-                "answer": one.item.answer,
-                "predicted": [self.tokenizer.decode(k) for k in predicted[row, :, places]],
-                "metrics": {name: values[row] for name, values in metrics.items()},
-                "nll": nll[row][places],
-            }  # fmt: skip
-            if variant == WITHOUT:
-                record["tokens"] = self.tokenizer.batch_decode([[i] for i in one.scored_ids])
-                record["position"] = len(one.ids) - one.num_scored
-            if variant == WITH and predictions.thoughts is not None:
-                thoughts = predictions.thoughts[row, :, : one.num_thinking].tolist()
-                record["thoughts"] = thoughts
-                record["thought_texts"] = [self.tokenizer.batch_decode(k) for k in thoughts]
-            records.append(record)
-        return records
-
     def _run_votes(self, task: Task, items: Sequence[Item], advance: Callable[[], object]) -> None:
-        p = self.protocol
-        voting = Voting(p.votes, p.temperature, p.max_new_tokens, p.thought_temperature, p.seed)
         for batch in self._batches(task, list(enumerate(items))):
             numbers, questions = [n for n, _ in batch], [item for _, item in batch]
-            for variant in (v for v in p.variants if v in (WITHOUT, WITH)):
+            for variant in (v for v in self.protocol.variants if v in (WITHOUT, WITH)):
                 if self.store.has(task.name, numbers, [variant]):
                     continue
                 records = []
-                chains = generate_chains(
-                    self.model, self.tokenizer, questions, numbers, voting, variant == WITH
+                chains = votes.generate_chains(
+                    self.model, self.tokenizer, questions, numbers, self.protocol, variant == WITH
                 )
                 for number, item, texts in zip(numbers, questions, chains, strict=True):
-                    answers = [read_number(text) for text in texts]
-                    values = vote_metrics(answers, item.answer)
+                    answers = [votes.read_number(text) for text in texts]
+                    values = votes.vote_metrics(answers, item.answer)
                     records.append({
                         "task": task.name, "item": number, "variant": variant, "id": item.id,
                         "answer": item.answer, "predicted": answers,

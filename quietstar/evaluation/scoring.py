@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from quietstar.evaluation.tasks import AnswerBatch, Candidates, EncodedItem, answer_batch
+from quietstar.evaluation.tasks import AnswerBatch, Candidates
+from quietstar.model.outputs import MixedScores
 from quietstar.model.quiet_star import QuietStarForCausalLM
 
 POSITIONS = ("trained", "every")
@@ -17,20 +17,34 @@ POSITIONS = ("trained", "every")
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """Predictions of the scored tokens of a batch; there is one "thought" where none was made.
+class Protocol:
+    """How items are scored.
 
     Attributes:
-        logprobs: Log-probabilities of the true tokens over the whole vocabulary, nats.
-        predicted: Most likely tokens.
-        candidates: Logits of the candidates; None for texts.
-        thoughts: Tokens of the thoughts; None without.
+        variants: Variants to score, such as ``with_thoughts`` and some `controls.CONTROLS`.
+        batch_size: Items (chains, where there are votes) at once.
+        samples: Thoughts of each item, over which scores are averaged.
+        thought_temperature: Sampling temperature of thoughts; None takes the most likely tokens.
+        seed: Seed of thoughts, votes, controls and resampling.
+        votes: Chains of thought of an item.
+        temperature: Sampling temperature of the chains.
+        max_new_tokens: Tokens of a chain.
+        text_tokens: Tokens that are read of a text without a prompt.
+        positions: Where answers are thought about (`POSITIONS`).
+        separator: Text between prompt and answer of the user's own records.
     """
 
-    logprobs: Float[Tensor, "batch thoughts positions"]
-    predicted: Int[Tensor, "batch thoughts positions"]
-    candidates: Float[Tensor, "batch thoughts positions candidates"] | None
-    thoughts: Int[Tensor, "batch thoughts thinking length"] | None
+    variants: tuple[str, ...]
+    batch_size: int = 16
+    samples: int = 1
+    thought_temperature: float | None = None
+    seed: int = 0
+    votes: int = 8
+    temperature: float = 0.9
+    max_new_tokens: int = 384
+    text_tokens: int = 256
+    positions: str = "trained"
+    separator: str = ""
 
 
 def thinks_once(model: QuietStarForCausalLM, positions: str) -> bool:
@@ -43,17 +57,10 @@ def thinks_once(model: QuietStarForCausalLM, positions: str) -> bool:
     return positions == "trained" and model.thoughts.positions == "answer_start"
 
 
-def batch_of(encoded: Sequence[EncodedItem], pad: int, device: torch.device) -> AnswerBatch:
-    """Put items side by side."""
-    counts, thinking = ([getattr(one, name) for one in encoded]
-                        for name in ("num_scored", "num_thinking"))  # fmt: skip
-    return answer_batch([one.ids for one in encoded], counts, pad, thinking).to(device)
-
-
 def predict_plain(
     model: QuietStarForCausalLM, batch: AnswerBatch, candidates: Candidates | None
-) -> Predictions:
-    """Predict the scored tokens without thoughts, as the plain model does."""
+) -> MixedScores:
+    """Predict the scored tokens without thoughts, as with one thought that changes nothing."""
     ids = None if candidates is None else candidates.ids.to(batch.ids.device)
     scores = model.score_plain(batch.ids, batch.mask, batch.labels, candidates=ids)
     places = batch.positions.clamp(min=0)  # (B, P)
@@ -61,12 +68,10 @@ def predict_plain(
     if scores.candidates is not None:
         index = places.unsqueeze(-1).expand(*places.shape, scores.candidates.shape[-1])
         logits = scores.candidates.gather(1, index).unsqueeze(1)
-    return Predictions(
-        scores.logprobs.gather(1, places).unsqueeze(1),
-        scores.predicted.gather(1, places).unsqueeze(1),
-        logits,
-        None,
+    logprobs, predicted = (
+        x.gather(1, places).unsqueeze(1) for x in (scores.logprobs, scores.predicted)
     )
+    return MixedScores(logprobs, predicted, logits)
 
 
 def predict_thinking(
@@ -74,13 +79,12 @@ def predict_thinking(
     batch: AnswerBatch,
     candidates: Candidates | None,
     thoughts: Int[Tensor, "batch thoughts thinking length"],
-) -> Predictions:
+) -> MixedScores:
     """Predict the scored tokens with these thoughts, and plainly where the batch does not think."""
     ids = None if candidates is None else candidates.ids.to(batch.ids.device)
-    scores = model.score_mixed(
+    mixed = model.score_mixed(
         batch.ids, batch.mask, batch.labels, thoughts, batch.thinking, candidates=ids
     )
-    mixed = Predictions(scores.logprobs, scores.predicted, scores.candidates, thoughts)
     if torch.equal(batch.thinking, batch.positions):
         return mixed
     plain = predict_plain(model, batch, candidates)
@@ -96,16 +100,12 @@ def predict_thinking(
     logits = None
     if plain.candidates is not None and mixed.candidates is not None:
         logits = merge(plain.candidates, mixed.candidates)
-    return Predictions(
-        merge(plain.logprobs, mixed.logprobs),
-        merge(plain.predicted, mixed.predicted),
-        logits,
-        thoughts,
-    )
+    logprobs, predicted = merge(plain.logprobs, mixed.logprobs), plain.predicted
+    return MixedScores(logprobs, merge(predicted, mixed.predicted), logits)
 
 
 def item_metrics(
-    predictions: Predictions, batch: AnswerBatch, candidates: Candidates | None
+    predictions: MixedScores, batch: AnswerBatch, candidates: Candidates | None
 ) -> dict[str, Float[Tensor, "batch thoughts"]]:
     """Compute the metrics of every item and every one of its thoughts.
 

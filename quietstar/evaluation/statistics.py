@@ -197,7 +197,7 @@ def summarise(
         ``difference`` and the gain over each control, with their intervals; ``breakdown``;
         ``verdict`` and ``warnings``.
     """
-    records = {v: store.of(task.name, v, count) for v in variants if (task.name, 0, v) in store}
+    records = {v: store.of(task.name, v, count) for v in variants if store.has(task.name, [0], [v])}
     values = {
         variant: {
             name: np.array([record["metrics"][name] for record in rows])

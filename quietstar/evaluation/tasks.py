@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -210,33 +210,23 @@ def _text_field(record: Mapping[str, Any], path: str, where: str) -> str:
     return check_unicode(value, f"{where}: field {path}")
 
 
-def final_answer(solution: str, where: str) -> str:
-    """Read the number behind ``####``, without its thousands separators.
-
-    Raises:
-        UserError: There is none.
-    """
-    _, mark, answer = solution.rpartition("####")
+def _gsm8k(record: Mapping[str, Any], number: int, where: str) -> Item:
+    """Ask for the number behind ``####``, without its thousands separators."""
+    question = _text_field(record, "question", where)
+    _, mark, answer = _text_field(record, "answer", where).rpartition("####")
     answer = answer.strip().replace(",", "")
     if not mark or not any(character.isdigit() for character in answer):
         raise UserError(f"{where}: field answer must end in `#### NUMBER`, as GSM8K's do")
-    return answer
-
-
-def _gsm8k(record: Mapping[str, Any], number: int, where: str) -> Item:
-    question = _text_field(record, "question", where)
-    answer = final_answer(_text_field(record, "answer", where), where)
     return Item(str(number), f"Q: {question}\nA:", answer, where)
 
 
 def _gsm8k_solution(record: Mapping[str, Any], number: int, where: str) -> Item:
-    item, solution = _gsm8k(record, number, where), _text_field(record, "answer", where)
-    return Item(item.id, item.prompt, solution, where)
+    return replace(_gsm8k(record, number, where), answer=record["answer"])
 
 
 def _gsm8k_cot(record: Mapping[str, Any], number: int, where: str) -> Item:
     item = _gsm8k(record, number, where)
-    return Item(item.id, f"{item.prompt} {STEP_BY_STEP}", item.answer, where)
+    return replace(item, prompt=f"{item.prompt} {STEP_BY_STEP}")
 
 
 def _commonsense_qa(record: Mapping[str, Any], number: int, where: str) -> Item:

@@ -10,7 +10,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, StopStri
 
 from quietstar.data.tokenizer import pad_left, padding_id
 from quietstar.errors import UserError
+from quietstar.evaluation.scoring import Protocol
 from quietstar.evaluation.tasks import Item
 from quietstar.model.quiet_star import QuietStarForCausalLM
 
@@ -31,31 +31,12 @@ MAX_SUBSETS = 20_000
 """Up to so many subsets of the votes are all counted; of more, so many are drawn."""
 
 
-@dataclass(frozen=True)
-class Voting:
-    """How chains are generated.
-
-    Attributes:
-        votes: Chains of each item.
-        temperature: Sampling temperature of their tokens; 0 takes the most likely.
-        max_new_tokens: Tokens of a chain, without the final answer.
-        thought_temperature: Sampling temperature of thoughts; None takes the most likely tokens.
-        seed: Seed of chains and thoughts.
-    """
-
-    votes: int
-    temperature: float
-    max_new_tokens: int
-    thought_temperature: float | None
-    seed: int
-
-
 def generate_chains(
     model: QuietStarForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[Item],
     numbers: Sequence[int],
-    voting: Voting,
+    protocol: Protocol,
     think: bool,
 ) -> list[list[str]]:
     """Generate what follows the prompt of every item, once a vote, the final answer included.
@@ -67,30 +48,30 @@ def generate_chains(
     """
     longest = model.max_text_length
     most = None if longest is None else longest - 1
-    if most is not None and max(voting.max_new_tokens, ANSWER_TOKENS) > most:
+    if most is not None and max(protocol.max_new_tokens, ANSWER_TOKENS) > most:
         remedy = "use a model that takes more" if most < ANSWER_TOKENS else f"set at most {most}"
         raise UserError(
-            f"--max-new-tokens: {voting.max_new_tokens} leaves no room for a prompt, because the "
+            f"--max-new-tokens: {protocol.max_new_tokens} leaves no room for a prompt, because the "
             f"model takes texts of {longest} tokens, thoughts apart; {remedy}"
         )
-    torch.manual_seed(1_000_003 * voting.seed + numbers[0])
-    prompts = [item.prompt for item in items for _ in range(voting.votes)]
+    torch.manual_seed(1_000_003 * protocol.seed + numbers[0])
+    prompts = [item.prompt for item in items for _ in range(protocol.votes)]
     stop = StoppingCriteriaList([StopStringCriteria(tokenizer, list(STOP))])
-    chains = _continue(model, tokenizer, prompts, voting, think, voting.max_new_tokens, stop)
+    chains = _continue(model, tokenizer, prompts, protocol, think, protocol.max_new_tokens, stop)
     for text in STOP:
         chains = [chain.partition(text)[0] for chain in chains]
     chains = [chain.rstrip() + FINAL_ANSWER for chain in chains]
     questions = [prompt + chain for prompt, chain in zip(prompts, chains, strict=True)]
-    answers = _continue(model, tokenizer, questions, voting, think, ANSWER_TOKENS, None)
+    answers = _continue(model, tokenizer, questions, protocol, think, ANSWER_TOKENS, None)
     texts = [chain + answer for chain, answer in zip(chains, answers, strict=True)]
-    return [texts[i : i + voting.votes] for i in range(0, len(texts), voting.votes)]
+    return [texts[i : i + protocol.votes] for i in range(0, len(texts), protocol.votes)]
 
 
 def _continue(
     model: QuietStarForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
-    voting: Voting,
+    protocol: Protocol,
     think: bool,
     max_new_tokens: int,
     stop: StoppingCriteriaList | None,
@@ -101,11 +82,16 @@ def _continue(
     pad = padding_id(tokenizer)
     ids, mask = (x.to(model.device) for x in pad_left(rows, pad))
     decoding: dict[str, Any] = {"do_sample": False}
-    if voting.temperature > 0:
-        decoding = {"do_sample": True, "temperature": voting.temperature, "top_k": 0, "top_p": 1.0}
+    if protocol.temperature > 0:
+        decoding = {
+            "do_sample": True,
+            "temperature": protocol.temperature,
+            "top_k": 0,
+            "top_p": 1.0,
+        }
     generated: Tensor = model.generate(
         ids, attention_mask=mask, think=think, max_new_tokens=max_new_tokens,
-        thought_temperature=voting.thought_temperature, seed=voting.seed,
+        thought_temperature=protocol.thought_temperature, seed=protocol.seed,
         pad_token_id=pad, stopping_criteria=stop, **decoding,
     )  # fmt: skip
     return tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
