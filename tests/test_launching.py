@@ -39,6 +39,7 @@ sys.exit(main(["train", "--xyzzy"]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", ["1", "01"])
 def test_an_error_of_one_rank_or_of_both_is_printed_once(ranks, tmp_path):
     script = tmp_path / "failing.py"

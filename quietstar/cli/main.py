@@ -17,7 +17,7 @@ from quietstar.errors import ConfigError, Preempted, UserError, visible
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-SECONDS_FOR_RANK_0 = 3.0
+SECONDS_FOR_RANK_0 = 10.0
 """How long other ranks leave an error to rank 0 before they print it themselves."""
 
 COMMANDS = {
