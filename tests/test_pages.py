@@ -74,6 +74,7 @@ def test_the_page_of_an_evaluation_answers_first_and_shows_every_figure(tmp_path
     page = Page(write_page(tmp_path / "new" / "e.html", HOSTILE, RESULT).read_text("utf-8"))
     assert page.open == []
     assert "better with thoughts, and because of what they say 128 items. Note: 2" in page.text
+    assert "Gain in P(gold answer): mean and 95% CI" in page.text
     assert "P(gold answer) 0.1500 0.2050 +0.0550 95% CI +0.0250 to +0.0850 p < 0.001" in page.text
     assert "controls yes" in page.text
     assert "data_dir" not in page.text
@@ -138,6 +139,15 @@ def test_a_chart_of_one_line_has_no_legend():
     for name, has_legend in (("mixing-weight", False), ("gain", True)):
         layout = figures.draw_curves(by_name[name], records, find_stages(records))["layout"]
         assert layout["showlegend"] is has_legend
+
+
+def test_few_held_out_points_are_not_joined_across_a_training_line():
+    entries = [{"kind": "train", "step": n, "mixing_weight": 0.1} for n in range(30)]
+    (chart,) = (chart for chart in CHARTS if chart.name == "mixing-weight")
+    for count, mode in ((2, "markers"), (5, "lines+markers")):
+        held_out = [{"kind": "eval", "step": n, "mixing_weight": 0.1} for n in range(count)]
+        records = [parse_record(json.dumps(entry)) for entry in entries + held_out]
+        assert figures.draw_curves(chart, records, [""])["data"][1]["mode"] == mode
 
 
 @pytest.mark.parametrize(

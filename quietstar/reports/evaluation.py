@@ -142,9 +142,8 @@ def _section(
             color = {SWAPPED: "content", "pause": "pause"}.get(control, "other")
             gain = task[GAINS[control]]
             rows.append(Row(label, gain[main], gain["ci95"], color))
-        title = f"gain in {metrics[main]}"
-        figures[key] = draw_forest(rows, title, "", "+.4f")
-        caption = f"{title.capitalize()}: mean and 95% CI"
+        figures[key] = draw_forest(rows, f"gain in {metrics[main]}", "", "+.4f")
+        caption = f"Gain in {metrics[main]}: mean and 95% CI"
         cards.append({"name": key, "title": "What thoughts change", "caption": caption})
     for kind, groups in task.get("breakdown", {}).items():
         if len(groups) > 1:  # one group is the whole

@@ -20,6 +20,7 @@ Figure = dict[str, Any]
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 HEIGHT = 320  # pixels; the page reserves the same
 MAX_POINTS = 150  # of a training line: more hides its course in its noise
+FEW = 5  # held-out points under which the training line tells better what lies between them
 _NARROWEST = 0.8  # of the widest panel, so that a short stage can be read beside a long one
 _GAP = 0.06  # of the width, between panels: half a number on either side
 _CHARACTERS = 48  # of the stages' names side by side, on a phone
@@ -222,7 +223,7 @@ def line_traces(line: Line, records: Sequence[Record]) -> list[Figure]:
     if held_out[0]:
         traces.append(common | {
             "x": held_out[0], "y": held_out[1], "name": line.name, "showlegend": True,
-            "mode": "lines+markers",
+            "mode": "markers" if train[0] and len(held_out[0]) < FEW else "lines+markers",
             "line": {"width": 2.25, "color": f"var(--{line.color})"},
             "marker": {"symbol": line.symbol, "size": 8, "color": f"var(--{line.color})"},
         })  # fmt: skip
