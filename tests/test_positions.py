@@ -249,3 +249,19 @@ def test_the_next_token_is_predicted_by_the_nearest_thought_that_reaches_it():
     )
     # Position 1 is one ahead of the thought at 0; 3 and 4 are ahead of the one at 2.
     assert predicted.tolist() == [[[20, 21, 30, 31, 32]]]
+
+
+def test_a_position_counts_if_any_token_of_its_lookahead_is_a_target():
+    """Its thoughts are reinforced, so the policy term must divide by it too."""
+    labels = torch.full((1, 8), IGNORE_INDEX)
+    labels[0, 5] = 3
+    assert count_positions("all", 1.0, labels).tolist() == [1]
+    assert count_positions("all", 1.0, labels, lookahead=3).tolist() == [3]
+    model = thinking_model(plain_model(), thoughts={"length": 2, "lookahead": 3}).train()
+    texts, total = random_texts(1, 8), 0.0
+    for count in (None, torch.tensor(3)):
+        loss = model(
+            texts, labels=labels, num_thought_items=count, sample_ids=torch.zeros(1).long()
+        )
+        total = loss.loss.item() - total
+    assert total == 0.0

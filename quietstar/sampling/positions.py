@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from quietstar.attention.layout import IGNORE_INDEX, NO_POSITION
+from quietstar.attention.layout import IGNORE_INDEX, NO_POSITION, lookahead_targets
 from quietstar.sampling.noise import keyed_uniform
 
 Rule = Literal[
@@ -40,14 +40,26 @@ def count_positions(
     share: float,
     labels: Int[Tensor, "batch seq"],
     answers: Bool[Tensor, "batch seq"] | None = None,
+    lookahead: int = 1,
 ) -> Int[Tensor, " batch"]:
-    """How many positions of each text think (candidates, for rule ``all``)."""
+    """Count the positions of each text that think and have a target behind them.
+
+    Args:
+        rule: As in the module's docstring.
+        share: Fraction of the candidates.
+        labels: Token ids, IGNORE_INDEX where a token is no target.
+        answers: Mask of answer tokens (rules of answers).
+        lookahead: True tokens that a thought is scored on; with rule ``all``, where thoughts are at
+            every position, one of them being a target is enough.
+    """
+    if rule == "all":
+        return (lookahead_targets(labels, lookahead) != IGNORE_INDEX).any(0).sum(-1)
     candidates = _candidates(labels)
     if rule in ANSWER_RULES:
         return (candidates & _before_answers(rule, answers)).sum(-1)
     count = candidates.sum(-1)
     # A hair less, so that a third of three stays one.
-    return count if rule == "all" else (count * share - 1e-6).ceil().long()
+    return (count * share - 1e-6).ceil().long()
 
 
 def most_positions(share: float, seq_len: int) -> int:

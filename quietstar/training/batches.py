@@ -89,7 +89,11 @@ def read_step(
 
 def _num_targets(thoughts: ThoughtsConfig, batch: Batch) -> Tensor:
     thinking = count_positions(
-        thoughts.positions, thoughts.position_fraction, batch.labels, batch.answers
+        thoughts.positions,
+        thoughts.position_fraction,
+        batch.labels,
+        batch.answers,
+        thoughts.lookahead,
     )
     return torch.stack([(batch.labels[:, 1:] != IGNORE_INDEX).sum(), thinking.sum()])
 
