@@ -40,14 +40,9 @@ def write_plot(
         for key in measured
     ]  # fmt: skip
     figures = {key: _draw(rows, key, chosen) for key in measured}
-    page = render(
-        "calibration.html.j2",
-        chart_scripts(figures),
-        rows=rows,
-        chosen=chosen,
-        cards=cards,
-        figures=figures,
-    )
+    scripts = chart_scripts(figures)
+    page = render("calibration.html.j2", scripts, rows=rows, chosen=chosen, cards=cards,
+                  figures=figures)  # fmt: skip
     return write(path, page)
 
 

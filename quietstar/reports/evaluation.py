@@ -111,14 +111,9 @@ def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
     facts = [("Model", model)]
     facts += [(key, str(result["environment"][key])) for key in ("dtype", "device", "torch")]
     config = {key: value for key, value in result["config"].items() if value is not None}
-    page = render(
-        "evaluation.html.j2",
-        chart_scripts(figures),
-        facts=facts,
-        tasks=tasks,
-        figures=figures,
-        config=config,
-    )
+    scripts = chart_scripts(figures)
+    page = render("evaluation.html.j2", scripts, facts=facts, tasks=tasks, figures=figures,
+                  config=config)  # fmt: skip
     return write(path, page)
 
 
