@@ -20,7 +20,6 @@ from benchmarks.options import add_json, run
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.processes import in_fresh_process
 from quietstar.cli.options import Parser, whole, write_text
-from quietstar.config import Config
 from quietstar.config.loading import load_config
 from quietstar.training.build import quiet_libraries
 from quietstar.training.memory_plan import estimate_run
@@ -40,7 +39,7 @@ def main(arguments: list[str]) -> int:
         config = load_config(args.config, shortened)
         heap = {} if args.heap else MAPPED_APART
         with patch_environment(**heap):
-            measured = in_fresh_process(measure_run, config)
+            measured = in_fresh_process(measure_run, args.config, shortened)
     quiet_libraries()
     estimate = estimate_run(config, "single", 1)
     on_gpu = torch.cuda.is_available()
@@ -66,11 +65,11 @@ def _parser() -> Parser:
     return parser
 
 
-def measure_run(config: Config) -> float:
+def measure_run(config_file: str, overrides: list[str]) -> float:
     """Most MiB that the run takes, in this process: on a GPU of the GPU's, else resident ones."""
     import_module("datasets")  # as `quietstar plan` counts: above the imported process
     with PeakMemory() as memory:
-        run_training(config)
+        run_training(load_config(config_file, overrides))
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / _MIB
     return memory.mb

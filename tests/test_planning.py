@@ -19,6 +19,7 @@ from quietstar.training.memory_plan import (
     Shares,
     estimate_run,
     fake_tokens,
+    model_without_weights,
     num_bytes,
     trainable,
 )

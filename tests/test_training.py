@@ -269,7 +269,7 @@ def test_the_final_model_gives_the_last_evaluation_again(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, monkeypatch):
     seen = {}
-    real_learn, real_train = quietstar.model.quiet_star.learn_in_groups, run.train
+    real_learn, real_train = quietstar.model.quiet_star.learn, run.train
 
     def poisoned(*args, **kwargs):
         loss, scored = real_learn(*args, **kwargs)
@@ -280,7 +280,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, mon
         seen["before"] = {n: p.detach().clone() for n, p in this.model.named_parameters()}
         real_train(this)
 
-    monkeypatch.setattr(quietstar.model.quiet_star, "learn_in_groups", poisoned)
+    monkeypatch.setattr(quietstar.model.quiet_star, "learn", poisoned)
     monkeypatch.setattr(run, "train", watched)
     with pytest.raises(UserError, match=r"step 1: loss nan.*is not finite"):
         train(run_config(tmp_path))
