@@ -176,15 +176,19 @@ def test_what_a_gate_gives_is_what_its_tokens_give():
     scores = found.states[:, 0]
     gate = Gate("entropy", threshold_at(scores, 0.25))
     setting = try_gate(gate, found, scores, thought_length=4)
-    assert setting.share == pytest.approx(0.25)
+    assert setting.think_fraction == pytest.approx(0.25)
     assert setting.passes == pytest.approx(2.0)
     thinks = scores > gate.threshold
     assert setting.nll == pytest.approx(torch.where(thinks, found.mixed_nll, 2.0).mean().item())
     answers = found.where(found.answer)
     right = answers.base_right | (answers.states[:, 0] > gate.threshold)
     assert setting.accuracy == pytest.approx(right.double().mean().item())
-    assert try_gate(Gate("entropy", threshold_at(scores, 1.0)), found, scores, 4).share == 1
-    assert try_gate(Gate("entropy", threshold_at(scores, 0.0)), found, scores, 4).share == 0
+    assert (
+        try_gate(Gate("entropy", threshold_at(scores, 1.0)), found, scores, 4).think_fraction == 1
+    )
+    assert (
+        try_gate(Gate("entropy", threshold_at(scores, 0.0)), found, scores, 4).think_fraction == 0
+    )
 
 
 # --- What a folder may bring ----------------------------------------------------------------------

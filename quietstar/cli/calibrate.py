@@ -29,8 +29,8 @@ from quietstar.config.loading import load_config
 from quietstar.data import Batch, build_data, load_tokenizer
 from quietstar.errors import UserError, visible
 from quietstar.evaluation.calibration import (
+    GateResult,
     Measured,
-    Setting,
     fit_probes,
     measure,
     score_tokens,
@@ -113,7 +113,7 @@ def _held_out(args: argparse.Namespace) -> list[Batch]:
     return list(held.batches(args.batch_size))
 
 
-def _ends(measured: Measured, length: int) -> list[Setting]:
+def _ends(measured: Measured, length: int) -> list[GateResult]:
     """Return the gates that always and never think."""
     nothing = torch.zeros_like(measured.entropy)
     return [
@@ -128,7 +128,7 @@ def _sweep(
     probes: dict[str, Probe],
     length: int,
     fractions: Sequence[float] = TABLE_FRACTIONS,
-) -> list[Setting]:
+) -> list[GateResult]:
     """Return what a kind of gate gives where these fractions of the tokens think."""
     scores = score_tokens(kind, measured, probes)
     gates = [Gate(kind, threshold_at(scores, fraction), probes) for fraction in fractions]
@@ -137,7 +137,7 @@ def _sweep(
 
 def _choose(
     args: argparse.Namespace, measured: Measured, probes: dict[str, Probe], length: int
-) -> Setting:
+) -> GateResult:
     """Return the gate that loses least of those fast enough for ``--speed``.
 
     Without ``--speed``: the fastest of those that lose little enough for ``--quality``.
@@ -147,7 +147,7 @@ def _choose(
     settings = [row for kind in kinds for row in _sweep(kind, measured, probes, length, fractions)]
     always = _ends(measured, length)[0]
 
-    def lost(row: Setting) -> float:
+    def lost(row: GateResult) -> float:
         if always.accuracy is not None and row.accuracy is not None:
             return always.accuracy - row.accuracy
         return row.nll - always.nll
@@ -164,7 +164,7 @@ def _choose(
     return min((r for r in settings if lost(r) <= allowed), key=lambda r: (r.passes, lost(r)))
 
 
-def _table(rows: Sequence[Setting], seconds: Sequence[float]) -> Table:
+def _table(rows: Sequence[GateResult], seconds: Sequence[float]) -> Table:
     """Return speed against quality."""
     table = Table(title="gates on held-out text", title_justify="left", box=box.SIMPLE_HEAD)
     has_answers = rows[0].accuracy is not None
@@ -175,7 +175,11 @@ def _table(rows: Sequence[Setting], seconds: Sequence[float]) -> Table:
         table.add_column(heading, justify="right")
     for row, second in zip(rows, seconds, strict=True):
         plain = row.gate.kind in ("always", "never")
-        cells = ["" if plain else f"{row.gate.threshold:.4f}", f"{row.share:.1%}", f"{row.nll:.4f}"]
+        cells = [
+            "" if plain else f"{row.gate.threshold:.4f}",
+            f"{row.think_fraction:.1%}",
+            f"{row.nll:.4f}",
+        ]
         cells += [f"{row.accuracy:.3f}"] if row.accuracy is not None else []
         cells += [f"{1 / second:.1f}", f"{seconds[0] / second:.2f}"]
         table.add_row(row.gate.kind, *cells)
@@ -183,7 +187,10 @@ def _table(rows: Sequence[Setting], seconds: Sequence[float]) -> Table:
 
 
 def _report(
-    args: argparse.Namespace, rows: Sequence[Setting], seconds: Sequence[float], chosen: Setting
+    args: argparse.Namespace,
+    rows: Sequence[GateResult],
+    seconds: Sequence[float],
+    chosen: GateResult,
 ) -> None:
     """Save the chosen gate, and write what was measured."""
     console = Console(highlight=False)
@@ -191,18 +198,18 @@ def _report(
     def say(line: str) -> None:
         console.print(Text(visible(line)), soft_wrap=True)
 
-    def figures_of(row: Setting) -> dict[str, Any]:
-        return {"share": row.share, "nll": row.nll, "accuracy": row.accuracy,
+    def figures_of(row: GateResult) -> dict[str, Any]:
+        return {"share": row.think_fraction, "nll": row.nll, "accuracy": row.accuracy,
                 "passes_a_token": row.passes}  # fmt: skip
 
     chosen.gate.save(args.model, **figures_of(chosen))
     accuracy = "" if chosen.accuracy is None else f", accuracy {chosen.accuracy:.3f}"
     say(
-        f"chosen: {chosen.gate.kind} above {chosen.gate.threshold:.4f}: {chosen.share:.1%} of the "
-        f"tokens think, {rows[0].passes / chosen.passes:.2f} times fewer passes, NLL "
+        f"chosen: {chosen.gate.kind} above {chosen.gate.threshold:.4f}: "
+        f"{chosen.think_fraction:.1%} of the tokens think, {rows[0].passes / chosen.passes:.2f} times fewer passes, NLL "
         f"{chosen.nll:.4f}{accuracy}; saved in {Path(args.model) / GATE_FILE}"
     )
-    if chosen.share == 0:
+    if chosen.think_fraction == 0:
         say(
             "note: it never thinks: on these texts thoughts gain less than --quality allows to "
             "lose; set it lower, or --speed"

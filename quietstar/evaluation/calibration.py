@@ -24,7 +24,7 @@ from quietstar.sampling.decoding import Decoder
 from quietstar.sampling.thoughts import Sampling
 
 RIDGE = 1e-2
-"""Of the probes' fit, times the mean variance of the states."""
+"""Regularization of the probes' fit, relative to the mean variance of the states."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class Measured:
     """Every predicted token of the texts, in one row.
 
     Attributes:
-        text: Index of its text.
-        states: Of the text, behind the token before.
-        entropy: Of the plain prediction, nats.
+        text: Index of the token's text.
+        states: States of the text behind the token before.
+        entropy: Entropy of the plain prediction, nats.
         weight: Mixing weight.
-        base_nll: Without a thought.
-        mixed_nll: With a greedy one.
-        base_right: Whether the most likely token is the true one.
-        mixed_right: The same with the thought.
-        answer: Whether the token is one of an answer.
+        base_nll: NLL without a thought, nats.
+        mixed_nll: NLL with a greedy thought, nats.
+        base_right: True if the token is the most likely one without a thought.
+        mixed_right: True if it is the most likely one with the thought.
+        answer: True if the token belongs to an answer.
     """
 
     text: Int[Tensor, " tokens"]
@@ -53,13 +53,13 @@ class Measured:
     mixed_right: Bool[Tensor, " tokens"]
     answer: Bool[Tensor, " tokens"]
 
-    def where(self, chosen: Bool[Tensor, " tokens"]) -> Measured:
-        """Some of the tokens."""
-        return Measured(*[getattr(self, field.name)[chosen] for field in fields(self)])
+    def where(self, selected: Bool[Tensor, " tokens"]) -> Measured:
+        """Select some of the tokens."""
+        return Measured(*[getattr(self, field.name)[selected] for field in fields(self)])
 
     @property
     def has_answers(self) -> bool:
-        """Whether the texts have answers."""
+        """Say whether the texts have answers."""
         return bool(self.answer.any())
 
 
@@ -91,7 +91,7 @@ def measure(
 
 
 def fit_probes(measured: Measured) -> dict[str, Probe]:
-    """Linear probes of states that foretell mixing weight and gain: ridge regression."""
+    """Fit linear probes of states that predict mixing weight and gain, by ridge regression."""
     gain = measured.base_nll - measured.mixed_nll
     states = measured.states.double()
     mean = states.mean(0)
@@ -107,36 +107,36 @@ def fit_probes(measured: Measured) -> dict[str, Probe]:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A gate, and what it gives on the texts.
+class GateResult:
+    """A gate, and what it would have given on the texts.
 
     Attributes:
-        gate: It.
-        share: Of the tokens that think.
-        nll: Of the tokens, mixed where they think, nats.
-        accuracy: Of answers (all their tokens right); None without answers.
-        passes: Of the model, a token.
+        gate: Gate with its threshold.
+        think_fraction: Fraction of the tokens that think.
+        nll: NLL of the tokens, mixed where they think, nats.
+        accuracy: Fraction of answers all of whose tokens are right; None without answers.
+        passes: Passes of the model per token.
     """
 
     gate: Gate
-    share: float
+    think_fraction: float
     nll: float
     accuracy: float | None
     passes: float
 
 
-def try_gate(gate: Gate, measured: Measured, scores: Tensor, thought_length: int) -> Setting:
-    """What a gate gives.
+def try_gate(gate: Gate, measured: Measured, scores: Tensor, thought_length: int) -> GateResult:
+    """Compute what a gate would have given.
 
     Args:
-        gate: With its threshold.
-        measured: The texts' tokens.
-        scores: Its scores of them (`score_tokens`).
-        thought_length: T.
+        gate: Gate with its threshold.
+        measured: Tokens of the texts.
+        scores: Scores that the gate gives them (`score_tokens`).
+        thought_length: Tokens of a thought.
     """
     thinks = scores > gate.threshold
     nll = torch.where(thinks, measured.mixed_nll, measured.base_nll).double().mean().item()
-    share = thinks.double().mean().item()
+    fraction = thinks.double().mean().item()
     accuracy = None
     if measured.has_answers:
         right = torch.where(thinks, measured.mixed_right, measured.base_right) | ~measured.answer
@@ -145,17 +145,17 @@ def try_gate(gate: Gate, measured: Measured, scores: Tensor, thought_length: int
         )
         texts = torch.zeros_like(wrong).index_add(0, measured.text, measured.answer.float()) > 0
         accuracy = (wrong[texts] == 0).double().mean().item()
-    return Setting(gate, share, nll, accuracy, 1 + thought_length * share)
+    return GateResult(gate, fraction, nll, accuracy, 1 + thought_length * fraction)
 
 
 def score_tokens(kind: GateKind, measured: Measured, probes: dict[str, Probe]) -> Tensor:
-    """A gate's score of every token."""
+    """Give a gate's score of every token."""
     return measured.entropy if kind == "entropy" else probes[kind](measured.states)
 
 
-def threshold_at(scores: Tensor, share: float) -> float:
-    """The threshold above which this share of the scores lies."""
-    count = round(share * len(scores))
+def threshold_at(scores: Tensor, fraction: float) -> float:
+    """Find the threshold above which this fraction of the scores lies."""
+    count = round(fraction * len(scores))
     ordered = scores.sort(descending=True).values
     if count == 0:
         return float(ordered[0]) + 1e-6 * abs(float(ordered[0])) + 1e-12
@@ -168,13 +168,13 @@ def threshold_at(scores: Tensor, share: float) -> float:
 def stream_seconds(
     model: QuietStarForCausalLM, texts: Int[Tensor, "batch seq"], gate: Gate, start: int = 1
 ) -> float:
-    """Seconds a new token takes where these texts are decoded token by token, as `generate` does.
+    """Measure the seconds a token takes when these texts are decoded as `generate` does.
 
     Args:
-        model: It.
-        texts: Of one length; what they say is forced, so that every gate reads the same.
-        gate: It.
-        start: Tokens that are read at once before.
+        model: Model that thinks.
+        texts: Texts of one length; their tokens are forced, so that every gate reads the same.
+        gate: Gate that decides which tokens think.
+        start: Number of tokens that are read at once at the beginning.
     """
     sampling = Sampling(1, model.thoughts.length, None, 0)
     rows = torch.arange(len(texts), device=texts.device)

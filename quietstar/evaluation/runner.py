@@ -232,7 +232,7 @@ class Runner:
     def _swapped(
         self, task: Task, items: Sequence[EncodedItem], batch: AnswerBatch, count: int
     ) -> Tensor:
-        """Thoughts of another item, or of other positions of a plain text, from the store."""
+        """Read the thoughts of another item, or of a plain text's other positions."""
         seed, swapped = self.protocol.seed, []
         donors = controls.derangement(count, seed).tolist() if count > 1 else []
         for one in items:

@@ -4,9 +4,9 @@ A thought costs T + 1 passes in place of one, and most tokens gain nothing by it
 state behind the newest token, which is known before any thought, and lets those think whose score
 is above a threshold (`quietstar calibrate` finds one):
 
-- ``entropy``: of the plain model's prediction, nats;
-- ``weight``: the mixing weight that a linear probe of the state foretells;
-- ``gain``: the gain of thinking that such a probe foretells, nats;
+- ``entropy``: the entropy of the plain model's prediction, nats;
+- ``weight``: the mixing weight that a linear probe of the state predicts;
+- ``gain``: the gain of thinking that such a probe predicts, nats;
 - ``always`` and ``never``.
 """
 
@@ -36,26 +36,26 @@ class Probe:
     """A linear function of states of the text.
 
     Attributes:
-        weight: Times the state.
-        bias: Added.
+        weight: Weight of each entry of a state.
+        bias: Constant that is added.
     """
 
     weight: Float[Tensor, " width"]
     bias: Float[Tensor, ""]
 
     def __call__(self, states: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows"]:
-        """What it foretells."""
+        """Predict from states."""
         return states.float() @ self.weight.to(states.device) + self.bias.to(states.device)
 
 
 @dataclass(frozen=True)
 class Gate:
-    """Decides who thinks.
+    """Decides which texts think before their next token.
 
     Attributes:
-        kind: Of the score (`GateKind`).
-        threshold: Rows with a higher score think.
-        probes: By name, what kinds ``weight`` and ``gain`` score by.
+        kind: Kind of the score (`GateKind`).
+        threshold: Score above which a text thinks.
+        probes: Probes by name, for the kinds ``weight`` and ``gain``.
     """
 
     kind: str
@@ -76,11 +76,11 @@ class Gate:
     def decide(
         self, states: Float[Tensor, "batch width"], logits: Float[Tensor, "batch vocab"]
     ) -> Bool[Tensor, " batch"]:
-        """Which rows think.
+        """Say which rows think.
 
         Args:
-            states: Behind the newest tokens.
-            logits: The plain model's, from these.
+            states: States of the newest tokens.
+            logits: Logits of the plain model from these states.
         """
         if self.kind in ("always", "never"):
             return torch.full_like(states[:, 0], self.kind == "always", dtype=torch.bool)
@@ -89,16 +89,16 @@ class Gate:
     def score(
         self, states: Float[Tensor, "batch width"], logits: Float[Tensor, "batch vocab"]
     ) -> Float[Tensor, " batch"]:
-        """What the threshold is compared with; of kinds that have a score."""
+        """Compute what the threshold is compared with, for kinds that have a score."""
         if self.kind == "entropy":
             logprobs = logits.log_softmax(-1)
             return -(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(-1)
         return self.probes[self.kind](states)
 
     def save(self, folder: str | Path, **figures: object) -> None:
-        """Write the gate beside a saved model; ``figures`` say what was measured of it."""
-        told = {"kind": self.kind, "threshold": self.threshold, **figures}
-        Path(folder, GATE_FILE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        """Write the gate beside a saved model, with figures that were measured of it."""
+        content = {"kind": self.kind, "threshold": self.threshold, **figures}
+        Path(folder, GATE_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         tensors = {}
         for name, probe in self.probes.items():
             tensors |= {f"{name}.weight": probe.weight.contiguous(), f"{name}.bias": probe.bias}
@@ -118,11 +118,11 @@ class Gate:
                 f"--model {folder} --data FILE"
             )
         try:
-            told = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
             tensors = load_file(Path(folder, PROBES_FILE))
             names = {name.partition(".")[0] for name in tensors}
             probes = {n: Probe(tensors[f"{n}.weight"], tensors[f"{n}.bias"]) for n in names}
-            return cls(told["kind"], float(told["threshold"]), probes)
+            return cls(content["kind"], float(content["threshold"]), probes)
         except (ValueError, KeyError, OSError, SafetensorError) as problem:
             raise UserError(
                 f"{path}: no gate that can be read ({problem}); run quietstar calibrate again"

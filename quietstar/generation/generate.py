@@ -27,13 +27,13 @@ from quietstar.sampling.thoughts import Sampling
 
 @dataclass
 class ThinkingOutput(ModelOutput):
-    """As transformers' own, and the thoughts.
+    """Output of generation: transformers' own fields, and the thoughts.
 
     Attributes:
         sequences: Token ids of prompts and what was generated.
-        thoughts: Tokens of those before each new token, -1 where none was made.
-        scores: Of each new token, processed, (batch, vocab) each; with ``output_scores``.
-        logits: Of each new token, mixed, (batch, vocab) each; with ``output_logits``.
+        thoughts: Tokens of the thoughts before each new token, -1 where none was made.
+        scores: Processed scores of each new token, (batch, vocab); with ``output_scores``.
+        logits: Mixed logits of each new token, (batch, vocab); with ``output_logits``.
     """
 
     sequences: Int[Tensor, "batch seq"]
@@ -43,7 +43,7 @@ class ThinkingOutput(ModelOutput):
 
 
 class ThinkingStreamer(BaseStreamer):
-    """A streamer that is given the thoughts too, before the tokens that they led to."""
+    """A streamer that also gets the thoughts, each before the token that it led to."""
 
     def think(self, thoughts: Int[Tensor, "batch thoughts length"]) -> None:
         """Take the thoughts of the next token; -1 where none was made."""
@@ -58,10 +58,10 @@ def generate(
     streamer: BaseStreamer | None,
     arguments: dict[str, Any],
 ) -> Any:
-    """What `QuietStarForCausalLM.generate` returns; arguments as there.
+    """Generate texts; arguments and result are those of `QuietStarForCausalLM.generate`.
 
     Raises:
-        UserError: Beams, or a text that leaves no room.
+        UserError: Beams were asked for, or a text leaves no room.
     """
     gate = think if isinstance(think, Gate) else Gate("always" if think else "never")
 
@@ -146,7 +146,7 @@ class _Loop:
         return self._output(input_ids)
 
     def _next(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Think, and choose the next token of every row; the thoughts."""
+        """Think and choose the next token of every row; also returns the thoughts."""
         logits, thoughts = self._predict(input_ids[:, -1])
         scores = self.processor(input_ids, logits)  # pyright: ignore[reportArgumentType]
         if self.config.return_dict_in_generate:
@@ -160,7 +160,7 @@ class _Loop:
         return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1), thoughts
 
     def _predict(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the next tokens, and the thoughts before them (-1 where none was made)."""
+        """Predict the next tokens; also returns their thoughts, -1 where none was made."""
         decoder, model = self.decoder, self.model
         appended = decoder.append(tokens, opens=self.gate.kind != "never")
         states, base = appended.states, appended.logits
@@ -198,13 +198,13 @@ def next_logits(
     base: Float[Tensor, "rows vocab"],
     thinking: Thinking,
 ) -> Float[Tensor, "rows vocab"]:
-    """Mixed logits of the next token, in float32; several thoughts are averaged as probabilities.
+    """Mix the logits of the next token, in float32; several thoughts are averaged as probabilities.
 
     Args:
-        model: Has mixing head and output head.
-        states: Behind the newest tokens.
-        base: The plain model's logits, from these.
-        thinking: Thoughts there.
+        model: Model with mixing head and output head.
+        states: States of the newest tokens.
+        base: Logits of the plain model from these states.
+        thinking: Thoughts behind these tokens.
     """
     weight = model.mixing_head(
         text_lookahead(states[:, None], 1, None), thinking.ahead[None, :, :, None]
