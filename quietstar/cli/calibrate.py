@@ -15,15 +15,8 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from quietstar.cli.options import (
-    Parser,
-    add_model,
-    load_model,
-    number,
-    output_file,
-    whole,
-    write_text,
-)  # fmt: skip
+from quietstar.cli import options
+from quietstar.cli.options import Parser
 from quietstar.config import DataConfig
 from quietstar.config.loading import load_config
 from quietstar.data import Batch, build_data, load_tokenizer
@@ -57,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().read(arguments)
     if args.speed is not None and args.quality is not None:
         raise UserError("--speed: does not go with --quality; leave one out")
-    model = load_model(args, True, "Give the folder of a saved one.")
+    model = options.load_model(args, True, "Give the folder of a saved one.")
     if model.max_text_length is not None:
         args.seq_len = min(args.seq_len, model.max_text_length)
     batches = _held_out(args)
@@ -222,7 +215,7 @@ def _report(
     gate = {"gate": chosen.gate.kind, "threshold": chosen.gate.threshold, **figures_of(chosen)}
     if args.json is not None:
         result = {"rows": figures, "chosen": gate}
-        write_text(args.json, json.dumps(result, indent=2) + "\n")
+        options.write_text(args.json, json.dumps(result, indent=2) + "\n")
     if args.plot is not None:
         from quietstar.reports.calibration import write_plot
 
@@ -235,21 +228,27 @@ def _parser() -> Parser:
         "Finds where thinking pays on held-out text, and saves a gate beside the model\n"
         "(quietstar generate --gate calibrated).",
     )
-    add_model(parser)
+    options.add_model(parser)
     add = parser.add_argument
     add("--data", metavar="FILE", help="held-out text; default: that of the run of the model")
     add("--gate", choices=(*KINDS, "best"), default="best", help="kind of score")
-    add("--speed", type=number(1.0, above=True), metavar="X",
+    add("--speed", type=options.number(1.0, above=True), metavar="X",
         help="lose least among gates with X times fewer passes than thinking always")  # fmt: skip
-    add("--quality", type=number(), metavar="LOSS",
+    add("--quality", type=options.number(), metavar="LOSS",
         help="be fastest among gates that lose at most this accuracy (or nats); "
         "default: 0.01")  # fmt: skip
-    add("--seq-len", type=whole(2), default=128, metavar="N", help="length of texts of --data")
-    add("--sequences", type=whole(2), default=64, metavar="N",
+    add(
+        "--seq-len",
+        type=options.whole(2),
+        default=128,
+        metavar="N",
+        help="length of texts of --data",
+    )
+    add("--sequences", type=options.whole(2), default=64, metavar="N",
         help="texts; half fit the probes, half try the gates")  # fmt: skip
-    add("--batch-size", type=whole(1), default=8, metavar="N", help="texts at once")
-    add("--timed-tokens", type=whole(3), default=64, metavar="N",
+    add("--batch-size", type=options.COUNT, default=8, metavar="N", help="texts at once")
+    add("--timed-tokens", type=options.whole(3), default=64, metavar="N",
         help="tokens decoded with each gate to measure speed")  # fmt: skip
-    add("--json", type=output_file(), metavar="FILE", help="all figures")
-    add("--plot", type=output_file(), metavar="FILE.html", help="speed against quality")
+    add("--json", type=options.output_file(), metavar="FILE", help="all figures")
+    add("--plot", type=options.output_file(), metavar="FILE.html", help="speed against quality")
     return parser

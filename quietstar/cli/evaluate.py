@@ -17,16 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from quietstar import __version__
-from quietstar.cli.options import (
-    MOST_THOUGHTS,
-    Parser,
-    add_model,
-    load_model,
-    number,
-    output_file,
-    whole,
-    write_text,
-)  # fmt: skip
+from quietstar.cli import options
+from quietstar.cli.options import Parser
 from quietstar.data.tokenizer import load_tokenizer
 from quietstar.errors import UserError, visible
 from quietstar.evaluation.controls import CONTROLS, WITH, WITHOUT
@@ -96,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, figures in results.items():
         console.print(task_view(name, figures))
     if args.out is not None:
-        write_text(args.out, json.dumps(result, indent=2) + "\n")
+        options.write_text(args.out, json.dumps(result, indent=2) + "\n")
     page = None if args.report is None else write_page(args.report, args.model, result)
     for what, path in (("figures", args.out), ("items", args.out_items), ("page", page)):
         if path is not None:
@@ -156,7 +148,7 @@ def _build(
         UserError: There is no such model, or it cannot think as it is asked to.
     """
     remedy = "Set --thoughts off, or --untrained for a baseline of thoughts never trained."
-    model = load_model(args, WITH in protocol.variants and not args.untrained, remedy)
+    model = options.load_model(args, WITH in protocol.variants and not args.untrained, remedy)
     if "shuffled" in protocol.variants and model.thoughts.length < 2:
         raise UserError("--controls: thoughts of one token cannot be shuffled; leave it out")
     tokenizer = load_tokenizer(args.model, trust_remote_code=False)
@@ -213,7 +205,7 @@ def _environment(model: QuietStarForCausalLM) -> dict[str, Any]:
 
 def _parser() -> Parser:
     parser = Parser("quietstar eval", DESCRIPTION)
-    add_model(parser, "a saved Quiet-STaR model, or a plain causal LM")
+    options.add_model(parser, "a saved Quiet-STaR model, or a plain causal LM")
     add = parser.add_argument
     add("--tasks", required=True, metavar="NAMES",
         help=f"comma-separated: {', '.join(TASKS)}, FILE.jsonl, FILE.txt")  # fmt: skip
@@ -228,27 +220,33 @@ def _parser() -> Parser:
     add("--include-path", metavar="DIR",
         help="folder with task files of lm-evaluation-harness, as eval/tasks")  # fmt: skip
     add("--data-dir", metavar="DIR", help="folder with the tasks' JSONL files; default: the hub")
-    add("--limit", type=whole(1), metavar="N", help="only the first N items of each task")
-    add("--batch-size", type=whole(1), default=16, metavar="N", help="items (or chains) at once")
-    add("--seed", type=whole(), default=0, help="seed of thoughts, chains, controls, resampling")
-    add("--samples", type=whole(1, MOST_THOUGHTS), default=1, metavar="N",
+    add("--limit", type=options.COUNT, metavar="N", help="only the first N items of each task")
+    add(
+        "--batch-size",
+        type=options.COUNT,
+        default=16,
+        metavar="N",
+        help="items (or chains) at once",
+    )
+    add("--seed", type=options.SEED, default=0, help="seed of thoughts, chains and resampling")
+    add("--samples", type=options.THOUGHTS, default=1, metavar="N",
         help="thoughts of each item, whose scores are averaged")  # fmt: skip
-    add("--thought-temperature", type=number(), metavar="T",
+    add("--thought-temperature", type=options.number(), metavar="T",
         help="temperature of thoughts; without it their most likely tokens")  # fmt: skip
-    add("--votes", type=whole(1, MOST_THOUGHTS), default=8, metavar="N",
+    add("--votes", type=options.THOUGHTS, default=8, metavar="N",
         help="chains of thought of an item (gsm8k_cot)")  # fmt: skip
-    add("--temperature", type=number(), default=0.9, metavar="T",
+    add("--temperature", type=options.number(), default=0.9, metavar="T",
         help="temperature of the chains; 0 takes the most likely tokens")  # fmt: skip
-    add("--max-new-tokens", type=whole(1), default=384, metavar="N",
+    add("--max-new-tokens", type=options.COUNT, default=384, metavar="N",
         help="length of a chain, before its final answer")  # fmt: skip
-    add("--text-tokens", type=whole(1), default=256, metavar="N",
+    add("--text-tokens", type=options.COUNT, default=256, metavar="N",
         help="tokens that are read of a text, and tokens of a span of FILE.txt")  # fmt: skip
     add("--untrained", action="store_true", help="let a plain model think, as a baseline")
-    add("--out", type=output_file(), metavar="FILE.json",
+    add("--out", type=options.output_file(), metavar="FILE.json",
         help="figures; an interrupted evaluation continues from the items beside it")  # fmt: skip
-    add("--out-items", type=output_file(), metavar="FILE.jsonl",
+    add("--out-items", type=options.output_file(), metavar="FILE.jsonl",
         help="scores of every item; default: FILE.items.jsonl beside --out")  # fmt: skip
-    add("--report", type=output_file(), metavar="FILE.html", help="a page with plots")
+    add("--report", type=options.output_file(), metavar="FILE.html", help="a page with plots")
     add("--overwrite", action="store_true",
         help="start over where the files hold another evaluation, or something else")  # fmt: skip
     return parser

@@ -12,15 +12,8 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from quietstar.cli.options import (
-    MOST_THOUGHTS,
-    Parser,
-    add_model,
-    load_model,
-    number,
-    read_text,
-    whole,
-)  # fmt: skip
+from quietstar.cli import options
+from quietstar.cli.options import Parser
 from quietstar.data.tokenizer import check_unicode, load_tokenizer, pad_left, padding_id
 from quietstar.errors import UserError, visible
 from quietstar.generation.gates import PROBED, Gate, GateKind
@@ -44,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--prompts", metavar="FILE", help="one prompt per line, UTF-8; blank lines are skipped"
     )
-    parser.add_argument("--batch-size", type=whole(1), default=8, help="prompts of a file at once")
+    parser.add_argument(
+        "--batch-size", type=options.COUNT, default=8, help="prompts of a file at once"
+    )
     args = parser.read(arguments)
     prompts = _prompts(args)
     model, tokenizer = load(args)
@@ -68,22 +63,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
     """Add the options of model, thoughts and sampling, which ``quietstar chat`` has too."""
-    add_model(parser)
+    options.add_model(parser)
     add = parser.add_argument
-    add("--max-new-tokens", type=whole(1), default=128, metavar="N", help="length of the answer")
+    add(
+        "--max-new-tokens",
+        type=options.COUNT,
+        default=128,
+        metavar="N",
+        help="length of the answer",
+    )
     add("--show-thoughts", action="store_true", help="print them dim, before their token")
     add("--no-thoughts", action="store_true", help="generate with the plain model")
     add("--gate", metavar="GATE",
         help="which tokens think: calibrated, entropy:NATS, weight:W or gain:NATS")  # fmt: skip
-    add("--num-thoughts", type=whole(1, MOST_THOUGHTS), default=1, metavar="K",
+    add("--num-thoughts", type=options.THOUGHTS, default=1, metavar="K",
         help="thoughts before each token, whose predictions are averaged")  # fmt: skip
-    add("--thought-temperature", type=number(), metavar="T",
+    add("--thought-temperature", type=options.number(), metavar="T",
         help="temperature of thoughts; without it their most likely tokens")  # fmt: skip
-    add("--temperature", type=number(), default=0.0, metavar="T",
+    add("--temperature", type=options.number(), default=0.0, metavar="T",
         help="temperature of the text; 0 takes the most likely tokens")  # fmt: skip
-    add("--top-p", type=number(0.0, 1.0, above=True), default=1.0, metavar="P",
+    add("--top-p", type=options.number(0.0, 1.0, above=True), default=1.0, metavar="P",
         help="sample from the most likely tokens that reach this probability")  # fmt: skip
-    add("--seed", type=whole(), default=0, help="seed of text and thoughts")
+    add("--seed", type=options.SEED, default=0, help="seed of text and thoughts")
 
 
 def load(args: argparse.Namespace) -> tuple[QuietStarForCausalLM, PreTrainedTokenizerBase]:
@@ -95,7 +96,7 @@ def load(args: argparse.Namespace) -> tuple[QuietStarForCausalLM, PreTrainedToke
     if args.no_thoughts and (args.show_thoughts or args.gate):
         raise UserError("--no-thoughts: does not go with --show-thoughts or --gate; leave one out")
     remedy = "Set --no-thoughts to generate with the plain model."
-    model = load_model(args, not args.no_thoughts, remedy)
+    model = options.load_model(args, not args.no_thoughts, remedy)
     torch.manual_seed(args.seed)
     return model, load_tokenizer(args.model, trust_remote_code=False)
 
@@ -122,7 +123,7 @@ def _gate(args: argparse.Namespace) -> bool | Gate:
         return Gate.load(args.model)
     kind, _, threshold = args.gate.partition(":")
     try:
-        value = number(-float("inf"))(threshold)
+        value = options.number(-float("inf"))(threshold)
     except argparse.ArgumentTypeError:
         raise UserError(
             f"--gate ({args.gate}): must be calibrated, or a kind and a threshold, as entropy:1.5"
@@ -137,7 +138,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt is not None:
         prompts = [check_unicode(args.prompt, "--prompt")]
     else:
-        lines = read_text("--prompts", args.prompts).splitlines()
+        lines = options.read_text("--prompts", args.prompts).splitlines()
         prompts = [line for line in lines if line.strip()]
     if not prompts or not prompts[0].strip():
         option = "--prompt" if args.prompt is not None else f"--prompts ({args.prompts})"

@@ -16,18 +16,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from quietstar.cli.options import (
-    MOST_THOUGHTS,
-    Parser,
-    add_model,
-    existing,
-    load_model,
-    number,
-    output_file,
-    read_text,
-    whole,
-    write_text,
-)  # fmt: skip
+from quietstar.cli import options
+from quietstar.cli.options import Parser
 from quietstar.data.tokenizer import check_unicode, load_tokenizer
 from quietstar.errors import UserError, visible
 from quietstar.evaluation.inspection import Reading, inspect_text, num_windows
@@ -77,10 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(document_view(document))
         return 0
     if out.suffix == ".html":
-        write_text(out, render_page(documents))
+        options.write_text(out, render_page(documents))
     else:
         content = documents[0] if len(documents) == 1 else documents
-        write_text(out, json.dumps(content, indent=1) + "\n")
+        options.write_text(out, json.dumps(content, indent=1) + "\n")
     console.print(Text(visible(f"{len(documents[0]['tokens'])} tokens: {out}")), soft_wrap=True)
     return 0
 
@@ -91,7 +81,7 @@ def _text(args: argparse.Namespace) -> str:
     if args.text is not None:
         text = check_unicode(args.text, "--text")
     else:
-        text = read_text("--text-file", args.text_file)
+        text = options.read_text("--text-file", args.text_file)
     if not text.strip():
         option = "--text" if args.text is not None else f"--text-file ({args.text_file})"
         raise UserError(f"{option}: is empty; give a text of at least two tokens")
@@ -102,7 +92,7 @@ def _inspect(
     name: str, tokenizer: PreTrainedTokenizerBase, text: str, count: int, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Return what a model thinks of a text of ``count`` tokens."""
-    model = load_model(args, True, "quietstar inspect needs a trained one.", name)
+    model = options.load_model(args, True, "quietstar inspect needs a trained one.", name)
     most = model.max_text_length
     context = args.context or most
     if most is not None and context is not None and context > most:
@@ -185,19 +175,19 @@ def _parser() -> Parser:
         "Shows what a model thinks before every token of a text, and what it gains;\n"
         "without --out in the terminal.",
     )
-    add_model(parser)
+    options.add_model(parser)
     add = parser.add_argument
     add("--text", metavar="TEXT", help="text to read")
     add("--text-file", metavar="FILE", help="file with the text, UTF-8")
-    add("--out", type=output_file(".html", ".json"), metavar="FILE",
+    add("--out", type=options.output_file(".html", ".json"), metavar="FILE",
         help="page (.html) or its figures (.json)")  # fmt: skip
     add("--force", action="store_true", help="replace a file that exists")
-    add("--compare", type=existing, metavar="DIR", help="a second model, side by side")
-    add("--num-thoughts", type=whole(1, MOST_THOUGHTS), default=1, metavar="K",
+    add("--compare", type=options.existing, metavar="DIR", help="a second model, side by side")
+    add("--num-thoughts", type=options.THOUGHTS, default=1, metavar="K",
         help="thoughts before every token")  # fmt: skip
-    add("--temperature", type=number(), metavar="T",
+    add("--temperature", type=options.number(), metavar="T",
         help="temperature of thoughts; without it their most likely tokens")  # fmt: skip
-    add("--seed", type=whole(), default=0, help="seed of sampled thoughts")
-    add("--context", type=whole(2), metavar="N",
+    add("--seed", type=options.SEED, default=0, help="seed of sampled thoughts")
+    add("--context", type=options.whole(2), metavar="N",
         help="tokens that are read at once; default: what the model takes")  # fmt: skip
     return parser

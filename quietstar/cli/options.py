@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 DEFAULT_CONFIG = "configs/demo.yaml"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-MOST_THOUGHTS = 1000
-"""Upper bound of thoughts per position on the command line: far above what memory allows."""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -98,6 +96,12 @@ def whole(least: int = 0, most: int = 2**63 - 1) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+COUNT = whole(1)
+SEED = whole()
+THOUGHTS = whole(1, 1000)
+"""Thoughts per position, or chains per item; the bound is far above what memory allows."""
 
 
 def number(least: float = 0.0, most: float = math.inf, above: bool = False) -> Callable[[str], Any]:
