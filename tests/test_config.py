@@ -527,8 +527,8 @@ def test_the_config_of_an_old_run_folder_is_translated(write, caplog):
     assert (first.thoughts.sampler, second.thoughts.sampler) == ("rollout", "pause")
     assert first.thoughts.position_fraction == 0.5
     assert config.data.rationale_field == "rationale"
-    assert "keys of an earlier version" in caplog.text
-    assert "optim.lr -> optim.learning_rate" in caplog.text
+    assert "translated 7 keys of an earlier version" in caplog.text
+    assert "data.steps_field -> data.rationale_field" in caplog.text
 
 
 def test_old_keys_of_any_other_file_are_errors(write):
