@@ -527,7 +527,7 @@ def test_the_config_of_an_old_run_folder_is_translated(write, caplog):
     assert (first.thoughts.sampler, second.thoughts.sampler) == ("rollout", "pause")
     assert first.thoughts.position_fraction == 0.5
     assert config.data.rationale_field == "rationale"
-    assert "translated 7 keys of an earlier version" in caplog.text
+    assert "translated 6 keys of an earlier version" in caplog.text
     assert "data.steps_field -> data.rationale_field" in caplog.text
 
 
