@@ -192,3 +192,21 @@ def test_the_command_knows_the_model(folder, capsys, monkeypatch):
          "--include_path", str(folder)]
     )  # fmt: skip
     assert "|choices|" in capsys.readouterr().out
+
+
+def test_a_model_trained_to_think_once_is_scored_so(folder):
+    base = plain_model(max_position_embeddings=96, eos_token_id=256)
+    once = thinking_model(base, thoughts={"length": 3, "positions": "answer_start"})
+    once.save_pretrained(folder / "once", load_tokenizer("bytes"))
+
+    def score(continuation, **settings):
+        model = QuietStarLM(str(folder / "once"), device="cpu", **settings)
+        return model._loglikelihood_tokens([(None, [65, 66], continuation)])[0][0]
+
+    first, rest = [67], [68, 69]
+    assert score(first) == pytest.approx(score(first, positions="every"), abs=1e-5)
+    plain = score(first + rest, thoughts="off") - score(first, thoughts="off")
+    assert score(first + rest) == pytest.approx(score(first) + plain, abs=1e-4)
+    assert score(first + rest) != pytest.approx(score(first + rest, positions="every"), abs=1e-4)
+    with pytest.raises(UserError, match=r"positions: 'never' must be trained or every"):
+        QuietStarLM(str(folder / "once"), positions="never", device="cpu")

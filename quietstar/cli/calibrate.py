@@ -200,7 +200,8 @@ def _report(
     say(
         f"chosen: {chosen.gate.kind} above {chosen.gate.threshold:.4f}: "
         f"{chosen.think_fraction:.1%} of the tokens think, "
-        f"{rows[0].passes / chosen.passes:.2f} times fewer passes, NLL {chosen.nll:.4f}{accuracy}; saved in {Path(args.model) / GATE_FILE}"
+        f"{rows[0].passes / chosen.passes:.2f} times fewer passes, NLL {chosen.nll:.4f}{accuracy}; "
+        f"saved in {Path(args.model) / GATE_FILE}"
     )
     if chosen.think_fraction == 0:
         say(
