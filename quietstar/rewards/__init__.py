@@ -7,7 +7,7 @@ positions at a time, always with all thoughts of a position.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -18,10 +18,19 @@ from quietstar.sampling.thoughts import ThoughtBatch
 class Reward(Protocol):
     """What a reward is.
 
-    One that does not read ``scores.thought`` may say so by an attribute ``reads_thought = False``:
-    where nothing else reads it either, it is not computed, and ``scores.thought`` is None.
+    One that does not read ``scores.thought`` may say so (`without_thought`): where nothing else
+    reads it either, it is not computed, and ``scores.thought`` is None.
     """
 
     def __call__(self, thoughts: ThoughtBatch, scores: ThoughtScores) -> Tensor:
         """Return the reward of every thought, (batch, positions, thoughts)."""
         ...
+
+
+R = TypeVar("R", bound=Any)
+
+
+def without_thought(reward: R) -> R:
+    """Say of a reward that it does not read ``scores.thought``."""
+    reward.reads_thought = False
+    return reward

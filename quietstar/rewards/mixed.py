@@ -6,14 +6,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quietstar.losses.weights import ThoughtScores
+from quietstar.rewards import without_thought
 from quietstar.sampling.thoughts import ThoughtBatch
 
 
+@without_thought
 def mixed(
     thoughts: ThoughtBatch, scores: ThoughtScores
 ) -> Float[Tensor, "batch positions thoughts"]:
     """Sum log p_mixed(x_{i+a}) over the valid targets (arXiv 2403.09629, section 4.4.2), nats."""
     return scores.mixed.where(scores.valid.unsqueeze(2), 0.0).sum(-1)
-
-
-mixed.reads_thought = False  # so the thought's own prediction need not be computed for it
