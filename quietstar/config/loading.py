@@ -207,9 +207,9 @@ def _read_yaml(path: Path, shown: str) -> tuple[dict[Any, Any], dict[str, int], 
         data, renamed = migrate(data)
         lines |= {new: lines[old] for old, new in renamed.items() if old in lines}
         if renamed:
-            names = ", ".join([f"{old} -> {new}" for old, new in renamed.items()][:3])
+            names = ", ".join(f"{old} -> {new}" for old, new in renamed.items())
             logger.warning(
-                "%s: translated %d keys of an earlier version: %s, ...", shown, len(renamed), names
+                "%s: translated %d keys of an earlier version: %s", shown, len(renamed), names
             )
     problems = [f"{shown}:{line}: {key}: stands twice; remove one" for key, line in repeated]
     return data, lines, problems
