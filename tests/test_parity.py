@@ -10,7 +10,8 @@ from reference import Reference, run_reference
 from torch import Tensor
 
 from quietstar import QuietStarForCausalLM
-from quietstar.attention import passes, steps
+from quietstar.attention import passes
+from quietstar.attention import rollout_steps as steps
 from quietstar.backbone.teacher_forced import teacher_forced
 from quietstar.config import MixingHeadConfig, ThoughtsConfig, loss_config
 from quietstar.model.self_check import use_thinking_attention
