@@ -474,7 +474,7 @@ def test_rewards_gain_and_policy_loss_of_a_case_worked_out_by_hand():
                  = -l^2 / 4
     base_nll     log 3;    mixed_nll  a = 1 only: (l + 2l + 2l + l) / 4 = 3l/2
     gain         log 3 - 3l/2
-    gain_ahead   the one target at a = 2: log 3 - (l + 2l) / 2
+    gain_beyond_next   the one target at a = 2: log 3 - (l + 2l) / 2
     reward       against the base: the sum of rewards is -9l; the base's log-probabilities are
                  -2 log 3 twice and -log 3 twice: (6 log 3 - 9l) / 4
     spread       standard deviations sqrt(2) l and l / sqrt(2); their mean 3 l / (2 sqrt(2))
@@ -510,12 +510,12 @@ def test_rewards_gain_and_policy_loss_of_a_case_worked_out_by_hand():
         "base_nll": math.log(3),
         "mixed_nll": 3 * bit / 2,
         "gain": math.log(3) - 3 * bit / 2,
-        "gain_ahead": math.log(3) - 3 * bit / 2,
+        "gain_beyond_next": math.log(3) - 3 * bit / 2,
         "mixing_weight": 0.5,
         "reward": (6 * math.log(3) - 9 * bit) / 4,
-        "reward_spread": 3 * bit / (2 * math.sqrt(2)),
-        "alike": 0.0,
-        "distinct": 1.0,
+        "reward_std": 3 * bit / (2 * math.sqrt(2)),
+        "identical_fraction": 0.0,
+        "distinct_token_ratio": 1.0,
         "thought_logprob": -3 * bit / 2,
         "entropy": 3 * bit / 2,  # the estimate from the sampled tokens
     }

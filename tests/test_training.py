@@ -383,8 +383,8 @@ def test_an_unsupported_architecture_is_refused_in_one_line(tmp_path, capsys):
 
 ALARMING = {
     "entropy": (0.01, "almost no entropy"),
-    "distinct": (0.2, "repeat themselves"),
-    "alike": (0.95, "REINFORCE has no signal"),
+    "distinct_token_ratio": (0.2, "repeat themselves"),
+    "identical_fraction": (0.95, "REINFORCE has no signal"),
     "mixing_weight": (0.001, "mixing weight fell"),
 }
 
@@ -396,8 +396,8 @@ def test_an_alarm_sounds_once_for_the_figure_that_is_bad(name, tmp_path, capsys)
         "mixed_nll": 1.9,
         "mixing_weight": 0.1,
         "entropy": 2.0,
-        "distinct": 0.9,
-        "alike": 0.1,
+        "distinct_token_ratio": 0.9,
+        "identical_fraction": 0.1,
     }
     config = run_config(tmp_path, training__max_steps=100)
     (tmp_path / "run").mkdir()

@@ -21,13 +21,13 @@ class ThoughtMetrics:
     mixed_nll             with thoughts, mixed
     thought_nll           by the thought's own prediction
     gain                  base_nll - mixed_nll: the gain of thinking (derived)
-    gain_ahead            the same over the targets further ahead (a > 1)
+    gain_beyond_next      the same over the targets further ahead (a > 1)
     mixing_weight         mean share of the thought in the prediction of the next token
     reward                log-probability that a thought adds over all its targets, nats
-    reward_spread         standard deviation of the reward among a position's thoughts
-    alike                 share of positions whose thoughts are all the same: no signal there
+    reward_std            standard deviation of the reward among a position's thoughts
+    identical_fraction    fraction of positions whose thoughts are all the same: no signal there
     entropy               of the thought tokens' distributions, nats (at the policy temperature)
-    distinct              distinct tokens of a thought over its length
+    distinct_token_ratio  distinct tokens of a thought over its length
     thought_logprob       mean log-probability of the thought tokens
     text_nll              with chosen positions: NLL without thoughts over *all* next tokens, while
                           base_nll, mixed_nll and gain are over those behind a thought
@@ -103,11 +103,11 @@ def _prediction_figures(s: ScoredThoughts) -> dict[str, tuple[Tensor, Tensor]]:
     valid = s.valid[0]  # (B, P)
     count = valid.sum()
     ahead = s.valid[1:]
-    gain_ahead = (s.mixed_logprobs[1:].mean(1) - s.base_logprobs[1:]).where(ahead, 0.0)
+    gain_beyond_next = (s.mixed_logprobs[1:].mean(1) - s.base_logprobs[1:]).where(ahead, 0.0)
     figures = {
         "base_nll": (-s.base_logprobs[0].where(valid, 0.0).sum(), count),
         "mixed_nll": (-s.mixed_logprobs[0].where(valid, 0.0).sum(), count * num_thoughts),
-        "gain_ahead": (gain_ahead.sum(), ahead.sum()),
+        "gain_beyond_next": (gain_beyond_next.sum(), ahead.sum()),
         "mixing_weight": (s.mixing_weight[0].where(valid, 0.0).sum(), count * num_thoughts),
     }
     if s.thought_logprobs is not None:
@@ -127,9 +127,9 @@ def _reward_figures(s: ScoredThoughts) -> dict[str, tuple[Tensor, Tensor]]:
     gain = (s.mixed_logprobs - s.base_logprobs.unsqueeze(1)).where(s.valid.unsqueeze(1), 0.0).sum(0)
     figures = {"reward": (gain.sum(), count * num_thoughts)}
     if num_thoughts > 1:
-        alike = (s.thoughts == s.thoughts[:, :1]).all(0).all(0)  # (B, P)
-        figures["reward_spread"] = (gain.std(0).where(has_target, 0.0).sum(), count)
-        figures["alike"] = ((alike & has_target).sum(), count)
+        identical = (s.thoughts == s.thoughts[:, :1]).all(0).all(0)  # (B, P)
+        figures["reward_std"] = (gain.std(0).where(has_target, 0.0).sum(), count)
+        figures["identical_fraction"] = ((identical & has_target).sum(), count)
     return figures
 
 
@@ -144,6 +144,6 @@ def _token_figures(s: ScoredThoughts) -> dict[str, tuple[Tensor, Tensor]]:
     entropy = -logprobs if s.entropy is None else s.entropy.where(has_target, 0.0).sum()
     return {
         "entropy": (entropy, count * length),
-        "distinct": (distinct.where(has_target, 0).sum() / length, count),
+        "distinct_token_ratio": (distinct.where(has_target, 0).sum() / length, count),
         "thought_logprob": (logprobs, count * length),
     }

@@ -16,6 +16,7 @@ from quietstar.errors import UserError
 RENAMED = {
     "accuracy_exchanged": "accuracy_swapped",
     "exchanged_thoughts": "swapped_thoughts",
+    "gain_ahead": "gain_beyond_next",
     "reward_spread": "reward_std",
     "alike": "identical_fraction",
     "distinct": "distinct_token_ratio",

@@ -262,12 +262,12 @@ _HEALTH_CHECKS: dict[str, tuple[Callable[[float], bool], str]] = {
         "thoughts have almost no entropy ({:.3f} nats a token): they collapse to one text. "
         "Raise loss.entropy_weight or thoughts.temperature, or lower loss.policy_weight.",
     ),
-    "distinct": (
+    "distinct_token_ratio": (
         lambda x: x < 0.3,
         "thoughts repeat themselves ({:.2f} distinct tokens a token). "
         "Raise loss.entropy_weight or lower loss.policy_weight.",
     ),
-    "alike": (
+    "identical_fraction": (
         lambda x: x > 0.9,
         "at {:.0%} of the positions all thoughts are the same, so REINFORCE has no signal. "
         "Raise thoughts.temperature, thoughts.num_thoughts or loss.entropy_weight.",
