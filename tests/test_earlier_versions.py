@@ -1,6 +1,6 @@
 """Folders that commit a423a34 (version 0.1.0) wrote: models load, runs go on as they would have.
 
-``saved_by_0.1.0/`` holds the final model of a run of six steps, its checkpoint after the third, what
+``saved_by_0.1.0/`` holds the final model of a run of six steps, its checkpoint after step 3, what
 that version recorded (``recorded.jsonl``), and what its model thought (``expected.json``).
 """
 

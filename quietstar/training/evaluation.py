@@ -46,8 +46,8 @@ def evaluate(run: StageRun) -> dict[str, float]:
     """Held-out figures, over all ranks.
 
     Returns:
-        ``base_nll``, ``mixed_nll``, ``thought_nll``, ``gain``, ``gain_beyond_next``, ``mixing_weight``
-        and the like with the model's greedy thoughts; ``swapped_mixed_nll``,
+        ``base_nll``, ``mixed_nll``, ``thought_nll``, ``gain``, ``gain_beyond_next``,
+        ``mixing_weight`` and the like with the model's greedy thoughts; ``swapped_mixed_nll``,
         ``swapped_thought_nll``, ``pause_mixed_nll``, ``pause_thought_nll`` with the controls;
         ``gain_of_content`` = swapped_mixed_nll - mixed_nll; ``gain_over_pause`` =
         pause_mixed_nll - mixed_nll. Nats a token. Where texts have answers also
