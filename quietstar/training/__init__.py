@@ -1,1 +1,1 @@
-"""The training run: set-up, loop, optimiser, evaluation, checkpoints, logging."""
+"""The training run: set-up, loop, optimizer, evaluation, checkpoints, reports."""

@@ -35,7 +35,7 @@ from quietstar.training.answers import (
 from quietstar.training.state import StageRun
 
 Thinker = QuietStarForCausalLM | ModelProxy
-"""A model, or one inside an engine."""
+"""A model, or one behind its strategy's wrapper."""
 
 CONTROLS = (SWAPPED, PAUSE)
 SAMPLES = 4
@@ -43,7 +43,7 @@ SAMPLES = 4
 
 
 def evaluate(run: StageRun) -> dict[str, float]:
-    """Held-out figures, over all ranks.
+    """Computes the held-out figures, over all ranks.
 
     Returns:
         ``base_nll``, ``mixed_nll``, ``thought_nll``, ``gain``, ``gain_beyond_next``,
@@ -64,7 +64,13 @@ def evaluate(run: StageRun) -> dict[str, float]:
         if run.stage.thinks:
             totals = compare(model, batches, advance, counted, gather_object)
         else:
-            parts = [_plain(model, batch, advance) for batch in batches]
+            parts = []
+            for batch in batches:
+                scores = model.score_plain(batch.input_ids, batch.attention_mask, batch.labels)
+                right = right_answers(scores.predicted[:, None], batch.input_ids, batch.answers)
+                accuracy = as_metrics({"accuracy_without_thoughts": right})
+                parts.append(scores.metrics.joined(accuracy))
+                advance()
             totals = {"own": _total(parts[:counted])}
     if run.stage.thinks and SWAPPED not in totals:
         run.reporter.say(
@@ -75,9 +81,9 @@ def evaluate(run: StageRun) -> dict[str, float]:
 
 
 def rank_batches(run: StageRun) -> tuple[list[Batch], int]:
-    """This rank's part of the held-out texts, and how many of its batches count.
+    """Returns this rank's part of the held-out texts, and how many of its batches count.
 
-    Engines want as many forward passes on every rank: one with fewer batches reads one of them
+    Strategies need as many forward passes on every rank: one with fewer batches reads one of them
     again, which does not count. With fewer batches than ranks, all read all of them; the means over
     ranks are the same.
     """
@@ -97,13 +103,6 @@ def _total(parts: Sequence[ThoughtMetrics]) -> ThoughtMetrics:
     return total
 
 
-def _plain(model: Thinker, batch: Batch, advance: Callable[[], object]) -> ThoughtMetrics:
-    scores = model.score_plain(batch.input_ids, batch.attention_mask, batch.labels)
-    right = right_answers(scores.predicted[:, None], batch.input_ids, batch.answers)
-    advance()
-    return scores.metrics.joined(as_metrics({"accuracy_without_thoughts": right}))
-
-
 def compare(
     model: Thinker,
     batches: Sequence[Batch],
@@ -111,16 +110,16 @@ def compare(
     counted: int | None = None,
     gather: Callable[[list[TextThoughts]], list[TextThoughts]] = lambda texts: texts,
 ) -> dict[str, ThoughtMetrics]:
-    """Score texts with the model's greedy thoughts (``own``) and with each control.
+    """Scores texts with the model's greedy thoughts (``own``) and with each control.
 
     Swapped thoughts are missing where there is nothing to swap with (`plan_swap`).
 
     Args:
-        model: That thinks.
-        batches: The texts.
-        advance: Called once a batch and pass.
-        counted: So many batches count, all by default; the others are only read.
-        gather: Joins the thoughts of all ranks, so that they are swapped over the whole set.
+        model: Model that thinks.
+        batches: Texts.
+        advance: Callback, called once a batch and pass.
+        counted: Number of batches that count, all by default; the others are only read.
+        gather: Function that joins the thoughts of all ranks, to swap them over the whole set.
     """
     parts: dict[str, list[ThoughtMetrics]] = {kind: [] for kind in ("own", *CONTROLS)}
     thoughts, places, texts = [], [], []
@@ -144,7 +143,7 @@ def compare(
 
 
 def chosen_positions(model: Thinker, batch: Batch) -> Tensor | None:
-    """Where the texts of a batch think; None for all positions."""
+    """Chooses where the texts of a batch think; None for all positions."""
     return model.choose_positions(
         batch.input_ids,
         batch.attention_mask,
@@ -168,7 +167,7 @@ def _own(model: Thinker, batch: Batch, positions: Tensor | None) -> tuple[Tensor
 def score(
     model: Thinker, batch: Batch, thoughts: Tensor, positions: Tensor | None = None
 ) -> ThoughtMetrics:
-    """Figures of a batch with these thoughts (at these positions)."""
+    """Scores a batch with given thoughts (at given positions)."""
     scored = model.think(
         batch.input_ids, batch.attention_mask, batch.labels, thoughts=thoughts, positions=positions
     )
@@ -181,7 +180,7 @@ def score(
 
 
 def _text_thoughts(batch: Batch, thoughts: Tensor, positions: Tensor | None) -> list[TextThoughts]:
-    """Thoughts of each text of a batch, as the ranks give them to each other."""
+    """Returns the thoughts of each text of a batch, as the ranks exchange them."""
     real = batch.attention_mask.bool() if positions is None else positions >= 0
     anchors = place_before_answer(batch.answers, positions).tolist()
     has_answer, counts = batch.answers.any(-1).tolist(), real.sum(-1).clamp(min=1).tolist()
@@ -190,7 +189,7 @@ def _text_thoughts(batch: Batch, thoughts: Tensor, positions: Tensor | None) -> 
 
 
 def figures(totals: Mapping[str, ThoughtMetrics]) -> dict[str, float]:
-    """From the metrics with own thoughts and each control to the figures of `evaluate`."""
+    """Turns the metrics with own thoughts and with each control into the figures of `evaluate`."""
     result = totals["own"].means()
     for kind in CONTROLS:
         if kind not in totals:

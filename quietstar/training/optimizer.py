@@ -1,4 +1,4 @@
-"""AdamW with own learning rates for the mixing head and the two learned vectors."""
+"""AdamW with separate learning rates for the mixing head and the two vectors; the schedule."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quietstar.errors import UserError
 def build_optimizer(
     model: torch.nn.Module, config: OptimConfig, tuning: TuningConfig | None = None
 ) -> Optimizer:
-    """AdamW over all parameters that train; biases, norms and the two vectors do not decay.
+    """Builds AdamW over all parameters that train; biases, norms and the two vectors do not decay.
 
     With ``tuning.method: galore`` the gradients of the layers' matrices are projected to a low rank
     (Zhao et al. 2024), and so is what AdamW remembers of them.
@@ -44,18 +44,12 @@ def build_optimizer(
 def parameter_groups(
     model: torch.nn.Module, config: OptimConfig, galore: TuningConfig | None = None
 ) -> list[dict[str, Any]]:
-    """The parameters that train, by learning rate, decay, and projection of their gradients."""
-    rates = dict(
-        zip(
-            GROUPS,
-            (
-                config.learning_rate,
-                config.mixing_head_learning_rate,
-                config.embedding_learning_rate,
-            ),
-            strict=True,
-        )
-    )
+    """Groups the parameters that train by learning rate, decay, and projection of gradients."""
+    rates: dict[Group, float] = {
+        "language_model": config.learning_rate,
+        "mixing_head": config.mixing_head_learning_rate or config.learning_rate,
+        "embeddings": config.embedding_learning_rate or config.learning_rate,
+    }
     by_kind: dict[tuple[Group, bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -63,22 +57,30 @@ def parameter_groups(
             shape = getattr(parameter, "ds_shape", parameter.shape)  # of the whole under ZeRO-3
             kind = (group_of(name), len(shape) >= 2, projected)
             by_kind.setdefault(kind, []).append(parameter)
+    projection: dict[str, Any] = {}
+    if galore is not None:
+        projection = {
+            "rank": galore.galore_rank,
+            "update_proj_gap": galore.galore_update_proj_gap,
+            "scale": galore.galore_scale,
+            "proj_type": "std",
+        }
     order = sorted(by_kind, key=lambda kind: (GROUPS.index(kind[0]), not kind[1], not kind[2]))
     return [
         {
             "params": by_kind[kind],
-            "lr": rates[kind[0]] or config.learning_rate,
-            "initial_lr": rates[kind[0]] or config.learning_rate,
+            "lr": rates[kind[0]],
+            "initial_lr": rates[kind[0]],  # `set_learning_rates` multiplies it
             "weight_decay": config.weight_decay if kind[1] else 0.0,
             "name": kind[0],
-            **(_projection(galore) if galore is not None and kind[2] else {}),
+            **(projection if kind[2] else {}),
         }
         for kind in order
     ]
 
 
 def is_projected(name: str, parameter: torch.nn.Parameter, rank: int) -> bool:
-    """Whether GaLore takes it: matrices of the decoder's layers that are larger than the rank."""
+    """Returns True for what GaLore projects: matrices of decoder layers larger than the rank."""
     in_layer = any(part.isdigit() for part in name.split("."))
     return (
         group_of(name) == "language_model"
@@ -86,15 +88,6 @@ def is_projected(name: str, parameter: torch.nn.Parameter, rank: int) -> bool:
         and parameter.ndim == 2
         and min(parameter.shape) > rank
     )
-
-
-def _projection(tuning: TuningConfig) -> dict[str, Any]:
-    return {
-        "rank": tuning.galore_rank,
-        "update_proj_gap": tuning.galore_update_proj_gap,
-        "scale": tuning.galore_scale,
-        "proj_type": "std",
-    }
 
 
 def learning_rate_factor(config: OptimConfig, step: int, max_steps: int) -> float:

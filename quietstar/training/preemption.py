@@ -18,7 +18,7 @@ SIGNALS = ("SIGTERM", "SIGUSR1")
 
 
 class StopRequest:
-    """Whether somebody asked this run to stop."""
+    """Name of the signal that asked this run to stop, None without one."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -26,7 +26,7 @@ class StopRequest:
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Inside, the signals ask for a stop instead of killing the process."""
+    """Makes signals ask for a stop instead of killing the process, while it is entered."""
     request = StopRequest()
 
     def ask(number: int, frame: FrameType | None) -> None:

@@ -11,14 +11,14 @@ from quietstar.model.quiet_star import QuietStarForCausalLM
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run.
+    """A stage of a run.
 
     Attributes:
-        name: As in the config.
+        name: Name in the config.
         index: Place among the stages.
-        config: The whole config that holds in it.
+        config: Config that holds in the stage.
         first_step: Steps of all stages before; steps are counted over the whole run.
-        starts_thinking: Whether no earlier stage thinks: the two vectors are set when it begins.
+        starts_thinking: True if it is the first stage that thinks: it sets the two vectors.
     """
 
     name: str
@@ -29,38 +29,37 @@ class Stage:
 
     @property
     def last_step(self) -> int:
-        """Steps of the run at its end."""
+        """Steps of the run at the end of the stage."""
         return self.first_step + self.config.training.max_steps
 
     @property
     def thinks(self) -> bool:
-        """Whether its objective needs thoughts."""
+        """True if the objective needs thoughts."""
         return self.config.loss.thinks
 
 
 def plan_stages(config: Config) -> list[Stage]:
-    """The stages in order."""
+    """Returns the stages of a config in order."""
     stages: list[Stage] = []
     for index, (name, stage_config) in enumerate(config.stage_configs().items()):
-        starts = stage_config.loss.thinks
-        starts = starts and not any(stage.thinks for stage in stages)
+        starts = stage_config.loss.thinks and not any(stage.thinks for stage in stages)
         first = stages[-1].last_step if stages else 0
         stages.append(Stage(name, index, stage_config, first, starts))
     return stages
 
 
 def stage_at(stages: Sequence[Stage], step: int) -> Stage:
-    """The stage in which a run stands after ``step`` steps: the earlier one at a boundary."""
+    """Returns the stage of a run after ``step`` steps: the earlier one at a boundary."""
     return next((stage for stage in stages if step <= stage.last_step), stages[-1])
 
 
 def model_stage(stages: Sequence[Stage]) -> Stage:
-    """The stage whose settings make the model: the first that thinks, else the first."""
+    """Returns the stage whose settings make the model: the first that thinks, else the first."""
     return next((stage for stage in stages if stage.thinks), stages[0])
 
 
 def begin_stage(model: QuietStarForCausalLM, stage: Stage) -> None:
-    """Give the model the stage's settings; without thoughts only the language model trains."""
+    """Gives the model the stage's settings; without thoughts only the language model trains."""
     model.configure(stage.config.thoughts, stage.config.loss)
     for name, parameter in model.named_parameters():
         if not name.startswith("language_model."):
