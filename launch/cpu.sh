@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# Two processes on CPUs: to try an engine on a laptop, or in a test.
+# Two processes on CPUs: to try a strategy on a laptop, or in a test.
 #
 #   launch/cpu.sh fsdp2 configs/tiny.yaml
 #
 # The first argument is ddp, fsdp2, or the name of a *_cpu file of configs/accelerate without that
 # ending (zero1, zero2, zero3, zero3_offload). NUM_PROCESSES=4 starts four.
 set -euo pipefail
-engine=${1:?usage: launch/cpu.sh ENGINE CONFIG [--KEY VALUE ...]}
-config=${2:?usage: launch/cpu.sh ENGINE CONFIG [--KEY VALUE ...]}
+strategy=${1:?usage: launch/cpu.sh STRATEGY CONFIG [--KEY VALUE ...]}
+config=${2:?usage: launch/cpu.sh STRATEGY CONFIG [--KEY VALUE ...]}
 shift 2
 cd "$(dirname "$0")/.."
 processes=${NUM_PROCESSES:-2}
 train=(train.py --config "$config" "$@")
-case $engine in
+case $strategy in
   ddp | fsdp2)
     # accelerate launch starts a single process where there is no GPU.
     export ACCELERATE_USE_CPU=true
-    if [[ $engine == fsdp2 ]]; then
+    if [[ $strategy == fsdp2 ]]; then
       export ACCELERATE_USE_FSDP=true
     fi
     exec torchrun --nproc-per-node "$processes" --rdzv-backend c10d --rdzv-endpoint localhost:0 "${train[@]}"
     ;;
 esac
-file=configs/accelerate/${engine}_cpu.yaml
+file=configs/accelerate/${strategy}_cpu.yaml
 if [[ ! -f $file ]]; then
   echo "launch/cpu.sh: there is no $file; known: ddp fsdp2" configs/accelerate/*_cpu.yaml >&2
   exit 2

@@ -6,11 +6,11 @@
 # The first argument names a file of configs/accelerate (ddp, zero1, zero2, zero3, zero3_offload,
 # fsdp2, or a *_cpu twin). As many processes as there are GPUs; NUM_PROCESSES=4 takes fewer.
 set -euo pipefail
-engine=${1:?usage: launch/node.sh ENGINE CONFIG [--KEY VALUE ...]}
-config=${2:?usage: launch/node.sh ENGINE CONFIG [--KEY VALUE ...]}
+strategy=${1:?usage: launch/node.sh STRATEGY CONFIG [--KEY VALUE ...]}
+config=${2:?usage: launch/node.sh STRATEGY CONFIG [--KEY VALUE ...]}
 shift 2
 cd "$(dirname "$0")/.."
-file=configs/accelerate/$engine.yaml
+file=configs/accelerate/$strategy.yaml
 if [[ ! -f $file ]]; then
   echo "launch/node.sh: there is no $file; known:" configs/accelerate/*.yaml >&2
   exit 2

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from accelerate.utils import extract_model_from_parallel
-from torch import Tensor, nn
+from torch import nn
 
-from quietstar.model.outputs import PlainScores, Thoughts
 from quietstar.model.quiet_star import QuietStarForCausalLM
 
 Group = Literal["language_model", "mixing_head", "embeddings"]
@@ -41,6 +41,13 @@ class WrappedModule(nn.Module):
         return getattr(self.model, method)(*args, **keywords)
 
 
+def _through_forward(method: str) -> Callable[..., Any]:
+    def call(proxy: ModelProxy, *args: Any, **keywords: Any) -> Any:
+        return proxy.prepared(method, *args, **keywords)
+
+    return call
+
+
 class ModelProxy:
     """Offers the model's methods and calls each through the strategy's wrapper.
 
@@ -58,22 +65,8 @@ class ModelProxy:
         assert isinstance(wrapped, WrappedModule), type(wrapped)
         return wrapped.model.pause_token_id
 
-    def think(self, *args: Any, **keywords: Any) -> Thoughts:
-        """Calls `QuietStarForCausalLM.think`."""
-        return self.prepared("think", *args, **keywords)
-
-    def sample(self, *args: Any, **keywords: Any) -> Tensor:
-        """Calls `QuietStarForCausalLM.sample`."""
-        return self.prepared("sample", *args, **keywords)
-
-    def score_plain(self, *args: Any, **keywords: Any) -> PlainScores:
-        """Calls `QuietStarForCausalLM.score_plain`."""
-        return self.prepared("score_plain", *args, **keywords)
-
-    def choose_positions(self, *args: Any, **keywords: Any) -> Tensor | None:
-        """Calls `QuietStarForCausalLM.choose_positions`."""
-        return self.prepared("choose_positions", *args, **keywords)
-
-    def initial_vectors(self, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
-        """Calls `QuietStarForCausalLM.initial_vectors`."""
-        return self.prepared("initial_vectors", *args, **keywords)
+    think = _through_forward("think")
+    sample = _through_forward("sample")
+    score_plain = _through_forward("score_plain")
+    choose_positions = _through_forward("choose_positions")
+    initial_vectors = _through_forward("initial_vectors")

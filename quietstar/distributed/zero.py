@@ -57,6 +57,8 @@ class DeepSpeedStrategy(Strategy):
         for module in (*decoder_layers(wrapped.model.causal_lm), wrapped):
             self._cast(module)
             deepspeed.zero.Init(module=module, config_dict_or_path=self._plugin.deepspeed_config)
+        for buffer in wrapped.buffers():  # DeepSpeed leaves them where they are
+            buffer.data = buffer.data.to(self.accelerator.device)
         return wrapped
 
     @torch.no_grad()
