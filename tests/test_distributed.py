@@ -70,17 +70,18 @@ class Runs:
 def runs(request, tmp_path_factory):
     """Ten steps: in two stages with full tuning, in one stage with LoRA on a saved model."""
     runs = Runs(request.param, tmp_path_factory.mktemp(request.param))
-    more = {"training__max_steps": 10}
+    # So large a decay shows in the losses whether every matrix decays, sharded or not.
+    more = {"training__max_steps": 10, "optim__weight_decay": 0.5}
     if request.param == "lora":
         base = runs.folder / "base"
         plain_model().save_pretrained(base)
         load_tokenizer("bytes").save_pretrained(base)
-        more |= {"model__name_or_path": str(base), "model__config": None, "model__tokenizer": None,
+        more = {"training__max_steps": 10, "model__name_or_path": str(base), "model__config": None, "model__tokenizer": None,
                  "tuning__method": "lora"}  # fmt: skip
     config = run_config(
         runs.folder, training__micro_batch_size=2, training__save_steps=5, training__eval_steps=5,
         training__save_total_limit=9, data__eval_sequences=6, loss__policy_weight=1.0,
-        optim__learning_rate=1e-3, optim__weight_decay=0.5, **more,
+        optim__learning_rate=1e-3, **more,
     )  # fmt: skip
     save_config(config, runs.config)
     if request.param == "full":
