@@ -76,8 +76,8 @@ def runs(request, tmp_path_factory):
         base = runs.folder / "base"
         plain_model().save_pretrained(base)
         load_tokenizer("bytes").save_pretrained(base)
-        more = {"training__max_steps": 10, "model__name_or_path": str(base), "model__config": None, "model__tokenizer": None,
-                 "tuning__method": "lora"}  # fmt: skip
+        more = {"training__max_steps": 10, "tuning__method": "lora", "model__config": None,
+                "model__name_or_path": str(base), "model__tokenizer": None}  # fmt: skip
     config = run_config(
         runs.folder, training__micro_batch_size=2, training__save_steps=5, training__eval_steps=5,
         training__save_total_limit=9, data__eval_sequences=6, loss__policy_weight=1.0,
