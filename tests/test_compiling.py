@@ -110,13 +110,13 @@ def test_layers_are_what_the_architecture_names():
         compile_layers(model)
 
 
-def test_weights_in_pieces_and_a_machine_without_compiler_are_refused(monkeypatch):
-    check_compile(False, in_pieces=True)
+def test_weights_sharded_and_a_machine_without_compiler_are_refused(monkeypatch):
+    check_compile(False, sharded=True)
     with pytest.raises(UserError, match=r"training\.torch_compile: true.*ZeRO-3.*zero2\.yaml"):
-        check_compile(True, in_pieces=True)
-    check_compile(True, in_pieces=False)
+        check_compile(True, sharded=True)
+    check_compile(True, sharded=False)
     monkeypatch.setattr(compiling, "find_compiler", lambda: None)
     with pytest.raises(
         UserError, match=r"training\.torch_compile: true needs a C\+\+ compiler.*false"
     ):
-        check_compile(True, in_pieces=False)
+        check_compile(True, sharded=False)

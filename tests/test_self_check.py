@@ -131,12 +131,12 @@ def _no_merge(patch):
 
 
 def _rollout_keys_lost(patch):
-    store = steps.RolloutCache.store_own
+    store = steps.RolloutCache.store_block
 
     def store_zeros(self, layer, index, k, v):
         return store(self, layer, index, torch.zeros_like(k), v)
 
-    patch.setattr(steps.RolloutCache, "store_own", store_zeros)
+    patch.setattr(steps.RolloutCache, "store_block", store_zeros)
 
 
 def _no_logit_scale(patch):

@@ -85,7 +85,7 @@ class DecodeCache:
         k, v = self.text[layer]
         return k[:, :, :length], v[:, :, :length]
 
-    def add_own(self, layer: int, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def add_block(self, layer: int, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store tokens of every block, (B, Hkv, K or 1, m, .); returns the blocks so far."""
         if layer not in self.own:
             self.own[layer] = tuple(  # pyright: ignore[reportArgumentType]
@@ -123,7 +123,7 @@ class DecodePass:
         own = None
         if self.index is not None:
             blocks = (x[:, :, int(self.new_text) :].unflatten(2, (thoughts, -1)) for x in (k, v))
-            own = cache.add_own(id(layer), self.index, *blocks)
+            own = cache.add_block(id(layer), self.index, *blocks)
             own = (own[0][:, :, :thoughts], own[1][:, :, :thoughts])
         return _attend(q.unflatten(2, (thoughts, -1)), text, own, rules, self)
 
@@ -160,11 +160,13 @@ class DecodePass:
             self._biases[key] = self._text_bias(length, tokens, rules)
         return self._biases[key]
 
-    def own_bias(self, length: int, tokens: int, rules: ScoreRules, device: torch.device) -> Tensor:
+    def block_bias(
+        self, length: int, tokens: int, rules: ScoreRules, device: torch.device
+    ) -> Tensor:
         """0 where a query sees a token of its block, else -inf: (m, L)."""
         key = (rules.window, "own")
         if key not in self._biases:
-            self._biases[key] = self._own_bias(length, tokens, rules, device)
+            self._biases[key] = self._block_bias(length, tokens, rules, device)
         return self._biases[key]
 
     def _text_bias(self, length: int, tokens: int, rules: ScoreRules) -> Tensor:
@@ -177,7 +179,7 @@ class DecodePass:
         bias = torch.zeros(hidden.shape, device=first.device).masked_fill_(hidden, -math.inf)
         return bias[:, None, None, None]
 
-    def _own_bias(
+    def _block_bias(
         self, length: int, tokens: int, rules: ScoreRules, device: torch.device
     ) -> Tensor:
         key = self.cache.length + int(self.new_text) + torch.arange(length, device=device)
@@ -209,8 +211,8 @@ def _attend(
     scores = softcapped(scores * rules.scale, rules) + rows.text_bias(length, tokens, rules)
     if own is not None:
         by_block = at_least_float32(q @ own[0].unsqueeze(2).transpose(-1, -2))
-        own_length = own[0].shape[3]
-        bias = rows.own_bias(own_length, tokens, rules, q.device)
+        block_length = own[0].shape[3]
+        bias = rows.block_bias(block_length, tokens, rules, q.device)
         scores = torch.cat([scores, softcapped(by_block * rules.scale, rules) + bias], dim=-1)
     weights = softmax_with_sinks(scores, rules.sinks).to(text[1].dtype)
     out = (weights[..., :length].flatten(2, 4) @ text[1]).view(*q.shape[:-1], -1)

@@ -69,12 +69,12 @@ def dense_attention(
     visible = _visible(positions, length, index, rules.window)
     scores = softcapped(scores * rules.scale, rules).masked_fill(~visible, -math.inf)
     if own is not None:
-        own_scores = at_least_float32(torch.einsum("nhgsd,wnhsd->nhgsw", q, own[0]))
-        own_scores = softcapped(own_scores * rules.scale, rules)
+        block_scores = at_least_float32(torch.einsum("nhgsd,wnhsd->nhgsw", q, own[0]))
+        block_scores = softcapped(block_scores * rules.scale, rules)
         if rules.window is not None:
             distance = torch.arange(own[0].shape[0] - 1, -1, -1, device=q.device)
-            own_scores = own_scores.masked_fill(distance >= rules.window, -math.inf)
-        scores = torch.cat([scores, own_scores], dim=-1)
+            block_scores = block_scores.masked_fill(distance >= rules.window, -math.inf)
+        scores = torch.cat([scores, block_scores], dim=-1)
     weights = softmax_with_sinks(scores, rules.sinks).to(text[1].dtype)
     out = torch.einsum("nhgsj,nhjd->nhgsd", weights[..., :length], text[1])
     if own is not None:

@@ -62,7 +62,7 @@ class RolloutCache:
         cache[0] = x
         return cache
 
-    def store_own(self, layer: int, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def store_block(self, layer: int, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add one token to all blocks; returns them so far, (index + 1, rows, tokens, Hkv, .)."""
         for cache, new in zip(self.own[layer], (k, v), strict=True):
             cache[index] = new.transpose(1, 2)
@@ -158,10 +158,10 @@ class ThoughtStep(RolloutStep):
 
     def _attend(self, layer, q, k, v, rules):
         text = self.cache.text[layer]
-        own = self.cache.store_own(layer, self.index, k, v)
+        own = self.cache.store_block(layer, self.index, k, v)
         kernel = choose_kernel(q, k, v, rules, q.shape[2] + self.index + 1)
         if kernel is None:
-            return dense_attention(q, text, _dense_own(own, q.dtype), rules, self.index)
+            return dense_attention(q, text, _dense_blocks(own, q.dtype), rules, self.index)
         out, lse = kernel.forward(q, *text, True, rules.scale)
         return step_attention(q, own, out, lse, rules.scale)
 
@@ -184,7 +184,7 @@ class SelectedStep(RolloutStep):
 
     def _attend(self, layer, q, k, v, rules):
         text = self.cache.text[layer]
-        own = self.cache.store_own(layer, self.index, k, v)
+        own = self.cache.store_block(layer, self.index, k, v)
         # (1, H, B * P * K, d) -> (B, H, P * K, d), a view
         queries = q[0].unflatten(1, (self.positions.shape[0], -1)).transpose(0, 1)
         # (tokens, 1, B * P * K, Hkv, d) -> (tokens, B, P * K, Hkv, d)
@@ -194,7 +194,7 @@ class SelectedStep(RolloutStep):
         if kernel is None:
             repeats = queries.shape[2] // self.positions.shape[1]
             places = self.positions.clamp(min=0).repeat_interleave(repeats, 1)
-            own = _dense_own((keys, values), q.dtype)
+            own = _dense_blocks((keys, values), q.dtype)
             out = dense_attention(queries, text, own, rules, self.index, places)
         else:
             out, lse = self.prefix.forward(kernel, queries, *text, rules.scale)
@@ -202,7 +202,7 @@ class SelectedStep(RolloutStep):
         return out.transpose(0, 1).flatten(1, 2).unsqueeze(0)
 
 
-def _dense_own(own: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _dense_blocks(own: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The blocks so far, (tokens, N, S, Hkv, .), as `dense_attention` wants them."""
     keys, values = (x.transpose(2, 3).to(dtype) for x in own)
     return keys, values

@@ -18,7 +18,7 @@ from torch import nn
 def cast_weights(model: nn.Module) -> Iterator[None]:
     """Inside, linear layers hold weights cast once, where autocast would cast them at each call.
 
-    For passes without gradient. Weights that an engine holds in pieces stay as they are, and all of
+    For passes without gradient. Sharded weights stay as they are, and all of
     them with activation checkpointing, which says that memory counts: the copies are half a model.
     """
     sparing = getattr(model, "is_gradient_checkpointing", False)
@@ -40,13 +40,13 @@ def _cast_each_time(model: nn.Module) -> Iterator[tuple[nn.Linear, nn.Parameter]
         if type(layer) is not nn.Linear:
             continue
         weight = layer.weight
-        in_pieces = type(weight) is not nn.Parameter or hasattr(weight, "ds_id")
+        sharded = type(weight) is not nn.Parameter or hasattr(weight, "ds_id")
         remembered = weight.requires_grad and not compiled
         if (
             isinstance(weight, nn.Parameter)
             and weight.dtype == torch.float32
             and torch.is_autocast_enabled(weight.device.type)
-            and not in_pieces
+            and not sharded
             and not remembered
         ):
             yield layer, weight

@@ -31,21 +31,20 @@ def find_compiler() -> str | None:
     return next((path for path in map(shutil.which, names) if path is not None), None)
 
 
-def check_compile(wanted: bool, in_pieces: bool) -> None:
+def check_compile(wanted: bool, sharded: bool) -> None:
     """Refuse ``training.torch_compile`` where it cannot work.
 
     Args:
         wanted: The setting.
-        in_pieces: Whether an engine holds the weights in pieces.
+        sharded: Whether the strategy shards the weights.
 
     Raises:
-        UserError: They lie in pieces, or there is no compiler.
+        UserError: The weights are sharded, or there is no compiler.
     """
-    if wanted and in_pieces:
+    if wanted and sharded:
         raise UserError(
-            "training.torch_compile: true cannot be used where weights "
-            "lie in pieces (ZeRO-3, FSDP2). "
-            "Set training.torch_compile: false, or launch with configs/accelerate/zero2.yaml."
+            "training.torch_compile: true cannot be used where weights are sharded (ZeRO-3, "
+            "FSDP2). Set training.torch_compile: false, or launch with configs/accelerate/zero2.yaml."
         )
     if wanted:
         require_compiler("training.torch_compile: true", "set training.torch_compile: false")

@@ -61,12 +61,12 @@ CHECKPOINTED_CHUNK_TOKENS = {"cpu": 4096, "cuda": 16384}
 def resolve_chunk_tokens(
     setting: int | str | None, device: str, sharded: bool, checkpointing: bool = False
 ) -> int | None:
-    """``training.learn_chunk_tokens`` as a number, or None for all at once.
+    """Resolve ``training.learn_chunk_tokens`` to a number, or None for all at once.
 
     Args:
-        setting: Of the config.
+        setting: Setting of the config.
         device: Kind of device.
-        sharded: Whether an engine holds the weights in pieces: it gathers them for one backward
+        sharded: Whether the strategy shards the weights: it gathers them for one backward
             pass, and cannot for one that runs inside the forward pass.
         checkpointing: Whether activations are recomputed.
 
@@ -78,9 +78,8 @@ def resolve_chunk_tokens(
         return None if sharded else by_device.get(device, by_device["cuda"])
     if setting is not None and sharded:
         raise UserError(
-            f"training.learn_chunk_tokens: {setting} cannot be used where "
-            "weights lie in pieces (ZeRO-3, "
-            "FSDP2). Set training.learn_chunk_tokens: null, or launch with "
+            f"training.learn_chunk_tokens: {setting} cannot be used where weights are sharded "
+            "(ZeRO-3, FSDP2). Set training.learn_chunk_tokens: null, or launch with "
             "configs/accelerate/zero2.yaml."
         )
     assert not isinstance(setting, str), "the config was validated"

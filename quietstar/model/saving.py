@@ -65,23 +65,23 @@ def save_pretrained(
         "tuning": model.tuning.model_dump(),
     }
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    own = _own_weights(model, model.state_dict() if weights is None else weights)
+    own = _trained_weights(model, model.state_dict() if weights is None else weights)
     save_file(own, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
-def _own_weights(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _trained_weights(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The two vectors, the mixing head, and trained weights that lie in no other file."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     return {
         name: value.detach().contiguous()
         for name, value in weights.items()
-        if not name.startswith(LANGUAGE_MODEL) or (name in trained and _is_own(model, name))
+        if not name.startswith(LANGUAGE_MODEL) or (name in trained and _is_beside(model, name))
     }
 
 
-def _is_own(model: Any, name: str) -> bool:
+def _is_beside(model: Any, name: str) -> bool:
     method = model.tuning.method
     if method in WHOLE:
         return False

@@ -148,7 +148,7 @@ class Rollout:
             self.order = _AllPositions(cache, self.positions, num_thoughts)
         else:
             places = shifted(self.positions, virtual)
-            self.order = _ChosenPositions(cache, places, num_thoughts, virtual + length)
+            self.order = _SelectedPositions(cache, places, num_thoughts, virtual + length)
 
     def start(self) -> Float[Tensor, "batch positions width"]:
         """Run the start token of every position, once for all its thoughts; its final states."""
@@ -192,7 +192,7 @@ class _AllPositions:
         return x.unflatten(0, (-1, self.batch_size))
 
 
-class _ChosenPositions:
+class _SelectedPositions:
     """Steps of the blocks at chosen positions: one row in the order (b p k)."""
 
     def __init__(
