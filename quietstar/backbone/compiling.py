@@ -43,8 +43,8 @@ def check_compile(wanted: bool, sharded: bool) -> None:
     """
     if wanted and sharded:
         raise UserError(
-            "training.torch_compile: true cannot be used where weights are sharded (ZeRO-3, FSDP2). "
-            "Set training.torch_compile: false, or launch with configs/accelerate/zero2.yaml."
+            "training.torch_compile: true cannot be used where weights are sharded (ZeRO-3, FSDP2)."
+            " Set training.torch_compile: false, or launch with configs/accelerate/zero2.yaml."
         )
     if wanted:
         require_compiler("training.torch_compile: true", "set training.torch_compile: false")
