@@ -37,8 +37,8 @@ class PrefixAttention:
 
     Args:
         positions: Ascending in every text; those below zero count as 0.
-        repeats: R.
-        text_length: S.
+        repeats: Queries at each position, R.
+        text_length: Tokens of a text, S.
     """
 
     def __init__(
@@ -179,11 +179,11 @@ class ContiguousBlocks:
     The R rows of a text are the start tokens, then (w k).
 
     Attributes:
-        batch_size: B.
-        num_thoughts: K.
-        block_length: W.
+        batch_size: Texts, B.
+        num_thoughts: Thoughts at each position, K.
+        block_length: Tokens of a block, W.
         first: Of the positions; virtual tokens before the text count.
-        count: P.
+        count: Number of positions, P.
     """
 
     batch_size: int
@@ -286,8 +286,8 @@ class SelectedBlocks:
     Args:
         positions: (B, P), ascending; virtual tokens before the text count. Anything below zero
             fills up texts with fewer.
-        num_thoughts: K.
-        block_length: W.
+        num_thoughts: Thoughts at each position, K.
+        block_length: Tokens of a block, W.
         text_length: S, virtual tokens included.
     """
 

@@ -30,7 +30,7 @@ class DecodeCache:
     Args:
         text: Of each layer, (B, Hkv, S, .), as a text pass left them, aligned on the right.
         first: Column of each row's first token, (B,).
-        num_thoughts: K.
+        num_thoughts: Thoughts at each token, K.
         block_length: Tokens of a block: start, the thought, end.
     """
 
@@ -103,7 +103,7 @@ class DecodePass:
     """Some tokens of every row against its text and their own blocks.
 
     Args:
-        cache: Of the rows.
+        cache: Keys and values of the rows.
         new_text: Whether the first token of each row is one of the text.
         index: Place of the first block token in its block; None where there is none.
     """

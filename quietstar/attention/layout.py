@@ -80,8 +80,8 @@ class TextLookahead:
     Attributes:
         rows: Those that are needed, (B, R, ...): R = P + A - 1 for P contiguous, else A * P in the
             order (a p). Zeros stand for those behind the end of the text.
-        lookahead: A.
-        contiguous: Whether the positions are.
+        lookahead: True tokens behind each position, A.
+        contiguous: Whether the positions are contiguous.
     """
 
     rows: Shaped[Tensor, "batch rows *rest"]

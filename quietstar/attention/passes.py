@@ -110,8 +110,8 @@ class BlockPass:
     """Attention of blocks to the text and to themselves, with gradient.
 
     Args:
-        keys: Of the texts.
-        blocks: Where their tokens lie.
+        keys: Keys and values of the texts.
+        blocks: Layout of the block tokens.
         num_positions: Highest position of any block token, plus one.
     """
 

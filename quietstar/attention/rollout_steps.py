@@ -74,7 +74,7 @@ class RolloutStep(abc.ABC):
     """One token of every block, through all layers, once.
 
     Args:
-        cache: Of the text and the earlier steps.
+        cache: Keys and values of the text and the earlier steps.
     """
 
     def __init__(self, cache: RolloutCache) -> None:
@@ -99,8 +99,8 @@ class StartStep(RolloutStep):
     """The start token of every position, once for all thoughts: its block holds nothing else.
 
     Args:
-        cache: Of the text, once for every text.
-        order: In which the thoughts of positions lie.
+        cache: Keys and values of the texts.
+        order: Layout of the rows.
         prefix: Attention to the text at chosen positions; None at all of them.
     """
 
@@ -170,9 +170,9 @@ class SelectedStep(RolloutStep):
     """One token of every block at chosen positions, as one row in the order (b p k).
 
     Args:
-        cache: Of the text and the earlier steps.
+        cache: Keys and values of the text and the earlier steps.
         index: Place of the token in its block.
-        positions: Of the blocks, (B, P).
+        positions: Positions of the blocks, (B, P).
         prefix: Attention to the text for K queries a position.
     """
 

@@ -35,7 +35,7 @@ def check_compile(wanted: bool, sharded: bool) -> None:
     """Refuse ``training.torch_compile`` where it cannot work.
 
     Args:
-        wanted: The setting.
+        wanted: Value of the setting.
         sharded: Whether the strategy shards the weights.
 
     Raises:
@@ -54,7 +54,7 @@ def require_compiler(setting: str, remedy: str) -> None:
     """Refuse a setting that compiles where nothing can.
 
     Args:
-        setting: As the user wrote it.
+        setting: Setting as the user wrote it.
         remedy: What else than to install a compiler.
 
     Raises:
@@ -74,7 +74,7 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> int:
 
     Args:
         model: A causal LM.
-        backend: Of torch.compile.
+        backend: Backend of torch.compile.
 
     Raises:
         UserError: The architecture does not say what its layers are.

@@ -42,7 +42,7 @@ def load_base(
         dtype: Of the weights; "stored" keeps the dtype of the files, whose weights are then mapped
             into memory and not copied.
         vocab_size: Of the built model where ``config`` names none.
-        seed: Of the random weights.
+        seed: Seed of the random weights.
         quantization: How transformers shall quantize the weights, None for not at all.
         **hub: ``revision``, ``trust_remote_code``.
 
@@ -154,7 +154,7 @@ def initial_embedding(
     Args:
         model: Whose input embeddings.
         tokenizer: Cuts ``text`` into tokens.
-        text: For instance ``---``.
+        text: Text of the tokens, such as ``---``.
         key: Config key, for messages.
 
     Raises:

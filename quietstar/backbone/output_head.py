@@ -26,7 +26,7 @@ class OutputHead:
 
     Attributes:
         module: The model's own output layer, called where it is no plain linear layer.
-        weight: (V, D).
+        weight: Output weight, (V, D).
         bias: (V,) or None.
         scale: Multiplies the logits.
         softcap: logits become ``softcap * tanh(logits / softcap)``.

@@ -76,7 +76,7 @@ def teacher_forced(
         end_embedding: Input that closes every thought.
         input_ids: Texts, padded on the right if at all.
         thoughts: Thought tokens.
-        lookahead: A.
+        lookahead: True tokens behind each position, A.
         positions: Positions of the thoughts, ascending; all positions by default.
         text: Run of the texts, if there was one.
     """
@@ -104,9 +104,9 @@ class BlockInputs:
     """Input embeddings of blocks.
 
     Attributes:
-        start: Opens every thought.
-        end: Closes it.
-        thought: Of the sampled tokens.
+        start: Input that opens every thought.
+        end: Input that closes every thought.
+        thought: Embeddings of the thought tokens.
         true: Of the true tokens behind, the same for all thoughts.
     """
 
@@ -159,7 +159,7 @@ def make_blocks(
     """Where the blocks lie.
 
     Args:
-        inputs: Of the blocks.
+        inputs: Embeddings of the blocks.
         places: Their positions in the text, if they are neighbours.
         end: Text tokens before the end of what they see, virtual ones included.
         virtual: Virtual tokens before the text.
@@ -186,7 +186,7 @@ def block_pass(
         model: A causal LM whose attention implementation is ``quietstar``.
         inputs: Embeddings of the blocks.
         keys: Keys and values of the texts, as far as the blocks see them.
-        blocks: Where the blocks lie.
+        blocks: Layout of the blocks.
         num_positions: Highest position of any block token of the step, plus one.
     """
     rows = blocks.to_rows(*inputs.tokens())

@@ -295,7 +295,7 @@ def softmax_rows(
     """Results of all rows, and the gradient of sum(coefficient * nll); uses up the logits.
 
     Args:
-        logits: (rows, V).
+        logits: Logits, (rows, V).
         targets: (rows,), token ids or IGNORE_INDEX.
         coefficients: (rows,); without them there is no gradient.
         entropy_coefficients: (rows,): adds sum(coefficient * entropy).
@@ -367,8 +367,8 @@ class HeadGradients:
 
     Args:
         head: A linear one.
-        wants_weight: Whether that of its weight is wanted.
-        wants_bias: And of its bias, if it has one.
+        wants_weight: Whether to collect the gradient of its weight.
+        wants_bias: Whether to collect that of its bias, if it has one.
     """
 
     def __init__(self, head: OutputHead, wants_weight: bool, wants_bias: bool) -> None:

@@ -73,8 +73,8 @@ class Mixture:
         Args:
             mixed: NLL of the mixed prediction, (A, K, B', P').
             thought: NLL of the thought's own prediction, the same shape.
-            texts: Which texts.
-            places: Which positions.
+            texts: Slice of the texts.
+            places: Slice of the positions.
 
         Returns:
             The advantage (K, B', P'), and the coefficients of both NLLs, (A, K, B', P').

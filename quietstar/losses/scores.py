@@ -20,8 +20,8 @@ class ThoughtResults:
         thought: NLL of the thought's own, None if nothing read it.
         predicted: Most likely mixed token, None if not asked for.
         policy: NLL of the thought tokens at the policy temperature.
-        entropy: Of their distributions, None if not computed.
-        mixing_weight: As given.
+        entropy: Entropy of their distributions, None if not computed.
+        mixing_weight: Mixing weight as given.
     """
 
     mixed: Float[Tensor, "lookahead thoughts batch positions"]
@@ -39,16 +39,16 @@ class ScoredThoughts:
     With chosen positions, P of them a text stand where ``positions`` is written; else S.
 
     Attributes:
-        thoughts: Sampled tokens.
+        thoughts: Thought tokens.
         logprobs: Their log-probabilities at the policy temperature.
         mixing_weight: Share of the thought in each prediction.
         base_logprobs: Of the true token x_{i+a}, without the thought.
-        mixed_logprobs: With it.
+        mixed_logprobs: Log-probabilities of x_{i+a} by the mixed prediction.
         thought_logprobs: By the thought's own prediction alone; None if no loss needs it.
         valid: Whether there is a target x_{i+a}.
         entropy: Of each thought token's distribution, None if not computed.
         text_logprobs: Of the next token after every text position, 0 where there is no target.
-        text_valid: Where there is one.
+        text_valid: Whether there is a next target.
         positions: The chosen ones, None for all.
         base_predicted: Most likely next token without the thought, None if not asked for.
         mixed_predicted: Most likely x_{i+a} with it, None if not asked for.

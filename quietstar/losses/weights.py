@@ -17,9 +17,9 @@ class ThoughtScores:
     are 0 and ``valid`` is False.
 
     Attributes:
-        base: Without a thought.
+        base: Log-probabilities without a thought.
         thought: By the thought's own prediction; None if neither reward nor objective reads it.
-        mixed: By the mixed prediction.
+        mixed: Log-probabilities by the mixed prediction.
         reference: By a reference model without a thought; None if there is none.
         valid: Whether there is a target.
     """

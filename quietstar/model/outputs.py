@@ -44,7 +44,7 @@ class PlainScores:
     Attributes:
         logprobs: Of the true next token, 0 where there is none.
         predicted: Most likely next token.
-        valid: Where there is a true next token.
+        valid: Whether there is a true next token.
         metrics: Figures of the batch.
         candidates: Logits of the candidates after every text position; None if none were asked for.
     """
@@ -79,12 +79,12 @@ class Thoughts:
     predictions is about the true token x_{i+a}. ``positions`` are all, (seq,), or the chosen ones.
 
     Attributes:
-        tokens: Thought tokens.
+        tokens: Tokens of the thoughts.
         logprobs: Their log-probabilities (natural logarithm).
         mixing_weight: Share of the thought in the prediction.
-        base_logprobs: Of the true token without the thought.
-        thought_logprobs: By the thought's own prediction.
-        mixed_logprobs: Mixed.
+        base_logprobs: Log-probabilities of the true tokens without the thought.
+        thought_logprobs: The same by the thought's own prediction.
+        mixed_logprobs: The same by the mixed prediction.
         valid: Where there is a true token to predict; elsewhere log-probabilities are 0.
         base_predicted: Most likely next token without the thought, after every text position.
         mixed_predicted: Most likely x_{i+a} with it.
@@ -181,7 +181,7 @@ def predict_everywhere(
     Args:
         base: Most likely next token without thoughts.
         mixed: Most likely x_{i+a} with them.
-        positions: Of the thoughts, -1 behind the last.
+        positions: Positions of the thoughts, -1 behind the last.
     """
     num_thoughts, lookahead, last = mixed.shape[1], mixed.shape[-1], base.shape[-1]
     predicted = base.unsqueeze(1).expand(-1, num_thoughts, -1)

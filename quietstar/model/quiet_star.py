@@ -466,14 +466,14 @@ class QuietStarForCausalLM(nn.Module):
         Args:
             input_ids: Texts, padded on the right if at all.
             attention_mask: (batch, seq), true (or 1) for real tokens.
-            labels: As in `forward`.
+            labels: Targets, as in `forward`.
             thoughts: Score these thoughts instead of sampling.
             num_thoughts: Thoughts a position.
-            temperature: Of the sampling; None takes the most likely tokens.
+            temperature: Sampling temperature; None takes the most likely tokens.
             positions: Think there only: ascending, -1 behind the last of a text with fewer
                 (`choose_positions`).
             sample_ids: As in `forward`; by default 0, 1, ...
-            seed: Of the noise.
+            seed: Seed of the noise.
 
         Raises:
             ValueError: A text too long for the model, or padded on the left.
@@ -588,7 +588,7 @@ class QuietStarForCausalLM(nn.Module):
             num_thoughts: Before each token; their predictions are averaged.
             thought_temperature: Of thoughts; None takes the most likely tokens. (``temperature``
                 is that of the text, as in transformers.)
-            seed: Of the thoughts' noise.
+            seed: Seed of the thoughts' noise.
             streamer: Is given each new token.
             **arguments: Those of transformers' ``generate``: ``attention_mask``,
                 ``max_new_tokens``, ``do_sample``, ``top_p``, ``num_return_sequences``,
@@ -620,7 +620,7 @@ class QuietStarForCausalLM(nn.Module):
         Args:
             input_ids: Texts, padded on the right if at all.
             attention_mask: (batch, seq), true (or 1) for real tokens.
-            labels: As in `forward`.
+            labels: Targets, as in `forward`.
             candidates: Tokens whose logits are wanted.
         """
         labels = target_labels(input_ids, attention_mask, labels)
@@ -649,9 +649,9 @@ class QuietStarForCausalLM(nn.Module):
         Args:
             input_ids: Texts, padded on the right if at all.
             attention_mask: (batch, seq), true (or 1) for real tokens.
-            labels: As in `forward`.
-            thoughts: From `sample`, or any.
-            positions: Of the thoughts; None for all.
+            labels: Targets, as in `forward`.
+            thoughts: Thought tokens from `sample`, or any.
+            positions: Positions of the thoughts; None for all.
             candidates: Tokens whose logits are wanted.
         """
         labels = target_labels(input_ids, attention_mask, labels)

@@ -183,8 +183,8 @@ class Bottleneck(nn.Module):
     """The adapter of one sub-layer; adds nothing at the start.
 
     Args:
-        width: Of the model.
-        size: Of the bottleneck.
+        width: Width of the model.
+        size: Width of the bottleneck.
     """
 
     def __init__(self, width: int, size: int) -> None:
@@ -286,8 +286,8 @@ class VirtualKeyValues(nn.Module):
     """Keys and values of the virtual tokens in one layer, (Hkv, n, head size) each.
 
     Args:
-        shape: Of the keys.
-        device: Of the layer.
+        shape: Shape of the keys.
+        device: Device of the layer.
     """
 
     def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:

@@ -28,7 +28,7 @@ class Appended:
     """What is known behind the newest tokens, before any thought.
 
     Attributes:
-        states: Of the texts.
+        states: Final states of the texts.
         logits: The plain model's, of the next tokens.
         opened: Logits behind the start vector; None where it was not run.
     """
@@ -44,7 +44,7 @@ class Thinking:
 
     Attributes:
         ahead: State of the end vector behind each thought.
-        tokens: Of the thoughts.
+        tokens: Tokens of the thoughts.
     """
 
     ahead: Float[Tensor, "thoughts rows width"]
@@ -114,8 +114,8 @@ class Decoder:
         The texts of some rows are copied once a token; thoughts cost what their rows cost.
 
         Args:
-            appended: From `append`, with ``opens``.
-            rows: That think, all by default.
+            appended: Result of `append` with ``opens``.
+            rows: Rows that think, all by default.
         """
         cache, first, sample_ids = self.cache, appended.opened, self.sample_ids
         assert first is not None, "append with opens"

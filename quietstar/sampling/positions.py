@@ -45,7 +45,7 @@ def count_positions(
     """Count the positions of each text that think and have a target behind them.
 
     Args:
-        rule: As in the module's docstring.
+        rule: Rule of the module's docstring.
         share: Fraction of the candidates.
         labels: Token ids, IGNORE_INDEX where a token is no target.
         answers: Mask of answer tokens (rules of answers).
@@ -83,13 +83,13 @@ def choose_positions(
     Only the rules of answers look at the result on the host, to know how wide it is.
 
     Args:
-        rule: As in the module's docstring.
-        share: Of the candidates.
+        rule: Rule of the module's docstring.
+        share: Fraction of the candidates.
         labels: Token ids, IGNORE_INDEX where a token is no target.
         answers: Tokens of answers (rules ``answer`` and ``answer_start``).
         score: The higher, the sooner a position is chosen (`SCORED_RULES`).
         sample_ids: Key the random choice.
-        seed: Of the random choice.
+        seed: Seed of the random choice.
         explore: Leave a quarter of the positions of `LEARNED_RULES` to chance.
 
     Raises:

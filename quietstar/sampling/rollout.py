@@ -117,13 +117,13 @@ class Rollout:
     """The steps of all thoughts of a batch of texts, one token of each at a time.
 
     Args:
-        model: As in `sample_thoughts`.
-        start_embedding: As in `sample_thoughts`.
-        input_ids: As in `sample_thoughts`.
-        num_thoughts: K.
+        model: Model of `sample_thoughts`.
+        start_embedding: Input that opens every thought.
+        input_ids: Texts.
+        num_thoughts: Thoughts at each position, K.
         thought_length: T, most steps.
-        positions: As in `sample_thoughts`.
-        text: As in `sample_thoughts`.
+        positions: Chosen positions; all by default.
+        text: Run of the texts, if there was one.
     """
 
     def __init__(

@@ -18,8 +18,8 @@ class Sampling:
     """How thoughts are drawn.
 
     Attributes:
-        num_thoughts: K.
-        thought_length: T.
+        num_thoughts: Thoughts at each position, K.
+        thought_length: Tokens of a thought, T.
         temperature: Divides the logits; None takes the most likely token.
         seed: Seed of the keyed noise.
     """
@@ -35,7 +35,7 @@ class Texts:
     """Texts to think about, padded on the right if at all.
 
     Attributes:
-        input_ids: Token ids.
+        input_ids: Token ids of the texts.
         labels: Token ids, -100 where a token is no target.
         answer_mask: Whether a token belongs to an answer; None where that is not known.
         sample_ids: Index of each text in the run; with the seed it keys the noise.
@@ -59,7 +59,7 @@ class ThoughtBatch:
         answer_mask: Whether a token belongs to an answer; None where that is not known.
         sample_ids: Index of each text in the run.
         positions: Position of each thought, ascending; -1 pads texts with fewer than others.
-        tokens: Thought tokens.
+        tokens: Tokens of the thoughts.
         lengths: Tokens of each thought.
         sampling_logprobs: Log-probabilities of the tokens by the policy that drew them; None where
             that is not known.
