@@ -1,5 +1,6 @@
 """The config: bounds, cross-field rules, YAML, overrides, and errors that come all at once."""
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -540,3 +541,8 @@ def test_a_fault_in_an_old_run_folder_keeps_its_line(write):
     Path("run/checkpoints").mkdir(parents=True)
     problem = only_problem_of(write(VALID_YAML + "optim:\n  lr: x", "run/config.yaml"))
     assert problem.startswith("run/config.yaml:4: optim.learning_rate: 'x' must be")
+
+
+def test_a_config_survives_pickling():
+    config = load_config("tiny", ["--loss.policy_weight", "0.7"])
+    assert pickle.loads(pickle.dumps(config)) == config

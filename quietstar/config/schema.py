@@ -169,6 +169,10 @@ class LossConfig(Section):
         """Whether the objective samples thoughts at all."""
         return registry.find("loss.objective", self.objective).thinks
 
+    def __reduce__(self) -> Any:
+        """Pickles by values: the class is made for its objective."""
+        return _restored_loss, (self.model_dump(),)
+
 
 @cache
 def loss_class(objective: str) -> type[LossConfig]:
@@ -183,6 +187,10 @@ def loss_class(objective: str) -> type[LossConfig]:
     kind = create_model("LossConfig", __base__=(LossConfig, settings))
     FIELDS.add("loss", kind)
     return kind
+
+
+def _restored_loss(values: dict[str, Any]) -> LossConfig:
+    return loss_config(**values)
 
 
 def loss_config(**values: Any) -> LossConfig:
