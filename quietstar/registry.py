@@ -8,6 +8,7 @@ wherever Python finds modules and in the working directory.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -48,8 +49,22 @@ KINDS = {
 
 def choices(key: str) -> list[str]:
     """List the built-in parts that a config key may name."""
-    package = importlib.import_module(KINDS[key].package)
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_")
+    spec = importlib.util.find_spec(KINDS[key].package)  # without importing it, and torch
+    assert spec is not None, KINDS[key].package
+    paths = spec.submodule_search_locations
+    return sorted(m.name for m in pkgutil.iter_modules(paths) if m.name[0] != "_")
+
+
+def check(key: str, name: str) -> None:
+    """Refuse a name that stands for nothing; a built-in part is not imported.
+
+    Raises:
+        UserError: As `find` does.
+    """
+    if ":" in name:
+        find(key, name)
+    elif name not in choices(key):
+        raise UserError(_unknown(key, name))
 
 
 def find(key: str, name: str) -> Any:

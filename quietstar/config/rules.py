@@ -147,12 +147,12 @@ def _part_rules(config: Config) -> Broken:
     }
     for key, name in named.items():
         try:
-            part = registry.find(key, name)
+            registry.check(key, name)
         except UserError as problem:
             yield (key,), str(problem).replace(f"{key} ({name}): ", f"{name}: ", 1)
         else:
             if key == "loss.objective":
-                yield from part.problems(config)
+                yield from registry.find(key, name).problems(config)
 
 
 @rule
