@@ -1,12 +1,15 @@
 """README's promises: its main command runs, its files exist, its list is the tested one."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from architectures import SUPPORTED
+
+from quietstar.config.loading import load_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -68,3 +71,21 @@ def test_the_list_of_architectures_is_the_tested_one():
 def test_the_python_example_compiles():
     for block in code_blocks("python"):
         compile(block, "README.md", "exec")
+
+
+def test_the_reward_is_that_of_the_tested_tutorial_in_ten_lines():
+    tutorial = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    (reward,) = (block for block in code_blocks("python") if "def brevity" in block)
+    assert reward in tutorial
+    assert len(reward.strip().splitlines()) <= 10
+
+
+def test_the_generate_command_fits_the_demo_as_typed():
+    (command,) = re.findall(r"quietstar generate --model runs/demo/final .*", README)
+    arguments = shlex.split(command)
+    prompt = arguments[arguments.index("--prompt") + 1]
+    new = int(arguments[arguments.index("--max-new-tokens") + 1])
+    think = load_config(ROOT / "configs/demo.yaml").stage_configs()["think"]
+    assert think.model.config is not None
+    positions = think.model.config["max_position_embeddings"]
+    assert len(prompt.split()) + new + think.thoughts.length + 1 <= positions
