@@ -14,8 +14,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
-engine=${1:?usage: sbatch launch/slurm.sh ENGINE CONFIG --training.output_dir DIR [--KEY VALUE ...]}
-config=${2:?usage: sbatch launch/slurm.sh ENGINE CONFIG --training.output_dir DIR [--KEY VALUE ...]}
+engine=${1:?usage: sbatch launch/slurm.sh STRATEGY CONFIG --training.output_dir DIR [--KEY VALUE ...]}
+config=${2:?usage: sbatch launch/slurm.sh STRATEGY CONFIG --training.output_dir DIR [--KEY VALUE ...]}
 shift 2
 cd "${SLURM_SUBMIT_DIR:?to be started by sbatch}"
 

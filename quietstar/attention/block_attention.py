@@ -61,13 +61,13 @@ class _BlockAttention(torch.autograd.Function):
         for view, lse_view, own, factor, total in zip(out_views, lse_views, *parts, strict=True):
             view.mul_(factor.unsqueeze(-1)).add_(own)
             lse_view.copy_(total)
-        ctx.save_for_backward(q, *inner, text_k, text_v, out, lse, weights)
+        ctx.save_for_backward(q, k, v, text_k, text_v, out, lse, weights)
         ctx.blocks, ctx.scale, ctx.kernel = blocks, scale, kernel
         return out
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, inner_q, inner_k, inner_v, text_k, text_v, out, lse, weights = ctx.saved_tensors
+        q, k, v, text_k, text_v, out, lse, weights = ctx.saved_tensors
         blocks, scale, dtype = ctx.blocks, ctx.scale, grad.dtype
         wide = ctx.kernel.backward_dtype(dtype)
         wide_grad, wide_out = grad.to(wide), out.to(wide)
@@ -75,6 +75,7 @@ class _BlockAttention(torch.autograd.Function):
             ctx.kernel, wide_grad, [x.to(wide) for x in (q, text_k, text_v)], wide_out, lse, scale
         )
         delta = torch.linalg.vecdot(*(at_least_float32(x) for x in (wide_out, wide_grad)))
+        inner_q, inner_k, inner_v = (_by_block(blocks, x, inner_dtype(x)) for x in (q, k, v))
         inner_grads = inner_backward(
             _by_block(blocks, grad, inner_q.dtype, once=True),
             (inner_q, inner_k, inner_v),
@@ -84,7 +85,7 @@ class _BlockAttention(torch.autograd.Function):
         )
         rows, _, tokens, _ = grad.shape
         dk, dv = (_empty_tokens(grad, (rows, x.shape[1], tokens, x.shape[3]))
-                  for x in (inner_k, inner_v))  # fmt: skip
+                  for x in (k, v))  # fmt: skip
         views = blocks.block_views(dq)
         for view, part in zip(views, _by_token(blocks, inner_grads[0], views), strict=True):
             view.add_(part)
