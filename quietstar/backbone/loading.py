@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from quietstar.backbone.run import embedding_weight
 from quietstar.errors import UserError
@@ -124,8 +124,8 @@ def drop_dropout_layers(model: PreTrainedModel) -> None:
 
 def stored_dtypes(model: PreTrainedModel) -> set[torch.dtype]:
     """Returns the floating-point dtypes in the safetensors files that a model was loaded from."""
-    name, revision = model.config.name_or_path, vars(model.config).get("_commit_hash")
-    folder = Path(name)
+    name = str(model.config.name_or_path)
+    revision, folder = vars(model.config).get("_commit_hash"), Path(name)
     if not folder.is_dir():
         folder = Path(str(cached_file(name, "config.json", revision=revision))).parent
     dtypes = set()
