@@ -2,7 +2,7 @@
 
 import torch
 
-from quietstar.training.answers import (
+from quietstar.training.evaluation import (
     place_before_answer,
     right_answers,
     right_thoughts,

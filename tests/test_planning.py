@@ -16,12 +16,9 @@ from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.training.build import build_model
 from quietstar.training.memory_plan import (
     MemoryTrace,
-    Shares,
     estimate_run,
-    fake_tokens,
     model_without_weights,
     num_bytes,
-    trainable,
 )
 from quietstar.training.stages import begin_stage, plan_stages
 
@@ -43,7 +40,7 @@ def planned(tmp_path, **changes):
 
 def real_peak(config):
     """The same count on real tensors."""
-    model = build_model(config, load_tokenizer("bytes"), {}).train()
+    model = build_model(config, load_tokenizer("bytes")).train()
     (stage,) = plan_stages(config)
     begin_stage(model, stage)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,7 +48,7 @@ def real_peak(config):
         config.training.learn_chunk_tokens, device, False, config.training.gradient_checkpointing
     )
     trace = MemoryTrace(model)
-    tokens = fake_tokens(config.training.micro_batch_size, config.data.seq_len)
+    tokens = torch.zeros(config.training.micro_batch_size, config.data.seq_len, dtype=torch.long)
     autocast = torch.autocast(
         "cpu", torch.bfloat16, enabled=config.training.mixed_precision == "bf16"
     )
@@ -102,13 +99,14 @@ def test_engines_cut_what_they_say(tmp_path):
     one = estimate_run(config, "single", 1)
     model = model_without_weights(config, load_tokenizer("bytes"))
     assert one.weights == num_bytes(model.parameters())
-    assert one.gradients == num_bytes(trainable(model))
+    assert one.gradients == num_bytes(p for p in model.parameters() if p.requires_grad)
     assert one.optimizer == 2 * one.gradients
-    cut = {e: estimate_run(config, e, 2) for e in ("ddp", "zero1", "zero2", "zero3", "fsdp2")}
-    for engine, estimate in cut.items():
-        shares = Shares.of(engine, 2)
-        assert estimate.weights == pytest.approx(one.weights * shares.weights, abs=1)
-        assert estimate.gradients == pytest.approx(one.gradients * shares.gradients, abs=1)
+    shares = {"ddp": (1, 1), "zero1": (1, 1), "zero2": (1, 0.5), "zero3": (0.5, 0.5),
+              "fsdp2": (0.5, 0.5)}  # fmt: skip
+    cut = {engine: estimate_run(config, engine, 2) for engine in shares}
+    for engine, (weights, gradients) in shares.items():
+        assert cut[engine].weights == pytest.approx(one.weights * weights, abs=1)
+        assert cut[engine].gradients == pytest.approx(one.gradients * gradients, abs=1)
     assert cut["fsdp2"].optimizer == pytest.approx(one.optimizer / 2, abs=1)
     # ZeRO keeps a copy of the weights in float32 beside the two moments.
     assert cut["zero2"].optimizer == pytest.approx(one.optimizer / 2 * 1.5, abs=1)

@@ -35,10 +35,10 @@ def watch():
 config = load_config(sys.argv[1])
 strategy = build_strategy(build_accelerator(config), config)
 tokenizer = load_tokenizer("bytes")
-build_model(load_config(sys.argv[2]), tokenizer, {})  # imports and self-check come first
+build_model(load_config(sys.argv[2]), tokenizer)  # imports and self-check come first
 seen = [memory()]
 threading.Thread(target=watch, daemon=True).start()
-model = build_model(config, tokenizer, {}, strategy)
+model = build_model(config, tokenizer, strategy)
 strategy.shard(WrappedModule(model))
 def size(module):
     return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters()) * 4

@@ -39,7 +39,7 @@ from quietstar.model.outputs import QuietStarOutput
 from quietstar.training import build, loop, run
 from quietstar.training.evaluation import compare, figures
 from quietstar.training.optimizer import build_optimizer, learning_rate_factor
-from quietstar.training.reporter import Reporter, StepRecord
+from quietstar.training.reporter import Reporter
 from quietstar.training.run import run_training
 from quietstar.training.stages import plan_stages
 
@@ -407,9 +407,8 @@ def test_an_alarm_sounds_once_for_the_figure_that_is_bad(name, tmp_path, capsys)
     def report(step, changes):
         sums = {k: torch.tensor(v) for k, v in (healthy | changes).items()}
         metrics = ThoughtMetrics(sums, dict.fromkeys(sums, torch.tensor(1)))
-        record = StepRecord(step, 1.0, metrics, {"total": 1.0}, 0.1)
         reporter.step_begins()
-        reporter.step_ends(record, QuietStarOutput())
+        reporter.step_ends(step, 1.0, {"total": 1.0}, 0.1, QuietStarOutput(metrics=metrics))
         return [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning:")]
 
     value, words = ALARMING[name]

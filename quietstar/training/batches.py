@@ -47,14 +47,14 @@ def micro_batch_rows(
         num_processes: Number of ranks, at most ``batch_size``.
         rank: Index of this rank.
     """
-    share = _part(range(batch_size), rank, num_processes)
+
+    def part(rows: range, index: int, count: int) -> range:
+        return rows[index * len(rows) // count : (index + 1) * len(rows) // count]
+
     largest_share = -(-batch_size // num_processes)
     count = -(-largest_share // micro_batch_size)
-    return [_part(share, index, count) for index in range(count)]
-
-
-def _part(rows: range, index: int, count: int) -> range:
-    return rows[index * len(rows) // count : (index + 1) * len(rows) // count]
+    share = part(range(batch_size), rank, num_processes)
+    return [part(share, index, count) for index in range(count)]
 
 
 def read_step(
@@ -75,32 +75,25 @@ def read_step(
         thoughts: Rule for the positions that think.
         pin: Whether to page-lock the tensors, so that copies to a GPU can overlap with its work.
     """
-    batches = []
+    batches, num_targets = [], torch.zeros(2, dtype=torch.long)
     for of_one in rows:
         # In place of an empty micro-batch runs a text without targets, whose loss is zero. The last
-        # one is never empty, since `_part` rounds down.
+        # one is never empty, since parts round down.
         batch = data.batch(step, batch_size, of_one or rows[-1][:1])
         if not of_one:
             labels = torch.full_like(batch.labels, IGNORE_INDEX)
             batch = dataclasses.replace(batch, labels=labels)
-        batches.append(_pinned(batch) if pin else batch)
-    return StepBatches(batches, sum(_num_targets(thoughts, b) for b in batches))  # pyright: ignore[reportArgumentType]
-
-
-def _num_targets(thoughts: ThoughtsConfig, batch: Batch) -> Tensor:
-    thinking = count_positions(
-        thoughts.positions,
-        thoughts.position_fraction,
-        batch.labels,
-        batch.answers,
-        thoughts.lookahead,
-    )
-    return torch.stack([(batch.labels[:, 1:] != IGNORE_INDEX).sum(), thinking.sum()])
-
-
-def _pinned(batch: Batch) -> Batch:
-    names = [field.name for field in dataclasses.fields(batch)]
-    return dataclasses.replace(batch, **{n: getattr(batch, n).pin_memory() for n in names})
+        thinking = count_positions(
+            thoughts.positions, thoughts.position_fraction, batch.labels, batch.answers,
+            thoughts.lookahead,
+        )  # fmt: skip
+        targets = batch.labels[:, 1:] != IGNORE_INDEX
+        num_targets += torch.stack([targets.sum(), thinking.sum()])
+        if pin:
+            names = [field.name for field in dataclasses.fields(batch)]
+            batch = Batch(*[getattr(batch, name).pin_memory() for name in names])
+        batches.append(batch)
+    return StepBatches(batches, num_targets)
 
 
 def prefetched(read: Callable[[int], T], steps: range) -> Generator[T, None, None]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,24 +17,37 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, ProjectConfiguration, patch_environment
+from accelerate.utils import LoggerType, ProjectConfiguration, patch_environment, set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
+from quietstar.backbone.compiling import check_compile, compile_layers
 from quietstar.backbone.loading import load_base, stored_dtypes
 from quietstar.backbone.run import num_virtual
 from quietstar.config import Config
-from quietstar.data import EvalData, load_tokenizer
+from quietstar.data import DataReport, EvalData, TrainData, build_data, load_tokenizer
 from quietstar.distributed import Strategy, wants_fsdp
 from quietstar.errors import UserError
+from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import SETTINGS_FILE
 from quietstar.model.tuning import quantization
 from quietstar.training.checkpoint import TRACKERS_FOLDER
-from quietstar.training.stages import Stage
+from quietstar.training.stages import Stage, plan_stages
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """What all stages of a run share; the model is without the strategy's wrapper."""
+
+    stages: Sequence[Stage]
+    strategy: Strategy
+    tokenizer: PreTrainedTokenizerBase
+    model: QuietStarForCausalLM
+    data: Sequence[tuple[TrainData, EvalData, DataReport]]
 
 
 def quiet_libraries() -> None:
@@ -48,18 +63,24 @@ def build_accelerator(config: Config) -> Accelerator:
     Raises:
         UserError: Fewer processes than launched see each other, or a tracker cannot be used.
     """
+    available = {tracker.value for tracker in get_available_trackers()}
+    missing = [name for name in config.logging.report_to if name not in available]
+    if missing:  # accelerate would leave it out in silence
+        known = sorted({tracker.value for tracker in LoggerType} - {"all"})
+        remedy = f"pip install {missing[0]}" if missing[0] in known else f"use {', '.join(known)}"
+        raise UserError(
+            f"logging.report_to: {missing[0]!r} is not available (here are: "
+            f"{', '.join(sorted(available)) or 'none'}); {remedy}, or leave it out"
+        )
     handlers = []
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.cuda.is_available():
         # Without it every rank believes it is alone, and all write the same files.
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
     elif wants_fsdp() and torch.cuda.is_available():
         handlers.append(InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl"))  # saving is on CPUs
-    output_dir = Path(config.training.output_dir)
     use_cpu_threads(config.training.cpu_threads)
-    check_trackers(config.logging.report_to)
-    folders = ProjectConfiguration(
-        project_dir=str(output_dir), logging_dir=str(output_dir / TRACKERS_FOLDER)
-    )
+    output_dir = Path(config.training.output_dir)
+    folders = ProjectConfiguration(str(output_dir), str(output_dir / TRACKERS_FOLDER))
     with patch_environment(ACCELERATE_USE_FSDP="false"):  # our own strategy shards
         accelerator = Accelerator(
             mixed_precision=config.training.mixed_precision,
@@ -77,12 +98,36 @@ def build_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def check_batch(config: Config, num_processes: int) -> None:
-    """Refuses a step that leaves a process without work.
+def set_up(config: Config, strategy: Strategy) -> Job:
+    """Loads tokenizer, model and data of all stages; raises UserError if one cannot be used."""
+    stages, accelerator, seed = plan_stages(config), strategy.accelerator, config.training.seed
+    for stage in stages:
+        check_batch(stage.config, accelerator.num_processes)
+    check_compile(config.training.torch_compile, strategy.sharded)
+    set_seed(seed)
+    tokenizer = find_tokenizer(config)
+    # The thread that reads ahead has a tokenizer of its own: Rust's cannot be used by two at once.
+    reader = copy.deepcopy(tokenizer)
+    # One seed, so that what is held out is held out in every stage.
+    data = [build_data(stage.config.data, reader, seed) for stage in stages]
+    settings = next((stage for stage in stages if stage.thinks), stages[0]).config
+    model = build_model(settings, tokenizer, strategy)
+    for stage, (_, eval_data, _) in zip(stages, data, strict=True):
+        check_thoughts_fit(stage, model, eval_data)
+    model.learn_chunk_tokens = resolve_chunk_tokens(
+        config.training.learn_chunk_tokens,
+        accelerator.device.type,
+        strategy.sharded,
+        config.training.gradient_checkpointing,
+    )
+    if config.training.torch_compile:
+        compile_layers(model.causal_lm)
+    strategy.keep_trainable_only(model)
+    return Job(stages, strategy, tokenizer, model, data)
 
-    Raises:
-        UserError: The step has fewer sequences than there are processes.
-    """
+
+def check_batch(config: Config, num_processes: int) -> None:
+    """Raises UserError if a step has fewer sequences than there are processes."""
     batch_size = config.training.global_batch_size
     if batch_size < num_processes:
         raise UserError(
@@ -93,12 +138,9 @@ def check_batch(config: Config, num_processes: int) -> None:
 
 
 def use_cpu_threads(threads: int | None) -> None:
-    """Uses the machine's cores where there is no GPU, and keeps freed memory there.
+    """Uses ``threads``, or this process's part of the cores, where there is no GPU.
 
-    ``accelerate launch`` sets OMP_NUM_THREADS to 1 on its own.
-
-    Args:
-        threads: Number of threads; by default this process's part of the cores.
+    ``accelerate launch`` sets OMP_NUM_THREADS to 1 on its own. Freed memory is kept there.
     """
     if not torch.cuda.is_available():
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -123,40 +165,24 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Refuses a tracker that accelerate would leave out in silence.
-
-    Raises:
-        UserError: It is unknown to accelerate, or its package is not installed.
-    """
-    available = {tracker.value for tracker in get_available_trackers()}
-    missing = [name for name in names if name not in available]
-    if missing:
-        known = sorted({tracker.value for tracker in LoggerType} - {"all"})
-        remedy = f"pip install {missing[0]}" if missing[0] in known else f"use {', '.join(known)}"
-        raise UserError(
-            f"logging.report_to: {missing[0]!r} is not available (here are: "
-            f"{', '.join(sorted(available)) or 'none'}); {remedy}, or leave it out"
-        )
+def hub_options(config: Config) -> dict[str, Any]:
+    """Returns the keywords with which the model's files are read from the hub."""
+    return config.model.model_dump(include={"revision", "trust_remote_code"})
 
 
-def find_tokenizer(config: Config, hub: dict) -> PreTrainedTokenizerBase:
+def find_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """Loads the tokenizer that the config names, or the model's own."""
     name = config.model.tokenizer or config.model.name_or_path
     assert name is not None, "the config was validated"
-    return load_tokenizer(name, **hub)
+    return load_tokenizer(name, **hub_options(config))
 
 
 def build_model(
-    config: Config, tokenizer: PreTrainedTokenizerBase, hub: dict, strategy: Strategy | None = None
+    config: Config, tokenizer: PreTrainedTokenizerBase, strategy: Strategy | None = None
 ) -> QuietStarForCausalLM:
     """Loads or builds the base model and turns it into one that thinks.
 
-    Args:
-        config: The run's config.
-        tokenizer: The model's tokenizer.
-        hub: Keywords for the hub: ``revision``, ``trust_remote_code``.
-        strategy: Strategy that will train the model; one that shards weights loads them lazily.
+    A strategy that shards weights loads them lazily.
     """
     unset_hf_deepspeed_config()  # or transformers would shard weights before adapters see them
     settings, dtype = config.model, getattr(torch, config.model.dtype)
@@ -169,34 +195,25 @@ def build_model(
         )
     load = partial(
         load_base, name, settings.config, vocab_size=len(tokenizer), seed=config.training.seed,
-        quantization=quantization(config.tuning), **hub,
+        quantization=quantization(config.tuning), **hub_options(config),
     )  # fmt: skip
-    if name is None:
+    if name is None or strategy is None or not strategy.sharded:
         base = load(dtype=dtype)
-        adopt_special_tokens(base, tokenizer, settings.config or {})
-        return teach_thinking(base, config, tokenizer)
-    if strategy is None or not strategy.sharded:
-        return teach_thinking(load(dtype=dtype), config, tokenizer)
-    base = load(dtype="stored")
-    if stored_dtypes(base) != {base.dtype}:  # some weights would lose digits on the way
-        return teach_thinking(load(dtype=dtype), config, tokenizer)
-    strategy.cast_when_sharded(base, dtype)
+    else:
+        base = load(dtype="stored")
+        if stored_dtypes(base) == {base.dtype}:
+            strategy.cast_when_sharded(base, dtype)
+        else:  # some weights would lose digits on the way
+            base = load(dtype=dtype)
+    if name is None:
+        # Else it would keep the ids that its architecture's first tokenizer had (Llama's end of
+        # text is 2), and generation would stop at an ordinary token.
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if key not in (settings.config or {}):
+                setattr(base.config, key, getattr(tokenizer, key))
+            if base.generation_config is not None:
+                setattr(base.generation_config, key, getattr(base.config, key))
     return teach_thinking(base, config, tokenizer)
-
-
-def adopt_special_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, Any]
-) -> None:
-    """Gives a new model its tokenizer's special tokens, where ``fields`` does not name them.
-
-    Otherwise it would keep the ids that its architecture's first tokenizer had (Llama's end of text
-    is 2), and generation would stop at an ordinary token.
-    """
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if key not in fields:
-            setattr(model.config, key, getattr(tokenizer, key))
-        if model.generation_config is not None:
-            setattr(model.generation_config, key, getattr(model.config, key))
 
 
 def teach_thinking(
@@ -204,24 +221,19 @@ def teach_thinking(
 ) -> QuietStarForCausalLM:
     """Turns a causal LM into one that thinks, as the config says."""
     model = QuietStarForCausalLM.from_base(
-        base,
-        tokenizer=tokenizer,
-        thoughts=config.thoughts,
-        mixing_head=config.mixing_head,
-        loss=config.loss,
-        tuning=config.tuning,
-    )
+        base, tokenizer=tokenizer, thoughts=config.thoughts, mixing_head=config.mixing_head,
+        loss=config.loss, tuning=config.tuning,
+    )  # fmt: skip
     if config.training.gradient_checkpointing:
         checkpoint_activations(model.causal_lm)
     return model
 
 
 def check_thoughts_fit(stage: Stage, model: QuietStarForCausalLM, eval_data: EvalData) -> None:
-    """Refuses sequences without room for a thought, and thoughts without room for a rationale.
+    """Raises UserError if sequences have no room for a thought, or thoughts none for a rationale.
 
-    Raises:
-        UserError: seq_len + length + lookahead + 1 is more than the model's positions, or a stage
-            thinks in fewer tokens than the shortest rationale has.
+    seq_len + length + lookahead + 1 must be at most the model's positions, and the thoughts of a
+    stage that thinks must be at least as long as the shortest rationale.
     """
     config, thoughts, longest = stage.config, stage.config.thoughts, model.max_text_length
     if longest is not None and config.data.seq_len > longest:
@@ -253,7 +265,8 @@ def describe(model: QuietStarForCausalLM, stage: Stage) -> str:
     config, thoughts = stage.config, stage.config.thoughts
     name = config.model.name_or_path or f"random {model.causal_lm.config.model_type}"
     fraction = f"before {thoughts.position_fraction:.0%} of the tokens"
-    where = {
+    what = f"{thoughts.num_thoughts} thoughts of {thoughts.length} tokens "
+    what += {
         "all": "at every position",
         "every": f"{fraction}, evenly spaced",
         "random": f"{fraction}, at random",
@@ -263,7 +276,6 @@ def describe(model: QuietStarForCausalLM, stage: Stage) -> str:
         "answer": "before each token of an answer",
         "answer_start": "before each answer",
     }[thoughts.positions]
-    what = f"{thoughts.num_thoughts} thoughts of {thoughts.length} tokens {where}"
     if thoughts.sampler == "pause":
         what += " (constant pause tokens)"
     objective = f"{what}, lookahead {thoughts.lookahead}" if stage.thinks else "no thoughts"

@@ -12,8 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,8 @@ from quietstar.config import Config
 from quietstar.config.loading import load_config
 from quietstar.distributed import Strategy
 from quietstar.errors import ConfigError, UserError
-from quietstar.training.preemption import PREEMPTED_FILE
 from quietstar.training.reporter import METRICS_FILE
-from quietstar.training.state import StageRun
+from quietstar.training.state import PREEMPTED_FILE, StageRun
 
 CONFIG_FILE, STATE_FILE, MANIFEST_FILE = "config.yaml", "trainer_state.json", "manifest.json"
 FINAL_FOLDER, CHECKPOINTS_FOLDER, TRACKERS_FOLDER = "final", "checkpoints", "tensorboard"
@@ -49,7 +47,6 @@ FREE_ON_RESUME = (
     *("data.eval_sequences", "logging.report_to", "logging.logging_steps", "logging.thought_steps"),
 )
 """Keys that may change between stop and resume: the run stays the same one, or is prolonged."""
-_NAME = re.compile(r"step-(\d{6,})")
 
 
 # --- Saving and loading ---------------------------------------------------------------------------
@@ -58,7 +55,9 @@ _NAME = re.compile(r"step-(\d{6,})")
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Returns the checkpoints of a run folder that were written to the end, oldest first."""
     folders = (output_dir / CHECKPOINTS_FOLDER).glob("step-*")
-    whole = [f for f in folders if _NAME.fullmatch(f.name) and (f / STATE_FILE).exists()]
+    whole = [
+        f for f in folders if re.fullmatch(r"step-\d{6,}", f.name) and (f / STATE_FILE).exists()
+    ]
     return sorted(whole, key=lambda f: int(f.name.removeprefix("step-")))
 
 
@@ -76,12 +75,20 @@ def save_checkpoint(run: StageRun, step: int) -> Path:
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
+    evaluations = run.reporter.evaluations
+    figures = evaluations[-1][1] if evaluations and evaluations[-1][0] == step else {}
+    state = {
+        "step": step,
+        "stage": run.stage.name,
+        "mixed_nll": figures.get("mixed_nll", figures.get("base_nll")),  # at this very step
+        "strategy": run.strategy.kind,
+        "num_processes": accelerator.num_processes,
+    }
     try:
         run.strategy.save(partial, run.model, run.optimizer)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            state = json.dumps(_trainer_state(run, step))
-            (partial / STATE_FILE).write_text(state + "\n", encoding="utf-8")
+            (partial / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
             write_manifest(partial)
             for path in partial.rglob("*"):  # on disk before the name says that it is whole
                 if path.is_file():
@@ -96,19 +103,6 @@ def save_checkpoint(run: StageRun, step: int) -> Path:
         drop_old(output_dir, run.config.training.save_total_limit)
     accelerator.wait_for_everyone()
     return final
-
-
-def _trainer_state(run: StageRun, step: int) -> dict[str, Any]:
-    """Contents of ``trainer_state.json``: the NLL is that of an evaluation at this very step."""
-    evaluations = run.reporter.evaluations
-    figures = evaluations[-1][1] if evaluations and evaluations[-1][0] == step else {}
-    return {
-        "step": step,
-        "stage": run.stage.name,
-        "mixed_nll": figures.get("mixed_nll", figures.get("base_nll")),
-        "strategy": run.strategy.kind,
-        "num_processes": run.accelerator.num_processes,
-    }
 
 
 def _cannot_write(run: StageRun, folder: Path, problem: Exception) -> UserError:
@@ -135,10 +129,9 @@ def drop_old(output_dir: Path, keep: int) -> None:
     folders = list_checkpoints(output_dir)
     states: dict[Path, dict[str, Any]] = {}
     for folder in folders:
-        try:
+        states[folder] = {}
+        with suppress(OSError, ValueError, TypeError):
             states[folder] = dict(read_state(folder))
-        except (OSError, ValueError, TypeError):
-            states[folder] = {}
     stage = states[folders[-1]].get("stage")
     scored = [f for f in folders if states[f].get("stage") == stage]
     scored = [f for f in scored if states[f].get("mixed_nll") is not None]
@@ -157,26 +150,17 @@ def load_checkpoint(
     resumed under other settings must train with its own.
     """
     settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    with _without_pickled_schedule(folder) as readable:
-        strategy.load(readable, prepared, optimizer)
+    with tempfile.TemporaryDirectory() as view:
+        # Earlier versions pickled a schedule, which accelerate would unpickle, and a pickle may run
+        # any code: their checkpoints are shown without it.
+        if any(folder.glob("custom_checkpoint_*")):
+            for path in folder.iterdir():
+                if not path.name.startswith("custom_checkpoint_"):
+                    (Path(view) / path.name).symlink_to(path.resolve())
+            folder = Path(view)
+        strategy.load(folder, prepared, optimizer)
     for group, of_config in zip(optimizer.param_groups, settings, strict=True):
         group.update(of_config)
-
-
-@contextmanager
-def _without_pickled_schedule(folder: Path) -> Iterator[Path]:
-    """Shows a checkpoint without the schedule that earlier versions pickled into it.
-
-    accelerate unpickles every ``custom_checkpoint_*.pkl``, and a pickle may run any code.
-    """
-    if not any(folder.glob("custom_checkpoint_*")):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as view:
-        for path in folder.iterdir():
-            if not path.name.startswith("custom_checkpoint_"):
-                (Path(view) / path.name).symlink_to(path.resolve())
-        yield Path(view)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -231,10 +215,7 @@ def _digest(path: Path) -> str:
 
 
 def find_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None, list[str]]:
-    """Finds the checkpoint to go on from.
-
-    Returns:
-        Its folder (None for a new run), and a line about each damaged one that is passed over.
+    """Returns the checkpoint to go on from, None for a new run, and a line for each damaged one.
 
     Raises:
         UserError: The checkpoint asked for is damaged or none, or all of the run's are damaged.
@@ -255,8 +236,7 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None, 
         return Path(resume), []
     damaged: list[str] = []
     for folder in reversed(list_checkpoints(output_dir)):
-        damage = find_damage(folder)
-        if damage is None:
+        if (damage := find_damage(folder)) is None:
             return folder, damaged
         damaged.append(f"{folder} is damaged and passed over: {damage}")
     if damaged:
@@ -268,11 +248,7 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None, 
 
 
 def check_world(folder: Path, strategy: Strategy) -> None:
-    """Refuses a checkpoint that this launch cannot read.
-
-    Raises:
-        UserError: Another strategy wrote it, or as many processes as this strategy cannot read.
-    """
+    """Raises UserError if the strategy, or that many processes of it, cannot read a checkpoint."""
     state = read_state(folder)
     now = strategy.accelerator.num_processes
     kind = state.get("strategy", state.get("engine", strategy.kind))  # "engine": an older name
@@ -292,10 +268,9 @@ def check_world(folder: Path, strategy: Strategy) -> None:
 
 
 def check_free(output_dir: Path, overwrite: bool) -> None:
-    """Refuses a folder that cannot be written, or holds a run or anything else under its names.
+    """Raises UserError for a folder that cannot be written, or already holds what a run writes.
 
-    Raises:
-        UserError: One of these; ``training.overwrite_output_dir`` only replaces what a run wrote.
+    ``training.overwrite_output_dir`` only replaces what a run wrote.
     """
     key = f"training.output_dir: {output_dir}"
     ancestor = next(f for f in (output_dir, *output_dir.absolute().parents) if f.exists())
@@ -317,11 +292,7 @@ def check_free(output_dir: Path, overwrite: bool) -> None:
 
 
 def start_run_dir(output_dir: Path) -> None:
-    """Makes the run folder, without what an overwritten run left.
-
-    Raises:
-        UserError: The folder cannot be made.
-    """
+    """Makes the run folder, without what an overwritten run left; UserError if it cannot."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
@@ -337,18 +308,10 @@ def start_run_dir(output_dir: Path) -> None:
 
 
 def check_same_run(output_dir: Path, config: Config, allow_changes: bool = False) -> list[str]:
-    """Refuses to go on with a run under settings that would make it another one.
-
-    Args:
-        output_dir: Folder of the run.
-        config: Config to go on with.
-        allow_changes: Whether to go on all the same.
-
-    Returns:
-        A line for each key that changed.
+    """Refuses settings that would make the run another one; returns a line for each changed key.
 
     Raises:
-        UserError: They do; names every changed key with its old and new value.
+        UserError: They would, and ``allow_changes`` is not set; names every such key.
     """
     path = output_dir / CONFIG_FILE
     try:

@@ -31,11 +31,14 @@ from quietstar.distributed import from_main_process
 from quietstar.errors import UserError
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.sampling.positions import count_positions
-from quietstar.training.answers import right_answers
 from quietstar.training.build import build_accelerator
-from quietstar.training.checkpoint import CONFIG_FILE, FINAL_FOLDER, check_same_run
-from quietstar.training.evaluation import chosen_positions
-from quietstar.training.results import RESULTS_FILE
+from quietstar.training.checkpoint import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    FINAL_FOLDER,
+    check_same_run,
+)
+from quietstar.training.evaluation import RESULTS_FILE, chosen_positions, right_answers
 from quietstar.training.run import run_training
 
 CONTROLS_FILE = "controls.json"
@@ -103,7 +106,11 @@ def run_controls(config: Config, num_seeds: int, on_report: OnReport | None = No
         save_config(config, root / CONFIG_FILE)
         text = json.dumps(summary, indent=2) + "\n"
         (root / CONTROLS_FILE).write_text(text, encoding="utf-8")
-        Console().print(controls_table(summary))
+        table = Table("", "accuracy", "95 % interval", title=f"held-out answers, {num_seeds} seeds")
+        for row in (*summary["variants"], *summary["differences"]):
+            interval = "" if row["ci95"] is None else "{:.3f} to {:.3f}".format(*row["ci95"])
+            table.add_row(row["label"], f"{row['mean']:.3f}", interval)
+        Console().print(table)
         if on_report is not None:
             on_report(root)
     accelerator.wait_for_everyone()
@@ -112,12 +119,7 @@ def run_controls(config: Config, num_seeds: int, on_report: OnReport | None = No
 
 
 def check_comparable(config: Config, stage: Config) -> None:
-    """Refuses what the controls cannot compare.
-
-    Raises:
-        UserError: The last stage does not think, its texts have no answers, or several stages
-            train adapters.
-    """
+    """Raises UserError unless the last stage thinks about answers and stages train whole models."""
     if not stage.loss.thinks:
         raise UserError(
             f"--controls: the last stage has loss.objective: {stage.loss.objective}, but controls "
@@ -138,27 +140,26 @@ def check_comparable(config: Config, stage: Config) -> None:
 def variant(
     name: str, stage: Config, start: Path | None, seed: int, folder: Path, fraction: float = 1.0
 ) -> Config:
-    """Returns the config of one variant of the stage.
+    """Returns the config of one variant of the stage, by its name in `TRAINED`.
 
     Args:
-        name: One of `TRAINED`.
+        name: Name of the variant.
         stage: Config of the stage as it is.
         start: Folder of the model to start from; None for the stage's own.
         seed: Seed of the variant.
         folder: Run folder of the variant.
         fraction: Fraction of the tokens that think (`thinking_fraction`).
     """
-    changes: dict[str, dict[str, Any]] = {
-        "training": {"seed": seed, "output_dir": str(folder), "eval_steps": 0},
-    }
+    training = {"seed": seed, "output_dir": str(folder), "eval_steps": 0}
+    changes: dict[str, dict[str, Any]] = {"training": training}
     if start is not None:
         changes["model"] = {"name_or_path": str(start), "config": None, "tokenizer": None}
     if name == "no_thoughts":
         changes["loss"] = {"objective": "next_token"}
-        changes["training"]["max_steps"] = matched_steps(stage, fraction)
-    elif name == "pause":
-        changes |= {"thoughts": {"sampler": "pause"}, "loss": {"policy_weight": 0.0}}
-    elif name == "no_reinforce":
+        training["max_steps"] = matched_steps(stage, fraction)
+    if name == "pause":
+        changes["thoughts"] = {"sampler": "pause"}
+    if name in ("pause", "no_reinforce"):
         changes["loss"] = {"policy_weight": 0.0}
     return _changed(stage, changes)
 
@@ -204,10 +205,10 @@ def _state(folder: Path, config: Config) -> str:
     Raises:
         UserError: A run of other settings is finished; its results would be taken for this one's.
     """
+    if not (folder / CONFIG_FILE).exists():
+        return "new"
     if not (folder / RESULTS_FILE).exists():
-        if not (folder / CONFIG_FILE).exists():
-            return "new"
-        return "begun" if (folder / "checkpoints").exists() else "failed"
+        return "begun" if (folder / CHECKPOINTS_FOLDER).exists() else "failed"
     check_same_run(folder, config)
     before, now = (
         {name: stage.training.max_steps for name, stage in one.stage_configs().items()}
@@ -249,32 +250,19 @@ def _first_thoughts(
 
 def summarize(results: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
     """Turns the results by seed and variant into means with intervals, as in controls.json."""
-    accuracies, right = {}, {}
-    for name in LABELS:
+    variants, differences = [], []
+    for name, label in LABELS.items():
+        of_seeds = [by_name[name] for by_name in results.values()]
         key = "without_thoughts" if name == "no_thoughts" else "with_thoughts"
-        accuracies[name] = [by_name[name]["accuracy"][key] for by_name in results.values()]
-        right[name] = [by_name[name].get("right_thoughts", {}).get("after")
-                       for by_name in results.values()]  # fmt: skip
-    variants = [
-        {
-            "name": name,
-            "label": label,
-            "accuracy": accuracies[name],
-            **_mean_and_interval(accuracies[name]),
-            "right_thoughts": None if None in right[name] else right[name],
-        }
-        for name, label in LABELS.items()
-    ]
-    differences = [
-        {
-            "label": f"{LABELS['full']} minus {label}",
-            **_mean_and_interval(
-                [a - b for a, b in zip(accuracies["full"], accuracies[name], strict=True)]
-            ),
-        }
-        for name, label in LABELS.items()
-        if name != "full"
-    ]
+        accuracy = [one["accuracy"][key] for one in of_seeds]
+        right = [one.get("right_thoughts", {}).get("after") for one in of_seeds]
+        right = None if None in right else right
+        row = {"name": name, "label": label, "accuracy": accuracy}
+        variants.append({**row, **_mean_and_interval(accuracy), "right_thoughts": right})
+        if name != "full":
+            gaps = [a - b for a, b in zip(variants[0]["accuracy"], accuracy, strict=True)]
+            title = f"{LABELS['full']} minus {label}"
+            differences.append({"label": title, **_mean_and_interval(gaps)})
     return {"seeds": list(results), "variants": variants, "differences": differences}
 
 
@@ -283,18 +271,5 @@ def _mean_and_interval(values: Sequence[float]) -> dict[str, Any]:
     mean = sum(values) / len(values)
     if len(values) < 2:
         return {"mean": mean, "ci95": None}
-    error = float(stats.sem(values))
-    if error == 0:
-        return {"mean": mean, "ci95": [mean, mean]}
-    low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=error)
-    return {"mean": mean, "ci95": [float(low), float(high)]}
-
-
-def controls_table(summary: Mapping[str, Any]) -> Table:
-    """Returns the accuracies of all variants, for the terminal."""
-    seeds = len(summary["seeds"])
-    table = Table("", "accuracy", "95 % interval", title=f"held-out answers, {seeds} seeds")
-    for row in (*summary["variants"], *summary["differences"]):
-        interval = "" if row["ci95"] is None else "{:.3f} to {:.3f}".format(*row["ci95"])
-        table.add_row(row["label"], f"{row['mean']:.3f}", interval)
-    return table
+    margin = float(stats.sem(values)) * float(stats.t.ppf(0.975, len(values) - 1))
+    return {"mean": mean, "ci95": [mean - margin, mean + margin]}

@@ -8,11 +8,18 @@ is content. Thoughts are swapped among texts where all have answers, within each
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from operator import add
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from jaxtyping import Bool, Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from quietstar.data import Batch
 from quietstar.distributed import ModelProxy
@@ -26,20 +33,28 @@ from quietstar.evaluation.controls import (
     plan_swap,
 )
 from quietstar.model.metrics import ThoughtMetrics, as_metrics
+from quietstar.model.outputs import Thoughts
 from quietstar.model.quiet_star import QuietStarForCausalLM
-from quietstar.training.answers import (
-    place_before_answer,
-    right_answers,
-    right_thoughts,
-)
+from quietstar.training.reporter import read_metrics
 from quietstar.training.state import StageRun
 
 Thinker = QuietStarForCausalLM | ModelProxy
 """A model, or one behind its strategy's wrapper."""
 
+Count = tuple[Tensor, Tensor]
+"""A sum, and of how many."""
 CONTROLS = (SWAPPED, PAUSE)
 SAMPLES = 4
 """Thoughts sampled at every position, at temperature 1, to count the right ones."""
+RESULTS_FILE, SAMPLES_FILE = "results.json", "samples.json"
+NUM_SAMPLES = 20
+ACCURACIES = {
+    "with_thoughts": "accuracy_with_thoughts",
+    "without_thoughts": "accuracy_without_thoughts",
+    "swapped_thoughts": "accuracy_swapped",
+    "pause_thoughts": "accuracy_pause",
+}
+"""Names in results.json, and in metrics.jsonl."""
 
 
 def evaluate(run: StageRun) -> dict[str, float]:
@@ -57,7 +72,13 @@ def evaluate(run: StageRun) -> dict[str, float]:
     """
     accelerator = run.accelerator
     model = ModelProxy(run.model)
-    batches, counted = rank_batches(run)
+    batches = list(run.eval_data.batches(run.config.training.micro_batch_size))
+    counted, ranks = len(batches), accelerator.num_processes
+    if counted >= ranks:  # with fewer all ranks read all; the means over ranks are the same
+        own = batches[accelerator.process_index :: ranks]
+        most = -(-len(batches) // ranks)
+        # Strategies need as many forward passes on every rank: what is read again does not count.
+        batches, counted = [*own, *own[: most - len(own)]], len(own)
     batches = [batch.to(accelerator.device) for batch in batches]
     passes = 2 if run.stage.thinks else 1
     with accelerator.autocast(), run.reporter.evaluating(passes * len(batches)) as advance:
@@ -71,36 +92,13 @@ def evaluate(run: StageRun) -> dict[str, float]:
                 accuracy = as_metrics({"accuracy_without_thoughts": right})
                 parts.append(scores.metrics.joined(accuracy))
                 advance()
-            totals = {"own": _total(parts[:counted])}
+            totals = {"own": reduce(add, parts[:counted])}
     if run.stage.thinks and SWAPPED not in totals:
         run.reporter.say(
             "gain of content: not available, because a single held-out text has no other to swap "
             "thoughts with; raise data.eval_sequences"
         )
     return figures({kind: total.reduced(accelerator) for kind, total in totals.items()})
-
-
-def rank_batches(run: StageRun) -> tuple[list[Batch], int]:
-    """Returns this rank's part of the held-out texts, and how many of its batches count.
-
-    Strategies need as many forward passes on every rank: one with fewer batches reads one of them
-    again, which does not count. With fewer batches than ranks, all read all of them; the means over
-    ranks are the same.
-    """
-    accelerator = run.accelerator
-    batches = list(run.eval_data.batches(run.config.training.micro_batch_size))
-    if len(batches) < accelerator.num_processes:
-        return batches, len(batches)
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
-    most = -(-len(batches) // accelerator.num_processes)
-    return [*mine, *mine[: most - len(mine)]], len(mine)
-
-
-def _total(parts: Sequence[ThoughtMetrics]) -> ThoughtMetrics:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 def compare(
@@ -122,55 +120,43 @@ def compare(
         gather: Function that joins the thoughts of all ranks, to swap them over the whole set.
     """
     parts: dict[str, list[ThoughtMetrics]] = {kind: [] for kind in ("own", *CONTROLS)}
-    thoughts, places, texts = [], [], []
+    thoughts_of_batches = []
     for batch in batches:
         positions = chosen_positions(model, batch)
-        tokens, metrics = _own(model, batch, positions)
-        thoughts.append(tokens)
-        places.append(positions)
-        texts.append(_text_thoughts(batch, tokens, positions))
+        where = {"positions": positions, "sample_ids": batch.sample_ids}
+        own = model.sample(batch.input_ids, **where)
+        metrics = score(model, batch, own, positions)
+        if batch.rationale.shape[1] > 0:
+            sampled = model.sample(batch.input_ids, num_thoughts=SAMPLES, temperature=1.0, **where)
+            right = right_thoughts(sampled, batch.answers, batch.rationale, positions)
+            metrics = metrics.joined(as_metrics({"right_thoughts": right}))
         parts["own"].append(metrics)
+        texts = _text_thoughts(batch, own, positions)
+        thoughts_of_batches.append((batch, own, positions, texts))
         advance()
-    swap = plan_swap(gather([text for texts_of_batch in texts for text in texts_of_batch]))
-    for batch, own, positions, batch_texts in zip(batches, thoughts, places, texts, strict=True):
+    swap = plan_swap(gather([text for *_, texts in thoughts_of_batches for text in texts]))
+    for batch, own, positions, texts in thoughts_of_batches:
         if swap is not None:
-            swapped = torch.stack([swap(text, own.shape[2]) for text in batch_texts])
+            swapped = torch.stack([swap(text, own.shape[2]) for text in texts])
             parts[SWAPPED].append(score(model, batch, swapped.to(own.device), positions))
         pause = pause_tokens(own, model.pause_token_id)
         parts[PAUSE].append(score(model, batch, pause, positions))
         advance()
-    return {kind: _total(metrics[:counted]) for kind, metrics in parts.items() if metrics}
+    return {kind: reduce(add, metrics[:counted]) for kind, metrics in parts.items() if metrics}
 
 
 def chosen_positions(model: Thinker, batch: Batch) -> Tensor | None:
     """Chooses where the texts of a batch think; None for all positions."""
-    return model.choose_positions(
-        batch.input_ids,
-        batch.attention_mask,
-        batch.labels,
-        answers=batch.answers,
-        sample_ids=batch.sample_ids,
-    )
-
-
-def _own(model: Thinker, batch: Batch, positions: Tensor | None) -> tuple[Tensor, ThoughtMetrics]:
-    where = {"positions": positions, "sample_ids": batch.sample_ids}
-    tokens = model.sample(batch.input_ids, **where)
-    metrics = score(model, batch, tokens, positions)
-    if batch.rationale.shape[1] == 0:
-        return tokens, metrics
-    sampled = model.sample(batch.input_ids, num_thoughts=SAMPLES, temperature=1.0, **where)
-    right = right_thoughts(sampled, batch.answers, batch.rationale, positions)
-    return tokens, metrics.joined(as_metrics({"right_thoughts": right}))
+    inputs = (batch.input_ids, batch.attention_mask, batch.labels)
+    return model.choose_positions(*inputs, answers=batch.answers, sample_ids=batch.sample_ids)
 
 
 def score(
     model: Thinker, batch: Batch, thoughts: Tensor, positions: Tensor | None = None
 ) -> ThoughtMetrics:
     """Scores a batch with given thoughts (at given positions)."""
-    scored = model.think(
-        batch.input_ids, batch.attention_mask, batch.labels, thoughts=thoughts, positions=positions
-    )
+    inputs = (batch.input_ids, batch.attention_mask, batch.labels)
+    scored = model.think(*inputs, thoughts=thoughts, positions=positions)
     ids, answers = batch.input_ids, batch.answers
     accuracies = {
         "accuracy_without_thoughts": right_answers(scored.base_predicted[:, None], ids, answers),
@@ -201,3 +187,164 @@ def figures(totals: Mapping[str, ThoughtMetrics]) -> dict[str, float]:
             result[f"accuracy_{kind}"] = control["accuracy_with_thoughts"]
         result[GAINS[kind]] = gain_over(result["mixed_nll"], control["mixed_nll"])
     return result
+
+
+# --- Answers: are they right, and are the thoughts before them? -----------------------------------
+
+
+def right_answers(
+    predicted: Int[Tensor, "batch thoughts seq"],
+    input_ids: Int[Tensor, "batch seq"],
+    answers: Bool[Tensor, "batch seq"],
+) -> Count:
+    """Counts right answers, whose tokens are all the most likely ones, and all answers.
+
+    Args:
+        predicted: At i the most likely token i + 1, with each thought (or one, without).
+        input_ids: The texts.
+        answers: Tokens of answers; a text without any does not count.
+    """
+    wrong = (predicted[..., :-1] != input_ids[:, None, 1:]) & answers[:, None, 1:]
+    has_answer = answers[:, 1:].any(-1, keepdim=True)  # (B, 1)
+    right = ~wrong.any(-1) & has_answer
+    return right.sum(), has_answer.sum() * predicted.shape[1]
+
+
+def place_before_answer(
+    answers: Bool[Tensor, "batch seq"], positions: Int[Tensor, "batch positions"] | None = None
+) -> Int[Tensor, " batch"]:
+    """Returns the place (among the positions) of the thought before the first answer token.
+
+    0 in a text without an answer; with chosen positions that leave it out, that of the next one.
+    """
+    before = (answers.int().argmax(-1) - 1).clamp(min=0)
+    if positions is None:
+        return before
+    return (positions >= before[:, None]).int().argmax(-1)
+
+
+def right_thoughts(
+    tokens: Int[Tensor, "batch thoughts places length"],
+    answers: Bool[Tensor, "batch seq"],
+    steps: Int[Tensor, "batch steps"],
+    positions: Int[Tensor, "batch places"] | None = None,
+) -> Count:
+    """Counts thoughts before an answer that begin with the steps to it, and all.
+
+    Texts without steps (-100 behind the last) or without a thought there do not count.
+    """
+    is_step = steps >= 0
+    counted = is_step.any(-1) & answers.any(-1)  # (B,)
+    rows = torch.arange(len(tokens), device=tokens.device)
+    place = place_before_answer(answers, positions)
+    if positions is not None:
+        counted = counted & (positions[rows, place] == place_before_answer(answers))
+    thoughts = tokens[rows, :, place]  # (B, K, T)
+    width = min(thoughts.shape[-1], steps.shape[-1])
+    agrees = (thoughts[..., :width] == steps[:, None, :width]) | ~is_step[:, None, :width]
+    fits = ~is_step[:, width:].any(-1)  # steps longer than a thought cannot be in it
+    right = agrees.all(-1) & (counted & fits)[:, None]
+    return right.sum(), counted.sum() * tokens.shape[1]
+
+
+# --- What a run leaves beside its model: results.json and samples.json ----------------------------
+
+
+def write_results(run: StageRun, tokenizer: PreTrainedTokenizerBase, seconds: float) -> None:
+    """Writes both files, with the last stage's held-out figures at its start and end.
+
+    To be called on all processes at the end of the last stage, with the time of the whole run.
+    """
+    contents: dict[str, dict[str, Any]] = {}
+    if run.stage.thinks:
+        contents[SAMPLES_FILE] = {"samples": collect_samples(run, tokenizer)}
+    if not run.accelerator.is_main_process:
+        return
+    records = read_metrics(run.reporter.path)
+    of_stage = [r for r in records if r["kind"] == "eval" and r["stage"] == run.stage.name]
+    before, after = of_stage[0], of_stage[-1]
+    results: dict[str, Any] = {"held_out": {"before": before, "after": after}}
+    accuracy = {name: after[key] for name, key in ACCURACIES.items() if key in after}
+    if accuracy:
+        results["accuracy"] = {**accuracy, "n": len(run.eval_data)}
+    if "right_thoughts" in after:
+        right = {"before": before.get("right_thoughts"), "after": after["right_thoughts"]}
+        results["right_thoughts"] = right
+    contents[RESULTS_FILE] = {**results, "seconds": round(seconds, 1)}
+    for name, content in contents.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        (run.reporter.path.parent / name).write_text(text + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def collect_samples(run: StageRun, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Shows thoughts in held-out texts: before the answer, or at a random place without one."""
+    model = ModelProxy(run.model)
+    samples: list[dict[str, Any] | None] = []
+    for batch in run.eval_data.batches(run.config.training.micro_batch_size):
+        if len(samples) >= NUM_SAMPLES:
+            break
+        batch = batch.to(run.accelerator.device)
+        with run.accelerator.autocast():
+            inputs = (batch.input_ids, batch.attention_mask, batch.labels)
+            positions = chosen_positions(model, batch)
+            thoughts = model.think(*inputs, positions=positions, sample_ids=batch.sample_ids)
+        samples += [_sample(batch, thoughts, row, tokenizer) for row in range(len(batch.input_ids))]
+    return [sample for sample in samples[:NUM_SAMPLES] if sample is not None]
+
+
+def _sample(
+    batch: Batch, thoughts: Thoughts, row: int, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any] | None:
+    """Describes one thought of a text and what it predicts; None in a text without targets."""
+    ids, answers = batch.input_ids[row], batch.answers[row]
+    positions = None if thoughts.positions is None else thoughts.positions[row]
+    places = thoughts.valid[row, :, 0].nonzero().squeeze(1)
+    if len(places) == 0:
+        return None
+    if bool(answers.any()):
+        of_row = None if positions is None else positions[None]
+        place = int(place_before_answer(answers[None], of_row))
+    else:
+        generator = torch.Generator().manual_seed(int(batch.sample_ids[row]))
+        place = int(places[torch.randint(len(places), (1,), generator=generator)])
+    position = place if positions is None else int(positions[place])
+    end = position + 1  # behind the positions that predict the rest of the answer, or the one alone
+    while end + 1 < len(answers) and bool(answers[position + 1]) and bool(answers[end + 1]):
+        end += 1
+    truth = ids[position + 1 : end + 1]
+    base = thoughts.base_predicted[row, position:end]
+    mixed = thoughts.next_predicted()[row, 0, position:end]
+    logprobs = [_logprobs(thoughts, row, where) for where in range(position, end)]
+    without, with_thoughts = (math.exp(sum(of_one)) for of_one in zip(*logprobs, strict=True))
+    tokens, rationale = thoughts.tokens[row, 0, place], batch.rationale[row]
+    rationale = rationale[rationale >= 0]
+    is_right = None
+    if 0 < len(rationale) <= len(tokens):
+        is_right = bool((tokens[: len(rationale)] == rationale).all())
+    return {
+        "before": tokenizer.decode(ids[: position + 1]),
+        "thought": tokenizer.decode(tokens),
+        "truth": tokenizer.decode(truth),
+        "without_thoughts": {"prediction": tokenizer.decode(base), "probability": without},
+        "with_thoughts": {"prediction": tokenizer.decode(mixed), "probability": with_thoughts},
+        "mixing_weight": float(thoughts.mixing_weight[row, 0, place, 0]),
+        "right_thought": is_right,
+        "correct": bool((mixed == truth).all()),
+    }
+
+
+def _logprobs(thoughts: Thoughts, row: int, position: int) -> tuple[float, float]:
+    """Returns the log-probability of the true next token, without and with a thought.
+
+    The thought is the latest one whose lookahead reaches as far; without one both are 0.
+    """
+    place, ahead = position, 0
+    if thoughts.positions is not None:
+        positions = thoughts.positions[row]
+        place = int(((positions >= 0) & (positions <= position)).sum()) - 1
+        ahead = position - int(positions[place])
+        if place < 0 or ahead >= thoughts.base_logprobs.shape[-1]:
+            return 0.0, 0.0
+    base, mixed = thoughts.base_logprobs[row, place], thoughts.mixed_logprobs[row, 0, place]
+    return float(base[ahead]), float(mixed[ahead])

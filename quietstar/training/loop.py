@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,7 @@ from quietstar.training.batches import StepBatches, micro_batch_rows, prefetched
 from quietstar.training.checkpoint import save_checkpoint
 from quietstar.training.evaluation import evaluate
 from quietstar.training.optimizer import learning_rate_factor, set_learning_rates
-from quietstar.training.preemption import PREEMPTED_FILE
-from quietstar.training.reporter import StepRecord
-from quietstar.training.state import StageRun
+from quietstar.training.state import PREEMPTED_FILE, StageRun
 
 
 def train(run: StageRun) -> None:
@@ -35,7 +33,7 @@ def train(run: StageRun) -> None:
     if run.start_step == 0:
         run.reporter.evaluation(first, evaluate(run))
     steps = range(run.start_step, settings.max_steps)
-    with closing(prefetched(partial(_read, run, _rows(run)), steps)) as batches_of_steps:
+    with closing(read_ahead(run)) as batches_of_steps:
         for step, batches in zip(steps, batches_of_steps, strict=True):
             done, last = step + 1, step + 1 == settings.max_steps
             run.reporter.step_begins()
@@ -44,24 +42,34 @@ def train(run: StageRun) -> None:
             output, sums = accumulate_gradients(run, step, batches)
             check = StepCheck(first + done, sums)
             run.strategy.update(run.model, run.optimizer, optim.max_grad_norm, check)
-            record = StepRecord(first + done, check.loss, output.metrics, check.norms, lr)
-            run.reporter.step_ends(record, output)
+            run.reporter.step_ends(first + done, check.loss, check.norms, lr, output)
             signaled = run.stop.signal is not None and run.accelerator.num_processes == 1
             if check.stop_requested or signaled:
                 leave(run, first + done)
-            if _due(done, settings.eval_steps) and not last:
+            if settings.eval_steps and done % settings.eval_steps == 0 and not last:
                 run.reporter.evaluation(first + done, evaluate(run))
-            if _due(done, settings.save_steps) or (settings.save_steps and last):
+            if settings.save_steps and (done % settings.save_steps == 0 or last):
                 save_checkpoint(run, first + done)
     run.reporter.evaluation(run.stage.last_step, evaluate(run))
 
 
-def leave(run: StageRun, step: int) -> NoReturn:
-    """Saves a checkpoint and ends the run, as a signal asked.
+def read_ahead(run: StageRun) -> Generator[StepBatches, None, None]:
+    """Yields this rank's batches of every step to come, each read during the step before."""
+    settings, accelerator, first = run.config.training, run.accelerator, run.stage.first_step
+    rows = micro_batch_rows(
+        settings.global_batch_size, settings.micro_batch_size,
+        accelerator.num_processes, accelerator.process_index,
+    )  # fmt: skip
+    read = partial(
+        read_step, run.train_data, batch_size=settings.global_batch_size, rows=rows,
+        thoughts=run.config.thoughts, pin=accelerator.device.type == "cuda",
+    )  # fmt: skip
+    # Counted over the run: a later stage goes on in the data, and draws other thoughts.
+    return prefetched(read, range(first + run.start_step, run.stage.last_step))
 
-    Raises:
-        Preempted: Always.
-    """
+
+def leave(run: StageRun, step: int) -> NoReturn:
+    """Saves a checkpoint and ends the run, as a signal asked."""
     folder = save_checkpoint(run, step)
     if run.accelerator.is_main_process:
         marker = Path(run.config.training.output_dir) / PREEMPTED_FILE
@@ -78,12 +86,8 @@ def accumulate_gradients(
     """Runs forward and backward over all micro-batches of a step.
 
     Every micro-batch divides by the number of valid targets of the whole step, over ranks too, so
-    its loss is a plain part of the step's. Nothing here waits for the device.
-
-    Args:
-        run: State of the stage.
-        step: Step of the stage, from 0.
-        batches: This rank's micro-batches.
+    its loss is a plain part of the step's. Nothing here waits for the device. Steps are those of
+    the stage, from 0.
 
     Returns:
         The last micro-batch's output with the step's metrics (over all ranks if the step is
@@ -162,29 +166,3 @@ class StepCheck:
                 f"step {self._step}: {', '.join(bad)} is not finite; stopped {when}. Lower "
                 "optim.learning_rate or optim.max_grad_norm, or resume from an earlier checkpoint."
             )
-
-
-def _rows(run: StageRun) -> list[range]:
-    settings, accelerator = run.config.training, run.accelerator
-    return micro_batch_rows(
-        settings.global_batch_size,
-        settings.micro_batch_size,
-        accelerator.num_processes,
-        accelerator.process_index,
-    )
-
-
-def _read(run: StageRun, rows: list[range], step: int) -> StepBatches:
-    # Counted over the run: a later stage goes on in the data, and draws other thoughts.
-    return read_step(
-        run.train_data,
-        run.stage.first_step + step,
-        run.config.training.global_batch_size,
-        rows,
-        run.config.thoughts,
-        pin=run.accelerator.device.type == "cuda",
-    )
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

@@ -23,11 +23,10 @@ from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.tuning import decoder_layers
 from quietstar.sampling.positions import ANSWER_RULES, most_positions
-from quietstar.training.build import find_tokenizer, teach_thinking
+from quietstar.training.build import find_tokenizer, hub_options, teach_thinking
 from quietstar.training.optimizer import is_projected
 from quietstar.training.stages import Stage, begin_stage, plan_stages
 
-ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 SHARDED = ("zero3", "fsdp2")
 """Engines that shard the weights."""
 PROGRAM = 175 * 2**20
@@ -80,31 +79,12 @@ class Estimate:
         return self.total + PROGRAM
 
 
-@dataclass(frozen=True)
-class Shares:
-    """Part of the weights, gradients and optimizer state that one process holds."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-
-    @classmethod
-    def of(cls, engine: str, processes: int) -> Shares:
-        """Returns what one process of an engine holds."""
-        part = 1 / processes
-        return cls(
-            weights=part if engine in SHARDED else 1.0,
-            gradients=part if engine in ("zero2", "zero3", "fsdp2") else 1.0,
-            optimizer=part if engine not in ("single", "ddp") else 1.0,
-        )
-
-
 def estimate_run(config: Config, engine: str, processes: int) -> Estimate:
     """Estimates the memory of the stage that needs most.
 
     Args:
         config: Config of the run; its weights are not loaded, but its tokenizer and config are.
-        engine: One of `ENGINES`.
+        engine: One of single, ddp, zero1, zero2, zero3, fsdp2.
         processes: Number of processes.
 
     Raises:
@@ -115,9 +95,7 @@ def estimate_run(config: Config, engine: str, processes: int) -> Estimate:
             "tuning.method: qlora cannot be planned, since 4-bit weights exist only once loaded; "
             "plan lora, and take three quarters of its frozen weights off"
         )
-    hub = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
-    tokenizer = find_tokenizer(config, hub)
-    stages = plan_stages(config)
+    tokenizer, stages = find_tokenizer(config), plan_stages(config)
     estimates = [_estimate_stage(stage, tokenizer, engine, processes) for stage in stages]
     return max(estimates, key=lambda estimate: estimate.total)
 
@@ -138,14 +116,23 @@ def _estimate_stage(
         config.training.gradient_checkpointing,
     )
     begin_stage(model, dataclasses.replace(stage, config=config))
-    shares = Shares.of(engine, processes)
-    rollout, learning = _trace(model, config, stage.thinks, shares.gradients)
-    trained = num_bytes(trainable(model))
+    weight_share = 1 / processes if engine in SHARDED else 1.0
+    gradient_share = 1 / processes if engine in (*SHARDED, "zero2") else 1.0
+    optimizer_share = 1 / processes if engine not in ("single", "ddp") else 1.0
+    rollout, learning = _trace(model, config, stage.thinks, gradient_share)
+    weights = num_bytes(model.parameters())
+    trained = num_bytes(p for p in model.parameters() if p.requires_grad)
+    if engine in SHARDED:  # gathered at once: what no layer holds, the layer at work, the next one
+        layers = [num_bytes(layer.parameters()) for layer in decoder_layers(model.causal_lm)]
+        exchange = weights - sum(layers) + 2 * max(layers)
+    else:  # gradients in transit: DDP's buckets, or two of 5e8 elements
+        largest = {"single": 0, "ddp": trained}.get(engine, 2 * 500_000_000 * _FLOAT)
+        exchange = min(trained, largest)
     return Estimate(
-        weights=int(num_bytes(model.parameters()) * shares.weights),
-        gradients=int(trained * shares.gradients),
-        optimizer=int(_optimizer_bytes(model, config.tuning, engine) * shares.optimizer),
-        exchange=_exchange_bytes(model, engine),
+        weights=int(weights * weight_share),
+        gradients=int(trained * gradient_share),
+        optimizer=int(_optimizer_bytes(model, config.tuning, engine) * optimizer_share),
+        exchange=exchange,
         rollout=rollout.peak,
         learning=learning.peak - learning.peak_gradients,
         learning_gradients=learning.peak_gradients,
@@ -162,14 +149,12 @@ def model_without_weights(
     Raises:
         UserError: The base model's config cannot be read.
     """
-    name, trust = config.model.name_or_path, config.model.trust_remote_code
+    name = config.model.name_or_path
     try:
         if name is None:
             settings = build_config(dict(config.model.config or {}), len(tokenizer))
         else:
-            settings = AutoConfig.from_pretrained(
-                name, revision=config.model.revision, trust_remote_code=trust
-            )
+            settings = AutoConfig.from_pretrained(name, **hub_options(config))
     except (OSError, ValueError, KeyError) as problem:
         reason = " ".join(str(problem).split())[:300]
         raise UserError(
@@ -177,9 +162,8 @@ def model_without_weights(
         ) from problem
     drop_dropout(settings)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
-            settings, dtype=getattr(torch, config.model.dtype), trust_remote_code=trust
-        )
+        dtype, trust = getattr(torch, config.model.dtype), config.model.trust_remote_code
+        base = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust)
     return teach_thinking(base, config, tokenizer).train()
 
 
@@ -191,17 +175,15 @@ def _trace(
     passes = 2 if settings.global_batch_size > settings.micro_batch_size else 1
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        tokens = fake_tokens(settings.micro_batch_size, config.data.seq_len)
+        tokens = torch.zeros(settings.micro_batch_size, config.data.seq_len, dtype=torch.long)
         ids = torch.arange(len(tokens))
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings.mixed_precision == "bf16")
         rollout, learning = MemoryTrace(model), MemoryTrace(model, gradient_share)
         if thinks:
             with rollout, autocast:
                 positions = model.choose_positions(tokens, sample_ids=ids)
-                count, temperature = config.thoughts.num_thoughts, config.thoughts.temperature
-                model.sample(
-                    tokens, num_thoughts=count, temperature=temperature, positions=positions
-                )
+                drawn = config.thoughts.model_dump(include={"num_thoughts", "temperature"})
+                model.sample(tokens, positions=positions, **drawn)
         for _ in range(passes):
             with learning, autocast:
                 output = model(tokens, sample_ids=ids, think=thinks)
@@ -226,21 +208,6 @@ def _optimizer_bytes(model: nn.Module, tuning: TuningConfig, engine: str) -> int
         if engine.startswith("zero"):
             total += _FLOAT * parameter.numel()
     return total
-
-
-def _exchange_bytes(model: QuietStarForCausalLM, engine: str) -> int:
-    """Counts what is gathered at once, and the buffers in which gradients travel."""
-    trained = num_bytes(trainable(model))
-    if engine == "single":
-        return 0
-    if engine == "ddp":
-        return trained  # its buckets
-    if engine in ("zero1", "zero2"):
-        return min(trained, 2 * 500_000_000 * _FLOAT)  # two buckets of 5e8 elements
-    layers = decoder_layers(model.causal_lm)
-    of_layers = [num_bytes(layer.parameters()) for layer in layers]
-    outer = num_bytes(model.parameters()) - sum(of_layers)
-    return outer + 2 * max(of_layers)  # the layer at work and the next one
 
 
 def _cache_bytes(model: QuietStarForCausalLM, config: Config) -> int:
@@ -289,21 +256,16 @@ class MemoryTrace(TorchDispatchMode):
         """Runs the operator; counts what it returns."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf)
+            # Sparse ones are rows of a gradient, counted already, and their tokens.
+            if not isinstance(leaf, Tensor) or leaf.layout != torch.strided:
+                continue
+            storage, key = leaf.untyped_storage(), _key(leaf)
+            if key not in self._live:
+                self._live[key] = storage.nbytes()
+                self._others += storage.nbytes()
+                weakref.finalize(storage, self._forget, key)
+                self._note()
         return result
-
-    def _count(self, tensor: Tensor) -> None:
-        if tensor.layout != torch.strided:  # rows of a gradient, counted already, and their tokens
-            return
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._live:
-            return
-        self._live[key] = size
-        self._others += size
-        weakref.finalize(storage, self._forget, key)
-        self._note()
 
     def _forget(self, key: int) -> None:
         self._others -= self._live.pop(key, 0)
@@ -312,8 +274,7 @@ class MemoryTrace(TorchDispatchMode):
         """Moves a gradient that stays from the other tensors to the gradients."""
         assert parameter.grad is not None, "called after it was added up"
         key = _key(parameter.grad)
-        size = self._live.get(key, 0)
-        if size:
+        if size := self._live.get(key, 0):
             self._live[key] = 0
             self._others -= size
             self._gradients += int(size * self._share)
@@ -332,13 +293,3 @@ def _key(tensor: Tensor) -> int:
 def num_bytes(tensors: Iterable[Tensor]) -> int:
     """Counts the bytes of tensors that share no memory."""
     return sum(x.numel() * x.element_size() for x in tensors)
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """Returns the parameters that train."""
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def fake_tokens(batch: int, seq_len: int) -> Tensor:
-    """Makes a batch of texts; in a fake mode it takes no memory."""
-    return torch.zeros((batch, seq_len), dtype=torch.long)

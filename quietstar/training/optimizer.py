@@ -25,9 +25,40 @@ def build_optimizer(
     Raises:
         UserError: galore-torch is not installed.
     """
-    betas = (config.adam_beta1, config.adam_beta2)
-    if tuning is None or tuning.method != "galore":
-        return AdamW(parameter_groups(model, config), betas=betas, eps=config.adam_epsilon)
+    galore = tuning if tuning is not None and tuning.method == "galore" else None
+    by_kind: dict[tuple[Group, bool, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            projected = galore is not None and is_projected(name, parameter, galore.galore_rank)
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # of the whole under ZeRO-3
+            kind = (group_of(name), len(shape) >= 2, projected)
+            by_kind.setdefault(kind, []).append(parameter)
+    rates: dict[Group, float] = {
+        "language_model": config.learning_rate,
+        "mixing_head": config.mixing_head_learning_rate or config.learning_rate,
+        "embeddings": config.embedding_learning_rate or config.learning_rate,
+    }
+    groups: list[Any] = []
+    order = sorted(by_kind, key=lambda kind: (GROUPS.index(kind[0]), not kind[1], not kind[2]))
+    for name, decays, projected in order:
+        group = {
+            "params": by_kind[name, decays, projected],
+            "lr": rates[name],
+            "initial_lr": rates[name],  # `set_learning_rates` multiplies it
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "name": name,
+        }
+        if galore is not None and projected:
+            group |= {
+                "rank": galore.galore_rank,
+                "update_proj_gap": galore.galore_update_proj_gap,
+                "scale": galore.galore_scale,
+                "proj_type": "std",
+            }
+        groups.append(group)
+    betas, epsilon = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
+    if galore is None:
+        return AdamW(groups, betas=betas, eps=epsilon)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -37,57 +68,14 @@ def build_optimizer(
             "tuning.method: galore needs galore-torch: pip install 'quietstar[galore]', or set "
             "tuning.method: full"
         ) from problem
-    groups: Any = parameter_groups(model, config, tuning)
-    return GaLoreAdamW(groups, betas=betas, eps=config.adam_epsilon, no_deprecation_warning=True)
-
-
-def parameter_groups(
-    model: torch.nn.Module, config: OptimConfig, galore: TuningConfig | None = None
-) -> list[dict[str, Any]]:
-    """Groups the parameters that train by learning rate, decay, and projection of gradients."""
-    rates: dict[Group, float] = {
-        "language_model": config.learning_rate,
-        "mixing_head": config.mixing_head_learning_rate or config.learning_rate,
-        "embeddings": config.embedding_learning_rate or config.learning_rate,
-    }
-    by_kind: dict[tuple[Group, bool, bool], list[torch.nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            projected = galore is not None and is_projected(name, parameter, galore.galore_rank)
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # of the whole under ZeRO-3
-            kind = (group_of(name), len(shape) >= 2, projected)
-            by_kind.setdefault(kind, []).append(parameter)
-    projection: dict[str, Any] = {}
-    if galore is not None:
-        projection = {
-            "rank": galore.galore_rank,
-            "update_proj_gap": galore.galore_update_proj_gap,
-            "scale": galore.galore_scale,
-            "proj_type": "std",
-        }
-    order = sorted(by_kind, key=lambda kind: (GROUPS.index(kind[0]), not kind[1], not kind[2]))
-    return [
-        {
-            "params": by_kind[kind],
-            "lr": rates[kind[0]],
-            "initial_lr": rates[kind[0]],  # `set_learning_rates` multiplies it
-            "weight_decay": config.weight_decay if kind[1] else 0.0,
-            "name": kind[0],
-            **(projection if kind[2] else {}),
-        }
-        for kind in order
-    ]
+    return GaLoreAdamW(groups, betas=betas, eps=epsilon, no_deprecation_warning=True)
 
 
 def is_projected(name: str, parameter: torch.nn.Parameter, rank: int) -> bool:
     """Returns True for what GaLore projects: matrices of decoder layers larger than the rank."""
     in_layer = any(part.isdigit() for part in name.split("."))
-    return (
-        group_of(name) == "language_model"
-        and in_layer
-        and parameter.ndim == 2
-        and min(parameter.shape) > rank
-    )
+    in_model = in_layer and group_of(name) == "language_model"
+    return in_model and parameter.ndim == 2 and min(parameter.shape) > rank
 
 
 def learning_rate_factor(config: OptimConfig, step: int, max_steps: int) -> float:
@@ -95,12 +83,7 @@ def learning_rate_factor(config: OptimConfig, step: int, max_steps: int) -> floa
 
     It depends on the config alone, so a resumed run takes its learning rates from its own config
     and no checkpoint holds a schedule. As in transformers, a warm-up begins at 0 and ``linear`` and
-    ``cosine`` fall to 0 behind the last step.
-
-    Args:
-        config: Warm-up steps and kind of schedule.
-        step: Steps of the stage already done.
-        max_steps: Steps of the stage.
+    ``cosine`` fall to 0 behind the last step. ``step`` counts those of the stage already done.
     """
     if step < config.warmup_steps:
         return step / config.warmup_steps
@@ -108,9 +91,7 @@ def learning_rate_factor(config: OptimConfig, step: int, max_steps: int) -> floa
     if config.lr_scheduler_type == "linear":
         return max(0.0, (max_steps - step) / decay_steps)
     if config.lr_scheduler_type == "cosine":
-        return max(
-            0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - config.warmup_steps) / decay_steps)))
-        )
+        return 0.5 * (1.0 + math.cos(math.pi * ((step - config.warmup_steps) / decay_steps)))
     return 1.0
 
 

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +21,53 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import Config
-from quietstar.model.metrics import ThoughtMetrics
 from quietstar.model.outputs import QuietStarOutput
 from quietstar.training.stages import Stage, stage_at
 
 METRICS_FILE = "metrics.jsonl"
 LOG_LINES = 200
 """About how many lines of steps a run writes where there is no terminal to show a bar."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """Figures of one step.
-
-    Attributes:
-        step: Steps of the run done, this one included.
-        loss: Loss of the whole step.
-        metrics: Metrics of the whole step; over all ranks if the step is due for a report.
-        norms: Gradient norms by group and in total, before clipping.
-        lr: Learning rate of the language model in this step.
-    """
-
-    step: int
-    loss: float
-    metrics: ThoughtMetrics | None
-    norms: Mapping[str, float]
-    lr: float
+UNCHECKED_STEPS = 20
+"""First steps of a stage without checks: a head of activation none starts at weight zero."""
+HEALTH_CHECKS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "entropy": (
+        lambda x: x < 0.05,
+        "thoughts have almost no entropy ({:.3f} nats a token): they collapse to one text. "
+        "Raise loss.entropy_weight or thoughts.temperature, or lower loss.policy_weight.",
+    ),
+    "distinct_token_ratio": (
+        lambda x: x < 0.3,
+        "thoughts repeat themselves ({:.2f} distinct tokens a token). "
+        "Raise loss.entropy_weight or lower loss.policy_weight.",
+    ),
+    "identical_fraction": (
+        lambda x: x > 0.9,
+        "at {:.0%} of the positions all thoughts are the same, so REINFORCE has no signal. "
+        "Raise thoughts.temperature, thoughts.num_thoughts or loss.entropy_weight.",
+    ),
+    "mixing_weight": (
+        lambda x: abs(x) < 0.002,
+        "the mixing weight fell to {:.4f}: thoughts no longer reach the prediction. "
+        "Set mixing_head.floor or warmup_steps, or raise loss.thought_weight.",
+    ),
+}
+"""Figures that show when training goes wrong: test for a bad value, and what helps."""
+COLUMNS = {
+    "base_nll": ("base\nNLL", ".4f"),
+    "mixed_nll": ("mixed\nNLL", ".4f"),
+    "thought_nll": ("thought\nNLL", ".4f"),
+    "gain": ("gain of\nthinking", "+.4f"),
+    "gain_of_content": ("gain of\ncontent", "+.4f"),
+    "gain_over_pause": ("over\npause", "+.4f"),
+    "mixing_weight": ("mixing\nweight", ".4f"),
+    "accuracy_without_thoughts": ("right\nwithout", ".3f"),
+    "accuracy_with_thoughts": ("right\nwith", ".3f"),
+    "accuracy_swapped": ("swapped\nthoughts", ".3f"),
+    "right_thoughts": ("thoughts\nright", ".3f"),
+}
+"""Headings and formats in the table of held-out figures."""
+LEFT_OUT = ("base_nll", "mixed_nll", "thought_nll", "gain_over_pause", "mixing_weight")
+"""Columns that make room for those of answers."""
 
 
 class Reporter:
@@ -133,56 +153,60 @@ class Reporter:
     def _is_due(self, step: int, every: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.stage.last_step)
 
-    def step_ends(self, record: StepRecord, output: QuietStarOutput) -> None:
-        """Reports a step: bar, file, trackers, health checks, now and then a thought."""
-        self._progress.advance(self._task)
-        if not self.active or not self.is_step_due(record.step):
-            return
-        assert record.metrics is not None, "a training step has metrics"
-        figures = {
-            "loss": record.loss,
-            **record.metrics.means(),
-            **{f"grad_norm_{name}": norm for name, norm in record.norms.items()},
-            "lr": record.lr,
-            **self._speed(record.metrics),
-        }
-        self._write("train", record.step, figures)
-        self._show(record.step, figures)
-        if record.step - self.stage.first_step > UNCHECKED_STEPS:
-            for name, message in failed_health_checks(figures):
-                if name not in self._failed_checks:  # each warns once a stage
-                    self._failed_checks.add(name)
-                    self.say(f"warning: step {record.step}: {message}")
-        if self._is_due(record.step, self.stage.config.logging.thought_steps):
-            self._show_thought(output)
+    def step_ends(
+        self, step: int, loss: float, norms: Mapping[str, float], lr: float, output: QuietStarOutput
+    ) -> None:
+        """Reports a step: bar, file, trackers, health checks, now and then a thought.
 
-    def _speed(self, metrics: ThoughtMetrics) -> dict[str, float]:
-        seconds = time.perf_counter() - self._step_began
-        thoughts, data = self.stage.config.thoughts, self.stage.config.data
-        text_tokens = self.stage.config.training.global_batch_size * data.seq_len
+        Args:
+            step: Steps of the run done, this one included.
+            loss: Loss of the whole step.
+            norms: Gradient norms by group and in total, before clipping.
+            lr: Learning rate of the language model in this step.
+            output: Output with the metrics of the whole step; over all ranks if it is reported.
+        """
+        self._progress.advance(self._task)
+        if not self.active or not self.is_step_due(step):
+            return
+        assert output.metrics is not None, "a training step has metrics"
+        seconds, config = time.perf_counter() - self._step_began, self.stage.config
+        text_tokens = config.training.global_batch_size * config.data.seq_len
         figures = {
+            "loss": loss,
+            **output.metrics.means(),
+            **{f"grad_norm_{name}": norm for name, norm in norms.items()},
+            "lr": lr,
             "seconds": seconds,
             "text_tokens_per_second": text_tokens / seconds,
             "peak_memory_mb": peak_memory_mb(),
         }
         if self.stage.thinks:
-            thought_tokens = text_tokens * thoughts.num_thoughts * thoughts.length
-            if thoughts.positions != "all":
-                thought_tokens = int(metrics.counts["reward"]) * thoughts.length
-            figures["thought_tokens_per_second"] = thought_tokens / seconds
-        return figures
-
-    def _show(self, step: int, figures: Mapping[str, float]) -> None:
+            num_thoughts = text_tokens * config.thoughts.num_thoughts
+            if config.thoughts.positions != "all":
+                num_thoughts = int(output.metrics.counts["reward"])
+            figures["thought_tokens_per_second"] = num_thoughts * config.thoughts.length / seconds
+        self._write("train", step, figures)
         columns = {"base": "base_nll", "mixed": "mixed_nll", "gain": "gain", "w": "mixing_weight"}
         text = "  ".join(
             f"{name} {figures[key]:{'+.4f' if key == 'gain' else '.3f'}}"
             for name, key in {**columns, "entropy": "entropy"}.items()
             if key in figures
         )
-        text += f"  {figures['seconds']:.1f} s/step"
+        text += f"  {seconds:.1f} s/step"
         self._progress.update(self._task, figures=text)
         if not self.console.is_terminal and self._is_due(step, max(1, self._total // LOG_LINES)):
             self.say(f"step {step:>5}/{self._total}  {text}")
+        self._check_health(step, figures)
+        if self._is_due(step, config.logging.thought_steps):
+            self._show_thought(output)
+
+    def _check_health(self, step: int, figures: Mapping[str, float]) -> None:
+        if step - self.stage.first_step <= UNCHECKED_STEPS:
+            return
+        for name, (is_bad, message) in HEALTH_CHECKS.items():
+            if name in figures and is_bad(figures[name]) and name not in self._failed_checks:
+                self._failed_checks.add(name)  # each warns once a stage
+                self.say(f"warning: step {step}: {message.format(figures[name])}")
 
     def _show_thought(self, output: QuietStarOutput) -> None:
         if output.thoughts is None or output.input_ids is None:
@@ -212,9 +236,27 @@ class Reporter:
         if not self.active:
             return
         self._write("eval", step, figures)
-        self.console.print(evaluation_table(self.evaluations))
+        self.console.print(self._table())
         if self.on_report is not None:
             self.on_report(self.path.parent)
+
+    def _table(self) -> Table:
+        """Makes the table of the stage's held-out figures by step."""
+        keys = [key for key in COLUMNS if any(key in figures for _, figures in self.evaluations)]
+        if "accuracy_with_thoughts" in keys:
+            keys = [key for key in keys if key not in LEFT_OUT]
+        title = "held out: NLL in nats a token"
+        if "accuracy_without_thoughts" in keys:
+            title += ", share of answers that are right"
+        table = Table(
+            title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False
+        )
+        for name in ("step", *(COLUMNS[key][0] for key in keys)):
+            table.add_column(name, justify="right", no_wrap=True)
+        for step, figures in self.evaluations:
+            cells = [format(figures[k], COLUMNS[k][1]) if k in figures else "" for k in keys]
+            table.add_row(str(step), *cells)
+        return table
 
     def _write(self, kind: str, step: int, figures: Mapping[str, float]) -> None:
         record = {"kind": kind, "stage": self.stage.name, "step": step, **figures}
@@ -234,7 +276,7 @@ def peak_memory_mb() -> float:
 # --- metrics.jsonl --------------------------------------------------------------------------------
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Reads the whole records of a metrics.jsonl; an interrupted run may leave half a line."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -248,88 +290,5 @@ def forget_later(path: Path, step: int, stage: Stage) -> None:
             return record["kind"] == "train"  # the evaluation at the end comes again
         return record["step"] <= step
 
-    records = [json.dumps(record) + "\n" for record in read_records(path) if stays(record)]
+    records = [json.dumps(record) + "\n" for record in read_metrics(path) if stays(record)]
     path.write_text("".join(records), encoding="utf-8")
-
-
-# --- Health checks --------------------------------------------------------------------------------
-
-UNCHECKED_STEPS = 20
-"""First steps of a stage without checks: a head of activation none starts at weight zero."""
-_HEALTH_CHECKS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "entropy": (
-        lambda x: x < 0.05,
-        "thoughts have almost no entropy ({:.3f} nats a token): they collapse to one text. "
-        "Raise loss.entropy_weight or thoughts.temperature, or lower loss.policy_weight.",
-    ),
-    "distinct_token_ratio": (
-        lambda x: x < 0.3,
-        "thoughts repeat themselves ({:.2f} distinct tokens a token). "
-        "Raise loss.entropy_weight or lower loss.policy_weight.",
-    ),
-    "identical_fraction": (
-        lambda x: x > 0.9,
-        "at {:.0%} of the positions all thoughts are the same, so REINFORCE has no signal. "
-        "Raise thoughts.temperature, thoughts.num_thoughts or loss.entropy_weight.",
-    ),
-    "mixing_weight": (
-        lambda x: abs(x) < 0.002,
-        "the mixing weight fell to {:.4f}: thoughts no longer reach the prediction. "
-        "Set mixing_head.floor or warmup_steps, or raise loss.thought_weight.",
-    ),
-}
-"""Figures that show when training goes wrong: test for a bad value, and what helps."""
-
-
-def failed_health_checks(figures: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-    """Yields the name and message of every health check that these figures fail."""
-    for name, (is_bad, message) in _HEALTH_CHECKS.items():
-        value = figures.get(name)
-        if value is not None and is_bad(value):
-            yield name, message.format(value)
-
-
-# --- The table of held-out figures ----------------------------------------------------------------
-
-_COLUMNS = {
-    "base_nll": "base\nNLL",
-    "mixed_nll": "mixed\nNLL",
-    "thought_nll": "thought\nNLL",
-    "gain": "gain of\nthinking",
-    "gain_of_content": "gain of\ncontent",
-    "gain_over_pause": "over\npause",
-    "mixing_weight": "mixing\nweight",
-    "accuracy_without_thoughts": "right\nwithout",
-    "accuracy_with_thoughts": "right\nwith",
-    "accuracy_swapped": "swapped\nthoughts",
-    "right_thoughts": "thoughts\nright",
-}
-_LEFT_OUT = ("base_nll", "mixed_nll", "thought_nll", "gain_over_pause", "mixing_weight")
-"""Columns that make room for those of answers."""
-
-
-def evaluation_table(evaluations: Sequence[tuple[int, Mapping[str, float]]]) -> Table:
-    """Makes the terminal's table of held-out figures by step."""
-    keys = [key for key in _COLUMNS if any(key in figures for _, figures in evaluations)]
-    if "accuracy_with_thoughts" in keys:
-        keys = [key for key in keys if key not in _LEFT_OUT]
-    title = "held out: NLL in nats a token, share of answers that are right"
-    table = Table(
-        title=title if "accuracy_without_thoughts" in keys else title.split(",")[0],
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
-        title_justify="left",
-    )
-    for name in ("step", *(_COLUMNS[key] for key in keys)):
-        table.add_column(name, justify="right", no_wrap=True)
-    for step, figures in evaluations:
-        cells = [_cell(key, figures[key]) if key in figures else "" for key in keys]
-        table.add_row(str(step), *cells)
-    return table
-
-
-def _cell(key: str, value: float) -> str:
-    if key.startswith(("accuracy", "right")):
-        return f"{value:.3f}"
-    return f"{value:+.4f}" if key.startswith("gain") else f"{value:.4f}"

@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from accelerate.utils import set_seed
-from transformers import PreTrainedTokenizerBase
-
-from quietstar.backbone.compiling import check_compile, compile_layers
 from quietstar.config import Config
 from quietstar.config.loading import save_config
-from quietstar.data import DataReport, EvalData, TrainData, build_data
-from quietstar.distributed import (
-    ModelProxy,
-    Strategy,
-    WrappedModule,
-    build_strategy,
-    from_main_process,
-)
-from quietstar.model.learning import resolve_chunk_tokens
-from quietstar.model.quiet_star import QuietStarForCausalLM
-from quietstar.training.build import (
-    build_accelerator,
-    build_model,
-    check_batch,
-    check_thoughts_fit,
-    describe,
-    find_tokenizer,
-    quiet_libraries,
-)
+from quietstar.distributed import ModelProxy, WrappedModule, build_strategy, from_main_process
+from quietstar.training.build import Job, build_accelerator, describe, quiet_libraries, set_up
 from quietstar.training.checkpoint import (
     CONFIG_FILE,
     FINAL_FOLDER,
@@ -45,32 +23,12 @@ from quietstar.training.checkpoint import (
     read_state,
     start_run_dir,
 )
+from quietstar.training.evaluation import write_results
 from quietstar.training.loop import train
 from quietstar.training.optimizer import build_optimizer
-from quietstar.training.preemption import PREEMPTED_FILE, StopRequest, listening
-from quietstar.training.reporter import METRICS_FILE, Reporter
-from quietstar.training.results import write_results
-from quietstar.training.stages import Stage, begin_stage, model_stage, plan_stages, stage_at
-from quietstar.training.state import StageRun
-
-
-@dataclass
-class Job:
-    """What all stages of a run share.
-
-    Attributes:
-        stages: Stages in order.
-        strategy: Wraps the model, exchanges gradients, saves.
-        tokenizer: Tokenizer of the model.
-        model: Model without the strategy's wrapper.
-        data: Training data, held-out data and their summary, of each stage.
-    """
-
-    stages: Sequence[Stage]
-    strategy: Strategy
-    tokenizer: PreTrainedTokenizerBase
-    model: QuietStarForCausalLM
-    data: Sequence[tuple[TrainData, EvalData, DataReport]]
+from quietstar.training.reporter import Reporter
+from quietstar.training.stages import Stage, begin_stage, stage_at
+from quietstar.training.state import PREEMPTED_FILE, StageRun, StopRequest, listening
 
 
 def run_training(
@@ -99,9 +57,8 @@ def run_training(
     quiet_libraries()
     output_dir = Path(config.training.output_dir)
     accelerator = build_accelerator(config)
-    checkpoint, remarks = from_main_process(
-        accelerator, lambda: find_checkpoint(output_dir, resume)
-    )
+    find = partial(find_checkpoint, output_dir, resume)
+    checkpoint, remarks = from_main_process(accelerator, find)
     is_new = checkpoint is None or output_dir.resolve() not in checkpoint.resolve().parents
     if is_new:
         # A run that was killed before its first checkpoint begins anew.
@@ -124,11 +81,17 @@ def run_training(
     accelerator.init_trackers("quietstar", config=flat(config))
     reporter = Reporter(config, accelerator, job.tokenizer, job.stages, steps_done, on_report)
     with reporter, listening() as stop:
-        if resume is not None:
-            reporter.say(_describe_resume(checkpoint, steps_done, job.stages))
+        first, total = stage_at(job.stages, steps_done), job.stages[-1].last_step
+        if checkpoint is not None and steps_done >= total:
+            reporter.say(f"--resume: {checkpoint} already has all {total} steps; it is evaluated")
+        elif checkpoint is not None:
+            where = f", stage {first.name}" if len(job.stages) > 1 else ""
+            step = f"step {steps_done} of {total}{where}"
+            reporter.say(f"--resume: going on from {checkpoint}, {step}")
+        elif resume is not None:
+            reporter.say(f"--resume auto: no checkpoint in {output_dir}, so a new run begins")
         for remark in remarks:
             reporter.say(f"--resume: {remark}")
-        first = stage_at(job.stages, steps_done)
         run = run_stage(job, first, reporter, stop, checkpoint=checkpoint)
         for stage in job.stages[first.index + 1 :]:
             run = run_stage(job, stage, reporter, stop, previous=run)
@@ -140,49 +103,6 @@ def run_training(
     return final
 
 
-def _describe_resume(checkpoint: Path | None, steps_done: int, stages: Sequence[Stage]) -> str:
-    total = stages[-1].last_step
-    if checkpoint is None:
-        output_dir = stages[0].config.training.output_dir
-        return f"--resume auto: no checkpoint in {output_dir}, so a new run begins"
-    if steps_done >= total:
-        return f"--resume: {checkpoint} already has all {total} steps; it is evaluated"
-    where = f", stage {stage_at(stages, steps_done).name}" if len(stages) > 1 else ""
-    return f"--resume: going on from {checkpoint}, step {steps_done} of {total}{where}"
-
-
-def set_up(config: Config, strategy: Strategy) -> Job:
-    """Loads tokenizer, model and data of all stages.
-
-    Raises:
-        UserError: Any of them cannot be used.
-    """
-    stages, accelerator, seed = plan_stages(config), strategy.accelerator, config.training.seed
-    for stage in stages:
-        check_batch(stage.config, accelerator.num_processes)
-    check_compile(config.training.torch_compile, strategy.sharded)
-    set_seed(seed)
-    hub = {"revision": config.model.revision, "trust_remote_code": config.model.trust_remote_code}
-    tokenizer = find_tokenizer(config, hub)
-    # The thread that reads ahead has a tokenizer of its own: Rust's cannot be used by two at once.
-    reader = copy.deepcopy(tokenizer)
-    # One seed, so that what is held out is held out in every stage.
-    data = [build_data(stage.config.data, reader, seed) for stage in stages]
-    model = build_model(model_stage(stages).config, tokenizer, hub, strategy)
-    for stage, (_, eval_data, _) in zip(stages, data, strict=True):
-        check_thoughts_fit(stage, model, eval_data)
-    model.learn_chunk_tokens = resolve_chunk_tokens(
-        config.training.learn_chunk_tokens,
-        accelerator.device.type,
-        strategy.sharded,
-        config.training.gradient_checkpointing,
-    )
-    if config.training.torch_compile:
-        compile_layers(model.causal_lm)
-    strategy.keep_trainable_only(model)
-    return Job(stages, strategy, tokenizer, model, data)
-
-
 def run_stage(
     job: Job,
     stage: Stage,
@@ -191,16 +111,7 @@ def run_stage(
     checkpoint: Path | None = None,
     previous: StageRun | None = None,
 ) -> StageRun:
-    """Trains one stage; returns its loop's state.
-
-    Args:
-        job: What the stages share.
-        stage: Stage to train.
-        reporter: Reporter of the run.
-        stop: Request to stop, set by a signal.
-        checkpoint: Checkpoint inside this stage, to go on from.
-        previous: State of the stage before, at its end.
-    """
+    """Trains a stage, from a checkpoint inside it or from the end of the stage before."""
     strategy, config = job.strategy, stage.config
     begin_stage(job.model, stage)
     vectors = ()
@@ -220,8 +131,8 @@ def run_stage(
     train_data, eval_data, report = job.data[stage.index]
     reporter.begin_stage(stage, [report.summary(), describe(job.model, stage)])
     prepared.train()
-    run = StageRun(stage, config, strategy, prepared, optimizer,
-                   train_data, eval_data, reporter, start_step, stop)  # fmt: skip
+    run = StageRun(stage, strategy, prepared, optimizer, train_data, eval_data, reporter,
+                   start_step, stop)  # fmt: skip
     train(run)
     return run
 
@@ -229,7 +140,7 @@ def run_stage(
 def finish(job: Job, run: StageRun, seconds: float) -> Path:
     """Saves the final model and the results, then reports; returns the model's folder."""
     accelerator, reporter = run.accelerator, run.reporter
-    output_dir = Path(run.config.training.output_dir)
+    output_dir = reporter.path.parent
     final = output_dir / FINAL_FOLDER
     weights = job.strategy.full_weights(run.model)
     if accelerator.is_main_process:
@@ -240,7 +151,6 @@ def finish(job: Job, run: StageRun, seconds: float) -> Path:
         if reporter.on_report is not None:
             reporter.on_report(output_dir)
             report = f"; report: {output_dir / 'report.html'}"
-        figures = output_dir / METRICS_FILE
-        reporter.say(f"the model is in {final}; the figures are in {figures}{report}")
+        reporter.say(f"the model is in {final}; the figures are in {reporter.path}{report}")
     accelerator.wait_for_everyone()
     return final

@@ -53,11 +53,6 @@ def stage_at(stages: Sequence[Stage], step: int) -> Stage:
     return next((stage for stage in stages if step <= stage.last_step), stages[-1])
 
 
-def model_stage(stages: Sequence[Stage]) -> Stage:
-    """Returns the stage whose settings make the model: the first that thinks, else the first."""
-    return next((stage for stage in stages if stage.thinks), stages[0])
-
-
 def begin_stage(model: QuietStarForCausalLM, stage: Stage) -> None:
     """Gives the model the stage's settings; without thoughts only the language model trains."""
     model.configure(stage.config.thoughts, stage.config.loss)
