@@ -1,8 +1,8 @@
 """What each step of the rollout does at an attention layer, without gradient.
 
-The text ran once and left its keys and values (`TextPass`); then every step
-runs one token of every block against them: `StartStep`, then `ThoughtStep`, or `SelectedStep` where
-only some positions have thoughts.
+The text ran once and left its keys and values (`TextPass`); then every `RolloutStep` runs one token
+of every block against them: the start token in rows (B, P), once for all thoughts of a position,
+and each thought token in rows (K * B, P).
 
 Layers are told apart by the order in which they attend, not by what they are, so that code compiled
 for one layer serves all of them.
@@ -10,11 +10,10 @@ for one layer serves all of them.
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from quietstar.attention.block_attention import inner_dtype, merge_, step_attention
@@ -24,61 +23,63 @@ from quietstar.attention.kernels import at_least_float32
 from quietstar.attention.passes import TextKeys, choose_kernel
 
 
-@runtime_checkable
-class Order(Protocol):
-    """In which the thoughts of a rollout lie (`quietstar.sampling.rollout`)."""
-
-    def for_each_thought(self, x: Tensor) -> Tensor:
-        """What there is of a position (rows, tokens, ...), for each of its thoughts."""
-        ...
-
-
 class RolloutCache:
     """Keys and values of the text and of the thoughts so far, by attention layer.
 
     Args:
         text: Keys and values of the text.
         num_steps: Block tokens that will be run (start and every thought token but the last).
+        num_thoughts: Thoughts at each position, K.
+        positions: Positions of the blocks, virtual tokens included; None for all of the text.
     """
 
-    def __init__(self, text: TextKeys, num_steps: int) -> None:
-        self.num_steps = num_steps
+    def __init__(
+        self,
+        text: TextKeys,
+        num_steps: int,
+        num_thoughts: int,
+        positions: Int[Tensor, "batch positions"] | None,
+    ) -> None:
+        self.num_steps, self.num_thoughts, self.positions = num_steps, num_thoughts, positions
         self.text = {layer: (k.detach(), v.detach()) for layer, (k, v) in text.items()}
         self.own: TextKeys = {}
+        self.start_prefix = self.prefix = None
+        if positions is not None:
+            length = next(iter(text.values()))[0].shape[2]
+            self.start_prefix = PrefixAttention(positions, 1, length)
+            self.prefix = PrefixAttention(positions, num_thoughts, length)
 
-    def repeat_text(self, num_thoughts: int) -> None:
+    def repeat_text(self) -> None:
         """Give every thought its text: keys and values (B, ...) become (K * B, ...)."""
         for layer, pair in self.text.items():
-            k, v = (x.unsqueeze(0).expand(num_thoughts, *x.shape).flatten(0, 1) for x in pair)
-            self.text[layer] = (k, v)
-
-    def store_start(self, layer: int, order: Order, k: Tensor, v: Tensor) -> None:
-        """The start tokens, rows (B, Hkv, S, .) for all thoughts: the first of every block."""
-        self.own[layer] = (self._first(order, k), self._first(order, v))
-
-    def _first(self, order: Order, x: Tensor) -> Tensor:
-        x = order.for_each_thought(x.transpose(1, 2))  # (rows, tokens, Hkv, .)
-        cache = x.new_empty(self.num_steps, *x.shape, dtype=inner_dtype(x))
-        cache[0] = x
-        return cache
+            self.text[layer] = _repeated(pair, self.num_thoughts)
 
     def store_block(self, layer: int, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add one token to all blocks; returns them so far, (index + 1, rows, tokens, Hkv, .)."""
+        if index == 0:
+            self.own[layer] = (self._room(k), self._room(v))
         for cache, new in zip(self.own[layer], (k, v), strict=True):
-            cache[index] = new.transpose(1, 2)
+            cache[index].unflatten(0, (-1, len(new))).copy_(new.transpose(1, 2))
         keys, values = self.own[layer]
         return keys[: index + 1], values[: index + 1]
 
+    def _room(self, x: Tensor) -> Tensor:
+        rows, heads, tokens, size = x.shape
+        shape = (self.num_steps, self.num_thoughts * rows, tokens, heads, size)
+        return x.new_empty(shape, dtype=inner_dtype(x))
 
-class RolloutStep(abc.ABC):
-    """One token of every block, through all layers, once.
+
+class RolloutStep:
+    """One token of every block against the text and the block so far, through all layers, once.
 
     Args:
-        cache: Keys and values of the text and the earlier steps.
+        cache: Keys and values of the text (with thoughts at all of its positions, repeated for
+            every thought behind the start token) and the earlier steps.
+        index: Place of the token in its block.
     """
 
-    def __init__(self, cache: RolloutCache) -> None:
-        self.cache = cache
+    def __init__(self, cache: RolloutCache, index: int) -> None:
+        self.cache, self.index = cache, index
         self._layers: Iterator[int] = iter(cache.text)
 
     def attend(
@@ -89,120 +90,39 @@ class RolloutStep(abc.ABC):
 
     def attend_next(self, q: Tensor, k: Tensor, v: Tensor, rules: ScoreRules) -> Tensor:
         """The same for the layer whose turn it is, in the order in which they saw the text."""
-        return self._attend(next(self._layers), q, k, v, rules)
-
-    @abc.abstractmethod
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rules: ScoreRules) -> Tensor: ...
-
-
-class StartStep(RolloutStep):
-    """The start token of every position, once for all thoughts: its block holds nothing else.
-
-    Args:
-        cache: Keys and values of the texts.
-        order: Layout of the rows.
-        prefix: Attention to the text at chosen positions; None at all of them.
-    """
-
-    def __init__(
-        self, cache: RolloutCache, order: Order, prefix: PrefixAttention | None = None
-    ) -> None:
-        super().__init__(cache)
-        self.order, self.prefix = order, prefix
-
-    def _attend(self, layer, q, k, v, rules):
-        text = self.cache.text[layer]
-        self.cache.store_start(layer, self.order, k, v)
-        chosen = self.prefix is not None
-        kernel = choose_kernel(q, k, v, rules, text[0].shape[2] + 1, masked=chosen)
-        # At chosen positions all texts lie in one row (b p).
-        rows = [_by_text(x, len(text[0])) for x in (q, k, v)] if chosen else [q, k, v]
+        layer, cache, index = next(self._layers), self.cache, self.index
+        text, positions = cache.text[layer], cache.positions
+        own = cache.store_block(layer, index, k, v)
+        num_positions = text[0].shape[2] + index + 1
+        kernel = choose_kernel(q, k, v, rules, num_positions, masked=positions is not None)
         if kernel is None:
-            own = (rows[1].unsqueeze(0), rows[2].unsqueeze(0))
-            places = None if self.prefix is None else self.prefix.positions
-            out = dense_attention(rows[0], text, own, rules, 0, places)
-        else:
-            if self.prefix is None:
-                out, lse = kernel.forward(rows[0], text[0], text[1], True, rules.scale)
-            else:
-                out, lse = self.prefix.forward(kernel, rows[0], text[0], text[1], rules.scale)
-            _add_itself_(out, lse, rows[0], rows[1], rows[2], rules.scale)
-        return out.transpose(0, 1).flatten(1, 2).unsqueeze(0) if chosen else out
+            keys, values = (x.transpose(2, 3).to(q.dtype) for x in own)
+            if index == 0:  # not yet one for every thought
+                keys, values = k.unsqueeze(0), v.unsqueeze(0)
+            repeats = len(q) // len(text[0])
+            places = None if positions is None else positions.clamp(min=0).repeat(repeats, 1)
+            text = _repeated(text, repeats)
+            return dense_attention(q, text, (keys, values), rules, index, places)
+        prefix = cache.prefix if index else cache.start_prefix
+        if prefix is None:
+            out, lse = kernel.forward(q, *text, True, rules.scale)
+        else:  # towards the text, (K * B, H, P, d) is (B, H, P * K, d)
+            by_text = q.unflatten(0, (-1, len(text[0]))).movedim(0, 3).flatten(2, 3)
+            parts = prefix.forward(kernel, by_text, *text, rules.scale)
+            out, lse = (
+                x.unflatten(2, (-1, prefix.repeats)).movedim(3, 0).flatten(0, 1) for x in parts
+            )
+        if index > 0:
+            return step_attention(q, own, out, lse, rules.scale)
+        # A block of the start token alone: every query also sees the one key of its own place.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        score = at_least_float32(q * k).sum(-1) * rules.scale
+        merged = torch.logaddexp(lse, score)
+        merge_(out, lse, v * (score - merged).exp().unsqueeze(-1).to(v.dtype), merged)
+        return out
 
 
-def _by_text(row: Tensor, batch_size: int) -> Tensor:
-    """(1, H, B * P, .) as (B, H, P, .), a view."""
-    return row[0].unflatten(1, (batch_size, -1)).transpose(0, 1)
-
-
-def _add_itself_(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
-    """Let every query (N, H, S, d) also see the one key of its own place, (N, Hkv, S, d)."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
-    score = at_least_float32(q * k).sum(-1) * scale
-    merged = torch.logaddexp(lse, score)
-    merge_(out, lse, v * (score - merged).exp().unsqueeze(-1).to(v.dtype), merged)
-
-
-class ThoughtStep(RolloutStep):
-    """One token of every block against the text and the block so far.
-
-    Args:
-        cache: Of the text (repeated for every thought) and the earlier steps.
-        index: Place of the token in its block.
-    """
-
-    def __init__(self, cache: RolloutCache, index: int) -> None:
-        super().__init__(cache)
-        self.index = index
-
-    def _attend(self, layer, q, k, v, rules):
-        text = self.cache.text[layer]
-        own = self.cache.store_block(layer, self.index, k, v)
-        kernel = choose_kernel(q, k, v, rules, q.shape[2] + self.index + 1)
-        if kernel is None:
-            return dense_attention(q, text, _dense_blocks(own, q.dtype), rules, self.index)
-        out, lse = kernel.forward(q, *text, True, rules.scale)
-        return step_attention(q, own, out, lse, rules.scale)
-
-
-class SelectedStep(RolloutStep):
-    """One token of every block at chosen positions, as one row in the order (b p k).
-
-    Args:
-        cache: Keys and values of the text and the earlier steps.
-        index: Place of the token in its block.
-        positions: Positions of the blocks, (B, P).
-        prefix: Attention to the text for K queries a position.
-    """
-
-    def __init__(
-        self, cache: RolloutCache, index: int, positions: Tensor, prefix: PrefixAttention
-    ) -> None:
-        super().__init__(cache)
-        self.index, self.positions, self.prefix = index, positions, prefix
-
-    def _attend(self, layer, q, k, v, rules):
-        text = self.cache.text[layer]
-        own = self.cache.store_block(layer, self.index, k, v)
-        # (1, H, B * P * K, d) -> (B, H, P * K, d), a view
-        queries = q[0].unflatten(1, (self.positions.shape[0], -1)).transpose(0, 1)
-        # (tokens, 1, B * P * K, Hkv, d) -> (tokens, B, P * K, Hkv, d)
-        keys, values = (x[:, 0].unflatten(1, (self.positions.shape[0], -1)) for x in own)
-        num_positions = text[0].shape[2] + self.index + 1
-        kernel = choose_kernel(q, k, v, rules, num_positions, masked=True)
-        if kernel is None:
-            repeats = queries.shape[2] // self.positions.shape[1]
-            places = self.positions.clamp(min=0).repeat_interleave(repeats, 1)
-            own = _dense_blocks((keys, values), q.dtype)
-            out = dense_attention(queries, text, own, rules, self.index, places)
-        else:
-            out, lse = self.prefix.forward(kernel, queries, *text, rules.scale)
-            out = step_attention(queries, (keys, values), out, lse, rules.scale)
-        return out.transpose(0, 1).flatten(1, 2).unsqueeze(0)
-
-
-def _dense_blocks(own: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The blocks so far, (tokens, N, S, Hkv, .), as `dense_attention` wants them."""
-    keys, values = (x.transpose(2, 3).to(dtype) for x in own)
-    return keys, values
+def _repeated(pair: tuple[Tensor, Tensor], times: int) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, ...) as (times * B, ...), as they are for one time."""
+    k, v = (x.unsqueeze(0).expand(times, *x.shape).flatten(0, 1) for x in pair)
+    return k, v

@@ -10,31 +10,16 @@ after it stays part of the thought.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.attention.blocks import PrefixAttention
 from quietstar.attention.layout import shifted
-from quietstar.attention.rollout_steps import (
-    RolloutCache,
-    RolloutStep,
-    SelectedStep,
-    StartStep,
-    ThoughtStep,
-)
+from quietstar.attention.rollout_steps import RolloutCache, RolloutStep
 from quietstar.backbone.casting import cast_weights
 from quietstar.backbone.output_head import OutputHead
-from quietstar.backbone.run import (
-    TextRun,
-    embedding_weight,
-    num_virtual,
-    run_backbone,
-    run_text,
-)
+from quietstar.backbone.run import TextRun, embedding_weight, num_virtual, run_backbone, run_text
 from quietstar.sampling.noise import keyed_uniform, sample_inverse_cdf
 from quietstar.sampling.thoughts import Sampling
 
@@ -53,7 +38,7 @@ def sample_thoughts(
     positions: Int[Tensor, "batch positions"] | None = None,
     text: TextRun | None = None,
 ) -> Int[Tensor, "length thoughts batch positions"]:
-    """Thought tokens of every position, (T, K, B, S), or of the chosen ones, (T, K, B, P).
+    """Sample thoughts at every position of the texts, or at chosen ones.
 
     Args:
         model: A causal LM whose attention implementation is ``quietstar``.
@@ -65,32 +50,20 @@ def sample_thoughts(
         positions: The chosen ones, ascending; all by default.
         text: Of `run_text`, where the texts were run already.
     """
-    rollout = Rollout(model, start_embedding, input_ids, sampling.num_thoughts,
-                      sampling.thought_length, positions, text)  # fmt: skip
+    num_thoughts, length = sampling.num_thoughts, sampling.thought_length
+    steps = _Steps(model, start_embedding, input_ids, num_thoughts, length, positions, text)
+    thoughts: list[Tensor] = []
     with cast_weights(model.base_model):
-        return torch.stack(list(_sample_tokens(rollout, head, sample_ids, sampling)))
-
-
-def _sample_tokens(
-    rollout: Rollout, head: OutputHead, sample_ids: Tensor, sampling: Sampling
-) -> Iterator[Tensor]:
-    """Of every thought the next one, (K, B, P), T times."""
-    tokens: Tensor | None = None
-    for index in range(sampling.thought_length):
-        noise = keyed_uniform(
-            sampling.seed, sample_ids, sampling.num_thoughts, index, rollout.positions
-        )
-        if tokens is None:  # all thoughts of a position draw from one distribution
-            states = rollout.start()  # (B, P, D)
-            noise = noise.flatten(1).T.contiguous()  # (B * P, K)
-            sampled = sample_rows(states.flatten(0, 1), head, noise, sampling.temperature)
-            tokens = sampled.T.unflatten(1, states.shape[:2])
-        else:
-            states = rollout.step(index, tokens)
-            noise = rollout.order.from_thoughts(noise).flatten().unsqueeze(1)
-            sampled = sample_rows(states.flatten(0, 1), head, noise, sampling.temperature)
-            tokens = rollout.order.to_thoughts(sampled.view(states.shape[:2]))
-        yield tokens
+        for index in range(length):
+            noise = keyed_uniform(
+                sampling.seed, sample_ids, num_thoughts, index, steps.positions
+            )  # (K, B, P)
+            states = steps.run(index, thoughts[-1] if thoughts else None).flatten(0, 1)
+            # Behind the start token all thoughts of a position draw from one distribution.
+            draws = noise.reshape(-1, len(states)).T.contiguous()  # (B * P, K), or (K * B * P, 1)
+            tokens = sample_rows(states, head, draws, sampling.temperature)
+            thoughts.append(tokens.T.reshape(noise.shape))
+    return torch.stack(thoughts)
 
 
 @torch.no_grad()
@@ -106,25 +79,15 @@ def policy_states(
 
     Those of the learn pass, by another way: for checks.
     """
-    length, num_thoughts = thoughts.shape[:2]
-    rollout = Rollout(model, start_embedding, input_ids, num_thoughts, length, positions, text)
-    first = rollout.start().expand(num_thoughts, -1, -1, -1)
-    rest = [rollout.step(n, thoughts[n - 1]) for n in range(1, length)]
-    return torch.stack([first, *(rollout.order.to_thoughts(states) for states in rest)])
+    length, num_thoughts, batch_size = thoughts.shape[:3]
+    steps = _Steps(model, start_embedding, input_ids, num_thoughts, length, positions, text)
+    first = steps.run(0, None).expand(num_thoughts, -1, -1, -1)
+    rest = [steps.run(n, thoughts[n - 1]) for n in range(1, length)]
+    return torch.stack([first, *(states.unflatten(0, (-1, batch_size)) for states in rest)])
 
 
-class Rollout:
-    """The steps of all thoughts of a batch of texts, one token of each at a time.
-
-    Args:
-        model: Model of `sample_thoughts`.
-        start_embedding: Input that opens every thought.
-        input_ids: Texts.
-        num_thoughts: Thoughts at each position, K.
-        thought_length: T, most steps.
-        positions: Chosen positions; all by default.
-        text: Run of the texts, if there was one.
-    """
+class _Steps:
+    """One token of every thought of a batch of texts at a time; arguments as `sample_thoughts`."""
 
     def __init__(
         self,
@@ -134,93 +97,37 @@ class Rollout:
         num_thoughts: int,
         thought_length: int,
         positions: Tensor | None,
-        text: TextRun | None = None,
+        text: TextRun | None,
     ) -> None:
         self.model, self.start_embedding = model, start_embedding
-        self.embed = model.get_input_embeddings()
-        cache = RolloutCache((text or run_text(model, input_ids)).keys, thought_length)
-        virtual, length = num_virtual(model), input_ids.shape[1]
+        keys, virtual = (text or run_text(model, input_ids)).keys, num_virtual(model)
+        masked = positions is not None or virtual > 0
         if positions is None:
-            self.positions = torch.arange(length, device=input_ids.device).expand(input_ids.shape)
+            seq = torch.arange(input_ids.shape[1], device=input_ids.device)
+            positions = seq.expand(input_ids.shape)
+        self.positions, places = positions, shifted(positions, virtual)
+        self.places = places.clamp(min=0)  # of the text tokens before the blocks
+        self.cache = RolloutCache(keys, thought_length, num_thoughts, places if masked else None)
+
+    def run(
+        self, index: int, tokens: Int[Tensor, "thoughts batch positions"] | None
+    ) -> Float[Tensor, "rows positions width"]:
+        """Run token ``index`` of every block, sampled before it; its final states.
+
+        The start token (index 0, no tokens) runs once for all thoughts, in rows (B, P); the others
+        in rows (K * B, P).
+        """
+        if tokens is None:
+            inputs = self.start_embedding.to(embedding_weight(self.model).dtype)
+            inputs = inputs.repeat(*self.places.shape, 1)  # as layers hand on: no graph of its own
+            places = self.places
         else:
-            self.positions = positions
-        if positions is None and not virtual:
-            self.order = _AllPositions(cache, self.positions, num_thoughts)
-        else:
-            places = shifted(self.positions, virtual)
-            self.order = _SelectedPositions(cache, places, num_thoughts, virtual + length)
-
-    def start(self) -> Float[Tensor, "batch positions width"]:
-        """Run the start token of every position, once for all its thoughts; its final states."""
-        places = self.order.places  # of the start tokens
-        inputs = self.start_embedding.to(embedding_weight(self.model).dtype)
-        inputs = inputs.repeat(*places.shape, 1)  # as layers hand on: no graph of its own
-        states = run_backbone(self.model, inputs, places + 1, self.order.start_attention())
-        self.order.started()
-        return states.view(*self.positions.shape, -1)
-
-    def step(self, index: int, tokens: Int[Tensor, "thoughts batch positions"]) -> Tensor:
-        """Run block token ``index``, sampled before it; its final states, in rows."""
-        inputs = self.embed(self.order.from_thoughts(tokens))
-        offset = self.order.for_each_thought(self.order.places) + index + 1
-        return run_backbone(self.model, inputs, offset, self.order.attention(index))
-
-
-class _AllPositions:
-    """Steps of the blocks at all positions: rows (K * B, S)."""
-
-    def __init__(self, cache: RolloutCache, positions: Tensor, num_thoughts: int) -> None:
-        self.cache, self.num_thoughts = cache, num_thoughts
-        self.batch_size, self.places = positions.shape[0], positions
-
-    def start_attention(self) -> RolloutStep:
-        return StartStep(self.cache, self)
-
-    def started(self) -> None:
-        self.cache.repeat_text(self.num_thoughts)
-
-    def for_each_thought(self, x: Tensor) -> Tensor:  # (B, S, ...) -> (K * B, S, ...)
-        return x.repeat(self.num_thoughts, *[1] * (x.ndim - 1))
-
-    def attention(self, index: int) -> RolloutStep:
-        return ThoughtStep(self.cache, index)
-
-    def from_thoughts(self, x: Tensor) -> Tensor:  # (K, B, S, ...) -> (K * B, S, ...)
-        return x.flatten(0, 1)
-
-    def to_thoughts(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (-1, self.batch_size))
-
-
-class _SelectedPositions:
-    """Steps of the blocks at chosen positions: one row in the order (b p k)."""
-
-    def __init__(
-        self, cache: RolloutCache, positions: Tensor, num_thoughts: int, length: int
-    ) -> None:
-        self.cache, self.positions = cache, positions
-        self.sizes = (*positions.shape, num_thoughts)
-        self.length = length
-        self.prefix = PrefixAttention(positions, num_thoughts, length)
-        self.places = self.prefix.positions.reshape(1, -1)
-
-    def start_attention(self) -> RolloutStep:
-        return StartStep(self.cache, self, PrefixAttention(self.positions, 1, self.length))
-
-    def started(self) -> None:
-        """Nothing to do: texts are not repeated."""
-
-    def for_each_thought(self, x: Tensor) -> Tensor:  # (1, B * P, ...) -> (1, B * P * K, ...)
-        return x.repeat_interleave(self.sizes[-1], 1)
-
-    def attention(self, index: int) -> RolloutStep:
-        return SelectedStep(self.cache, index, self.positions, self.prefix)
-
-    def from_thoughts(self, x: Tensor) -> Tensor:  # (K, B, P, ...) -> (1, B * P * K, ...)
-        return x.movedim(0, 2).flatten(0, 2).unsqueeze(0)
-
-    def to_thoughts(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, self.sizes).squeeze(0).movedim(2, 0)
+            inputs = self.model.get_input_embeddings()(tokens.flatten(0, 1))
+            places = self.places.repeat(len(tokens), 1)
+            if index == 1 and self.cache.positions is None:
+                self.cache.repeat_text()
+        step = RolloutStep(self.cache, index)
+        return run_backbone(self.model, inputs, places + index + 1, step)
 
 
 def sample_rows(
