@@ -7,15 +7,15 @@ computed in the forward pass because the coefficient of every row is known by th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from quietstar.attention.kernels import at_least_float32
-from quietstar.attention.layout import IGNORE_INDEX
+from quietstar.attention.layout import IGNORE_INDEX, on_host
 from quietstar.backbone.output_head import OutputHead
 
 _CHUNK_ELEMENTS, _LEAST_ROWS = 2**23, 96
@@ -53,6 +53,21 @@ class Segment:
     other_weight: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class RowResult:
+    """What the rows of one segment gave, without gradient.
+
+    Attributes:
+        nll: (rows,), negative log-likelihood of the target, 0 where there is none.
+        entropy: (rows,) of the distribution, or None where it was not asked for.
+        predicted: (rows,), the most likely token, or None where it was not asked for.
+    """
+
+    nll: Tensor
+    entropy: Tensor | None = None
+    predicted: Tensor | None = None
+
+
 def objective(
     segments: Sequence[Segment], head: OutputHead, accumulator: HeadGradients | None = None
 ) -> tuple[Tensor, list[RowResult]]:
@@ -67,13 +82,36 @@ def objective(
     Returns:
         The scalar objective (differentiable in states and head) and each segment's results.
     """
-    if head.is_linear:
-        results: list[RowResult] = []
-        states = [s.states for s in segments]
-        params = (head.weight, head.bias) if accumulator is None else (None, None)
-        args = (segments, head, accumulator, torch.is_grad_enabled(), results)
-        return _FusedObjective.apply(*args, *params, *states), results
-    return _recomputed_objective(segments, head)
+    results: list[RowResult] = []
+    if not head.is_linear:  # soft cap, adapters on the output layer
+        value = at_least_float32(segments[0].states.new_zeros(()))
+        for segment in segments:
+            nll, entropy, predicted = recomputed_rows(segment, head)
+            value = value + _value(segment, nll, entropy)
+            results.append(RowResult(nll.detach(), entropy.detach(), predicted))
+        return value, results
+
+    def compute(sums, needs):
+        value, grads = at_least_float32(head.weight.new_zeros(())), []
+        for segment, needed in zip(segments, needs, strict=True):
+            wanted = sums is not None and (needed or sums.wanted)
+            result, grad = _fused_segment(segment, head, sums if wanted else None)
+            value = value + _value(segment, result.nll, result.entropy)
+            results.append(result)
+            grads.append(grad)
+        return value, grads
+
+    return fused(compute, head, accumulator, [s.states for s in segments]), results
+
+
+def _value(segment: Segment, nll: Tensor, entropy: Tensor | None) -> Tensor:
+    """Sum of coefficient * nll + entropy coefficient * entropy over the rows."""
+    if segment.coefficients is None:
+        return nll.new_zeros(())
+    value = (segment.coefficients * nll).sum()
+    if segment.entropy_coefficients is not None and entropy is not None:
+        value = value + (segment.entropy_coefficients * entropy).sum()
+    return value
 
 
 def chunk_rows(vocab_size: int) -> int:
@@ -89,125 +127,133 @@ def _chunks(rows: int, vocab_size: int) -> list[slice]:
 # --- Linear heads: fused --------------------------------------------------------------------------
 
 
-class _FusedObjective(torch.autograd.Function):
-    """Gradients of all segments in the forward pass; one buffer for the weight's."""
+class WithGradients(torch.autograd.Function):
+    """A value that was computed together with its gradients; backward hands them out once.
+
+    ``compute`` takes which of the inputs need a gradient, and gives the value and all gradients.
+    """
 
     @staticmethod
-    def forward(ctx, segments, head, accumulator, grad_enabled, results, weight, bias, *states):
-        needs = [grad_enabled and needed for needed in ctx.needs_input_grad[5:]]
-        wants_weight, wants_bias, *wants_states = needs
-        gradients = accumulator or HeadGradients(head, wants_weight, wants_bias)
-        ctx.own = gradients if accumulator is None else None
-        value = at_least_float32(head.weight.new_zeros(()))
-        ctx.grads = []
-        for segment, wanted in zip(segments, wants_states, strict=True):
-            wanted = grad_enabled and (wanted or gradients.wanted)
-            part, grad, result = _fused_segment(segment, head, gradients if wanted else None)
-            value = value + part
-            results.append(result)
-            ctx.grads.append(grad)
-        if ctx.own is not None:
-            ctx.own.totals()  # nothing waits while the layers run backward
+    def forward(ctx, compute, grad_enabled, *inputs):  # noqa: D102
+        needs = [grad_enabled and needed for needed in ctx.needs_input_grad[2:]]
+        value, ctx.grads = compute(needs)
         return value
 
     @staticmethod
-    def backward(ctx, grad_value):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad_value):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.grads is None:
             raise RuntimeError(
-                "backward through the objective a second time: its gradients were used up by the "
+                "backward through the loss a second time: its gradients were used up by the "
                 "first. Call the model again."
             )
-        weight, bias = (None, None) if ctx.own is None else ctx.own.scaled(grad_value)
-        states = [None if g is None else g.mul_(grad_value.to(g.dtype)) for g in ctx.grads]
-        ctx.grads = ctx.own = None
-        return None, None, None, None, None, weight, bias, *states
+        grads, ctx.grads = ctx.grads, None
+        if not (on_host(grad_value) and grad_value == 1):  # known without waiting
+            grads = [None if g is None else g.mul_(grad_value.to(g.dtype)) for g in grads]
+        return None, None, *grads  # autograd casts them to the dtypes of the inputs
+
+
+def fused(
+    compute: Callable[[HeadGradients | None, list[bool]], tuple[Tensor, list[Tensor | None]]],
+    head: OutputHead,
+    accumulator: HeadGradients | None,
+    inputs: Sequence[Tensor],
+) -> Tensor:
+    """A value of linear logits, differentiable in the head (without accumulator) and ``inputs``.
+
+    Args:
+        compute: Takes what collects the gradients of the head (None where there are no gradients)
+            and which inputs need a gradient; gives the value and the gradients of the inputs.
+        head: A linear one.
+        accumulator: As in `objective`.
+        inputs: What the value is computed from, beside the head.
+    """
+    grad_enabled = torch.is_grad_enabled()
+    params = (head.weight, head.bias) if accumulator is None else (None, None)
+
+    def with_head(needs):
+        sums = accumulator or HeadGradients(head, needs[0], needs[1])
+        value, grads = compute(sums if grad_enabled else None, needs[2:])
+        # Nothing waits while the layers run backward.
+        of_head = sums.totals() if accumulator is None else (None, None)
+        return value, [*of_head, *grads]
+
+    return WithGradients.apply(with_head, grad_enabled, *params, *inputs)  # pyright: ignore[reportReturnType]
+
+
+class Products:
+    """Products with the output weight, in the dtype of autocast or of the states.
+
+    Args:
+        head: A linear one.
+        like: States.
+        sums: Collect the gradients of the head; None without gradients.
+        temperature: Divides the logits.
+    """
+
+    def __init__(
+        self, head: OutputHead, like: Tensor, sums: HeadGradients | None, temperature: float = 1.0
+    ) -> None:
+        device = like.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else like.dtype
+        self.sums, self.factor = sums, head.scale / temperature
+        self.weight = head.weight.to(dtype)
+        self.bias = None if head.bias is None else (head.bias * self.factor).to(dtype)
+
+    def logits(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """States (rows, D) as they enter the product, and logits in float32 at least."""
+        states, weight = states.to(self.weight.dtype), self.weight.t()
+        states = states if self.factor == 1.0 else states * self.factor
+        logits = states @ weight if self.bias is None else torch.addmm(self.bias, states, weight)
+        return states, at_least_float32(logits)
+
+    def backward(self, grad_logits: Tensor, states: Tensor) -> Tensor:
+        """Gradient of the states, (rows, D); that of the head goes to the sums."""
+        assert self.sums is not None, "only called with gradients"
+        grad = self.sums.add(grad_logits, states, self.factor) @ self.weight
+        return grad if self.factor == 1.0 else grad.mul_(self.factor)
 
 
 def _fused_segment(
-    segment: Segment, head: OutputHead, accumulator: HeadGradients | None
-) -> tuple[Tensor, Tensor | None, RowResult]:
-    """Value, gradient of the states (None without a accumulator), and results of one segment."""
+    segment: Segment, head: OutputHead, sums: HeadGradients | None
+) -> tuple[RowResult, Tensor | None]:
+    """Results and gradient of the states (None without ``sums``) of one segment."""
     head = head.sampled_only() if segment.sampled_only else head
-    factor = head.scale / segment.temperature
-    dtype = compute_dtype(segment.states)
-    weight = head.weight.to(dtype)
-    bias = None if head.bias is None else (head.bias * factor).to(dtype)
-    coefficients = segment.coefficients
-    grad = None
-    if accumulator is not None and coefficients is not None:
-        grad = torch.empty_like(segment.states)
+    products = Products(head, segment.states, sums, segment.temperature)
+    targets, dtype = segment.targets, at_least_float32(products.weight.new_empty(0)).dtype
+    wants_grad = sums is not None and segment.coefficients is not None
+    grad = torch.empty_like(segment.states) if wants_grad else None
     # Made beforehand: small tensors that stay, between chunks that go, would keep the memory of
     # these from being used again.
-    result = RowResult.empty(
-        segment.targets, at_least_float32(weight.new_empty(0)).dtype, segment.wants_entropy,
-        segment.wants_predicted,
-    )  # fmt: skip
-    for rows in _chunks(segment.states.shape[0], weight.shape[0]):
-        result.put(rows, _fused_chunk(segment, rows, (weight, bias, factor), accumulator, grad))
-    return _value(segment, coefficients, result), grad, result
+    result = RowResult(
+        torch.empty_like(targets, dtype=dtype),
+        torch.empty_like(targets, dtype=dtype) if segment.wants_entropy else None,
+        torch.empty_like(targets) if segment.wants_predicted else None,
+    )
+    for rows in _chunks(len(targets), head.num_logits):
+        _fused_chunk(segment, rows, products, result, grad)
+    return result, grad
 
 
 def _fused_chunk(
-    segment: Segment,
-    rows: slice,
-    head: tuple[Tensor, Tensor | None, float],
-    accumulator: HeadGradients | None,
-    grad: Tensor | None,
-) -> RowResult:
-    """Results of some rows; with ``grad`` the gradient of their states goes there."""
-    weight, bias, factor = head
-    states = segment.states[rows].to(weight.dtype)
-    states = states if factor == 1.0 else states * factor
-    logits = states @ weight.t() if bias is None else torch.addmm(bias, states, weight.t())
-    found, grad_logits = softmax_rows(
-        logits,
-        segment.targets[rows],
-        None if grad is None else _part(segment.coefficients, rows),
-        _part(segment.entropy_coefficients, rows),
-        segment.wants_entropy,
-        segment.wants_predicted,
+    segment: Segment, rows: slice, products: Products, result: RowResult, grad: Tensor | None
+) -> None:
+    """Fill in some rows; a function of its own, so that its logits are gone before the next."""
+    states, logits = products.logits(segment.states[rows])
+    chunk = SoftmaxChunk(
+        logits, segment.targets[rows], segment.wants_entropy, segment.wants_predicted
     )
-    if accumulator is not None and grad is not None and grad_logits is not None:
-        grad_logits = accumulator.add(grad_logits, states, factor)
-        torch.mul(grad_logits @ weight, factor, out=grad[rows])
-    return found
-
-
-def _part(x: Tensor | None, rows: slice) -> Tensor | None:
-    return None if x is None else x[rows]
-
-
-def compute_dtype(states: Tensor) -> torch.dtype:
-    """Of products with the output weight."""
-    device = states.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return states.dtype
-
-
-def _value(segment: Segment, coefficients: Tensor | None, result: RowResult) -> Tensor:
-    """Sum of coefficient * nll + entropy coefficient * entropy over the rows."""
-    if coefficients is None:
-        return result.nll.new_zeros(())
-    value = (coefficients * result.nll).sum()
-    if segment.entropy_coefficients is not None and result.entropy is not None:
-        value = value + (segment.entropy_coefficients * result.entropy).sum()
-    return value
+    found = (chunk.nll, chunk.entropy, chunk.predicted)
+    for whole, part in zip((result.nll, result.entropy, result.predicted), found, strict=True):
+        if whole is not None and part is not None:
+            whole[rows] = part
+    if grad is not None and segment.coefficients is not None:
+        bonus = segment.entropy_coefficients
+        bonus = None if bonus is None else bonus[rows]
+        grad[rows] = products.backward(chunk.gradient_(segment.coefficients[rows], bonus), states)
 
 
 # --- Other heads (soft cap, adapters on the output layer): recomputed -----------------------------
-
-
-def _recomputed_objective(
-    segments: Sequence[Segment], head: OutputHead
-) -> tuple[Tensor, list[RowResult]]:
-    results: list[RowResult] = []
-    value = at_least_float32(segments[0].states.new_zeros(()))
-    for segment in segments:
-        nll, entropy, predicted = recomputed_rows(segment, head)
-        value = value + _value(segment, segment.coefficients, RowResult(nll, entropy))
-        results.append(RowResult(nll.detach(), entropy.detach(), predicted))
-    return value, results
 
 
 def recomputed_rows(segment: Segment, head: OutputHead) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,98 +261,29 @@ def recomputed_rows(segment: Segment, head: OutputHead) -> tuple[Tensor, Tensor,
 
     The logits of a chunk are made again in the backward pass.
     """
-    pieces = []
-    for rows in _chunks(segment.states.shape[0], head.num_logits):
-        args = (
-            segment.states[rows],
-            segment.targets[rows],
-            _part(segment.other_states, rows),
-            _part(segment.other_weight, rows),
-            segment.temperature,
-            head,
-            head.vocab_size if segment.sampled_only else None,
-        )
-        if torch.is_grad_enabled():
-            piece = checkpoint(_plain_rows, *args, use_reentrant=False, preserve_rng_state=False)
-        else:
-            piece = _plain_rows(*args)
-        pieces.append(piece)
+    vocab_size = head.vocab_size if segment.sampled_only else None
+
+    def by_the_book(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        logits, targets = head.logits(segment.states[rows]), segment.targets[rows]
+        if segment.other_states is not None and segment.other_weight is not None:
+            weight = at_least_float32(segment.other_weight[rows]).unsqueeze(-1)
+            logits = (1 - weight) * logits + weight * head.logits(segment.other_states[rows])
+        logprobs = (logits[:, :vocab_size] / segment.temperature).log_softmax(-1)
+        nll = -logprobs.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return nll.where(targets != IGNORE_INDEX, 0.0), entropy, logprobs.argmax(-1)
+
+    pieces = [
+        checkpoint(by_the_book, rows, use_reentrant=False, preserve_rng_state=False)
+        if torch.is_grad_enabled()
+        else by_the_book(rows)
+        for rows in _chunks(len(segment.states), head.num_logits)
+    ]
     nll, entropy, predicted = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     return nll, entropy, predicted
 
 
-def _plain_rows(states, targets, other_states, other_weight, temperature, head, vocab_size):
-    """Negative log-likelihood, entropy and most likely token of some rows, by the book."""
-    logits = head.logits(states)
-    if other_states is not None:
-        weight = at_least_float32(other_weight).unsqueeze(-1)
-        logits = (1 - weight) * logits + weight * head.logits(other_states)
-    logprobs = (logits[:, :vocab_size] / temperature).log_softmax(-1)
-    valid = targets != IGNORE_INDEX
-    nll = -logprobs.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return nll.where(valid, 0.0), entropy, logprobs.argmax(-1)
-
-
 # --- Softmax of a chunk ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RowResult:
-    """What the rows of one segment gave, without gradient.
-
-    Attributes:
-        nll: (rows,), negative log-likelihood of the target, 0 where there is none.
-        entropy: (rows,) of the distribution, or None where it was not asked for.
-        predicted: (rows,), the most likely token, or None where it was not asked for.
-    """
-
-    nll: Tensor
-    entropy: Tensor | None = None
-    predicted: Tensor | None = None
-
-    @staticmethod
-    def empty(
-        targets: Tensor, dtype: torch.dtype, wants_entropy: bool, wants_predicted: bool
-    ) -> RowResult:
-        """Room for the results of as many rows as there are targets."""
-        return RowResult(
-            torch.empty_like(targets, dtype=dtype),
-            torch.empty_like(targets, dtype=dtype) if wants_entropy else None,
-            torch.empty_like(targets) if wants_predicted else None,
-        )
-
-    def put(self, rows: slice, found: RowResult) -> None:
-        """Fill in some rows."""
-        for field in fields(self):
-            whole, part = getattr(self, field.name), getattr(found, field.name)
-            if whole is not None:
-                whole[rows] = part.detach()
-
-
-def softmax_rows(
-    logits: Tensor,
-    targets: Tensor,
-    coefficients: Tensor | None = None,
-    entropy_coefficients: Tensor | None = None,
-    wants_entropy: bool = False,
-    wants_predicted: bool = False,
-) -> tuple[RowResult, Tensor | None]:
-    """Results of all rows, and the gradient of sum(coefficient * nll); uses up the logits.
-
-    Args:
-        logits: Logits, (rows, V).
-        targets: (rows,), token ids or IGNORE_INDEX.
-        coefficients: (rows,); without them there is no gradient.
-        entropy_coefficients: (rows,): adds sum(coefficient * entropy).
-        wants_entropy: Compute the entropy of each row.
-        wants_predicted: Find the most likely token of each row.
-    """
-    chunk = SoftmaxChunk(logits, targets, wants_entropy, wants_predicted)
-    result = RowResult(chunk.nll, chunk.entropy, chunk.predicted)
-    if coefficients is None:
-        return result, None
-    return result, chunk.gradient_(coefficients, entropy_coefficients)
 
 
 class SoftmaxChunk:
@@ -316,13 +293,9 @@ class SoftmaxChunk:
     """
 
     def __init__(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        wants_entropy: bool = False,
+        self, logits: Tensor, targets: Tensor, wants_entropy: bool = False,
         wants_predicted: bool = False,
-    ) -> None:
-        logits = at_least_float32(logits)
+    ) -> None:  # fmt: skip
         self.valid = targets != IGNORE_INDEX
         self.targets = targets.clamp(min=0).unsqueeze(1)
         target_logits = logits.gather(1, self.targets)
@@ -372,10 +345,9 @@ class HeadGradients:
     """
 
     def __init__(self, head: OutputHead, wants_weight: bool, wants_bias: bool) -> None:
-        weight, bias = head.weight, head.bias
-        self.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        weight = head.weight
         wide = at_least_float32(weight.new_zeros(())).dtype
-        wants_bias = wants_bias and bias is not None
+        wants_bias = wants_bias and head.bias is not None
         self._weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
         self._bias = weight.new_zeros(weight.shape[0], dtype=wide) if wants_bias else None
         self._waiting = 0
@@ -394,32 +366,27 @@ class HeadGradients:
         Returns:
             The gradient of the logits in the dtype of the states; to be used before the next chunk.
         """
-        if self._bias is not None:
-            size = grad_logits.shape[1]
-            self._bias[:size] += factor * grad_logits.sum(0, dtype=self._bias.dtype)
-        if self._weight is None:
-            return grad_logits.to(states.dtype)
-        if states.dtype != self._weight.dtype:
-            return self._wait(grad_logits, states)
-        grad_logits = grad_logits.to(states.dtype)
-        self._weight[: grad_logits.shape[1]].addmm_(grad_logits.t(), states)
-        return grad_logits
-
-    def _wait(self, grad_logits: Tensor, states: Tensor) -> Tensor:
-        """Keep half precisions until there are rows enough for a product worth its sum."""
         rows, size = grad_logits.shape
+        weight = self._weight
+        if self._bias is not None:
+            self._bias[:size] += factor * grad_logits.sum(0, dtype=self._bias.dtype)
+        if weight is None:
+            return grad_logits.to(states.dtype)
+        if states.dtype == weight.dtype:
+            grad_logits = grad_logits.to(states.dtype)
+            weight[:size].addmm_(grad_logits.t(), states)
+            return grad_logits
+        # Half precision waits until there are rows enough for a product worth its sum.
         if self._waiting + rows > _ROWS:
             self._multiply()
         if rows >= _ROWS:
             grad_logits = grad_logits.to(states.dtype)
             self._add_product(grad_logits, states)
             return grad_logits
-        assert self._weight is not None, "only called with one"
         if self._buffers is None:
-            vocab_size, width = self._weight.shape
+            vocab_size, width = weight.shape
             self._buffers = (states.new_empty(_ROWS, vocab_size), states.new_empty(_ROWS, width))
-        place = slice(self._waiting, self._waiting + rows)
-        kept, kept_states = (buffer[place] for buffer in self._buffers)
+        kept, kept_states = (buffer[self._waiting :][:rows] for buffer in self._buffers)
         kept[:, :size].copy_(grad_logits)
         kept[:, size:].zero_()
         kept_states.copy_(states)
@@ -447,9 +414,3 @@ class HeadGradients:
         self._multiply()
         self._buffers = None
         return self._weight, self._bias
-
-    def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients times ``factor``, in the dtypes of the parameters."""
-        pairs = zip(self.totals(), self.dtypes, strict=True)
-        weight, bias = (None if g is None else g.mul_(factor).to(dtype) for g, dtype in pairs)
-        return weight, bias

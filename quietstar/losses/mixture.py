@@ -23,10 +23,11 @@ from quietstar.attention.layout import IGNORE_INDEX, TextLookahead
 from quietstar.backbone.output_head import OutputHead
 from quietstar.losses.cross_entropy import (
     HeadGradients,
+    Products,
     Segment,
     SoftmaxChunk,
     chunk_rows,
-    compute_dtype,
+    fused,
     recomputed_rows,
 )
 from quietstar.losses.weights import ThoughtScores, Weigh
@@ -58,23 +59,10 @@ class Mixture:
     needs_thought: bool = True
     needs_predicted: bool = False
 
-    def chunks(self, vocab_size: int) -> Iterator[tuple[slice, slice]]:
-        """Yield the texts and positions whose logits are held at once."""
-        lookahead, num_thoughts, batch_size, num_positions = self.mixing_weight.shape
-        # Mixed logits lie beside those of the thoughts, and a fraction of the text's.
-        rows_each = lookahead * (2 * num_thoughts + 1)
-        return groups(batch_size, num_positions, 2 * chunk_rows(vocab_size) // rows_each)
-
     def coefficients(
         self, mixed: Tensor, thought: Tensor | None, texts: slice, places: slice
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Weigh some positions of some texts.
-
-        Args:
-            mixed: NLL of the mixed prediction, (A, K, B', P').
-            thought: NLL of the thought's own prediction, the same shape.
-            texts: Slice of the texts.
-            places: Slice of the positions.
+        """Weigh some positions of some texts by the NLLs of both predictions, (A, K, B', P').
 
         Returns:
             The advantage (K, B', P'), and the coefficients of both NLLs, (A, K, B', P').
@@ -146,8 +134,7 @@ def mixture_objective(
     Args:
         mixture: States, mixing weights, targets and what weighs them.
         head: From states to logits.
-        accumulator: Collects the gradients of a linear head; by default they are those of its
-            parameters.
+        accumulator: As in `quietstar.losses.cross_entropy.objective`.
 
     Returns:
         The scalar objective (differentiable in states, mixing weight and head) and the results.
@@ -155,13 +142,20 @@ def mixture_objective(
     if not head.is_linear:
         return _by_rows(mixture, head)
     results: list[MixtureResult] = []
-    args = (mixture, head, accumulator, torch.is_grad_enabled(), results)
-    weight = None if accumulator is not None else head.weight
-    bias = None if accumulator is not None else head.bias
-    value = _FusedMixture.apply(
-        *args, mixture.text.rows, mixture.thought, mixture.mixing_weight, weight, bias
-    )
-    return value, results[0]
+
+    def compute(sums, needs):
+        wanted = mixture.weigh is not None and sums is not None and (any(needs) or sums.wanted)
+        work = _Work(mixture, head, sums if wanted else None)
+        lookahead, num_thoughts, batch_size, num_positions = mixture.mixing_weight.shape
+        # Mixed logits lie beside those of the thoughts, and a fraction of the text's.
+        most = 2 * chunk_rows(head.num_logits) // (lookahead * (2 * num_thoughts + 1))
+        for texts, places in groups(batch_size, num_positions, most):
+            work.chunk(texts, places)
+        results.append(MixtureResult(work.mixed, work.thought, work.predicted, work.advantage))
+        return work.value, work.grads
+
+    inputs = (mixture.text.rows, mixture.thought, mixture.mixing_weight)
+    return fused(compute, head, accumulator, inputs), results[0]
 
 
 def _by_rows(mixture: Mixture, head: OutputHead) -> tuple[Tensor, MixtureResult]:
@@ -195,109 +189,75 @@ def _by_rows(mixture: Mixture, head: OutputHead) -> tuple[Tensor, MixtureResult]
 # --- Linear heads: fused --------------------------------------------------------------------------
 
 
-class _FusedMixture(torch.autograd.Function):
-    """All gradients in the forward pass, a chunk of positions at a time."""
-
-    @staticmethod
-    def forward(
-        ctx, mixture, head, accumulator, grad_enabled, results, rows, thought, weight, *params
-    ):
-        needs = [grad_enabled and needed for needed in ctx.needs_input_grad[5:]]
-        ctx.own = HeadGradients(head, needs[3], needs[4]) if accumulator is None else None
-        wanted = grad_enabled and mixture.weigh is not None
-        wanted = wanted and (any(needs) or accumulator is not None)
-        work = _Work(mixture, head, (accumulator or ctx.own) if wanted else None)
-        for texts, places in mixture.chunks(head.weight.shape[0]):
-            work.chunk(texts, places)
-        results.append(work.result())
-        if ctx.own is not None:
-            ctx.own.totals()  # no buffer stays while the layers run backward
-        ctx.grads = work.grads
-        return work.value
-
-    @staticmethod
-    def backward(ctx, grad_value):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if ctx.grads is None:
-            raise RuntimeError(
-                "backward through the objective a second time: its gradients were used up by the "
-                "first. Call the model again."
-            )
-        states = [None if g is None else g.mul_(grad_value.to(g.dtype)) for g in ctx.grads]
-        head = (None, None) if ctx.own is None else ctx.own.scaled(grad_value)
-        ctx.grads = ctx.own = None
-        return None, None, None, None, None, *states, *head
-
-
 class _Work:
-    """What the chunks fill."""
+    """What the chunks of a mixture fill; gradients only with ``sums``."""
 
-    def __init__(
-        self, mixture: Mixture, head: OutputHead, accumulator: HeadGradients | None
-    ) -> None:
-        self.mixture, self.accumulator = mixture, accumulator
-        self.factor, self.dtype = head.scale, compute_dtype(mixture.thought)
-        self.weight = head.weight.to(self.dtype)
-        self.bias = None if head.bias is None else (head.bias * self.factor).to(self.dtype)
-        shape, like = mixture.mixing_weight.shape, at_least_float32(mixture.mixing_weight)
+    def __init__(self, mixture: Mixture, head: OutputHead, sums: HeadGradients | None) -> None:
+        self.mixture, self.products = mixture, Products(head, mixture.thought, sums)
         # Made beforehand: small tensors that stay, between chunks that go, would keep the memory
         # of these from being used again.
-        self.mixed = torch.empty_like(like, memory_format=torch.contiguous_format)
+        like, contiguous = at_least_float32(mixture.mixing_weight), torch.contiguous_format
+        self.mixed = torch.empty_like(like, memory_format=contiguous)
         self.thought = torch.empty_like(self.mixed) if mixture.needs_thought else None
         self.predicted = None
         if mixture.needs_predicted:
-            self.predicted = torch.empty(shape, dtype=torch.long, device=like.device)
+            self.predicted = torch.empty_like(self.mixed, dtype=torch.long)
         self.advantage = None if mixture.weigh is None else torch.zeros_like(self.mixed[0])
-        self.has_advantage = False
         self.value = self.mixed.new_zeros(())
         self.grads: list[Tensor | None] = [None, None, None]
-        if accumulator is not None:
+        if sums is not None:
             self.grad_rows = torch.zeros_like(mixture.text.rows)  # contiguous parts overlap
-            self.grad_thought = torch.zeros_like(
-                mixture.thought, memory_format=torch.contiguous_format
-            )
+            self.grad_thought = torch.zeros_like(mixture.thought, memory_format=contiguous)
             self.grad_weight = torch.zeros_like(self.mixed)
             self.grads = [self.grad_rows, self.grad_thought, self.grad_weight]
 
     def chunk(self, texts: slice, places: slice) -> None:
         """Compute results and gradients of some positions of some texts."""
-        mixture, where = self.mixture, (..., texts, places)
+        mixture, products, where = self.mixture, self.products, (..., texts, places)
         text = mixture.text.part(texts, places)
-        text_states, base = self._logits(text.rows)
-        thought_states, own = self._logits(mixture.thought[..., texts, places, :])
+        text_states, base = products.logits(text.rows.flatten(0, 1))
+        thought_states, own = products.logits(mixture.thought[..., texts, places, :].flatten(0, 3))
         fraction = at_least_float32(mixture.mixing_weight[where]).unsqueeze(-1)
-        grid = own.view(*fraction.shape[:-1], -1)  # (A, K, B', P', V)
+        shape = fraction.shape[:-1]  # (A, K, B', P')
+        grid = own.view(*shape, -1)
         base = text.gather(base.view(*text.rows.shape[:2], -1)).unsqueeze(1)  # a view
-        targets = repeat(mixture.targets[where], "a b p -> (a k b p)", k=grid.shape[1])
+        targets = repeat(mixture.targets[where], "a b p -> (a k b p)", k=shape[1])
 
         mixed = SoftmaxChunk(
             torch.lerp(base, grid, fraction).flatten(0, 3),
             targets,
             wants_predicted=mixture.needs_predicted,
         )
-        self.mixed[where] = mixed.nll.view(grid.shape[:-1])
+        self.mixed[where] = mixed.nll.view(shape)
         if self.predicted is not None and mixed.predicted is not None:
-            self.predicted[where] = mixed.predicted.view(grid.shape[:-1])
+            self.predicted[where] = mixed.predicted.view(shape)
         slope = None
-        if self.accumulator is not None:
+        if products.sums is not None:
             # d nll / d w = E_mixed[thought - base] - (thought - base) at the target. Taken here,
             # before the thought's logits turn into its probabilities in place.
-            slope = self._slope(mixed, grid, base, targets)
-        alone = SoftmaxChunk(own, targets) if self.thought is not None else None
-        if self.thought is not None and alone is not None:
-            self.thought[where] = alone.nll.view(grid.shape[:-1])
+            weights, index = mixed.weights.view(grid.shape), targets.clamp(min=0).view(*shape, 1)
+            slope = torch.linalg.vecdot(weights, grid).sub_(torch.linalg.vecdot(weights, base))
+            at_target = grid.gather(-1, index) - base.expand_as(grid).gather(-1, index)
+            slope.div_(mixed.total.view(shape)).sub_(at_target.squeeze(-1))
+        alone = alone_nll = None
+        if self.thought is not None:
+            alone = SoftmaxChunk(own, targets)
+            self.thought[where] = alone.nll.view(shape)
+            alone_nll = self.thought[where]
 
-        alone_nll = None if self.thought is None else self.thought[where]
         advantage, for_mixed, for_thought = mixture.coefficients(
             self.mixed[where], alone_nll, texts, places
         )
-        if self.advantage is not None and advantage is not None:
-            self.advantage[:, texts, places], self.has_advantage = advantage, True
+        if advantage is None:
+            self.advantage = None
+        elif self.advantage is not None:
+            self.advantage[:, texts, places] = advantage
         if for_mixed is not None:
             self.value = self.value + (for_mixed * self.mixed[where]).sum()
         if for_thought is not None:
             assert alone_nll is not None, "a weighed prediction is computed"
             self.value = self.value + (for_thought * alone_nll).sum()
-        if self.accumulator is None:
+        if products.sums is None:
             return
         grad = None
         if for_mixed is not None and slope is not None:
@@ -309,47 +269,18 @@ class _Work:
             own_grad = alone.gradient_(for_thought.flatten())
             grad = own_grad if grad is None else grad.add_(own_grad)
         if grad is not None:
-            states = self._to_states(grad, thought_states)
-            self.grad_thought[..., texts, places, :] = states.view(*grid.shape[:-1], -1)
-
-    def _slope(
-        self, mixed: SoftmaxChunk, own: Tensor, base: Tensor, targets: Tensor
-    ) -> Float[Tensor, "lookahead thoughts batch positions"]:
-        """Derivative of the mixed NLL with respect to the mixing weight."""
-        weights = mixed.weights.view(own.shape)
-        expected = torch.linalg.vecdot(weights, own).sub_(torch.linalg.vecdot(weights, base))
-        index = targets.clamp(min=0).view(*own.shape[:-1], 1)
-        at_target = own.gather(-1, index) - base.expand_as(own).gather(-1, index)
-        return expected.div_(mixed.total.view(expected.shape)).sub_(at_target.squeeze(-1))
-
-    def _logits(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """States as they enter the product, (rows, D), and logits in float32 at least."""
-        states = states.reshape(-1, states.shape[-1]).to(self.dtype)
-        states = states if self.factor == 1.0 else states * self.factor
-        weight = self.weight.t()
-        logits = states @ weight if self.bias is None else torch.addmm(self.bias, states, weight)
-        return states, at_least_float32(logits)
+            grad_states = products.backward(grad, thought_states)
+            self.grad_thought[..., texts, places, :] = grad_states.view(*shape, -1)
 
     def _to_text(self, text, states, grad, fraction, texts, places) -> None:
-        """Add the part that flows to the text's own states."""
+        """Add the part that flows to the text's own states; its logits are gone afterwards."""
         total = grad[:, 0] * (1 - fraction[:, 0])  # (A, B', P', V)
         for n in range(1, grad.shape[1]):
             total.addcmul_(grad[:, n], 1 - fraction[:, n])
-        rows = self._to_states(text.scatter_add(total).flatten(0, 1), states)
-        rows = rows.view(text.rows.shape)
-        lookahead = self.mixture.text.lookahead
-        if self.mixture.text.contiguous:
+        rows = self.products.backward(text.scatter_add(total).flatten(0, 1), states)
+        rows, lookahead = rows.view(text.rows.shape), text.lookahead
+        if text.contiguous:
             self.grad_rows[texts, places.start : places.stop + lookahead - 1] += rows
         else:
             by_step = self.grad_rows.unflatten(1, (lookahead, -1))
             by_step[texts, :, places] = rows.unflatten(1, (lookahead, -1))
-
-    def _to_states(self, grad_logits: Tensor, states: Tensor) -> Tensor:
-        """Gradient of the states, (rows, D); that of the head goes to the accumulator."""
-        assert self.accumulator is not None, "only called with one"
-        grad = self.accumulator.add(grad_logits, states, self.factor) @ self.weight
-        return grad if self.factor == 1.0 else grad * self.factor
-
-    def result(self) -> MixtureResult:
-        advantage = self.advantage if self.has_advantage else None
-        return MixtureResult(self.mixed, self.thought, self.predicted, advantage)
