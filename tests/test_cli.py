@@ -12,7 +12,7 @@ import pytest
 from quietstar import __version__
 from quietstar.cli import main as cli
 from quietstar.cli.options import output_file, write_text
-from quietstar.config import FIELDS
+from quietstar.config import fields
 from quietstar.config.loading import load_config
 from quietstar.config.messages import type_text
 from quietstar.errors import UserError
@@ -166,12 +166,12 @@ def test_help_lists_every_key_with_type_default_and_bounds_in_80_columns():
     assert max(map(len, lines)) <= 80
     starts = {line.split()[0] for line in lines if line.startswith("  --")}
     options = {"--config", "--resume", "--allow-changes", "--controls"}
-    assert starts == {f"--{key}" for key in FIELDS} | options
+    assert starts == {f"--{key}" for key in fields()} | options
     words = " ".join(result.stdout.split())
-    for key in FIELDS:
+    for key, field in fields().items():
         assert f"--{key} " in words
         assert type_text(key) in words
-        assert " ".join((FIELDS[key].description or "").split()[:3]) in words
+        assert " ".join(field["description"].split()[:3]) in words
     assert "integer >= 1; default 8" in words
     assert "number >= 0 and < 1; default 0.05" not in words
     assert "number > 0 and < 1; default 0.05" in words

@@ -8,10 +8,9 @@ from pathlib import Path
 from textwrap import fill
 
 from quietstar.cli.options import DEFAULT_CONFIG, Parser, whole
-from quietstar.config import FIELDS, SECTIONS, Config
-from quietstar.config.loading import load_config
+from quietstar.config import SECTIONS, Config, fields, keys_of
+from quietstar.config.loading import load_config, shipped_configs
 from quietstar.config.messages import default_text, type_text
-from quietstar.config.presets import shipped_configs
 from quietstar.errors import ConfigError
 
 DESCRIPTION = """Trains a model. On many processes: accelerate launch train.py, same options.
@@ -64,10 +63,11 @@ class _TrainParser(Parser):
     def format_help(self) -> str:
         """List the keys of the config, which the config's own reader parses."""
         for section in SECTIONS:
-            description = fill(Config.model_fields[section].description or "", 76)
-            group = self.add_argument_group(section, description)
-            for key in (key for key in FIELDS if key.startswith(f"{section}.")):
-                text = f"{FIELDS[key].description} ({type_text(key)}; default {default_text(key)})"
+            description = Config.model_fields[section].annotation.__doc__ or ""
+            group = self.add_argument_group(section, fill(description, 76))
+            for key in keys_of(section):
+                description = fields()[key].get("description", "")
+                text = f"{description} ({type_text(key)}; default {default_text(key)})"
                 group.add_argument(f"--{key}", help=text.replace("%", "%%"), metavar="")
         self.add_argument_group("stages", fill(Config.model_fields["stages"].description or "", 76))
         return super().format_help()

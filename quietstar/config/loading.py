@@ -6,36 +6,26 @@
     command line: thoughts.length: -1 must be greater than or equal to 1; ...
 
 Keys of earlier versions are errors that name the new key; only the config of a run folder, which
-such a version wrote, is translated (`migrate`).
+such a version wrote, is translated.
 """
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from quietstar.config.messages import (
-    COMMAND_LINE,
-    closest,
-    did_you_mean,
-    field_message,
-    field_types,
-    fits,
-    is_mixed,
-    shown_value,
-)
-from quietstar.config.presets import resolve_config_file
-from quietstar.config.rules import GYM, SYNTHETIC
-from quietstar.config.schema import (
-    FIELDS,
+from quietstar.config import messages
+from quietstar.config.messages import closest, did_you_mean, key_types, shown_value
+from quietstar.config.schema import GYM, SYNTHETIC
+from quietstar.config.tree import (
     SECTIONS,
     Config,
     CrossFieldError,
-    CrossFieldProblem,
+    fields,
     is_stage_key,
     keys_of,
     loss_class,
@@ -48,44 +38,38 @@ logger = logging.getLogger(__name__)
 RUN_CONTENTS = ("checkpoints", "final", "metrics.jsonl")
 """What lies beside the config of a run; any of it marks a run folder."""
 
+COMMAND_LINE = "command line"
+"""Source of a problem, in the place of a file and its line."""
+
 _OPTIONS = ("config", "resume", "controls", "help")  # flags of the command line beside the keys
 _FLAG = re.compile(r"--[A-Za-z_][^=\s]*(=.*)?", re.DOTALL)  # `---` and `-1` are values
 
-RENAMED: Mapping[str, str] = {
-    "training.objective": "loss.objective",
-    "tuning.lora_rank": "tuning.lora_r",
-    "tuning.lora_targets": "tuning.lora_target_modules",
-    "tuning.virtual_tokens": "tuning.num_virtual_tokens",
-    "tuning.galore_update_every": "tuning.galore_update_proj_gap",
-    "thoughts.source": "thoughts.sampler",
-    "thoughts.share": "thoughts.position_fraction",
-    "data.steps_field": "data.rationale_field",
-    "optim.lr": "optim.learning_rate",
-    "optim.mixing_head_lr": "optim.mixing_head_learning_rate",
-    "optim.embedding_lr": "optim.embedding_learning_rate",
-    "optim.beta1": "optim.adam_beta1",
-    "optim.beta2": "optim.adam_beta2",
-    "optim.eps": "optim.adam_epsilon",
-    "optim.schedule": "optim.lr_scheduler_type",
-    "optim.clip_norm": "optim.max_grad_norm",
-    "training.steps": "training.max_steps",
-    "training.batch_size": "training.global_batch_size",
-    "training.precision": "training.mixed_precision",
-    "training.block_tokens": "training.learn_chunk_tokens",
-    "training.activation_checkpointing": "training.gradient_checkpointing",
-    "training.compile": "training.torch_compile",
-    "training.eval_every": "training.eval_steps",
-    "training.save_every": "training.save_steps",
-    "training.keep_checkpoints": "training.save_total_limit",
-    "training.overwrite": "training.overwrite_output_dir",
-    "logging.trackers": "logging.report_to",
-    "logging.log_every": "logging.logging_steps",
-    "logging.thought_every": "logging.thought_steps",
+# fmt: off
+_RENAMED = {
+    "tuning": {"lora_rank": "lora_r", "lora_targets": "lora_target_modules",
+               "virtual_tokens": "num_virtual_tokens",
+               "galore_update_every": "galore_update_proj_gap"},
+    "thoughts": {"source": "sampler", "share": "position_fraction"},
+    "data": {"steps_field": "rationale_field"},
+    "optim": {"lr": "learning_rate", "mixing_head_lr": "mixing_head_learning_rate",
+              "embedding_lr": "embedding_learning_rate", "beta1": "adam_beta1",
+              "beta2": "adam_beta2", "eps": "adam_epsilon", "schedule": "lr_scheduler_type",
+              "clip_norm": "max_grad_norm"},
+    "training": {"steps": "max_steps", "batch_size": "global_batch_size",
+                 "precision": "mixed_precision", "block_tokens": "learn_chunk_tokens",
+                 "activation_checkpointing": "gradient_checkpointing", "compile": "torch_compile",
+                 "eval_every": "eval_steps", "save_every": "save_steps",
+                 "keep_checkpoints": "save_total_limit", "overwrite": "overwrite_output_dir"},
+    "logging": {"trackers": "report_to", "log_every": "logging_steps",
+                "thought_every": "thought_steps"},
+}
+# fmt: on
+RENAMED = {"training.objective": "loss.objective"} | {
+    f"{section}.{old}": f"{section}.{new}"
+    for section, names in _RENAMED.items()
+    for old, new in names.items()
 }
 """Keys of earlier versions, and their names of today."""
-
-RENAMED_VALUES = {("thoughts.sampler", "sampled"): "rollout"}
-"""Values of earlier versions by today's key, and what they are called today."""
 
 
 def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -97,26 +81,36 @@ def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -
             replace what the file says, and below a mapping they set single entries
             (``--model.config.hidden_size 64``).
 
-    Returns:
-        The valid config.
-
     Raises:
         ConfigError: With every problem of the file, the overrides and the rules between keys.
     """
     reader = _Reader()
-    shown = "defaults"
-    try:
-        if config_file is not None:
-            path, shown = resolve_config_file(config_file)
-            reader.read_file(path, shown)
-    except ConfigError as error:  # nothing is known of the file: no key counts as not set
-        reader.problems += error.problems
-        reader.misspelt.update(FIELDS)
+    if config_file is not None:
+        try:
+            reader.read_file(config_file)
+        except ConfigError as error:  # nothing is known of the file: no key counts as not set
+            reader.problems += error.problems
+            reader.misspelt.update(fields())
     reader.read_overrides(overrides)
-    config, problems = _validate(reader, shown)
-    if reader.problems or problems or config is None:
-        raise ConfigError([*reader.problems, *problems])
-    return config
+    base, *stages = reader.settings
+    merged: dict[str, Settings] = {}
+    for prefix in stages or [base]:
+        settings = merged[prefix] = {**reader.settings[base], **reader.settings[prefix]}
+        for key, setting in reader.settings[base].items():  # the command line goes over any file
+            if setting.source == COMMAND_LINE and settings[key].source != COMMAND_LINE:
+                settings[key] = setting
+        problems = _find_problems(settings, reader.misspelt, reader.file)
+        reader.problems += [problem for problem in problems if problem not in reader.problems]
+    if reader.problems:
+        raise ConfigError(reader.problems)
+    tree: dict[str, Any] = _nested(reader.settings[base])
+    tree["stages"] = {
+        prefix.removeprefix("stages.")[:-1]: _nested(
+            {key: setting for key, setting in merged[prefix].items() if setting.prefix}
+        )
+        for prefix in stages
+    }
+    return Config.model_validate(tree)
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -124,54 +118,75 @@ def save_config(config: Config, path: str | Path) -> None:
     Path(path).write_text(dump(config.model_dump()), encoding="utf-8")
 
 
-def migrate(tree: Mapping[Any, Any]) -> tuple[dict[Any, Any], dict[str, str]]:
-    """Translates the keys that an earlier version wrote.
+def shipped_configs() -> dict[str, Path]:
+    """Returns the config files that come with the package: ``tiny`` is ``configs/tiny.yaml``."""
+    package = Path(__file__).resolve().parents[1]
+    folder = package / "configs"  # of an installed wheel
+    if not folder.is_dir() and (package.parent / "pyproject.toml").is_file():
+        folder = package.parent / "configs"  # of a checkout
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}  # launchers' lie below
+
+
+def resolve_config_file(name: str | Path) -> tuple[Path, str]:
+    """Finds a config file.
 
     Args:
-        tree: Sections, such as ``{"optim": {"lr": 0.1}}``, and perhaps stages of such.
+        name: An existing path, or a shipped config as ``configs/x.yaml``, ``x.yaml`` or ``x``.
 
     Returns:
-        The tree by today's names, and the old and new name of each key that was renamed.
+        The path, and the name that messages give it.
+
+    Raises:
+        ConfigError: If there is no such file.
+    """
+    if Path(name).is_file():
+        return Path(name), str(name)
+    shipped = shipped_configs()
+    short = Path(name).as_posix().removeprefix("configs/").removesuffix(".yaml")
+    if short in shipped:
+        return shipped[short], f"configs/{short}.yaml"
+    if Path(name).is_dir():
+        inside = Path(name) / "config.yaml"
+        hint = f"; did you mean {inside}?" if inside.is_file() else "; give a YAML file"
+        raise ConfigError([f"{COMMAND_LINE}: --config: {name} is a folder{hint}"])
+    hint = did_you_mean(closest(short, list(shipped)))
+    names = ", ".join(shipped) or "none"
+    message = f"there is no file {name}{hint or f'; shipped configs: {names}'}"
+    raise ConfigError([f"{COMMAND_LINE}: --config: {message}"])
+
+
+def _migrate(parts: Iterable[Any]) -> dict[str, str]:
+    """Gives sections of an earlier version today's keys, in place.
+
+    Returns:
+        The old and new name of each key that was renamed.
     """
     renamed: dict[str, str] = {}
-    result = _translate({name: body for name, body in tree.items() if name != "stages"}, renamed)
-    stages = tree.get("stages")
-    if isinstance(stages, dict):
-        stages = {name: _translate(sections, renamed) for name, sections in stages.items()}
-    parts = [result, *(stages.values() if isinstance(stages, dict) else ())]
-    data = [p["data"] for p in parts if isinstance(p, dict) and isinstance(p.get("data"), dict)]
+    trees = [part for part in parts if isinstance(part, dict)]
+    for tree in trees:
+        for section, body in list(tree.items()):
+            for name in list(body) if isinstance(body, dict) else []:
+                key = f"{section}.{name}"
+                if key in RENAMED:
+                    renamed[key] = RENAMED[key]
+                    new_section, _, new_name = RENAMED[key].partition(".")
+                    tree[new_section] = target = tree.get(new_section) or {}
+                    target[new_name] = body.pop(name)
+    for tree in trees:
+        if isinstance(tree.get("thoughts"), dict) and tree["thoughts"].get("sampler") == "sampled":
+            tree["thoughts"]["sampler"] = "rollout"
+    data = [tree["data"] for tree in trees if isinstance(tree.get("data"), dict)]
     if any(str(part.get("train")).startswith((GYM, SYNTHETIC)) for part in data):
         for part in data:  # generated problems called their reasoning `steps`
             if part.get("rationale_field") == "steps":
                 part["rationale_field"] = "rationale"
-    return result if stages is None else {**result, "stages": stages}, renamed
-
-
-def _translate(sections: Any, renamed: dict[str, str]) -> Any:
-    """Renames the keys of sections, and notes in ``renamed`` which."""
-    if not isinstance(sections, dict):
-        return sections
-    result = {section: {} if isinstance(v, dict) else v for section, v in sections.items()}
-    values = [(s, name, v) for s in sections if isinstance(sections[s], dict)
-              for name, v in sections[s].items()]  # fmt: skip
-    for section, name, value in values:
-        old = f"{section}.{name}"
-        if old in RENAMED:
-            renamed[old] = RENAMED[old]
-            section, _, name = RENAMED[old].partition(".")
-        if isinstance(value, str):
-            value = RENAMED_VALUES.get((f"{section}.{name}", value), value)
-        result.setdefault(section, {})[name] = value
-    return result
+    return renamed
 
 
 class Setting(NamedTuple):
-    """A value, and where it comes from.
+    """A value of plain data, and its source: ``configs/x.yaml:4`` or COMMAND_LINE.
 
-    Attributes:
-        value: Plain data, as YAML gives it.
-        source: ``configs/x.yaml:4`` or COMMAND_LINE.
-        prefix: ``stages.think.`` before the key of a stage.
+    The prefix, such as ``stages.think.``, stands before the key of a stage.
     """
 
     value: Any
@@ -182,120 +197,110 @@ class Setting(NamedTuple):
 Settings = dict[str, Setting]
 
 
-def _read_yaml(path: Path, shown: str) -> tuple[dict[Any, Any], dict[str, int], list[str]]:
-    """Reads a YAML file: its data, the line of each key, and a problem per repeated key.
-
-    Raises:
-        ConfigError: If the file cannot be read at all; messages call it ``shown``.
-    """
-    try:
-        data, lines, repeated = parse(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError([f"{shown}: cannot be read: {error.strerror}"]) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"{shown}: no valid YAML: is not UTF-8 text"]) from error
-    except YamlProblem as error:
-        source = shown if error.line is None else f"{shown}:{error.line}"
-        raise ConfigError([f"{source}: no valid YAML: {error}"]) from error
-    if data is None:  # an empty file sets nothing
-        return {}, {}, []
-    if not isinstance(data, dict):
-        kind = "a list" if isinstance(data, list) else shown_value(data)
-        message = "must be a mapping of sections; write `thoughts:` with `length: 8` below it"
-        raise ConfigError([f"{shown}: {kind} {message}"])
-    if path.name == "config.yaml" and any((path.parent / name).exists() for name in RUN_CONTENTS):
-        data, renamed = migrate(data)
-        lines |= {new: lines[old] for old, new in renamed.items() if old in lines}
-        if renamed:
-            names = ", ".join(f"{old} -> {new}" for old, new in renamed.items())
-            logger.warning(
-                "%s: translated %d keys of an earlier version: %s", shown, len(renamed), names
-            )
-    problems = [f"{shown}:{line}: {key}: stands twice; remove one" for key, line in repeated]
-    return data, lines, problems
-
-
 class _Reader:
     """Gathers the settings of a file and of the command line, and what is wrong with them.
 
     Attributes:
-        settings: The value of each key, and where it comes from.
-        stages: The same for the keys that each stage changes.
+        settings: By prefix ("" outside of stages), the value of each key and where it comes from.
         problems: One line each.
         misspelt: Keys that were probably meant by unknown ones: they are not "not set".
+        file: Name of the file in messages.
+        lines: Line of each key of the file.
     """
 
     def __init__(self) -> None:
-        self.settings: Settings = {}
-        self.stages: dict[str, Settings] = {}
+        self.settings: dict[str, Settings] = {"": {}}
         self.problems: list[str] = []
         self.misspelt: set[str] = set()
+        self.file = "defaults"
+        self.lines: dict[str, int] = {}
 
-    def read_file(self, path: Path, shown: str) -> None:
-        """Takes over the settings of a YAML file, which messages call ``shown``."""
-        data, lines, problems = _read_yaml(path, shown)
-        self.problems += problems
+    def read_file(self, config_file: str | Path) -> None:
+        """Takes over the settings of a YAML file.
+
+        Raises:
+            ConfigError: If the file cannot be read at all.
+        """
+        path, self.file = resolve_config_file(config_file)
+        try:
+            data, self.lines, repeated = parse(path.read_text(encoding="utf-8-sig"))
+        except OSError as error:
+            raise ConfigError([f"{self.file}: cannot be read: {error.strerror}"]) from error
+        except UnicodeDecodeError as error:
+            raise ConfigError([f"{self.file}: no valid YAML: is not UTF-8 text"]) from error
+        except YamlProblem as error:
+            source = self.file if error.line is None else f"{self.file}:{error.line}"
+            raise ConfigError([f"{source}: no valid YAML: {error}"]) from error
+        data = {} if data is None else data  # an empty file sets nothing
+        if not isinstance(data, dict):
+            kind = "a list" if isinstance(data, list) else shown_value(data)
+            message = "must be a mapping of sections; write `thoughts:` with `length: 8` below it"
+            raise ConfigError([f"{self.file}: {kind} {message}"])
+        for key, line in repeated:
+            self.problems.append(f"{self.file}:{line}: {key}: stands twice; remove one")
         stages = data.pop("stages", None) or {}
-        for sections in (data, *(stages.values() if isinstance(stages, dict) else ())):
-            loss = sections.get("loss") if isinstance(sections, dict) else None
-            if isinstance(loss, dict):
-                _add_settings(loss.get("objective"))
-        self._read_sections(data, lines, shown, self.settings)
-        if not isinstance(stages, dict):
-            message = "must be a mapping of stages; write `stages:` with `think:` below it"
-            where = f"{shown}:{lines['stages']}"
-            self._report("stages", f"{shown_value(stages)} {message}", where)
-            return
-        for stage, sections in stages.items():
-            self.stages[str(stage)] = {}
+        parts = {"": data}
+        if isinstance(stages, dict):
+            parts |= {f"stages.{name}.": sections for name, sections in stages.items()}
+        in_run = any((path.parent / name).exists() for name in RUN_CONTENTS)
+        if path.name == "config.yaml" and in_run and (renamed := _migrate(parts.values())):
+            self.lines |= {new: self.lines[o] for o, new in renamed.items() if o in self.lines}
+            names = ", ".join(f"{old} -> {new}" for old, new in renamed.items())
+            logger.warning(
+                "%s: translated %d keys of an earlier version: %s", self.file, len(renamed), names
+            )
+        losses = [part.get("loss") for part in parts.values() if isinstance(part, dict)]
+        _add_settings(loss.get("objective") for loss in losses if isinstance(loss, dict))
+        for prefix, sections in parts.items():
+            self.settings[prefix] = {}
             if isinstance(sections, dict):
-                prefix = f"stages.{stage}."
-                self._read_sections(sections, lines, shown, self.stages[str(stage)], prefix)
+                for section, body in sections.items():
+                    self._read_section(prefix, section, body)
             elif sections is not None:
                 message = f"{shown_value(sections)} must be a mapping of sections, such as thoughts"
-                self._report(f"stages.{stage}", message, f"{shown}:{lines[f'stages.{stage}']}")
+                self._report(prefix[:-1], message)
+        if not isinstance(stages, dict):
+            message = "must be a mapping of stages; write `stages:` with `think:` below it"
+            self._report("stages", f"{shown_value(stages)} {message}")
 
-    def _read_sections(
-        self,
-        data: Mapping[Any, Any],
-        lines: Mapping[str, int],
-        shown: str,
-        settings: Settings,
-        prefix: str = "",
-    ) -> None:
-        for section, body in data.items():
-            line = lines.get(f"{prefix}{section}")
-            source = f"{shown}:{line}" if line else shown
-            if section in SECTIONS and isinstance(body, dict):
-                for name, value in body.items():
-                    key = f"{section}.{name}"
-                    source = f"{shown}:{lines.get(f'{prefix}{key}', line)}"
-                    if key not in FIELDS:
-                        self._report(f"{prefix}{key}", self._unknown(key), source)
-                    elif prefix and not is_stage_key(key):
-                        message = f"holds for the whole run; set {key} outside of stages"
-                        self._report(f"{prefix}{key}", message, source)
-                    else:
-                        settings[key] = Setting(value, source, prefix)
-            elif section in SECTIONS and body is not None:  # an empty section sets nothing
-                message = f"must be a mapping of keys, such as {keys_of(section)[0]}"
-                self._report(f"{prefix}{section}", f"{shown_value(body)} {message}", source)
-            elif section in FIELDS:
-                parent, _, name = section.partition(".")
-                self.misspelt.add(section)
-                message = f"unknown section; write `{parent}:` and `{name}:` below it"
-                self._report(section, message, source)
-            elif section not in SECTIONS:
-                meant = closest(str(section), list(Config.model_fields))
-                self.misspelt.update(keys_of(meant) if meant else ())
-                self._report(section, f"unknown section{did_you_mean(meant)}", source)
+    def _read_section(self, prefix: str, section: Any, body: Any) -> None:
+        """Takes over the keys of one section of the file."""
+        shown = f"{prefix}{section}"
+        if section in SECTIONS and isinstance(body, dict):
+            for name, value in body.items():
+                key = f"{section}.{name}"
+                if key not in fields():
+                    self._report(f"{prefix}{key}", self._unknown(key))
+                elif prefix and not is_stage_key(key):
+                    message = f"holds for the whole run; set {key} outside of stages"
+                    self._report(f"{prefix}{key}", message)
+                else:
+                    source = self._source(f"{prefix}{key}")
+                    self.settings[prefix][key] = Setting(value, source, prefix)
+        elif section in SECTIONS and body is not None:  # an empty section sets nothing
+            message = f"must be a mapping of keys, such as {keys_of(section)[0]}"
+            self._report(shown, f"{shown_value(body)} {message}")
+        elif section in fields():
+            parent, _, name = section.partition(".")
+            self.misspelt.add(section)
+            self._report(shown, f"unknown section; write `{parent}:` and `{name}:` below it")
+        elif section not in SECTIONS:
+            meant = closest(str(section), list(Config.model_fields))
+            self.misspelt.update(keys_of(meant) if meant else ())
+            self._report(shown, f"unknown section{did_you_mean(meant)}")
 
-    def _unknown(self, name: str, before: str = "", candidates: Sequence[str] | None = None) -> str:
-        """Says which key replaces an unknown one, or which was probably meant."""
+    def _source(self, key: str) -> str:
+        """Returns file and line of a key, or of the section that it stands in."""
+        line = self.lines.get(key, self.lines.get(key.rpartition(".")[0]))
+        return f"{self.file}:{line}" if line else self.file
+
+    def _report(self, name: str, message: str, source: str | None = None) -> None:
+        self.problems.append(f"{source or self._source(name)}: {name}: {message}")
+
+    def _unknown(self, name: str, before: str = "", candidates: Iterable[str] = ()) -> str:
+        """Says which key replaces an unknown one, or which of the candidates was meant."""
         renamed = RENAMED.get(name)
-        meant = renamed or closest(
-            name, [*(FIELDS if candidates is None else candidates), *RENAMED], by_leaf=True
-        )
+        meant = renamed or closest(name, [*(candidates or fields()), *RENAMED], by_leaf=True)
         meant = RENAMED.get(meant, meant) if meant else None
         self.misspelt.update([meant] if meant else [])
         if renamed:
@@ -304,37 +309,7 @@ class _Reader:
 
     def read_overrides(self, arguments: Sequence[str]) -> None:
         """Takes over ``--key value``, ``--key=value`` and bare ``--flag``; the last one wins."""
-        flags = list(self._split_flags(arguments))
-        for name, text in flags:
-            if name.endswith("loss.objective"):
-                _add_settings(text)
-        for name, text in flags:
-            prefix, rest, settings = self._of_stage(name)
-            key = ".".join(rest.split(".")[:2])
-            path = rest.split(".")[2:]
-            if prefix and key in FIELDS and not is_stage_key(key):
-                self._report(name, f"holds for the whole run; write --{key} VALUE")
-            elif key not in FIELDS or (path and not (all(path) and dict in field_types(key))):
-                self._unknown_flag(name, prefix, rest)
-            elif text is not None:
-                self._override(key, path, text, settings, prefix)
-            elif bool in field_types(key):
-                settings[key] = Setting(True, COMMAND_LINE, prefix)
-            else:
-                self._report(name, f"has no value; write --{name} VALUE")
-
-    def _of_stage(self, name: str) -> tuple[str, str, Settings]:
-        """Splits ``stages.think.thoughts.length`` into prefix and rest; no prefix for others."""
-        for stage, settings in self.stages.items():
-            prefix = f"stages.{stage}."
-            if name.startswith(prefix):
-                return prefix, name.removeprefix(prefix), settings
-        return "", name, self.settings
-
-    def _report(self, name: str, message: str, source: str = COMMAND_LINE) -> None:
-        self.problems.append(f"{source}: {name}: {message}")
-
-    def _split_flags(self, arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+        flags: list[tuple[str, str | None]] = []
         rest = list(arguments)
         while rest:
             argument = rest.pop(0)
@@ -342,56 +317,69 @@ class _Reader:
                 name, equals, value = argument[2:].partition("=")
                 if not equals:
                     value = rest.pop(0) if rest and not _FLAG.fullmatch(rest[0]) else None
-                yield name, value
+                flags.append((name, value))
             else:
                 is_file = argument.endswith((".yaml", ".yml"))
                 form = f"--config {argument}" if is_file else "--key value"
-                self._report(argument, f"belongs to no key; write {form}")
+                self._report(argument, f"belongs to no key; write {form}", COMMAND_LINE)
+        _add_settings(text for name, text in flags if name.endswith("loss.objective"))
+        for name, text in flags:
+            if problem := self._override(name, text):
+                self.problems.append(f"{COMMAND_LINE}: {problem}")
 
-    def _unknown_flag(self, name: str, prefix: str, rest: str) -> None:
-        if prefix:
-            stage_keys = [key for key in FIELDS if is_stage_key(key)]
-            message = self._unknown(rest, f"--{prefix}", stage_keys)
-        elif name.split(".")[0] == "stages":
-            stages = ", ".join(self.stages) or "none in this config"
-            message = f"names no stage (stages: {stages}); write --stages.NAME.KEY VALUE"
-        elif name in SECTIONS:
-            message = f"is a section; set one of its keys, such as --{keys_of(name)[0]}"
-        else:
-            message = self._unknown(name, "--", [*FIELDS, *_OPTIONS])
-        self._report(f"--{name}", message)
-
-    def _override(
-        self, key: str, path: list[str], text: str, settings: Settings, prefix: str
-    ) -> None:
-        name = prefix + ".".join([key, *path])
+    def _override(self, name: str, text: str | None) -> str | None:
+        """Takes over one flag, or says what is wrong with it."""
+        prefix = next((p for p in self.settings if p and name.startswith(p)), "")
+        rest = name.removeprefix(prefix)
+        key, path = ".".join(rest.split(".")[:2]), rest.split(".")[2:]
+        if prefix and key in fields() and not is_stage_key(key):
+            return f"{name}: holds for the whole run; write --{key} VALUE"
+        if key not in fields() or (path and not (all(path) and "object" in key_types(key))):
+            if prefix:
+                stage_keys = [key for key in fields() if is_stage_key(key)]
+                message = self._unknown(rest, f"--{prefix}", stage_keys)
+            elif name.split(".")[0] == "stages":
+                stages = ", ".join(p.split(".", 1)[1][:-1] for p in self.settings if p)
+                message = f"names no stage (stages: {stages or 'none in this config'}); "
+                message += "write --stages.NAME.KEY VALUE"
+            elif name in SECTIONS:
+                message = f"is a section; set one of its keys, such as --{keys_of(name)[0]}"
+            else:
+                message = self._unknown(name, "--", [*fields(), *_OPTIONS])
+            return f"--{name}: {message}"
+        if text is None:
+            if "boolean" not in key_types(key):
+                return f"{name}: has no value; write --{name} VALUE"
+            text = "true"
         try:
             value = parse(text).data if path else _parse_text(key, text)
         except YamlProblem as error:
-            self._report(name, f"{text!r} is no valid YAML: {error}")
-            return
+            return f"{name}: {text!r} is no valid YAML: {error}"
         if value is None and not text.strip():
-            self._report(name, f"has no value; write --{name} VALUE, or null")
-            return
+            return f"{name}: has no value; write --{name} VALUE, or null"
+        settings = self.settings[prefix]
         if path:
-            before = settings.get(key) or self.settings.get(key)
+            before = settings.get(key) or self.settings[""].get(key)
             value = _with_entry(before.value if before else None, path, value)
         settings[key] = Setting(value, COMMAND_LINE, prefix)
+        return None
 
 
-def _add_settings(objective: Any) -> None:
-    """Makes the settings of an objective of the user's own known as keys."""
-    if isinstance(objective, str) and ":" in objective:
-        with suppress(UserError):  # a rule reports it with the others
-            loss_class(objective)
+def _add_settings(objectives: Iterable[Any]) -> None:
+    """Makes the settings of objectives of the user's own known as keys."""
+    for objective in objectives:
+        if isinstance(objective, str) and ":" in objective:
+            with suppress(UserError):  # a rule reports it with the others
+                loss_class(objective)
 
 
 def _parse_text(key: str, text: str) -> Any:
     """Reads the value of an override: YAML, except that text needs no quotes."""
-    types = field_types(key)
-    if types <= {bool, int, float, list, dict, type(None)} or fits(text, types & {int, float}):
+    types = key_types(key)
+    takes_text = messages.key_words(key) or "string" in types
+    if not takes_text or messages.fits(text, types & {"integer", "number"}):
         return parse(text).data
-    if type(None) in types and text in ("null", "~"):
+    if "null" in types and text in ("null", "~"):
         return None
     quoted = parse(text).data if text[:1] in ("'", '"') else None
     return quoted if isinstance(quoted, str) else text
@@ -405,66 +393,7 @@ def _with_entry(mapping: Any, path: list[str], value: Any) -> dict[str, Any]:
     return {**mapping, path[0]: value}
 
 
-def _validate(reader: _Reader, file: str) -> tuple[Config | None, list[str]]:
-    """Makes the config, or lists what is wrong with its keys and between them, in every stage."""
-    if not reader.stages:
-        return _validate_settings(reader.settings, reader.misspelt, file)
-    problems: list[str] = []
-    in_stages: dict[str, Settings] = {}
-    for name, stage in reader.stages.items():
-        merged = {**reader.settings, **stage}
-        for key, setting in reader.settings.items():  # the command line goes over any file
-            if setting.source == COMMAND_LINE and merged[key].source != COMMAND_LINE:
-                merged[key] = setting
-        in_stages[name] = merged
-        _, in_stage = _validate_settings(merged, reader.misspelt, file)
-        problems += [problem for problem in in_stage if problem not in problems]
-    if problems:
-        return None, problems
-    tree: dict[str, Any] = _nested(reader.settings)
-    tree["stages"] = {
-        name: _nested({key: setting for key, setting in merged.items() if setting.prefix})
-        for name, merged in in_stages.items()
-    }
-    return Config.model_validate(tree), []
-
-
-def _validate_settings(
-    settings: Mapping[str, Setting], misspelt: set[str], file: str
-) -> tuple[Config | None, list[str]]:
-    """Makes the config of these settings, or lists its problems.
-
-    pydantic looks at cross-field rules only when all fields are valid. So a second pass leaves the
-    invalid fields out, and what it says about rules without such a field is reported as well.
-    """
-    config, field_errors, broken_rules = _try(settings)
-    problems = []
-    invalid = set(misspelt)
-    for error in field_errors:
-        key = ".".join(str(part) for part in error["loc"][:2])
-        if key in invalid and is_mixed(key):  # an error for every type that it might have
-            continue
-        invalid.add(key)
-        parts = error["loc"][:2] if is_mixed(key) else error["loc"]
-        shown = ".".join(str(part) for part in parts if part != "[key]")
-        where = f"{settings[key].source}: {settings[key].prefix}{shown}"
-        problems.append(f"{where}: {field_message(key, error)}")
-    if field_errors:
-        valid = {key: setting for key, setting in settings.items() if key not in invalid}
-        _, _, broken_rules = _try(valid)
-    for keys, message in broken_rules:
-        if invalid.isdisjoint(keys):
-            given = [(key, settings[key]) for key in keys if key in settings]
-            # Blame the key from the command line, if there is one, else the one to change.
-            at_fault = [(key, one) for key, one in given if one.source == COMMAND_LINE]
-            first = (keys[0], settings.get(keys[0], Setting(None, file)))
-            key, setting = (at_fault or [first])[0]
-            shown = f"{setting.prefix}{key}"
-            problems.append(f"{setting.source}: {shown}: {message.removeprefix(f'{shown}: ')}")
-    return config, problems
-
-
-def _nested(settings: Mapping[str, Setting]) -> dict[str, dict[str, Any]]:
+def _nested(settings: Settings) -> dict[str, dict[str, Any]]:
     tree: dict[str, dict[str, Any]] = {}
     for key, setting in settings.items():
         section, _, name = key.partition(".")
@@ -472,14 +401,41 @@ def _nested(settings: Mapping[str, Setting]) -> dict[str, dict[str, Any]]:
     return tree
 
 
-def _try(
-    settings: Mapping[str, Setting],
-) -> tuple[Config | None, list[Any], list[CrossFieldProblem]]:
-    try:
-        return Config.model_validate(_nested(settings)), [], []
-    except ValidationError as error:
-        details = error.errors(include_url=False)
-        problem = details[0].get("ctx", {}).get("error")
-        if isinstance(problem, CrossFieldError):
-            return None, [], problem.problems
-        return None, details, []
+def _find_problems(settings: Settings, misspelt: set[str], file: str) -> list[str]:
+    """Lists what is wrong with settings, and between them.
+
+    pydantic looks at cross-field rules only when all fields are valid. So a second pass leaves the
+    invalid fields out, and what it says about rules without such a field is reported as well.
+    """
+    problems: list[str] = []
+    invalid: set[str] = set()
+    while True:
+        valid = {key: setting for key, setting in settings.items() if key not in invalid}
+        try:
+            Config.model_validate(_nested(valid))
+            return problems
+        except ValidationError as error:
+            details = error.errors(include_url=False)
+        between = details[0].get("ctx", {}).get("error")
+        if isinstance(between, CrossFieldError):
+            break
+        for detail in details:
+            key = ".".join(str(part) for part in detail["loc"][:2])
+            is_mixed = messages.is_mixed(key)  # then pydantic reports an error for every type
+            if key in invalid and is_mixed:
+                continue
+            invalid.add(key)
+            parts = detail["loc"][:2] if is_mixed else detail["loc"]
+            shown = ".".join(str(part) for part in parts if part != "[key]")
+            where = f"{settings[key].source}: {settings[key].prefix}{shown}"
+            problems.append(f"{where}: {messages.field_message(key, detail)}")
+    for keys, message in between.problems:
+        if (invalid | misspelt).isdisjoint(keys):
+            # Blame the key from the command line, if there is one, else the one to change.
+            given = [key for key in keys if key in settings]
+            given = [key for key in given if settings[key].source == COMMAND_LINE]
+            key = given[0] if given else keys[0]
+            setting = settings.get(key, Setting(None, file))
+            shown = f"{setting.prefix}{key}"
+            problems.append(f"{setting.source}: {shown}: {message.removeprefix(f'{shown}: ')}")
+    return problems

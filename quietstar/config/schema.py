@@ -1,29 +1,12 @@
-"""The config of a run: one frozen, typed tree, its sections, and the configs of its stages.
+"""The sections of a config: frozen, typed, with a text below each key.
 
-The text below a key is its description; ``quietstar train --help`` prints it with the type, the
-bounds and the default. `quietstar.config.rules` adds the rules that tie keys together.
-
-The keys of the ``loss`` section are those of the objective: `quietstar.registry` finds it when a
-config is validated.
+The text is the key's description: ``quietstar train --help`` prints it with the type, the bounds
+and the default. `quietstar.config.tree` puts the sections together and adds ``loss``.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    create_model,
-    field_validator,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
-
-from quietstar import registry
-from quietstar.errors import UserError
+from pydantic import BaseModel, ConfigDict, Field
 
 AtLeastOne = Annotated[int, Field(ge=1)]
 AtLeastZero = Annotated[int, Field(ge=0)]
@@ -32,6 +15,11 @@ NonNegative = Annotated[float, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 
+SYNTHETIC = "synthetic:"
+GYM = "reasoning_gym:"
+DEFAULT_STEPS = 4
+"""Difficulty of the ``synthetic:`` tasks where ``data.task_options`` names none."""
+
 
 class Section(BaseModel):
     """Base of all sections: frozen, strict types, no unknown keys, finite numbers."""
@@ -39,14 +27,6 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Puts each description on one line; a section is described by its own docstring."""
-        super().__pydantic_init_subclass__(**kwargs)
-        for field in cls.model_fields.values():
-            text = field.description or getattr(field.annotation, "__doc__", None) or ""
-            field.description = " ".join(text.split())
 
 
 class ModelConfig(Section):
@@ -100,7 +80,7 @@ class TuningConfig(Section):
     """Steps between two updates of the projection (galore)."""
     galore_scale: Positive = 0.25
     """Scale of the update (galore)."""
-    unfreeze: list[str] = Field(default_factory=list)
+    unfreeze: list[str] = []
     """Parameters of the base model that train beside what the method adds, by the end of their
     names; * matches anything: layers.29.*, embed_tokens.weight."""
 
@@ -154,51 +134,6 @@ class MixingHeadConfig(Section):
     """Fixed mixing weight during warmup_steps."""
 
 
-class LossConfig(Section):
-    """The objective, the reward, and the objective's own settings (`loss_class`)."""
-
-    objective: Text = "quiet_star"
-    """What is learned: quiet_star, next_token (plain language modeling without thoughts), or an
-    objective of your own as module:name. It brings the other keys of this section."""
-    reward: Text = "thought"
-    """What thoughts are reinforced by: mixed or thought (the log-probability of the true tokens by
-    the mixed prediction or the thought's own), or a function of your own as module:name."""
-
-    @property
-    def thinks(self) -> bool:
-        """Whether the objective samples thoughts at all."""
-        return registry.find("loss.objective", self.objective).thinks
-
-    def __reduce__(self) -> Any:
-        """Pickles by values: the class is made for its objective."""
-        return _restored_loss, (self.model_dump(),)
-
-
-@cache
-def loss_class(objective: str) -> type[LossConfig]:
-    """Returns the ``loss`` section with the settings of an objective.
-
-    Raises:
-        UserError: There is no such objective.
-    """
-    settings = registry.find("loss.objective", objective).Settings
-    if settings is Section:
-        return LossConfig
-    kind = create_model("LossConfig", __base__=(LossConfig, settings))
-    FIELDS.add("loss", kind)
-    return kind
-
-
-def _restored_loss(values: dict[str, Any]) -> LossConfig:
-    return loss_config(**values)
-
-
-def loss_config(**values: Any) -> LossConfig:
-    """Makes a ``loss`` section: the objective, the reward, and the objective's own settings."""
-    objective = values.get("objective", LossConfig.model_fields["objective"].default)
-    return loss_class(objective)(**values)
-
-
 class DataConfig(Section):
     """The text to train on, and how it is cut into sequences."""
 
@@ -248,7 +183,7 @@ class DataConfig(Section):
     """Read a hub data set while training instead of downloading it first."""
     size: AtLeastOne = 10000
     """Number of generated problems of a reasoning_gym or synthetic task."""
-    task_options: dict[str, Any] = Field(default_factory=dict)
+    task_options: dict[str, Any] = {}
     """Options of the reasoning_gym or synthetic task."""
 
 
@@ -318,173 +253,10 @@ class TrainingConfig(Section):
 class LoggingConfig(Section):
     """What is reported, where and how often."""
 
-    report_to: list[str] = Field(default_factory=lambda: ["tensorboard"])
+    report_to: list[str] = ["tensorboard"]
     """Trackers of accelerate (tensorboard, wandb, ...) that get the metrics beside
     metrics.jsonl."""
     logging_steps: AtLeastOne = 1
     """Steps between two records of the metrics."""
     thought_steps: AtLeastZero = 25
     """Steps between two decoded thoughts on the terminal; 0 means none."""
-
-
-class CrossFieldProblem(NamedTuple):
-    """A broken rule between keys.
-
-    Attributes:
-        keys: Dotted names of the keys in the rule, the one to change first.
-        message: Values, rule, reason and remedy in one line.
-    """
-
-    keys: tuple[str, ...]
-    message: str
-
-
-RULES: list[Callable[["Config"], Iterator[CrossFieldProblem]]] = []
-"""The rules between keys; `quietstar.config.rules` fills the list, so that it may import us."""
-
-
-class CrossFieldError(ValueError):
-    """Carries the broken rules between keys through pydantic."""
-
-    def __init__(self, problems: list[CrossFieldProblem]) -> None:
-        self.problems = problems
-        super().__init__("\n".join(f"{problem.keys[0]}: {problem.message}" for problem in problems))
-
-
-Stages = dict[str, dict[str, dict[str, Any]]]
-
-# Keys that hold for the whole run; a stage may change all others.
-_RUN_SECTIONS = ("model", "tuning", "logging")
-_RUN_KEYS = {
-    *(f"mixing_head.{name}" for name in ("activation", "initial_weight", "hidden_size", "floor")),
-    *("training.mixed_precision", "training.cpu_threads", "training.learn_chunk_tokens"),
-    *("training.gradient_checkpointing", "training.torch_compile", "training.seed"),
-    *("training.save_steps", "training.save_total_limit"),
-    *("training.output_dir", "training.overwrite_output_dir"),
-}
-
-
-def is_stage_key(key: str) -> bool:
-    """Tells whether a stage may change this key."""
-    return key.partition(".")[0] not in _RUN_SECTIONS and key not in _RUN_KEYS
-
-
-class Config(Section):
-    """The whole tree.
-
-    A run is one stage, or several (`stages`): each changes some keys for its part of the run and
-    starts from the weights of the one before.
-
-    Raises:
-        pydantic.ValidationError: With every broken bound, or else every broken cross-field rule.
-    """
-
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    tuning: TuningConfig = Field(default_factory=TuningConfig)
-    thoughts: ThoughtsConfig = Field(default_factory=ThoughtsConfig)
-    mixing_head: MixingHeadConfig = Field(default_factory=MixingHeadConfig)
-    loss: SerializeAsAny[LossConfig] = Field(default_factory=loss_config)
-    data: DataConfig = Field(default_factory=DataConfig)
-    optim: OptimConfig = Field(default_factory=OptimConfig)
-    training: TrainingConfig = Field(default_factory=TrainingConfig)
-    logging: LoggingConfig = Field(default_factory=LoggingConfig)
-    stages: Stages = Field(default_factory=dict)
-    """Stages of the run by name, in order, each with the keys it changes; none means that the run
-    is one stage."""
-
-    @field_validator("loss", mode="wrap")
-    @classmethod
-    def _by_objective(cls, value: Any, handler: Callable[[Any], LossConfig]) -> LossConfig:
-        """Validates the section with the settings that its objective brings."""
-        if not isinstance(value, Mapping):
-            return handler(value)
-        objective = value.get("objective", LossConfig.model_fields["objective"].default)
-        try:
-            kind = loss_class(objective) if isinstance(objective, str) else LossConfig
-        except UserError:  # a rule says so
-            kind = LossConfig
-        # Settings of another objective may stand here for another stage of the run.
-        own = {
-            k: v for k, v in value.items() if k in kind.model_fields or f"loss.{k}" not in FIELDS
-        }
-        return kind.model_validate(own)
-
-    @model_validator(mode="after")
-    def _check_rules(self) -> "Config":
-        for stage, sections in self.stages.items():
-            for key in (f"{section}.{name}" for section in sections for name in sections[section]):
-                if not is_stage_key(key):
-                    raise ValueError(f"stages.{stage}: {key} holds for the whole run")
-        if self.stages:
-            self.stage_configs()  # each checks its own fields and rules
-        elif problems := cross_field_problems(self):
-            raise CrossFieldError(problems)
-        return self
-
-    def stage_configs(self) -> dict[str, "Config"]:
-        """Returns the whole config of each stage, by name, in order.
-
-        A config that names no stages is one, called ``train``.
-        """
-        if not self.stages:
-            return {"train": self}
-        common = self.model_dump(exclude={"stages"})
-        return {
-            name: Config.model_validate(
-                {key: value | changes.get(key, {}) for key, value in common.items()}
-            )
-            for name, changes in self.stages.items()
-        }
-
-
-def cross_field_problems(config: Config) -> list[CrossFieldProblem]:
-    """Returns all broken rules between the keys of a config whose single fields are valid."""
-    return [problem for rule in RULES for problem in rule(config)]
-
-
-SECTIONS = tuple(name for name in Config.model_fields if name != "stages")
-"""Names of the sections, in order."""
-
-
-class _Fields(Mapping[str, FieldInfo]):
-    """Every key of the config, such as ``thoughts.length``, with its field.
-
-    Filled at the first look, since objectives import torch.
-    """
-
-    def __init__(self) -> None:
-        self._fields: dict[str, FieldInfo] = {}
-
-    def add(self, section: str, kind: type[BaseModel]) -> None:
-        """Adds the fields of a section that are not known yet."""
-        for name, field in kind.model_fields.items():
-            self._fields.setdefault(f"{section}.{name}", field)
-
-    def _filled(self) -> dict[str, FieldInfo]:
-        if "logging.report_to" not in self._fields:
-            for section in SECTIONS:
-                kind = Config.model_fields[section].annotation
-                assert isinstance(kind, type), section
-                assert issubclass(kind, BaseModel), section
-                self.add(section, kind)
-                if kind is LossConfig:
-                    for objective in registry.choices("loss.objective"):
-                        self.add("loss", loss_class(objective))
-        return self._fields
-
-    def __getitem__(self, key: str) -> FieldInfo:
-        return self._filled()[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._filled())
-
-    def __len__(self) -> int:
-        return len(self._filled())
-
-
-FIELDS = _Fields()
-
-
-def keys_of(section: str) -> list[str]:
-    """Returns the keys of a section, with its name before them."""
-    return [key for key in FIELDS if key.startswith(f"{section}.")]

@@ -23,11 +23,7 @@ _OTHERWISE_IN_YAML_1_1 = re.compile(r"(?i:y|yes|n|no|on|off)|[-+.\d][-+.:_\d]*")
 
 
 class YamlProblem(ValueError):
-    """What is wrong with a text, in one line.
-
-    Attributes:
-        line: Line of the text, from 1; None if unknown.
-    """
+    """What is wrong with a text, in one line, and the line of the text, if it is known."""
 
     def __init__(self, message: str, line: int | None = None) -> None:
         super().__init__(" ".join(message.split()))
@@ -35,13 +31,7 @@ class YamlProblem(ValueError):
 
 
 class Document(NamedTuple):
-    """A text that was read.
-
-    Attributes:
-        data: Plain data; None for an empty text.
-        lines: Line of each key, by dotted name.
-        repeated: Dotted name and line of each key that stands twice in one mapping.
-    """
+    """Plain data (None for an empty text), the line of each dotted key, and the repeated keys."""
 
     data: Any
     lines: dict[str, int]

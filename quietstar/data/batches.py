@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import DataConfig
-from quietstar.config.rules import SYNTHETIC
+from quietstar.config.schema import SYNTHETIC
 from quietstar.data.encoding import (
     ESTIMATE,
     EVAL_ORDER,

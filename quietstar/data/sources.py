@@ -17,7 +17,7 @@ from datasets.features import Value
 
 from quietstar.config import DataConfig
 from quietstar.config.messages import closest, did_you_mean
-from quietstar.config.rules import GYM, SYNTHETIC
+from quietstar.config.schema import GYM, SYNTHETIC
 from quietstar.data.synthetic import chain_sum_steps, import_reasoning_gym, synthetic_records
 from quietstar.data.tokenizer import first_line
 from quietstar.errors import UserError

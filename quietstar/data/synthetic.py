@@ -40,7 +40,7 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from quietstar.config import Section
-from quietstar.config.rules import DEFAULT_STEPS
+from quietstar.config.schema import DEFAULT_STEPS
 from quietstar.errors import UserError
 
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -1,0 +1,356 @@
+"""The whole tree: its sections, the stages of a run, and the rules that tie keys together.
+
+The keys of the ``loss`` section are those of the objective: `quietstar.registry` finds it when a
+config is validated.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from pydantic import Field, SerializeAsAny, create_model, field_validator, model_validator
+
+from quietstar import registry
+from quietstar.config.schema import (
+    DEFAULT_STEPS,
+    SYNTHETIC,
+    DataConfig,
+    LoggingConfig,
+    MixingHeadConfig,
+    ModelConfig,
+    OptimConfig,
+    Section,
+    Text,
+    ThoughtsConfig,
+    TrainingConfig,
+    TuningConfig,
+)
+from quietstar.errors import UserError
+
+# A stage may change the keys of these sections, and these keys; all others hold for the whole run.
+_STAGE_SECTIONS = ("thoughts", "loss", "data", "optim")
+_STAGE_KEYS = (
+    *("mixing_head.warmup_steps", "mixing_head.warmup_weight", "training.max_steps"),
+    *("training.global_batch_size", "training.micro_batch_size", "training.eval_steps"),
+)
+
+
+class LossConfig(Section):
+    """The objective, the reward, and the objective's own settings (`loss_class`)."""
+
+    objective: Text = "quiet_star"
+    """What is learned: quiet_star, next_token (plain language modeling without thoughts), or an
+    objective of your own as module:name. It brings the other keys of this section."""
+    reward: Text = "thought"
+    """What thoughts are reinforced by: mixed or thought (the log-probability of the true tokens by
+    the mixed prediction or the thought's own), or a function of your own as module:name."""
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the objective samples thoughts at all."""
+        return registry.find("loss.objective", self.objective).thinks
+
+    def __reduce__(self) -> Any:
+        """Pickles by values: the class is made for its objective."""
+        return _restored_loss, (self.model_dump(),)
+
+
+@cache
+def loss_class(objective: str) -> type[LossConfig]:
+    """Returns the ``loss`` section with the settings of an objective.
+
+    Raises:
+        UserError: There is no such objective.
+    """
+    settings = registry.find("loss.objective", objective).Settings
+    if settings is Section:
+        return LossConfig
+    kind = create_model("LossConfig", __base__=(LossConfig, settings))
+    if ":" in objective:  # `fields` has the others
+        for name, field in kind.model_json_schema()["properties"].items():
+            fields().setdefault(f"loss.{name}", field)
+    return kind
+
+
+def loss_config(**values: Any) -> LossConfig:
+    """Makes a ``loss`` section: the objective, the reward, and the objective's own settings."""
+    objective = values.get("objective", LossConfig.model_fields["objective"].default)
+    return loss_class(objective)(**values)
+
+
+def _restored_loss(values: dict[str, Any]) -> LossConfig:
+    return loss_config(**values)
+
+
+Broken = tuple[tuple[str, ...], str]
+"""A broken rule: its keys, the one to change first; values, rule, reason and remedy in one line."""
+
+
+class CrossFieldError(ValueError):
+    """Carries the broken rules between keys through pydantic."""
+
+    def __init__(self, problems: list[Broken]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(f"{keys[0]}: {message}" for keys, message in problems))
+
+
+class Config(Section):
+    """The whole tree.
+
+    A run is one stage, or several (`stages`): each changes some keys for its part of the run and
+    starts from the weights of the one before.
+
+    Raises:
+        pydantic.ValidationError: With every broken bound, or else every broken cross-field rule.
+    """
+
+    model: ModelConfig = ModelConfig()
+    tuning: TuningConfig = TuningConfig()
+    thoughts: ThoughtsConfig = ThoughtsConfig()
+    mixing_head: MixingHeadConfig = MixingHeadConfig()
+    loss: SerializeAsAny[LossConfig] = Field(default_factory=loss_config)
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    training: TrainingConfig = TrainingConfig()
+    logging: LoggingConfig = LoggingConfig()
+    stages: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
+    """Stages of the run by name, in order, each with the keys it changes; none means that the run
+    is one stage."""
+
+    @field_validator("loss", mode="wrap")
+    @classmethod
+    def _by_objective(cls, value: Any, handler: Callable[[Any], LossConfig]) -> LossConfig:
+        """Validates the section with the settings that its objective brings."""
+        if not isinstance(value, Mapping):
+            return handler(value)
+        objective = value.get("objective", LossConfig.model_fields["objective"].default)
+        try:
+            kind = loss_class(objective) if isinstance(objective, str) else LossConfig
+        except UserError:  # a rule says so
+            kind = LossConfig
+        # Settings of another objective may stand here for another stage of the run.
+        known = kind.model_fields.keys() | {k for k in value if f"loss.{k}" not in fields()}
+        return kind.model_validate({k: v for k, v in value.items() if k in known})
+
+    @model_validator(mode="after")
+    def _check_rules(self) -> "Config":
+        for stage, sections in self.stages.items():
+            for key in (f"{section}.{name}" for section in sections for name in sections[section]):
+                if not is_stage_key(key):
+                    raise ValueError(f"stages.{stage}: {key} holds for the whole run")
+        if self.stages:
+            self.stage_configs()  # each checks its own fields and rules
+        elif problems := cross_field_problems(self):
+            raise CrossFieldError(problems)
+        return self
+
+    def stage_configs(self) -> dict[str, "Config"]:
+        """Returns the whole config of each stage, by name, in order.
+
+        A config that names no stages is one, called ``train``.
+        """
+        if not self.stages:
+            return {"train": self}
+        common = self.model_dump(exclude={"stages"})
+        return {
+            name: Config.model_validate(
+                {key: value | changes.get(key, {}) for key, value in common.items()}
+            )
+            for name, changes in self.stages.items()
+        }
+
+
+SECTIONS = tuple(name for name in Config.model_fields if name != "stages")
+"""Names of the sections, in order."""
+
+
+@cache
+def fields() -> dict[str, dict[str, Any]]:
+    """Returns every key, such as ``thoughts.length``, with its JSON schema.
+
+    A function, since objectives, whose settings are keys of ``loss``, import torch.
+    """
+    kinds: list[tuple[str, Any]] = [
+        (section, Config.model_fields[section].annotation) for section in SECTIONS
+    ]
+    kinds += [("loss", loss_class(name)) for name in registry.choices("loss.objective")]
+    return {
+        f"{section}.{name}": field
+        for section, kind in kinds
+        for name, field in kind.model_json_schema()["properties"].items()
+    }
+
+
+def keys_of(section: str) -> list[str]:
+    """Returns the keys of a section, with its name before them."""
+    return [key for key in fields() if key.startswith(f"{section}.")]
+
+
+def is_stage_key(key: str) -> bool:
+    """Tells whether a stage may change this key."""
+    return key.partition(".")[0] in _STAGE_SECTIONS or key in _STAGE_KEYS
+
+
+def cross_field_problems(config: Config) -> list[Broken]:
+    """Returns all broken rules between the keys of a config whose single fields are valid."""
+    rules = (_model_rules, _thought_rules, _mixing_head_rules, _part_rules, _data_rules)
+    return [broken for rule in rules for broken in rule(config)]
+
+
+def _model_rules(config: Config) -> Iterator[Broken]:
+    model = config.model
+    if (model.name_or_path is None) == (model.config is None):
+        state = "neither model.name_or_path nor model.config is set"
+        remedy = "Set model.name_or_path to a folder or hub id"
+        if model.config is not None:
+            state = f"both model.name_or_path ({model.name_or_path}) and model.config are set"
+            remedy = "Set model.config: null to train the pretrained model"
+        yield (
+            ("model.name_or_path", "model.config"),
+            f"{state}, but exactly one must be: the weights are pretrained or random. {remedy}.",
+        )
+    if model.config is None:
+        return
+    if config.tuning.method not in ("full", "galore"):
+        yield (
+            ("tuning.method", "model.config"),
+            f"tuning.method: {config.tuning.method} needs a pretrained model, but model.config"
+            " makes random weights, which a saved adapter could not name. Set tuning.method: full.",
+        )
+    if not isinstance(model.config.get("model_type"), str):
+        yield (
+            ("model.config",),
+            f"names no model_type (keys: {', '.join(model.config) or 'none'}), but it must: the"
+            " other keys are fields of an architecture. Add model_type, such as model_type: llama.",
+        )
+    if model.name_or_path is None and model.tokenizer is None:
+        yield (
+            ("model.tokenizer", "model.config"),
+            "null with model.config must be set: random weights come with no tokenizer."
+            " Set model.tokenizer: bytes, or a folder or hub id.",
+        )
+
+
+def _thought_rules(config: Config) -> Iterator[Broken]:
+    thoughts, data = config.thoughts, config.data
+    try:
+        if not config.loss.thinks:
+            return
+    except UserError:  # another rule says so
+        return
+    steps = data.task_options.get("num_steps", DEFAULT_STEPS)  # the task reports a wrong type
+    is_moves = data.train == f"{SYNTHETIC}moves"
+    if is_moves and isinstance(steps, int) and steps > thoughts.length:
+        yield (
+            ("thoughts.length", "data.task_options"),
+            f"thoughts.length ({thoughts.length}) must be at least num_steps ({steps}) of"
+            f" {data.train}: a shorter thought cannot hold the steps to an answer."
+            " Raise it, or lower data.task_options num_steps.",
+        )
+    if thoughts.positions in ("answer", "answer_start"):
+        if data.format == "text":
+            yield (
+                ("thoughts.positions", "data.format"),
+                f"thoughts.positions ({thoughts.positions}) needs data.format: qa or chat, but it"
+                " is text, which has no answers to think before. Set thoughts.positions to all,"
+                " every, random, entropy, weight or weighted_entropy.",
+            )
+        if data.format == "chat" and data.loss_on != "answer":
+            yield (
+                ("data.loss_on", "thoughts.positions"),
+                f"data.loss_on ({data.loss_on}) must be answer with thoughts.positions:"
+                f" {thoughts.positions} and data.format: chat: only then are the assistant's tokens"
+                " known. Set it to answer.",
+            )
+    if data.min_context >= data.seq_len:
+        yield (
+            ("data.min_context", "data.seq_len"),
+            f"data.min_context ({data.min_context}) must be smaller than data.seq_len"
+            f" ({data.seq_len}), or no token is a target. Lower it.",
+        )
+    if thoughts.lookahead >= data.seq_len:
+        yield (
+            ("thoughts.lookahead", "data.seq_len"),
+            f"thoughts.lookahead ({thoughts.lookahead}) must be smaller than data.seq_len"
+            f" ({data.seq_len}): the true tokens that a thought is scored on lie in the same"
+            " sequence. Lower it, or raise data.seq_len.",
+        )
+
+
+def _mixing_head_rules(config: Config) -> Iterator[Broken]:
+    head = config.mixing_head
+    weight = ("mixing_head.initial_weight", "mixing_head.activation")
+    if head.activation == "sigmoid" and head.initial_weight == 0:
+        yield (
+            weight,
+            "mixing_head.initial_weight (0) must be above 0 with mixing_head.activation: sigmoid,"
+            " which never reaches 0. Set a small value such as 0.12, or mixing_head.activation:"
+            " none.",
+        )
+    elif head.activation == "sigmoid" and head.initial_weight <= head.floor:
+        yield (
+            ("mixing_head.initial_weight", "mixing_head.floor"),
+            f"mixing_head.initial_weight ({head.initial_weight}) must be above mixing_head.floor"
+            f" ({head.floor}), the lower bound of the weight. Raise it, or lower the floor.",
+        )
+    if head.activation == "none" and head.initial_weight != 0:
+        yield (
+            weight,
+            f"mixing_head.initial_weight ({head.initial_weight}) must be 0 with"
+            " mixing_head.activation: none, the paper's head, which is zero at the start."
+            " Set it to 0, or mixing_head.activation: sigmoid.",
+        )
+    if head.activation == "none" and head.floor != 0:
+        yield (
+            ("mixing_head.floor", "mixing_head.activation"),
+            f"mixing_head.floor ({head.floor}) must be 0 with mixing_head.activation: none, whose"
+            " output has no bounds. Set it to 0, or mixing_head.activation: sigmoid.",
+        )
+
+
+def _part_rules(config: Config) -> Iterator[Broken]:
+    named = {
+        "loss.objective": config.loss.objective,
+        "loss.reward": config.loss.reward,
+        "thoughts.sampler": config.thoughts.sampler,
+    }
+    for key, name in named.items():
+        try:
+            registry.check(key, name)
+        except UserError as problem:
+            yield (key,), str(problem).replace(f"{key} ({name}): ", f"{name}: ", 1)
+        else:
+            if key == "loss.objective":
+                yield from registry.find(key, name).problems(config)
+
+
+def _data_rules(config: Config) -> Iterator[Broken]:
+    data = config.data
+    if data.train is None:
+        yield (
+            ("data.train",),
+            "data.train is not set, but it must name the text to train on. Pass --data.train with a"
+            " .jsonl, .json, .txt or .parquet file, a folder, a hub data set id,"
+            " reasoning_gym:<task> or synthetic:<task>.",
+        )
+    before, placeholder, after = data.template.rpartition("{answer}")
+    if not placeholder or after.strip() or "{answer}" in before or "{question}" not in before:
+        yield (
+            ("data.template",),
+            f"data.template ({data.template!r}) must hold {{question}}, then {{answer}} once, then"
+            " at most white space: the answer is what follows the question."
+            " Write it like '{question} {answer}'.",
+        )
+    if data.rationale_field is not None and data.format != "qa":
+        yield (
+            ("data.rationale_field", "data.format"),
+            f"data.rationale_field ({data.rationale_field}) must be null with data.format:"
+            f" {data.format}, whose records have no answer that reasoning leads to. Leave it out,"
+            " or set data.format: qa.",
+        )
+    if data.loss_on == "answer" and data.format == "text":
+        yield (
+            ("data.loss_on", "data.format"),
+            "data.loss_on (answer) must be all with data.format: text, which does not tell an"
+            " answer from its question. Set it to all, or data.format to qa or chat.",
+        )
