@@ -11,7 +11,7 @@ from tiny import plain_model, thinking_model
 from quietstar.cli import main as cli
 from quietstar.data import load_tokenizer
 from quietstar.evaluation.inspection import Reading, inspect_text, token_slices, windows
-from quietstar.reports.thoughts import render_page
+from quietstar.reports.pages import render_thoughts
 
 NASTY = "a <script>alert(1)</script> & \"b\" 'c' </textarea>\x07\x1b[31m 😀é שלום \u202e‮ \n<!-- end"
 
@@ -123,7 +123,7 @@ def test_tokens_together_are_the_text(text):
 def test_nothing_of_a_text_or_thought_stands_raw_in_the_page():
     model, tokenizer = loaded()
     document = inspect_text(model, tokenizer, NASTY, "<b>model</b>", Reading())
-    page = render_page([document])
+    page = render_thoughts([document])
     data = page.split('id="documents">')[1].split("</script>")[0]
     assert "<" not in data
     assert data.isascii()

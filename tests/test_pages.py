@@ -10,7 +10,7 @@ from quietstar.reports import figures, pages, write_report
 from quietstar.reports.calibration import write_plot
 from quietstar.reports.evaluation import write_page
 from quietstar.reports.run import CHARTS
-from quietstar.reports.run_files import find_stages, parse_record
+from quietstar.reports.run_files import parse_metrics
 
 plotly_script = pages.plotly_script
 METRICS = {"accuracy": 1.0, "gold_probability": 0.5, "nll": -0.3}
@@ -123,7 +123,7 @@ def test_a_color_means_the_same_on_all_pages():
 def test_runs_of_earlier_versions_are_read_by_the_names_of_today():
     line = {"kind": "eval", "step": 1, "accuracy_exchanged": 0.1, "reward_spread": 0.2,
             "alike": 0.3, "distinct": 0.4}  # fmt: skip
-    record = parse_record(json.dumps(line))
+    (record,) = parse_metrics(json.dumps(line))
     assert dict(record.figures) == {
         "accuracy_swapped": 0.1,
         "reward_std": 0.2,
@@ -134,10 +134,10 @@ def test_runs_of_earlier_versions_are_read_by_the_names_of_today():
 
 def test_a_chart_of_one_line_has_no_legend():
     entry = {"kind": "eval", "step": 1, "mixing_weight": 0.1, "gain": 0.1, "gain_of_content": 0.1}
-    records = [parse_record(json.dumps(entry))]
+    records = parse_metrics(json.dumps(entry))
     by_name = {chart.name: chart for chart in CHARTS}
     for name, has_legend in (("mixing-weight", False), ("gain", True)):
-        layout = figures.draw_curves(by_name[name], records, find_stages(records))["layout"]
+        layout = figures.draw_curves(by_name[name], records)["layout"]
         assert layout["showlegend"] is has_legend
 
 
@@ -146,8 +146,8 @@ def test_few_held_out_points_are_not_joined_across_a_training_line():
     (chart,) = (chart for chart in CHARTS if chart.name == "mixing-weight")
     for count, mode in ((2, "markers"), (5, "lines+markers")):
         held_out = [{"kind": "eval", "step": n, "mixing_weight": 0.1} for n in range(count)]
-        records = [parse_record(json.dumps(entry)) for entry in entries + held_out]
-        assert figures.draw_curves(chart, records, [""])["data"][1]["mode"] == mode
+        records = parse_metrics("\n".join(map(json.dumps, entries + held_out)))
+        assert figures.draw_curves(chart, records)["data"][1]["mode"] == mode
 
 
 @pytest.mark.parametrize(

@@ -12,16 +12,8 @@ import pytest
 from quietstar.errors import UserError
 from quietstar.reports import figures, pages, write_report
 from quietstar.reports.formats import duration, percent, signed, wilson
-from quietstar.reports.run import CHARTS, headline
-from quietstar.reports.run_files import (
-    Accuracy,
-    Controls,
-    Record,
-    Results,
-    find_stages,
-    parse_record,
-    read_records,
-)
+from quietstar.reports.run import CHARTS
+from quietstar.reports.run_files import RunFiles, parse_metrics
 
 HOSTILE = "</script><script>alert(1)</script><img src=https://x.example/a onerror=alert(2)>"
 HOSTILE += "{{ 7 * 7 }} \u2028 \ud800 & \" ' <b>"
@@ -209,17 +201,13 @@ def test_accuracy_comes_from_the_last_evaluation_without_results(report):
     assert "3.0% → 88.0%" in text
 
 
-def labels(records, results=None, controls=None):
-    groups = headline(records, results or Results(), controls or Controls())
-    return [tile.label for group in groups for tile in group.tiles]
-
-
 def test_the_gain_of_content_stands_beside_the_gain_even_if_not_measured(report):
     figures = {"base_nll": 2.0, "mixed_nll": 1.9, "gain": 0.1}
-    assert labels([Record("eval", "", 5, figures)]) == [
-        *("Base NLL", "Mixed NLL", "Gain from thinking", "Gain of content")
-    ]
     text = report(lines({"kind": "eval", "step": 5, **figures})).text
+    assert (
+        "step 5 Base NLL 2.000 Mixed NLL 1.900 Gain from thinking +0.100 base minus mixed "
+        "Gain of content – not measured Curves" in text
+    )
     assert "Gain of content – not measured" in text
     assert "The gain of content was not measured here." in text
 
@@ -256,8 +244,7 @@ def test_a_folder_of_controls_alone_is_enough(report):
 
 
 def drawn(chart, entries):
-    records = [parse_record(json.dumps(entry)) for entry in entries]
-    return figures.draw_curves(chart, records, find_stages(records))
+    return figures.draw_curves(chart, parse_metrics(lines(*entries)["metrics.jsonl"]))
 
 
 def test_every_stage_has_a_panel_with_its_name_and_steps():
@@ -274,7 +261,7 @@ def test_every_stage_has_a_panel_with_its_name_and_steps():
 def test_a_figure_stands_once_in_the_legend():
     figure = drawn(CHARTS[0], RECORDS)
     listed = [trace["name"] for trace in figure["data"] if trace["showlegend"]]
-    assert sorted(listed) == ["swapped thoughts", "with thoughts", "without"]
+    assert sorted(listed) == ["swapped thoughts", "with thoughts", "without thoughts"]
     assert len(figure["data"]) > 3  # in both panels, and in training
 
 
@@ -359,14 +346,13 @@ def test_a_line_that_is_no_record_is_passed_over(report, end):
 def test_a_line_cut_within_a_character_is_passed_over(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(FILES["metrics.jsonl"].encode() + '{"kind": "eval", "stage": "ü'.encode()[:-1])
-    assert len(read_records(path)) == len(RECORDS)
+    assert len(RunFiles(tmp_path).records) == len(RECORDS)
 
 
-def test_of_two_records_for_one_step_the_last_stays(tmp_path):
-    path = tmp_path / "metrics.jsonl"
+def test_of_two_records_for_one_step_the_last_stays():
     twice = [evaluation(1, "a", gain=0.1), evaluation(2, "a"), evaluation(1, "a", gain=0.2)]
-    path.write_text(lines(*twice)["metrics.jsonl"])
-    assert [(r.step, dict(r.figures)) for r in read_records(path)] == [(1, {"gain": 0.2}), (2, {})]
+    records = parse_metrics(lines(*twice)["metrics.jsonl"])
+    assert [(r.step, dict(r.figures)) for r in records] == [(1, {"gain": 0.2}), (2, {})]
 
 
 @pytest.mark.parametrize("kind", ["train", "eval"])
@@ -447,8 +433,9 @@ def test_no_text_of_a_run_becomes_markup_or_script(report):
 
 
 def test_labels_in_charts_are_shown_as_they_are():
-    row = figures.control_rows(Controls.model_validate(hostile(CONTROLS)))[0][0]
-    assert row.label == HOSTILE
+    drawn = figures.draw_forest([figures.Row(HOSTILE[:50], 0.5, None)], "", "", ".1f")
+    assert "<script>" not in json.dumps(drawn)
+    assert "&lt;script&gt;" in drawn["layout"]["annotations"][0]["text"]
     assert figures.literal("<a href='x'>\n b", 46) == "&lt;a href='x'&gt; b"
     assert len(figures.literal("x" * 80, 46)) == 46
 
@@ -501,6 +488,8 @@ def test_the_interval_of_a_share_is_the_score_interval():
     assert wilson(1.0, 10.0)[1] == pytest.approx(1.0)
 
 
-def test_a_share_without_n_has_no_interval():
-    results = Results(accuracy=Accuracy(with_thoughts=0.5))
-    assert headline([], results, Controls())[0].tiles[0].notes == ()
+def test_a_share_without_n_has_no_interval(report):
+    files = lines(evaluation(1, "", accuracy_with_thoughts=0.1))
+    assert wilson(0.5, None) is None
+    text = report(files | {"results.json": '{"accuracy": {"with_thoughts": 0.5}}'}).text
+    assert "Answers to held-out problems With thoughts 50.0% Curves" in text

@@ -21,7 +21,7 @@ from quietstar.cli.options import Parser
 from quietstar.data.tokenizer import check_unicode, load_tokenizer
 from quietstar.errors import UserError, visible
 from quietstar.evaluation.inspection import Reading, inspect_text, num_windows
-from quietstar.reports.thoughts import render_page
+from quietstar.reports.pages import render_thoughts
 
 LEVELS = (0.02, 0.1, 0.5, 1.5)
 """Gains in nats at which the color grows darker."""
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(document_view(document))
         return 0
     if out.suffix == ".html":
-        options.write_text(out, render_page(documents))
+        options.write_text(out, render_thoughts(documents))
     else:
         content = documents[0] if len(documents) == 1 else documents
         options.write_text(out, json.dumps(content, indent=1) + "\n")

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quietstar.reports.figures import Figure, axis, base_layout
-from quietstar.reports.pages import chart_scripts, render, write
+from quietstar.reports.figures import Figure, make_figure
+from quietstar.reports.pages import write_charts
 
-GATES = {  # color, symbol and dash: color is not all that tells gates apart
-    "entropy": ("var(--gate-entropy)", "circle", "solid"),
-    "weight": ("var(--gate-weight)", "diamond", "dash"),
-    "gain": ("var(--gate-gain)", "square", "dot"),
+GATES = {  # color, symbol, size and dash: color is not all that tells gates apart
+    "entropy": ("var(--gate-entropy)", "circle", 8, "solid"),
+    "weight": ("var(--gate-weight)", "diamond", 8, "dash"),
+    "gain": ("var(--gate-gain)", "square", 8, "dot"),
+    "always": ("var(--mixed)", "star", 12, None),
+    "never": ("var(--base)", "x", 12, None),
+    "chosen": ("var(--ink)", "circle-open", 18, None),
 }
 MEASURES = {
     "nll": ("Negative log-likelihood", "nats/token", "Lower is better."),
@@ -40,45 +43,35 @@ def write_plot(
         for key in measured
     ]  # fmt: skip
     figures = {key: _draw(rows, key, chosen) for key in measured}
-    scripts = chart_scripts(figures)
-    page = render("calibration.html.j2", scripts, rows=rows, chosen=chosen, cards=cards,
-                  figures=figures)  # fmt: skip
-    return write(path, page)
+    return write_charts(path, "calibration.html.j2", figures, rows=rows, chosen=chosen, cards=cards)
 
 
 def _draw(rows: Sequence[dict[str, Any]], measure: str, chosen: dict[str, Any] | None) -> Figure:
     """Draw a measure over the passes, which are exact, unlike a few timed tokens."""
-    share = ".1%" if measure == "accuracy" else ".4f"
     traces: list[Figure] = []
-
-    def add(name: str, points: Sequence[dict[str, Any]], **look: Any) -> None:
-        traces.append({
-            "type": "scatter", "name": name, "mode": "markers",
-            "x": [point["passes_a_token"] for point in points],
-            "y": [point[measure] for point in points],
-            "text": [f"{point['share']:.1%} of tokens think" for point in points],
-            "hovertemplate": f"{name}: %{{y:{share}}}, %{{x:.2f}} passes/token, %{{text}}"
-                             "<extra></extra>",
-            **look,
-        })  # fmt: skip
-
-    for kind, (color, symbol, dash) in GATES.items():
-        if points := [row for row in rows if row["gate"] == kind]:
-            points.sort(key=lambda point: point["passes_a_token"])
-            add(kind, points, mode="lines+markers", line={"color": color, "dash": dash},
-                marker={"size": 8, "symbol": symbol, "color": color})  # fmt: skip
-    for kind, symbol, color in (("always", "star", "var(--mixed)"), ("never", "x", "var(--base)")):
-        points = [row for row in rows if row["gate"] == kind]
-        add(kind, points, marker={"size": 12, "symbol": symbol, "color": color})
-    if chosen is not None:
-        add(f"chosen ({chosen['gate']})", [chosen],
-            marker={"size": 18, "symbol": "circle-open", "color": "var(--ink)",
-                    "line": {"width": 2.5}})  # fmt: skip
-    layout = base_layout(
-        400,
+    digits = ".1%" if measure == "accuracy" else ".4f"
+    for kind, (color, symbol, size, dash) in GATES.items():
+        points, name = [row for row in rows if row["gate"] == kind], kind
+        if kind == "chosen" and chosen is not None:
+            points, name = [chosen], f"chosen ({chosen['gate']})"
+        points.sort(key=lambda point: point["passes_a_token"])
+        if points:
+            traces.append({
+                "name": name, "mode": "lines+markers" if dash else "markers",
+                "x": [point["passes_a_token"] for point in points],
+                "y": [point[measure] for point in points],
+                "text": [f"{point['share']:.1%} of tokens think" for point in points],
+                "hovertemplate": f"{name}: %{{y:{digits}}}, %{{x:.2f}} passes/token, %{{text}}"
+                                 "<extra></extra>",
+                "line": {"color": color, "dash": dash},
+                "marker": {"size": size, "symbol": symbol, "color": color,
+                           "line": {"width": 2.5 if kind == "chosen" else 0}},
+            })  # fmt: skip
+    tickformat = ".0%" if measure == "accuracy" else ""
+    return make_figure(
+        traces, 400,
         showlegend=True,
         hovermode="closest",
-        xaxis=axis("forward passes/token", rangemode="tozero", tickangle=0),
-        yaxis=axis(MEASURES[measure][1], tickformat=".0%" if measure == "accuracy" else ""),
-    )
-    return {"data": traces, "layout": layout}
+        xaxis={"title": {"text": "forward passes/token"}, "rangemode": "tozero", "tickangle": 0},
+        yaxis={"title": {"text": MEASURES[measure][1]}, "tickformat": tickformat},
+    )  # fmt: skip

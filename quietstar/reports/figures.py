@@ -9,15 +9,15 @@ from __future__ import annotations
 import html
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
 
-from quietstar.reports.run_files import Controls, Record, series
+from quietstar.reports.formats import percent, plain
+from quietstar.reports.run_files import Record, find_stages, series
 
 Figure = dict[str, Any]
 
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 HEIGHT = 320  # pixels; the page reserves the same
 MAX_POINTS = 150  # of a training line: more hides its course in its noise
 FEW = 5  # held-out points under which the training line tells better what lies between them
@@ -27,49 +27,48 @@ _CHARACTERS = 48  # of the stages' names side by side, on a phone
 
 # --- The look of all figures ----------------------------------------------------------------------
 
-
-def base_layout(height: int = HEIGHT, **settings: Any) -> Figure:
-    """Return what every figure has: the page's font and colors, no background of its own."""
-    box: Figure = {"bgcolor": "var(--card)", "bordercolor": "var(--line)", "namelength": -1}
-    return {
-        "height": height,
+_AXIS = {
+    "title": {"standoff": 8, "font": {"size": 12}},
+    "gridcolor": "var(--grid)",
+    "zerolinecolor": "var(--edge)",
+    "linecolor": "var(--edge)",
+    "automargin": True,
+    "showspikes": False,
+}
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+_TEMPLATE: Figure = {
+    "layout": {
         "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
-        "font": {"family": FONT, "size": 12, "color": "var(--muted)"},
+        "font": {"family": _FONT, "size": 12, "color": "var(--muted)"},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "hoverlabel": box | {"font": {"color": "var(--ink)"}},
+        "hoverlabel": {
+            "bgcolor": "var(--card)", "bordercolor": "var(--line)", "namelength": -1,
+            "font": {"color": "var(--ink)"},
+        },
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        **settings,
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+        "annotationdefaults": {"xref": "paper", "xanchor": "left", "yanchor": "bottom",
+                               "showarrow": False},
     }
+}  # fmt: skip
 
 
-def axis(title: str, **settings: Any) -> Figure:
-    """Return an axis in the look of the page."""
-    return {
-        "title": {"text": title, "standoff": 8, "font": {"size": 12}},
-        "gridcolor": "var(--grid)",
-        "zerolinecolor": "var(--edge)",
-        "linecolor": "var(--edge)",
-        "automargin": True,
-        "showspikes": False,
-        **settings,
-    }
+def make_figure(traces: Sequence[Figure], height: int = HEIGHT, **layout: Any) -> Figure:
+    """Make a figure in the look of the page; the rest of its layout is given as in plotly."""
+    return {"data": traces, "layout": {"template": _TEMPLATE, "height": height, **layout}}
 
 
 def error_bars(values: Sequence[float], bounds: Sequence[Any], color: str) -> Figure:
     """Return the bars from a value to the ends of its interval; none where the interval is None."""
-    ends = [
-        (value, value) if pair is None else pair for value, pair in zip(values, bounds, strict=True)
-    ]
+    ends = [pair or (value, value) for value, pair in zip(values, bounds, strict=True)]
     return {
-        "type": "data",
-        "symmetric": False,
+        "type": "data", "symmetric": False, "color": f"var(--{color})", "thickness": 2.5,
+        "width": 5,
         "array": [high - value for value, (_, high) in zip(values, ends, strict=True)],
         "arrayminus": [value - low for value, (low, _) in zip(values, ends, strict=True)],
-        "color": f"var(--{color})",
-        "thickness": 2.5,
-        "width": 5,
-    }
+    }  # fmt: skip
 
 
 def padded(low: float, high: float) -> tuple[float, float]:
@@ -87,15 +86,10 @@ def literal(text: str, width: int) -> str:
 # --- Curves over the steps ------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Line:
-    """A figure in a chart: held out as marked points, training as a thin line.
+class Line(NamedTuple):
+    """A figure in a chart: its key in ``metrics.jsonl``, its name in the legend, and its look.
 
-    Attributes:
-        key: Key of the figure in ``metrics.jsonl``.
-        name: Name in the legend.
-        color: Name of the color in the style sheet.
-        symbol: Symbol of the held-out points, so that color is not all that tells lines apart.
+    Held-out points have a ``symbol``, so that color is not all that tells lines apart.
     """
 
     key: str
@@ -104,94 +98,110 @@ class Line:
     symbol: str = "circle"
 
 
-@dataclass(frozen=True)
-class Chart:
-    """Lines on one pair of axes.
+class Chart(NamedTuple):
+    """Lines on one pair of axes; those are drawn that were measured."""
 
-    Attributes:
-        name: Id of the element in the page.
-        title: Heading.
-        caption: What is to be seen, in one or two sentences.
-        unit: Title of the vertical axis.
-        lines: What is drawn, if it was measured.
-        is_share: True if the unit is a share of one, shown in percent.
-        cut_spikes: True if the highest training values may leave the axes.
-        show_zero: True if the axis takes in zero.
-    """
-
-    name: str
+    name: str  # id of the element in the page
     title: str
-    caption: str
+    caption: str  # what is to be seen, in one or two sentences
     unit: str
     lines: tuple[Line, ...]
-    is_share: bool = False
-    cut_spikes: bool = False
-    show_zero: bool = False
+    show: Callable[[float | None], str] = plain
+    from_zero: bool = True  # the axis takes in zero; else the highest training values may leave it
 
 
-def draw_curves(chart: Chart, records: Sequence[Record], stages: Sequence[str]) -> Figure:
+def draw_curves(chart: Chart, records: Sequence[Record]) -> Figure:
     """Draw a chart with a panel for every stage; training thin, held-out figures marked."""
+    stages = find_stages(records)
     panels: dict[str, list[Figure]] = {}
     for stage in stages:
         staged = [record for record in records if record.stage == stage]
-        if own := [trace for line in chart.lines for trace in line_traces(line, staged)]:
+        if own := [trace for line in chart.lines for trace in _line_traces(line, staged)]:
             panels[stage] = own
     traces = [trace for own in panels.values() for trace in own]
-    listed: set[str] = set()
-    for trace in reversed(traces):  # the legend lists a figure once, as its last panel shows it
-        trace["showlegend"] = trace["showlegend"] and trace["legendgroup"] not in listed
-        listed |= {trace["legendgroup"]} if trace["showlegend"] else set()
-    values = axis(
-        chart.unit,
-        tickformat=".0%" if chart.is_share else "",
-        hoverformat=".1%" if chart.is_share else ".4~f",
-    )
-    if chart.show_zero:
+    # The legend lists a figure once, as its last panel shows it.
+    listed = {trace["legendgroup"]: trace for trace in traces if trace["showlegend"]}
+    for trace in traces:
+        trace["showlegend"] = trace is listed.get(trace["legendgroup"])
+    values: Figure = {"title": {"text": chart.unit}, "hoverformat": ".4~f"}
+    if chart.show is percent:
+        values |= {"tickformat": ".0%", "hoverformat": ".1%"}
+    if chart.from_zero:
         values["rangemode"] = "tozero"
-    if chart.cut_spikes:
-        values["range"] = without_spikes(traces)
-    layout = base_layout(showlegend=len(listed) > 1, hovermode="x unified", yaxis=values)
-    place_panels(panels, layout, has_names=len(stages) > 1)
-    return {"data": traces, "layout": layout}
+    else:  # all held-out values, but not the top 2% of the training values
+        tops = []
+        for trace in traces:
+            ordered = sorted(trace["y"])
+            is_held_out = "markers" in trace["mode"]
+            tops.append(ordered[-1] if is_held_out else ordered[int(0.98 * (len(ordered) - 1))])
+        values["range"] = padded(min(min(trace["y"]) for trace in traces), max(tops))
+    layout = _place_panels(panels, has_names=len(stages) > 1, has_legend=len(listed) > 1)
+    return make_figure(traces, hovermode="x unified", yaxis=values, **layout)
 
 
-def place_panels(panels: Mapping[str, list[Figure]], layout: Figure, has_names: bool) -> None:
-    """Set axes, shades and names of panels side by side; long stages get more of the width."""
+def _line_traces(line: Line, records: Sequence[Record]) -> list[Figure]:
+    """Return the traces of a figure, training under held out; they are toggled together."""
+    train, held_out = (series(records, kind, line.key) for kind in ("train", "eval"))
+    color = f"var(--{line.color})"
+    traces: list[Figure] = []
+    if train[0]:
+        steps, values = thinned(*train)
+        traces.append({
+            "x": steps, "y": values, "legendgroup": line.key,
+            "name": f"{line.name}, training" if held_out[0] else line.name,
+            "showlegend": not held_out[0],
+            "mode": "lines" if len(steps) > 1 else "markers",
+            "line": {"width": 1.25, "color": color}, "marker": {"color": color},
+            "opacity": 0.6 if held_out[0] else 1.0,
+        })  # fmt: skip
+    if held_out[0]:
+        traces.append({
+            "x": held_out[0], "y": held_out[1], "legendgroup": line.key, "name": line.name,
+            "showlegend": True,
+            "mode": "markers" if train[0] and len(held_out[0]) < FEW else "lines+markers",
+            "line": {"width": 2.25, "color": color},
+            "marker": {"symbol": line.symbol, "size": 8, "color": color},
+        })  # fmt: skip
+    return traces
+
+
+def thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
+    """Average over neighbors, to at most `MAX_POINTS`; each mean stands at its middle step."""
+    size = -(-len(steps) // MAX_POINTS)
+    starts = range(0, len(steps), size)
+    middles = [steps[(start + min(start + size, len(steps)) - 1) // 2] for start in starts]
+    return middles, [fmean(values[start : start + size]) for start in starts]
+
+
+def _place_panels(panels: Mapping[str, list[Figure]], has_names: bool, has_legend: bool) -> Figure:
+    """Lay panels out side by side, with shades and names; long stages get more of the width."""
     steps = [[float(step) for trace in own for step in trace["x"]] for own in panels.values()]
     spans = [padded(min(of_panel), max(of_panel)) for of_panel in steps]
     lengths = [high - low for low, high in spans]
     widths = [max(length, _NARROWEST * max(lengths)) for length in lengths]
-    layout |= {"shapes": [], "annotations": []}
+    layout: Figure = {"showlegend": has_legend, "annotations": []}
+    if has_names:  # room for the names of the stages, under the legend if there is one
+        layout |= {"legend": {"y": 1.12}, "margin": {"t": 8 if has_legend else 24},
+                   "plot_bgcolor": "var(--band)"}  # fmt: skip
     left = 0.0
     for number, (stage, span, width) in enumerate(zip(panels, spans, widths, strict=True), 1):
         share = width / sum(widths) * (1 - _GAP * (len(panels) - 1))
         right = min(left + share, 1.0)
         suffix = str(number) if number > 1 else ""
-        # Numbers at the ends of a panel would meet those of the next one.
-        inner = inner_steps(*span, most=max(1, int(5 * share)))
-        layout[f"xaxis{suffix}"] = axis(
-            "step", range=span, domain=(left, right), showgrid=False, zeroline=False, tickangle=0,
-            unifiedhovertitle={"text": "step %{x}"}, nticks=6,
-            tickvals=inner if len(panels) > 1 else None,
-        )  # fmt: skip
+        layout[f"xaxis{suffix}"] = axis = {
+            "title": {"text": "step"}, "range": span, "domain": (left, right), "showgrid": False,
+            "zeroline": False, "tickangle": 0, "nticks": 6,
+            "unifiedhovertitle": {"text": "step %{x}"},
+        }  # fmt: skip
+        if len(panels) > 1:  # numbers at the ends of a panel would meet those of the next one
+            axis["tickvals"] = inner_steps(*span, most=max(1, int(5 * share)))
         for trace in panels[stage]:
             trace["xaxis"] = f"x{suffix}"
         if has_names:
-            layout["shapes"].append({
-                "type": "rect", "xref": "paper", "yref": "paper", "layer": "below",
-                "x0": left, "x1": right, "y0": 0, "y1": 1,
-                "fillcolor": "var(--band)", "line": {"width": 0},
-            })  # fmt: skip
-            layout["annotations"].append({
-                "text": literal(stage, max(3, int(_CHARACTERS * (right - left)))),
-                "x": left, "xref": "paper", "xanchor": "left",
-                "y": 1, "yref": "paper", "yanchor": "bottom",
-                "showarrow": False, "font": {"size": 12, "color": "var(--muted)"},
-            })  # fmt: skip
+            name = literal(stage, max(3, int(_CHARACTERS * (right - left))))
+            layout["annotations"].append({"text": name, "x": left, "y": 1, "yref": "paper"})
         left += share + _GAP
-    if has_names:  # room for the names of the stages, under the legend if there is one
-        layout["legend"]["y"] = 1.12
-        layout["margin"]["t"] = 8 if layout["showlegend"] else 24
+    return layout
 
 
 def inner_steps(low: float, high: float, most: int) -> list[int]:
@@ -204,156 +214,81 @@ def inner_steps(low: float, high: float, most: int) -> list[int]:
     return []
 
 
-def line_traces(line: Line, records: Sequence[Record]) -> list[Figure]:
-    """Return the traces of a figure, training under held out; they are toggled together."""
-    train, held_out = (series(records, kind, line.key) for kind in ("train", "eval"))
-    common = {"type": "scatter", "legendgroup": line.key}
-    traces = []
-    if train[0]:
-        steps, values = thinned(*train)
-        traces.append(common | {
-            "x": steps, "y": values,
-            "name": f"{line.name}, training" if held_out[0] else line.name,
-            "showlegend": not held_out[0],
-            "mode": "lines" if len(steps) > 1 else "markers",
-            "line": {"width": 1.25, "color": f"var(--{line.color})"},
-            "marker": {"color": f"var(--{line.color})"},
-            "opacity": 0.6 if held_out[0] else 1.0,
-        })  # fmt: skip
-    if held_out[0]:
-        traces.append(common | {
-            "x": held_out[0], "y": held_out[1], "name": line.name, "showlegend": True,
-            "mode": "markers" if train[0] and len(held_out[0]) < FEW else "lines+markers",
-            "line": {"width": 2.25, "color": f"var(--{line.color})"},
-            "marker": {"symbol": line.symbol, "size": 8, "color": f"var(--{line.color})"},
-        })  # fmt: skip
-    return traces
-
-
-def thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
-    """Average over neighbors, to at most `MAX_POINTS`; each mean stands at its middle step."""
-    size = -(-len(steps) // MAX_POINTS)
-    starts = range(0, len(steps), size)
-    groups = [values[start : start + size] for start in starts]
-    middles = [
-        steps[start + (len(group) - 1) // 2] for start, group in zip(starts, groups, strict=True)
-    ]
-    return middles, [sum(group) / len(group) for group in groups]
-
-
-def without_spikes(traces: Sequence[Figure]) -> tuple[float, float]:
-    """Return a range with all held-out values and all but the top 2% of the training values."""
-    tops = []
-    for trace in traces:
-        values = sorted(trace["y"])
-        is_held_out = "markers" in trace["mode"]
-        tops.append(values[-1] if is_held_out else values[int(0.98 * (len(values) - 1))])
-    return padded(min(min(trace["y"]) for trace in traces), max(tops))
-
-
 # --- Means with intervals -------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One row of a forest plot: a mean, its interval and the figures of the seeds."""
 
     label: str
     mean: float
     bounds: Sequence[float] | None
     color: str = "mixed"
-    seeds: tuple[float, ...] = ()
-
-
-def control_rows(controls: Controls) -> tuple[list[Row], list[Row]]:
-    """Return the variants (shares) and the differences (points) that have a mean."""
-    variants = [
-        Row(v.title, v.mean, v.ci95, seeds=tuple(x for x in v.accuracy if x is not None))
-        for v in controls.variants
-        if v.mean is not None
-    ]
-    differences = [
-        Row(d.label, 100 * d.mean, (100 * d.ci95[0], 100 * d.ci95[1]) if d.ci95 else None)
-        for d in controls.differences
-        if d.mean is not None
-    ]
-    return variants, differences
+    seeds: Sequence[float] = ()
 
 
 def draw_forest(rows: Sequence[Row], title: str, tickformat: str, hoverformat: str) -> Figure:
     """Draw rows from top to bottom: intervals as bars, means as dots, seeds as small rings."""
     ends = [x for row in rows for x in (row.mean, *(row.bounds or ()), *row.seeds)]
-    labels = []
-    for row in rows:  # at most two lines, which fit a phone
-        width = 44 if len(row.label) <= 44 else min(44, len(row.label) // 2 + 8)
-        lines = textwrap.wrap(row.label, width, max_lines=2, placeholder=" …")
-        labels.append("<br>".join(literal(line, 44) for line in lines))
-    row_height = 71 if any("<br>" in label for label in labels) else 54
-    layout = base_layout(
-        64 + row_height * len(rows),
-        showlegend=False,
-        hovermode="closest",
-        xaxis=axis(title, range=padded(min(0.0, *ends), max(0.0, *ends)), tickformat=tickformat,
-                   zeroline=True, tickangle=0, nticks=6),
-        yaxis={"range": [len(rows) - 0.55, -0.75], "visible": False, "fixedrange": True},
-        annotations=[
-            {"text": label, "x": 0, "xref": "paper", "xanchor": "left", "y": place,
-             "yanchor": "bottom", "yshift": 9, "align": "left", "showarrow": False,
-             "bgcolor": "var(--card)", "font": {"color": "var(--ink)", "size": 13}}
-            for place, label in enumerate(labels)
-        ],
-    )  # fmt: skip
-    rings = {
-        "type": "scatter",
+    traces: list[Figure] = [{
         "mode": "markers",
         "x": [x for row in rows for x in row.seeds],
         "y": [place + 0.22 for place, row in enumerate(rows) for _ in row.seeds],
         "hovertemplate": f"one seed: %{{x:{hoverformat}}}<extra></extra>",
-        "marker": {
-            "size": 7,
-            "symbol": "circle-open",
-            "color": "var(--base)",
-            "line": {"width": 1.5},
-        },
-    }
-    dots = [
-        {
-            "type": "scatter",
+        "marker": {"size": 7, "symbol": "circle-open", "color": "var(--base)",
+                   "line": {"width": 1.5}},
+    }]  # fmt: skip
+    labels: list[Figure] = []
+    for place, row in enumerate(rows):
+        traces.append({
             "mode": "markers",
             "x": [row.mean],
             "y": [place],
             "hovertemplate": f"{literal(row.label, 60)}: %{{x:{hoverformat}}}<extra></extra>",
             "marker": {"size": 11, "color": f"var(--{row.color})"},
             "error_x": error_bars([row.mean], [row.bounds], row.color),
-        }
-        for place, row in enumerate(rows)
-    ]
-    return {"data": [rings, *dots], "layout": layout}
+        })  # fmt: skip
+        # At most two lines, which fit a phone.
+        width = 44 if len(row.label) <= 44 else min(44, len(row.label) // 2 + 8)
+        lines = textwrap.wrap(row.label, width, max_lines=2, placeholder=" …")
+        labels.append({
+            "text": "<br>".join(literal(line, 44) for line in lines), "align": "left",
+            "x": 0, "y": place, "yshift": 9,
+            "bgcolor": "var(--card)", "font": {"color": "var(--ink)", "size": 13},
+        })  # fmt: skip
+    row_height = 71 if any("<br>" in label["text"] for label in labels) else 54
+    return make_figure(
+        traces, 64 + row_height * len(rows),
+        showlegend=False,
+        hovermode="closest",
+        xaxis={"title": {"text": title}, "range": padded(min(0.0, *ends), max(0.0, *ends)),
+               "tickformat": tickformat, "zeroline": True, "tickangle": 0, "nticks": 6},
+        yaxis={"range": [len(rows) - 0.55, -0.75], "visible": False, "fixedrange": True},
+        annotations=labels,
+    )  # fmt: skip
 
 
 def draw_groups(groups: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw gain and gain of content of groups of tokens, side by side."""
-    looks = {
-        "gain": ("gain", "mixed", "circle"),
-        "gain_of_content": ("gain of content", "content", "diamond"),
-    }
-    labels = [f"{literal(group['label'], 30)}<br>n {group['n']}" for group in groups]
-    traces = []
-    for key, (name, color, symbol) in looks.items():
+    traces: list[Figure] = []
+    for key, color, symbol in (("gain", "mixed", "circle"),
+                               ("gain_of_content", "content", "diamond")):  # fmt: skip
         if key in groups[0]:
             values = [group[key] for group in groups]
             bounds = [group[f"{key}_ci95"] for group in groups]
             traces.append({
-                "type": "scatter", "mode": "markers", "name": name, "x": labels, "y": values,
+                "mode": "markers", "name": key.replace("_", " "),
+                "x": [f"{literal(group['label'], 30)}<br>n {group['n']}" for group in groups],
+                "y": values,
                 "hovertemplate": "%{x}: %{y:+.4f}<extra></extra>",
                 "marker": {"size": 9, "color": f"var(--{color})", "symbol": symbol},
                 "error_y": error_bars(values, bounds, color),
             })  # fmt: skip
-    layout = base_layout(
+    return make_figure(
+        traces,
         showlegend=True,
         hovermode="closest",
-        xaxis=axis("", showgrid=False, type="category", tickangle=0),
-        yaxis=axis("nats/token", zeroline=True),
+        xaxis={"showgrid": False, "type": "category", "tickangle": 0},
+        yaxis={"title": {"text": "nats/token"}, "zeroline": True},
         scattermode="group",
     )
-    return {"data": traces, "layout": layout}

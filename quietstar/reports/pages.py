@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,6 @@ def plotly_script() -> str:
     return get_plotlyjs()
 
 
-def chart_scripts(figures: dict[str, Any]) -> list[str]:
-    """Return the scripts that draw figures; none if there are no figures."""
-    return [plotly_script(), asset("charts.js")] if figures else []
-
-
 def render(template: str, scripts: Sequence[str], **context: Any) -> str:
     """Render a page in which every text is escaped, in HTML and in JSON.
 
@@ -58,9 +53,7 @@ def render(template: str, scripts: Sequence[str], **context: Any) -> str:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
-    for show in (formats.plain, formats.signed, formats.percent, formats.points,
-                 formats.percent_range, formats.points_range, visible):  # fmt: skip
-        environment.filters[show.__name__] = show
+    environment.filters |= {name: show for name, show in vars(formats).items() if callable(show)}
     # A browser takes the hash of a script after it has made all line ends \n.
     sources = [script.replace("\r\n", "\n").replace("\r", "\n") for script in scripts]
     digests = [hashlib.sha256(source.encode("utf-8")).digest() for source in sources]
@@ -72,16 +65,31 @@ def render(template: str, scripts: Sequence[str], **context: Any) -> str:
     )
 
 
-def visible(text: str) -> str:
-    """Strip the space around a text; show signs for an empty one and for nothing but space."""
-    return text.strip() or ("␣" if text else formats.MISSING)
+def write_charts(path: Path, template: str, figures: Mapping[str, Any], **context: Any) -> Path:
+    """Write a page with charts whole or not at all, making its folder if necessary.
 
+    Returns:
+        Path of the page.
 
-def write(path: Path, page: str) -> Path:
-    """Write a page whole or not at all, making its folder if necessary; returns its path."""
+    Raises:
+        UserError: plotly is not installed.
+    """
+    scripts = [plotly_script(), asset("charts.js")] if figures else []
+    page = render(template, scripts, figures=figures, **context)
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
     # A model's text may hold half of a surrogate pair, which UTF-8 cannot encode.
     new.write_bytes(page.encode("utf-8", "replace"))
     os.replace(new, path)
     return path
+
+
+def render_thoughts(documents: Sequence[Mapping[str, Any]]) -> str:
+    """Render the page of thoughts: a text colored by what the thought before each token gains.
+
+    Args:
+        documents: Results of `quietstar.evaluation.inspection.inspect_text`, of one model or of
+            two. They stand in the page as data, which its script turns into text nodes only.
+    """
+    title = " and ".join(document["model"] for document in documents)
+    return render("thoughts.html.j2", [asset("thoughts.js")], documents=documents, title=title)

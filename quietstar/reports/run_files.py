@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from quietstar.errors import UserError
 
@@ -24,15 +25,16 @@ RENAMED = {
 """Keys of runs of earlier versions, and what they are called now."""
 
 
+def _current(entry: dict[str, Any]) -> dict[str, Any]:
+    """Give keys of earlier versions their names of today, and leave out what is null."""
+    return {RENAMED.get(key, key): value for key, value in entry.items() if value is not None}
+
+
 def finite(value: object) -> float | None:
     """Return ``value`` if it is a finite number; NaN, infinity, text and booleans give None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
+    return float(value) if abs(value) <= sys.float_info.max else None
 
 
 # --- metrics.jsonl --------------------------------------------------------------------------------
@@ -40,45 +42,35 @@ def finite(value: object) -> float | None:
 
 @dataclass(frozen=True)
 class Record:
-    """One line of ``metrics.jsonl``.
+    """One line of ``metrics.jsonl``: its finite numbers by key, and when they were measured."""
 
-    Attributes:
-        kind: ``train`` or ``eval``.
-        stage: Name of the stage; empty in runs without stages.
-        step: Optimizer steps done, over all stages.
-        figures: Finite numbers of the line, by key.
-    """
-
-    kind: str
-    stage: str
-    step: int
+    kind: str  # train or eval
+    stage: str  # empty in runs without stages
+    step: int  # optimizer steps done, over all stages
     figures: Mapping[str, float]
 
 
-def read_records(path: Path) -> list[Record]:
-    """Read the complete records in order of steps; the last of several for one step wins.
+def parse_metrics(text: str) -> list[Record]:
+    """Parse ``metrics.jsonl``, passing over lines that are half written or something else.
 
-    Of two stages that meet at a step, the one that was written first comes first.
+    Records are in order of steps, and the last of several for one step wins. Of two stages that
+    meet at a step, the one that was written first comes first.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    records = {(r.kind, r.stage, r.step): r for r in map(parse_record, lines) if r}
+    records = {}
+    for line in text.split("\n"):
+        try:
+            entry = json.loads(line, object_hook=_current)
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(entry, dict) or entry.get("kind") not in ("train", "eval"):
+            continue
+        step, stage = finite(entry.pop("step", None)), str(entry.pop("stage", ""))
+        if step is not None:
+            numbers = {key: finite(value) for key, value in entry.items()}
+            figures = {key: value for key, value in numbers.items() if value is not None}
+            record = Record(entry["kind"], stage, int(step), figures)
+            records[record.kind, record.stage, record.step] = record
     return sorted(records.values(), key=lambda record: record.step)
-
-
-def parse_record(line: str) -> Record | None:
-    """Parse a line; None for one that is half written or something else."""
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(entry, dict) or entry.get("kind") not in ("train", "eval"):
-        return None
-    step, stage = finite(entry.pop("step", None)), entry.pop("stage", None)
-    if step is None:
-        return None
-    numbers = {RENAMED.get(str(key), str(key)): finite(value) for key, value in entry.items()}
-    figures = {key: value for key, value in numbers.items() if value is not None}
-    return Record(entry["kind"], "" if stage is None else str(stage), int(step), figures)
 
 
 def find_stages(records: Iterable[Record]) -> list[str]:
@@ -95,7 +87,7 @@ def series(records: Iterable[Record], kind: str, key: str) -> tuple[list[int], l
 # --- results.json, samples.json, controls.json ----------------------------------------------------
 
 
-def interval(value: object) -> tuple[float, float] | None:
+def _finite_pair(value: object) -> tuple[float, float] | None:
     """Return two finite numbers in order, or None."""
     if not isinstance(value, list | tuple) or len(value) != 2:
         return None
@@ -104,44 +96,27 @@ def interval(value: object) -> tuple[float, float] | None:
 
 
 Figure = Annotated[float | None, BeforeValidator(finite)]
-Interval = Annotated[tuple[float, float] | None, BeforeValidator(interval)]
+Interval = Annotated[tuple[float, float] | None, BeforeValidator(_finite_pair)]
 
 
 class Part(BaseModel):
-    """Part of a file: a null counts as missing, an unknown key as absent."""
+    """Part of a file; what is missing has its default, and unknown keys are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, coerce_numbers_to_str=True)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _present(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {RENAMED.get(key, key): value for key, value in data.items() if value is not None}
-
-
-class Accuracy(Part):
-    """Shares of ``n`` held-out problems that are answered correctly."""
-
-    with_thoughts: Figure = None
-    without_thoughts: Figure = None
-    swapped_thoughts: Figure = None
-    pause_thoughts: Figure = None
-    n: Figure = None
-
-
-class BeforeAfter(Part):
-    """A figure before and after training."""
-
-    before: Figure = None
-    after: Figure = None
-
 
 class Results(Part):
-    """``results.json``: the measurement at the end."""
+    """``results.json``: the measurement at the end.
 
-    accuracy: Accuracy = Accuracy()
-    right_thoughts: BeforeAfter = BeforeAfter()
+    Attributes:
+        accuracy: Shares of ``n`` held-out problems that are answered correctly:
+            ``with_thoughts``, ``without_thoughts``, ``swapped_thoughts``, ``pause_thoughts``.
+        right_thoughts: Share of correct thoughts ``before`` and ``after`` training.
+        seconds: Duration of the run.
+    """
+
+    accuracy: dict[str, Figure] = {}
+    right_thoughts: dict[str, Figure] = {}
     seconds: Figure = None
 
 
@@ -183,42 +158,28 @@ class Samples(Part):
     samples: tuple[Sample, ...] = ()
 
 
-class Variant(Part):
-    """One variant of the method, over its seeds."""
+class SeedMean(Part):
+    """A mean over seeds: of a variant, or of a difference between two that is paired by seed."""
 
-    name: str = ""
-    label: str = ""
+    label: str = Field("", validation_alias=AliasChoices("label", "name"))
     accuracy: tuple[Figure, ...] = ()
     mean: Figure = None
     ci95: Interval = None
     right_thoughts: tuple[Figure, ...] = ()
 
     @property
-    def title(self) -> str:
-        """Name of the variant on the page."""
-        return self.label or self.name
-
-    @property
     def mean_right_thoughts(self) -> float | None:
         """Mean share of correct thoughts over the seeds that have one."""
         shares = [share for share in self.right_thoughts if share is not None]
-        return sum(shares) / len(shares) if shares else None
-
-
-class Difference(Part):
-    """A difference between two variants, paired by seed."""
-
-    label: str = ""
-    mean: Figure = None
-    ci95: Interval = None
+        return fmean(shares) if shares else None
 
 
 class Controls(Part):
     """``controls.json``: variants of the method compared over seeds."""
 
     seeds: tuple[int, ...] = ()
-    variants: tuple[Variant, ...] = ()
-    differences: tuple[Difference, ...] = ()
+    variants: tuple[SeedMean, ...] = ()
+    differences: tuple[SeedMean, ...] = ()
 
 
 Parts = TypeVar("Parts", bound=Part)
@@ -230,10 +191,9 @@ def read_part(path: Path, kind: type[Parts]) -> Parts:
     Raises:
         UserError: The file is not JSON, or not of this form.
     """
-    if not path.exists():
-        return kind()
     try:
-        return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8") if path.exists() else "{}"
+        return kind.model_validate(json.loads(text, object_hook=_current))
     except ValidationError as error:
         first = error.errors()[0]
         problem = f"{'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}"
@@ -242,40 +202,29 @@ def read_part(path: Path, kind: type[Parts]) -> Parts:
     raise UserError(f"{path}: {problem}; fix the file, or remove it to leave that section out")
 
 
-@dataclass(frozen=True)
 class RunFiles:
-    """The contents of a run folder; what is missing is empty."""
-
-    name: str
-    config: str
-    records: list[Record]
-    stages: list[str]
-    results: Results
-    samples: Samples
-    controls: Controls
-
-
-def read_run(folder: Path) -> RunFiles:
-    """Read a run folder.
+    """The contents of a run folder; what is missing is empty.
 
     Raises:
         UserError: It holds no figures, or one of its files is damaged.
     """
-    metrics, controls = folder / "metrics.jsonl", folder / "controls.json"
-    config = folder / "config.yaml"
-    records = read_records(metrics) if metrics.exists() else []
-    if not records and not controls.exists():
-        lack = "no complete record yet" if metrics.exists() else f"no {metrics.name}"
-        raise UserError(
-            f"{folder}: {lack} and no {controls.name}, so there is nothing to report; give the "
-            "folder of a run (training.output_dir)"
-        )
-    return RunFiles(
-        name=folder.resolve().name,
-        config=config.read_text(encoding="utf-8", errors="replace") if config.exists() else "",
-        records=records,
-        stages=find_stages(records),
-        results=read_part(folder / "results.json", Results),
-        samples=read_part(folder / "samples.json", Samples),
-        controls=read_part(controls, Controls),
-    )
+
+    def __init__(self, folder: Path) -> None:
+        metrics, config = folder / "metrics.jsonl", folder / "config.yaml"
+        controls = folder / "controls.json"
+
+        def read(path: Path) -> str:
+            return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+        self.name, self.config = folder.resolve().name, read(config)
+        self.records = parse_metrics(read(metrics))
+        if not self.records and not controls.exists():
+            lack = "no complete record yet" if metrics.exists() else f"no {metrics.name}"
+            raise UserError(
+                f"{folder}: {lack} and no {controls.name}, so there is nothing to report; give the "
+                "folder of a run (training.output_dir)"
+            )
+        self.stages = find_stages(self.records)
+        self.results = read_part(folder / "results.json", Results)
+        self.samples = read_part(folder / "samples.json", Samples).samples
+        self.controls = read_part(controls, Controls)
