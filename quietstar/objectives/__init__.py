@@ -27,6 +27,14 @@ class Objective:
     """Keys of the ``loss`` section that belong to the objective."""
     thinks: ClassVar[bool] = True
     """Whether thoughts are sampled at all."""
+    needs_thought: bool = True
+    """Whether `weigh` weighs or reads the thought's own prediction."""
+    base_weight: float = 0.0
+    """Weight of the NLL of all next tokens without a thought."""
+    draft_weight: float = 0.0
+    """Weight of the NLL of the next true token as the first thought token."""
+    entropy_weight: float = 0.0
+    """Weight of a bonus on the entropy of thought tokens."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -37,26 +45,6 @@ class Objective:
         Called for some texts and positions at a time, always with all thoughts of a position.
         """
         raise NotImplementedError
-
-    @property
-    def needs_thought(self) -> bool:
-        """Whether `weigh` weighs or reads the thought's own prediction."""
-        return True
-
-    @property
-    def base_weight(self) -> float:
-        """Weight of the NLL of all next tokens without a thought."""
-        return 0.0
-
-    @property
-    def draft_weight(self) -> float:
-        """Weight of the NLL of the next true token as the first thought token."""
-        return 0.0
-
-    @property
-    def entropy_weight(self) -> float:
-        """Weight of a bonus on the entropy of thought tokens."""
-        return 0.0
 
     def policy_temperature(self, sampling_temperature: float) -> float:
         """Temperature inside the log-probability of the policy term."""

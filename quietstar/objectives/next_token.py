@@ -9,8 +9,4 @@ class NextToken(Objective):
     """Learns the next token alone; nothing thinks."""
 
     thinks = False
-
-    @property
-    def base_weight(self) -> float:
-        """The whole loss."""
-        return 1.0
+    base_weight = 1.0

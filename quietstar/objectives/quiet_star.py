@@ -65,6 +65,12 @@ class QuietStar(Objective):
     Settings = QuietStarSettings
     settings: QuietStarSettings
 
+    def __init__(self, settings: Any) -> None:
+        super().__init__(settings)
+        self.needs_thought = settings.thought_weight > 0
+        self.base_weight, self.draft_weight = settings.base_weight, settings.draft_weight
+        self.entropy_weight = settings.entropy_weight
+
     def weigh(self, reward: Tensor, scores: ThoughtScores) -> ThoughtWeights:
         """Weigh true tokens by constants; subtract a baseline from the rewards (section 4.4.2)."""
         settings, advantage = self.settings, None
@@ -76,26 +82,6 @@ class QuietStar(Objective):
             mixed=ones * settings.mixed_weight if settings.mixed_weight > 0 else None,
             thought=ones * settings.thought_weight if settings.thought_weight > 0 else None,
         )
-
-    @property
-    def needs_thought(self) -> bool:
-        """Whether the thought's own prediction is learned."""
-        return self.settings.thought_weight > 0
-
-    @property
-    def base_weight(self) -> float:
-        """Weight of the NLL of all next tokens without a thought."""
-        return self.settings.base_weight
-
-    @property
-    def draft_weight(self) -> float:
-        """Weight of the NLL of the next true token as the first thought token."""
-        return self.settings.draft_weight
-
-    @property
-    def entropy_weight(self) -> float:
-        """Weight of a bonus on the entropy of thought tokens."""
-        return self.settings.entropy_weight
 
     def policy_temperature(self, sampling_temperature: float) -> float:
         """Take the configured temperature, the paper's, or that of the sampling."""

@@ -12,7 +12,7 @@ from quietstar.reports.figures import Chart, Line, Row, draw_curves, draw_forest
 from quietstar.reports.formats import duration, percent, signed
 from quietstar.reports.pages import write_charts
 from quietstar.reports.run_files import Record, Results, RunFiles, series
-from quietstar.training.results import ACCURACIES
+from quietstar.training.evaluation import ACCURACIES
 
 # fmt: off
 CHARTS = (
