@@ -12,7 +12,7 @@ from quietstar.sampling.thoughts import Texts, ThoughtBatch
 class Bound:
     """What `QuietStarForCausalLM` holds of a method, without a model."""
 
-    _weigh = QuietStarForCausalLM._weigh
+    weigher = QuietStarForCausalLM.weigher
 
     def __init__(self, config):
         self.objective, self.reward_name = QuietStar(config), config.reward
@@ -28,7 +28,7 @@ def quiet_star_loss(
     batch = ThoughtBatch.of_texts(texts, positions, thoughts.permute(2, 3, 1, 0))
     objective = bound.objective
     terms = LossTerms(
-        bound._weigh(batch),
+        bound.weigher(batch),
         temperature,
         objective.base_weight,
         objective.draft_weight,

@@ -9,8 +9,8 @@ import torch
 from tiny import plain_model, random_texts, thinking_model
 
 from quietstar.backbone import compiling
-from quietstar.backbone.compiling import check_compile, compile_layers, decoder_layers
-from quietstar.backbone.run import run_text
+from quietstar.backbone.compiling import check_compile, compile_layers
+from quietstar.backbone.run import decoder_layers, run_text
 from quietstar.errors import UserError
 from quietstar.sampling.rollout import policy_states
 
@@ -102,11 +102,11 @@ def check_graphs_of_rollouts():
         assert counters["stats"]["unique_graphs"] == 2  # start and thought
 
 
-def test_layers_are_what_the_architecture_names():
+def test_layers_are_the_list_that_is_as_long_as_the_config_says():
     model = plain_model()
-    assert list(decoder_layers(model)) == list(model.model.layers)
-    model._no_split_modules = None
-    with pytest.raises(UserError, match=r"training\.torch_compile.*_no_split_modules.*false"):
+    assert decoder_layers(model) is model.model.layers
+    model.config.num_hidden_layers += 1
+    with pytest.raises(UserError, match=r"layers of .* not to be found; set training\.torch_comp"):
         compile_layers(model)
 
 

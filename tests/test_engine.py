@@ -18,7 +18,7 @@ from quietstar.attention.dense import ScoreRules
 from quietstar.attention.interface import thinking_attention
 from quietstar.attention.kernels import CpuFlash
 from quietstar.attention.passes import BlockPass, TextPass
-from quietstar.backbone.teacher_forced import ThoughtStates, teacher_forced
+from quietstar.backbone.teacher_forced import ThoughtStates
 from quietstar.config import MixingHeadConfig, ThoughtsConfig
 from quietstar.model.self_check import use_thinking_attention
 from quietstar.sampling import rollout
@@ -52,14 +52,7 @@ def random_thoughts(model: QuietStarForCausalLM, batch_size: int, length: int) -
 
 @torch.no_grad()
 def learn(model: QuietStarForCausalLM, input_ids: Tensor, thoughts: Tensor) -> ThoughtStates:
-    return teacher_forced(
-        model.causal_lm,
-        model.start_embedding,
-        model.end_embedding,
-        input_ids,
-        thoughts,
-        model.thoughts.lookahead,
-    )
+    return model.states_with(input_ids, thoughts, None)[0]
 
 
 def qkv(rows: int, heads: int, kv_heads: int, length: int, size: int, dtype=torch.float32):

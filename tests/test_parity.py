@@ -12,7 +12,6 @@ from torch import Tensor
 from quietstar import QuietStarForCausalLM
 from quietstar.attention import passes
 from quietstar.attention import rollout_steps as steps
-from quietstar.backbone.teacher_forced import teacher_forced
 from quietstar.config import MixingHeadConfig, ThoughtsConfig, loss_config
 from quietstar.model.self_check import use_thinking_attention
 
@@ -125,14 +124,7 @@ def _tables(
     expected: Reference,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Pairs (ours, the loop's) of every table, where there is something to compare."""
-    states = teacher_forced(
-        model.causal_lm,
-        model.start_embedding,
-        model.end_embedding,
-        input_ids,
-        thoughts.permute(3, 1, 0, 2).contiguous(),
-        model.thoughts.lookahead,
-    )
+    states, _ = model.states_with(input_ids, thoughts.permute(3, 1, 0, 2).contiguous(), None)
     # Scored at temperature 1: the policy's log-probabilities are compared where it is 1 too.
     scored = model.think(input_ids, mask, labels, thoughts=thoughts)
     assert torch.equal(scored.valid.permute(2, 0, 1), expected.valid)

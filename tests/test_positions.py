@@ -7,7 +7,7 @@ from tiny import plain_model, random_texts, thinking_model
 
 from quietstar.attention import blocks, passes
 from quietstar.attention.layout import IGNORE_INDEX, text_lookahead
-from quietstar.backbone.teacher_forced import ThoughtStates, teacher_forced
+from quietstar.backbone.teacher_forced import ThoughtStates
 from quietstar.config import loss_config
 from quietstar.model.outputs import predict_everywhere
 from quietstar.sampling.positions import choose_positions, count_positions
@@ -47,9 +47,8 @@ def at(x, axis):
 
 def both(model, texts, thoughts):
     """States of all positions, and of the chosen ones."""
-    vectors = (model.start_embedding, model.end_embedding)
-    full = teacher_forced(model.causal_lm, *vectors, texts, thoughts, 2)
-    some = teacher_forced(model.causal_lm, *vectors, texts, at(thoughts, 3), 2, POSITIONS)
+    full, _ = model.states_with(texts, thoughts, None, lookahead=2)
+    some, _ = model.states_with(texts, at(thoughts, 3), POSITIONS, lookahead=2)
     return full, some
 
 

@@ -164,7 +164,8 @@ def through_oracle(base, oracle, method, embeddings):
 @pytest.mark.parametrize("chosen", [None, torch.tensor([[1, 4, -1]])])
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_texts_and_thoughts_see_the_virtual_tokens(method, chosen):
-    from quietstar.backbone.teacher_forced import plain_pass, teacher_forced
+    from quietstar.backbone.run import plain_pass, run_text
+    from quietstar.backbone.teacher_forced import embed_blocks, teacher_forced
     from quietstar.sampling.rollout import policy_states
 
     base, oracle = tuned(method)
@@ -176,7 +177,8 @@ def test_texts_and_thoughts_see_the_virtual_tokens(method, chosen):
     thoughts = torch.randint(0, 256, (2, 2, 1, width), generator=generator)
     start, end = torch.randn(2, 16, dtype=torch.float64, generator=generator)
     with torch.no_grad():
-        states = teacher_forced(base, start, end, texts, thoughts, 2, chosen)
+        blocks = embed_blocks(base, start, end, texts, thoughts, 2, chosen)
+        states = teacher_forced(base, run_text(base, texts), blocks)
         plain = plain_pass(base, texts)
         rolled = policy_states(base, start, texts, thoughts, chosen)
         text = through_oracle(base, oracle, method, embed(texts))

@@ -8,35 +8,28 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from quietstar.backbone.run import decoder_layers
 from quietstar.errors import UserError
 
 _RECOMPILE_LIMIT = 64
 """Kinds of calls compiled for: text, rollout, groups of blocks, with and without gradient, each in
 a few shapes, and the evaluations. By default torch gives up after 8."""
 
-
 COMPILERS = ("g++", "c++", "clang++")
 
 
 def find_compiler() -> str | None:
     """Find the C++ compiler that torch.compile would call: that of ``CXX``, or one on the PATH."""
-    wanted = os.environ.get("CXX", "").split()
-    names = wanted[:1] or COMPILERS
+    names = os.environ.get("CXX", "").split()[:1] or COMPILERS
     return next((path for path in map(shutil.which, names) if path is not None), None)
 
 
 def check_compile(wanted: bool, sharded: bool) -> None:
     """Refuse ``training.torch_compile`` where it cannot work.
-
-    Args:
-        wanted: Value of the setting.
-        sharded: Whether the strategy shards the weights.
 
     Raises:
         UserError: The weights are sharded, or there is no compiler.
@@ -72,27 +65,11 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> int:
 
     State dicts and what wraps the layers stay as they are.
 
-    Args:
-        model: A causal LM.
-        backend: Backend of torch.compile.
-
     Raises:
-        UserError: The architecture does not say what its layers are.
+        UserError: The architecture's layers are not to be found.
     """
-    layers = list(decoder_layers(model))
-    if not layers:
-        raise UserError(
-            f"training.torch_compile: true: {type(model).__name__} does "
-            "not say what its decoder layers "
-            "are (_no_split_modules). Set training.torch_compile: false."
-        )
+    layers = decoder_layers(model, "training.torch_compile: false")
     torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
     for layer in layers:
         layer.compile(backend=backend)
     return len(layers)
-
-
-def decoder_layers(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """The modules that the architecture names as whole ones."""
-    names = set(model._no_split_modules or ())
-    yield from (module for module in model.modules() if type(module).__name__ in names)

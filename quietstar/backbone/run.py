@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from quietstar.attention.interface import thought_pass_scope
 from quietstar.attention.passes import VIRTUAL_TOKENS, Pass, TextKeys, TextPass
+from quietstar.errors import UserError
 
 
 def embedding_weight(model: PreTrainedModel) -> Float[Tensor, "vocab embedding"]:
@@ -20,28 +21,34 @@ def embedding_weight(model: PreTrainedModel) -> Float[Tensor, "vocab embedding"]
     return weight
 
 
-def virtual_embeddings(model: PreTrainedModel) -> Float[Tensor, "virtual embedding"] | None:
-    """Input embeddings of the learned virtual tokens in front of every text, if there are any."""
-    tokens = getattr(model, VIRTUAL_TOKENS, None)
-    return None if tokens is None else tokens.embeddings
+def decoder_layers(
+    model: PreTrainedModel, remedy: str = "tuning.method: lora or full"
+) -> torch.nn.ModuleList:
+    """The list of decoder layers.
+
+    Raises:
+        UserError: There is no list as long as the config says; set ``remedy`` instead.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    lists = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    for layers in lists:
+        if len(layers) == count and find_attention(layers[0]) is not None:
+            return layers
+    raise UserError(
+        f"the decoder layers of {type(model).__name__} are not to be found; set {remedy}"
+    )
+
+
+def find_attention(layer: torch.nn.Module) -> torch.nn.Module | None:
+    """The attention of a decoder layer."""
+    parts = (m for m in layer.children() if "attention" in type(m).__name__.lower())
+    return next(parts, None)
 
 
 def num_virtual(model: PreTrainedModel) -> int:
-    """Virtual tokens in front of every text."""
-    virtual = virtual_embeddings(model)
-    return 0 if virtual is None else virtual.shape[0]
-
-
-def embed_text(
-    model: PreTrainedModel, input_ids: Int[Tensor, "batch seq"]
-) -> Float[Tensor, "batch virtual_and_seq embedding"]:
-    """Input embeddings of texts, virtual tokens in front."""
-    embedded = model.get_input_embeddings()(input_ids)
-    virtual = virtual_embeddings(model)
-    if virtual is None:
-        return embedded
-    virtual = virtual.to(embedded.dtype).expand(input_ids.shape[0], -1, -1)
-    return torch.cat([virtual, embedded], dim=1)
+    """Learned virtual tokens in front of every text."""
+    tokens = getattr(model, VIRTUAL_TOKENS, None)
+    return 0 if tokens is None else tokens.embeddings.shape[0]
 
 
 def embed_sparsely(
@@ -91,12 +98,7 @@ def run_backbone(
 
 @dataclass(frozen=True)
 class TextRun:
-    """A text that was run once, for all that is done behind its tokens.
-
-    Attributes:
-        keys: Keys and values.
-        states: Final states.
-    """
+    """Keys, values and final states of texts that were run once, for all that is done behind."""
 
     keys: TextKeys
     states: Float[Tensor, "batch seq width"]
@@ -105,8 +107,27 @@ class TextRun:
 def run_text(model: PreTrainedModel, input_ids: Int[Tensor, "batch seq"]) -> TextRun:
     """Run texts (padded on the right if at all) and keep what thoughts need of them."""
     keys: TextKeys = {}
-    embedded = embed_text(model, input_ids)
+    return TextRun(keys, _text_states(model, input_ids, TextPass(keys)))
+
+
+def plain_pass(
+    model: PreTrainedModel, input_ids: Int[Tensor, "batch seq"]
+) -> Float[Tensor, "batch seq width"]:
+    """Final states of a text alone, without thoughts.
+
+    Padding is on the right, where causal attention does not see it.
+    """
+    if num_virtual(model):
+        return _text_states(model, input_ids, TextPass())
+    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+def _text_states(model: PreTrainedModel, input_ids: Tensor, text_pass: TextPass) -> Tensor:
+    embedded = model.get_input_embeddings()(input_ids)
+    tokens = getattr(model, VIRTUAL_TOKENS, None)
+    if tokens is not None:
+        virtual = tokens.embeddings.to(embedded.dtype).expand(input_ids.shape[0], -1, -1)
+        embedded = torch.cat([virtual, embedded], dim=1)
     positions = torch.arange(embedded.shape[1], device=input_ids.device)
-    positions = positions.expand(embedded.shape[:2])
-    states = run_backbone(model, embedded, positions, TextPass(keys))
-    return TextRun(keys, states[:, num_virtual(model) :])
+    states = run_backbone(model, embedded, positions.expand(embedded.shape[:2]), text_pass)
+    return states[:, num_virtual(model) :]

@@ -7,24 +7,16 @@ keys and values (`block_pass`), in one group or in many.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.attention.blocks import Blocks, ContiguousBlocks, SelectedBlocks
+from quietstar.attention.blocks import ContiguousBlocks, SelectedBlocks
 from quietstar.attention.layout import lookahead_targets, shifted
-from quietstar.attention.passes import BlockPass, TextKeys, TextPass
-from quietstar.backbone.run import (
-    TextRun,
-    embed_sparsely,
-    embed_text,
-    num_virtual,
-    run_backbone,
-    run_text,
-)
+from quietstar.attention.passes import BlockPass, TextKeys
+from quietstar.backbone.run import TextRun, embed_sparsely, num_virtual, run_backbone
 
 
 @dataclass(frozen=True)
@@ -42,96 +34,24 @@ class ThoughtStates:
     ahead: Float[Tensor, "lookahead thoughts batch positions width"]
 
 
-def plain_pass(
-    model: PreTrainedModel, input_ids: Int[Tensor, "batch seq"]
-) -> Float[Tensor, "batch seq width"]:
-    """Final states of a text alone, without thoughts.
-
-    Padding is on the right, where causal attention does not see it.
-    """
-    virtual = num_virtual(model)
-    if not virtual:
-        return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    embedded = embed_text(model, input_ids)
-    positions = torch.arange(embedded.shape[1], device=input_ids.device)
-    positions = positions.expand(embedded.shape[:2])
-    return run_backbone(model, embedded, positions, TextPass())[:, virtual:]
-
-
-def teacher_forced(
-    model: PreTrainedModel,
-    start_embedding: Float[Tensor, " embedding"],
-    end_embedding: Float[Tensor, " embedding"],
-    input_ids: Int[Tensor, "batch seq"],
-    thoughts: Int[Tensor, "length thoughts batch positions"],
-    lookahead: int,
-    positions: Int[Tensor, "batch positions"] | None = None,
-    text: TextRun | None = None,
-) -> ThoughtStates:
-    """Run the texts and the blocks of all their thoughts, as one group with an ordinary graph.
-
-    Args:
-        model: Causal LM whose attention implementation is ``quietstar``.
-        start_embedding: Input that opens every thought.
-        end_embedding: Input that closes every thought.
-        input_ids: Texts, padded on the right if at all.
-        thoughts: Thought tokens.
-        lookahead: True tokens behind each position, A.
-        positions: Positions of the thoughts, ascending; all positions by default.
-        text: Run of the texts, if there was one.
-    """
-    text = run_text(model, input_ids) if text is None else text
-    vectors = (start_embedding, end_embedding)
-    inputs = embed_blocks(model, *vectors, input_ids, thoughts, lookahead, positions)
-    virtual, length = num_virtual(model), input_ids.shape[1]
-    where = None if positions is None else shifted(positions, virtual)
-    blocks = make_blocks(inputs, slice(0, thoughts.shape[-1]), virtual + length, virtual, where)
-    block_length = thoughts.shape[0] + lookahead + 1
-    states = block_pass(model, inputs, text.keys, blocks, virtual + length + block_length)
-    return ThoughtStates(text.states, states.policy, states.ahead)
-
-
-@dataclass(frozen=True)
-class BlockStates:
-    """Final states of blocks, as in `ThoughtStates`."""
-
-    policy: Float[Tensor, "length thoughts batch positions width"]
-    ahead: Float[Tensor, "lookahead thoughts batch positions width"]
-
-
 @dataclass(frozen=True)
 class BlockInputs:
-    """Input embeddings of blocks.
+    """Input embeddings of blocks, and where the blocks lie.
 
     Attributes:
         start: Input that opens every thought.
         end: Input that closes every thought.
         thought: Embeddings of the thought tokens.
         true: Of the true tokens behind, the same for all thoughts.
+        positions: Positions of the thoughts, ascending, -1 behind the last; None for contiguous
+            ones.
     """
 
     start: Float[Tensor, " embedding"]
     end: Float[Tensor, " embedding"]
     thought: Float[Tensor, "length thoughts batch positions embedding"]
     true: Float[Tensor, "true batch positions embedding"]
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """As the constructor takes them."""
-        return self.start, self.end, self.thought, self.true
-
-    @staticmethod
-    def index(number: int, texts: slice, places: slice) -> Any:
-        """Of some positions of some texts, in the tensor of that number."""
-        return ... if number < 2 else (..., texts, places, slice(None))
-
-    def tokens(self) -> tuple[Tensor, Tensor]:
-        """Start tokens (B, P, embedding), and the others in order, (W - 1, K, B, P, embedding)."""
-        thought = self.thought
-        start = self.start.to(thought.dtype).expand(thought.shape[2:])
-        end = self.end.to(thought.dtype).expand(1, *thought.shape[1:])
-        true = self.true.unsqueeze(1).expand(-1, *thought.shape[1:])
-        return start, torch.cat([thought, end, true])
+    positions: Int[Tensor, "batch positions"] | None
 
 
 def embed_blocks(
@@ -143,56 +63,60 @@ def embed_blocks(
     lookahead: int,
     positions: Int[Tensor, "batch positions"] | None = None,
 ) -> BlockInputs:
-    """Input embeddings of the blocks behind all positions, or the chosen ones."""
-    true = lookahead_targets(input_ids, lookahead, positions)[:-1].clamp(min=0)
-    thought, true = embed_sparsely(model, thoughts), embed_sparsely(model, true)
-    return BlockInputs(start_embedding, end_embedding, thought, true)
-
-
-def make_blocks(
-    inputs: BlockInputs,
-    places: slice,
-    end: int,
-    virtual: int,
-    positions: Int[Tensor, "batch positions"] | None,
-) -> Blocks:
-    """Where the blocks lie.
+    """Embed the blocks behind all positions, or the chosen ones.
 
     Args:
-        inputs: Embeddings of the blocks.
-        places: Their positions in the text, if they are neighbours.
-        end: Text tokens before the end of what they see, virtual ones included.
-        virtual: Virtual tokens before the text.
-        positions: Of the blocks, virtual tokens included, if they are chosen ones.
+        model: Causal LM.
+        start_embedding: Input that opens every thought.
+        end_embedding: Input that closes every thought.
+        input_ids: Texts, padded on the right if at all.
+        thoughts: Thought tokens.
+        lookahead: True tokens behind each position, A.
+        positions: Positions of the thoughts, ascending; all positions by default.
     """
-    length, num_thoughts, batch_size, count = inputs.thought.shape[:4]
-    block_length = length + len(inputs.true) + 2
-    if positions is not None:
-        return SelectedBlocks(positions, num_thoughts, block_length, end)
-    first = virtual + places.start
-    return ContiguousBlocks(batch_size, num_thoughts, block_length, first, count)
+    true = lookahead_targets(input_ids, lookahead, positions)[:-1].clamp(min=0)
+    thought, true = embed_sparsely(model, thoughts), embed_sparsely(model, true)
+    return BlockInputs(start_embedding, end_embedding, thought, true, positions)
+
+
+def teacher_forced(model: PreTrainedModel, text: TextRun, inputs: BlockInputs) -> ThoughtStates:
+    """Run all blocks against the run of their texts, as one group with an ordinary graph."""
+    policy, ahead = block_pass(model, inputs, text.keys, text.states.shape[1])
+    return ThoughtStates(text.states, policy, ahead)
 
 
 def block_pass(
-    model: PreTrainedModel,
-    inputs: BlockInputs,
-    keys: TextKeys,
-    blocks: Blocks,
-    num_positions: int,
-) -> BlockStates:
-    """Run the model over blocks alone.
+    model: PreTrainedModel, inputs: BlockInputs, keys: TextKeys, text_length: int, first: int = 0
+) -> tuple[
+    Float[Tensor, "length thoughts batch positions width"],
+    Float[Tensor, "lookahead thoughts batch positions width"],
+]:
+    """Run the model over blocks alone; their states, as ``policy`` and ``ahead``.
 
     Args:
         model: A causal LM whose attention implementation is ``quietstar``.
         inputs: Embeddings of the blocks.
         keys: Keys and values of the texts, as far as the blocks see them.
-        blocks: Layout of the blocks.
-        num_positions: Highest position of any block token of the step, plus one.
+        text_length: Tokens of the whole texts.
+        first: First position of contiguous blocks.
     """
-    rows = blocks.to_rows(*inputs.tokens())
-    position_ids = blocks.position_ids(rows.device)
-    states = run_backbone(model, rows, position_ids, BlockPass(keys, blocks, num_positions))
+    thought, virtual = inputs.thought, num_virtual(model)
+    length, num_thoughts, batch_size, count = thought.shape[:4]
+    block_length = length + len(inputs.true) + 2
+    if inputs.positions is None:
+        blocks = ContiguousBlocks(batch_size, num_thoughts, block_length, virtual + first, count)
+    else:
+        seen = next(iter(keys.values()))[0].shape[2]
+        places = shifted(inputs.positions, virtual)
+        blocks = SelectedBlocks(places, num_thoughts, block_length, seen)
+    start = inputs.start.to(thought.dtype).expand(thought.shape[2:])
+    end = inputs.end.to(thought.dtype).expand(1, *thought.shape[1:])
+    true = inputs.true.unsqueeze(1).expand(-1, *thought.shape[1:])
+    rows = blocks.to_rows(start, torch.cat([thought, end, true]))
+    num_positions = virtual + text_length + block_length
+    states = run_backbone(
+        model, rows, blocks.position_ids(rows.device), BlockPass(keys, blocks, num_positions)
+    )
     start, rest = blocks.from_rows(states)  # (B, P, D) and (W - 1, K, B, P, D)
-    length, num_thoughts = inputs.thought.shape[:2]
     start = start.expand(1, num_thoughts, *start.shape)
-    return BlockStates(torch.cat([start, rest[: length - 1]]), rest[length:])
+    return torch.cat([start, rest[: length - 1]]), rest[length:]

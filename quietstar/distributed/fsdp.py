@@ -33,11 +33,11 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from quietstar.backbone.run import decoder_layers
 from quietstar.config import Config
 from quietstar.distributed.strategies import NOT_SHARDED, Check, Strategy
 from quietstar.distributed.wrapped import WrappedModule
 from quietstar.errors import UserError
-from quietstar.model.tuning import decoder_layers
 
 SHARDS_FOLDER = "pieces"
 

@@ -10,10 +10,10 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from quietstar.backbone.run import decoder_layers
 from quietstar.config import Config
 from quietstar.distributed.strategies import NOT_SHARDED, Check, Strategy
 from quietstar.distributed.wrapped import WrappedModule
-from quietstar.model.tuning import decoder_layers
 
 
 class DeepSpeedStrategy(Strategy):

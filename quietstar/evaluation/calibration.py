@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from quietstar.backbone.teacher_forced import plain_pass
+from quietstar.backbone.run import plain_pass
 from quietstar.data import Batch
 from quietstar.generation.gates import PROBED, Gate, GateKind, Probe
 from quietstar.generation.generate import next_logits

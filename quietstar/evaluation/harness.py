@@ -19,8 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from quietstar.backbone.devices import find_device
-from quietstar.backbone.run import num_virtual
-from quietstar.backbone.teacher_forced import plain_pass
+from quietstar.backbone.run import num_virtual, plain_pass
 from quietstar.data import load_tokenizer
 from quietstar.data.tokenizer import padding_id
 from quietstar.errors import UserError

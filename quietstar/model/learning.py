@@ -15,7 +15,7 @@ ZeRO-1/2) fire once per parameter.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,16 +28,10 @@ from quietstar.attention.layout import (
     lookahead_states,
     lookahead_targets,
     on_host,
-    shifted,
 )
 from quietstar.backbone.output_head import OutputHead
 from quietstar.backbone.run import TextRun, num_virtual
-from quietstar.backbone.teacher_forced import (
-    BlockInputs,
-    block_pass,
-    embed_blocks,
-    make_blocks,
-)
+from quietstar.backbone.teacher_forced import BlockInputs, block_pass, embed_blocks
 from quietstar.errors import UserError
 from quietstar.losses.cross_entropy import HeadGradients
 from quietstar.losses.mixture import groups
@@ -49,7 +43,6 @@ from quietstar.losses.thought_loss import (
     next_token_loss,
     thought_loss,
 )
-from quietstar.losses.weights import ThoughtScores, ThoughtWeights, Weigh
 from quietstar.sampling.thoughts import ThoughtBatch
 
 AUTO_CHUNK_TOKENS = {"cpu": 5120, "cuda": 16384}
@@ -107,21 +100,20 @@ class Step:
     fixed_mixing_weight: float | None = None
 
 
-def learn(
-    model: Any, text: TextRun, step: Step, chunk_tokens: int | None
-) -> tuple[Tensor, ScoredThoughts]:
+def learn(model: Any, text: TextRun, step: Step) -> tuple[Tensor, ScoredThoughts]:
     """Compute the loss of one (micro-)batch, and score its thoughts.
+
+    Blocks learn in groups of ``model.learn_chunk_tokens`` tokens at most (at least those of one
+    position); in one group with an ordinary graph if that is None.
 
     Args:
         model: Model that learns.
         text: Run of the texts, with graph.
         step: Thoughts, terms, counts.
-        chunk_tokens: Most tokens of blocks at once (at least those of one position are); None for
-            one group with an ordinary graph.
     """
     batch = step.thoughts
     tokens, labels = batch.token_major(), batch.labels
-    if chunk_tokens is None or not torch.is_grad_enabled():
+    if model.learn_chunk_tokens is None or not torch.is_grad_enabled():
         states, weight = model.states_with(
             batch.input_ids, tokens, step.positions, step.fixed_mixing_weight, text=text
         )
@@ -129,9 +121,11 @@ def learn(
             states, weight, tokens, labels, model.output_head, step.terms, step.num_items,
             step.positions, step.num_thought_items,
         )  # fmt: skip
-    work = _Groups(model, text, step, tokens, chunk_tokens)
-    loss = _InGroups.apply(work, *work.inputs)
-    scored = score(work.results.whole(), work.base, tokens, labels, work.targets, step.positions)
+    work = _Groups(model, text, step, tokens)
+    inputs = [*(source.x for source in work.sources), *work.weights.parameters]
+    loss = _InGroups.apply(work, *inputs)
+    results = ThoughtResults(**work.results)  # pyright: ignore[reportArgumentType]
+    scored = score(results, work.base, tokens, labels, work.targets, step.positions)
     return work.text_loss + loss, scored
 
 
@@ -141,7 +135,7 @@ class _InGroups(torch.autograd.Function):
     @staticmethod
     def forward(ctx, work, *inputs):
         value = work.run()
-        ctx.grads = work.gradients()
+        ctx.grads = [*(source.total() for source in work.sources), *work.weights.totals(work.head)]
         return value
 
     @staticmethod
@@ -160,17 +154,9 @@ class _InGroups(torch.autograd.Function):
 class _Groups:
     """The groups of a step, and what they give."""
 
-    def __init__(
-        self,
-        model: Any,
-        text: TextRun,
-        step: Step,
-        tokens: Tensor,
-        chunk_tokens: int,
-    ) -> None:
+    def __init__(self, model: Any, text: TextRun, step: Step, tokens: Tensor) -> None:
         self.model, self.step, self.tokens, self.head = model, step, tokens, model.output_head
-        batch, positions = step.thoughts, step.positions
-        lookahead = model.thoughts.lookahead
+        batch, positions, lookahead = step.thoughts, step.positions, model.thoughts.lookahead
         self.weights = _Weights(model, self.head)
         self.targets = lookahead_targets(batch.labels, lookahead, positions)
         self.num_items = count_thought_items(self.targets, step.num_thought_items)
@@ -184,157 +170,92 @@ class _Groups:
             model.causal_lm, model.start_embedding, model.end_embedding,
             batch.input_ids, tokens, lookahead, positions,
         )  # fmt: skip
-        self.block_inputs = [_Source(x) for x in inputs.tensors]
-        self.states = _Source(text.states)
         self.layers = list(text.keys)
-        self.keys = [_Source(x) for pair in text.keys.values() for x in pair]
-        self.results = _Results()
-        length, num_thoughts, batch_size, num_positions = tokens.shape
-        each = 1 + num_thoughts * (length + lookahead)  # the start token is shared
-        self.parts = list(groups(batch_size, num_positions, max(1, chunk_tokens // each)))
-
-    @property
-    def _sources(self) -> list[_Source]:
-        return [*self.block_inputs, self.states, *self.keys]
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        """Everything that gets a gradient, or might."""
-        return [*(source.x for source in self._sources), *self.weights.parameters]
-
-    def gradients(self) -> list[Tensor | None]:
-        """Of ``inputs``."""
-        return [*(source.total() for source in self._sources), *self.weights.totals(self.head)]
+        keys = [x for pair in text.keys.values() for x in pair]
+        blocks = (inputs.start, inputs.end, inputs.thought, inputs.true)
+        self.sources = [_Source(x) for x in (*blocks, text.states, *keys)]
+        self.results: dict[str, Tensor | None] = {}  # of all positions; zeros where no group was
 
     def run(self) -> Tensor:
-        """The loss of all groups."""
-        total = at_least_float32(self.states.x.new_zeros(()))
-        wanted = [(texts, self._with_targets(texts, places)) for texts, places in self.parts]
-        wanted = [(texts, places) for texts, places in wanted if places.start < places.stop]
-        if not wanted:  # no target at all: one position gives the results their shapes
-            texts, places = self.parts[0]
-            wanted = [(texts, slice(places.start, places.start + 1))]
-        for texts, places in wanted:
+        """Forward and backward of all groups; their loss."""
+        length, num_thoughts, batch_size, num_positions = self.tokens.shape
+        each = 1 + num_thoughts * (length + len(self.targets))  # the start token is shared
+        size = max(1, self.model.learn_chunk_tokens // each)
+        parts = []
+        for texts, places in groups(batch_size, num_positions, size):
+            stop = places.stop
+            if on_host(self.targets):  # what lies behind the last target need not run
+                some = (self.targets[0, texts, places] != IGNORE_INDEX).any(0).nonzero()
+                stop = places.start + int(some.max()) + 1 if len(some) else places.start
+            if stop > places.start:
+                parts.append((texts, slice(places.start, stop)))
+        total = self.text_loss.new_zeros(())
+        # Without any target, one position gives the results their shapes.
+        for texts, places in parts or [(slice(0, 1), slice(0, 1))]:
             total = total + self._group(texts, places)
         return total
-
-    def _with_targets(self, texts: slice, places: slice) -> slice:
-        """Without the places at the end behind which no text has a target, where that is known."""
-        if not on_host(self.targets):
-            return places
-        some = (self.targets[0, texts, places] != IGNORE_INDEX).any(0).nonzero()
-        return slice(
-            places.start, places.start + int(some.max()) + 1 if len(some) else places.start
-        )
 
     def _group(self, texts: slice, places: slice) -> Tensor:
         """Forward and backward of one group; its loss."""
         with torch.enable_grad():  # forward of an autograd function runs without
             reads, loss, results = self._forward(texts, places)
-        self.results.put(results, self.tokens, texts, places)
-        self._backward(loss, reads)
-        return loss.detach()
-
-    def _forward(
-        self, texts: slice, places: slice
-    ) -> tuple[list[tuple[_Source, Any, Tensor]], Tensor, ThoughtResults]:
-        model, step = self.model, self.step
-        lookahead, virtual = model.thoughts.lookahead, num_virtual(model.causal_lm)
-        where = None if step.positions is None else step.positions[texts, places]
-        end = virtual + self._end(where, places)
-        reads = [
-            (source, index := BlockInputs.index(n, texts, places), source.part(index))
-            for n, source in enumerate(self.block_inputs)
-        ]
-        inputs = BlockInputs(*[part for _, _, part in reads])
-        key_index = (texts, slice(None), slice(0, end))
-        keys = [source.part(key_index) for source in self.keys]
-        reads += [(source, key_index, k) for source, k in zip(self.keys, keys, strict=True)]
-        by_layer = dict(zip(self.layers, zip(keys[::2], keys[1::2], strict=True), strict=True))
-        if where is None:
-            state_index = (texts, slice(places.start, places.stop + lookahead - 1))
-            states = self.states.part(state_index)
-            ahead = TextLookahead.contiguous_positions(
-                states, lookahead, 0, places.stop - places.start
-            )
-        else:
-            state_index = (texts,)
-            states = self.states.part(state_index)
-            ahead = TextLookahead.selected_positions(states, lookahead, where)
-        reads.append((self.states, state_index, states))
-        blocks = make_blocks(
-            inputs, places, end, virtual, None if where is None else shifted(where, virtual)
-        )
-        length = step.thoughts.input_ids.shape[1] + len(self.tokens) + lookahead + 1
-        states = block_pass(model.causal_lm, inputs, by_layer, blocks, virtual + length)
-        weight = model.mixing_weight(ahead, states.ahead, step.fixed_mixing_weight)
-        weigh = step.terms.weigh
-        assert weigh is not None, "a step that learns weighs its thoughts"
-        loss, results = thought_loss(
-            states.policy, states.ahead, ahead, weight, self.tokens[..., texts, places],
-            self.targets[:, texts, places], self.base_nll[:, texts, places], self.head,
-            replace(step.terms, weigh=_of_part(weigh, texts, places)), self.num_items,
-            self.weights.accumulator,
-        )  # fmt: skip
-        return reads, loss, results
-
-    def _end(self, where: Tensor | None, places: slice) -> int:
-        """Text tokens that the group can see."""
-        if where is None:
-            return places.stop
-        # Where no text has a position, all of them are below zero.
-        return (
-            max(1, int(where.max()) + 1)
-            if on_host(where)
-            else self.step.thoughts.input_ids.shape[1]
-        )
-
-    def _backward(self, loss: Tensor, reads: list[tuple[_Source, Any, Tensor]]) -> None:
+        for name, part in vars(results).items():
+            if part is None:
+                self.results[name] = None
+                continue
+            whole = self.results.get(name)
+            if whole is None:
+                whole = part.new_zeros(*part.shape[:-2], *self.tokens.shape[-2:])
+                self.results[name] = whole
+            whole[..., texts, places] = part
         reads = [read for read in reads if read[2].requires_grad]
         inputs = [*(part for _, _, part in reads), *self.weights.in_graph]
         with torch.autocast(loss.device.type, enabled=False):  # backward never runs under it
             grads = torch.autograd.grad(loss, inputs, allow_unused=True)
         for (source, index, _), grad in zip(reads, grads, strict=False):
-            source.add(index, grad)
+            if grad is not None and source.grad is not None:
+                source.grad[index] += grad
         self.weights.add(grads[len(reads) :])
+        return loss.detach()
 
-
-def _of_part(weigh: Weigh, texts: slice, places: slice) -> Weigh:
-    """Weigh texts and places that are counted within a part of the batch."""
-
-    def inner(scores: ThoughtScores, some: slice, where: slice) -> ThoughtWeights:
-        first_text, first_place = texts.start, places.start
-        return weigh(
-            scores,
-            slice(first_text + some.start, first_text + some.stop),
-            slice(first_place + where.start, first_place + where.stop),
-        )
-
-    return inner
-
-
-class _Results:
-    """The groups' results, put together."""
-
-    def __init__(self) -> None:
-        self._whole: dict[str, Tensor | None] = {}
-
-    def put(self, found: ThoughtResults, like: Tensor, texts: slice, places: slice) -> None:
-        """Those of one group; ``like`` has the batch and all positions last."""
-        for field in fields(found):
-            part = getattr(found, field.name)
-            if part is None:
-                self._whole[field.name] = None
-                continue
-            whole = self._whole.get(field.name)
-            if whole is None:
-                whole = part.new_zeros(*part.shape[:-2], *like.shape[-2:])
-                self._whole[field.name] = whole
-            whole[..., texts, places] = part
-
-    def whole(self) -> ThoughtResults:
-        """Of all positions; zeros where no group was."""
-        return ThoughtResults(**self._whole)  # pyright: ignore[reportArgumentType]
+    def _forward(
+        self, texts: slice, places: slice
+    ) -> tuple[list[tuple[_Source, Any, Tensor]], Tensor, ThoughtResults]:
+        """What the group reads (source, index, leaf), its loss, and its results."""
+        model, step, lookahead = self.model, self.step, len(self.targets)
+        text_length = step.thoughts.input_ids.shape[1]
+        positions = None if step.positions is None else step.positions[texts, places]
+        end, state_index = text_length, (texts,)  # of the text tokens that the group can see
+        if positions is None:
+            end = places.stop
+            state_index = (texts, slice(places.start, places.stop + lookahead - 1))
+        elif on_host(positions):  # all are below zero where no text has one
+            end = max(1, int(positions.max()) + 1)
+        block_index = (..., texts, places, slice(None))
+        key_index = (texts, slice(None), slice(0, num_virtual(model.causal_lm) + end))
+        indices = [..., ..., block_index, block_index, state_index]
+        indices += [key_index] * (2 * len(self.layers))
+        reads = [(s, i, s.part(i)) for s, i in zip(self.sources, indices, strict=True)]
+        start, end_token, thought, true, text_states, *keys = (part for _, _, part in reads)
+        inputs = BlockInputs(start, end_token, thought, true, positions)
+        pairs = zip(keys[::2], keys[1::2], strict=True)
+        policy, ahead = block_pass(
+            model.causal_lm, inputs, dict(zip(self.layers, pairs, strict=True)), text_length,
+            places.start,
+        )  # fmt: skip
+        if positions is None:
+            count = places.stop - places.start
+            text = TextLookahead.contiguous_positions(text_states, lookahead, 0, count)
+        else:
+            text = TextLookahead.selected_positions(text_states, lookahead, positions)
+        weight = model.mixing_weight(text, ahead, step.fixed_mixing_weight)
+        weigh = model.weigher(step.thoughts.part(texts, places))
+        loss, results = thought_loss(
+            policy, ahead, text, weight, self.tokens[..., texts, places],
+            self.targets[:, texts, places], self.base_nll[:, texts, places], self.head,
+            replace(step.terms, weigh=weigh), self.num_items, self.weights.accumulator,
+        )  # fmt: skip
+        return reads, loss, results
 
 
 # --- Sums over groups -----------------------------------------------------------------------------
@@ -351,14 +272,9 @@ class _Source:
         wide = at_least_float32(x.new_zeros(())).dtype
         self.grad = torch.zeros_like(x, dtype=wide) if x.requires_grad else None
 
-    def part(self, where: Any = ...) -> Tensor:
+    def part(self, index: Any) -> Tensor:
         """Make a leaf with the content of a part."""
-        return self.x.detach()[where].requires_grad_(self.grad is not None)
-
-    def add(self, where: Any, grad: Tensor | None) -> None:
-        """Add what flows back to a part."""
-        if self.grad is not None and grad is not None:
-            self.grad[where] += grad
+        return self.x.detach()[index].requires_grad_(self.grad is not None)
 
     def total(self) -> Tensor | None:
         """Return the sum in the tensor's own type."""
@@ -369,40 +285,31 @@ class _Weights:
     """The weights that train, but for the learned vectors, which are read outside of the groups."""
 
     def __init__(self, model: Any, head: OutputHead) -> None:
-        vectors = (model.start_embedding, model.end_embedding)
-        outside = {id(vector) for vector in vectors}
-        self.parameters = [
-            p for p in model.parameters() if p.requires_grad and id(p) not in outside
-        ]
-        self.accumulator = None
-        if head.is_linear:
+        outside = {id(model.start_embedding), id(model.end_embedding)}
+        parameters = (p for p in model.parameters() if p.requires_grad)
+        self.parameters = [p for p in parameters if id(p) not in outside]
+        self.accumulator, in_accumulator = None, set()
+        if head.is_linear:  # its gradients are collected by the losses, not by autograd
             bias = head.bias is not None and head.bias.requires_grad
             self.accumulator = HeadGradients(head, head.weight.requires_grad, bias)
-        in_accumulator = {id(head.weight), id(head.bias)} if self.accumulator is not None else set()
-        # The gradients of a linear head are collected by the losses, not by autograd.
+            in_accumulator = {id(head.weight), id(head.bias)}
         self.in_graph = [p for p in self.parameters if id(p) not in in_accumulator]
         self._grads: dict[int, Tensor] = {}
 
     def add(self, grads: Sequence[Tensor | None]) -> None:
         """Add one group's gradients of ``in_graph``."""
         for parameter, grad in zip(self.in_graph, grads, strict=True):
-            if grad is None:
-                continue
             total = self._grads.get(id(parameter))
-            if total is None:
+            if total is not None and grad is not None:
+                total.add_(grad)
+            elif grad is not None:
                 # Its own: autograd may hand out one tensor twice.
                 self._grads[id(parameter)] = at_least_float32(grad).clone()
-            else:
-                total.add_(grad)
 
     def totals(self, head: OutputHead) -> list[Tensor | None]:
         """Return the gradients of ``parameters`` in their own types."""
-        totals = dict(self._grads)
+        totals: dict[int, Tensor | None] = dict(self._grads)
         if self.accumulator is not None:
-            pairs = zip((head.weight, head.bias), self.accumulator.totals(), strict=True)
-            totals |= {id(p): grad for p, grad in pairs if p is not None and grad is not None}
-        grads = [totals.get(id(p)) for p in self.parameters]
-        return [
-            None if g is None else g.to(p.dtype)
-            for p, g in zip(self.parameters, grads, strict=True)
-        ]
+            totals[id(head.weight)], totals[id(head.bias)] = self.accumulator.totals()
+        grads = [(p, totals.get(id(p))) for p in self.parameters]
+        return [None if grad is None else grad.to(p.dtype) for p, grad in grads]

@@ -15,9 +15,7 @@ from quietstar.errors import UserError
 from quietstar.model import saving
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.self_check import check_architecture, use_thinking_attention
-from quietstar.model.tuning import PEFT_METHODS, require_peft
-
-_MERGED = TuningConfig(method="full")
+from quietstar.model.tuning import PEFT_METHODS, WHOLE, require_peft
 
 
 @torch.no_grad()
@@ -35,7 +33,12 @@ def merge(folder: Path, out: Path, **hub: Any) -> Path:
     settings = saving.read_settings(folder)
     tuning = TuningConfig.model_validate(settings["tuning"])
     if tuning.method not in PEFT_METHODS:
-        raise UserError(f"--model: {folder} {_why_not(tuning.method)}")
+        reason = "holds the whole model already; it needs no merging"
+        if tuning.method not in WHOLE:
+            is_virtual = tuning.method in ("prompt", "prefix")
+            added = "virtual tokens" if is_virtual else "bottleneck adapters"
+            reason = f"has {added}, which no weight of the base can stand for"
+        raise UserError(f"--model: {folder} {reason}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} already holds something; give a new folder")
     base = load_base(
@@ -52,7 +55,7 @@ def merge(folder: Path, out: Path, **hub: Any) -> Path:
     beside = {n.removeprefix(prefix): own.pop(n) for n in list(own) if n.startswith(prefix)}
     adapted.load_state_dict(beside, strict=False)  # what `tuning.unfreeze` trained
     merged = adapted.merge_and_unload()  # pyright: ignore[reportCallIssue]
-    model = saving.rebuild(QuietStarForCausalLM, merged, settings, _MERGED)
+    model = saving.rebuild(QuietStarForCausalLM, merged, settings, TuningConfig(method="full"))
     model.load_state_dict(own, strict=False)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -62,13 +65,3 @@ def merge(folder: Path, out: Path, **hub: Any) -> Path:
     if (folder / "tokenizer_config.json").exists():
         AutoTokenizer.from_pretrained(folder).save_pretrained(out)
     return out
-
-
-def _why_not(method: str) -> str:
-    reasons = {
-        "full": "holds the whole model already; it needs no merging",
-        "galore": "holds the whole model already; it needs no merging",
-        "houlsby": "has bottleneck adapters, which no weight of the base can stand for",
-        "mlp_adapter": "has bottleneck adapters, which no weight of the base can stand for",
-    }
-    return reasons.get(method, "has virtual tokens, which no weight of the base can stand for")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +20,8 @@ from quietstar.attention.layout import (
 )
 from quietstar.backbone.loading import drop_dropout_layers, initial_embedding, load_base
 from quietstar.backbone.output_head import OutputHead, find_output_head
-from quietstar.backbone.run import TextRun, embedding_weight, num_virtual, run_text
-from quietstar.backbone.teacher_forced import ThoughtStates, plain_pass, teacher_forced
+from quietstar.backbone.run import TextRun, embedding_weight, num_virtual, plain_pass, run_text
+from quietstar.backbone.teacher_forced import ThoughtStates, embed_blocks, teacher_forced
 from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig, TuningConfig, loss_config
 from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from quietstar.errors import UserError
@@ -43,7 +42,7 @@ from quietstar.model.metrics import plain_metrics, thought_metrics
 from quietstar.model.mixing_head import MixingHead
 from quietstar.model.outputs import MixedScores, PlainScores, QuietStarOutput, Thoughts
 from quietstar.model.self_check import check_architecture, use_thinking_attention
-from quietstar.model.tuning import apply_tuning, keep_gradients_of_4bit, quantization
+from quietstar.model.tuning import apply_tuning, quantization
 from quietstar.sampling.positions import LEARNED_RULES, SCORED_RULES, choose_positions
 from quietstar.sampling.thoughts import Sampling, Texts, ThoughtBatch
 
@@ -82,6 +81,11 @@ class QuietStarForCausalLM(nn.Module):
         self.vocab_size, self.pause_token_id = vocab_size, pause_token_id
         device = embedding_weight(self.causal_lm).device
         size = embedding_weight(self.causal_lm).shape[1]
+        for module in language_model.modules():
+            # On a CPU bitsandbytes repacks 4-bit layers after a forward pass in eval mode, as a
+            # rollout may be, and from then on no gradient flows.
+            if type(module).__name__ == "Linear4bit":
+                module.support_avx512bf16_for_cpu = False  # pyright: ignore
         head = find_output_head(self.causal_lm)
         self.start_embedding = nn.Parameter(torch.zeros(size, device=device))
         self.end_embedding = nn.Parameter(torch.zeros(size, device=device))
@@ -141,23 +145,11 @@ class QuietStarForCausalLM(nn.Module):
         Raises:
             UserError: A text without tokens.
         """
-        return tuple(  # pyright: ignore[reportReturnType]
-            initial_embedding(
-                self.causal_lm, tokenizer, getattr(self.thoughts, name), f"thoughts.{name}"
-            )
-            for name in ("start_init", "end_init")
+        lm, thoughts = self.causal_lm, self.thoughts
+        return (
+            initial_embedding(lm, tokenizer, thoughts.start_init, "thoughts.start_init"),
+            initial_embedding(lm, tokenizer, thoughts.end_init, "thoughts.end_init"),
         )
-
-    @torch.no_grad()
-    def initialise_vectors(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Set both vectors to `initial_vectors`.
-
-        Raises:
-            UserError: A text without tokens.
-        """
-        start, end = self.initial_vectors(tokenizer)
-        self.start_embedding.copy_(start)
-        self.end_embedding.copy_(end)
 
     # --- Making and keeping -----------------------------------------------------------------------
 
@@ -201,57 +193,24 @@ class QuietStarForCausalLM(nn.Module):
         check_architecture(base)
         check_tokenizer_fits(tokenizer, embedding_weight(base).shape[0])
         use_thinking_attention(base)
-        keep_gradients_of_4bit(base)
+        start = tokenizer(thoughts.start_init, add_special_tokens=False)["input_ids"]
         model = cls(
             apply_tuning(base, tuning),
             thoughts,
             mixing_head or MixingHeadConfig(),
             loss,
             len(tokenizer),
-            _first_token(tokenizer, thoughts.start_init),
+            start[0] if start else 0,  # a text without tokens is refused below
             tuning,
         )
-        model.initialise_vectors(tokenizer)
+        vectors = model.initial_vectors(tokenizer)
+        with torch.no_grad():
+            model.start_embedding.copy_(vectors[0])
+            model.end_embedding.copy_(vectors[1])
         return model
 
-    def save_pretrained(
-        self,
-        folder: str | Path,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        *,
-        weights: dict[str, Tensor] | None = None,
-    ) -> None:
-        """Save everything that was learned, as safetensors and JSON (`quietstar.model.saving`).
-
-        Args:
-            folder: Folder to write; created if need be.
-            tokenizer: Tokenizer to save beside the model.
-            weights: Full weights, where the model's own are sharded.
-        """
-        saving.save_pretrained(self, Path(folder), tokenizer, weights)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        *,
-        dtype: torch.dtype | str = "auto",
-        trainable: bool = False,
-        **hub: Any,
-    ) -> QuietStarForCausalLM:
-        """Load a saved Quiet-STaR model: what was saved is what is used.
-
-        Args:
-            folder: Folder that `save_pretrained` wrote.
-            dtype: Type of the language model's weights; by default the one they were trained in.
-            trainable: Whether adapters can be trained further.
-            **hub: ``revision`` (of an adapter's base; the one trained on by default) and
-                ``trust_remote_code``.
-
-        Raises:
-            UserError: The folder holds no Quiet-STaR model.
-        """
-        return saving.from_pretrained(cls, Path(folder), dtype=dtype, trainable=trainable, **hub)
+    save_pretrained = saving.save_pretrained
+    from_pretrained = classmethod(saving.from_pretrained)
 
     # --- Training ---------------------------------------------------------------------------------
 
@@ -297,7 +256,12 @@ class QuietStarForCausalLM(nn.Module):
         """
         labels = target_labels(input_ids, attention_mask, labels)
         if not (think and self.objective.thinks):
-            return self._next_token(input_ids, labels, num_items_in_batch)
+            states = plain_pass(self.causal_lm, input_ids)
+            loss, result, valid = next_token_loss(
+                states, labels, self.output_head, num_items_in_batch
+            )
+            metrics = plain_metrics(result.nll, valid)
+            return QuietStarOutput(loss=loss, metrics=metrics, input_ids=input_ids)
         self._check_length(input_ids)
         if sample_ids is None:
             first, self.texts_seen = self.texts_seen, self.texts_seen + len(input_ids)
@@ -306,25 +270,24 @@ class QuietStarForCausalLM(nn.Module):
         texts = Texts(input_ids, labels, answers, sample_ids, run)
         if thoughts is None:
             positions = self._choose(texts, seed, explore=True)
-            sampling = Sampling(
-                self.thoughts.num_thoughts, self.thoughts.length, self.thoughts.temperature, seed
-            )
+            t = self.thoughts
+            sampling = Sampling(t.num_thoughts, t.length, t.temperature, seed)
             batch = self._sample(texts, positions, sampling)
         else:
             positions, batch = given_thoughts(thoughts, texts)
-        temperature = self.objective.policy_temperature(self.thoughts.temperature)
+        objective = self.objective
         terms = LossTerms(
-            self._weigh(batch),
-            temperature,
-            self.objective.base_weight,
-            self.objective.draft_weight,
-            self.objective.entropy_weight,
-            self.objective.needs_thought or getattr(self.reward, "reads_thought", True),
+            self.weigher(batch),
+            objective.policy_temperature(self.thoughts.temperature),
+            objective.base_weight,
+            objective.draft_weight,
+            objective.entropy_weight,
+            objective.needs_thought or getattr(self.reward, "reads_thought", True),
         )
         step = Step(
             batch, positions, terms, num_items_in_batch, num_thought_items, fixed_mixing_weight
         )
-        loss, scored = learn(self, run, step, self.learn_chunk_tokens)
+        loss, scored = learn(self, run, step)
         return QuietStarOutput(
             loss=loss,
             metrics=thought_metrics(scored),
@@ -333,15 +296,7 @@ class QuietStarForCausalLM(nn.Module):
             positions=positions,
         )
 
-    def _next_token(
-        self, input_ids: Tensor, labels: Tensor, num_items: Tensor | int | None
-    ) -> QuietStarOutput:
-        states = plain_pass(self.causal_lm, input_ids)
-        loss, result, valid = next_token_loss(states, labels, self.output_head, num_items)
-        metrics = plain_metrics(result.nll, valid)
-        return QuietStarOutput(loss=loss, metrics=metrics, input_ids=input_ids)
-
-    def _weigh(self, batch: ThoughtBatch) -> Weigh:
+    def weigher(self, batch: ThoughtBatch) -> Weigh:
         """Bind reward and objective to the thoughts of a batch."""
 
         @torch.no_grad()
@@ -374,15 +329,9 @@ class QuietStarForCausalLM(nn.Module):
             if rule != "weight":
                 score = score * next_token_entropy(states, self.output_head)
         return choose_positions(
-            rule,
-            self.thoughts.position_fraction,
-            texts.labels,
-            answers=texts.answer_mask,
-            score=score,
-            sample_ids=texts.sample_ids,
-            seed=seed,
-            explore=explore,
-        )
+            rule, self.thoughts.position_fraction, texts.labels, answers=texts.answer_mask,
+            score=score, sample_ids=texts.sample_ids, seed=seed, explore=explore,
+        )  # fmt: skip
 
     def _sample(self, texts: Texts, positions: Tensor | None, spec: Sampling) -> ThoughtBatch:
         """Draw thoughts, and check what a sampler of the user's gives."""
@@ -413,16 +362,12 @@ class QuietStarForCausalLM(nn.Module):
         text: TextRun | None = None,
     ) -> tuple[ThoughtStates, Tensor]:
         """Run thoughts (length, thoughts, batch, positions); their states and mixing weight."""
-        states = teacher_forced(
-            self.causal_lm,
-            self.start_embedding,
-            self.end_embedding,
-            input_ids,
-            thoughts,
-            lookahead or self.thoughts.lookahead,
-            positions,
-            text,
-        )
+        text = run_text(self.causal_lm, input_ids) if text is None else text
+        inputs = embed_blocks(
+            self.causal_lm, self.start_embedding, self.end_embedding, input_ids, thoughts,
+            lookahead or self.thoughts.lookahead, positions,
+        )  # fmt: skip
+        states = teacher_forced(self.causal_lm, text, inputs)
         ahead = text_lookahead(states.text, states.ahead.shape[0], positions)
         return states, self.mixing_weight(ahead, states.ahead, fixed_mixing_weight)
 
@@ -482,13 +427,9 @@ class QuietStarForCausalLM(nn.Module):
         self._check_length(input_ids)
         if thoughts is None:
             thoughts = self.sample(
-                input_ids,
-                num_thoughts=num_thoughts,
-                temperature=temperature,
-                positions=positions,
-                sample_ids=sample_ids,
-                seed=seed,
-            )
+                input_ids, num_thoughts=num_thoughts, temperature=temperature,
+                positions=positions, sample_ids=sample_ids, seed=seed,
+            )  # fmt: skip
         tokens = Thoughts.token_major(thoughts)
         states, weight = self.states_with(input_ids, tokens, positions)
         terms = LossTerms(None, scoring=True)
@@ -744,8 +685,3 @@ def target_labels(
     elif not padded_right:
         raise ValueError(message)
     return labels.where(real, IGNORE_INDEX)
-
-
-def _first_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids[0] if ids else 0  # a text without tokens is refused where the vectors are set

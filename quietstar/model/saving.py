@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from quietstar.backbone.loading import load_base
 from quietstar.config import MixingHeadConfig, ThoughtsConfig, TuningConfig
@@ -24,8 +25,6 @@ from quietstar.model.tuning import (
     PEFT_METHODS,
     WHOLE,
     apply_tuning,
-    beside_peft,
-    keep_gradients_of_4bit,
     quantization,
     require_peft,
     unfreeze,
@@ -36,71 +35,91 @@ WEIGHTS_FILE = "quietstar.safetensors"
 FORMAT_VERSION = 3
 """1 knew full tuning and LoRA only; 2 carried the loss of its training, and other names."""
 LANGUAGE_MODEL = "language_model."
+_OLD_NAMES = {
+    "thoughts": {"source": "sampler", "share": "position_fraction"},
+    "tuning": {
+        "lora_rank": "lora_r",
+        "lora_targets": "lora_target_modules",
+        "virtual_tokens": "num_virtual_tokens",
+        "galore_update_every": "galore_update_proj_gap",
+    },
+}
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
-def save_pretrained(
-    model: Any,
-    folder: Path,
+def save_pretrained(  # noqa: D417  (a method of the model, as the next one)
+    self: Any,
+    folder: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    weights: dict[str, torch.Tensor] | None = None,
+    *,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write ``model`` into ``folder`` (made if need be); see the module docstring."""
+    """Save everything that was learned, as safetensors and JSON (`quietstar.model.saving`).
+
+    Args:
+        folder: Folder to write; created if need be.
+        tokenizer: Tokenizer to save beside the model.
+        weights: Full weights, where the model's own are sharded.
+    """
+    folder, method = Path(folder), self.tuning.method
     folder.mkdir(parents=True, exist_ok=True)
-    if model.tuning.method in (*WHOLE, *PEFT_METHODS):
+    if method in (*WHOLE, *PEFT_METHODS):
         inner = None
         if weights is not None:
             names = [name for name in weights if name.startswith(LANGUAGE_MODEL)]
             inner = {name.removeprefix(LANGUAGE_MODEL): weights[name] for name in names}
-        model.language_model.save_pretrained(folder, state_dict=inner)  # pyright: ignore
+        self.language_model.save_pretrained(folder, state_dict=inner)
     settings = {
         "format_version": FORMAT_VERSION,
-        "base_model_name_or_path": model.causal_lm.config.name_or_path,
-        "base_revision": vars(model.causal_lm.config).get("_commit_hash"),  # of a hub model
-        "dtype": str(model.causal_lm.dtype).removeprefix("torch."),
-        "vocab_size": model.vocab_size,
-        "pause_token_id": model.pause_token_id,
-        "thoughts": model.thoughts.model_dump(),
-        "mixing_head": model.mixing_head_config.model_dump(),
-        "texts_seen": model.texts_seen,
-        "tuning": model.tuning.model_dump(),
+        "base_model_name_or_path": self.causal_lm.config.name_or_path,
+        "base_revision": vars(self.causal_lm.config).get("_commit_hash"),  # of a hub model
+        "dtype": str(self.causal_lm.dtype).removeprefix("torch."),
+        "vocab_size": self.vocab_size,
+        "pause_token_id": self.pause_token_id,
+        "thoughts": self.thoughts.model_dump(),
+        "mixing_head": self.mixing_head_config.model_dump(),
+        "texts_seen": self.texts_seen,
+        "tuning": self.tuning.model_dump(),
     }
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    own = _trained_weights(model, model.state_dict() if weights is None else weights)
+    # The language model's weights that were trained and lie in no other file.
+    trained = {name for name, p in self.named_parameters() if p.requires_grad}
+    if method in WHOLE:
+        trained = set()
+    elif method in PEFT_METHODS:
+        trained = {name for name in trained if "lora_" not in name and "ia3_" not in name}
+    own = {
+        name: value.detach().contiguous()
+        for name, value in (self.state_dict() if weights is None else weights).items()
+        if name in trained or not name.startswith(LANGUAGE_MODEL)
+    }
     save_file(own, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
-def _trained_weights(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The two vectors, the mixing head, and trained weights that lie in no other file."""
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    return {
-        name: value.detach().contiguous()
-        for name, value in weights.items()
-        if not name.startswith(LANGUAGE_MODEL) or (name in trained and _is_beside(model, name))
-    }
-
-
-def _is_beside(model: Any, name: str) -> bool:
-    method = model.tuning.method
-    if method in WHOLE:
-        return False
-    return method not in PEFT_METHODS or beside_peft(name)
-
-
-def from_pretrained(
-    cls: type[Any],
-    folder: Path,
+def from_pretrained(  # noqa: D417
+    cls: type[Model],
+    folder: str | Path,
     *,
-    dtype: torch.dtype | str,
-    trainable: bool,
+    dtype: torch.dtype | str = "auto",
+    trainable: bool = False,
     **hub: Any,
-) -> Any:
-    """Load a folder that `save_pretrained` wrote.
+) -> Model:
+    """Load a saved Quiet-STaR model: what was saved is what is used.
+
+    Args:
+        folder: Folder that `save_pretrained` wrote.
+        dtype: Type of the language model's weights; by default the one they were trained in.
+        trainable: Whether adapters can be trained further.
+        **hub: ``revision`` (of an adapter's base; the one trained on by default) and
+            ``trust_remote_code``.
 
     Raises:
         UserError: The folder holds no Quiet-STaR model, or one of a newer format.
     """
+    folder = Path(folder)
     settings = read_settings(folder)
     tuning = TuningConfig.model_validate(settings["tuning"])
     source = str(folder)
@@ -111,26 +130,28 @@ def from_pretrained(
     base = load_base(source, dtype=dtype, quantization=quantization(tuning), **hub)
     check_architecture(base)
     use_thinking_attention(base)
-    keep_gradients_of_4bit(base)
-    model = rebuild(cls, _tuned(base, tuning, folder, trainable), settings, tuning)
+    if tuning.method in PEFT_METHODS:
+        tuned = require_peft().PeftModel.from_pretrained(base, folder, is_trainable=trainable)
+        if trainable:
+            unfreeze(tuned, tuning.unfreeze)
+    else:
+        tuned = apply_tuning(base, tuning)
+    model = rebuild(cls, tuned, settings, tuning)
     own = load_file(folder / WEIGHTS_FILE)
     missing, unexpected = model.load_state_dict(own, strict=False)
     missing = [name for name in missing if not name.startswith(LANGUAGE_MODEL)]
     if missing or unexpected:
         raise UserError(f"{folder / WEIGHTS_FILE}: tensors missing {missing}, unknown {unexpected}")
     if not trainable and tuning.method not in WHOLE:
-        model.language_model.requires_grad_(False)
+        tuned.requires_grad_(False)
     return model.eval()
 
 
 def rebuild(
-    cls: type[Any],
-    language_model: torch.nn.Module,
-    settings: dict[str, Any],
-    tuning: TuningConfig,
-) -> Any:
+    cls: type[Model], language_model: nn.Module, settings: dict[str, Any], tuning: TuningConfig
+) -> Model:
     """The model around a language model, by the settings of ``quietstar.json``."""
-    model = cls(
+    model: Any = cls(
         language_model,
         ThoughtsConfig.model_validate(settings["thoughts"]),
         MixingHeadConfig.model_validate(settings["mixing_head"]),
@@ -143,20 +164,8 @@ def rebuild(
     return model
 
 
-def _tuned(
-    base: PreTrainedModel, tuning: TuningConfig, folder: Path, trainable: bool
-) -> torch.nn.Module:
-    """The language model as it was trained; what is not PEFT's is loaded with the own weights."""
-    if tuning.method not in PEFT_METHODS:
-        return apply_tuning(base, tuning)
-    model = require_peft().PeftModel.from_pretrained(base, folder, is_trainable=trainable)
-    if trainable:
-        unfreeze(model, tuning.unfreeze)
-    return model
-
-
 def read_settings(folder: Path) -> dict[str, Any]:
-    """``quietstar.json`` of a saved model.
+    """``quietstar.json`` of a saved model, in today's names.
 
     Raises:
         UserError: There is none, or one of a newer format.
@@ -180,22 +189,6 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if settings["format_version"] == 1:  # knew full tuning and LoRA only
         is_lora = (folder / "adapter_config.json").exists()
         settings["tuning"] = {"method": "lora" if is_lora else "full"}
-    return _translated(settings)
-
-
-_OLD_NAMES = {
-    "thoughts": {"source": "sampler", "share": "position_fraction"},
-    "tuning": {
-        "lora_rank": "lora_r",
-        "lora_targets": "lora_target_modules",
-        "virtual_tokens": "num_virtual_tokens",
-        "galore_update_every": "galore_update_proj_gap",
-    },
-}
-
-
-def _translated(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an older format in today's names."""
     for section, names in _OLD_NAMES.items():
         settings[section] = {names.get(k, k): v for k, v in settings[section].items()}
     if settings["thoughts"].get("sampler") == "sampled":

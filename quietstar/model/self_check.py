@@ -16,9 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from quietstar.attention.interface import ATTENTION_NAME
-from quietstar.backbone.output_head import OutputHead, find_output_head
-from quietstar.backbone.run import embedding_weight
-from quietstar.backbone.teacher_forced import ThoughtStates, teacher_forced
+from quietstar.backbone.output_head import find_output_head
+from quietstar.backbone.run import embedding_weight, run_text
+from quietstar.backbone.teacher_forced import ThoughtStates, embed_blocks, teacher_forced
 from quietstar.errors import UserError
 from quietstar.sampling.rollout import policy_states
 
@@ -84,78 +84,57 @@ def worst_error(model: PreTrainedModel) -> float:
     thoughts = torch.randint(1, vocab_size, shape, generator=generator)
     start, end = torch.randn(2, embed(text).shape[-1], generator=generator)
 
-    slow = _loop_logits(model, text, thoughts, start, end)
+    # First with the copy's own attention: every thought as a sequence of its own.
+    slow = [_loop_logits(model, text, thoughts, start, end, i) for i in range(_LENGTH)]
     plain = model(input_ids=text).logits[0]
     use_thinking_attention(model)
     head = find_output_head(model)
-    states = teacher_forced(model, start, end, text, thoughts, _LOOKAHEAD)
+
+    def learned(thoughts: Tensor, positions: Tensor | None = None) -> ThoughtStates:
+        blocks = embed_blocks(model, start, end, text, thoughts, _LOOKAHEAD, positions)
+        return teacher_forced(model, run_text(model, text), blocks)
+
+    states = learned(thoughts)
     pairs = [
-        *zip(_block_logits(states, head), slow, strict=True),
         (head.logits(states.text[0]), plain),
         (model(input_ids=text).logits[0], plain),
         (policy_states(model, start, text, thoughts), states.policy),
-        *_chosen_pairs(model, (start, end), text, thoughts, states),
     ]
-    return max(_difference(a, b) for a, b in pairs)
+    for position, logits in enumerate(slow):
+        true = min(_LOOKAHEAD, _LENGTH - position)
+        rows = torch.cat([states.policy[:, :, 0, position], states.ahead[:true, :, 0, position]])
+        pairs.append((head.logits(rows.transpose(0, 1)), logits))
 
-
-def _difference(a: Tensor, b: Tensor) -> float:
-    error = (a.float() - b.float()).abs().max().item()
-    return error if error == error else float("inf")
+    # Thoughts at chosen positions only are those of all; behind the end of the text fillers differ.
+    places, chosen = _CHOSEN.expand(1, -1), thoughts[..., _CHOSEN]
+    some, policy = learned(chosen, places), states.policy[..., _CHOSEN, :]
+    real = (_CHOSEN + torch.arange(_LOOKAHEAD)[:, None] < _LENGTH)[:, None, None, :, None]
+    pairs += [
+        (some.text, states.text),
+        (some.policy, policy),
+        (policy_states(model, start, text, chosen, places), policy),
+        (some.ahead.where(real, 0.0), states.ahead[..., _CHOSEN, :].where(real, 0.0)),
+    ]
+    errors = torch.stack([(a.float() - b.float()).abs().max() for a, b in pairs])
+    return errors.max().nan_to_num(torch.inf).item()
 
 
 def _loop_logits(
-    model: PreTrainedModel, text: Tensor, thoughts: Tensor, start: Tensor, end: Tensor
-) -> list[Tensor]:
-    """Logits at every block token that predicts one, by position: (K, T + A', V) each.
+    model: PreTrainedModel, text: Tensor, thoughts: Tensor, start: Tensor, end: Tensor, i: int
+) -> Tensor:
+    """Logits at every token of the blocks behind position i that predicts one, (K, T + A', V).
 
     The copy's own attention runs ``x_1..x_i start t_1..t_T end x_{i+1}..`` as one sequence.
     """
     embed = model.get_input_embeddings()
-    logits = []
-    for position in range(_LENGTH):
-        sequences = []
-        for thought in thoughts[:, :, 0, position].T:
-            true = text[0, position + 1 : position + _LOOKAHEAD]
-            before, inner, after = (embed(x) for x in (text[0, : position + 1], thought, true))
-            sequences.append(torch.cat([before, start[None], inner, end[None], after]))
-        output = model(inputs_embeds=torch.stack(sequences), use_cache=False)
-        block = output.logits[:, position + 1 :]
-        logits.append(torch.cat([block[:, :_THOUGHT_LENGTH], block[:, _THOUGHT_LENGTH + 1 :]], 1))
-    return logits
-
-
-def _block_logits(states: ThoughtStates, head: OutputHead) -> list[Tensor]:
-    """The same from the learn pass."""
-    result = []
-    for position in range(_LENGTH):
-        true = min(_LOOKAHEAD, _LENGTH - position)
-        before = states.policy[:, :, 0, position]
-        after = states.ahead[:true, :, 0, position]
-        rows = torch.cat([before, after]).transpose(0, 1)  # (K, T + true, D)
-        result.append(head.logits(rows))
-    return result
-
-
-def _chosen_pairs(
-    model: PreTrainedModel, vectors: tuple[Tensor, Tensor], text: Tensor, thoughts: Tensor,
-    states: ThoughtStates,
-) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
-    """The passes with thoughts at chosen positions only, and those at all of them."""
-    places = _CHOSEN.expand(1, -1)
-    chosen = thoughts[..., _CHOSEN]
-    learned = teacher_forced(model, *vectors, text, chosen, _LOOKAHEAD, places)
-    rolled = policy_states(model, vectors[0], text, chosen, places)
-    ahead = states.ahead[..., _CHOSEN, :]
-    # Behind the end of the text the fillers differ.
-    real = (_CHOSEN + torch.arange(_LOOKAHEAD)[:, None] < _LENGTH)[:, None, None, :, None]
-    policy = states.policy[..., _CHOSEN, :]
-    return [
-        (learned.text, states.text),
-        (learned.policy, policy),
-        (rolled, policy),
-        (learned.ahead.where(real, 0.0), ahead.where(real, 0.0)),
+    before, after = embed(text[0, : i + 1]), embed(text[0, i + 1 : i + _LOOKAHEAD])
+    sequences = [
+        torch.cat([before, start[None], embed(thought), end[None], after])
+        for thought in thoughts[:, :, 0, i].T
     ]
+    output = model(inputs_embeds=torch.stack(sequences), use_cache=False)
+    block = output.logits[:, i + 1 :]
+    return torch.cat([block[:, :_THOUGHT_LENGTH], block[:, _THOUGHT_LENGTH + 1 :]], 1)
 
 
 WINDOW = 4
@@ -190,10 +169,18 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
     for name in _TOKEN_IDS:
         setattr(tiny, name, None)
     _shrink_heads(tiny)
-    _shrink_layers(tiny)
-    for name in list(vars(tiny)):
-        if name in _WINDOWS and _number(tiny, name):
-            setattr(tiny, name, min(WINDOW, getattr(tiny, name)))
+    # The first layer of each kind, two layers at least.
+    old = tiny.num_hidden_layers
+    kinds: list[Any] = list(getattr(tiny, "layer_types", None) or [None] * old)
+    layers = sorted({kinds.index(kind) for kind in kinds})
+    if len(layers) < 2:
+        layers = list(range(min(old, 2)))
+    tiny.num_hidden_layers = len(layers)
+    for name, value in list(vars(tiny).items()):
+        if isinstance(value, list) and len(value) == old:
+            setattr(tiny, name, [value[i] for i in layers])
+        elif name in _WINDOWS and _number(tiny, name):
+            setattr(tiny, name, min(WINDOW, value))
         elif "softcapping" in name and _number(tiny, name):
             setattr(tiny, name, SOFTCAP)
     return tiny
@@ -206,43 +193,24 @@ def _number(config: PreTrainedConfig, name: str) -> bool:
 
 def _shrink_heads(config: PreTrainedConfig) -> None:
     """Keep whether and how query heads share keys; 2 key/value heads at most, heads of 16."""
-    heads = config.num_attention_heads
+    heads, old_width = config.num_attention_heads, config.hidden_size
     kv_heads = getattr(config, "num_key_value_heads", None)
-    new_kv = 1 if kv_heads == 1 else 2
-    groups = 1 if kv_heads in (None, heads) else 2
-    old_width = config.hidden_size
-    config.num_attention_heads = new_kv * groups if kv_heads is not None else 4
+    config.num_attention_heads = 4
     if kv_heads is not None:
-        config.num_key_value_heads = new_kv
-    fixed_size = _has_long_rope(config)  # its factor lists have the length of the real head
-    head_size = old_width // heads if fixed_size else 16
+        config.num_key_value_heads = 1 if kv_heads == 1 else 2
+        config.num_attention_heads = config.num_key_value_heads * (1 if kv_heads == heads else 2)
+    # The factor lists of long rotary embeddings have the length of the real head.
+    rope = getattr(config, "rope_parameters", None) or {}
+    keeps_size = any(isinstance(value, list) for value in rope.values())
+    head_size = old_width // heads if keeps_size else 16
     latent = _number(config, "qk_rope_head_dim")  # latent attention: small sizes of its own
     if "head_dim" in vars(config) and _number(config, "head_dim") and not latent:
-        head_size = config.head_dim if fixed_size else 16
+        head_size = config.head_dim if keeps_size else 16
         config.head_dim = head_size
     config.hidden_size = config.num_attention_heads * head_size
     if _number(config, "word_embed_proj_dim"):
         same = config.word_embed_proj_dim == old_width
         config.word_embed_proj_dim = config.hidden_size if same else config.hidden_size // 2
-
-
-def _has_long_rope(config: PreTrainedConfig) -> bool:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    return any(isinstance(v, list) for v in parameters.values())
-
-
-def _shrink_layers(config: PreTrainedConfig) -> None:
-    """The first layer of each kind, two layers at least."""
-    old = config.num_hidden_layers
-    kinds: list[Any] = list(getattr(config, "layer_types", None) or [None] * old)
-    chosen = sorted({kinds.index(kind) for kind in set(kinds)})
-    for index in range(old):
-        if len(chosen) < 2 and index not in chosen:
-            chosen.append(index)
-    for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == old:
-            setattr(config, name, [value[i] for i in sorted(chosen)])
-    config.num_hidden_layers = len(chosen)
 
 
 @torch.no_grad()

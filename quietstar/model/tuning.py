@@ -10,13 +10,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quietstar.attention.passes import VIRTUAL_TOKENS
+from quietstar.backbone.run import decoder_layers, embedding_weight, find_attention
 from quietstar.config import TuningConfig
 from quietstar.errors import UserError
 
 WHOLE = ("full", "galore")
 """Methods that train, and save, all weights."""
 
-__all__ = ["PEFT_METHODS", "WHOLE", "apply_tuning", "beside_peft"]
+PEFT_METHODS = ("lora", "rslora", "dora", "qlora", "ia3")
+_KEYS_AND_VALUES = ("k_proj", "v_proj", "query_key_value", "c_attn", "qkv_proj", "Wqkv")
+_MLP_OUTPUT = ("down_proj", "fc2", "fc_out", "dense_4h_to_h", "w2", "mlp.c_proj", "output.dense")
+_MLP_NAMES = ("mlp", "feed_forward", "fc2", "ffn", "block_sparse_moe")
 
 
 def apply_tuning(model: PreTrainedModel, tuning: TuningConfig) -> nn.Module:
@@ -28,14 +32,13 @@ def apply_tuning(model: PreTrainedModel, tuning: TuningConfig) -> nn.Module:
     if tuning.method in WHOLE:
         return model
     model.requires_grad_(False)
+    tuned: nn.Module = model
     if tuning.method in PEFT_METHODS:
-        tuned: nn.Module = add_peft(model, tuning)
+        tuned = add_peft(model, tuning)
+    elif tuning.method in ("houlsby", "mlp_adapter"):
+        add_bottlenecks(model, tuning)
     else:
-        tuned = model
-        if tuning.method in ("houlsby", "mlp_adapter"):
-            add_bottlenecks(model, tuning)
-        else:
-            add_virtual_tokens(model, tuning)
+        add_virtual_tokens(model, tuning)
     unfreeze(tuned, tuning.unfreeze)
     return tuned
 
@@ -57,17 +60,6 @@ def unfreeze(model: nn.Module, patterns: list[str]) -> None:
             )
         for parameter in fitting:
             parameter.requires_grad_(True)
-
-
-def beside_peft(name: str) -> bool:
-    """Whether a trained parameter of the language model is one that PEFT does not save."""
-    return not any(mark in name for mark in ("lora_", "ia3_"))
-
-
-PEFT_METHODS = ("lora", "rslora", "dora", "qlora", "ia3")
-
-_KEYS_AND_VALUES = ("k_proj", "v_proj", "query_key_value", "c_attn", "qkv_proj", "Wqkv")
-_MLP_OUTPUT = ("down_proj", "fc2", "fc_out", "dense_4h_to_h", "w2", "mlp.c_proj", "output.dense")
 
 
 def require_peft() -> Any:
@@ -92,63 +84,40 @@ def add_peft(model: PreTrainedModel, tuning: TuningConfig) -> nn.Module:
     Raises:
         UserError: The targets fit no layer.
     """
-    config = _ia3(model, tuning) if tuning.method == "ia3" else _lora(tuning)
+    peft, wanted = require_peft(), tuning.lora_target_modules
+    kinds = ("Conv1D", "Linear4bit")  # beside which adapters can sit too
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or type(module).__name__ in kinds
+    ]
+    if tuning.method == "ia3":  # keys, values and the MLP's inner activations (Liu et al. 2022)
+        ends = [e for e in _MLP_OUTPUT if any(f".{name}".endswith(f".{e}") for name in linear)]
+        pairs = [e for e in _KEYS_AND_VALUES if any(f".{n}".endswith(f".{e}") for n in linear)]
+        targets = wanted or [*pairs, *ends]
+        config = peft.IA3Config(
+            task_type="CAUSAL_LM",
+            target_modules=targets,
+            feedforward_modules=[name for name in ends if name in targets],
+        )
+    else:
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=tuning.lora_r,
+            lora_alpha=tuning.lora_alpha,
+            lora_dropout=0.0,
+            target_modules=wanted or "all-linear",
+            use_rslora=tuning.method == "rslora",
+            use_dora=tuning.method == "dora",
+        )
     try:
-        return require_peft().get_peft_model(model, config, autocast_adapter_dtype=True)
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as problem:
+        names = sorted({name.rsplit(".", 1)[-1] for name in linear})
         raise UserError(
-            f"tuning.lora_target_modules: {tuning.lora_target_modules} fits no layer of "
-            f"{type(model).__name__}; its linear layers are {', '.join(linear_names(model))}"
+            f"tuning.lora_target_modules: {wanted} fits no layer of {type(model).__name__}; its "
+            f"linear layers are {', '.join(names)}"
         ) from problem
-
-
-def _lora(tuning: TuningConfig) -> Any:
-    return require_peft().LoraConfig(
-        task_type="CAUSAL_LM",
-        r=tuning.lora_r,
-        lora_alpha=tuning.lora_alpha,  # pyright: ignore[reportArgumentType]  (floats work)
-        lora_dropout=0.0,
-        target_modules=tuning.lora_target_modules or "all-linear",
-        use_rslora=tuning.method == "rslora",
-        use_dora=tuning.method == "dora",
-    )
-
-
-def _ia3(model: PreTrainedModel, tuning: TuningConfig) -> Any:
-    """Scales of keys, values and the MLP's inner activations (Liu et al. 2022)."""
-    names = [name for name, module in model.named_modules() if is_linear(module)]
-    inner = _ending(names, _MLP_OUTPUT)
-    targets = tuning.lora_target_modules or [*_ending(names, _KEYS_AND_VALUES), *inner]
-    return require_peft().IA3Config(
-        task_type="CAUSAL_LM",
-        target_modules=targets,
-        feedforward_modules=[name for name in inner if name in targets],
-    )
-
-
-def _ending(names: list[str], endings: tuple[str, ...]) -> list[str]:
-    """Of the endings those that some module has."""
-    return [end for end in endings if any(n == end or n.endswith(f".{end}") for n in names)]
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether adapters can sit beside this layer."""
-    return isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "Linear4bit")
-
-
-def linear_names(model: nn.Module) -> list[str]:
-    """Last names of all linear layers."""
-    return sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if is_linear(m)})
-
-
-def keep_gradients_of_4bit(model: nn.Module) -> None:
-    """Keep 4-bit layers trainable after a forward pass in eval mode, as a rollout may be.
-
-    On a CPU bitsandbytes repacks them for inference there, and from then on no gradient flows.
-    """
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False  # pyright: ignore
 
 
 def quantization(tuning: TuningConfig):
@@ -174,9 +143,6 @@ def quantization(tuning: TuningConfig):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-
-
-_MLP_NAMES = ("mlp", "feed_forward", "fc2", "ffn", "block_sparse_moe")
 
 
 class Bottleneck(nn.Module):
@@ -212,56 +178,29 @@ def add_bottlenecks(model: PreTrainedModel, tuning: TuningConfig) -> None:
     """
     width = model.config.get_text_config().hidden_size
     for layer in decoder_layers(model):
-        parts = [_mlp(layer)]
+        children = dict(layer.named_children())
+        parts = [next((children[name] for name in _MLP_NAMES if name in children), None)]
         if tuning.method == "houlsby":
-            parts.append(_attention(layer))
-        if None in parts:
-            raise UserError(
-                f"tuning.method: {tuning.method} finds no MLP or attention in a layer of "
-                f"{type(model).__name__} (it has {', '.join(n for n, _ in layer.named_children())}"
-                "); set tuning.method: lora"
-            )
+            parts.append(find_attention(layer))
         for part in parts:
-            assert part is not None
+            if part is None:
+                raise UserError(
+                    f"tuning.method: {tuning.method} finds no MLP or attention in a layer of "
+                    f"{type(model).__name__} (it has {', '.join(children)}); set "
+                    "tuning.method: lora"
+                )
             device = next(part.parameters()).device
             part.add_module("adapter", Bottleneck(width, tuning.adapter_size).to(device))
-            part.register_forward_hook(_apply)
+            part.register_forward_hook(_apply_adapter)
 
 
-def _apply(module: nn.Module, inputs: Any, output: Any) -> Any:
+def _apply_adapter(module: nn.Module, inputs: Any, output: Any) -> Any:
     """Forward hook: the adapter on the sub-layer's hidden states."""
     adapter = module.adapter
     assert isinstance(adapter, Bottleneck)
     if isinstance(output, tuple):  # attention returns its weights too
         return (adapter(output[0]), *output[1:])
     return adapter(output)
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder layers.
-
-    Raises:
-        UserError: There is no list as long as the config says.
-    """
-    count = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    lists = [m for m in lists if _attention(m[0]) is not None]
-    if not lists:
-        raise UserError(
-            f"the decoder layers of {type(model).__name__} are not to be found; set "
-            "tuning.method: lora or full"
-        )
-    return lists[0]
-
-
-def _attention(layer: nn.Module) -> nn.Module | None:
-    parts = (m for _, m in layer.named_children() if "attention" in type(m).__name__.lower())
-    return next(parts, None)
-
-
-def _mlp(layer: nn.Module) -> nn.Module | None:
-    children = dict(layer.named_children())
-    return next((children[name] for name in _MLP_NAMES if name in children), None)
 
 
 class VirtualTokens(nn.Module):
@@ -283,12 +222,7 @@ class VirtualTokens(nn.Module):
 
 
 class VirtualKeyValues(nn.Module):
-    """Keys and values of the virtual tokens in one layer, (Hkv, n, head size) each.
-
-    Args:
-        shape: Shape of the keys.
-        device: Device of the layer.
-    """
+    """Keys and values of the virtual tokens in one layer, (Hkv, n, head size) each."""
 
     def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
         super().__init__()
@@ -302,29 +236,24 @@ def add_virtual_tokens(model: PreTrainedModel, tuning: TuningConfig) -> None:
     Raises:
         UserError: With ``prefix``, keys and values whose sizes the config does not tell.
     """
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor), type(model).__name__
+    weight, count = embedding_weight(model), tuning.num_virtual_tokens
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(weight.shape[0], (tuning.num_virtual_tokens,), generator=generator)
+    chosen = torch.randint(weight.shape[0], (count,), generator=generator)
     start = weight.detach()[chosen.to(weight.device)]  # as Lester et al.: of real tokens
-    learned = tuning.method == "prompt"
-    model.add_module(VIRTUAL_TOKENS, VirtualTokens(start, learned))
-    if not learned:
-        for layer in decoder_layers(model):
-            _add_key_values(model, layer, tuning.num_virtual_tokens)
-
-
-def _add_key_values(model: PreTrainedModel, layer: nn.Module, count: int) -> None:
+    model.add_module(VIRTUAL_TOKENS, VirtualTokens(start, tuning.method == "prompt"))
+    if tuning.method == "prompt":
+        return
     config = model.config.get_text_config()
-    attention = next(
-        m for _, m in layer.named_children() if "attention" in type(m).__name__.lower()
-    )
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(attention, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if getattr(config, "qk_rope_head_dim", None):
         raise UserError(
             f"tuning.method: prefix does not fit {type(model).__name__}, whose keys and values are "
             "made from a latent; set tuning.method: prompt or lora"
         )
-    device = next(attention.parameters()).device
-    attention.add_module(VIRTUAL_TOKENS, VirtualKeyValues((heads, count, size), device))
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    for layer in decoder_layers(model):
+        attention = find_attention(layer)
+        assert attention is not None, "all layers attend"
+        size = getattr(attention, "head_dim", None)
+        shape = (heads, count, size or config.hidden_size // config.num_attention_heads)
+        device = next(attention.parameters()).device
+        attention.add_module(VIRTUAL_TOKENS, VirtualKeyValues(shape, device))

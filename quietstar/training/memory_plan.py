@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from quietstar.backbone.loading import build_config, drop_dropout
+from quietstar.backbone.run import decoder_layers
 from quietstar.config import Config, TuningConfig
 from quietstar.errors import UserError
 from quietstar.losses.cross_entropy import chunk_rows
 from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
-from quietstar.model.tuning import decoder_layers
 from quietstar.sampling.positions import ANSWER_RULES, most_positions
 from quietstar.training.build import find_tokenizer, hub_options, teach_thinking
 from quietstar.training.optimizer import is_projected
