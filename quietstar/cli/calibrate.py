@@ -25,7 +25,7 @@ from quietstar.evaluation.calibration import (
     GateResult,
     Measured,
     fit_probes,
-    measure,
+    measure_tokens,
     score_tokens,
     stream_seconds,
     threshold_at,
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     batches = _held_out(args)
     bar = track(range(len(batches)), "thinking", console=Console(stderr=True), transient=True)
     steps = iter(bar)
-    measured = measure(model, batches, lambda: next(steps, None))
+    measured = measure_tokens(model, batches, lambda: next(steps, None))
     fitted = measured.where(measured.text % 2 == 0)
     tried = measured.where(measured.text % 2 == 1)
     if len(fitted.text) < 100 or len(tried.text) < 100:

@@ -17,10 +17,9 @@ from torch import Tensor
 from quietstar.backbone.run import plain_pass
 from quietstar.data import Batch
 from quietstar.generation.gates import PROBED, Gate, GateKind, Probe
-from quietstar.generation.generate import next_logits
+from quietstar.generation.generate import new_decoder, predict_next
 from quietstar.losses.thought_loss import next_token_entropy
 from quietstar.model.quiet_star import QuietStarForCausalLM
-from quietstar.sampling.decoding import Decoder
 from quietstar.sampling.thoughts import Sampling
 
 RIDGE = 1e-2
@@ -29,42 +28,25 @@ RIDGE = 1e-2
 
 @dataclass(frozen=True)
 class Measured:
-    """Every predicted token of the texts, in one row.
+    """Every predicted token of the texts, in one row."""
 
-    Attributes:
-        text: Index of the token's text.
-        states: States of the text behind the token before.
-        entropy: Entropy of the plain prediction, nats.
-        weight: Mixing weight.
-        base_nll: NLL without a thought, nats.
-        mixed_nll: NLL with a greedy thought, nats.
-        base_right: True if the token is the most likely one without a thought.
-        mixed_right: True if it is the most likely one with the thought.
-        answer: True if the token belongs to an answer.
-    """
-
-    text: Int[Tensor, " tokens"]
-    states: Float[Tensor, "tokens width"]
-    entropy: Float[Tensor, " tokens"]
-    weight: Float[Tensor, " tokens"]
-    base_nll: Float[Tensor, " tokens"]
-    mixed_nll: Float[Tensor, " tokens"]
-    base_right: Bool[Tensor, " tokens"]
-    mixed_right: Bool[Tensor, " tokens"]
-    answer: Bool[Tensor, " tokens"]
+    text: Int[Tensor, " tokens"]  # index of the token's text
+    states: Float[Tensor, "tokens width"]  # of the text behind the token before
+    entropy: Float[Tensor, " tokens"]  # of the plain prediction, nats
+    weight: Float[Tensor, " tokens"]  # mixing weight
+    base_nll: Float[Tensor, " tokens"]  # without a thought, nats
+    mixed_nll: Float[Tensor, " tokens"]  # with a greedy thought, nats
+    base_right: Bool[Tensor, " tokens"]  # the token is the most likely one without a thought
+    mixed_right: Bool[Tensor, " tokens"]  # it is the most likely one with the thought
+    answer: Bool[Tensor, " tokens"]  # the token belongs to an answer
 
     def where(self, selected: Bool[Tensor, " tokens"]) -> Measured:
         """Select some of the tokens."""
         return Measured(*[getattr(self, field.name)[selected] for field in fields(self)])
 
-    @property
-    def has_answers(self) -> bool:
-        """Say whether the texts have answers."""
-        return bool(self.answer.any())
-
 
 @torch.no_grad()
-def measure(
+def measure_tokens(
     model: QuietStarForCausalLM, batches: Sequence[Batch], advance: Callable[[], object]
 ) -> Measured:
     """Think greedily behind every token of the texts."""
@@ -108,42 +90,25 @@ def fit_probes(measured: Measured) -> dict[str, Probe]:
 
 @dataclass(frozen=True)
 class GateResult:
-    """A gate, and what it would have given on the texts.
-
-    Attributes:
-        gate: Gate with its threshold.
-        think_fraction: Fraction of the tokens that think.
-        nll: NLL of the tokens, mixed where they think, nats.
-        accuracy: Fraction of answers all of whose tokens are right; None without answers.
-        passes: Passes of the model per token.
-    """
+    """A gate, and what it would have given on the texts."""
 
     gate: Gate
-    think_fraction: float
-    nll: float
-    accuracy: float | None
-    passes: float
+    think_fraction: float  # of the tokens
+    nll: float  # of the tokens, mixed where they think, nats
+    accuracy: float | None  # fraction of answers all of whose tokens are right
+    passes: float  # of the model, per token
 
 
 def try_gate(gate: Gate, measured: Measured, scores: Tensor, thought_length: int) -> GateResult:
-    """Compute what a gate would have given.
-
-    Args:
-        gate: Gate with its threshold.
-        measured: Tokens of the texts.
-        scores: Scores that the gate gives them (`score_tokens`).
-        thought_length: Tokens of a thought.
-    """
+    """Compute what a gate would have given, by its scores of the tokens (`score_tokens`)."""
     thinks = scores > gate.threshold
     nll = torch.where(thinks, measured.mixed_nll, measured.base_nll).double().mean().item()
     fraction = thinks.double().mean().item()
     accuracy = None
-    if measured.has_answers:
+    if measured.answer.any():
         right = torch.where(thinks, measured.mixed_right, measured.base_right) | ~measured.answer
-        wrong = torch.zeros(int(measured.text.max()) + 1).index_add(
-            0, measured.text, (~right).float()
-        )
-        texts = torch.zeros_like(wrong).index_add(0, measured.text, measured.answer.float()) > 0
+        wrong = measured.text.bincount((~right).float())
+        texts = measured.text[measured.answer].unique()
         accuracy = (wrong[texts] == 0).double().mean().item()
     return GateResult(gate, fraction, nll, accuracy, 1 + thought_length * fraction)
 
@@ -166,31 +131,17 @@ def threshold_at(scores: Tensor, fraction: float) -> float:
 
 @torch.no_grad()
 def stream_seconds(
-    model: QuietStarForCausalLM, texts: Int[Tensor, "batch seq"], gate: Gate, start: int = 1
+    model: QuietStarForCausalLM, texts: Int[Tensor, "batch seq"], gate: Gate
 ) -> float:
-    """Measure the seconds a token takes when these texts are decoded as `generate` does.
+    """Measure the seconds a token takes when texts of one length are decoded as `generate` does.
 
-    Args:
-        model: Model that thinks.
-        texts: Texts of one length; their tokens are forced, so that every gate reads the same.
-        gate: Gate that decides which tokens think.
-        start: Number of tokens that are read at once at the beginning.
+    Their tokens are forced, so that every gate reads the same.
     """
-    sampling = Sampling(1, model.thoughts.length, None, 0)
-    rows = torch.arange(len(texts), device=texts.device)
-    real = torch.ones_like(texts[:, : start - 1], dtype=torch.bool)
-    decoder = Decoder(
-        model.causal_lm, model.output_head, model.start_embedding, model.end_embedding,
-        sampling, texts[:, : start - 1], real, rows,
-    )  # fmt: skip
+    decoder = new_decoder(model, Sampling(1, model.thoughts.length, None, 0), texts[:, :0])
     begun = time.perf_counter()
-    for place in range(start - 1, texts.shape[1] - 1):
-        new = decoder.append(texts[:, place], opens=gate.kind != "never")
-        thinks = gate.decide(new.states, new.logits).nonzero().squeeze(1)
-        if len(thinks):
-            some = None if len(thinks) == len(texts) else thinks
-            thinking = decoder.think(new, some)
-            next_logits(model, new.states[thinks], new.logits[thinks], thinking).argmax(-1)
+    for place in range(texts.shape[1] - 1):
+        logits, _ = predict_next(model, decoder, gate, texts[:, place])
+        logits.argmax(-1)
     if texts.is_cuda:
         torch.cuda.synchronize()
-    return (time.perf_counter() - begun) / max(1, texts.shape[1] - start)
+    return (time.perf_counter() - begun) / max(1, texts.shape[1] - 1)

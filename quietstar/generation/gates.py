@@ -33,12 +33,7 @@ PROBES_FILE = "gate.safetensors"
 
 @dataclass(frozen=True)
 class Probe:
-    """A linear function of states of the text.
-
-    Attributes:
-        weight: Weight of each entry of a state.
-        bias: Constant that is added.
-    """
+    """A linear function of states of the text."""
 
     weight: Float[Tensor, " width"]
     bias: Float[Tensor, ""]
@@ -50,17 +45,11 @@ class Probe:
 
 @dataclass(frozen=True)
 class Gate:
-    """Decides which texts think before their next token.
+    """Decides which texts think before their next token."""
 
-    Attributes:
-        kind: Kind of the score (`GateKind`).
-        threshold: Score above which a text thinks.
-        probes: Probes by name, for the kinds ``weight`` and ``gain``.
-    """
-
-    kind: str
-    threshold: float = 0.0
-    probes: dict[str, Probe] = field(default_factory=dict)
+    kind: str  # of the score (`GateKind`)
+    threshold: float = 0.0  # score above which a text thinks
+    probes: dict[str, Probe] = field(default_factory=dict)  # for the kinds `PROBED`
 
     def __post_init__(self) -> None:
         """Refuse a kind that is unknown, or that lacks its probe."""
@@ -76,12 +65,7 @@ class Gate:
     def decide(
         self, states: Float[Tensor, "batch width"], logits: Float[Tensor, "batch vocab"]
     ) -> Bool[Tensor, " batch"]:
-        """Say which rows think.
-
-        Args:
-            states: States of the newest tokens.
-            logits: Logits of the plain model from these states.
-        """
+        """Say which rows think, by the newest tokens' states and the plain model's logits."""
         if self.kind in ("always", "never"):
             return torch.full_like(states[:, 0], self.kind == "always", dtype=torch.bool)
         return self.score(states, logits) > self.threshold
@@ -99,9 +83,9 @@ class Gate:
         """Write the gate beside a saved model, with figures that were measured of it."""
         content = {"kind": self.kind, "threshold": self.threshold, **figures}
         Path(folder, GATE_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        tensors = {}
-        for name, probe in self.probes.items():
-            tensors |= {f"{name}.weight": probe.weight.contiguous(), f"{name}.bias": probe.bias}
+        probes = self.probes.items()
+        tensors = {f"{name}.weight": probe.weight.contiguous() for name, probe in probes}
+        tensors |= {f"{name}.bias": probe.bias for name, probe in probes}
         save_file(tensors, Path(folder, PROBES_FILE))
 
     @classmethod

@@ -27,19 +27,16 @@ from quietstar.sampling.thoughts import Sampling
 
 @dataclass
 class ThinkingOutput(ModelOutput):
-    """Output of generation: transformers' own fields, and the thoughts.
+    """Output of generation: transformers' own fields, and the thoughts before each new token.
 
-    Attributes:
-        sequences: Token ids of prompts and what was generated.
-        thoughts: Tokens of the thoughts before each new token, -1 where none was made.
-        scores: Processed scores of each new token, (batch, vocab); with ``output_scores``.
-        logits: Mixed logits of each new token, (batch, vocab); with ``output_logits``.
+    Scores and logits are (batch, vocab) of each new token, with ``output_scores`` and
+    ``output_logits``.
     """
 
-    sequences: Int[Tensor, "batch seq"]
-    thoughts: Int[Tensor, "batch new thoughts length"] | None = None
-    scores: tuple[Tensor, ...] | None = None
-    logits: tuple[Tensor, ...] | None = None
+    sequences: Int[Tensor, "batch seq"]  # prompts and what was generated
+    thoughts: Int[Tensor, "batch new thoughts length"] | None = None  # -1 where none was made
+    scores: tuple[Tensor, ...] | None = None  # processed
+    logits: tuple[Tensor, ...] | None = None  # mixed
 
 
 class ThinkingStreamer(BaseStreamer):
@@ -73,17 +70,42 @@ def generate(
         generation_config: GenerationConfig,
         **others: Any,
     ) -> Any:
-        _check(model, generation_config, None if gate.kind == "never" else sampling)
-        mask = others.get("attention_mask")
-        real = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
-        decoder = Decoder(
-            model.causal_lm, model.output_head, model.start_embedding, model.end_embedding,
-            sampling, input_ids[:, :-1], real[:, :-1],
-            torch.arange(len(input_ids), device=input_ids.device),
-            model.pause_token_id if model.thoughts.sampler == "pause" else None,
-        )  # fmt: skip
-        loop = _Loop(model, decoder, gate, logits_processor, stopping_criteria, generation_config)
-        return loop.run(input_ids, streamer)
+        config = generation_config
+        _check(model, config, None if gate.kind == "never" else sampling)
+        decoder = new_decoder(model, sampling, input_ids[:, :-1], others.get("attention_mask"))
+        pad = getattr(config, "_pad_token_tensor", None)
+        kept_thoughts, kept_logits, kept_scores = [], [], []
+        open_rows = torch.ones_like(input_ids[:, 0], dtype=torch.bool)
+        while open_rows.any():
+            logits, thoughts = predict_next(model, decoder, gate, input_ids[:, -1])
+            scores: Any = logits_processor(input_ids, logits)  # pyright: ignore[reportArgumentType]
+            if config.return_dict_in_generate:
+                kept_thoughts.append(thoughts)
+                kept_logits += [logits] if config.output_logits else []
+                kept_scores += [scores] if config.output_scores else []
+            if config.do_sample:
+                tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+            else:
+                tokens = scores.argmax(-1)
+            if pad is not None:  # rows that have ended
+                tokens = torch.where(open_rows, tokens, pad.to(tokens.device))
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+            if isinstance(streamer, ThinkingStreamer):
+                streamer.think(thoughts.cpu())
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+            scores = tuple(kept_scores) if config.output_scores else None
+            open_rows = open_rows & ~stopping_criteria(input_ids, scores)
+        if streamer is not None:
+            streamer.end()
+        if not config.return_dict_in_generate:
+            return input_ids
+        return ThinkingOutput(
+            sequences=input_ids,
+            thoughts=torch.stack(kept_thoughts, dim=1),
+            scores=tuple(kept_scores) if config.output_scores else None,
+            logits=tuple(kept_logits) if config.output_logits else None,
+        )
 
     causal_lm: Any = model.causal_lm
     return causal_lm.generate(inputs, custom_generate=decode, streamer=streamer, **arguments)
@@ -107,89 +129,38 @@ def _check(model: Any, config: GenerationConfig, sampling: Sampling | None) -> N
         )
 
 
-class _Loop:
-    """Greedy or sampled decoding of a batch of texts."""
+def new_decoder(
+    model: Any, sampling: Sampling, input_ids: Int[Tensor, "batch seq"], mask: Tensor | None = None
+) -> Decoder:
+    """Make a decoder of texts padded on the left, all their tokens but the newest."""
+    real = torch.ones_like(input_ids) if mask is None else mask[:, : input_ids.shape[1]]
+    rows = torch.arange(len(input_ids), device=input_ids.device)
+    pause = model.pause_token_id if model.thoughts.sampler == "pause" else None
+    return Decoder(
+        model.causal_lm, model.output_head, model.start_embedding, model.end_embedding,
+        sampling, input_ids, real.bool(), rows, pause,
+    )  # fmt: skip
 
-    def __init__(
-        self,
-        model: Any,
-        decoder: Decoder,
-        gate: Gate,
-        processor: LogitsProcessorList,
-        stopping: StoppingCriteriaList,
-        config: GenerationConfig,
-    ) -> None:
-        self.model, self.decoder, self.gate = model, decoder, gate
-        self.processor, self.stopping, self.config = processor, stopping, config
-        self.scores: list[Tensor] = []
-        self.logits: list[Tensor] = []
-        self.thoughts: list[Tensor] = []
 
-    def run(self, input_ids: Tensor, streamer: BaseStreamer | None) -> Any:
-        open_rows = torch.ones_like(input_ids[:, 0], dtype=torch.bool)
-        pad = getattr(self.config, "_pad_token_tensor", None)
-        while True:
-            tokens, thoughts = self._next(input_ids)
-            if pad is not None:  # rows that have ended
-                tokens = torch.where(open_rows, tokens, pad.to(tokens.device))
-            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-            if isinstance(streamer, ThinkingStreamer):
-                streamer.think(thoughts.cpu())
-            if streamer is not None:
-                streamer.put(tokens.cpu())
-            scores: Any = tuple(self.scores) if self.config.output_scores else None
-            open_rows = open_rows & ~self.stopping(input_ids, scores)
-            if not open_rows.any():
-                break
-        if streamer is not None:
-            streamer.end()
-        return self._output(input_ids)
+def predict_next(
+    model: Any, decoder: Decoder, gate: Gate, tokens: Int[Tensor, " batch"]
+) -> tuple[Float[Tensor, "batch vocab"], Int[Tensor, "batch thoughts length"]]:
+    """Append the newest tokens, think where the gate says so, and predict the next ones.
 
-    def _next(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Think and choose the next token of every row; also returns the thoughts."""
-        logits, thoughts = self._predict(input_ids[:, -1])
-        scores = self.processor(input_ids, logits)  # pyright: ignore[reportArgumentType]
-        if self.config.return_dict_in_generate:
-            self.thoughts.append(thoughts)
-            if self.config.output_logits:
-                self.logits.append(logits)
-            if self.config.output_scores:
-                self.scores.append(scores)
-        if not self.config.do_sample:
-            return scores.argmax(-1), thoughts
-        return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1), thoughts
-
-    def _predict(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Predict the next tokens; also returns their thoughts, -1 where none was made."""
-        decoder, model = self.decoder, self.model
-        appended = decoder.append(tokens, opens=self.gate.kind != "never")
-        states, base = appended.states, appended.logits
-        sampling = decoder.sampling
-        shape = (len(tokens), sampling.num_thoughts, sampling.thought_length)
-        if self.gate.kind == "never":
-            return base, tokens.new_empty(len(tokens), 0, sampling.thought_length)
-        rows = None
-        if self.gate.kind != "always":
-            rows = self.gate.decide(states, base).nonzero().squeeze(1)
-            rows = None if len(rows) == len(tokens) else rows
-        if rows is not None and not len(rows):
-            return base, tokens.new_full(shape, -1)
-        thinking = decoder.think(appended, rows)
-        if rows is None:
-            return next_logits(model, states, base, thinking), thinking.tokens
-        mixed = next_logits(model, states[rows], base[rows], thinking)
-        thoughts = tokens.new_full(shape, -1).index_copy(0, rows, thinking.tokens)
-        return base.index_copy(0, rows, mixed), thoughts
-
-    def _output(self, input_ids: Tensor) -> Any:
-        if not self.config.return_dict_in_generate:
-            return input_ids
-        return ThinkingOutput(
-            sequences=input_ids,
-            thoughts=torch.stack(self.thoughts, dim=1),
-            scores=tuple(self.scores) if self.config.output_scores else None,
-            logits=tuple(self.logits) if self.config.output_logits else None,
-        )
+    Returns:
+        Their logits in float32, and the thoughts, -1 where none was made.
+    """
+    appended, sampling = decoder.append(tokens, opens=gate.kind != "never"), decoder.sampling
+    states, base = appended.states, appended.logits
+    if gate.kind == "never":
+        return base, tokens.new_empty(len(tokens), 0, sampling.thought_length)
+    rows = gate.decide(states, base).nonzero().squeeze(1)
+    none = tokens.new_full((len(tokens), sampling.num_thoughts, sampling.thought_length), -1)
+    if not len(rows):
+        return base, none
+    thinking = decoder.think(appended, None if len(rows) == len(tokens) else rows)
+    mixed = next_logits(model, states[rows], base[rows], thinking)
+    return base.index_copy(0, rows, mixed), none.index_copy(0, rows, thinking.tokens)
 
 
 def next_logits(
@@ -198,13 +169,9 @@ def next_logits(
     base: Float[Tensor, "rows vocab"],
     thinking: Thinking,
 ) -> Float[Tensor, "rows vocab"]:
-    """Mix the logits of the next token, in float32; several thoughts are averaged as probabilities.
+    """Mix the plain logits from the states of the newest tokens with those behind the thoughts.
 
-    Args:
-        model: Model with mixing head and output head.
-        states: States of the newest tokens.
-        base: Logits of the plain model from these states.
-        thinking: Thoughts behind these tokens.
+    In float32; several thoughts are averaged as probabilities.
     """
     weight = model.mixing_head(
         text_lookahead(states[:, None], 1, None), thinking.ahead[None, :, :, None]
