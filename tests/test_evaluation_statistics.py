@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 
 from quietstar.evaluation.statistics import (
-    Tokens,
     break_down,
     difference,
     differences,
     items_needed,
     kind_of,
-    mean,
+    means,
     verdict,
     warnings,
 )
@@ -28,9 +27,9 @@ def test_right_or_wrong_is_tested_by_the_exact_mcnemar_test():
     after, before = column([1] * 9 + [0] * 11), column([0] * 7 + [1] * 2 + [0] * 10 + [1])
     found = difference(after, before, seed=0)
     tail = sum(math.comb(8, k) for k in (0, 1)) / 2**8  # 7 gained, 1 lost
-    assert found.p_value == pytest.approx(2 * tail)
-    assert found.test == "McNemar, exact"
-    assert found.value == pytest.approx(6 / 20)
+    assert found["p_value"] == pytest.approx(2 * tail)
+    assert found["test"] == "McNemar, exact"
+    assert found["value"] == pytest.approx(6 / 20)
 
 
 def test_probabilities_are_tested_by_a_paired_permutation():
@@ -38,7 +37,7 @@ def test_probabilities_are_tested_by_a_paired_permutation():
     found = difference(column(gaps + 0.5), column(np.full(5, 0.5)), seed=0)
     signs = itertools.product((1, -1), repeat=5)
     extreme = [abs((gaps * sign).mean()) >= gaps.mean() - 1e-12 for sign in signs]
-    assert found.p_value == pytest.approx(sum(extreme) / len(extreme))
+    assert found["p_value"] == pytest.approx(sum(extreme) / len(extreme))
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
@@ -46,7 +45,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     held = 0
     for trial in range(120):
         gaps = rng.normal(0.1, 1.0, 40)
-        low, high = difference(column(gaps), column(np.zeros(40)), seed=trial).ci95
+        low, high = difference(column(gaps), column(np.zeros(40)), seed=trial)["ci95"]
         held += low <= 0.1 <= high
     assert 105 <= held <= 120  # 0.95 * 120 = 114
 
@@ -54,17 +53,18 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
 def test_the_spread_over_thoughts_is_told_apart_from_that_over_items():
     rng = np.random.default_rng(0)
     items = rng.normal(0, 2.0, (4000, 1))
-    found = mean(items + rng.normal(0, 0.5, (4000, 8)))
-    assert found.stdev_items == pytest.approx(2.0, rel=0.05)
-    assert found.stdev_samples == pytest.approx(0.5, rel=0.05)
-    assert found.stderr == pytest.approx(math.sqrt((4 + 0.25 / 8) / 4000), rel=0.05)
+    found = means({"nll": items + rng.normal(0, 0.5, (4000, 8))}, "nll")
+    spread = found["samples"]["nll"]
+    assert spread["stdev_between_items"] == pytest.approx(2.0, rel=0.05)
+    assert spread["stdev_between_thoughts"] == pytest.approx(0.5, rel=0.05)
+    assert found["stderr"] == pytest.approx(math.sqrt((4 + 0.25 / 8) / 4000), rel=0.05)
 
 
 def test_one_item_and_equal_items_have_no_interval_to_speak_of():
     one = difference(column([0.5]), column([0.25]), seed=0)
-    assert (one.value, one.ci95, one.p_value) == (0.25, None, None)
+    assert (one["value"], one["ci95"], one["p_value"]) == (0.25, None, None)
     same = difference(column([0.5, 0.6]), column([0.5, 0.6]), seed=0)
-    assert (same.ci95, same.p_value, same.items_needed) == ((0.0, 0.0), 1.0, None)
+    assert (same["ci95"], same["p_value"], same["items_needed"]) == ((0.0, 0.0), 1.0, None)
 
 
 def test_how_many_items_a_difference_takes():
@@ -147,13 +147,12 @@ def test_gains_by_difficulty_kind_and_place():
     rng = np.random.default_rng(0)
     base = rng.exponential(2.0, 500)
     hard = base > np.quantile(base, 0.8)
-    tokens = Tokens(
-        item=np.repeat(np.arange(50.0), 10),
-        kind=np.array(["digits", "words"] * 250),
-        position=np.tile(np.arange(10.0), 50),
-        nll={"without_thoughts": base, "with_thoughts": base - hard, "swapped": base - 0.25 * hard},
-    )
-    found = break_down(tokens, seed=0)
+    nll = {"without_thoughts": base, "with_thoughts": base - hard, "swapped": base - 0.25 * hard}
+    records = {
+        variant: [{"tokens": ["1", " a"] * 5, "position": 0, "nll": row} for row in of_all]
+        for variant, of_all in ((name, values.reshape(50, 10)) for name, values in nll.items())
+    }
+    found = break_down(records, seed=0)
     assert [round(group["gain"], 3) for group in found["difficulty"]] == [0, 0, 0, 0, 1]
     assert [round(group["gain_of_content"], 3) for group in found["difficulty"]] == [
         0,

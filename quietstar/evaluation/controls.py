@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 WITHOUT, WITH = "without_thoughts", "with_thoughts"
@@ -38,11 +38,6 @@ def gain_over(own: Value, control: Value, metric: str = "nll") -> Value:
 
     Over swapped thoughts this is the gain of content, the one figure of that name: control minus
     own NLL (nats a token), or own minus control of a metric that is better when higher.
-
-    Args:
-        own: Metric with the model's own thoughts.
-        control: The same metric with the control's.
-        metric: Name of the metric, which says which direction is better.
     """
     return control - own if metric in LOWER_IS_BETTER else own - control
 
@@ -67,26 +62,14 @@ def derangement(count: int, seed: int) -> Int[Tensor, " count"]:
 
 
 def swap_positions(
-    thoughts: Int[Tensor, "batch thoughts positions length"],
-    real: Bool[Tensor, "batch positions"],
-    seeds: Sequence[int],
-) -> Int[Tensor, "batch thoughts positions length"]:
-    """Give every position the thoughts of another position of its text.
+    thoughts: Int[Tensor, "thoughts positions length"], seed: int
+) -> Int[Tensor, "thoughts positions length"]:
+    """Give every position of a text (at least two) the thoughts of another one.
 
     Within the text what is swapped still fits the subject (the harder control), and the figures do
     not depend on how texts are batched.
-
-    Args:
-        thoughts: Thoughts of the texts.
-        real: Positions that take part (no padding), at least two in each text.
-        seeds: Seed of each text's derangement, such as its index.
     """
-    swapped = thoughts.clone()
-    for row, seed in enumerate(seeds):
-        places = real[row].nonzero().squeeze(1)
-        donors = derangement(len(places), seed).to(places.device)
-        swapped[row, :, places] = thoughts[row][:, places[donors]]
-    return swapped
+    return thoughts[:, derangement(thoughts.shape[1], seed).to(thoughts.device)]
 
 
 def fit_thoughts(
@@ -94,11 +77,8 @@ def fit_thoughts(
 ) -> Int[Tensor, "thoughts positions length"]:
     """Lay a donor's thoughts out over a text with another number of positions.
 
-    Args:
-        thoughts: Thoughts of the donor, at its real positions only.
-        num_positions: Positions of the text that gets them.
-        shift: Donor's index of the thought that goes to index 0; the first and the last thought
-            stand in for those that the donor lacks.
+    Index ``shift`` of the donor goes to index 0; the first and the last thought stand in for those
+    that the donor lacks.
     """
     places = (torch.arange(num_positions) + shift).clamp(0, thoughts.shape[1] - 1)
     return thoughts[:, places.to(thoughts.device)]
@@ -106,18 +86,11 @@ def fit_thoughts(
 
 @dataclass(frozen=True)
 class TextThoughts:
-    """Thoughts of one evaluated text, as ranks give them to each other.
+    """Thoughts of one evaluated text, as ranks give them to each other."""
 
-    Attributes:
-        sample_id: Index of the text in the evaluation set.
-        tokens: Thoughts at its real positions, on the CPU.
-        anchor: Index of the thought before the first answer token; 0 without an answer.
-        has_answer: True if the text has an answer.
-    """
-
-    sample_id: int
-    tokens: Int[Tensor, "thoughts positions length"]
-    anchor: int
+    sample_id: int  # index of the text in the evaluation set
+    tokens: Int[Tensor, "thoughts positions length"]  # at its real positions, on the CPU
+    anchor: int  # index of the thought before the first answer token; 0 without an answer
     has_answer: bool
 
 
@@ -129,12 +102,8 @@ def plan_swap(texts: Sequence[TextThoughts], seed: int = 0) -> Swap | None:
 
     Among texts where all of them have answers: the thoughts before two answers take each other's
     place. Otherwise within each text, and among texts only for one that thinks at a single
-    position. The order of ``texts``, duplicates in it, and so the number of ranks and the way
-    texts are batched do not matter.
-
-    Args:
-        texts: All texts of the evaluation, from all ranks.
-        seed: Seed of the derangement among texts.
+    position. ``texts`` are those of all ranks; their order and duplicates, and so the number of
+    ranks and the way texts are batched, do not matter.
 
     Returns:
         A function from a text and a number of positions to the swapped thoughts, (thoughts,
@@ -152,9 +121,7 @@ def plan_swap(texts: Sequence[TextThoughts], seed: int = 0) -> Swap | None:
         if all_answers or text.tokens.shape[1] < 2:
             donor = donors[text.sample_id]
             return fit_thoughts(donor.tokens, num_positions, donor.anchor - text.anchor)
-        real = torch.ones(1, text.tokens.shape[1], dtype=torch.bool)
-        swapped = swap_positions(text.tokens[None], real, [text.sample_id])[0]
-        return fit_thoughts(swapped, num_positions)
+        return fit_thoughts(swap_positions(text.tokens, text.sample_id), num_positions)
 
     return swap
 
@@ -167,10 +134,7 @@ def shuffle_tokens(
 ) -> Int[Tensor, "batch thoughts positions length"]:
     """Reorder the tokens of every thought so that none keeps its place.
 
-    Args:
-        thoughts: Thoughts of at least two tokens.
-        numbers: Index of each item; with the seed it keys the orders.
-        seed: Seed of the run.
+    The number of each item keys the orders, with the seed of the run.
     """
     assert thoughts.shape[-1] > 1, "one token cannot be shuffled"
     shuffled = thoughts.clone()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,7 +28,6 @@ from quietstar.evaluation.tasks import answer_batch
 
 logger = logging.getLogger(__name__)
 
-THOUGHTS = ("on", "off")
 _Harness: Any = HFLM  # its decorator hides its type
 
 
@@ -73,8 +71,8 @@ class QuietStarLM(_Harness):
     ) -> None:
         if isinstance(thoughts, bool):  # as YAML reads on and off
             thoughts = "on" if thoughts else "off"
-        if thoughts not in THOUGHTS:
-            raise UserError(f"thoughts: {thoughts!r} must be {' or '.join(THOUGHTS)}")
+        if thoughts not in ("on", "off"):
+            raise UserError(f"thoughts: {thoughts!r} must be on or off")
         if positions not in POSITIONS:
             raise UserError(f"positions: {positions!r} must be {' or '.join(POSITIONS)}")
         self.thinks = thoughts == "on"
@@ -123,44 +121,39 @@ class QuietStarLM(_Harness):
         if not isinstance(size, int):
             raise UserError(f"batch_size: {size} is not known with thoughts; give a number")
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        bar = tqdm(total=len(requests), desc="log-likelihoods, thinking",
-                   disable=disable_tqdm or self.rank != 0)  # fmt: skip
-        with bar:
+        device, longest = self.thinker.device, self.max_length
+        with tqdm(total=len(requests), desc="log-likelihoods, thinking",
+                  disable=disable_tqdm or self.rank != 0) as bar:  # fmt: skip
             for start in range(0, len(order), size):
                 chunk = order[start : start + size]
-                scored = self._score([requests[i][1:] for i in chunk], chunk)
-                for place, answer in zip(chunk, scored, strict=True):
-                    answers[place] = answer
+                texts = [requests[i][1] + requests[i][2] for i in chunk]
+                self.num_truncated += sum(len(text) > longest for text in texts)
+                batch = answer_batch(
+                    [text[-longest:] for text in texts], [len(requests[i][2]) for i in chunk],
+                    padding_id(self.tokenizer), [1] * len(chunk) if self.thinks_once else None,
+                ).to(device)  # fmt: skip
+                thoughts = self.thinker.sample(
+                    batch.ids, positions=batch.thinking, temperature=self.thought_temperature,
+                    sample_ids=torch.tensor(chunk, device=device), **self.sampling,
+                )  # fmt: skip
+                scores = predict_thinking(self.thinker, batch, None, thoughts)
+                targets, valid = batch.targets.cpu(), batch.valid.cpu()
+                # Thoughts are averaged as probabilities.
+                logprobs = scores.logprobs.cpu().logsumexp(1) - math.log(thoughts.shape[1])
+                sums = logprobs.double().where(valid, 0).sum(1).tolist()
+                # A continuation is greedy if each thought alone would have chosen all of it.
+                greedy = (scores.predicted.cpu() == targets.unsqueeze(1)).all(1) | ~valid
+                for place, *answer in zip(chunk, sums, greedy.all(1).tolist(), strict=True):
+                    answers[place] = (answer[0], answer[1])
                     if requests[place][0] is not None:
-                        self.cache_hook.add_partial("loglikelihood", requests[place][0], answer)
+                        self.cache_hook.add_partial(
+                            "loglikelihood", requests[place][0], answers[place]
+                        )
                 bar.update(len(chunk))
         if self.num_truncated:
             logger.warning("%d texts lost their beginning to fit into %d tokens",
-                           self.num_truncated, self.max_length)  # fmt: skip
+                           self.num_truncated, longest)  # fmt: skip
         return answers
-
-    def _score(
-        self, pairs: Sequence[tuple[list[int], list[int]]], sample_ids: Sequence[int]
-    ) -> list[tuple[float, bool]]:
-        """Score a batch of (context, continuation); texts too long lose their beginning."""
-        texts = [context + continuation for context, continuation in pairs]
-        self.num_truncated += sum(len(text) > self.max_length for text in texts)
-        counts = [len(continuation) for _, continuation in pairs]
-        thinking = [1] * len(pairs) if self.thinks_once else None
-        texts, device = [text[-self.max_length :] for text in texts], self.thinker.device
-        batch = answer_batch(texts, counts, padding_id(self.tokenizer), thinking).to(device)
-        thoughts = self.thinker.sample(
-            batch.ids, positions=batch.thinking, temperature=self.thought_temperature,
-            sample_ids=torch.tensor(sample_ids, device=device), **self.sampling,
-        )  # fmt: skip
-        predictions = predict_thinking(self.thinker, batch, None, thoughts)
-        targets, valid = batch.targets.cpu(), batch.valid.cpu()
-        # Thoughts are averaged as probabilities.
-        logprobs = predictions.logprobs.cpu().logsumexp(1) - math.log(thoughts.shape[1])
-        # A continuation is greedy if each thought alone would have chosen all of it.
-        greedy = (predictions.predicted.cpu() == targets.unsqueeze(1)).all(1)
-        sums = logprobs.double().where(valid, 0).sum(1).tolist()
-        return list(zip(sums, (greedy | ~valid).all(1).tolist(), strict=True))
 
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **settings: Any

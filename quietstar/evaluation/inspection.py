@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import json
+from bisect import bisect
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import pairwise
 from math import log
 from statistics import fmean, median
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from quietstar.attention.layout import at_positions
-from quietstar.backbone.output_head import OutputHead
 from quietstar.evaluation.controls import gain_over, swap_positions
 from quietstar.losses.cross_entropy import chunk_rows
 from quietstar.model.quiet_star import QuietStarForCausalLM
@@ -33,34 +33,21 @@ BINS = (-2.0, -1.0, -0.5, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Reading:
-    """How a text is read.
+    """How a text is read."""
 
-    Attributes:
-        num_thoughts: Thoughts at every position.
-        temperature: Sampling temperature of thoughts; None takes the most likely tokens.
-        seed: Seed of the thoughts' noise.
-        context: Most tokens that the model reads at once; None for all.
-    """
-
-    num_thoughts: int = 1
-    temperature: float | None = None
-    seed: int = 0
-    context: int | None = None
+    num_thoughts: int = 1  # at every position
+    temperature: float | None = None  # of thoughts; None takes the most likely tokens
+    seed: int = 0  # of the thoughts' noise
+    context: int | None = None  # most tokens that the model reads at once; None for all
 
 
 @dataclass(frozen=True)
 class Window:
-    """Positions that think, in the part of the text that is read for them.
+    """Positions that think, in the part of the text that is read for them."""
 
-    Attributes:
-        start: First token of the part.
-        first: First position that thinks.
-        stop: End of the positions that think; the token there is read as the last one's target.
-    """
-
-    start: int
-    first: int
-    stop: int
+    start: int  # first token of the part
+    first: int  # first position that thinks
+    stop: int  # end of those that think; the token there is read as the last one's target
 
     def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Give the tokens that are read, and the positions that think in them."""
@@ -105,7 +92,7 @@ def inspect_text(
         reading: How the text is read.
         advance: Called once a window and pass; there are three passes.
     """
-    ids = torch.tensor([tokenizer(text)["input_ids"]], device=model.device)  # pyright: ignore
+    ids = torch.tensor([tokenizer.encode(text)], device=model.device)
     parts, sampled = list(windows(ids.shape[1], reading.context)), []
     for window in parts:
         part, positions = window.read(ids)
@@ -117,10 +104,11 @@ def inspect_text(
     own = torch.cat(sampled, dim=2)  # (1, K, S - 1, T)
     swapped = None  # a single position has no other to swap with
     if own.shape[2] > 1:
-        swapped = swap_positions(own, torch.ones_like(own[:, 0, :, 0], dtype=torch.bool), [0])
-    records: list[dict[str, Any]] = [{"position": 0, "id": int(ids[0, 0])}]
+        swapped = swap_positions(own[0], seed=0)[None]
+    slices = token_slices(tokenizer, text, ids[0].tolist())
+    records: list[dict[str, Any]] = [{"position": 0, "id": int(ids[0, 0]), "text": slices[0]}]
     for window in parts:
-        columns = _scored(model, ids, own, window)
+        columns = _figures(model, ids, own, window)
         advance()
         if swapped is not None:
             part, positions = window.read(ids)
@@ -128,156 +116,105 @@ def inspect_text(
             scores = model.score_mixed(part, None, part, thoughts, positions)
             columns["swapped"] = scores.logprobs[0].T  # (P, K)
         advance()
-        records += token_records(columns, own, ids, range(window.first, window.stop))
-    _add_texts(records, tokenizer, text)
-    summary = summarise_thoughts(records)
-    for thought in summary["frequent"]:
-        thought["texts"] = tokenizer.batch_decode([[i] for i in thought["ids"]])
-        thought["text"] = tokenizer.decode(thought["ids"])
-    settings = {"thought_length": model.thoughts.length, "num_thoughts": reading.num_thoughts,
-                "temperature": reading.temperature, "seed": reading.seed,
-                "context": reading.context}  # fmt: skip
+        for position, record in enumerate(_token_records(columns, tokenizer), window.first + 1):
+            records.append({"position": position, "text": slices[position], **record})
+    # Figures are cut to five significant digits.
+    records = json.loads(json.dumps(records), parse_float=lambda x: float(f"{float(x):.5g}"))
+    settings = {"thought_length": model.thoughts.length, **asdict(reading)}
     document = {"format": FORMAT, "version": VERSION, "model": name, "settings": settings}
-    return document | {"summary": summary, "tokens": records}
+    return document | {"summary": summarise_thoughts(records), "tokens": records}
 
 
 # --- Figures of a window --------------------------------------------------------------------------
 
 
-def _scored(
+def _figures(
     model: QuietStarForCausalLM, ids: Tensor, own: Tensor, window: Window
 ) -> dict[str, Tensor]:
-    """Compute figures by position (and thought), without the batch axis."""
+    """Describe thoughts and predictions by position (and thought), without the batch axis."""
     part, positions = window.read(ids)
     thoughts = own[:, :, window.first : window.stop]  # (1, K, P, T)
     states, weight = model.states_with(part, thoughts.permute(3, 1, 0, 2), positions)
-    targets = at_positions(part.roll(-1, 1), positions)[0]  # (P,)
-    head, count = model.output_head, thoughts.shape[1]
-    columns: dict[str, Tensor] = {"weight": weight[0, :, 0].T}  # (P, K)
-    columns |= _predictions(
-        head, states.text[0, positions[0]], states.ahead[0, :, 0], weight[0, :, 0], targets
-    )
-    policy = states.policy[:, :, 0].flatten(0, 2)  # (T * K * P, D)
-    tokens = thoughts[0].permute(2, 0, 1).flatten()  # (T * K * P)
-    sampling_head = head.sampled_only() if head.is_linear else head
-    probabilities = []
-    for start in range(0, len(policy), chunk_rows(head.num_logits)):
-        rows = slice(start, start + chunk_rows(head.num_logits))
-        # Rows of the vocabulary beyond the tokenizer's are never sampled.
-        logits = sampling_head.logits(policy[rows])[:, : head.vocab_size]
-        probabilities.append(logits.softmax(-1).gather(-1, tokens[rows, None]).squeeze(-1))
-    columns["thought_probability"] = (
-        torch.cat(probabilities).view(-1, count, len(targets)).permute(2, 1, 0)
-    )
-    return columns
-
-
-def _predictions(
-    head: OutputHead,
-    base: Float[Tensor, "positions width"],
-    thought: Float[Tensor, "thoughts positions width"],
-    weight: Float[Tensor, "thoughts positions"],
-    targets: Int[Tensor, " positions"],
-) -> dict[str, Tensor]:
-    """Describe the base, thought and mixed predictions; positions come first."""
-    columns: dict[str, list[Tensor]] = {}
-    size = max(1, chunk_rows(head.num_logits) // len(thought))
-    for start in range(0, len(base), size):
+    weight = weight[0, :, 0]  # (K, P)
+    targets = ids[0, window.first + 1 : window.stop + 1]
+    head, count = model.output_head, len(weight)
+    columns: dict[str, list[Tensor]] = defaultdict(list)
+    size = max(1, chunk_rows(head.num_logits) // count)
+    for start in range(0, len(targets), size):
         rows = slice(start, start + size)
-        base_logits = head.logits(base[rows])  # (p, V)
-        thought_logits = head.logits(thought[:, rows])  # (K, p, V)
+        base_logits = head.logits(states.text[0, positions[0, rows]])[:, None]  # (p, 1, V)
+        thought_logits = head.logits(states.ahead[0, :, 0, rows]).transpose(0, 1)  # (p, K, V)
         mixed_logits = torch.lerp(
-            base_logits.expand_as(thought_logits), thought_logits, weight[:, rows, None]
+            base_logits.expand_as(thought_logits), thought_logits, weight.T[rows, :, None]
         )
         kinds = {"base": base_logits, "thought": thought_logits, "mixed": mixed_logits}
         for kind, logits in kinds.items():
             logprobs = logits.log_softmax(-1)
-            index = targets[rows].expand(logprobs.shape[:-1]).unsqueeze(-1)
+            index = targets[rows, None, None].expand(-1, logprobs.shape[1], 1)
             top = logprobs.topk(min(TOP, logprobs.shape[-1]), dim=-1)
-            figures = {
-                "logprob": logprobs.gather(-1, index).squeeze(-1),
-                "entropy": -(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(-1),
-                "top_id": top.indices,
-                "top_p": top.values.exp(),
-            }
-            for name, column in figures.items():
-                column = column if kind == "base" else column.transpose(0, 1)
-                columns.setdefault(f"{kind}_{name}", []).append(column)
-    return {name: torch.cat(parts) for name, parts in columns.items()}
+            columns[f"{kind}_logprob"].append(logprobs.gather(-1, index).squeeze(-1))
+            entropy = -(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(-1)
+            columns[f"{kind}_entropy"].append(entropy)
+            columns[f"{kind}_top_id"].append(top.indices)
+            columns[f"{kind}_top_p"].append(top.values.exp())
+    policy = states.policy[:, :, 0].flatten(0, 2)  # (T * K * P, D)
+    tokens = thoughts[0].permute(2, 0, 1).flatten()  # (T * K * P)
+    sampling_head = head.sampled_only() if head.is_linear else head
+    probabilities, size = [], chunk_rows(head.num_logits)
+    for some, chosen in zip(policy.split(size), tokens.split(size), strict=True):
+        # Rows of the vocabulary beyond the tokenizer's are never sampled.
+        logits = sampling_head.logits(some)[:, : head.vocab_size]
+        probabilities.append(logits.softmax(-1).gather(-1, chosen[:, None]).squeeze(-1))
+    probability = torch.cat(probabilities).view(-1, count, len(targets)).permute(2, 1, 0)
+    figures = {"id": targets, "ids": thoughts[0].transpose(0, 1), "weight": weight.T}
+    figures |= {name: torch.cat(chunks) for name, chunks in columns.items()}
+    return figures | {"probabilities": probability}
 
 
 # --- Records of tokens ----------------------------------------------------------------------------
 
 
-def token_records(
-    columns: dict[str, Tensor], own: Tensor, ids: Tensor, positions: range
+def _token_records(
+    columns: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, Any]]:
     """Make a record of every token that one of the positions predicts."""
+
+    @cache
+    def text_of(token: int) -> str:
+        return str(tokenizer.decode([token]))
+
+    def top(ids: list[int], probabilities: list[float]) -> list[dict[str, Any]]:
+        pairs = zip(ids, probabilities, strict=True)
+        return [{"id": i, "probability": p, "text": text_of(i)} for i, p in pairs]
+
     lists = {name: column.tolist() for name, column in columns.items()}
-    for row, position in enumerate(positions):
+    for row in range(len(columns["id"])):
         at = {name: column[row] for name, column in lists.items()}
-        tokens, base_nll = own[0, :, position].tolist(), -at["base_logprob"]
-        mixed_nll = -fmean(at["mixed_logprob"])
-        content = None if "swapped" not in at else gain_over(mixed_nll, -fmean(at["swapped"]))
+        (base,), mixed = at["base_logprob"], fmean(at["mixed_logprob"])
+        content = None if "swapped" not in at else gain_over(-mixed, -fmean(at["swapped"]))
         yield {
-            "position": position + 1,
-            "id": int(ids[0, position + 1]),
-            "base_logprob": at["base_logprob"],
-            "base_entropy": at["base_entropy"],
-            "gain": base_nll - mixed_nll,
+            "id": at["id"],
+            "base_logprob": base,
+            "base_entropy": at["base_entropy"][0],
+            "gain": mixed - base,
             "gain_of_content": content,
-            "base_top": _top(at["base_top_id"], at["base_top_p"]),
+            "base_top": top(at["base_top_id"][0], at["base_top_p"][0]),
             "thoughts": [
                 {
-                    "ids": tokens[k],
-                    "probabilities": at["thought_probability"][k],
+                    "ids": ids,
+                    "texts": [text_of(i) for i in ids],
+                    "text": tokenizer.decode(ids),
+                    "probabilities": at["probabilities"][k],
                     "mixing_weight": at["weight"][k],
                     "thought_logprob": at["thought_logprob"][k],
                     "mixed_logprob": at["mixed_logprob"][k],
-                    "gain": at["mixed_logprob"][k] - at["base_logprob"],
-                    "thought_top": _top(at["thought_top_id"][k], at["thought_top_p"][k]),
-                    "mixed_top": _top(at["mixed_top_id"][k], at["mixed_top_p"][k]),
+                    "gain": at["mixed_logprob"][k] - base,
+                    "thought_top": top(at["thought_top_id"][k], at["thought_top_p"][k]),
+                    "mixed_top": top(at["mixed_top_id"][k], at["mixed_top_p"][k]),
                 }
-                for k in range(len(tokens))
+                for k, ids in enumerate(at["ids"])
             ],
         }
-
-
-def _top(ids: Sequence[int], probabilities: Sequence[float]) -> list[dict[str, Any]]:
-    return [{"id": i, "probability": p} for i, p in zip(ids, probabilities, strict=True)]
-
-
-def _add_texts(
-    records: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, text: str
-) -> None:
-    """Put texts beside ids, and cut figures to five significant digits."""
-    table: dict[int, str] = {}
-
-    def name(token: int) -> str:
-        if token not in table:
-            table[token] = str(tokenizer.decode([token]))
-        return table[token]
-
-    def short(holder: dict[str, Any]) -> None:
-        for key, value in holder.items():
-            if isinstance(value, float):
-                holder[key] = float(f"{value:.5g}")
-
-    slices = token_slices(tokenizer, text, [record["id"] for record in records])
-    for record, own_text in zip(records, slices, strict=True):
-        record["text"] = own_text
-        thoughts = record.get("thoughts", [])
-        tops = [record.get("base_top", [])]
-        for thought in thoughts:
-            thought["texts"] = [name(i) for i in thought["ids"]]
-            thought["text"] = tokenizer.decode(thought["ids"])
-            thought["probabilities"] = [float(f"{p:.5g}") for p in thought["probabilities"]]
-            tops += [thought["thought_top"], thought["mixed_top"]]
-        for top in (entry for entries in tops for entry in entries):
-            top["text"] = name(top["id"])
-            short(top)
-        for holder in (record, *thoughts):
-            short(holder)
 
 
 def token_slices(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> list[str]:
@@ -306,13 +243,18 @@ def summarise_thoughts(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Hard tokens are those whose NLL without thoughts is above the median.
     """
     predicted = [record for record in records if "gain" in record]
-    middle = median(-record["base_logprob"] for record in predicted)
-    hard = [record for record in predicted if -record["base_logprob"] > middle]
-    easy = [record for record in predicted if -record["base_logprob"] <= middle]
+    middle = median(record["base_logprob"] for record in predicted)
+    hard = [record for record in predicted if record["base_logprob"] < middle]
+    easy = [record for record in predicted if record["base_logprob"] >= middle]
     thoughts = [thought for record in predicted for thought in record["thoughts"]]
-    frequent = Counter(tuple(thought["ids"]) for thought in thoughts).most_common(MOST_FREQUENT)
-    edges = [None, *BINS, None]
     surprises = [-log(max(p, 1e-30)) for thought in thoughts for p in thought["probabilities"]]
+    counts = Counter(bisect(BINS, record["gain"]) for record in predicted)
+    frequent = []
+    for ids, count in Counter(tuple(t["ids"]) for t in thoughts).most_common(MOST_FREQUENT):
+        same = [thought for thought in thoughts if tuple(thought["ids"]) == ids]
+        gain = fmean(thought["gain"] for thought in same)
+        texts = {key: same[0][key] for key in ("ids", "texts", "text")}
+        frequent.append({**texts, "count": count, "gain": gain})
     return {
         "tokens": len(predicted),
         "base_nll": -fmean(record["base_logprob"] for record in predicted),
@@ -323,18 +265,11 @@ def summarise_thoughts(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "entropy": fmean(surprises),
         "distinct_token_ratio": fmean(len(set(t["ids"])) / len(t["ids"]) for t in thoughts),
         "histogram": [
-            {"low": low, "high": high, "count": sum(
-                (low is None or record["gain"] >= low) and (high is None or record["gain"] < high)
-                for record in predicted
-            )}
-            for low, high in pairwise(edges)
+            {"low": low, "high": high, "count": counts[index]}
+            for index, (low, high) in enumerate(pairwise([None, *BINS, None]))
         ],
-        "frequent": [
-            {"ids": list(ids), "count": count,
-             "gain": fmean(t["gain"] for t in thoughts if tuple(t["ids"]) == ids)}
-            for ids, count in frequent
-        ],
-    }  # fmt: skip
+        "frequent": frequent,
+    }
 
 
 def _means(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -25,9 +25,9 @@ def load_thinker(
 
     Args:
         name: Folder, or hub id of a plain model.
-        needs_training: Refuse a plain model.
+        needs_training: Refuse a plain model, with ``remedy`` in the message.
         dtype: Data type of the weights.
-        remedy: Advice about a plain model, for the message.
+        remedy: Advice about a plain model.
         **hub: ``revision``, ``trust_remote_code``.
 
     Raises:
@@ -45,8 +45,7 @@ def load_thinker(
         )
     else:
         model = QuietStarForCausalLM.from_base(name, dtype=dtype, **hub)
-    one = model.thoughts.model_copy(update={"lookahead": 1})
-    model.configure(one)
+    model.configure(model.thoughts.model_copy(update={"lookahead": 1}))
     return model.eval()
 
 

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.data.tokenizer import padding_id
 from quietstar.errors import UserError
-from quietstar.evaluation import controls, scoring, votes
+from quietstar.evaluation import controls, scoring, tasks, votes
 from quietstar.evaluation.controls import CONTROLS, PAUSE, SHUFFLED, SWAPPED, WITH, WITHOUT
 from quietstar.evaluation.scoring import Protocol
-from quietstar.evaluation.tasks import (
-    AnswerBatch,
-    Candidates,
-    EncodedItem,
-    Item,
-    Task,
-    answer_batch,
-    encode,
-    find_candidates,
-)
+from quietstar.evaluation.tasks import Candidates, EncodedItem, Item, Task
 from quietstar.model.quiet_star import QuietStarForCausalLM
 
 Key = tuple[str, int, str]
@@ -51,26 +42,16 @@ class ItemStore:
         self.records: dict[Key, dict[str, Any]] = {}
         if path is None:
             return
-        if overwrite or not path.exists() or b"\n" not in path.read_bytes():
+        data = b"" if overwrite or not path.exists() else path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if not whole:
             path.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
             return
-        first, *rest = self._lines(path)
-        check_settings(path, first["settings"], settings)
-        for record in rest:
-            self.records[record["task"], record["item"], record["variant"]] = record
-
-    @staticmethod
-    def _lines(path: Path) -> list[dict[str, Any]]:
-        """Read all whole lines; what an interrupt cut off is cut off the file too."""
-        data = path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):
+        if len(whole) < len(data):  # an interrupt cut the last line off
             path.write_bytes(whole)
-        lines = []
+        previous: dict[str, Any] = {}
+        fields: dict[str, type] = {"settings": dict}
         for number, line in enumerate(whole.splitlines(), 1):
-            fields = {"task": str, "item": int, "variant": str, "metrics": dict}
-            if number == 1:
-                fields = {"settings": dict}
             try:
                 record = json.loads(line)
                 valid = all(isinstance(record.get(key), kind) for key, kind in fields.items())
@@ -81,8 +62,19 @@ class ItemStore:
                     f"--out-items: {path}, line {number} is no line of an evaluation; remove it, "
                     "give another file, or --overwrite to begin anew"
                 )
-            lines.append(record)
-        return lines
+            if number == 1:
+                previous = record["settings"]
+                fields = {"task": str, "item": int, "variant": str, "metrics": dict}
+            else:
+                self.records[record["task"], record["item"], record["variant"]] = record
+        keys = {*previous, *settings}
+        keys = sorted(key for key in keys if previous.get(key) != settings.get(key))
+        if keys:
+            changes = [f"{key} ({previous.get(key)}, now {settings.get(key)})" for key in keys]
+            raise UserError(
+                f"{path}: its items were made with another {', '.join(changes)}; give another "
+                "--out, or --overwrite to begin anew"
+            )
 
     def has(self, task: str, numbers: Sequence[int], variants: Sequence[str]) -> bool:
         """Say whether all of these are finished."""
@@ -102,44 +94,18 @@ class ItemStore:
         return [self.records[task, number, variant] for number in range(count)]
 
 
-def check_settings(path: Path, previous: Any, current: Mapping[str, Any]) -> None:
-    """Refuse items that were made under other settings.
-
-    Raises:
-        UserError: Some setting differs.
-    """
-    keys = sorted(key for key in {*previous, *current} if previous.get(key) != current.get(key))
-    if keys:
-        changes = ", ".join(f"{key} ({previous.get(key)}, now {current.get(key)})" for key in keys)
-        raise UserError(
-            f"{path}: its items were made with another {changes}; give another --out, or "
-            "--overwrite to begin anew"
-        )
-
-
+@dataclass(frozen=True)
 class Runner:
-    """Scores the items of tasks and stores them.
+    """Scores the items of tasks and stores them."""
 
-    Args:
-        model: Model that thinks, with a lookahead of one.
-        tokenizer: Tokenizer of the model.
-        protocol: How items are scored.
-        store: Where finished items are.
-    """
-
-    def __init__(
-        self,
-        model: QuietStarForCausalLM,
-        tokenizer: PreTrainedTokenizerBase,
-        protocol: Protocol,
-        store: ItemStore,
-    ) -> None:
-        self.model, self.tokenizer, self.protocol, self.store = model, tokenizer, protocol, store
-        self.pad = padding_id(tokenizer)
+    model: QuietStarForCausalLM  # with a lookahead of one
+    tokenizer: PreTrainedTokenizerBase
+    protocol: Protocol
+    store: ItemStore
 
     def num_batches(self, task: Task, count: int) -> int:
         """Count how often `run` will advance."""
-        return len(list(self._batches(task, list(range(count))))) * len(self._phases(task))
+        return len(self._batches(task, range(count))) * len(self._phases(task))
 
     def run(self, task: Task, items: Sequence[Item], advance: Callable[[], object]) -> int:
         """Score all items; returns how many were shortened.
@@ -150,12 +116,16 @@ class Runner:
             UserError: An answer cannot be scored with this tokenizer.
         """
         if task.kind == "votes":
-            self._run_votes(task, items, advance)
+            for batch in self._batches(task, list(enumerate(items))):
+                for variant in self._phases(task)[0]:
+                    if not self.store.has(task.name, [number for number, _ in batch], [variant]):
+                        self.store.add(self._vote(task, batch, variant))
+                advance()
             return 0
         once = scoring.thinks_once(self.model, self.protocol.positions)
-        encoded = encode(task, items, self.tokenizer, self.model.max_text_length,
-                         self.protocol.text_tokens, once)  # fmt: skip
-        candidates = find_candidates(task, encoded, self.tokenizer)
+        encoded = tasks.encode(task, items, self.tokenizer, self.model.max_text_length,
+                               self.protocol.text_tokens, once)  # fmt: skip
+        candidates = tasks.find_candidates(task, encoded, self.tokenizer)
         by_length = sorted(encoded, key=lambda one: (-len(one.ids), one.number))
         can_swap = len(encoded) > 1 or encoded[0].swaps_within
         for phase in self._phases(task):
@@ -172,12 +142,11 @@ class Runner:
         first = [variant for variant in variants if variant != SWAPPED]
         return [first, [SWAPPED]] if SWAPPED in variants else [first]
 
-    def _batches(self, task: Task, items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    def _batches(self, task: Task, items: Sequence[Any]) -> list[Sequence[Any]]:
         size = self.protocol.batch_size
         if task.kind == "votes":
             size = max(1, size // self.protocol.votes)
-        for start in range(0, len(items), size):
-            yield items[start : start + size]
+        return [items[start : start + size] for start in range(0, len(items), size)]
 
     def _score(
         self,
@@ -187,8 +156,10 @@ class Runner:
         candidates: Candidates | None,
         count: int,
     ) -> list[dict[str, Any]]:
+        """Score a batch of a task of ``count`` items in several variants."""
         counts, thinking = [one.num_scored for one in items], [one.num_thinking for one in items]
-        batch = answer_batch([one.ids for one in items], counts, self.pad, thinking)
+        pad = padding_id(self.tokenizer)
+        batch = tasks.answer_batch([one.ids for one in items], counts, pad, thinking)
         batch = batch.to(self.model.device)
         numbers, seed = [one.number for one in items], self.protocol.seed
         records, thoughts = [], {}
@@ -202,7 +173,15 @@ class Runner:
             if SHUFFLED in variants:
                 thoughts[SHUFFLED] = controls.shuffle_tokens(own, numbers, seed)
         if SWAPPED in variants:
-            thoughts[SWAPPED] = self._swapped(task, items, batch, count)
+            donors = controls.derangement(count, seed).tolist() if count > 1 else []
+            swapped = []
+            for one in items:  # with another item, or between the positions of a plain text
+                donor = one.number if one.swaps_within else donors[one.number]
+                other = torch.tensor(self.store.records[task.name, donor, WITH]["thoughts"])
+                if one.swaps_within:
+                    other = controls.swap_positions(other, one.number)
+                swapped.append(controls.fit_thoughts(other, batch.thinking.shape[1]))
+            thoughts[SWAPPED] = torch.stack(swapped).to(batch.ids.device)
         for variant in variants:
             if variant == WITHOUT:
                 scores = scoring.predict_plain(self.model, batch, candidates)
@@ -229,39 +208,19 @@ class Runner:
                 records.append(record)
         return records
 
-    def _swapped(
-        self, task: Task, items: Sequence[EncodedItem], batch: AnswerBatch, count: int
-    ) -> Tensor:
-        """Read the thoughts of another item, or of a plain text's other positions."""
-        seed, swapped = self.protocol.seed, []
-        donors = controls.derangement(count, seed).tolist() if count > 1 else []
-        for one in items:
-            donor = one.number if one.swaps_within else donors[one.number]
-            thoughts = torch.tensor(self.store.records[task.name, donor, WITH]["thoughts"])
-            if one.swaps_within:
-                everywhere = torch.ones(1, thoughts.shape[1], dtype=torch.bool)
-                thoughts = controls.swap_positions(thoughts[None], everywhere, [one.number])[0]
-            swapped.append(controls.fit_thoughts(thoughts, batch.thinking.shape[1]))
-        return torch.stack(swapped).to(batch.ids.device)
-
-    def _run_votes(self, task: Task, items: Sequence[Item], advance: Callable[[], object]) -> None:
-        for batch in self._batches(task, list(enumerate(items))):
-            numbers, questions = [n for n, _ in batch], [item for _, item in batch]
-            for variant in (v for v in self.protocol.variants if v in (WITHOUT, WITH)):
-                if self.store.has(task.name, numbers, [variant]):
-                    continue
-                records = []
-                chains = votes.generate_chains(
-                    self.model, self.tokenizer, questions, numbers, self.protocol, variant == WITH
-                )
-                for number, item, texts in zip(numbers, questions, chains, strict=True):
-                    answers = [votes.read_number(text) for text in texts]
-                    values = votes.vote_metrics(answers, item.answer)
-                    records.append({
-                        "task": task.name, "item": number, "variant": variant, "id": item.id,
-                        "answer": item.answer, "predicted": answers,
-                        "metrics": {name: [value] for name, value in values.items()},
-                        "chains": texts,
-                    })  # fmt: skip
-                self.store.add(records)
-            advance()
+    def _vote(
+        self, task: Task, batch: Sequence[tuple[int, Item]], variant: str
+    ) -> list[dict[str, Any]]:
+        records = []
+        chains = votes.generate_chains(
+            self.model, self.tokenizer, batch, self.protocol, variant == WITH
+        )
+        for (number, item), texts in zip(batch, chains, strict=True):
+            answers = [votes.read_number(text) for text in texts]
+            metrics = votes.vote_metrics(answers, item.answer)
+            records.append({
+                "task": task.name, "item": number, "variant": variant, "id": item.id,
+                "answer": item.answer, "predicted": answers,
+                "metrics": {name: [value] for name, value in metrics.items()}, "chains": texts,
+            })  # fmt: skip
+        return records

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from quietstar.evaluation.tasks import AnswerBatch, Candidates
@@ -14,46 +15,29 @@ from quietstar.model.quiet_star import QuietStarForCausalLM
 
 POSITIONS = ("trained", "every")
 """Where answers are thought about: as the model was trained, or before every scored token."""
+NO_CANDIDATE = -1
+"""Index of a true token that is no candidate, and where there is no token."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How items are scored.
+    """How items are scored."""
 
-    Attributes:
-        variants: Variants to score, such as ``with_thoughts`` and some `controls.CONTROLS`.
-        batch_size: Items (chains, where there are votes) at once.
-        samples: Thoughts of each item, over which scores are averaged.
-        thought_temperature: Sampling temperature of thoughts; None takes the most likely tokens.
-        seed: Seed of thoughts, votes, controls and resampling.
-        votes: Chains of thought of an item.
-        temperature: Sampling temperature of the chains.
-        max_new_tokens: Tokens of a chain.
-        text_tokens: Tokens that are read of a text without a prompt.
-        positions: Where answers are thought about (`POSITIONS`).
-        separator: Text between prompt and answer of the user's own records.
-    """
-
-    variants: tuple[str, ...]
-    batch_size: int = 16
-    samples: int = 1
-    thought_temperature: float | None = None
-    seed: int = 0
-    votes: int = 8
-    temperature: float = 0.9
-    max_new_tokens: int = 384
-    text_tokens: int = 256
-    positions: str = "trained"
-    separator: str = ""
+    variants: tuple[str, ...]  # such as with_thoughts and some of controls.CONTROLS
+    batch_size: int = 16  # items (chains, where there are votes) at once
+    samples: int = 1  # thoughts of each item, over which scores are averaged
+    thought_temperature: float | None = None  # None takes the most likely tokens
+    seed: int = 0  # of thoughts, votes, controls and resampling
+    votes: int = 8  # chains of thought of an item
+    temperature: float = 0.9  # of the chains
+    max_new_tokens: int = 384  # tokens of a chain
+    text_tokens: int = 256  # tokens that are read of a text without a prompt
+    positions: str = "trained"  # where answers are thought about (`POSITIONS`)
+    separator: str = ""  # text between prompt and answer of the user's own records
 
 
 def thinks_once(model: QuietStarForCausalLM, positions: str) -> bool:
-    """Say whether answers are thought about once, before their first token.
-
-    Args:
-        model: Model that thinks.
-        positions: One of `POSITIONS`.
-    """
+    """Say whether answers are thought about once, before their first token (`POSITIONS`)."""
     return positions == "trained" and model.thoughts.positions == "answer_start"
 
 
@@ -62,15 +46,13 @@ def predict_plain(
 ) -> MixedScores:
     """Predict the scored tokens without thoughts, as with one thought that changes nothing."""
     ids = None if candidates is None else candidates.ids.to(batch.ids.device)
-    scores = model.score_plain(batch.ids, batch.mask, batch.labels, candidates=ids)
+    scores = model.score_plain(batch.ids, None, batch.labels, candidates=ids)
     places = batch.positions.clamp(min=0)  # (B, P)
-    logits = None
-    if scores.candidates is not None:
-        index = places.unsqueeze(-1).expand(*places.shape, scores.candidates.shape[-1])
-        logits = scores.candidates.gather(1, index).unsqueeze(1)
-    logprobs, predicted = (
-        x.gather(1, places).unsqueeze(1) for x in (scores.logprobs, scores.predicted)
-    )
+    logits = scores.candidates
+    if logits is not None:
+        logits = logits.take_along_dim(places.unsqueeze(-1), 1).unsqueeze(1)
+    logprobs = scores.logprobs.gather(1, places).unsqueeze(1)
+    predicted = scores.predicted.gather(1, places).unsqueeze(1)
     return MixedScores(logprobs, predicted, logits)
 
 
@@ -82,26 +64,22 @@ def predict_thinking(
 ) -> MixedScores:
     """Predict the scored tokens with these thoughts, and plainly where the batch does not think."""
     ids = None if candidates is None else candidates.ids.to(batch.ids.device)
-    mixed = model.score_mixed(
-        batch.ids, batch.mask, batch.labels, thoughts, batch.thinking, candidates=ids
-    )
+    mixed = model.score_mixed(batch.ids, None, batch.labels, thoughts, batch.thinking, ids)
     if torch.equal(batch.thinking, batch.positions):
         return mixed
     plain = predict_plain(model, batch, candidates)
-    width = batch.thinking.shape[1]
-    thinks = (batch.thinking >= 0).unsqueeze(1)  # (B, 1, thinking)
+    rows, places = (batch.thinking >= 0).nonzero(as_tuple=True)
 
     def merge(plain: Tensor, mixed: Tensor) -> Tensor:
         merged = plain.repeat_interleave(mixed.shape[1], dim=1)
-        here = thinks if mixed.ndim == 3 else thinks.unsqueeze(-1)
-        merged[:, :, :width] = mixed.where(here, merged[:, :, :width])
+        merged[rows, :, places] = mixed[rows, :, places]
         return merged
 
     logits = None
     if plain.candidates is not None and mixed.candidates is not None:
         logits = merge(plain.candidates, mixed.candidates)
-    logprobs, predicted = merge(plain.logprobs, mixed.logprobs), plain.predicted
-    return MixedScores(logprobs, merge(predicted, mixed.predicted), logits)
+    logprobs = merge(plain.logprobs, mixed.logprobs)
+    return MixedScores(logprobs, merge(plain.predicted, mixed.predicted), logits)
 
 
 def item_metrics(
@@ -128,30 +106,24 @@ def item_metrics(
         fraction = right.sum(-1).double() / counts
         return metrics | {"accuracy": (right | ~valid).all(-1).double(), "token_accuracy": fraction}
     logits = predictions.candidates.cpu().double()
-    gold = gold_index(batch, candidates)  # (B, P)
-    answers = logits[..., : candidates.num_answers]
-    is_answer = ((gold >= 0) & (gold < candidates.num_answers)).unsqueeze(1)
-    right = (answers.argmax(-1) == gold.unsqueeze(1)) | ~is_answer
-    metrics["gold_probability"] = _probability(answers, gold, is_answer)
-    metrics["accuracy"] = right.all(-1).double()
-    if candidates.has_end:
-        metrics["published_accuracy"] = _probability(logits, gold, (gold >= 0).unsqueeze(1))
-    return metrics
-
-
-def gold_index(batch: AnswerBatch, candidates: Candidates) -> Int[Tensor, "batch positions"]:
-    """Find each true token among the candidates; -1 for another token or none."""
     same = batch.targets.unsqueeze(-1) == candidates.ids  # (B, P, C)
-    index = same.int().argmax(-1)
-    return index.where(same.any(-1) & batch.valid, -1)
+    gold = same.int().argmax(-1).where(same.any(-1) & batch.valid, NO_CANDIDATE).unsqueeze(1)
+    answers = logits[..., : candidates.num_answers]
+    gold_answer = gold.where(gold < candidates.num_answers, NO_CANDIDATE)  # (B, 1, P)
+    right = (answers.argmax(-1) == gold_answer) | (gold_answer == NO_CANDIDATE)
+    metrics["gold_probability"] = _probability(answers, gold_answer)
+    metrics["accuracy"] = right.all(-1).double()
+    if len(candidates.ids) > candidates.num_answers:  # with an end
+        metrics["published_accuracy"] = _probability(logits, gold)
+    return metrics
 
 
 def _probability(
     logits: Float[Tensor, "batch thoughts positions candidates"],
-    gold: Int[Tensor, "batch positions"],
-    counted: Bool[Tensor, "batch 1 positions"],
+    gold: Int[Tensor, "batch 1 positions"],
 ) -> Float[Tensor, "batch thoughts"]:
-    inside = gold.clamp(0, logits.shape[-1] - 1)
-    index = inside[:, None, :, None].expand(*logits.shape[:3], 1)
-    logprobs = logits.log_softmax(-1).gather(-1, index).squeeze(-1)
-    return logprobs.where(counted, 0).sum(-1).exp()
+    """Multiply the probabilities of the true candidates; `NO_CANDIDATE` does not count."""
+    gold = gold.expand(logits.shape[:3])
+    logprobs = logits.log_softmax(-1).movedim(-1, 1)
+    nll = F.nll_loss(logprobs, gold, ignore_index=NO_CANDIDATE, reduction="none")
+    return (-nll.sum(-1)).exp()

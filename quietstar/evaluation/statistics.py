@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,6 @@ from quietstar.evaluation.runner import ItemStore
 from quietstar.evaluation.tasks import Task
 
 Array = NDArray[np.float64]
-RESAMPLES = 9_999
 LEVEL = 0.95
 POWER = 0.8
 SIGNIFICANT = 0.05
@@ -46,90 +44,34 @@ MIN_TOKENS = 40
 KINDS = ("digits", "words", "punctuation", "white space")
 
 
-@dataclass(frozen=True)
-class Mean:
-    """Mean of a metric over items.
+def difference(after: Array, before: Array, seed: int) -> dict[str, Any]:
+    """Compare a metric of the same items in two variants, (items, samples), averaged over samples.
 
-    Attributes:
-        value: Mean over items and thought samples.
-        stderr: Standard error, from the spread over items; None for one item.
-        stdev_items: Standard deviation between items, without the part of thought samples.
-        stdev_samples: Standard deviation between thoughts of an item; None for one sample.
-    """
-
-    value: float
-    stderr: float | None
-    stdev_items: float | None
-    stdev_samples: float | None
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean difference of a metric between two variants, paired by item.
-
-    Attributes:
-        value: Difference of the means.
-        ci95: Bootstrap interval (bias-corrected and accelerated); None for one item.
-        p_value: Exact McNemar test of metrics that are 0 or 1, else a paired permutation test.
-        test: Name of that test.
-        items_needed: Number of items that would show a difference of this size (two-sided test at
-            5 %, power 80 %); None if there is no difference.
-    """
-
-    value: float
-    ci95: tuple[float, float] | None
-    p_value: float | None
-    test: str
-    items_needed: int | None
-
-
-def mean(values: Array) -> Mean:
-    """Compute the mean of a metric, (items, samples), with its spread."""
-    items, samples = values.shape
-    of_items = values.mean(1)
-    stderr = float(of_items.std(ddof=1) / math.sqrt(items)) if items > 1 else None
-    if samples == 1:
-        spread = None if items == 1 else float(of_items.std(ddof=1))
-        return Mean(float(of_items.mean()), stderr, spread, None)
-    within = float(values.var(1, ddof=1).mean())
-    between = float(of_items.var(ddof=1)) - within / samples if items > 1 else 0.0
-    return Mean(float(of_items.mean()), stderr, math.sqrt(max(between, 0.0)), math.sqrt(within))
-
-
-def difference(after: Array, before: Array, seed: int) -> Difference:
-    """Compare a metric of the same items in two variants, after minus before.
-
-    Args:
-        after: Metric of every item, (items, samples); samples are averaged.
-        before: The same metric in the other variant.
-        seed: Seed of resampling.
+    Returns:
+        ``value``: mean of after minus before; ``ci95``: its bootstrap interval (bias-corrected and
+        accelerated), None for one item; ``p_value``: by the exact McNemar test for metrics that are
+        0 or 1, else by a paired permutation test; ``test``: the name of that; ``items_needed``.
     """
     a, b = after.mean(1), before.mean(1)
     gaps = a - b
-    value, ci95, needed = float(gaps.mean()), interval(gaps, seed), items_needed(gaps)
+    p_value, test = 1.0, "permutation, paired"
     if len(gaps) < 2:
-        return Difference(value, ci95, None, "none", needed)
-    if np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all():
-        gained, lost = int((a > b).sum()), int((a < b).sum())
-        p_value = 1.0
+        p_value, test = None, "none"
+    elif np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all():
+        test, gained, lost = "McNemar, exact", int((a > b).sum()), int((a < b).sum())
         if gained + lost:
             p_value = float(stats.binomtest(gained, gained + lost, 0.5).pvalue)
-        return Difference(value, ci95, p_value, "McNemar, exact", needed)
-    p_value = 1.0
-    if np.abs(gaps).max() >= 1e-12:
-
-        def statistic(x: Array, y: Array, axis: int = -1) -> Any:
-            return (x - y).mean(axis)
-
+    elif np.abs(gaps).max() >= 1e-12:
         result = stats.permutation_test(
-            (a, b), statistic, permutation_type="samples", vectorized=True, n_resamples=RESAMPLES,
-            batch=500, rng=np.random.default_rng(seed),
+            (a, b), lambda x, y, axis: (x - y).mean(axis), permutation_type="samples",
+            vectorized=True, n_resamples=9_999, batch=500, rng=np.random.default_rng(seed),
         )  # fmt: skip
         p_value = float(result.pvalue)
-    return Difference(value, ci95, p_value, "permutation, paired", needed)
+    return {"value": float(gaps.mean()), "ci95": bootstrap_interval(gaps, seed), "p_value": p_value,
+            "test": test, "items_needed": items_needed(gaps)}  # fmt: skip
 
 
-def interval(values: Array, seed: int) -> tuple[float, float] | None:
+def bootstrap_interval(values: Array, seed: int) -> tuple[float, float] | None:
     """Compute the bootstrap interval of a mean; None for fewer than two values."""
     if len(values) < 2:
         return None
@@ -138,7 +80,7 @@ def interval(values: Array, seed: int) -> tuple[float, float] | None:
     rng = np.random.default_rng(seed)
     for method in ("BCa", "percentile"):  # the first has no answer where the values hardly differ
         with np.errstate(invalid="ignore", divide="ignore"):
-            result = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, batch=500,
+            result = stats.bootstrap((values,), np.mean, n_resamples=9_999, batch=500,
                                      confidence_level=LEVEL, method=method, rng=rng)  # fmt: skip
         low, high = map(float, result.confidence_interval)
         if math.isfinite(low) and math.isfinite(high):
@@ -146,24 +88,11 @@ def interval(values: Array, seed: int) -> tuple[float, float] | None:
     return None
 
 
-def ratio_interval(sums: Array, counts: Array, seed: int) -> tuple[float, float] | None:
-    """Compute the bootstrap interval of sum(sums) / sum(counts), resampled by item."""
-    if len(sums) < 2:
-        return None
-
-    def ratio(s: Array, c: Array, axis: int = -1) -> Any:
-        return s.sum(axis) / c.sum(axis)
-
-    result = stats.bootstrap(
-        (sums, counts), ratio, paired=True, vectorized=True, n_resamples=1_999, batch=500,
-        confidence_level=LEVEL, method="percentile", rng=np.random.default_rng(seed),
-    )  # fmt: skip
-    low, high = map(float, result.confidence_interval)
-    return low, high
-
-
 def items_needed(gaps: Array) -> int | None:
-    """Estimate how many items would show a mean difference of this size (normal approximation)."""
+    """Estimate how many items would show a mean difference of this size; None if there is none.
+
+    Two-sided test at 5 %, power 80 %, by the normal approximation.
+    """
     size = abs(float(gaps.mean()))
     if len(gaps) < 2 or size < 1e-12:
         return None
@@ -182,15 +111,7 @@ def summarise(
     num_cut: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Compute the figures of a task.
-
-    Args:
-        task: Task of the items.
-        store: Store that holds all its items.
-        variants: Variants that were asked for.
-        count: Number of items.
-        num_cut: Number of items that were shortened.
-        seed: Seed of resampling.
+    """Compute the figures of a task of ``count`` items, of which ``num_cut`` were shortened.
 
     Returns:
         ``n``, ``main_metric``, ``truncated``; a mapping of metrics for every variant; the
@@ -217,13 +138,13 @@ def summarise(
     if controls:
         summary["controls"] = {control: means(values[control], main) for control in controls}
     for control in controls:
-        summary[GAINS[control]] = differences(
-            values[WITH], values[control], main, seed, as_gain=True
-        )
-    if WITHOUT in records and WITH in records and task.kind in ("answer", "text"):
-        summary["breakdown"] = break_down(gather_tokens(records), seed)
+        gains = differences(values[WITH], values[control], main, seed, as_gain=True)
+        summary[GAINS[control]] = gains
+    tokens_are_scored = task.kind in ("answer", "text")
+    if WITHOUT in records and WITH in records and tokens_are_scored:
+        summary["breakdown"] = break_down(records, seed)
     summary["warnings"] = warnings(summary)
-    if SWAPPED in variants and SWAPPED not in records and task.kind in ("answer", "text"):
+    if SWAPPED in variants and SWAPPED not in records and tokens_are_scored:
         summary["warnings"].append(
             "gain of content: not available, because a single item has no other to swap thoughts "
             "with"
@@ -233,18 +154,28 @@ def summarise(
 
 
 def means(values: dict[str, Array], main: str) -> dict[str, Any]:
-    """Compute every metric with ``METRIC_stderr``, and ``stderr`` of the main one."""
+    """Compute the mean of every metric, (items, samples), and its error over items.
+
+    Returns:
+        Every metric, its ``METRIC_stderr`` (None for one item), ``stderr`` of the main one, and
+        ``n``; of several thought samples also ``samples``: the standard deviation of each metric
+        between items, without the part of thought samples, and between thoughts of an item.
+    """
     figures: dict[str, Any] = {}
-    samples = {}
-    for name, value in values.items():
-        result = mean(value)
-        figures[name], figures[f"{name}_stderr"] = result.value, result.stderr
-        if result.stdev_samples is not None:
-            samples[name] = {"stdev_between_items": result.stdev_items,
-                             "stdev_between_thoughts": result.stdev_samples}  # fmt: skip
     count, num_samples = values[main].shape
+    spread = {}
+    for name, value in values.items():
+        of_items = value.mean(1)
+        figures[name], figures[f"{name}_stderr"] = float(of_items.mean()), None
+        if count > 1:
+            figures[f"{name}_stderr"] = float(of_items.std(ddof=1) / math.sqrt(count))
+        if num_samples > 1:
+            within = float(value.var(1, ddof=1).mean())
+            between = float(of_items.var(ddof=1)) - within / num_samples if count > 1 else 0.0
+            spread[name] = {"stdev_between_items": math.sqrt(max(between, 0.0)),
+                            "stdev_between_thoughts": math.sqrt(within)}  # fmt: skip
     figures |= {"n": count, "stderr": figures[f"{main}_stderr"]}
-    return figures | ({"samples": {"n": num_samples, **samples}} if samples else {})
+    return figures | ({"samples": {"n": num_samples, **spread}} if spread else {})
 
 
 def differences(
@@ -255,22 +186,17 @@ def differences(
     *,
     as_gain: bool = False,
 ) -> dict[str, Any]:
-    """Compare every metric; ``ci95``, ``p_value`` and so on are those of the main one.
+    """Compare every metric of the same items in two variants, (items, samples), after minus before.
 
-    Args:
-        after: Values by metric, (items, samples) each.
-        before: Values of the same items in the other variant.
-        main: Name of the main metric.
-        seed: Seed of resampling.
-        as_gain: Give gains (`controls.gain_over`), which are positive where ``after`` is better;
-            otherwise plain differences, after minus before.
+    ``ci95``, ``p_value`` and so on are those of the main metric. With ``as_gain`` the figures are
+    gains (`controls.gain_over`), which are positive where ``after`` is better.
     """
     figures: dict[str, Any] = {}
     for name in after:
         pair = (after[name], before[name])
         if as_gain and name in LOWER_IS_BETTER:
             pair = pair[::-1]
-        result = asdict(difference(*pair, seed))
+        result = difference(*pair, seed)
         figures[name] = result.pop("value")
         figures |= {f"{name}_{key}": value for key, value in result.items()}
     details = ("ci95", "p_value", "test", "items_needed")
@@ -285,12 +211,11 @@ def warnings(summary: dict[str, Any]) -> list[str]:
     change = summary.get("difference")
     if change is None:
         return lines
-    count, needed = summary["n"], change["items_needed"]
+    main, count, needed = summary["main_metric"], summary["n"], change["items_needed"]
     if needed is not None and needed > count and not is_significant(change):
         lines.append(
-            f"{count} items are too few to tell a difference of "
-            f"{change[summary['main_metric']]:+.4f} in {summary['main_metric']} from chance: it "
-            f"would take about {needed:,}"
+            f"{count} items are too few to tell a difference of {change[main]:+.4f} in {main} from "
+            f"chance: it would take about {needed:,}"
         )
     return lines
 
@@ -304,27 +229,23 @@ def is_significant(change: dict[str, Any]) -> bool:
     return ci95 is not None and (ci95[0] > 0 or ci95[1] < 0) and p_value < SIGNIFICANT
 
 
-def gain_of_thinking(summary: dict[str, Any]) -> float:
-    """Turn the main metric's difference into a gain, positive where thoughts are better."""
-    return gain_over(summary["difference"][summary["main_metric"]], 0.0, summary["main_metric"])
-
-
 def verdict(summary: dict[str, Any]) -> str:
     """Answer in a sentence: do the thoughts help, and is it what they say?"""
     if "difference" not in summary:
         return ""
-    if not is_significant(summary["difference"]):
+    change, main = summary["difference"], summary["main_metric"]
+    if not is_significant(change):
         return f"no difference that {summary['n']} items can tell"
-    if gain_of_thinking(summary) < 0:
+    if gain_over(change[main], 0.0, main) < 0:
         return "thoughts make it worse"
-    controls = [control for control in CONTROLS if GAINS[control] in summary]
-    if not controls:
+    gains = {control: summary[GAINS[control]] for control in CONTROLS if GAINS[control] in summary}
+    if not gains:
         return "better with thoughts (run --controls to see whether it is what they say)"
-    main, equal = summary["main_metric"], []
-    for control in controls:
-        gain = summary[GAINS[control]]
-        if not (is_significant(gain) and gain[main] > 0):
-            equal.append(CONTROL_NAMES[control])
+    equal = [
+        CONTROL_NAMES[control]
+        for control, gain in gains.items()
+        if not (is_significant(gain) and gain[main] > 0)
+    ]
     if equal:
         helping = " and ".join(equal)
         return f"better with thoughts, but {helping} help as much: it is not what the thoughts say"
@@ -332,39 +253,6 @@ def verdict(summary: dict[str, Any]) -> str:
 
 
 # --- Breakdown by token ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Scored tokens of all items of a task, in one row.
-
-    Attributes:
-        item: Index of each token's item.
-        kind: Kind of each token's text (`kind_of`).
-        position: Index of each token in its text.
-        nll: NLL by variant, nats.
-    """
-
-    item: Array
-    kind: np.ndarray
-    position: Array
-    nll: dict[str, Array]
-
-
-def gather_tokens(records: Mapping[str, Sequence[dict[str, Any]]]) -> Tokens:
-    """Gather the tokens from the records of every variant, in the order of the items."""
-    first = records[WITHOUT]
-    lengths = [len(record["tokens"]) for record in first]
-    places = [record["position"] + np.arange(n) for record, n in zip(first, lengths, strict=True)]
-    return Tokens(
-        item=np.repeat(np.arange(len(first), dtype=float), lengths),
-        kind=np.array([kind_of(text) for record in first for text in record["tokens"]]),
-        position=np.concatenate(places).astype(float),
-        nll={
-            variant: np.concatenate([np.asarray(record["nll"], dtype=float) for record in rows])
-            for variant, rows in records.items()
-        },
-    )
 
 
 def kind_of(text: str) -> str:
@@ -378,49 +266,57 @@ def kind_of(text: str) -> str:
     return "words" if category[0] in "LM" else "punctuation"
 
 
-def break_down(tokens: Tokens, seed: int) -> dict[str, list[dict[str, Any]]]:
+def break_down(
+    records: Mapping[str, Sequence[dict[str, Any]]], seed: int
+) -> dict[str, list[dict[str, Any]]]:
     """Compute the gains (nats a token) of groups of tokens, with intervals.
+
+    Args:
+        records: Records of all items in every variant, in the same order.
+        seed: Seed of resampling.
 
     Returns:
         ``difficulty``, by quantiles of the base NLL, ``kind`` and ``position``; each a list of
         groups with ``label``, ``n``, ``base_nll``, ``gain``, ``gain_ci95`` and, where swapped
         thoughts were scored, ``gain_of_content`` and ``gain_of_content_ci95``.
     """
-    base = tokens.nll[WITHOUT]
+    nll = {variant: np.concatenate([r["nll"] for r in rows]) for variant, rows in records.items()}
+    first, base = records[WITHOUT], nll[WITHOUT]
     if len(base) < MIN_TOKENS:
         return {}
+    gains = {"gain": base - nll[WITH]}
+    if SWAPPED in nll:
+        gains[GAINS[SWAPPED]] = nll[SWAPPED] - nll[WITH]
+    item = np.repeat(np.arange(len(first)), [len(record["tokens"]) for record in first])
+    kind = np.array([kind_of(text) for record in first for text in record["tokens"]])
+    position = [record["position"] + np.arange(len(record["tokens"])) for record in first]
     groups = {
         "difficulty": _quantiles(base, "{:.2f} to {:.2f}"),
-        "kind": [(kind, tokens.kind == kind) for kind in KINDS if (tokens.kind == kind).any()],
-        "position": _quantiles(tokens.position, "{:.0f} to {:.0f}"),
-    }
-    return {
-        name: [_group(tokens, label, selected, seed) for label, selected in parts]
-        for name, parts in groups.items()
+        "kind": [(name, kind == name) for name in KINDS if name in kind],
+        "position": _quantiles(np.concatenate(position), "{:.0f} to {:.0f}"),
     }
 
+    def group(label: str, chosen: np.ndarray) -> dict[str, Any]:
+        figures = {"label": label, "n": int(chosen.sum()), "base_nll": float(base[chosen].mean())}
+        _, items, counts = np.unique(item[chosen], return_inverse=True, return_counts=True)
+        for name, gain in gains.items():
+            figures |= {name: float(gain[chosen].mean()), f"{name}_ci95": None}
+            if len(counts) > 1:  # items are resampled, with all their tokens
+                result = stats.bootstrap(
+                    (np.bincount(items, weights=gain[chosen]), counts),
+                    lambda sums, counts, axis: sums.sum(axis) / counts.sum(axis), paired=True,
+                    vectorized=True, n_resamples=1_999, batch=500, confidence_level=LEVEL,
+                    method="percentile", rng=np.random.default_rng(seed),
+                )  # fmt: skip
+                figures[f"{name}_ci95"] = tuple(map(float, result.confidence_interval))
+        return figures
 
-def _quantiles(values: Array, label: str) -> list[tuple[str, np.ndarray]]:
+    return {name: [group(*part) for part in parts] for name, parts in groups.items()}
+
+
+def _quantiles(values: np.ndarray, label: str) -> list[tuple[str, np.ndarray]]:
     """Split into groups of about equal size; into fewer where many values are equal."""
     edges = np.unique(np.quantile(values, np.linspace(0, 1, QUANTILES + 1)))
-    if len(edges) < 2:
-        return [(label.format(edges[0], edges[0]), np.ones_like(values, dtype=bool))]
-    index = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
-    groups = [index == i for i in range(len(edges) - 1)]
-    return [(label.format(values[g].min(), values[g].max()), g) for g in groups if g.any()]
-
-
-def _group(tokens: Tokens, label: str, selected: np.ndarray, seed: int) -> dict[str, Any]:
-    own, base = tokens.nll[WITH], tokens.nll[WITHOUT]
-    group = {"label": label, "n": int(selected.sum()), "base_nll": float(base[selected].mean())}
-    gains = {"gain": base - own}
-    if SWAPPED in tokens.nll:
-        gains[GAINS[SWAPPED]] = tokens.nll[SWAPPED] - own
-    items, count = tokens.item[selected].astype(int), int(tokens.item.max()) + 1
-    counts = np.bincount(items, minlength=count).astype(float)
-    for name, gain in gains.items():
-        group[name] = float(gain[selected].mean())
-        sums = np.bincount(items, weights=gain[selected], minlength=count).astype(float)
-        present = counts > 0
-        group[f"{name}_ci95"] = ratio_interval(sums[present], counts[present], seed)
-    return group
+    index = np.digitize(values, edges[1:-1])
+    groups = [index == i for i in np.unique(index)]
+    return [(label.format(values[g].min(), values[g].max()), g) for g in groups]

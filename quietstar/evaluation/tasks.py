@@ -13,68 +13,50 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.attention.layout import IGNORE_INDEX, NO_POSITION
+from quietstar.data.synthetic import synthetic_records
 from quietstar.data.tokenizer import check_unicode
 from quietstar.errors import UserError
 
-Kind = Literal["answer", "text", "votes"]
-STEP_BY_STEP = "Let's think step by step."
-DEMO_OPTIONS = {"num_steps": 4, "num_moves": 8}
-DEMO_ITEMS = 512
 TEXT_FILES = (".txt", ".md")
 MIN_CONTEXT = 8
 """Tokens at the beginning of a text that are not scored: there any second pass would help."""
 TEXT_TOKENS = 256
-DIGITS = re.compile(r"[0-9]+")
+
+Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question (or text) of a task.
+    """One question (or text) of a task."""
 
-    Attributes:
-        id: Name of the item in the data set, or its number there.
-        prompt: Text that the model reads first; empty for a plain text.
-        answer: Text that is scored, without the task's separator.
-        where: Place of the record, for messages.
-        labels: Answers to choose from, if there are any.
-        tokens: Token ids of a span of a longer text, which stand in for the answer.
-    """
-
-    id: str
-    prompt: str
-    answer: str
-    where: str
-    labels: tuple[str, ...] = ()
-    tokens: tuple[int, ...] = ()
+    id: str  # in the data set, or its number there
+    prompt: str  # what the model reads first; empty for a plain text
+    answer: str  # what is scored, without the task's separator
+    where: str  # place of the record, for messages
+    labels: tuple[str, ...] = ()  # answers to choose from, if there are any
+    tokens: tuple[int, ...] = ()  # a span of a longer text, which stands in for the answer
 
 
 @dataclass(frozen=True)
 class Task:
     """A task of our own; `harness_tasks` has those of lm-evaluation-harness.
 
-    Attributes:
-        name: Name in ``--tasks``.
-        kind: ``answer``: the tokens of the answer are scored; ``text``: all tokens; ``votes``: a
-            chain of thought is generated several times.
-        read: Function from a record, its number and its place to an item.
-        file: File in ``--data-dir``, or the user's own; None for items that the project makes.
-        hub: Repository, configuration and split, used without ``--data-dir``.
-        candidates: Tokens over which the gold answer is renormalized; None scores whole texts.
-        end: Text behind the answer, which the published accuracy scores too.
-        separator: Text between prompt and answer.
+    ``answer`` scores the tokens of the answer, ``text`` all tokens; ``votes`` generates a chain of
+    thought several times.
     """
 
-    name: str
-    kind: Kind
-    read: Callable[[Mapping[str, Any], int, str], Item]
-    file: str | None = None
-    hub: tuple[str, str | None, str] | None = None
-    candidates: Literal["digits", "labels"] | None = None
-    end: str = ""
-    separator: str = ""
+    name: str  # in --tasks
+    kind: Literal["answer", "text", "votes"]
+    read: Callable[[Record, int, str], Item]  # from a record, its number and its place
+    file: str | None = None  # in --data-dir, or the user's own; None: the project makes the items
+    hub: tuple[str, str | None, str] | None = None  # repository, configuration and split
+    candidates: Literal["digits", "labels"] | None = None  # what answers are renormalized over
+    end: str = ""  # text behind the answer, which the published accuracy scores too
+    separator: str = ""  # text between prompt and answer
 
     @property
     def main_metric(self) -> str:
@@ -88,13 +70,9 @@ class Task:
         tokenizer: PreTrainedTokenizerBase | None = None,
         text_tokens: int = TEXT_TOKENS,
     ) -> list[Item]:
-        """Read the first items.
+        """Read the first ``limit`` items, or all; without a data folder from the hub.
 
-        Args:
-            data_dir: Folder with the tasks' files; None reads from the hub.
-            limit: Number of items; None reads all.
-            tokenizer: Tokenizer of the model, which cuts a text file into spans.
-            text_tokens: Tokens of a span of a text file.
+        A text file is cut into spans of ``text_tokens`` of the model's tokenizer.
 
         Raises:
             UserError: The file is missing or empty, or a record cannot be read.
@@ -102,24 +80,24 @@ class Task:
         if self.file is not None and self.file.endswith(TEXT_FILES):
             assert tokenizer is not None, "a text file is cut by tokens"
             return list(islice(_spans(Path(self.file), tokenizer, text_tokens), limit))
-        records = islice(self._records(data_dir), limit)
-        items = [self.read(record, number, where) for number, (record, where) in enumerate(records)]
+        if self.file is None:
+            options = {"num_steps": 4, "num_moves": 8}
+            start = synthetic_records("demo", "moves", options, 512, seed=0, held_out=True)
+            records = ((record, f"demo problem {n}") for n, record in enumerate(start()))
+        elif self.file == self.name:
+            records = read_lines(Path(self.file), self.name)
+        elif data_dir is not None or self.hub is None:
+            records = read_lines((data_dir or Path()) / self.file, self.name)
+        else:
+            records = _hub_records(self.name, *self.hub)
+        numbered = enumerate(islice(records, limit))
+        items = [self.read(record, number, where) for number, (record, where) in numbered]
         if not items:
             raise UserError(f"{self.name}: no items; is the file empty?")
         return items
 
-    def _records(self, data_dir: Path | None) -> Iterator[tuple[Mapping[str, Any], str]]:
-        if self.file is None:
-            yield from _demo_records()
-        elif self.file == self.name:
-            yield from read_lines(Path(self.file), self.name)
-        elif data_dir is not None or self.hub is None:
-            yield from read_lines((data_dir or Path()) / self.file, self.name)
-        else:
-            yield from _hub_records(self.name, *self.hub)
 
-
-def read_lines(path: Path, task: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+def read_lines(path: Path, task: str) -> Iterator[tuple[Record, str]]:
     """Read the records of a JSONL file, each with its place.
 
     Raises:
@@ -153,18 +131,18 @@ def _spans(path: Path, tokenizer: PreTrainedTokenizerBase, size: int) -> Iterato
         ) from None
     except OSError as problem:
         raise UserError(f"{path}: cannot be read ({problem.strerror}); check the name") from None
-    ids = _ids(tokenizer, text)
+    ids = tokenizer.encode(text)
     if len(ids) < 2:
         raise UserError(f"{path}: holds no token to score; give a longer text")
     for start in range(0, max(1, len(ids) - MIN_CONTEXT), size):
         span = ids[start : start + size]
         where = f"{path}, tokens {start} to {start + len(span) - 1}"
-        yield Item(str(start), "", _text(tokenizer, span), where, tokens=tuple(span))
+        yield Item(str(start), "", str(tokenizer.decode(span)), where, tokens=tuple(span))
 
 
 def _hub_records(
     task: str, name: str, configuration: str | None, split: str
-) -> Iterator[tuple[Mapping[str, Any], str]]:
+) -> Iterator[tuple[Record, str]]:
     from datasets import load_dataset
 
     try:
@@ -180,18 +158,10 @@ def _hub_records(
         yield row, f"{name}, {split} item {number}"
 
 
-def _demo_records() -> Iterator[tuple[Mapping[str, Any], str]]:
-    from quietstar.data.synthetic import synthetic_records
-
-    start = synthetic_records("demo", "moves", DEMO_OPTIONS, DEMO_ITEMS, seed=0, held_out=True)
-    for number, record in enumerate(start()):
-        yield record, f"demo problem {number}"
-
-
 # --- From records to items ------------------------------------------------------------------------
 
 
-def _field(record: Mapping[str, Any], path: str, where: str) -> Any:
+def _field(record: Record, path: str, where: str) -> Any:
     value: Any = record
     for part in path.split("."):
         if not isinstance(value, Mapping) or value.get(part) is None:
@@ -201,7 +171,7 @@ def _field(record: Mapping[str, Any], path: str, where: str) -> Any:
     return value
 
 
-def _text_field(record: Mapping[str, Any], path: str, where: str) -> str:
+def _text_field(record: Record, path: str, where: str) -> str:
     value = _field(record, path, where)
     if not isinstance(value, str) or not value.strip():
         raise UserError(
@@ -210,7 +180,7 @@ def _text_field(record: Mapping[str, Any], path: str, where: str) -> str:
     return check_unicode(value, f"{where}: field {path}")
 
 
-def _gsm8k(record: Mapping[str, Any], number: int, where: str) -> Item:
+def _gsm8k(record: Record, number: int, where: str) -> Item:
     """Ask for the number behind ``####``, without its thousands separators."""
     question = _text_field(record, "question", where)
     _, mark, answer = _text_field(record, "answer", where).rpartition("####")
@@ -220,16 +190,16 @@ def _gsm8k(record: Mapping[str, Any], number: int, where: str) -> Item:
     return Item(str(number), f"Q: {question}\nA:", answer, where)
 
 
-def _gsm8k_solution(record: Mapping[str, Any], number: int, where: str) -> Item:
+def _gsm8k_solution(record: Record, number: int, where: str) -> Item:
     return replace(_gsm8k(record, number, where), answer=record["answer"])
 
 
-def _gsm8k_cot(record: Mapping[str, Any], number: int, where: str) -> Item:
+def _gsm8k_cot(record: Record, number: int, where: str) -> Item:
     item = _gsm8k(record, number, where)
-    return replace(item, prompt=f"{item.prompt} {STEP_BY_STEP}")
+    return replace(item, prompt=f"{item.prompt} Let's think step by step.")
 
 
-def _commonsense_qa(record: Mapping[str, Any], number: int, where: str) -> Item:
+def _commonsense_qa(record: Record, number: int, where: str) -> Item:
     """Read the original layout, or the hub's, which is flat."""
     nested = isinstance(record.get("question"), Mapping)
     stem = _text_field(record, "question.stem" if nested else "question", where)
@@ -240,22 +210,21 @@ def _commonsense_qa(record: Mapping[str, Any], number: int, where: str) -> Item:
     if not isinstance(choices, list) or len(choices) < 2:
         raise UserError(f"{where}: field choices must list at least two choices, not {choices!r}")
     labels = tuple(_text_field(choice, "label", where) for choice in choices)
-    lines = [f"({label}) {_text_field(choice, 'text', where)}"
-             for label, choice in zip(labels, choices, strict=True)]  # fmt: skip
+    texts = [_text_field(choice, "text", where) for choice in choices]
     answer = _text_field(record, "answerKey", where)
     if answer not in labels:
-        raise UserError(
-            f"{where}: field answerKey is {answer!r}, which is none of {', '.join(labels)}"
-        )
+        known = ", ".join(labels)
+        raise UserError(f"{where}: field answerKey is {answer!r}, which is none of {known}")
+    lines = [f"({label}) {text}" for label, text in zip(labels, texts, strict=True)]
     prompt = "\n".join([f"Q: {stem}", *lines, "A:"])
     return Item(str(record.get("id", number)), prompt, answer, where, labels)
 
 
-def _demo(record: Mapping[str, Any], number: int, where: str) -> Item:
+def _demo(record: Record, number: int, where: str) -> Item:
     return Item(str(number), record["question"], record["answer"], where)
 
 
-def _own(record: Mapping[str, Any], number: int, where: str) -> Item:
+def _own(record: Record, number: int, where: str) -> Item:
     """Read a user's own record: a prompt and an answer, or a text."""
     name = str(record.get("id", number))
     if "text" in record:
@@ -283,12 +252,10 @@ TASKS = {
 
 
 def find_task(name: str, separator: str = "") -> Task | None:
-    """Find a task by its name, or make one of the user's own file; None if there is none.
+    """Find a task by its name, or make one of a .jsonl, .txt or .md file; None if there is none.
 
-    Args:
-        name: Name of a task, or a file that ends in .jsonl, .txt or .md.
-        separator: Text between prompt and answer of the user's own records. By default none: what
-            is scored is exactly the text that the user wrote.
+    By default nothing separates prompt and answer of the user's own records: what is scored is
+    exactly the text that the user wrote.
     """
     if name.endswith((".jsonl", *TEXT_FILES)):
         return Task(name, "text", _own, name, separator=separator)
@@ -300,41 +267,22 @@ def find_task(name: str, separator: str = "") -> Task | None:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Tokens over which answers are renormalized.
-
-    Attributes:
-        ids: Digit tokens, or labels, and behind them the end of the answer if there is one.
-        num_answers: Number of candidates that are not the end.
-    """
+    """Tokens over which answers are renormalized: digits or labels, behind them any end."""
 
     ids: Int[Tensor, " candidates"]
-    num_answers: int
-
-    @property
-    def has_end(self) -> bool:
-        """Say whether the end of an answer is a candidate."""
-        return len(self.ids) > self.num_answers
+    num_answers: int  # candidates that are not the end of an answer
 
 
 @dataclass(frozen=True)
 class EncodedItem:
-    """An item as tokens.
+    """An item as tokens."""
 
-    Attributes:
-        number: Index of the item in the task.
-        item: Item as it was read.
-        ids: Tokens of prompt and answer; a text that is too long lost its beginning.
-        num_scored: Number of tokens at the end that are scored.
-        num_thinking: Number of the scored tokens, from the first on, that follow a thought.
-        num_cut: Number of tokens that were cut off.
-    """
-
-    number: int
+    number: int  # index in the task
     item: Item
-    ids: list[int]
-    num_scored: int
-    num_thinking: int
-    num_cut: int
+    ids: list[int]  # prompt and answer; a text that is too long lost its beginning
+    num_scored: int  # tokens at the end that are scored
+    num_thinking: int  # the scored tokens, from the first on, that follow a thought
+    num_cut: int  # tokens that were cut off
 
     @property
     def scored_ids(self) -> list[int]:
@@ -357,20 +305,16 @@ def encode(
 ) -> list[EncodedItem]:
     """Encode all items of a task whose tokens are scored.
 
-    Args:
-        task: Task of the items.
-        items: Items to encode.
-        tokenizer: Tokenizer of the model.
-        max_length: Tokens that the model takes; a longer text with a prompt loses its beginning.
-        text_tokens: Tokens that are read of a text without a prompt.
-        thinks_once: Think before the first token of an answer only.
+    A text with a prompt that is longer than ``max_length`` loses its beginning; of one without,
+    ``text_tokens`` are read. With ``thinks_once`` only the first token of an answer follows a
+    thought.
 
     Raises:
         UserError: The tokenizer does not keep an answer apart from its prompt.
     """
     encoded = []
     for number, item in enumerate(items):
-        prompt, answer = split_answer(task, item, tokenizer)
+        prompt, answer = _split(task, item, tokenizer)
         ids = prompt + answer
         if len(ids) < 2:
             raise UserError(f"{item.where}: the text has no token to score; give a longer one")
@@ -388,20 +332,17 @@ def encode(
     return encoded
 
 
-def split_answer(
+def _split(
     task: Task, item: Item, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
     """Tokenize the whole text and split it into prompt and answer.
 
     With a separator, tokens of white space alone between the two belong to the prompt.
-
-    Raises:
-        UserError: A token lies in both.
     """
     if not item.prompt:
-        return [], list(item.tokens) or _ids(tokenizer, item.answer)
-    prompt = _ids(tokenizer, item.prompt)
-    whole = _ids(tokenizer, item.prompt + task.separator + item.answer + task.end)
+        return [], list(item.tokens) or tokenizer.encode(item.answer)
+    prompt = tokenizer.encode(item.prompt)
+    whole = tokenizer.encode(item.prompt + task.separator + item.answer + task.end)
     if whole[: len(prompt)] != prompt:
         around = [tokenizer.decode([i]) for i in whole[max(0, len(prompt) - 2) : len(prompt) + 2]]
         raise UserError(
@@ -411,8 +352,8 @@ def split_answer(
             "--separator, choose another model, or score the task with quietstar lm-eval"
         )
     answer = whole[len(prompt) :]
-    while task.separator and len(answer) > 1 and not _text(tokenizer, [answer[0]]).strip():
-        prompt, answer = [*prompt, answer[0]], answer[1:]
+    while task.separator and len(answer) > 1 and not str(tokenizer.decode(answer[:1])).strip():
+        prompt, answer = prompt + answer[:1], answer[1:]
     return prompt, answer
 
 
@@ -426,69 +367,44 @@ def find_candidates(
     """
     if task.candidates is None:
         return None
-    if task.candidates == "labels":
-        answers = _label_tokens(task, encoded, tokenizer)
-    else:
+    answers = []
+    if task.candidates == "digits":
         texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-        answers = [i for i, text in enumerate(texts) if DIGITS.fullmatch(text.strip())]
-    known = set(answers)
+        answers = [i for i, text in enumerate(texts) if re.fullmatch("[0-9]+", text.strip())]
+    else:
+        first = encoded[0].item
+        for label in sorted({label for one in encoded for label in one.item.labels}):
+            _, ids = _split(task, replace(first, answer=label), tokenizer)
+            pieces = tokenizer.batch_decode([[token] for token in ids])
+            if "".join(pieces[:1]).strip() != label:
+                raise UserError(
+                    f"{first.where}: the tokenizer splits the answer {label!r} into {pieces}: a "
+                    "label must be one token; choose another model, or score it with quietstar "
+                    "lm-eval"
+                )
+            answers.append(ids[0])
     for one in encoded:
-        if known.isdisjoint(one.scored_ids):
-            pieces = [tokenizer.decode([token]) for token in one.scored_ids]
+        if set(answers).isdisjoint(one.scored_ids):
+            pieces = tokenizer.batch_decode([[token] for token in one.scored_ids])
             raise UserError(
                 f"{one.item.where}: the tokenizer splits the answer {one.item.answer!r} into "
                 f"{pieces}, none of which is a {task.candidates[:-1]} token; choose another model"
             )
-    ends = {one.ids[-1] for one in encoded} if task.end else set()
-    end = [token for token in ends if tokenizer.decode([token]) == task.end]
     # The end is a candidate only if every answer ends in the same token of its own.
-    all_end = len(ends) == len(end) == 1
-    return Candidates(torch.tensor(answers + (end if all_end else [])), len(answers))
-
-
-def _label_tokens(
-    task: Task, encoded: Sequence[EncodedItem], tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
-    first, tokens = encoded[0].item, []
-    for label in sorted({label for one in encoded for label in one.item.labels}):
-        _, answer = split_answer(task, Item("", first.prompt, label, first.where), tokenizer)
-        if _text(tokenizer, answer[:1]).strip() != label:
-            pieces = [tokenizer.decode([token]) for token in answer]
-            raise UserError(
-                f"{first.where}: the tokenizer splits the answer {label!r} into {pieces}: a label "
-                "must be one token; choose another model, or score it with quietstar lm-eval"
-            )
-        tokens.append(answer[0])
-    return tokens
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text)["input_ids"]  # pyright: ignore[reportReturnType]
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return tokenizer.decode(ids)  # pyright: ignore[reportReturnType]
+    ends = {one.ids[-1] for one in encoded} if task.end else set()
+    end = list(ends) if [tokenizer.decode([token]) for token in ends] == [task.end] else []
+    return Candidates(torch.tensor(answers + end), len(answers))
 
 
 @dataclass(frozen=True)
 class AnswerBatch:
-    """Texts whose last tokens are scored.
-
-    Attributes:
-        ids: Texts, padded on the right.
-        mask: False at padding.
-        labels: Scored tokens, IGNORE_INDEX elsewhere.
-        positions: Positions before the scored tokens, NO_POSITION behind the last.
-        thinking: Those of them that think, NO_POSITION behind the last.
-        targets: Scored tokens; behind the last anything.
-    """
+    """Texts whose last tokens are scored, padded on the right."""
 
     ids: Int[Tensor, "batch seq"]
-    mask: Bool[Tensor, "batch seq"]
-    labels: Int[Tensor, "batch seq"]
-    positions: Int[Tensor, "batch positions"]
-    thinking: Int[Tensor, "batch thinking"]
-    targets: Int[Tensor, "batch positions"]
+    labels: Int[Tensor, "batch seq"]  # the scored tokens, IGNORE_INDEX elsewhere
+    positions: Int[Tensor, "batch positions"]  # before the scored tokens, NO_POSITION behind them
+    thinking: Int[Tensor, "batch thinking"]  # those that think, NO_POSITION behind the last
+    targets: Int[Tensor, "batch positions"]  # the scored tokens; behind the last anything
 
     @property
     def valid(self) -> Bool[Tensor, "batch positions"]:
@@ -506,28 +422,16 @@ def answer_batch(
     pad: int,
     thinking: Sequence[int] | None = None,
 ) -> AnswerBatch:
-    """Pad texts whose last tokens are scored.
+    """Pad texts whose last ``counts`` tokens are scored, at most all but the first.
 
-    Args:
-        texts: Token ids.
-        counts: Number of tokens scored at the end of each text; at most all but the first.
-        pad: Token that fills texts up.
-        thinking: Number of scored tokens of each text, from the first on, that follow a thought;
-            None thinks before all.
+    Of these the first ``thinking`` follow a thought; None thinks before all.
     """
-    counts = [min(count, len(text) - 1) for text, count in zip(texts, counts, strict=True)]
-    ids = torch.full((len(texts), max(map(len, texts))), pad)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    labels = torch.full_like(ids, IGNORE_INDEX)
-    positions = torch.full((len(texts), max(counts)), NO_POSITION)
-    for row, (text, count) in enumerate(zip(texts, counts, strict=True)):
-        ids[row, : len(text)] = torch.tensor(text)
-        mask[row, : len(text)] = True
-        labels[row, len(text) - count : len(text)] = ids[row, len(text) - count : len(text)]
-        positions[row, :count] = torch.arange(len(text) - count, len(text)) - 1
-    targets = ids.gather(1, (positions + 1).clamp(min=0))
-    thinks = positions
-    if thinking is not None:
-        behind = torch.arange(max(thinking)) >= torch.tensor(thinking)[:, None]
-        thinks = positions[:, : max(thinking)].masked_fill(behind, NO_POSITION)
-    return AnswerBatch(ids, mask, labels, positions, thinks, targets)
+    ids = pad_sequence([torch.tensor(text) for text in texts], True, pad)
+    lengths = torch.tensor([[len(text)] for text in texts])  # (B, 1)
+    scored = torch.tensor(counts)[:, None].minimum(lengths - 1)
+    thinks = scored if thinking is None else torch.tensor(thinking)[:, None]
+    column, place = torch.arange(ids.shape[1]), torch.arange(int(scored.max()))
+    labels = ids.where((column >= lengths - scored) & (column < lengths), IGNORE_INDEX)
+    positions = (lengths - scored + place - 1).where(place < scored, NO_POSITION)
+    thinks = positions.where(place < thinks, NO_POSITION)[:, : int(thinks.max())]
+    return AnswerBatch(ids, labels, positions, thinks, ids.gather(1, (positions + 1).clamp(min=0)))

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
 from quietstar.data.tokenizer import pad_left, padding_id
@@ -34,12 +33,11 @@ MAX_SUBSETS = 20_000
 def generate_chains(
     model: QuietStarForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[Item],
-    numbers: Sequence[int],
+    items: Sequence[tuple[int, Item]],
     protocol: Protocol,
     think: bool,
 ) -> list[list[str]]:
-    """Generate what follows the prompt of every item, once a vote, the final answer included.
+    """Generate what follows the prompt of numbered items, once a vote, the final answer included.
 
     The first item's number keys the noise, so the same batch gives the same chains again.
 
@@ -54,47 +52,36 @@ def generate_chains(
             f"--max-new-tokens: {protocol.max_new_tokens} leaves no room for a prompt, because the "
             f"model takes texts of {longest} tokens, thoughts apart; {remedy}"
         )
-    torch.manual_seed(1_000_003 * protocol.seed + numbers[0])
-    prompts = [item.prompt for item in items for _ in range(protocol.votes)]
+    torch.manual_seed(1_000_003 * protocol.seed + items[0][0])
+    decoding: dict[str, Any] = {"do_sample": False}
+    if protocol.temperature > 0:
+        decoding = {
+            "do_sample": True, "temperature": protocol.temperature, "top_k": 0, "top_p": 1.0
+        }  # fmt: skip
+
+    def continued(texts: Sequence[str], new: int, stop: StoppingCriteriaList | None) -> list[str]:
+        rows: list[Any] = [tokenizer.encode(text) for text in texts]
+        if longest is not None:
+            rows = [row[-(longest - new) :] for row in rows]
+        pad = padding_id(tokenizer)
+        ids, mask = (x.to(model.device) for x in pad_left(rows, pad))
+        generated = model.generate(
+            ids, attention_mask=mask, think=think, max_new_tokens=new,
+            thought_temperature=protocol.thought_temperature, seed=protocol.seed,
+            pad_token_id=pad, stopping_criteria=stop, **decoding,
+        )  # fmt: skip
+        return tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
+
+    prompts = [item.prompt for _, item in items for _ in range(protocol.votes)]
     stop = StoppingCriteriaList([StopStringCriteria(tokenizer, list(STOP))])
-    chains = _continue(model, tokenizer, prompts, protocol, think, protocol.max_new_tokens, stop)
+    chains = continued(prompts, protocol.max_new_tokens, stop)
     for text in STOP:
         chains = [chain.partition(text)[0] for chain in chains]
     chains = [chain.rstrip() + FINAL_ANSWER for chain in chains]
     questions = [prompt + chain for prompt, chain in zip(prompts, chains, strict=True)]
-    answers = _continue(model, tokenizer, questions, protocol, think, ANSWER_TOKENS, None)
+    answers = continued(questions, ANSWER_TOKENS, None)
     texts = [chain + answer for chain, answer in zip(chains, answers, strict=True)]
     return [texts[i : i + protocol.votes] for i in range(0, len(texts), protocol.votes)]
-
-
-def _continue(
-    model: QuietStarForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    protocol: Protocol,
-    think: bool,
-    max_new_tokens: int,
-    stop: StoppingCriteriaList | None,
-) -> list[str]:
-    rows: list[Any] = [tokenizer(text)["input_ids"] for text in texts]
-    if model.max_text_length is not None:
-        rows = [row[-(model.max_text_length - max_new_tokens) :] for row in rows]
-    pad = padding_id(tokenizer)
-    ids, mask = (x.to(model.device) for x in pad_left(rows, pad))
-    decoding: dict[str, Any] = {"do_sample": False}
-    if protocol.temperature > 0:
-        decoding = {
-            "do_sample": True,
-            "temperature": protocol.temperature,
-            "top_k": 0,
-            "top_p": 1.0,
-        }
-    generated: Tensor = model.generate(
-        ids, attention_mask=mask, think=think, max_new_tokens=max_new_tokens,
-        thought_temperature=protocol.thought_temperature, seed=protocol.seed,
-        pad_token_id=pad, stopping_criteria=stop, **decoding,
-    )  # fmt: skip
-    return tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
 
 
 # --- What the votes say ---------------------------------------------------------------------------
