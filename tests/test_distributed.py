@@ -91,12 +91,8 @@ def runs(request, tmp_path_factory):
     return runs
 
 
-@pytest.fixture
-def full(runs):
-    """The runs with full tuning: what the way to tune does not change is shown once."""
-    if runs.tuning != "full":
-        pytest.skip("once is enough")
-    return runs
+# What the way to tune does not change is shown once.
+with_full_tuning = pytest.mark.parametrize("runs", ["full"], indirect=True)
 
 
 def assert_same_trajectory(folder, whole):
@@ -119,36 +115,40 @@ def test_two_ranks_give_the_trajectory_of_one(strategy, runs):
 
 
 @pytest.mark.slow
+@with_full_tuning
 @pytest.mark.parametrize("strategy", [marked(strategy) for strategy in ("fsdp2", "zero2", "zero3")])
-def test_a_sharded_run_resumes_bit_for_bit(strategy, full, tmp_path):
-    part = full.copy_without_last_checkpoint(strategy, tmp_path / "part")
-    launch(strategy, full.config, part, "--resume", "auto")
-    a, b = (load_file(folder / "final" / "model.safetensors") for folder in (full[strategy], part))
+def test_a_sharded_run_resumes_bit_for_bit(strategy, runs, tmp_path):
+    part = runs.copy_without_last_checkpoint(strategy, tmp_path / "part")
+    launch(strategy, runs.config, part, "--resume", "auto")
+    a, b = (load_file(folder / "final" / "model.safetensors") for folder in (runs[strategy], part))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_from_one_and_another_strategy_does_not(full, tmp_path):
-    part = full.copy_without_last_checkpoint("one", tmp_path / "part")
+@with_full_tuning
+def test_two_processes_go_on_from_one_and_another_strategy_does_not(runs, tmp_path):
+    part = runs.copy_without_last_checkpoint("one", tmp_path / "part")
     resume = ("--resume", "auto")
-    assert_same_trajectory(launch("ddp", full.config, part, *resume), full["one"])
+    assert_same_trajectory(launch("ddp", runs.config, part, *resume), runs["one"])
     refusal = "was written under one process or DDP"
-    launch("fsdp2", full.config, part, *resume, refused=refusal)
+    launch("fsdp2", runs.config, part, *resume, refused=refusal)
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_from_the_shards_of_two(full, tmp_path):
-    part = full.copy_without_last_checkpoint("fsdp2", tmp_path / "part")
-    launch("fsdp2x1", full.config, part, "--resume", "auto")
-    assert_same_trajectory(part, full["one"])
+@with_full_tuning
+def test_one_process_goes_on_from_the_shards_of_two(runs, tmp_path):
+    part = runs.copy_without_last_checkpoint("fsdp2", tmp_path / "part")
+    launch("fsdp2x1", runs.config, part, "--resume", "auto")
+    assert_same_trajectory(part, runs["one"])
 
 
 @pytest.mark.slow
+@with_full_tuning
 @needs_deepspeed
-def test_deepspeed_refuses_another_number_of_processes(full, tmp_path):
-    part = full.copy_without_last_checkpoint("zero2", tmp_path / "part")
+def test_deepspeed_refuses_another_number_of_processes(runs, tmp_path):
+    part = runs.copy_without_last_checkpoint("zero2", tmp_path / "part")
     refusal = "Launch 2, or train under"
-    launch("zero2x1", full.config, part, "--resume", "auto", refused=refusal)
+    launch("zero2x1", runs.config, part, "--resume", "auto", refused=refusal)
 
 
 @pytest.mark.slow
