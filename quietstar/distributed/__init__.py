@@ -12,8 +12,15 @@ from accelerate.utils import DistributedType
 
 from quietstar.config import Config
 from quietstar.distributed.fsdp import FSDP2Strategy, wants_fsdp
-from quietstar.distributed.strategies import Strategy, from_main_process
-from quietstar.distributed.wrapped import GROUPS, Group, ModelProxy, WrappedModule, group_of
+from quietstar.distributed.strategies import (
+    GROUPS,
+    Group,
+    ModelProxy,
+    Strategy,
+    WrappedModule,
+    from_main_process,
+    group_of,
+)
 from quietstar.distributed.zero import DeepSpeedStrategy
 
 __all__ = [
@@ -35,11 +42,9 @@ def build_strategy(accelerator: Accelerator, config: Config) -> Strategy:
     Raises:
         UserError: The strategy cannot serve the tuning method.
     """
-    kind = Strategy
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        kind = DeepSpeedStrategy
-    elif wants_fsdp():
-        kind = FSDP2Strategy
-    strategy = kind(accelerator)
+        strategy = DeepSpeedStrategy(accelerator)
+    else:
+        strategy = FSDP2Strategy(accelerator) if wants_fsdp() else Strategy(accelerator)
     strategy.check(config)
     return strategy

@@ -6,8 +6,8 @@ Checkpoints are torch's distributed ones, which any number of processes can read
 
 from __future__ import annotations
 
-import contextlib
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,19 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-)
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from quietstar.backbone.run import decoder_layers
 from quietstar.config import Config
-from quietstar.distributed.strategies import NOT_SHARDED, Check, Strategy
-from quietstar.distributed.wrapped import WrappedModule
+from quietstar.distributed.strategies import (
+    NOT_SHARDED,
+    Check,
+    Prepared,
+    Strategy,
+    WrappedModule,
+)
 from quietstar.errors import UserError
 
 SHARDS_FOLDER = "pieces"
@@ -48,7 +48,7 @@ def wants_fsdp() -> bool:
     Raises:
         UserError: It asks for FSDP1.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    if not _flag("ACCELERATE_USE_FSDP"):
         return False
     version = os.environ.get("FSDP_VERSION", "2")
     if version != "2":
@@ -68,15 +68,11 @@ class FSDP2Strategy(Strategy):
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
-        self._wrapped: WrappedModule | None = None
+        self._wrapped: Any = None  # the `WrappedModule`, once it is an FSDP module too
         self._trained: list[str] = []
 
     def check(self, config: Config) -> None:
-        """As `Strategy.check`; all weights that train must have one dtype.
-
-        Raises:
-            UserError: The tuning method cannot work, or the dtypes differ.
-        """
+        """As `Strategy.check`; all weights that train must have one dtype."""
         super().check(config)
         if config.tuning.method == "full" and config.model.dtype != "float32":
             raise UserError(
@@ -89,10 +85,8 @@ class FSDP2Strategy(Strategy):
         """As `Strategy.keep_trainable_only`."""
         self._trained = [f"model.{n}" for n, p in model.named_parameters() if p.requires_grad]
         # `save` writes the weights, accelerate the random state.
-        self.accelerator.register_save_state_pre_hook(
-            lambda models, weights, folder: weights.clear()
-        )
-        self.accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+        self.accelerator.register_save_state_pre_hook(lambda _models, weights, _: weights.clear())
+        self.accelerator.register_load_state_pre_hook(lambda models, _: models.clear())
 
     def shard(self, wrapped: WrappedModule) -> WrappedModule:
         """As `Strategy.shard`; later stages go on with the shards of the first."""
@@ -127,24 +121,20 @@ class FSDP2Strategy(Strategy):
         self._wrapped = wrapped
         return wrapped
 
-    def prepare(
-        self, wrapped: WrappedModule, optimizer: Optimizer, config: Config
-    ) -> tuple[nn.Module, Optimizer]:
+    def prepare(self, wrapped: WrappedModule, optimizer: Optimizer, config: Config) -> Prepared:
         """Returns both as they are: `shard` has done everything."""
         return wrapped, optimizer
 
-    def accumulate(
-        self, prepared: nn.Module, last: bool
-    ) -> contextlib.AbstractContextManager[object]:
+    def accumulate(self, prepared: nn.Module, last: bool) -> AbstractContextManager[object]:
         """As `Strategy.accumulate`."""
-        _fsdp(prepared).set_requires_gradient_sync(last)
-        return contextlib.nullcontext()
+        self._wrapped.set_requires_gradient_sync(last)
+        return nullcontext()
 
     def update(
         self, prepared: nn.Module, optimizer: Optimizer, clip_norm: float, check: Check
     ) -> dict[str, Tensor]:
         """As `Strategy.update`."""
-        _fsdp(prepared).reshard()
+        self._wrapped.reshard()
         return super().update(prepared, optimizer, clip_norm, check)
 
     @torch.no_grad()
@@ -159,9 +149,8 @@ class FSDP2Strategy(Strategy):
     def full_weights(self, prepared: nn.Module) -> dict[str, Tensor] | None:
         """As `Strategy.full_weights`."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(prepared, options=options)
-        full: dict[str, Any] = {n.removeprefix("model."): w for n, w in weights.items()}
-        return full
+        weights: dict[str, Any] = get_model_state_dict(prepared, options=options)
+        return {name.removeprefix("model."): weight for name, weight in weights.items()}
 
     def save(self, folder: Path, prepared: nn.Module, optimizer: Optimizer) -> None:
         """As `Strategy.save`; the shards go into a folder of their own."""
@@ -176,17 +165,12 @@ class FSDP2Strategy(Strategy):
         set_optimizer_state_dict(prepared, optimizer, state["optimizer"])
 
     def _state(self, prepared: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        _fsdp(prepared).reshard()
+        self._wrapped.reshard()
         weights = prepared.state_dict()
         return {
             "weights": {name: weights[name] for name in self._trained},
             "optimizer": get_optimizer_state_dict(prepared, optimizer),
         }
-
-
-def _fsdp(prepared: nn.Module) -> FSDPModule:
-    assert isinstance(prepared, FSDPModule), type(prepared)
-    return prepared
 
 
 def _flag(name: str, default: bool = False) -> bool:

@@ -1,25 +1,30 @@
-"""The strategy of one process and of DDP, where every process holds all weights; base of others."""
+"""The module that strategies wrap, and the strategy of one process and of DDP, base of others."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partialmethod
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, extract_model_from_parallel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from quietstar.config import Config
-from quietstar.distributed.wrapped import GROUPS, WrappedModule, group_of
 from quietstar.errors import UserError
+from quietstar.model.quiet_star import QuietStarForCausalLM
 
 T = TypeVar("T")
+Prepared = tuple[nn.Module, Optimizer]
+Group = Literal["language_model", "mixing_head", "embeddings"]
+GROUPS: tuple[Group, ...] = ("language_model", "mixing_head", "embeddings")
+"""Parameter groups in the optimizer's order; logs use the same names."""
 WEIGHTS_FILE = "trainable.safetensors"
 NOT_SHARDED = {
     "galore": "projects whole gradients, which are sharded",
@@ -30,20 +35,60 @@ FOUR_BIT_DEVICES = ("cpu", "cuda", "xpu")
 """Devices on which gradients flow through 4-bit weights."""
 
 
-@runtime_checkable
-class Check(Protocol):
-    """Raises if the weights must not change, or should not have changed."""
+Check = Callable[..., None]
+"""Raises if weights must not change, or should not have: `quietstar.training.loop.StepCheck`."""
 
-    def __call__(self, norms: Mapping[str, Tensor], *, stepped: bool = False) -> None:
-        """See `quietstar.training.loop.StepCheck`."""
-        ...
+
+def group_of(name: str) -> Group:
+    """Returns the group of a parameter of `QuietStarForCausalLM`, wrapped or not."""
+    name = name.removeprefix("module.").removeprefix("model.")
+    if name.startswith("language_model."):
+        return "language_model"
+    return "mixing_head" if name.startswith("mixing_head.") else "embeddings"
+
+
+class WrappedModule(nn.Module):
+    """Forwards to any method of the model: the one door through DDP, FSDP2 and ZeRO."""
+
+    def __init__(self, model: QuietStarForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, method: str, *args: Any, **keywords: Any) -> Any:
+        """Calls ``model.method(...)``; ``"forward"`` calls the module itself, with its hooks."""
+        call = self.model if method == "forward" else getattr(self.model, method)
+        return call(*args, **keywords)
+
+
+class ModelProxy:
+    """Offers the model's methods and calls each through the strategy's wrapper.
+
+    Args:
+        prepared: A `WrappedModule`, as it is or as the strategy has wrapped it.
+    """
+
+    def __init__(self, prepared: nn.Module) -> None:
+        self.prepared = prepared
+
+    @property
+    def pause_token_id(self) -> int:
+        """Token that stands for every thought token in the pause control."""
+        wrapped = extract_model_from_parallel(self.prepared)
+        assert isinstance(wrapped, WrappedModule), type(wrapped)
+        return wrapped.model.pause_token_id
+
+    def _call(self, method: str, *args: Any, **keywords: Any) -> Any:
+        return self.prepared(method, *args, **keywords)
+
+    think = partialmethod(_call, "think")
+    sample = partialmethod(_call, "sample")
+    score_plain = partialmethod(_call, "score_plain")
+    choose_positions = partialmethod(_call, "choose_positions")
+    initial_vectors = partialmethod(_call, "initial_vectors")
 
 
 class Strategy:
     """Wraps a run's module, exchanges its gradients and saves its state.
-
-    Args:
-        accelerator: The run's accelerator.
 
     Attributes:
         kind: Name that checkpoints carry; those of another kind are refused.
@@ -99,10 +144,8 @@ class Strategy:
 
         def load(models: list[nn.Module], folder: str) -> None:
             models.clear()
-            parameters, weights = (
-                dict(model.named_parameters()),
-                load_file(Path(folder) / WEIGHTS_FILE),
-            )
+            parameters = dict(model.named_parameters())
+            weights = load_file(Path(folder) / WEIGHTS_FILE)
             for name in names:
                 parameters[name].data.copy_(weights[name])
 
@@ -118,10 +161,6 @@ class Strategy:
 
         A mapped weight takes no memory until it is read. Cast and sharded layer by layer, no
         process ever holds more than its shards and a single layer.
-
-        Args:
-            model: Base model, loaded in the dtype of its files.
-            dtype: Dtype to train in.
         """
         self._to_cast, self._dtype = set(model.parameters()), dtype
         model.config.dtype = dtype
@@ -138,19 +177,15 @@ class Strategy:
         """Shards the weights in place, before an optimizer is built; returns what to prepare."""
         return wrapped
 
-    def prepare(
-        self, wrapped: WrappedModule, optimizer: Optimizer, config: Config
-    ) -> tuple[nn.Module, Optimizer]:
+    def prepare(self, wrapped: WrappedModule, optimizer: Optimizer, config: Config) -> Prepared:
         """Returns the module with the strategy's wrapper, and the optimizer that fits it."""
         return self.accelerator.prepare(wrapped, optimizer)
 
     # --- A step -----------------------------------------------------------------------------------
 
-    def accumulate(
-        self, prepared: nn.Module, last: bool
-    ) -> contextlib.AbstractContextManager[object]:
+    def accumulate(self, prepared: nn.Module, last: bool) -> AbstractContextManager[object]:
         """Opens the context of one micro-batch: only the last one exchanges gradients."""
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(prepared)
+        return nullcontext() if last else self.accelerator.no_sync(prepared)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Runs backward for a micro-batch's part of the step's loss.
@@ -169,7 +204,7 @@ class Strategy:
             prepared: The module that `prepare` returned.
             optimizer: The optimizer that `prepare` returned.
             clip_norm: Largest norm of the whole gradient.
-            check: Callback that gets the norms, before the weights change where that is possible.
+            check: Gets the norms, before the weights change where that is possible.
 
         Returns:
             Gradient norms before clipping: ``total``, and one a group where they are known.
@@ -187,9 +222,8 @@ class Strategy:
             if parameter.grad is not None:
                 by_group[group_of(name)].append(parameter.grad)
         norms = {group: _norm(grads) for group, grads in by_group.items()}
-        parameters = [p for p in prepared.parameters() if p.grad is not None]
-        norms["total"] = _norm([p.grad for p in parameters if p.grad is not None])
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norms["total"])
+        norms["total"] = _norm([p.grad for p in prepared.parameters() if p.grad is not None])
+        torch.nn.utils.clip_grads_with_norm_(prepared.parameters(), clip_norm, norms["total"])
         return norms
 
     # --- Weights and checkpoints ------------------------------------------------------------------

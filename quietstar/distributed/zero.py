@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import DeepSpeedPlugin
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quietstar.backbone.run import decoder_layers
 from quietstar.config import Config
-from quietstar.distributed.strategies import NOT_SHARDED, Check, Strategy
-from quietstar.distributed.wrapped import WrappedModule
+from quietstar.distributed.strategies import (
+    NOT_SHARDED,
+    Check,
+    Prepared,
+    Strategy,
+    WrappedModule,
+)
 
 
 class DeepSpeedStrategy(Strategy):
@@ -23,34 +28,22 @@ class DeepSpeedStrategy(Strategy):
     reshardable = False
     refused = NOT_SHARDED
 
+    def __init__(self, accelerator: Accelerator) -> None:
+        super().__init__(accelerator)
+        self._plugin: Any = accelerator.deepspeed_plugin
+        self.sharded = self._plugin.zero_stage == 3  # the one stage that shards weights
+
     @property
     def _engine(self) -> Any:
-        wrapped = self.accelerator.deepspeed_engine_wrapped
-        assert wrapped is not None, "prepare comes first"
+        wrapped: Any = self.accelerator.deepspeed_engine_wrapped
         return wrapped.engine
-
-    @property
-    def stage(self) -> int:
-        """Stage of ZeRO: 1, 2 or 3."""
-        return self._plugin.zero_stage
-
-    @property
-    def _plugin(self) -> DeepSpeedPlugin:
-        plugin = self.accelerator.state.deepspeed_plugin
-        assert plugin is not None, "DeepSpeed comes with its plugin"
-        return plugin
-
-    @property
-    def sharded(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """True under ZeRO-3, the one stage that shards weights."""
-        return self.stage == 3
 
     def keep_trainable_only(self, model: nn.Module) -> None:
         """Does nothing: DeepSpeed's engine saves all that it holds."""
 
     def shard(self, wrapped: WrappedModule) -> WrappedModule:
         """As `Strategy.shard`; later stages go on with the shards of the first."""
-        if self.stage < 3:
+        if not self.sharded:
             return wrapped
         import deepspeed  # pyright: ignore[reportMissingImports]  (an extra)
 
@@ -70,27 +63,32 @@ class DeepSpeedStrategy(Strategy):
                 if not hasattr(parameter, "ds_id"):
                     parameter.data = parameter.data.to(torch.bfloat16)
 
-    def prepare(
-        self, wrapped: WrappedModule, optimizer: Optimizer, config: Config
-    ) -> tuple[nn.Module, Optimizer]:
+    def prepare(self, wrapped: WrappedModule, optimizer: Optimizer, config: Config) -> Prepared:
         """As `Strategy.prepare`; DeepSpeed's own file only says how to shard."""
-        settings = self._plugin.deepspeed_config
-        settings["gradient_clipping"] = config.optim.max_grad_norm
-        settings["train_micro_batch_size_per_gpu"] = config.training.micro_batch_size
-        settings["gradient_accumulation_steps"] = 1  # the loop accumulates
-        settings["train_batch_size"] = (
-            config.training.micro_batch_size * self.accelerator.num_processes
+        micro_batch_size = config.training.micro_batch_size
+        self._plugin.deepspeed_config.update(
+            gradient_clipping=config.optim.max_grad_norm,
+            train_micro_batch_size_per_gpu=micro_batch_size,
+            gradient_accumulation_steps=1,  # the loop accumulates
+            train_batch_size=micro_batch_size * self.accelerator.num_processes,
         )
         prepared = super().prepare(wrapped, optimizer, config)
-        if self.stage == 3:
-            _gather_outer_weights(wrapped)
+        if self.sharded:
+            import deepspeed  # pyright: ignore[reportMissingImports]  (an extra)
+
+            # DeepSpeed's hooks gather a weight for the forward of the module that owns it. But the
+            # fused cross entropy reads the output layer's weight outside that layer, and methods
+            # other than forward read the two vectors outside their module's forward: these are
+            # gathered for the whole forward of the wrapped module.
+            model, head = wrapped.model, wrapped.model.output_head
+            for weight in (head.weight, head.bias, model.start_embedding, model.end_embedding):
+                if weight is not None:
+                    deepspeed.zero.register_external_parameter(wrapped, weight)
         return prepared
 
-    def accumulate(
-        self, prepared: nn.Module, last: bool
-    ) -> contextlib.AbstractContextManager[object]:
+    def accumulate(self, prepared: nn.Module, last: bool) -> AbstractContextManager[object]:
         """Does nothing: `backward` tells the engine which micro-batch is the last."""
-        return contextlib.nullcontext()
+        return nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """As `Strategy.backward`."""
@@ -119,23 +117,7 @@ class DeepSpeedStrategy(Strategy):
 
     def full_weights(self, prepared: nn.Module) -> dict[str, Tensor] | None:
         """As `Strategy.full_weights`: only ZeRO-3 shards weights."""
-        if self.stage < 3:
+        if not self.sharded:
             return None
         weights: Any = self.accelerator.get_state_dict(prepared) or {}
         return {name.removeprefix("model."): weight for name, weight in weights.items()}
-
-
-def _gather_outer_weights(wrapped: WrappedModule) -> None:
-    """Has DeepSpeed gather some weights for the whole forward of the wrapped module.
-
-    Its hooks gather a weight for the forward of the module that owns it. But the fused cross
-    entropy reads the output layer's weight outside that layer, and methods other than forward read
-    the two vectors outside their module's forward.
-    """
-    import deepspeed  # pyright: ignore[reportMissingImports]  (an extra)
-
-    model = wrapped.model
-    head = model.output_head
-    for weight in (head.weight, head.bias, model.start_embedding, model.end_embedding):
-        if weight is not None:
-            deepspeed.zero.register_external_parameter(wrapped, weight)
