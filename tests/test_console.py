@@ -103,7 +103,9 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys):
     assert "there is no gate 'often'" in said("--prompt", "a", "--gate", "often:1")
     assert "must be calibrated, or a kind" in said("--prompt", "a", "--gate", "entropy")
     assert "at most" in said("--prompt", "a" * 100, "--max-new-tokens", 99)
-    assert "is no Unicode character; is the text UTF-8" in said("--prompt", "a\udcffb")
+    assert "is no Unicode character but half of a surrogate pair; is the text UTF-8" in said(
+        "--prompt", "a\udcffb"
+    )
     assert generate(folder, "--prompt", "abc" * 40, "--max-new-tokens", 99) == 2
     assert capsys.readouterr().out == ""  # no prompt before the error
     assert "--top-p (0): must be a number above 0" in said("--prompt", "a", "--top-p", 0)

@@ -1,6 +1,7 @@
 import json
 import os
 from collections import Counter
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -14,9 +15,9 @@ from quietstar.config import DataConfig
 from quietstar.data import build_data, byte_tokenizer
 from quietstar.data import encoding as encoding_module
 from quietstar.data import sources as sources_module
-from quietstar.data.batches import IGNORED, collate
-from quietstar.data.encoding import Encoded, Encoder, answer_span, chunks
-from quietstar.data.sources import RecordFields
+from quietstar.data.batches import IGNORED, answer_span, collate
+from quietstar.data.encoding import Encoded, Encoder, chunks
+from quietstar.data.sources import record_fields
 from quietstar.errors import UserError
 
 EOS, PAD = 256, 257
@@ -649,7 +650,9 @@ def test_generated_problems_fit_every_format_and_none_answers_are_dropped(
     chat_tokenizer, monkeypatch
 ):
     problems = [{"question": "q", "answer": "a"}] * 3 + [{"question": "q", "answer": None}]
-    monkeypatch.setattr(sources_module, "_create_problems", lambda *args: problems)
+    gym = SimpleNamespace(factory=SimpleNamespace(DATASETS={"any": None}))
+    gym.create_dataset = lambda task, size, seed: problems
+    monkeypatch.setattr(sources_module, "import_reasoning_gym", lambda label: gym)
     expected = {"qa": "q\na", "text": "q\na", "chat": "<user>q</s>\n<assistant>a</s>\n"}
     for name, text in expected.items():
         config = DataConfig(train="reasoning_gym:any", format=name, seq_len=64)
@@ -707,7 +710,7 @@ def test_a_missing_evaluation_file_is_named_by_its_key(tmp_path, tokenizer):
         ("type.jsonl", b'{"text": 3}', "line 1: field 'text' must be a string, not a number"),
         ("latin.jsonl", b'{"text": "a"}\n{"text": "\xe9"}', "line 2: byte 0xe9 is no UTF-8"),
         ("latin.txt", b"a\n\xff", "line 2: byte 0xff is no UTF-8"),
-        ("half.jsonl", b'{"text": "\\ud800"}', "line 1: field 'text' holds half of a surrogate"),
+        ("half.jsonl", b'{"text": "\\ud800"}', "line 1: field 'text': character 0 is no Unicode"),
         ("no.parquet", b"PAR0", "is no parquet file"),
         ("null.jsonl", b'{"text": null}\n{"text": " "}', "every record is empty"),
         ("one.jsonl", b'{"text": "a"}', "one document cannot be split"),
@@ -808,8 +811,4 @@ def test_a_missing_generator_package_says_how_to_install_it(tokenizer, monkeypat
 
 def test_layouts_name_the_fields_of_their_format():
     config = DataConfig(format="qa", question_field="q", answer_field="a")
-    assert RecordFields.of(config).fields == (("question", "q"), ("answer", "a"))
-    assert RecordFields.of(config).canonical.fields == (
-        ("question", "question"),
-        ("answer", "answer"),
-    )
+    assert record_fields(config) == {"question": "q", "answer": "a"}

@@ -12,8 +12,8 @@ from quietstar.data.synthetic import (
     SumsOptions,
     chain_sum_steps,
     moves_records,
-    read_options,
     sums_records,
+    synthetic_records,
 )
 from quietstar.data.tokenizer import word_tokenizer
 from quietstar.errors import UserError
@@ -107,7 +107,7 @@ def test_batches_mark_answers_and_carry_steps():
 )
 def test_wrong_options_are_named(options, message):
     with pytest.raises(UserError, match=message):
-        read_options(MovesOptions, options)
+        synthetic_records("data.train: synthetic:moves", "moves", options, 1, 0, False)
 
 
 def test_an_unknown_task_is_refused():

@@ -4,10 +4,10 @@ The sample at a row of a step depends on the seed and on step * batch_size + row
 the same for every cut of its batches into micro-batches and ranks, and after every resume.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, zip_longest
 
 import numpy as np
 import torch
@@ -18,22 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from quietstar.config import DataConfig
 from quietstar.config.schema import SYNTHETIC
 from quietstar.data.encoding import (
-    ESTIMATE,
-    EVAL_ORDER,
-    HELD_OUT,
-    ORDER,
     Documents,
     Encoded,
-    EncodedTable,
     Encoder,
-    answer_span,
     chunks,
-    held_out_spans,
-    join_documents,
-    keyed_rng,
     no_text_long_enough,
     prepare,
-    random_span,
 )
 from quietstar.data.sources import Record, Source, is_empty, open_source
 from quietstar.data.tokenizer import padding_id
@@ -117,14 +107,36 @@ class DataReport:
 
 # --- Samples --------------------------------------------------------------------------------------
 
+# First key of every random stream, so that no two uses of one seed share their numbers.
+ORDER, SPAN, HELD_OUT, EVAL_ORDER, EVAL_SPAN, ESTIMATE = range(6)
+
+
+def keyed_rng(seed: int, *keys: int) -> np.random.Generator:
+    """Returns a generator that depends on the seed and the keys only."""
+    return np.random.default_rng([seed, *keys])
+
+
+def answer_span(document: Encoded, seq_len: int) -> Encoded:
+    """Shortens a record so that its last answer survives.
+
+    The question loses its start; an answer of more than seq_len - 1 tokens keeps one token before
+    it and loses its end. Without a known answer the end of the record is kept.
+    """
+    start = max(len(document) - seq_len, 0)
+    if document.answer_start >= 0:
+        start = min(start, max(document.answer_start - 1, 0))
+    return document.span(start, seq_len)
+
 
 def cut(document: Encoded, config: DataConfig, seed: int, index: int) -> Encoded:
     """Cuts the sample of this index in the run out of its document (or chunk)."""
-    if config.format == "text":
-        sample = random_span(document, config.seq_len, seed, index)
-    else:
-        sample = answer_span(document, config.seq_len)
-    return sample.without_targets(config.min_context)
+    room = len(document) - config.seq_len
+    if config.format != "text":
+        document = answer_span(document, config.seq_len)
+    elif room > 0:
+        start = keyed_rng(seed, SPAN, index).integers(room + 1)
+        document = document.span(int(start), config.seq_len)
+    return document.without_targets(config.min_context)
 
 
 class MapSamples:
@@ -135,98 +147,18 @@ class MapSamples:
 
     def __init__(self, documents: Documents, config: DataConfig, seed: int) -> None:
         self._documents, self._config, self._seed = documents, config, seed
-        self._order = lru_cache(maxsize=2)(self._permutation)  # a batch may cross two epochs
-
-    def __len__(self) -> int:
-        """Returns the number of samples in an epoch."""
-        return len(self._documents)
+        self._order = lru_cache(maxsize=2)(  # a batch may cross two epochs
+            lambda epoch: keyed_rng(seed, ORDER, epoch).permutation(len(documents))
+        )
 
     def read(self, first: int, size: int, rows: range) -> list[Encoded]:
         """Returns these rows of the batch of `size` samples that starts at index `first`."""
-        assert rows.stop <= size, f"rows {rows} of a batch of {size}"
-        return [self._sample(first + row) for row in rows]
-
-    def _sample(self, index: int) -> Encoded:
-        epoch, place = divmod(index, len(self))
-        document = self._documents[int(self._order(epoch)[place])]
-        return cut(document, self._config, self._seed, index)
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return keyed_rng(self._seed, ORDER, epoch).permutation(len(self))
-
-
-def held_out_samples(documents: Documents, config: DataConfig, seed: int) -> list[Encoded]:
-    """Chooses the sequences of an evaluation, at most `eval_sequences`.
-
-    One sequence of every held-out document, in random order; while there are too few and raw
-    text is left, further disjoint spans of the same documents.
-    """
-    places = keyed_rng(seed, EVAL_ORDER).permutation(len(documents))[: config.eval_sequences]
-    if config.format == "text":
-        spans = [held_out_spans(documents[int(n)], config.seq_len, seed, int(n)) for n in places]
-        rounds = range(max(map(len, spans), default=0))
-        chosen = [of_one[n] for n in rounds for of_one in spans if n < len(of_one)]
-    else:
-        chosen = [answer_span(documents[int(place)], config.seq_len) for place in places]
-    return [s.without_targets(config.min_context) for s in chosen[: config.eval_sequences]]
-
-
-def stream_sequences(
-    records: Iterator[Record], encoder: Encoder, config: DataConfig
-) -> Iterator[Encoded]:
-    """Encodes a stream: documents to cut spans from, or joined chunks."""
-    encoded = (encoder([record])[0] for record in records)
-    documents = (document for document in encoded if len(document))
-    if config.spans == "concatenate":
-        documents = chunks(documents, config.seq_len)
-    shortest = config.seq_len if config.short_texts == "skip" else 1
-    return (document for document in documents if len(document) >= shortest)
-
-
-def stream_head(
-    source: Source, encoder: Encoder, config: DataConfig, seed: int
-) -> tuple[list[Encoded], int]:
-    """Takes the sequences of an evaluation from the head of a stream.
-
-    Returns:
-        At most `eval_sequences` sequences, and how many (non-empty) documents they came from:
-        those are kept from training.
-
-    Raises:
-        UserError: If the stream gives no sequence.
-    """
-    used = 0
-
-    def count() -> Iterator[Record]:
-        nonlocal used
-        for record in filled_rows(source):
-            used += 1
-            yield record
-
-    head = islice(stream_sequences(count(), encoder, config), config.eval_sequences)
-    samples = [cut(document, config, seed, place) for place, document in enumerate(head)]
-    if not samples:
-        raise nothing_left(source, encoder, config, head=0)
-    return samples, used
-
-
-def nothing_left(source: Source, encoder: Encoder, config: DataConfig, head: int) -> UserError:
-    """Builds the error for a stream that gives no sequence behind its first `head` documents."""
-    rest = islice(filled_rows(source), head, None)
-    longest = max((len(encoder([record])[0]) for record in rest), default=0)
-    if longest:
-        return no_text_long_enough(source.label, config.seq_len, longest)
-    if head == 0:
-        return UserError(f"{source.label}: every record is empty: give text to learn from")
-    return UserError(
-        f"{source.label}: the stream holds nothing behind the {head} documents held out for"
-        " evaluation: lower data.eval_sequences, or set data.eval"
-    )
-
-
-def filled_rows(source: Source) -> Iterator[Record]:
-    """Starts a pass over a source's records without the empty ones."""
-    return (record for record in source.rows() if not is_empty(record))
+        samples = []
+        for index in (first + row for row in rows):
+            epoch, place = divmod(index, len(self._documents))
+            document = self._documents[int(self._order(epoch)[place])]
+            samples.append(cut(document, self._config, self._seed, index))
+        return samples
 
 
 class StreamSamples:
@@ -236,55 +168,88 @@ class StreamSamples:
     go on at a later index reads and drops what lies before; to go back starts the stream again.
     """
 
-    def __init__(
-        self, source: Source, encoder: Encoder, config: DataConfig, seed: int, head: int
-    ) -> None:
+    def __init__(self, source: Source, encoder: Encoder, config: DataConfig, seed: int) -> None:
         self._source, self._encoder, self._config = source, encoder, config
-        self._seed, self._head = seed, head
-        self._restart()
+        self._seed, self._head = seed, 0
+        self._items = enumerate(self._endless())
+        self._first, self._kept = 0, {}
+
+    def hold_out(self) -> tuple[list[Encoded], int]:
+        """Takes the sequences of an evaluation from the head, which is then kept from training.
+
+        Returns:
+            At most `eval_sequences` sequences, and how many (non-empty) documents they came from.
+
+        Raises:
+            UserError: If the stream gives no sequence.
+        """
+        used = 0
+
+        def count() -> Iterator[Record]:
+            nonlocal used
+            for record in self._records(0):
+                used += 1
+                yield record
+
+        head = islice(self._sequences(count()), self._config.eval_sequences)
+        samples = [cut(document, self._config, self._seed, n) for n, document in enumerate(head)]
+        if not samples:
+            raise self._nothing_left()
+        self._head = used
+        return samples, used
 
     def read(self, first: int, size: int, rows: range) -> list[Encoded]:
         """Returns these rows of the batch of `size` samples that starts at index `first`."""
-        assert rows.stop <= size, f"rows {rows} of a batch of {size}"
-        self._fill(first, size)
-        return [self._buffer[first + row]() for row in rows]
-
-    def _restart(self) -> None:
-        self._items = self._endless()
-        self._position = 0
-        self._buffer: dict[int, Callable[[], Encoded]] = {}
-
-    def _fill(self, first: int, size: int) -> None:
-        if first < self._position and first not in self._buffer:
-            self._restart()
-        self._buffer = {index: item for index, item in self._buffer.items() if index >= first}
-        while self._position < first + size:
-            item = next(self._items)
-            if self._position >= first:
-                self._buffer[self._position] = self._sampler(item, self._position)
-            self._position += 1
-
-    def _sampler(self, item: Record | Encoded, index: int) -> Callable[[], Encoded]:
-        """Puts off tokenization, so that a row that is never asked for costs nothing."""
-
-        def sample() -> Encoded:
+        if first < self._first:
+            self._items, self._kept = enumerate(self._endless()), {}
+        self._first = first
+        self._kept = {index: item for index, item in self._kept.items() if index >= first}
+        while first + size - 1 not in self._kept:
+            index, item = next(self._items)
+            if index >= first:
+                self._kept[index] = item
+        samples = []
+        for index in (first + row for row in rows):
+            item = self._kept[index]  # a record where a row that nobody reads need cost nothing
             document = item if isinstance(item, Encoded) else self._encoder([item])[0]
-            return cut(document, self._config, self._seed, index)
-
-        return lru_cache(maxsize=1)(sample)
+            samples.append(cut(document, self._config, self._seed, index))
+        return samples
 
     def _endless(self) -> Iterator[Record | Encoded]:
+        as_records = self._config.spans == "random" and self._config.short_texts == "pad"
         while True:
-            empty = True
-            records = islice(filled_rows(self._source), self._head, None)
-            as_records = self._config.spans == "random" and self._config.short_texts == "pad"
-            for item in (
-                records if as_records else stream_sequences(records, self._encoder, self._config)
-            ):
-                empty = False
+            item = None
+            records = self._records(self._head)
+            for item in records if as_records else self._sequences(records):
                 yield item
-            if empty:
-                raise nothing_left(self._source, self._encoder, self._config, self._head)
+            if item is None:
+                raise self._nothing_left()
+
+    def _records(self, start: int) -> Iterator[Record]:
+        """Starts a pass over the non-empty records, from one of them on."""
+        filled = (record for record in self._source.rows() if not is_empty(record))
+        return islice(filled, start, None)
+
+    def _sequences(self, records: Iterator[Record]) -> Iterator[Encoded]:
+        """Encodes records: documents to cut spans from, or joined chunks."""
+        encoded = (self._encoder([record])[0] for record in records)
+        documents = (document for document in encoded if len(document))
+        if self._config.spans == "concatenate":
+            documents = chunks(documents, self._config.seq_len)
+        shortest = self._config.seq_len if self._config.short_texts == "skip" else 1
+        return (document for document in documents if len(document) >= shortest)
+
+    def _nothing_left(self) -> UserError:
+        label, rest = self._source.label, self._records(self._head)
+        longest = max((len(self._encoder([record])[0]) for record in rest), default=0)
+        if longest:
+            return no_text_long_enough(label, self._config.seq_len, longest)
+        if self._head == 0:
+            return UserError(f"{label}: every record is empty: give text to learn from")
+        return UserError(
+            f"{label}: the stream holds nothing behind the {self._head} documents held out for"
+            " evaluation: lower data.eval_sequences, or set data.eval"
+        )
 
 
 # --- Batches --------------------------------------------------------------------------------------
@@ -305,6 +270,7 @@ class TrainData:
             rows: The rows wanted, such as one rank's micro-batch; all by default.
         """
         rows = range(batch_size) if rows is None else rows
+        assert rows.stop <= batch_size, f"rows {rows} of a batch of {batch_size}"
         first = step * batch_size
         samples = self._samples.read(first, batch_size, rows)
         return collate(samples, [first + row for row in rows], self._seq_len, self._pad_id)
@@ -332,28 +298,28 @@ def collate(
     samples: Sequence[Encoded], sample_ids: Sequence[int], seq_len: int, pad_id: int
 ) -> Batch:
     """Pads samples on the right to one width."""
-    shape = (len(samples), seq_len)
-    ids = np.full(shape, pad_id, np.int64)
-    labels = np.full(shape, IGNORED, np.int64)
-    mask, answers = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
-    longest = max((len(sample.rationale) for sample in samples), default=0)
-    rationale = np.full((len(samples), longest), IGNORED, np.int64)
-    for row, sample in enumerate(samples):
-        length = len(sample)
-        assert length <= seq_len, f"sample of {length} tokens in a batch of width {seq_len}"
-        ids[row, :length] = sample.ids
-        mask[row, :length] = True
-        labels[row, :length] = np.where(sample.targets, sample.ids, IGNORED)
-        answers[row, :length] = sample.answers
-        rationale[row, : len(sample.rationale)] = sample.rationale
+    longest = max(map(len, samples), default=0)
+    assert longest <= seq_len, f"sample of {longest} tokens in a batch of width {seq_len}"
+
+    def pad(rows: list[np.ndarray], fill: int | bool, width: int) -> Tensor:
+        padded = np.full((len(rows), width), fill, np.bool_ if fill is False else np.int64)
+        for line, row in zip(padded, rows, strict=True):
+            line[: len(row)] = row
+        return torch.from_numpy(padded)
+
+    rationales = [sample.rationale for sample in samples]
+    labels = [np.where(sample.targets, sample.ids, IGNORED) for sample in samples]
     return Batch(
-        torch.from_numpy(ids),
-        torch.from_numpy(mask),
-        torch.from_numpy(labels),
-        torch.tensor(list(sample_ids), dtype=torch.int64),
-        torch.from_numpy(answers),
-        torch.from_numpy(rationale),
+        input_ids=pad([sample.ids for sample in samples], pad_id, seq_len),
+        attention_mask=pad([np.ones(len(sample)) for sample in samples], False, seq_len),
+        labels=pad(labels, IGNORED, seq_len),
+        sample_ids=torch.tensor(list(sample_ids), dtype=torch.int64),
+        answers=pad([sample.answers for sample in samples], False, seq_len),
+        rationale=pad(rationales, IGNORED, max(map(len, rationales), default=0)),
     )
+
+
+# --- Building both parts --------------------------------------------------------------------------
 
 
 def build_data(
@@ -387,63 +353,46 @@ def build_data(
         behind, size = seed + config.size, config.eval_sequences
         held_out = open_source(config.eval, config, behind, "data.eval", size)
     if source.table is None:
-        eval_samples, count = _evaluation(held_out or source, config, encoder, seed)
-        samples = StreamSamples(source, encoder, config, seed, head=0 if held_out else count)
-        report = DataReport(source.label, None, count, len(eval_samples))
+        samples = StreamSamples(source, encoder, config, seed)
+        if held_out is None:
+            eval_samples, eval_count = samples.hold_out()
+        else:
+            eval_samples, eval_count = evaluate_on(held_out, config, encoder, seed)
+        report = DataReport(source.label, None, eval_count, len(eval_samples))
     else:
-        samples, eval_samples, report = _build_map(source, held_out, config, encoder, seed)
+        documents, dropped, skipped = prepare(source, config, encoder)
+        if held_out is None:
+            documents, apart = split(documents, config.eval_fraction, seed, source.label)
+            eval_samples, eval_count = held_out_samples(apart, config, seed, source.label)
+        else:
+            eval_samples, eval_count = evaluate_on(held_out, config, encoder, seed)
+        sequences, skipped_chunks = documents.join(config, source.label)
+        lengths, scale = sequences.lengths, 1.0
+        if lengths is None:  # estimated from a few: to tokenize all of them would take long
+            count = min(len(sequences), ESTIMATE_DOCUMENTS)
+            chosen = keyed_rng(seed, ESTIMATE).choice(len(sequences), count, replace=False)
+            lengths = np.asarray([len(sequences[int(index)]) for index in chosen])
+            scale = len(sequences) / count
+        longer = int((lengths > config.seq_len).sum() * scale)
+        report = DataReport(
+            source=source.label,
+            documents=len(documents),
+            held_out_documents=eval_count,
+            eval_sequences=len(eval_samples),
+            sequences=len(sequences),
+            dropped_empty=dropped,
+            skipped_short=skipped + skipped_chunks,
+            padded=int((lengths < config.seq_len).sum() * scale),
+            truncated=0 if config.format == "text" else longer,
+            tokens=int(lengths.sum() * scale),
+            exact=sequences.lengths is not None,
+        )
+        samples = MapSamples(sequences, config, seed)
     assert eval_samples, "a source that opens gives a sequence"
     pad_id = padding_id(tokenizer)
     train_data = TrainData(samples, config.seq_len, pad_id)
     train_data.batch(0, 1)  # an unusable stream is an error now, not in the first step
     return train_data, EvalData(eval_samples, config.seq_len, pad_id), report
-
-
-def _evaluation(
-    source: Source, config: DataConfig, encoder: Encoder, seed: int
-) -> tuple[list[Encoded], int]:
-    """Returns the sequences of an evaluation, and how many documents they came from."""
-    if source.table is None:
-        return stream_head(source, encoder, config, seed)
-    documents, _, _ = prepare(source, config, encoder)
-    joined, _ = _join(documents, config, source.label)
-    return held_out_samples(joined, config, seed), len(documents)
-
-
-def _build_map(
-    source: Source, held_out: Source | None, config: DataConfig, encoder: Encoder, seed: int
-) -> tuple[MapSamples, list[Encoded], DataReport]:
-    documents, dropped, skipped = prepare(source, config, encoder)
-    if held_out is not None:
-        eval_samples, eval_count = _evaluation(held_out, config, encoder, seed)
-    else:
-        documents, apart = split(documents, config.eval_fraction, seed, source.label)
-        joined, _ = _join(apart, config, source.label)
-        eval_samples, eval_count = held_out_samples(joined, config, seed), len(apart)
-    sequences, skipped_chunks = _join(documents, config, source.label)
-    exact = isinstance(sequences, EncodedTable)
-    if exact:
-        lengths, scale = sequences.lengths, 1.0
-    else:  # estimate from a few documents, since to tokenize all of them would take long
-        count = min(len(sequences), ESTIMATE_DOCUMENTS)
-        chosen = keyed_rng(seed, ESTIMATE).choice(len(sequences), count, replace=False)
-        lengths = np.asarray([len(sequences[int(index)]) for index in chosen])
-        scale = len(sequences) / count
-    longer = int((lengths > config.seq_len).sum() * scale)
-    report = DataReport(
-        source=source.label,
-        documents=len(documents),
-        held_out_documents=eval_count,
-        eval_sequences=len(eval_samples),
-        sequences=len(sequences),
-        dropped_empty=dropped,
-        skipped_short=skipped + skipped_chunks,
-        padded=int((lengths < config.seq_len).sum() * scale),
-        truncated=0 if config.format == "text" else longer,
-        tokens=int(lengths.sum() * scale),
-        exact=exact,
-    )
-    return MapSamples(sequences, config, seed), eval_samples, report
 
 
 def split(
@@ -465,8 +414,41 @@ def split(
     return documents.select(np.sort(order[held:])), documents.select(np.sort(order[:held]))
 
 
-def _join(documents: Documents, config: DataConfig, label: str) -> tuple[Documents, int]:
-    if config.spans == "random":
-        return documents, 0
-    assert isinstance(documents, EncodedTable), type(documents)
-    return join_documents(documents, config, label)
+def evaluate_on(
+    source: Source, config: DataConfig, encoder: Encoder, seed: int
+) -> tuple[list[Encoded], int]:
+    """Chooses the sequences of an evaluation; as `held_out_samples`, of a stream its head."""
+    if source.table is None:
+        return StreamSamples(source, encoder, config, seed).hold_out()
+    documents, _, _ = prepare(source, config, encoder)
+    return held_out_samples(documents, config, seed, source.label)
+
+
+def held_out_samples(
+    documents: Documents, config: DataConfig, seed: int, label: str
+) -> tuple[list[Encoded], int]:
+    """Chooses the sequences of an evaluation, at most `eval_sequences`.
+
+    One sequence of every held-out document, in random order; while there are too few and raw
+    text is left, further disjoint spans of the same documents.
+
+    Returns:
+        The sequences, and the number of documents.
+    """
+    joined, _ = documents.join(config, label)
+    seq_len, limit = config.seq_len, config.eval_sequences
+    spans = []
+    for place in keyed_rng(seed, EVAL_ORDER).permutation(len(joined))[:limit].tolist():
+        document = joined[place]
+        count = len(document) // seq_len
+        if config.format != "text":
+            spans.append([answer_span(document, seq_len)])
+        elif count == 0:
+            spans.append([document])
+        else:
+            rng = keyed_rng(seed, EVAL_SPAN, place)
+            shift = int(rng.integers(len(document) - count * seq_len + 1))
+            starts = (shift + int(n) * seq_len for n in rng.permutation(count))
+            spans.append([document.span(start, seq_len) for start in starts])
+    chosen = [span for one_each in zip_longest(*spans) for span in one_each if span is not None]
+    return [span.without_targets(config.min_context) for span in chosen[:limit]], len(documents)

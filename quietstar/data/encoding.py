@@ -18,7 +18,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import DataConfig
-from quietstar.data.sources import Record, RecordFields, Source, is_empty, read_record
+from quietstar.data.sources import Record, Source, is_empty, read_record, record_fields
 from quietstar.data.tokenizer import first_line
 from quietstar.errors import UserError
 
@@ -94,8 +94,8 @@ class Encoder:
                 f"data.template: {config.template!r} must hold {{question}}, then {{answer}}, then"
                 " nothing but white space"
             )
-        self._tokenizer = tokenizer
-        self._fields = RecordFields.of(config).canonical
+        self._tokenizer, self._format = tokenizer, config.format
+        self._fields = {name: name for name in record_fields(config)}
         # A space before an answer goes with it: most tokenizers join it to the first word, and so
         # whether they do (for a word) or not (for a digit), the answer begins at the same place.
         self._before = before.rstrip(" ")
@@ -105,184 +105,120 @@ class Encoder:
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> list[Encoded]:
         """Encodes a batch of canonical records."""
         checked = [read_record(record, self._fields, "data") for record in records]
-        filled = [record for record in checked if not is_empty(record)]
-        if not filled:
-            return [EMPTY] * len(checked)
-        tokenize = _tokenize_fast if self._tokenizer.is_fast else _tokenize_slow
-        segments = [self._segments(record) for record in filled]
-        pairs = tokenize(self._tokenizer, segments, with_special=self._fields.format != "chat")
-        encoded = [self._finish(ids, in_answer) for ids, in_answer in pairs]
-        if "rationale" in filled[0]:
-            texts = [record["rationale"] for record in filled]
-            all_ids: Any = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
-            rationales = [np.asarray(ids, np.int32) for ids in all_ids]
-            encoded = [replace(e, rationale=r) for e, r in zip(encoded, rationales, strict=True)]
-        in_order = iter(encoded)
-        return [EMPTY if is_empty(record) else next(in_order) for record in checked]
+        texts = [[] if is_empty(record) else self._segments(record) for record in checked]
+        encoded = [
+            self._finish(*tokens) if segments else EMPTY
+            for segments, tokens in zip(texts, self._tokenize(texts), strict=True)
+        ]
+        if "rationale" in self._fields:
+            rationales = [record["rationale"] for record in checked]
+            all_ids: Any = self._tokenizer(rationales, add_special_tokens=False)["input_ids"]
+            encoded = [
+                replace(e, rationale=np.asarray(ids, np.int32)) if segments else EMPTY
+                for e, ids, segments in zip(encoded, all_ids, texts, strict=True)
+            ]
+        return encoded
 
     def _segments(self, record: Record) -> list[Segment]:
-        if self._fields.format == "text":
+        if self._format == "text":
             return [(record["text"], False)]
-        if self._fields.format == "chat":
-            return _chat_segments(self._tokenizer, record["messages"], self._answers_only)
+        if self._format == "chat":
+            return self._chat_segments(record["messages"])
         prompt = self._before.replace("{question}", record["question"])
         return [(prompt, False), (self._space + record["answer"], True), (self._after, False)]
 
+    def _chat_segments(self, messages: list[dict[str, str]]) -> list[Segment]:
+        """Renders a chat and, where only answers are learned, marks what the assistant writes.
+
+        An answer is what the rendering up to and with an assistant message adds to the rendering of
+        what precedes it, white space at its end apart.
+
+        Raises:
+            UserError: If the template refuses the messages, or the rendering of the first messages
+                is no prefix of the whole, so that answers cannot be told apart.
+        """
+
+        def render(count: int, prompt: bool = False) -> str:
+            apply: Callable[..., Any] = self._tokenizer.apply_chat_template
+            try:
+                return apply(messages[:count], tokenize=False, add_generation_prompt=prompt)
+            except (TemplateError, IndexError) as error:
+                roles = ", ".join(message["role"] for message in messages[:count]) or "none"
+                raise UserError(
+                    f"the tokenizer's chat template refuses a chat ({first_line(error)}; roles:"
+                    f" {roles}): correct the record, or set data.loss_on: all if the chat opens"
+                    " with the assistant"
+                ) from error
+
+        whole = render(len(messages))
+        segments: list[Segment] = []
+        cursor = 0
+        for place, message in enumerate(messages):
+            if not self._answers_only or message["role"] != "assistant":
+                continue
+            prompt, through = render(place, prompt=True), render(place + 1)
+            start, stop = len(prompt), len(through.rstrip())
+            if not (whole.startswith(through) and through.startswith(prompt) and stop > start):
+                raise UserError(
+                    "data.loss_on: 'answer' cannot be used with this chat template: the chat up to"
+                    f" message {place + 1}, an answer, is no prefix of the whole: set"
+                    " data.loss_on: all"
+                )
+            segments += [(whole[cursor:start], False), (whole[start:stop], True)]
+            cursor = stop
+        return [*segments, (whole[cursor:], False)]
+
+    def _tokenize(self, texts: list[list[Segment]]) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Yields the ids of each text, and which of them belong to an answer.
+
+        A text is cut as the tokenizer would by itself: a token belongs to an answer if it ends
+        inside or behind its start, so one across the joint of question and answer is the answer's.
+        """
+        with_special = self._format != "chat"
+        if not self._tokenizer.is_fast:  # it gives no character offsets: segment by segment
+            special = self._tokenizer.encode("", add_special_tokens=True) if with_special else []
+            bos = special[:1] if special and special[0] == self._tokenizer.bos_token_id else []
+            for segments in texts:
+                ids, inside = list(bos), [False] * len(bos)
+                for text, in_answer in segments:
+                    piece = self._tokenizer.encode(text, add_special_tokens=False)
+                    ids += piece
+                    inside += [in_answer] * len(piece)
+                yield ids, np.asarray(inside, np.bool_)
+            return
+        with_offsets = any(in_answer for segments in texts for _, in_answer in segments)
+        tokens: Any = self._tokenizer(
+            ["".join(text for text, _ in segments) for segments in texts],
+            add_special_tokens=with_special,
+            return_offsets_mapping=with_offsets,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # long documents are meant to be long
+        )
+        all_offsets = tokens["offset_mapping"] if with_offsets else [()] * len(texts)
+        for ids, offsets, segments in zip(tokens["input_ids"], all_offsets, texts, strict=True):
+            starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
+            inside = np.zeros(len(ids), np.bool_)
+            cursor = 0
+            for text, in_answer in segments:
+                stop = cursor + len(text)
+                if in_answer:  # tokens that the tokenizer adds by itself have empty offsets
+                    inside |= (ends > cursor) & (starts < stop) & (ends > starts)
+                cursor = stop
+            yield ids, inside
+
     def _finish(self, ids: list[int], in_answer: Bool[np.ndarray, " tokens"]) -> Encoded:
         eos: Any = self._tokenizer.eos_token_id
-        if self._fields.format != "chat" and eos is not None and (not ids or ids[-1] != eos):
+        if self._format != "chat" and eos is not None and (not ids or ids[-1] != eos):
             ids, in_answer = [*ids, eos], np.append(in_answer, False)
         if self._answers_only and not in_answer.any():
             return EMPTY  # such as a chat without an assistant message
         targets = in_answer.copy() if self._answers_only else np.ones(len(ids), np.bool_)
-        if self._fields.format == "qa" and in_answer.any():
+        if self._format == "qa" and in_answer.any():
             targets[int(in_answer.argmax()) :] = True  # what ends an answer is to be learned too
         starts = np.flatnonzero(in_answer & ~np.concatenate([[False], in_answer[:-1]]))
         answer_start = int(starts[-1]) if len(starts) else -1
         return Encoded(np.asarray(ids, np.int32), targets, in_answer, answer_start)
-
-
-def _tokenize_fast(
-    tokenizer: PreTrainedTokenizerBase, batch: list[list[Segment]], with_special: bool
-) -> list[tuple[list[int], np.ndarray]]:
-    """Tokenizes whole texts: a token belongs to an answer if it ends inside or behind its start.
-
-    The text is cut as the tokenizer would by itself: a token across the joint of question and
-    answer counts as the answer's.
-    """
-    with_offsets = any(in_answer for segments in batch for _, in_answer in segments)
-    tokens = tokenizer(
-        ["".join(text for text, _ in segments) for segments in batch],
-        add_special_tokens=with_special,
-        return_offsets_mapping=with_offsets,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # long documents are meant to be long
-    )
-    all_ids: Any = tokens["input_ids"]
-    if not with_offsets:
-        return [(ids, np.zeros(len(ids), np.bool_)) for ids in all_ids]
-    pairs: list[tuple[list[int], np.ndarray]] = []
-    for ids, offsets, segments in zip(all_ids, tokens["offset_mapping"], batch, strict=True):
-        starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
-        inside = np.zeros(len(ids), np.bool_)
-        cursor = 0
-        for text, in_answer in segments:
-            stop = cursor + len(text)
-            if in_answer:  # tokens that the tokenizer adds by itself have empty offsets
-                inside |= (ends > cursor) & (starts < stop) & (ends > starts)
-            cursor = stop
-        pairs.append((ids, inside))
-    return pairs
-
-
-def _tokenize_slow(
-    tokenizer: PreTrainedTokenizerBase, batch: list[list[Segment]], with_special: bool
-) -> list[tuple[list[int], np.ndarray]]:
-    """Tokenizes segment by segment, for tokenizers that give no character offsets."""
-    special = tokenizer.encode("", add_special_tokens=True) if with_special else []
-    bos = special[:1] if special and special[0] == tokenizer.bos_token_id else []
-    pairs: list[tuple[list[int], np.ndarray]] = []
-    for segments in batch:
-        ids, inside = list(bos), [False] * len(bos)
-        for text, in_answer in segments:
-            piece = tokenizer.encode(text, add_special_tokens=False)
-            ids += piece
-            inside += [in_answer] * len(piece)
-        pairs.append((ids, np.asarray(inside, np.bool_)))
-    return pairs
-
-
-def _chat_segments(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], mark_answers: bool
-) -> list[Segment]:
-    """Renders a chat and, where asked, marks what the assistant writes.
-
-    An answer is what the rendering up to and with an assistant message adds to the rendering of
-    what precedes it, white space at its end apart.
-
-    Raises:
-        UserError: If the template refuses the messages, or the rendering of the first messages
-            is no prefix of the whole, so that answers cannot be told apart.
-    """
-    whole = _render(tokenizer, messages)
-    if not mark_answers:
-        return [(whole, False)]
-    segments: list[Segment] = []
-    cursor = 0
-    for place, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = _render(tokenizer, messages[:place], add_generation_prompt=True)
-        through = _render(tokenizer, messages[: place + 1])
-        start, stop = len(prompt), len(through.rstrip())
-        if not (whole.startswith(through) and through.startswith(prompt) and stop > start):
-            raise UserError(
-                "data.loss_on: 'answer' cannot be used with this chat template: the chat up to"
-                f" message {place + 1}, an answer, is no prefix of the whole: set data.loss_on: all"
-            )
-        segments += [(whole[cursor:start], False), (whole[start:stop], True)]
-        cursor = stop
-    return [*segments, (whole[cursor:], False)]
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, str]],
-    add_generation_prompt: bool = False,
-) -> str:
-    render: Callable[..., Any] = tokenizer.apply_chat_template
-    try:
-        return render(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, IndexError) as error:
-        roles = ", ".join(message["role"] for message in messages) or "none"
-        raise UserError(
-            f"the tokenizer's chat template refuses a chat ({first_line(error)}; roles: {roles}):"
-            " correct the record, or set data.loss_on: all if the chat opens with the assistant"
-        ) from error
-
-
-# --- Spans ----------------------------------------------------------------------------------------
-
-# First key of every random stream, so that no two uses of one seed share their numbers.
-ORDER, SPAN, HELD_OUT, EVAL_ORDER, EVAL_SPAN, ESTIMATE = range(6)
-
-
-def keyed_rng(seed: int, *keys: int) -> np.random.Generator:
-    """Returns a generator that depends on the seed and the keys only."""
-    return np.random.default_rng([seed, *keys])
-
-
-def random_span(document: Encoded, seq_len: int, seed: int, index: int) -> Encoded:
-    """Takes the span of a document that the sample of this index in the run sees."""
-    if len(document) <= seq_len:
-        return document
-    start = keyed_rng(seed, SPAN, index).integers(len(document) - seq_len + 1)
-    return document.span(int(start), seq_len)
-
-
-def answer_span(document: Encoded, seq_len: int) -> Encoded:
-    """Shortens a record so that its last answer survives.
-
-    The question loses its start; an answer of more than seq_len - 1 tokens keeps one token before
-    it and loses its end. Without a known answer the end of the record is kept.
-    """
-    start = max(len(document) - seq_len, 0)
-    if document.answer_start >= 0:
-        start = min(start, max(document.answer_start - 1, 0))
-    return document.span(start, seq_len)
-
-
-def held_out_spans(document: Encoded, seq_len: int, seed: int, index: int) -> list[Encoded]:
-    """Cuts a held-out document into disjoint spans, in random order, always the same ones."""
-    count = len(document) // seq_len
-    if count == 0:
-        return [document]
-    rng = keyed_rng(seed, EVAL_SPAN, index)
-    shift = int(rng.integers(len(document) - count * seq_len + 1))
-    return [
-        document.span(shift + int(place) * seq_len, seq_len) for place in rng.permutation(count)
-    ]
 
 
 def chunks(documents: Iterable[Encoded], seq_len: int) -> Iterator[Encoded]:
@@ -316,40 +252,20 @@ ENCODED = Features(
 )
 
 
-class LazyDocuments:
-    """Documents that are tokenized when they are asked for; an empty one gives no tokens."""
+class Documents:
+    """A table of documents: tokenized once, or (without lengths) each when it is asked for.
 
-    def __init__(self, records: Dataset, encoder: Encoder) -> None:
-        self._records, self._encoder = records, encoder
+    Args:
+        table: Rows with the columns `ENCODED`.
+        lengths: Tokens of every document; an empty one has none.
+    """
 
-    def __len__(self) -> int:
-        """Returns the number of documents."""
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Encoded:
-        """Tokenizes one document."""
-        return self._encoder([self._records[int(index)]])[0]
-
-    def select(self, indices: Int[np.ndarray, " chosen"]) -> "LazyDocuments":
-        """Returns the documents at these indices."""
-        return LazyDocuments(self._records.select(indices), self._encoder)
-
-
-class EncodedTable:
-    """Documents that were tokenized once, in memory or in a cached arrow file."""
-
-    def __init__(
-        self, table: Dataset, lengths: Int[np.ndarray, " documents"] | None = None
-    ) -> None:
-        self._table = table.with_format("numpy")
-        if lengths is None:
-            batches: Any = self._table.select_columns(["ids"]).iter(batch_size=1000)
-            lengths = np.asarray([len(ids) for batch in batches for ids in batch["ids"]], np.int64)
-        self.lengths = lengths
+    def __init__(self, table: Dataset, lengths: Int[np.ndarray, " documents"] | None) -> None:
+        self._table, self.lengths = table, lengths
 
     def __len__(self) -> int:
         """Returns the number of documents."""
-        return len(self.lengths)
+        return len(self._table)
 
     def __getitem__(self, index: int) -> Encoded:
         """Returns one document."""
@@ -362,24 +278,37 @@ class EncodedTable:
             np.asarray(row["rationale"], np.int32),
         )
 
-    def select(self, indices: Int[np.ndarray, " chosen"]) -> "EncodedTable":
+    def select(self, indices: Int[np.ndarray, " chosen"]) -> "Documents":
         """Returns the documents at these indices."""
-        return EncodedTable(self._table.select(indices), self.lengths[indices])
+        lengths = None if self.lengths is None else self.lengths[indices]
+        return Documents(self._table.select(indices), lengths)
 
-    def concatenate(self, seq_len: int) -> "EncodedTable":
-        """Joins the documents, a thousand at a time, and cuts them into chunks."""
+    def join(self, config: DataConfig, label: str) -> tuple["Documents", int]:
+        """Joins the documents, a thousand at a time, into chunks, where `spans` asks for it.
+
+        Returns:
+            The chunks, and how many short last ones were skipped where `short_texts` asks for it.
+
+        Raises:
+            UserError: If no chunk is left.
+        """
+        if config.spans == "random":
+            return self, 0
 
         def join(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
             ids = (np.asarray(row, np.int32) for row in batch["ids"])
             masks = [
                 (np.asarray(row, np.bool_) for row in batch[k]) for k in ("targets", "answers")
             ]
-            return _columns(list(chunks(map(Encoded, ids, *masks), seq_len)))
+            return _columns(list(chunks(map(Encoded, ids, *masks), config.seq_len)))
 
-        return EncodedTable(_map(self._table, join))
-
-
-Documents = EncodedTable | LazyDocuments
+        joined, lengths = _map(self._table, join)
+        if config.short_texts == "pad":
+            return joined, 0
+        whole = np.flatnonzero(lengths == config.seq_len)
+        if len(whole) == 0:
+            raise no_text_long_enough(label, config.seq_len, int(lengths.max()))
+        return joined.select(whole), len(joined) - len(whole)
 
 
 def prepare(source: Source, config: DataConfig, encoder: Encoder) -> tuple[Documents, int, int]:
@@ -395,40 +324,22 @@ def prepare(source: Source, config: DataConfig, encoder: Encoder) -> tuple[Docum
     records = source.table
     assert records is not None, "a stream has no table"
     joined, skip = config.spans == "concatenate", config.short_texts == "skip"
-    if not (joined or skip) and records.data.nbytes > EXACT_BYTES:
-        return LazyDocuments(records, encoder), 0, 0
 
     def encode(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         rows = zip(*batch.values(), strict=True)
         return _columns(encoder([dict(zip(batch, row, strict=True)) for row in rows]))
 
-    table = EncodedTable(_map(records, encode))
-    filled = table.lengths > 0
-    long_enough = table.lengths >= (config.seq_len if skip and not joined else 1)
+    if not (joined or skip) and records.data.nbytes > EXACT_BYTES:
+        return Documents(records.with_transform(encode), lengths=None), 0, 0
+    table, lengths = _map(records, encode)
+    filled = lengths > 0
+    long_enough = lengths >= (config.seq_len if skip and not joined else 1)
     if not filled.any():
         raise UserError(f"{source.label}: every record is empty: give text to learn from")
     if not long_enough.any():
-        raise no_text_long_enough(source.label, config.seq_len, int(table.lengths.max()))
+        raise no_text_long_enough(source.label, config.seq_len, int(lengths.max()))
     kept = table.select(np.flatnonzero(filled & long_enough))
     return kept, int((~filled).sum()), int((filled & ~long_enough).sum())
-
-
-def join_documents(table: EncodedTable, config: DataConfig, label: str) -> tuple[EncodedTable, int]:
-    """Joins documents into chunks; the short last chunks are kept or skipped.
-
-    Returns:
-        The chunks, and how many were skipped.
-
-    Raises:
-        UserError: If no chunk is left.
-    """
-    joined = table.concatenate(config.seq_len)
-    if config.short_texts == "pad":
-        return joined, 0
-    whole = np.flatnonzero(joined.lengths == config.seq_len)
-    if len(whole) == 0:
-        raise no_text_long_enough(label, config.seq_len, int(joined.lengths.max()))
-    return joined.select(whole), len(joined) - len(whole)
 
 
 def no_text_long_enough(label: str, seq_len: int, longest: int) -> UserError:
@@ -443,20 +354,24 @@ def _columns(encoded: Sequence[Encoded]) -> dict[str, list[Any]]:
     return {name: [getattr(document, name) for document in encoded] for name in ENCODED}
 
 
-def _map(table: Dataset, function: Any) -> Dataset:
+def _map(table: Dataset, function: Any) -> tuple[Documents, Int[np.ndarray, " documents"]]:
+    """Makes documents of a table, in memory or in a cached arrow file; returns their lengths."""
     # The fingerprint of function and tokenizer names a cache file; in memory there is none.
     fingerprint = None if table.cache_files else generate_random_fingerprint()
     hide_bar = table.data.nbytes <= EXACT_BYTES and not datasets.are_progress_bars_disabled()
     if hide_bar:
         datasets.disable_progress_bars()
     try:
-        return table.map(
+        encoded = table.map(
             function,
             batched=True,
             remove_columns=table.column_names,
             features=ENCODED,
             new_fingerprint=fingerprint,
-        )
+        ).with_format("numpy")
     finally:
         if hide_bar:
             datasets.enable_progress_bars()
+    batches: Any = encoded.select_columns(["ids"]).iter(batch_size=1000)
+    lengths = np.asarray([len(ids) for batch in batches for ids in batch["ids"]], np.int64)
+    return Documents(encoded, lengths), lengths

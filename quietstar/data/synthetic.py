@@ -30,11 +30,13 @@ to the answer.
 import contextlib
 import hashlib
 import io
+import itertools
 import random
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, NamedTuple
+from functools import partial
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -108,13 +110,9 @@ class SumsOptions(Section):
 def moves_records(
     options: MovesOptions, size: int, seed: int, held_out: bool
 ) -> Iterator[dict[str, str]]:
-    """Yields problems of ``moves``.
+    """Yields problems of ``moves``, held-out ones without asides.
 
-    Args:
-        options: Options of the task.
-        size: Number of problems.
-        seed: Seed of the problems; the moves mean the same under every seed.
-        held_out: True for the held-out part, without asides; False for the training part.
+    The moves mean the same under every seed.
 
     Raises:
         UserError: If the part is empty, as the held-out one is with ``held_out_share: 0``.
@@ -122,6 +120,11 @@ def moves_records(
     meaning = np.random.default_rng(options.meaning_seed)
     tables = [meaning.permutation(len(PLACES)) for _ in range(options.num_moves)]
     rng = np.random.default_rng([seed, held_out])
+
+    def chat() -> list[str]:
+        slots = (CHATTER[index % len(CHATTER)] for index in range(options.num_steps))
+        return [slot[rng.integers(len(slot))] for slot in slots]
+
     made = rejected = 0
     while made < size:
         start = int(rng.integers(len(PLACES)))
@@ -143,45 +146,24 @@ def moves_records(
         places = [start]
         for move in moves:
             places.append(int(tables[move][places[-1]]))
-        yield _moves_record(places, moves, options, rng, with_aside=not held_out)
-
-
-def _moves_record(
-    places: list[int],
-    moves: list[int],
-    options: MovesOptions,
-    rng: np.random.Generator,
-    with_aside: bool,
-) -> dict[str, str]:
-    name = NAMES[rng.integers(len(NAMES))]
-    steps = [PLACES[place] for place in places[1:]]
-    words = [name, "stands", "on", PLACES[places[0]], ".", PRONOUNS[name], "does"]
-    words += [*(MOVES[move] for move in moves), ".", "Now", name, "stands", "on"]
-    elsewhere = int(rng.integers(1, len(words)))
-    shares = (options.aside_share, options.worked_share, options.chatter_share)
-    before, worked, chatter = rng.random(3) < shares
-
-    def chat() -> list[str]:
-        slots = (CHATTER[index % len(CHATTER)] for index in range(options.num_steps))
-        return [slot[rng.integers(len(slot))] for slot in slots]
-
-    if with_aside and before:
-        words += [DASH, *(steps if worked else chat()), DASH]
-    if with_aside and chatter:
-        words[elsewhere:elsewhere] = [DASH, *chat(), DASH]
-    return {"question": " ".join(words), "answer": steps[-1], "rationale": " ".join(steps)}
+        steps = [PLACES[place] for place in places[1:]]
+        name = NAMES[rng.integers(len(NAMES))]
+        words = [name, "stands", "on", PLACES[start], ".", PRONOUNS[name], "does"]
+        words += [*(MOVES[move] for move in moves), ".", "Now", name, "stands", "on"]
+        elsewhere = int(rng.integers(1, len(words)))
+        shares = (options.aside_share, options.worked_share, options.chatter_share)
+        before, worked, chatter = rng.random(3) < shares
+        if not held_out and before:
+            words += [DASH, *(steps if worked else chat()), DASH]
+        if not held_out and chatter:
+            words[elsewhere:elsewhere] = [DASH, *chat(), DASH]
+        yield {"question": " ".join(words), "answer": steps[-1], "rationale": " ".join(steps)}
 
 
 def sums_records(
     options: SumsOptions, size: int, seed: int, held_out: bool
 ) -> Iterator[dict[str, str]]:
-    """Yields problems of ``sums``.
-
-    Args:
-        options: Options of the task.
-        size: Number of problems.
-        seed: Seed of the problems.
-        held_out: True for problems without asides.
+    """Yields problems of ``sums``, held-out ones without asides.
 
     Raises:
         UserError: If reasoning-gym is not installed.
@@ -223,26 +205,17 @@ def import_reasoning_gym(label: str) -> Any:
 
 def chain_sum_steps(question: str) -> str:
     """Works out a chain sum from left to right: ``4-1=3,3-7=-4``."""
-    _, _, expression = question.rpartition(":")
-    total, steps = None, []
-    for sign, number in _TERM.findall(expression):
-        if total is None:
-            total = int(f"{sign}{number}")
-            continue
-        before, value = total, int(number)
-        total = total - value if sign == "-" else total + value
-        steps.append(f"{before}{sign}{number}={total}")
-    return ",".join(steps)
+    terms = _TERM.findall(question.rpartition(":")[2])
+    values = (-int(number) if sign == "-" else int(number) for sign, number in terms)
+    totals = list(itertools.accumulate(values))
+    steps = zip(totals[:-1], terms[1:], totals[1:], strict=True)
+    return ",".join(f"{before}{sign}{number}={total}" for before, (sign, number), total in steps)
 
 
-class Task(NamedTuple):
-    """A synthetic task: its options, and its problems (options, size, seed, held out)."""
-
-    options: type[Section]
-    records: Callable[[Any, int, int, bool], Iterator[dict[str, str]]]
-
-
-TASKS = {"moves": Task(MovesOptions, moves_records), "sums": Task(SumsOptions, sums_records)}
+TASKS: dict[str, tuple[type[Section], Callable[..., Iterator[dict[str, str]]]]] = {
+    "moves": (MovesOptions, moves_records),
+    "sums": (SumsOptions, sums_records),
+}
 
 
 def check_task(label: str, task: str) -> None:
@@ -269,21 +242,12 @@ def synthetic_records(
         held_out: True for the held-out part, False for the training part.
 
     Raises:
-        UserError: If the task is unknown, or does not take these options.
+        UserError: If the task is unknown, or an option of it is unknown or out of range.
     """
     check_task(label, task)
-    checked = read_options(TASKS[task].options, options)
-    return lambda: TASKS[task].records(checked, size, seed, held_out)
-
-
-def read_options(kind: type[Section], options: dict[str, Any]) -> Section:
-    """Checks the options of a task.
-
-    Raises:
-        UserError: If an option is unknown or out of range.
-    """
+    kind, records = TASKS[task]
     try:
-        return kind.model_validate(options)
+        return partial(records, kind.model_validate(options), size, seed, held_out)
     except ValidationError as problems:
         problem = problems.errors()[0]
         name = ".".join(str(part) for part in problem["loc"])

@@ -1,15 +1,14 @@
 """Tokenizers: a built-in byte-level one, loading, and the check that one fits its model."""
 
-import json
 import logging
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from quietstar.config.schema import SYNTHETIC
 from quietstar.data.synthetic import VOCABULARY, check_task
@@ -26,13 +25,14 @@ def check_unicode(text: str, where: str) -> str:
     """Returns a text that can be written as UTF-8.
 
     Raises:
-        UserError: If it holds bytes that are none, or half of a surrogate pair.
+        UserError: If it holds half of a surrogate pair, as bytes that are no UTF-8 become.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as problem:
         raise UserError(
-            f"{where}: character {problem.start} is no Unicode character; is the text UTF-8?"
+            f"{where}: character {problem.start} is no Unicode character but half of a surrogate"
+            " pair; is the text UTF-8?"
         ) from None
     return text
 
@@ -42,47 +42,29 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
     It round-trips any UTF-8 text and needs no download, so tests and tiny random models use it.
     """
-    # As in GPT-2's byte-level BPE, printable Latin-1 bytes stand for themselves and the others,
-    # in order, are written as the characters from U+0100 on.
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    stand_in = {byte: 0x100 + place for place, byte in enumerate(others)}
-    vocab = {chr(stand_in.get(byte, byte)): byte for byte in range(256)}
-    by_bytes = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
-    return _built_in(
-        model={"type": "BPE", "vocab": vocab, "merges": []},
-        pre_tokenizer={**by_bytes, "add_prefix_space": False},
-        decoder={**by_bytes, "add_prefix_space": True},
-    )
+    vocab = {character: byte for byte, character in bytes_to_unicode().items()}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return _built_in(backend)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """Builds a tokenizer with one token per word of the synthetic tasks, then eos and pad."""
     words = (*VOCABULARY, EOS_TOKEN, PAD_TOKEN)
     vocab = {word: index for index, word in enumerate(words)}
-    return _built_in(
-        model={"type": "WordLevel", "vocab": vocab, "unk_token": PAD_TOKEN},
-        pre_tokenizer={"type": "WhitespaceSplit"},
-        decoder=None,
+    backend = Tokenizer(models.WordLevel(vocab, unk_token=PAD_TOKEN))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return _built_in(backend)
+
+
+def _built_in(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=EOS_TOKEN,
+        pad_token=PAD_TOKEN,
+        clean_up_tokenization_spaces=False,
     )
-
-
-def _built_in(**parts: Any) -> PreTrainedTokenizerFast:
-    """Builds a tokenizer from what a tokenizer.json says of it."""
-    unused = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tokenizer.json"
-        path.write_text(
-            json.dumps({"version": "1.0", "added_tokens": [], **unused, **parts}), "utf-8"
-        )
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(path),
-            eos_token=EOS_TOKEN,
-            pad_token=PAD_TOKEN,
-            clean_up_tokenization_spaces=False,
-        )
-    tokenizer.init_kwargs.pop("tokenizer_file", None)  # it is gone
-    return tokenizer
 
 
 def load_tokenizer(name: str, **hub_kwargs: Any) -> PreTrainedTokenizerBase:
@@ -121,10 +103,6 @@ def load_tokenizer(name: str, **hub_kwargs: Any) -> PreTrainedTokenizerBase:
 
 def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Refuses a tokenizer some of whose ids have no row in the model's embedding.
-
-    Args:
-        tokenizer: The tokenizer.
-        vocab_size: Rows of the model's embedding; more rows than tokens is fine.
 
     Raises:
         UserError: If the largest id is not below `vocab_size`.
