@@ -7,8 +7,7 @@ from test_inspection import browser, opened  # noqa: F401  (browser is a fixture
 from test_report import FILES, HOSTILE, Page
 
 from quietstar.reports import figures, pages, write_report
-from quietstar.reports.calibration import write_plot
-from quietstar.reports.evaluation import write_page
+from quietstar.reports.evaluation import write_gates, write_page
 from quietstar.reports.run import CHARTS
 from quietstar.reports.run_files import parse_metrics
 
@@ -92,7 +91,7 @@ def test_no_text_of_an_evaluation_becomes_markup_or_script(tmp_path):
 
 def test_the_page_of_gates_marks_the_chosen_one(tmp_path):
     chosen = {key: GATES[3][key] for key in GATES[3] if key != "tokens_per_second"}
-    page = Page(write_plot(tmp_path / "g.html", GATES, chosen).read_text("utf-8"))
+    page = Page(write_gates(tmp_path / "g.html", GATES, chosen).read_text("utf-8"))
     assert page.open == []
     assert set(page.figures()) == {"nll", "accuracy"}
     names = [trace["name"] for trace in page.figures()["nll"]["data"]]
@@ -100,7 +99,7 @@ def test_the_page_of_gates_marks_the_chosen_one(tmp_path):
     assert page.figures()["nll"]["data"][0]["x"] == [1.8, 5.0]
     assert "Chosen: entropy above 0.5000, 50.0% of tokens think." in page.text
     without_answers = [row | {"accuracy": None} for row in GATES]
-    page = Page(write_plot(tmp_path / "h.html", without_answers).read_text("utf-8"))
+    page = Page(write_gates(tmp_path / "h.html", without_answers).read_text("utf-8"))
     assert set(page.figures()) == {"nll"}
     assert "Accuracy" not in page.text
 
@@ -168,7 +167,7 @@ def test_pages_with_charts_in_a_browser(tmp_path, browser, monkeypatch, scheme, 
     paths = [
         write_report(tmp_path),
         write_page(tmp_path / "e.html", "model", RESULT),
-        write_plot(tmp_path / "g.html", GATES, GATES[3]),
+        write_gates(tmp_path / "g.html", GATES, GATES[3]),
     ]
     for path in paths:
         errors = []

@@ -11,7 +11,7 @@ import pytest
 
 from quietstar.errors import UserError
 from quietstar.reports import figures, pages, write_report
-from quietstar.reports.formats import duration, percent, signed, wilson
+from quietstar.reports.pages import duration, percent, signed, wilson
 from quietstar.reports.run import CHARTS
 from quietstar.reports.run_files import RunFiles, parse_metrics
 

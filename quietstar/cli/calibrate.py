@@ -218,9 +218,9 @@ def _report(
         result = {"rows": figures, "chosen": gate}
         options.write_text(args.json, json.dumps(result, indent=2) + "\n")
     if args.plot is not None:
-        from quietstar.reports.calibration import write_plot
+        from quietstar.reports.evaluation import write_gates
 
-        say(f"plot: {write_plot(args.plot, figures, gate)}")
+        say(f"plot: {write_gates(args.plot, figures, gate)}")
 
 
 def _parser() -> Parser:

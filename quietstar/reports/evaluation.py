@@ -1,7 +1,8 @@
-"""The figures of ``quietstar eval``, in the terminal and as a page."""
+"""The figures of ``quietstar eval``, in the terminal and as a page; the page of ``calibrate``."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,8 @@ from rich.text import Text
 
 from quietstar.evaluation.controls import CONTROLS, GAINS, PAUSE, SWAPPED, WITH, WITHOUT, gain_over
 from quietstar.evaluation.statistics import CONTROL_NAMES
-from quietstar.reports.figures import Figure, Row, draw_forest, draw_groups
-from quietstar.reports.formats import plain, probability, signed, signed_range
-from quietstar.reports.pages import write_charts
+from quietstar.reports.figures import Figure, Row, draw_forest, draw_groups, make_figure
+from quietstar.reports.pages import plain, probability, signed, signed_range, write_charts
 
 METRICS = {
     "accuracy": "accuracy (argmax)",
@@ -137,3 +137,65 @@ def _section(
     ]
     columns = [(heading, scores) for heading, scores in columns if scores]
     return {"name": name, "task": task, "metrics": metrics, "cards": cards, "columns": columns}
+
+
+# --- Gates: speed against quality -----------------------------------------------------------------
+
+GATES = {  # color, symbol, size and dash: color is not all that tells gates apart
+    "entropy": ("var(--gate-entropy)", "circle", 8, "solid"),
+    "weight": ("var(--gate-weight)", "diamond", 8, "dash"),
+    "gain": ("var(--gate-gain)", "square", 8, "dot"),
+    "always": ("var(--mixed)", "star", 12, None),
+    "never": ("var(--base)", "x", 12, None),
+    "chosen": ("var(--ink)", "circle-open", 18, None),
+}
+MEASURES = {
+    "nll": ("Negative log-likelihood", "nats/token", ".4f", "Lower is better."),
+    "accuracy": ("Accuracy of answers", "correct answers", ".1%", "Higher is better."),
+}
+
+
+def write_gates(
+    path: Path, rows: Sequence[dict[str, Any]], chosen: dict[str, Any] | None = None
+) -> Path:
+    """Write the page of ``quietstar calibrate``; returns its path.
+
+    A measure is drawn over the forward passes, which are exact, unlike a few timed tokens.
+
+    Args:
+        path: Path of the page.
+        rows: Figures of every gate and threshold, as ``--json`` writes them.
+        chosen: Figures of the saved gate, as ``--json`` writes them; marked if given.
+
+    Raises:
+        UserError: plotly is not installed.
+    """
+    groups = {kind: [row for row in rows if row["gate"] == kind] for kind in GATES}
+    groups["chosen"] = [] if chosen is None else [chosen]
+    cards, figures = [], {}
+    for measure, (title, unit, shown, direction) in MEASURES.items():
+        if rows[0][measure] is None:
+            continue
+        traces: list[Figure] = []
+        for kind, points in groups.items():
+            color, symbol, size, dash = GATES[kind]
+            points.sort(key=lambda point: point["passes_a_token"])
+            name = kind if kind != "chosen" or chosen is None else f"chosen ({chosen['gate']})"
+            traces.append({
+                "name": name, "mode": "lines+markers" if dash else "markers",
+                "x": [point["passes_a_token"] for point in points],
+                "y": [point[measure] for point in points],
+                "text": [f"{point['share']:.1%} of tokens think" for point in points],
+                "hovertemplate": f"{name}: %{{y:{shown}}}, %{{x:.2f}} passes/token, %{{text}}"
+                                 "<extra></extra>",
+                "line": {"color": color, "dash": dash},
+                "marker": {"size": size, "symbol": symbol, "color": color,
+                           "line": {"width": 2.5 if kind == "chosen" else 0}},
+            })  # fmt: skip
+        passes = {"title": {"text": "forward passes/token"}, "rangemode": "tozero", "tickangle": 0}
+        values = {"title": {"text": unit}, "tickformat": ".0%" if measure == "accuracy" else ""}
+        traces = [trace for trace in traces if trace["x"]]
+        figures[measure] = make_figure(traces, 400, showlegend=True, xaxis=passes, yaxis=values)
+        caption = f"Against forward passes per token, where fewer is faster. {direction}"
+        cards.append({"name": measure, "title": title, "caption": caption})
+    return write_charts(path, "calibration.html.j2", figures, rows=rows, chosen=chosen, cards=cards)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from quietstar.reports.formats import percent, plain
+from quietstar.reports.pages import percent, plain
 from quietstar.reports.run_files import Record, find_stages, series
 
 Figure = dict[str, Any]
@@ -27,48 +27,38 @@ _CHARACTERS = 48  # of the stages' names side by side, on a phone
 
 # --- The look of all figures ----------------------------------------------------------------------
 
-_AXIS = {
-    "title": {"standoff": 8, "font": {"size": 12}},
-    "gridcolor": "var(--grid)",
-    "zerolinecolor": "var(--edge)",
+_AXIS: Figure = {
+    "title": {"standoff": 8, "font": {"size": 12}}, "automargin": True, "showline": True,
+    "showspikes": False, "gridcolor": "var(--grid)", "zerolinecolor": "var(--edge)",
     "linecolor": "var(--edge)",
-    "automargin": True,
-    "showspikes": False,
-}
+}  # fmt: skip
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
-_TEMPLATE: Figure = {
-    "layout": {
-        "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
-        "font": {"family": _FONT, "size": 12, "color": "var(--muted)"},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "hoverlabel": {
-            "bgcolor": "var(--card)", "bordercolor": "var(--line)", "namelength": -1,
-            "font": {"color": "var(--ink)"},
-        },
-        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        "xaxis": _AXIS,
-        "yaxis": _AXIS,
-        "annotationdefaults": {"xref": "paper", "xanchor": "left", "yanchor": "bottom",
-                               "showarrow": False},
-    }
+_LAYOUT: Figure = {
+    "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
+    "font": {"family": _FONT, "size": 12, "color": "var(--muted)"},
+    "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
+    "hoverlabel": {"bgcolor": "var(--card)", "bordercolor": "var(--line)", "namelength": -1,
+                   "font": {"color": "var(--ink)"}},
+    "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+    "annotationdefaults": {"xref": "paper", "xanchor": "left", "yanchor": "bottom",
+                           "showarrow": False},
+    "xaxis": _AXIS, "yaxis": _AXIS,
 }  # fmt: skip
 
 
 def make_figure(traces: Sequence[Figure], height: int = HEIGHT, **layout: Any) -> Figure:
     """Make a figure in the look of the page; the rest of its layout is given as in plotly."""
-    return {"data": traces, "layout": {"template": _TEMPLATE, "height": height, **layout}}
+    look = {"template": {"layout": _LAYOUT}, "height": height}
+    return {"data": traces, "layout": look | layout}
 
 
 def error_bars(values: Sequence[float], bounds: Sequence[Any], color: str) -> Figure:
     """Return the bars from a value to the ends of its interval; none where the interval is None."""
     ends = [pair or (value, value) for value, pair in zip(values, bounds, strict=True)]
-    return {
-        "type": "data", "symmetric": False, "color": f"var(--{color})", "thickness": 2.5,
-        "width": 5,
-        "array": [high - value for value, (_, high) in zip(values, ends, strict=True)],
-        "arrayminus": [value - low for value, (low, _) in zip(values, ends, strict=True)],
-    }  # fmt: skip
+    above = [high - value for value, (_, high) in zip(values, ends, strict=True)]
+    below = [value - low for value, (low, _) in zip(values, ends, strict=True)]
+    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below,
+            "color": f"var(--{color})", "thickness": 2.5, "width": 5}  # fmt: skip
 
 
 def padded(low: float, high: float) -> tuple[float, float]:
@@ -129,11 +119,10 @@ def draw_curves(chart: Chart, records: Sequence[Record]) -> Figure:
     if chart.from_zero:
         values["rangemode"] = "tozero"
     else:  # all held-out values, but not the top 2% of the training values
-        tops = []
-        for trace in traces:
-            ordered = sorted(trace["y"])
-            is_held_out = "markers" in trace["mode"]
-            tops.append(ordered[-1] if is_held_out else ordered[int(0.98 * (len(ordered) - 1))])
+        tops = [
+            max(t["y"]) if "markers" in t["mode"] else sorted(t["y"])[int(0.98 * (len(t["y"]) - 1))]
+            for t in traces
+        ]
         values["range"] = padded(min(min(trace["y"]) for trace in traces), max(tops))
     layout = _place_panels(panels, has_names=len(stages) > 1, has_legend=len(listed) > 1)
     return make_figure(traces, hovermode="x unified", yaxis=values, **layout)
@@ -141,24 +130,23 @@ def draw_curves(chart: Chart, records: Sequence[Record]) -> Figure:
 
 def _line_traces(line: Line, records: Sequence[Record]) -> list[Figure]:
     """Return the traces of a figure, training under held out; they are toggled together."""
-    train, held_out = (series(records, kind, line.key) for kind in ("train", "eval"))
-    color = f"var(--{line.color})"
+    (train, values), held_out = (series(records, kind, line.key) for kind in ("train", "eval"))
+    color, has_both = f"var(--{line.color})", bool(train and held_out[0])
     traces: list[Figure] = []
-    if train[0]:
-        steps, values = thinned(*train)
+    if train:
+        train, values = thinned(train, values)
         traces.append({
-            "x": steps, "y": values, "legendgroup": line.key,
-            "name": f"{line.name}, training" if held_out[0] else line.name,
-            "showlegend": not held_out[0],
-            "mode": "lines" if len(steps) > 1 else "markers",
+            "x": train, "y": values, "legendgroup": line.key, "showlegend": not has_both,
+            "name": f"{line.name}, training" if has_both else line.name,
+            "mode": "lines" if len(train) > 1 else "markers",
             "line": {"width": 1.25, "color": color}, "marker": {"color": color},
-            "opacity": 0.6 if held_out[0] else 1.0,
+            "opacity": 0.6 if has_both else 1.0,
         })  # fmt: skip
     if held_out[0]:
         traces.append({
-            "x": held_out[0], "y": held_out[1], "legendgroup": line.key, "name": line.name,
-            "showlegend": True,
-            "mode": "markers" if train[0] and len(held_out[0]) < FEW else "lines+markers",
+            "x": held_out[0], "y": held_out[1], "legendgroup": line.key, "showlegend": True,
+            "name": line.name,
+            "mode": "markers" if has_both and len(held_out[0]) < FEW else "lines+markers",
             "line": {"width": 2.25, "color": color},
             "marker": {"symbol": line.symbol, "size": 8, "color": color},
         })  # fmt: skip
@@ -241,9 +229,7 @@ def draw_forest(rows: Sequence[Row], title: str, tickformat: str, hoverformat: s
     labels: list[Figure] = []
     for place, row in enumerate(rows):
         traces.append({
-            "mode": "markers",
-            "x": [row.mean],
-            "y": [place],
+            "mode": "markers", "x": [row.mean], "y": [place],
             "hovertemplate": f"{literal(row.label, 60)}: %{{x:{hoverformat}}}<extra></extra>",
             "marker": {"size": 11, "color": f"var(--{row.color})"},
             "error_x": error_bars([row.mean], [row.bounds], row.color),
@@ -260,7 +246,6 @@ def draw_forest(rows: Sequence[Row], title: str, tickformat: str, hoverformat: s
     return make_figure(
         traces, 64 + row_height * len(rows),
         showlegend=False,
-        hovermode="closest",
         xaxis={"title": {"text": title}, "range": padded(min(0.0, *ends), max(0.0, *ends)),
                "tickformat": tickformat, "zeroline": True, "tickangle": 0, "nticks": 6},
         yaxis={"range": [len(rows) - 0.55, -0.75], "visible": False, "fixedrange": True},
@@ -287,7 +272,6 @@ def draw_groups(groups: Sequence[Mapping[str, Any]]) -> Figure:
     return make_figure(
         traces,
         showlegend=True,
-        hovermode="closest",
         xaxis={"showgrid": False, "type": "category", "tickangle": 0},
         yaxis={"title": {"text": "nats/token"}, "zeroline": True},
         scattermode="group",

@@ -9,8 +9,7 @@ from typing import Any
 
 from quietstar.config.yaml import YamlProblem, parse
 from quietstar.reports.figures import Chart, Line, Row, draw_curves, draw_forest
-from quietstar.reports.formats import duration, percent, signed
-from quietstar.reports.pages import write_charts
+from quietstar.reports.pages import duration, percent, signed, write_charts
 from quietstar.reports.run_files import Record, Results, RunFiles, series
 from quietstar.training.evaluation import ACCURACIES
 

@@ -106,17 +106,10 @@ class Part(BaseModel):
 
 
 class Results(Part):
-    """``results.json``: the measurement at the end.
+    """``results.json``: the measurement at the end."""
 
-    Attributes:
-        accuracy: Shares of ``n`` held-out problems that are answered correctly:
-            ``with_thoughts``, ``without_thoughts``, ``swapped_thoughts``, ``pause_thoughts``.
-        right_thoughts: Share of correct thoughts ``before`` and ``after`` training.
-        seconds: Duration of the run.
-    """
-
-    accuracy: dict[str, Figure] = {}
-    right_thoughts: dict[str, Figure] = {}
+    accuracy: dict[str, Figure] = {}  # by kind of thoughts, of n held-out problems
+    right_thoughts: dict[str, Figure] = {}  # share of correct ones before and after training
     seconds: Figure = None
 
 
