@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,9 +54,8 @@ class Segment:
     other_weight: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class RowResult:
-    """What the rows of one segment gave, without gradient.
+class RowResult(NamedTuple):
+    """What the rows of one segment gave.
 
     Attributes:
         nll: (rows,), negative log-likelihood of the target, 0 where there is none.
@@ -87,7 +87,7 @@ def objective(
         value = at_least_float32(segments[0].states.new_zeros(()))
         for segment in segments:
             nll, entropy, predicted = recomputed_rows(segment, head)
-            value = value + _value(segment, nll, entropy)
+            value = value + _value(segment, RowResult(nll, entropy))
             results.append(RowResult(nll.detach(), entropy.detach(), predicted))
         return value, results
 
@@ -96,7 +96,7 @@ def objective(
         for segment, needed in zip(segments, needs, strict=True):
             wanted = sums is not None and (needed or sums.wanted)
             result, grad = _fused_segment(segment, head, sums if wanted else None)
-            value = value + _value(segment, result.nll, result.entropy)
+            value = value + _value(segment, result)
             results.append(result)
             grads.append(grad)
         return value, grads
@@ -104,13 +104,13 @@ def objective(
     return fused(compute, head, accumulator, [s.states for s in segments]), results
 
 
-def _value(segment: Segment, nll: Tensor, entropy: Tensor | None) -> Tensor:
+def _value(segment: Segment, rows: RowResult) -> Tensor:
     """Sum of coefficient * nll + entropy coefficient * entropy over the rows."""
     if segment.coefficients is None:
-        return nll.new_zeros(())
-    value = (segment.coefficients * nll).sum()
-    if segment.entropy_coefficients is not None and entropy is not None:
-        value = value + (segment.entropy_coefficients * entropy).sum()
+        return rows.nll.new_zeros(())
+    value = (segment.coefficients * rows.nll).sum()
+    if segment.entropy_coefficients is not None and rows.entropy is not None:
+        value = value + (segment.entropy_coefficients * rows.entropy).sum()
     return value
 
 
@@ -243,8 +243,7 @@ def _fused_chunk(
     chunk = SoftmaxChunk(
         logits, segment.targets[rows], segment.wants_entropy, segment.wants_predicted
     )
-    found = (chunk.nll, chunk.entropy, chunk.predicted)
-    for whole, part in zip((result.nll, result.entropy, result.predicted), found, strict=True):
+    for whole, part in zip(result, (chunk.nll, chunk.entropy, chunk.predicted), strict=True):
         if whole is not None and part is not None:
             whole[rows] = part
     if grad is not None and segment.coefficients is not None:

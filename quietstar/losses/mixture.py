@@ -160,29 +160,23 @@ def mixture_objective(
 
 def _by_rows(mixture: Mixture, head: OutputHead) -> tuple[Tensor, MixtureResult]:
     """Do the same with a head whose logits are not linear in the states."""
-    shape = mixture.mixing_weight.shape
+    shape, weight = mixture.mixing_weight.shape, mixture.mixing_weight.flatten()
     states = mixture.thought.flatten(0, 3)
     targets = mixture.targets.unsqueeze(1).expand(shape).flatten()
     text = mixture.text.gather(mixture.text.rows).unsqueeze(1).expand_as(mixture.thought)
-    mixed = Segment(
-        text.flatten(0, 3),
-        targets,
-        other_states=states,
-        other_weight=mixture.mixing_weight.flatten(),
-    )
-    mixed_nll, _, predicted = recomputed_rows(mixed, head)
-    thought_nll = None
+    mixed = Segment(text.flatten(0, 3), targets, other_states=states, other_weight=weight)
+    mixed_nll, _, predicted = (x.view(shape) for x in recomputed_rows(mixed, head))
+    thought_nll = detached = None
     if mixture.needs_thought:
         thought_nll = recomputed_rows(Segment(states, targets), head)[0].view(shape)
-    mixed_nll = mixed_nll.view(shape)
+        detached = thought_nll.detach()
     everything = (slice(0, shape[2]), slice(0, shape[3]))
-    detached = None if thought_nll is None else thought_nll.detach()
     advantage, *coefficients = mixture.coefficients(mixed_nll.detach(), detached, *everything)
     value = mixed_nll.new_zeros(())
     for nll, coefficient in zip((mixed_nll, thought_nll), coefficients, strict=True):
         if nll is not None and coefficient is not None:
             value = value + (coefficient * nll).sum()
-    predicted = predicted.view(shape) if mixture.needs_predicted else None
+    predicted = predicted if mixture.needs_predicted else None
     return value, MixtureResult(mixed_nll.detach(), detached, predicted, advantage)
 
 
@@ -223,11 +217,8 @@ class _Work:
         base = text.gather(base.view(*text.rows.shape[:2], -1)).unsqueeze(1)  # a view
         targets = repeat(mixture.targets[where], "a b p -> (a k b p)", k=shape[1])
 
-        mixed = SoftmaxChunk(
-            torch.lerp(base, grid, fraction).flatten(0, 3),
-            targets,
-            wants_predicted=mixture.needs_predicted,
-        )
+        mixed_logits = torch.lerp(base, grid, fraction).flatten(0, 3)
+        mixed = SoftmaxChunk(mixed_logits, targets, wants_predicted=mixture.needs_predicted)
         self.mixed[where] = mixed.nll.view(shape)
         if self.predicted is not None and mixed.predicted is not None:
             self.predicted[where] = mixed.predicted.view(shape)

@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from quietstar.attention.layout import (
@@ -34,7 +34,6 @@ from quietstar.backbone.output_head import OutputHead
 from quietstar.backbone.teacher_forced import ThoughtStates
 from quietstar.losses.cross_entropy import HeadGradients, RowResult, Segment, objective
 from quietstar.losses.mixture import Mixture, MixtureResult, mixture_objective
-from quietstar.losses.scores import ScoredThoughts, ThoughtResults, score
 from quietstar.losses.weights import Weigh
 
 
@@ -62,6 +61,76 @@ class LossTerms:
     scoring: bool = False
 
 
+@dataclass(frozen=True)
+class ThoughtResults:
+    """What the terms behind thoughts gave, without gradient; predictions are 0 without a target.
+
+    Attributes:
+        logprobs: Log-probabilities of the thought tokens at the policy temperature.
+        entropy: Of each thought token's distribution, None if not computed.
+        mixing_weight: Share of the thought in each prediction.
+        mixed_logprobs: Log-probabilities of the true tokens x_{i+a} by the mixed prediction.
+        thought_logprobs: By the thought's own prediction alone; None if no loss needs it.
+        mixed_predicted: Most likely x_{i+a} by the mixed prediction, None if not asked for.
+    """
+
+    logprobs: Float[Tensor, "length thoughts batch positions"]
+    entropy: Float[Tensor, "length thoughts batch positions"] | None
+    mixing_weight: Float[Tensor, "lookahead thoughts batch positions"]
+    mixed_logprobs: Float[Tensor, "lookahead thoughts batch positions"]
+    thought_logprobs: Float[Tensor, "lookahead thoughts batch positions"] | None
+    mixed_predicted: Int[Tensor, "lookahead thoughts batch positions"] | None
+
+
+@dataclass(frozen=True)
+class ScoredThoughts(ThoughtResults):
+    """What the thoughts did, position by position, for readers of figures.
+
+    With chosen positions, P of them a text stand where ``positions`` is written; else S.
+
+    Attributes:
+        thoughts: Thought tokens.
+        base_logprobs: Of x_{i+a}, without the thought.
+        valid: Whether there is a target x_{i+a}.
+        text_logprobs: Of the next token after every text position, 0 where there is no target.
+        text_valid: Whether there is a next target.
+        base_predicted: Most likely next token without the thought, None if not asked for.
+        positions: The chosen ones, None for all.
+    """
+
+    thoughts: Int[Tensor, "length thoughts batch positions"]
+    base_logprobs: Float[Tensor, "lookahead batch positions"]
+    valid: Bool[Tensor, "lookahead batch positions"]
+    text_logprobs: Float[Tensor, "batch seq"]
+    text_valid: Bool[Tensor, "batch seq"]
+    base_predicted: Int[Tensor, "batch seq"] | None
+    positions: Int[Tensor, "batch positions"] | None
+
+
+def score(
+    results: ThoughtResults,
+    base: RowResult,
+    thoughts: Int[Tensor, "length thoughts batch positions"],
+    labels: Int[Tensor, "batch seq"],
+    targets: Int[Tensor, "lookahead batch positions"],
+    positions: Int[Tensor, "batch positions"] | None,
+) -> ScoredThoughts:
+    """Put the results of all positions and of the texts together."""
+    text_nll, predicted = base.nll.view(labels.shape), base.predicted
+    valid = targets != IGNORE_INDEX
+    base_nll = lookahead_states(text_nll, targets.shape[0], positions)
+    return ScoredThoughts(
+        **vars(results),
+        thoughts=thoughts,
+        base_logprobs=-base_nll.where(valid, 0.0),
+        valid=valid,
+        text_logprobs=-text_nll,
+        text_valid=lookahead_targets(labels, 1)[0] != IGNORE_INDEX,
+        base_predicted=None if predicted is None else predicted.view(labels.shape),
+        positions=positions,
+    )
+
+
 def loss_from_states(
     states: ThoughtStates,
     mixing_weight: Float[Tensor, "lookahead thoughts batch positions"],
@@ -75,19 +144,10 @@ def loss_from_states(
 ) -> tuple[Tensor, ScoredThoughts]:
     """Compute the loss of one (micro-)batch, and score its thoughts.
 
-    Args:
-        states: States of the teacher-forced pass.
-        mixing_weight: Output of the mixing head, differentiable.
-        thoughts: Thought tokens.
-        labels: Token ids of the text, IGNORE_INDEX where a token is no target.
-        head: From states to logits.
-        terms: Terms of the loss.
-        num_items: N; by default the valid targets of this batch.
-        positions: Positions of the thoughts, None for all.
-        num_thought_items: M; by default the positions of this batch with a target.
-
-    Returns:
-        The scalar loss and the scored thoughts.
+    Differentiable in the states, the mixing weight and the head. Labels are IGNORE_INDEX where a
+    token is no target; without ``positions`` there are thoughts at all. N is ``num_items``, by
+    default the valid targets of this batch; M is ``num_thought_items``, by default the positions of
+    this batch with a target.
     """
     targets = lookahead_targets(labels, mixing_weight.shape[0], positions)  # (A, B, P)
     text_loss, base, _ = next_token_loss(
@@ -125,72 +185,45 @@ def thought_loss(
 ) -> tuple[Tensor, ThoughtResults]:
     """Compute all terms but `base`, of some positions of some texts.
 
-    Args:
-        policy_states: States that predict the thought tokens.
-        ahead_states: States from the end token on.
-        text: The text's own states that predict the same tokens.
-        mixing_weight: Output of the mixing head, differentiable.
-        thoughts: Thought tokens.
-        targets: True tokens x_{i+a}, IGNORE_INDEX where there is none.
-        base_nll: NLL of the targets without a thought.
-        head: From states to logits.
-        terms: Terms of the loss.
-        num_items: M, of the whole step.
-        accumulator: Collects the gradients of a linear head; by default they are those of its
-            parameters.
+    ``policy_states`` predict the thought tokens; ``ahead_states`` (from the end token on) and the
+    text's own predict the targets. ``base_nll`` is the NLL of these without a thought;
+    ``num_items`` is M of the whole step; ``accumulator`` is as in `objective`.
     """
     mixture = Mixture(
-        text,
-        ahead_states,
-        mixing_weight,
-        targets,
-        base_nll,
-        num_items,
-        terms.weigh,
-        needs_thought=terms.needs_thought or terms.scoring,
-        needs_predicted=terms.scoring,
-    )
+        text, ahead_states, mixing_weight, targets, base_nll, num_items, terms.weigh,
+        needs_thought=terms.needs_thought or terms.scoring, needs_predicted=terms.scoring,
+    )  # fmt: skip
     value, mixed = mixture_objective(mixture, head, accumulator)
-    segments = [_policy(policy_states, thoughts, targets, mixed.advantage, terms, num_items)]
-    if terms.draft_weight > 0:
-        # The states at the start vector are the same for all thoughts of a position.
-        next_targets = targets[0].flatten()
-        coefficients = _filled(next_targets, terms.draft_weight / num_items)
-        segments.append(Segment(policy_states[0, 0].flatten(0, 1), next_targets, coefficients))
-    rest, results = objective(segments, head, accumulator)
-    policy, entropy = results[0].nll.view(thoughts.shape), results[0].entropy
-    entropy = None if entropy is None else entropy.view(thoughts.shape)
-    return value + rest, ThoughtResults(
-        mixed.mixed, mixed.thought, mixed.predicted, policy, entropy, mixing_weight.detach()
-    )
-
-
-def _policy(
-    policy_states: Tensor,
-    thoughts: Tensor,
-    targets: Tensor,
-    advantage: Tensor | None,
-    terms: LossTerms,
-    num_items: Tensor,
-) -> Segment:
     length, num_thoughts = thoughts.shape[:2]
     tokens = thoughts.where((targets != IGNORE_INDEX).any(0), IGNORE_INDEX).flatten()
     scale = 1.0 / (length * num_thoughts * num_items)
     coefficients = bonus = None
     if torch.is_grad_enabled():  # else only the results are wanted
         coefficients = torch.zeros_like(tokens, dtype=torch.float32)
-        if advantage is not None:
-            coefficients = (advantage * scale).expand(length, *advantage.shape).flatten()
+        if mixed.advantage is not None:
+            advantage = mixed.advantage * scale
+            coefficients = advantage.expand(length, *advantage.shape).flatten()
         if terms.entropy_weight > 0:
             bonus = _filled(tokens, -terms.entropy_weight * scale)
-    return Segment(
-        policy_states.flatten(0, 3),
-        tokens,
-        coefficients,
-        entropy_coefficients=bonus,
-        temperature=terms.policy_temperature,
-        sampled_only=True,
-        wants_entropy=terms.entropy_weight > 0,
+    policy = Segment(
+        policy_states.flatten(0, 3), tokens, coefficients, bonus, terms.policy_temperature,
+        sampled_only=True, wants_entropy=terms.entropy_weight > 0,
+    )  # fmt: skip
+    segments = [policy]
+    if terms.draft_weight > 0:
+        # The states at the start vector are the same for all thoughts of a position.
+        next_targets = targets[0].flatten()
+        coefficients = _filled(next_targets, terms.draft_weight / num_items)
+        segments.append(Segment(policy_states[0, 0].flatten(0, 1), next_targets, coefficients))
+    rest, results = objective(segments, head, accumulator)
+    entropy = results[0].entropy
+    return value + rest, ThoughtResults(
+        logprobs=-results[0].nll.view(thoughts.shape),
+        entropy=None if entropy is None else entropy.view(thoughts.shape),
+        mixing_weight=mixing_weight.detach(),
+        mixed_logprobs=-mixed.mixed,
+        thought_logprobs=None if mixed.thought is None else -mixed.thought,
+        mixed_predicted=mixed.predicted,
     )
 
 
@@ -203,17 +236,10 @@ def next_token_loss(
     weight: float = 1.0,
     accumulator: HeadGradients | None = None,
 ) -> tuple[Tensor, RowResult, Tensor]:
-    """Compute the loss of plain language modeling, sum_i -log p(x_{i+1}) / N.
+    """Compute the loss of plain language modeling, sum_i -log p(x_{i+1}) / N, times ``weight``.
 
-    Args:
-        states: States of the texts.
-        labels: Token ids, IGNORE_INDEX where a token is no target.
-        head: From states to logits.
-        num_items: N; by default the valid targets of this batch.
-        scoring: Find the most likely tokens too.
-        weight: Factor of the loss.
-        accumulator: Collects the gradients of a linear head; by default they are those of its
-            parameters.
+    N is ``num_items``, by default the valid targets of this batch. With ``scoring`` the most likely
+    tokens are found too; ``accumulator`` is as in `objective`.
 
     Returns:
         The scalar loss, the results of all rows (batch * seq), and where there is a target.
@@ -221,13 +247,9 @@ def next_token_loss(
     targets = lookahead_targets(labels, 1)[0]
     valid = targets != IGNORE_INDEX
     count = valid.sum() if num_items is None else torch.as_tensor(num_items)
-    coefficients = _filled(targets.flatten(), weight / count.clamp(min=1))
-    segment = Segment(
-        states.flatten(0, 1),
-        targets.flatten(),
-        coefficients,
-        wants_predicted=scoring,
-    )
+    rows = targets.flatten()
+    coefficients = _filled(rows, weight / count.clamp(min=1))
+    segment = Segment(states.flatten(0, 1), rows, coefficients, wants_predicted=scoring)
     loss, results = objective([segment], head, accumulator)
     return loss, results[0], valid
 
@@ -250,13 +272,9 @@ def mixed_predictions(
     """
     lookahead = mixing_weight.shape[0]
     targets = lookahead_targets(labels, lookahead, positions)
+    text = text_lookahead(states.text, lookahead, positions)
     mixture = Mixture(
-        text_lookahead(states.text, lookahead, positions),
-        states.ahead,
-        mixing_weight,
-        targets,
-        needs_thought=False,
-        needs_predicted=True,
+        text, states.ahead, mixing_weight, targets, needs_thought=False, needs_predicted=True
     )
     return mixture_objective(mixture, head)[1]
 

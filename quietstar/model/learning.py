@@ -35,12 +35,14 @@ from quietstar.backbone.teacher_forced import BlockInputs, block_pass, embed_blo
 from quietstar.errors import UserError
 from quietstar.losses.cross_entropy import HeadGradients
 from quietstar.losses.mixture import groups
-from quietstar.losses.scores import ScoredThoughts, ThoughtResults, score
 from quietstar.losses.thought_loss import (
     LossTerms,
+    ScoredThoughts,
+    ThoughtResults,
     count_thought_items,
     loss_from_states,
     next_token_loss,
+    score,
     thought_loss,
 )
 from quietstar.sampling.thoughts import ThoughtBatch

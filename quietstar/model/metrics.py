@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from quietstar.losses.scores import ScoredThoughts
+from quietstar.losses.thought_loss import ScoredThoughts
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.generic import ModelOutput
 
-from quietstar.losses.scores import ScoredThoughts
+from quietstar.losses.thought_loss import ScoredThoughts
 from quietstar.model.metrics import ThoughtMetrics
 
 if TYPE_CHECKING:
