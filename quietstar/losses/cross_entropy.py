@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -36,8 +37,7 @@ class Segment:
         entropy_coefficients: Like ``coefficients``, for the entropy of each row.
         temperature: Divides the logits.
         sampled_only: The distribution is over the rows of the vocabulary that may be sampled.
-        wants_entropy: Compute the entropy of each row.
-        wants_predicted: Find the most likely token of each row.
+        wants_entropy, wants_predicted: Find the entropy, the most likely token of each row too.
         other_states, other_weight: With a soft-capped head logits are mixed, not states: the row's
             logits are (1 - other_weight) * f(states) + other_weight * f(other_states).
     """
@@ -124,9 +124,6 @@ def _chunks(rows: int, vocab_size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
-# --- Linear heads: fused --------------------------------------------------------------------------
-
-
 class WithGradients(torch.autograd.Function):
     """A value that was computed together with its gradients; backward hands them out once.
 
@@ -134,9 +131,8 @@ class WithGradients(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, compute, grad_enabled, *inputs):  # noqa: D102
-        needs = [grad_enabled and needed for needed in ctx.needs_input_grad[2:]]
-        value, ctx.grads = compute(needs)
+    def forward(ctx, compute, *inputs):  # noqa: D102
+        value, ctx.grads = compute(ctx.needs_input_grad[1:])
         return value
 
     @staticmethod
@@ -149,7 +145,7 @@ class WithGradients(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if not (on_host(grad_value) and grad_value == 1):  # known without waiting
             grads = [None if g is None else g.mul_(grad_value.to(g.dtype)) for g in grads]
-        return None, None, *grads  # autograd casts them to the dtypes of the inputs
+        return None, *grads  # autograd casts them to the dtypes of the inputs
 
 
 def fused(
@@ -160,34 +156,27 @@ def fused(
 ) -> Tensor:
     """A value of linear logits, differentiable in the head (without accumulator) and ``inputs``.
 
-    Args:
-        compute: Takes what collects the gradients of the head (None where there are no gradients)
-            and which inputs need a gradient; gives the value and the gradients of the inputs.
-        head: A linear one.
-        accumulator: As in `objective`.
-        inputs: What the value is computed from, beside the head.
+    ``compute`` takes what collects the gradients of the head (None if no gradient is wanted) and
+    which inputs need a gradient; it gives the value and the gradients of the inputs.
     """
     grad_enabled = torch.is_grad_enabled()
     params = (head.weight, head.bias) if accumulator is None else (None, None)
 
     def with_head(needs):
-        sums = accumulator or HeadGradients(head, needs[0], needs[1])
-        value, grads = compute(sums if grad_enabled else None, needs[2:])
+        wants_weight, wants_bias, *wanted = (grad_enabled and needed for needed in needs)
+        sums = accumulator or HeadGradients(head, wants_weight, wants_bias)
+        value, grads = compute(sums if grad_enabled else None, wanted)
         # Nothing waits while the layers run backward.
         of_head = sums.totals() if accumulator is None else (None, None)
         return value, [*of_head, *grads]
 
-    return WithGradients.apply(with_head, grad_enabled, *params, *inputs)  # pyright: ignore[reportReturnType]
+    return WithGradients.apply(with_head, *params, *inputs)  # pyright: ignore[reportReturnType]
 
 
 class Products:
-    """Products with the output weight, in the dtype of autocast or of the states.
+    """Products of a linear head (its logits divided by a temperature) with states like ``like``.
 
-    Args:
-        head: A linear one.
-        like: States.
-        sums: Collect the gradients of the head; None without gradients.
-        temperature: Divides the logits.
+    They are in the dtype of autocast or of the states; ``sums`` collects the head's gradients.
     """
 
     def __init__(
@@ -252,9 +241,6 @@ def _fused_chunk(
         grad[rows] = products.backward(chunk.gradient_(segment.coefficients[rows], bonus), states)
 
 
-# --- Other heads (soft cap, adapters on the output layer): recomputed -----------------------------
-
-
 def recomputed_rows(segment: Segment, head: OutputHead) -> tuple[Tensor, Tensor, Tensor]:
     """NLL and entropy (both differentiable) and most likely token of every row of a segment.
 
@@ -272,17 +258,12 @@ def recomputed_rows(segment: Segment, head: OutputHead) -> tuple[Tensor, Tensor,
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         return nll.where(targets != IGNORE_INDEX, 0.0), entropy, logprobs.argmax(-1)
 
-    pieces = [
-        checkpoint(by_the_book, rows, use_reentrant=False, preserve_rng_state=False)
-        if torch.is_grad_enabled()
-        else by_the_book(rows)
-        for rows in _chunks(len(segment.states), head.num_logits)
-    ]
+    run = by_the_book
+    if torch.is_grad_enabled():
+        run = partial(checkpoint, by_the_book, use_reentrant=False, preserve_rng_state=False)
+    pieces = [run(rows) for rows in _chunks(len(segment.states), head.num_logits)]
     nll, entropy, predicted = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     return nll, entropy, predicted
-
-
-# --- Softmax of a chunk ---------------------------------------------------------------------------
 
 
 class SoftmaxChunk:
@@ -335,35 +316,23 @@ _VOCABULARY_BLOCK = 8192
 
 
 class HeadGradients:
-    """Sums of the output layer's gradients, in float32 or wider.
-
-    Args:
-        head: A linear one.
-        wants_weight: Whether to collect the gradient of its weight.
-        wants_bias: Whether to collect that of its bias, if it has one.
-    """
+    """Sums of a linear head's gradients, in float32 or wider: of its weight, of a bias it has."""
 
     def __init__(self, head: OutputHead, wants_weight: bool, wants_bias: bool) -> None:
-        weight = head.weight
-        wide = at_least_float32(weight.new_zeros(())).dtype
-        wants_bias = wants_bias and head.bias is not None
-        self._weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
-        self._bias = weight.new_zeros(weight.shape[0], dtype=wide) if wants_bias else None
+        wide = at_least_float32(head.weight.new_empty(0)).dtype
+        self._weight = torch.zeros_like(head.weight, dtype=wide) if wants_weight else None
+        self._bias = None
+        if wants_bias and head.bias is not None:
+            self._bias = torch.zeros_like(head.bias, dtype=wide)
+        self.wanted = self._weight is not None or self._bias is not None
         self._waiting = 0
         self._buffers: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def wanted(self) -> bool:
-        """Whether anything is collected."""
-        return self._weight is not None or self._bias is not None
 
     def add(self, grad_logits: Tensor, states: Tensor, factor: float) -> Tensor:
         """Add one chunk: (rows, V') and (rows, D), V' the first rows of the vocabulary.
 
-        The states were multiplied by ``factor`` already; the bias is here.
-
-        Returns:
-            The gradient of the logits in the dtype of the states; to be used before the next chunk.
+        The states were multiplied by ``factor`` already; the bias is here. Returns the gradient of
+        the logits in the dtype of the states, to be used before the next chunk.
         """
         rows, size = grad_logits.shape
         weight = self._weight
@@ -393,10 +362,8 @@ class HeadGradients:
         return kept[:, :size]
 
     def _multiply(self) -> None:
-        if self._waiting:
-            assert self._buffers is not None, "rows wait in them"
-            grad_logits, states = (buffer[: self._waiting] for buffer in self._buffers)
-            self._add_product(grad_logits, states)
+        if self._waiting and self._buffers is not None:
+            self._add_product(*(buffer[: self._waiting] for buffer in self._buffers))
         self._waiting = 0
 
     def _add_product(self, grad_logits: Tensor, states: Tensor) -> None:

@@ -64,8 +64,7 @@ class Mixture:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Weigh some positions of some texts by the NLLs of both predictions, (A, K, B', P').
 
-        Returns:
-            The advantage (K, B', P'), and the coefficients of both NLLs, (A, K, B', P').
+        Returns the advantage (K, B', P'), and the coefficients of both NLLs.
         """
         if self.weigh is None:
             return None, None, None
@@ -82,15 +81,13 @@ class Mixture:
         )
         weights = self.weigh(scores, texts, places)
         each = mixed.shape[0] * mixed.shape[1] * self.num_items
-
-        def normalized(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
-            return rearrange(x, "b p k a -> a k b p") / each * valid.unsqueeze(1)
-
+        for_mixed, for_thought = (
+            None if x is None else rearrange(x, "b p k a -> a k b p") / each * valid.unsqueeze(1)
+            for x in (weights.mixed, weights.thought)
+        )
         advantage = weights.advantage
         advantage = None if advantage is None else rearrange(advantage, "b p k -> k b p")
-        return advantage, normalized(weights.mixed), normalized(weights.thought)
+        return advantage, for_mixed, for_thought
 
 
 @dataclass(frozen=True)
@@ -119,11 +116,9 @@ def groups(batch_size: int, num_positions: int, most: int) -> Iterator[tuple[sli
     pieces = -(-num_positions // max(1, min(most, num_positions)))
     size = -(-num_positions // pieces)
     for text in range(0, batch_size, texts):
+        some = slice(text, min(text + texts, batch_size))
         for place in range(0, num_positions, size):
-            yield (
-                slice(text, min(text + texts, batch_size)),
-                slice(place, min(place + size, num_positions)),
-            )
+            yield some, slice(place, min(place + size, num_positions))
 
 
 def mixture_objective(
@@ -131,13 +126,8 @@ def mixture_objective(
 ) -> tuple[Tensor, MixtureResult]:
     """Sum coefficient * NLL over all targets and thoughts, mixed and the thought's own.
 
-    Args:
-        mixture: States, mixing weights, targets and what weighs them.
-        head: From states to logits.
-        accumulator: As in `quietstar.losses.cross_entropy.objective`.
-
-    Returns:
-        The scalar objective (differentiable in states, mixing weight and head) and the results.
+    Returns the scalar objective (differentiable in states, mixing weight and head) and the results;
+    ``accumulator`` is as in `quietstar.losses.cross_entropy.objective`.
     """
     if not head.is_linear:
         return _by_rows(mixture, head)
@@ -180,9 +170,6 @@ def _by_rows(mixture: Mixture, head: OutputHead) -> tuple[Tensor, MixtureResult]
     return value, MixtureResult(mixed_nll.detach(), detached, predicted, advantage)
 
 
-# --- Linear heads: fused --------------------------------------------------------------------------
-
-
 class _Work:
     """What the chunks of a mixture fill; gradients only with ``sums``."""
 
@@ -193,9 +180,8 @@ class _Work:
         like, contiguous = at_least_float32(mixture.mixing_weight), torch.contiguous_format
         self.mixed = torch.empty_like(like, memory_format=contiguous)
         self.thought = torch.empty_like(self.mixed) if mixture.needs_thought else None
-        self.predicted = None
-        if mixture.needs_predicted:
-            self.predicted = torch.empty_like(self.mixed, dtype=torch.long)
+        wants_predicted = mixture.needs_predicted
+        self.predicted = torch.empty_like(self.mixed, dtype=torch.long) if wants_predicted else None
         self.advantage = None if mixture.weigh is None else torch.zeros_like(self.mixed[0])
         self.value = self.mixed.new_zeros(())
         self.grads: list[Tensor | None] = [None, None, None]

@@ -149,12 +149,13 @@ def loss_from_states(
     default the valid targets of this batch; M is ``num_thought_items``, by default the positions of
     this batch with a target.
     """
-    targets = lookahead_targets(labels, mixing_weight.shape[0], positions)  # (A, B, P)
+    lookahead = mixing_weight.shape[0]
+    targets = lookahead_targets(labels, lookahead, positions)  # (A, B, P)
     text_loss, base, _ = next_token_loss(
         states.text, labels, head, num_items, terms.scoring, terms.base_weight
     )
-    text = text_lookahead(states.text, mixing_weight.shape[0], positions)
-    base_nll = lookahead_states(base.nll.view(labels.shape), mixing_weight.shape[0], positions)
+    text = text_lookahead(states.text, lookahead, positions)
+    base_nll = lookahead_states(base.nll.view(labels.shape), lookahead, positions)
     loss, results = thought_loss(
         states.policy, states.ahead, text, mixing_weight, thoughts, targets, base_nll, head, terms,
         count_thought_items(targets, num_thought_items),
@@ -201,8 +202,7 @@ def thought_loss(
     if torch.is_grad_enabled():  # else only the results are wanted
         coefficients = torch.zeros_like(tokens, dtype=torch.float32)
         if mixed.advantage is not None:
-            advantage = mixed.advantage * scale
-            coefficients = advantage.expand(length, *advantage.shape).flatten()
+            coefficients = (mixed.advantage * scale).expand(thoughts.shape).flatten()
         if terms.entropy_weight > 0:
             bonus = _filled(tokens, -terms.entropy_weight * scale)
     policy = Segment(
@@ -239,10 +239,8 @@ def next_token_loss(
     """Compute the loss of plain language modeling, sum_i -log p(x_{i+1}) / N, times ``weight``.
 
     N is ``num_items``, by default the valid targets of this batch. With ``scoring`` the most likely
-    tokens are found too; ``accumulator`` is as in `objective`.
-
-    Returns:
-        The scalar loss, the results of all rows (batch * seq), and where there is a target.
+    tokens are found too; ``accumulator`` is as in `objective`. Returns the scalar loss, the results
+    of all rows (batch * seq), and where there is a target.
     """
     targets = lookahead_targets(labels, 1)[0]
     valid = targets != IGNORE_INDEX
