@@ -11,7 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quietstar.distributed import ModelProxy, WrappedModule
-from quietstar.distributed.fsdp import FSDP2Strategy
+from quietstar.distributed.sharded import FSDP2Strategy
 
 LAYERS, LENGTH = 3, 4
 

@@ -8,8 +8,7 @@ from accelerate import Accelerator
 from tiny import run_config
 
 from quietstar.distributed import Strategy
-from quietstar.distributed.fsdp import FSDP2Strategy, wants_fsdp
-from quietstar.distributed.zero import DeepSpeedStrategy
+from quietstar.distributed.sharded import DeepSpeedStrategy, FSDP2Strategy, wants_fsdp
 from quietstar.errors import UserError
 
 

@@ -17,14 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import DataConfig
 from quietstar.config.schema import SYNTHETIC
-from quietstar.data.encoding import (
-    Documents,
-    Encoded,
-    Encoder,
-    chunks,
-    no_text_long_enough,
-    prepare,
-)
+from quietstar.data.encoding import Documents, Encoded, Encoder, all_too_short, chunks, prepare
 from quietstar.data.sources import Record, Source, is_empty, open_source
 from quietstar.data.tokenizer import padding_id
 from quietstar.errors import UserError
@@ -74,9 +67,8 @@ class DataReport:
         padded: Sequences of an epoch that need padding.
         truncated: Question/answer or chat records longer than a sequence.
         tokens: Tokens of the documents.
-        exact: Whether all of it was counted. If not, `padded`, `truncated` and `tokens` are
-            estimates from a random sample (None for a stream), and empty records of a large
-            table stay in it as samples without targets.
+        exact: Whether all was counted. If not, `padded`, `truncated` and `tokens` are estimates
+            (None for a stream), and a large table keeps empty records as samples without targets.
     """
 
     source: str
@@ -179,9 +171,6 @@ class StreamSamples:
 
         Returns:
             At most `eval_sequences` sequences, and how many (non-empty) documents they came from.
-
-        Raises:
-            UserError: If the stream gives no sequence.
         """
         used = 0
 
@@ -243,7 +232,7 @@ class StreamSamples:
         label, rest = self._source.label, self._records(self._head)
         longest = max((len(self._encoder([record])[0]) for record in rest), default=0)
         if longest:
-            return no_text_long_enough(label, self._config.seq_len, longest)
+            return all_too_short(label, self._config.seq_len, longest)
         if self._head == 0:
             return UserError(f"{label}: every record is empty: give text to learn from")
         return UserError(
@@ -255,11 +244,13 @@ class StreamSamples:
 # --- Batches --------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class TrainData:
     """Training batches by step."""
 
-    def __init__(self, samples: MapSamples | StreamSamples, seq_len: int, pad_id: int) -> None:
-        self._samples, self._seq_len, self._pad_id = samples, seq_len, pad_id
+    samples: MapSamples | StreamSamples
+    seq_len: int
+    pad_id: int
 
     def batch(self, step: int, batch_size: int, rows: range | None = None) -> Batch:
         """Builds the batch of a step, or some of its rows.
@@ -272,15 +263,17 @@ class TrainData:
         rows = range(batch_size) if rows is None else rows
         assert rows.stop <= batch_size, f"rows {rows} of a batch of {batch_size}"
         first = step * batch_size
-        samples = self._samples.read(first, batch_size, rows)
-        return collate(samples, [first + row for row in rows], self._seq_len, self._pad_id)
+        samples = self.samples.read(first, batch_size, rows)
+        return collate(samples, [first + row for row in rows], self.seq_len, self.pad_id)
 
 
+@dataclass(frozen=True)
 class EvalData:
     """The held-out sequences, the same at every evaluation."""
 
-    def __init__(self, samples: Sequence[Encoded], seq_len: int, pad_id: int) -> None:
-        self.samples, self._seq_len, self._pad_id = list(samples), seq_len, pad_id
+    samples: list[Encoded]
+    seq_len: int
+    pad_id: int
 
     def __len__(self) -> int:
         """Returns the number of sequences."""
@@ -291,7 +284,7 @@ class EvalData:
         for start in range(0, len(self), micro_batch_size):
             samples = self.samples[start : start + micro_batch_size]
             places = range(start, start + len(samples))
-            yield collate(samples, places, self._seq_len, self._pad_id)
+            yield collate(samples, places, self.seq_len, self.pad_id)
 
 
 def collate(
@@ -335,9 +328,6 @@ def build_data(
         tokenizer: The model's tokenizer.
         seed: Seed of order, spans, held-out part and generated problems.
 
-    Returns:
-        Training data, held-out data, and what is known about them.
-
     Raises:
         UserError: If the data cannot be read or used; the message says what to do.
     """
@@ -360,13 +350,23 @@ def build_data(
             eval_samples, eval_count = evaluate_on(held_out, config, encoder, seed)
         report = DataReport(source.label, None, eval_count, len(eval_samples))
     else:
-        documents, dropped, skipped = prepare(source, config, encoder)
+        documents = prepare(source, config, encoder)
         if held_out is None:
-            documents, apart = split(documents, config.eval_fraction, seed, source.label)
+            count = len(documents)
+            if count < 2:
+                raise UserError(
+                    f"{source.label}: one document cannot be split into a training and a held-out"
+                    " part: give more documents, or set data.eval"
+                )
+            held = min(max(round(config.eval_fraction * count), 1), count - 1)
+            order = keyed_rng(seed, HELD_OUT).permutation(count)
+            apart = documents.select(np.sort(order[:held]))
+            documents = documents.select(np.sort(order[held:]))
             eval_samples, eval_count = held_out_samples(apart, config, seed, source.label)
         else:
             eval_samples, eval_count = evaluate_on(held_out, config, encoder, seed)
-        sequences, skipped_chunks = documents.join(config, source.label)
+        sequences = documents.join(config, source.label)
+        samples = MapSamples(sequences, config, seed)
         lengths, scale = sequences.lengths, 1.0
         if lengths is None:  # estimated from a few: to tokenize all of them would take long
             count = min(len(sequences), ESTIMATE_DOCUMENTS)
@@ -380,38 +380,18 @@ def build_data(
             held_out_documents=eval_count,
             eval_sequences=len(eval_samples),
             sequences=len(sequences),
-            dropped_empty=dropped,
-            skipped_short=skipped + skipped_chunks,
+            dropped_empty=sequences.dropped,
+            skipped_short=sequences.skipped,
             padded=int((lengths < config.seq_len).sum() * scale),
             truncated=0 if config.format == "text" else longer,
             tokens=int(lengths.sum() * scale),
             exact=sequences.lengths is not None,
         )
-        samples = MapSamples(sequences, config, seed)
     assert eval_samples, "a source that opens gives a sequence"
     pad_id = padding_id(tokenizer)
     train_data = TrainData(samples, config.seq_len, pad_id)
     train_data.batch(0, 1)  # an unusable stream is an error now, not in the first step
     return train_data, EvalData(eval_samples, config.seq_len, pad_id), report
-
-
-def split(
-    documents: Documents, fraction: float, seed: int, label: str
-) -> tuple[Documents, Documents]:
-    """Splits documents at random into a training and a held-out part, neither of them empty.
-
-    Raises:
-        UserError: If there is only one document.
-    """
-    count = len(documents)
-    if count < 2:
-        raise UserError(
-            f"{label}: one document cannot be split into a training and a held-out part: give more"
-            " documents, or set data.eval"
-        )
-    held = min(max(round(fraction * count), 1), count - 1)
-    order = keyed_rng(seed, HELD_OUT).permutation(count)
-    return documents.select(np.sort(order[held:])), documents.select(np.sort(order[:held]))
 
 
 def evaluate_on(
@@ -420,8 +400,7 @@ def evaluate_on(
     """Chooses the sequences of an evaluation; as `held_out_samples`, of a stream its head."""
     if source.table is None:
         return StreamSamples(source, encoder, config, seed).hold_out()
-    documents, _, _ = prepare(source, config, encoder)
-    return held_out_samples(documents, config, seed, source.label)
+    return held_out_samples(prepare(source, config, encoder), config, seed, source.label)
 
 
 def held_out_samples(
@@ -435,7 +414,7 @@ def held_out_samples(
     Returns:
         The sequences, and the number of documents.
     """
-    joined, _ = documents.join(config, label)
+    joined = documents.join(config, label)
     seq_len, limit = config.seq_len, config.eval_sequences
     spans = []
     for place in keyed_rng(seed, EVAL_ORDER).permutation(len(joined))[:limit].tolist():

@@ -72,12 +72,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
-        """Checks that tokenizer, format and loss go together.
-
-        Raises:
-            UserError: For chats without a chat template, a template without its two places, or
-                a loss on answers where there are none.
-        """
+        """Raises `UserError` where tokenizer, template, format and loss do not go together."""
         if config.format == "chat" and not tokenizer.chat_template:
             raise UserError(
                 "data.format: 'chat' needs a tokenizer with a chat template and this one has none:"
@@ -132,10 +127,6 @@ class Encoder:
 
         An answer is what the rendering up to and with an assistant message adds to the rendering of
         what precedes it, white space at its end apart.
-
-        Raises:
-            UserError: If the template refuses the messages, or the rendering of the first messages
-                is no prefix of the whole, so that answers cannot be told apart.
         """
 
         def render(count: int, prompt: bool = False) -> str:
@@ -252,24 +243,29 @@ ENCODED = Features(
 )
 
 
+@dataclass(frozen=True)
 class Documents:
     """A table of documents: tokenized once, or (without lengths) each when it is asked for.
 
-    Args:
+    Attributes:
         table: Rows with the columns `ENCODED`.
         lengths: Tokens of every document; an empty one has none.
+        dropped: Number of empty documents that were left out, 0 where they are tokenized on demand.
+        skipped: Number of documents or chunks that were left out as too short.
     """
 
-    def __init__(self, table: Dataset, lengths: Int[np.ndarray, " documents"] | None) -> None:
-        self._table, self.lengths = table, lengths
+    table: Dataset
+    lengths: Int[np.ndarray, " documents"] | None = None
+    dropped: int = 0
+    skipped: int = 0
 
     def __len__(self) -> int:
         """Returns the number of documents."""
-        return len(self._table)
+        return len(self.table)
 
     def __getitem__(self, index: int) -> Encoded:
         """Returns one document."""
-        row: Any = self._table[int(index)]
+        row: Any = self.table[int(index)]
         return Encoded(
             np.asarray(row["ids"], np.int32),
             np.asarray(row["targets"], np.bool_),
@@ -278,45 +274,42 @@ class Documents:
             np.asarray(row["rationale"], np.int32),
         )
 
-    def select(self, indices: Int[np.ndarray, " chosen"]) -> "Documents":
-        """Returns the documents at these indices."""
+    def select(
+        self, indices: Int[np.ndarray, " chosen"], dropped: int = 0, skipped: int = 0
+    ) -> "Documents":
+        """Returns the documents at these indices, of which others were dropped and skipped."""
         lengths = None if self.lengths is None else self.lengths[indices]
-        return Documents(self._table.select(indices), lengths)
+        table = self.table.select(indices)
+        return Documents(table, lengths, self.dropped + dropped, self.skipped + skipped)
 
-    def join(self, config: DataConfig, label: str) -> tuple["Documents", int]:
+    def join(self, config: DataConfig, label: str) -> "Documents":
         """Joins the documents, a thousand at a time, into chunks, where `spans` asks for it.
 
-        Returns:
-            The chunks, and how many short last ones were skipped where `short_texts` asks for it.
-
         Raises:
-            UserError: If no chunk is left.
+            UserError: If `short_texts: skip` leaves no chunk.
         """
         if config.spans == "random":
-            return self, 0
+            return self
 
         def join(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
             ids = (np.asarray(row, np.int32) for row in batch["ids"])
             masks = [
                 (np.asarray(row, np.bool_) for row in batch[k]) for k in ("targets", "answers")
             ]
-            return _columns(list(chunks(map(Encoded, ids, *masks), config.seq_len)))
+            return _columns(chunks(map(Encoded, ids, *masks), config.seq_len))
 
-        joined, lengths = _map(self._table, join)
+        table, lengths = _map(self.table, join)
+        joined = Documents(table, lengths, self.dropped, self.skipped)
         if config.short_texts == "pad":
-            return joined, 0
+            return joined
         whole = np.flatnonzero(lengths == config.seq_len)
         if len(whole) == 0:
-            raise no_text_long_enough(label, config.seq_len, int(lengths.max()))
-        return joined.select(whole), len(joined) - len(whole)
+            raise all_too_short(label, config.seq_len, int(lengths.max()))
+        return joined.select(whole, skipped=len(table) - len(whole))
 
 
-def prepare(source: Source, config: DataConfig, encoder: Encoder) -> tuple[Documents, int, int]:
+def prepare(source: Source, config: DataConfig, encoder: Encoder) -> Documents:
     """Turns a source's table into documents to train on or to hold out.
-
-    Returns:
-        The documents, how many empty ones were dropped and how many short ones were skipped
-        (0 and 0 where documents are tokenized on demand, which drops and skips nothing).
 
     Raises:
         UserError: If no document is left.
@@ -330,19 +323,19 @@ def prepare(source: Source, config: DataConfig, encoder: Encoder) -> tuple[Docum
         return _columns(encoder([dict(zip(batch, row, strict=True)) for row in rows]))
 
     if not (joined or skip) and records.data.nbytes > EXACT_BYTES:
-        return Documents(records.with_transform(encode), lengths=None), 0, 0
+        return Documents(records.with_transform(encode))
     table, lengths = _map(records, encode)
     filled = lengths > 0
     long_enough = lengths >= (config.seq_len if skip and not joined else 1)
     if not filled.any():
         raise UserError(f"{source.label}: every record is empty: give text to learn from")
     if not long_enough.any():
-        raise no_text_long_enough(source.label, config.seq_len, int(lengths.max()))
-    kept = table.select(np.flatnonzero(filled & long_enough))
-    return kept, int((~filled).sum()), int((filled & ~long_enough).sum())
+        raise all_too_short(source.label, config.seq_len, int(lengths.max()))
+    dropped, skipped = int((~filled).sum()), int((filled & ~long_enough).sum())
+    return Documents(table, lengths).select(np.flatnonzero(filled & long_enough), dropped, skipped)
 
 
-def no_text_long_enough(label: str, seq_len: int, longest: int) -> UserError:
+def all_too_short(label: str, seq_len: int, longest: int) -> UserError:
     """Builds the error for data of which `short_texts: skip` leaves nothing."""
     return UserError(
         f"{label}: no text has data.seq_len ({seq_len}) tokens (the longest has {longest}) and"
@@ -350,12 +343,13 @@ def no_text_long_enough(label: str, seq_len: int, longest: int) -> UserError:
     )
 
 
-def _columns(encoded: Sequence[Encoded]) -> dict[str, list[Any]]:
+def _columns(documents: Iterable[Encoded]) -> dict[str, list[Any]]:
+    encoded = list(documents)
     return {name: [getattr(document, name) for document in encoded] for name in ENCODED}
 
 
-def _map(table: Dataset, function: Any) -> tuple[Documents, Int[np.ndarray, " documents"]]:
-    """Makes documents of a table, in memory or in a cached arrow file; returns their lengths."""
+def _map(table: Dataset, function: Any) -> tuple[Dataset, Int[np.ndarray, " documents"]]:
+    """Returns a table with the columns `ENCODED`, and the numbers of its tokens."""
     # The fingerprint of function and tokenizer names a cache file; in memory there is none.
     fingerprint = None if table.cache_files else generate_random_fingerprint()
     hide_bar = table.data.nbytes <= EXACT_BYTES and not datasets.are_progress_bars_disabled()
@@ -374,4 +368,4 @@ def _map(table: Dataset, function: Any) -> tuple[Documents, Int[np.ndarray, " do
             datasets.enable_progress_bars()
     batches: Any = encoded.select_columns(["ids"]).iter(batch_size=1000)
     lengths = np.asarray([len(ids) for batch in batches for ids in batch["ids"]], np.int64)
-    return Documents(encoded, lengths), lengths
+    return encoded, lengths

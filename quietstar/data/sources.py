@@ -50,7 +50,7 @@ def read_record(raw: object, fields: Mapping[str, str], where: str) -> Record:
 
     Args:
         raw: Record as it was read.
-        fields: Names in the raw record by canonical name, from `record_fields`.
+        fields: Names in the raw record by canonical name.
         where: Name of the record for an error, such as `train.jsonl, line 3`.
 
     Raises:
@@ -65,11 +65,10 @@ def read_record(raw: object, fields: Mapping[str, str], where: str) -> Record:
         value, what = raw[field], f"{where}: field {field!r}"
         if name == "messages":
             record[name] = _read_messages([] if value is None else value, where, what)
-            continue
-        text = "" if value is None else value
-        if not isinstance(text, str):
-            raise UserError(f"{what} must be a string, not {_kind(text)}")
-        record[name] = check_unicode(text, what)
+        elif value is None or isinstance(value, str):
+            record[name] = check_unicode(value or "", what)
+        else:
+            raise UserError(f"{what} must be a string, not {_kind(value)}")
     return record
 
 
@@ -161,11 +160,9 @@ def _read_text(path: Path, fields: Mapping[str, str]) -> RawRecords:
 
 
 def _read_parquet(path: Path, fields: Mapping[str, str]) -> RawRecords:
-    with path.open("rb") as file:  # datasets would log what is wrong before it raises
-        is_parquet = file.read(4) == b"PAR1"
     try:
-        if not is_parquet:
-            raise ValueError(path)
+        with path.open("rb") as file:  # datasets would log what is wrong before it raises
+            assert file.read(4) == b"PAR1", path
         pattern = glob.escape(str(path))
         rows = load_dataset("parquet", data_files=pattern, split="train", streaming=True)
         present = list(rows.column_names or ())
@@ -211,11 +208,6 @@ class Source:
     rows: Callable[[], Iterator[Record]]
     table: Dataset | None
 
-    @classmethod
-    def of_rows(cls, label: str, rows: Callable[[], Iterator[Record]], streaming: bool) -> "Source":
-        """Makes a source of a few records: a stream, or a table in memory."""
-        return cls(label, rows, None if streaming else Dataset.from_list(list(rows())))
-
 
 def open_source(
     value: str, config: DataConfig, seed: int, key: str = "data.train", size: int | None = None
@@ -260,8 +252,8 @@ def _open_local(label: str, path: Path, config: DataConfig) -> Source:
         )
     files = [path]
     if not path.is_file():
-        files = [file for file in sorted(path.rglob("*")) if file.suffix in READERS]
-        files = [file for file in files if file.is_file() and not any(
+        inside = (file for file in sorted(path.rglob("*")) if file.suffix in READERS)
+        files = [file for file in inside if file.is_file() and not any(
             part.startswith(".") for part in file.relative_to(path).parts)]  # fmt: skip
     if not files:
         raise UserError(f"{label}: the folder holds no file that ends in {ENDINGS}")
@@ -274,7 +266,7 @@ def _open_local(label: str, path: Path, config: DataConfig) -> Source:
     if next(rows(), None) is None:
         raise UserError(f"{label}: holds no record: give a file with at least one")
     if config.streaming or sum(size for size, _ in stamps) <= IN_MEMORY_BYTES:
-        return Source.of_rows(label, rows, config.streaming)
+        return Source(label, rows, None if config.streaming else Dataset.from_list(list(rows())))
     # Write the records to a cached arrow file once; a changed file is read again.
     try:
         table: Any = Dataset.from_generator(_read_files, gen_kwargs=arguments)
@@ -329,8 +321,8 @@ def _open_generated(
             f"data.rationale_field: {config.rationale_field!r} is no field of generated"
             " problems: set data.rationale_field: rationale, or leave it out"
         )
-    origin, _, task = value.partition(":")
-    if f"{origin}:" == SYNTHETIC:
+    task = value.partition(":")[2]
+    if value.startswith(SYNTHETIC):
         separator = " "
         problems = synthetic_records(label, task, config.task_options, size, seed, held_out)
         if config.format == "chat":
@@ -342,21 +334,22 @@ def _open_generated(
 
     def rows() -> Iterator[Record]:
         for problem in problems():  # one without an answer gives an empty record
-            question, answer = problem["question"], problem["answer"]
+            question, answer = str(problem["question"]), str(problem["answer"] or "")
             turns = (("user", question), ("assistant", answer)) if answer else ()
-            forms = {
-                **problem,
+            forms: Record = {
+                "question": question,
+                "answer": answer,
                 "text": f"{question}{separator}{answer}" if answer else "",
                 "messages": [{"role": role, "content": content} for role, content in turns],
             }
+            if "rationale" in names:
+                forms["rationale"] = problem.get("rationale") or chain_sum_steps(question)
             yield {name: forms[name] for name in names}
 
-    return Source.of_rows(label, rows, config.streaming)
+    return Source(label, rows, None if config.streaming else Dataset.from_list(list(rows())))
 
 
-def _gym_problems(
-    label: str, task: str, config: DataConfig, seed: int, size: int
-) -> Callable[[], Iterator[dict[str, str]]]:
+def _gym_problems(label: str, task: str, config: DataConfig, seed: int, size: int) -> Any:
     """Returns what starts a pass over the problems of a reasoning_gym task."""
     gym = import_reasoning_gym(label)
     tasks = list(gym.factory.DATASETS)
@@ -375,11 +368,4 @@ def _gym_problems(
             f"data.rationale_field: {config.rationale_field!r} needs problems with known reasoning,"
             f" but those of {label} have none (known: chain_sum): leave it out"
         )
-
-    def rows() -> Iterator[dict[str, str]]:
-        for problem in problems:
-            question, answer = str(problem["question"]), str(problem["answer"] or "")
-            rationale = chain_sum_steps(question) if task == "chain_sum" else ""
-            yield {"question": question, "answer": answer, "rationale": rationale}
-
-    return rows
+    return partial(iter, problems)

@@ -163,11 +163,7 @@ def moves_records(
 def sums_records(
     options: SumsOptions, size: int, seed: int, held_out: bool
 ) -> Iterator[dict[str, str]]:
-    """Yields problems of ``sums``, held-out ones without asides.
-
-    Raises:
-        UserError: If reasoning-gym is not installed.
-    """
+    """Yields problems of ``sums``, held-out ones without asides."""
     gym = import_reasoning_gym("synthetic:sums")
     terms = options.model_dump(include={"min_terms", "max_terms", "max_digits"})
     rng = random.Random(f"{seed}-{held_out}")
@@ -183,11 +179,7 @@ def sums_records(
 
 
 def import_reasoning_gym(label: str) -> Any:
-    """Imports reasoning-gym, without what it prints and warns of.
-
-    Raises:
-        UserError: If it is not installed; ``label`` names the data that need it.
-    """
+    """Imports reasoning-gym silently; without it raises a `UserError` that begins with a label."""
     sink = io.StringIO()
     try:
         with (
@@ -219,11 +211,7 @@ TASKS: dict[str, tuple[type[Section], Callable[..., Iterator[dict[str, str]]]]] 
 
 
 def check_task(label: str, task: str) -> None:
-    """Refuses an unknown task.
-
-    Raises:
-        UserError: If there is no such task.
-    """
+    """Raises `UserError` if there is no such task."""
     if task not in TASKS:
         raise UserError(f"{label}: there is no synthetic task {task!r}; known: {', '.join(TASKS)}")
 
@@ -239,7 +227,7 @@ def synthetic_records(
         options: Value of ``data.task_options``.
         size: Number of problems.
         seed: Seed of the problems.
-        held_out: True for the held-out part, False for the training part.
+        held_out: Whether to give the held-out part.
 
     Raises:
         UserError: If the task is unknown, or an option of it is unknown or out of range.

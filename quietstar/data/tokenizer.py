@@ -22,13 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 def check_unicode(text: str, where: str) -> str:
-    """Returns a text that can be written as UTF-8.
-
-    Raises:
-        UserError: If it holds half of a surrogate pair, as bytes that are no UTF-8 become.
-    """
+    """Returns a text; raises `UserError` if it holds bytes or half characters that are no UTF-8."""
     try:
-        text.encode("utf-8")
+        text.encode()
     except UnicodeEncodeError as problem:
         raise UserError(
             f"{where}: character {problem.start} is no Unicode character but half of a surrogate"
@@ -76,9 +72,6 @@ def load_tokenizer(name: str, **hub_kwargs: Any) -> PreTrainedTokenizerBase:
         name: `bytes` for the built-in byte-level tokenizer, `synthetic:<task>` for the words of
             a synthetic task, else a folder or a hub id.
         **hub_kwargs: Arguments of `AutoTokenizer.from_pretrained` (revision, token, ...).
-
-    Raises:
-        UserError: If there is no such tokenizer.
     """
     if name == BYTES:
         return byte_tokenizer()
@@ -102,11 +95,7 @@ def load_tokenizer(name: str, **hub_kwargs: Any) -> PreTrainedTokenizerBase:
 
 
 def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Refuses a tokenizer some of whose ids have no row in the model's embedding.
-
-    Raises:
-        UserError: If the largest id is not below `vocab_size`.
-    """
+    """Raises `UserError` if some ids have no row in the model's embedding; more rows are fine."""
     needed = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
     if needed > vocab_size:
         raise UserError(

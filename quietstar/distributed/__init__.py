@@ -5,13 +5,11 @@ weights and prepares for gradients. Whatever reads weights must therefore go thr
 one outer module, `WrappedModule`: the training step, evaluations and samples alike.
 """
 
-from __future__ import annotations
-
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from quietstar.config import Config
-from quietstar.distributed.fsdp import FSDP2Strategy, wants_fsdp
+from quietstar.distributed.sharded import DeepSpeedStrategy, FSDP2Strategy, wants_fsdp
 from quietstar.distributed.strategies import (
     GROUPS,
     Group,
@@ -21,7 +19,6 @@ from quietstar.distributed.strategies import (
     from_main_process,
     group_of,
 )
-from quietstar.distributed.zero import DeepSpeedStrategy
 
 __all__ = [
     "GROUPS",
@@ -37,11 +34,7 @@ __all__ = [
 
 
 def build_strategy(accelerator: Accelerator, config: Config) -> Strategy:
-    """Returns the strategy of this launch.
-
-    Raises:
-        UserError: The strategy cannot serve the tuning method.
-    """
+    """Returns the strategy of this launch; raises `UserError` if it cannot serve the config."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         strategy = DeepSpeedStrategy(accelerator)
     else:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, extract_model_from_parallel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -61,11 +62,7 @@ class WrappedModule(nn.Module):
 
 
 class ModelProxy:
-    """Offers the model's methods and calls each through the strategy's wrapper.
-
-    Args:
-        prepared: A `WrappedModule`, as it is or as the strategy has wrapped it.
-    """
+    """Offers the methods of a model and calls each through its `WrappedModule`, itself wrapped."""
 
     def __init__(self, prepared: nn.Module) -> None:
         self.prepared = prepared
@@ -73,8 +70,7 @@ class ModelProxy:
     @property
     def pause_token_id(self) -> int:
         """Token that stands for every thought token in the pause control."""
-        wrapped = extract_model_from_parallel(self.prepared)
-        assert isinstance(wrapped, WrappedModule), type(wrapped)
+        wrapped: Any = extract_model_from_parallel(self.prepared)
         return wrapped.model.pause_token_id
 
     def _call(self, method: str, *args: Any, **keywords: Any) -> Any:
@@ -108,11 +104,7 @@ class Strategy:
         self._dtype: torch.dtype | None = None
 
     def check(self, config: Config) -> None:
-        """Refuses a tuning method that cannot work.
-
-        Raises:
-            UserError: The method cannot work; the message says why.
-        """
+        """Raises a `UserError` that says why, if the tuning method cannot work."""
         method, device = config.tuning.method, self.accelerator.device.type
         if method in self.refused:
             raise UserError(
@@ -125,8 +117,6 @@ class Strategy:
                 f"{', '.join(FOUR_BIT_DEVICES)}. Set tuning.method: lora, or train on the CPU with "
                 "ACCELERATE_USE_CPU=true."
             )
-
-    # --- Wrapping ---------------------------------------------------------------------------------
 
     def keep_trainable_only(self, model: nn.Module) -> None:
         """Makes checkpoints hold the weights that train in any stage, and no frozen ones.
@@ -151,10 +141,6 @@ class Strategy:
 
         self.accelerator.register_save_state_pre_hook(save)
         self.accelerator.register_load_state_pre_hook(load)
-
-    def free_memory(self) -> None:
-        """Frees the wrapper and optimizer of the previous stage."""
-        self.accelerator.free_memory()
 
     def cast_when_sharded(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         """Has `shard` cast the weights of a base model that still lie mapped on the disk.
@@ -181,8 +167,6 @@ class Strategy:
         """Returns the module with the strategy's wrapper, and the optimizer that fits it."""
         return self.accelerator.prepare(wrapped, optimizer)
 
-    # --- A step -----------------------------------------------------------------------------------
-
     def accumulate(self, prepared: nn.Module, last: bool) -> AbstractContextManager[object]:
         """Opens the context of one micro-batch: only the last one exchanges gradients."""
         return nullcontext() if last else self.accelerator.no_sync(prepared)
@@ -200,11 +184,8 @@ class Strategy:
     ) -> dict[str, Tensor]:
         """Clips the gradients and takes the optimizer's step.
 
-        Args:
-            prepared: The module that `prepare` returned.
-            optimizer: The optimizer that `prepare` returned.
-            clip_norm: Largest norm of the whole gradient.
-            check: Gets the norms, before the weights change where that is possible.
+        The norm of the whole gradient is clipped to `clip_norm`. `check` gets the norms, before the
+        weights change where that is possible.
 
         Returns:
             Gradient norms before clipping: ``total``, and one a group where they are known.
@@ -248,11 +229,7 @@ class Strategy:
 
 
 def from_main_process(accelerator: Accelerator, call: Callable[[], T]) -> T:
-    """Calls a function on the main process; all processes return its result or raise its error.
-
-    Raises:
-        UserError: The function raised it.
-    """
+    """Calls a function on the main process; all return its result or raise its `UserError`."""
     results: list[Any] = [None]
     if accelerator.is_main_process:
         try:
@@ -268,5 +245,4 @@ def from_main_process(accelerator: Accelerator, call: Callable[[], T]) -> T:
 def _norm(gradients: list[Tensor]) -> Tensor:
     """Returns the Euclidean norm over all gradients, and over all shards of each."""
     norm = torch.nn.utils.get_total_norm(gradients)
-    full_tensor = getattr(norm, "full_tensor", None)  # only a DTensor has it
-    return norm if full_tensor is None else full_tensor()
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

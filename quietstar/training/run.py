@@ -118,7 +118,7 @@ def run_stage(
     if stage.starts_thinking and previous is not None:
         # Now, when the embeddings have learned what the texts mean.
         vectors = ModelProxy(previous.model).initial_vectors(job.tokenizer)
-    strategy.free_memory()
+    strategy.accelerator.free_memory()  # wrapper and optimizer of the previous stage
     wrapped = strategy.shard(WrappedModule(job.model))
     for name, vector in zip(("start_embedding", "end_embedding"), vectors, strict=bool(vectors)):
         strategy.write(getattr(job.model, name), vector)

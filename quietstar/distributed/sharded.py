@@ -1,7 +1,9 @@
-"""FSDP2 by torch's ``fully_shard``, applied here so that it is the same on GPUs and CPUs.
+"""The strategies that shard: DeepSpeed ZeRO, and FSDP2 by torch's ``fully_shard``.
 
-accelerate wraps models for FSDP on GPUs only; the settings of its launcher are read all the same.
-Checkpoints are torch's distributed ones, which any number of processes can read.
+DeepSpeed's engine steps, clips and saves by itself. ``fully_shard`` is applied here so that it is
+the same on GPUs and CPUs, since accelerate wraps models for FSDP on GPUs only; the settings of its
+launcher are read all the same. Checkpoints of FSDP2 are torch's distributed ones, which any number
+of processes can read.
 """
 
 from __future__ import annotations
@@ -30,24 +32,112 @@ from torch.optim import Optimizer
 
 from quietstar.backbone.run import decoder_layers
 from quietstar.config import Config
-from quietstar.distributed.strategies import (
-    NOT_SHARDED,
-    Check,
-    Prepared,
-    Strategy,
-    WrappedModule,
-)
+from quietstar.distributed.strategies import NOT_SHARDED, Check, Prepared, Strategy, WrappedModule
 from quietstar.errors import UserError
 
 SHARDS_FOLDER = "pieces"
 
 
-def wants_fsdp() -> bool:
-    """True if the launcher's file asks for FSDP.
+class DeepSpeedStrategy(Strategy):
+    """Runs ZeRO-1, 2 or 3, as the launcher's file says."""
 
-    Raises:
-        UserError: It asks for FSDP1.
-    """
+    kind = "deepspeed"
+    reshardable = False
+    refused = NOT_SHARDED
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        super().__init__(accelerator)
+        self._plugin: Any = accelerator.deepspeed_plugin
+        self._engine: Any = None
+        self.sharded = self._plugin.zero_stage == 3  # the one stage that shards weights
+
+    def keep_trainable_only(self, model: nn.Module) -> None:
+        """Does nothing: DeepSpeed's engine saves all that it holds."""
+
+    def shard(self, wrapped: WrappedModule) -> WrappedModule:
+        """As `Strategy.shard`; later stages go on with the shards of the first."""
+        if not self.sharded:
+            return wrapped
+        import deepspeed  # pyright: ignore[reportMissingImports]  (an extra)
+
+        for module in (*decoder_layers(wrapped.model.causal_lm), wrapped):
+            self._cast(module)
+            deepspeed.zero.Init(module=module, config_dict_or_path=self._plugin.deepspeed_config)
+        for buffer in wrapped.buffers():  # DeepSpeed leaves them where they are
+            buffer.data = buffer.data.to(self.accelerator.device)
+        return wrapped
+
+    @torch.no_grad()
+    def _cast(self, module: nn.Module) -> None:
+        """As `Strategy._cast`; under bf16 DeepSpeed shards parameters that are bfloat16 already."""
+        super()._cast(module)
+        if self.accelerator.mixed_precision == "bf16":
+            for parameter in module.parameters():
+                if not hasattr(parameter, "ds_id"):
+                    parameter.data = parameter.data.to(torch.bfloat16)
+
+    def prepare(self, wrapped: WrappedModule, optimizer: Optimizer, config: Config) -> Prepared:
+        """As `Strategy.prepare`; DeepSpeed's own file only says how to shard."""
+        micro_batch_size = config.training.micro_batch_size
+        self._plugin.deepspeed_config.update(
+            gradient_clipping=config.optim.max_grad_norm,
+            train_micro_batch_size_per_gpu=micro_batch_size,
+            gradient_accumulation_steps=1,  # the loop accumulates
+            train_batch_size=micro_batch_size * self.accelerator.num_processes,
+        )
+        self._engine, optimizer = super().prepare(wrapped, optimizer, config)
+        if self.sharded:
+            import deepspeed  # pyright: ignore[reportMissingImports]  (an extra)
+
+            # DeepSpeed's hooks gather a weight for the forward of the module that owns it. But the
+            # fused cross entropy reads the output layer's weight outside that layer, and methods
+            # other than forward read the two vectors outside their module's forward: these are
+            # gathered for the whole forward of the wrapped module.
+            model, head = wrapped.model, wrapped.model.output_head
+            for weight in (head.weight, head.bias, model.start_embedding, model.end_embedding):
+                if weight is not None:
+                    deepspeed.zero.register_external_parameter(wrapped, weight)
+        return self._engine, optimizer
+
+    def accumulate(self, prepared: nn.Module, last: bool) -> AbstractContextManager[object]:
+        """Does nothing: `backward` tells the engine which micro-batch is the last."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """As `Strategy.backward`."""
+        self._engine.set_gradient_accumulation_boundary(is_boundary=last)
+        self._engine.backward(loss * self.accelerator.num_processes)
+
+    def update(
+        self, prepared: nn.Module, optimizer: Optimizer, clip_norm: float, check: Check
+    ) -> dict[str, Tensor]:
+        """As `Strategy.update`; only the total norm is known, and only after the step."""
+        check({})
+        self._engine.step()
+        norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.accelerator.device)
+        norms = {"total": norm.float()}
+        check(norms, stepped=True)
+        return norms
+
+    @torch.no_grad()
+    def write(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """As `Strategy.write`, also for a sharded parameter."""
+        import deepspeed  # pyright: ignore[reportMissingImports]  (an extra)
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if parameter.numel():
+                parameter.copy_(value)
+
+    def full_weights(self, prepared: nn.Module) -> dict[str, Tensor] | None:
+        """As `Strategy.full_weights`: only ZeRO-3 shards weights."""
+        if not self.sharded:
+            return None
+        weights: Any = self.accelerator.get_state_dict(prepared) or {}
+        return {name.removeprefix("model."): weight for name, weight in weights.items()}
+
+
+def wants_fsdp() -> bool:
+    """True if the launcher's file asks for FSDP; raises `UserError` if for FSDP1."""
     if not _flag("ACCELERATE_USE_FSDP"):
         return False
     version = os.environ.get("FSDP_VERSION", "2")
@@ -140,11 +230,10 @@ class FSDP2Strategy(Strategy):
     @torch.no_grad()
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
         """As `Strategy.write`, into the shard that this process holds."""
-        if not isinstance(parameter, DTensor):
-            parameter.copy_(value)
-            return
-        value = value.to(parameter.device, parameter.dtype)
-        parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
+        if isinstance(parameter, DTensor):
+            value = value.to(parameter.device, parameter.dtype)
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        parameter.copy_(value)
 
     def full_weights(self, prepared: nn.Module) -> dict[str, Tensor] | None:
         """As `Strategy.full_weights`."""
