@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 import warnings
@@ -18,17 +17,16 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.measure import environment
 from benchmarks.models import load_model, make_thinker
-from benchmarks.options import add_machine, run, settings_of
+from benchmarks.options import add_machine, finish, run, settings_of
 from benchmarks.peak_memory import PeakMemory
 from quietstar.backbone.devices import find_device
-from quietstar.cli.options import Parser, whole, write_text
+from quietstar.cli.options import Parser, whole
 from quietstar.generation.generate import next_logits
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.sampling.decoding import Decoder
@@ -53,10 +51,7 @@ def main(arguments: Sequence[str]) -> int:
             f"{row['ideal_tokens_per_second']:.2f}", f"{row['share_of_ideal']:.3f}",
             f"{row['mb_added']:.1f}",
         )  # fmt: skip
-    Console().print(table)
-    if args.json:
-        write_text(args.json, json.dumps(result, indent=2) + "\n")
-    return 0
+    return finish(table, result, args.json)
 
 
 def bench_decode(args: argparse.Namespace) -> dict[str, Any]:

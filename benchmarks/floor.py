@@ -9,6 +9,7 @@ that of their tokens, rounded to whole rows.
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.backbone.output_head import find_output_head
+
+TOKENS = (1024, 2048, 4096)
+"""That the floor runs at once; the fastest counts."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,16 @@ def floor_step(
     for rows, with_loss in _batches(learn_rows, loss_rows, batch_rows):
         _plain_step(model, rows, with_loss, sizes.text_length)
     floor_rollout(model, sizes, batch_rows, share)
+
+
+def share_of(args: argparse.Namespace) -> float:
+    """Of the positions, that have thoughts."""
+    return 1.0 if args.positions == "all" else args.share
+
+
+def floor_batches(seq_len: int) -> list[int]:
+    """Rows at once with which the floor is tried."""
+    return sorted({max(1, tokens // seq_len) for tokens in TOKENS})
 
 
 @torch.no_grad()

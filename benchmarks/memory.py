@@ -7,19 +7,17 @@ alive.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from importlib import import_module
 
 import torch
 from accelerate.utils import patch_environment
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.options import add_json, run
+from benchmarks.options import add_json, finish, run
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.processes import in_fresh_process
-from quietstar.cli.options import Parser, whole, write_text
+from quietstar.cli.options import Parser, whole
 from quietstar.config.loading import load_config
 from quietstar.training.build import quiet_libraries
 from quietstar.training.memory_plan import estimate_run
@@ -48,11 +46,8 @@ def main(arguments: list[str]) -> int:
     for column in ("planned MiB", "measured MiB", "planned / measured"):
         table.add_column(column, justify="right")
     table.add_row(f"{planned:,.0f}", f"{measured:,.0f}", f"{planned / measured:.2f}")
-    Console().print(table)
-    if args.json:
-        figures = {"planned_mb": planned, "measured_mb": measured, "ratio": planned / measured}
-        write_text(args.json, json.dumps(figures, indent=2) + "\n")
-    return 0
+    figures = {"planned_mb": planned, "measured_mb": measured, "ratio": planned / measured}
+    return finish(table, figures, args.json)
 
 
 def _parser() -> Parser:

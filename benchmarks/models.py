@@ -76,7 +76,7 @@ class Contest:
 
 
 def make_contest(args: argparse.Namespace, device: str) -> Contest:
-    """Build both of the arguments of `benchmarks.step.sizes_parser`."""
+    """Build both of the arguments of `benchmarks.options.sizes_parser`."""
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -7,19 +7,15 @@ token is sampled. Both run in turn in one process; the figures are medians.
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.floor import floor_rollout
+from benchmarks.floor import floor_batches, floor_rollout, share_of
 from benchmarks.measure import environment, in_turn, peak_mb, precision
 from benchmarks.models import make_contest
-from benchmarks.options import run, settings_of
-from benchmarks.step import floor_batches, share_of, sizes_parser
+from benchmarks.options import finish, run, settings_of, sizes_parser
 from quietstar.backbone.devices import find_device
-from quietstar.cli.options import write_text
 
 
 def main(arguments: list[str]) -> int:
@@ -33,10 +29,7 @@ def main(arguments: list[str]) -> int:
     coarse = ("tokens_per_second", "peak_mb_above_model")
     cells = [f"{result[name]:.3f}" for name in fine] + [f"{result[name]:,.0f}" for name in coarse]
     table.add_row(*cells)
-    Console().print(table)
-    if args.json:
-        write_text(args.json, json.dumps(result, indent=2) + "\n")
-    return 0
+    return finish(table, result, args.json)
 
 
 def bench_rollout(args: argparse.Namespace) -> dict[str, Any]:

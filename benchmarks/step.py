@@ -7,89 +7,36 @@ several batch sizes and the fastest counts.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.floor import floor_step
+from benchmarks.floor import floor_batches, floor_step, share_of
 from benchmarks.measure import environment, in_turn, peak_mb, precision
 from benchmarks.models import make_contest
-from benchmarks.options import add_machine, run, settings_of
+from benchmarks.options import finish, run, settings_of, step_parser
 from quietstar.backbone.compiling import compile_layers, require_compiler
 from quietstar.backbone.devices import find_device
-from quietstar.cli.options import Parser, number, whole, write_text
 from quietstar.model.learning import resolve_chunk_tokens
-from quietstar.sampling.positions import SCORED_RULES
 from quietstar.training.build import checkpoint_activations
 
-POSITIONS = ("all", "every", "random", *SCORED_RULES)
-FLOOR_TOKENS = (1024, 2048, 4096)
-"""That the floor runs at once; the fastest counts."""
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
 """Of bfloat16 matrix products without sparsity, by part of the device's name."""
 
 
 def main(arguments: list[str]) -> int:
     """Run the benchmark, print a table, write JSON if asked."""
-    args = make_parser("step", __doc__).read(arguments)
-    if args.sweep:
-        from benchmarks import sweep  # which imports this module
-
-        return sweep.main([argument for argument in arguments if argument != "--sweep"])
+    args = step_parser("step", __doc__).read(arguments)
     result = bench_step(args)
     table = Table(title=f"training step of {args.model}, {args.dtype}")
     for column in ("step s", "floor s", "step / floor", "peak MB above model"):
         table.add_column(column, justify="right")
     figures = ("step_seconds", "floor_seconds", "step_over_floor", "peak_mb_above_model")
     table.add_row(*[f"{result[name]:.3f}" for name in figures[:3]], f"{result[figures[3]]:.0f}")
-    Console().print(table)
-    if args.json:
-        write_text(args.json, json.dumps(result, indent=2) + "\n")
-    return 0
-
-
-def make_parser(name: str, description: str | None) -> Parser:
-    """The arguments of a step."""
-    parser = sizes_parser(name, description)
-    add = parser.add_argument
-    add("--paper-losses", action="store_true",
-        help="no loss on the thought's own prediction, as the floor")  # fmt: skip
-    add("--block-tokens", type=whole(0),
-        help="that learn at once; by default as training does, 0: all")  # fmt: skip
-    add("--activation-checkpointing", action="store_true", help="as in training")
-    add("--compile", action="store_true", help="the decoder layers of the step, not of the floor")
-    add("--sweep", action="store_true", help="over sizes: see python -m benchmarks.sweep --help")
-    return parser
-
-
-def sizes_parser(name: str, description: str | None) -> Parser:
-    """Model, sizes, precision, repeats: what step and rollout share."""
-    parser = Parser(f"python -m benchmarks.{name}", description)
-    add = parser.add_argument
-    add("--model", default="mistral-tiny", help="a built-in name or a folder")
-    add("--seq-len", type=whole(2), default=256, help="S, tokens of a text")
-    add("--thought-length", type=whole(1), default=9, help="T, free tokens of a thought")
-    add("--lookahead", type=whole(1), default=4, help="A, true tokens scored after it")
-    add("--num-thoughts", type=whole(1), default=2, help="K, thoughts of a position")
-    add("--batch-size", type=whole(1), default=1, help="B, texts")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="bfloat16: autocast over float32 weights")  # fmt: skip
-    add("--positions", choices=POSITIONS, default="all",
-        help="the floor is that of their tokens")  # fmt: skip
-    add(
-        "--share",
-        type=number(0.0, 1.0, above=True),
-        default=0.25,
-        help="of the positions, where not all think",
-    )
-    add("--vocab-size", type=whole(8), help="of a built-in model; by default its own")
-    add_machine(parser)
-    return parser
+    return finish(table, result, args.json)
 
 
 def bench_step(args: argparse.Namespace) -> dict[str, Any]:
@@ -136,16 +83,6 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
         "settings": settings_of(args),
         "environment": environment() | {"floor_batch_rows": rows},
     }
-
-
-def share_of(args: argparse.Namespace) -> float:
-    """Of the positions, that have thoughts."""
-    return 1.0 if args.positions == "all" else args.share
-
-
-def floor_batches(seq_len: int) -> list[int]:
-    """Rows at once with which the floor is tried."""
-    return sorted({max(1, tokens // seq_len) for tokens in FLOOR_TOKENS})
 
 
 def _flops(floor: Callable[[], None], seconds: float, device: str) -> dict[str, Any]:

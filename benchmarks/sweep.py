@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import step
 from benchmarks.measure import environment
-from benchmarks.options import run, settings_of
+from benchmarks.options import run, settings_of, step_parser
 from benchmarks.processes import in_fresh_process
+from benchmarks.step import bench_step
 from quietstar.cli.options import output_file, whole, write_text
 from quietstar.errors import UserError
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         UserError: An unknown axis.
     """
-    parser = step.make_parser("sweep", __doc__)
+    parser = step_parser("sweep", __doc__)
     parser.add_argument("--axes", default="STKAV", help="letters of the sizes to change")
     parser.add_argument("--step-tokens", type=whole(1), metavar="N",
         help="texts a step: N / S, so that all lengths have as many tokens")  # fmt: skip
@@ -79,7 +79,7 @@ def sweep(axis: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         changed = argparse.Namespace(**{**vars(args), name: value})
         if args.step_tokens:
             changed.batch_size = max(1, args.step_tokens // changed.seq_len)
-        found = in_fresh_process(step.bench_step, changed)
+        found = in_fresh_process(bench_step, changed)
         rows.append({"value": value, **{figure: found[figure] for figure in FIGURES}})
     return rows
 

@@ -7,20 +7,18 @@ all of it took above the imports.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.optim import Optimizer
 
-from benchmarks.options import add_json, run, settings_of
+from benchmarks.options import add_json, finish, run, settings_of
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.processes import in_fresh_process
-from quietstar.cli.options import Parser, whole, write_text
+from quietstar.cli.options import Parser, whole
 from quietstar.config import OptimConfig, ThoughtsConfig, TuningConfig
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.tuning import WHOLE
@@ -47,10 +45,7 @@ def main(arguments: list[str]) -> int:
             f"{row['peak_mb']:.0f}",
             f"{row['step_seconds']:.2f}",
         )
-    Console().print(table)
-    if args.json:
-        write_text(args.json, json.dumps(results, indent=2) + "\n")
-    return 0
+    return finish(table, results, args.json)
 
 
 def _parser() -> Parser:

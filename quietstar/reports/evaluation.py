@@ -39,8 +39,7 @@ def metrics_of(task: dict[str, Any]) -> dict[str, str]:
 def task_view(name: str, task: dict[str, Any]) -> RenderableType:
     """Show a task in the terminal: metrics with and without thoughts, controls, notes, verdict."""
     metrics, main, difference = metrics_of(task), task["main_metric"], task.get("difference")
-    variants = {"without": task.get(WITHOUT), "with": task.get(WITH)}
-    variants = {heading: variant for heading, variant in variants.items() if variant is not None}
+    variants = {h: task[key] for h, key in (("without", WITHOUT), ("with", WITH)) if key in task}
     headings = ("difference", "95% CI", "p") if difference else ("std. error",)
     table = _table("metric", *variants, *headings)
     table.title = f"{name}, {task['n']} item{'s' if task['n'] != 1 else ''}"
@@ -89,54 +88,42 @@ def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
         UserError: plotly is not installed.
     """
     figures: dict[str, Figure] = {}
-    tasks = [
-        _section(f"task{number}", name, task, figures)
-        for number, (name, task) in enumerate(result["tasks"].items(), start=1)
-    ]
+    sections = []
+    for number, (name, task) in enumerate(result["tasks"].items(), start=1):
+        key, metrics, main, cards = f"task{number}", metrics_of(task), task["main_metric"], []
+        if "difference" in task:  # the gain is positive where thoughts are better
+            mean, ci95 = task["difference"][main], task["difference"]["ci95"]
+            bounds = ci95 and sorted(gain_over(bound, 0.0, main) for bound in ci95)
+            rows = [Row("over no thoughts", gain_over(mean, 0.0, main), bounds)]
+            for control in (c for c in CONTROLS if GAINS[c] in task):
+                label, gain = f"over {CONTROL_NAMES[control]}", task[GAINS[control]]
+                label += " (gain of content)" if control == SWAPPED else ""
+                color = {SWAPPED: "content", PAUSE: "pause"}.get(control, "other")
+                rows.append(Row(label, gain[main], gain["ci95"], color))
+            figures[key] = draw_forest(rows, f"gain in {metrics[main]}", "", "+.4f")
+            caption = f"Gain in {metrics[main]}: mean and 95% CI"
+            cards.append({"name": key, "title": "What thoughts change", "caption": caption})
+        for kind, groups in task.get("breakdown", {}).items():
+            if len(groups) > 1:  # one group is the whole
+                title, caption = BREAKDOWNS[kind]
+                figures[f"{key}-{kind}"] = draw_groups(groups)
+                cards.append({"name": f"{key}-{kind}", "title": title, "caption": caption})
+        controls = task.get("controls", {})
+        columns = [
+            ("Without thoughts", task.get(WITHOUT)),
+            ("With thoughts", task.get(WITH)),
+            ("With − without", task.get("difference")),
+            ("Gain of content", task.get(GAINS[SWAPPED])),
+            *((CONTROL_NAMES[control].capitalize(), controls.get(control)) for control in CONTROLS),
+        ]
+        columns = [(heading, scores) for heading, scores in columns if scores]
+        sections.append({"name": name, "task": task, "metrics": metrics, "cards": cards,
+                         "columns": columns})  # fmt: skip
     facts = [("Model", model)]
     facts += [(key, str(result["environment"][key])) for key in ("dtype", "device", "torch")]
     config = {key: value for key, value in result["config"].items() if value is not None}
-    return write_charts(path, "evaluation.html.j2", figures, facts=facts, tasks=tasks,
+    return write_charts(path, "evaluation.html.j2", figures, facts=facts, tasks=sections,
                         config=config)  # fmt: skip
-
-
-def _section(
-    key: str, name: str, task: dict[str, Any], figures: dict[str, Figure]
-) -> dict[str, Any]:
-    """Return what the page says of a task; its charts go into ``figures``."""
-    metrics, main = metrics_of(task), task["main_metric"]
-    cards = []
-
-    def add(suffix: str, title: str, caption: str, figure: Figure) -> None:
-        figures[key + suffix] = figure
-        cards.append({"name": key + suffix, "title": title, "caption": caption})
-
-    if "difference" in task:
-        # The gain over no thoughts is positive where thoughts are better.
-        difference, ci95 = task["difference"][main], task["difference"]["ci95"]
-        bounds = ci95 and sorted(gain_over(bound, 0.0, main) for bound in ci95)
-        rows = [Row("over no thoughts", gain_over(difference, 0.0, main), bounds)]
-        for control in (c for c in CONTROLS if GAINS[c] in task):
-            label, gain = f"over {CONTROL_NAMES[control]}", task[GAINS[control]]
-            label += " (gain of content)" if control == SWAPPED else ""
-            color = {SWAPPED: "content", PAUSE: "pause"}.get(control, "other")
-            rows.append(Row(label, gain[main], gain["ci95"], color))
-        caption = f"Gain in {metrics[main]}: mean and 95% CI"
-        add("", "What thoughts change", caption,
-            draw_forest(rows, f"gain in {metrics[main]}", "", "+.4f"))  # fmt: skip
-    for kind, groups in task.get("breakdown", {}).items():
-        if len(groups) > 1:  # one group is the whole
-            add(f"-{kind}", *BREAKDOWNS[kind], draw_groups(groups))
-    controls = task.get("controls", {})
-    columns = [
-        ("Without thoughts", task.get(WITHOUT)),
-        ("With thoughts", task.get(WITH)),
-        ("With − without", task.get("difference")),
-        ("Gain of content", task.get(GAINS[SWAPPED])),
-        *((CONTROL_NAMES[control].capitalize(), controls.get(control)) for control in CONTROLS),
-    ]
-    columns = [(heading, scores) for heading, scores in columns if scores]
-    return {"name": name, "task": task, "metrics": metrics, "cards": cards, "columns": columns}
 
 
 # --- Gates: speed against quality -----------------------------------------------------------------

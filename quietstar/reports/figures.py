@@ -77,15 +77,12 @@ def literal(text: str, width: int) -> str:
 
 
 class Line(NamedTuple):
-    """A figure in a chart: its key in ``metrics.jsonl``, its name in the legend, and its look.
+    """A figure in a chart."""
 
-    Held-out points have a ``symbol``, so that color is not all that tells lines apart.
-    """
-
-    key: str
-    name: str
+    key: str  # in metrics.jsonl
+    name: str  # in the legend
     color: str
-    symbol: str = "circle"
+    symbol: str = "circle"  # of held-out points, so that color is not all that tells lines apart
 
 
 class Chart(NamedTuple):

@@ -17,7 +17,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from quietstar.errors import UserError
 
 MISSING = "–"
-"""In place of a number that was not measured."""
 
 
 def plain(value: float | None, digits: int = 4) -> str:
@@ -87,15 +86,10 @@ def visible(text: str) -> str:
 
 # --- Pages ----------------------------------------------------------------------------------------
 
-SHOWN = (plain, signed, signed_range, percent, percent_range, points, points_range, probability,
-         wilson, visible)  # fmt: skip
-"""Filters of the templates."""
-
 
 def asset(name: str) -> str:
     """Read a style sheet or script of the package."""
-    path = resources.files("quietstar.reports") / "templates" / name
-    return path.read_text(encoding="utf-8")
+    return (resources.files("quietstar.reports") / "templates" / name).read_text(encoding="utf-8")
 
 
 def plotly_script() -> str:
@@ -129,23 +123,20 @@ def render(template: str, scripts: Sequence[str], **context: Any) -> str:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
-    environment.filters |= {show.__name__: show for show in SHOWN}
+    for show in (plain, signed, signed_range, percent, percent_range, points, points_range,
+                 probability, wilson, visible):  # fmt: skip
+        environment.filters[show.__name__] = show
     # A browser takes the hash of a script after it has made all line ends \n.
     sources = [script.replace("\r\n", "\n").replace("\r", "\n") for script in scripts]
-    digests = [hashlib.sha256(source.encode("utf-8")).digest() for source in sources]
+    digests = [base64.b64encode(hashlib.sha256(s.encode("utf-8")).digest()) for s in sources]
+    hashes = [f"sha256-{digest.decode('ascii')}" for digest in digests]
     return environment.get_template(template).render(
-        style=asset("style.css"),
-        scripts=sources,
-        script_hashes=["sha256-" + base64.b64encode(digest).decode("ascii") for digest in digests],
-        **context,
+        style=asset("style.css"), scripts=sources, script_hashes=hashes, **context
     )
 
 
 def write_charts(path: Path, template: str, figures: Mapping[str, Any], **context: Any) -> Path:
-    """Write a page with charts whole or not at all, making its folder if necessary.
-
-    Returns:
-        Path of the page.
+    """Write a page whole or not at all, making its folder if necessary; returns its path.
 
     Raises:
         UserError: plotly is not installed.

@@ -64,14 +64,11 @@ IN_TABLE = ("accuracy", "right-thoughts", "nll", "gain", "mixing-weight")
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``report.html`` into a run folder: one file that opens without a network.
+    """Write ``report.html``, which opens without a network, into a run folder; returns its path.
 
     Args:
         folder: Run folder with ``metrics.jsonl`` or ``controls.json`` or both, and any of
             ``config.yaml``, ``results.json`` and ``samples.json``. What is missing is left out.
-
-    Returns:
-        Path of the page.
 
     Raises:
         UserError: The folder holds no figures, a file of it is damaged, or plotly is missing.
@@ -80,21 +77,19 @@ def write_report(folder: Path) -> Path:
     measured = {key for record in run.records for key in record.figures}
     charts = [chart for chart in CHARTS if any(line.key in measured for line in chart.lines)]
     figures = {chart.name: draw_curves(chart, run.records) for chart in charts}
-    variants = [
-        Row(v.label, v.mean, v.ci95, seeds=[x for x in v.accuracy if x is not None])
-        for v in run.controls.variants
-        if v.mean is not None
-    ]
-    differences = [
-        Row(d.label, 100 * d.mean, d.ci95 and [100 * bound for bound in d.ci95])
-        for d in run.controls.differences
-        if d.mean is not None
-    ]
-    if variants:
-        figures["variants"] = draw_forest(variants, "accuracy", ".0%", ".1%")
-    if differences:
-        title = "difference in accuracy, percentage points"
-        figures["differences"] = draw_forest(differences, title, "", "+.1f")
+    for name, means, scale, *axis in (
+        ("variants", run.controls.variants, 1, "accuracy", ".0%", ".1%"),
+        ("differences", run.controls.differences, 100,
+         "difference in accuracy, percentage points", "", "+.1f"),
+    ):  # fmt: skip
+        rows = [
+            Row(m.label, scale * m.mean, [scale * bound for bound in m.ci95 or ()],
+                seeds=[x for x in m.accuracy if x is not None])
+            for m in means
+            if m.mean is not None
+        ]  # fmt: skip
+        if rows:
+            figures[name] = draw_forest(rows, *axis)
     evaluations = [record for record in run.records if record.kind == "eval"]
     scored = [record for record in evaluations if "base_nll" in record.figures]
     return write_charts(

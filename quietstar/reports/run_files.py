@@ -135,9 +135,8 @@ class Sample(Part):
     @property
     def correct_with(self) -> bool:
         """True if the answer with thoughts is correct, by comparison if the file does not say."""
-        if self.correct is not None:
-            return self.correct
-        return self.with_thoughts.prediction.strip() == self.truth.strip()
+        by_text = self.with_thoughts.prediction.strip() == self.truth.strip()
+        return by_text if self.correct is None else self.correct
 
     @property
     def correct_without(self) -> bool:
@@ -203,13 +202,12 @@ class RunFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        metrics, config = folder / "metrics.jsonl", folder / "config.yaml"
-        controls = folder / "controls.json"
+        metrics, controls = folder / "metrics.jsonl", folder / "controls.json"
 
         def read(path: Path) -> str:
             return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
-        self.name, self.config = folder.resolve().name, read(config)
+        self.name, self.config = folder.resolve().name, read(folder / "config.yaml")
         self.records = parse_metrics(read(metrics))
         if not self.records and not controls.exists():
             lack = "no complete record yet" if metrics.exists() else f"no {metrics.name}"
