@@ -169,8 +169,7 @@ class StreamSamples:
     def hold_out(self) -> tuple[list[Encoded], int]:
         """Takes the sequences of an evaluation from the head, which is then kept from training.
 
-        Returns:
-            At most `eval_sequences` sequences, and how many (non-empty) documents they came from.
+        Returns them, and how many (non-empty) documents they came from.
         """
         used = 0
 
@@ -188,7 +187,7 @@ class StreamSamples:
         return samples, used
 
     def read(self, first: int, size: int, rows: range) -> list[Encoded]:
-        """Returns these rows of the batch of `size` samples that starts at index `first`."""
+        """As `MapSamples.read`."""
         if first < self._first:
             self._items, self._kept = enumerate(self._endless()), {}
         self._first = first
@@ -321,15 +320,8 @@ def build_data(
     """Opens the data of a run.
 
     Without `data.eval`, a random share of the documents is held out (of a stream, its head); a
-    document never is in both parts.
-
-    Args:
-        config: What to read and how to cut it.
-        tokenizer: The model's tokenizer.
-        seed: Seed of order, spans, held-out part and generated problems.
-
-    Raises:
-        UserError: If the data cannot be read or used; the message says what to do.
+    document never is in both parts. Order, spans, held-out part and generated problems depend on
+    the seed. A `UserError` says what to do if the data cannot be read or used.
     """
     if config.train is None:
         raise UserError("data.train: is not set: give a file, a folder, a hub id or a task")
@@ -409,10 +401,7 @@ def held_out_samples(
     """Chooses the sequences of an evaluation, at most `eval_sequences`.
 
     One sequence of every held-out document, in random order; while there are too few and raw
-    text is left, further disjoint spans of the same documents.
-
-    Returns:
-        The sequences, and the number of documents.
+    text is left, further disjoint spans of the same documents. Returns the number of documents too.
     """
     joined = documents.join(config, label)
     seq_len, limit = config.seq_len, config.eval_sequences

@@ -49,8 +49,7 @@ class Encoded:
 
     def span(self, start: int, length: int) -> "Encoded":
         """Cuts out at most `length` tokens from `start` on."""
-        stop = start + length
-        cut = slice(start, stop)
+        cut = slice(start, start + length)
         kept = self.answer_start - start if self.answer_start >= start else -1
         return Encoded(self.ids[cut], self.targets[cut], self.answers[cut], kept, self.rationale)
 
@@ -283,11 +282,7 @@ class Documents:
         return Documents(table, lengths, self.dropped + dropped, self.skipped + skipped)
 
     def join(self, config: DataConfig, label: str) -> "Documents":
-        """Joins the documents, a thousand at a time, into chunks, where `spans` asks for it.
-
-        Raises:
-            UserError: If `short_texts: skip` leaves no chunk.
-        """
+        """Joins the documents, a thousand at a time, into chunks, where `spans` asks for it."""
         if config.spans == "random":
             return self
 
@@ -309,11 +304,7 @@ class Documents:
 
 
 def prepare(source: Source, config: DataConfig, encoder: Encoder) -> Documents:
-    """Turns a source's table into documents to train on or to hold out.
-
-    Raises:
-        UserError: If no document is left.
-    """
+    """Makes documents of a source's table; raises `UserError` if none is left."""
     records = source.table
     assert records is not None, "a stream has no table"
     joined, skip = config.spans == "concatenate", config.short_texts == "skip"

@@ -46,15 +46,10 @@ def record_fields(config: DataConfig) -> dict[str, str]:
 
 
 def read_record(raw: object, fields: Mapping[str, str], where: str) -> Record:
-    """Picks the canonical fields out of a raw record; a null becomes empty.
+    """Picks the canonical fields, given with their raw names, out of a raw record.
 
-    Args:
-        raw: Record as it was read.
-        fields: Names in the raw record by canonical name.
-        where: Name of the record for an error, such as `train.jsonl, line 3`.
-
-    Raises:
-        UserError: If it is no object, lacks a field, or a field has the wrong type.
+    A null becomes empty. Raises `UserError`, which names the record by `where` (such as
+    `train.jsonl, line 3`), if it is no object, lacks a field, or a field has the wrong type.
     """
     if not isinstance(raw, Mapping):
         raise UserError(f"{where}: a record must be an object with fields, not {_kind(raw)}")
@@ -329,7 +324,24 @@ def _open_generated(
             raise UserError(f"{label}: holds no chats: set data.format: qa or text")
     else:
         separator = "\n"
-        problems = _gym_problems(label, task, config, seed, size)
+        gym = import_reasoning_gym(label)
+        tasks = list(gym.factory.DATASETS)
+        if task not in tasks:
+            hint = did_you_mean(closest(task, tasks, SIMILAR_NAME))
+            raise UserError(f"{label}: reasoning_gym has no task {task!r}{hint}")
+        try:
+            dataset = gym.create_dataset(task, size=size, seed=seed, **config.task_options)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise UserError(
+                f"data.task_options: {config.task_options} is refused by the task {task!r}"
+                f" ({first_line(error)}): correct the options"
+            ) from error
+        if config.rationale_field is not None and task != "chain_sum":
+            raise UserError(
+                f"data.rationale_field: {config.rationale_field!r} needs problems with known"
+                f" reasoning, but those of {label} have none (known: chain_sum): leave it out"
+            )
+        problems = partial(iter, dataset)
     names = list(record_fields(config))
 
     def rows() -> Iterator[Record]:
@@ -347,25 +359,3 @@ def _open_generated(
             yield {name: forms[name] for name in names}
 
     return Source(label, rows, None if config.streaming else Dataset.from_list(list(rows())))
-
-
-def _gym_problems(label: str, task: str, config: DataConfig, seed: int, size: int) -> Any:
-    """Returns what starts a pass over the problems of a reasoning_gym task."""
-    gym = import_reasoning_gym(label)
-    tasks = list(gym.factory.DATASETS)
-    if task not in tasks:
-        hint = did_you_mean(closest(task, tasks, SIMILAR_NAME))
-        raise UserError(f"{label}: reasoning_gym has no task {task!r}{hint}")
-    try:
-        problems = gym.create_dataset(task, size=size, seed=seed, **config.task_options)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"data.task_options: {config.task_options} is refused by the task {task!r}"
-            f" ({first_line(error)}): correct the options"
-        ) from error
-    if config.rationale_field is not None and task != "chain_sum":
-        raise UserError(
-            f"data.rationale_field: {config.rationale_field!r} needs problems with known reasoning,"
-            f" but those of {label} have none (known: chain_sum): leave it out"
-        )
-    return partial(iter, problems)

@@ -112,10 +112,8 @@ def moves_records(
 ) -> Iterator[dict[str, str]]:
     """Yields problems of ``moves``, held-out ones without asides.
 
-    The moves mean the same under every seed.
-
-    Raises:
-        UserError: If the part is empty, as the held-out one is with ``held_out_share: 0``.
+    The moves mean the same under every seed. Raises `UserError` if the part is empty, as the
+    held-out one is with ``held_out_share: 0``.
     """
     meaning = np.random.default_rng(options.meaning_seed)
     tables = [meaning.permutation(len(PLACES)) for _ in range(options.num_moves)]
@@ -219,18 +217,10 @@ def check_task(label: str, task: str) -> None:
 def synthetic_records(
     label: str, task: str, options: dict[str, Any], size: int, seed: int, held_out: bool
 ) -> Callable[[], Iterator[dict[str, str]]]:
-    """Returns what starts a pass over the problems of a task.
+    """Returns what starts a pass over the problems of a task, of its held-out or training part.
 
-    Args:
-        label: Key and value that named the data, for messages.
-        task: Name of the task.
-        options: Value of ``data.task_options``.
-        size: Number of problems.
-        seed: Seed of the problems.
-        held_out: Whether to give the held-out part.
-
-    Raises:
-        UserError: If the task is unknown, or an option of it is unknown or out of range.
+    Raises `UserError`, in which ``label`` names the data, if the task or one of the ``options`` is
+    unknown, or an option is out of range.
     """
     check_task(label, task)
     kind, records = TASKS[task]
