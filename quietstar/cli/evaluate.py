@@ -22,10 +22,8 @@ from quietstar.cli.options import Parser
 from quietstar.data.tokenizer import load_tokenizer
 from quietstar.errors import UserError, visible
 from quietstar.evaluation.controls import CONTROLS, WITH, WITHOUT
-from quietstar.evaluation.harness_tasks import HarnessTask, find_harness_task
-from quietstar.evaluation.loading import fingerprint
-from quietstar.evaluation.runner import ItemStore, Runner
-from quietstar.evaluation.scoring import POSITIONS, Protocol
+from quietstar.evaluation.runner import HarnessTask, ItemStore, Runner, find_harness_task
+from quietstar.evaluation.scoring import POSITIONS, Protocol, fingerprint
 from quietstar.evaluation.statistics import summarise
 from quietstar.evaluation.tasks import TASKS, TEXT_FILES, Task, find_task
 from quietstar.model.quiet_star import QuietStarForCausalLM

@@ -235,7 +235,7 @@ def load_model(
         UserError: There is no such model, or it is a plain one where that is refused.
     """
     from quietstar.backbone.devices import find_device
-    from quietstar.evaluation.loading import load_thinker
+    from quietstar.evaluation.scoring import load_thinker
     from quietstar.model.saving import SETTINGS_FILE
     from quietstar.training.build import quiet_libraries
 

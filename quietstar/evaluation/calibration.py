@@ -122,11 +122,11 @@ def threshold_at(scores: Tensor, fraction: float) -> float:
     """Find the threshold above which this fraction of the scores lies."""
     count = round(fraction * len(scores))
     ordered = scores.sort(descending=True).values
-    if count == 0:
-        return float(ordered[0]) + 1e-6 * abs(float(ordered[0])) + 1e-12
-    if count >= len(ordered):
-        return float(ordered[-1]) - 1e-6 * abs(float(ordered[-1])) - 1e-12
-    return float((ordered[count - 1] + ordered[count]) / 2)
+    if 0 < count < len(ordered):
+        return float((ordered[count - 1] + ordered[count]) / 2)
+    edge = float(ordered[0 if count == 0 else -1])
+    margin = 1e-6 * abs(edge) + 1e-12
+    return edge + margin if count == 0 else edge - margin
 
 
 @torch.no_grad()

@@ -22,11 +22,7 @@ from torch import Tensor
 WITHOUT, WITH = "without_thoughts", "with_thoughts"
 SWAPPED, SHUFFLED, PAUSE = "swapped", "shuffled", "pause"
 CONTROLS = (SHUFFLED, PAUSE, SWAPPED)
-GAINS = {
-    SWAPPED: "gain_of_content",
-    SHUFFLED: "gain_over_shuffled",
-    PAUSE: "gain_over_pause",
-}
+GAINS = {SWAPPED: "gain_of_content", SHUFFLED: "gain_over_shuffled", PAUSE: "gain_over_pause"}
 """The name of what the model's own thoughts gain over each control."""
 LOWER_IS_BETTER = ("nll",)
 
@@ -94,10 +90,9 @@ class TextThoughts:
     has_answer: bool
 
 
-Swap = Callable[[TextThoughts, int], Tensor]
-
-
-def plan_swap(texts: Sequence[TextThoughts], seed: int = 0) -> Swap | None:
+def plan_swap(
+    texts: Sequence[TextThoughts], seed: int = 0
+) -> Callable[[TextThoughts, int], Tensor] | None:
     """Decide how the thoughts of a whole evaluation set are swapped.
 
     Among texts where all of them have answers: the thoughts before two answers take each other's

@@ -22,8 +22,7 @@ from quietstar.backbone.run import num_virtual, plain_pass
 from quietstar.data import load_tokenizer
 from quietstar.data.tokenizer import padding_id
 from quietstar.errors import UserError
-from quietstar.evaluation.loading import load_thinker
-from quietstar.evaluation.scoring import POSITIONS, predict_thinking, thinks_once
+from quietstar.evaluation.scoring import POSITIONS, load_thinker, predict_thinking, thinks_once
 from quietstar.evaluation.tasks import answer_batch
 
 logger = logging.getLogger(__name__)
@@ -44,9 +43,7 @@ class QuietStarLM(_Harness):
         positions: ``trained``: a model trained with ``thoughts.positions: answer_start`` thinks
             once, before a continuation; ``every``: before each of its tokens.
         untrained: Let a plain model think too, with vectors and a head that were never trained.
-        dtype: Data type of the weights.
         device: Device; defaults to a GPU if there is one.
-        revision: Revision of a model on the hub.
         trust_remote_code: Allow code that comes with a model to run.
         **settings: Settings of ``HFLM``: ``batch_size``, ``max_length``, ...
 

@@ -84,13 +84,8 @@ def inspect_text(
 ) -> dict[str, Any]:
     """Collect everything that the page shows, as JSON can hold it (docs/inspect.md: the schema).
 
-    Args:
-        model: Model with a lookahead of one.
-        tokenizer: Tokenizer of the model.
-        text: Text of at least two tokens.
-        name: Name of the model.
-        reading: How the text is read.
-        advance: Called once a window and pass; there are three passes.
+    The text has at least two tokens, the model a lookahead of one; ``name`` is the model's.
+    ``advance`` is called once a window and pass; there are three passes.
     """
     ids = torch.tensor([tokenizer.encode(text)], device=model.device)
     parts, sampled = list(windows(ids.shape[1], reading.context)), []

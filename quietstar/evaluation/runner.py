@@ -1,37 +1,46 @@
-"""Scores the items of tasks, batch by batch, in every variant, and keeps those finished."""
+"""Scores the items of tasks, batch by batch, in every variant, and keeps those finished.
+
+Votes over chains of thought follow the published zero-shot evaluation: ``Let's think step by
+step.``, a chain of at most so many tokens, then ``Therefore, the answer (arabic numerals) is`` and
+the first integer behind it.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
-from quietstar.data.tokenizer import padding_id
+from quietstar.config.messages import closest, did_you_mean
+from quietstar.data.tokenizer import pad_left, padding_id
 from quietstar.errors import UserError
-from quietstar.evaluation import controls, scoring, tasks, votes
+from quietstar.evaluation import controls, scoring, tasks
 from quietstar.evaluation.controls import CONTROLS, PAUSE, SHUFFLED, SWAPPED, WITH, WITHOUT
 from quietstar.evaluation.scoring import Protocol
-from quietstar.evaluation.tasks import Candidates, EncodedItem, Item, Task
+from quietstar.evaluation.tasks import TASKS, Candidates, EncodedItem, Item, Task
 from quietstar.model.quiet_star import QuietStarForCausalLM
 
-Key = tuple[str, int, str]
-"""Task, number of the item, variant."""
+FINAL_ANSWER = "\nTherefore, the answer (arabic numerals) is"
+ANSWER_TOKENS = 12
+STOP = ("Q:", "\n\n\n")
+MAX_SUBSETS = 20_000
+"""Up to so many subsets of the votes are all counted; of more, so many are drawn."""
 
 
 class ItemStore:
     """Records of finished items, in memory and, with a path, in a JSONL file that only grows.
 
-    The first line says under which settings the others were made.
-
-    Args:
-        path: Path of the file; None keeps nothing.
-        settings: Settings of this evaluation.
-        overwrite: Begin anew.
+    The first line says under which settings the others were made; ``overwrite`` begins anew.
 
     Raises:
         UserError: The file was made under other settings, or is no file of an evaluation.
@@ -39,7 +48,7 @@ class ItemStore:
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any], overwrite: bool) -> None:
         self.path = path
-        self.records: dict[Key, dict[str, Any]] = {}
+        self.records: dict[tuple[str, int, str], dict[str, Any]] = {}  # by task, item, variant
         if path is None:
             return
         data = b"" if overwrite or not path.exists() else path.read_bytes()
@@ -88,10 +97,6 @@ class ItemStore:
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(record) + "\n" for record in new.values())
-
-    def of(self, task: str, variant: str, count: int) -> list[dict[str, Any]]:
-        """Give the records of all items of a task, in order."""
-        return [self.records[task, number, variant] for number in range(count)]
 
 
 @dataclass(frozen=True)
@@ -211,16 +216,196 @@ class Runner:
     def _vote(
         self, task: Task, batch: Sequence[tuple[int, Item]], variant: str
     ) -> list[dict[str, Any]]:
+        """Generate chains of thought with their final answers, several for each item.
+
+        The first item's number keys the noise, so the same batch gives the same chains again.
+        """
+        protocol, longest = self.protocol, self.model.max_text_length
+        most = None if longest is None else longest - 1
+        if most is not None and max(protocol.max_new_tokens, ANSWER_TOKENS) > most:
+            few = most < ANSWER_TOKENS
+            remedy = "use a model that takes more" if few else f"set at most {most}"
+            raise UserError(
+                f"--max-new-tokens: {protocol.max_new_tokens} leaves no room for a prompt, because "
+                f"the model takes texts of {longest} tokens, thoughts apart; {remedy}"
+            )
+        torch.manual_seed(1_000_003 * protocol.seed + batch[0][0])
+        prompts = [item.prompt for _, item in batch for _ in range(protocol.votes)]
+        stop = StoppingCriteriaList([StopStringCriteria(self.tokenizer, list(STOP))])
+        chains = self._continue(prompts, protocol.max_new_tokens, variant, stop)
+        for text in STOP:
+            chains = [chain.partition(text)[0] for chain in chains]
+        chains = [chain.rstrip() + FINAL_ANSWER for chain in chains]
+        questions = [prompt + chain for prompt, chain in zip(prompts, chains, strict=True)]
+        endings = self._continue(questions, ANSWER_TOKENS, variant, None)
+        chains = [chain + ending for chain, ending in zip(chains, endings, strict=True)]
         records = []
-        chains = votes.generate_chains(
-            self.model, self.tokenizer, batch, self.protocol, variant == WITH
-        )
-        for (number, item), texts in zip(batch, chains, strict=True):
-            answers = [votes.read_number(text) for text in texts]
-            metrics = votes.vote_metrics(answers, item.answer)
+        for place, (number, item) in enumerate(batch):
+            texts = chains[place * protocol.votes : (place + 1) * protocol.votes]
+            answers = [read_number(text) for text in texts]
+            metrics = vote_metrics(answers, item.answer)
             records.append({
                 "task": task.name, "item": number, "variant": variant, "id": item.id,
                 "answer": item.answer, "predicted": answers,
                 "metrics": {name: [value] for name, value in metrics.items()}, "chains": texts,
             })  # fmt: skip
         return records
+
+    def _continue(
+        self, texts: Sequence[str], new: int, variant: str, stop: StoppingCriteriaList | None
+    ) -> list[str]:
+        rows: list[Any] = [self.tokenizer.encode(text) for text in texts]
+        if self.model.max_text_length is not None:
+            rows = [row[-(self.model.max_text_length - new) :] for row in rows]
+        pad, temperature = padding_id(self.tokenizer), self.protocol.temperature
+        ids, mask = (x.to(self.model.device) for x in pad_left(rows, pad))
+        decoding: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            decoding = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        generated = self.model.generate(
+            ids, attention_mask=mask, think=variant == WITH, max_new_tokens=new,
+            thought_temperature=self.protocol.thought_temperature, seed=self.protocol.seed,
+            pad_token_id=pad, stopping_criteria=stop, **decoding,
+        )  # fmt: skip
+        return self.tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+# --- What the votes say ---------------------------------------------------------------------------
+
+
+def read_number(chain: str) -> str | None:
+    """Read the first integer of the final answer, without thousands separators."""
+    match = re.search(r"-?\d+", chain.rpartition(FINAL_ANSWER)[2].replace(",", ""))
+    return None if match is None else str(int(match.group()))
+
+
+def vote_metrics(numbers: Sequence[str | None], gold: str) -> dict[str, float]:
+    """Compute ``maj@k`` and ``pass@k`` of an item, for k a power of two and for all votes.
+
+    Unbiased: means over all choices of k of the votes (pass@k as in arXiv 2107.03374, eq. 1).
+    A chain without a number does not vote; tied answers share the vote.
+    """
+    count = len(numbers)
+    ks = sorted({1, count, *(2**i for i in range(count.bit_length()) if 2**i <= count)})
+    right = sum(number == gold for number in numbers)
+    metrics = {f"maj@{k}": majority(numbers, gold, k) for k in reversed(ks)}
+    wrong = {k: math.comb(count - right, k) / math.comb(count, k) for k in ks if k > 1}
+    return metrics | {f"pass@{k}": 1.0 - chance for k, chance in wrong.items()}
+
+
+def majority(numbers: Sequence[str | None], gold: str, k: int) -> float:
+    """Compute the chance that the majority of k of the answers is right."""
+    if math.comb(len(numbers), k) <= MAX_SUBSETS:
+        subsets = list(combinations(range(len(numbers)), k))
+    else:
+        generator = np.random.default_rng(0)
+        subsets = [generator.choice(len(numbers), k, replace=False) for _ in range(MAX_SUBSETS)]
+    wins = 0.0
+    for subset in subsets:
+        counts = Counter(numbers[i] for i in subset if numbers[i] is not None)
+        most = max(counts.values(), default=0)
+        if most and counts[gold] == most:
+            wins += 1 / sum(count == most for count in counts.values())
+    return wins / len(subsets)
+
+
+# --- Tasks of lm-evaluation-harness ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HarnessTask:
+    """A task, or a group of tasks, of the harness."""
+
+    name: str  # that the harness knows it by
+    include: str | None = None  # folder with task files of the user's own
+    kind = "harness"
+    main_metric = ""
+
+    def run(
+        self,
+        args: Mapping[str, Any],
+        protocol: Protocol,
+        limit: int | None,
+        data_dir: str | None,
+        store: ItemStore,
+    ) -> int:
+        """Score all items in every variant that is not finished yet; returns their number.
+
+        ``args`` are those of the model class: ``pretrained``, ``dtype``, ``device``, ``untrained``.
+        ``limit`` counts the items of each task of a group; ``data_dir`` is for tasks that read
+        files (``metadata``).
+
+        Raises:
+            UserError: The task has no metric of single items.
+        """
+        from lm_eval import evaluator
+        from lm_eval.tasks import TaskManager
+
+        from quietstar.evaluation import harness
+
+        model_class: Any = harness.QuietStarLM  # the harness's decorators hide their types
+        evaluate: Any = evaluator.simple_evaluate
+        metadata: Any = {} if data_dir is None else {"data_dir": data_dir}
+        variants = [variant for variant in (WITHOUT, WITH) if variant in protocol.variants]
+        for variant in variants:
+            if store.has(self.name, [0], [variant]):
+                continue
+            model = model_class(
+                thoughts="on" if variant == WITH else "off",
+                num_thoughts=protocol.samples, thought_temperature=protocol.thought_temperature,
+                seed=protocol.seed, positions=protocol.positions, batch_size=protocol.batch_size,
+                **args,
+            )  # fmt: skip
+            results = evaluate(
+                model=model, tasks=[self.name], limit=limit, log_samples=True, bootstrap_iters=0,
+                task_manager=TaskManager(include_path=self.include, metadata=metadata),
+            )  # fmt: skip
+            samples = [
+                sample
+                for _, of_task in sorted(results["samples"].items())
+                for sample in sorted(of_task, key=lambda s: (s["doc_id"], str(s.get("filter"))))
+            ]
+            records = []
+            for number, sample in enumerate(samples):
+                predicted = json.dumps(sample["filtered_resps"], default=str)
+                values = [(name, sample[name]) for name in sample["metrics"]]
+                records.append({
+                    "task": self.name, "item": number, "variant": variant,
+                    "id": str(sample["doc_id"]), "answer": str(sample["target"]),
+                    "predicted": json.loads(predicted),
+                    # A metric that is no number of a single item is left out.
+                    "metrics": {k: [float(v)] for k, v in values if isinstance(v, int | float)},
+                })  # fmt: skip
+            if not records or not records[0]["metrics"]:
+                raise UserError(
+                    f"--tasks: {self.name} has no metric of single items, so nothing can be "
+                    "paired; run it with quietstar lm-eval"
+                )
+            store.add(records)
+        return sum(key[0] == self.name and key[2] == variants[-1] for key in store.records)
+
+
+def find_harness_task(name: str, include: str | None) -> HarnessTask:
+    """Find a task of the harness by its name.
+
+    Raises:
+        UserError: The harness has no such task, or is not installed.
+    """
+    if include is not None and not Path(include).is_dir():
+        raise UserError(f"--include-path: there is no folder {include}")
+    try:
+        from lm_eval.tasks import TaskManager
+
+        known = list(TaskManager(include_path=include).all_tasks)
+    except ImportError:
+        known = []
+    if name in known:
+        return HarnessTask(name, include)
+    meant = did_you_mean(closest(name, [*TASKS, *known]))
+    harness = "those of lm-evaluation-harness" if known else (
+        "with pip install 'quietstar[lm-eval]' those of lm-evaluation-harness"
+    )  # fmt: skip
+    raise UserError(
+        f"--tasks: there is no task {name}{meant}; known: {', '.join(TASKS)}, FILE.jsonl with "
+        f"prompt and answer, or text, FILE.txt, and {harness}"
+    )

@@ -1,17 +1,22 @@
-"""Scores of items, token by token, without thoughts and with given ones."""
+"""Models to evaluate, and their scores of items, token by token, with given thoughts or none."""
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from quietstar.errors import UserError
 from quietstar.evaluation.tasks import AnswerBatch, Candidates
 from quietstar.model.outputs import MixedScores
 from quietstar.model.quiet_star import QuietStarForCausalLM
+from quietstar.model.saving import SETTINGS_FILE
 
 POSITIONS = ("trained", "every")
 """Where answers are thought about: as the model was trained, or before every scored token."""
@@ -34,6 +39,54 @@ class Protocol:
     text_tokens: int = 256  # tokens that are read of a text without a prompt
     positions: str = "trained"  # where answers are thought about (`POSITIONS`)
     separator: str = ""  # text between prompt and answer of the user's own records
+
+
+def load_thinker(
+    name: str, needs_training: bool, dtype: str | torch.dtype, remedy: str, **hub: Any
+) -> QuietStarForCausalLM:
+    """Load a saved Quiet-STaR model, or a plain one with vectors and head never trained.
+
+    One token is predicted behind each thought, so its lookahead is 1. ``hub`` may hold
+    ``revision`` and ``trust_remote_code``.
+
+    Raises:
+        UserError: There is no such model, or it is plain where a trained one is needed; ``remedy``
+            says what to do about that.
+    """
+    path = Path(name).expanduser()
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
+        raise UserError(f"--model: there is no folder {name}")
+    if (path / SETTINGS_FILE).exists():
+        model = QuietStarForCausalLM.from_pretrained(name, dtype=dtype, **hub)
+    elif needs_training:
+        raise UserError(
+            f"{name} is no Quiet-STaR model ({SETTINGS_FILE} is missing), and thoughts are asked "
+            f"for. {remedy}"
+        )
+    else:
+        model = QuietStarForCausalLM.from_base(name, dtype=dtype, **hub)
+    model.configure(model.thoughts.model_copy(update={"lookahead": 1}))
+    return model.eval()
+
+
+def fingerprint(name: str) -> str:
+    """Hash the names, sizes and pieces of a folder's weights; give a hub model's name as it is."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("quietstar*.json")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        step = max(2**20, size // 64)
+        with path.open("rb") as file:
+            for start in range(0, size, step):
+                file.seek(start)
+                digest.update(file.read(2**20))
+    return digest.hexdigest()[:16]
+
+
+# --- Scores --------------------------------------------------------------------------------------
 
 
 def thinks_once(model: QuietStarForCausalLM, positions: str) -> bool:

@@ -25,20 +25,14 @@ from quietstar.evaluation.controls import (
     WITHOUT,
     gain_over,
 )
-from quietstar.evaluation.harness_tasks import HarnessTask
-from quietstar.evaluation.runner import ItemStore
+from quietstar.evaluation.runner import HarnessTask, ItemStore
 from quietstar.evaluation.tasks import Task
 
 Array = NDArray[np.float64]
 LEVEL = 0.95
-POWER = 0.8
-SIGNIFICANT = 0.05
 CONTROL_NAMES = {
-    SWAPPED: "swapped thoughts",
-    SHUFFLED: "shuffled thoughts",
-    PAUSE: "pause tokens",
-}
-QUANTILES = 5
+    SWAPPED: "swapped thoughts", SHUFFLED: "shuffled thoughts", PAUSE: "pause tokens"
+}  # fmt: skip
 MIN_TOKENS = 40
 """Fewest tokens of a task for which a breakdown is made."""
 KINDS = ("digits", "words", "punctuation", "white space")
@@ -96,7 +90,7 @@ def items_needed(gaps: Array) -> int | None:
     size = abs(float(gaps.mean()))
     if len(gaps) < 2 or size < 1e-12:
         return None
-    z = stats.norm.ppf(1 - (1 - LEVEL) / 2) + stats.norm.ppf(POWER)
+    z = stats.norm.ppf(1 - (1 - LEVEL) / 2) + stats.norm.ppf(0.8)
     return math.ceil((z * float(gaps.std(ddof=1)) / size) ** 2)
 
 
@@ -118,7 +112,11 @@ def summarise(
         ``difference`` and the gain over each control, with their intervals; ``breakdown``;
         ``verdict`` and ``warnings``.
     """
-    records = {v: store.of(task.name, v, count) for v in variants if store.has(task.name, [0], [v])}
+    records = {
+        variant: [store.records[task.name, number, variant] for number in range(count)]
+        for variant in variants
+        if store.has(task.name, [0], [variant])
+    }
     values = {
         variant: {
             name: np.array([record["metrics"][name] for record in rows])
@@ -226,7 +224,7 @@ def is_significant(change: dict[str, Any]) -> bool:
     A bootstrap interval of very few items excludes zero as soon as they agree.
     """
     ci95, p_value = change["ci95"], change["p_value"]
-    return ci95 is not None and (ci95[0] > 0 or ci95[1] < 0) and p_value < SIGNIFICANT
+    return ci95 is not None and (ci95[0] > 0 or ci95[1] < 0) and p_value < 0.05
 
 
 def verdict(summary: dict[str, Any]) -> str:
@@ -260,20 +258,14 @@ def kind_of(text: str) -> str:
     text = text.strip()
     if not text:
         return "white space"
-    category = unicodedata.category(text[0])
-    if category[0] == "N":
-        return "digits"
-    return "words" if category[0] in "LM" else "punctuation"
+    major = unicodedata.category(text[0])[0]
+    return {"N": "digits", "L": "words", "M": "words"}.get(major, "punctuation")
 
 
 def break_down(
     records: Mapping[str, Sequence[dict[str, Any]]], seed: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Compute the gains (nats a token) of groups of tokens, with intervals.
-
-    Args:
-        records: Records of all items in every variant, in the same order.
-        seed: Seed of resampling.
 
     Returns:
         ``difficulty``, by quantiles of the base NLL, ``kind`` and ``position``; each a list of
@@ -315,8 +307,8 @@ def break_down(
 
 
 def _quantiles(values: np.ndarray, label: str) -> list[tuple[str, np.ndarray]]:
-    """Split into groups of about equal size; into fewer where many values are equal."""
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, QUANTILES + 1)))
+    """Split into five groups of about equal size; into fewer where many values are equal."""
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, 6)))
     index = np.digitize(values, edges[1:-1])
     groups = [index == i for i in np.unique(index)]
     return [(label.format(values[g].min(), values[g].max()), g) for g in groups]

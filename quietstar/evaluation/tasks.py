@@ -43,7 +43,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """A task of our own; `harness_tasks` has those of lm-evaluation-harness.
+    """A task of our own; `runner.HarnessTask` is one of lm-evaluation-harness.
 
     ``answer`` scores the tokens of the answer, ``text`` all tokens; ``votes`` generates a chain of
     thought several times.
@@ -89,7 +89,18 @@ class Task:
         elif data_dir is not None or self.hub is None:
             records = read_lines((data_dir or Path()) / self.file, self.name)
         else:
-            records = _hub_records(self.name, *self.hub)
+            from datasets import load_dataset
+
+            repository, configuration, split = self.hub
+            try:
+                rows = load_dataset(repository, configuration, split=split)
+            except Exception as problem:  # of any kind: network, hub, format
+                line = str(problem).strip().partition("\n")[0]
+                raise UserError(
+                    f"{self.name}: {repository} could not be read from the hub ({line}); give "
+                    "--data-dir, a folder with the JSONL file"
+                ) from None
+            records = ((dict(row), f"{repository}, {split} item {n}") for n, row in enumerate(rows))
         numbered = enumerate(islice(records, limit))
         items = [self.read(record, number, where) for number, (record, where) in numbered]
         if not items:
@@ -138,24 +149,6 @@ def _spans(path: Path, tokenizer: PreTrainedTokenizerBase, size: int) -> Iterato
         span = ids[start : start + size]
         where = f"{path}, tokens {start} to {start + len(span) - 1}"
         yield Item(str(start), "", str(tokenizer.decode(span)), where, tokens=tuple(span))
-
-
-def _hub_records(
-    task: str, name: str, configuration: str | None, split: str
-) -> Iterator[tuple[Record, str]]:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, configuration, split=split)
-    except Exception as problem:  # of any kind: network, hub, format
-        line = str(problem).strip().partition("\n")[0]
-        raise UserError(
-            f"{task}: {name} could not be read from the hub ({line}); give --data-dir, a folder "
-            "with the JSONL file"
-        ) from None
-    for number, row in enumerate(rows):
-        assert isinstance(row, Mapping)
-        yield row, f"{name}, {split} item {number}"
 
 
 # --- From records to items ------------------------------------------------------------------------

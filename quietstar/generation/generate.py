@@ -27,16 +27,12 @@ from quietstar.sampling.thoughts import Sampling
 
 @dataclass
 class ThinkingOutput(ModelOutput):
-    """Output of generation: transformers' own fields, and the thoughts before each new token.
-
-    Scores and logits are (batch, vocab) of each new token, with ``output_scores`` and
-    ``output_logits``.
-    """
+    """Output of generation: transformers' own fields, and the thoughts before each new token."""
 
     sequences: Int[Tensor, "batch seq"]  # prompts and what was generated
     thoughts: Int[Tensor, "batch new thoughts length"] | None = None  # -1 where none was made
-    scores: tuple[Tensor, ...] | None = None  # processed
-    logits: tuple[Tensor, ...] | None = None  # mixed
+    scores: tuple[Tensor, ...] | None = None  # processed, (batch, vocab); with output_scores
+    logits: tuple[Tensor, ...] | None = None  # mixed, (batch, vocab); with output_logits
 
 
 class ThinkingStreamer(BaseStreamer):
@@ -71,7 +67,7 @@ def generate(
         **others: Any,
     ) -> Any:
         config = generation_config
-        _check(model, config, None if gate.kind == "never" else sampling)
+        _check(model, config, thinks=gate.kind != "never")
         decoder = new_decoder(model, sampling, input_ids[:, :-1], others.get("attention_mask"))
         pad = getattr(config, "_pad_token_tensor", None)
         kept_thoughts, kept_logits, kept_scores = [], [], []
@@ -94,24 +90,18 @@ def generate(
                 streamer.think(thoughts.cpu())
             if streamer is not None:
                 streamer.put(tokens.cpu())
-            scores = tuple(kept_scores) if config.output_scores else None
-            open_rows = open_rows & ~stopping_criteria(input_ids, scores)
+            open_rows = open_rows & ~stopping_criteria(input_ids, tuple(kept_scores) or None)
         if streamer is not None:
             streamer.end()
         if not config.return_dict_in_generate:
             return input_ids
-        return ThinkingOutput(
-            sequences=input_ids,
-            thoughts=torch.stack(kept_thoughts, dim=1),
-            scores=tuple(kept_scores) if config.output_scores else None,
-            logits=tuple(kept_logits) if config.output_logits else None,
-        )
+        outputs = (tuple(column) or None for column in (kept_scores, kept_logits))
+        return ThinkingOutput(input_ids, torch.stack(kept_thoughts, dim=1), *outputs)
 
-    causal_lm: Any = model.causal_lm
-    return causal_lm.generate(inputs, custom_generate=decode, streamer=streamer, **arguments)
+    return model.causal_lm.generate(inputs, custom_generate=decode, streamer=streamer, **arguments)
 
 
-def _check(model: Any, config: GenerationConfig, sampling: Sampling | None) -> None:
+def _check(model: Any, config: GenerationConfig, thinks: bool) -> None:
     if (config.num_beams or 1) > 1:
         raise UserError(
             f"num_beams: {config.num_beams} cannot be: beams are not thought about. Set "
@@ -119,8 +109,7 @@ def _check(model: Any, config: GenerationConfig, sampling: Sampling | None) -> N
         )
     positions = getattr(model.causal_lm.config.get_text_config(), "max_position_embeddings", None)
     # The last token is only predicted: the one before it is the last with a thought behind it.
-    block = num_virtual(model.causal_lm) - 1
-    block += 0 if sampling is None else sampling.thought_length + 2
+    block = num_virtual(model.causal_lm) - 1 + (model.thoughts.length + 2 if thinks else 0)
     if positions is not None and config.max_length + block > positions:
         raise UserError(
             f"max_length: texts of {config.max_length} tokens, with their thoughts, need "
@@ -147,8 +136,7 @@ def predict_next(
 ) -> tuple[Float[Tensor, "batch vocab"], Int[Tensor, "batch thoughts length"]]:
     """Append the newest tokens, think where the gate says so, and predict the next ones.
 
-    Returns:
-        Their logits in float32, and the thoughts, -1 where none was made.
+    Returns logits in float32, and the thoughts, -1 where none was made.
     """
     appended, sampling = decoder.append(tokens, opens=gate.kind != "never"), decoder.sampling
     states, base = appended.states, appended.logits
@@ -173,10 +161,10 @@ def next_logits(
 
     In float32; several thoughts are averaged as probabilities.
     """
-    weight = model.mixing_head(
-        text_lookahead(states[:, None], 1, None), thinking.ahead[None, :, :, None]
-    )
-    weight = weight[0, :, :, 0, None]  # (K, B, 1)
+    text = text_lookahead(states[:, None], 1, None)
+    weight = model.mixing_head(text, thinking.ahead[None, :, :, None])[
+        0, :, :, 0, None
+    ]  # (K, B, 1)
     mixed = torch.lerp(base, model.output_head.logits(thinking.ahead), weight)
     if len(mixed) == 1:
         return mixed[0]
