@@ -5,8 +5,6 @@ A built-in part is a file: ``loss.reward: mixed`` is the function ``mixed`` of
 wherever Python finds modules and in the working directory.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import inspect
@@ -25,23 +23,20 @@ class Kind(NamedTuple):
 
     Attributes:
         package: Package whose modules are the built-in parts.
-        suffix: What the name of the part ends in, after the module's name in CamelCase; None where
-            the part is a function named as its module.
-        method: Method that is called, None where the part itself is.
-        parameters: Its parameters, ``self`` not counted.
+        method: Method of a class, named as its module in CamelCase; None for functions.
+        parameters: Parameters of the function or method, ``self`` not counted.
     """
 
     package: str
-    suffix: str | None
     method: str | None
     parameters: tuple[str, ...]
 
 
 KINDS = {
-    "loss.reward": Kind("quietstar.rewards", None, None, ("thoughts", "scores")),
-    "loss.objective": Kind("quietstar.objectives", "", "weigh", ("reward", "scores")),
+    "loss.reward": Kind("quietstar.rewards", None, ("thoughts", "scores")),
+    "loss.objective": Kind("quietstar.objectives", "weigh", ("reward", "scores")),
     "thoughts.sampler": Kind(
-        "quietstar.sampling.samplers", "", "sample", ("model", "texts", "positions", "spec")
+        "quietstar.sampling.samplers", "sample", ("model", "texts", "positions", "spec")
     ),
 }
 """Config key -> what may be named there."""
@@ -56,23 +51,21 @@ def choices(key: str) -> list[str]:
 
 
 def check(key: str, name: str) -> None:
-    """Refuse a name that stands for nothing; a built-in part is not imported.
-
-    Raises:
-        UserError: As `find` does.
-    """
+    """Refuse a name that stands for nothing, as `find` does; a built-in part is not imported."""
+    known = choices(key)
     if ":" in name:
         find(key, name)
-    elif name not in choices(key):
-        raise UserError(_unknown(key, name))
+    elif name not in known:
+        near = get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"{key} ({name}): there is none of this name{hint} (built in: {', '.join(known)}; one "
+            "of your own is written module:name)"
+        )
 
 
 def find(key: str, name: str) -> Any:
-    """Import the part that ``name`` stands for.
-
-    Args:
-        key: Config key, one of `KINDS`.
-        name: Name of a built-in part, or ``module:name``.
+    """Import the part that ``name`` (of a built-in one, or ``module:name``) stands for.
 
     Raises:
         UserError: There is no such part, its module cannot be imported, or it cannot be called as
@@ -80,31 +73,11 @@ def find(key: str, name: str) -> Any:
     """
     kind = KINDS[key]
     if ":" not in name:
-        if name not in choices(key):
-            raise UserError(_unknown(key, name))
-        attribute = name
-        if kind.suffix is not None:
-            attribute = "".join(word.capitalize() for word in name.split("_")) + kind.suffix
+        check(key, name)
+        words = name.split("_")
+        attribute = name if kind.method is None else "".join(word.capitalize() for word in words)
         return getattr(importlib.import_module(f"{kind.package}.{name}"), attribute)
     module, _, attribute = name.partition(":")
-    part = _import(key, name, module, attribute)
-    called = part if kind.method is None else getattr(part, kind.method, None)
-    wanted = f"{kind.method or attribute}({', '.join(kind.parameters)})"
-    if not callable(called):
-        raise UserError(f"{key} ({name}): it has no method {kind.method}. Define {wanted}.")
-    # A method is looked up on its class, where self is a parameter too.
-    is_method = kind.method is not None and inspect.isclass(part)
-    try:
-        inspect.signature(called).bind(*((None,) * is_method), *kind.parameters)
-    except TypeError:
-        raise UserError(
-            f"{key} ({name}): its signature is {attribute}{inspect.signature(called)}, but it is "
-            f"called as {wanted}. Change its parameters."
-        ) from None
-    return part
-
-
-def _import(key: str, name: str, module: str, attribute: str) -> Any:
     if not re.fullmatch(r"\w+(\.\w+)*", module) or not attribute.isidentifier():
         raise UserError(
             f"{key} ({name}): a part of your own is written module:name, such as my_module:mine."
@@ -126,14 +99,18 @@ def _import(key: str, name: str, module: str, attribute: str) -> Any:
             f"{key} ({name}): {loaded.__file__ or module} defines no {attribute}. Define it, or "
             "correct the name."
         )
-    return getattr(loaded, attribute)
-
-
-def _unknown(key: str, name: str) -> str:
-    known = choices(key)
-    near = get_close_matches(name, known, 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return (
-        f"{key} ({name}): there is none of this name{hint} (built in: {', '.join(known)}; one of "
-        "your own is written module:name)"
-    )
+    part = getattr(loaded, attribute)
+    called = part if kind.method is None else getattr(part, kind.method, None)
+    wanted = f"{kind.method or attribute}({', '.join(kind.parameters)})"
+    if not callable(called):
+        raise UserError(f"{key} ({name}): it has no method {kind.method}. Define {wanted}.")
+    # A method is looked up on its class, where self is a parameter too.
+    is_method = kind.method is not None and inspect.isclass(part)
+    try:
+        inspect.signature(called).bind(*((None,) * is_method), *kind.parameters)
+    except TypeError:
+        raise UserError(
+            f"{key} ({name}): its signature is {attribute}{inspect.signature(called)}, but it is "
+            f"called as {wanted}. Change its parameters."
+        ) from None
+    return part

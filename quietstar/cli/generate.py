@@ -1,12 +1,11 @@
-"""``quietstar generate``: continues texts, thinking before each new token."""
-
-from __future__ import annotations
+"""``quietstar generate`` and ``quietstar chat``: text with thoughts before its tokens."""
 
 import argparse
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from jinja2 import TemplateError
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
@@ -17,99 +16,130 @@ from quietstar.cli.options import Parser
 from quietstar.data.tokenizer import check_unicode, load_tokenizer, pad_left, padding_id
 from quietstar.errors import UserError, visible
 from quietstar.generation.gates import PROBED, Gate, GateKind
-from quietstar.generation.generate import ThinkingOutput, ThinkingStreamer
+from quietstar.generation.generate import ThinkingStreamer
 from quietstar.model.quiet_star import QuietStarForCausalLM
 
-CALIBRATED = "calibrated"
+HELP = "/reset starts over, /thoughts shows or hides thoughts, /quit ends"
 OPEN, CLOSE = "⟨", "⟩"
 _HALF = "\N{REPLACEMENT CHARACTER}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Generate and print.
-
-    Raises:
-        UserError: An option, a file or the model is wrong.
-    """
+    """Generate and print; a wrong option, file or model raises `UserError`."""
     parser = Parser("quietstar generate", "Continues a text, thinking before each new token.")
-    add_generation(parser)
-    parser.add_argument("--prompt", metavar="TEXT", help="text to continue")
-    parser.add_argument(
-        "--prompts", metavar="FILE", help="one prompt per line, UTF-8; blank lines are skipped"
-    )
-    parser.add_argument(
-        "--batch-size", type=options.COUNT, default=8, help="prompts of a file at once"
-    )
+    _add_generation(parser)
+    value = parser.value
+    value("--prompt", str, None, "TEXT", "text to continue")
+    value("--prompts", str, None, "FILE", "one prompt per line, UTF-8; blank lines are skipped")
+    value("--batch-size", options.COUNT, 8, None, "prompts of a file at once")
     args = parser.read(arguments)
-    prompts = _prompts(args)
-    model, tokenizer = load(args)
-    settings = generate_settings(args, tokenizer)
+    text = options.read_text(args, "--prompt", "--prompts", "give a text to continue")
+    prompts = [text]
+    if args.prompt is None:
+        prompts = [line for line in text.splitlines() if line.strip()]
+    model, tokenizer, settings = _load(args)
     console = Console(highlight=False)
-    if args.prompt is not None:
-        streamer = ConsoleStreamer(tokenizer, console, args.show_thoughts, args.prompt)
-        ids, mask = (x.to(model.device) for x in _encode(tokenizer, prompts))
-        model.generate(ids, attention_mask=mask, streamer=streamer, **settings)
-        return 0
     for start in range(0, len(prompts), args.batch_size):
         chunk = prompts[start : start + args.batch_size]
-        ids, mask = (x.to(model.device) for x in _encode(tokenizer, chunk))
+        rows: list[Any] = [tokenizer(prompt)["input_ids"] for prompt in chunk]
+        ids, mask = (x.to(model.device) for x in pad_left(rows, padding_id(tokenizer)))
+        printers = [ConsoleStreamer(tokenizer, console, args.show_thoughts, p) for p in chunk]
+        if args.prompt is not None:
+            model.generate(ids, attention_mask=mask, streamer=printers[0], **settings)
+            return 0
         out = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **settings)
-        for row, prompt in enumerate(chunk):
-            console.print(Text(visible(prompt), style="bold"), end="", soft_wrap=True)
-            new = _continuation(tokenizer, out, row, ids.shape[1], args.show_thoughts)
-            console.print(new, soft_wrap=True)
+        for row, printer in enumerate(printers):
+            printer.put(ids[row])
+            for step, token in enumerate(out.sequences[row, ids.shape[1] :]):
+                if out.thoughts is not None:
+                    printer.think(out.thoughts[row, step][None])
+                printer.put(token)
+            printer.end()
     return 0
 
 
-def add_generation(parser: argparse.ArgumentParser) -> None:
-    """Add the options of model, thoughts and sampling, which ``quietstar chat`` has too."""
+def chat(arguments: Sequence[str] | None = None) -> int:
+    """Answer turns from the terminal; a wrong option, model or template raises `UserError`."""
+    parser = Parser("quietstar chat", "Talks with a model, which thinks before each token.")
+    _add_generation(parser)
+    parser.add_argument("--system", metavar="TEXT", help="text of the system's turn")
+    args = parser.read(arguments)
+    if args.system is not None:
+        check_unicode(args.system, "--system")
+    model, tokenizer, settings = _load(args)
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"--model ({args.model}): has a tokenizer without a chat template; use quietstar "
+            "generate"
+        )
+    opening = [] if args.system is None else [{"role": "system", "content": args.system}]
+    _chat_ids(tokenizer, [*opening, {"role": "user", "content": "?"}])  # refuses before the talk
+    console = Console(highlight=False)
+    console.print(HELP, style="dim")
+    turns = opening
+    while True:
+        try:
+            text = console.input("[bold]you:[/bold] ").strip()
+        except EOFError:
+            console.print()
+            return 0
+        if text == "/quit":
+            return 0
+        if text == "/reset":
+            turns = opening
+        elif text == "/thoughts":
+            args.show_thoughts = not args.show_thoughts
+        elif text:
+            asked = [*turns, {"role": "user", "content": text}]
+            try:
+                check_unicode(text, "this turn")
+                ids = torch.tensor([_chat_ids(tokenizer, asked)], device=model.device)
+                streamer = ConsoleStreamer(tokenizer, console, args.show_thoughts)
+                mask = torch.ones_like(ids)
+                out = model.generate(ids, attention_mask=mask, streamer=streamer, **settings)
+            except UserError as problem:  # the talk goes on without this turn
+                message = visible(f"{problem} (/reset starts over)")
+                console.print(message, style="red", markup=False)
+                continue
+            answer = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+            turns = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _add_generation(parser: Parser) -> None:
+    """Add the options that both commands have: model, thoughts and sampling."""
     options.add_model(parser)
-    add = parser.add_argument
-    add(
-        "--max-new-tokens",
-        type=options.COUNT,
-        default=128,
-        metavar="N",
-        help="length of the answer",
-    )
-    add("--show-thoughts", action="store_true", help="print them dim, before their token")
-    add("--no-thoughts", action="store_true", help="generate with the plain model")
-    add("--gate", metavar="GATE",
-        help="which tokens think: calibrated, entropy:NATS, weight:W or gain:NATS")  # fmt: skip
-    add("--num-thoughts", type=options.THOUGHTS, default=1, metavar="K",
-        help="thoughts before each token, whose predictions are averaged")  # fmt: skip
-    add("--thought-temperature", type=options.number(), metavar="T",
-        help="temperature of thoughts; without it their most likely tokens")  # fmt: skip
-    add("--temperature", type=options.number(), default=0.0, metavar="T",
-        help="temperature of the text; 0 takes the most likely tokens")  # fmt: skip
-    add("--top-p", type=options.number(0.0, 1.0, above=True), default=1.0, metavar="P",
-        help="sample from the most likely tokens that reach this probability")  # fmt: skip
-    add("--seed", type=options.SEED, default=0, help="seed of text and thoughts")
+    value = parser.value
+    value("--max-new-tokens", options.COUNT, 128, "N", "length of the answer")
+    parser.flag("--show-thoughts", "print them dim, before their token")
+    parser.flag("--no-thoughts", "generate with the plain model")
+    value("--gate", str, None, "GATE",
+          "which tokens think: calibrated, entropy:NATS, weight:W or gain:NATS")  # fmt: skip
+    value("--num-thoughts", options.THOUGHTS, 1, "K",
+          "thoughts before each token, whose predictions are averaged")  # fmt: skip
+    value("--thought-temperature", options.number(), None, "T",
+          "temperature of thoughts; without it their most likely tokens")  # fmt: skip
+    value("--temperature", options.number(), 0.0, "T",
+          "temperature of the text; 0 takes the most likely tokens")  # fmt: skip
+    value("--top-p", options.number(0.0, 1.0, above=True), 1.0, "P",
+          "sample from the most likely tokens that reach this probability")  # fmt: skip
+    value("--seed", options.SEED, 0, None, "seed of text and thoughts")
 
 
-def load(args: argparse.Namespace) -> tuple[QuietStarForCausalLM, PreTrainedTokenizerBase]:
-    """Load model and tokenizer.
-
-    Raises:
-        UserError: The model cannot think although it is asked to, or options contradict.
-    """
+def _load(
+    args: argparse.Namespace,
+) -> tuple[QuietStarForCausalLM, PreTrainedTokenizerBase, dict[str, Any]]:
+    """Load model and tokenizer, and translate the options to arguments of ``generate``."""
     if args.no_thoughts and (args.show_thoughts or args.gate):
         raise UserError("--no-thoughts: does not go with --show-thoughts or --gate; leave one out")
     remedy = "Set --no-thoughts to generate with the plain model."
     model = options.load_model(args, not args.no_thoughts, remedy)
     torch.manual_seed(args.seed)
-    return model, load_tokenizer(args.model, trust_remote_code=False)
-
-
-def generate_settings(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
-    """Translate the options to arguments of `QuietStarForCausalLM.generate`."""
+    tokenizer = load_tokenizer(args.model, trust_remote_code=False)
     sampling: dict[str, Any] = {"do_sample": False}
     if args.temperature > 0:
-        sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
-        sampling["top_k"] = 0
-    return {
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p,
+                    "top_k": 0}  # fmt: skip
+    return model, tokenizer, {
         "think": _gate(args), "num_thoughts": args.num_thoughts,
         "thought_temperature": args.thought_temperature or None, "seed": args.seed,
         "max_new_tokens": args.max_new_tokens, "pad_token_id": padding_id(tokenizer), **sampling,
@@ -119,7 +149,7 @@ def generate_settings(
 def _gate(args: argparse.Namespace) -> bool | Gate:
     if args.gate is None:
         return not args.no_thoughts
-    if args.gate == CALIBRATED:
+    if args.gate == "calibrated":
         return Gate.load(args.model)
     kind, _, threshold = args.gate.partition(":")
     try:
@@ -132,105 +162,62 @@ def _gate(args: argparse.Namespace) -> bool | Gate:
     return Gate(cast(GateKind, kind), value, probes)
 
 
-def _prompts(args: argparse.Namespace) -> list[str]:
-    if (args.prompt is None) == (args.prompts is None):
-        raise UserError("--prompt: give either --prompt TEXT or --prompts FILE")
-    if args.prompt is not None:
-        prompts = [check_unicode(args.prompt, "--prompt")]
-    else:
-        lines = options.read_text("--prompts", args.prompts).splitlines()
-        prompts = [line for line in lines if line.strip()]
-    if not prompts or not prompts[0].strip():
-        option = "--prompt" if args.prompt is not None else f"--prompts ({args.prompts})"
-        raise UserError(f"{option}: is empty; give a text to continue")
-    return prompts
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return ids and mask, padded on the left."""
-    rows: list[Any] = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    return pad_left(rows, padding_id(tokenizer))
-
-
-def _continuation(
-    tokenizer: PreTrainedTokenizerBase, out: ThinkingOutput, row: int, start: int, thoughts: bool
-) -> Text:
-    """Return what follows a prompt, with its thoughts if they are to be shown."""
-
-    def decoded(length: int | None) -> str:
-        return str(tokenizer.decode(ids[:length], skip_special_tokens=True))
-
-    ids = out.sequences[row].tolist()
-    printed = decoded(start)
-    if not thoughts or out.thoughts is None:
-        return Text(visible(decoded(None)[len(printed) :]))
-    text = Text()
-    for new, before_token in enumerate(out.thoughts[row].tolist(), start + 1):
-        now = decoded(new)
-        if now != printed:  # it stays the same at special tokens, as the padding behind the end
-            text.append_text(thought_text(tokenizer, before_token))
-            text.append(visible(now[len(printed) :]))
-            printed = now
-    return text
+def _chat_ids(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
+    """Return the ids of the turns and of the opening of an answer, if the template takes them."""
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as problem:
+        raise UserError(f"the chat template of the tokenizer fails: {problem}") from problem
+    if not ids:
+        raise UserError("the chat template of the tokenizer gives an empty text")
+    return ids
 
 
 class ConsoleStreamer(ThinkingStreamer):
     """Prints one text while it grows; thoughts dim, before the token that they led to.
 
-    Args:
-        tokenizer: Tokenizer of the model.
-        console: Console that is printed on.
-        show_thoughts: True to print thoughts.
-        opening: Text before the first token. It is printed late, so that an error about the prompt
-            comes before it.
+    The opening is printed with the first token, so that an error about the prompt comes before it.
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        console: Console,
-        show_thoughts: bool,
+        self, tokenizer: PreTrainedTokenizerBase, console: Console, show_thoughts: bool,
         opening: str = "",
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.tokenizer, self.console, self.show_thoughts = tokenizer, console, show_thoughts
         self.ids: list[int] = []
-        self.printed = ""
-        self.is_prompt = True
-        self.opening = opening
+        self.printed: str | None = None  # of the decoded ids; None before the prompt
+        self.opening = Text(visible(opening), style="bold")
+        self.waiting = Text()  # thoughts, printed before the next characters
 
     def think(self, thoughts: Tensor) -> None:
-        """Print the thoughts of the next token, (1, K, T)."""
-        self._open()
+        """Take the thoughts of the next token, (1, K, T)."""
         if self.show_thoughts:
-            self.console.print(thought_text(self.tokenizer, thoughts[0].tolist()), end="")
+            self.waiting.append_text(thought_text(self.tokenizer, thoughts[0].tolist()))
 
     def put(self, value: Tensor) -> None:
-        """Print a new token; the first call brings the prompt."""
+        """Print a new token and its thoughts; the first call brings the prompt."""
         self.ids += value.flatten().tolist()
-        text = self._decoded()
-        if self.is_prompt:
-            self.is_prompt = False
+        text = str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        if self.printed is None:
             self.printed = text
             return
-        self._open()
+        self.console.print(self.opening, end="", soft_wrap=True)
+        self.opening = Text()
         if not text.endswith(_HALF):  # the rest of a character is still to come
-            self._print(text[len(self.printed) :])
-            self.printed = text
+            self._print(text)
 
     def end(self) -> None:
         """End the line."""
-        self._print(self._decoded()[len(self.printed) :])
+        self._print(str(self.tokenizer.decode(self.ids, skip_special_tokens=True)))
         self.console.print()
 
-    def _open(self) -> None:
-        self._print(self.opening, "bold")
-        self.opening = ""
-
-    def _decoded(self) -> str:
-        return str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
-
-    def _print(self, text: str, style: str = "") -> None:
-        self.console.print(Text(visible(text), style=style), end="", soft_wrap=True)
+    def _print(self, text: str) -> None:
+        """Print what is new in a text; special tokens, as the padding behind the end, are not."""
+        if text != self.printed:
+            self.waiting.append(visible(text[len(self.printed or "") :]))
+            self.console.print(self.waiting, end="", soft_wrap=True)
+            self.printed, self.waiting = text, Text()
 
 
 def thought_text(tokenizer: PreTrainedTokenizerBase, thoughts: Sequence[list[int]]) -> Text:

@@ -1,7 +1,5 @@
 """``quietstar lm-eval``: lm-evaluation-harness's own command, with the model ``quietstar``."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

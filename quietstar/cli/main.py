@@ -26,20 +26,14 @@ COMMANDS = {
     "eval": ("evaluate", "Score tasks with and without thoughts: quietstar eval --model DIR ..."),
     "lm-eval": ("lm_eval", "Run lm-evaluation-harness: quietstar lm-eval run --model quietstar"),
     "generate": ("generate", "Continue a prompt: quietstar generate --model DIR --prompt TEXT"),
-    "chat": ("chat", "Talk with a model that thinks: quietstar chat --model DIR"),
+    "chat": ("generate:chat", "Talk with a model that thinks: quietstar chat --model DIR"),
     "inspect": ("inspect", "Show the thoughts in a text: quietstar inspect --model DIR ..."),
     "calibrate": ("calibrate", "Find where thinking pays: quietstar calibrate --model DIR"),
     "merge": ("merge", "Merge adapters into their base: quietstar merge --model DIR --out DIR"),
 }
-"""By name: the module of ``quietstar.cli``, whose ``main`` takes the arguments, and a summary."""
-EXTRAS = {
-    "lm_eval": "lm-eval",
-    "pandas": "pandas",
-    "peft": "peft",
-    "reasoning_gym": "tasks",
-    "scipy": "eval",
-    "tqdm": "lm-eval",
-}
+"""By name: module of ``quietstar.cli``, with its function if that is not ``main``; a summary."""
+EXTRAS = {"lm_eval": "lm-eval", "pandas": "pandas", "peft": "peft", "reasoning_gym": "tasks",
+          "scipy": "eval", "tqdm": "lm-eval"}  # fmt: skip
 """By module: the extra of this package that installs it."""
 RESUME_HINTS = {
     "train": "; --resume auto continues from a checkpoint",
@@ -48,14 +42,7 @@ RESUME_HINTS = {
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    """Run a subcommand.
-
-    Args:
-        argv: Arguments after the program's name; None takes those of the process.
-
-    Returns:
-        The exit code, or None for success.
-    """
+    """Run a subcommand on ``argv`` (default: the process's); return its exit code, if any."""
     argv = sys.argv[1:] if argv is None else argv
     return run_command(_dispatch, argv, RESUME_HINTS.get((argv or [""])[0], ""))
 
@@ -65,57 +52,43 @@ def run_command(
 ) -> int | None:
     """Run a function on its arguments; a mistake of the user becomes lines and an exit code.
 
-    Args:
-        command: Function that may raise `UserError` or `Preempted`.
-        arguments: Arguments of the command line.
-        resume_hint: What to say after "interrupted".
+    The hint is what to say after "interrupted".
     """
     # bitsandbytes warns at its import about kernels that it can do without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return command(arguments)
     except UserError as error:
-        _print_error(error, launched_rank())
-        return EXIT_USER_ERROR
-    except Preempted as stop:
-        if launched_rank() == 0:
-            _print_line(str(stop))
-        return EXIT_PREEMPTED
-    except KeyboardInterrupt:
-        if launched_rank() == 0:
-            _print_line(f"interrupted{resume_hint}")
-        return EXIT_INTERRUPTED
-    except ModuleNotFoundError as problem:
-        module = (problem.name or "").partition(".")[0]
+        problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
         if module not in EXTRAS:
             raise
         remedy = f"pip install 'quietstar[{EXTRAS[module]}]'"
-        _print_error(UserError(f"this needs {module}, which is not installed; {remedy}"),
-                     launched_rank())  # fmt: skip
-        return EXIT_USER_ERROR
+        problems = [f"this needs {module}, which is not installed; {remedy}"]
+    except (Preempted, KeyboardInterrupt) as stop:
+        is_preempted = isinstance(stop, Preempted)
+        if launched_rank() == 0:
+            _print_line(str(stop) if is_preempted else f"interrupted{resume_hint}")
+        return EXIT_PREEMPTED if is_preempted else EXIT_INTERRUPTED
     except SystemExit as stop:  # argparse, after --help
         if stop.code:
             raise
         return None
+    # Most errors strike every rank. Rank 0 prints at once, and when it exits, the launcher ends the
+    # others while they wait here. A rank that outlives the wait is alone with its error.
+    rank = launched_rank()
+    if rank > 0:
+        time.sleep(SECONDS_FOR_RANK_0)
+    for problem in problems:
+        _print_line(f"error: {problem}", f"[rank {rank}] " if rank > 0 else "")
+    return EXIT_USER_ERROR
 
 
 def launched_rank() -> int:
     """Return the rank of this process; 0 outside a launch, whatever RANK an environment has."""
     rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     return int(rank) if rank.isdecimal() and world.isdecimal() and int(world) > 1 else 0
-
-
-def _print_error(error: UserError, rank: int) -> None:
-    """Print an error once for all processes that fail with it.
-
-    Most errors strike every rank. Rank 0 prints at once, and when it exits, the launcher ends the
-    others while they wait here. A rank that outlives the wait is alone with its error.
-    """
-    if rank > 0:
-        time.sleep(SECONDS_FOR_RANK_0)
-    prefix = f"[rank {rank}] " if rank > 0 else ""
-    for problem in error.problems if isinstance(error, ConfigError) else [str(error)]:
-        _print_line(f"error: {problem}", prefix)
 
 
 def _print_line(message: str, prefix: str = "") -> None:
@@ -147,4 +120,5 @@ def _dispatch(argv: list[str]) -> int | None:
     if name not in COMMANDS:
         given = f"there is no command {name}" if name else "no command is given"
         raise UserError(f"{given}; known: {', '.join(COMMANDS)} (see quietstar --help)")
-    return import_module(f"quietstar.cli.{COMMANDS[name][0]}").main(arguments)
+    module, _, function = COMMANDS[name][0].partition(":")
+    return getattr(import_module(f"quietstar.cli.{module}"), function or "main")(arguments)

@@ -1,7 +1,5 @@
 """``quietstar merge``: adapters merged into the weights of their base."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,17 +8,11 @@ from quietstar.cli.options import Parser, existing
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the merged model into a new folder.
-
-    Raises:
-        UserError: The folder holds nothing to merge, or the new one cannot be written.
-    """
-    parser = Parser(
-        "quietstar merge", "Writes a saved model with its adapters merged into its weights."
-    )
-    add = parser.add_argument
-    add("--model", type=existing, required=True, metavar="DIR", help="folder of a saved model")
-    add("--out", type=existing, required=True, metavar="DIR", help="new folder")
+    """Write the merged model into a new folder; raises `UserError` where that cannot be done."""
+    summary = "Writes a saved model with its adapters merged into its weights."
+    parser = Parser("quietstar merge", summary)
+    for option, what in (("--model", "folder of a saved model"), ("--out", "new folder")):
+        parser.add_argument(option, type=existing, required=True, metavar="DIR", help=what)
     args = parser.read(arguments)
 
     from quietstar.model.merging import merge  # imports torch

@@ -7,21 +7,28 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from quietstar.errors import UserError
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from quietstar.errors import UserError, visible
 
 if TYPE_CHECKING:
     from quietstar.model.quiet_star import QuietStarForCausalLM
 
 DEFAULT_CONFIG = "configs/demo.yaml"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -31,25 +38,22 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line: ``--option (value): rule; remedy``.
-
-    Args:
-        program: Name of the command, as the user types it.
-        description: First lines of the help.
-        usage: Usage line; None lists all options.
-    """
+    """An argument parser whose errors are one line: ``--option (value): rule; remedy``."""
 
     def __init__(self, program: str, description: str | None, usage: str | None = None) -> None:
-        super().__init__(
-            program, usage, description, formatter_class=_Help, allow_abbrev=False
-        )  # an abbreviation would be ambiguous with the keys of a config
+        # An abbreviation would be ambiguous with the keys of a config.
+        super().__init__(program, usage, description, formatter_class=_Help, allow_abbrev=False)
+
+    def value(self, option: str, kind: Any, default: Any, metavar: str | None, help: str) -> None:
+        """Add an option that takes a value."""
+        self.add_argument(option, type=kind, default=default, metavar=metavar, help=help)
+
+    def flag(self, option: str, help: str) -> None:
+        """Add an option without a value."""
+        self.add_argument(option, action="store_true", help=help)
 
     def read(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        """Parse a command line on which every argument belongs to an option.
-
-        Raises:
-            UserError: An argument is unknown, is missing, or has a wrong value.
-        """
+        """Parse a command line on which every argument belongs to an option, or raise."""
         known = [option for action in self._actions for option in action.option_strings]
         for argument in sys.argv[1:] if arguments is None else arguments:
             name = argument.partition("=")[0]
@@ -63,17 +67,13 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message: str) -> NoReturn:
-        """Raise argparse's message as one line in the form of this project.
-
-        Raises:
-            UserError: Always.
-        """
+        """Raise argparse's message as a `UserError` in the form of this project."""
         option, _, problem = message.removeprefix("argument ").partition(": ")
         if problem.startswith("("):  # of the kinds of values below
             raise UserError(f"{option} {problem}")
         if choice := re.fullmatch(r"invalid choice: (.*) \(choose from (.*)\)", problem, re.S):
-            value, choices = (part.replace("'", "") for part in choice.groups())
-            raise UserError(f"{option} ({value}): must be one of {choices}")
+            value, known = (part.replace("'", "") for part in choice.groups())
+            raise UserError(f"{option} ({value}): must be one of {known}")
         if problem.startswith("expected"):
             metavar = next((a.metavar for a in self._actions if option in a.option_strings), None)
             raise UserError(f"{option}: has no value; write {option} {metavar or 'VALUE'}")
@@ -105,13 +105,7 @@ THOUGHTS = whole(1, 1000)
 
 
 def number(least: float = 0.0, most: float = math.inf, above: bool = False) -> Callable[[str], Any]:
-    """Make a parser of finite numbers between two bounds.
-
-    Args:
-        least: Lower bound.
-        most: Upper bound, allowed itself.
-        above: True if the lower bound itself is not allowed.
-    """
+    """Make a parser of finite numbers between two bounds; ``above`` excludes the lower one."""
 
     def parse(text: str) -> float:
         try:
@@ -151,8 +145,7 @@ def existing(text: str) -> str:
 def output_file(*endings: str) -> Callable[[str], Path]:
     """Make a parser of files that can be written once the work is done; makes their folder.
 
-    Args:
-        *endings: Endings such as ``.html`` that are allowed; all if none are given.
+    Endings are those that are allowed, such as ``.html``; without any, all are.
     """
 
     def parse(text: str) -> Path:
@@ -176,11 +169,7 @@ def output_file(*endings: str) -> Callable[[str], Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole, so that a full disk leaves the earlier one.
-
-    Raises:
-        UserError: It cannot be written.
-    """
+    """Replace a file as a whole, so that a full disk leaves the earlier one."""
     new = path.with_name(f"{path.name}.new")
     try:
         new.write_text(text, encoding="utf-8")
@@ -189,50 +178,84 @@ def write_text(path: Path, text: str) -> None:
         raise UserError(f"{path}: cannot be written ({_reason(problem)})") from None
 
 
-def read_text(option: str, name: str) -> str:
-    """Read a file of UTF-8.
+def write_json(path: Path | None, content: Any) -> None:
+    """Write figures, if there is a file for them."""
+    if path is not None:
+        write_text(path, json.dumps(content, indent=2) + "\n")
 
-    Args:
-        option: Option that names it, for messages.
-        name: Path of the file.
+
+def check_greedy(option: str, count: int, temperature: float | None, remedy: str) -> None:
+    """Refuse several thoughts at one place if they are all the most likely one."""
+    if count > 1 and not temperature:
+        raise UserError(f"{option} ({count}): greedy thoughts are all identical; set {remedy} 1")
+
+
+def read_text(args: argparse.Namespace, option: str, file_option: str, remedy: str) -> str:
+    """Return the text of one option, or the content of the UTF-8 file that another one names.
 
     Raises:
-        UserError: It cannot be read, or is no UTF-8.
+        UserError: Not exactly one is given, the file cannot be read, or there is no text.
     """
-    try:
-        return Path(name).expanduser().read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as problem:
-        byte = f"byte {problem.start} is 0x{problem.object[problem.start]:02x}"
-        raise UserError(
-            f"{option} ({name}): is no UTF-8 ({byte}); convert it, as with iconv"
-        ) from None
-    except (OSError, ValueError, RuntimeError) as problem:
-        raise UserError(f"{option} ({name}): cannot be read ({_reason(problem)})") from None
+    from quietstar.data.tokenizer import check_unicode  # imports torch
+
+    text, name = (getattr(args, o.strip("-").replace("-", "_")) for o in (option, file_option))
+    if (text is None) == (name is None):
+        raise UserError(f"{option}: give either {option} TEXT or {file_option} FILE")
+    source = option if name is None else f"{file_option} ({name})"
+    if name is None:
+        text = check_unicode(text, option)
+    else:
+        try:
+            text = Path(name).expanduser().read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as problem:
+            byte = f"byte {problem.start} is 0x{problem.object[problem.start]:02x}"
+            raise UserError(f"{source}: is no UTF-8 ({byte}); convert it, as with iconv") from None
+        except (OSError, ValueError, RuntimeError) as problem:
+            raise UserError(f"{source}: cannot be read ({_reason(problem)})") from None
+    if not text.strip():
+        raise UserError(f"{source}: is empty; {remedy}")
+    return text
+
+
+def say(line: str) -> None:
+    """Print one line, whatever characters of the user's files are in it."""
+    Console(highlight=False).print(Text(visible(line)), soft_wrap=True)
+
+
+@contextmanager
+def progress(task: str, total: int, keep: bool = False) -> Iterator[Callable[[], None]]:
+    """Show a bar on stderr, which stays at the end if ``keep``; yields what advances it."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=not keep) as bars:
+        bar = bars.add_task(visible(task), total=total)
+        yield lambda: bars.advance(bar)
+
+
+def table(headings: Sequence[str], left: Sequence[str], title: str | None = None) -> Table:
+    """Start a table whose columns are aligned to the right, but for some."""
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in headings:
+        made.add_column(heading, justify="left" if heading in left else "right")
+    return made
 
 
 def add_model(parser: argparse.ArgumentParser, meaning: str = "a saved Quiet-STaR model") -> None:
     """Add ``--model``, ``--dtype`` and ``--device``."""
     add = parser.add_argument
     add("--model", type=existing, required=True, metavar="DIR", help=f"folder of {meaning}")
-    add("--dtype", default="auto", choices=DTYPES, help="precision of the weights")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    add("--dtype", default="auto", choices=dtypes, help="precision of the weights")
     add("--device", type=device, metavar="NAME", help="default: a GPU if there is one")
 
 
 def load_model(
     args: argparse.Namespace, needs_training: bool, remedy: str, name: str | None = None
 ) -> QuietStarForCausalLM:
-    """Load the model of the options of `add_model` onto its device.
+    """Load the model of the options of `add_model`, or another one, onto its device.
 
-    Code that comes with a model never runs.
-
-    Args:
-        args: Parsed command line.
-        needs_training: True to refuse a plain causal LM.
-        remedy: What to do about a plain model, for the message.
-        name: Folder of another model than ``--model``.
-
-    Raises:
-        UserError: There is no such model, or it is a plain one where that is refused.
+    Code that comes with a model never runs. If ``needs_training``, a plain causal LM is refused
+    with a `UserError` that ends in the remedy.
     """
     from quietstar.backbone.devices import find_device
     from quietstar.evaluation.scoring import load_thinker
@@ -240,8 +263,7 @@ def load_model(
     from quietstar.training.build import quiet_libraries
 
     quiet_libraries()
-    name = args.model if name is None else name
-    assert name is not None, "--model is required"
+    name = name or str(args.model)
     inside = Path(name) / "final"
     if (inside / SETTINGS_FILE).exists() and not (Path(name) / SETTINGS_FILE).exists():
         raise UserError(f"--model ({name}): is the folder of a run; its model is in {inside}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from quietstar.cli.options import DEFAULT_CONFIG, Parser, number, output_file, whole, write_text
+from quietstar.cli.options import DEFAULT_CONFIG, Parser, number, output_file, whole, write_json
 from quietstar.config.loading import load_config
 from quietstar.errors import UserError
 
@@ -25,12 +24,22 @@ _GIB, _MIB = 2**30, 2**20
 
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
-    """Print the table; returns an exit code that says whether the run fits ``--memory``.
-
-    Raises:
-        UserError: An option or the config is wrong.
-    """
-    args, overrides = _parser().parse_known_args(arguments)
+    """Print the table; return an exit code that says whether the run fits ``--memory``."""
+    parser = Parser(
+        "quietstar plan",
+        "Prints the memory that each process of a run will need, from shapes alone; the\n"
+        "exit code is 1 if that is more than --memory. Keys are those of quietstar train.",
+        "quietstar plan [--config FILE] [--engine NAME] [--processes N] [--memory GIB] "
+        "[--json FILE] [--KEY VALUE ...]",
+    )
+    value = parser.value
+    value("--config", str, DEFAULT_CONFIG, "FILE", "YAML file or shipped config")
+    engines = "default: single, or ddp with several processes"
+    parser.add_argument("--engine", choices=ENGINES, help=engines)
+    value("--processes", whole(1, 2**20), 1, "N", "GPUs of the run")
+    value("--memory", number(above=True), None, "GIB", "of each GPU, to compare with")
+    value("--json", output_file(), None, "FILE", "all figures")
+    args, overrides = parser.parse_known_args(arguments)
     engine = args.engine or ("single" if args.processes == 1 else "ddp")
     if engine == "single" and args.processes > 1:
         raise UserError(
@@ -46,11 +55,16 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     estimate = estimate_run(config, engine, args.processes)
     console = Console(highlight=False)
     console.print(_table(estimate, f"memory of each of {args.processes} processes, {engine}"))
-    console.print(_verdict(estimate.total / _GIB, args.memory))
-    if args.json is not None:
-        totals = {"total": estimate.total, "total_on_cpu": estimate.total_on_cpu}
-        write_text(args.json, json.dumps({**asdict(estimate), **totals}, indent=2) + "\n")
-    fits = args.memory is None or estimate.total <= args.memory * _GIB
+    gib = estimate.total / _GIB
+    fits = args.memory is None or gib <= args.memory
+    fitting = [size for size in GPU_GIB if gib <= size]
+    verdict = f"fits a GPU of {fitting[0]} GiB" if fitting else "fits no GPU of 141 GiB"
+    verdict += " (a GPU's own context takes about half a GiB more)"
+    if args.memory is not None:
+        verdict = f"{'fits' if fits else 'does not fit'} into {args.memory:g} GiB"
+    console.print(f"{gib:.1f} GiB: {verdict}")
+    totals = {"total": estimate.total, "total_on_cpu": estimate.total_on_cpu}
+    write_json(args.json, {**asdict(estimate), **totals})
     return None if fits else EXIT_DOES_NOT_FIT
 
 
@@ -77,29 +91,3 @@ def _table(estimate: Estimate, title: str) -> Table:
     table.add_row("total, above the imported process", total, style="bold")
     table.add_row("on a CPU, with what a run loads besides", f"{estimate.total_on_cpu / _MIB:,.0f}")
     return table
-
-
-def _verdict(gib: float, memory: float | None) -> str:
-    if memory is not None:
-        word = "fits" if gib <= memory else "does not fit"
-        return f"{gib:.1f} GiB: {word} into {memory:g} GiB"
-    fitting = [size for size in GPU_GIB if gib <= size]
-    smallest = f"fits a GPU of {fitting[0]} GiB" if fitting else "fits no GPU of 141 GiB"
-    return f"{gib:.1f} GiB: {smallest} (a GPU's own context takes about half a GiB more)"
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        "quietstar plan",
-        "Prints the memory that each process of a run will need, from shapes alone; the\n"
-        "exit code is 1 if that is more than --memory. Keys are those of quietstar train.",
-        "quietstar plan [--config FILE] [--engine NAME] [--processes N] [--memory GIB] "
-        "[--json FILE] [--KEY VALUE ...]",
-    )
-    add = parser.add_argument
-    add("--config", default=DEFAULT_CONFIG, metavar="FILE", help="YAML file or shipped config")
-    add("--engine", choices=ENGINES, help="default: single, or ddp with several processes")
-    add("--processes", type=whole(1, 2**20), default=1, metavar="N", help="GPUs of the run")
-    add("--memory", type=number(above=True), metavar="GIB", help="of each GPU, to compare with")
-    add("--json", type=output_file(), metavar="FILE", help="all figures")
-    return parser

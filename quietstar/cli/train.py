@@ -1,7 +1,5 @@
 """``quietstar train``: a run from a config file and keys on the command line."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +21,25 @@ Single entries of a mapping: --model.config.hidden_size 64. Keys of a stage:
 
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
-    """Train, or compare the last stage with its controls.
-
-    Raises:
-        UserError: An option or the config is wrong, or the run cannot go on.
-    """
-    parser = _parser()
+    """Train, or compare the last stage with its controls; what is wrong raises `UserError`."""
+    parser = _TrainParser(
+        "quietstar train",
+        DESCRIPTION,
+        "quietstar train [--config FILE] [--resume auto|PATH] [--KEY VALUE ...]",
+    )
+    value = parser.value
+    value("--config", str, DEFAULT_CONFIG, "FILE",
+          f"YAML file, or one that is shipped: {', '.join(shipped_configs())}")  # fmt: skip
+    value("--resume", str, None, "auto|PATH",
+          "continue from the newest checkpoint of the run, or from this one")  # fmt: skip
+    parser.add_argument(
+        "--allow-changes", type=_true_or_false, nargs="?", const=True, default=False,
+        metavar="true", help="resume also under settings that make it another run",
+    )  # fmt: skip
+    value("--controls", whole(1, 1000), None, "SEEDS",
+          "compare the last stage with its controls, with this many seeds")  # fmt: skip
+    # DeepSpeed's launcher adds it; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     args, overrides = parser.parse_known_args(arguments)
     problems: list[str] = []
     if args.resume not in (None, "auto") and not Path(args.resume).exists():
@@ -59,6 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     return None
 
 
+def _true_or_false(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"({text}): must be true or false")
+    return text == "true"
+
+
 class _TrainParser(Parser):
     def format_help(self) -> str:
         """List the keys of the config, which the config's own reader parses."""
@@ -71,29 +88,3 @@ class _TrainParser(Parser):
                 group.add_argument(f"--{key}", help=text.replace("%", "%%"), metavar="")
         self.add_argument_group("stages", fill(Config.model_fields["stages"].description or "", 76))
         return super().format_help()
-
-
-def _parser() -> Parser:
-    parser = _TrainParser(
-        "quietstar train",
-        DESCRIPTION,
-        "quietstar train [--config FILE] [--resume auto|PATH] [--KEY VALUE ...]",
-    )
-    add = parser.add_argument
-    add("--config", default=DEFAULT_CONFIG, metavar="FILE",
-        help=f"YAML file, or one that is shipped: {', '.join(shipped_configs())}")  # fmt: skip
-    add("--resume", metavar="auto|PATH",
-        help="continue from the newest checkpoint of the run, or from this one")  # fmt: skip
-    add("--allow-changes", type=_true_or_false, nargs="?", const=True, default=False,
-        metavar="true", help="resume also under settings that make it another run")  # fmt: skip
-    add("--controls", type=whole(1, 1000), metavar="SEEDS",
-        help="compare the last stage with its controls, with this many seeds")  # fmt: skip
-    # DeepSpeed's launcher adds it; the environment says the same.
-    add("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    return parser
-
-
-def _true_or_false(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"({text}): must be true or false")
-    return text == "true"

@@ -73,13 +73,11 @@ RENAMED = {"training.objective": "loss.objective"} | {
 
 
 def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Reads a config.
+    """Reads a config file (see `resolve_config_file`; None for the defaults), then overrides.
 
-    Args:
-        config_file: What `resolve_config_file` takes, or None for the defaults alone.
-        overrides: Arguments of the command line, such as ``["--thoughts.length", "8"]``; they
-            replace what the file says, and below a mapping they set single entries
-            (``--model.config.hidden_size 64``).
+    Overrides are arguments of the command line, such as ``["--thoughts.length", "8"]``; they
+    replace what the file says, and below a mapping they set single entries
+    (``--model.config.hidden_size 64``).
 
     Raises:
         ConfigError: With every problem of the file, the overrides and the rules between keys.
@@ -128,13 +126,9 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def resolve_config_file(name: str | Path) -> tuple[Path, str]:
-    """Finds a config file.
+    """Finds a config file; returns its path, and the name that messages give it.
 
-    Args:
-        name: An existing path, or a shipped config as ``configs/x.yaml``, ``x.yaml`` or ``x``.
-
-    Returns:
-        The path, and the name that messages give it.
+    The name is an existing path, or a shipped config as ``configs/x.yaml``, ``x.yaml`` or ``x``.
 
     Raises:
         ConfigError: If there is no such file.
@@ -156,11 +150,7 @@ def resolve_config_file(name: str | Path) -> tuple[Path, str]:
 
 
 def _migrate(parts: Iterable[Any]) -> dict[str, str]:
-    """Gives sections of an earlier version today's keys, in place.
-
-    Returns:
-        The old and new name of each key that was renamed.
-    """
+    """Gives sections of an earlier version today's keys, in place; returns old and new names."""
     renamed: dict[str, str] = {}
     trees = [part for part in parts if isinstance(part, dict)]
     for tree in trees:
@@ -184,14 +174,11 @@ def _migrate(parts: Iterable[Any]) -> dict[str, str]:
 
 
 class Setting(NamedTuple):
-    """A value of plain data, and its source: ``configs/x.yaml:4`` or COMMAND_LINE.
-
-    The prefix, such as ``stages.think.``, stands before the key of a stage.
-    """
+    """A value of plain data, and where it comes from."""
 
     value: Any
-    source: str
-    prefix: str = ""
+    source: str  # configs/x.yaml:4, or COMMAND_LINE
+    prefix: str = ""  # stages.think. before the key of a stage
 
 
 Settings = dict[str, Setting]
@@ -432,9 +419,8 @@ def _find_problems(settings: Settings, misspelt: set[str], file: str) -> list[st
     for keys, message in between.problems:
         if (invalid | misspelt).isdisjoint(keys):
             # Blame the key from the command line, if there is one, else the one to change.
-            given = [key for key in keys if key in settings]
-            given = [key for key in given if settings[key].source == COMMAND_LINE]
-            key = given[0] if given else keys[0]
+            given = [k for k in keys if k in settings and settings[k].source == COMMAND_LINE]
+            key = (given or keys)[0]
             setting = settings.get(key, Setting(None, file))
             shown = f"{setting.prefix}{key}"
             problems.append(f"{setting.source}: {shown}: {message.removeprefix(f'{shown}: ')}")

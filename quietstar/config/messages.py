@@ -31,14 +31,10 @@ _PLAIN_WORDS = {
 def closest(
     name: str, candidates: Sequence[str], least: float = SIMILAR, by_leaf: bool = False
 ) -> str | None:
-    """Returns the candidate that was probably meant, if one is similar enough.
+    """Returns the candidate that was probably meant, if one is similar enough (of 100).
 
-    Args:
-        name: Unknown name.
-        candidates: Known names.
-        least: Least similarity, of 100.
-        by_leaf: Compares dotted names by their last part too: `--lenght` lacks the section of its
-            key, and `training.learning_rate` has the wrong one.
+    If ``by_leaf``, dotted names are compared by their last part too: `--lenght` lacks the section
+    of its key, and `training.learning_rate` has the wrong one.
     """
 
     def similarity(candidate: str) -> float:

@@ -5,26 +5,14 @@ config is validated.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from pydantic import Field, SerializeAsAny, create_model, field_validator, model_validator
 
 from quietstar import registry
-from quietstar.config.schema import (
-    DEFAULT_STEPS,
-    SYNTHETIC,
-    DataConfig,
-    LoggingConfig,
-    MixingHeadConfig,
-    ModelConfig,
-    OptimConfig,
-    Section,
-    Text,
-    ThoughtsConfig,
-    TrainingConfig,
-    TuningConfig,
-)
+from quietstar.config import schema
+from quietstar.config.schema import DEFAULT_STEPS, SYNTHETIC, Section, Text
 from quietstar.errors import UserError
 
 # A stage may change the keys of these sections, and these keys; all others hold for the whole run.
@@ -52,7 +40,7 @@ class LossConfig(Section):
 
     def __reduce__(self) -> Any:
         """Pickles by values: the class is made for its objective."""
-        return _restored_loss, (self.model_dump(),)
+        return partial(loss_config, **self.model_dump()), ()
 
 
 @cache
@@ -78,10 +66,6 @@ def loss_config(**values: Any) -> LossConfig:
     return loss_class(objective)(**values)
 
 
-def _restored_loss(values: dict[str, Any]) -> LossConfig:
-    return loss_config(**values)
-
-
 Broken = tuple[tuple[str, ...], str]
 """A broken rule: its keys, the one to change first; values, rule, reason and remedy in one line."""
 
@@ -104,15 +88,15 @@ class Config(Section):
         pydantic.ValidationError: With every broken bound, or else every broken cross-field rule.
     """
 
-    model: ModelConfig = ModelConfig()
-    tuning: TuningConfig = TuningConfig()
-    thoughts: ThoughtsConfig = ThoughtsConfig()
-    mixing_head: MixingHeadConfig = MixingHeadConfig()
+    model: schema.ModelConfig = schema.ModelConfig()
+    tuning: schema.TuningConfig = schema.TuningConfig()
+    thoughts: schema.ThoughtsConfig = schema.ThoughtsConfig()
+    mixing_head: schema.MixingHeadConfig = schema.MixingHeadConfig()
     loss: SerializeAsAny[LossConfig] = Field(default_factory=loss_config)
-    data: DataConfig = DataConfig()
-    optim: OptimConfig = OptimConfig()
-    training: TrainingConfig = TrainingConfig()
-    logging: LoggingConfig = LoggingConfig()
+    data: schema.DataConfig = schema.DataConfig()
+    optim: schema.OptimConfig = schema.OptimConfig()
+    training: schema.TrainingConfig = schema.TrainingConfig()
+    logging: schema.LoggingConfig = schema.LoggingConfig()
     stages: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
     """Stages of the run by name, in order, each with the keys it changes; none means that the run
     is one stage."""
@@ -205,30 +189,26 @@ def _model_rules(config: Config) -> Iterator[Broken]:
         if model.config is not None:
             state = f"both model.name_or_path ({model.name_or_path}) and model.config are set"
             remedy = "Set model.config: null to train the pretrained model"
-        yield (
-            ("model.name_or_path", "model.config"),
-            f"{state}, but exactly one must be: the weights are pretrained or random. {remedy}.",
-        )
+        yield ("model.name_or_path", "model.config"), (
+            f"{state}, but exactly one must be: the weights are pretrained or random. {remedy}."
+        )  # fmt: skip
     if model.config is None:
         return
     if config.tuning.method not in ("full", "galore"):
-        yield (
-            ("tuning.method", "model.config"),
+        yield ("tuning.method", "model.config"), (
             f"tuning.method: {config.tuning.method} needs a pretrained model, but model.config"
-            " makes random weights, which a saved adapter could not name. Set tuning.method: full.",
-        )
+            " makes random weights, which a saved adapter could not name. Set tuning.method: full."
+        )  # fmt: skip
     if not isinstance(model.config.get("model_type"), str):
-        yield (
-            ("model.config",),
+        yield ("model.config",), (
             f"names no model_type (keys: {', '.join(model.config) or 'none'}), but it must: the"
-            " other keys are fields of an architecture. Add model_type, such as model_type: llama.",
-        )
+            " other keys are fields of an architecture. Add model_type, such as model_type: llama."
+        )  # fmt: skip
     if model.name_or_path is None and model.tokenizer is None:
-        yield (
-            ("model.tokenizer", "model.config"),
+        yield ("model.tokenizer", "model.config"), (
             "null with model.config must be set: random weights come with no tokenizer."
-            " Set model.tokenizer: bytes, or a folder or hub id.",
-        )
+            " Set model.tokenizer: bytes, or a folder or hub id."
+        )  # fmt: skip
 
 
 def _thought_rules(config: Config) -> Iterator[Broken]:
@@ -241,71 +221,62 @@ def _thought_rules(config: Config) -> Iterator[Broken]:
     steps = data.task_options.get("num_steps", DEFAULT_STEPS)  # the task reports a wrong type
     is_moves = data.train == f"{SYNTHETIC}moves"
     if is_moves and isinstance(steps, int) and steps > thoughts.length:
-        yield (
-            ("thoughts.length", "data.task_options"),
+        yield ("thoughts.length", "data.task_options"), (
             f"thoughts.length ({thoughts.length}) must be at least num_steps ({steps}) of"
             f" {data.train}: a shorter thought cannot hold the steps to an answer."
-            " Raise it, or lower data.task_options num_steps.",
-        )
+            " Raise it, or lower data.task_options num_steps."
+        )  # fmt: skip
     if thoughts.positions in ("answer", "answer_start"):
         if data.format == "text":
-            yield (
-                ("thoughts.positions", "data.format"),
+            yield ("thoughts.positions", "data.format"), (
                 f"thoughts.positions ({thoughts.positions}) needs data.format: qa or chat, but it"
                 " is text, which has no answers to think before. Set thoughts.positions to all,"
-                " every, random, entropy, weight or weighted_entropy.",
-            )
+                " every, random, entropy, weight or weighted_entropy."
+            )  # fmt: skip
         if data.format == "chat" and data.loss_on != "answer":
-            yield (
-                ("data.loss_on", "thoughts.positions"),
+            yield ("data.loss_on", "thoughts.positions"), (
                 f"data.loss_on ({data.loss_on}) must be answer with thoughts.positions:"
                 f" {thoughts.positions} and data.format: chat: only then are the assistant's tokens"
-                " known. Set it to answer.",
-            )
+                " known. Set it to answer."
+            )  # fmt: skip
     if data.min_context >= data.seq_len:
-        yield (
-            ("data.min_context", "data.seq_len"),
+        yield ("data.min_context", "data.seq_len"), (
             f"data.min_context ({data.min_context}) must be smaller than data.seq_len"
-            f" ({data.seq_len}), or no token is a target. Lower it.",
-        )
+            f" ({data.seq_len}), or no token is a target. Lower it."
+        )  # fmt: skip
     if thoughts.lookahead >= data.seq_len:
-        yield (
-            ("thoughts.lookahead", "data.seq_len"),
+        yield ("thoughts.lookahead", "data.seq_len"), (
             f"thoughts.lookahead ({thoughts.lookahead}) must be smaller than data.seq_len"
             f" ({data.seq_len}): the true tokens that a thought is scored on lie in the same"
-            " sequence. Lower it, or raise data.seq_len.",
-        )
+            " sequence. Lower it, or raise data.seq_len."
+        )  # fmt: skip
 
 
 def _mixing_head_rules(config: Config) -> Iterator[Broken]:
     head = config.mixing_head
     weight = ("mixing_head.initial_weight", "mixing_head.activation")
     if head.activation == "sigmoid" and head.initial_weight == 0:
-        yield (
-            weight,
+        yield weight, (
             "mixing_head.initial_weight (0) must be above 0 with mixing_head.activation: sigmoid,"
             " which never reaches 0. Set a small value such as 0.12, or mixing_head.activation:"
-            " none.",
-        )
+            " none."
+        )  # fmt: skip
     elif head.activation == "sigmoid" and head.initial_weight <= head.floor:
-        yield (
-            ("mixing_head.initial_weight", "mixing_head.floor"),
+        yield ("mixing_head.initial_weight", "mixing_head.floor"), (
             f"mixing_head.initial_weight ({head.initial_weight}) must be above mixing_head.floor"
-            f" ({head.floor}), the lower bound of the weight. Raise it, or lower the floor.",
-        )
+            f" ({head.floor}), the lower bound of the weight. Raise it, or lower the floor."
+        )  # fmt: skip
     if head.activation == "none" and head.initial_weight != 0:
-        yield (
-            weight,
+        yield weight, (
             f"mixing_head.initial_weight ({head.initial_weight}) must be 0 with"
             " mixing_head.activation: none, the paper's head, which is zero at the start."
-            " Set it to 0, or mixing_head.activation: sigmoid.",
-        )
+            " Set it to 0, or mixing_head.activation: sigmoid."
+        )  # fmt: skip
     if head.activation == "none" and head.floor != 0:
-        yield (
-            ("mixing_head.floor", "mixing_head.activation"),
+        yield ("mixing_head.floor", "mixing_head.activation"), (
             f"mixing_head.floor ({head.floor}) must be 0 with mixing_head.activation: none, whose"
-            " output has no bounds. Set it to 0, or mixing_head.activation: sigmoid.",
-        )
+            " output has no bounds. Set it to 0, or mixing_head.activation: sigmoid."
+        )  # fmt: skip
 
 
 def _part_rules(config: Config) -> Iterator[Broken]:
@@ -327,30 +298,26 @@ def _part_rules(config: Config) -> Iterator[Broken]:
 def _data_rules(config: Config) -> Iterator[Broken]:
     data = config.data
     if data.train is None:
-        yield (
-            ("data.train",),
+        yield ("data.train",), (
             "data.train is not set, but it must name the text to train on. Pass --data.train with a"
             " .jsonl, .json, .txt or .parquet file, a folder, a hub data set id,"
-            " reasoning_gym:<task> or synthetic:<task>.",
-        )
+            " reasoning_gym:<task> or synthetic:<task>."
+        )  # fmt: skip
     before, placeholder, after = data.template.rpartition("{answer}")
     if not placeholder or after.strip() or "{answer}" in before or "{question}" not in before:
-        yield (
-            ("data.template",),
+        yield ("data.template",), (
             f"data.template ({data.template!r}) must hold {{question}}, then {{answer}} once, then"
             " at most white space: the answer is what follows the question."
-            " Write it like '{question} {answer}'.",
-        )
+            " Write it like '{question} {answer}'."
+        )  # fmt: skip
     if data.rationale_field is not None and data.format != "qa":
-        yield (
-            ("data.rationale_field", "data.format"),
+        yield ("data.rationale_field", "data.format"), (
             f"data.rationale_field ({data.rationale_field}) must be null with data.format:"
             f" {data.format}, whose records have no answer that reasoning leads to. Leave it out,"
-            " or set data.format: qa.",
-        )
+            " or set data.format: qa."
+        )  # fmt: skip
     if data.loss_on == "answer" and data.format == "text":
-        yield (
-            ("data.loss_on", "data.format"),
+        yield ("data.loss_on", "data.format"), (
             "data.loss_on (answer) must be all with data.format: text, which does not tell an"
-            " answer from its question. Set it to all, or data.format to qa or chat.",
-        )
+            " answer from its question. Set it to all, or data.format to qa or chat."
+        )  # fmt: skip

@@ -38,9 +38,7 @@ class Document(NamedTuple):
     repeated: list[tuple[str, int]]
 
 
-class _Constructor(SafeConstructor):
-    """Makes plain data only; dates stay text."""
-
+class _Constructor(SafeConstructor):  # makes plain data only; dates stay text
     yaml_constructors = {  # noqa: RUF012  (ruamel's own attribute)
         None: SafeConstructor.construct_undefined,
         **{_TAG + name: getattr(SafeConstructor, f"construct_yaml_{name}") for name in _PLAIN},
