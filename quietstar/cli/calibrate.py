@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quietstar.cli import options
-from quietstar.cli.options import Parser
+from quietstar.cli.options import COUNT, Parser, number, whole
 from quietstar.config import DataConfig
 from quietstar.config.loading import load_config
 from quietstar.data import Batch, build_data, load_tokenizer
@@ -195,17 +195,15 @@ def _parser() -> Parser:
     value("--data", str, None, "FILE", "held-out text; default: that of the run of the model")
     kinds = (*KINDS, "best")
     parser.add_argument("--gate", choices=kinds, default="best", help="kind of score")
-    value("--speed", options.number(1.0, above=True), None, "X",
+    value("--speed", number(1.0, above=True), None, "X",
           "lose least among gates with X times fewer passes than thinking always")  # fmt: skip
-    value("--quality", options.number(), None, "LOSS",
+    value("--quality", number(), None, "LOSS",
           "be fastest among gates that lose at most this accuracy (or nats); "
           "default: 0.01")  # fmt: skip
-    value("--seq-len", options.whole(2), 128, "N", "length of texts of --data")
-    value("--sequences", options.whole(2), 64, "N",
-          "texts; half fit the probes, half try the gates")  # fmt: skip
-    value("--batch-size", options.COUNT, 8, "N", "texts at once")
-    value("--timed-tokens", options.whole(3), 64, "N",
-          "tokens decoded with each gate to measure speed")  # fmt: skip
+    value("--seq-len", whole(2), 128, "N", "length of texts of --data")
+    value("--sequences", whole(2), 64, "N", "texts; half fit the probes, half try the gates")
+    value("--batch-size", COUNT, 8, "N", "texts at once")
+    value("--timed-tokens", whole(3), 64, "N", "tokens decoded with each gate to measure speed")
     value("--json", options.output_file(), None, "FILE", "all figures")
     value("--plot", options.output_file(), None, "FILE.html", "speed against quality")
     return parser

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from quietstar import __version__
 from quietstar.cli import options
-from quietstar.cli.options import Parser
+from quietstar.cli.options import COUNT, SEED, THOUGHTS, Parser, number
 from quietstar.data.tokenizer import load_tokenizer
 from quietstar.errors import UserError
 from quietstar.evaluation.controls import CONTROLS, WITH, WITHOUT
@@ -178,19 +178,17 @@ def _parser() -> Parser:
     value("--include-path", str, None, "DIR",
           "folder with task files of lm-evaluation-harness, as eval/tasks")  # fmt: skip
     value("--data-dir", str, None, "DIR", "folder with the tasks' JSONL files; default: the hub")
-    value("--limit", options.COUNT, None, "N", "only the first N items of each task")
-    value("--batch-size", options.COUNT, 16, "N", "items (or chains) at once")
-    value("--seed", options.SEED, 0, None, "seed of thoughts, chains and resampling")
-    value("--samples", options.THOUGHTS, 1, "N",
-          "thoughts of each item, whose scores are averaged")  # fmt: skip
-    value("--thought-temperature", options.number(), None, "T",
+    value("--limit", COUNT, None, "N", "only the first N items of each task")
+    value("--batch-size", COUNT, 16, "N", "items (or chains) at once")
+    value("--seed", SEED, 0, None, "seed of thoughts, chains and resampling")
+    value("--samples", THOUGHTS, 1, "N", "thoughts of each item, whose scores are averaged")
+    value("--thought-temperature", number(), None, "T",
           "temperature of thoughts; without it their most likely tokens")  # fmt: skip
-    value("--votes", options.THOUGHTS, 8, "N", "chains of thought of an item (gsm8k_cot)")
-    value("--temperature", options.number(), 0.9, "T",
+    value("--votes", THOUGHTS, 8, "N", "chains of thought of an item (gsm8k_cot)")
+    value("--temperature", number(), 0.9, "T",
           "temperature of the chains; 0 takes the most likely tokens")  # fmt: skip
-    value("--max-new-tokens", options.COUNT, 384, "N",
-          "length of a chain, before its final answer")  # fmt: skip
-    value("--text-tokens", options.COUNT, 256, "N",
+    value("--max-new-tokens", COUNT, 384, "N", "length of a chain, before its final answer")
+    value("--text-tokens", COUNT, 256, "N",
           "tokens that are read of a text, and tokens of a span of FILE.txt")  # fmt: skip
     parser.flag("--untrained", "let a plain model think, as a baseline")
     value("--out", files, None, "FILE.json",

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.cli import options
-from quietstar.cli.options import Parser
+from quietstar.cli.options import COUNT, SEED, THOUGHTS, Parser, number
 from quietstar.data.tokenizer import check_unicode, load_tokenizer, pad_left, padding_id
 from quietstar.errors import UserError, visible
 from quietstar.generation.gates import PROBED, Gate, GateKind
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     value = parser.value
     value("--prompt", str, None, "TEXT", "text to continue")
     value("--prompts", str, None, "FILE", "one prompt per line, UTF-8; blank lines are skipped")
-    value("--batch-size", options.COUNT, 8, None, "prompts of a file at once")
+    value("--batch-size", COUNT, 8, None, "prompts of a file at once")
     args = parser.read(arguments)
     text = options.read_text(args, "--prompt", "--prompts", "give a text to continue")
     prompts = [text]
@@ -109,20 +109,20 @@ def _add_generation(parser: Parser) -> None:
     """Add the options that both commands have: model, thoughts and sampling."""
     options.add_model(parser)
     value = parser.value
-    value("--max-new-tokens", options.COUNT, 128, "N", "length of the answer")
+    value("--max-new-tokens", COUNT, 128, "N", "length of the answer")
     parser.flag("--show-thoughts", "print them dim, before their token")
     parser.flag("--no-thoughts", "generate with the plain model")
     value("--gate", str, None, "GATE",
           "which tokens think: calibrated, entropy:NATS, weight:W or gain:NATS")  # fmt: skip
-    value("--num-thoughts", options.THOUGHTS, 1, "K",
+    value("--num-thoughts", THOUGHTS, 1, "K",
           "thoughts before each token, whose predictions are averaged")  # fmt: skip
-    value("--thought-temperature", options.number(), None, "T",
+    value("--thought-temperature", number(), None, "T",
           "temperature of thoughts; without it their most likely tokens")  # fmt: skip
-    value("--temperature", options.number(), 0.0, "T",
+    value("--temperature", number(), 0.0, "T",
           "temperature of the text; 0 takes the most likely tokens")  # fmt: skip
-    value("--top-p", options.number(0.0, 1.0, above=True), 1.0, "P",
+    value("--top-p", number(0.0, 1.0, above=True), 1.0, "P",
           "sample from the most likely tokens that reach this probability")  # fmt: skip
-    value("--seed", options.SEED, 0, None, "seed of text and thoughts")
+    value("--seed", SEED, 0, None, "seed of text and thoughts")
 
 
 def _load(
@@ -153,7 +153,7 @@ def _gate(args: argparse.Namespace) -> bool | Gate:
         return Gate.load(args.model)
     kind, _, threshold = args.gate.partition(":")
     try:
-        value = options.number(-float("inf"))(threshold)
+        value = number(-float("inf"))(threshold)
     except argparse.ArgumentTypeError:
         raise UserError(
             f"--gate ({args.gate}): must be calibrated, or a kind and a threshold, as entropy:1.5"

@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.cli import options
-from quietstar.cli.options import Parser
+from quietstar.cli.options import SEED, THOUGHTS, Parser, number, whole
 from quietstar.data.tokenizer import load_tokenizer
 from quietstar.errors import UserError, visible
 from quietstar.evaluation.inspection import Reading, inspect_text, num_windows
@@ -140,10 +140,10 @@ def _parser() -> Parser:
     value("--out", files, None, "FILE", "page (.html) or its figures (.json)")
     parser.flag("--force", "replace a file that exists")
     value("--compare", options.existing, None, "DIR", "a second model, side by side")
-    value("--num-thoughts", options.THOUGHTS, 1, "K", "thoughts before every token")
-    value("--temperature", options.number(), None, "T",
+    value("--num-thoughts", THOUGHTS, 1, "K", "thoughts before every token")
+    value("--temperature", number(), None, "T",
           "temperature of thoughts; without it their most likely tokens")  # fmt: skip
-    value("--seed", options.SEED, 0, None, "seed of sampled thoughts")
-    value("--context", options.whole(2), None, "N",
+    value("--seed", SEED, 0, None, "seed of sampled thoughts")
+    value("--context", whole(2), None, "N",
           "tokens that are read at once; default: what the model takes")  # fmt: skip
     return parser
