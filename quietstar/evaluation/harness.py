@@ -140,12 +140,11 @@ class QuietStarLM(_Harness):
                 sums = logprobs.double().where(valid, 0).sum(1).tolist()
                 # A continuation is greedy if each thought alone would have chosen all of it.
                 greedy = (scores.predicted.cpu() == targets.unsqueeze(1)).all(1) | ~valid
-                for place, *answer in zip(chunk, sums, greedy.all(1).tolist(), strict=True):
-                    answers[place] = (answer[0], answer[1])
-                    if requests[place][0] is not None:
-                        self.cache_hook.add_partial(
-                            "loglikelihood", requests[place][0], answers[place]
-                        )
+                pairs = zip(sums, greedy.all(1).tolist(), strict=True)
+                for place, answer in zip(chunk, pairs, strict=True):
+                    answers[place], text = answer, requests[place][0]
+                    if text is not None:
+                        self.cache_hook.add_partial("loglikelihood", text, answer)
                 bar.update(len(chunk))
         if self.num_truncated:
             logger.warning("%d texts lost their beginning to fit into %d tokens",

@@ -116,8 +116,8 @@ def inspect_text(
     # Figures are cut to five significant digits.
     records = json.loads(json.dumps(records), parse_float=lambda x: float(f"{float(x):.5g}"))
     settings = {"thought_length": model.thoughts.length, **asdict(reading)}
-    document = {"format": FORMAT, "version": VERSION, "model": name, "settings": settings}
-    return document | {"summary": summarise_thoughts(records), "tokens": records}
+    return {"format": FORMAT, "version": VERSION, "model": name, "settings": settings,
+            "summary": summarise_thoughts(records), "tokens": records}  # fmt: skip
 
 
 # --- Figures of a window --------------------------------------------------------------------------

@@ -20,8 +20,7 @@ from quietstar.model.saving import SETTINGS_FILE
 
 POSITIONS = ("trained", "every")
 """Where answers are thought about: as the model was trained, or before every scored token."""
-NO_CANDIDATE = -1
-"""Index of a true token that is no candidate, and where there is no token."""
+NO_CANDIDATE = -1  # index of a true token that is no candidate, and where there is no token
 
 
 @dataclass(frozen=True)

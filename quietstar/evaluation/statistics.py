@@ -127,17 +127,15 @@ def summarise(
     first = next(iter(values.values()))
     main = task.main_metric if task.main_metric in first else next(iter(first))
     summary: dict[str, Any] = {"n": count, "main_metric": main, "truncated": num_cut}
-    for variant in (WITHOUT, WITH):
-        if variant in values:
-            summary[variant] = means(values[variant], main)
+    summary |= {v: means(values[v], main) for v in (WITHOUT, WITH) if v in values}
     if WITHOUT in values and WITH in values:
         summary["difference"] = differences(values[WITH], values[WITHOUT], main, seed)
     controls = [control for control in CONTROLS if control in values]
     if controls:
         summary["controls"] = {control: means(values[control], main) for control in controls}
     for control in controls:
-        gains = differences(values[WITH], values[control], main, seed, as_gain=True)
-        summary[GAINS[control]] = gains
+        pair = (values[WITH], values[control])
+        summary[GAINS[control]] = differences(*pair, main, seed, as_gain=True)
     tokens_are_scored = task.kind in ("answer", "text")
     if WITHOUT in records and WITH in records and tokens_are_scored:
         summary["breakdown"] = break_down(records, seed)
