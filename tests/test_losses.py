@@ -19,7 +19,7 @@ from quietstar.backbone.teacher_forced import ThoughtStates
 from quietstar.config import loss_config
 from quietstar.losses import cross_entropy
 from quietstar.losses.cross_entropy import HeadGradients, Segment, objective
-from quietstar.model.metrics import thought_metrics
+from quietstar.model.outputs import thought_metrics
 from quietstar.objectives.quiet_star import QuietStarSettings
 
 IGNORE = -100

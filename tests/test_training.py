@@ -34,8 +34,7 @@ from quietstar.config.loading import load_config
 from quietstar.data import build_data, load_tokenizer
 from quietstar.distributed import Strategy
 from quietstar.errors import UserError
-from quietstar.model.metrics import ThoughtMetrics
-from quietstar.model.outputs import QuietStarOutput
+from quietstar.model.outputs import QuietStarOutput, ThoughtMetrics
 from quietstar.training import build, loop, run
 from quietstar.training.evaluation import compare, figures
 from quietstar.training.optimizer import build_optimizer, learning_rate_factor
@@ -347,10 +346,9 @@ def test_figures_are_summed_on_a_device_without_float64():
 
     with FakeTensorMode(), WithoutFloat64():
         names = ("base_nll", "mixed_nll")
-        sums = {name: torch.zeros((), device="mps") for name in names}
-        counts = {name: torch.zeros((), device="mps", dtype=torch.int64) for name in names}
-        reduced = ThoughtMetrics(sums, counts).reduced(accelerator)
-        assert reduced.sums["mixed_nll"].dtype == torch.float64
+        pair = (torch.zeros((), device="mps"), torch.zeros((), device="mps", dtype=torch.int64))
+        reduced = ThoughtMetrics(dict.fromkeys(names, pair)).reduced(accelerator)
+        assert reduced.figures["mixed_nll"][0].dtype == torch.float64
 
 
 def test_too_few_positions_are_refused_with_the_numbers(tmp_path):
@@ -405,8 +403,8 @@ def test_an_alarm_sounds_once_for_the_figure_that_is_bad(name, tmp_path, capsys)
     reporter = Reporter(config, Accelerator(cpu=True), load_tokenizer("bytes"), stages)
 
     def report(step, changes):
-        sums = {k: torch.tensor(v) for k, v in (healthy | changes).items()}
-        metrics = ThoughtMetrics(sums, dict.fromkeys(sums, torch.tensor(1)))
+        one, means = torch.tensor(1), healthy | changes
+        metrics = ThoughtMetrics({name: (torch.tensor(v), one) for name, v in means.items()})
         reporter.step_begins()
         reporter.step_ends(step, 1.0, {"total": 1.0}, 0.1, QuietStarOutput(metrics=metrics))
         return [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning:")]

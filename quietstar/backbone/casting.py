@@ -21,32 +21,23 @@ def cast_weights(model: nn.Module) -> Iterator[None]:
     For passes without gradient. Sharded weights stay as they are, and all of
     them with activation checkpointing, which says that memory counts: the copies are half a model.
     """
-    sparing = getattr(model, "is_gradient_checkpointing", False)
-    found = [] if sparing else list(_cast_each_time(model))
+    casts = []
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    if not getattr(model, "is_gradient_checkpointing", False):
+        for layer in model.modules():
+            weight = layer.weight if type(layer) is nn.Linear else None
+            # A sharded weight is of another type, or marked by ZeRO-3.
+            if type(weight) is not nn.Parameter or hasattr(weight, "ds_id"):
+                continue
+            remembered = weight.requires_grad and not compiled
+            autocast = torch.is_autocast_enabled(weight.device.type)
+            if autocast and weight.dtype == torch.float32 and not remembered:
+                casts.append((layer, weight))
     try:
-        for layer, weight in found:
+        for layer, weight in casts:
             dtype = torch.get_autocast_dtype(weight.device.type)
-            cast = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-            layer.weight = cast
+            layer.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
         yield
     finally:
-        for layer, weight in found:
+        for layer, weight in casts:
             layer.weight = weight
-
-
-def _cast_each_time(model: nn.Module) -> Iterator[tuple[nn.Linear, nn.Parameter]]:
-    compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    for layer in model.modules():
-        if type(layer) is not nn.Linear:
-            continue
-        weight = layer.weight
-        sharded = type(weight) is not nn.Parameter or hasattr(weight, "ds_id")
-        remembered = weight.requires_grad and not compiled
-        if (
-            isinstance(weight, nn.Parameter)
-            and weight.dtype == torch.float32
-            and torch.is_autocast_enabled(weight.device.type)
-            and not sharded
-            and not remembered
-        ):
-            yield layer, weight

@@ -44,11 +44,7 @@ def check_compile(wanted: bool, sharded: bool) -> None:
 
 
 def require_compiler(setting: str, remedy: str) -> None:
-    """Refuse a setting that compiles where nothing can.
-
-    Args:
-        setting: Setting as the user wrote it.
-        remedy: What else than to install a compiler.
+    """Refuse a setting that compiles where nothing can; ``remedy`` is what to do instead.
 
     Raises:
         UserError: There is no compiler.

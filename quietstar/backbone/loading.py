@@ -52,12 +52,20 @@ def load_base(
     try:
         if name_or_path is None:
             settings = build_config(dict(config or {}), vocab_size)
+            dropped = drop_dropout(settings)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
         else:
             settings = AutoConfig.from_pretrained(name_or_path, **hub)
-        dropped = drop_dropout(settings)
-        if quantization is not None:
-            hub = {**hub, "quantization_config": quantization}
-        model = _make(settings, name_or_path, dtype, seed, hub)
+            dropped = drop_dropout(settings)
+            if quantization is not None:
+                hub["quantization_config"] = quantization
+            if dtype == "stored":
+                settings.dtype, dtype = None, "auto"  # else transformers would believe the config
+            model = AutoModelForCausalLM.from_pretrained(
+                name_or_path, config=settings, dtype=dtype, **hub
+            )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as problem:
         key = "model.config" if name_or_path is None else f"model.name_or_path: {name_or_path!r}"
         reason = " ".join(str(problem).split())[:300]
@@ -83,29 +91,10 @@ def build_config(fields: dict[str, Any], vocab_size: int | None) -> PreTrainedCo
     return AutoConfig.for_model(model_type, **fields)
 
 
-def _make(
-    config: PreTrainedConfig,
-    name_or_path: str | None,
-    dtype: torch.dtype | str,
-    seed: int,
-    hub: dict[str, Any],
-) -> PreTrainedModel:
-    if name_or_path is not None:
-        if dtype == "stored":
-            config.dtype, dtype = None, "auto"  # else transformers would believe the config
-        return AutoModelForCausalLM.from_pretrained(name_or_path, config=config, dtype=dtype, **hub)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
 def drop_dropout(config: PreTrainedConfig) -> list[str]:
     """Set every dropout of a model config to 0; returns the names that were not."""
-    names = [
-        name
-        for name, value in vars(config).items()
-        if "drop" in name and isinstance(value, float) and value > 0
-    ]
+    floats = {n: x for n, x in vars(config).items() if "drop" in n and isinstance(x, float)}
+    names = [name for name, value in floats.items() if value > 0]
     for name in names:
         setattr(config, name, 0.0)
     return names
@@ -120,6 +109,14 @@ def drop_dropout_layers(model: PreTrainedModel) -> None:
         for name, value in vars(module).items():  # OPT and Llama keep plain numbers
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def _say_dropped(names: list[str]) -> None:
+    if names:
+        logger.warning(
+            "dropout is set to 0 (%s): with it the loss would not score the sampled thoughts",
+            ", ".join(names),
+        )
 
 
 def stored_dtypes(model: PreTrainedModel) -> set[torch.dtype]:
@@ -137,25 +134,13 @@ def stored_dtypes(model: PreTrainedModel) -> set[torch.dtype]:
     return {known[name] for name in dtypes if name in known}
 
 
-def _say_dropped(names: list[str]) -> None:
-    if names:
-        logger.warning(
-            "dropout is set to 0 (%s): with it the loss would not score the sampled thoughts",
-            ", ".join(names),
-        )
-
-
 @torch.no_grad()
 def initial_embedding(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, key: str
 ) -> Tensor:
     """Input embedding of ``text``, (embedding,); of several tokens the mean, and that is said.
 
-    Args:
-        model: Whose input embeddings.
-        tokenizer: Cuts ``text`` into tokens.
-        text: Text of the tokens, such as ``---``.
-        key: Config key, for messages.
+    Messages name the config key ``key``.
 
     Raises:
         UserError: ``text`` has no tokens.

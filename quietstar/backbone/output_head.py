@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,13 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from quietstar.attention.kernels import at_least_float32
-
-# config name -> multiplier of the logits, as transformers' models apply it
-_SCALES = {
-    "logit_scale": lambda value: value,  # cohere
-    "logits_scaling": lambda value: 1.0 / value,  # granite
-    "lm_head_multiplier": lambda value: value,  # falcon_h1
-}
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,7 @@ class OutputHead:
 
     @property
     def num_logits(self) -> int:
-        """V."""
+        """V, rows that are never sampled included."""
         return self.weight.shape[0]
 
     def sampled_only(self) -> OutputHead:
@@ -87,20 +81,14 @@ def find_output_head(model: PreTrainedModel, vocab_size: int | None = None) -> O
     if module is None:
         raise ValueError(f"{type(model).__name__} has no output layer (get_output_embeddings)")
     config = model.config.get_text_config()
-    return OutputHead(
-        module=module,
-        weight=module.weight,
-        bias=getattr(module, "bias", None),
-        scale=_logit_scale(config),
-        softcap=getattr(config, "final_logit_softcapping", None),
-        vocab_size=vocab_size,
-    )
+    softcap = getattr(config, "final_logit_softcapping", None)
+    bias = getattr(module, "bias", None)
+    return OutputHead(module, module.weight, bias, _logit_scale(config), softcap, vocab_size)
 
 
 def _logit_scale(config: PreTrainedConfig) -> float:
-    scale = 1.0
-    for name, multiplier in _SCALES.items():
-        value = getattr(config, name, None)
-        if value is not None:
-            scale *= multiplier(float(value))
-    return scale
+    # as transformers' models of cohere, falcon_h1 and granite apply them
+    values = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier")]
+    scale = math.prod((float(x) for x in values if x is not None), start=1.0)
+    divisor = getattr(config, "logits_scaling", None)
+    return scale if divisor is None else scale / float(divisor)

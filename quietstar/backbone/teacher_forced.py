@@ -63,16 +63,9 @@ def embed_blocks(
     lookahead: int,
     positions: Int[Tensor, "batch positions"] | None = None,
 ) -> BlockInputs:
-    """Embed the blocks behind all positions, or the chosen ones.
+    """Embed the blocks behind ``positions`` (ascending; all by default) of texts.
 
-    Args:
-        model: Causal LM.
-        start_embedding: Input that opens every thought.
-        end_embedding: Input that closes every thought.
-        input_ids: Texts, padded on the right if at all.
-        thoughts: Thought tokens.
-        lookahead: True tokens behind each position, A.
-        positions: Positions of the thoughts, ascending; all positions by default.
+    Texts are padded on the right if at all; behind each thought come A - 1 of their tokens.
     """
     true = lookahead_targets(input_ids, lookahead, positions)[:-1].clamp(min=0)
     thought, true = embed_sparsely(model, thoughts), embed_sparsely(model, true)

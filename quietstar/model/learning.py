@@ -58,12 +58,8 @@ def resolve_chunk_tokens(
 ) -> int | None:
     """Resolve ``training.learn_chunk_tokens`` to a number, or None for all at once.
 
-    Args:
-        setting: Setting of the config.
-        device: Kind of device.
-        sharded: Whether the strategy shards the weights: it gathers them for one backward
-            pass, and cannot for one that runs inside the forward pass.
-        checkpointing: Whether activations are recomputed.
+    A strategy that shards the weights gathers them for one backward pass, and cannot for one that
+    runs inside the forward pass.
 
     Raises:
         UserError: A number, where weights are sharded.
@@ -137,7 +133,8 @@ class _InGroups(torch.autograd.Function):
     @staticmethod
     def forward(ctx, work, *inputs):
         value = work.run()
-        ctx.grads = [*(source.total() for source in work.sources), *work.weights.totals(work.head)]
+        sums = (None if s.grad is None else s.grad.to(s.x.dtype) for s in work.sources)
+        ctx.grads = [*sums, *work.weights.totals(work.head)]
         return value
 
     @staticmethod
@@ -277,10 +274,6 @@ class _Source:
     def part(self, index: Any) -> Tensor:
         """Make a leaf with the content of a part."""
         return self.x.detach()[index].requires_grad_(self.grad is not None)
-
-    def total(self) -> Tensor | None:
-        """Return the sum in the tensor's own type."""
-        return None if self.grad is None else self.grad.to(self.x.dtype)
 
 
 class _Weights:

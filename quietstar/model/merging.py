@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from quietstar.backbone.loading import load_base
 from quietstar.config import TuningConfig
 from quietstar.errors import UserError
 from quietstar.model import saving
 from quietstar.model.quiet_star import QuietStarForCausalLM
-from quietstar.model.self_check import check_architecture, use_thinking_attention
-from quietstar.model.tuning import PEFT_METHODS, WHOLE, require_peft
+from quietstar.model.tuning import PEFT_METHODS, WHOLE
 
 
 @torch.no_grad()
@@ -41,22 +38,13 @@ def merge(folder: Path, out: Path, **hub: Any) -> Path:
         raise UserError(f"--model: {folder} {reason}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} already holds something; give a new folder")
-    base = load_base(
-        settings["base_model_name_or_path"],
-        dtype=getattr(torch, settings["dtype"]),
-        revision=settings["base_revision"],
-        **hub,
+    if tuning.method == "qlora":  # adapters fit the base in full precision as well
+        settings["tuning"]["method"] = "lora"
+    model = saving.load(
+        QuietStarForCausalLM, folder, settings, dtype="auto", trainable=False, **hub
     )
-    check_architecture(base)
-    use_thinking_attention(base)
-    adapted = require_peft().PeftModel.from_pretrained(base, folder)
-    own = load_file(folder / saving.WEIGHTS_FILE)
-    prefix = saving.LANGUAGE_MODEL
-    beside = {n.removeprefix(prefix): own.pop(n) for n in list(own) if n.startswith(prefix)}
-    adapted.load_state_dict(beside, strict=False)  # what `tuning.unfreeze` trained
-    merged = adapted.merge_and_unload()  # pyright: ignore[reportCallIssue]
-    model = saving.rebuild(QuietStarForCausalLM, merged, settings, TuningConfig(method="full"))
-    model.load_state_dict(own, strict=False)
+    model.language_model = model.language_model.merge_and_unload()  # pyright: ignore
+    model.tuning = TuningConfig(method="full")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:

@@ -34,18 +34,16 @@ class MixingHead(nn.Module):
         self.last_layer = nn.Linear(hidden, 1)
         self.sigmoid = config.activation == "sigmoid"
         self.floor = config.floor
-        self._initialise(config.initial_weight)
-
-    def _initialise(self, weight: float) -> None:
         # Two halves of one layer of 2D inputs: the bound that the whole would have.
-        bound = 1 / math.sqrt(2 * self.text_layer.in_features)
+        bound = 1 / math.sqrt(2 * width)
         for layer in (self.text_layer, self.thought_layer):
             nn.init.uniform_(layer.weight, -bound, bound)
         nn.init.zeros_(self.last_layer.weight)
-        share = max(weight - self.floor, 1e-6) / (1 - self.floor)
-        nn.init.constant_(
-            self.last_layer.bias, math.log(share / (1 - share)) if self.sigmoid else weight
-        )
+        bias = config.initial_weight
+        if self.sigmoid:
+            share = max(bias - self.floor, 1e-6) / (1 - self.floor)
+            bias = math.log(share / (1 - share))
+        nn.init.constant_(self.last_layer.bias, bias)
 
     def forward(
         self,

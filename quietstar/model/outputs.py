@@ -1,21 +1,83 @@
-"""What the model returns."""
+"""What the model returns: losses, scores, thoughts, and the figures to watch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.generic import ModelOutput
 
 from quietstar.losses.thought_loss import ScoredThoughts
-from quietstar.model.metrics import ThoughtMetrics
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+
+
+@dataclass(frozen=True)
+class ThoughtMetrics:
+    """Sum and count of every figure, so that micro-batches and ranks add up exactly.
+
+    ====================  ==========================================================================
+    base_nll              NLL of the next token without thoughts, nats a token
+    mixed_nll             with thoughts, mixed
+    thought_nll           by the thought's own prediction
+    gain                  base_nll - mixed_nll: the gain of thinking (derived)
+    gain_beyond_next      the same over the targets further ahead (a > 1)
+    mixing_weight         mean share of the thought in the prediction of the next token
+    reward                log-probability that a thought adds over all its targets, nats
+    reward_std            standard deviation of the reward among a position's thoughts
+    identical_fraction    fraction of positions whose thoughts are all the same: no signal there
+    entropy               of the thought tokens' distributions, nats (at the policy temperature)
+    distinct_token_ratio  distinct tokens of a thought over its length
+    thought_logprob       mean log-probability of the thought tokens
+    text_nll              with chosen positions: NLL without thoughts over *all* next tokens, while
+                          base_nll, mixed_nll and gain are over those behind a thought
+    text_gain             with chosen positions: what thoughts gain, over all next tokens
+    ====================  ==========================================================================
+    """
+
+    figures: Mapping[str, tuple[Tensor, Tensor]]
+
+    def __add__(self, other: ThoughtMetrics) -> ThoughtMetrics:
+        """Figures of both batches together."""
+        return ThoughtMetrics(
+            {n: (s + other.figures[n][0], c + other.figures[n][1])
+             for n, (s, c) in self.figures.items()}
+        )  # fmt: skip
+
+    def joined(self, other: ThoughtMetrics) -> ThoughtMetrics:
+        """All figures of both, of the same batch."""
+        return ThoughtMetrics({**self.figures, **other.figures})
+
+    def reduced(self, accelerator: Accelerator) -> ThoughtMetrics:
+        """Figures of all ranks together."""
+        if accelerator.num_processes == 1:
+            return self
+        table = accelerator.reduce(self._table(), "sum")
+        assert isinstance(table, Tensor)
+        return ThoughtMetrics({n: (r[0], r[1]) for n, r in zip(self.figures, table, strict=True)})
+
+    def means(self) -> dict[str, float]:
+        """Every figure as a number; those that were not computed are left out."""
+        table = self._table().tolist()
+        means = {n: s / c for n, (s, c) in zip(self.figures, table, strict=True) if c > 0}
+        if "mixed_nll" in means:
+            means["gain"] = means["base_nll"] - means["mixed_nll"]
+        return means
+
+    def _table(self) -> Tensor:
+        """Sum and count of every figure in float64, (figures, 2)."""
+        pairs = list(self.figures.values())
+        if pairs[0][0].device.type == "mps":  # has no float64: the CPU widens what is read
+            sums, counts = torch.stack([s.float() for s, _ in pairs]), [c for _, c in pairs]
+            return torch.stack([sums.cpu().double(), torch.stack(counts).cpu().double()], dim=1)
+        return torch.stack([torch.stack([s.double(), c.double()]) for s, c in pairs])
 
 
 @dataclass
@@ -108,12 +170,11 @@ class Thoughts:
     def from_scored(cls, scored: ScoredThoughts, metrics: ThoughtMetrics) -> Thoughts:
         """From the engine's order, (token or lookahead, thoughts, batch, seq)."""
 
-        def public(x: Tensor) -> Tensor:
+        def public(x: Tensor | None) -> Tensor:
+            assert x is not None, "compute with scoring"
             return x.permute(2, 1, 3, 0)
 
-        assert scored.thought_logprobs is not None, "compute with scoring"
         assert scored.base_predicted is not None, "compute with scoring"
-        assert scored.mixed_predicted is not None, "compute with scoring"
         return cls(
             tokens=public(scored.thoughts),
             logprobs=public(scored.logprobs),
@@ -130,9 +191,10 @@ class Thoughts:
 
     def next_predicted(self) -> Int[Tensor, "batch thoughts seq"]:
         """Most likely next token after every text position, thoughts considered."""
+        mixed = self.mixed_predicted
         if self.positions is None:
-            return self.mixed_predicted[..., 0]
-        return predict_everywhere(self.base_predicted, self.mixed_predicted, self.positions)
+            return mixed[..., 0]
+        return predict_everywhere(self.base_predicted, mixed, self.positions)
 
     def to_frame(self, tokenizer: PreTrainedTokenizerBase | None = None) -> DataFrame:
         """A pandas frame with a row for every thought and true token that it looks ahead to.
@@ -163,11 +225,6 @@ class Thoughts:
             columns["thought_text"] = tokenizer.batch_decode(tokens)
         return DataFrame(columns)
 
-    @staticmethod
-    def token_major(tokens: Int[Tensor, "batch thoughts positions length"]) -> Tensor:
-        """The tokens in the order in which blocks are laid out."""
-        return tokens.permute(3, 1, 0, 2).contiguous().long()
-
 
 def predict_everywhere(
     base: Int[Tensor, "batch seq"],
@@ -192,3 +249,50 @@ def predict_everywhere(
         index = index.unsqueeze(1).expand(-1, num_thoughts, -1)
         predicted = predicted.scatter(-1, index, mixed[..., ahead])
     return predicted[..., :last]
+
+
+def plain_metrics(nll: Tensor, valid: Tensor) -> ThoughtMetrics:
+    """Figures of a text read without thoughts."""
+    return ThoughtMetrics({"base_nll": (nll.sum(), valid.sum())})
+
+
+@torch.no_grad()
+def thought_metrics(s: ScoredThoughts) -> ThoughtMetrics:
+    """Figures of one batch of scored thoughts; no host sync."""
+    length, num_thoughts = s.thoughts.shape[:2]
+    valid, ahead = s.valid[0], s.valid[1:]  # (B, P) and (A - 1, B, P)
+    count = valid.sum()
+    gain_beyond_next = (s.mixed_logprobs[1:].mean(1) - s.base_logprobs[1:]).where(ahead, 0.0)
+    figures = {
+        "base_nll": (-s.base_logprobs[0].where(valid, 0.0).sum(), count),
+        "mixed_nll": (-s.mixed_logprobs[0].where(valid, 0.0).sum(), count * num_thoughts),
+        "gain_beyond_next": (gain_beyond_next.sum(), ahead.sum()),
+        "mixing_weight": (s.mixing_weight[0].where(valid, 0.0).sum(), count * num_thoughts),
+    }
+    if s.thought_logprobs is not None:
+        total = -s.thought_logprobs[0].where(valid, 0.0).sum()
+        figures["thought_nll"] = (total, count * num_thoughts)
+    if s.positions is not None:
+        gain = (s.mixed_logprobs[0].mean(0) - s.base_logprobs[0]).where(valid, 0.0)
+        figures["text_nll"] = (-s.text_logprobs.sum(), s.text_valid.sum())
+        figures["text_gain"] = (gain.sum(), s.text_valid.sum())
+
+    has_target = s.valid.any(0)  # (B, P)
+    places = has_target.sum()
+    gain = (s.mixed_logprobs - s.base_logprobs.unsqueeze(1)).where(s.valid.unsqueeze(1), 0.0).sum(0)
+    figures["reward"] = (gain.sum(), places * num_thoughts)
+    if num_thoughts > 1:
+        identical = (s.thoughts == s.thoughts[:, :1]).all(0).all(0)  # (B, P)
+        figures["reward_std"] = (gain.std(0).where(has_target, 0.0).sum(), places)
+        figures["identical_fraction"] = ((identical & has_target).sum(), places)
+
+    tokens = places * num_thoughts * length
+    logprobs = s.logprobs.where(has_target, 0.0).sum()
+    # Sampled at the policy temperature, a token's surprise is an unbiased estimate of the entropy.
+    entropy = -logprobs if s.entropy is None else s.entropy.where(has_target, 0.0).sum()
+    ordered = s.thoughts.sort(0).values
+    distinct = (1 + (ordered[1:] != ordered[:-1]).sum(0)).where(has_target, 0)  # (K, B, P)
+    figures["entropy"] = (entropy, tokens)
+    figures["distinct_token_ratio"] = (distinct.sum() / length, places * num_thoughts)
+    figures["thought_logprob"] = (logprobs, tokens)
+    return ThoughtMetrics(figures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,9 +39,15 @@ from quietstar.losses.thought_loss import (
 from quietstar.losses.weights import ThoughtScores, ThoughtWeights, Weigh
 from quietstar.model import saving
 from quietstar.model.learning import Step, learn
-from quietstar.model.metrics import plain_metrics, thought_metrics
 from quietstar.model.mixing_head import MixingHead
-from quietstar.model.outputs import MixedScores, PlainScores, QuietStarOutput, Thoughts
+from quietstar.model.outputs import (
+    MixedScores,
+    PlainScores,
+    QuietStarOutput,
+    Thoughts,
+    plain_metrics,
+    thought_metrics,
+)
 from quietstar.model.self_check import check_architecture, use_thinking_attention
 from quietstar.model.tuning import apply_tuning, quantization
 from quietstar.sampling.positions import LEARNED_RULES, SCORED_RULES, choose_positions
@@ -257,11 +264,10 @@ class QuietStarForCausalLM(nn.Module):
         labels = target_labels(input_ids, attention_mask, labels)
         if not (think and self.objective.thinks):
             states = plain_pass(self.causal_lm, input_ids)
-            loss, result, valid = next_token_loss(
-                states, labels, self.output_head, num_items_in_batch
-            )
+            head = self.output_head
+            loss, result, valid = next_token_loss(states, labels, head, num_items_in_batch)
             metrics = plain_metrics(result.nll, valid)
-            return QuietStarOutput(loss=loss, metrics=metrics, input_ids=input_ids)
+            return QuietStarOutput(loss, metrics, input_ids=input_ids)
         self._check_length(input_ids)
         if sample_ids is None:
             first, self.texts_seen = self.texts_seen, self.texts_seen + len(input_ids)
@@ -270,8 +276,8 @@ class QuietStarForCausalLM(nn.Module):
         texts = Texts(input_ids, labels, answers, sample_ids, run)
         if thoughts is None:
             positions = self._choose(texts, seed, explore=True)
-            t = self.thoughts
-            sampling = Sampling(t.num_thoughts, t.length, t.temperature, seed)
+            spec = self.thoughts
+            sampling = Sampling(spec.num_thoughts, spec.length, spec.temperature, seed)
             batch = self._sample(texts, positions, sampling)
         else:
             positions, batch = given_thoughts(thoughts, texts)
@@ -288,13 +294,8 @@ class QuietStarForCausalLM(nn.Module):
             batch, positions, terms, num_items_in_batch, num_thought_items, fixed_mixing_weight
         )
         loss, scored = learn(self, run, step)
-        return QuietStarOutput(
-            loss=loss,
-            metrics=thought_metrics(scored),
-            thoughts=batch.tokens.transpose(1, 2),
-            input_ids=input_ids,
-            positions=positions,
-        )
+        metrics, tokens = thought_metrics(scored), batch.tokens.transpose(1, 2)
+        return QuietStarOutput(loss, metrics, tokens, input_ids, positions)
 
     def weigher(self, batch: ThoughtBatch) -> Weigh:
         """Bind reward and objective to the thoughts of a batch."""
@@ -430,11 +431,11 @@ class QuietStarForCausalLM(nn.Module):
                 input_ids, num_thoughts=num_thoughts, temperature=temperature,
                 positions=positions, sample_ids=sample_ids, seed=seed,
             )  # fmt: skip
-        tokens = Thoughts.token_major(thoughts)
+        tokens = token_major(thoughts)
         states, weight = self.states_with(input_ids, tokens, positions)
-        terms = LossTerms(None, scoring=True)
+        head, terms = self.output_head, LossTerms(None, scoring=True)
         _, scored = loss_from_states(
-            states, weight, tokens, labels, self.output_head, terms, positions=positions
+            states, weight, tokens, labels, head, terms, positions=positions
         )
         return Thoughts.from_scored(scored, thought_metrics(scored))
 
@@ -558,11 +559,7 @@ class QuietStarForCausalLM(nn.Module):
     ) -> PlainScores:
         """Predict the next tokens without thoughts, as the plain model does.
 
-        Args:
-            input_ids: Texts, padded on the right if at all.
-            attention_mask: (batch, seq), true (or 1) for real tokens.
-            labels: Targets, as in `forward`.
-            candidates: Tokens whose logits are wanted.
+        ``candidates`` are tokens whose logits are wanted; other arguments are as in `forward`.
         """
         labels = target_labels(input_ids, attention_mask, labels)
         states = plain_pass(self.causal_lm, input_ids)
@@ -571,9 +568,8 @@ class QuietStarForCausalLM(nn.Module):
         shape = input_ids.shape
         metrics = plain_metrics(result.nll, valid)
         few = None if candidates is None else self.output_head.candidate_logits(states, candidates)
-        return PlainScores(
-            -result.nll.view(shape), result.predicted.view(shape), valid, metrics, few
-        )
+        logprobs, predicted = -result.nll.view(shape), result.predicted.view(shape)
+        return PlainScores(logprobs, predicted, valid, metrics, few)
 
     @torch.no_grad()
     def score_mixed(
@@ -587,17 +583,12 @@ class QuietStarForCausalLM(nn.Module):
     ) -> MixedScores:
         """Predict the next tokens with these thoughts, as `think` does, but for less.
 
-        Args:
-            input_ids: Texts, padded on the right if at all.
-            attention_mask: (batch, seq), true (or 1) for real tokens.
-            labels: Targets, as in `forward`.
-            thoughts: Thought tokens from `sample`, or any.
-            positions: Positions of the thoughts; None for all.
-            candidates: Tokens whose logits are wanted.
+        ``thoughts`` are tokens from `sample`, or any, at ``positions`` (None: at all);
+        ``candidates`` are tokens whose logits are wanted.
         """
         labels = target_labels(input_ids, attention_mask, labels)
         self._check_length(input_ids)
-        tokens, head = Thoughts.token_major(thoughts), self.output_head
+        tokens, head = token_major(thoughts), self.output_head
         states, weight = self.states_with(input_ids, tokens, positions, lookahead=1)
         result = mixed_predictions(states, weight, labels, head, positions)
         few = None
@@ -628,14 +619,16 @@ def given_thoughts(
             raise ValueError("thoughts of other texts than input_ids. Give those texts.")
         if (thoughts.lengths != thoughts.tokens.shape[3]).any():
             raise ValueError("thoughts must all have the length of their tokens' last axis")
-    batch = ThoughtBatch(
-        ids, texts.labels, texts.answer_mask, thoughts.sample_ids, positions,
-        thoughts.tokens, thoughts.lengths, thoughts.sampling_logprobs,
-    )  # fmt: skip
+    batch = replace(thoughts, input_ids=ids, labels=texts.labels, answer_mask=texts.answer_mask)
     everywhere = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     if positions.shape == ids.shape and on_host(ids) and torch.equal(positions, everywhere):
         return None, batch
     return positions.where(positions >= 0, NO_POSITION), batch
+
+
+def token_major(thoughts: Int[Tensor, "batch thoughts positions length"]) -> Tensor:
+    """Thought tokens in the order in which blocks are laid out."""
+    return thoughts.permute(3, 1, 0, 2).contiguous().long()
 
 
 def check_figures(x: object, shape: torch.Size, name: str) -> None:
@@ -657,7 +650,7 @@ def check_figures(x: object, shape: torch.Size, name: str) -> None:
         )
     finite = x.isfinite().all()
     message = f"{name}: it returned figures that are not finite. Bound them, or mask them by valid."
-    if x.device.type == "cpu" and on_host(x):
+    if on_host(x):
         if not finite:
             raise UserError(message)
     elif x.device.type != "meta":

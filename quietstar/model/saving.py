@@ -119,8 +119,20 @@ def from_pretrained(  # noqa: D417
     Raises:
         UserError: The folder holds no Quiet-STaR model, or one of a newer format.
     """
-    folder = Path(folder)
-    settings = read_settings(folder)
+    settings = read_settings(Path(folder))
+    return load(cls, Path(folder), settings, dtype=dtype, trainable=trainable, **hub)
+
+
+def load(
+    cls: type[Model],
+    folder: Path,
+    settings: dict[str, Any],
+    *,
+    dtype: torch.dtype | str,
+    trainable: bool,
+    **hub: Any,
+) -> Model:
+    """Load a saved model by these settings; arguments as in `from_pretrained`."""
     tuning = TuningConfig.model_validate(settings["tuning"])
     source = str(folder)
     if tuning.method not in WHOLE:
@@ -136,7 +148,11 @@ def from_pretrained(  # noqa: D417
             unfreeze(tuned, tuning.unfreeze)
     else:
         tuned = apply_tuning(base, tuning)
-    model = rebuild(cls, tuned, settings, tuning)
+    thoughts = ThoughtsConfig.model_validate(settings["thoughts"])
+    mixing_head = MixingHeadConfig.model_validate(settings["mixing_head"])
+    sizes = (settings["vocab_size"], settings["pause_token_id"])
+    model: Any = cls(tuned, thoughts, mixing_head, None, *sizes, tuning)
+    model.texts_seen = settings["texts_seen"]
     own = load_file(folder / WEIGHTS_FILE)
     missing, unexpected = model.load_state_dict(own, strict=False)
     missing = [name for name in missing if not name.startswith(LANGUAGE_MODEL)]
@@ -145,23 +161,6 @@ def from_pretrained(  # noqa: D417
     if not trainable and tuning.method not in WHOLE:
         tuned.requires_grad_(False)
     return model.eval()
-
-
-def rebuild(
-    cls: type[Model], language_model: nn.Module, settings: dict[str, Any], tuning: TuningConfig
-) -> Model:
-    """The model around a language model, by the settings of ``quietstar.json``."""
-    model: Any = cls(
-        language_model,
-        ThoughtsConfig.model_validate(settings["thoughts"]),
-        MixingHeadConfig.model_validate(settings["mixing_head"]),
-        None,
-        settings["vocab_size"],
-        settings["pause_token_id"],
-        tuning,
-    )
-    model.texts_seen = settings["texts_seen"]
-    return model
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

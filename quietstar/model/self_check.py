@@ -137,11 +137,6 @@ def _loop_logits(
     return torch.cat([block[:, :_THOUGHT_LENGTH], block[:, _THOUGHT_LENGTH + 1 :]], 1)
 
 
-WINDOW = 4
-"""Sliding window of the copy: shorter than the text of the check."""
-SOFTCAP = 3.0
-"""Soft caps of the copy: low enough to bend its logits."""
-
 _SIZES = {
     "intermediate_size": 48,
     "ffn_dim": 48,
@@ -168,7 +163,25 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
             setattr(tiny, name, min(value, getattr(tiny, name)))
     for name in _TOKEN_IDS:
         setattr(tiny, name, None)
-    _shrink_heads(tiny)
+    # Whether and how query heads share keys is kept; 2 key/value heads at most, heads of 16.
+    heads, old_width = tiny.num_attention_heads, tiny.hidden_size
+    kv_heads = getattr(tiny, "num_key_value_heads", None)
+    tiny.num_attention_heads = 4
+    if kv_heads is not None:
+        tiny.num_key_value_heads = 1 if kv_heads == 1 else 2
+        tiny.num_attention_heads = tiny.num_key_value_heads * (1 if kv_heads == heads else 2)
+    # The factor lists of long rotary embeddings have the length of the real head.
+    rope = getattr(tiny, "rope_parameters", None) or {}
+    keeps_size = any(isinstance(value, list) for value in rope.values())
+    head_size = old_width // heads if keeps_size else 16
+    latent = _number(tiny, "qk_rope_head_dim")  # latent attention: small sizes of its own
+    if "head_dim" in vars(tiny) and _number(tiny, "head_dim") and not latent:
+        head_size = tiny.head_dim if keeps_size else 16
+        tiny.head_dim = head_size
+    tiny.hidden_size = tiny.num_attention_heads * head_size
+    if _number(tiny, "word_embed_proj_dim"):
+        same = tiny.word_embed_proj_dim == old_width
+        tiny.word_embed_proj_dim = tiny.hidden_size if same else tiny.hidden_size // 2
     # The first layer of each kind, two layers at least.
     old = tiny.num_hidden_layers
     kinds: list[Any] = list(getattr(tiny, "layer_types", None) or [None] * old)
@@ -180,37 +193,15 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
         if isinstance(value, list) and len(value) == old:
             setattr(tiny, name, [value[i] for i in layers])
         elif name in _WINDOWS and _number(tiny, name):
-            setattr(tiny, name, min(WINDOW, value))
+            setattr(tiny, name, min(4, value))  # shorter than the text of the check
         elif "softcapping" in name and _number(tiny, name):
-            setattr(tiny, name, SOFTCAP)
+            setattr(tiny, name, 3.0)  # low enough to bend its logits
     return tiny
 
 
 def _number(config: PreTrainedConfig, name: str) -> bool:
     value = getattr(config, name, None)
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _shrink_heads(config: PreTrainedConfig) -> None:
-    """Keep whether and how query heads share keys; 2 key/value heads at most, heads of 16."""
-    heads, old_width = config.num_attention_heads, config.hidden_size
-    kv_heads = getattr(config, "num_key_value_heads", None)
-    config.num_attention_heads = 4
-    if kv_heads is not None:
-        config.num_key_value_heads = 1 if kv_heads == 1 else 2
-        config.num_attention_heads = config.num_key_value_heads * (1 if kv_heads == heads else 2)
-    # The factor lists of long rotary embeddings have the length of the real head.
-    rope = getattr(config, "rope_parameters", None) or {}
-    keeps_size = any(isinstance(value, list) for value in rope.values())
-    head_size = old_width // heads if keeps_size else 16
-    latent = _number(config, "qk_rope_head_dim")  # latent attention: small sizes of its own
-    if "head_dim" in vars(config) and _number(config, "head_dim") and not latent:
-        head_size = config.head_dim if keeps_size else 16
-        config.head_dim = head_size
-    config.hidden_size = config.num_attention_heads * head_size
-    if _number(config, "word_embed_proj_dim"):
-        same = config.word_embed_proj_dim == old_width
-        config.word_embed_proj_dim = config.hidden_size if same else config.hidden_size // 2
 
 
 @torch.no_grad()

@@ -34,11 +34,11 @@ def apply_tuning(model: PreTrainedModel, tuning: TuningConfig) -> nn.Module:
     model.requires_grad_(False)
     tuned: nn.Module = model
     if tuning.method in PEFT_METHODS:
-        tuned = add_peft(model, tuning)
+        tuned = _add_peft(model, tuning)
     elif tuning.method in ("houlsby", "mlp_adapter"):
-        add_bottlenecks(model, tuning)
+        _add_bottlenecks(model, tuning)
     else:
-        add_virtual_tokens(model, tuning)
+        _add_virtual_tokens(model, tuning)
     unfreeze(tuned, tuning.unfreeze)
     return tuned
 
@@ -78,12 +78,8 @@ def require_peft() -> Any:
     return peft
 
 
-def add_peft(model: PreTrainedModel, tuning: TuningConfig) -> nn.Module:
-    """The PEFT model of the method around ``model``.
-
-    Raises:
-        UserError: The targets fit no layer.
-    """
+def _add_peft(model: PreTrainedModel, tuning: TuningConfig) -> nn.Module:
+    """The PEFT model of the method around ``model``."""
     peft, wanted = require_peft(), tuning.lora_target_modules
     kinds = ("Conv1D", "Linear4bit")  # beside which adapters can sit too
     linear = [
@@ -168,13 +164,10 @@ class Bottleneck(nn.Module):
         return x + self.up(torch.relu(self.down(inner))).to(x.dtype)
 
 
-def add_bottlenecks(model: PreTrainedModel, tuning: TuningConfig) -> None:
+def _add_bottlenecks(model: PreTrainedModel, tuning: TuningConfig) -> None:
     """Put adapters behind the MLP of every layer, and behind its attention with ``houlsby``.
 
     They are children of the sub-layers named ``adapter``, in float32.
-
-    Raises:
-        UserError: The layers are built in another way.
     """
     width = model.config.get_text_config().hidden_size
     for layer in decoder_layers(model):
@@ -203,46 +196,23 @@ def _apply_adapter(module: nn.Module, inputs: Any, output: Any) -> Any:
     return adapter(output)
 
 
-class VirtualTokens(nn.Module):
-    """Input embeddings of the virtual tokens.
-
-    Args:
-        embeddings: (n, embedding), where they start.
-        learned: Whether they train; with ``prefix`` nothing reads what comes of them.
-    """
-
-    embeddings: Tensor
-
-    def __init__(self, embeddings: Tensor, learned: bool) -> None:
-        super().__init__()
-        if learned:
-            self.embeddings = nn.Parameter(embeddings.float())
-        else:
-            self.register_buffer("embeddings", torch.zeros_like(embeddings), persistent=False)
-
-
-class VirtualKeyValues(nn.Module):
-    """Keys and values of the virtual tokens in one layer, (Hkv, n, head size) each."""
-
-    def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
-        super().__init__()
-        self.keys = nn.Parameter(torch.randn(shape, device=device) * 0.02)
-        self.values = nn.Parameter(torch.randn(shape, device=device) * 0.02)
-
-
-def add_virtual_tokens(model: PreTrainedModel, tuning: TuningConfig) -> None:
+def _add_virtual_tokens(model: PreTrainedModel, tuning: TuningConfig) -> None:
     """Give the model learned virtual tokens, as its child ``virtual_tokens``.
 
-    Raises:
-        UserError: With ``prefix``, keys and values whose sizes the config does not tell.
+    With ``prompt`` their embeddings (n, embedding) train; with ``prefix`` their keys and values
+    (Hkv, n, head size) in every layer, as children of the attention.
     """
     weight, count = embedding_weight(model), tuning.num_virtual_tokens
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(weight.shape[0], (count,), generator=generator)
     start = weight.detach()[chosen.to(weight.device)]  # as Lester et al.: of real tokens
-    model.add_module(VIRTUAL_TOKENS, VirtualTokens(start, tuning.method == "prompt"))
+    virtual = nn.Module()
+    model.add_module(VIRTUAL_TOKENS, virtual)
     if tuning.method == "prompt":
+        virtual.register_parameter("embeddings", nn.Parameter(start.float()))
         return
+    # Nothing reads what comes of these.
+    virtual.register_buffer("embeddings", torch.zeros_like(start), persistent=False)
     config = model.config.get_text_config()
     if getattr(config, "qk_rope_head_dim", None):
         raise UserError(
@@ -256,4 +226,8 @@ def add_virtual_tokens(model: PreTrainedModel, tuning: TuningConfig) -> None:
         size = getattr(attention, "head_dim", None)
         shape = (heads, count, size or config.hidden_size // config.num_attention_heads)
         device = next(attention.parameters()).device
-        attention.add_module(VIRTUAL_TOKENS, VirtualKeyValues(shape, device))
+        virtual = nn.Module()
+        attention.add_module(VIRTUAL_TOKENS, virtual)
+        for name in ("keys", "values"):
+            start = torch.randn(shape, device=device) * 0.02
+            virtual.register_parameter(name, nn.Parameter(start))

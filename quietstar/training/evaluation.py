@@ -32,8 +32,7 @@ from quietstar.evaluation.controls import (
     pause_tokens,
     plan_swap,
 )
-from quietstar.model.metrics import ThoughtMetrics, as_metrics
-from quietstar.model.outputs import Thoughts
+from quietstar.model.outputs import ThoughtMetrics, Thoughts
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.training.reporter import read_metrics
 from quietstar.training.state import StageRun
@@ -89,7 +88,7 @@ def evaluate(run: StageRun) -> dict[str, float]:
             for batch in batches:
                 scores = model.score_plain(batch.input_ids, batch.attention_mask, batch.labels)
                 right = right_answers(scores.predicted[:, None], batch.input_ids, batch.answers)
-                accuracy = as_metrics({"accuracy_without_thoughts": right})
+                accuracy = ThoughtMetrics({"accuracy_without_thoughts": right})
                 parts.append(scores.metrics.joined(accuracy))
                 advance()
             totals = {"own": reduce(add, parts[:counted])}
@@ -129,7 +128,7 @@ def compare(
         if batch.rationale.shape[1] > 0:
             sampled = model.sample(batch.input_ids, num_thoughts=SAMPLES, temperature=1.0, **where)
             right = right_thoughts(sampled, batch.answers, batch.rationale, positions)
-            metrics = metrics.joined(as_metrics({"right_thoughts": right}))
+            metrics = metrics.joined(ThoughtMetrics({"right_thoughts": right}))
         parts["own"].append(metrics)
         texts = _text_thoughts(batch, own, positions)
         thoughts_of_batches.append((batch, own, positions, texts))
@@ -162,7 +161,7 @@ def score(
         "accuracy_without_thoughts": right_answers(scored.base_predicted[:, None], ids, answers),
         "accuracy_with_thoughts": right_answers(scored.next_predicted(), ids, answers),
     }
-    return scored.metrics.joined(as_metrics(accuracies))
+    return scored.metrics.joined(ThoughtMetrics(accuracies))
 
 
 def _text_thoughts(batch: Batch, thoughts: Tensor, positions: Tensor | None) -> list[TextThoughts]:

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from quietstar.errors import Preempted, UserError
-from quietstar.model.metrics import ThoughtMetrics
-from quietstar.model.outputs import QuietStarOutput
+from quietstar.model.outputs import QuietStarOutput, ThoughtMetrics
 from quietstar.training.batches import StepBatches, micro_batch_rows, prefetched, read_step
 from quietstar.training.checkpoint import save_checkpoint
 from quietstar.training.evaluation import evaluate

@@ -183,7 +183,7 @@ class Reporter:
         if self.stage.thinks:
             num_thoughts = text_tokens * config.thoughts.num_thoughts
             if config.thoughts.positions != "all":
-                num_thoughts = int(output.metrics.counts["reward"])
+                num_thoughts = int(output.metrics.figures["reward"][1])
             figures["thought_tokens_per_second"] = num_thoughts * config.thoughts.length / seconds
         self._write("train", step, figures)
         columns = {"base": "base_nll", "mixed": "mixed_nll", "gain": "gain", "w": "mixing_weight"}
