@@ -103,7 +103,7 @@ def _think(model: QuietStarForCausalLM, text: Tensor, tokens: int) -> tuple[floa
 
     def step(newest: Tensor) -> Tensor:
         new = decoder.append(newest, opens=True)
-        return next_logits(model, new.states, new.logits, decoder.think(new)).argmax(-1)
+        return next_logits(model, new.states, new.logits, decoder.think(new)[0]).argmax(-1)
 
     newest = step(newest)  # makes room in the cache
     begun = _now()

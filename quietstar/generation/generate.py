@@ -21,7 +21,7 @@ from quietstar.attention.layout import text_lookahead
 from quietstar.backbone.run import num_virtual
 from quietstar.errors import UserError
 from quietstar.generation.gates import Gate
-from quietstar.sampling.decoding import Decoder, Thinking
+from quietstar.sampling.decoding import Decoder
 from quietstar.sampling.thoughts import Sampling
 
 
@@ -146,26 +146,24 @@ def predict_next(
     none = tokens.new_full((len(tokens), sampling.num_thoughts, sampling.thought_length), -1)
     if not len(rows):
         return base, none
-    thinking = decoder.think(appended, None if len(rows) == len(tokens) else rows)
-    mixed = next_logits(model, states[rows], base[rows], thinking)
-    return base.index_copy(0, rows, mixed), none.index_copy(0, rows, thinking.tokens)
+    ahead, thoughts = decoder.think(appended, None if len(rows) == len(tokens) else rows)
+    mixed = next_logits(model, states[rows], base[rows], ahead)
+    return base.index_copy(0, rows, mixed), none.index_copy(0, rows, thoughts)
 
 
 def next_logits(
     model: Any,
     states: Float[Tensor, "rows width"],
     base: Float[Tensor, "rows vocab"],
-    thinking: Thinking,
+    ahead: Float[Tensor, "thoughts rows width"],
 ) -> Float[Tensor, "rows vocab"]:
     """Mix the plain logits from the states of the newest tokens with those behind the thoughts.
 
     In float32; several thoughts are averaged as probabilities.
     """
     text = text_lookahead(states[:, None], 1, None)
-    weight = model.mixing_head(text, thinking.ahead[None, :, :, None])[
-        0, :, :, 0, None
-    ]  # (K, B, 1)
-    mixed = torch.lerp(base, model.output_head.logits(thinking.ahead), weight)
+    weight = model.mixing_head(text, ahead[None, :, :, None])[0, :, :, 0, None]  # (K, B, 1)
+    mixed = torch.lerp(base, model.output_head.logits(ahead), weight)
     if len(mixed) == 1:
         return mixed[0]
     return mixed.log_softmax(-1).logsumexp(0) - math.log(len(mixed))

@@ -33,7 +33,7 @@ from quietstar.backbone.output_head import OutputHead
 from quietstar.backbone.run import TextRun, num_virtual
 from quietstar.backbone.teacher_forced import BlockInputs, block_pass, embed_blocks
 from quietstar.errors import UserError
-from quietstar.losses.cross_entropy import HeadGradients
+from quietstar.losses.cross_entropy import HeadGradients, WithGradients
 from quietstar.losses.mixture import groups
 from quietstar.losses.thought_loss import (
     LossTerms,
@@ -121,33 +121,10 @@ def learn(model: Any, text: TextRun, step: Step) -> tuple[Tensor, ScoredThoughts
         )  # fmt: skip
     work = _Groups(model, text, step, tokens)
     inputs = [*(source.x for source in work.sources), *work.weights.parameters]
-    loss = _InGroups.apply(work, *inputs)
+    loss = WithGradients.apply(work.run, *inputs)
     results = ThoughtResults(**work.results)  # pyright: ignore[reportArgumentType]
     scored = score(results, work.base, tokens, labels, work.targets, step.positions)
     return work.text_loss + loss, scored
-
-
-class _InGroups(torch.autograd.Function):
-    """All groups forward and backward in the forward pass."""
-
-    @staticmethod
-    def forward(ctx, work, *inputs):
-        value = work.run()
-        sums = (None if s.grad is None else s.grad.to(s.x.dtype) for s in work.sources)
-        ctx.grads = [*sums, *work.weights.totals(work.head)]
-        return value
-
-    @staticmethod
-    def backward(ctx, grad_value):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if ctx.grads is None:
-            raise RuntimeError(
-                "backward through the loss a second time: its gradients were used up by the "
-                "first. Call the model again."
-            )
-        grads, ctx.grads = ctx.grads, None
-        if on_host(grad_value) and grad_value == 1:  # known without waiting
-            return None, *grads
-        return None, *[None if g is None else g.mul_(grad_value.to(g.dtype)) for g in grads]
 
 
 class _Groups:
@@ -175,8 +152,8 @@ class _Groups:
         self.sources = [_Source(x) for x in (*blocks, text.states, *keys)]
         self.results: dict[str, Tensor | None] = {}  # of all positions; zeros where no group was
 
-    def run(self) -> Tensor:
-        """Forward and backward of all groups; their loss."""
+    def run(self, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+        """Forward and backward of all groups: their loss and its gradients."""
         length, num_thoughts, batch_size, num_positions = self.tokens.shape
         each = 1 + num_thoughts * (length + len(self.targets))  # the start token is shared
         size = max(1, self.model.learn_chunk_tokens // each)
@@ -192,7 +169,8 @@ class _Groups:
         # Without any target, one position gives the results their shapes.
         for texts, places in parts or [(slice(0, 1), slice(0, 1))]:
             total = total + self._group(texts, places)
-        return total
+        sums = (None if s.grad is None else s.grad.to(s.x.dtype) for s in self.sources)
+        return total, [*sums, *self.weights.totals(self.head)]
 
     def _group(self, texts: slice, places: slice) -> Tensor:
         """Forward and backward of one group; its loss."""

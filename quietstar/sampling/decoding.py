@@ -38,19 +38,6 @@ class Appended:
     opened: Float[Tensor, "batch vocab"] | None
 
 
-@dataclass(frozen=True)
-class Thinking:
-    """Thoughts behind the newest tokens, and what follows them.
-
-    Attributes:
-        ahead: State of the end vector behind each thought.
-        tokens: Tokens of the thoughts.
-    """
-
-    ahead: Float[Tensor, "thoughts rows width"]
-    tokens: Int[Tensor, "rows thoughts length"]
-
-
 class Decoder:
     """Texts that grow by one token at a time, with thoughts before each.
 
@@ -108,7 +95,9 @@ class Decoder:
         return Appended(states[:, 0], logits[:, 0], logits[:, 1] if opens else None)
 
     @torch.no_grad()
-    def think(self, appended: Appended, rows: Int[Tensor, " rows"] | None = None) -> Thinking:
+    def think(
+        self, appended: Appended, rows: Int[Tensor, " rows"] | None = None
+    ) -> tuple[Float[Tensor, "thoughts rows width"], Int[Tensor, "rows thoughts length"]]:
         """Think behind the newest token of every text, or of these rows only.
 
         The texts of some rows are copied once a token; thoughts cost what their rows cost.
@@ -116,25 +105,23 @@ class Decoder:
         Args:
             appended: Result of `append` with ``opens``.
             rows: Rows that think, all by default.
+
+        Returns:
+            The state of the end vector behind each thought, and the tokens of the thoughts.
         """
         cache, first, sample_ids = self.cache, appended.opened, self.sample_ids
         assert first is not None, "append with opens"
         if rows is not None:
             cache, first, sample_ids = cache.chosen(rows), first[rows], sample_ids[rows]
-        thoughts = [self._draw_first(cache, first, sample_ids)]
-        for index in range(1, self.sampling.thought_length):
+        thoughts = [self._draw(cache, first, 0, sample_ids)]
+        length = self.sampling.thought_length
+        for index in range(1, length):
             states = self._run(cache, self.embed(thoughts[-1]), False, index)
             thoughts.append(self._draw(cache, states, index, sample_ids))
-        ahead = self._close(cache, thoughts[-1])
-        return Thinking(ahead.transpose(0, 1), torch.stack(thoughts, dim=-1))
-
-    def _close(self, cache: DecodeCache, tokens: Int[Tensor, "rows thoughts"]) -> Tensor:
-        """Run the last thought token and the end vector; the latter's state, (B, K, D)."""
-        embedded = self.embed(tokens).unsqueeze(2)  # (B, K, 1, embedding)
-        end = self.end.expand(*embedded.shape)
-        pairs = torch.cat([embedded, end], dim=2).flatten(1, 2)  # (B, K * 2, embedding)
-        states = self._run(cache, pairs, False, self.sampling.thought_length)
-        return states.unflatten(1, (-1, 2))[:, :, 1]
+        embedded = self.embed(thoughts[-1]).unsqueeze(2)  # (B, K, 1, embedding)
+        pairs = torch.cat([embedded, self.end.expand(*embedded.shape)], dim=2).flatten(1, 2)
+        ahead = self._run(cache, pairs, False, length).unflatten(1, (-1, 2))[:, :, 1]
+        return ahead.transpose(0, 1), torch.stack(thoughts, dim=-1)
 
     def _run(
         self, cache: DecodeCache, embedded: Tensor, new_text: bool, index: int | None
@@ -149,34 +136,25 @@ class Decoder:
         return run_backbone(self.model, embedded, places, DecodePass(cache, new_text, index))
 
     def _draw(
-        self, cache: DecodeCache, states: Tensor, index: int, sample_ids: Tensor
+        self, cache: DecodeCache, x: Tensor, index: int, sample_ids: Tensor
     ) -> Int[Tensor, "rows thoughts"]:
-        """The next token of every thought, by the noise that training would use here."""
-        if self.constant is not None:
-            return sample_ids.new_full(states.shape[:2], self.constant)
-        noise = self._noise(cache, index, sample_ids).flatten().unsqueeze(1)
-        rows = sample_rows(states.flatten(0, 1), self.head, noise, self.sampling.temperature)
-        return rows.view(states.shape[:2])
+        """The next token of every thought, by the noise that training would use here.
 
-    def _draw_first(
-        self, cache: DecodeCache, logits: Float[Tensor, "rows vocab"], sample_ids: Tensor
-    ) -> Int[Tensor, "rows thoughts"]:
-        """The first token of every thought; behind the start vector all see the same logits."""
-        shape = (len(logits), self.sampling.num_thoughts)
+        From states (B, K, D); the first token from logits (B, V), for all thoughts see the same.
+        """
+        sampling, shape = self.sampling, (len(sample_ids), self.sampling.num_thoughts)
         if self.constant is not None:
             return sample_ids.new_full(shape, self.constant)
-        noise = self._noise(cache, 0, sample_ids)
-        logits = logits[:, : self.head.vocab_size].clone()
-        return sample_logits(logits, noise, self.sampling.temperature)
-
-    def _noise(self, cache: DecodeCache, index: int, sample_ids: Tensor) -> Tensor:
-        """For every thought, (B, K); greedy ones need none."""
-        sampling = self.sampling
-        if sampling.temperature is None:
-            return torch.empty(len(sample_ids), sampling.num_thoughts, device=sample_ids.device)
-        place = (cache.length - 1 - cache.first - self.virtual)[:, None]  # (B, 1)
-        noise = keyed_uniform(sampling.seed, sample_ids, sampling.num_thoughts, index, place)
-        return noise[..., 0].T  # (K, B, 1) -> (B, K)
+        noise = torch.empty(shape, device=sample_ids.device)  # greedy thoughts need none
+        if sampling.temperature is not None:
+            place = (cache.length - 1 - cache.first - self.virtual)[:, None]  # (B, 1)
+            keys = (sampling.seed, sample_ids, sampling.num_thoughts, index, place)
+            noise = keyed_uniform(*keys)[..., 0].T  # (K, B, 1) -> (B, K)
+        if index == 0:
+            logits = x[:, : self.head.vocab_size].clone()
+            return sample_logits(logits, noise, sampling.temperature)
+        noise = noise.flatten().unsqueeze(1)
+        return sample_rows(x.flatten(0, 1), self.head, noise, sampling.temperature).view(shape)
 
 
 def _aligned_text(

@@ -56,7 +56,11 @@ def sample_inverse_cdf(
     """
     logits = logits.float()
     weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
-    block_ends = _block_sums(weights).cumsum_(-1)
+    whole = weights.shape[-1] // _BLOCK * _BLOCK
+    sums = weights[:, :whole].unflatten(-1, (-1, _BLOCK)).sum(-1)
+    if whole < weights.shape[-1]:
+        sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], dim=-1)
+    block_ends = sums.cumsum_(-1)
     threshold = uniform * block_ends[:, -1:]
     last_block = block_ends.shape[-1] - 1
     block = torch.searchsorted(block_ends, threshold).clamp_(max=last_block)  # (rows, draws)
@@ -73,11 +77,3 @@ def sample_inverse_cdf(
     rest = torch.minimum(rest.clamp(min=tiny), ends[..., -1:] * (1 - 2.0**-20))
     place = torch.searchsorted(ends, rest)
     return entry.gather(-1, place.clamp_(max=_BLOCK - 1)).squeeze(-1)
-
-
-def _block_sums(weights: Tensor) -> Tensor:
-    whole = weights.shape[-1] // _BLOCK * _BLOCK
-    sums = weights[:, :whole].unflatten(-1, (-1, _BLOCK)).sum(-1)
-    if whole == weights.shape[-1]:
-        return sums
-    return torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], dim=-1)

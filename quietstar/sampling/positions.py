@@ -54,7 +54,7 @@ def count_positions(
     """
     if rule == "all":
         return (lookahead_targets(labels, lookahead) != IGNORE_INDEX).any(0).sum(-1)
-    candidates = _candidates(labels)
+    candidates = _next(labels != IGNORE_INDEX)
     if rule in ANSWER_RULES:
         return (candidates & _before_answers(rule, answers)).sum(-1)
     count = candidates.sum(-1)
@@ -97,60 +97,36 @@ def choose_positions(
     """
     if rule == "all":
         return None
-    candidates = _candidates(labels)
+    candidates, device = _next(labels != IGNORE_INDEX), labels.device
     counts = count_positions(rule, share, labels, answers)
     if rule in ANSWER_RULES:
         width, score = max(1, int(counts.max())), _before_answers(rule, answers).float()
     else:
         width = most_positions(share, labels.shape[1])
-        noise = _noise(candidates, sample_ids, seed)
-        score = _scores(rule, share, candidates, score, noise)
-        if explore and rule in LEARNED_RULES:
-            score = _explore(score.masked_fill(~candidates, -torch.inf), noise, counts)
+        if sample_ids is None:
+            sample_ids = torch.arange(labels.shape[0], device=device)
+        places = torch.arange(labels.shape[1], device=device).expand(labels.shape)
+        noise = keyed_uniform(seed, sample_ids, 1, _CHOICE, places)[0]  # in (0, 1)
+        if rule in SCORED_RULES:
+            assert score is not None, f"rule {rule} needs scores"
+            score = score.float()
+        elif rule == "every":
+            rank = candidates.cumsum(-1) - 1
+            steps = [((rank + n) * share - 1e-6).ceil() for n in (0, 1)]
+            score = (steps[1] > steps[0]).float()
+        else:
+            score = noise
+        if explore and rule in LEARNED_RULES:  # three quarters are the best, the others any
+            order = score.masked_fill(~candidates, -torch.inf).argsort(
+                dim=-1, descending=True, stable=True
+            )
+            best = order.argsort(dim=-1) < (counts - counts // 4)[:, None]
+            score = noise.masked_fill(best, 2.0)  # noise is below 1
     chosen = score.masked_fill(~candidates, -torch.inf).topk(width, dim=-1).indices
-    beyond = torch.arange(width, device=labels.device) >= counts[:, None]
+    beyond = torch.arange(width, device=device) >= counts[:, None]
     behind = labels.shape[1]  # sorts behind every position
     chosen = chosen.masked_fill(beyond, behind).sort(-1).values
     return chosen.masked_fill(chosen == behind, NO_POSITION)
-
-
-def _scores(
-    rule: Rule,
-    share: float,
-    candidates: Tensor,
-    score: Tensor | None,
-    noise: Tensor,
-) -> Float[Tensor, "batch seq"]:
-    """The higher, the sooner a position is chosen."""
-    if rule in SCORED_RULES:
-        assert score is not None, f"rule {rule} needs scores"
-        return score.float()
-    if rule == "every":
-        rank = candidates.cumsum(-1) - 1
-        steps = [((rank + n) * share - 1e-6).ceil() for n in (0, 1)]
-        return (steps[1] > steps[0]).float()
-    return noise
-
-
-def _explore(
-    score: Tensor, noise: Tensor, counts: Int[Tensor, " batch"]
-) -> Float[Tensor, "batch seq"]:
-    """Scores by which three quarters of ``counts`` are the best, and the others any."""
-    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    best = rank < (counts - counts // 4)[:, None]
-    return noise.masked_fill(best, 2.0)  # noise is below 1
-
-
-def _noise(candidates: Tensor, sample_ids: Tensor | None, seed: int) -> Float[Tensor, "batch seq"]:
-    """In (0, 1), keyed by text and place."""
-    if sample_ids is None:
-        sample_ids = torch.arange(candidates.shape[0], device=candidates.device)
-    places = torch.arange(candidates.shape[1], device=candidates.device)
-    return keyed_uniform(seed, sample_ids, 1, _CHOICE, places.expand(candidates.shape))[0]
-
-
-def _candidates(labels: Tensor) -> Bool[Tensor, "batch seq"]:
-    return _next(labels != IGNORE_INDEX)
 
 
 def _before_answers(rule: Rule, answers: Tensor | None) -> Bool[Tensor, "batch seq"]:
