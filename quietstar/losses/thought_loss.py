@@ -195,9 +195,8 @@ def thought_loss(
         needs_thought=terms.needs_thought or terms.scoring, needs_predicted=terms.scoring,
     )  # fmt: skip
     value, mixed = mixture_objective(mixture, head, accumulator)
-    length, num_thoughts = thoughts.shape[:2]
     tokens = thoughts.where((targets != IGNORE_INDEX).any(0), IGNORE_INDEX).flatten()
-    scale = 1.0 / (length * num_thoughts * num_items)
+    scale = 1.0 / (thoughts.shape[0] * thoughts.shape[1] * num_items)
     coefficients = bonus = None
     if torch.is_grad_enabled():  # else only the results are wanted
         coefficients = torch.zeros_like(tokens, dtype=torch.float32)
@@ -205,11 +204,10 @@ def thought_loss(
             coefficients = (mixed.advantage * scale).expand(thoughts.shape).flatten()
         if terms.entropy_weight > 0:
             bonus = _filled(tokens, -terms.entropy_weight * scale)
-    policy = Segment(
+    segments = [Segment(
         policy_states.flatten(0, 3), tokens, coefficients, bonus, terms.policy_temperature,
         sampled_only=True, wants_entropy=terms.entropy_weight > 0,
-    )  # fmt: skip
-    segments = [policy]
+    )]  # fmt: skip
     if terms.draft_weight > 0:
         # The states at the start vector are the same for all thoughts of a position.
         next_targets = targets[0].flatten()

@@ -44,8 +44,7 @@ class Decoder:
     Args:
         model: A causal LM whose attention implementation is ``quietstar``.
         head: Its output head, for the thought tokens.
-        start_embedding: Opens every thought.
-        end_embedding: Closes every thought.
+        start_embedding, end_embedding: Open and close every thought.
         sampling: Number, length, temperature and seed of the thoughts.
         input_ids: All tokens of the texts but their last, padded on the left.
         real: False at padding.
@@ -65,8 +64,7 @@ class Decoder:
         sample_ids: Int[Tensor, " batch"],
         constant: int | None = None,
     ) -> None:
-        self.model, self.head, self.sampling = model, head, sampling
-        self.constant = constant
+        self.model, self.head, self.sampling, self.constant = model, head, sampling, constant
         self.embed = model.get_input_embeddings()
         dtype = embedding_weight(model).dtype
         self.start, self.end = start_embedding.to(dtype), end_embedding.to(dtype)
@@ -79,12 +77,7 @@ class Decoder:
 
     @torch.no_grad()
     def append(self, tokens: Int[Tensor, " batch"], opens: bool) -> Appended:
-        """Append a token to every text.
-
-        Args:
-            tokens: The next of each text.
-            opens: Whether the start vector is run with them, so that `think` may follow.
-        """
+        """Append a token to every text; with ``opens`` the start vector runs too, for `think`."""
         embedded = self.embed(tokens)[:, None]  # (B, 1, embedding)
         if opens:
             start = self.start.expand(tokens.shape[0], 1, -1)
@@ -100,14 +93,9 @@ class Decoder:
     ) -> tuple[Float[Tensor, "thoughts rows width"], Int[Tensor, "rows thoughts length"]]:
         """Think behind the newest token of every text, or of these rows only.
 
-        The texts of some rows are copied once a token; thoughts cost what their rows cost.
-
-        Args:
-            appended: Result of `append` with ``opens``.
-            rows: Rows that think, all by default.
-
-        Returns:
-            The state of the end vector behind each thought, and the tokens of the thoughts.
+        The texts of some rows are copied once a token; thoughts cost what their rows cost. Needs
+        `append` with ``opens``; returns the state of the end vector behind each thought, and the
+        tokens of the thoughts.
         """
         cache, first, sample_ids = self.cache, appended.opened, self.sample_ids
         assert first is not None, "append with opens"

@@ -44,13 +44,8 @@ def count_positions(
 ) -> Int[Tensor, " batch"]:
     """Count the positions of each text that think and have a target behind them.
 
-    Args:
-        rule: Rule of the module's docstring.
-        share: Fraction of the candidates.
-        labels: Token ids, IGNORE_INDEX where a token is no target.
-        answers: Mask of answer tokens (rules of answers).
-        lookahead: True tokens that a thought is scored on; with rule ``all``, where thoughts are at
-            every position, one of them being a target is enough.
+    Arguments as in `choose_positions`. With rule ``all``, where thoughts are at every position, one
+    target among the ``lookahead`` tokens that a thought is scored on is enough.
     """
     if rule == "all":
         return (lookahead_targets(labels, lookahead) != IGNORE_INDEX).any(0).sum(-1)

@@ -55,9 +55,8 @@ def sample_thoughts(
     thoughts: list[Tensor] = []
     with cast_weights(model.base_model):
         for index in range(length):
-            noise = keyed_uniform(
-                sampling.seed, sample_ids, num_thoughts, index, steps.positions
-            )  # (K, B, P)
+            keys = (sampling.seed, sample_ids, num_thoughts, index, steps.positions)
+            noise = keyed_uniform(*keys)  # (K, B, P)
             states = steps.run(index, thoughts[-1] if thoughts else None).flatten(0, 1)
             # Behind the start token all thoughts of a position draw from one distribution.
             draws = noise.reshape(-1, len(states)).T.contiguous()  # (B * P, K), or (K * B * P, 1)

@@ -54,10 +54,7 @@ class ThoughtBatch:
     """Thoughts at positions of texts: what a sampler gives and a learn pass takes.
 
     Attributes:
-        input_ids: Token ids of the texts.
-        labels: Token ids, -100 where a token is no target.
-        answer_mask: Whether a token belongs to an answer; None where that is not known.
-        sample_ids: Index of each text in the run.
+        input_ids, labels, answer_mask, sample_ids: As in `Texts`.
         positions: Position of each thought, ascending; -1 pads texts with fewer than others.
         tokens: Tokens of the thoughts.
         lengths: Tokens of each thought.
@@ -81,13 +78,7 @@ class ThoughtBatch:
         positions: Int[Tensor, "batch positions"] | None,
         tokens: Int[Tensor, "batch positions thoughts length"],
     ) -> ThoughtBatch:
-        """Put texts and the thoughts drawn for them together.
-
-        Args:
-            texts: Texts of the thoughts.
-            positions: Position of each thought; None for all positions.
-            tokens: Thought tokens, all of one length.
-        """
+        """Put texts and their thoughts, all of one length, together; at all positions if None."""
         if positions is None:
             seq = torch.arange(texts.input_ids.shape[1], device=texts.input_ids.device)
             positions = seq.expand(texts.input_ids.shape)
