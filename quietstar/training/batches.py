@@ -21,15 +21,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StepBatches:
-    """What one rank runs in one optimizer step, in host memory.
+    """What one rank runs in one optimizer step, in host memory."""
 
-    Attributes:
-        micro_batches: Micro-batches, as many on every rank.
-        num_targets: Target tokens of all micro-batches, and positions that think, (2,).
-    """
-
-    micro_batches: list[Batch]
-    num_targets: Tensor
+    micro_batches: list[Batch]  # as many on every rank
+    num_targets: Tensor  # target tokens of all micro-batches, and positions that think, (2,)
 
 
 def micro_batch_rows(

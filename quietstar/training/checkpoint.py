@@ -96,28 +96,24 @@ def save_checkpoint(run: StageRun, step: int) -> Path:
                         os.fsync(stream.fileno())
     except (OSError, RuntimeError, SafetensorError) as problem:
         shutil.rmtree(partial, ignore_errors=True)
-        raise _cannot_write(run, final, problem) from problem
+        tensors = [p for p in run.model.parameters() if p.requires_grad]
+        for parts in run.optimizer.state.values():
+            tensors += [value for value in parts.values() if isinstance(value, torch.Tensor)]
+        needed = sum(x.numel() * x.element_size() for x in tensors)
+        free = shutil.disk_usage(final.parent).free
+        whole = list_checkpoints(output_dir)
+        earlier = f"{whole[-1]} is whole" if whole else "there is no earlier one"
+        raise UserError(
+            f"{final} cannot be written ({' '.join(str(problem).split())[:200]}): it needs about "
+            f"{needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free; {earlier}. Free some "
+            "space and go on with --resume auto."
+        ) from problem
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         drop_old(output_dir, run.config.training.save_total_limit)
     accelerator.wait_for_everyone()
     return final
-
-
-def _cannot_write(run: StageRun, folder: Path, problem: Exception) -> UserError:
-    tensors = [p for p in run.model.parameters() if p.requires_grad]
-    for state in run.optimizer.state.values():
-        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    needed = sum(x.numel() * x.element_size() for x in tensors)
-    free = shutil.disk_usage(folder.parent).free
-    whole = list_checkpoints(folder.parent.parent)
-    earlier = f"{whole[-1]} is whole" if whole else "there is no earlier one"
-    return UserError(
-        f"{folder} cannot be written ({' '.join(str(problem).split())[:200]}): it needs about "
-        f"{needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free; {earlier}. Free some "
-        "space and go on with --resume auto."
-    )
 
 
 def drop_old(output_dir: Path, keep: int) -> None:
@@ -342,11 +338,9 @@ def check_same_run(output_dir: Path, config: Config, allow_changes: bool = False
 
 def flat(config: Config) -> dict[str, str]:
     """Returns dotted keys and values as text, as trackers take them; of each stage if several."""
-    if not config.stages:
-        sections = config.model_dump(exclude={"stages"}).items()
-        return {f"{name}.{key}": str(v) for name, part in sections for key, v in part.items()}
-    return {
-        f"stages.{stage}.{key}": value
-        for stage, stage_config in config.stage_configs().items()
-        for key, value in flat(stage_config).items()
-    }
+    values = {}
+    for stage, stage_config in config.stage_configs().items():
+        prefix = f"stages.{stage}." if config.stages else ""
+        for section, part in stage_config.model_dump(exclude={"stages"}).items():
+            values |= {f"{prefix}{section}.{key}": str(value) for key, value in part.items()}
+    return values

@@ -38,7 +38,7 @@ from quietstar.training.checkpoint import (
     FINAL_FOLDER,
     check_same_run,
 )
-from quietstar.training.evaluation import RESULTS_FILE, chosen_positions, right_answers
+from quietstar.training.evaluation import RESULTS_FILE, chosen_positions, score
 from quietstar.training.run import run_training
 
 CONTROLS_FILE = "controls.json"
@@ -52,10 +52,11 @@ LABELS = {
     "first_thoughts": "thoughts of the model before",
 }
 TRAINED = ("full", "no_thoughts", "pause", "no_reinforce")
-OnReport = Callable[[Path], object]
 
 
-def run_controls(config: Config, num_seeds: int, on_report: OnReport | None = None) -> Path:
+def run_controls(
+    config: Config, num_seeds: int, on_report: Callable[[Path], object] | None = None
+) -> Path:
     """Trains all variants for every seed and compares them; returns the folder of the comparison.
 
     An interrupted call goes on: finished variants are kept, the current one resumes. All processes
@@ -240,10 +241,8 @@ def _first_thoughts(
         batch = batch.to(accelerator.device)
         positions = chosen_positions(reader, batch)
         thoughts = writer.sample(batch.input_ids, positions=positions, sample_ids=batch.sample_ids)
-        inputs = (batch.input_ids, batch.attention_mask, batch.labels)
-        scored = reader.think(*inputs, thoughts=thoughts, positions=positions)
-        right, count = right_answers(scored.next_predicted(), batch.input_ids, batch.answers)
-        counts += torch.tensor([int(right), int(count)], device=accelerator.device)
+        metrics, key = score(reader, batch, thoughts, positions), "accuracy_with_thoughts"
+        counts += torch.stack([metrics.sums[key], metrics.counts[key]])
     right, total = accelerator.reduce(counts, "sum").tolist()  # pyright: ignore
     return {"accuracy": {"with_thoughts": right / total, "n": total}}
 

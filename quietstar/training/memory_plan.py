@@ -39,29 +39,17 @@ _FLOAT = 4  # bytes
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one process, above those of a process that has imported everything.
+    """Bytes of one process, above those of a process that has imported everything."""
 
-    Attributes:
-        weights: This process's part of the model.
-        gradients: All gradients, when all are there.
-        optimizer: Optimizer state, and the copy of the weights that ZeRO keeps.
-        exchange: Gathered layers, and buffers of gradients under way.
-        rollout: Peak while thoughts are sampled.
-        learning: Peak in forward and backward, beyond the gradients alive at that moment.
-        learning_gradients: Those gradients.
-        cache: Keys and values of a rollout, a part of ``rollout``.
-        logits: Logits of one chunk of the cross entropy, a part of ``learning``.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    exchange: int
-    rollout: int
-    learning: int
-    learning_gradients: int
-    cache: int
-    logits: int
+    weights: int  # this process's part of the model
+    gradients: int  # all gradients, when all are there
+    optimizer: int  # its state, and the copy of the weights that ZeRO keeps
+    exchange: int  # gathered layers, and buffers of gradients under way
+    rollout: int  # peak while thoughts are sampled
+    learning: int  # peak in forward and backward, beyond the gradients alive at that moment
+    learning_gradients: int  # those gradients
+    cache: int  # keys and values of a rollout, a part of `rollout`
+    logits: int  # logits of one chunk of the cross entropy, a part of `learning`
 
     @property
     def step(self) -> int:

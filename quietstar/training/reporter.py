@@ -97,12 +97,20 @@ class Reporter:
         self.active = accelerator.is_main_process
         self.console = Console(stderr=False, highlight=False)
         self.path = Path(config.training.output_dir) / METRICS_FILE
-        if self.active and start_step > 0:
-            forget_later(self.path, start_step, stage_at(stages, start_step))
+        if self.active and start_step > 0:  # drop the records that come again
+            at_end = start_step == stage_at(stages, start_step).last_step
+            last = ("train",) if at_end else ("train", "eval")
+            records = [
+                record for record in read_metrics(self.path)
+                if record["step"] < start_step
+                or (record["step"] == start_step and record["kind"] in last)
+            ]  # fmt: skip
+            lines = [json.dumps(record) + "\n" for record in records]
+            self.path.write_text("".join(lines), encoding="utf-8")
         self.evaluations: list[tuple[int, dict[str, float]]] = []
         self._failed_checks: set[str] = set()
         self._step_began = time.perf_counter()
-        self._progress = Progress(
+        self.bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -111,18 +119,9 @@ class Reporter:
             console=self.console,
             disable=not (self.active and self.console.is_terminal),
         )
-        self._task = self._progress.add_task(
+        self._task = self.bar.add_task(
             "training", total=self._total, completed=start_step, figures=""
         )
-
-    def __enter__(self) -> Reporter:
-        """Shows the progress bar."""
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Takes the progress bar away."""
-        self._progress.stop()
 
     def say(self, text: str) -> None:
         """Prints one line, above the progress bar."""
@@ -134,7 +133,7 @@ class Reporter:
         self.stage = stage
         self._failed_checks.clear()
         self.evaluations.clear()
-        self._progress.update(self._task, description=stage.name)
+        self.bar.update(self._task, description=stage.name)
         if self._num_stages > 1:
             self.say(f"stage {stage.index + 1} of {self._num_stages}: {stage.name}")
         for line in lines:
@@ -165,11 +164,16 @@ class Reporter:
             lr: Learning rate of the language model in this step.
             output: Output with the metrics of the whole step; over all ranks if it is reported.
         """
-        self._progress.advance(self._task)
+        self.bar.advance(self._task)
         if not self.active or not self.is_step_due(step):
             return
         assert output.metrics is not None, "a training step has metrics"
         seconds, config = time.perf_counter() - self._step_began, self.stage.config
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated() / 2**20
+        else:
+            unit = 2**20 if sys.platform == "darwin" else 2**10
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         text_tokens = config.training.global_batch_size * config.data.seq_len
         figures = {
             "loss": loss,
@@ -178,7 +182,7 @@ class Reporter:
             "lr": lr,
             "seconds": seconds,
             "text_tokens_per_second": text_tokens / seconds,
-            "peak_memory_mb": peak_memory_mb(),
+            "peak_memory_mb": peak,
         }
         if self.stage.thinks:
             num_thoughts = text_tokens * config.thoughts.num_thoughts
@@ -193,20 +197,16 @@ class Reporter:
             if key in figures
         )
         text += f"  {seconds:.1f} s/step"
-        self._progress.update(self._task, figures=text)
+        self.bar.update(self._task, figures=text)
         if not self.console.is_terminal and self._is_due(step, max(1, self._total // LOG_LINES)):
             self.say(f"step {step:>5}/{self._total}  {text}")
-        self._check_health(step, figures)
-        if self._is_due(step, config.logging.thought_steps):
-            self._show_thought(output)
-
-    def _check_health(self, step: int, figures: Mapping[str, float]) -> None:
-        if step - self.stage.first_step <= UNCHECKED_STEPS:
-            return
         for name, (is_bad, message) in HEALTH_CHECKS.items():
-            if name in figures and is_bad(figures[name]) and name not in self._failed_checks:
+            checked = step - self.stage.first_step > UNCHECKED_STEPS and name in figures
+            if checked and is_bad(figures[name]) and name not in self._failed_checks:
                 self._failed_checks.add(name)  # each warns once a stage
                 self.say(f"warning: step {step}: {message.format(figures[name])}")
+        if self._is_due(step, config.logging.thought_steps):
+            self._show_thought(output)
 
     def _show_thought(self, output: QuietStarOutput) -> None:
         if output.thoughts is None or output.input_ids is None:
@@ -224,11 +224,11 @@ class Reporter:
     @contextmanager
     def evaluating(self, num_batches: int) -> Iterator[Callable[[], None]]:
         """Shows a second bar; yields the function that advances it."""
-        task = self._progress.add_task("evaluating", total=num_batches, figures="")
+        task = self.bar.add_task("evaluating", total=num_batches, figures="")
         try:
-            yield lambda: self._progress.advance(task)
+            yield lambda: self.bar.advance(task)
         finally:
-            self._progress.remove_task(task)
+            self.bar.remove_task(task)
 
     def evaluation(self, step: int, figures: dict[str, float]) -> None:
         """Reports a held-out evaluation."""
@@ -265,30 +265,7 @@ class Reporter:
         self.accelerator.log({f"{kind}/{k}": v for k, v in figures.items()}, step=step)
 
 
-def peak_memory_mb() -> float:
-    """Returns the most memory held so far: of the GPU if there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-# --- metrics.jsonl --------------------------------------------------------------------------------
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Reads the whole records of a metrics.jsonl; an interrupted run may leave half a line."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def forget_later(path: Path, step: int, stage: Stage) -> None:
-    """Drops the records that a run resumed after ``step``, in ``stage``, writes again."""
-
-    def stays(record: Mapping[str, Any]) -> bool:
-        if record["step"] == step == stage.last_step:
-            return record["kind"] == "train"  # the evaluation at the end comes again
-        return record["step"] <= step
-
-    records = [json.dumps(record) + "\n" for record in read_metrics(path) if stays(record)]
-    path.write_text("".join(records), encoding="utf-8")

@@ -80,14 +80,14 @@ def run_training(
     accelerator.wait_for_everyone()
     accelerator.init_trackers("quietstar", config=flat(config))
     reporter = Reporter(config, accelerator, job.tokenizer, job.stages, steps_done, on_report)
-    with reporter, listening() as stop:
+    with reporter.bar, listening() as stop:
         first, total = stage_at(job.stages, steps_done), job.stages[-1].last_step
         if checkpoint is not None and steps_done >= total:
             reporter.say(f"--resume: {checkpoint} already has all {total} steps; it is evaluated")
         elif checkpoint is not None:
             where = f", stage {first.name}" if len(job.stages) > 1 else ""
-            step = f"step {steps_done} of {total}{where}"
-            reporter.say(f"--resume: going on from {checkpoint}, {step}")
+            text = f"going on from {checkpoint}, step {steps_done} of {total}{where}"
+            reporter.say(f"--resume: {text}")
         elif resume is not None:
             reporter.say(f"--resume auto: no checkpoint in {output_dir}, so a new run begins")
         for remark in remarks:

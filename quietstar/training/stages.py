@@ -11,21 +11,13 @@ from quietstar.model.quiet_star import QuietStarForCausalLM
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of a run.
-
-    Attributes:
-        name: Name in the config.
-        index: Place among the stages.
-        config: Config that holds in the stage.
-        first_step: Steps of all stages before; steps are counted over the whole run.
-        starts_thinking: True if it is the first stage that thinks: it sets the two vectors.
-    """
+    """A stage of a run, whose steps are counted over the whole run."""
 
     name: str
     index: int
     config: Config
-    first_step: int
-    starts_thinking: bool
+    first_step: int  # steps of all stages before
+    starts_thinking: bool  # the first stage that thinks sets the two vectors
 
     @property
     def last_step(self) -> int:

@@ -36,28 +36,16 @@ class StopRequest:
 
 @dataclass
 class StageRun:
-    """Everything that the loop of one stage holds.
-
-    Attributes:
-        stage: Stage that runs.
-        strategy: Wraps the module, exchanges gradients, saves.
-        model: Wrapped module that the strategy prepared.
-        optimizer: AdamW with the groups of `quietstar.training.optimizer`.
-        train_data: Batches by step.
-        eval_data: Held-out sequences.
-        reporter: Progress bar, metrics.jsonl, trackers.
-        start_step: Steps of the stage already done (0 if it is new).
-        stop: Request to stop, set by a signal.
-    """
+    """Everything that the loop of one stage holds."""
 
     stage: Stage
-    strategy: Strategy
-    model: torch.nn.Module
-    optimizer: Optimizer
+    strategy: Strategy  # wraps the module, exchanges gradients, saves
+    model: torch.nn.Module  # as the strategy has wrapped it
+    optimizer: Optimizer  # with the groups of `quietstar.training.optimizer`
     train_data: TrainData
     eval_data: EvalData
     reporter: Reporter
-    start_step: int
+    start_step: int  # steps of the stage already done
     stop: StopRequest
 
     @property
