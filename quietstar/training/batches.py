@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from quietstar.attention.layout import IGNORE_INDEX
 from quietstar.config import ThoughtsConfig
 from quietstar.data import Batch, TrainData
 from quietstar.sampling.positions import count_positions
+from quietstar.training.state import StageRun
 
 T = TypeVar("T")
 
@@ -27,6 +29,21 @@ class StepBatches:
     num_targets: Tensor  # target tokens of all micro-batches, and positions that think, (2,)
 
 
+def read_ahead(run: StageRun) -> Generator[StepBatches, None, None]:
+    """Yields this rank's batches of every step to come, each read during the step before."""
+    settings, accelerator, first = run.config.training, run.accelerator, run.stage.first_step
+    rows = micro_batch_rows(
+        settings.global_batch_size, settings.micro_batch_size,
+        accelerator.num_processes, accelerator.process_index,
+    )  # fmt: skip
+    read = partial(
+        read_step, run.train_data, batch_size=settings.global_batch_size, rows=rows,
+        thoughts=run.config.thoughts, pin=accelerator.device.type == "cuda",
+    )  # fmt: skip
+    # Counted over the run: a later stage goes on in the data, and draws other thoughts.
+    return prefetched(read, range(first + run.start_step, run.stage.last_step))
+
+
 def micro_batch_rows(
     batch_size: int, micro_batch_size: int, num_processes: int, rank: int
 ) -> list[range]:
@@ -34,13 +51,7 @@ def micro_batch_rows(
 
     Ranks take contiguous shares that differ by at most one row, and cut them into equally many
     micro-batches: the wrappers' collectives hang if one rank runs another forward pass. So the last
-    micro-batches of a smaller share may be empty ranges.
-
-    Args:
-        batch_size: Sequences in the step over all ranks.
-        micro_batch_size: Largest micro-batch.
-        num_processes: Number of ranks, at most ``batch_size``.
-        rank: Index of this rank.
+    micro-batches of a smaller share may be empty ranges. A step has at least one row for each rank.
     """
 
     def part(rows: range, index: int, count: int) -> range:
@@ -62,13 +73,8 @@ def read_step(
 ) -> StepBatches:
     """Reads and tokenizes one rank's micro-batches of a step, and counts what they train on.
 
-    Args:
-        data: Training data.
-        step: Step of the whole run, from 0.
-        batch_size: Sequences in the step over all ranks.
-        rows: Rows of each micro-batch, from `micro_batch_rows`.
-        thoughts: Rule for the positions that think.
-        pin: Whether to page-lock the tensors, so that copies to a GPU can overlap with its work.
+    Steps are those of the whole run, from 0, and have ``batch_size`` rows over all ranks. ``pin``
+    page-locks the tensors, so that copies to a GPU can overlap with its work.
     """
     batches, num_targets = [], torch.zeros(2, dtype=torch.long)
     for of_one in rows:

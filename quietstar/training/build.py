@@ -60,8 +60,7 @@ def quiet_libraries() -> None:
 def build_accelerator(config: Config) -> Accelerator:
     """Builds the accelerator, on all of the machine's cores where there is no GPU.
 
-    Raises:
-        UserError: Fewer processes than launched see each other, or a tracker cannot be used.
+    Raises UserError if not all launched processes see each other, or a tracker cannot be used.
     """
     available = {tracker.value for tracker in get_available_trackers()}
     missing = [name for name in config.logging.report_to if name not in available]

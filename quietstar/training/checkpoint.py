@@ -65,9 +65,7 @@ def save_checkpoint(run: StageRun, step: int) -> Path:
     """Saves the state after ``step`` steps of the run, then removes old checkpoints.
 
     It is written beside its final name and renamed when it is whole. To be called on all processes.
-
-    Raises:
-        UserError: It cannot be written (a full disk); the earlier ones stay as they are.
+    Raises UserError if it cannot be written (a full disk); the earlier ones stay as they are.
     """
     output_dir, accelerator = Path(run.config.training.output_dir), run.accelerator
     final = output_dir / CHECKPOINTS_FOLDER / f"step-{step:06d}"
@@ -213,8 +211,7 @@ def _digest(path: Path) -> str:
 def find_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None, list[str]]:
     """Returns the checkpoint to go on from, None for a new run, and a line for each damaged one.
 
-    Raises:
-        UserError: The checkpoint asked for is damaged or none, or all of the run's are damaged.
+    Raises UserError if the one asked for is damaged or none, or all of the run's are damaged.
     """
     if resume is None:
         return None, []
@@ -304,11 +301,7 @@ def start_run_dir(output_dir: Path) -> None:
 
 
 def check_same_run(output_dir: Path, config: Config, allow_changes: bool = False) -> list[str]:
-    """Refuses settings that would make the run another one; returns a line for each changed key.
-
-    Raises:
-        UserError: They would, and ``allow_changes`` is not set; names every such key.
-    """
+    """Returns a line for each changed key; UserError if the run would be another one with them."""
     path = output_dir / CONFIG_FILE
     try:
         before = flat(load_config(path)) if path.exists() else {}

@@ -32,12 +32,7 @@ from quietstar.errors import UserError
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.sampling.positions import count_positions
 from quietstar.training.build import build_accelerator
-from quietstar.training.checkpoint import (
-    CHECKPOINTS_FOLDER,
-    CONFIG_FILE,
-    FINAL_FOLDER,
-    check_same_run,
-)
+from quietstar.training.checkpoint import CONFIG_FILE, FINAL_FOLDER, check_same_run
 from quietstar.training.evaluation import RESULTS_FILE, chosen_positions, score
 from quietstar.training.run import run_training
 
@@ -143,13 +138,8 @@ def variant(
 ) -> Config:
     """Returns the config of one variant of the stage, by its name in `TRAINED`.
 
-    Args:
-        name: Name of the variant.
-        stage: Config of the stage as it is.
-        start: Folder of the model to start from; None for the stage's own.
-        seed: Seed of the variant.
-        folder: Run folder of the variant.
-        fraction: Fraction of the tokens that think (`thinking_fraction`).
+    It starts from the model in ``start``, None for the stage's own, and runs in ``folder``. A
+    ``fraction`` of the stage's tokens think (`thinking_fraction`).
     """
     training = {"seed": seed, "output_dir": str(folder), "eval_steps": 0}
     changes: dict[str, dict[str, Any]] = {"training": training}
@@ -203,13 +193,12 @@ def _changed(config: Config, changes: Mapping[str, Mapping[str, Any]], stages=No
 def _state(folder: Path, config: Config) -> str:
     """Returns how far an earlier call has come with a run: new, failed, begun or finished.
 
-    Raises:
-        UserError: A run of other settings is finished; its results would be taken for this one's.
+    Raises UserError if it is one of other settings, whose results would be taken for this one's.
     """
     if not (folder / CONFIG_FILE).exists():
         return "new"
     if not (folder / RESULTS_FILE).exists():
-        return "begun" if (folder / CHECKPOINTS_FOLDER).exists() else "failed"
+        return "begun" if (folder / "checkpoints").exists() else "failed"
     check_same_run(folder, config)
     before, now = (
         {name: stage.training.max_steps for name, stage in one.stage_configs().items()}

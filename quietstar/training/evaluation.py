@@ -9,7 +9,6 @@ is content. Thoughts are swapped among texts where all have answers, within each
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import add
@@ -314,8 +313,16 @@ def _sample(
     truth = ids[position + 1 : end + 1]
     base = thoughts.base_predicted[row, position:end]
     mixed = thoughts.next_predicted()[row, 0, position:end]
-    logprobs = [_logprobs(thoughts, row, where) for where in range(position, end)]
-    without, with_thoughts = (math.exp(sum(of_one)) for of_one in zip(*logprobs, strict=True))
+    logprobs = torch.zeros(2, dtype=torch.double)  # of the truth, without and with thoughts
+    for predicting in range(position, end):
+        latest, ahead = predicting, 0
+        if positions is not None:
+            latest = int(((positions >= 0) & (positions <= predicting)).sum()) - 1
+            ahead = predicting - int(positions[latest])
+        if latest >= 0 and ahead < thoughts.base_logprobs.shape[-1]:  # a thought reaches as far
+            logprobs[0] += float(thoughts.base_logprobs[row, latest, ahead])
+            logprobs[1] += float(thoughts.mixed_logprobs[row, 0, latest, ahead])
+    without, with_thoughts = logprobs.exp().tolist()
     tokens, rationale = thoughts.tokens[row, 0, place], batch.rationale[row]
     rationale = rationale[rationale >= 0]
     is_right = None
@@ -331,19 +338,3 @@ def _sample(
         "right_thought": is_right,
         "correct": bool((mixed == truth).all()),
     }
-
-
-def _logprobs(thoughts: Thoughts, row: int, position: int) -> tuple[float, float]:
-    """Returns the log-probability of the true next token, without and with a thought.
-
-    The thought is the latest one whose lookahead reaches as far; without one both are 0.
-    """
-    place, ahead = position, 0
-    if thoughts.positions is not None:
-        positions = thoughts.positions[row]
-        place = int(((positions >= 0) & (positions <= position)).sum()) - 1
-        ahead = position - int(positions[place])
-        if place < 0 or ahead >= thoughts.base_logprobs.shape[-1]:
-            return 0.0, 0.0
-    base, mixed = thoughts.base_logprobs[row, place], thoughts.mixed_logprobs[row, 0, place]
-    return float(base[ahead]), float(mixed[ahead])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,10 +13,10 @@ from torch import Tensor
 
 from quietstar.errors import Preempted, UserError
 from quietstar.model.outputs import QuietStarOutput, ThoughtMetrics
-from quietstar.training.batches import StepBatches, micro_batch_rows, prefetched, read_step
+from quietstar.training.batches import StepBatches, read_ahead
 from quietstar.training.checkpoint import save_checkpoint
 from quietstar.training.evaluation import evaluate
-from quietstar.training.optimizer import learning_rate_factor, set_learning_rates
+from quietstar.training.optimizer import set_learning_rates
 from quietstar.training.state import PREEMPTED_FILE, StageRun
 
 
@@ -36,8 +35,7 @@ def train(run: StageRun) -> None:
         for step, batches in zip(steps, batches_of_steps, strict=True):
             done, last = step + 1, step + 1 == settings.max_steps
             run.reporter.step_begins()
-            factor = learning_rate_factor(optim, step, settings.max_steps)
-            lr = set_learning_rates(run.optimizer, factor)
+            lr = set_learning_rates(run.optimizer, optim, step, settings.max_steps)
             output, sums = accumulate_gradients(run, step, batches)
             check = StepCheck(first + done, sums)
             run.strategy.update(run.model, run.optimizer, optim.max_grad_norm, check)
@@ -50,21 +48,6 @@ def train(run: StageRun) -> None:
             if settings.save_steps and (done % settings.save_steps == 0 or last):
                 save_checkpoint(run, first + done)
     run.reporter.evaluation(run.stage.last_step, evaluate(run))
-
-
-def read_ahead(run: StageRun) -> Generator[StepBatches, None, None]:
-    """Yields this rank's batches of every step to come, each read during the step before."""
-    settings, accelerator, first = run.config.training, run.accelerator, run.stage.first_step
-    rows = micro_batch_rows(
-        settings.global_batch_size, settings.micro_batch_size,
-        accelerator.num_processes, accelerator.process_index,
-    )  # fmt: skip
-    read = partial(
-        read_step, run.train_data, batch_size=settings.global_batch_size, rows=rows,
-        thoughts=run.config.thoughts, pin=accelerator.device.type == "cuda",
-    )  # fmt: skip
-    # Counted over the run: a later stage goes on in the data, and draws other thoughts.
-    return prefetched(read, range(first + run.start_step, run.stage.last_step))
 
 
 def leave(run: StageRun, step: int) -> NoReturn:
@@ -133,11 +116,8 @@ class StepCheck:
     """Reads a step's loss, gradient norms and stop requests from the device, all in one transfer.
 
     Called by the strategy before the weights change where that is possible, so it is also what
-    stops a step that would destroy them.
-
-    Args:
-        step: Steps of the run done, this one included.
-        sums: Sums over ranks of the loss and of requests to stop, (2,).
+    stops a step that would destroy them. ``step`` counts those of the run, this one included;
+    ``sums`` are those over ranks of the loss and of requests to stop, (2,).
     """
 
     def __init__(self, step: int, sums: Tensor) -> None:
@@ -146,18 +126,12 @@ class StepCheck:
         self._step, self._sums = step, sums
 
     def __call__(self, norms: Mapping[str, Tensor], *, stepped: bool = False) -> None:
-        """Stops before a step that would destroy the weights, or right after it.
-
-        Raises:
-            UserError: The loss or the total gradient norm is not finite.
-        """
+        """Raises UserError if the loss or the total gradient norm is not finite."""
         on_device = [norm.to(self._sums.device, torch.float32) for norm in norms.values()]
         # The only place of a step that waits for the device.
         self.loss, stops, *values = torch.stack([*self._sums, *on_device]).tolist()
         self.stop_requested, self.norms = stops > 0, dict(zip(norms, values, strict=True))
-        read = {"loss": self.loss}
-        if "total" in self.norms:
-            read["gradient norm"] = self.norms["total"]
+        read = {"loss": self.loss, "gradient norm": self.norms.get("total", 0.0)}
         bad = [f"{name} {value}" for name, value in read.items() if not math.isfinite(value)]
         if bad:
             when = "after the step, whose weights are not saved" if stepped else "before the step"

@@ -68,10 +68,10 @@ class Estimate:
 
 
 def estimate_run(config: Config, engine: str, processes: int) -> Estimate:
-    """Estimates the memory of the stage that needs most.
+    """Estimates the memory of the stage that needs most, without loading weights.
 
     Args:
-        config: Config of the run; its weights are not loaded, but its tokenizer and config are.
+        config: Config of the run.
         engine: One of single, ddp, zero1, zero2, zero3, fsdp2.
         processes: Number of processes.
 
@@ -132,11 +132,7 @@ def _estimate_stage(
 def model_without_weights(
     config: Config, tokenizer: PreTrainedTokenizerBase
 ) -> QuietStarForCausalLM:
-    """Builds the model as a run does, on the meta device.
-
-    Raises:
-        UserError: The base model's config cannot be read.
-    """
+    """Builds the model as a run does, on the meta device; UserError if its config is unreadable."""
     name = config.model.name_or_path
     try:
         if name is None:

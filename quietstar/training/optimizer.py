@@ -20,10 +20,8 @@ def build_optimizer(
     """Builds AdamW over all parameters that train; biases, norms and the two vectors do not decay.
 
     With ``tuning.method: galore`` the gradients of the layers' matrices are projected to a low rank
-    (Zhao et al. 2024), and so is what AdamW remembers of them.
-
-    Raises:
-        UserError: galore-torch is not installed.
+    (Zhao et al. 2024), and so is what AdamW remembers of them. Raises UserError if galore-torch is
+    not installed.
     """
     galore = tuning if tuning is not None and tuning.method == "galore" else None
     by_kind: dict[tuple[Group, bool, bool], list[torch.nn.Parameter]] = {}
@@ -95,8 +93,11 @@ def learning_rate_factor(config: OptimConfig, step: int, max_steps: int) -> floa
     return 1.0
 
 
-def set_learning_rates(optimizer: Optimizer, factor: float) -> float:
+def set_learning_rates(
+    optimizer: Optimizer, config: OptimConfig, step: int, max_steps: int
+) -> float:
     """Gives every group its learning rate of a step; returns the first group's."""
+    factor = learning_rate_factor(config, step, max_steps)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     return optimizer.param_groups[0]["lr"]

@@ -73,13 +73,8 @@ LEFT_OUT = ("base_nll", "mixed_nll", "thought_nll", "gain_over_pause", "mixing_w
 class Reporter:
     """Reports a run on the main process; on the others every call does nothing.
 
-    Args:
-        config: Config of the run.
-        accelerator: Accelerator whose trackers get the metrics.
-        tokenizer: Tokenizer to show thoughts with.
-        stages: Stages of the run.
-        start_step: Steps already done.
-        on_report: Called with the run folder after every held-out evaluation.
+    It goes on after ``start_step`` steps; ``on_report`` is called with the run folder after every
+    held-out evaluation.
     """
 
     def __init__(
