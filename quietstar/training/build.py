@@ -113,13 +113,11 @@ def set_up(config: Config, strategy: Strategy) -> Job:
     model = build_model(settings, tokenizer, strategy)
     for stage, (_, eval_data, _) in zip(stages, data, strict=True):
         check_thoughts_fit(stage, model, eval_data)
+    device, training = accelerator.device.type, config.training
     model.learn_chunk_tokens = resolve_chunk_tokens(
-        config.training.learn_chunk_tokens,
-        accelerator.device.type,
-        strategy.sharded,
-        config.training.gradient_checkpointing,
+        training.learn_chunk_tokens, device, strategy.sharded, training.gradient_checkpointing
     )
-    if config.training.torch_compile:
+    if training.torch_compile:
         compile_layers(model.causal_lm)
     strategy.keep_trainable_only(model)
     return Job(stages, strategy, tokenizer, model, data)

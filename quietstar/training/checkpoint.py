@@ -123,12 +123,11 @@ def drop_old(output_dir: Path, keep: int) -> None:
     folders = list_checkpoints(output_dir)
     states: dict[Path, dict[str, Any]] = {}
     for folder in folders:
-        states[folder] = {}
         with suppress(OSError, ValueError, TypeError):
             states[folder] = dict(read_state(folder))
-    stage = states[folders[-1]].get("stage")
-    scored = [f for f in folders if states[f].get("stage") == stage]
-    scored = [f for f in scored if states[f].get("mixed_nll") is not None]
+    stage = states.get(folders[-1], {}).get("stage")
+    of_stage = {f: state for f, state in states.items() if state.get("stage") == stage}
+    scored = [f for f, state in of_stage.items() if state.get("mixed_nll") is not None]
     best = min(scored, key=lambda f: states[f]["mixed_nll"], default=None)
     for folder in folders[:-keep]:
         if folder != best:

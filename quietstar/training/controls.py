@@ -25,7 +25,7 @@ from scipy import stats
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import Config
-from quietstar.config.loading import load_config, save_config
+from quietstar.config.loading import save_config
 from quietstar.data import build_data, load_tokenizer
 from quietstar.distributed import from_main_process
 from quietstar.errors import UserError
@@ -37,8 +37,7 @@ from quietstar.training.evaluation import RESULTS_FILE, chosen_positions, score
 from quietstar.training.run import run_training
 
 CONTROLS_FILE = "controls.json"
-COUNTED_STEPS = 20
-"""Steps whose thinking positions are counted, to match the compute of a control."""
+COUNTED_STEPS = 20  # whose thinking positions are counted, to match the compute of a control
 LABELS = {
     "full": "Quiet-STaR",
     "no_thoughts": "no thoughts, same compute",
@@ -55,12 +54,9 @@ def run_controls(
     """Trains all variants for every seed and compares them; returns the folder of the comparison.
 
     An interrupted call goes on: finished variants are kept, the current one resumes. All processes
-    of a launch take part in every variant, and the main process alone writes the comparison.
-
-    Args:
-        config: Config of the whole run; its last stage is compared.
-        num_seeds: Number of seeds, counted up from ``training.seed``.
-        on_report: Callback on the main process, with each run folder whose figures changed.
+    of a launch take part in every variant, and the main process alone writes the comparison. Seeds
+    count up from ``training.seed``; ``on_report`` is called on the main process with each run
+    folder whose figures changed.
 
     Raises:
         UserError: The last stage does not think, its texts have no answers, or training fails.
@@ -199,14 +195,10 @@ def _state(folder: Path, config: Config) -> str:
         return "new"
     if not (folder / RESULTS_FILE).exists():
         return "begun" if (folder / "checkpoints").exists() else "failed"
-    check_same_run(folder, config)
-    before, now = (
-        {name: stage.training.max_steps for name, stage in one.stage_configs().items()}
-        for one in (load_config(folder / CONFIG_FILE), config)
-    )
-    if before != now:
+    changes = check_same_run(folder, config)
+    if longer := [change for change in changes if "training.max_steps was" in change]:
         raise UserError(
-            f"--controls: {folder} is finished with training.max_steps {before}, not {now}. "
+            f"--controls: {folder} is finished, and its {'; '.join(longer)}. "
             "Choose another training.output_dir, or remove that folder."
         )
     return "finished"

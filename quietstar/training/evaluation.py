@@ -22,28 +22,17 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.data import Batch
 from quietstar.distributed import ModelProxy
-from quietstar.evaluation.controls import (
-    GAINS,
-    PAUSE,
-    SWAPPED,
-    TextThoughts,
-    gain_over,
-    pause_tokens,
-    plan_swap,
-)
+from quietstar.evaluation import controls
+from quietstar.evaluation.controls import PAUSE, SWAPPED, TextThoughts
 from quietstar.model.outputs import ThoughtMetrics, Thoughts
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.training.reporter import read_metrics
 from quietstar.training.state import StageRun
 
-Thinker = QuietStarForCausalLM | ModelProxy
-"""A model, or one behind its strategy's wrapper."""
-
-Count = tuple[Tensor, Tensor]
-"""A sum, and of how many."""
+Thinker = QuietStarForCausalLM | ModelProxy  # as it is, or behind its strategy's wrapper
+Count = tuple[Tensor, Tensor]  # a sum, and of how many
 CONTROLS = (SWAPPED, PAUSE)
-SAMPLES = 4
-"""Thoughts sampled at every position, at temperature 1, to count the right ones."""
+SAMPLES = 4  # thoughts at every position, at temperature 1, to count the right ones
 RESULTS_FILE, SAMPLES_FILE = "results.json", "samples.json"
 NUM_SAMPLES = 20
 ACCURACIES = {
@@ -56,17 +45,11 @@ ACCURACIES = {
 
 
 def evaluate(run: StageRun) -> dict[str, float]:
-    """Computes the held-out figures, over all ranks.
+    """Computes the held-out figures of docs/metrics.md, in nats a token, over all ranks.
 
-    Returns:
-        ``base_nll``, ``mixed_nll``, ``thought_nll``, ``gain``, ``gain_beyond_next``,
-        ``mixing_weight`` and the like with the model's greedy thoughts; ``swapped_mixed_nll``,
-        ``swapped_thought_nll``, ``pause_mixed_nll``, ``pause_thought_nll`` with the controls;
-        ``gain_of_content`` = swapped_mixed_nll - mixed_nll; ``gain_over_pause`` =
-        pause_mixed_nll - mixed_nll. Nats a token. Where texts have answers also
-        ``accuracy_without_thoughts``, ``accuracy_with_thoughts``, ``accuracy_swapped``,
-        ``accuracy_pause``, and ``right_thoughts`` where they have steps. A stage without thoughts
-        has ``base_nll`` and ``accuracy_without_thoughts`` only.
+    They are those of `ThoughtMetrics` with greedy thoughts, and NLLs, gains and accuracies with the
+    controls; accuracies only where texts have answers, ``right_thoughts`` where they have steps. A
+    stage without thoughts has ``base_nll`` and ``accuracy_without_thoughts`` only.
     """
     accelerator = run.accelerator
     model = ModelProxy(run.model)
@@ -108,14 +91,9 @@ def compare(
 ) -> dict[str, ThoughtMetrics]:
     """Scores texts with the model's greedy thoughts (``own``) and with each control.
 
-    Swapped thoughts are missing where there is nothing to swap with (`plan_swap`).
-
-    Args:
-        model: Model that thinks.
-        batches: Texts.
-        advance: Callback, called once a batch and pass.
-        counted: Number of batches that count, all by default; the others are only read.
-        gather: Function that joins the thoughts of all ranks, to swap them over the whole set.
+    Swapped thoughts are missing where there is nothing to swap with (`plan_swap`). ``advance`` is
+    called once a batch and pass. The first ``counted`` batches count, by default all; the others
+    are only read. ``gather`` joins the thoughts of all ranks, to swap them over the whole set.
     """
     parts: dict[str, list[ThoughtMetrics]] = {kind: [] for kind in ("own", *CONTROLS)}
     thoughts_of_batches = []
@@ -132,12 +110,12 @@ def compare(
         texts = _text_thoughts(batch, own, positions)
         thoughts_of_batches.append((batch, own, positions, texts))
         advance()
-    swap = plan_swap(gather([text for *_, texts in thoughts_of_batches for text in texts]))
+    swap = controls.plan_swap(gather([text for *_, texts in thoughts_of_batches for text in texts]))
     for batch, own, positions, texts in thoughts_of_batches:
         if swap is not None:
             swapped = torch.stack([swap(text, own.shape[2]) for text in texts])
             parts[SWAPPED].append(score(model, batch, swapped.to(own.device), positions))
-        pause = pause_tokens(own, model.pause_token_id)
+        pause = controls.pause_tokens(own, model.pause_token_id)
         parts[PAUSE].append(score(model, batch, pause, positions))
         advance()
     return {kind: reduce(add, metrics[:counted]) for kind, metrics in parts.items() if metrics}
@@ -175,15 +153,13 @@ def _text_thoughts(batch: Batch, thoughts: Tensor, positions: Tensor | None) -> 
 def figures(totals: Mapping[str, ThoughtMetrics]) -> dict[str, float]:
     """Turns the metrics with own thoughts and with each control into the figures of `evaluate`."""
     result = totals["own"].means()
-    for kind in CONTROLS:
-        if kind not in totals:
-            continue
+    for kind in (kind for kind in CONTROLS if kind in totals):
         control = totals[kind].means()
         result[f"{kind}_mixed_nll"] = control["mixed_nll"]
         result[f"{kind}_thought_nll"] = control["thought_nll"]
         if "accuracy_with_thoughts" in control:
             result[f"accuracy_{kind}"] = control["accuracy_with_thoughts"]
-        result[GAINS[kind]] = gain_over(result["mixed_nll"], control["mixed_nll"])
+        result[controls.GAINS[kind]] = controls.gain_over(result["mixed_nll"], control["mixed_nll"])
     return result
 
 
@@ -197,10 +173,7 @@ def right_answers(
 ) -> Count:
     """Counts right answers, whose tokens are all the most likely ones, and all answers.
 
-    Args:
-        predicted: At i the most likely token i + 1, with each thought (or one, without).
-        input_ids: The texts.
-        answers: Tokens of answers; a text without any does not count.
+    At i ``predicted`` holds the most likely token i + 1, with each thought (or one, without).
     """
     wrong = (predicted[..., :-1] != input_ids[:, None, 1:]) & answers[:, None, 1:]
     has_answer = answers[:, 1:].any(-1, keepdim=True)  # (B, 1)

@@ -27,13 +27,10 @@ from quietstar.training.build import find_tokenizer, hub_options, teach_thinking
 from quietstar.training.optimizer import is_projected
 from quietstar.training.stages import Stage, begin_stage, plan_stages
 
-SHARDED = ("zero3", "fsdp2")
-"""Engines that shard the weights."""
+SHARDED = ("zero3", "fsdp2")  # engines that shard the weights
 PROGRAM = 175 * 2**20
 """Bytes that a run loads into the machine's memory besides: texts, tokenizer, loggers, kernels.
-
-Measured: 174 and 176 MiB in two runs of SmolLM2-135M.
-"""
+Measured: 174 and 176 MiB in two runs of SmolLM2-135M."""
 _FLOAT = 4  # bytes
 
 
@@ -70,10 +67,7 @@ class Estimate:
 def estimate_run(config: Config, engine: str, processes: int) -> Estimate:
     """Estimates the memory of the stage that needs most, without loading weights.
 
-    Args:
-        config: Config of the run.
-        engine: One of single, ddp, zero1, zero2, zero3, fsdp2.
-        processes: Number of processes.
+    The engine is one of single, ddp, zero1, zero2, zero3 and fsdp2.
 
     Raises:
         UserError: The model cannot be built, or the tuning method cannot be planned.
@@ -96,21 +90,19 @@ def _estimate_stage(
         thoughts = config.thoughts.model_copy(update={"positions": "all"})
         config = config.model_copy(update={"thoughts": thoughts})
     model = model_without_weights(config, tokenizer)
-    on_cpu = engine == "single" and not torch.cuda.is_available()
+    device = "cpu" if engine == "single" and not torch.cuda.is_available() else "cuda"
+    sharded, training = engine in SHARDED, config.training
     model.learn_chunk_tokens = resolve_chunk_tokens(
-        config.training.learn_chunk_tokens,
-        "cpu" if on_cpu else "cuda",
-        engine in SHARDED,
-        config.training.gradient_checkpointing,
+        training.learn_chunk_tokens, device, sharded, training.gradient_checkpointing
     )
     begin_stage(model, dataclasses.replace(stage, config=config))
-    weight_share = 1 / processes if engine in SHARDED else 1.0
+    weight_share = 1 / processes if sharded else 1.0
     gradient_share = 1 / processes if engine in (*SHARDED, "zero2") else 1.0
     optimizer_share = 1 / processes if engine not in ("single", "ddp") else 1.0
     rollout, learning = _trace(model, config, stage.thinks, gradient_share)
     weights = num_bytes(model.parameters())
     trained = num_bytes(p for p in model.parameters() if p.requires_grad)
-    if engine in SHARDED:  # gathered at once: what no layer holds, the layer at work, the next one
+    if sharded:  # gathered at once: what no layer holds, the layer at work, the next one
         layers = [num_bytes(layer.parameters()) for layer in decoder_layers(model.causal_lm)]
         exchange = weights - sum(layers) + 2 * max(layers)
     else:  # gradients in transit: DDP's buckets, or two of 5e8 elements
@@ -164,9 +156,9 @@ def _trace(
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings.mixed_precision == "bf16")
         rollout, learning = MemoryTrace(model), MemoryTrace(model, gradient_share)
         if thinks:
+            drawn = config.thoughts.model_dump(include={"num_thoughts", "temperature"})
             with rollout, autocast:
                 positions = model.choose_positions(tokens, sample_ids=ids)
-                drawn = config.thoughts.model_dump(include={"num_thoughts", "temperature"})
                 model.sample(tokens, positions=positions, **drawn)
         for _ in range(passes):
             with learning, autocast:
@@ -208,19 +200,11 @@ def _cache_bytes(model: QuietStarForCausalLM, config: Config) -> int:
     return rows * fields.num_hidden_layers * 2 * heads * size * (2 if in_bf16 else _FLOAT)
 
 
-# --- Which bytes are alive ------------------------------------------------------------------------
-
-
 class MemoryTrace(TorchDispatchMode):
-    """Counts what operators make and what is let go, while it is entered.
+    """Counts the bytes that operators make and that are let go, while it is entered.
 
-    Args:
-        model: Model whose parameters are not counted; their gradients are, by their share.
-        gradient_share: Part of every gradient that stays on this process.
-
-    Attributes:
-        peak: Most bytes alive at once, gradients included.
-        peak_gradients: Bytes of gradients at that moment.
+    Parameters of the model are not counted; gradients are, by the share that stays on this process.
+    ``peak`` is the most alive at once, ``peak_gradients`` that of gradients at that moment.
     """
 
     def __init__(self, model: nn.Module, gradient_share: float = 1.0) -> None:

@@ -25,10 +25,8 @@ from quietstar.model.outputs import QuietStarOutput
 from quietstar.training.stages import Stage, stage_at
 
 METRICS_FILE = "metrics.jsonl"
-LOG_LINES = 200
-"""About how many lines of steps a run writes where there is no terminal to show a bar."""
-UNCHECKED_STEPS = 20
-"""First steps of a stage without checks: a head of activation none starts at weight zero."""
+LOG_LINES = 200  # of steps, about, where there is no terminal to show a bar
+UNCHECKED_STEPS = 20  # of a stage: a head of activation none starts at weight zero
 HEALTH_CHECKS: dict[str, tuple[Callable[[float], bool], str]] = {
     "entropy": (
         lambda x: x < 0.05,
@@ -134,8 +132,6 @@ class Reporter:
         for line in lines:
             self.say(line)
 
-    # --- Steps ------------------------------------------------------------------------------------
-
     def step_begins(self) -> None:
         """Starts the clock of a step."""
         self._step_began = time.perf_counter()
@@ -152,12 +148,8 @@ class Reporter:
     ) -> None:
         """Reports a step: bar, file, trackers, health checks, now and then a thought.
 
-        Args:
-            step: Steps of the run done, this one included.
-            loss: Loss of the whole step.
-            norms: Gradient norms by group and in total, before clipping.
-            lr: Learning rate of the language model in this step.
-            output: Output with the metrics of the whole step; over all ranks if it is reported.
+        ``step`` counts those of the run, this one included. Gradient norms are by group and in
+        total, before clipping; loss and metrics of the output are those of the whole step.
         """
         self.bar.advance(self._task)
         if not self.active or not self.is_step_due(step):
@@ -213,8 +205,6 @@ class Reporter:
         before = self.tokenizer.decode(output.input_ids[0, max(0, position - 15) : position + 1])
         thought = self.tokenizer.decode(output.thoughts[0, 0, place])
         self.say(f"thought after {before!r}: {thought!r}")
-
-    # --- Evaluations ------------------------------------------------------------------------------
 
     @contextmanager
     def evaluating(self, num_batches: int) -> Iterator[Callable[[], None]]:

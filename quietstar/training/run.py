@@ -139,18 +139,14 @@ def run_stage(
 
 def finish(job: Job, run: StageRun, seconds: float) -> Path:
     """Saves the final model and the results, then reports; returns the model's folder."""
-    accelerator, reporter = run.accelerator, run.reporter
-    output_dir = reporter.path.parent
-    final = output_dir / FINAL_FOLDER
-    weights = job.strategy.full_weights(run.model)
-    if accelerator.is_main_process:
+    output_dir, reporter, report = run.reporter.path.parent, run.reporter, ""
+    final, weights = output_dir / FINAL_FOLDER, job.strategy.full_weights(run.model)
+    if reporter.active:
         job.model.save_pretrained(final, job.tokenizer, weights=weights)
     write_results(run, job.tokenizer, seconds)
-    if accelerator.is_main_process:
-        report = ""
-        if reporter.on_report is not None:
-            reporter.on_report(output_dir)
-            report = f"; report: {output_dir / 'report.html'}"
-        reporter.say(f"the model is in {final}; the figures are in {reporter.path}{report}")
-    accelerator.wait_for_everyone()
+    if reporter.active and reporter.on_report is not None:
+        reporter.on_report(output_dir)
+        report = f"; report: {output_dir / 'report.html'}"
+    reporter.say(f"the model is in {final}; the figures are in {reporter.path}{report}")
+    run.accelerator.wait_for_everyone()
     return final
