@@ -223,7 +223,7 @@ def _first_thoughts(
         positions = chosen_positions(reader, batch)
         thoughts = writer.sample(batch.input_ids, positions=positions, sample_ids=batch.sample_ids)
         metrics, key = score(reader, batch, thoughts, positions), "accuracy_with_thoughts"
-        counts += torch.stack([metrics.sums[key], metrics.counts[key]])
+        counts += torch.stack(metrics.figures[key])
     right, total = accelerator.reduce(counts, "sum").tolist()  # pyright: ignore
     return {"accuracy": {"with_thoughts": right / total, "n": total}}
 
