@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from quietstar import QuietStarForCausalLM
 from quietstar.attention import interface as attention
 from quietstar.attention import layout, passes
-from quietstar.attention.block_attention import block_attention, dense_block_attention
+from quietstar.attention.block_attention import block_attention
 from quietstar.attention.blocks import ContiguousBlocks
-from quietstar.attention.dense import ScoreRules
+from quietstar.attention.dense import ScoreRules, dense_block_attention
 from quietstar.attention.interface import thinking_attention
 from quietstar.attention.kernels import CpuFlash
 from quietstar.attention.passes import BlockPass, TextPass

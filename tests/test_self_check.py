@@ -8,9 +8,8 @@ from architectures import REFUSED, SUPPORTED, meta_model, tiny_architecture
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quietstar import QuietStarForCausalLM
-from quietstar.attention import block_attention, dense
+from quietstar.attention import block_attention, dense, passes
 from quietstar.attention import interface as attention
-from quietstar.attention import rollout_steps as steps
 from quietstar.attention.blocks import ContiguousBlocks
 from quietstar.backbone import output_head
 from quietstar.errors import UserError
@@ -131,12 +130,12 @@ def _no_merge(patch):
 
 
 def _rollout_keys_lost(patch):
-    store = steps.RolloutCache.store_block
+    store = passes.RolloutCache.store_block
 
     def store_zeros(self, layer, index, k, v):
         return store(self, layer, index, torch.zeros_like(k), v)
 
-    patch.setattr(steps.RolloutCache, "store_block", store_zeros)
+    patch.setattr(passes.RolloutCache, "store_block", store_zeros)
 
 
 def _no_logit_scale(patch):

@@ -14,13 +14,11 @@ newest token, which sees all W).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from quietstar.attention.blocks import Blocks, Pair
-from quietstar.attention.dense import ScoreRules, recomputed
 from quietstar.attention.kernels import Kernel, at_least_float32
 
 
@@ -94,21 +92,6 @@ class _BlockAttention(torch.autograd.Function):
             for view, x in zip(views, _by_token(blocks, part, views, summed=True), strict=True):
                 view.copy_(x)
         return dq.to(dtype), dk, dv, text_dk.to(dtype), text_dv.to(dtype), None, None, None
-
-
-def dense_block_attention(
-    q: Tensor, k: Tensor, v: Tensor, text: Pair, blocks: Blocks, rules: ScoreRules
-) -> Tensor:
-    """Compute the same from explicit scores, for what the kernels cannot do: (N, H, L, .) each."""
-    queries, keys, values = (blocks.steps(x) for x in (q, k, v))
-    text = (blocks.step_texts(text[0]), blocks.step_texts(text[1]))
-    positions = blocks.step_positions(q.device)
-    out = []
-    for index, query in enumerate(queries):
-        inner = (keys[: index + 1], values[: index + 1])
-        arguments: tuple[Any, ...] = (query, text, inner, rules, index, positions)
-        out.append(recomputed(*arguments))
-    return blocks.from_steps(torch.stack(out))
 
 
 def step_attention(

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -22,6 +21,9 @@ from torch import Tensor
 
 from quietstar.attention.kernels import Kernel
 from quietstar.attention.layout import on_host
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values, or output and log-sum-exp."""
 
 _MASK_ELEMENTS = 2**22
 """Entries of a piece's mask: 16 MiB in float32."""
@@ -58,27 +60,23 @@ class PrefixAttention:
         ]
 
     def _masked(self, dtype: torch.dtype) -> Iterator[tuple[slice, int, Tensor]]:
-        """Every piece: its queries, the end of its keys, and its mask (B, 1, queries, keys)."""
+        """Every piece: its queries, the end of its keys, and its mask (B, 1, queries, keys).
+
+        Masks are 0 where a query sees a key, else -inf; where all are small, other layers reuse
+        them.
+        """
         for piece, end in zip(self.pieces, self.ends, strict=True):
-            rows = slice(piece.start * self.repeats, piece.stop * self.repeats)
-            yield rows, end, self._mask(piece, end, dtype)
+            mask = self._masks.get((piece.start, dtype))
+            if mask is None:
+                key = torch.arange(end, device=self.positions.device)
+                mask = key > self.positions[:, piece, None]  # True where hidden, (B, P', end)
+                mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf)
+                mask = mask.repeat_interleave(self.repeats, 1).unsqueeze(1)
+                if self._keeps:
+                    self._masks[piece.start, dtype] = mask
+            yield slice(piece.start * self.repeats, piece.stop * self.repeats), end, mask
 
-    def _mask(self, piece: slice, end: int, dtype: torch.dtype) -> Tensor:
-        """0 where a query sees a key, else -inf; kept for the other layers where all are small."""
-        found = self._masks.get((piece.start, dtype))
-        if found is None:
-            key = torch.arange(end, device=self.positions.device)
-            hidden = key > self.positions[:, piece, None]  # (B, P', end)
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=key.device)
-            mask = mask.masked_fill_(hidden, -torch.inf)
-            found = mask.repeat_interleave(self.repeats, 1).unsqueeze(1)
-            if self._keeps:
-                self._masks[piece.start, dtype] = found
-        return found
-
-    def forward(
-        self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Pair:
         """Output (B, H, P * R, d) and log-sum-exp."""
         parts = [
             kernel.forward(q[:, :, rows], k[:, :, :end], v[:, :, :end], False, scale, mask)
@@ -110,10 +108,6 @@ class PrefixAttention:
             dk[:, :, :end] += grads[1]
             dv[:, :, :end] += grads[2]
         return dq, dk, dv
-
-
-Pair = tuple[Tensor, Tensor]
-"""Keys and values."""
 
 
 @runtime_checkable
@@ -155,20 +149,12 @@ class Blocks(Protocol):
         """Gradients of the queries, and of the text's keys and values."""
         ...
 
-    def steps(self, x: Tensor) -> Shaped[Tensor, "W texts heads queries size"]:
-        """(N, H, L, .) token by token of the blocks, each towards its own text."""
-        ...
+    def query_positions(self, device: torch.device) -> Tensor:
+        """Position of every thought, for one token of each at a time: (rows, queries).
 
-    def from_steps(self, x: Tensor) -> Tensor:
-        """The inverse of `steps`."""
-        ...
-
-    def step_texts(self, x: Tensor) -> Tensor:
-        """The text's keys or values for the queries of `steps`."""
-        ...
-
-    def step_positions(self, device: torch.device) -> Tensor:
-        """Positions of the queries of `steps`, (texts, queries)."""
+        Rows times queries is the order of `block_views`, X * K * Y; all queries of a row belong to
+        the same text.
+        """
         ...
 
 
@@ -193,10 +179,6 @@ class ContiguousBlocks:
     count: int
     masked = False
 
-    @property
-    def _rows(self) -> int:
-        return 1 + (self.block_length - 1) * self.num_thoughts
-
     def position_ids(self, device):  # noqa: D102  (see Blocks)
         place = self.first + 1 + torch.arange(self.count, device=device)
         index = torch.arange(1, self.block_length, device=device)
@@ -209,17 +191,13 @@ class ContiguousBlocks:
         return torch.cat([start.unsqueeze(1), rest], 1).flatten(0, 1)
 
     def from_rows(self, x):  # noqa: D102
-        start, rest = self._split(x)
-        return start, rest.movedim(0, 2)
-
-    def _split(self, x: Tensor) -> Pair:
-        """(N, ...) as start tokens (B, ...) and the others (B, W - 1, K, ...)."""
-        rows = x.unflatten(0, (self.batch_size, -1))
-        return rows[:, 0], rows[:, 1:].unflatten(1, (-1, self.num_thoughts))
+        rows = x.unflatten(0, (self.batch_size, -1))  # (B, R, P, width)
+        return rows[:, 0], rows[:, 1:].unflatten(1, (-1, self.num_thoughts)).movedim(0, 2)
 
     def block_views(self, x):  # noqa: D102
-        start, rest = self._split(x)  # (B, H, P, ...) and (B, W - 1, K, H, P, ...)
-        start = start.transpose(1, 2).unsqueeze(1).unsqueeze(4)
+        rows = x.unflatten(0, (self.batch_size, -1))  # (B, R, H, P, ...)
+        start = rows[:, 0].transpose(1, 2).unsqueeze(1).unsqueeze(4)
+        rest = rows[:, 1:].unflatten(1, (-1, self.num_thoughts))  # (B, W - 1, K, H, P, ...)
         return start, rest.movedim((0, 2, 4, 3, 1), (0, 1, 2, 3, 4))
 
     def attend(self, kernel, q, text, scale):  # noqa: D102
@@ -249,8 +227,9 @@ class ContiguousBlocks:
 
     def _near(self, x: Tensor) -> Tensor:
         """The end of the text, from the first position on, for every row."""
+        rows = 1 + (self.block_length - 1) * self.num_thoughts
         near = x[:, :, self.first : self.first + self.count].unsqueeze(1)
-        return near.expand(-1, self._rows, -1, -1, -1).reshape(-1, *near.shape[2:])
+        return near.expand(-1, rows, -1, -1, -1).reshape(-1, *near.shape[2:])
 
     def _by_text(self, x: Tensor) -> Tensor:
         """(N, H, P, ...) as (B, H, R * P, ...): all queries of a text in one line."""
@@ -262,20 +241,7 @@ class ContiguousBlocks:
         rows = x.transpose(1, 2).unflatten(1, (-1, self.count)).flatten(0, 1)
         return rows.transpose(1, 2)
 
-    def steps(self, x):  # noqa: D102
-        start, rest = self._split(x)  # (B, H, P, .) and (B, W - 1, K, H, P, .)
-        start = start[:, None, None].expand(-1, 1, self.num_thoughts, -1, -1, -1)
-        return torch.cat([start, rest], 1).movedim(1, 0).flatten(1, 2)
-
-    def from_steps(self, x):  # noqa: D102
-        by_text = x.unflatten(1, (self.batch_size, self.num_thoughts)).movedim(0, 1)
-        rest = by_text[:, 1:].flatten(1, 2)
-        return torch.cat([by_text[:, 0, :1], rest], 1).flatten(0, 1)
-
-    def step_texts(self, x):  # noqa: D102
-        return x.repeat_interleave(self.num_thoughts, 0)
-
-    def step_positions(self, device):  # noqa: D102
+    def query_positions(self, device):  # noqa: D102
         places = self.first + torch.arange(self.count, device=device)
         return places.expand(self.batch_size * self.num_thoughts, -1)
 
@@ -284,8 +250,8 @@ class SelectedBlocks:
     """Blocks at chosen positions; one row in the order (b p r): start, then (k w).
 
     Args:
-        positions: (B, P), ascending; virtual tokens before the text count. Anything below zero
-            fills up texts with fewer.
+        positions: (B, P), ascending; virtual tokens before the text count. Values below zero pad
+            texts with fewer.
         num_thoughts: Thoughts at each position, K.
         block_length: Tokens of a block, W.
         text_length: S, virtual tokens included.
@@ -300,18 +266,10 @@ class SelectedBlocks:
         block_length: int,
         text_length: int,
     ) -> None:
-        self.positions = positions.clamp(min=0)
         self.num_thoughts, self.block_length = num_thoughts, block_length
-        self.text_length = text_length
-
-    @property
-    def _tokens(self) -> int:
-        """R."""
-        return 1 + self.num_thoughts * (self.block_length - 1)
-
-    @cached_property
-    def _prefix(self) -> PrefixAttention:
-        return PrefixAttention(self.positions, self._tokens, self.text_length)
+        self._tokens = 1 + num_thoughts * (block_length - 1)  # R
+        self._prefix = PrefixAttention(positions, self._tokens, text_length)
+        self.positions = self._prefix.positions
 
     def position_ids(self, device):  # noqa: D102  (see Blocks)
         index = torch.arange(1, self.block_length, device=device).repeat(self.num_thoughts)
@@ -351,20 +309,5 @@ class SelectedBlocks:
         """The inverse of `_by_text`."""
         return x.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2)
 
-    def steps(self, x):  # noqa: D102
-        tokens = x[0].unflatten(1, (*self.positions.shape, -1))  # (H, B, P, R, .)
-        start = tokens[:, :, :, None, :1].expand(-1, -1, -1, self.num_thoughts, -1, -1)
-        rest = tokens[:, :, :, 1:].unflatten(3, (self.num_thoughts, -1))
-        tokens = torch.cat([start, rest], 4).flatten(2, 3)  # (H, B, P * K, W, .)
-        return tokens.permute(3, 1, 0, 2, 4)
-
-    def from_steps(self, x):  # noqa: D102
-        tokens = x.permute(2, 1, 3, 0, 4).unflatten(2, (-1, self.num_thoughts))
-        rest = tokens[:, :, :, :, 1:].flatten(3, 4)  # (H, B, P, (k w), .)
-        return torch.cat([tokens[:, :, :, 0, :1], rest], 3).flatten(1, 3).unsqueeze(0)
-
-    def step_texts(self, x):  # noqa: D102
-        return x
-
-    def step_positions(self, device):  # noqa: D102
+    def query_positions(self, device):  # noqa: D102
         return self.positions.repeat_interleave(self.num_thoughts, 1)

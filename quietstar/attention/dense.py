@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from quietstar.attention.blocks import Blocks, Pair
 from quietstar.attention.kernels import at_least_float32
 
 
@@ -40,21 +41,15 @@ class ScoreRules:
 
 
 def dense_attention(
-    q: Tensor,
-    text: tuple[Tensor, Tensor],
-    own: tuple[Tensor, Tensor] | None,
-    rules: ScoreRules,
-    index: int = -1,
-    positions: Tensor | None = None,
+    q: Tensor, text: Pair, block: Pair | None, rules: ScoreRules, positions: Tensor | None = None
 ) -> Tensor:
-    """One token of every block (or of the text, index -1) against the text and its own block.
+    """One token of every block (or of the text) against the text and its own block.
 
     Args:
-        q: Queries, (N, H, Q, d), at position i + 1 + index.
+        q: Queries, (N, H, Q, d), at position i + 1 + w; of the text without ``block``, at i.
         text: Keys and values of the text, (N, Hkv, S, .).
-        own: Keys and values of the blocks up to this token, (index + 1, N, Hkv, Q, .).
+        block: Keys and values of the blocks up to this token, (w + 1, N, Hkv, Q, .).
         rules: Scale, soft-capping, window and sinks.
-        index: Place of the token in its block.
         positions: The i of every query, (N, Q); by default 0 .. S - 1.
 
     Returns:
@@ -66,19 +61,19 @@ def dense_attention(
     scores = at_least_float32(torch.einsum("nhgsd,nhjd->nhgsj", q, text[0]))
     if positions is None:
         positions = torch.arange(queries, device=q.device).unsqueeze(0)
-    visible = _visible(positions, length, index, rules.window)
+    visible = _visible(positions, length, -1 if block is None else len(block[0]) - 1, rules.window)
     scores = softcapped(scores * rules.scale, rules).masked_fill(~visible, -math.inf)
-    if own is not None:
-        block_scores = at_least_float32(torch.einsum("nhgsd,wnhsd->nhgsw", q, own[0]))
+    if block is not None:
+        block_scores = at_least_float32(torch.einsum("nhgsd,wnhsd->nhgsw", q, block[0]))
         block_scores = softcapped(block_scores * rules.scale, rules)
         if rules.window is not None:
-            distance = torch.arange(own[0].shape[0] - 1, -1, -1, device=q.device)
+            distance = torch.arange(block[0].shape[0] - 1, -1, -1, device=q.device)
             block_scores = block_scores.masked_fill(distance >= rules.window, -math.inf)
         scores = torch.cat([scores, block_scores], dim=-1)
     weights = softmax_with_sinks(scores, rules.sinks).to(text[1].dtype)
     out = torch.einsum("nhgsj,nhjd->nhgsd", weights[..., :length], text[1])
-    if own is not None:
-        out = out + torch.einsum("nhgsw,wnhsd->nhgsd", weights[..., length:], own[1])
+    if block is not None:
+        out = out + torch.einsum("nhgsw,wnhsd->nhgsd", weights[..., length:], block[1])
     return out.flatten(1, 2)
 
 
@@ -115,3 +110,33 @@ def recomputed(*args) -> Tensor:
     if not torch.is_grad_enabled():
         return dense_attention(*args)
     return checkpoint(dense_attention, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def dense_block_attention(
+    q: Tensor, k: Tensor, v: Tensor, text: Pair, blocks: Blocks, rules: ScoreRules
+) -> Tensor:
+    """`block_attention` from explicit scores, for what the kernels cannot do: (N, H, L, .) each."""
+    positions = blocks.query_positions(q.device)  # (rows, queries)
+    batch_size, grid = len(text[0]), blocks.block_views(q)[1].shape[:3]  # X, K, Y
+    repeats = len(positions) // batch_size
+    if repeats > 1:
+        text = (text[0].repeat_interleave(repeats, 0), text[1].repeat_interleave(repeats, 0))
+
+    def by_token(x: Tensor) -> Tensor:
+        """Token by token of the blocks, (W, rows, H, queries, .)."""
+        start, rest = blocks.block_views(x)
+        start = start.expand(-1, grid[1], -1, -1, -1, -1)  # the same for all thoughts
+        tokens = torch.cat([start, rest], 4).flatten(0, 2)  # (X * K * Y, H, W, .)
+        return tokens.unflatten(0, positions.shape).permute(3, 0, 2, 1, 4)
+
+    queries, keys, values = by_token(q), by_token(k), by_token(v)
+    out = torch.stack(
+        [
+            recomputed(query, text, (keys[: w + 1], values[: w + 1]), rules, positions)
+            for w, query in enumerate(queries)
+        ]
+    )
+    out = out.transpose(2, 3).flatten(3).flatten(1, 2)  # (W, X * K * Y, H * dv)
+    out = out.unflatten(1, grid).transpose(1, 2).unflatten(2, (batch_size, -1)).flatten(3, 4)
+    rows = blocks.to_rows(out[0, 0], out[1:])  # of (W, K, B, P, H * dv)
+    return rows.unflatten(2, (q.shape[1], -1)).transpose(1, 2)

@@ -18,9 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from quietstar.attention.dense import ScoreRules
-from quietstar.attention.passes import Pass
-from quietstar.attention.rollout_steps import RolloutStep
+from quietstar.attention.dense import ScoreRules, softcapped, softmax_with_sinks
+from quietstar.attention.passes import Pass, RolloutStep
 
 ATTENTION_NAME = "quietstar"
 
@@ -54,25 +53,39 @@ def thinking_attention(
         arguments = (rules.scale, rules.softcap, rules.window, rules.sinks)
         return rollout_attention(query, key, value, *arguments), None
     arguments = (module, query, key, value, attention_mask, scaling, dropout, thought_pass)
-    return _thinking_attention(*arguments, keywords)  # pyright: ignore[reportCallIssue]
+    return _not_compiled(*arguments, keywords)  # pyright: ignore[reportCallIssue]
 
 
 @torch.compiler.disable
-def _thinking_attention(
+def _not_compiled(
     module, query, key, value, attention_mask, scaling, dropout, thought_pass, keywords
 ):
-    if thought_pass is None:
-        return _plain_attention(
-            module, query, key, value, attention_mask, scaling, dropout, keywords
+    """Attention of a pass, or that of an ordinary causal LM."""
+    if thought_pass is not None:
+        if dropout:
+            raise ValueError(
+                f"attention dropout ({dropout}) must be 0: with it the learn pass would score "
+                "other thoughts than the rollout sampled. Load the model with "
+                "QuietStarForCausalLM.from_base."
+            )
+        rules = _score_rules(query, scaling, keywords)
+        out = thought_pass.attend(module, *_of_one_dtype(query, key, value), rules)
+        return out.transpose(1, 2), None
+    if keywords.get("softcap") is None and keywords.get("s_aux") is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **keywords
         )
-    if dropout:
-        raise ValueError(
-            f"attention dropout ({dropout}) must be 0: with it the learn pass would score other "
-            "thoughts than the rollout sampled. Load the model with QuietStarForCausalLM.from_base."
+    rules = _score_rules(query, scaling, keywords)  # torch's own function takes no such scores
+    heads = (key.shape[1], query.shape[1] // key.shape[1])
+    key, value = (x.repeat_interleave(heads[1], dim=1) for x in (key, value))
+    scores = softcapped((query @ key.transpose(-1, -2)).float() * rules.scale, rules)
+    if attention_mask is None:  # left to `is_causal`, as torch's own function would
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril(
+            scores.shape[-1] - scores.shape[-2]
         )
-    rules = _score_rules(query, scaling, keywords)
-    out = thought_pass.attend(module, *_of_one_dtype(query, key, value), rules)
-    return out.transpose(1, 2), None
+    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = softmax_with_sinks(scores.unflatten(1, heads), rules.sinks).flatten(1, 2)
+    return (weights.to(value.dtype) @ value).transpose(1, 2), None
 
 
 def _of_one_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +119,8 @@ def rollout_attention(
     step = _running.get()
     assert isinstance(step, RolloutStep), "compiled for the rollout"
     rules = ScoreRules(scale, softcap, window, sinks)
-    return step.attend_next(*_of_one_dtype(query, key, value), rules).transpose(1, 2).contiguous()
+    out = step.attend(None, *_of_one_dtype(query, key, value), rules)
+    return out.transpose(1, 2).contiguous()
 
 
 @rollout_attention.register_fake
@@ -171,9 +185,7 @@ def thought_pass_scope(thought_pass: Pass) -> Iterator[None]:
 
 def thinking_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Mask function for transformers' interface: none in a pass, torch's own otherwise."""
-    if _running.get() is not None:
-        return None
-    return sdpa_mask(*args, **kwargs)
+    return sdpa_mask(*args, **kwargs) if _running.get() is None else None
 
 
 AttentionInterface.register(ATTENTION_NAME, thinking_attention)

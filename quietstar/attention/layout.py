@@ -3,9 +3,9 @@ r"""Where every token of a parallel-thought pass lies.
 Letters used in the whole engine: B batch, S text positions, K thoughts per position, T thought
 tokens, A lookahead, W = T + A + 1 tokens of a block, D width, V vocabulary, H heads, d head size.
 
-A pass runs the model on *rows* of S tokens. The first B rows are the texts; row
-``B + (w * K + k) * B + b`` holds, for every position i of text b, token w of the block of thought
-k. Text token i has position i, block token w behind it position i + 1 + w:
+The model runs on *rows* of tokens: first the texts, then a *block* for every thought, against the
+keys and values that the texts left (`quietstar.attention.blocks` says where blocks lie). Text token
+i has position i; token w of a block behind it has position i + 1 + w:
 
     index in the block   0      1 .. T    T+1   T+2 .. T+A
     token                start  thought   end   x_{i+1} .. x_{i+A-1}
@@ -26,10 +26,6 @@ K = 1, and the first two block tokens (w0, w1), the allowed pairs are (rows: que
 
 Towards the text every row is plain causal attention; towards its own block a token of position i
 only meets tokens of position i. Nothing else is ever computed.
-
-Where thoughts are wanted at P chosen positions only, a pass runs one row of B * S + B * P * K * W
-tokens: the texts, then the blocks in the order (b p k w), so that the blocks of a text, and the
-tokens of a block, lie side by side (`ChosenLayout`).
 """
 
 from __future__ import annotations
@@ -46,17 +42,7 @@ IGNORE_INDEX = -100
 """Label of a token that is no target (the convention of transformers)."""
 
 NO_POSITION = -1
-"""Fills up the chosen positions of a text that has fewer than others."""
-
-
-def shift_ahead(
-    x: Shaped[Tensor, "batch seq *rest"], lookahead: int, fill: float | int
-) -> Shaped[Tensor, "lookahead batch seq *rest"]:
-    """Entry a (from 0) holds x moved a places to the left, ``fill`` behind the end."""
-    padding = [0, 0] * (x.ndim - 2)
-    return torch.stack(
-        [F.pad(x[:, a:], [*padding, 0, min(a, x.shape[1])], value=fill) for a in range(lookahead)]
-    )
+"""Pads the positions of texts with fewer thoughts than the longest in the batch."""
 
 
 def lookahead_targets(
@@ -65,7 +51,12 @@ def lookahead_targets(
     positions: Int[Tensor, "batch positions"] | None = None,
 ) -> Int[Tensor, "lookahead batch positions"]:
     """Target x_{i+a} of every (chosen) position i and a = 1..A; IGNORE_INDEX where none is."""
-    targets = shift_ahead(labels, lookahead + 1, IGNORE_INDEX)[1:]
+    targets = torch.stack(
+        [
+            F.pad(labels[:, a:], (0, min(a, labels.shape[1])), value=IGNORE_INDEX)
+            for a in range(1, lookahead + 1)
+        ]
+    )
     if positions is None:
         return targets
     return at_positions(targets, positions).where(positions != NO_POSITION, IGNORE_INDEX)
@@ -87,27 +78,6 @@ class TextLookahead:
     rows: Shaped[Tensor, "batch rows *rest"]
     lookahead: int
     contiguous: bool
-
-    @classmethod
-    def contiguous_positions(
-        cls, x: Tensor, lookahead: int, first: int, count: int
-    ) -> TextLookahead:
-        """Of ``count`` positions from ``first`` on, out of all of a text's (B, S, ...)."""
-        rows = x[:, first : first + count + lookahead - 1]
-        missing = count + lookahead - 1 - rows.shape[1]
-        padding = [0, 0] * (x.ndim - 2)
-        return cls(F.pad(rows, [*padding, 0, missing]) if missing else rows, lookahead, True)
-
-    @classmethod
-    def selected_positions(cls, x: Tensor, lookahead: int, positions: Tensor) -> TextLookahead:
-        """Of chosen positions (B, P), out of all of a text's (B, S, ...)."""
-        steps = torch.arange(lookahead, device=positions.device)[:, None]
-        ahead = (positions.clamp(min=0).unsqueeze(1) + steps).flatten(1)  # (B, A * P)
-        inside = ahead < x.shape[1]
-        texts = torch.arange(x.shape[0], device=positions.device)[:, None]
-        rows = x[texts, ahead.clamp(max=x.shape[1] - 1)]
-        rows = rows.where(inside.view(*inside.shape, *[1] * (x.ndim - 2)), 0.0)
-        return cls(rows, lookahead, False)
 
     @property
     def num_positions(self) -> int:
@@ -145,12 +115,32 @@ class TextLookahead:
 
 
 def text_lookahead(
-    x: Shaped[Tensor, "batch seq *rest"], lookahead: int, positions: Tensor | None
+    x: Shaped[Tensor, "batch seq *rest"],
+    lookahead: int,
+    positions: Int[Tensor, "batch positions"] | None,
+    count: int | None = None,
 ) -> TextLookahead:
-    """States (or figures) of a text that predict what comes behind the chosen positions, or all."""
+    """States (or figures) of a text that predict what comes behind some of its positions.
+
+    Args:
+        x: States of all tokens.
+        lookahead: True tokens behind each position, A.
+        positions: Positions that were chosen; None for the first ones.
+        count: Number of the first ones; all of the text by default.
+    """
     if positions is None:
-        return TextLookahead.contiguous_positions(x, lookahead, 0, x.shape[1])
-    return TextLookahead.selected_positions(x, lookahead, positions)
+        stop = (x.shape[1] if count is None else count) + lookahead - 1
+        rows, missing = x[:, :stop], max(0, stop - x.shape[1])
+        if missing:
+            rows = F.pad(rows, [*[0, 0] * (x.ndim - 2), 0, missing])
+        return TextLookahead(rows, lookahead, contiguous=True)
+    steps = torch.arange(lookahead, device=positions.device)[:, None]
+    ahead = (positions.clamp(min=0).unsqueeze(1) + steps).flatten(1)  # (B, A * P)
+    inside = ahead < x.shape[1]
+    texts = torch.arange(x.shape[0], device=positions.device)[:, None]
+    rows = x[texts, ahead.clamp(max=x.shape[1] - 1)]
+    rows = rows.where(inside.view(*inside.shape, *[1] * (x.ndim - 2)), 0.0)
+    return TextLookahead(rows, lookahead, contiguous=False)
 
 
 def lookahead_states(

@@ -1,24 +1,41 @@
-"""What each pass of the engine does at an attention layer: who attends to whom.
+"""What each pass does at an attention layer: who attends to whom.
 
-`TextPass` runs a text alone and may keep its keys and values; `BlockPass` runs blocks against them,
-with gradient. The steps of the rollout are in `quietstar.attention.rollout_steps`.
+`TextPass` runs a text alone and may keep its keys and values. Against these, `BlockPass` runs
+blocks with gradient, and each `RolloutStep` runs one token of every block without: the start token
+in rows (B, P), once for all thoughts of a position, the thought tokens in rows (K * B, P).
 """
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
-from quietstar.attention.block_attention import block_attention, dense_block_attention
-from quietstar.attention.blocks import Blocks
-from quietstar.attention.dense import ScoreRules, recomputed
-from quietstar.attention.kernels import Kernel, find_kernel
+from quietstar.attention.block_attention import (
+    block_attention,
+    inner_dtype,
+    merge_,
+    step_attention,
+)
+from quietstar.attention.blocks import Blocks, Pair, PrefixAttention
+from quietstar.attention.dense import (
+    ScoreRules,
+    dense_attention,
+    dense_block_attention,
+    recomputed,
+)
+from quietstar.attention.kernels import Kernel, at_least_float32, find_kernel
 
 VIRTUAL_TOKENS = "virtual_tokens"
 """Child of a model, and of attention layers, with what stands for learned tokens before a text."""
+
+TextKeys = dict[int, Pair]
+"""Keys and values of texts (B, Hkv, S, .), virtual tokens included, by `id` of the layer."""
 
 logger = logging.getLogger(__name__)
 
@@ -34,34 +51,22 @@ class Pass(Protocol):
         ...
 
 
-def with_virtual(layer: torch.nn.Module, k: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Put a layer's learned keys and values in the place of those of the virtual tokens.
-
-    They are the first of a text, along axis ``dim`` of texts (B, Hkv, S, .).
-    """
-    virtual = getattr(layer, VIRTUAL_TOKENS, None)
-    if virtual is None:
-        return k, v
-    count = virtual.keys.shape[1]
-    pairs = ((k, virtual.keys), (v, virtual.values))
-    k, v = (
-        torch.cat(
-            [
-                new.to(x.dtype).expand(x.shape[0], -1, -1, -1),
-                x.narrow(dim, count, x.shape[dim] - count),
-            ],
-            dim,
-        )
-        for x, new in pairs
-    )
-    return k, v
+def choose_kernel(
+    q: Tensor, k: Tensor, v: Tensor, rules: ScoreRules, num_positions: int, masked: bool = False
+) -> Kernel | None:
+    """The flash kernel, or None for the dense path; says once why the dense path is taken."""
+    if not rules.fits_flash(num_positions):
+        _warn_once("soft-capping, attention sinks or a sliding window shorter than the text")
+        return None
+    kernel = find_kernel(q, k, v, masked)
+    if kernel is None:
+        _warn_once(f"no flash kernel for {q.dtype} on {q.device.type} with head size {q.shape[-1]}")
+    return kernel
 
 
-# --- A text alone ---------------------------------------------------------------------------------
-
-
-TextKeys = dict[int, tuple[Tensor, Tensor]]
-"""Keys and values of texts (B, Hkv, S, .), virtual tokens included, by `id` of the layer."""
+@functools.cache
+def _warn_once(reason: str) -> None:
+    logger.warning("attention takes the slow exact path (dense mask): %s", reason)
 
 
 class TextPass:
@@ -74,8 +79,14 @@ class TextPass:
     def __init__(self, keys: TextKeys | None = None) -> None:
         self.keys = keys
 
-    def attend(self, layer, q, k, v, rules):  # noqa: D102
-        k, v = with_virtual(layer, k, v, 2)
+    def attend(self, layer, q, k, v, rules):  # noqa: D102  (see Pass)
+        virtual = getattr(layer, VIRTUAL_TOKENS, None)
+        if virtual is not None:  # its learned keys and values replace those of the first tokens
+            count = virtual.keys.shape[1]
+            k, v = (
+                torch.cat([new.to(x.dtype).expand(len(x), -1, -1, -1), x[:, :, count:]], 2)
+                for x, new in ((k, virtual.keys), (v, virtual.values))
+            )
         if self.keys is not None:
             self.keys[id(layer)] = (k, v)
         kernel = choose_kernel(q, k, v, rules, q.shape[2])
@@ -103,9 +114,6 @@ class CausalAttention(torch.autograd.Function):
         return *(x.to(dtype) for x in grads), None, None
 
 
-# --- Blocks of some positions, against a text that ran before -------------------------------------
-
-
 class BlockPass:
     """Attention of blocks to the text and to themselves, with gradient.
 
@@ -126,23 +134,101 @@ class BlockPass:
         return block_attention(q, k, v, text, self.blocks, rules.scale, kernel)
 
 
-_told: set[str] = set()
+class RolloutCache:
+    """Keys and values of the text and of the thoughts so far, by attention layer.
+
+    Args:
+        text: Keys and values of the text.
+        num_steps: Block tokens that will be run (start and every thought token but the last).
+        num_thoughts: Thoughts at each position, K.
+        positions: Positions of the blocks, virtual tokens included; None for all of the text.
+    """
+
+    def __init__(
+        self,
+        text: TextKeys,
+        num_steps: int,
+        num_thoughts: int,
+        positions: Int[Tensor, "batch positions"] | None,
+    ) -> None:
+        self.num_steps, self.num_thoughts, self.positions = num_steps, num_thoughts, positions
+        self.text = {layer: (k.detach(), v.detach()) for layer, (k, v) in text.items()}
+        self.blocks: TextKeys = {}
+        self.start_prefix = self.prefix = None
+        if positions is not None:
+            length = next(iter(text.values()))[0].shape[2]
+            self.start_prefix = PrefixAttention(positions, 1, length)
+            self.prefix = PrefixAttention(positions, num_thoughts, length)
+
+    def repeat_text(self) -> None:
+        """Give every thought its text: keys and values (B, ...) become (K * B, ...)."""
+        for layer, pair in self.text.items():
+            self.text[layer] = _repeated(pair, self.num_thoughts)
+
+    def store_block(self, layer: int, index: int, k: Tensor, v: Tensor) -> Pair:
+        """Add one token to all blocks; returns them so far, (index + 1, rows, tokens, Hkv, .)."""
+        if index == 0:
+            rows, heads, tokens = k.shape[:3]
+            shape = (self.num_steps, self.num_thoughts * rows, tokens, heads)
+            room = [x.new_empty(*shape, x.shape[3], dtype=inner_dtype(x)) for x in (k, v)]
+            self.blocks[layer] = (room[0], room[1])
+        for cache, new in zip(self.blocks[layer], (k, v), strict=True):
+            cache[index].unflatten(0, (-1, len(new))).copy_(new.transpose(1, 2))
+        keys, values = self.blocks[layer]
+        return keys[: index + 1], values[: index + 1]
 
 
-def choose_kernel(
-    q: Tensor, k: Tensor, v: Tensor, rules: ScoreRules, num_positions: int, masked: bool = False
-) -> Kernel | None:
-    """The flash kernel, or None for the dense path; says once why the dense path is taken."""
-    if not rules.fits_flash(num_positions):
-        _tell_once("soft-capping, attention sinks or a sliding window shorter than the text")
-        return None
-    kernel = find_kernel(q, k, v, masked)
-    if kernel is None:
-        _tell_once(f"no flash kernel for {q.dtype} on {q.device.type} with head size {q.shape[-1]}")
-    return kernel
+class RolloutStep:
+    """One token of every block against the text and the block so far, through all layers, once.
+
+    Args:
+        cache: Keys and values of the text (with thoughts at all of its positions, repeated for
+            every thought behind the start token) and the earlier steps.
+        index: Place of the token in its block.
+    """
+
+    def __init__(self, cache: RolloutCache, index: int) -> None:
+        self.cache, self.index = cache, index
+        self._layers: Iterator[int] = iter(cache.text)
+
+    def attend(self, layer: object, q: Tensor, k: Tensor, v: Tensor, rules: ScoreRules) -> Tensor:
+        """As `Pass`, for the next layer in the order in which they saw the text.
+
+        Layers are not told apart by what they are, so that code compiled for one serves all.
+        """
+        layer_id, cache, index = next(self._layers), self.cache, self.index
+        text, positions = cache.text[layer_id], cache.positions
+        block = cache.store_block(layer_id, index, k, v)
+        num_positions = text[0].shape[2] + index + 1
+        kernel = choose_kernel(q, k, v, rules, num_positions, masked=positions is not None)
+        if kernel is None:
+            keys, values = (x.transpose(2, 3).to(q.dtype) for x in block)
+            if index == 0:  # not yet one for every thought
+                keys, values = k.unsqueeze(0), v.unsqueeze(0)
+            repeats = len(q) // len(text[0])
+            places = None if positions is None else positions.clamp(min=0).repeat(repeats, 1)
+            text = _repeated(text, repeats)
+            return dense_attention(q, text, (keys, values), rules, places)
+        prefix = cache.prefix if index else cache.start_prefix
+        if prefix is None:
+            out, lse = kernel.forward(q, *text, True, rules.scale)
+        else:  # towards the text, (K * B, H, P, d) is (B, H, P * K, d)
+            by_text = q.unflatten(0, (-1, len(text[0]))).movedim(0, 3).flatten(2, 3)
+            parts = prefix.forward(kernel, by_text, *text, rules.scale)
+            out, lse = (
+                x.unflatten(2, (-1, prefix.repeats)).movedim(3, 0).flatten(0, 1) for x in parts
+            )
+        if index > 0:
+            return step_attention(q, block, out, lse, rules.scale)
+        # A block of the start token alone: every query also sees the one key of its own place.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        score = at_least_float32(q * k).sum(-1) * rules.scale
+        merged = torch.logaddexp(lse, score)
+        merge_(out, lse, v * (score - merged).exp().unsqueeze(-1).to(v.dtype), merged)
+        return out
 
 
-def _tell_once(reason: str) -> None:
-    if reason not in _told:
-        _told.add(reason)
-        logger.warning("attention takes the slow exact path (dense mask): %s", reason)
+def _repeated(pair: Pair, times: int) -> Pair:
+    """Keys and values (B, ...) as (times * B, ...), as they are for one time."""
+    k, v = (x.unsqueeze(0).expand(times, *x.shape).flatten(0, 1) for x in pair)
+    return k, v

@@ -24,10 +24,10 @@ from torch import Tensor
 from quietstar.attention.kernels import at_least_float32
 from quietstar.attention.layout import (
     IGNORE_INDEX,
-    TextLookahead,
     lookahead_states,
     lookahead_targets,
     on_host,
+    text_lookahead,
 )
 from quietstar.backbone.output_head import OutputHead
 from quietstar.backbone.run import TextRun, num_virtual
@@ -220,11 +220,8 @@ class _Groups:
             model.causal_lm, inputs, dict(zip(self.layers, pairs, strict=True)), text_length,
             places.start,
         )  # fmt: skip
-        if positions is None:
-            count = places.stop - places.start
-            text = TextLookahead.contiguous_positions(text_states, lookahead, 0, count)
-        else:
-            text = TextLookahead.selected_positions(text_states, lookahead, positions)
+        count = places.stop - places.start
+        text = text_lookahead(text_states, lookahead, positions, count)
         weight = model.mixing_weight(text, ahead, step.fixed_mixing_weight)
         weigh = model.weigher(step.thoughts.part(texts, places))
         loss, results = thought_loss(

@@ -325,7 +325,7 @@ class QuietStarForCausalLM(nn.Module):
             states = texts.run.states
             score = torch.ones_like(states[..., 0])
             if rule in LEARNED_RULES:
-                ahead = TextLookahead.contiguous_positions(states, 1, 0, states.shape[1])
+                ahead = text_lookahead(states, 1, None)
                 score = self.mixing_head(ahead, torch.zeros_like(states)[None, None])[0, 0]
             if rule != "weight":
                 score = score * next_token_entropy(states, self.output_head)

@@ -100,7 +100,7 @@ class Decoder:
         cache, first, sample_ids = self.cache, appended.opened, self.sample_ids
         assert first is not None, "append with opens"
         if rows is not None:
-            cache, first, sample_ids = cache.chosen(rows), first[rows], sample_ids[rows]
+            cache, first, sample_ids = cache.select_rows(rows), first[rows], sample_ids[rows]
         thoughts = [self._draw(cache, first, 0, sample_ids)]
         length = self.sampling.thought_length
         for index in range(1, length):
@@ -117,11 +117,11 @@ class Decoder:
         """States of tokens (B, K * m, embedding)."""
         thoughts = 1 if new_text else cache.num_thoughts
         num_tokens = embedded.shape[1] // thoughts
-        start = cache.length + (0 if new_text else index or 0)
-        offset = torch.arange(start, start + num_tokens, device=embedded.device)
+        step = DecodePass(cache, new_text, index)
+        offset = step.start + torch.arange(num_tokens, device=embedded.device)
         places = offset - cache.first[:, None]  # (B, m)
         places = places if thoughts == 1 else places.repeat(1, thoughts)
-        return run_backbone(self.model, embedded, places, DecodePass(cache, new_text, index))
+        return run_backbone(self.model, embedded, places, step)
 
     def _draw(
         self, cache: DecodeCache, x: Tensor, index: int, sample_ids: Tensor

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.attention.layout import shifted
-from quietstar.attention.rollout_steps import RolloutCache, RolloutStep
+from quietstar.attention.passes import RolloutCache, RolloutStep
 from quietstar.backbone.casting import cast_weights
 from quietstar.backbone.output_head import OutputHead
 from quietstar.backbone.run import TextRun, embedding_weight, num_virtual, run_backbone, run_text
