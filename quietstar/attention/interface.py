@@ -57,9 +57,7 @@ def thinking_attention(
 
 
 @torch.compiler.disable
-def _not_compiled(
-    module, query, key, value, attention_mask, scaling, dropout, thought_pass, keywords
-):
+def _not_compiled(module, query, key, value, mask, scaling, dropout, thought_pass, keywords):
     """Attention of a pass, or that of an ordinary causal LM."""
     if thought_pass is not None:
         if dropout:
@@ -72,18 +70,15 @@ def _not_compiled(
         out = thought_pass.attend(module, *_of_one_dtype(query, key, value), rules)
         return out.transpose(1, 2), None
     if keywords.get("softcap") is None and keywords.get("s_aux") is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, **keywords
-        )
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **keywords)
     rules = _score_rules(query, scaling, keywords)  # torch's own function takes no such scores
     heads = (key.shape[1], query.shape[1] // key.shape[1])
     key, value = (x.repeat_interleave(heads[1], dim=1) for x in (key, value))
     scores = softcapped((query @ key.transpose(-1, -2)).float() * rules.scale, rules)
-    if attention_mask is None:  # left to `is_causal`, as torch's own function would
-        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril(
-            scores.shape[-1] - scores.shape[-2]
-        )
-    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    if mask is None:  # left to `is_causal`, as torch's own function would
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device)
+        mask = seen.tril(scores.shape[-1] - scores.shape[-2])
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = softmax_with_sinks(scores.unflatten(1, heads), rules.sinks).flatten(1, 2)
     return (weights.to(value.dtype) @ value).transpose(1, 2), None
 
@@ -144,30 +139,6 @@ def _score_rules(query: Tensor, scaling: float | None, keywords: dict[str, Any])
         window=keywords.get("sliding_window"),
         sinks=keywords.get("s_aux"),
     )
-
-
-def _plain_attention(module, query, key, value, attention_mask, scaling, dropout, keywords):
-    """Ordinary attention: torch's own function, explicit scores where it cannot serve."""
-    if keywords.get("softcap") is None and keywords.get("s_aux") is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, **keywords
-        )
-    rules = _score_rules(query, scaling, keywords)
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    scores = (query @ key.transpose(-1, -2)).float() * rules.scale
-    if rules.softcap is not None:
-        scores = rules.softcap * torch.tanh(scores / rules.softcap)
-    if attention_mask is None:  # left to `is_causal`, as torch's own function would
-        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril(
-            scores.shape[-1] - scores.shape[-2]
-        )
-    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    if rules.sinks is not None:
-        column = rules.sinks.float().reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, column], dim=-1)
-    weights = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype)
-    return (weights @ value).transpose(1, 2), None
 
 
 _running: contextvars.ContextVar[Pass | None] = contextvars.ContextVar("_running", default=None)

@@ -10,6 +10,7 @@ import functools
 from typing import Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
@@ -90,24 +91,12 @@ class CudaFlash:
         return dtype
 
     def backward(self, grad, qkv, out, lse, causal, scale, mask=None):  # noqa: D102
-        q, k, _ = qkv
         # Without dropout the kernel never reads the random state, but wants tensors there.
-        rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        unused = torch.zeros((), dtype=torch.uint64, device=q.device)
+        seed = torch.zeros(2, dtype=torch.uint64, device=grad.device)
+        offset = torch.zeros((), dtype=torch.uint64, device=grad.device)
+        lengths = (None, None, grad.shape[2], qkv[1].shape[2])
         return aten._scaled_dot_product_flash_attention_backward(
-            grad,
-            *qkv,
-            out,
-            lse.contiguous(),
-            None,
-            None,
-            q.shape[2],
-            k.shape[2],
-            0.0,
-            causal,
-            rng_state,
-            unused,
-            scale=scale,
+            grad, *qkv, out, lse.contiguous(), *lengths, 0.0, causal, seed, offset, scale=scale
         )
 
 
@@ -130,22 +119,12 @@ class CudaEfficient:
         groups = q.shape[1] // k.shape[1]
         wide_k, wide_v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         rows = -(-lse.shape[-1] // 32) * 32
-        lse = torch.nn.functional.pad(lse, (0, rows - lse.shape[-1]), value=torch.inf)
+        lse = F.pad(lse, (0, rows - lse.shape[-1]), value=torch.inf)
         seed = torch.zeros((), dtype=torch.int64, device=q.device)
+        wide = (q, wide_k, wide_v, _as_bias(mask, q))
+        wanted = [True, True, True, False]
         dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-            grad,
-            q,
-            wide_k,
-            wide_v,
-            _as_bias(mask, q),
-            out,
-            lse.contiguous(),
-            seed,
-            seed,
-            0.0,
-            [True, True, True, False],
-            causal,
-            scale=scale,
+            grad, *wide, out, lse.contiguous(), seed, seed, 0.0, wanted, causal, scale=scale
         )
         dk, dv = (x.unflatten(1, (k.shape[1], groups)).sum(2) for x in (dk, dv))
         return dq, dk, dv
@@ -156,18 +135,14 @@ def _as_bias(mask: Tensor | None, q: Tensor) -> Tensor | None:
     if mask is None:
         return None
     keys = mask.shape[-1]
-    mask = torch.nn.functional.pad(mask, (0, -keys % 8))
+    mask = F.pad(mask, (0, -keys % 8))
     return mask.expand(-1, q.shape[1], -1, -1)[..., :keys]
 
 
 def find_kernel(q: Tensor, k: Tensor, v: Tensor, masked: bool = False) -> Kernel | None:
     """The kernel for these tensors, or None where only the dense path is exact.
 
-    Args:
-        q: Queries.
-        k: Keys.
-        v: Values.
-        masked: The kernel must take a mask too.
+    With ``masked`` it must take a mask too.
     """
     if not (q.shape[-1] == k.shape[-1] == v.shape[-1] and q.dtype == k.dtype == v.dtype):
         return None
@@ -180,13 +155,11 @@ def _find_kernel(
 ) -> Kernel | None:
     if device == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         return CpuFlash()
-    if device == "cuda" and head_size % 8 == 0 and head_size <= 256:
-        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            return None
-        flash = dtype != torch.float32 and not masked
-        kernel: Kernel = CudaFlash() if flash else CudaEfficient()
-        return kernel if _agrees_with_plain(kernel, dtype, head_size, groups, masked) else None
-    return None
+    half = dtype in (torch.bfloat16, torch.float16)
+    if device != "cuda" or head_size % 8 or head_size > 256 or not (half or dtype == torch.float32):
+        return None
+    kernel: Kernel = CudaFlash() if half and not masked else CudaEfficient()
+    return kernel if _agrees_with_plain(kernel, dtype, head_size, groups, masked) else None
 
 
 @torch.no_grad()
@@ -197,9 +170,8 @@ def _agrees_with_plain(
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(heads: int) -> Tensor:
-        shape = (2, 40, heads, head_size)
-        x = torch.randn(shape, generator=generator, device="cuda").to(dtype)
-        return x.transpose(1, 2)
+        x = torch.randn(2, 40, heads, head_size, generator=generator, device="cuda")
+        return x.to(dtype).transpose(1, 2)
 
     q, k, v, grad = normal(2 * groups), normal(2), normal(2), normal(2 * groups)
     settings = (True, head_size**-0.5, None)
@@ -215,9 +187,7 @@ def _agrees_with_plain(
     with torch.enable_grad():
         leaves = [x.float().detach().requires_grad_() for x in (q, k, v)]
         wide = [leaves[0], *(x.repeat_interleave(groups, dim=1) for x in leaves[1:])]
-        plain = torch.nn.functional.scaled_dot_product_attention(
-            wide[0], wide[1], wide[2], is_causal=True
-        )
+        plain = F.scaled_dot_product_attention(wide[0], wide[1], wide[2], is_causal=True)
         plain_grads = torch.autograd.grad(plain, leaves, grad.float())
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2  # bfloat16 keeps 8 bits
     pairs = zip((out, *grads), (plain, *plain_grads), strict=True)
