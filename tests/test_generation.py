@@ -183,7 +183,7 @@ def test_the_cache_grows_with_the_text_and_not_with_thoughts():
     sizes = set()
     for _ in range(200):
         decoder.think(decoder.append(text[:, 0], opens=True))
-        sizes |= {(k.shape[2:], v.shape[2:]) for k, v in decoder.cache.own.values()}
+        sizes |= {(k.shape[2:], v.shape[2:]) for k, v in decoder.cache.blocks.values()}
     assert sizes == {((2, 6, 8), (2, 6, 8))}
     assert {k.shape[2] for k, _ in decoder.cache.text.values()} == {8 + 2 * (128 + 6)}
 
