@@ -1,11 +1,13 @@
 """Tokenizers: a built-in byte-level one, loading, and the check that one fits its model."""
 
+import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -39,28 +41,39 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     It round-trips any UTF-8 text and needs no download, so tests and tiny random models use it.
     """
     vocab = {character: byte for byte, character in bytes_to_unicode().items()}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return _built_in(backend)
+    by_bytes = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
+    return _built_in(
+        model={"type": "BPE", "vocab": vocab, "merges": []},
+        pre_tokenizer={**by_bytes, "add_prefix_space": False},
+        decoder={**by_bytes, "add_prefix_space": True},
+    )
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """Builds a tokenizer with one token per word of the synthetic tasks, then eos and pad."""
     words = (*VOCABULARY, EOS_TOKEN, PAD_TOKEN)
     vocab = {word: index for index, word in enumerate(words)}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token=PAD_TOKEN))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return _built_in(backend)
-
-
-def _built_in(backend: Tokenizer) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=EOS_TOKEN,
-        pad_token=PAD_TOKEN,
-        clean_up_tokenization_spaces=False,
+    return _built_in(
+        model={"type": "WordLevel", "vocab": vocab, "unk_token": PAD_TOKEN},
+        pre_tokenizer={"type": "WhitespaceSplit"},
+        decoder=None,
     )
+
+
+def _built_in(**parts: Any) -> PreTrainedTokenizerFast:
+    """Builds a tokenizer from the parts of a tokenizer.json."""
+    unused = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
+    content = {"version": "1.0", "added_tokens": [], **unused, **parts}
+    with TemporaryDirectory() as folder:
+        (path := Path(folder) / "tokenizer.json").write_text(json.dumps(content), "utf-8")
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=str(path),
+            eos_token=EOS_TOKEN,
+            pad_token=PAD_TOKEN,
+            clean_up_tokenization_spaces=False,
+        )
+    tokenizer.init_kwargs.pop("tokenizer_file", None)  # it is gone
+    return tokenizer
 
 
 def load_tokenizer(name: str, **hub_kwargs: Any) -> PreTrainedTokenizerBase:
