@@ -137,8 +137,6 @@ def merge_(out: Tensor, lse: Tensor, inner_out: Tensor, merged: Tensor) -> None:
 
 
 # --- Inside a block -------------------------------------------------------------------------------
-
-
 def inner_dtype(x: Tensor) -> torch.dtype:
     """Choose the type of the products inside a block.
 

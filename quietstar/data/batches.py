@@ -98,7 +98,6 @@ class DataReport:
 
 
 # --- Samples --------------------------------------------------------------------------------------
-
 # First key of every random stream, so that no two uses of one seed share their numbers.
 ORDER, SPAN, HELD_OUT, EVAL_ORDER, EVAL_SPAN, ESTIMATE = range(6)
 
@@ -241,8 +240,6 @@ class StreamSamples:
 
 
 # --- Batches --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class TrainData:
     """Training batches by step."""
@@ -312,8 +309,6 @@ def collate(
 
 
 # --- Building both parts --------------------------------------------------------------------------
-
-
 def build_data(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple[TrainData, EvalData, DataReport]:

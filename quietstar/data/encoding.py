@@ -229,7 +229,6 @@ def chunks(documents: Iterable[Encoded], seq_len: int) -> Iterator[Encoded]:
 
 
 # --- Documents ------------------------------------------------------------------------------------
-
 EXACT_BYTES = 64 * 2**20  # half a minute of tokenization on one slow core
 ENCODED = Features(
     {

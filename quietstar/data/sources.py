@@ -34,8 +34,6 @@ SIMILAR_NAME = 60.0  # least similarity, of 100, of a file or task that is sugge
 
 
 # --- Records --------------------------------------------------------------------------------------
-
-
 def record_fields(config: DataConfig) -> dict[str, str]:
     """Returns the canonical fields of the config's format with their names in raw records."""
     names = {"text": ["text"], "chat": ["messages"], "qa": ["question", "answer"]}[config.format]
@@ -187,8 +185,6 @@ def _read_files(names: list[str], fields: dict[str, str], stamps: Any) -> Iterat
 
 
 # --- Sources --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Source:
     """Canonical records of one data set.

@@ -39,8 +39,6 @@ def gain_over(own: Value, control: Value, metric: str = "nll") -> Value:
 
 
 # --- Swapped thoughts -----------------------------------------------------------------------------
-
-
 def derangement(count: int, seed: int) -> Int[Tensor, " count"]:
     """Draw whose thoughts each of ``count`` owners gets: one cycle through all, in random order.
 
@@ -122,8 +120,6 @@ def plan_swap(
 
 
 # --- Shuffled thoughts and pause tokens -----------------------------------------------------------
-
-
 def shuffle_tokens(
     thoughts: Int[Tensor, "batch thoughts positions length"], numbers: Sequence[int], seed: int
 ) -> Int[Tensor, "batch thoughts positions length"]:

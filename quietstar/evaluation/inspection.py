@@ -121,8 +121,6 @@ def inspect_text(
 
 
 # --- Figures of a window --------------------------------------------------------------------------
-
-
 def _figures(
     model: QuietStarForCausalLM, ids: Tensor, own: Tensor, window: Window
 ) -> dict[str, Tensor]:
@@ -167,8 +165,6 @@ def _figures(
 
 
 # --- Records of tokens ----------------------------------------------------------------------------
-
-
 def _token_records(
     columns: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, Any]]:
@@ -230,8 +226,6 @@ def token_slices(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[in
 
 
 # --- Summary --------------------------------------------------------------------------------------
-
-
 def summarise_thoughts(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Average over the predicted tokens, over hard and easy ones; list the most frequent thoughts.
 

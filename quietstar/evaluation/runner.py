@@ -271,8 +271,6 @@ class Runner:
 
 
 # --- What the votes say ---------------------------------------------------------------------------
-
-
 def read_number(chain: str) -> str | None:
     """Read the first integer of the final answer, without thousands separators."""
     match = re.search(r"-?\d+", chain.rpartition(FINAL_ANSWER)[2].replace(",", ""))
@@ -310,8 +308,6 @@ def majority(numbers: Sequence[str | None], gold: str, k: int) -> float:
 
 
 # --- Tasks of lm-evaluation-harness ---------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class HarnessTask:
     """A task, or a group of tasks, of the harness."""

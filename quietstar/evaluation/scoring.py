@@ -86,8 +86,6 @@ def fingerprint(name: str) -> str:
 
 
 # --- Scores --------------------------------------------------------------------------------------
-
-
 def thinks_once(model: QuietStarForCausalLM, positions: str) -> bool:
     """Say whether answers are thought about once, before their first token (`POSITIONS`)."""
     return positions == "trained" and model.thoughts.positions == "answer_start"

@@ -95,8 +95,6 @@ def items_needed(gaps: Array) -> int | None:
 
 
 # --- Summary of a task ----------------------------------------------------------------------------
-
-
 def summarise(
     task: Task | HarnessTask,
     store: ItemStore,
@@ -249,8 +247,6 @@ def verdict(summary: dict[str, Any]) -> str:
 
 
 # --- Breakdown by token ---------------------------------------------------------------------------
-
-
 def kind_of(text: str) -> str:
     """Name what a token's text is made of, by its first character that is not white space."""
     text = text.strip()

@@ -152,8 +152,6 @@ def _spans(path: Path, tokenizer: PreTrainedTokenizerBase, size: int) -> Iterato
 
 
 # --- From records to items ------------------------------------------------------------------------
-
-
 def _field(record: Record, path: str, where: str) -> Any:
     value: Any = record
     for part in path.split("."):
@@ -256,8 +254,6 @@ def find_task(name: str, separator: str = "") -> Task | None:
 
 
 # --- From items to tokens -------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Candidates:
     """Tokens over which answers are renormalized: digits or labels, behind them any end."""

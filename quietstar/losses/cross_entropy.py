@@ -307,7 +307,6 @@ class SoftmaxChunk:
 
 
 # --- Gradients of the output layer ----------------------------------------------------------------
-
 _ROWS = 512
 """Rows of half precision that make one product: what it adds to the sum is read and written once
 for all of them."""

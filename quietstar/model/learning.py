@@ -233,8 +233,6 @@ class _Groups:
 
 
 # --- Sums over groups -----------------------------------------------------------------------------
-
-
 class _Source:
     """A tensor that groups read parts of, and the sum of what flows back to them.
 

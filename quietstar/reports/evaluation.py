@@ -127,7 +127,6 @@ def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
 
 
 # --- Gates: speed against quality -----------------------------------------------------------------
-
 GATES = {  # color, symbol, size and dash: color is not all that tells gates apart
     "entropy": ("var(--gate-entropy)", "circle", 8, "solid"),
     "weight": ("var(--gate-weight)", "diamond", 8, "dash"),

@@ -26,7 +26,6 @@ _GAP = 0.06  # of the width, between panels: half a number on either side
 _CHARACTERS = 48  # of the stages' names side by side, on a phone
 
 # --- The look of all figures ----------------------------------------------------------------------
-
 _AXIS: Figure = {
     "title": {"standoff": 8, "font": {"size": 12}}, "automargin": True, "showline": True,
     "showspikes": False, "gridcolor": "var(--grid)", "zerolinecolor": "var(--edge)",
@@ -74,8 +73,6 @@ def literal(text: str, width: int) -> str:
 
 
 # --- Curves over the steps ------------------------------------------------------------------------
-
-
 class Line(NamedTuple):
     """A figure in a chart."""
 
@@ -200,8 +197,6 @@ def inner_steps(low: float, high: float, most: int) -> list[int]:
 
 
 # --- Means with intervals -------------------------------------------------------------------------
-
-
 class Row(NamedTuple):
     """One row of a forest plot: a mean, its interval and the figures of the seeds."""
 

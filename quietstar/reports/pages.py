@@ -85,8 +85,6 @@ def visible(text: str) -> str:
 
 
 # --- Pages ----------------------------------------------------------------------------------------
-
-
 def asset(name: str) -> str:
     """Read a style sheet or script of the package."""
     return (resources.files("quietstar.reports") / "templates" / name).read_text(encoding="utf-8")

@@ -38,8 +38,6 @@ def finite(value: object) -> float | None:
 
 
 # --- metrics.jsonl --------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Record:
     """One line of ``metrics.jsonl``: its finite numbers by key, and when they were measured."""
@@ -85,8 +83,6 @@ def series(records: Iterable[Record], kind: str, key: str) -> tuple[list[int], l
 
 
 # --- results.json, samples.json, controls.json ----------------------------------------------------
-
-
 def _finite_pair(value: object) -> tuple[float, float] | None:
     """Return two finite numbers in order, or None."""
     if not isinstance(value, list | tuple) or len(value) != 2:

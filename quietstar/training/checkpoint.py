@@ -50,8 +50,6 @@ FREE_ON_RESUME = (
 
 
 # --- Saving and loading ---------------------------------------------------------------------------
-
-
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Returns the checkpoints of a run folder that were written to the end, oldest first."""
     folders = (output_dir / CHECKPOINTS_FOLDER).glob("step-*")
@@ -162,8 +160,6 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 # --- Damage ---------------------------------------------------------------------------------------
-
-
 def write_manifest(folder: Path) -> None:
     """Writes ``manifest.json``: size and SHA-256 of every file below ``folder``."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_FILE)
@@ -205,8 +201,6 @@ def _digest(path: Path) -> str:
 
 
 # --- What a launch finds --------------------------------------------------------------------------
-
-
 def find_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None, list[str]]:
     """Returns the checkpoint to go on from, None for a new run, and a line for each damaged one.
 

@@ -164,8 +164,6 @@ def figures(totals: Mapping[str, ThoughtMetrics]) -> dict[str, float]:
 
 
 # --- Answers: are they right, and are the thoughts before them? -----------------------------------
-
-
 def right_answers(
     predicted: Int[Tensor, "batch thoughts seq"],
     input_ids: Int[Tensor, "batch seq"],
@@ -219,8 +217,6 @@ def right_thoughts(
 
 
 # --- What a run leaves beside its model: results.json and samples.json ----------------------------
-
-
 def write_results(run: StageRun, tokenizer: PreTrainedTokenizerBase, seconds: float) -> None:
     """Writes both files, with the last stage's held-out figures at its start and end.
 
