@@ -162,7 +162,7 @@ def test_a_run_is_measured_beside_its_plan(tmp_path):
     call = ["--config", str(tmp_path / "config.yaml"), "--steps", "1"]
     assert cli.run_command(memory.main, [*call, "--json", str(tmp_path / "memory.json")]) == 0
     figures = json.loads((tmp_path / "memory.json").read_text())
-    # So small a model takes little beside the program itself, of which a machine loads more or less.
+    # So small a model takes little beside the program itself, and machines load more or less of it.
     program = PROGRAM / 2**20
     model = figures["planned_mb"] - program
     assert 0 < model < figures["measured_mb"] < model + 3 * program
