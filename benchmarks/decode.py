@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.measure import environment
-from benchmarks.models import load_model, make_thinker
-from benchmarks.options import add_machine, finish, run, settings_of
+from benchmarks.models import load_plain, make_thinker
+from benchmarks.options import add_machine, report_result, run, settings_of
 from benchmarks.peak_memory import PeakMemory
 from quietstar.backbone.devices import find_device
 from quietstar.cli.options import Parser, whole
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
             f"{row['ideal_tokens_per_second']:.2f}", f"{row['share_of_ideal']:.3f}",
             f"{row['mb_added']:.1f}",
         )  # fmt: skip
-    return finish(table, result, args.json)
+    return report_result(table, result, args.json)
 
 
 def bench_decode(args: argparse.Namespace) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def bench_decode(args: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
-    base = load_model(args.model).to(dtype).eval()
+    base = load_plain(args.model).to(dtype).eval()
     plain = copy.deepcopy(base)
     device = find_device(args.device)
     model = make_thinker(base, args).to(device, dtype).eval()

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import patch_environment
 from rich.table import Table
 
-from benchmarks.options import add_json, finish, run
+from benchmarks.options import add_json, report_result, run
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.processes import in_fresh_process
 from quietstar.cli.options import Parser, whole
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
         table.add_column(column, justify="right")
     table.add_row(f"{planned:,.0f}", f"{measured:,.0f}", f"{planned / measured:.2f}")
     figures = {"planned_mb": planned, "measured_mb": measured, "ratio": planned / measured}
-    return finish(table, figures, args.json)
+    return report_result(table, figures, args.json)
 
 
 def _parser() -> Parser:

@@ -34,7 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def load_model(name: str, vocab_size: int | None = None) -> PreTrainedModel:
+def load_plain(name: str, vocab_size: int | None = None) -> PreTrainedModel:
     """A model of `MODELS` with random weights, or one of a folder."""
     if name not in MODELS:
         return load_base(name)
@@ -63,9 +63,9 @@ class Contest:
     """A Quiet-STaR model and the plain one of its floor, with the same weights.
 
     Attributes:
-        model: That thinks.
+        model: The Quiet-STaR model that is measured.
         plain: A copy of its base.
-        tokens: Random texts.
+        tokens: Token ids of random texts, (B, S).
         sizes: Sizes of the step.
     """
 
@@ -80,7 +80,7 @@ def make_contest(args: argparse.Namespace, device: str) -> Contest:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    base = load_model(args.model, args.vocab_size)
+    base = load_plain(args.model, args.vocab_size)
     plain = copy.deepcopy(base)
     names = ("positions", "num_thoughts", "lookahead")
     thoughts = {name: getattr(args, name) for name in names}

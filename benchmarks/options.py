@@ -24,7 +24,7 @@ def run(main: Callable[[list[str]], int]) -> None:
     sys.exit(run_command(main, sys.argv[1:]))
 
 
-def finish(table: Table, result: object, file: Path | None) -> int:
+def report_result(table: Table, result: object, file: Path | None) -> int:
     """Print the table, write the figures as JSON if asked; returns the exit code."""
     Console().print(table)
     if file:

@@ -14,7 +14,7 @@ from rich.table import Table
 from benchmarks.floor import floor_batches, floor_rollout, share_of
 from benchmarks.measure import environment, in_turn, peak_mb, precision
 from benchmarks.models import make_contest
-from benchmarks.options import finish, run, settings_of, sizes_parser
+from benchmarks.options import report_result, run, settings_of, sizes_parser
 from quietstar.backbone.devices import find_device
 
 
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     coarse = ("tokens_per_second", "peak_mb_above_model")
     cells = [f"{result[name]:.3f}" for name in fine] + [f"{result[name]:,.0f}" for name in coarse]
     table.add_row(*cells)
-    return finish(table, result, args.json)
+    return report_result(table, result, args.json)
 
 
 def bench_rollout(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.floor import floor_batches, floor_step, share_of
 from benchmarks.measure import environment, in_turn, peak_mb, precision
 from benchmarks.models import make_contest
-from benchmarks.options import finish, run, settings_of, step_parser
+from benchmarks.options import report_result, run, settings_of, step_parser
 from quietstar.backbone.compiling import compile_layers, require_compiler
 from quietstar.backbone.devices import find_device
 from quietstar.model.learning import resolve_chunk_tokens
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
         table.add_column(column, justify="right")
     figures = ("step_seconds", "floor_seconds", "step_over_floor", "peak_mb_above_model")
     table.add_row(*[f"{result[name]:.3f}" for name in figures[:3]], f"{result[figures[3]]:.0f}")
-    return finish(table, result, args.json)
+    return report_result(table, result, args.json)
 
 
 def bench_step(args: argparse.Namespace) -> dict[str, Any]:

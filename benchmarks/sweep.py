@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     found: dict[str, list[dict[str, Any]]] = {}
     for axis in args.axes:  # a sweep takes long: what is known is written before the next axis
         found[axis] = sweep(axis, args)
-        Console().print(table(axis, found[axis]))
+        Console().print(growth_table(axis, found[axis]))
         if args.json:
             result = {"axes": found, "settings": settings_of(args), "environment": environment()}
             write_text(args.json, json.dumps(result, indent=2) + "\n")
@@ -91,7 +91,7 @@ def exponent(rows: Sequence[dict[str, Any]], figure: str) -> float:
     return float(np.polyfit(np.log(values), np.log(figures), 1)[0])
 
 
-def table(axis: str, rows: Sequence[dict[str, Any]]) -> Table:
+def growth_table(axis: str, rows: Sequence[dict[str, Any]]) -> Table:
     """A row for every value, and the exponents below."""
     name, _ = AXES[axis]
     shown = Table(title=f"{name} ({axis})", title_justify="left", box=box.SIMPLE_HEAD,

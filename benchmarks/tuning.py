@@ -15,7 +15,7 @@ import torch
 from rich.table import Table
 from torch.optim import Optimizer
 
-from benchmarks.options import add_json, finish, run, settings_of
+from benchmarks.options import add_json, report_result, run, settings_of
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.processes import in_fresh_process
 from quietstar.cli.options import Parser, whole
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
             f"{row['peak_mb']:.0f}",
             f"{row['step_seconds']:.2f}",
         )
-    return finish(table, results, args.json)
+    return report_result(table, results, args.json)
 
 
 def _parser() -> Parser:

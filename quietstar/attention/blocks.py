@@ -165,10 +165,10 @@ class ContiguousBlocks:
     The R rows of a text are the start tokens, then (w k).
 
     Attributes:
-        batch_size: Texts, B.
+        batch_size: Number of texts, B.
         num_thoughts: Thoughts at each position, K.
         block_length: Tokens of a block, W.
-        first: Of the positions; virtual tokens before the text count.
+        first: The first position; virtual tokens before the text count.
         count: Number of positions, P.
     """
 

@@ -78,7 +78,7 @@ def run_backbone(
 
     Args:
         model: A causal LM whose attention implementation is ``quietstar``.
-        embeddings: Input embeddings.
+        embeddings: Input embedding of every token.
         position_ids: Position of every token.
         thought_pass: Who attends to whom.
     """

@@ -30,7 +30,7 @@ class Encoded:
     """Tokens of a document, or of a span of one.
 
     Attributes:
-        ids: Token ids.
+        ids: Token ids of the document.
         targets: True where the token is to be predicted.
         answers: True where the token belongs to an answer, what the template adds apart.
         answer_start: Index of the first token of the (last) answer; -1 where there is none.

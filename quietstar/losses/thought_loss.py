@@ -89,7 +89,7 @@ class ScoredThoughts(ThoughtResults):
     With chosen positions, P of them a text stand where ``positions`` is written; else S.
 
     Attributes:
-        thoughts: Thought tokens.
+        thoughts: Token ids of the thoughts that were scored.
         base_logprobs: Of x_{i+a}, without the thought.
         valid: Whether there is a target x_{i+a}.
         text_logprobs: Of the next token after every text position, 0 where there is no target.

@@ -21,7 +21,7 @@ def merge(folder: Path, out: Path, **hub: Any) -> Path:
 
     Args:
         folder: Written by `QuietStarForCausalLM.save_pretrained`.
-        out: New folder.
+        out: Folder to write; it must be new or empty.
         **hub: ``trust_remote_code``.
 
     Raises:

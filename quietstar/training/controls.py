@@ -33,7 +33,7 @@ from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.sampling.positions import count_positions
 from quietstar.training.build import build_accelerator
 from quietstar.training.checkpoint import CONFIG_FILE, FINAL_FOLDER, check_same_run
-from quietstar.training.evaluation import RESULTS_FILE, chosen_positions, score
+from quietstar.training.evaluation import RESULTS_FILE, chosen_positions, score_batch
 from quietstar.training.run import run_training
 
 CONTROLS_FILE = "controls.json"
@@ -222,7 +222,7 @@ def _first_thoughts(
         batch = batch.to(accelerator.device)
         positions = chosen_positions(reader, batch)
         thoughts = writer.sample(batch.input_ids, positions=positions, sample_ids=batch.sample_ids)
-        metrics, key = score(reader, batch, thoughts, positions), "accuracy_with_thoughts"
+        metrics, key = score_batch(reader, batch, thoughts, positions), "accuracy_with_thoughts"
         counts += torch.stack(metrics.figures[key])
     right, total = accelerator.reduce(counts, "sum").tolist()  # pyright: ignore
     return {"accuracy": {"with_thoughts": right / total, "n": total}}

@@ -101,7 +101,7 @@ def compare(
         positions = chosen_positions(model, batch)
         where = {"positions": positions, "sample_ids": batch.sample_ids}
         own = model.sample(batch.input_ids, **where)
-        metrics = score(model, batch, own, positions)
+        metrics = score_batch(model, batch, own, positions)
         if batch.rationale.shape[1] > 0:
             sampled = model.sample(batch.input_ids, num_thoughts=SAMPLES, temperature=1.0, **where)
             right = right_thoughts(sampled, batch.answers, batch.rationale, positions)
@@ -114,9 +114,9 @@ def compare(
     for batch, own, positions, texts in thoughts_of_batches:
         if swap is not None:
             swapped = torch.stack([swap(text, own.shape[2]) for text in texts])
-            parts[SWAPPED].append(score(model, batch, swapped.to(own.device), positions))
+            parts[SWAPPED].append(score_batch(model, batch, swapped.to(own.device), positions))
         pause = controls.pause_tokens(own, model.pause_token_id)
-        parts[PAUSE].append(score(model, batch, pause, positions))
+        parts[PAUSE].append(score_batch(model, batch, pause, positions))
         advance()
     return {kind: reduce(add, metrics[:counted]) for kind, metrics in parts.items() if metrics}
 
@@ -127,7 +127,7 @@ def chosen_positions(model: Thinker, batch: Batch) -> Tensor | None:
     return model.choose_positions(*inputs, answers=batch.answers, sample_ids=batch.sample_ids)
 
 
-def score(
+def score_batch(
     model: Thinker, batch: Batch, thoughts: Tensor, positions: Tensor | None = None
 ) -> ThoughtMetrics:
     """Scores a batch with given thoughts (at given positions)."""
