@@ -1,22 +1,30 @@
 """The console command ``quietstar``: a table of subcommands, one module each.
 
-A mistake of the user ends in one line per problem on stderr and exit code 2. Nothing here imports
-torch before the config is known to be valid.
+A mistake of the user ends in one line per problem on stderr and exit code 2; a fault of ours in one
+line that says so and names a file with the traceback. Nothing here imports torch before the config
+is known to be valid.
 """
 
 import logging
 import os
+import re
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from importlib import import_module
 
 from quietstar import __version__
-from quietstar.errors import ConfigError, Preempted, UserError, visible
+from quietstar.errors import ConfigError, Preempted, UserError, reason_of, visible
+from quietstar.system import signals
+from quietstar.system.signals import Stopped
 
 EXIT_USER_ERROR = 2
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: to be tried again
+EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: to be tried again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 SECONDS_FOR_RANK_0 = 10.0
 """How long other ranks leave an error to rank 0 before they print it themselves."""
 
@@ -50,31 +58,39 @@ def main(argv: list[str] | None = None) -> int | None:
 def run_command(
     command: Callable[[list[str]], int | None], arguments: list[str], resume_hint: str = ""
 ) -> int | None:
-    """Run a function on its arguments; a mistake of the user becomes lines and an exit code.
+    """Run a function on its arguments; whatever goes wrong becomes lines and an exit code.
 
     The hint is what to say after "interrupted".
     """
     # bitsandbytes warns at its import about kernels that it can do without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        return command(arguments)
+        with signals.listening():
+            code = command(arguments)
+            sys.stdout.flush()
+            return code
     except UserError as error:
+        code = EXIT_USER_ERROR
         problems = error.problems if isinstance(error, ConfigError) else [str(error)]
-    except ModuleNotFoundError as error:
-        module = (error.name or "").partition(".")[0]
-        if module not in EXTRAS:
-            raise
-        remedy = f"pip install 'quietstar[{EXTRAS[module]}]'"
-        problems = [f"this needs {module}, which is not installed; {remedy}"]
     except (Preempted, KeyboardInterrupt) as stop:
-        is_preempted = isinstance(stop, Preempted)
         if launched_rank() == 0:
-            _print_line(str(stop) if is_preempted else f"interrupted{resume_hint}")
-        return EXIT_PREEMPTED if is_preempted else EXIT_INTERRUPTED
+            name = stop.signal if isinstance(stop, Stopped) else "SIGINT"
+            word = "interrupted" if name == "SIGINT" else f"{name} asked for an end"
+            is_told = isinstance(stop, Preempted)
+            _print_line(str(stop) if is_told else f"{word}{resume_hint}")
+        is_keyboard = signals.requested() in (None, "SIGINT")
+        return EXIT_INTERRUPTED if is_keyboard else EXIT_PREEMPTED
+    except BrokenPipeError:  # as in `quietstar generate ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     except SystemExit as stop:  # argparse, after --help
         if stop.code:
             raise
         return None
+    except Exception as fault:
+        problem = _explain(fault)
+        code = EXIT_USER_ERROR if problem else EXIT_FAULT
+        problems = [problem or _report_fault(fault)]
     # Most errors strike every rank. Rank 0 prints at once, and when it exits, the launcher ends the
     # others while they wait here. A rank that outlives the wait is alone with its error.
     rank = launched_rank()
@@ -82,7 +98,47 @@ def run_command(
         time.sleep(SECONDS_FOR_RANK_0)
     for problem in problems:
         _print_line(f"error: {problem}", f"[rank {rank}] " if rank > 0 else "")
-    return EXIT_USER_ERROR
+    return code
+
+
+def _explain(fault: Exception) -> str | None:
+    """Say what the system or the machine lacks, if that is what an exception is about."""
+    text, kind = str(fault), type(fault).__name__
+    if isinstance(fault, ModuleNotFoundError):
+        module = (fault.name or "").partition(".")[0]
+        if module in EXTRAS:
+            remedy = f"pip install 'quietstar[{EXTRAS[module]}]'"
+            return f"this needs {module}, which is not installed; {remedy}"
+    if isinstance(fault, MemoryError) or "OutOfMemory" in kind or "can't allocate memory" in text:
+        return (
+            f"out of memory: {reason_of(fault)}. Lower training.micro_batch_size, --batch-size or "
+            "the length of the texts; quietstar plan predicts what a run needs."
+        )
+    if isinstance(fault, OSError) and fault.strerror:
+        name = fault.filename if isinstance(fault.filename, str) else "a file"
+        return f"{name}: {fault.strerror}. Free or mend what it lies on, then start again."
+    if kind.startswith("Dist") or _CONNECTION_LOST.search(text):
+        return (
+            "another process of this launch has ended, so this one cannot go on; its own message, "
+            "or that of the launcher, says why. Start again with --resume auto."
+        )
+    return None
+
+
+_CONNECTION_LOST = re.compile(r"(?i)connection (closed|reset) by peer|socket closed|broken pipe")
+
+
+def _report_fault(fault: Exception) -> str:
+    """Write the traceback into a new file; return the line that names it."""
+    name = f"{type(fault).__name__}: {reason_of(fault)[:160]}"
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="quietstar-traceback-", suffix=".txt")
+        with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
+            file.write(f"quietstar {__version__}, arguments: {sys.argv[1:]}\n")
+            file.writelines(traceback.format_exception(fault))
+    except OSError as problem:
+        path = f"nowhere ({reason_of(problem)})"
+    return f"a fault of quietstar, not of yours ({name}). Report it with its traceback: {path}"
 
 
 def launched_rank() -> int:
