@@ -96,7 +96,8 @@ def find(key: str, name: str) -> Any:
         raise UserError(f"{key} ({name}): it has no method {kind.method}. Define {wanted}.")
     if kind.base is not None:
         package, _, base = kind.base.rpartition(".")
-        if not (inspect.isclass(part) and issubclass(part, getattr(sys.modules[package], base))):
+        ancestor = getattr(importlib.import_module(package), base)
+        if not (inspect.isclass(part) and issubclass(part, ancestor)):
             raise UserError(f"{key} ({name}): it must be a class derived from {kind.base}.")
     # A method is looked up on its class, where self is a parameter too.
     is_method = kind.method is not None and inspect.isclass(part)

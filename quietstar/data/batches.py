@@ -360,6 +360,8 @@ def build_data(
             chosen = keyed_rng(seed, ESTIMATE).choice(len(sequences), count, replace=False)
             lengths = np.asarray([len(sequences[int(index)]) for index in chosen])
             scale = len(sequences) / count
+        if scale == 1.0 and lengths.max() <= config.min_context:
+            raise no_targets(source.label, config)
         longer = int((lengths > config.seq_len).sum() * scale)
         report = DataReport(
             source=source.label,
@@ -375,10 +377,28 @@ def build_data(
             exact=sequences.lengths is not None,
         )
     assert eval_samples, "a source that opens gives a sequence"
+    check_targets(eval_samples, config, held_out.label if held_out is not None else source.label)
     pad_id = padding_id(tokenizer)
     train_data = TrainData(samples, config.seq_len, pad_id)
-    train_data.batch(0, 1)  # an unusable stream is an error now, not in the first step
+    samples.read(0, 1, range(1))  # an unusable stream is an error now, not in the first step
     return train_data, EvalData(eval_samples, config.seq_len, pad_id), report
+
+
+def check_targets(samples: Sequence[Encoded], config: DataConfig, label: str) -> None:
+    """Raises `UserError` if nothing in the sequences of an evaluation is to be predicted."""
+    is_scored = (sample.targets & (sample.answers if config.format == "qa" else True)
+                 for sample in samples)  # fmt: skip
+    if not any(scored[1:].any() for scored in is_scored):
+        raise no_targets(label, config)
+
+
+def no_targets(label: str, config: DataConfig) -> UserError:
+    """Builds the error for texts of which nothing is a target."""
+    what = "no answer" if config.format == "qa" else "no text"
+    return UserError(
+        f"{label}: {what} reaches beyond the first data.min_context ({config.min_context}) tokens,"
+        " which are no targets: lower it, or give longer texts"
+    )
 
 
 def evaluate_on(
