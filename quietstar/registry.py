@@ -156,8 +156,10 @@ def running(key: str, name: str) -> Iterator[None]:
     except Exception as problem:
         if ":" not in name or "OutOfMemory" in type(problem).__name__:
             raise
-        frame = traceback.extract_tb(problem.__traceback__)[-1]
+        file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+        frames = traceback.extract_tb(problem.__traceback__)
+        lines = [f" in line {frame.lineno} of {file}" for frame in frames if frame.filename == file]
         raise UserError(
-            f"{key} ({name}): it raised {type(problem).__name__} ({reason_of(problem)}) in line "
-            f"{frame.lineno} of {frame.filename}. Mend it there."
+            f"{key} ({name}): it raised {type(problem).__name__} ({reason_of(problem)})"
+            f"{lines[-1] if lines else ''}. Mend it."
         ) from problem

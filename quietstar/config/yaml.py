@@ -18,7 +18,7 @@ from quietstar.errors import reason_of
 
 MOST_VALUES = 10_000  # with every alias written out; shipped configs have fewer than 100
 MOST_LEVELS = 50  # of values inside each other
-MOST_CHARACTERS = 200_000  # about 3 seconds of parsing; shipped configs have fewer than 4,000
+MOST_CHARACTERS = 200_000  # a second or two of parsing; shipped configs have fewer than 4,000
 
 _TAG = "tag:yaml.org,2002:"
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")

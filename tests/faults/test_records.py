@@ -484,10 +484,9 @@ class Beyond:
 def test_a_part_that_does_what_it_must_not_is_one_line(key, name, words, working_folder):
     (working_folder / "wrong_parts.py").write_text(WRONG_PARTS)
     name = f"wrong_parts:{name}"
-    changes = {"thoughts": {"sampler": name}} if key == "thoughts.sampler" else {}
+    section, part = key.split(".")
     with pytest.raises(UserError, match=words) as caught:
-        loss = {} if changes else {key.partition(".")[2]: name}
-        thinking_model(loss=loss, **changes)(random_texts(2, 6))
+        thinking_model(**{section: {part: name}})(random_texts(2, 6))
     assert str(caught.value).startswith(f"{key} ({name}): ")
     assert "\n" not in str(caught.value)
 
