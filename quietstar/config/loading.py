@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 RUN_CONTENTS = ("checkpoints", "final", "metrics.jsonl")
 """What lies beside the config of a run; any of it marks a run folder."""
 
+LONGEST_PROBLEM = 1000  # characters of its line, for values may be long
 MOST_STAGES = 100
 MOST_SUGGESTIONS = 20  # problems with a "did you mean", which takes a while to find
 
@@ -109,11 +110,11 @@ def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -
         problems = _find_problems(settings, reader.misspelt, reader.file)
         reader.problems += [problem for problem in problems if problem not in reader.problems]
     if reader.problems:
-        raise ConfigError(reader.problems)
+        raise ConfigError(shortened(problem, LONGEST_PROBLEM) for problem in reader.problems)
     if not reader.in_run:
         reader.warnings += _find_idle(merged)
     for warning in reader.warnings:
-        logger.warning("%s", visible(warning))
+        logger.warning("%s", visible(shortened(warning, LONGEST_PROBLEM)))
     tree: dict[str, Any] = _nested(reader.settings[base])
     tree["stages"] = {
         prefix.removeprefix("stages.")[:-1]: _nested(
@@ -360,7 +361,7 @@ class _Reader:
         texts: dict[str, str | None] = {}
         for name, text in flags:
             if problem := self._override(name, text):
-                self.problems.append(f"{COMMAND_LINE}: {shortened(problem, 400)}")
+                self.problems.append(f"{COMMAND_LINE}: {problem}")
             elif texts.setdefault(name, text) != text:
                 self.warnings.append(
                     f"{COMMAND_LINE}: {name}: is given more than once; the last value counts"
@@ -388,7 +389,7 @@ class _Reader:
                 message = f"is a section; set one of its keys, such as --{keys_of(name)[0]}"
             else:
                 message = self._unknown(name, "--", [*fields(), *_OPTIONS])
-            return f"--{name}: {message}"
+            return f"--{shortened(name, 100)}: {message}"
         if text is None:
             if "boolean" not in key_types(key):
                 return f"{name}: has no value; write --{name} VALUE"

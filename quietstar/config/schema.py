@@ -16,7 +16,7 @@ MOST_LEVELS = 20  # of a mapping within a mapping
 MOST_BYTES_OF_A_NAME = 255  # what file systems take between two slashes
 
 
-def _between(least: float, most: float, why: str) -> Any:
+def _between(least: int | float, most: int | float, why: str) -> Any:
     """Bound a number; messages say why it cannot be larger."""
     return Field(ge=least, le=most, json_schema_extra={"why": why})
 
