@@ -264,7 +264,7 @@ def test_yaml_numbers_and_words_are_read_as_people_write_them(write):
         ("8\n", "x.yaml: 8 must be a mapping"),
         ("model: [1\ndata: 2", "x.yaml:2: no valid YAML: "),
         ("a: 1\n\tb: 2", "x.yaml:2: no valid YAML: "),
-        ("a: !!int x", "x.yaml: no valid YAML: "),
+        ("a: !!int x", "x.yaml:1: no valid YAML: "),
         (VALID_YAML + "training: 8", "x.yaml:3: training: 8 must be a mapping of keys, such as"),
         (VALID_YAML + "thoughts: {}\nthoughts: {}", "x.yaml:4: thoughts: stands twice"),
         (

@@ -83,7 +83,7 @@ def type_text(key: str) -> str:
     if types <= {"null"}:
         return " | ".join(words)
     limits = [
-        f"{sign} {member[bound]}" if types == {"integer"} else f"{sign} {member[bound]:g}"
+        f"{sign} {member[bound]:{'d' if isinstance(member[bound], int) else 'g'}}"
         for member in _members(key)
         for bound, sign in _BOUNDS.items()
         if bound in member
