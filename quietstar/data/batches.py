@@ -23,6 +23,7 @@ from quietstar.data.tokenizer import padding_id
 from quietstar.errors import UserError
 
 IGNORED = -100  # the label of what is no target, as in torch's cross entropy
+FIRST_SAMPLES = 16  # of a stream that has none with a target, the rest will not be read
 ESTIMATE_DOCUMENTS = 256  # tokenized to estimate the figures of a table that is not counted
 
 
@@ -380,7 +381,10 @@ def build_data(
     check_targets(eval_samples, config, held_out.label if held_out is not None else source.label)
     pad_id = padding_id(tokenizer)
     train_data = TrainData(samples, config.seq_len, pad_id)
-    samples.read(0, 1, range(1))  # an unusable stream is an error now, not in the first step
+    # An unusable stream is an error now, not in the first step.
+    first = samples.read(0, FIRST_SAMPLES, range(FIRST_SAMPLES))
+    if source.table is None and not any(sample.targets[1:].any() for sample in first):
+        raise no_targets(source.label, config)
     return train_data, EvalData(eval_samples, config.seq_len, pad_id), report
 
 

@@ -260,7 +260,7 @@ def test_a_file_that_goes_while_a_stream_reads_it_is_named(tmp_path):
     train, _, _ = build_data(config, TOKENIZER, 0)
     (tmp_path / "b.jsonl").unlink()
     with pytest.raises(UserError, match=r"b\.jsonl: cannot be read \(No such file or directory\)"):
-        train.batch(0, 16)
+        train.batch(4, 16)
 
 
 # --- Parquet --------------------------------------------------------------------------------------
@@ -332,6 +332,10 @@ def test_texts_without_a_target_are_refused(tmp_path):
     path.write_text('{"text": "abc"}\n{"text": "def"}\n')
     message = error_of(path, min_context=6)
     assert "no text reaches beyond the first data.min_context (6) tokens" in message
+    (tmp_path / "long.jsonl").write_text('{"text": "abcdefghij"}\n')
+    for streaming in (False, True):
+        evaluation = {"eval": str(tmp_path / "long.jsonl"), "streaming": streaming}
+        assert "x.jsonl: no text reaches beyond" in error_of(path, min_context=6, **evaluation)
     path.write_text('{"question": "ab", "answer": "c"}\n' * 4)
     message = error_of(path, format="qa", min_context=6)
     assert "no answer reaches beyond the first data.min_context (6) tokens" in message
