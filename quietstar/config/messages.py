@@ -128,6 +128,7 @@ def field_message(key: str, error: Mapping[str, Any]) -> str:
     rule = f"must be {type_text(key)}" if is_mixed(key) else error["msg"]
     rule = re.sub(r"^(Input|Keys|List|String|Dictionary) should( be)?", r"must\2", rule)
     rule = rule.removesuffix(" after validation, not 0")
+    rule = rule.removeprefix("Value error, ")  # of our own checks
     for name, plain in _PLAIN_WORDS.items():
         rule = rule.replace(name, plain)
     if error["type"] == "string_unicode":

@@ -9,7 +9,6 @@ import os
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from pydantic_core import PydanticCustomError
 
 MOST_CHARACTERS = 10_000  # of a text in a config
 MOST_LEVELS = 20  # of a mapping within a mapping
@@ -21,31 +20,27 @@ def _between(least: int | float, most: int | float, why: str) -> Any:
     return Field(ge=least, le=most, json_schema_extra={"why": why})
 
 
-def _wrong(rule: str) -> PydanticCustomError:
-    return PydanticCustomError("rule", "{rule}", {"rule": rule})
-
-
 def _check_text(text: str) -> str:
     """Refuse what no file, tokenizer or terminal takes as text."""
     if "\0" in text:
-        raise _wrong("must not hold a NUL character")
+        raise ValueError("must not hold a NUL character")
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise _wrong("must not hold half a surrogate pair") from None
+            raise ValueError("must not hold half a surrogate pair") from None
     return text
 
 
 def _check_name(name: str) -> str:
     """Expand ``~``; refuse what cannot name a file, a folder or anything on the hub."""
     if not name.strip():
-        raise _wrong("must not be blank")
+        raise ValueError("must not be blank")
     expanded = os.path.expanduser(_check_text(name))
     if expanded.startswith("~"):
-        raise _wrong("must name a user who has a home folder behind the ~")
+        raise ValueError("must name a user who has a home folder behind the ~")
     if max(len(os.fsencode(part)) for part in expanded.split("/")) > MOST_BYTES_OF_A_NAME:
-        raise _wrong(f"must have at most {MOST_BYTES_OF_A_NAME} bytes between slashes")
+        raise ValueError(f"must have at most {MOST_BYTES_OF_A_NAME} bytes between slashes")
     return expanded
 
 
@@ -55,11 +50,11 @@ def _check_plain(data: dict[str, Any]) -> dict[str, Any]:
     while nodes:
         name, value, level = nodes.pop()
         if level > MOST_LEVELS:
-            raise _wrong(f"must not be nested deeper than {MOST_LEVELS}")
+            raise ValueError(f"must not be nested deeper than {MOST_LEVELS}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise _wrong(f"must hold finite numbers, and {name} is {value}")
+            raise ValueError(f"must hold finite numbers, and {name} is {value}")
         if isinstance(value, int) and abs(value) >= 2**63:
-            raise _wrong(f"must hold numbers below 2**63, unlike {name}")
+            raise ValueError(f"must hold numbers below 2**63, unlike {name}")
         children: list[tuple[Any, Any]] = []
         if isinstance(value, dict):
             children = list(value.items())
