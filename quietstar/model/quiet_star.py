@@ -139,9 +139,12 @@ class QuietStarForCausalLM(nn.Module):
         """
         if thoughts is not None:
             self.thoughts = thoughts
-            self.sampler = registry.find("thoughts.sampler", thoughts.sampler)()
+            with registry.running("thoughts.sampler", thoughts.sampler):
+                self.sampler = registry.find("thoughts.sampler", thoughts.sampler)()
         if loss is not None:
-            self.objective = registry.find("loss.objective", loss.objective)(loss)
+            self.objective_name = loss.objective
+            with registry.running("loss.objective", loss.objective):
+                self.objective = registry.find("loss.objective", loss.objective)(loss)
             self.reward, self.reward_name = registry.find("loss.reward", loss.reward), loss.reward
 
     def initial_vectors(
@@ -302,16 +305,23 @@ class QuietStarForCausalLM(nn.Module):
 
         @torch.no_grad()
         def weigh(scores: ThoughtScores, texts: slice, places: slice) -> ThoughtWeights:
-            part = batch.part(texts, places)
-            reward = self.reward(part, scores)
-            check_figures(reward, part.lengths.shape, f"loss.reward ({self.reward_name})")
-            weights = self.objective.weigh(reward, scores)
-            name = f"loss.objective ({type(self.objective).__name__})"
+            part, device = batch.part(texts, places), scores.mixed.device
+            with registry.running("loss.reward", self.reward_name):
+                reward = self.reward(part, scores)
+            check_figures(reward, part.lengths.shape, device, f"loss.reward ({self.reward_name})")
+            with registry.running("loss.objective", self.objective_name):
+                weights = self.objective.weigh(reward, scores)
+            name = f"loss.objective ({self.objective_name})"
+            if not isinstance(weights, ThoughtWeights):
+                raise UserError(
+                    f"{name}: it returned {type(weights).__name__}, but must return "
+                    "ThoughtWeights. Mend its last line."
+                )
             for figure in ("advantage", "mixed", "thought"):
-                x = getattr(weights, figure, None)
+                x = getattr(weights, figure)
                 if x is not None:
                     shape = part.lengths.shape if figure == "advantage" else scores.mixed.shape
-                    check_figures(x, shape, f"{name}: {figure}")
+                    check_figures(x, shape, device, f"{name}: {figure}")
             return weights
 
         return weigh
@@ -336,7 +346,8 @@ class QuietStarForCausalLM(nn.Module):
 
     def _sample(self, texts: Texts, positions: Tensor | None, spec: Sampling) -> ThoughtBatch:
         """Draw thoughts, and check what a sampler of the user's gives."""
-        batch = self.sampler.sample(self, texts, positions, spec)
+        with registry.running("thoughts.sampler", self.thoughts.sampler):
+            batch = self.sampler.sample(self, texts, positions, spec)
         places = texts.input_ids.shape if positions is None else positions.shape
         shape = (*places, spec.num_thoughts, spec.thought_length)
         name = f"thoughts.sampler ({self.thoughts.sampler})"
@@ -351,6 +362,20 @@ class QuietStarForCausalLM(nn.Module):
                 f" but must be torch.int64 of (batch, positions, thoughts, length) = {shape}. "
                 "Mend its sample method."
             )
+        is_own, vocab = ":" in self.thoughts.sampler, embedding_weight(self.causal_lm).shape[0]
+        if batch.tokens.device != texts.input_ids.device:
+            raise UserError(
+                f"{name}: its tokens are on {batch.tokens.device}, but must be on "
+                f"{texts.input_ids.device}. Make them on the device of texts.input_ids."
+            )
+        # Looking at them would wait for another device, where an index out of range is an error.
+        if is_own and on_host(batch.tokens) and batch.tokens.numel():
+            low, high = int(batch.tokens.min()), int(batch.tokens.max())
+            if low < 0 or high >= vocab:
+                raise UserError(
+                    f"{name}: its tokens are from {low} to {high}, but must be from 0 to "
+                    f"{vocab - 1}, the ids of the model. Mend its sample method."
+                )
         return batch
 
     def states_with(
@@ -631,17 +656,23 @@ def token_major(thoughts: Int[Tensor, "batch thoughts positions length"]) -> Ten
     return thoughts.permute(3, 1, 0, 2).contiguous().long()
 
 
-def check_figures(x: object, shape: torch.Size, name: str) -> None:
+def check_figures(x: object, shape: torch.Size, device: torch.device, name: str) -> None:
     """Refuse what a part of the user's must not return.
 
     Raises:
-        UserError: No tensor, another shape, a gradient, or a figure that is not finite.
+        UserError: No tensor, another shape, type or device, a gradient, or a figure that is not
+            finite.
     """
     if not isinstance(x, Tensor) or x.shape != shape:
         what = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise UserError(
             f"{name}: it returned {what}, but must return a tensor of shape {tuple(shape)} "
             "(batch, positions, thoughts, and lookahead for true tokens). Mend its last line."
+        )
+    if not x.is_floating_point() or x.device != device:
+        raise UserError(
+            f"{name}: it returned a tensor of {x.dtype} on {x.device}, but must return one of "
+            f"float32 on {device}. Make it from the tensors it is given, and call float() on it."
         )
     if x.requires_grad:
         raise UserError(
