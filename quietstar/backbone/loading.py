@@ -20,6 +20,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,7 +30,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from quietstar.backbone.run import embedding_weight
-from quietstar.errors import UserError, reading
+from quietstar.errors import UserError, reading, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -331,6 +332,16 @@ def _check_generation(model: PreTrainedModel, key: str) -> None:
         stopping_criteria(input_ids, None)
         return input_ids
 
+    given: Any = model.generation_config
+    try:
+        given.validate(strict=True)
+    except ValueError as problem:  # for which transformers would refuse to save the trained model
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        model.generation_config = GenerationConfig(**{name: getattr(given, name) for name in names})
+        logger.warning(
+            "%s: of generation_config.json only the token ids are kept, as it contradicts itself "
+            "(%s)", key, reason_of(problem),
+        )  # fmt: skip
     with reading(f"{key}: its generation_config.json", "Correct or remove that file."):
         model.generate(  # pyright: ignore[reportCallIssue]
             torch.zeros(1, 1, dtype=torch.long, device=model.device),

@@ -92,8 +92,8 @@ def _check_tokenizer(folder: Path, model: QuietStarForCausalLM, **hub: Any) -> N
     check_tokenizer_fits(tokenizer, embedding_weight(model.causal_lm).shape[0])
     if len(tokenizer) > model.vocab_size:
         raise UserError(
-            f"--model ({folder}): its tokenizer has {len(tokenizer)} tokens, and by {SETTINGS_FILE} "
-            f"the model was trained with {model.vocab_size}. Give it the tokenizer of its training."
+            f"--model ({folder}): its tokenizer has {len(tokenizer)} tokens, and the model was "
+            f"trained with {model.vocab_size} ({SETTINGS_FILE}). Give it the tokenizer of then."
         )
 
 
