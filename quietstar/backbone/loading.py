@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -269,6 +270,7 @@ def _check_files(folder: Path, settings: PreTrainedConfig, key: str) -> None:
 
     transformers allocates what the config says, also where the files hold something else.
     """
+    files = [folder / SAFE_WEIGHTS_NAME] if (folder / SAFE_WEIGHTS_NAME).is_file() else []
     for index in folder.glob("*.index.json"):
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         for name in names:
@@ -277,7 +279,8 @@ def _check_files(folder: Path, settings: PreTrainedConfig, key: str) -> None:
                     f"{key}: {index.name} names {name!r}, which is no file of its folder. Download "
                     "the model again."
                 )
-    files = sorted(folder.glob("*.safetensors"))
+        if index.name == SAFE_WEIGHTS_INDEX_NAME and not files:
+            files = sorted(folder / name for name in names)
     is_known = type(settings).__module__.startswith("transformers.")
     if not files or not is_known or getattr(settings, "quantization_config", None) is not None:
         return
