@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -106,6 +106,9 @@ def load_base(
             dropped = drop_dropout(settings)
             if Path(name_or_path).is_dir():
                 _check_files(Path(name_or_path), settings, key)
+                if Path(name_or_path, GENERATION_CONFIG_NAME).exists():
+                    # A damaged one would count as missing.
+                    GenerationConfig.from_pretrained(name_or_path)
             if quantization is not None:
                 hub["quantization_config"] = quantization
             if is_stored := dtype == "stored":

@@ -17,6 +17,7 @@ from quietstar.backbone.run import embedding_weight
 from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from quietstar.errors import UserError, reading
 from quietstar.evaluation.tasks import AnswerBatch, Candidates
+from quietstar.generation.gates import PROBES_FILE
 from quietstar.model.outputs import MixedScores
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import SETTINGS_FILE, TOKENIZER_FILES, read_settings
@@ -120,7 +121,8 @@ def fingerprint(name: str) -> str:
 def _add_files(folder: Path, digest: Any) -> None:
     """Hash names and contents, of very large files only pieces that lie close together."""
     for path in sorted(folder.iterdir()):
-        if not path.is_file() or not any(fnmatchcase(path.name, p) for p in _DECISIVE):
+        is_decisive = any(fnmatchcase(path.name, pattern) for pattern in _DECISIVE)
+        if not is_decisive or path.name == PROBES_FILE or not path.is_file():
             continue
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,9 @@ def load_adapters(
                 f"{path}: {name} ({value}): must be left out: quietstar makes no such adapters. "
                 "Take another copy of the folder."
             )
-    tuned = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tensors that are missing, which is an error below
+        tuned = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     expected = peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
     if missing := sorted(expected.keys() - weights.keys()):
         raise UserError(
