@@ -210,13 +210,14 @@ def _first_thoughts(
     accelerator: Accelerator, stage: Config, start: Path | None, final: Path, seed: int
 ) -> dict[str, Any]:
     """Scores the trained model with greedy thoughts of the model that it started from."""
-    hub = {"trust_remote_code": stage.model.trust_remote_code}
-    tokenizer = load_tokenizer(str(final), **hub)
+    trust = stage.model.trust_remote_code
+    tokenizer = load_tokenizer(str(final), trust_remote_code=trust)
     source = str(start or stage.model.name_or_path)
     writer = QuietStarForCausalLM.from_base(
-        source, tokenizer=tokenizer, thoughts=stage.thoughts, **hub
+        source, tokenizer=tokenizer, thoughts=stage.thoughts, trust_remote_code=trust
     )
-    reader = QuietStarForCausalLM.from_pretrained(final, **hub).to(accelerator.device)
+    reader = QuietStarForCausalLM.from_pretrained(final, trust_remote_code=trust)
+    reader.to(accelerator.device)
     writer.to(accelerator.device).eval()
     _, eval_data, _ = build_data(stage.data, tokenizer, seed)
     counts = torch.zeros(2, dtype=torch.int64, device=accelerator.device)
