@@ -664,7 +664,7 @@ def test_a_damaged_folder_works_or_is_refused_in_one_line(name, saved, tmp_path)
     count = 0
 
     @settings(
-        max_examples=100, derandomize=True, deadline=None, database=None,
+        max_examples=60, derandomize=True, deadline=None, database=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(damages(saved / name))
