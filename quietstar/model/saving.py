@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quietstar.backbone.loading import load_base, load_tensors, require_finite
 from quietstar.backbone.run import embedding_weight
 from quietstar.config import MixingHeadConfig, ThoughtsConfig, TuningConfig
+from quietstar.config.messages import shown_value
 from quietstar.config.schema import AtLeastOne, AtLeastZero, Section
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.generation.gates import GATE_FILE, PROBES_FILE
@@ -348,7 +349,13 @@ def read_settings(folder: Path) -> Settings:
             )
         if isinstance(version, int) and version < FORMAT_VERSION:
             content = _in_todays_names(content, folder)
-        return Settings.model_validate(content)
+        try:
+            return Settings.model_validate(content)
+        except ValidationError as problem:
+            first = problem.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            value = "" if first["type"] == "missing" else f" ({shown_value(first['input'])})"
+            raise UserError(f"{path}: {key}{value}: {first['msg']}. {_DAMAGED}") from problem
 
 
 def _in_todays_names(content: dict[str, Any], folder: Path) -> dict[str, Any]:

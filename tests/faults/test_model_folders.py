@@ -112,7 +112,7 @@ def test_settings_that_are_no_settings_are_refused(content, saved, tmp_path):
     ("fields", "words"),
     [
         ({"format_version": 99}, "99 is newer"),
-        ({"vocab_size": 0}, "vocab_size"),
+        ({"vocab_size": 0}, "vocab_size (0): Input should be greater than or equal to 1"),
         ({"vocab_size": -5}, "vocab_size"),
         ({"vocab_size": 10**6}, "vocab_size (1000000): must be at most 258"),
         ({"vocab_size": "258"}, "vocab_size"),
@@ -268,8 +268,15 @@ def test_a_config_larger_than_its_weights_is_refused_before_memory_is_taken(save
         ({"hidden_size": 0}, ("hidden_size is 0",)),
         ({"num_attention_heads": 0}, ("model.config",)),
         ({"max_position_embeddings": 10**8}, ("max_position_embeddings is 100000000",)),
-        ({"hidden_size": 2**17, "num_attention_heads": 128, "num_key_value_heads": 128,
-          "intermediate_size": 2**20}, ("GiB of memory",)),
+        (
+            {
+                "hidden_size": 2**17,
+                "num_attention_heads": 128,
+                "num_key_value_heads": 128,
+                "intermediate_size": 2**20,
+            },
+            ("GiB of memory",),
+        ),
         ({"vocab_size": 10**12}, ("vocab_size",)),
         ({"hidden_size": "16"}, ("hidden_size",)),
         ({"rms_norm_eps": float("nan")}, ("rms_norm_eps is nan",)),
