@@ -23,7 +23,7 @@ from quietstar.evaluation.calibration import GateResult, try_gate
 from quietstar.generation.gates import GATE_FILE, PROBED, PROBES_FILE, Gate, GateKind
 from quietstar.system.files import check_output, kind_of, write_json
 from quietstar.system.signals import held
-from quietstar.training.checkpoint import CONFIG_FILE
+from quietstar.training.run_dir import CONFIG_FILE
 
 KINDS: tuple[GateKind, ...] = ("entropy", "weight", "gain")
 TABLE_FRACTIONS = (0.02, 0.05, 0.1, 0.25, 0.5)

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -32,7 +31,7 @@ from quietstar.evaluation.controls import CONTROLS, PAUSE, SHUFFLED, SWAPPED, WI
 from quietstar.evaluation.scoring import Protocol
 from quietstar.evaluation.tasks import TASKS, Candidates, EncodedItem, Item, Task
 from quietstar.model.quiet_star import QuietStarForCausalLM
-from quietstar.system.files import kind_of, write_whole
+from quietstar.system.files import append, kind_of, write_whole
 from quietstar.system.locks import locked
 from quietstar.system.signals import held
 
@@ -175,21 +174,13 @@ class ItemStore:
 
     def _write(self, path: Path, lines: str) -> None:
         """Append lines, all or none of them."""
-        if not self._is_begun:
+        if not self._is_begun or kind_of(path) == "none":
             write_whole(path, self._header + lines)
             self._is_begun = True
             return
-        size = None
         try:
-            with path.open("r+b") as file:  # fails where it is gone
-                size = file.seek(0, os.SEEK_END)
-                file.write(lines.encode())
-                file.flush()
-                os.fsync(file.fileno())
+            append(path, lines)
         except OSError as problem:
-            if size is not None:
-                with suppress(OSError):
-                    os.truncate(path, size)
             raise UserError(
                 f"--out-items ({path}): cannot be written ({reason_of(problem)}). The "
                 f"{len(self.records)} finished scores are kept in it: free some space, and start "
