@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -146,7 +147,7 @@ def _check_files(
     The same evaluation goes on with the same command, so its own figures and page are replaced.
     """
     if args.out_items is None and args.out is not None:
-        args.out_items = str(Path(args.out).with_suffix(".items.jsonl"))
+        args.out_items = f"{os.path.splitext(args.out)[0]}.items.jsonl"
 
     def is_own(option: str, path: Path) -> bool:
         if option == "--out-items":  # the store looks into it
@@ -161,7 +162,7 @@ def _check_files(
             if not {"tasks", "config", "environment"} <= set(found):
                 return False
             changes = settings_changes(found["config"], config)
-        except (ValueError, TypeError, RecursionError):  # no JSON, or none of ours
+        except (ValueError, TypeError, AttributeError, RecursionError):  # nothing of ours
             return False
         if changes:
             raise UserError(
