@@ -330,8 +330,7 @@ def test_finished_items_are_not_scored_again(folder, tmp_path, monkeypatch):
     evaluated(folder, tmp_path)
     monkeypatch.setattr("quietstar.evaluation.scoring.predict_plain", None)
     evaluated(folder, tmp_path)
-    with pytest.raises(TypeError):
-        evaluated(folder, tmp_path, "--force")
+    assert run(folder, "--out", tmp_path / "out.json", "--force") == cli.EXIT_FAULT
 
 
 def test_chains_are_generated_the_same_again(folder, tmp_path):

@@ -235,7 +235,7 @@ def _parser() -> Parser:
     value("--data", str, None, "FILE", "held-out text; default: that of the run of the model")
     kinds = (*KINDS, "best")
     parser.add_argument("--gate", choices=kinds, default="best", help="kind of score")
-    value("--speed", number(1.0, 10**6, "no thought is longer", above=True), None, "X",
+    value("--speed", number(1.0, 1e6, "no thought is longer", above=True), None, "X",
           "lose least among gates with X times fewer passes than thinking always")  # fmt: skip
     value("--quality", number(0.0, 100.0, "no loss is higher"), None, "LOSS",
           "be fastest among gates that lose at most this accuracy (or nats); "

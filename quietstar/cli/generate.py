@@ -176,7 +176,7 @@ def _gate(args: argparse.Namespace) -> bool | Gate:
         return Gate.load(args.model)
     kind, _, threshold = args.gate.partition(":")
     try:
-        value = number(-(10**6), 10**6)(threshold)
+        value = number(-1e6, 1e6)(threshold)
     except argparse.ArgumentTypeError:
         raise UserError(
             f"--gate ({args.gate}): must be calibrated, or a kind and a threshold, as entropy:1.5"
@@ -187,21 +187,16 @@ def _gate(args: argparse.Namespace) -> bool | Gate:
 
 def _chat_ids(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
     """Return the ids of the turns and of the opening of an answer, if the template takes them."""
-    problem = None
+    failure = "the chat template of the tokenizer fails"
     try:
         with _time_limit(TEMPLATE_SECONDS):  # a template is a program, and may loop for ever
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except TimeoutError:
-        problem = f"it takes more than {TEMPLATE_SECONDS} seconds"
+    except TimeoutError as error:
+        raise UserError(f"{failure} (it takes more than {TEMPLATE_SECONDS} seconds)") from error
     except Exception as error:  # whatever a program may raise
-        problem = reason_of(error)
-    else:
-        if not isinstance(text, str):
-            problem = "it gives no text"
-        elif len(text) > MAX_BYTES:
-            problem = f"it gives a text of {len(text)} characters"
-    if problem is not None:
-        raise UserError(f"the chat template of the tokenizer fails ({problem})")
+        raise UserError(f"{failure} ({reason_of(error)})") from error
+    if not isinstance(text, str) or len(text) > MAX_BYTES:
+        raise UserError(f"{failure} (it gives more than {MAX_BYTES} characters, or no text)")
     ids = tokenizer(check_unicode(text, "the chat template"), add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError("the chat template of the tokenizer gives an empty text")

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             argparse.ArgumentParser.error = error
 
 
-def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    name = parser.prog.removeprefix("lm-eval").strip()
+def _refuse(self: argparse.ArgumentParser, message: str) -> NoReturn:
+    name = self.prog.removeprefix("lm-eval").strip()
     command = " ".join(filter(None, ("quietstar lm-eval", name, "--help")))
     raise UserError(f"{message.removeprefix('argument ')} (see {command})")

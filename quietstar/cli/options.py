@@ -234,9 +234,10 @@ def check_outputs(
             raise UserError(
                 f"{option} ({value}): is also {twin}. Give another name to one of them."
             )
-        if kind_of(path) == "file" and not args.force and not may_replace(option, path):
-            check_output(value, option)  # says that it exists
         written[option] = path
+    for option, path in written.items():
+        if kind_of(path) == "file" and not args.force and not may_replace(option, path):
+            check_output(values[option], option)  # says that it exists
         setattr(args, option.strip("-").replace("-", "_"), path)
 
 

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     value("--processes", whole(1, 2**20, "no cluster has more"), 1, "N", "GPUs of the run")
     value(
         "--memory",
-        number(0.0, 10**6, "GiB of one GPU", above=True),
+        number(0.0, 1e6, "GiB of one GPU", above=True),
         None,
         "GIB",
         "of each GPU, to compare with",

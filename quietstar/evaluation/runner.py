@@ -136,9 +136,14 @@ class ItemStore:
         where, remedy = f"--out-items ({path})", "Give another file, or --force to begin anew."
         with reading(where, remedy), tasks.open_regular(path) as file:
             data = file.read()
+        if self._header.startswith(
+            data.decode(errors="replace")
+        ):  # empty, or cut in its first line
+            self._is_begun = False
+            return
         whole = data[: data.rfind(b"\n") + 1]
         lines = whole.split(b"\n")[:-1] or [data]
-        scored, shapes = {}, {}
+        previous, scored, shapes = {}, {}, {}
         for number, line in enumerate(lines, 1):
             with reading(f"{where}, line {number}", remedy):
                 record = tasks.parse_object(line)

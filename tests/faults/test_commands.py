@@ -180,7 +180,9 @@ def test_a_line_that_is_no_record_is_named_and_nothing_is_changed(work, tmp_path
     assert items.read_bytes() == content
 
 
-@pytest.mark.parametrize("content", [b"one line without an end", b"1,2\n3,4\n5,6", b"", b"\x00\n"])
+@pytest.mark.parametrize(
+    "content", [b"one line without an end", b"1,2\n3,4\n5,6", b"\n", b"\x00\n"]
+)
 def test_a_file_of_the_user_is_never_cut(work, tmp_path, capsys, content):
     path = tmp_path / "data.csv"
     path.write_bytes(content)
