@@ -1,10 +1,12 @@
 """``quietstar generate`` and ``quietstar chat``: text with thoughts before its tokens."""
 
 import argparse
+import resource
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, cast
 
@@ -26,8 +28,9 @@ from quietstar.model.quiet_star import QuietStarForCausalLM
 
 HELP = "/reset starts over, /thoughts shows or hides thoughts, /quit ends"
 OPEN, CLOSE = "⟨", "⟩"
-TEMPLATE_SECONDS = 5
+TEMPLATE_SECONDS = 5.0
 """Time that a chat template gets for a talk; real ones take milliseconds."""
+TEMPLATE_BYTES = 2**30
 _HALF = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -189,10 +192,10 @@ def _chat_ids(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
     """Return the ids of the turns and of the opening of an answer, if the template takes them."""
     failure = "the chat template of the tokenizer fails"
     try:
-        with _time_limit(TEMPLATE_SECONDS):  # a template is a program, and may loop for ever
+        with _limits(TEMPLATE_SECONDS):  # a template is a program, and may loop for ever
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except TimeoutError as error:
-        raise UserError(f"{failure} (it takes more than {TEMPLATE_SECONDS} seconds)") from error
+    except _TooLong as error:
+        raise UserError(f"{failure} (it takes more than {TEMPLATE_SECONDS:g} seconds)") from error
     except Exception as error:  # whatever a program may raise
         raise UserError(f"{failure} ({reason_of(error)})") from error
     if not isinstance(text, str) or len(text) > MAX_BYTES:
@@ -203,23 +206,31 @@ def _chat_ids(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
     return ids
 
 
+class _TooLong(BaseException):
+    """The time is over; no `Exception`, since jinja goes on after those while it compiles."""
+
+
 @contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TimeoutError` when a block takes longer; in another than the main thread nothing."""
+def _limits(seconds: float) -> Iterator[None]:
+    """Raise when a block takes longer, or more than `TEMPLATE_BYTES` besides what is in use."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise TimeoutError
+        raise _TooLong
 
-    before = signal.signal(signal.SIGALRM, stop)
+    before, memory = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
+    with suppress(OSError, ValueError):  # Linux alone tells; a limit may be lower already
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + TEMPLATE_BYTES, memory[1]))
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, memory)
 
 
 class ConsoleStreamer(ThinkingStreamer):

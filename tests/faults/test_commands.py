@@ -337,8 +337,9 @@ def overflowing(folder):
 
 @pytest.mark.parametrize(
     "call",
-    [["eval", "--tasks", "own.jsonl", "--out", "nan.json"], ["generate", "--prompt", "two and"],
-     ["generate", "--prompt", "two", "--temperature", "1"],
+    [["eval", "--tasks", "own.jsonl", "--out", "nan.json"],
+     ["generate", "--prompt", "two and", "--max-new-tokens", "4"],
+     ["generate", "--prompt", "two", "--temperature", "1", "--max-new-tokens", "4"],
      ["inspect", "--text", "two and", "--out", "nan.html"],
      ["calibrate", "--data", "texts.jsonl", "--seq-len", "16"]],
     ids=" ".join,
@@ -351,7 +352,9 @@ def test_figures_that_are_not_finite_are_an_error(work, overflowing, capsys, cal
     if call[0] == "eval":
         assert "own.jsonl, item 0" in err
         assert "without_thoughts" in err
-    assert not [name for name in os.listdir(work) if name.startswith("nan.")]
+    assert not [
+        name for name in os.listdir(work) if name.startswith("nan.") and not name.endswith(".lock")
+    ]
     assert not (overflowing / "gate.json").exists()
 
 
@@ -361,8 +364,9 @@ def test_figures_that_are_not_finite_are_an_error(work, overflowing, capsys, cal
     [
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
          "takes more than"),
-        ("{{ 9 ** 9 ** 9 }}", "takes more than"),
+        ("{{ 9 ** (9 ** 9) }}", "takes more than"),
         ("{{ 'x' * 20000000 }}", "characters"),
+        ("{{ 'x' | center(5000000000) }}", "memory"),
         ("{{ 1 / 0 }}", "division"),
         ("{{ messages[7].content }}", "fails"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails"),
@@ -371,7 +375,7 @@ def test_figures_that_are_not_finite_are_an_error(work, overflowing, capsys, cal
 def test_a_template_that_fails_or_never_ends_is_one_line(
     work, tmp_path, capsys, monkeypatch, template, words
 ):
-    monkeypatch.setattr("quietstar.cli.generate.TEMPLATE_SECONDS", 1)
+    monkeypatch.setattr("quietstar.cli.generate.TEMPLATE_SECONDS", 1.0)
     call = ["chat", "--model", str(with_template(tmp_path / "model", template))]
     assert cli.main(call) == 2
     err = capsys.readouterr().err
@@ -431,15 +435,15 @@ def test_only_a_gate_of_ours_is_replaced(work, tmp_path, capsys):
 
 # --- What is printed ------------------------------------------------------------------------------
 def test_no_name_of_a_file_is_markup_or_moves_the_cursor(work, tmp_path, capsys):
-    name = tmp_path / "[/x] \x1b]0;pwned\x07 [red]b\nquietstar: error: forged.jsonl"
+    name = tmp_path / "[b] [x] \x1b]0;pwned\x07 [red]b\nquietstar: error: forged.jsonl"
     name.write_text('{"prompt": "one", "answer": " two"}\n')
-    out = tmp_path / "runs[draft] [/b]" / "o\x1b[2J.json"
+    out = tmp_path / "runs[draft] [" / "b]" / "o\x1b[2J.json"
     assert cli.main(["eval", "--model", "model", "--tasks", str(name), "--out", str(out)]) == 0
     said = capsys.readouterr()
     assert out.exists()
     assert not set(said.out + said.err) & set("\x1b\x07")
-    assert "runs[draft] [/b]" in said.out
-    assert "[/x]" in said.out
+    assert "runs[draft] [/b]/o" in said.out
+    assert "[b] [x]" in said.out
     assert not [line for line in said.out.splitlines() if line.startswith("quietstar: error")]
 
 
