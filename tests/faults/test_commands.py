@@ -73,6 +73,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def work(folder, monkeypatch):
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # as on most clusters
     monkeypatch.setattr("builtins.input", lambda *_: (_ for _ in ()).throw(EOFError))
     return folder
 
@@ -85,21 +86,21 @@ def contents(folder):
     return kept, (folder / "link.html").is_symlink(), (folder / "pipe").is_fifo()
 
 
-def check(code, err):
-    """One line that says what is wrong, or none."""
+def check(code, err, most=1):
+    """One line that says what is wrong, or none; ``most`` where several keys of a config are."""
     assert code in (None, 0, 1, 2), err
     assert "Traceback" not in err
     assert "a fault of quietstar" not in err
     assert not set(err) & set("\x07\u202e\udcff")
     problems = [line for line in err.splitlines() if line.startswith("quietstar: error: ")]
-    assert len(problems) == (code == 2), err
+    assert (code == 2) <= len(problems) <= most * (code == 2), err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_whatever_is_given_ends_in_one_line_and_changes_no_file(command, work, capsys):
     line, spoilt = COMMANDS[command]
 
-    @settings(max_examples=60, deadline=None, derandomize=True, database=None,
+    @settings(max_examples=40, deadline=None, derandomize=True, database=None,
               suppress_health_check=list(HealthCheck))  # fmt: skip
     @given(st.lists(st.tuples(st.sampled_from(spoilt), st.sampled_from(NASTY)), min_size=1,
                     max_size=2))  # fmt: skip
@@ -116,7 +117,7 @@ def test_whatever_is_given_ends_in_one_line_and_changes_no_file(command, work, c
         if command == "inspect" and "--force" in call:
             call = [word.replace("mine.html", "other.html") for word in call]
         code = cli.main(call)
-        check(code, capsys.readouterr().err)
+        check(code, capsys.readouterr().err, len(given) if command == "plan" else 1)
         assert contents(work) == before
         assert not list(work.rglob("*.partial"))
 
