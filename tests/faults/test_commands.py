@@ -508,11 +508,11 @@ def test_a_signal_ends_a_command_soon_and_leaves_nothing_half_written(folder, co
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["run", "--limit", "x"], "--limit: invalid float value"),
+        (["run", "--limit", "x"], "--limit/-L: invalid float value"),
         (["run", "--no-such", "1"], "unrecognized arguments"),
         (["run", "--model", "quietstar", "--tasks", "no_such_task"], "no_such_task"),
         (["run", "--model", "quietstar", "--tasks", "arc_easy", "--model_args", "thoughts=maybe"],
-         "error"),
+         "fails (TypeError: "),
         (["validate", "--tasks", "no_such_task"], "the harness ends"),
     ],
 )  # fmt: skip
@@ -521,6 +521,6 @@ def test_errors_of_the_harness_are_one_line(work, monkeypatch, capsys, arguments
     pytest.importorskip("lm_eval")
     monkeypatch.setattr("sys.argv", ["quietstar"])
     assert cli.main(["lm-eval", *arguments]) == 2
-    err = capsys.readouterr().err
-    check(2, err)
-    assert words in err
+    said = capsys.readouterr().err.splitlines()  # with lines of the harness's own log
+    (problem,) = [line for line in said if line.startswith("quietstar: error: ")]
+    assert words in problem
