@@ -106,9 +106,9 @@ def load_base(
         else:
             settings = read_config(name_or_path, trust_remote_code=trust_remote_code, **hub)
             dropped = drop_dropout(settings)
-            method = getattr(settings, "quantization_config", None)
-            method = method.get("quant_method") if isinstance(method, dict) else method
-            if method is not None and "bitsandbytes" in str(method):
+            stored = getattr(settings, "quantization_config", None)
+            stored = stored if isinstance(stored, dict) else {}
+            if any("load_in_" in name for name in stored) or "bitsandbytes" in stored.values():
                 raise UserError(
                     f"{key}: its weights are quantized by bitsandbytes, which loses what training "
                     "needs. Give the original weights; tuning.method: qlora quantizes them."
