@@ -112,7 +112,7 @@ def test_settings_that_are_no_settings_are_refused(content, saved, tmp_path):
     ("fields", "words"),
     [
         ({"format_version": 99}, "99 is newer"),
-        ({"vocab_size": 0}, "vocab_size (0): Input should be greater than or equal to 1"),
+        ({"vocab_size": 0}, "vocab_size (0): Input should be greater than 0"),
         ({"vocab_size": -5}, "vocab_size"),
         ({"vocab_size": 10**6}, "vocab_size (1000000): must be at most 258"),
         ({"vocab_size": "258"}, "vocab_size"),
