@@ -97,6 +97,13 @@ def slow_loglikelihood(model, text, count):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["batch_size", "num_thoughts"])
+@pytest.mark.parametrize("count", [0, -1, 2**17])
+def test_counts_that_would_score_nothing_are_refused(folder, name, count):
+    with pytest.raises(UserError, match=rf"{name} \({count}\): must be from 1 to 65536"):
+        QuietStarLM(str(folder / "model"), device="cpu", **{name: count})
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_with_thoughts_scores_are_those_of_a_slow_loop(folder, batch_size):
     harness = QuietStarLM(str(folder / "model"), batch_size=batch_size, device="cpu")
@@ -147,7 +154,7 @@ def test_thoughts_of_a_plain_model_are_refused_or_asked_for(folder):
     ):
         QuietStarLM(str(folder / "plain"), device="cpu")
     automatic = QuietStarLM(str(folder / "model"), batch_size="auto", device="cpu")
-    with pytest.raises(UserError, match="batch_size: auto is not known with thoughts"):
+    with pytest.raises(UserError, match=r"batch_size \(auto\): must be a number"):
         automatic._loglikelihood_tokens([(None, [65], [66])])
     with pytest.raises(UserError, match=r"thoughts: 'maybe' must be on or off"):
         QuietStarLM(str(folder / "model"), thoughts="maybe", device="cpu")

@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 _Harness: Any = HFLM  # its decorator hides its type
 
 
+MOST_AT_ONCE = 2**16
+
+
 @contextmanager
 def one_line_errors(what: str) -> Iterator[None]:
     """Blame what the user asked of the harness for anything that goes wrong in it, in one line.
@@ -100,6 +103,13 @@ class QuietStarLM(_Harness):
             raise UserError(f"thoughts: {thoughts!r} must be on or off")
         if positions not in POSITIONS:
             raise UserError(f"positions: {positions!r} must be {' or '.join(POSITIONS)}")
+        counts = {"num_thoughts": num_thoughts, "batch_size": settings.get("batch_size", 1)}
+        for name, count in counts.items():
+            if isinstance(count, int) and not 1 <= count <= MOST_AT_ONCE:
+                raise UserError(
+                    f"{name} ({count}): must be from 1 to {MOST_AT_ONCE}; no memory holds more at "
+                    "once. Give another number."
+                )
         self.thinks = thoughts == "on"
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         remedy = "Set thoughts=off, or untrained=true for a baseline of thoughts never trained."
@@ -148,8 +158,8 @@ class QuietStarLM(_Harness):
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1] + requests[i][2]))
         size = override_bs or self.batch_size
-        if not isinstance(size, int):
-            raise UserError(f"batch_size: {size} is not known with thoughts; give a number")
+        if not isinstance(size, int) or size < 1:
+            raise UserError(f"batch_size ({size}): must be a number of at least 1 with thoughts")
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         device, longest = self.thinker.device, self.max_length
         with tqdm(total=len(requests), desc="log-likelihoods, thinking",

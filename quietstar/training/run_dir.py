@@ -63,6 +63,9 @@ def check_own(output_dir: Path) -> bool:
             f"{key}: holds {shown} but no {MARKER_FILE}, so no run of quietstar began it, and "
             "nothing in it is touched. Give a folder that is new or empty."
         )
+    for folder in (output_dir, output_dir / CHECKPOINTS_FOLDER):
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{key}: {folder} cannot be written. Change its permissions.")
     written = (MARKER_FILE, LOCK_FILE, CONFIG_FILE, *WRITTEN_FILES, FINAL_FOLDER)
     for name in written:
         expected = "folder" if name == FINAL_FOLDER else "file"
