@@ -42,6 +42,12 @@ def requested() -> str | None:
     return _Requests.name
 
 
+def acknowledge() -> Stopped:
+    """Return what to raise for a request that was `noted` here or elsewhere; it is raised once."""
+    _Requests.is_raised = True
+    return Stopped(_Requests.name or "a signal to another process")
+
+
 @contextmanager
 def listening() -> Iterator[None]:
     """Have the signals raise `Stopped`, while entered; in another than the main thread nothing."""

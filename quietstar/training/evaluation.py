@@ -27,7 +27,7 @@ from quietstar.evaluation.controls import PAUSE, SWAPPED, TextThoughts
 from quietstar.model.outputs import ThoughtMetrics, Thoughts
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.system import files
-from quietstar.system.signals import Stopped, requested
+from quietstar.system.signals import acknowledge, requested
 from quietstar.training.reporter import read_metrics
 from quietstar.training.state import StageRun
 
@@ -94,7 +94,7 @@ def stop_together(accelerator: Accelerator) -> None:
     if accelerator.num_processes > 1:
         asked = torch.tensor(float(requested() is not None), device=accelerator.device)
         if float(accelerator.reduce(asked, "sum")) > 0:  # pyright: ignore[reportArgumentType]
-            raise Stopped(requested() or "a signal to another process")
+            raise acknowledge()
 
 
 def compare(

@@ -14,7 +14,7 @@ from torch import Tensor
 from quietstar.errors import Preempted, UserError
 from quietstar.model.outputs import QuietStarOutput, ThoughtMetrics
 from quietstar.system import files
-from quietstar.system.signals import Stopped, held, requested
+from quietstar.system.signals import Stopped, acknowledge, held, requested
 from quietstar.training.batches import StepBatches, read_ahead
 from quietstar.training.checkpoint import check_finite, checkpoint_folder, save_checkpoint
 from quietstar.training.evaluation import evaluate
@@ -51,7 +51,7 @@ def train(run: StageRun) -> None:
                 run.steps_done = done
                 run.reporter.step_ends(first + done, check.loss, check.norms, lr, output)
             if check.stop_requested:
-                raise Stopped(requested() or "a signal to another process")
+                raise acknowledge()
             if settings.eval_steps and done % settings.eval_steps == 0 and not last:
                 check_finite(run, "it is not evaluated")
                 run.reporter.evaluation(first + done, evaluate(run))

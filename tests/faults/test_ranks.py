@@ -74,13 +74,15 @@ def test_a_rank_that_dies_ends_all_and_is_named(start, strategy):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, start):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, start, rank):
     process = start("ddp")
     began = time.monotonic()
-    os.kill(ranks_of(process)[1].pid, signal.SIGTERM)
+    os.kill(ranks_of(process)[rank].pid, signal.SIGTERM)
     _, told = process.communicate(timeout=SECONDS)
     assert time.monotonic() - began < SECONDS
-    assert "a signal to another process asked for an end; step" in told, told[-2000:]
+    who = "a signal to another process" if rank else "SIGTERM"
+    assert f"quietstar: {who} asked for an end; step" in told, told[-2000:]
     step = int((tmp_path / "run" / "preempted").read_text())
     assert (tmp_path / "run" / "checkpoints" / f"step-{step:06d}" / "manifest.json").exists()
     assert read_metrics(tmp_path / "run", "train")[-1]["step"] == step
