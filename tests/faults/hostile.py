@@ -175,10 +175,9 @@ def _code_cases() -> None:
                     edit(folder / file, **changes)
                     (folder / "evil.py").write_text(EVIL_MODEL)
                     line, _ = with_model(run, "lora" if run == "merge" else name)
-                    # A merge copies the tokenizer of the adapters, and this one is its base's.
-                    tokenizer = file.startswith("tokenizer")
-                    free = (tokenizer and run in ("merge", "plan")) or tokenizer
-                    return Case(f"auto_map in {file}", line, None if free else True, b"y\n" * 9,
+                    # Whoever reads no code takes an ordinary tokenizer, and that is right, too.
+                    refuse = None if file.startswith("tokenizer") else True
+                    return Case(f"auto_map in {file}", line, refuse, b"y\ny\ny\n/quit\n",
                                 several=True, canary=CANARY, terminal=terminal,
                                 codes=(1,) if run == "plan" else ())  # fmt: skip
 

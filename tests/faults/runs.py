@@ -21,17 +21,19 @@ SLOW_MODEL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers":
               "max_position_embeddings": 128}  # fmt: skip
 
 
-def write_config(folder: Path, name: str = "config.yaml", **changes: Any) -> str:
-    """Write a config and its texts into a folder; changes name keys with ``__``."""
+def write_config(
+    folder: Path, name: str = "config.yaml", *, texts: int = 40, **changes: Any
+) -> str:
+    """Write a config and so many texts into a folder; changes name keys with ``__``."""
     tree = yaml.safe_load(CONFIG)
     for key, value in changes.items():
         section, _, name_of_key = key.partition("__")
         tree[section][name_of_key] = value
     (folder / name).write_text(yaml.safe_dump(tree, sort_keys=False))
-    lines = [
-        f"{a} plus {b} is {a + b}" + ", and so on" * (a % 3) for a in range(8) for b in range(5)
-    ]
-    write_lines(folder / "texts.jsonl", [{"text": line} for line in lines])
+    lines = [f"{n % 8} plus {n // 8} is {n % 8 + n // 8}" for n in range(texts)]
+    endings = ("", ", and so on", ", and so on, and so on")
+    records = [{"text": line + endings[n % 3]} for n, line in enumerate(lines)]
+    write_lines(folder / "texts.jsonl", records)
     return name
 
 
@@ -43,13 +45,20 @@ def short_config(folder: Path, name: str = "config.yaml", **more: Any) -> str:
 
 def slow_config(folder: Path, **more: Any) -> str:
     """Write the config of a run whose phases take a second or more each."""
-    model = yaml.safe_load(CONFIG)["model"]["config"] | SLOW_MODEL
-    return write_config(
-        folder, model__config=model, data__seq_len=96, data__spans="concatenate",
-        data__eval_sequences=8, thoughts__length=12, thoughts__num_thoughts=4,
-        training__max_steps=3, training__global_batch_size=8, training__micro_batch_size=8,
-        training__eval_steps=2, training__save_steps=2, **more,
-    )  # fmt: skip
+    settings = {
+        "model__config": yaml.safe_load(CONFIG)["model"]["config"] | SLOW_MODEL,
+        "data__seq_len": 96,
+        "data__spans": "concatenate",
+        "data__eval_sequences": 8,
+        "thoughts__length": 12,
+        "thoughts__num_thoughts": 4,
+        "training__max_steps": 3,
+        "training__global_batch_size": 8,
+        "training__micro_batch_size": 4,
+        "training__eval_steps": 2,
+        "training__save_steps": 2,
+    }
+    return write_config(folder, texts=320, **{**settings, **more})
 
 
 def train_line(config: str, output: str, *more: str) -> list[str]:

@@ -38,15 +38,17 @@ TRAINING = ("setup", "rollout", "learn", "evaluation", "save", "export")
 OTHERS = {"generation": "generate", "scoring": "eval", "loading": "inspect"}
 CODES = {"SIGTERM": 75, "SIGUSR1": 75, "SIGINT": 130}
 SECONDS = 5.0
+DELAYS = {"rollout": 0.05, "learn": 0.05, "evaluation": 0.2}
+"""Seconds from the beginning of a phase to the signal; the others are short."""
 
 
-def stop_training(folder: Path, phase: str, name: str, whole: Path, after: float) -> dict[str, Any]:
+def stop_training(folder: Path, phase: str, name: str, whole: Path) -> dict[str, Any]:
     """Signal a run in a phase, then let it go on."""
     run, marker = folder / "run", folder / "marker"
     shutil.rmtree(run, ignore_errors=True)
     marker.unlink(missing_ok=True)
     number = signal.Signals[name]
-    before = partial(strike, phase, number, marker, after=after, delay=0.05)
+    before = partial(strike, phase, number, marker, delay=DELAYS.get(phase, 0.0))
     outcome = Child(train_line("config.yaml", "run"), folder, before=before, as_root=True).wait(300)
     record: dict[str, Any] = {"phase": phase, "signal": name, "wrong": []}
     wrong = record["wrong"]
@@ -123,7 +125,12 @@ def stop_launched(machine: Launched, phase: str, name: str, whole: Path) -> dict
     run, marker = machine.folder / "run", machine.folder / "marker"
     shutil.rmtree(run, ignore_errors=True)
     marker.unlink(missing_ok=True)
-    settings = {"phase": phase, "signal": "SIGCONT", "marker": str(marker), "delay": 0.05}
+    settings = {
+        "phase": phase,
+        "signal": "SIGCONT",
+        "marker": str(marker),
+        "delay": DELAYS.get(phase, 0.0),
+    }
     process = machine._start("run", FAULTS_STRIKE=json.dumps(settings))
     while process.poll() is None and not marker.exists():
         time.sleep(0.002)
@@ -175,7 +182,7 @@ def main() -> int:
     for strategy in args.strategies.split(","):
         folder = place / strategy
         folder.mkdir()
-        slow_config(folder, training__micro_batch_size=4)
+        slow_config(folder)
         records = report.setdefault(strategy, [])
         machine = Launched(folder, strategy) if strategy != "one" else None
         began = time.monotonic()
@@ -190,7 +197,7 @@ def main() -> int:
                         continue
                     record = stop_launched(machine, phase, name, whole)
                 elif phase in TRAINING:
-                    record = stop_training(folder, phase, name, whole, 0.0)
+                    record = stop_training(folder, phase, name, whole)
                     if record.get("code") is not None:
                         go_on(folder, whole, record)
                 else:
