@@ -17,6 +17,7 @@ from quietstar.errors import Preempted, UserError
 from quietstar.training import checkpoint, loop
 from quietstar.training.checkpoint import (
     MANIFEST_FILE,
+    STATE_FILE,
     drop_old,
     find_damage,
     list_checkpoints,
@@ -53,6 +54,18 @@ def test_a_flipped_byte_is_found_and_the_checkpoint_before_is_used(tmp_path, cap
     assert find_damage(newest) is None  # written anew
 
 
+def renamed(folder, old, new):
+    """Has the manifest call a file by another name."""
+    path = folder / MANIFEST_FILE
+    path.write_text(path.read_text().replace(f'"{old}"', f'"{new}"'))
+
+
+def linked(folder):
+    """Puts a link to an equal file outside in the place of a file."""
+    (folder / "a").rename(folder.parent / "a")
+    (folder / "a").symlink_to(folder.parent / "a")
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -62,12 +75,19 @@ def test_a_flipped_byte_is_found_and_the_checkpoint_before_is_used(tmp_path, cap
         (lambda f: (f / MANIFEST_FILE).unlink(), "manifest.json is missing"),
         (lambda f: (f / MANIFEST_FILE).write_text("{"), "manifest.json cannot be read"),
         (lambda f: (f / MANIFEST_FILE).write_text("[]"), "manifest.json cannot be read"),
+        (lambda f: (f / MANIFEST_FILE).write_text("[" * 10**5), "manifest.json cannot be read"),
+        (lambda f: (f / MANIFEST_FILE).write_text('{"files": {}}'), "a is not in manifest.json"),
+        (lambda f: (f / "c").write_text("c"), "c is not in manifest.json"),
+        (lambda f: renamed(f, "a", "../a"), "names '../a', which is not in the folder"),
+        (lambda f: renamed(f, "a", "/etc/passwd"), "names '/etc/passwd', which is not in the"),
+        (lambda f: linked(f), "a is no file of this folder"),
     ],
 )
 def test_damage_is_named(tmp_path, damage, words):
     (tmp_path / "a").write_text("abc")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b").write_text("b")
+    (tmp_path / STATE_FILE).write_text("{}")
     write_manifest(tmp_path)
     assert find_damage(tmp_path) is None
     damage(tmp_path)
@@ -84,7 +104,7 @@ def test_nothing_is_started_anew_over_damaged_checkpoints(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_saves_after_the_step_and_the_run_goes_on_bit_for_bit(
+def test_a_signal_forgets_the_step_under_way_and_the_run_goes_on_bit_for_bit(
     tmp_path, monkeypatch, capsys, name
 ):
     settings = {"training__max_steps": 5, "training__save_steps": 2}
@@ -100,11 +120,11 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on_bit_for_bit(
 
     monkeypatch.setattr(loop, "accumulate_gradients", warned)
     handlers = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Preempted, match=rf"{name} asked for an end; step 3 is saved in"):
+    with pytest.raises(Preempted, match=rf"{name} asked for an end; step 2 is saved in"):
         run_training(config)
     assert signal.getsignal(signal.SIGTERM) is handlers
     folder = tmp_path / "run"
-    assert (folder / "preempted").read_text() == "3\n"
+    assert (folder / "preempted").read_text() == "2\n"
     assert not (folder / "final").exists()
     monkeypatch.setattr(loop, "accumulate_gradients", step)
     run_training(config, resume="auto")
@@ -158,7 +178,7 @@ def test_checkpoints_know_the_evaluation_at_their_step(tmp_path):
     _, folder = saved_run(tmp_path, training__eval_steps=4)
     states = [checkpoint.read_state(f) for f in list_checkpoints(folder)]
     evaluations = {r["step"]: r["mixed_nll"] for r in read_metrics(folder, "eval")}
-    assert [s["mixed_nll"] for s in states] == [None, pytest.approx(evaluations[4]), None]
+    assert [s.mixed_nll for s in states] == [None, pytest.approx(evaluations[4]), None]
 
 
 def test_changes_are_refused_unless_they_are_insisted_on(tmp_path, capsys):

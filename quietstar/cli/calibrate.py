@@ -18,7 +18,7 @@ from quietstar.errors import UserError
 from quietstar.evaluation import calibration
 from quietstar.evaluation.calibration import GateResult, try_gate
 from quietstar.generation.gates import GATE_FILE, Gate, GateKind
-from quietstar.training.checkpoint import CONFIG_FILE
+from quietstar.training.run_dir import CONFIG_FILE
 
 KINDS: tuple[GateKind, ...] = ("entropy", "weight", "gain")
 TABLE_FRACTIONS = (0.02, 0.05, 0.1, 0.25, 0.5)

@@ -32,6 +32,7 @@ from quietstar.config.tree import (
 )
 from quietstar.config.yaml import YamlProblem, dump, parse
 from quietstar.errors import ConfigError, UserError
+from quietstar.system.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -
 
 def save_config(config: Config, path: str | Path) -> None:
     """Writes a config as YAML; `load_config` reads an equal one from it."""
-    Path(path).write_text(dump(config.model_dump()), encoding="utf-8")
+    write_whole(Path(path), dump(config.model_dump()))
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -137,6 +137,9 @@ class Strategy:
             parameters = dict(model.named_parameters())
             weights = load_file(Path(folder) / WEIGHTS_FILE)
             for name in names:
+                there, here = weights[name].shape, parameters[name].shape
+                if there != here:  # `copy_` would broadcast
+                    raise ValueError(f"{name} has shape {tuple(there)}, the model {tuple(here)}")
                 parameters[name].data.copy_(weights[name])
 
         self.accelerator.register_save_state_pre_hook(save)

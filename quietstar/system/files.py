@@ -111,7 +111,27 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     """Write data as JSON with `write_whole`; NaN and infinities, which JSON lacks, become null."""
-    write_whole(path, json.dumps(_finite(content), indent=indent, allow_nan=False) + "\n")
+    text = json.dumps(_finite(content), indent=indent, allow_nan=False, ensure_ascii=False)
+    write_whole(path, text + "\n")
+
+
+def append(path: Path, text: str) -> None:
+    """Append to a file all of a text or, where that fails, nothing of it.
+
+    Raises:
+        OSError: It cannot be written; it ends as it did.
+    """
+    # A link in its place, made after the folder was checked, must not be followed.
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(path, flags, 0o666), "ab", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = memoryview(text.encode("utf-8", "replace"))
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except BaseException:
+            file.truncate(size)
+            raise
 
 
 def _finite(content: Any) -> Any:

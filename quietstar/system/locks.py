@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quietstar.errors import UserError, reason_of
@@ -29,23 +29,29 @@ def locked(path: Path, what: str, remedy: str) -> Iterator[None]:
     Raises:
         UserError: Another process holds it, or it cannot be made.
     """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = -1
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    except OSError as problem:
+        while descriptor < 0:
+            descriptor = os.open(path, flags, 0o666)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    break
+            os.close(descriptor)  # its last holder deleted it in the meantime
+            descriptor = -1
+    except BlockingIOError:
+        holder = _describe(os.pread(descriptor, 4096, 0))
+        os.close(descriptor)
+        raise UserError(f"{what}: is in use by {holder}. {remedy}") from None
+    except OSError as problem:  # a file system without locks, among others
+        if descriptor >= 0:
+            os.close(descriptor)
         raise UserError(
-            f"{what}: its lock {path} cannot be made ({reason_of(problem)}). {remedy}"
+            f"{what}: cannot be locked ({path}: {reason_of(problem)}), so two processes could "
+            f"destroy each other's files. {remedy}"
         ) from problem
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _describe(os.pread(descriptor, 4096, 0))
-            raise UserError(f"{what}: is in use by {holder}. {remedy}") from None
-        except OSError as problem:  # a file system without locks
-            raise UserError(
-                f"{what}: the file system of {path} has no locks ({reason_of(problem)}), so two "
-                f"processes could destroy each other's files. {remedy}"
-            ) from problem
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)

@@ -34,6 +34,7 @@ class _Requests:
     name: str | None = None
     at = 0.0
     depth = 0
+    is_raised = False
 
 
 def requested() -> str | None:
@@ -47,7 +48,7 @@ def listening() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
-    _Requests.name = None
+    _Requests.name, _Requests.is_raised = None, False
     before = {number: signal.signal(number, _take) for number in STOP_SIGNALS}
     try:
         yield
@@ -58,7 +59,7 @@ def listening() -> Iterator[None]:
 
 @contextmanager
 def held(active: bool = True) -> Iterator[None]:
-    """Put the signals off until the block is left; a request is then raised, unless it fails."""
+    """Put the signals off until the block is left, and raise a new one then, unless it fails."""
     if not active:
         yield
         return
@@ -67,15 +68,20 @@ def held(active: bool = True) -> Iterator[None]:
         yield
     finally:
         _Requests.depth -= 1
-    if _Requests.depth == 0 and _Requests.name is not None:
+    _raise()
+
+
+def _raise() -> None:
+    """Raise the request once; what then saves the state must not be stopped by it again."""
+    if _Requests.name is not None and _Requests.depth == 0 and not _Requests.is_raised:
+        _Requests.is_raised = True
         raise Stopped(_Requests.name)
 
 
 def _take(number: int, frame: FrameType | None) -> None:
     if _Requests.name is None:
         _Requests.name, _Requests.at = signal.Signals(number).name, time.monotonic()
-        if _Requests.depth == 0:
-            raise Stopped(_Requests.name)
+        _raise()
     elif time.monotonic() - _Requests.at > SAME_REQUEST_SECONDS:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)

@@ -33,7 +33,7 @@ from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import SETTINGS_FILE
 from quietstar.model.tuning import quantization
-from quietstar.training.checkpoint import TRACKERS_FOLDER
+from quietstar.training.run_dir import TRACKERS_FOLDER
 from quietstar.training.stages import Stage, plan_stages
 
 logger = logging.getLogger(__name__)

@@ -1,115 +1,161 @@
-"""The run folder and its checkpoints: what may be written there, and what a run goes on from.
+"""Checkpoints of a run: written whole or not at all, checked before they are read.
 
-A checkpoint is written whole or not at all, with a manifest of the sizes and SHA-256 digests of
-its files, and holds trainable weights, optimizer state and random state.
+A checkpoint has a manifest of the sizes and SHA-256 digests of its files, and holds trainable
+weights, optimizer state and random state.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 import shutil
 import tempfile
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
 
 import torch
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+)
 from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from quietstar.config import Config
-from quietstar.config.loading import load_config
 from quietstar.distributed import Strategy
-from quietstar.errors import ConfigError, UserError
-from quietstar.training.reporter import METRICS_FILE
-from quietstar.training.state import PREEMPTED_FILE, StageRun
+from quietstar.errors import UserError, reading, reason_of
+from quietstar.system import files
+from quietstar.system.signals import held
+from quietstar.training.run_dir import CHECKPOINT_NAME, CHECKPOINTS_FOLDER
+from quietstar.training.state import StageRun
 
-CONFIG_FILE, STATE_FILE, MANIFEST_FILE = "config.yaml", "trainer_state.json", "manifest.json"
-FINAL_FOLDER, CHECKPOINTS_FOLDER, TRACKERS_FOLDER = "final", "checkpoints", "tensorboard"
-CONTENTS = (
-    *(METRICS_FILE, CHECKPOINTS_FOLDER, FINAL_FOLDER, TRACKERS_FOLDER, PREEMPTED_FILE),
-    *("results.json", "samples.json", "report.html"),
-)
-"""What a run writes beside `CONFIG_FILE`."""
+STATE_FILE, MANIFEST_FILE = "trainer_state.json", "manifest.json"
+MOST_MANIFEST_BYTES = 64 * 2**20  # a million files
 LAUNCHERS = {
     "replicated": "one process or DDP (configs/accelerate/ddp.yaml)",
     "deepspeed": "DeepSpeed (configs/accelerate/zero*.yaml)",
     "fsdp2": "FSDP2 (configs/accelerate/fsdp2.yaml)",
 }
-FREE_ON_RESUME = (
-    *("training.max_steps", "training.micro_batch_size", "training.cpu_threads"),
-    *("training.learn_chunk_tokens", "training.gradient_checkpointing", "training.eval_steps"),
-    *("training.torch_compile", "training.save_steps"),
-    *("training.save_total_limit", "training.overwrite_output_dir", "training.output_dir"),
-    *("data.eval_sequences", "logging.report_to", "logging.logging_steps", "logging.thought_steps"),
-)
-"""Keys that may change between stop and resume: the run stays the same one, or is prolonged."""
+UNPICKLED = {
+    "deepspeed": "DeepSpeed reads all of its files",
+    "fsdp2": "torch reads .metadata of its shards",
+}
+"""What of a checkpoint is unpickled, by strategy: a pickle may run any code."""
+# Earlier versions had other names.
+Kind = Annotated[
+    Literal["replicated", "deepspeed", "fsdp2"],
+    BeforeValidator(lambda kind: "replicated" if kind == "whole" else kind),
+]
+
+
+class TrainerState(BaseModel):
+    """``trainer_state.json``: where the run was, and how it was launched."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    step: NonNegativeInt  # of the run
+    stage: str = ""
+    mixed_nll: float | None = None  # of an evaluation at this very step
+    strategy: Kind | None = Field(None, validation_alias=AliasChoices("strategy", "engine"))
+    num_processes: PositiveInt | None = None
 
 
 # --- Saving and loading ---------------------------------------------------------------------------
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Returns the checkpoints of a run folder that were written to the end, oldest first."""
+    """Returns the checkpoints of a run folder that have their final name, oldest first."""
     folders = (output_dir / CHECKPOINTS_FOLDER).glob("step-*")
-    whole = [
-        f for f in folders if re.fullmatch(r"step-\d{6,}", f.name) and (f / STATE_FILE).exists()
-    ]
-    return sorted(whole, key=lambda f: int(f.name.removeprefix("step-")))
+    named = [f for f in folders if (match := CHECKPOINT_NAME.fullmatch(f.name)) and not match[1]]
+    return sorted(
+        (folder for folder in named if (folder / STATE_FILE).exists()),
+        key=lambda folder: int(folder.name.removeprefix("step-")),
+    )
 
 
-def save_checkpoint(run: StageRun, step: int) -> Path:
-    """Saves the state after ``step`` steps of the run, then removes old checkpoints.
+def save_checkpoint(run: StageRun) -> Path:
+    """Saves the state after the steps that are done, then removes old checkpoints.
 
-    It is written beside its final name and renamed when it is whole. To be called on all processes.
-    Raises UserError if it cannot be written (a full disk); the earlier ones stay as they are.
+    It is written beside its final name and renamed when it is whole, and no signal interrupts that.
+    To be called on all processes.
+
+    Raises:
+        UserError: It cannot be written (a full disk), or weights are not finite; the earlier ones
+            stay as they are.
     """
     output_dir, accelerator = Path(run.config.training.output_dir), run.accelerator
-    final = output_dir / CHECKPOINTS_FOLDER / f"step-{step:06d}"
-    partial = final.with_name(final.name + ".partial")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    evaluations = run.reporter.evaluations
-    figures = evaluations[-1][1] if evaluations and evaluations[-1][0] == step else {}
-    state = {
-        "step": step,
-        "stage": run.stage.name,
-        "mixed_nll": figures.get("mixed_nll", figures.get("base_nll")),  # at this very step
-        "strategy": run.strategy.kind,
-        "num_processes": accelerator.num_processes,
-    }
-    try:
-        run.strategy.save(partial, run.model, run.optimizer)
-        accelerator.wait_for_everyone()
+    final = output_dir / CHECKPOINTS_FOLDER / f"step-{run.step:06d}"
+    partial = final.with_name(f"{final.name}{files.PARTIAL}")
+    check_finite(run, "no checkpoint of them is written")
+    with held():
         if accelerator.is_main_process:
-            (partial / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
-            write_manifest(partial)
-            for path in partial.rglob("*"):  # on disk before the name says that it is whole
-                if path.is_file():
-                    with path.open("rb") as stream:
-                        os.fsync(stream.fileno())
-    except (OSError, RuntimeError, SafetensorError) as problem:
-        shutil.rmtree(partial, ignore_errors=True)
-        tensors = [p for p in run.model.parameters() if p.requires_grad]
-        for parts in run.optimizer.state.values():
-            tensors += [value for value in parts.values() if isinstance(value, torch.Tensor)]
-        needed = sum(x.numel() * x.element_size() for x in tensors)
-        free = shutil.disk_usage(final.parent).free
-        whole = list_checkpoints(output_dir)
-        earlier = f"{whole[-1]} is whole" if whole else "there is no earlier one"
-        raise UserError(
-            f"{final} cannot be written ({' '.join(str(problem).split())[:200]}): it needs about "
-            f"{needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free; {earlier}. Free some "
-            "space and go on with --resume auto."
-        ) from problem
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        drop_old(output_dir, run.config.training.save_total_limit)
-    accelerator.wait_for_everyone()
+            files.remove(partial)
+        accelerator.wait_for_everyone()
+        evaluations = run.reporter.evaluations
+        figures = evaluations[-1][1] if evaluations and evaluations[-1][0] == run.step else {}
+        state = {
+            "step": run.step,
+            "stage": run.stage.name,
+            "mixed_nll": figures.get("mixed_nll", figures.get("base_nll")),
+            "strategy": run.strategy.kind,
+            "num_processes": accelerator.num_processes,
+        }
+        try:
+            run.strategy.save(partial, run.model, run.optimizer)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                files.write_json(partial / STATE_FILE, state, indent=None)
+                write_manifest(partial)
+                files.publish(partial, final)
+        except (OSError, RuntimeError, SafetensorError, UserError) as problem:
+            files.remove(partial)
+            raise UserError(_describe_failure(run, final, problem)) from problem
+        if accelerator.is_main_process:
+            drop_old(output_dir, run.config.training.save_total_limit)
+        accelerator.wait_for_everyone()
+        run.saved_step = run.step
     return final
+
+
+def _describe_failure(run: StageRun, final: Path, problem: Exception) -> str:
+    tensors = [p for p in run.model.parameters() if p.requires_grad]
+    for parts in run.optimizer.state.values():
+        tensors += [value for value in parts.values() if isinstance(value, Tensor)]
+    needed = sum(x.numel() * x.element_size() for x in tensors)
+    free = shutil.disk_usage(next(f for f in final.parents if f.exists())).free
+    whole = list_checkpoints(final.parent.parent)
+    earlier = f"{whole[-1]} is whole" if whole else "there is no earlier one"
+    return (
+        f"{final}: cannot be written ({reason_of(problem)[:200]}): it needs about "
+        f"{needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free; {earlier}. Free some "
+        "space and go on with --resume auto."
+    )
+
+
+@torch.no_grad()
+def check_finite(run: StageRun, consequence: str) -> None:
+    """Raises a `UserError` on all processes if a weight that trains is NaN or infinite on one."""
+    bad: list[str] = []
+    for name, parameter in run.model.named_parameters():
+        # Sharded weights: what this process holds of them, under ZeRO-3 and under FSDP2.
+        held_here = getattr(parameter, "ds_tensor", parameter)
+        held_here = held_here.to_local() if isinstance(held_here, DTensor) else held_here
+        if parameter.requires_grad and not bool(held_here.isfinite().all()):
+            bad.append(name.removeprefix("module.").removeprefix("model."))
+    count = torch.tensor(float(len(bad)), device=run.accelerator.device)
+    if float(run.accelerator.reduce(count, "sum")) > 0:  # pyright: ignore[reportArgumentType]
+        where = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "") or "of another process"
+        whole = list_checkpoints(Path(run.config.training.output_dir))
+        remedy = f", and resume from {whole[-1]}" if whole else ""
+        raise UserError(
+            f"step {run.step}: the weights are not finite ({where}), so {consequence}. Lower "
+            f"optim.learning_rate or optim.max_grad_norm{remedy}."
+        )
 
 
 def drop_old(output_dir: Path, keep: int) -> None:
@@ -119,17 +165,17 @@ def drop_old(output_dir: Path, keep: int) -> None:
     checkpoint, or one that cannot be removed, must not end a run: it stays or goes in silence.
     """
     folders = list_checkpoints(output_dir)
-    states: dict[Path, dict[str, Any]] = {}
+    states: dict[Path, TrainerState] = {}
     for folder in folders:
-        with suppress(OSError, ValueError, TypeError):
-            states[folder] = dict(read_state(folder))
-    stage = states.get(folders[-1], {}).get("stage")
-    of_stage = {f: state for f, state in states.items() if state.get("stage") == stage}
-    scored = [f for f, state in of_stage.items() if state.get("mixed_nll") is not None]
-    best = min(scored, key=lambda f: states[f]["mixed_nll"], default=None)
+        with suppress(UserError):
+            states[folder] = read_state(folder)
+    stage = states[folders[-1]].stage if folders and folders[-1] in states else None
+    of_stage = {f: state.mixed_nll for f, state in states.items() if state.stage == stage}
+    scores = {f: nll for f, nll in of_stage.items() if nll is not None}
+    best = min(scores, key=lambda folder: scores[folder], default=None)
     for folder in folders[:-keep]:
         if folder != best:
-            shutil.rmtree(folder, ignore_errors=True)
+            files.remove(folder)
 
 
 def load_checkpoint(
@@ -139,9 +185,13 @@ def load_checkpoint(
 
     Optimizers save their settings (learning rates, decay, betas) beside their state, but a run
     resumed under other settings must train with its own.
+
+    Raises:
+        UserError: It does not fit the model, or cannot be read.
     """
     settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    with tempfile.TemporaryDirectory() as view:
+    remedy = "Give a checkpoint of a run with this model and these settings."
+    with tempfile.TemporaryDirectory() as view, reading(f"--resume ({folder})", remedy):
         # Earlier versions pickled a schedule, which accelerate would unpickle, and a pickle may run
         # any code: their checkpoints are shown without it.
         if any(folder.glob("custom_checkpoint_*")):
@@ -150,45 +200,70 @@ def load_checkpoint(
                     (Path(view) / path.name).symlink_to(path.resolve())
             folder = Path(view)
         strategy.load(folder, prepared, optimizer)
-    for group, of_config in zip(optimizer.param_groups, settings, strict=True):
-        group.update(of_config)
+        for group, of_config in zip(optimizer.param_groups, settings, strict=True):
+            group.update(of_config)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """Reads ``trainer_state.json``: step, stage, strategy, and the NLL of an evaluation there."""
-    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+def read_state(folder: Path) -> TrainerState:
+    """Reads ``trainer_state.json`` of a checkpoint.
+
+    Raises:
+        UserError: It is not what a run wrote.
+    """
+    path = folder / STATE_FILE
+    with reading(
+        f"--resume ({path})", "Give another checkpoint, or auto for the newest whole one."
+    ):
+        return TrainerState.model_validate_json(path.read_text(encoding="utf-8"))
 
 
 # --- Damage ---------------------------------------------------------------------------------------
 def write_manifest(folder: Path) -> None:
     """Writes ``manifest.json``: size and SHA-256 of every file below ``folder``."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_FILE)
-    files = {
+    entries = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _digest(path)}
         for path in paths
     }
-    text = json.dumps({"algorithm": "sha256", "files": files}, indent=2) + "\n"
-    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+    files.write_json(folder / MANIFEST_FILE, {"algorithm": "sha256", "files": entries})
 
 
 def find_damage(folder: Path) -> str | None:
-    """Says what is wrong with a checkpoint; None if every file is as it was written."""
+    """Says what is wrong with a checkpoint; None if it holds what was written and nothing else.
+
+    A file that the manifest does not list, or that is a link, could bring anything into what is
+    loaded, and a name that leaves the folder would have other files read.
+    """
     path = folder / MANIFEST_FILE
-    if not path.exists():
+    if files.kind_of(path) != "file":
         return f"{MANIFEST_FILE} is missing"
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        entries = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if path.stat().st_size > MOST_MANIFEST_BYTES:
+            return f"{MANIFEST_FILE} has more than {MOST_MANIFEST_BYTES} bytes"
+        listed = json.loads(path.read_text(encoding="utf-8"))["files"]
+        entries = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
+        outside = [n for n in entries if PurePosixPath(n).is_absolute() or ".." in Path(n).parts]
+        if outside:
+            return f"{MANIFEST_FILE} names {outside[0]!r}, which is not in the folder"
+        present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
+        if extra := sorted(present - {*entries, MANIFEST_FILE}):
+            return f"{extra[0]} is not in {MANIFEST_FILE}"
+        if STATE_FILE not in entries:
+            return f"{MANIFEST_FILE} does not list {STATE_FILE}"
+        for name, (size, digest) in entries.items():
+            file = folder / name
+            if files.kind_of(file) == "none":
+                return f"{name} is missing"
+            if files.kind_of(file) != "file" or folder.resolve() not in file.resolve().parents:
+                return f"{name} is no file of this folder"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes, not {size}"
+            if _digest(file) != digest:
+                return f"{name} is not what was written (its sha256 differs)"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST_FILE} cannot be read"
-    for name, (size, digest) in entries.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, not {size}"
-        if _digest(file) != digest:
-            return f"{name} is not what was written (its sha256 differs)"
+    except OSError as problem:
+        return reason_of(problem)
     return None
 
 
@@ -209,21 +284,26 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None, 
     if resume is None:
         return None, []
     if resume != "auto":
-        if not (Path(resume) / STATE_FILE).exists():
+        folder = Path(resume).expanduser()
+        if not (folder / STATE_FILE).exists():
             raise UserError(
-                f"--resume: {resume} is no whole checkpoint ({STATE_FILE} is missing). Give a "
+                f"--resume ({resume}): is no whole checkpoint ({STATE_FILE} is missing). Give a "
                 "folder like runs/x/checkpoints/step-000100, or auto for the newest."
             )
-        if (damage := find_damage(Path(resume))) is not None:
+        if (damage := find_damage(folder)) is not None:
             raise UserError(
-                f"--resume: {resume} is damaged: {damage}. Give an earlier checkpoint, or auto for "
-                "the newest whole one."
+                f"--resume ({resume}): is damaged: {damage}. Give an earlier checkpoint, or auto "
+                "for the newest whole one."
             )
-        return Path(resume), []
+        read_state(folder)
+        return folder, []
     damaged: list[str] = []
     for folder in reversed(list_checkpoints(output_dir)):
-        if (damage := find_damage(folder)) is None:
-            return folder, damaged
+        damage = find_damage(folder)
+        with suppress(UserError):
+            if damage is None and read_state(folder):
+                return folder, damaged
+        damage = damage or f"{STATE_FILE} cannot be read"
         damaged.append(f"{folder} is damaged and passed over: {damage}")
     if damaged:
         raise UserError(
@@ -237,9 +317,7 @@ def check_world(folder: Path, strategy: Strategy) -> None:
     """Raises UserError if the strategy, or that many processes of it, cannot read a checkpoint."""
     state = read_state(folder)
     now = strategy.accelerator.num_processes
-    kind = state.get("strategy", state.get("engine", strategy.kind))  # "engine": an older name
-    kind = "replicated" if kind == "whole" else kind
-    processes = state.get("num_processes", now)
+    kind, processes = state.strategy or strategy.kind, state.num_processes or now
     if kind != strategy.kind:
         raise UserError(
             f"--resume: {folder} was written under {LAUNCHERS[kind]}; this launch, "
@@ -251,82 +329,3 @@ def check_world(folder: Path, strategy: Strategy) -> None:
             f"many can read; there are {now}. Launch {processes}, or train under ddp or fsdp2, "
             "whose checkpoints any number of processes reads."
         )
-
-
-def check_free(output_dir: Path, overwrite: bool) -> None:
-    """Raises UserError for a folder that cannot be written, or already holds what a run writes.
-
-    ``training.overwrite_output_dir`` only replaces what a run wrote.
-    """
-    key = f"training.output_dir: {output_dir}"
-    ancestor = next(f for f in (output_dir, *output_dir.absolute().parents) if f.exists())
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        what = "cannot be written" if ancestor.is_dir() else "is a file"
-        raise UserError(f"{key} cannot be made, since {ancestor} {what}; give another folder")
-    is_run = (output_dir / CONFIG_FILE).exists()
-    if is_run and not overwrite:
-        raise UserError(
-            f"{key} already holds a run. Choose another folder, go on with --resume auto, or "
-            "replace it with --training.overwrite_output_dir true."
-        )
-    others = [name for name in CONTENTS if (output_dir / name).exists()]
-    if others and not is_run:
-        raise UserError(
-            f"{key} holds {', '.join(others)} but no {CONFIG_FILE}, so no run of quietstar wrote "
-            "it and it would be lost. Choose another folder."
-        )
-
-
-def start_run_dir(output_dir: Path) -> None:
-    """Makes the run folder, without what an overwritten run left; UserError if it cannot."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise UserError(
-            f"training.output_dir: {output_dir} cannot be made ({problem.strerror}); give another "
-            "folder"
-        ) from problem
-    for name in CONTENTS:
-        path = output_dir / name
-        if path.is_file():
-            path.unlink()
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def check_same_run(output_dir: Path, config: Config, allow_changes: bool = False) -> list[str]:
-    """Returns a line for each changed key; UserError if the run would be another one with them."""
-    path = output_dir / CONFIG_FILE
-    try:
-        before = flat(load_config(path)) if path.exists() else {}
-    except ConfigError as error:
-        raise UserError(f"--resume: {error.problems[0]}") from error
-    now, last_stage = flat(config), list(config.stage_configs())[-1]
-    changes, binding = [], []
-    for key in {**before, **now} if before else ():
-        if before.get(key) == now.get(key):
-            continue
-        changes.append(f"{key} was {before.get(key)}, is {now.get(key)}")
-        stage, name = last_stage, key
-        if key.startswith("stages."):
-            _, stage, name = key.split(".", 2)
-        # Other steps of an earlier stage are binding: the stages behind it would begin elsewhere.
-        prolongs_earlier = name == "training.max_steps" and stage != last_stage
-        if name not in FREE_ON_RESUME or prolongs_earlier:
-            binding.append(" ".join(changes[-1].split()))
-    if binding and not allow_changes:
-        more = f"; and {len(binding) - 5} more" if len(binding) > 5 else ""
-        raise UserError(
-            f"--resume: {'; '.join(binding[:5])}{more}: that would be another run. Take the values "
-            f"of {path}, start a new run in another folder, or insist with --allow-changes true."
-        )
-    return changes
-
-
-def flat(config: Config) -> dict[str, str]:
-    """Returns dotted keys and values as text, as trackers take them; of each stage if several."""
-    values = {}
-    for stage, stage_config in config.stage_configs().items():
-        prefix = f"stages.{stage}." if config.stages else ""
-        for section, part in stage_config.model_dump(exclude={"stages"}).items():
-            values |= {f"{prefix}{section}.{key}": str(value) for key, value in part.items()}
-    return values

@@ -14,6 +14,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,21 @@ from quietstar.config import Config
 from quietstar.config.loading import save_config
 from quietstar.data import build_data, load_tokenizer
 from quietstar.distributed import from_main_process
-from quietstar.errors import UserError
+from quietstar.errors import UserError, reading
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.sampling.positions import count_positions
+from quietstar.system import files
 from quietstar.training.build import build_accelerator
-from quietstar.training.checkpoint import CONFIG_FILE, FINAL_FOLDER, check_same_run
 from quietstar.training.evaluation import RESULTS_FILE, chosen_positions, score_batch
 from quietstar.training.run import run_training
+from quietstar.training.run_dir import (
+    CONFIG_FILE,
+    FINAL_FOLDER,
+    check_own,
+    check_same_run,
+    hold,
+    mark,
+)
 
 CONTROLS_FILE = "controls.json"
 COUNTED_STEPS = 20  # whose thinking positions are counted, to match the compute of a control
@@ -67,45 +77,54 @@ def run_controls(
     accelerator = build_accelerator(config)
 
     def train(one: Config) -> dict[str, Any]:
-        results = Path(one.training.output_dir) / RESULTS_FILE
-        state = from_main_process(accelerator, lambda: _state(results.parent, one))
-        if state == "failed":  # before its first checkpoint
-            one = _changed(one, {"training": {"overwrite_output_dir": True}}, one.stages)
-        if state != "finished":
-            resume = "auto" if state == "begun" else None
-            run_training(one, resume=resume, on_report=on_report, more_runs=True)
-        return from_main_process(accelerator, lambda: json.loads(results.read_text("utf-8")))
+        folder = Path(one.training.output_dir)
+        if not from_main_process(accelerator, lambda: _is_finished(folder, one)):
+            # A run that failed before its first checkpoint begins anew.
+            anew = _changed(one, {"training": {"overwrite_output_dir": True}}, one.stages)
+            run_training(anew, resume="auto", on_report=on_report, more_runs=True)
+        read = partial(_read_results, folder / RESULTS_FILE)
+        return from_main_process(accelerator, read)
 
-    by_seed = {}
-    for seed in range(config.training.seed, config.training.seed + num_seeds):
-        folder, start = root / f"seed-{seed}", None
-        if len(config.stages) > 1:
-            earlier = dict(list(config.stages.items())[:-1])
-            changes = {"seed": seed, "output_dir": str(folder / "start")}
-            train(_changed(config, {"training": changes}, stages=earlier))
-            start = folder / "start" / FINAL_FOLDER
-        tokenizer = load_tokenizer(str(start or stage.model.tokenizer or stage.model.name_or_path))
-        fraction = thinking_fraction(stage, tokenizer)
-        results = {
-            name: train(variant(name, stage, start, seed, folder / name, fraction))
-            for name in TRAINED
-        }
-        final = folder / "full" / FINAL_FOLDER
-        results["first_thoughts"] = _first_thoughts(accelerator, stage, start, final, seed)
-        by_seed[seed] = results
-    if accelerator.is_main_process:
-        summary = summarize(by_seed)
-        save_config(config, root / CONFIG_FILE)
-        text = json.dumps(summary, indent=2) + "\n"
-        (root / CONTROLS_FILE).write_text(text, encoding="utf-8")
-        table = Table("", "accuracy", "95 % interval", title=f"held-out answers, {num_seeds} seeds")
-        for row in (*summary["variants"], *summary["differences"]):
-            interval = "" if row["ci95"] is None else "{:.3f} to {:.3f}".format(*row["ci95"])
-            table.add_row(row["label"], f"{row['mean']:.3f}", interval)
-        Console().print(table)
-        if on_report is not None:
-            on_report(root)
-    accelerator.wait_for_everyone()
+    def begin() -> None:
+        check_own(root)
+        stack.enter_context(hold(root))
+        mark(root)
+
+    with ExitStack() as stack:
+        from_main_process(accelerator, begin)
+        by_seed = {}
+        for seed in range(config.training.seed, config.training.seed + num_seeds):
+            folder, start = root / f"seed-{seed}", None
+            if len(config.stages) > 1:
+                earlier = dict(list(config.stages.items())[:-1])
+                changes = {"seed": seed, "output_dir": str(folder / "start")}
+                train(_changed(config, {"training": changes}, stages=earlier))
+                start = folder / "start" / FINAL_FOLDER
+            tokenizer = load_tokenizer(
+                str(start or stage.model.tokenizer or stage.model.name_or_path)
+            )
+            fraction = thinking_fraction(stage, tokenizer)
+            results = {
+                name: train(variant(name, stage, start, seed, folder / name, fraction))
+                for name in TRAINED
+            }
+            final = folder / "full" / FINAL_FOLDER
+            results["first_thoughts"] = _first_thoughts(accelerator, stage, start, final, seed)
+            by_seed[seed] = results
+        if accelerator.is_main_process:
+            summary = summarize(by_seed)
+            save_config(config, root / CONFIG_FILE)
+            files.write_json(root / CONTROLS_FILE, summary)
+            table = Table(
+                "", "accuracy", "95 % interval", title=f"held-out answers, {num_seeds} seeds"
+            )
+            for row in (*summary["variants"], *summary["differences"]):
+                interval = "" if row["ci95"] is None else "{:.3f} to {:.3f}".format(*row["ci95"])
+                table.add_row(row["label"], f"{row['mean']:.3f}", interval)
+            Console().print(table)
+            if on_report is not None:
+                on_report(root)
+        accelerator.wait_for_everyone()
     accelerator.end_training()
     return root
 
@@ -186,22 +205,25 @@ def _changed(config: Config, changes: Mapping[str, Mapping[str, Any]], stages=No
     return Config.model_validate({**tree, "stages": stages or {}})
 
 
-def _state(folder: Path, config: Config) -> str:
-    """Returns how far an earlier call has come with a run: new, failed, begun or finished.
+def _is_finished(folder: Path, config: Config) -> bool:
+    """Returns True if an earlier call has finished a run.
 
     Raises UserError if it is one of other settings, whose results would be taken for this one's.
     """
-    if not (folder / CONFIG_FILE).exists():
-        return "new"
     if not (folder / RESULTS_FILE).exists():
-        return "begun" if (folder / "checkpoints").exists() else "failed"
+        return False
     changes = check_same_run(folder, config)
     if longer := [change for change in changes if "training.max_steps was" in change]:
         raise UserError(
             f"--controls: {folder} is finished, and its {'; '.join(longer)}. "
             "Choose another training.output_dir, or remove that folder."
         )
-    return "finished"
+    return True
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    with reading(f"--controls ({path})", "Remove the folder, and its run begins anew."):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 @torch.no_grad()

@@ -8,13 +8,13 @@ is content. Thoughts are swapped among texts where all have answers, within each
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import add
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -26,6 +26,8 @@ from quietstar.evaluation import controls
 from quietstar.evaluation.controls import PAUSE, SWAPPED, TextThoughts
 from quietstar.model.outputs import ThoughtMetrics, Thoughts
 from quietstar.model.quiet_star import QuietStarForCausalLM
+from quietstar.system import files
+from quietstar.system.signals import Stopped, requested
 from quietstar.training.reporter import read_metrics
 from quietstar.training.state import StageRun
 
@@ -62,7 +64,12 @@ def evaluate(run: StageRun) -> dict[str, float]:
         batches, counted = [*own, *own[: most - len(own)]], len(own)
     batches = [batch.to(accelerator.device) for batch in batches]
     passes = 2 if run.stage.thinks else 1
-    with accelerator.autocast(), run.reporter.evaluating(passes * len(batches)) as advance:
+    with accelerator.autocast(), run.reporter.evaluating(passes * len(batches)) as count:
+
+        def advance() -> None:
+            count()
+            stop_together(accelerator)
+
         if run.stage.thinks:
             totals = compare(model, batches, advance, counted, gather_object)
         else:
@@ -80,6 +87,14 @@ def evaluate(run: StageRun) -> dict[str, float]:
             "thoughts with; raise data.eval_sequences"
         )
     return figures({kind: total.reduced(accelerator) for kind, total in totals.items()})
+
+
+def stop_together(accelerator: Accelerator) -> None:
+    """Raises `Stopped` on all processes if a signal reached one of several."""
+    if accelerator.num_processes > 1:
+        asked = torch.tensor(float(requested() is not None), device=accelerator.device)
+        if float(accelerator.reduce(asked, "sum")) > 0:  # pyright: ignore[reportArgumentType]
+            raise Stopped(requested() or "a signal to another process")
 
 
 def compare(
@@ -227,7 +242,7 @@ def write_results(run: StageRun, tokenizer: PreTrainedTokenizerBase, seconds: fl
         contents[SAMPLES_FILE] = {"samples": collect_samples(run, tokenizer)}
     if not run.accelerator.is_main_process:
         return
-    records = read_metrics(run.reporter.path)
+    records, _ = read_metrics(run.reporter.path)
     of_stage = [r for r in records if r["kind"] == "eval" and r["stage"] == run.stage.name]
     before, after = of_stage[0], of_stage[-1]
     results: dict[str, Any] = {"held_out": {"before": before, "after": after}}
@@ -239,8 +254,7 @@ def write_results(run: StageRun, tokenizer: PreTrainedTokenizerBase, seconds: fl
         results["right_thoughts"] = right
     contents[RESULTS_FILE] = {**results, "seconds": round(seconds, 1)}
     for name, content in contents.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False)
-        (run.reporter.path.parent / name).write_text(text + "\n", encoding="utf-8")
+        files.write_json(run.reporter.path.parent / name, content)
 
 
 @torch.no_grad()

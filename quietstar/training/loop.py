@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
@@ -13,53 +13,81 @@ from torch import Tensor
 
 from quietstar.errors import Preempted, UserError
 from quietstar.model.outputs import QuietStarOutput, ThoughtMetrics
+from quietstar.system import files
+from quietstar.system.signals import Stopped, held, requested
 from quietstar.training.batches import StepBatches, read_ahead
-from quietstar.training.checkpoint import save_checkpoint
+from quietstar.training.checkpoint import check_finite, save_checkpoint
 from quietstar.training.evaluation import evaluate
 from quietstar.training.optimizer import set_learning_rates
-from quietstar.training.state import PREEMPTED_FILE, StageRun
+from quietstar.training.run_dir import PREEMPTED_FILE
+from quietstar.training.state import StageRun
 
 
 def train(run: StageRun) -> None:
     """Trains to the last step of the stage, evaluating and saving on the way.
 
     Raises:
-        UserError: The loss or gradient is not finite; no weight has been changed by it.
-        Preempted: A signal asked for an end; the step was finished and a checkpoint saved.
+        UserError: The loss, the gradient or a weight is not finite; or the data or the disk fails,
+            after a checkpoint was saved if that can be.
+        Stopped: A signal asked for an end. A single process stops wherever it is and forgets the
+            step under way, whose weights have not changed; several agree after a step.
     """
     settings, optim, first = run.config.training, run.config.optim, run.stage.first_step
-    if run.start_step == 0:
-        run.reporter.evaluation(first, evaluate(run))
-    steps = range(run.start_step, settings.max_steps)
+    start = run.steps_done
+    is_due = settings.eval_steps > 0 and start % settings.eval_steps == 0
+    if start == 0 or (start < settings.max_steps and is_due and not run.reporter.has_evaluation):
+        run.reporter.evaluation(first + start, evaluate(run))
+    steps = range(start, settings.max_steps)
     with closing(read_ahead(run)) as batches_of_steps:
-        for step, batches in zip(steps, batches_of_steps, strict=True):
+        for step in steps:
+            batches = next_batches(run, batches_of_steps)
             done, last = step + 1, step + 1 == settings.max_steps
             run.reporter.step_begins()
             lr = set_learning_rates(run.optimizer, optim, step, settings.max_steps)
             output, sums = accumulate_gradients(run, step, batches)
             check = StepCheck(first + done, sums)
-            run.strategy.update(run.model, run.optimizer, optim.max_grad_norm, check)
-            run.reporter.step_ends(first + done, check.loss, check.norms, lr, output)
-            signaled = run.stop.signal is not None and run.accelerator.num_processes == 1
-            if check.stop_requested or signaled:
-                leave(run, first + done)
+            with held():  # the weights and what is known of them change together
+                run.strategy.update(run.model, run.optimizer, optim.max_grad_norm, check)
+                run.steps_done = done
+                run.reporter.step_ends(first + done, check.loss, check.norms, lr, output)
+            if check.stop_requested:
+                raise Stopped(requested() or "a signal to another process")
             if settings.eval_steps and done % settings.eval_steps == 0 and not last:
+                check_finite(run, "it is not evaluated")
                 run.reporter.evaluation(first + done, evaluate(run))
             if settings.save_steps and (done % settings.save_steps == 0 or last):
-                save_checkpoint(run, first + done)
+                save_checkpoint(run)
+    check_finite(run, "no final model is written")
     run.reporter.evaluation(run.stage.last_step, evaluate(run))
 
 
-def leave(run: StageRun, step: int) -> NoReturn:
-    """Saves a checkpoint and ends the run, as a signal asked."""
-    folder = save_checkpoint(run, step)
-    if run.accelerator.is_main_process:
-        marker = Path(run.config.training.output_dir) / PREEMPTED_FILE
-        marker.write_text(f"{step}\n", encoding="utf-8")
-    raise Preempted(
-        f"{run.stop.signal or 'a signal to another process'} asked for an end; step {step} is "
-        f"saved in {folder}, --resume auto goes on from there"
-    )
+def next_batches(run: StageRun, batches_of_steps: Iterator[StepBatches]) -> StepBatches:
+    """Returns the batches of the next step; where data fails in a single process, saves first.
+
+    Several processes cannot: the others wait in the step, and only their launcher ends them.
+    """
+    try:
+        return next(batches_of_steps)
+    except UserError as problem:
+        if run.steps_done == 0 or run.accelerator.num_processes > 1 or run.saved_step == run.step:
+            raise
+        folder = save_checkpoint(run)
+        raise UserError(
+            f"{problem} Step {run.step} is saved in {folder}; --resume auto goes on from there."
+        ) from problem
+
+
+def leave(run: StageRun, stop: Stopped) -> NoReturn:
+    """Saves a checkpoint if there is something to save, and ends the run, as a signal asked."""
+    if run.step == 0:
+        raise Preempted(f"{stop.signal} asked for an end before the first step; start again")
+    folder = Path(run.config.training.output_dir)
+    where = f"step {run.step} is saved"
+    if run.saved_step != run.step:
+        where += f" in {save_checkpoint(run)}"
+    if run.accelerator.is_main_process and requested() != "SIGINT":
+        files.write_whole(folder / PREEMPTED_FILE, f"{run.step}\n")
+    raise Preempted(f"{stop.signal} asked for an end; {where}, --resume auto goes on from there")
 
 
 def accumulate_gradients(
@@ -107,7 +135,7 @@ def accumulate_gradients(
     assert metrics is not None, "a step has at least one micro-batch"
     is_reported = run.reporter.is_step_due(run.stage.first_step + step + 1)
     output.metrics = metrics.reduced(accelerator) if is_reported else metrics
-    stop = torch.tensor(float(run.stop.signal is not None)).to(total.device, non_blocking=True)
+    stop = torch.tensor(float(requested() is not None)).to(total.device, non_blocking=True)
     sums = accelerator.reduce(torch.stack([total, stop]), "sum")
     return output, sums  # pyright: ignore[reportReturnType]
 

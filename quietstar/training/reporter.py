@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import Config
+from quietstar.errors import reason_of, visible
 from quietstar.model.outputs import QuietStarOutput
-from quietstar.training.stages import Stage, stage_at
+from quietstar.system import files
+from quietstar.training.stages import Stage
 
 METRICS_FILE = "metrics.jsonl"
 LOG_LINES = 200  # of steps, about, where there is no terminal to show a bar
@@ -71,8 +74,13 @@ LEFT_OUT = ("base_nll", "mixed_nll", "thought_nll", "gain_over_pause", "mixing_w
 class Reporter:
     """Reports a run on the main process; on the others every call does nothing.
 
-    It goes on after ``start_step`` steps; ``on_report`` is called with the run folder after every
-    held-out evaluation.
+    It begins after ``start_step`` steps; ``on_report`` is called with the run folder after every
+    held-out evaluation. A disk that fails does not end the run: what cannot be written is said, and
+    records are kept until they can be.
+
+    Attributes:
+        evaluations: Steps and figures of the stage's evaluations in this process.
+        has_evaluation: True if the step that the run goes on from was evaluated.
     """
 
     def __init__(
@@ -90,17 +98,9 @@ class Reporter:
         self.active = accelerator.is_main_process
         self.console = Console(stderr=False, highlight=False)
         self.path = Path(config.training.output_dir) / METRICS_FILE
-        if self.active and start_step > 0:  # drop the records that come again
-            at_end = start_step == stage_at(stages, start_step).last_step
-            last = ("train",) if at_end else ("train", "eval")
-            records = [
-                record for record in read_metrics(self.path)
-                if record["step"] < start_step
-                or (record["step"] == start_step and record["kind"] in last)
-            ]  # fmt: skip
-            lines = [json.dumps(record) + "\n" for record in records]
-            self.path.write_text("".join(lines), encoding="utf-8")
         self.evaluations: list[tuple[int, dict[str, float]]] = []
+        self.has_evaluation = False
+        self._unwritten: list[str] = []
         self._failed_checks: set[str] = set()
         self._step_began = time.perf_counter()
         self.bar = Progress(
@@ -116,17 +116,40 @@ class Reporter:
             "training", total=self._total, completed=start_step, figures=""
         )
 
+    def go_on(self, stage: Stage, step: int) -> None:
+        """Takes up an earlier run after so many of its steps: drops the records that come again.
+
+        To be called on all processes, when nothing can stop the run from going on.
+        """
+        if not self.active:
+            return
+
+        def is_kept(record: dict[str, Any]) -> bool:
+            is_at_end = step == stage.last_step and record["stage"] == stage.name
+            comes_again = record["kind"] == "eval" and is_at_end  # the evaluation at its end
+            return record["step"] < step or (record["step"] == step and not comes_again)
+
+        records, num_damaged = read_metrics(self.path)
+        kept = [record for record in records if is_kept(record)]
+        if len(kept) < len(records) or num_damaged:
+            lines = [json.dumps(record) + "\n" for record in kept]
+            files.write_whole(self.path, "".join(lines))
+        if num_damaged:
+            self.say(f"--resume: {num_damaged} damaged lines of {self.path} are dropped")
+        at = (stage.name, step, "eval")
+        self.has_evaluation = any((r["stage"], r["step"], r["kind"]) == at for r in kept)
+
     def say(self, text: str) -> None:
         """Prints one line, above the progress bar."""
         if self.active:
-            self.console.print(Text(text), soft_wrap=True)
+            self.console.print(Text(visible(text)), soft_wrap=True)
 
     def begin_stage(self, stage: Stage, lines: Sequence[str]) -> None:
         """Says what begins; figures belong to this stage from now on."""
         self.stage = stage
         self._failed_checks.clear()
         self.evaluations.clear()
-        self.bar.update(self._task, description=stage.name)
+        self.bar.update(self._task, description=visible(stage.name))
         if self._num_stages > 1:
             self.say(f"stage {stage.index + 1} of {self._num_stages}: {stage.name}")
         for line in lines:
@@ -222,8 +245,18 @@ class Reporter:
             return
         self._write("eval", step, figures)
         self.console.print(self._table())
-        if self.on_report is not None:
+        self.report()
+
+    def report(self) -> bool:
+        """Has the page written; returns False if it could not be, which ends no run."""
+        if not self.active or self.on_report is None:
+            return False
+        try:
             self.on_report(self.path.parent)
+        except Exception as problem:
+            self.say(f"warning: the report is not written: {reason_of(problem)}")
+            return False
+        return True
 
     def _table(self) -> Table:
         """Makes the table of the stage's held-out figures by step."""
@@ -244,13 +277,39 @@ class Reporter:
         return table
 
     def _write(self, kind: str, step: int, figures: Mapping[str, float]) -> None:
-        record = {"kind": kind, "stage": self.stage.name, "step": step, **figures}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        self.accelerator.log({f"{kind}/{k}": v for k, v in figures.items()}, step=step)
+        shown = {key: value if math.isfinite(value) else None for key, value in figures.items()}
+        record = {"kind": kind, "stage": self.stage.name, "step": step, **shown}
+        had_failed = bool(self._unwritten)
+        self._unwritten.append(json.dumps(record) + "\n")
+        try:
+            files.append(self.path, "".join(self._unwritten))
+            self._unwritten.clear()
+            self.accelerator.log({f"{kind}/{k}": v for k, v in figures.items()}, step=step)
+        except OSError as problem:
+            if not had_failed:
+                self.say(
+                    f"warning: step {step}: {self.path} or a tracker cannot be written "
+                    f"({reason_of(problem)}); training goes on, and tries again"
+                )
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads the whole records of a metrics.jsonl; an interrupted run may leave half a line."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Reads the records of a metrics.jsonl; returns them and the number of damaged lines.
+
+    The last line, which an interrupt may have cut, is no damage.
+    """
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return [], 0
+    records: list[dict[str, Any]] = []
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if (
+                isinstance(record, dict)
+                and record.get("kind") in ("train", "eval")
+                and type(record.get("step")) is int
+            ):
+                records.append({"stage": "", **record})
+    return records, len(lines) - len(records)

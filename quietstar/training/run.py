@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+
+from accelerate import Accelerator
 
 from quietstar.config import Config
 from quietstar.config.loading import save_config
 from quietstar.distributed import ModelProxy, WrappedModule, build_strategy, from_main_process
+from quietstar.errors import UserError
+from quietstar.system.signals import Stopped, held, listening
+from quietstar.training import run_dir
 from quietstar.training.build import Job, build_accelerator, describe, quiet_libraries, set_up
 from quietstar.training.checkpoint import (
-    CONFIG_FILE,
-    FINAL_FOLDER,
-    check_free,
-    check_same_run,
+    UNPICKLED,
+    TrainerState,
     check_world,
     find_checkpoint,
-    flat,
     load_checkpoint,
     read_state,
-    start_run_dir,
 )
 from quietstar.training.evaluation import write_results
-from quietstar.training.loop import train
+from quietstar.training.loop import leave, train
 from quietstar.training.optimizer import build_optimizer
 from quietstar.training.reporter import Reporter
-from quietstar.training.stages import Stage, begin_stage, stage_at
-from quietstar.training.state import PREEMPTED_FILE, StageRun, StopRequest, listening
+from quietstar.training.run_dir import CONFIG_FILE, FINAL_FOLDER, PREEMPTED_FILE, flat
+from quietstar.training.stages import Stage, begin_stage, plan_stages, stage_at
+from quietstar.training.state import StageRun
 
 
 def run_training(
@@ -53,49 +56,17 @@ def run_training(
         UserError: Any mistake of the user, in one line; nothing is overwritten.
         Preempted: A signal asked the run to stop; a checkpoint is saved.
     """
-    began = time.perf_counter()
     quiet_libraries()
-    output_dir = Path(config.training.output_dir)
     accelerator = build_accelerator(config)
-    find = partial(find_checkpoint, output_dir, resume)
-    checkpoint, remarks = from_main_process(accelerator, find)
-    is_new = checkpoint is None or output_dir.resolve() not in checkpoint.resolve().parents
-    if is_new:
-        # A run that was killed before its first checkpoint begins anew.
-        is_begun = resume == "auto" and not (output_dir / FINAL_FOLDER).exists()
-        check_free(output_dir, config.training.overwrite_output_dir or is_begun)
-    else:
-        remarks += check_same_run(output_dir, config, allow_changes)
-    strategy = build_strategy(accelerator, config)
-    steps_done = 0
-    if checkpoint is not None:
-        check_world(checkpoint, strategy)
-        steps_done = read_state(checkpoint)["step"]
-    job = set_up(config, strategy)
-    if accelerator.is_main_process:
-        if is_new:
-            start_run_dir(output_dir)
-        save_config(config, output_dir / CONFIG_FILE)
-        (output_dir / PREEMPTED_FILE).unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
-    accelerator.init_trackers("quietstar", config=flat(config))
-    reporter = Reporter(config, accelerator, job.tokenizer, job.stages, steps_done, on_report)
-    with reporter.bar, listening() as stop:
-        first, total = stage_at(job.stages, steps_done), job.stages[-1].last_step
-        if checkpoint is not None and steps_done >= total:
-            reporter.say(f"--resume: {checkpoint} already has all {total} steps; it is evaluated")
-        elif checkpoint is not None:
-            where = f", stage {first.name}" if len(job.stages) > 1 else ""
-            text = f"going on from {checkpoint}, step {steps_done} of {total}{where}"
-            reporter.say(f"--resume: {text}")
-        elif resume is not None:
-            reporter.say(f"--resume auto: no checkpoint in {output_dir}, so a new run begins")
-        for remark in remarks:
-            reporter.say(f"--resume: {remark}")
-        run = run_stage(job, first, reporter, stop, checkpoint=checkpoint)
-        for stage in job.stages[first.index + 1 :]:
-            run = run_stage(job, stage, reporter, stop, previous=run)
-        final = finish(job, run, time.perf_counter() - began)
+    with listening(), ExitStack() as stack:
+        # Several processes must stop together: they agree after a step, and in evaluations.
+        stack.enter_context(held(accelerator.num_processes > 1))
+
+        def begin() -> Start:
+            return find_start(config, resume, allow_changes, stack)
+
+        start = from_main_process(accelerator, begin)
+        final = _run(config, accelerator, start, resume, on_report)
     for tracker in accelerator.trackers:
         tracker.finish()
     if not more_runs:
@@ -103,15 +74,140 @@ def run_training(
     return final
 
 
-def run_stage(
-    job: Job,
-    stage: Stage,
-    reporter: Reporter,
-    stop: StopRequest,
-    checkpoint: Path | None = None,
-    previous: StageRun | None = None,
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with: a checkpoint or none, and what is to be said about it."""
+
+    checkpoint: Path | None
+    state: TrainerState | None  # of the checkpoint
+    goes_on: bool  # the folder's own run, not another in a new folder
+    remarks: list[str]
+
+
+def find_start(config: Config, resume: str | None, allow_changes: bool, stack: ExitStack) -> Start:
+    """Takes the run folder, on the main process, and finds out how the run begins.
+
+    The lock on the folder is entered into ``stack``. Nothing in the folder is changed but by
+    tidying up after a kill.
+
+    Raises:
+        UserError: The folder is another's or in use, or the run in it cannot be gone on with.
+    """
+    output_dir = Path(config.training.output_dir)
+    if not run_dir.check_own(output_dir) and resume not in (None, "auto"):
+        find_checkpoint(output_dir, resume)  # a mistake leaves no folder behind
+    stack.enter_context(run_dir.hold(output_dir))
+    stack.callback(run_dir.drop_unused, output_dir)  # where set-up fails
+    is_run = run_dir.check_own(output_dir)  # again, now that nobody else can change it
+    if is_run:
+        run_dir.recover(output_dir)
+    checkpoint, remarks = find_checkpoint(output_dir, resume)
+    is_own = checkpoint is not None and output_dir.resolve() in checkpoint.resolve().parents
+    has_config = (output_dir / CONFIG_FILE).exists()
+    key = f"training.output_dir ({output_dir})"
+    if is_own or (resume == "auto" and is_run and has_config):
+        remarks = remarks + run_dir.check_same_run(output_dir, config, allow_changes)
+    if is_run and not is_own and not config.training.overwrite_output_dir:
+        is_finished = (output_dir / FINAL_FOLDER).exists()
+        if resume != "auto":
+            raise UserError(
+                f"{key}: already holds a run. Choose another folder, go on with --resume auto, or "
+                "replace it with --training.overwrite_output_dir true."
+            )
+        if is_finished:
+            raise UserError(
+                f"{key}: holds a finished run without a checkpoint to go on from. Choose another "
+                "folder, or replace it with --training.overwrite_output_dir true."
+            )
+    state = None if checkpoint is None else read_state(checkpoint)
+    total = plan_stages(config)[-1].last_step
+    if state is not None and state.step > total:
+        raise UserError(
+            f"training.max_steps: the run has {total} steps, but {checkpoint} is after "
+            f"{state.step}. Set at least as many, or give an earlier checkpoint."
+        )
+    return Start(checkpoint, state, is_own, remarks)
+
+
+def _run(
+    config: Config,
+    accelerator: Accelerator,
+    start: Start,
+    resume: str | None,
+    on_report: Callable[[Path], object] | None,
+) -> Path:
+    """Sets up, trains all stages and saves, in a folder whose lock is held."""
+    began, output_dir, checkpoint = time.perf_counter(), Path(config.training.output_dir), None
+    strategy = build_strategy(accelerator, config)
+    if start.checkpoint is not None and start.state is not None:
+        checkpoint = start.checkpoint
+        check_world(checkpoint, strategy)
+    job = set_up(config, strategy)
+    if accelerator.is_main_process and not start.goes_on:
+        run_dir.clear(output_dir)
+        run_dir.mark(output_dir)
+        save_config(config, output_dir / CONFIG_FILE)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("quietstar", config=flat(config))
+    steps_done = 0 if start.state is None else start.state.step
+    reporter = Reporter(config, accelerator, job.tokenizer, job.stages, steps_done, on_report)
+    run: StageRun | None = None
+    try:
+        with reporter.bar:
+            first, total = stage_at(job.stages, steps_done), job.stages[-1].last_step
+            if start.state is not None:  # a stage that was stopped before its first step
+                first = next((s for s in job.stages if s.name == start.state.stage
+                              and s.first_step <= steps_done <= s.last_step), first)  # fmt: skip
+            if checkpoint is not None and steps_done >= total:
+                reporter.say(
+                    f"--resume: {checkpoint} already has all {total} steps; it is evaluated"
+                )
+            elif checkpoint is not None:
+                where = f", stage {first.name}" if len(job.stages) > 1 else ""
+                text = f"going on from {checkpoint}, step {steps_done} of {total}{where}"
+                reporter.say(f"--resume: {text}")
+            elif resume is not None:
+                reporter.say(f"--resume auto: no checkpoint in {output_dir}, so a new run begins")
+            for remark in start.remarks:
+                reporter.say(f"--resume: {remark}")
+            if checkpoint is not None and strategy.kind in UNPICKLED:
+                reporter.say(
+                    f"--resume: {UNPICKLED[strategy.kind]} as pickles, which may run any code: "
+                    "resume from checkpoints that you trust"
+                )
+            for stage in job.stages[first.index :]:
+                # Until the stage stands, there is no state that could be saved.
+                with held(run is not None):
+                    run = build_stage(job, stage, reporter, checkpoint, run)
+                if checkpoint is not None and start.goes_on:  # now that nothing stops it
+                    if accelerator.is_main_process:
+                        run_dir.mark(output_dir)
+                        save_config(config, output_dir / CONFIG_FILE)
+                        (output_dir / PREEMPTED_FILE).unlink(missing_ok=True)
+                    reporter.go_on(stage, steps_done)
+                    run.saved_step = steps_done
+                checkpoint = None
+                train(run)
+            assert run is not None, "a run has at least one stage"
+            return finish(job, run, time.perf_counter() - began)
+    except Stopped as stop:
+        if run is None:
+            raise
+        leave(run, stop)
+
+
+def build_stage(
+    job: Job, stage: Stage, reporter: Reporter, checkpoint: Path | None, previous: StageRun | None
 ) -> StageRun:
-    """Trains a stage, from a checkpoint inside it or from the end of the stage before."""
+    """Makes a stage ready to train, from a checkpoint inside it or from the end of the one before.
+
+    Args:
+        job: What all stages share.
+        stage: The stage.
+        reporter: Reports it.
+        checkpoint: Where to go on from; None at the beginning of the stage.
+        previous: The stage before, if this process trained it.
+    """
     strategy, config = job.strategy, stage.config
     begin_stage(job.model, stage)
     vectors = ()
@@ -124,28 +220,26 @@ def run_stage(
         strategy.write(getattr(job.model, name), vector)
     optimizer = build_optimizer(job.model, config.optim, config.tuning)
     prepared, optimizer = strategy.prepare(wrapped, optimizer, config)
-    start_step = 0
+    steps_done = 0
     if checkpoint is not None:
         load_checkpoint(checkpoint, strategy, prepared, optimizer)
-        start_step = read_state(checkpoint)["step"] - stage.first_step
+        steps_done = read_state(checkpoint).step - stage.first_step
     train_data, eval_data, report = job.data[stage.index]
     reporter.begin_stage(stage, [report.summary(), describe(job.model, stage)])
     prepared.train()
-    run = StageRun(stage, strategy, prepared, optimizer, train_data, eval_data, reporter,
-                   start_step, stop)  # fmt: skip
-    train(run)
-    return run
+    return StageRun(stage, strategy, prepared, optimizer, train_data, eval_data, reporter,
+                    steps_done)  # fmt: skip
 
 
 def finish(job: Job, run: StageRun, seconds: float) -> Path:
     """Saves the final model and the results, then reports; returns the model's folder."""
     output_dir, reporter, report = run.reporter.path.parent, run.reporter, ""
     final, weights = output_dir / FINAL_FOLDER, job.strategy.full_weights(run.model)
-    if reporter.active:
-        job.model.save_pretrained(final, job.tokenizer, weights=weights)
+    with held():
+        if reporter.active:
+            job.model.save_pretrained(final, job.tokenizer, weights=weights)
     write_results(run, job.tokenizer, seconds)
-    if reporter.active and reporter.on_report is not None:
-        reporter.on_report(output_dir)
+    if reporter.report():
         report = f"; report: {output_dir / 'report.html'}"
     reporter.say(f"the model is in {final}; the figures are in {reporter.path}{report}")
     run.accelerator.wait_for_everyone()

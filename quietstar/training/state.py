@@ -1,18 +1,8 @@
-"""The state of one stage of a run, and the request to stop it.
-
-Schedulers warn with SIGTERM or SIGUSR1 before they kill. The step under way is then finished, a
-checkpoint is saved, and the process ends with `EXIT_PREEMPTED`. The file ``preempted`` in the run
-folder says the same to launch scripts, since launchers replace the exit codes of their processes.
-"""
+"""The state of one stage of a run."""
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 
 import torch
 from accelerate import Accelerator
@@ -23,15 +13,6 @@ from quietstar.data import EvalData, TrainData
 from quietstar.distributed import Strategy
 from quietstar.training.reporter import Reporter
 from quietstar.training.stages import Stage
-
-PREEMPTED_FILE = "preempted"
-
-
-@dataclass
-class StopRequest:
-    """Name of the signal that asked this run to stop, None without one."""
-
-    signal: str | None = None
 
 
 @dataclass
@@ -45,8 +26,8 @@ class StageRun:
     train_data: TrainData
     eval_data: EvalData
     reporter: Reporter
-    start_step: int  # steps of the stage already done
-    stop: StopRequest
+    steps_done: int  # of the stage
+    saved_step: int | None = None  # of the run, whose state is in a checkpoint of this folder
 
     @property
     def config(self) -> Config:
@@ -58,21 +39,7 @@ class StageRun:
         """Devices, ranks, precision."""
         return self.strategy.accelerator
 
-
-@contextmanager
-def listening() -> Iterator[StopRequest]:
-    """Makes signals ask for a stop instead of killing the process, while it is entered."""
-    request = StopRequest()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        request.signal = signal.Signals(number).name
-
-    if threading.current_thread() is not threading.main_thread():
-        yield request  # only the main thread may set handlers
-        return
-    before = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    @property
+    def step(self) -> int:
+        """Steps of the run that are done."""
+        return self.stage.first_step + self.steps_done
