@@ -44,7 +44,7 @@ def test_a_flipped_byte_is_found_and_the_checkpoint_before_is_used(tmp_path, cap
     content = bytearray(weights.read_bytes())
     content[-5] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(UserError, match=r"step-000006 is damaged: trainable.safetensors is not"):
+    with pytest.raises(UserError, match=r"step-000006\): is damaged: trainable.safetensors is not"):
         run_training(config, resume=str(newest))
     run_training(config, resume="auto")
     said = capsys.readouterr().out

@@ -78,8 +78,8 @@ def run_command(
             word = "interrupted" if name == "SIGINT" else f"{name} asked for an end"
             is_told = isinstance(stop, Preempted)
             _print_line(str(stop) if is_told else f"{word}{resume_hint}")
-        is_keyboard = signals.requested() in (None, "SIGINT")
-        return EXIT_INTERRUPTED if is_keyboard else EXIT_PREEMPTED
+        asked = signals.requested() or ("SIGTERM" if isinstance(stop, Preempted) else "SIGINT")
+        return EXIT_INTERRUPTED if asked == "SIGINT" else EXIT_PREEMPTED
     except BrokenPipeError:  # as in `quietstar generate ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE

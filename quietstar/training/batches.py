@@ -41,7 +41,7 @@ def read_ahead(run: StageRun) -> Generator[StepBatches, None, None]:
         thoughts=run.config.thoughts, pin=accelerator.device.type == "cuda",
     )  # fmt: skip
     # Counted over the run: a later stage goes on in the data, and draws other thoughts.
-    return prefetched(read, range(first + run.start_step, run.stage.last_step))
+    return prefetched(read, range(first + run.steps_done, run.stage.last_step))
 
 
 def micro_batch_rows(

@@ -78,6 +78,11 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     )
 
 
+def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    """Returns the final name of the checkpoint after so many steps of the run."""
+    return output_dir / CHECKPOINTS_FOLDER / f"step-{step:06d}"
+
+
 def save_checkpoint(run: StageRun) -> Path:
     """Saves the state after the steps that are done, then removes old checkpoints.
 
@@ -89,7 +94,7 @@ def save_checkpoint(run: StageRun) -> Path:
             stay as they are.
     """
     output_dir, accelerator = Path(run.config.training.output_dir), run.accelerator
-    final = output_dir / CHECKPOINTS_FOLDER / f"step-{run.step:06d}"
+    final = checkpoint_folder(output_dir, run.step)
     partial = final.with_name(f"{final.name}{files.PARTIAL}")
     check_finite(run, "no checkpoint of them is written")
     with held():

@@ -16,7 +16,7 @@ from quietstar.model.outputs import QuietStarOutput, ThoughtMetrics
 from quietstar.system import files
 from quietstar.system.signals import Stopped, held, requested
 from quietstar.training.batches import StepBatches, read_ahead
-from quietstar.training.checkpoint import check_finite, save_checkpoint
+from quietstar.training.checkpoint import check_finite, checkpoint_folder, save_checkpoint
 from quietstar.training.evaluation import evaluate
 from quietstar.training.optimizer import set_learning_rates
 from quietstar.training.run_dir import PREEMPTED_FILE
@@ -81,13 +81,15 @@ def leave(run: StageRun, stop: Stopped) -> NoReturn:
     """Saves a checkpoint if there is something to save, and ends the run, as a signal asked."""
     if run.step == 0:
         raise Preempted(f"{stop.signal} asked for an end before the first step; start again")
-    folder = Path(run.config.training.output_dir)
-    where = f"step {run.step} is saved"
     if run.saved_step != run.step:
-        where += f" in {save_checkpoint(run)}"
+        save_checkpoint(run)
+    output_dir = Path(run.config.training.output_dir)
     if run.accelerator.is_main_process and requested() != "SIGINT":
-        files.write_whole(folder / PREEMPTED_FILE, f"{run.step}\n")
-    raise Preempted(f"{stop.signal} asked for an end; {where}, --resume auto goes on from there")
+        files.write_whole(output_dir / PREEMPTED_FILE, f"{run.step}\n")
+    raise Preempted(
+        f"{stop.signal} asked for an end; step {run.step} is saved in "
+        f"{checkpoint_folder(output_dir, run.step)}, --resume auto goes on from there"
+    )
 
 
 def accumulate_gradients(

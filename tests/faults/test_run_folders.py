@@ -1,6 +1,7 @@
 """The run folder: whose it is, who works in it, and that nothing of anybody's is lost."""
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -76,7 +77,7 @@ def test_a_run_marks_its_folder(whole):
     assert marker["pid"] == os.getpid()
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "final", "report.html"])
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "final", "results.json"])
 def test_a_link_in_a_run_folder_is_not_written_through(tmp_path, name):
     config = run_config(tmp_path, **SETTINGS)
     run_training(config)
@@ -141,7 +142,7 @@ def test_a_second_process_is_told_who_works_in_the_folder(tmp_path):
 
 
 def test_a_lock_whose_file_its_last_holder_deleted_is_taken_anew(tmp_path, monkeypatch):
-    path, flock, deleted = tmp_path / "lock", run_dir.locked.__globals__["fcntl"].flock, []
+    path, flock, deleted = tmp_path / "lock", fcntl.flock, []
 
     def delete_first(descriptor, operation):
         flock(descriptor, operation)
