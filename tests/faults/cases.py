@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import material
-from forking import Child, Outcome, give_away, say
+from forking import Child, Outcome, say
 
 CONTROL = re.compile(
     r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff"
@@ -27,6 +27,10 @@ CONTROL = re.compile(
 FOREIGN = re.compile(r"\x1b\]|\x1b\[2J|\x1bc|\x1bP|\x07|[\x80-\x9f\u202e\u2066\u200b\udc80-\udcff]")
 """On a terminal colors and cursor moves are the program's own; titles, links and bells are not."""
 PREFIX = "quietstar: error: "
+SAID_BEFORE = re.compile(
+    r"thoughts\.(start|end)_init: |the text has \d+ tokens|\d{4}-\d\d-\d\d:|.*\d/\d"
+)
+"""Lines about what goes well: notes, the harness's log, finished progress bars."""
 UNFINISHED = ("*.partial", "*.new", "*.tmp", "*.replaced", ".*")
 LOCKS = ("*.lock",)
 VERDICTS = ("crash", "hang", "traceback", "accepted", "refused", "ran", "changed", "lines", "raw",
@@ -91,8 +95,6 @@ def run_case(
     """Spoil a copy of the good material, run the command, judge it; returns a record."""
     work = material.copy(good, place)
     case = make(rng, work)
-    if not case.as_root and os.geteuid() == 0:
-        give_away(work)
     before = snapshot(work)
     real = real and not any("\x00" in argument for argument in case.arguments)
     child = Child(case.arguments, work, stdin=case.stdin, real=real, terminal=case.terminal,
@@ -156,11 +158,12 @@ def _wrong_lines(text: str, case: Case) -> str | None:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if case.terminal:
         lines = [line for line in lines if PREFIX in line]
-    others = [line for line in lines if PREFIX not in line[:60]]
-    if not lines:
-        return "nothing was said"
+    others = [line for line in lines if PREFIX not in line[:60] and not SAID_BEFORE.match(line)]
+    if not any(PREFIX in line for line in lines):
+        return f"nothing was said: {lines[-1:]}"
     if others:
         return f"also said: {others[0][:200]}"
+    lines = [line for line in lines if PREFIX in line]
     if len(lines) > 1 and not case.several:
         return f"{len(lines)} lines"
     longest = max(lines, key=len)

@@ -8,6 +8,7 @@ limits and, where the tests run as root, without root's rights. The parent itsel
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import gc
 import importlib
@@ -44,7 +45,8 @@ ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "PYTHONPATH": str(ROOT),
 }
-NOBODY = 65534
+ROOTS_RIGHTS = (0, 1, 2, 3, 21, 27)
+"""Capabilities by which root passes over permissions, owners and mounts (linux/capability.h)."""
 GIB = 2**30
 MEMORY = 10 * GIB
 """Address space of a child: what asks for more must say so instead of taking the machine down."""
@@ -159,8 +161,6 @@ class Child:
         for name in ("tmp", "home"):
             (self.io / name).mkdir()
         (self.io / "stdin").write_bytes(stdin)
-        if self.is_user:
-            give_away(self.io)
         self.screen = b""
         self.master, slave = pty.openpty() if terminal else (None, None)
         sys.stdout.flush()
@@ -197,9 +197,7 @@ class Child:
             resource.setrlimit(resource.RLIMIT_AS, (self.memory, self.memory))
             os.umask(0o022)
             if self.is_user:
-                os.setgroups([])
-                os.setgid(NOBODY)
-                os.setuid(NOBODY)
+                drop_rights()
             os.chdir(self.cwd)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, signal.default_int_handler
@@ -290,12 +288,21 @@ class Child:
         )  # fmt: skip
 
 
-def give_away(folder: Path) -> None:
-    """Make an unprivileged user the owner of a folder and everything in it."""
-    for parent, folders, files in os.walk(folder):
-        os.chown(parent, NOBODY, NOBODY, follow_symlinks=False)
-        for name in (*folders, *files):
-            os.chown(os.path.join(parent, name), NOBODY, NOBODY, follow_symlinks=False)
+def drop_rights() -> None:
+    """Have root obey permissions as any user, also in what this process starts.
+
+    Another user could not read the interpreter where it is installed in root's home.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
+    failed = libc.capget(header, sets)
+    for right in ROOTS_RIGHTS:
+        failed |= libc.prctl(24, right, 0, 0, 0)  # PR_CAPBSET_DROP
+        for index in range(3):
+            sets[index] &= ~(1 << right)
+    if failed | libc.capset(header, sets):
+        raise OSError(ctypes.get_errno(), "root's rights cannot be dropped")
 
 
 def call(function: Callable[[], Any], place: Path, timeout: float = 600.0) -> Any:

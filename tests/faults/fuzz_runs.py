@@ -29,7 +29,7 @@ def _checkpoint(rng: random.Random, work: Path, run: str) -> Case:
     path = rng.choice(sorted(folder.iterdir()))
     kind = rng.random()
     refuse: bool | None = None
-    relist = False
+    listed = False
     if kind < 0.25:
         what = replace_entry(rng, path)
         damaged = True
@@ -37,24 +37,24 @@ def _checkpoint(rng: random.Random, work: Path, run: str) -> Case:
         before = path.read_bytes()
         what = spoil_bytes(rng, path)
         damaged = path.read_bytes() != before
-        relist = rng.random() < 0.5
+        listed = rng.random() < 0.5
     elif path.suffix == ".safetensors":
         what, _ = spoil_tensors(rng, path)
-        damaged = relist = True
+        damaged = listed = True
     elif path.suffix == ".json":
         what = odd_json(rng, path) if rng.random() < 0.4 else spoil_json(rng, path)
-        damaged, relist = True, path.name != "manifest.json"
+        damaged, listed = True, path.name != "manifest.json"
     else:
         what = spoil_bytes(rng, path)
-        damaged, relist = True, True
-    if relist and path.name != "manifest.json":
+        damaged, listed = True, True
+    if listed and path.name != "manifest.json":
         relist(folder)
         what += ", with a manifest that fits"
     given = rng.random() < 0.4
-    if damaged and not relist and path.name != "manifest.json" and given and folder == newest:
+    if damaged and not listed and path.name != "manifest.json" and given and folder == newest:
         refuse = True
     resume = str(newest.relative_to(work)) if given else "auto"
-    if damaged and not relist and not given and path.name != "manifest.json":
+    if damaged and not listed and not given and path.name != "manifest.json":
         refuse = False  # an older one is whole, or this one is
     return Case(
         f"{folder.name}/{what}, --resume {resume}",
