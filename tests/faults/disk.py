@@ -23,7 +23,7 @@ from typing import Any
 
 import forking
 import material
-from cases import LOCKS, PREFIX, UNFINISHED, _fits, snapshot
+from cases import LOCKS, PREFIX, SAID_BEFORE, UNFINISHED, _fits, snapshot
 from forking import Child, Outcome, say
 from runs import (
     differences,
@@ -36,7 +36,7 @@ from runs import (
 )
 
 PAGE = 4096
-SIZE = 8 * 2**20
+SIZE = 48 * 2**20
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def sound(outcome: Outcome) -> list[str]:
     if outcome.code == 0:
         return []
     wrong = []
-    lines = outcome.err.strip().splitlines()
+    lines = [s for s in outcome.err.strip().splitlines() if not SAID_BEFORE.match(s)]
     if outcome.code != 2:
         wrong.append(how_ended(outcome))
     elif len(lines) != 1 or not lines[0].startswith(PREFIX):
@@ -101,6 +101,7 @@ def train_on(
     """Train with so many free bytes, then go on with enough."""
     if before is not None:
         shutil.copytree(before, disk / "run")
+    used = used_by(disk, False), used_by(disk, True)
     filler = leave_free(disk, free)
     records = disk / "run" / "metrics.jsonl"
     lines_before = len(records.read_bytes().splitlines()) if records.exists() else 0
@@ -121,13 +122,23 @@ def train_on(
             wrong.append(f"cannot go on: {how_ended(again)}")
     if not wrong:
         wrong += differences(disk / "run", whole)
-    return _record(outcome, disk, free, wrong)
+    return _record(outcome, disk, free, wrong, used)
 
 
-def _record(outcome: Outcome, disk: Path, free: int, wrong: list[str]) -> dict[str, Any]:
-    line = outcome.err.strip().replace(str(disk), "DISK")
+def _record(
+    outcome: Outcome, disk: Path, free: int, wrong: list[str], before: tuple[int, int]
+) -> dict[str, Any]:
+    """Describe a trial; ``before`` are the bytes that were used, without pages and with them."""
+    lines = [s for s in outcome.err.strip().splitlines() if not SAID_BEFORE.match(s)]
+    line = "; ".join(lines).replace(str(disk), "DISK")
     write = "none" if outcome.code == 0 else write_of(line, Path("DISK"))
-    return {"free": free, "code": outcome.code, "write": write, "line": line[-500:], "wrong": wrong}
+    small, whole = (
+        used_by(disk, pages) - b for pages, b in zip((False, True), before, strict=True)
+    )
+    return {
+        "free": free, "code": outcome.code, "write": write, "line": line[-500:], "wrong": wrong,
+        "small": small + small // 3 + 8 * PAGE, "all": 2 * whole + small // 3 + 8 * PAGE,
+    }  # fmt: skip
 
 
 WRITERS: dict[str, list[str]] = {
@@ -157,7 +168,7 @@ def write_on(name: str, good: Path, disk: Path, place: Path, free: int) -> dict[
     if name == "eval again":
         line[line.index("--limit") + 1] = "3"
         line += ["--controls"]
-    before = snapshot(disk)
+    before, used = snapshot(disk), (used_by(disk, False), used_by(disk, True))
     filler = leave_free(disk, free)
     outcome = Child(line, work, as_root=True).wait(120)
     filler.unlink()
@@ -182,7 +193,7 @@ def write_on(name: str, good: Path, disk: Path, place: Path, free: int) -> dict[
         again = Child(line, work, as_root=True).wait(120)
         if again.code != 0:
             wrong.append(f"cannot go on: {how_ended(again)}")
-    return _record(outcome, disk, free, wrong)
+    return _record(outcome, disk, free, wrong, used)
 
 
 def _parses(path: Path) -> bool:
@@ -192,15 +203,24 @@ def _parses(path: Path) -> bool:
     return False
 
 
-def levels(top: int, count: int) -> list[int]:
-    """Return so many numbers of free bytes, in whole pages, from none to ``top``."""
-    pages = sorted({round(top * n / count / PAGE) for n in range(count + 1)})
-    return [page * PAGE for page in pages]
+def levels(small: int, all_of_it: int, count: int) -> list[int]:
+    """Return numbers of free bytes, in whole pages, from none to enough.
+
+    Args:
+        small: Bytes of all files but pages, of which one takes more than all the others.
+        all_of_it: Bytes of all files, with those that are replaced.
+        count: How many numbers.
+    """
+    few = count // 3
+    sizes = [small * n / (count - few) for n in range(count - few)]
+    sizes += [small + (all_of_it - small) * (n + 1) / few for n in range(few)]
+    return [page * PAGE for page in sorted({round(size / PAGE) for size in sizes})]
 
 
-def used_by(folder: Path) -> int:
-    """Return the bytes of a folder's files, in whole pages."""
-    sizes = [p.stat().st_size for p in folder.rglob("*") if p.is_file()]
+def used_by(folder: Path, pages: bool) -> int:
+    """Return the bytes of a folder's files in whole pages of memory, HTML pages as asked."""
+    sizes = [p.stat().st_size for p in folder.rglob("*")
+             if p.is_file() and (pages or p.suffix != ".html")]  # fmt: skip
     return sum(-(-size // PAGE) * PAGE for size in sizes)
 
 
@@ -221,12 +241,12 @@ def main() -> int:
     finals = [weights(whole / "final"), weights(half / "final")]
     material.build(place / "good")
     report: dict[str, list[dict[str, Any]]] = {}
-    size = used_by(whole)
     for name in ("train", "resume", *WRITERS):
         if args.only not in (None, name.split()[0]):
             continue
         records = report.setdefault(name, [])
-        for free in levels(int(1.5 * size) if name in ("train", "resume") else 2**18, args.levels):
+
+        def attempt(free: int, name: str = name) -> dict[str, Any]:
             trial = Path(forking.new_place())
             with small_disk(trial / "disk") as disk:
                 if name in ("train", "resume"):
@@ -235,9 +255,16 @@ def main() -> int:
                 else:
                     record = write_on(name, place / "good", disk, trial, free)
             shutil.rmtree(trial, ignore_errors=True)
+            return record
+
+        roomy = attempt(SIZE)
+        for free in levels(roomy["small"], roomy["all"], args.levels):
+            record = attempt(free)
             records.append(record)
-            say(f"{name}, {free // 1024} KiB free: exit {record['code']}, {record['write']}: "
-                f"{record['line'][:200]}")  # fmt: skip
+            say(
+                f"{name}, {free // 1024} KiB free: exit {record['code']}, {record['write']}: "
+                f"{record['line'][:200]}"
+            )
             for problem in record["wrong"]:
                 say(f"    WRONG: {problem}")
     for name, records in report.items():

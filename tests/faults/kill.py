@@ -131,6 +131,7 @@ def try_kills(machine: OneProcess, kills: int, rng: random.Random) -> dict[str, 
     short_config(machine.folder, **changes)
     half = machine.whole("half", "--training.max_steps", str(HALF))
     whole = machine.whole("whole")
+    whole_steps = steps_done(whole)
     finals = [weights(half / "final"), weights(whole / "final")]
     phases: Counter[str] = Counter()
     counted: dict[str, Any] = {"kills": 0, "runs": 0, "corrupt": 0, "mixed": 0, "unreadable": 0,
@@ -145,11 +146,12 @@ def try_kills(machine: OneProcess, kills: int, rng: random.Random) -> dict[str, 
         allowed = finals if prolongs else finals[1:]
         for trial in range(KILLS_OF_A_RUN + 1):
             last = trial == KILLS_OF_A_RUN or counted["kills"] >= kills
+            before = steps_done(folder)
             phase = rng.choice(PHASES)
             late = phase == "export" or last
-            after = 0.0 if late else rng.uniform(0, machine.seconds)
+            left = 1.0 - before / whole_steps
+            after = 0.0 if late else rng.uniform(0, 0.8 * left * machine.seconds)
             delay = rng.choice((0.0, rng.uniform(0, 0.005), rng.uniform(0, 0.03)))
-            before = steps_done(folder)
             if last:
                 phase, after = ANY, 1e6
             struck, how = machine.killed(name, phase, after, 0.0 if phase == ANY else delay)

@@ -19,6 +19,7 @@ from typing import Any
 import forking
 import material
 import psutil
+from cases import SAID_BEFORE
 from forking import Child, say
 from kill import Launched
 from runs import (
@@ -40,6 +41,8 @@ CODES = {"SIGTERM": 75, "SIGUSR1": 75, "SIGINT": 130}
 SECONDS = 5.0
 DELAYS = {"rollout": 0.05, "learn": 0.05, "evaluation": 0.2}
 """Seconds from the beginning of a phase to the signal; the others are short."""
+VISITS = {"rollout": 3, "learn": 4, "evaluation": 2}
+"""Which of a phase's beginnings: with a step done before."""
 
 
 def stop_training(folder: Path, phase: str, name: str, whole: Path) -> dict[str, Any]:
@@ -48,7 +51,8 @@ def stop_training(folder: Path, phase: str, name: str, whole: Path) -> dict[str,
     shutil.rmtree(run, ignore_errors=True)
     marker.unlink(missing_ok=True)
     number = signal.Signals[name]
-    before = partial(strike, phase, number, marker, delay=DELAYS.get(phase, 0.0))
+    when = {"delay": DELAYS.get(phase, 0.0), "visit": VISITS.get(phase, 1)}
+    before = partial(strike, phase, number, marker, **when)
     outcome = Child(train_line("config.yaml", "run"), folder, before=before, as_root=True).wait(300)
     record: dict[str, Any] = {"phase": phase, "signal": name, "wrong": []}
     wrong = record["wrong"]
@@ -57,12 +61,13 @@ def stop_training(folder: Path, phase: str, name: str, whole: Path) -> dict[str,
         return record
     struck = json.loads(marker.read_text())
     record["seconds"] = round(outcome.ended - struck["at"], 2)
-    record["code"], record["line"] = outcome.code, outcome.err.strip()[-400:]
+    record["code"] = outcome.code
     if outcome.code != CODES[name]:
         wrong.append(f"not exit {CODES[name]}: {how_ended(outcome)}")
     if record["seconds"] > SECONDS:
         wrong.append(f"took {record['seconds']} s")
-    lines = outcome.err.strip().splitlines()
+    lines = [s for s in outcome.err.strip().splitlines() if not SAID_BEFORE.match(s)]
+    record["line"] = "; ".join(lines)[-400:]
     if len(lines) != 1:
         wrong.append(f"{len(lines)} lines: {lines[:3]}")
     for kind, found in find_faults(run, [weights(whole / "final")]).items():
@@ -130,6 +135,7 @@ def stop_launched(machine: Launched, phase: str, name: str, whole: Path) -> dict
         "signal": "SIGCONT",
         "marker": str(marker),
         "delay": DELAYS.get(phase, 0.0),
+        "visit": VISITS.get(phase, 1),
     }
     process = machine._start("run", FAULTS_STRIKE=json.dumps(settings))
     while process.poll() is None and not marker.exists():

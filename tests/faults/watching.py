@@ -50,7 +50,7 @@ def phase_of(frame: FrameType | None) -> str | None:
 
 def strike(
     phase: str, number: int, marker: Path, *, after: float = 0.0, delay: float = 0.0,
-    again: float | None = None,
+    visit: int = 1, again: float | None = None,
 ) -> None:  # fmt: skip
     """Signal this process once it is in a phase.
 
@@ -61,6 +61,7 @@ def strike(
         after: Seconds from now before which nothing happens.
         delay: Seconds from the phase's beginning; if the phase is over by then, the next one
             is waited for.
+        visit: Which of its beginnings.
         again: Seconds from the first signal to a second one; None: no second.
     """
     main = threading.main_thread().ident
@@ -71,9 +72,12 @@ def strike(
 
     def watch() -> None:
         time.sleep(after)
+        visits, before = 0, None
         while True:
             found = now()
-            if phase in (ANY, found):
+            visits += phase in (ANY, found) and found != before
+            before = found
+            if phase in (ANY, found) and visits >= visit:
                 if delay:
                     time.sleep(delay)
                     found = now()
