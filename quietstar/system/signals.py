@@ -58,17 +58,22 @@ def listening() -> Iterator[None]:
 
 
 @contextmanager
-def held(active: bool = True) -> Iterator[None]:
-    """Put the signals off until the block is left, and raise a new one then, unless it fails."""
-    if not active:
-        yield
-        return
-    _Requests.depth += 1
+def noted(active: bool = True) -> Iterator[None]:
+    """Have the signals raise nothing while entered: for those who ask `requested`."""
+    _Requests.depth += active
     try:
         yield
     finally:
-        _Requests.depth -= 1
-    _raise()
+        _Requests.depth -= active
+
+
+@contextmanager
+def held(active: bool = True) -> Iterator[None]:
+    """Put the signals off until the block is left, and raise a new one then, unless it fails."""
+    with noted(active):
+        yield
+    if active:
+        _raise()
 
 
 def _raise() -> None:

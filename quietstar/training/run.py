@@ -14,7 +14,7 @@ from quietstar.config import Config
 from quietstar.config.loading import save_config
 from quietstar.distributed import ModelProxy, WrappedModule, build_strategy, from_main_process
 from quietstar.errors import UserError
-from quietstar.system.signals import Stopped, held, listening
+from quietstar.system.signals import Stopped, held, listening, noted
 from quietstar.training import run_dir
 from quietstar.training.build import Job, build_accelerator, describe, quiet_libraries, set_up
 from quietstar.training.checkpoint import (
@@ -59,8 +59,6 @@ def run_training(
     quiet_libraries()
     accelerator = build_accelerator(config)
     with listening(), ExitStack() as stack:
-        # Several processes must stop together: they agree after a step, and in evaluations.
-        stack.enter_context(held(accelerator.num_processes > 1))
 
         def begin() -> Start:
             return find_start(config, resume, allow_changes, stack)
@@ -153,7 +151,7 @@ def _run(
     reporter = Reporter(config, accelerator, job.tokenizer, job.stages, steps_done, on_report)
     run: StageRun | None = None
     try:
-        with reporter.bar:
+        with reporter.bar, ExitStack() as together:
             first, total = stage_at(job.stages, steps_done), job.stages[-1].last_step
             if start.state is not None:  # a stage that was stopped before its first step
                 first = next((s for s in job.stages if s.name == start.state.stage
@@ -179,6 +177,10 @@ def _run(
                 # Until the stage stands, there is no state that could be saved.
                 with held(run is not None):
                     run = build_stage(job, stage, reporter, checkpoint, run)
+                if stage is first:
+                    # From now on several processes stop together: they agree after a step, and in
+                    # evaluations. Before, there is no state of which one could leave a part.
+                    together.enter_context(noted(accelerator.num_processes > 1))
                 if checkpoint is not None and start.goes_on:  # now that nothing stops it
                     if accelerator.is_main_process:
                         run_dir.mark(output_dir)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -28,31 +29,38 @@ def ranks_of(process):
     return found
 
 
-def started(strategy, tmp_path, **changes):
-    """A launch of many steps, once it has done some of them."""
-    config = run_config(tmp_path, training__max_steps=10_000, **changes)
-    save_config(config, tmp_path / "config.yaml")
-    call, environment = command(strategy, tmp_path / "config.yaml", tmp_path / "run")
-    process = subprocess.Popen(
-        call,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 4:
-        assert process.poll() is None, process.stderr.read()[-2000:]
-        assert time.monotonic() < until, "no step was done"
-        time.sleep(0.1)
-    return process
+@pytest.fixture
+def start(tmp_path):
+    """Starts a launch of many steps; returns it once it has done some of them."""
+    launched = []
+
+    def begin(strategy):
+        save_config(run_config(tmp_path, training__max_steps=10_000), tmp_path / "config.yaml")
+        call, environment = command(strategy, tmp_path / "config.yaml", tmp_path / "run")
+        process = subprocess.Popen(
+            call, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        launched.append(process)
+        metrics, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 300
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 4:
+            assert process.poll() is None, process.stderr.read()[-2000:]
+            assert time.monotonic() < until, "no step was done"
+            time.sleep(0.1)
+        return process
+
+    yield begin
+    for process in launched:
+        with suppress(psutil.NoSuchProcess):
+            for one in psutil.Process(process.pid).children(recursive=True):
+                one.kill()
+        process.kill()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [marked("ddp"), marked("zero2"), marked("fsdp2")])
-def test_a_rank_that_dies_ends_all_and_is_named(tmp_path, strategy):
-    process = started(strategy, tmp_path)
+def test_a_rank_that_dies_ends_all_and_is_named(start, strategy):
+    process = start(strategy)
     ranks = ranks_of(process)
     assert sorted(ranks) == [0, 1]
     began = time.monotonic()
@@ -66,8 +74,8 @@ def test_a_rank_that_dies_ends_all_and_is_named(tmp_path, strategy):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path):
-    process = started("ddp", tmp_path)
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, start):
+    process = start("ddp")
     began = time.monotonic()
     os.kill(ranks_of(process)[1].pid, signal.SIGTERM)
     _, told = process.communicate(timeout=SECONDS)
