@@ -132,9 +132,10 @@ def _record(
     lines = [s for s in outcome.err.strip().splitlines() if not SAID_BEFORE.match(s)]
     line = "; ".join(lines).replace(str(disk), "DISK")
     write = "none" if outcome.code == 0 else write_of(line, Path("DISK"))
-    small, whole = (
-        used_by(disk, pages) - b for pages, b in zip((False, True), before, strict=True)
-    )
+    used = used_by(disk, False), used_by(disk, True)
+    # What is replaced or dropped on the way took space, too.
+    small = max(used[0] - before[0], used[0] * 2 // 3)
+    whole = used[1] - before[1]
     return {
         "free": free, "code": outcome.code, "write": write, "line": line[-500:], "wrong": wrong,
         "small": small + small // 3 + 8 * PAGE, "all": 2 * whole + small // 3 + 8 * PAGE,
