@@ -42,7 +42,7 @@ def load_plain(name: str, vocab_size: int | None = None) -> PreTrainedModel:
     if vocab_size is not None:
         fields["vocab_size"] = vocab_size
     return AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(fields.pop("model_type"), **fields)
+        AutoConfig.for_model(fields.pop("model_type"), **fields), trust_remote_code=False
     )
 
 

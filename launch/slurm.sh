@@ -18,6 +18,10 @@ engine=${1:?usage: sbatch launch/slurm.sh STRATEGY CONFIG --training.output_dir 
 config=${2:?usage: sbatch launch/slurm.sh STRATEGY CONFIG --training.output_dir DIR [--KEY VALUE ...]}
 shift 2
 cd "${SLURM_SUBMIT_DIR:?to be started by sbatch}"
+if [[ ! -f configs/accelerate/$engine.yaml ]]; then
+  echo "launch/slurm.sh: there is no configs/accelerate/$engine.yaml; submit from the checkout" >&2
+  exit 2
+fi
 
 output_dir=
 arguments=("$@")
@@ -28,6 +32,13 @@ for ((i = 0; i < ${#arguments[@]}; i++)); do
   esac
 done
 : "${output_dir:?give --training.output_dir, on a disk that all machines share}"
+if [[ $output_dir == "~/"* ]]; then
+  output_dir=$HOME/${output_dir#"~/"} # as the run does
+fi
+# Left by a job before: a run that fails at its start would be put into the queue for ever.
+if [[ -f $output_dir/preempted && $(<"$output_dir/preempted") =~ ^[0-9]+$ ]]; then
+  rm -- "$output_dir/preempted"
+fi
 
 main_address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 gpus=${SLURM_GPUS_ON_NODE:-1}

@@ -5,17 +5,20 @@ A built-in part is a file: ``loss.reward: mixed`` is the function ``mixed`` of
 wherever Python finds modules and in the working directory.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
 import pkgutil
 import re
 import sys
+import traceback
+from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quietstar.errors import UserError
+from quietstar.errors import UserError, reason_of
 
 
 class Kind(NamedTuple):
@@ -25,16 +28,20 @@ class Kind(NamedTuple):
         package: Package whose modules are the built-in parts.
         method: Method of a class, named as its module in CamelCase; None for functions.
         parameters: Parameters of the function or method, ``self`` not counted.
+        base: Class that it must be derived from, as ``module.Class``; None for any.
     """
 
     package: str
     method: str | None
     parameters: tuple[str, ...]
+    base: str | None = None
 
 
 KINDS = {
     "loss.reward": Kind("quietstar.rewards", None, ("thoughts", "scores")),
-    "loss.objective": Kind("quietstar.objectives", "weigh", ("reward", "scores")),
+    "loss.objective": Kind(
+        "quietstar.objectives", "weigh", ("reward", "scores"), "quietstar.objectives.Objective"
+    ),
     "thoughts.sampler": Kind(
         "quietstar.sampling.samplers", "sample", ("model", "texts", "positions", "spec")
     ),
@@ -82,35 +89,77 @@ def find(key: str, name: str) -> Any:
         raise UserError(
             f"{key} ({name}): a part of your own is written module:name, such as my_module:mine."
         )
+    part = _import_part(key, name, module, attribute)
+    called = part if kind.method is None else getattr(part, kind.method, None)
+    wanted = f"{kind.method or attribute}({', '.join(kind.parameters)})"
+    if not callable(called):
+        raise UserError(f"{key} ({name}): it has no method {kind.method}. Define {wanted}.")
+    if kind.base is not None:
+        package, _, base = kind.base.rpartition(".")
+        ancestor = getattr(importlib.import_module(package), base)
+        if not (inspect.isclass(part) and issubclass(part, ancestor)):
+            raise UserError(f"{key} ({name}): it must be a class derived from {kind.base}.")
+    # A method is looked up on its class, where self is a parameter too.
+    is_method = kind.method is not None and inspect.isclass(part)
+    try:
+        signature = inspect.signature(called)
+    except (TypeError, ValueError):  # of some functions in C nobody knows it
+        raise UserError(
+            f"{key} ({name}): its parameters are not known. Write a function that calls it."
+        ) from None
+    try:
+        signature.bind(*((None,) * is_method), *kind.parameters)
+    except TypeError:
+        raise UserError(
+            f"{key} ({name}): its signature is {attribute}{signature}, but it is "
+            f"called as {wanted}. Change its parameters."
+        ) from None
+    return part
+
+
+def _import_part(key: str, name: str, module: str, attribute: str) -> Any:
+    """Import a module of the user's, which may do and raise anything, and take a name of it."""
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     importlib.invalidate_caches()
     try:
-        loaded = importlib.import_module(module)
-    except Exception as problem:
+        with contextlib.redirect_stdout(sys.stderr):  # what it prints is no output of ours
+            loaded = importlib.import_module(module)
+            if hasattr(loaded, attribute):
+                return getattr(loaded, attribute)
+    except KeyboardInterrupt:  # Ctrl-C, or a signal
+        raise
+    except BaseException as problem:  # it may call sys.exit, too
         reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
         raise UserError(
             f"{key} ({name}): the module {module} cannot be imported ({reason}). Put {module}.py "
             "into the working directory or on PYTHONPATH, and mend what fails in it."
         ) from problem
-    if not hasattr(loaded, attribute):
-        raise UserError(
-            f"{key} ({name}): {loaded.__file__ or module} defines no {attribute}. Define it, or "
-            "correct the name."
-        )
-    part = getattr(loaded, attribute)
-    called = part if kind.method is None else getattr(part, kind.method, None)
-    wanted = f"{kind.method or attribute}({', '.join(kind.parameters)})"
-    if not callable(called):
-        raise UserError(f"{key} ({name}): it has no method {kind.method}. Define {wanted}.")
-    # A method is looked up on its class, where self is a parameter too.
-    is_method = kind.method is not None and inspect.isclass(part)
+    where = getattr(loaded, "__file__", None) or module
+    raise UserError(
+        f"{key} ({name}): {where} defines no {attribute}. Define it, or correct the name."
+    )
+
+
+@contextlib.contextmanager
+def running(key: str, name: str) -> Iterator[None]:
+    """Blame a part of the user's own for what it raises inside; a built-in one is left alone.
+
+    Raises:
+        UserError: In place of any exception but a full memory, with the line that raised it.
+    """
     try:
-        inspect.signature(called).bind(*((None,) * is_method), *kind.parameters)
-    except TypeError:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as problem:
+        if ":" not in name or "OutOfMemory" in type(problem).__name__:
+            raise
+        file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+        frames = traceback.extract_tb(problem.__traceback__)
+        lines = [f" in line {frame.lineno} of {file}" for frame in frames if frame.filename == file]
         raise UserError(
-            f"{key} ({name}): its signature is {attribute}{inspect.signature(called)}, but it is "
-            f"called as {wanted}. Change its parameters."
-        ) from None
-    return part
+            f"{key} ({name}): it raised {type(problem).__name__} ({reason_of(problem)})"
+            f"{lines[-1] if lines else ''}. Mend it."
+        ) from problem

@@ -16,6 +16,7 @@ class Bound:
 
     def __init__(self, config):
         self.objective, self.reward_name = QuietStar(config), config.reward
+        self.objective_name = "quiet_star"
         self.reward = registry.find("loss.reward", config.reward)
 
 

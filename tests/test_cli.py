@@ -141,13 +141,44 @@ def test_mistakes_found_by_the_loop_end_the_same_way(runs, monkeypatch, capsys):
     assert capsys.readouterr().err == "quietstar: error: runs/tiny already holds a run\n"
 
 
-def test_other_errors_keep_their_traceback(runs, monkeypatch):
+def test_a_fault_of_ours_is_one_line_that_names_a_file_with_the_traceback(
+    runs, monkeypatch, capsys
+):
     def fail(config, resume, allow_changes, on_report):
-        raise ValueError("a fault of the program")
+        raise ValueError("a fault of\nthe program\x1b[2J")
 
     monkeypatch.setattr(sys.modules["quietstar.training.run"], "run_training", fail)
-    with pytest.raises(ValueError, match="a fault of the program"):
-        cli.main(["train"])
+    assert cli.main(["train"]) == cli.EXIT_FAULT == 70
+    err = capsys.readouterr().err
+    told = (
+        "quietstar: error: a fault of quietstar, not of yours (ValueError: a fault of the program"
+    )
+    assert err.startswith(told)
+    assert (err.count("\n"), "\x1b" in err) == (1, False)
+    text = Path(err.rpartition(" ")[2].strip()).read_text()
+    assert "Traceback" in text
+    assert "in fail" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (OSError(28, "No space left on device", "/runs/x"), 2, "/runs/x: No space left on device"),
+        (MemoryError(), 2, "out of memory: it does not fit into memory. Lower"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "out of m"),
+        (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:123"), 2, "another process"),
+        (BrokenPipeError(32, "Broken pipe"), 141, None),
+    ],
+)
+def test_what_the_machine_lacks_is_said(runs, monkeypatch, capfd, error, code, told):
+    def fail(config, resume, allow_changes, on_report):
+        raise error
+
+    monkeypatch.setattr(sys.modules["quietstar.training.run"], "run_training", fail)
+    monkeypatch.setattr("os.dup2", lambda *descriptors: None)
+    assert cli.main(["train"]) == code
+    err = capfd.readouterr().err
+    assert err == "" if told is None else err.startswith(f"quietstar: error: {told}")
 
 
 def test_an_interrupt_ends_with_exit_code_130(runs, monkeypatch):
@@ -172,7 +203,7 @@ def test_help_lists_every_key_with_type_default_and_bounds_in_80_columns():
         assert f"--{key} " in words
         assert type_text(key) in words
         assert " ".join(field["description"].split()[:3]) in words
-    assert "integer >= 1; default 8" in words
+    assert "integer >= 1 and <= 1048576; default 8" in words
     assert "number >= 0 and < 1; default 0.05" not in words
     assert "number > 0 and < 1; default 0.05" in words
 

@@ -298,7 +298,7 @@ def test_a_saved_gate_is_the_same_and_a_damaged_one_is_told(tmp_path):
     assert torch.equal(loaded.score(states, states), gate.score(states, states))
     assert (loaded.kind, loaded.threshold) == ("gain", 0.25)
     (tmp_path / "gate.json").write_text("{")
-    with pytest.raises(UserError, match="run quietstar calibrate again"):
+    with pytest.raises(UserError, match="Run quietstar calibrate again"):
         Gate.load(tmp_path)
     with pytest.raises(UserError, match="holds no gate"):
         Gate.load(tmp_path / "elsewhere")

@@ -151,7 +151,7 @@ def test_a_wrong_plan_is_refused_in_one_line(tmp_path, capsys, arguments, words)
 def test_a_plan_needs_a_config_that_can_be_read(tmp_path):
     config = planned(tmp_path)
     (tmp_path / "base" / "config.json").unlink()
-    with pytest.raises(UserError, match="its config cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         estimate_run(config, "single", 1)
 
 

@@ -1,6 +1,8 @@
 """Runs of several stages: config, order, weights handed on, resume between and inside stages."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -9,8 +11,9 @@ from tiny import LLAMA, read_metrics
 
 from quietstar.config import Config
 from quietstar.config.loading import load_config, save_config
-from quietstar.errors import ConfigError, UserError
+from quietstar.errors import ConfigError, Preempted, UserError
 from quietstar.reports import write_report
+from quietstar.training import loop
 from quietstar.training.run import run_training
 from quietstar.training.stages import plan_stages, stage_at
 
@@ -162,7 +165,29 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(whole, tmp_path):
     folder.mkdir()
     (folder / "config.yaml").write_bytes((whole / "config.yaml").read_bytes())
     (folder / "metrics.jsonl").write_text("", encoding="utf-8")
+    (folder / "quietstar-run.json").write_text("{}", encoding="utf-8")
     run_training(staged_config(folder), resume="auto")
+    assert same(weights(folder), weights(whole))
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "think"])
+def test_a_signal_at_either_side_of_a_boundary_loses_nothing(whole, tmp_path, monkeypatch, stage):
+    folder, evaluate = tmp_path / "run", loop.evaluate
+
+    def signaled(run):
+        if run.stage.name == stage and run.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(run)
+
+    config = staged_config(folder, training__save_steps=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", signaled)
+        with pytest.raises(Preempted, match="step 4 is saved"):
+            run_training(config)
+    assert [f.name for f in (folder / "checkpoints").iterdir()] == ["step-000004"]
+    run_training(config, resume="auto")
+    places = [(r["kind"], r["stage"], r["step"]) for r in read_metrics(folder)]
+    assert places == [(r["kind"], r["stage"], r["step"]) for r in read_metrics(whole)]
     assert same(weights(folder), weights(whole))
 
 

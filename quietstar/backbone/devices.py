@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quietstar.errors import UserError
+from quietstar.errors import UserError, reason_of
 
 
 def find_device(name: str | None = None) -> str:
@@ -20,14 +20,14 @@ def find_device(name: str | None = None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except (RuntimeError, ValueError):
+    except Exception:  # of many kinds: some devices want a package that is not there
         raise _refusal(name, "torch knows no device of this name") from None
     try:
         torch.empty(1, device=device).tolist()
     except NotImplementedError:  # its message lists every backend of torch
         raise _refusal(name, "torch cannot compute there") from None
-    except (RuntimeError, AssertionError) as problem:
-        raise _refusal(name, str(problem).splitlines()[0]) from None
+    except Exception as problem:
+        raise _refusal(name, reason_of(problem)) from None
     return name
 
 

@@ -2,26 +2,63 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from quietstar.backbone.run import embedding_weight
-from quietstar.errors import UserError
+from quietstar.errors import UserError, reading, reason_of
 
 logger = logging.getLogger(__name__)
+
+_REMEDY = "Give a folder with config.json and safetensors weights, or a hub id you can reach."
+_CODE_OR_WEIGHTS = (
+    "auto_map", "quantization_config", "attn_implementation", "experts_implementation",
+    "fusion_config", "transformers_weights", "configuration_files", "name_or_path",
+)  # fmt: skip
+"""Fields of a config.json that name code, kernels or files; a model with random weights has none of
+them."""
+_SIZES = {
+    "num_hidden_layers": (1, 1000),
+    "hidden_size": (1, 2**17),
+    "intermediate_size": (1, 2**20),
+    "num_attention_heads": (1, 2**12),
+    "num_key_value_heads": (1, 2**12),
+    "head_dim": (1, 2**12),
+    "vocab_size": (1, 2**22),
+    "max_position_embeddings": (1, 2**24),
+    "num_experts": (0, 2**12),
+    "num_local_experts": (0, 2**12),
+    "n_routed_experts": (0, 2**12),
+}
+"""Least and largest sizes. The upper bounds are several times those of the largest models."""
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+           "BF16": torch.bfloat16}  # fmt: skip
+"""Types of weights by their names in safetensors files."""
 
 
 def load_base(
@@ -32,6 +69,7 @@ def load_base(
     vocab_size: int | None = None,
     seed: int = 0,
     quantization: Any = None,
+    trust_remote_code: bool = False,
     **hub: Any,
 ) -> PreTrainedModel:
     """Load a causal LM with dropout off, or build one with random weights.
@@ -40,55 +78,320 @@ def load_base(
         name_or_path: Hub id or folder; None builds the model of ``config``.
         config: ``model_type`` and fields of its transformers config.
         dtype: Of the weights; "stored" keeps the dtype of the files, whose weights are then mapped
-            into memory and not copied.
+            into memory, not copied, and not looked at: whoever reads them checks them
+            (`require_finite`).
         vocab_size: Of the built model where ``config`` names none.
         seed: Seed of the random weights.
         quantization: How transformers shall quantize the weights, None for not at all.
-        **hub: ``revision``, ``trust_remote_code``.
+        trust_remote_code: Whether code that comes with the model may run.
+        **hub: ``revision``.
 
     Raises:
-        UserError: No such model, no causal LM, or a config that cannot be built.
+        UserError: No such model, no causal LM, a config that cannot be built, weights that are
+            missing, do not fit or are not finite.
     """
-    try:
+    key = "model.config" if name_or_path is None else f"model.name_or_path ({name_or_path})"
+    with reading(key, _REMEDY):
         if name_or_path is None:
             settings = build_config(dict(config or {}), vocab_size)
             dropped = drop_dropout(settings)
+            _check_memory(settings, dtype)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+                model = AutoModelForCausalLM.from_config(
+                    settings, dtype=dtype, trust_remote_code=False
+                )
         else:
-            settings = AutoConfig.from_pretrained(name_or_path, **hub)
+            settings = read_config(name_or_path, trust_remote_code=trust_remote_code, **hub)
             dropped = drop_dropout(settings)
+            if Path(name_or_path).is_dir():
+                _check_files(Path(name_or_path), settings, key)
+                if Path(name_or_path, GENERATION_CONFIG_NAME).exists():
+                    # A damaged one would count as missing.
+                    GenerationConfig.from_pretrained(name_or_path)
             if quantization is not None:
                 hub["quantization_config"] = quantization
-            if dtype == "stored":
+            if is_stored := dtype == "stored":
                 settings.dtype, dtype = None, "auto"  # else transformers would believe the config
-            model = AutoModelForCausalLM.from_pretrained(
-                name_or_path, config=settings, dtype=dtype, **hub
-            )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as problem:
-        key = "model.config" if name_or_path is None else f"model.name_or_path: {name_or_path!r}"
-        reason = " ".join(str(problem).split())[:300]
-        raise UserError(
-            f"{key}: cannot be loaded as a causal language model ({reason}). Give a folder with "
-            "config.json and safetensors weights, or a hub id you can reach."
-        ) from problem
+            with _quiet_transformers():
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    name_or_path, config=settings, dtype=dtype, weights_only=True,
+                    output_loading_info=True, ignore_mismatched_sizes=True,
+                    trust_remote_code=trust_remote_code, **hub,
+                )  # fmt: skip
+                _check_report(report, key)
+                _check_generation(model, key)
+            if not is_stored:
+                require_finite(model.named_parameters(), key)
     _say_dropped(dropped)
     return model
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers from reporting what is raised as an error."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def read_config(
+    name_or_path: str, *, trust_remote_code: bool = False, **hub: Any
+) -> PreTrainedConfig:
+    """Read the config of a model, and refuse one that names code or sizes that cannot be.
+
+    Raises:
+        UserError: It is damaged, wants code of its own to run, or is an adapter's.
+    """
+    key = f"model.name_or_path ({name_or_path})"
+    with reading(key, _REMEDY):
+        if not name_or_path:
+            raise UserError(f"{key}: names no model. {_REMEDY}")
+        fields, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub)
+        is_known = fields.get("model_type") in CONFIG_MAPPING
+        if "auto_map" in fields and not is_known and not trust_remote_code:
+            raise UserError(
+                f"{key}: needs Python code of its own (auto_map in config.json), which is not run. "
+                "If you trust it, train with model.trust_remote_code: true."
+            )
+        # transformers would load an adapter's base, and whatever file the adapter names.
+        if find_adapter_config_file(name_or_path, **hub) is not None:
+            raise UserError(
+                f"{key}: holds a PEFT adapter (adapter_config.json), no whole model. Give its base,"
+                " or merge it into its base first."
+            )
+        settings = AutoConfig.from_pretrained(
+            name_or_path, trust_remote_code=trust_remote_code, **hub
+        )
+        check_sizes(settings)
+    # A config may ask for kernels from the hub, which are programs.
+    settings._attn_implementation = settings._experts_implementation = None
+    return settings
 
 
 def build_config(fields: dict[str, Any], vocab_size: int | None) -> PreTrainedConfig:
     """The transformers config of ``model_type`` and its fields.
 
     Raises:
-        ValueError: No model_type, or one unknown to transformers.
+        UserError: No model_type or one unknown to transformers, a field that the config of this
+            type lacks, or a size that cannot be.
     """
     model_type = fields.pop("model_type", None)
-    if model_type is None:
-        raise ValueError("model_type is missing")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        near = get_close_matches(str(model_type), CONFIG_MAPPING.keys(), 1)
+        hint = f" Did you mean {near[0]}?" if near else " Write for instance model_type: llama."
+        raise UserError(
+            f"model.config: model_type ({model_type}): must be one that transformers knows.{hint}"
+        )
     if vocab_size is not None:
         fields.setdefault("vocab_size", vocab_size)
-    return AutoConfig.for_model(model_type, **fields)
+    with reading(f"model.config (model_type: {model_type})", "Correct its fields."):
+        settings = AutoConfig.for_model(model_type, **fields)
+        _check_fields(fields, settings, "model.config")
+        check_sizes(settings)
+    return settings
+
+
+def _check_fields(fields: dict[str, Any], settings: PreTrainedConfig, key: str) -> None:
+    """Refuse fields that the class of ``settings``, which was built from them, does not know.
+
+    Fields that it does not know become attributes that only this object has.
+    """
+    default = type(settings)()
+    known = {*vars(default), *settings.attribute_map, *type(settings).__dataclass_fields__}
+    for name, value in fields.items():
+        if name in _CODE_OR_WEIGHTS or name.startswith("_"):
+            raise UserError(
+                f"{key}: {name}: must be left out: the weights are new, and no code or file of a "
+                "model is read. Remove it."
+            )
+        if name in vars(settings) and name not in known and not hasattr(default, name):
+            near = get_close_matches(name, sorted(known), 1, 0.7)
+            hint = f" Did you mean {near[0]}?" if near else " Remove it."
+            raise UserError(
+                f"{key}: {name} ({value}): is no field of {type(settings).__name__}.{hint}"
+            )
+        inner = getattr(settings, name, None)
+        if isinstance(value, dict) and isinstance(inner, PreTrainedConfig):
+            _check_fields(value, inner, f"{key}: {name}")
+
+
+def check_sizes(settings: PreTrainedConfig) -> None:
+    """Refuse sizes with which no model can be, before anything is allocated for them.
+
+    Raises:
+        ValueError: A size that is not positive, absurd, or does not fit another one; a number that
+            is not finite.
+    """
+    text = settings.get_text_config()
+    for name, value in vars(text).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}, but must be finite")
+    for name, (least, most) in _SIZES.items():
+        value = getattr(text, name, None)
+        if isinstance(value, bool) or (isinstance(value, int) and not least <= value <= most):
+            raise ValueError(
+                f"{name} is {value}, but must be from {least} to {most}: beyond lies no model that "
+                "a machine could hold"
+            )
+    width, heads, kv_heads, head_dim = (
+        getattr(text, name, None)
+        for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    if not isinstance(heads, int):  # some architectures have several kinds of layers
+        return
+    if isinstance(kv_heads, int) and heads % kv_heads:
+        raise ValueError(
+            f"num_key_value_heads is {kv_heads}, but must divide num_attention_heads ({heads})"
+        )
+    if not isinstance(head_dim, int) and isinstance(width, int) and width % heads:
+        raise ValueError(f"hidden_size is {width}, but must be a multiple of the {heads} heads")
+
+
+def _meta_model(settings: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+
+
+def _check_memory(settings: PreTrainedConfig, dtype: torch.dtype | str) -> None:
+    """Refuse a model with random weights that this machine's memory cannot hold."""
+    count = sum(p.numel() for p in _meta_model(settings).parameters())
+    size = count * (dtype.itemsize if isinstance(dtype, torch.dtype) else 4)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise UserError(
+            f"model.config: {count:,} parameters take {size / 2**30:,.0f} GiB, and this machine "
+            f"has {memory / 2**30:,.0f} GiB of memory. Make the model smaller."
+        )
+
+
+def _check_files(folder: Path, settings: PreTrainedConfig, key: str) -> None:
+    """Refuse weights that lie outside their folder, or that are no weights of this config.
+
+    transformers allocates what the config says, also where the files hold something else.
+    """
+    files = [folder / SAFE_WEIGHTS_NAME] if (folder / SAFE_WEIGHTS_NAME).is_file() else []
+    for index in folder.glob("*.index.json"):
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise UserError(
+                    f"{key}: {index.name} names {name!r}, which is no file of its folder. Download "
+                    "the model again."
+                )
+        if index.name == SAFE_WEIGHTS_INDEX_NAME and not files:
+            files = sorted(folder / name for name in names)
+    is_known = type(settings).__module__.startswith("transformers.")
+    if not files or not is_known or getattr(settings, "quantization_config", None) is not None:
+        return
+    model = _meta_model(settings)
+    expected = model.state_dict()
+    for path in files:
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                kind = tensors.get_slice(name).get_dtype()
+                if name in expected and expected[name].is_floating_point() and kind[0] in "IU":
+                    raise UserError(
+                        f"{key}: {path.name}: the tensor {name} holds integers ({kind}), but must "
+                        "hold floating-point numbers. Download or save the model again."
+                    )
+    count, size = sum(p.numel() for p in model.parameters()), sum(f.stat().st_size for f in files)
+    if count > size:
+        raise UserError(
+            f"{key}: config.json describes {count:,} parameters, more than its safetensors files "
+            f"can hold ({size:,} bytes). Give the config.json that belongs to them."
+        )
+
+
+def _check_report(report: dict[str, Any], key: str) -> None:
+    """Refuse a model some of whose weights transformers has filled at random."""
+    if mismatched := sorted(report["mismatched_keys"], key=str):
+        name, stored, wanted = mismatched[0]
+        raise UserError(
+            f"{key}: the tensor {name} has shape {tuple(stored)} in the file and {tuple(wanted)} "
+            f"by config.json ({len(mismatched)} such). Give the config.json that belongs to it."
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"{key}: its files lack {len(missing)} of the model's tensors, such as {missing[0]}. "
+            "They would be random numbers. Download or save the model again."
+        )
+    if unknown := sorted(report["unexpected_keys"]):
+        logger.warning(
+            "%s: %d tensors in its files are no part of the model and are not used, such as %s",
+            key, len(unknown), unknown[0],
+        )  # fmt: skip
+
+
+def _check_generation(model: PreTrainedModel, key: str) -> None:
+    """Refuse a generation_config.json with which generation could not begin."""
+    vocab_size = embedding_weight(model).shape[0]
+
+    def begin(
+        _: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, **__: Any
+    ) -> Tensor:
+        scores = torch.zeros(1, vocab_size, device=input_ids.device)
+        logits_processor(input_ids, scores)
+        stopping_criteria(input_ids, None)
+        return input_ids
+
+    given: Any = model.generation_config
+    try:
+        given.validate(strict=True)
+    except ValueError as problem:  # for which transformers would refuse to save the trained model
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        model.generation_config = GenerationConfig(**{name: getattr(given, name) for name in names})
+        logger.warning(
+            "%s: of generation_config.json only the token ids are kept, as it contradicts itself "
+            "(%s)", key, reason_of(problem),
+        )  # fmt: skip
+    with reading(f"{key}: its generation_config.json", "Correct or remove that file."):
+        model.generate(  # pyright: ignore[reportCallIssue]
+            torch.zeros(1, 1, dtype=torch.long, device=model.device),
+            attention_mask=torch.ones(1, 1, dtype=torch.long, device=model.device),
+            custom_generate=begin, max_new_tokens=1, do_sample=False, num_beams=1,
+            num_return_sequences=1,
+        )  # fmt: skip
+
+
+def require_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
+    """Refuse weights that are NaN or infinite; each tensor is read once, and nothing is allocated.
+
+    Raises:
+        UserError: Some are; the message names the tensor.
+    """
+    for name, tensor in tensors:
+        # torch cannot compare 8-bit numbers.
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            continue
+        if tensor.numel() == 0 or tensor.device.type == "meta":
+            continue
+        low, high = tensor.detach().aminmax()  # both NaN if any is
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise UserError(
+                f"{what}: the tensor {name} holds numbers that are not finite (NaN or infinite). "
+                "Go back to an earlier checkpoint, or download it again."
+            )
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of weights, all of them floating-point numbers and finite.
+
+    Raises:
+        UserError: It is missing, damaged, or holds something else.
+    """
+    with reading(str(path), "Save it again, or take another copy."):
+        if not path.is_file():
+            raise UserError(f"{path}: is missing, or no regular file. Save the model again.")
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                raise ValueError(f"the tensor {name} is of type {tensor.dtype}")
+        require_finite(tensors.items(), str(path))
+    return tensors
 
 
 def drop_dropout(config: PreTrainedConfig) -> list[str]:
@@ -129,9 +432,7 @@ def stored_dtypes(model: PreTrainedModel) -> set[torch.dtype]:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as tensors:
             dtypes |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
-    known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-             "BF16": torch.bfloat16}  # fmt: skip
-    return {known[name] for name in dtypes if name in known}
+    return {_FLOATS[name] for name in dtypes if name in _FLOATS}
 
 
 @torch.no_grad()

@@ -1,10 +1,9 @@
 """``quietstar merge``: adapters merged into the weights of their base."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from quietstar.cli.options import Parser, existing
+from quietstar.cli.options import Parser, existing, say
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -18,4 +17,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from quietstar.model.merging import merge  # imports torch
 
     out = merge(Path(args.model), Path(args.out), trust_remote_code=False)
-    sys.stdout.write(f"the merged model is in {out}\n")
+    say(f"the merged model is in {out}")

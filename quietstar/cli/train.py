@@ -1,15 +1,18 @@
 """``quietstar train``: a run from a config file and keys on the command line."""
 
 import argparse
+import logging
+import os
+import sys
 from collections.abc import Sequence
-from pathlib import Path
 from textwrap import fill
 
+from quietstar.cli.main import launched_rank
 from quietstar.cli.options import DEFAULT_CONFIG, Parser, whole
 from quietstar.config import SECTIONS, Config, fields, keys_of
 from quietstar.config.loading import load_config, shipped_configs
 from quietstar.config.messages import default_text, type_text
-from quietstar.errors import ConfigError
+from quietstar.errors import ConfigError, UserError
 
 DESCRIPTION = """Trains a model. On many processes: accelerate launch train.py, same options.
 
@@ -28,9 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         "quietstar train [--config FILE] [--resume auto|PATH] [--KEY VALUE ...]",
     )
     value = parser.value
-    value("--config", str, DEFAULT_CONFIG, "FILE",
+    value("--config", _filled, DEFAULT_CONFIG, "FILE",
           f"YAML file, or one that is shipped: {', '.join(shipped_configs())}")  # fmt: skip
-    value("--resume", str, None, "auto|PATH",
+    value("--resume", _filled, None, "auto|PATH",
           "continue from the newest checkpoint of the run, or from this one")  # fmt: skip
     parser.add_argument(
         "--allow-changes", type=_true_or_false, nargs="?", const=True, default=False,
@@ -40,9 +43,18 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
           "compare the last stage with its controls, with this many seeds")  # fmt: skip
     # DeepSpeed's launcher adds it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = [argument.partition("=")[0] for argument in arguments]
+    for option in ("--config", "--resume", "--controls"):
+        if options.count(option) > 1:
+            raise UserError(f"{option}: is given {options.count(option)} times; give it once")
     args, overrides = parser.parse_known_args(arguments)
+    if args.controls is not None and args.resume is not None:
+        raise UserError("--resume: does not go with --controls, which always goes on; leave it out")
+    if launched_rank() > 0:
+        logging.getLogger("quietstar.config").setLevel(logging.ERROR)  # rank 0 warns
     problems: list[str] = []
-    if args.resume not in (None, "auto") and not Path(args.resume).exists():
+    if args.resume not in (None, "auto") and not os.path.exists(args.resume):
         problems.append(
             f"--resume ({args.resume}): there is no such folder; give a checkpoint such as"
             " runs/x/checkpoints/step-000500, or auto for the newest of the run"
@@ -68,6 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         config, resume=args.resume, allow_changes=args.allow_changes, on_report=write_report
     )
     return None
+
+
+def _filled(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("(): must not be empty")
+    return os.path.expanduser(text)
 
 
 def _true_or_false(text: str) -> bool:

@@ -10,7 +10,9 @@ such a version wrote, is translated.
 """
 
 import logging
+import os
 import re
+import stat
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,8 +21,9 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from quietstar.config import messages
-from quietstar.config.messages import closest, did_you_mean, key_types, shown_value
-from quietstar.config.schema import GYM, SYNTHETIC
+from quietstar.config.effects import keys_without_effect
+from quietstar.config.messages import closest, did_you_mean, key_types, shortened, shown_value
+from quietstar.config.schema import GYM, MOST_LEVELS, SYNTHETIC
 from quietstar.config.tree import (
     SECTIONS,
     Config,
@@ -30,14 +33,19 @@ from quietstar.config.tree import (
     keys_of,
     loss_class,
 )
-from quietstar.config.yaml import YamlProblem, dump, parse
-from quietstar.errors import ConfigError, UserError
+from quietstar.config.yaml import MOST_CHARACTERS, YamlProblem, dump, parse
+from quietstar.errors import ConfigError, UserError, reason_of, visible
 from quietstar.system.files import write_whole
+from quietstar.system.inputs import open_input
 
 logger = logging.getLogger(__name__)
 
 RUN_CONTENTS = ("checkpoints", "final", "metrics.jsonl")
 """What lies beside the config of a run; any of it marks a run folder."""
+
+LONGEST_PROBLEM = 1000  # characters of its line, for values may be long
+MOST_STAGES = 100
+MOST_SUGGESTIONS = 20  # problems with a "did you mean", which takes a while to find
 
 COMMAND_LINE = "command line"
 """Source of a problem, in the place of a file and its line."""
@@ -78,7 +86,8 @@ def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -
 
     Overrides are arguments of the command line, such as ``["--thoughts.length", "8"]``; they
     replace what the file says, and below a mapping they set single entries
-    (``--model.config.hidden_size 64``).
+    (``--model.config.hidden_size 64``). Settings that change nothing are warned of, but not those
+    of a run folder, whose config has all keys.
 
     Raises:
         ConfigError: With every problem of the file, the overrides and the rules between keys.
@@ -101,7 +110,11 @@ def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -
         problems = _find_problems(settings, reader.misspelt, reader.file)
         reader.problems += [problem for problem in problems if problem not in reader.problems]
     if reader.problems:
-        raise ConfigError(reader.problems)
+        raise ConfigError(shortened(problem, LONGEST_PROBLEM) for problem in reader.problems)
+    if not reader.in_run:
+        reader.warnings += _find_idle(merged)
+    for warning in reader.warnings:
+        logger.warning("%s", visible(shortened(warning, LONGEST_PROBLEM)))
     tree: dict[str, Any] = _nested(reader.settings[base])
     tree["stages"] = {
         prefix.removeprefix("stages.")[:-1]: _nested(
@@ -113,7 +126,11 @@ def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Writes a config as YAML; `load_config` reads an equal one from it."""
+    """Writes a config as YAML, as a whole; `load_config` reads an equal one from it.
+
+    Raises:
+        UserError: It cannot be written.
+    """
     write_whole(Path(path), dump(config.model_dump()))
 
 
@@ -134,20 +151,32 @@ def resolve_config_file(name: str | Path) -> tuple[Path, str]:
     Raises:
         ConfigError: If there is no such file.
     """
-    if Path(name).is_file():
-        return Path(name), str(name)
+    given, path, kind = f"{COMMAND_LINE}: --config", Path(os.path.expanduser(name)), None
+    if not str(name).strip():
+        raise ConfigError([f"{given}: has no value; write --config FILE"])
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        shown = shortened(str(name))
+        raise ConfigError([f"{given}: {shown} cannot be read: {reason_of(error)}"]) from error
+    if kind == stat.S_IFREG:
+        return path, str(name)
     shipped = shipped_configs()
     short = Path(name).as_posix().removeprefix("configs/").removesuffix(".yaml")
     if short in shipped:
         return shipped[short], f"configs/{short}.yaml"
-    if Path(name).is_dir():
-        inside = Path(name) / "config.yaml"
+    if kind == stat.S_IFDIR:
+        inside = path / "config.yaml"
         hint = f"; did you mean {inside}?" if inside.is_file() else "; give a YAML file"
-        raise ConfigError([f"{COMMAND_LINE}: --config: {name} is a folder{hint}"])
+        raise ConfigError([f"{given}: {name} is a folder{hint}"])
+    if kind is not None:
+        raise ConfigError([f"{given}: {name} is a pipe, a socket or a device; give a YAML file"])
     hint = did_you_mean(closest(short, list(shipped)))
     names = ", ".join(shipped) or "none"
-    message = f"there is no file {name}{hint or f'; shipped configs: {names}'}"
-    raise ConfigError([f"{COMMAND_LINE}: --config: {message}"])
+    message = f"there is no file {shortened(str(name), 200)}"
+    raise ConfigError([f"{given}: {message}{hint or f'; shipped configs: {names}'}"])
 
 
 def _migrate(parts: Iterable[Any]) -> dict[str, str]:
@@ -191,16 +220,20 @@ class _Reader:
     Attributes:
         settings: By prefix ("" outside of stages), the value of each key and where it comes from.
         problems: One line each.
+        warnings: One line each, for what is allowed but probably not meant.
         misspelt: Keys that were probably meant by unknown ones: they are not "not set".
         file: Name of the file in messages.
+        in_run: Whether the file lies in the folder of a run, which wrote it.
         lines: Line of each key of the file.
     """
 
     def __init__(self) -> None:
         self.settings: dict[str, Settings] = {"": {}}
         self.problems: list[str] = []
+        self.warnings: list[str] = []
         self.misspelt: set[str] = set()
         self.file = "defaults"
+        self.in_run = False
         self.lines: dict[str, int] = {}
 
     def read_file(self, config_file: str | Path) -> None:
@@ -211,9 +244,12 @@ class _Reader:
         """
         path, self.file = resolve_config_file(config_file)
         try:
-            data, self.lines, repeated = parse(path.read_text(encoding="utf-8-sig"))
-        except OSError as error:
-            raise ConfigError([f"{self.file}: cannot be read: {error.strerror}"]) from error
+            with open_input(path) as file:
+                # One byte more than the longest text could have says that there is too much.
+                text = file.read(4 * MOST_CHARACTERS + 1)
+            data, self.lines, repeated = parse(text.decode("utf-8-sig"))
+        except (OSError, MemoryError) as error:
+            raise ConfigError([f"{self.file}: cannot be read: {reason_of(error)}"]) from error
         except UnicodeDecodeError as error:
             raise ConfigError([f"{self.file}: no valid YAML: is not UTF-8 text"]) from error
         except YamlProblem as error:
@@ -225,18 +261,27 @@ class _Reader:
             message = "must be a mapping of sections; write `thoughts:` with `length: 8` below it"
             raise ConfigError([f"{self.file}: {kind} {message}"])
         for key, line in repeated:
-            self.problems.append(f"{self.file}:{line}: {key}: stands twice; remove one")
+            self._report(key, "stands twice; remove one", f"{self.file}:{line}")
         stages = data.pop("stages", None) or {}
         parts = {"": data}
-        if isinstance(stages, dict):
+        if isinstance(stages, dict) and len(stages) > MOST_STAGES:
+            message = f"{len(stages)} stages are more than {MOST_STAGES}, and no run has as many"
+            self._report("stages", message)
+        elif isinstance(stages, dict):
+            for name in stages:
+                if not re.fullmatch(r"[\w-]{1,100}", str(name)):
+                    rule = "a stage's name is made of letters, digits, - and _; rename it"
+                    self._report(f"stages.{name}", rule)
             parts |= {f"stages.{name}.": sections for name, sections in stages.items()}
-        in_run = any((path.parent / name).exists() for name in RUN_CONTENTS)
-        if path.name == "config.yaml" and in_run and (renamed := _migrate(parts.values())):
+        beside = any((path.parent / name).exists() for name in RUN_CONTENTS)
+        self.in_run = path.name == "config.yaml" and beside
+        if self.in_run and (renamed := _migrate(parts.values())):
             self.lines |= {new: self.lines[o] for o, new in renamed.items() if o in self.lines}
             names = ", ".join(f"{old} -> {new}" for old, new in renamed.items())
             logger.warning(
-                "%s: translated %d keys of an earlier version: %s", self.file, len(renamed), names
-            )
+                "%s: translated %d keys of an earlier version: %s",
+                visible(self.file), len(renamed), names,
+            )  # fmt: skip
         losses = [part.get("loss") for part in parts.values() if isinstance(part, dict)]
         _add_settings(loss.get("objective") for loss in losses if isinstance(loss, dict))
         for prefix, sections in parts.items():
@@ -273,7 +318,8 @@ class _Reader:
             self.misspelt.add(section)
             self._report(shown, f"unknown section; write `{parent}:` and `{name}:` below it")
         elif section not in SECTIONS:
-            meant = closest(str(section), list(Config.model_fields))
+            suggests = len(self.problems) < MOST_SUGGESTIONS
+            meant = closest(str(section), list(Config.model_fields)) if suggests else None
             self.misspelt.update(keys_of(meant) if meant else ())
             self._report(shown, f"unknown section{did_you_mean(meant)}")
 
@@ -283,12 +329,13 @@ class _Reader:
         return f"{self.file}:{line}" if line else self.file
 
     def _report(self, name: str, message: str, source: str | None = None) -> None:
-        self.problems.append(f"{source or self._source(name)}: {name}: {message}")
+        self.problems.append(f"{source or self._source(name)}: {shortened(name, 100)}: {message}")
 
     def _unknown(self, name: str, before: str = "", candidates: Iterable[str] = ()) -> str:
         """Says which key replaces an unknown one, or which of the candidates was meant."""
-        renamed = RENAMED.get(name)
-        meant = renamed or closest(name, [*(candidates or fields()), *RENAMED], by_leaf=True)
+        renamed = meant = RENAMED.get(name)
+        if not renamed and len(self.problems) < MOST_SUGGESTIONS:
+            meant = closest(name, [*(candidates or fields()), *RENAMED], by_leaf=True)
         meant = RENAMED.get(meant, meant) if meant else None
         self.misspelt.update([meant] if meant else [])
         if renamed:
@@ -296,7 +343,7 @@ class _Reader:
         return "unknown key" + did_you_mean(meant and f"{before}{meant}")
 
     def read_overrides(self, arguments: Sequence[str]) -> None:
-        """Takes over ``--key value``, ``--key=value`` and bare ``--flag``; the last one wins."""
+        """Takes over ``--key value``, ``--key=value`` and bare ``--flag``; the last one counts."""
         flags: list[tuple[str, str | None]] = []
         rest = list(arguments)
         while rest:
@@ -308,12 +355,18 @@ class _Reader:
                 flags.append((name, value))
             else:
                 is_file = argument.endswith((".yaml", ".yml"))
-                form = f"--config {argument}" if is_file else "--key value"
+                form = f"--config {shortened(argument)}" if is_file else "--key value"
                 self._report(argument, f"belongs to no key; write {form}", COMMAND_LINE)
         _add_settings(text for name, text in flags if name.endswith("loss.objective"))
+        texts: dict[str, str | None] = {}
         for name, text in flags:
             if problem := self._override(name, text):
                 self.problems.append(f"{COMMAND_LINE}: {problem}")
+            elif texts.setdefault(name, text) != text:
+                self.warnings.append(
+                    f"{COMMAND_LINE}: {name}: is given more than once; the last value counts"
+                )
+            texts[name] = text
 
     def _override(self, name: str, text: str | None) -> str | None:
         """Takes over one flag, or says what is wrong with it."""
@@ -322,6 +375,8 @@ class _Reader:
         key, path = ".".join(rest.split(".")[:2]), rest.split(".")[2:]
         if prefix and key in fields() and not is_stage_key(key):
             return f"{name}: holds for the whole run; write --{key} VALUE"
+        if len(path) > MOST_LEVELS:
+            return f"--{shortened(name)}: has more than {MOST_LEVELS} dots; no mapping is as deep"
         if key not in fields() or (path and not (all(path) and "object" in key_types(key))):
             if prefix:
                 stage_keys = [key for key in fields() if is_stage_key(key)]
@@ -334,7 +389,7 @@ class _Reader:
                 message = f"is a section; set one of its keys, such as --{keys_of(name)[0]}"
             else:
                 message = self._unknown(name, "--", [*fields(), *_OPTIONS])
-            return f"--{name}: {message}"
+            return f"--{shortened(name, 100)}: {message}"
         if text is None:
             if "boolean" not in key_types(key):
                 return f"{name}: has no value; write --{name} VALUE"
@@ -342,8 +397,8 @@ class _Reader:
         try:
             value = parse(text).data if path else _parse_text(key, text)
         except YamlProblem as error:
-            return f"{name}: {text!r} is no valid YAML: {error}"
-        if value is None and not text.strip():
+            return f"{name}: {shortened(repr(text))} is no valid YAML: {error}"
+        if not text.strip() and (value is None or not text):
             return f"{name}: has no value; write --{name} VALUE, or null"
         settings = self.settings[prefix]
         if path:
@@ -426,3 +481,19 @@ def _find_problems(settings: Settings, misspelt: set[str], file: str) -> list[st
             shown = f"{setting.prefix}{key}"
             problems.append(f"{setting.source}: {shown}: {message.removeprefix(f'{shown}: ')}")
     return problems
+
+
+def _find_idle(merged: dict[str, Settings]) -> list[str]:
+    """Lists settings that change nothing in any of the stages for which they were made."""
+    reasons: dict[tuple[str, str], list[str | None]] = {}
+    for settings in merged.values():
+        idle = keys_without_effect(Config.model_validate(_nested(settings)))
+        for key, setting in settings.items():
+            reasons.setdefault((setting.prefix, key), []).append(idle.get(key))
+    settings = {(one.prefix, key): one for part in merged.values() for key, one in part.items()}
+    return [
+        f"{setting.source}: {setting.prefix}{key}: {shown_value(setting.value)} has no effect"
+        f" {reasons[prefix, key][0]}; leave it out"
+        for (prefix, key), setting in settings.items()
+        if all(reasons[prefix, key]) and setting.value != fields()[key].get("default")
+    ]

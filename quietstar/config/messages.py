@@ -9,6 +9,7 @@ from quietstar.config.tree import fields
 from quietstar.config.yaml import YamlProblem, dump, parse
 
 SIMILAR = 75.0  # least similarity, of 100, of a "did you mean": lets through one or two typos
+LONGEST_NAME = 100  # nobody mistypes a longer one, and to compare it would take long
 
 # Types as YAML gives them: their names in JSON schemas, and in messages.
 _TYPES: dict[type, tuple[str, str]] = {
@@ -43,6 +44,8 @@ def closest(
             pairs.append((name.rpartition(".")[2], candidate.rpartition(".")[2]))
         return max(100 * SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
+    if len(name) > LONGEST_NAME:
+        return None
     best = max(candidates, key=similarity, default=None)
     return best if best is not None and similarity(best) >= least else None
 
@@ -80,7 +83,7 @@ def type_text(key: str) -> str:
     if types <= {"null"}:
         return " | ".join(words)
     limits = [
-        f"{sign} {member[bound]:g}"
+        f"{sign} {member[bound]:{'d' if isinstance(member[bound], int) else 'g'}}"
         for member in _members(key)
         for bound, sign in _BOUNDS.items()
         if bound in member
@@ -102,7 +105,13 @@ def shown_value(value: Any) -> str:
     text = " ".join(dump(value, one_line=True).removesuffix("...\n").split())
     if isinstance(value, str) and not text.startswith(("'", '"')):
         text = f"'{text}'"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shortened(text)
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """Returns a text on one line, cut when long."""
+    text = " ".join(text[: 2 * most].split()) if len(text) > 2 * most else " ".join(text.split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def default_text(key: str) -> str:
@@ -119,8 +128,13 @@ def field_message(key: str, error: Mapping[str, Any]) -> str:
     rule = f"must be {type_text(key)}" if is_mixed(key) else error["msg"]
     rule = re.sub(r"^(Input|Keys|List|String|Dictionary) should( be)?", r"must\2", rule)
     rule = rule.removesuffix(" after validation, not 0")
+    rule = rule.removeprefix("Value error, ")  # of our own checks
     for name, plain in _PLAIN_WORDS.items():
         rule = rule.replace(name, plain)
+    if error["type"] == "string_unicode":
+        rule = "must be text without half a surrogate pair; is it UTF-8?"
+    if why := _reason_of_bound(key, value):
+        rule = f"{rule}: {why}"
     message = f"{shown_value(value)} {rule}"
     if meant := closest(str(value), key_words(key)):
         return message + did_you_mean(meant)
@@ -132,3 +146,14 @@ def field_message(key: str, error: Mapping[str, Any]) -> str:
         return f"{message}; write it as [a, b]"
     description = " ".join(fields()[key].get("description", "").split()).rstrip(".")
     return f"{message}; default {default_text(key)} ({description})"
+
+
+def _reason_of_bound(key: str, value: Any) -> str | None:
+    """Says why a number that is above the upper bound of a key cannot be so large."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    for member in _members(key):
+        most, below = member.get("maximum"), member.get("exclusiveMaximum")
+        if (most is not None and value > most) or (below is not None and value >= below):
+            return member.get("why")
+    return None

@@ -4,16 +4,89 @@ The text is the key's description: ``quietstar train --help`` prints it with the
 and the default. `quietstar.config.tree` puts the sections together and adds ``loss``.
 """
 
+import math
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-AtLeastOne = Annotated[int, Field(ge=1)]
-AtLeastZero = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Text = Annotated[str, Field(min_length=1)]
+MOST_CHARACTERS = 10_000  # of a text in a config
+MOST_LEVELS = 20  # of a mapping within a mapping
+MOST_BYTES_OF_A_NAME = 255  # what file systems take between two slashes
+
+
+def _between(least: int | float, most: int | float, why: str) -> Any:
+    """Bound a number; messages say why it cannot be larger."""
+    return Field(ge=least, le=most, json_schema_extra={"why": why})
+
+
+def _check_text(text: str) -> str:
+    """Refuse what no file, tokenizer or terminal takes as text."""
+    if "\0" in text:
+        raise ValueError("must not hold a NUL character")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("must not hold half a surrogate pair") from None
+    return text
+
+
+def _check_name(name: str) -> str:
+    """Expand ``~``; refuse what cannot name a file, a folder or anything on the hub."""
+    if not name.strip():
+        raise ValueError("must not be blank")
+    expanded = os.path.expanduser(_check_text(name))
+    if expanded.startswith("~"):
+        raise ValueError("must name a user who has a home folder behind the ~")
+    if max(len(os.fsencode(part)) for part in expanded.split("/")) > MOST_BYTES_OF_A_NAME:
+        raise ValueError(f"must have at most {MOST_BYTES_OF_A_NAME} bytes between slashes")
+    return expanded
+
+
+def _check_plain(data: dict[str, Any]) -> dict[str, Any]:
+    """Refuse entries that no YAML or JSON file can hold."""
+    nodes: list[tuple[str, Any, int]] = [("", data, 1)]
+    while nodes:
+        name, value, level = nodes.pop()
+        if level > MOST_LEVELS:
+            raise ValueError(f"must not be nested deeper than {MOST_LEVELS}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"must hold finite numbers, and {name} is {value}")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"must hold numbers below 2**63, unlike {name}")
+        children: list[tuple[Any, Any]] = []
+        if isinstance(value, dict):
+            children = list(value.items())
+        elif isinstance(value, list):
+            children = list(enumerate(value))
+        for text in (value, *(key for key, _ in children)):
+            if isinstance(text, str):
+                _check_text(text)
+        nodes += [(f"{name}.{key}".lstrip("."), child, level + 1) for key, child in children]
+    return data
+
+
+Text = Annotated[str, Field(min_length=1, max_length=MOST_CHARACTERS), AfterValidator(_check_text)]
+Name = Annotated[str, Field(min_length=1, max_length=4095), AfterValidator(_check_name)]
+"""Of a file or folder, or of something on the hub; a leading ``~`` is expanded."""
+Texts = Annotated[list[Text], Field(max_length=1000)]
+PlainData = Annotated[dict[str, Any], AfterValidator(_check_plain)]
+StageName = Annotated[str, Field(pattern=r"^[\w-]{1,100}$")]
+
+Fraction = Annotated[float, _between(0, 1, "it is a share of a whole")]
+BelowOne = Annotated[
+    float, Field(ge=0, lt=1, json_schema_extra={"why": "it is less than the whole"})
+]
+Scale = Annotated[float, _between(1e-30, 1e6, "nothing else would count beside it")]
+LearningRate = Annotated[float, _between(1e-30, 100, "one step would destroy the weights")]
+Temperature = Annotated[float, _between(1e-3, 1e3, "tokens would be drawn evenly at random")]
+LossWeight = Annotated[float, _between(0, 1e9, "the other terms would be lost in rounding")]
+Steps = Annotated[int, _between(1, 10**9, "no run takes as many steps")]
+StepsOrNone = Annotated[int, _between(0, 10**9, "no run takes as many steps")]
+Tokens = Annotated[int, _between(1, 2**20, "no memory holds what training needs for as many")]
+Sequences = Annotated[int, _between(1, 2**20, "no machine runs as many in one step")]
+Width = Annotated[int, _between(1, 2**17, "no layer of a model is as wide")]
 
 SYNTHETIC = "synthetic:"
 GYM = "reasoning_gym:"
@@ -32,12 +105,12 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The base model: pretrained (name_or_path), or with random weights (config)."""
 
-    name_or_path: Text | None = None
+    name_or_path: Name | None = None
     """Hub id or folder of the pretrained model (or set model.config instead)."""
-    config: dict[str, Any] | None = None
+    config: PlainData | None = None
     """Inline architecture for a model with random weights: model_type and fields of its
     transformers config."""
-    tokenizer: Text | None = None
+    tokenizer: Name | None = None
     """Folder or hub id of the tokenizer, `bytes` for the built-in byte-level one, or
     `synthetic:<task>` for that task's words; null means the model's own, and model.config needs
     one."""
@@ -63,24 +136,24 @@ class TuningConfig(Section):
     (after attention and MLP, or MLP only), virtual tokens (prompt: their embeddings; prefix: their
     keys and values in every layer); galore: all weights by low-rank gradients. The mixing head and
     the two embeddings always train."""
-    lora_r: AtLeastOne = 16
+    lora_r: Width = 16
     """Rank of the adapters."""
-    lora_alpha: Positive = 32.0
+    lora_alpha: Scale = 32.0
     """Scale of the adapters, whose output is multiplied by alpha / rank."""
-    lora_target_modules: Annotated[list[str], Field(min_length=1)] | None = None
+    lora_target_modules: Annotated[Texts, Field(min_length=1)] | None = None
     """Names of the layers that get adapters; null means all linear layers of the decoder (ia3:
     keys, values and the MLP's output)."""
-    adapter_size: AtLeastOne = 64
+    adapter_size: Width = 64
     """Width of bottleneck adapters (houlsby, mlp_adapter)."""
-    num_virtual_tokens: AtLeastOne = 16
+    num_virtual_tokens: Tokens = 16
     """Number of virtual tokens before every text (prompt, prefix)."""
-    galore_rank: AtLeastOne = 128
+    galore_rank: Width = 128
     """Rank of the gradients (galore)."""
-    galore_update_proj_gap: AtLeastOne = 200
+    galore_update_proj_gap: Steps = 200
     """Steps between two updates of the projection (galore)."""
-    galore_scale: Positive = 0.25
+    galore_scale: Scale = 0.25
     """Scale of the update (galore)."""
-    unfreeze: list[str] = []
+    unfreeze: Texts = []
     """Parameters of the base model that train beside what the method adds, by the end of their
     names; * matches anything: layers.29.*, embed_tokens.weight."""
 
@@ -98,16 +171,16 @@ class ThoughtsConfig(Section):
     """Where the text thinks: before all tokens; before a share of them (thoughts.position_fraction)
     that is evenly spaced, random, hardest to predict (entropy), given most weight by the mixing
     head, or highest in the product of both; before the tokens of an answer, or its first one."""
-    position_fraction: Annotated[float, Field(gt=0, le=1)] = 0.25
+    position_fraction: Annotated[float, _between(1e-4, 1, "it is a share of all")] = 0.25
     """Share of the targets that get a thought, unless that is all or answers; every n-th is a share
     of 1/n."""
-    length: AtLeastOne = 8
+    length: Tokens = 8
     """Free tokens of a thought; its start and end are not counted."""
-    lookahead: AtLeastOne = 4
+    lookahead: Tokens = 4
     """True tokens after the position that a thought is scored on."""
-    num_thoughts: AtLeastOne = 2
+    num_thoughts: Annotated[int, _between(1, 1000, "no memory holds as many")] = 2
     """Thoughts sampled at each position."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Temperature at which thought tokens are sampled in training."""
     start_init: Text = "---"
     """Text whose input embedding initializes the learned start embedding."""
@@ -123,28 +196,30 @@ class MixingHeadConfig(Section):
     unbounded head."""
     initial_weight: BelowOne = 0.12
     """Mixing weight at the start of training, above 0 with sigmoid and 0 with activation none."""
-    hidden_size: AtLeastOne | None = None
+    hidden_size: Width | None = None
     """Width of the head's hidden layers; null means the model's width."""
     floor: BelowOne = 0.0
     """Lower bound of the mixing weight, so that it cannot collapse to 0 while thoughts are still
     useless (saved with the head)."""
-    warmup_steps: AtLeastZero = 0
+    warmup_steps: StepsOrNone = 0
     """First steps in which warmup_weight replaces the head's output."""
-    warmup_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+    warmup_weight: Fraction = 0.5
     """Fixed mixing weight during warmup_steps."""
 
 
 class DataConfig(Section):
     """The text to train on, and how it is cut into sequences."""
 
-    train: Text | None = None
+    train: Name | None = None
     """Training text, required: a .jsonl, .json, .txt or .parquet file, a folder of them, a hub data
     set id, reasoning_gym:<task>, or synthetic:<task>."""
-    eval: Text | None = None
+    eval: Name | None = None
     """Held-out text, given like data.train; null holds out a share of data.train."""
-    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    eval_fraction: Annotated[
+        float, Field(gt=0, lt=1, json_schema_extra={"why": "training needs the rest"})
+    ] = 0.05
     """Share of data.train held out when data.eval is null."""
-    eval_sequences: AtLeastOne = 64
+    eval_sequences: Annotated[int, _between(1, 10**6, "an evaluation would take days")] = 64
     """Largest number of sequences in an evaluation."""
     format: Literal["text", "qa", "chat"] = "text"
     """Records are raw text, questions with answers (joined by data.template), or chats (through the
@@ -160,16 +235,18 @@ class DataConfig(Section):
     rationale_field: Text | None = None
     """Field of a record with the gold reasoning that leads to its answer (format qa); evaluations
     compare thoughts with it, and it is never trained on."""
-    template: str = "{question}\n{answer}"
+    template: Text = "{question}\n{answer}"
     """Text of a qa record: {question}, then {answer}, then at most white space."""
     spans: Literal["random", "concatenate"] = "random"
     """One random span of a document per visit, as in the paper, or documents joined by end-of-text
     and cut into chunks."""
     loss_on: Literal["all", "answer"] = "all"
     """Think and learn at all tokens, or only at those of the answer (formats qa and chat)."""
-    seq_len: Annotated[int, Field(ge=2)] = 256
+    seq_len: Annotated[
+        int, _between(2, 2**20, "no memory holds what training needs for as many")
+    ] = 256
     """Tokens of a training sequence."""
-    min_context: AtLeastOne = 1
+    min_context: Tokens = 1
     """First tokens of a sequence that are no targets. A pretrained model predicts badly from the
     very first token, which serves as an attention sink, and any thought improves on that; a few
     more tokens keep this effect out of the gain."""
@@ -181,52 +258,54 @@ class DataConfig(Section):
     """Subset (configuration) of a hub data set."""
     streaming: bool = False
     """Read a hub data set while training instead of downloading it first."""
-    size: AtLeastOne = 10000
+    size: Annotated[int, _between(1, 10**7, "they would fill the memory")] = 10000
     """Number of generated problems of a reasoning_gym or synthetic task."""
-    task_options: dict[str, Any] = {}
+    task_options: PlainData = {}
     """Options of the reasoning_gym or synthetic task."""
 
 
 class OptimConfig(Section):
     """AdamW and its schedule."""
 
-    learning_rate: Positive = 1e-4
+    learning_rate: LearningRate = 1e-4
     """Learning rate of the base model or its adapters."""
-    mixing_head_learning_rate: Positive | None = None
+    mixing_head_learning_rate: LearningRate | None = None
     """Learning rate of the mixing head; null means optim.learning_rate."""
-    embedding_learning_rate: Positive | None = None
+    embedding_learning_rate: LearningRate | None = None
     """Learning rate of the start and end embeddings; null means optim.learning_rate."""
-    weight_decay: NonNegative = 0.001
+    weight_decay: Annotated[float, _between(0, 100, "weights would decay at once")] = 0.001
     """Decoupled weight decay."""
     adam_beta1: BelowOne = 0.9
     """Decay of the running mean of gradients."""
     adam_beta2: BelowOne = 0.999
     """Decay of the running mean of squared gradients."""
-    adam_epsilon: Positive = 1e-8
+    adam_epsilon: Annotated[float, _between(1e-30, 1, "no weight would move")] = 1e-8
     """Term in AdamW's denominator."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or falling to 0 at the last step."""
-    warmup_steps: AtLeastZero = 20
+    warmup_steps: StepsOrNone = 20
     """Steps in which the learning rates rise from 0 to their values."""
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: Annotated[float, _between(1e-30, 1e12, "no gradient is as long")] = 1.0
     """Norm to which a longer gradient is clipped."""
 
 
 class TrainingConfig(Section):
     """The loop: steps, batch, precision, evaluations, checkpoints."""
 
-    max_steps: AtLeastOne = 1000
+    max_steps: Steps = 1000
     """Optimizer steps."""
-    global_batch_size: AtLeastOne = 8
+    global_batch_size: Sequences = 8
     """Sequences per optimizer step, over all processes and micro-batches."""
-    micro_batch_size: AtLeastOne = 1
+    micro_batch_size: Sequences = 1
     """Most sequences in one forward pass of a process; it need not divide global_batch_size."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """Arithmetic: bfloat16 autocast, or none (the weights' own data type)."""
-    cpu_threads: AtLeastOne | None = None
+    cpu_threads: Annotated[int, _between(1, 1024, "no machine has as many cores")] | None = None
     """Threads of each process without a GPU; null shares the cores among the processes of the
     machine, where accelerate launch would give each one thread."""
-    learn_chunk_tokens: AtLeastOne | Literal["auto"] | None = "auto"
+    learn_chunk_tokens: (
+        Annotated[int, _between(1, 10**9, "no memory holds as many")] | Literal["auto"] | None
+    ) = "auto"
     """Most tokens of thoughts that learn at once, forward and backward, before the next ones: fewer
     take less memory, at no cost until matrix products get small. null: all at once. auto: 5120
     (4096 with gradient checkpointing), 16384 on a GPU; null under ZeRO-3 and FSDP2, which cannot
@@ -236,15 +315,15 @@ class TrainingConfig(Section):
     torch_compile: bool = False
     """torch.compile of the decoder layers: shorter steps after about half a minute of compiling.
     Needs a C++ compiler; not available under ZeRO-3 and FSDP2."""
-    seed: AtLeastZero = 0
+    seed: Annotated[int, _between(0, 2**32 - 1, "numpy takes no larger seed")] = 0
     """Seed of data order, sampled thoughts and new weights."""
-    eval_steps: AtLeastZero = 100
+    eval_steps: StepsOrNone = 100
     """Steps between evaluations; 0 means only at start and end."""
-    save_steps: AtLeastZero = 500
+    save_steps: StepsOrNone = 500
     """Steps between checkpoints; 0 means only the final model."""
-    save_total_limit: AtLeastOne = 2
+    save_total_limit: Annotated[int, _between(1, 10**6, "no disk holds as many")] = 2
     """Number of newest checkpoints that stay on disk."""
-    output_dir: Text = "runs/default"
+    output_dir: Name = "runs/default"
     """Folder of the run."""
     overwrite_output_dir: bool = False
     """Start a new run in a folder that already holds one, which is an error otherwise."""
@@ -253,10 +332,10 @@ class TrainingConfig(Section):
 class LoggingConfig(Section):
     """What is reported, where and how often."""
 
-    report_to: list[str] = ["tensorboard"]
+    report_to: Texts = ["tensorboard"]
     """Trackers of accelerate (tensorboard, wandb, ...) that get the metrics beside
     metrics.jsonl."""
-    logging_steps: AtLeastOne = 1
+    logging_steps: Steps = 1
     """Steps between two records of the metrics."""
-    thought_steps: AtLeastZero = 25
+    thought_steps: StepsOrNone = 25
     """Steps between two decoded thoughts on the terminal; 0 means none."""

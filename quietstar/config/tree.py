@@ -13,7 +13,10 @@ from pydantic import Field, SerializeAsAny, create_model, field_validator, model
 from quietstar import registry
 from quietstar.config import schema
 from quietstar.config.schema import DEFAULT_STEPS, SYNTHETIC, Section, Text
-from quietstar.errors import UserError
+from quietstar.errors import UserError, reason_of
+
+MOST_TOKEN_BYTES = 2**36
+"""Of the ids of one micro-batch's thoughts, whose states need a thousand times as much."""
 
 # A stage may change the keys of these sections, and these keys; all others hold for the whole run.
 _STAGE_SECTIONS = ("thoughts", "loss", "data", "optim")
@@ -53,9 +56,17 @@ def loss_class(objective: str) -> type[LossConfig]:
     settings = registry.find("loss.objective", objective).Settings
     if settings is Section:
         return LossConfig
-    kind = create_model("LossConfig", __base__=(LossConfig, settings))
+    try:
+        kind = create_model("LossConfig", __base__=(LossConfig, settings))
+        properties = kind.model_json_schema()["properties"]
+    except Exception as problem:
+        raise UserError(
+            f"loss.objective ({objective}): its Settings cannot be keys of a config"
+            f" ({reason_of(problem)}). Derive them from quietstar.config.Section, with a type for"
+            " each."
+        ) from problem
     if ":" in objective:  # `fields` has the others
-        for name, field in kind.model_json_schema()["properties"].items():
+        for name, field in properties.items():
             fields().setdefault(f"loss.{name}", field)
     return kind
 
@@ -97,7 +108,7 @@ class Config(Section):
     optim: schema.OptimConfig = schema.OptimConfig()
     training: schema.TrainingConfig = schema.TrainingConfig()
     logging: schema.LoggingConfig = schema.LoggingConfig()
-    stages: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
+    stages: dict[schema.StageName, dict[str, dict[str, Any]]] = Field(default_factory=dict)
     """Stages of the run by name, in order, each with the keys it changes; none means that the run
     is one stage."""
 
@@ -244,6 +255,19 @@ def _thought_rules(config: Config) -> Iterator[Broken]:
             f"data.min_context ({data.min_context}) must be smaller than data.seq_len"
             f" ({data.seq_len}), or no token is a target. Lower it."
         )  # fmt: skip
+    share = thoughts.position_fraction
+    places = {"all": data.seq_len, "answer": data.seq_len, "answer_start": 1}.get(
+        thoughts.positions, max(1, int(data.seq_len * share))
+    )
+    texts = min(config.training.micro_batch_size, config.training.global_batch_size)
+    size = 8 * texts * places * thoughts.num_thoughts * (thoughts.length + thoughts.lookahead)
+    if config.loss.thinks and size > MOST_TOKEN_BYTES:
+        yield ("training.micro_batch_size", "thoughts.num_thoughts", "data.seq_len"), (
+            f"training.micro_batch_size ({config.training.micro_batch_size}) texts of data.seq_len"
+            f" ({data.seq_len}) with thoughts.num_thoughts ({thoughts.num_thoughts}) of"
+            f" thoughts.length ({thoughts.length}) would need {size // 2**30} GiB for the ids of"
+            " their tokens alone. Lower one of them."
+        )  # fmt: skip
     if thoughts.lookahead >= data.seq_len:
         yield ("thoughts.lookahead", "data.seq_len"), (
             f"thoughts.lookahead ({thoughts.lookahead}) must be smaller than data.seq_len"
@@ -292,7 +316,18 @@ def _part_rules(config: Config) -> Iterator[Broken]:
             yield (key,), str(problem).replace(f"{key} ({name}): ", f"{name}: ", 1)
         else:
             if key == "loss.objective":
-                yield from registry.find(key, name).problems(config)
+                yield from _problems_of_objective(config)
+
+
+def _problems_of_objective(config: Config) -> list[Broken]:
+    """Asks the objective; one of the user's own that fails over it is a problem, too."""
+    name = config.loss.objective
+    part = registry.find("loss.objective", name)
+    try:
+        with registry.running("loss.objective", name):
+            return [(tuple(keys), str(message)) for keys, message in part.problems(config)]
+    except UserError as problem:
+        return [(("loss.objective",), str(problem))]
 
 
 def _data_rules(config: Config) -> Iterator[Broken]:

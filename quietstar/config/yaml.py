@@ -5,6 +5,7 @@ What a config cannot use is refused: tags, lists as keys, and aliases that expan
 
 import io
 import re
+import warnings
 from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
@@ -13,7 +14,11 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.representer import SafeRepresenter
 
+from quietstar.errors import reason_of
+
 MOST_VALUES = 10_000  # with every alias written out; shipped configs have fewer than 100
+MOST_LEVELS = 50  # of values inside each other
+MOST_CHARACTERS = 200_000  # a second or two of parsing; shipped configs have fewer than 4,000
 
 _TAG = "tag:yaml.org,2002:"
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
@@ -38,11 +43,22 @@ class Document(NamedTuple):
     repeated: list[tuple[str, int]]
 
 
+def _construct_int(constructor: SafeConstructor, node: ScalarNode) -> int:
+    line = node.start_mark.line + 1
+    if len(node.value) > 100:  # Python refuses to read, or to print, numbers of many digits
+        raise YamlProblem("a whole number of more than 100 digits; write a smaller one", line)
+    try:
+        return SafeConstructor.construct_yaml_int(constructor, node)
+    except ValueError as error:
+        raise YamlProblem(f"{node.value} is no whole number", line) from error
+
+
 class _Constructor(SafeConstructor):  # makes plain data only; dates stay text
     yaml_constructors = {  # noqa: RUF012  (ruamel's own attribute)
         None: SafeConstructor.construct_undefined,
         **{_TAG + name: getattr(SafeConstructor, f"construct_yaml_{name}") for name in _PLAIN},
         **{_TAG + name: SafeConstructor.construct_yaml_str for name in _READ_AS_TEXT},
+        _TAG + "int": _construct_int,
     }
 
 
@@ -76,37 +92,48 @@ def parse(text: str) -> Document:
     Raises:
         YamlProblem: If it is no valid YAML, or holds what a config cannot use.
     """
+    if len(text) > MOST_CHARACTERS:
+        raise YamlProblem(
+            f"more than {MOST_CHARACTERS:,} characters, and no config has as many; is it data?"
+        )
     loader = YAML(typ="safe", pure=True)
     loader.Constructor = _Constructor
     loader.allow_duplicate_keys = True  # `repeated` reports all of them, not only the first
     try:
-        root = loader.compose(text)
-        if root is None:
-            return Document(None, {}, [])
-        lines, repeated = _keys(root)
-        return Document(loader.constructor.construct_document(root), lines, repeated)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as about an anchor that is defined again
+            root = loader.compose(text)
+            if root is None:
+                return Document(None, {}, [])
+            lines, repeated = _keys(root)
+            return Document(loader.constructor.construct_document(root), lines, repeated)
     except MarkedYAMLError as error:
         message = ": ".join(part for part in (error.context, error.problem) if part)
         line = None if error.problem_mark is None else error.problem_mark.line + 1
         raise YamlProblem(message, line) from error
     except YamlProblem:
         raise
-    except (YAMLError, ValueError, RecursionError) as error:
+    except YAMLError as error:
         raise YamlProblem(str(error)) from error
+    except Exception as error:  # ruamel fails in many ways over what is hardly YAML
+        raise YamlProblem(reason_of(error)) from error
 
 
 def _keys(root: Node) -> tuple[dict[str, int], list[tuple[str, int]]]:
     """Finds the line of each key, and repeated keys; refuses what cannot be a config."""
     lines: dict[str, int] = {}
     repeated: list[tuple[str, int]] = []
-    nodes, visited = [("", root)], 0
+    nodes, visited = [("", root, 1)], 0
     while nodes:  # no recursion: an alias may stand inside the very value that it names
-        prefix, node = nodes.pop()
+        prefix, node, level = nodes.pop()
         visited += 1
         if visited > MOST_VALUES:
             raise YamlProblem(
                 f"more than {MOST_VALUES} values with its aliases written out; use fewer aliases"
             )
+        if level > MOST_LEVELS:
+            line = node.start_mark.line + 1
+            raise YamlProblem(f"values inside each other on more than {MOST_LEVELS} levels", line)
         children: list[tuple[str, Node]] = []
         if isinstance(node, SequenceNode):
             children = [(f"{prefix}{index}.", item) for index, item in enumerate(node.value)]
@@ -123,7 +150,7 @@ def _keys(root: Node) -> tuple[dict[str, int], list[tuple[str, int]]]:
                 seen.add(key.value)
                 lines[name] = line
                 children.append((f"{name}.", value))
-        nodes += reversed(children)
+        nodes += [(name, child, level + 1) for name, child in reversed(children)]
     return lines, repeated
 
 

@@ -23,6 +23,7 @@ from quietstar.data.tokenizer import padding_id
 from quietstar.errors import UserError
 
 IGNORED = -100  # the label of what is no target, as in torch's cross entropy
+FIRST_SAMPLES = 16  # of a stream that has none with a target, the rest will not be read
 ESTIMATE_DOCUMENTS = 256  # tokenized to estimate the figures of a table that is not counted
 
 
@@ -360,6 +361,8 @@ def build_data(
             chosen = keyed_rng(seed, ESTIMATE).choice(len(sequences), count, replace=False)
             lengths = np.asarray([len(sequences[int(index)]) for index in chosen])
             scale = len(sequences) / count
+        if scale == 1.0 and lengths.max() <= config.min_context:
+            raise no_targets(source.label, config)
         longer = int((lengths > config.seq_len).sum() * scale)
         report = DataReport(
             source=source.label,
@@ -375,10 +378,31 @@ def build_data(
             exact=sequences.lengths is not None,
         )
     assert eval_samples, "a source that opens gives a sequence"
+    check_targets(eval_samples, config, held_out.label if held_out is not None else source.label)
     pad_id = padding_id(tokenizer)
     train_data = TrainData(samples, config.seq_len, pad_id)
-    train_data.batch(0, 1)  # an unusable stream is an error now, not in the first step
+    # An unusable stream is an error now, not in the first step.
+    first = samples.read(0, FIRST_SAMPLES, range(FIRST_SAMPLES))
+    if source.table is None and not any(sample.targets[1:].any() for sample in first):
+        raise no_targets(source.label, config)
     return train_data, EvalData(eval_samples, config.seq_len, pad_id), report
+
+
+def check_targets(samples: Sequence[Encoded], config: DataConfig, label: str) -> None:
+    """Raises `UserError` if nothing in the sequences of an evaluation is to be predicted."""
+    is_scored = (sample.targets & (sample.answers if config.format == "qa" else True)
+                 for sample in samples)  # fmt: skip
+    if not any(scored[1:].any() for scored in is_scored):
+        raise no_targets(label, config)
+
+
+def no_targets(label: str, config: DataConfig) -> UserError:
+    """Builds the error for texts of which nothing is a target."""
+    what = "no answer" if config.format == "qa" else "no text"
+    return UserError(
+        f"{label}: {what} reaches beyond the first data.min_context ({config.min_context}) tokens,"
+        " which are no targets: lower it, or give longer texts"
+    )
 
 
 def evaluate_on(

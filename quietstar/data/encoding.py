@@ -14,11 +14,18 @@ from datasets import Dataset, Features, List
 from datasets.features import Value
 from datasets.fingerprint import generate_random_fingerprint
 from jaxtyping import Bool, Int
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import DataConfig
-from quietstar.data.sources import Record, Source, is_empty, read_record, record_fields
+from quietstar.data.sources import (
+    MOST_CHARACTERS,
+    Record,
+    Source,
+    count_characters,
+    is_empty,
+    read_record,
+    record_fields,
+)
 from quietstar.data.tokenizer import first_line
 from quietstar.errors import UserError
 
@@ -99,6 +106,9 @@ class Encoder:
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> list[Encoded]:
         """Encodes a batch of canonical records."""
         checked = [read_record(record, self._fields, "data") for record in records]
+        return [encoded for part in _portions(checked) for encoded in self._encode(part)]
+
+    def _encode(self, checked: list[Record]) -> list[Encoded]:
         texts = [[] if is_empty(record) else self._segments(record) for record in checked]
         encoded = [
             self._finish(*tokens) if segments else EMPTY
@@ -132,7 +142,7 @@ class Encoder:
             apply: Callable[..., Any] = self._tokenizer.apply_chat_template
             try:
                 return apply(messages[:count], tokenize=False, add_generation_prompt=prompt)
-            except (TemplateError, IndexError) as error:
+            except Exception as error:  # a template may do anything that data allow
                 roles = ", ".join(message["role"] for message in messages[:count]) or "none"
                 raise UserError(
                     f"the tokenizer's chat template refuses a chat ({first_line(error)}; roles:"
@@ -211,6 +221,20 @@ class Encoder:
         return Encoded(np.asarray(ids, np.int32), targets, in_answer, answer_start)
 
 
+def _portions(records: list[Record]) -> Iterator[list[Record]]:
+    """Cuts records into lists that a tokenizer has memory for at once."""
+    portion, size = [], 0
+    for record in records:
+        length = count_characters(record)
+        if portion and size + length > MOST_CHARACTERS:
+            yield portion
+            portion, size = [], 0
+        portion.append(record)
+        size += length
+    if portion:
+        yield portion
+
+
 def chunks(documents: Iterable[Encoded], seq_len: int) -> Iterator[Encoded]:
     """Joins documents and cuts the whole into chunks of seq_len; the last one may be shorter."""
     rest = EMPTY
@@ -230,6 +254,7 @@ def chunks(documents: Iterable[Encoded], seq_len: int) -> Iterator[Encoded]:
 
 # --- Documents ------------------------------------------------------------------------------------
 EXACT_BYTES = 64 * 2**20  # half a minute of tokenization on one slow core
+BATCH_ROWS, BATCH_BYTES = 1000, 256 * 2**20  # of a table that are looked at together
 ENCODED = Features(
     {
         "ids": List(Value("int32")),
@@ -314,7 +339,8 @@ def prepare(source: Source, config: DataConfig, encoder: Encoder) -> Documents:
 
     if not (joined or skip) and records.data.nbytes > EXACT_BYTES:
         return Documents(records.with_transform(encode))
-    table, lengths = _map(records, encode)
+    row_bytes = max(1, records.data.nbytes // len(records))
+    table, lengths = _map(records, encode, max(1, min(BATCH_ROWS, BATCH_BYTES // row_bytes)))
     filled = lengths > 0
     long_enough = lengths >= (config.seq_len if skip and not joined else 1)
     if not filled.any():
@@ -338,7 +364,9 @@ def _columns(documents: Iterable[Encoded]) -> dict[str, list[Any]]:
     return {name: [getattr(document, name) for document in encoded] for name in ENCODED}
 
 
-def _map(table: Dataset, function: Any) -> tuple[Dataset, Int[np.ndarray, " documents"]]:
+def _map(
+    table: Dataset, function: Any, batch_rows: int = BATCH_ROWS
+) -> tuple[Dataset, Int[np.ndarray, " documents"]]:
     """Returns a table with the columns `ENCODED`, and the numbers of its tokens."""
     # The fingerprint of function and tokenizer names a cache file; in memory there is none.
     fingerprint = None if table.cache_files else generate_random_fingerprint()
@@ -349,6 +377,7 @@ def _map(table: Dataset, function: Any) -> tuple[Dataset, Int[np.ndarray, " docu
         encoded = table.map(
             function,
             batched=True,
+            batch_size=batch_rows,
             remove_columns=table.column_names,
             features=ENCODED,
             new_fingerprint=fingerprint,

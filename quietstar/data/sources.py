@@ -4,23 +4,27 @@ A record is a dict with canonical fields, checked as it is read: `text`; or `que
 perhaps `rationale`; or `messages` (dicts with `role` and `content`).
 """
 
-import glob
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import pyarrow.parquet
 from datasets import Dataset, load_dataset
 from datasets.features import Value
 
 from quietstar.config import DataConfig
-from quietstar.config.messages import closest, did_you_mean
+from quietstar.config.messages import closest, did_you_mean, shortened
 from quietstar.config.schema import GYM, SYNTHETIC
 from quietstar.data.synthetic import chain_sum_steps, import_reasoning_gym, synthetic_records
 from quietstar.data.tokenizer import check_unicode, first_line
-from quietstar.errors import UserError
+from quietstar.errors import UserError, reading, reason_of
+from quietstar.system.inputs import open_input
 
 Record = dict[str, Any]
 
@@ -31,6 +35,14 @@ IN_MEMORY_BYTES = 64 * 2**20
 TEXT_DOCUMENT_CHARS = 32_000
 MESSAGE_FIELDS = ("role", "content")
 SIMILAR_NAME = 60.0  # least similarity, of 100, of a file or task that is suggested
+MOST_NAMES = 1000  # of a folder or of a record's fields that are looked at for a suggestion
+# A tokenizer takes about 100 bytes of memory for a character, and where there is no more it ends
+# the process without a word.
+MOST_CHARACTERS = 10_000_000
+MOST_LINE_BYTES = 64 * 2**20  # of MOST_CHARACTERS, even if escaped
+MOST_LIST_BYTES = 2**30  # of a .json file that is one list, which is parsed as a whole
+PARQUET_ROWS = 256  # decoded at once
+MEND = "Mend the file, write it again, or leave it out."
 
 
 # --- Records --------------------------------------------------------------------------------------
@@ -62,7 +74,19 @@ def read_record(raw: object, fields: Mapping[str, str], where: str) -> Record:
             record[name] = check_unicode(value or "", what)
         else:
             raise UserError(f"{what} must be a string, not {_kind(value)}")
+    if (size := count_characters(record)) > MOST_CHARACTERS:
+        raise UserError(
+            f"{where}: a record of {size:,} characters is longer than {MOST_CHARACTERS:,}, for"
+            f" which a tokenizer needs about {MOST_CHARACTERS // 10**7} GB of memory: split it"
+        )
     return record
+
+
+def count_characters(record: Record) -> int:
+    """Counts the characters of all texts in a canonical record."""
+    texts = [text for text in record.values() if isinstance(text, str)]
+    texts += [message["content"] for message in record.get("messages", ())]
+    return sum(map(len, texts))
 
 
 def _read_messages(messages: object, where: str, what: str) -> list[Record]:
@@ -77,7 +101,7 @@ def _read_messages(messages: object, where: str, what: str) -> list[Record]:
 
 def missing_field(field: str, present: Sequence[str], where: str, name: str) -> UserError:
     """Builds the error for a record (or table) without a raw field of this canonical name."""
-    names = ", ".join(map(str, present)) or "none"
+    names = shortened(", ".join(map(str, islice(present, MOST_NAMES))) or "none", 200)
     key = "" if name in MESSAGE_FIELDS else f": set data.{name}_field, or data.format"
     return UserError(f"{where}: no field {field!r} (its fields: {names}){key}")
 
@@ -100,48 +124,88 @@ def _kind(value: object) -> str:
 RawRecords = Iterator[tuple[object, str]]
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: byte {error.object[error.start]:#04x} is no UTF-8:"
-                    " save the file as UTF-8"
-                ) from error
-
-
-def _read_json(path: Path, fields: Mapping[str, str]) -> RawRecords:
-    """Reads JSON lines, or the list of records that a .json file may hold instead."""
-    first = next((line for _, line in _read_lines(path) if line.strip()), "")
-    is_list = path.suffix == ".json" and first.lstrip().startswith("[")
-    parts, rule = _read_lines(path), "a line must hold one JSON object"
-    if is_list:
-        parts = [(1, "".join(line for _, line in parts))]
-        rule = "the file must hold a list of objects"
-    for number, text in parts:
-        if not text.strip():
-            continue
-        try:
-            raw = json.loads(text.rstrip())
-        except json.JSONDecodeError as error:
+def _read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, str]]:
+    number = 0
+    while line := file.readline(MOST_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MOST_LINE_BYTES:
             raise UserError(
-                f"{path}, line {number + error.lineno - 1}: malformed JSON ({error.msg} at column"
-                f" {error.colno}): {rule}"
+                f"{path}, line {number}: is longer than {MOST_LINE_BYTES // 2**20} MiB, more than a"
+                " tokenizer has memory for: split it into several"
+            )
+        try:
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}, line {number}: byte {error.object[error.start]:#04x} is no UTF-8:"
+                " save the file as UTF-8"
             ) from error
-        if is_list:
-            yield from ((record, f"{path}, record {n}") for n, record in enumerate(raw, 1))
-        else:
-            yield raw, f"{path}, line {number}"
 
 
-def _read_text(path: Path, fields: Mapping[str, str]) -> RawRecords:
+def _read_json(file: BinaryIO, path: Path, fields: Mapping[str, str]) -> RawRecords:
+    """Reads JSON lines, or the list of records that a .json file may hold instead."""
+    start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    file.seek(0)
+    if path.suffix == ".json" and start.startswith(b"["):
+        records = _parse_json(_read_list(file, path), path, None, "a list of objects")
+        yield from ((record, f"{path}, record {n}") for n, record in enumerate(records, 1))
+        return
+    for number, text in _read_lines(file, path):
+        if text.strip():
+            yield (
+                _parse_json(text, path, number, "one JSON object a line"),
+                f"{path}, line {number}",
+            )
+
+
+def _read_list(file: BinaryIO, path: Path) -> str:
+    content = file.read(MOST_LIST_BYTES + 1)
+    if len(content) > MOST_LIST_BYTES:
+        raise UserError(
+            f"{path}: is a list of more than {MOST_LIST_BYTES // 2**30} GiB, which can only be read"
+            " as a whole: write one record a line instead, as .jsonl"
+        )
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = 1 + content.count(b"\n", 0, error.start)
+        raise UserError(
+            f"{path}, line {line}: byte {content[error.start]:#04x} is no UTF-8: save the file as"
+            " UTF-8"
+        ) from error
+
+
+def _parse_json(text: str, path: Path, line: int | None, rule: str) -> Any:
+    """Parses a line, or a whole file (None); what is wrong is a `UserError` that says where."""
+    try:
+        return json.loads(text.rstrip(), object_pairs_hook=_without_repeats)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}, line {(line or 1) + error.lineno - 1}: malformed JSON ({error.msg} at"
+            f" column {error.colno}): it must hold {rule}"
+        ) from error
+    except (ValueError, RecursionError) as error:  # such as a number of 5,000 digits
+        reason = str(error).partition(";")[0] if isinstance(error, ValueError) else reason_of(error)
+        where = path if line is None else f"{path}, line {line}"
+        raise UserError(f"{where}: malformed JSON ({reason}): it must hold {rule}") from error
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes an object; JSON leaves open which of two equal names counts."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        name = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the name {shortened(name)!r} stands twice in an object")
+    return made
+
+
+def _read_text(file: BinaryIO, path: Path, fields: Mapping[str, str]) -> RawRecords:
     if "text" not in fields:
         raise UserError(f"{path}: .txt files hold raw text: set data.format: text")
     lines: list[str] = []
     size = 0
-    for number, line in _read_lines(path):
+    for number, line in _read_lines(file, path):
         lines.append(line)
         size += len(line)
         at_blank = not line.strip() and size >= TEXT_DOCUMENT_CHARS
@@ -152,23 +216,23 @@ def _read_text(path: Path, fields: Mapping[str, str]) -> RawRecords:
         yield {fields["text"]: "".join(lines)}, f"{path}, last lines"
 
 
-def _read_parquet(path: Path, fields: Mapping[str, str]) -> RawRecords:
-    try:
-        with path.open("rb") as file:  # datasets would log what is wrong before it raises
-            assert file.read(4) == b"PAR1", path
-        pattern = glob.escape(str(path))
-        rows = load_dataset("parquet", data_files=pattern, split="train", streaming=True)
-        present = list(rows.column_names or ())
-    except Exception as error:  # nearly anything, from pyarrow's errors to those of datasets
-        raise UserError(f"{path}: is no parquet file: write it again, or rename it") from error
+def _read_parquet(file: BinaryIO, path: Path, fields: Mapping[str, str]) -> RawRecords:
+    with reading(f"{path}: is no parquet file or a damaged one", "Write it again, or rename it."):
+        table = pyarrow.parquet.ParquetFile(file)
+        present = list(table.schema_arrow.names)
     for name, field in fields.items():
         if field not in present:
             raise missing_field(field, present, str(path), name)
-    for number, raw in enumerate(rows.select_columns(list(fields.values())), 1):
-        yield raw, f"{path}, record {number}"
+        if present.count(field) > 1:
+            raise UserError(f"{path}: field {field!r} stands twice: rename one of them")
+    number = 0
+    for batch in table.iter_batches(PARQUET_ROWS, columns=list(fields.values())):
+        for raw in batch.to_pylist():
+            number += 1
+            yield raw, f"{path}, record {number}"
 
 
-READERS: dict[str, Callable[[Path, Mapping[str, str]], RawRecords]] = {
+READERS: dict[str, Callable[[BinaryIO, Path, Mapping[str, str]], RawRecords]] = {
     ".jsonl": _read_json,
     ".json": _read_json,
     ".txt": _read_text,
@@ -178,10 +242,16 @@ ENDINGS = f"{', '.join(list(READERS)[:-1])} or {list(READERS)[-1]}"
 
 
 def _read_files(names: list[str], fields: dict[str, str], stamps: Any) -> Iterator[Record]:
-    """Yields the canonical records of files; `stamps` are only part of a cache's key."""
+    """Yields the canonical records of files; `stamps` are only part of a cache's key.
+
+    Raises:
+        UserError: A file is malformed, or it has gone or fails while it is read.
+    """
     for path in map(Path, names):
-        for raw, where in READERS[path.suffix](path, fields):
-            yield read_record(raw, fields, where)
+        # A stream opens its files again for every pass, long after they were found.
+        with reading(str(path), MEND), open_input(path) as file:
+            for raw, where in READERS[path.suffix](file, path, fields):
+                yield read_record(raw, fields, where)
 
 
 # --- Sources --------------------------------------------------------------------------------------
@@ -219,8 +289,15 @@ def open_source(
     label = f"{key}: {value}"
     if value.startswith((GYM, SYNTHETIC)):
         return _open_generated(label, value, config, seed, size or config.size, key == "data.eval")
-    path = Path(value).expanduser()
-    if path.exists():
+    with reading(label, "Give another file or folder."):
+        path = Path(value).expanduser()
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            is_local = path.is_symlink()  # one that leads nowhere is no hub id either
+        else:
+            is_local = True
+    if is_local:
         return _open_local(label, path, config)
     if path.suffix in READERS or path.is_absolute() or value.startswith((".", "~")):
         raise UserError(f"{label}: no such file or folder{_suggest_neighbor(path)}")
@@ -231,27 +308,35 @@ def open_source(
 
 def _suggest_neighbor(path: Path) -> str:
     """Returns `; did you mean X?` for the file beside a missing path that is most like it."""
-    names = sorted(file.name for file in path.parent.iterdir()) if path.parent.is_dir() else []
+    names: list[str] = []
+    with suppress(OSError), os.scandir(path.parent) as entries:
+        names = sorted(entry.name for entry in islice(entries, MOST_NAMES))
     return did_you_mean(closest(path.name, names, SIMILAR_NAME))
 
 
 def _open_local(label: str, path: Path, config: DataConfig) -> Source:
     """Opens a file, or the readable files of a folder and its subfolders, sorted."""
-    if path.is_file() and path.suffix not in READERS:
+    try:
+        is_folder = path.is_dir()
+        if not is_folder and path.suffix not in READERS:
+            raise UserError(
+                f"{label}: unsupported ending {path.suffix!r}: must be {ENDINGS}; convert the file"
+            )
+        files = _find_files(path) if is_folder else [path]
+        if not files:
+            raise UserError(f"{label}: the folder holds no file that ends in {ENDINGS}")
+        for file in files:
+            open_input(file).close()
+        sizes = {str(file): file.stat() for file in files}
+    except OSError as error:
         raise UserError(
-            f"{label}: unsupported ending {path.suffix!r}: must be {ENDINGS}; convert the file"
-        )
-    files = [path]
-    if not path.is_file():
-        inside = (file for file in sorted(path.rglob("*")) if file.suffix in READERS)
-        files = [file for file in inside if file.is_file() and not any(
-            part.startswith(".") for part in file.relative_to(path).parts)]  # fmt: skip
-    if not files:
-        raise UserError(f"{label}: the folder holds no file that ends in {ENDINGS}")
-    stats = {str(file): file.stat() for file in files if file.stat().st_size > 0}
+            f"{label}: {error.filename or path} cannot be read ({reason_of(error)}). Make it"
+            " readable, or leave it out."
+        ) from error
+    stats = {name: status for name, status in sizes.items() if status.st_size > 0}
     if not stats:
         raise UserError(f"{label}: is empty (0 bytes): give a file with at least one record")
-    stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats.values()]
+    stamps = [(status.st_size, status.st_mtime_ns) for status in stats.values()]
     arguments = {"names": list(stats), "fields": record_fields(config), "stamps": (stamps,)}
     rows = partial(_read_files, **arguments)
     if next(rows(), None) is None:
@@ -265,8 +350,29 @@ def _open_local(label: str, path: Path, config: DataConfig) -> Source:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__cause__ or cause.__context__
-        raise cause or error from None
+        raise cause or UserError(
+            f"{label}: cannot be copied to the cache of data sets ({reason_of(error)}). Make room"
+            " there, or set HF_DATASETS_CACHE to another folder."
+        ) from error
     return Source(label, rows, table)
+
+
+def _find_files(folder: Path) -> list[Path]:
+    """Finds the data files of a folder and its subfolders, without hidden ones, sorted.
+
+    Raises:
+        OSError: A subfolder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    paths: list[Path] = []
+    for place, subfolders, names in os.walk(folder, onerror=refuse):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        shown = (name for name in names if not name.startswith("."))
+        paths += [Path(place) / name for name in shown if Path(name).suffix in READERS]
+    return sorted(paths)
 
 
 def _open_hub(label: str, value: str, config: DataConfig) -> Source:
@@ -285,8 +391,9 @@ def _open_hub(label: str, value: str, config: DataConfig) -> Source:
     if config.streaming:
 
         def rows() -> Iterator[Record]:
-            for number, raw in enumerate(data, 1):
-                yield read_record(raw, fields, f"{label}, record {number}")
+            with reading(label, "Check the connection, and start again with --resume auto."):
+                for number, raw in enumerate(data, 1):
+                    yield read_record(raw, fields, f"{label}, record {number}")
 
         return Source(label, rows, None)
     if len(data) == 0:
@@ -327,11 +434,8 @@ def _open_generated(
             raise UserError(f"{label}: reasoning_gym has no task {task!r}{hint}")
         try:
             dataset = gym.create_dataset(task, size=size, seed=seed, **config.task_options)
-        except (TypeError, ValueError, AssertionError) as error:
-            raise UserError(
-                f"data.task_options: {config.task_options} is refused by the task {task!r}"
-                f" ({first_line(error)}): correct the options"
-            ) from error
+        except Exception as error:  # tasks check little, and fail in many ways
+            raise _refused_options(config, task, error) from error
         if config.rationale_field is not None and task != "chain_sum":
             raise UserError(
                 f"data.rationale_field: {config.rationale_field!r} needs problems with known"
@@ -341,7 +445,9 @@ def _open_generated(
     names = list(record_fields(config))
 
     def rows() -> Iterator[Record]:
-        for problem in problems():  # one without an answer gives an empty record
+        for problem in _checked(
+            problems(), config, task
+        ):  # one without an answer gives an empty record
             question, answer = str(problem["question"]), str(problem["answer"] or "")
             turns = (("user", question), ("assistant", answer)) if answer else ()
             forms: Record = {
@@ -355,3 +461,20 @@ def _open_generated(
             yield {name: forms[name] for name in names}
 
     return Source(label, rows, None if config.streaming else Dataset.from_list(list(rows())))
+
+
+def _checked(problems: Iterator[Any], config: DataConfig, task: str) -> Iterator[Any]:
+    """Yields problems; blames the options for what fails while one is made."""
+    try:
+        yield from problems
+    except UserError:
+        raise
+    except Exception as error:
+        raise _refused_options(config, task, error) from error
+
+
+def _refused_options(config: DataConfig, task: str, error: Exception) -> UserError:
+    return UserError(
+        f"data.task_options: {config.task_options} is refused by the task {task!r}"
+        f" ({reason_of(error)}): correct the options"
+    )

@@ -86,7 +86,7 @@ class MovesOptions(Section):
     """Share of those asides that work it out."""
     chatter_share: Share = 0.0
     """Share of the training texts with an aside elsewhere."""
-    held_out_share: Share = 0.1
+    held_out_share: Annotated[float, Field(ge=0.001, le=0.999)] = 0.1
     """Share of all problems that only evaluations see."""
     meaning_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of the permutations; the same in training and evaluation."""

@@ -14,11 +14,12 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from quietstar.config.schema import SYNTHETIC
 from quietstar.data.synthetic import VOCABULARY, check_task
-from quietstar.errors import UserError
+from quietstar.errors import UserError, reason_of
 
 BYTES = "bytes"
 EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
+_EXAMPLE = "1 + 1 = 2, and so on."
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,9 @@ def _built_in(**parts: Any) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_tokenizer(name: str, **hub_kwargs: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, *, trust_remote_code: bool = False, **hub_kwargs: Any
+) -> PreTrainedTokenizerBase:
     """Loads a tokenizer and gives it a padding token where it has none.
 
     Padding then is end-of-text: a mask, never the id, says what is padding, so nothing is lost.
@@ -84,6 +87,7 @@ def load_tokenizer(name: str, **hub_kwargs: Any) -> PreTrainedTokenizerBase:
     Args:
         name: `bytes` for the built-in byte-level tokenizer, `synthetic:<task>` for the words of
             a synthetic task, else a folder or a hub id.
+        trust_remote_code: Whether code that comes with a tokenizer may run.
         **hub_kwargs: Arguments of `AutoTokenizer.from_pretrained` (revision, token, ...).
     """
     if name == BYTES:
@@ -92,12 +96,22 @@ def load_tokenizer(name: str, **hub_kwargs: Any) -> PreTrainedTokenizerBase:
         check_task(f"model.tokenizer: {name}", name.removeprefix(SYNTHETIC))
         return word_tokenizer()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **hub_kwargs)
-    except Exception as error:  # the loader raises nearly anything, from KeyError to hub errors
-        raise UserError(
-            f"tokenizer {name!r} cannot be loaded ({first_line(error)}): give a folder that holds"
-            f" one, a hub id that can be reached, or {BYTES!r} for the built-in one"
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code, **hub_kwargs
+        )
+        _try_out(tokenizer)
+    except BaseException as error:
+        # The loader raises nearly anything, from KeyError to hub errors; the panics of its Rust
+        # part are no `Exception`.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        remedy = f"Give a folder that holds one, a hub id you can reach, or {BYTES!r}."
+        if "trust_remote_code" in str(error):
+            reason = "it needs Python code of its own, which is not run"
+            remedy = "If you trust it, train with model.trust_remote_code: true."
+        else:
+            reason = reason_of(error)
+        raise UserError(f"tokenizer ({name}): cannot be loaded ({reason}). {remedy}") from error
     if tokenizer.eos_token_id is None:
         logger.warning(
             "tokenizer %r has no end-of-text token: the end of texts is not learned", name
@@ -105,6 +119,22 @@ def load_tokenizer(name: str, **hub_kwargs: Any) -> PreTrainedTokenizerBase:
     elif tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise what a damaged tokenizer raises at its first use, and refuse one that is no tokenizer.
+
+    transformers gives an empty one where it finds no files, and does not look at the types of what
+    it reads.
+    """
+    if not tokenizer.vocab_size:
+        raise ValueError("it has no vocabulary")
+    tokenizer.decode(tokenizer(_EXAMPLE)["input_ids"])
+    padding_id(tokenizer)
+    special = (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id)
+    for token_id in special:
+        if token_id is not None and not isinstance(token_id, int):
+            raise TypeError(f"a special token has the id {token_id!r}")
 
 
 def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:

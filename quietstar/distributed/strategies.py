@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from quietstar.backbone.loading import require_finite
 from quietstar.config import Config
 from quietstar.errors import UserError
 from quietstar.model.quiet_star import QuietStarForCausalLM
@@ -157,10 +158,11 @@ class Strategy:
     @torch.no_grad()
     def _cast(self, module: nn.Module) -> None:
         """Casts what `cast_when_sharded` noted of this module, by a copy that is not mapped."""
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
             if parameter in self._to_cast:
                 self._to_cast.remove(parameter)
                 parameter.data = parameter.data.to(self._dtype, copy=True)
+                require_finite([(name, parameter)], "model.name_or_path")
 
     def shard(self, wrapped: WrappedModule) -> WrappedModule:
         """Shards the weights in place, before an optimizer is built; returns what to prepare."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,24 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from quietstar.errors import UserError
+from quietstar.backbone.run import embedding_weight
+from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
+from quietstar.errors import UserError, reading
 from quietstar.evaluation.tasks import AnswerBatch, Candidates
+from quietstar.generation.gates import PROBES_FILE
 from quietstar.model.outputs import MixedScores
 from quietstar.model.quiet_star import QuietStarForCausalLM
-from quietstar.model.saving import SETTINGS_FILE
+from quietstar.model.saving import SETTINGS_FILE, TOKENIZER_FILES, read_settings
+from quietstar.model.tuning import WHOLE
 
 POSITIONS = ("trained", "every")
 """Where answers are thought about: as the model was trained, or before every scored token."""
+_DECISIVE = (
+    "*.safetensors", "*.bin", "*.index.json", "*config.json", SETTINGS_FILE, *TOKENIZER_FILES
+)  # fmt: skip
+"""Files that decide scores: weights, configs, the tokenizer and its chat template."""
+_PIECE, _PIECES, _WHOLLY_HASHED = 2**20, 4096, 8 * 2**30
+"""A file larger than the last is hashed in pieces, so that this takes less time than to load it."""
 NO_CANDIDATE = -1  # index of a true token that is no candidate, and where there is no token
 
 
@@ -55,8 +66,14 @@ def load_thinker(
     path = Path(name).expanduser()
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
         raise UserError(f"--model: there is no folder {name}")
+    name = str(path) if path.exists() else name
+    if (path / "final" / SETTINGS_FILE).exists() and not (path / SETTINGS_FILE).exists():
+        raise UserError(
+            f"--model ({name}): is the folder of a run; its model is in {path / 'final'}"
+        )
     if (path / SETTINGS_FILE).exists():
         model = QuietStarForCausalLM.from_pretrained(name, dtype=dtype, **hub)
+        _check_tokenizer(path, model, **hub)
     elif needs_training:
         raise UserError(
             f"{name} is no Quiet-STaR model ({SETTINGS_FILE} is missing), and thoughts are asked "
@@ -68,21 +85,52 @@ def load_thinker(
     return model.eval()
 
 
+def _check_tokenizer(folder: Path, model: QuietStarForCausalLM, **hub: Any) -> None:
+    """Refuse a tokenizer in the folder of a saved model that is not the one it was trained with."""
+    if not any((folder / file).exists() for file in ("tokenizer_config.json", "tokenizer.json")):
+        return
+    tokenizer = load_tokenizer(str(folder), **hub)
+    check_tokenizer_fits(tokenizer, embedding_weight(model.causal_lm).shape[0])
+    if len(tokenizer) > model.vocab_size:
+        raise UserError(
+            f"--model ({folder}): its tokenizer has {len(tokenizer)} tokens, and the model was "
+            f"trained with {model.vocab_size} ({SETTINGS_FILE}). Give it the tokenizer of then."
+        )
+
+
 def fingerprint(name: str) -> str:
-    """Hash the names, sizes and pieces of a folder's weights; give a hub model's name as it is."""
-    folder = Path(name)
+    """Hash the files of a model's folder that decide scores, and those of an adapter's base.
+
+    A hub model's name stays as it is.
+    """
+    folder, digest = Path(name).expanduser(), hashlib.sha256()
     if not folder.is_dir():
         return name
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("quietstar*.json")):
+    with reading(f"--model ({name})", "Give a folder that can be read."):
+        _add_files(folder, digest)
+        if (folder / SETTINGS_FILE).exists():
+            settings = read_settings(folder)
+            if settings.tuning.method not in WHOLE:
+                base = settings.base_model_name_or_path
+                digest.update(f"{base} {settings.base_revision}".encode())
+                if Path(base).is_dir():
+                    _add_files(Path(base), digest)
+    return digest.hexdigest()[:16]
+
+
+def _add_files(folder: Path, digest: Any) -> None:
+    """Hash names and contents, of very large files only pieces that lie close together."""
+    for path in sorted(folder.iterdir()):
+        is_decisive = any(fnmatchcase(path.name, pattern) for pattern in _DECISIVE)
+        if not is_decisive or path.name == PROBES_FILE or not path.is_file():
+            continue
         size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        step = max(2**20, size // 64)
+        digest.update(f"{path.name} {size} ".encode())
+        step = _PIECE if size <= _WHOLLY_HASHED else max(_PIECE, size // _PIECES)
         with path.open("rb") as file:
             for start in range(0, size, step):
                 file.seek(start)
-                digest.update(file.read(2**20))
-    return digest.hexdigest()[:16]
+                digest.update(file.read(_PIECE))
 
 
 # --- Scores --------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ is above a threshold (`quietstar calibrate` finds one):
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +20,12 @@ from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
-from quietstar.errors import UserError
+from quietstar.config import Section
+from quietstar.errors import UserError, reading
+from quietstar.system.files import write_json, write_whole
 
 GateKind = Literal["always", "never", "entropy", "weight", "gain"]
 PROBED = ("weight", "gain")
@@ -77,16 +79,27 @@ class Gate:
         if self.kind == "entropy":
             logprobs = logits.log_softmax(-1)
             return -(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(-1)
-        return self.probes[self.kind](states)
+        probe = self.probes[self.kind]
+        if probe.weight.shape != states.shape[-1:]:
+            raise UserError(
+                f"gate: its probe is for states of width {len(probe.weight)}, and the model's have "
+                f"{states.shape[-1]}. Run quietstar calibrate for this model."
+            )
+        return probe(states)
 
     def save(self, folder: str | Path, **figures: object) -> None:
-        """Write the gate beside a saved model, with figures that were measured of it."""
-        content = {"kind": self.kind, "threshold": self.threshold, **figures}
-        Path(folder, GATE_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        """Write the gate beside a saved model, with figures that were measured of it.
+
+        ``gate.json`` comes last and holds the digest of the probes, so that it never stands for
+        other ones.
+        """
         probes = self.probes.items()
         tensors = {f"{name}.weight": probe.weight.contiguous() for name, probe in probes}
         tensors |= {f"{name}.bias": probe.bias for name, probe in probes}
-        save_file(tensors, Path(folder, PROBES_FILE))
+        content = save(tensors)
+        write_whole(Path(folder, PROBES_FILE), content)
+        gate = {"kind": self.kind, "threshold": self.threshold, "probes_sha256": _digest(content)}
+        write_json(Path(folder, GATE_FILE), {**gate, **figures})
 
     @classmethod
     def load(cls, folder: str | Path) -> Gate:
@@ -95,19 +108,34 @@ class Gate:
         Raises:
             UserError: The folder holds no gate, or a damaged one.
         """
-        path = Path(folder, GATE_FILE)
-        if not path.exists():
+        path, remedy = Path(folder, GATE_FILE), "Run quietstar calibrate again."
+        if not path.is_file():
             raise UserError(
                 f"{folder}: holds no gate ({GATE_FILE} is missing); run quietstar calibrate "
                 f"--model {folder} --data FILE"
             )
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            tensors = load_file(Path(folder, PROBES_FILE))
+        with reading(str(path), remedy):
+            saved = _SavedGate.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        path = Path(folder, PROBES_FILE)
+        with reading(str(path), remedy):
+            if not path.is_file():
+                raise UserError(f"{path}: is missing, or no regular file. {remedy}")
+            content = path.read_bytes()
+            if _digest(content) != saved.probes_sha256:
+                raise UserError(f"{path}: does not belong to {GATE_FILE} beside it. {remedy}")
+            tensors = load(content)
             names = {name.partition(".")[0] for name in tensors}
             probes = {n: Probe(tensors[f"{n}.weight"], tensors[f"{n}.bias"]) for n in names}
-            return cls(content["kind"], float(content["threshold"]), probes)
-        except (ValueError, KeyError, OSError, SafetensorError) as problem:
-            raise UserError(
-                f"{path}: no gate that can be read ({problem}); run quietstar calibrate again"
-            ) from problem
+            return cls(saved.kind, saved.threshold, probes)
+
+
+class _SavedGate(Section, extra="ignore"):
+    """What ``gate.json`` holds, beside figures that nothing reads."""
+
+    kind: GateKind
+    threshold: float
+    probes_sha256: str
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

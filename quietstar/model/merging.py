@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
+from quietstar.backbone.run import embedding_weight
 from quietstar.config import TuningConfig
-from quietstar.errors import UserError
+from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
+from quietstar.errors import UserError, reason_of
 from quietstar.model import saving
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.tuning import PEFT_METHODS, WHOLE
+from quietstar.system.files import kind_of
 
 
 @torch.no_grad()
@@ -25,10 +29,12 @@ def merge(folder: Path, out: Path, **hub: Any) -> Path:
         **hub: ``trust_remote_code``.
 
     Raises:
-        UserError: Nothing to merge, or what cannot be merged, or ``out`` is not empty.
+        UserError: Nothing to merge, or what cannot be merged, or ``out`` is not empty or cannot be
+            written.
     """
+    _check_new(out)
     settings = saving.read_settings(folder)
-    tuning = TuningConfig.model_validate(settings["tuning"])
+    tuning = settings.tuning
     if tuning.method not in PEFT_METHODS:
         reason = "holds the whole model already; it needs no merging"
         if tuning.method not in WHOLE:
@@ -36,20 +42,34 @@ def merge(folder: Path, out: Path, **hub: Any) -> Path:
             added = "virtual tokens" if is_virtual else "bottleneck adapters"
             reason = f"has {added}, which no weight of the base can stand for"
         raise UserError(f"--model: {folder} {reason}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out: {out} already holds something; give a new folder")
     if tuning.method == "qlora":  # adapters fit the base in full precision as well
-        settings["tuning"]["method"] = "lora"
+        plain = tuning.model_copy(update={"method": "lora"})
+        settings = settings.model_copy(update={"tuning": plain})
     model = saving.load(
         QuietStarForCausalLM, folder, settings, dtype="auto", trainable=False, **hub
     )
+    tokenizer = None
+    if (folder / "tokenizer_config.json").exists():
+        tokenizer = load_tokenizer(str(folder), **hub)
+        check_tokenizer_fits(tokenizer, embedding_weight(model.causal_lm).shape[0])
     model.language_model = model.language_model.merge_and_unload()  # pyright: ignore
     model.tuning = TuningConfig(method="full")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise UserError(f"--out: {out} cannot be made ({problem.strerror}); give another") from None
-    model.save_pretrained(out)
-    if (folder / "tokenizer_config.json").exists():
-        AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+    model.save_pretrained(out, tokenizer)
     return out
+
+
+def _check_new(out: Path) -> None:
+    """Refuse a folder that is no new or empty one, or that cannot be written."""
+    try:
+        if kind_of(out) not in ("none", "folder"):
+            raise UserError(f"--out ({out}): is no folder. Give a new one.")
+        if out.is_dir() and any(out.iterdir()):
+            raise UserError(f"--out ({out}): already holds something. Give a new folder.")
+        parent = Path(os.path.abspath(out)).parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent, prefix="."):
+            pass
+    except OSError as problem:
+        raise UserError(
+            f"--out ({out}): cannot be made ({reason_of(problem)}). Give another place."
+        ) from problem

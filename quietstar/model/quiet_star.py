@@ -139,9 +139,12 @@ class QuietStarForCausalLM(nn.Module):
         """
         if thoughts is not None:
             self.thoughts = thoughts
-            self.sampler = registry.find("thoughts.sampler", thoughts.sampler)()
+            with registry.running("thoughts.sampler", thoughts.sampler):
+                self.sampler = registry.find("thoughts.sampler", thoughts.sampler)()
         if loss is not None:
-            self.objective = registry.find("loss.objective", loss.objective)(loss)
+            self.objective_name = loss.objective
+            with registry.running("loss.objective", loss.objective):
+                self.objective = registry.find("loss.objective", loss.objective)(loss)
             self.reward, self.reward_name = registry.find("loss.reward", loss.reward), loss.reward
 
     def initial_vectors(
@@ -171,6 +174,7 @@ class QuietStarForCausalLM(nn.Module):
         loss: LossConfig | None = None,
         tuning: TuningConfig | None = None,
         dtype: torch.dtype | str = torch.float32,
+        trust_remote_code: bool = False,
         **hub: Any,
     ) -> QuietStarForCausalLM:
         """Turn a plain causal LM into one that thinks.
@@ -183,13 +187,15 @@ class QuietStarForCausalLM(nn.Module):
             loss: Objective, reward and their settings, for training.
             tuning: Way to tune the base model.
             dtype: Type of the weights; float32 trains safely with small learning rates.
-            **hub: ``revision``, ``trust_remote_code``.
+            trust_remote_code: Whether code that comes with the model may run.
+            **hub: ``revision``.
 
         Raises:
             UserError: The model cannot be loaded or its architecture is not supported, or the
                 tokenizer does not fit it.
         """
         thoughts, tuning = thoughts or ThoughtsConfig(), tuning or TuningConfig()
+        hub["trust_remote_code"] = trust_remote_code
         if isinstance(name_or_path, str):
             tokenizer = tokenizer or load_tokenizer(name_or_path, **hub)
             base = load_base(name_or_path, dtype=dtype, quantization=quantization(tuning), **hub)
@@ -257,11 +263,11 @@ class QuietStarForCausalLM(nn.Module):
                 policy, another machine. Their texts must be ``input_ids``.
 
         Raises:
-            ValueError: A text too long for the model or padded on the left, answers missing, or
-                thoughts that do not fit the texts.
-            UserError: A sampler, reward or objective of the user's that returns what it must not.
+            UserError: A text too long for the model or padded on the left, ids or labels outside
+                the vocabulary, answers missing, thoughts that do not fit the texts, or a sampler,
+                reward or objective of the user's that returns what it must not.
         """
-        labels = target_labels(input_ids, attention_mask, labels)
+        labels = self._targets(input_ids, attention_mask, labels)
         if not (think and self.objective.thinks):
             states = plain_pass(self.causal_lm, input_ids)
             head = self.output_head
@@ -280,6 +286,7 @@ class QuietStarForCausalLM(nn.Module):
             sampling = Sampling(spec.num_thoughts, spec.length, spec.temperature, seed)
             batch = self._sample(texts, positions, sampling)
         else:
+            self._check_ids(thoughts.tokens, "thoughts", ignored=False)
             positions, batch = given_thoughts(thoughts, texts)
         objective = self.objective
         terms = LossTerms(
@@ -302,16 +309,23 @@ class QuietStarForCausalLM(nn.Module):
 
         @torch.no_grad()
         def weigh(scores: ThoughtScores, texts: slice, places: slice) -> ThoughtWeights:
-            part = batch.part(texts, places)
-            reward = self.reward(part, scores)
-            check_figures(reward, part.lengths.shape, f"loss.reward ({self.reward_name})")
-            weights = self.objective.weigh(reward, scores)
-            name = f"loss.objective ({type(self.objective).__name__})"
+            part, device = batch.part(texts, places), scores.mixed.device
+            with registry.running("loss.reward", self.reward_name):
+                reward = self.reward(part, scores)
+            check_figures(reward, part.lengths.shape, device, f"loss.reward ({self.reward_name})")
+            with registry.running("loss.objective", self.objective_name):
+                weights = self.objective.weigh(reward, scores)
+            name = f"loss.objective ({self.objective_name})"
+            if not isinstance(weights, ThoughtWeights):
+                raise UserError(
+                    f"{name}: it returned {type(weights).__name__}, but must return "
+                    "ThoughtWeights. Mend its last line."
+                )
             for figure in ("advantage", "mixed", "thought"):
-                x = getattr(weights, figure, None)
+                x = getattr(weights, figure)
                 if x is not None:
                     shape = part.lengths.shape if figure == "advantage" else scores.mixed.shape
-                    check_figures(x, shape, f"{name}: {figure}")
+                    check_figures(x, shape, device, f"{name}: {figure}")
             return weights
 
         return weigh
@@ -336,7 +350,8 @@ class QuietStarForCausalLM(nn.Module):
 
     def _sample(self, texts: Texts, positions: Tensor | None, spec: Sampling) -> ThoughtBatch:
         """Draw thoughts, and check what a sampler of the user's gives."""
-        batch = self.sampler.sample(self, texts, positions, spec)
+        with registry.running("thoughts.sampler", self.thoughts.sampler):
+            batch = self.sampler.sample(self, texts, positions, spec)
         places = texts.input_ids.shape if positions is None else positions.shape
         shape = (*places, spec.num_thoughts, spec.thought_length)
         name = f"thoughts.sampler ({self.thoughts.sampler})"
@@ -351,6 +366,20 @@ class QuietStarForCausalLM(nn.Module):
                 f" but must be torch.int64 of (batch, positions, thoughts, length) = {shape}. "
                 "Mend its sample method."
             )
+        is_own, vocab = ":" in self.thoughts.sampler, embedding_weight(self.causal_lm).shape[0]
+        if batch.tokens.device != texts.input_ids.device:
+            raise UserError(
+                f"{name}: its tokens are on {batch.tokens.device}, but must be on "
+                f"{texts.input_ids.device}. Make them on the device of texts.input_ids."
+            )
+        # Looking at them would wait for another device, where an index out of range is an error.
+        if is_own and on_host(batch.tokens) and batch.tokens.numel():
+            low, high = int(batch.tokens.min()), int(batch.tokens.max())
+            if low < 0 or high >= vocab:
+                raise UserError(
+                    f"{name}: its tokens are from {low} to {high}, but must be from 0 to "
+                    f"{vocab - 1}, the ids of the model. Mend its sample method."
+                )
         return batch
 
     def states_with(
@@ -363,6 +392,7 @@ class QuietStarForCausalLM(nn.Module):
         text: TextRun | None = None,
     ) -> tuple[ThoughtStates, Tensor]:
         """Run thoughts (length, thoughts, batch, positions); their states and mixing weight."""
+        self._check_ids(thoughts, "thoughts", ignored=False)
         text = run_text(self.causal_lm, input_ids) if text is None else text
         inputs = embed_blocks(
             self.causal_lm, self.start_embedding, self.end_embedding, input_ids, thoughts,
@@ -382,10 +412,43 @@ class QuietStarForCausalLM(nn.Module):
         # The head stays in the graph, with gradient zero: DDP wants every parameter used.
         return weight * 0.0 + fixed
 
+    def _targets(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
+    ) -> Int[Tensor, "batch seq"]:
+        """Give the labels with padding ignored; token ids and labels must be in the vocabulary."""
+        self._check_ids(input_ids, "input_ids", ignored=False)
+        if labels is not None:
+            if labels.shape != input_ids.shape:
+                raise UserError(
+                    f"labels of shape {tuple(labels.shape)} do not fit input_ids of "
+                    f"{tuple(input_ids.shape)}. Give one for each token."
+                )
+            self._check_ids(labels, "labels", ignored=True)
+        return target_labels(input_ids, attention_mask, labels)
+
+    def _check_ids(self, ids: Tensor, name: str, ignored: bool) -> None:
+        """Refuse ids outside the vocabulary; beyond the host it is only asserted, without a sync.
+
+        A negative label would count as token 0, one that is too large reads foreign memory.
+        """
+        vocab_size = self.causal_lm.config.get_text_config().vocab_size
+        wrong = (ids < 0) | (ids >= vocab_size)
+        if ignored:
+            wrong &= ids != IGNORE_INDEX
+        if on_host(ids):
+            if wrong.any():
+                also = f" or {IGNORE_INDEX}, which is no target" if ignored else ""
+                raise UserError(
+                    f"{name} ({ids[wrong][0].item()}): must be a token id from 0 to "
+                    f"{vocab_size - 1}{also}. Use the tokenizer of this model."
+                )
+        elif ids.device.type != "meta":
+            torch._assert_async(~wrong.any(), f"{name} outside the vocabulary")  # pyright: ignore
+
     def _check_length(self, input_ids: Tensor) -> None:
         longest = self.max_text_length
         if longest is not None and input_ids.shape[1] > longest:
-            raise ValueError(
+            raise UserError(
                 f"a text of {input_ids.shape[1]} tokens leaves no room for a thought: with "
                 f"thoughts.length {self.thoughts.length} and thoughts.lookahead "
                 f"{self.thoughts.lookahead} this model takes at most {longest}. Shorten it."
@@ -422,9 +485,10 @@ class QuietStarForCausalLM(nn.Module):
             seed: Seed of the noise.
 
         Raises:
-            ValueError: A text too long for the model, or padded on the left.
+            UserError: A text too long for the model, padded on the left, or with ids outside the
+                vocabulary.
         """
-        labels = target_labels(input_ids, attention_mask, labels)
+        labels = self._targets(input_ids, attention_mask, labels)
         self._check_length(input_ids)
         if thoughts is None:
             thoughts = self.sample(
@@ -475,7 +539,7 @@ class QuietStarForCausalLM(nn.Module):
         self._check_length(input_ids)
         if sample_ids is None:
             sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
-        labels = target_labels(input_ids, attention_mask, labels)
+        labels = self._targets(input_ids, attention_mask, labels)
         texts = Texts(input_ids, labels, answers, sample_ids)
         sampling = Sampling(num_thoughts, self.thoughts.length, temperature, seed)
         return self._sample(texts, positions, sampling)
@@ -499,7 +563,7 @@ class QuietStarForCausalLM(nn.Module):
         """
         if self.thoughts.positions == "all":
             return None
-        labels = target_labels(input_ids, attention_mask, labels)
+        labels = self._targets(input_ids, attention_mask, labels)
         if sample_ids is None:
             sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
         scored = self.thoughts.positions in SCORED_RULES
@@ -546,6 +610,7 @@ class QuietStarForCausalLM(nn.Module):
         inputs = arguments.pop("input_ids", None) if inputs is None else inputs
         if inputs is None:
             raise UserError("inputs: no texts are given; write generate(input_ids, ...)")
+        self._check_ids(inputs, "inputs", ignored=False)
         sampling = Sampling(num_thoughts, self.thoughts.length, thought_temperature, seed)
         return generate(self, inputs, sampling, think, streamer, arguments)
 
@@ -561,7 +626,7 @@ class QuietStarForCausalLM(nn.Module):
 
         ``candidates`` are tokens whose logits are wanted; other arguments are as in `forward`.
         """
-        labels = target_labels(input_ids, attention_mask, labels)
+        labels = self._targets(input_ids, attention_mask, labels)
         states = plain_pass(self.causal_lm, input_ids)
         _, result, valid = next_token_loss(states, labels, self.output_head, scoring=True)
         assert result.predicted is not None, "scoring was asked for"
@@ -586,7 +651,7 @@ class QuietStarForCausalLM(nn.Module):
         ``thoughts`` are tokens from `sample`, or any, at ``positions`` (None: at all);
         ``candidates`` are tokens whose logits are wanted.
         """
-        labels = target_labels(input_ids, attention_mask, labels)
+        labels = self._targets(input_ids, attention_mask, labels)
         self._check_length(input_ids)
         tokens, head = token_major(thoughts), self.output_head
         states, weight = self.states_with(input_ids, tokens, positions, lookahead=1)
@@ -605,20 +670,20 @@ def given_thoughts(
     """Fit given thoughts to the texts of a call; their positions, None for all.
 
     Raises:
-        ValueError: Thoughts of other texts, at no position, or of unequal length.
+        UserError: Thoughts of other texts, at no position, or of unequal length.
     """
     ids, positions = texts.input_ids, thoughts.positions
     if thoughts.input_ids.shape != ids.shape or thoughts.tokens.shape[:2] != positions.shape:
-        raise ValueError(
+        raise UserError(
             f"thoughts of texts {tuple(thoughts.input_ids.shape)} at positions "
             f"{tuple(positions.shape)} with tokens {tuple(thoughts.tokens.shape)} do not fit "
             f"input_ids {tuple(ids.shape)}. Give the texts that they were sampled for."
         )
     if on_host(ids):
         if not torch.equal(thoughts.input_ids, ids):
-            raise ValueError("thoughts of other texts than input_ids. Give those texts.")
+            raise UserError("thoughts of other texts than input_ids. Give those texts.")
         if (thoughts.lengths != thoughts.tokens.shape[3]).any():
-            raise ValueError("thoughts must all have the length of their tokens' last axis")
+            raise UserError("thoughts must all have the length of their tokens' last axis")
     batch = replace(thoughts, input_ids=ids, labels=texts.labels, answer_mask=texts.answer_mask)
     everywhere = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     if positions.shape == ids.shape and on_host(ids) and torch.equal(positions, everywhere):
@@ -631,17 +696,23 @@ def token_major(thoughts: Int[Tensor, "batch thoughts positions length"]) -> Ten
     return thoughts.permute(3, 1, 0, 2).contiguous().long()
 
 
-def check_figures(x: object, shape: torch.Size, name: str) -> None:
+def check_figures(x: object, shape: torch.Size, device: torch.device, name: str) -> None:
     """Refuse what a part of the user's must not return.
 
     Raises:
-        UserError: No tensor, another shape, a gradient, or a figure that is not finite.
+        UserError: No tensor, another shape, type or device, a gradient, or a figure that is not
+            finite.
     """
     if not isinstance(x, Tensor) or x.shape != shape:
         what = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise UserError(
             f"{name}: it returned {what}, but must return a tensor of shape {tuple(shape)} "
             "(batch, positions, thoughts, and lookahead for true tokens). Mend its last line."
+        )
+    if not x.is_floating_point() or x.device != device:
+        raise UserError(
+            f"{name}: it returned a tensor of {x.dtype} on {x.device}, but must return one of "
+            f"float32 on {device}. Make it from the tensors it is given, and call float() on it."
         )
     if x.requires_grad:
         raise UserError(
@@ -665,7 +736,7 @@ def target_labels(
     """Labels with padding ignored.
 
     Raises:
-        ValueError: Padding on the left.
+        UserError: Padding on the left.
     """
     labels = input_ids if labels is None else labels
     if attention_mask is None:
@@ -676,5 +747,5 @@ def target_labels(
     if real.device.type != "cpu":
         torch._assert_async(padded_right, message)  # pyright: ignore  (no host sync)
     elif not padded_right:
-        raise ValueError(message)
+        raise UserError(message)
     return labels.where(real, IGNORE_INDEX)

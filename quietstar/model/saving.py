@@ -9,26 +9,37 @@ PEFT adapter. A frozen base itself is only named.
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quietstar.backbone.loading import load_base
+from quietstar.backbone.loading import load_base, load_tensors, require_finite
+from quietstar.backbone.run import embedding_weight
 from quietstar.config import MixingHeadConfig, ThoughtsConfig, TuningConfig
-from quietstar.errors import UserError
+from quietstar.config.messages import shown_value
+from quietstar.config.schema import AtLeastOne, AtLeastZero, Section
+from quietstar.errors import UserError, reading, reason_of
+from quietstar.generation.gates import GATE_FILE, PROBES_FILE
 from quietstar.model.self_check import check_architecture, use_thinking_attention
 from quietstar.model.tuning import (
     PEFT_METHODS,
     WHOLE,
     apply_tuning,
+    load_adapters,
     quantization,
-    require_peft,
     unfreeze,
 )
+from quietstar.system.files import kind_of, whole_folder
 
 SETTINGS_FILE = "quietstar.json"
 WEIGHTS_FILE = "quietstar.safetensors"
@@ -45,7 +56,47 @@ _OLD_NAMES = {
     },
 }
 
+_OLD_SAMPLERS = {"sampled": "rollout"}
+_WRITTEN = (
+    SETTINGS_FILE, WEIGHTS_FILE, GATE_FILE, PROBES_FILE, "config.json", "generation_config.json",
+    "model*.safetensors", "model.safetensors.index.json", "adapter_*.json", "adapter_*.safetensors",
+)  # fmt: skip
+"""Files of a saved model: none of an earlier one may stay beside a new one."""
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "chat_template.jinja", "additional_chat_templates", "*.model",
+)  # fmt: skip
+"""Files of a tokenizer, which stay where a model is saved without one."""
+_MOST_UNITS = 2**17
+"""Width of a mixing head or an adapter, or virtual tokens: more than the widest model has units."""
+_DAMAGED = "Save the model again, or take another copy of the folder."
+
 Model = TypeVar("Model", bound=nn.Module)
+
+
+class Settings(Section):
+    """What ``quietstar.json`` holds."""
+
+    format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)]
+    """Format of the folder."""
+    base_model_name_or_path: str
+    """Base model, where the folder does not hold it."""
+    base_revision: str | None = None
+    """Commit of a base from the hub."""
+    dtype: Literal["float16", "bfloat16", "float32", "float64"]
+    """Type of the language model's weights."""
+    vocab_size: AtLeastOne
+    """Tokens of the tokenizer."""
+    pause_token_id: AtLeastZero
+    """Token that stands for every thought token in the pause control."""
+    thoughts: ThoughtsConfig
+    """Settings of the thoughts."""
+    mixing_head: MixingHeadConfig
+    """Settings of the mixing head."""
+    texts_seen: Annotated[int, Field(ge=0, lt=2**62)] = 0
+    """Texts that keyed the noise so far."""
+    tuning: TuningConfig
+    """Way to tune the base model."""
 
 
 def save_pretrained(  # noqa: D417  (a method of the model, as the next one)
@@ -57,19 +108,26 @@ def save_pretrained(  # noqa: D417  (a method of the model, as the next one)
 ) -> None:
     """Save everything that was learned, as safetensors and JSON (`quietstar.model.saving`).
 
+    The folder is whole or not there: one that holds an earlier model is replaced at the end, and
+    what others put into it stays. A gate of the earlier model goes with it.
+
     Args:
-        folder: Folder to write; created if need be.
+        folder: Folder to write: a new or empty one, or that of an earlier model.
         tokenizer: Tokenizer to save beside the model.
         weights: Full weights, where the model's own are sharded.
+
+    Raises:
+        UserError: The folder holds something else, is a link, or cannot be written; or some
+            weights are not finite.
     """
-    folder, method = Path(folder), self.tuning.method
-    folder.mkdir(parents=True, exist_ok=True)
-    if method in (*WHOLE, *PEFT_METHODS):
-        inner = None
-        if weights is not None:
-            names = [name for name in weights if name.startswith(LANGUAGE_MODEL)]
-            inner = {name.removeprefix(LANGUAGE_MODEL): weights[name] for name in names}
-        self.language_model.save_pretrained(folder, state_dict=inner)
+    path, method = Path(os.path.abspath(Path(folder).expanduser())), self.tuning.method
+    check_replaceable(path)
+    all_weights = self.state_dict() if weights is None else weights
+    require_finite(all_weights.items(), f"{folder}: the model is not saved")
+    inner = None
+    if weights is not None:
+        names = [name for name in weights if name.startswith(LANGUAGE_MODEL)]
+        inner = {name.removeprefix(LANGUAGE_MODEL): weights[name] for name in names}
     settings = {
         "format_version": FORMAT_VERSION,
         "base_model_name_or_path": self.causal_lm.config.name_or_path,
@@ -82,21 +140,75 @@ def save_pretrained(  # noqa: D417  (a method of the model, as the next one)
         "texts_seen": self.texts_seen,
         "tuning": self.tuning.model_dump(),
     }
-    (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    # The language model's weights that were trained and lie in no other file.
-    trained = {name for name, p in self.named_parameters() if p.requires_grad}
+    beside = names_beside(self)
+    own = {n: x.detach().contiguous() for n, x in all_weights.items() if n in beside}
+    try:
+        with whole_folder(path) as new:
+            _keep_others(
+                path, new, _WRITTEN if tokenizer is None else (*_WRITTEN, *TOKENIZER_FILES)
+            )
+            if method in (*WHOLE, *PEFT_METHODS):
+                self.language_model.save_pretrained(new, state_dict=inner)
+            save_file(own, new / WEIGHTS_FILE, metadata={"format": "pt"})
+            if tokenizer is not None:
+                tokenizer.save_pretrained(new)
+            content = json.dumps(settings, indent=2, allow_nan=False)
+            (new / SETTINGS_FILE).write_text(content + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as problem:
+        raise UserError(
+            f"{folder}: the model cannot be written ({reason_of(problem)}). Free some space there, "
+            "or give another place."
+        ) from problem
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse a folder to save into that is not new, empty, or that of a saved model.
+
+    Raises:
+        UserError: It is something else, which would be lost.
+    """
+    try:
+        kind = kind_of(folder)
+        is_other = kind == "folder" and not (folder / SETTINGS_FILE).is_file()
+        if kind not in ("none", "folder"):
+            raise UserError(f"{folder}: is no folder and is not replaced. Give a new folder.")
+        if is_other and any(folder.iterdir()):
+            raise UserError(
+                f"{folder}: already holds something that is no saved model ({SETTINGS_FILE} is "
+                "missing). Give a new folder."
+            )
+        if kind == "folder" and Path.cwd().is_relative_to(folder):
+            raise UserError(f"{folder}: holds the working directory. Give a folder in it.")
+    except OSError as problem:
+        raise UserError(
+            f"{folder}: cannot be written ({reason_of(problem)}). Give another place."
+        ) from problem
+
+
+def _keep_others(folder: Path, new: Path, written: tuple[str, ...]) -> None:
+    """Copy what is in ``folder`` and was not ``written`` by us into the one that replaces it."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if any(fnmatchcase(path.name, pattern) for pattern in written):
+            continue
+        if kind_of(path) == "folder":
+            shutil.copytree(path, new / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, new / path.name, follow_symlinks=False)
+
+
+def names_beside(model: Any) -> set[str]:
+    """Name the tensors that lie in ``quietstar.safetensors``.
+
+    They are the two vectors, the mixing head, and what trains of the language model and lies in no
+    other file.
+    """
+    method = model.tuning.method
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
     if method in WHOLE:
         trained = set()
     elif method in PEFT_METHODS:
         trained = {name for name in trained if "lora_" not in name and "ia3_" not in name}
-    own = {
-        name: value.detach().contiguous()
-        for name, value in (self.state_dict() if weights is None else weights).items()
-        if name in trained or not name.startswith(LANGUAGE_MODEL)
-    }
-    save_file(own, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    return trained | {name for name in model.state_dict() if not name.startswith(LANGUAGE_MODEL)}
 
 
 def from_pretrained(  # noqa: D417
@@ -105,6 +217,7 @@ def from_pretrained(  # noqa: D417
     *,
     dtype: torch.dtype | str = "auto",
     trainable: bool = False,
+    trust_remote_code: bool = False,
     **hub: Any,
 ) -> Model:
     """Load a saved Quiet-STaR model: what was saved is what is used.
@@ -113,84 +226,147 @@ def from_pretrained(  # noqa: D417
         folder: Folder that `save_pretrained` wrote.
         dtype: Type of the language model's weights; by default the one they were trained in.
         trainable: Whether adapters can be trained further.
-        **hub: ``revision`` (of an adapter's base; the one trained on by default) and
-            ``trust_remote_code``.
+        trust_remote_code: Whether code that the folder or its base names may run: that of the base,
+            and a sampler of one's own in a module that is not imported yet.
+        **hub: ``revision`` (of an adapter's base; the one trained on by default).
 
     Raises:
-        UserError: The folder holds no Quiet-STaR model, or one of a newer format.
+        UserError: The folder holds no Quiet-STaR model, a damaged one, or one of a newer format.
     """
-    settings = read_settings(Path(folder))
-    return load(cls, Path(folder), settings, dtype=dtype, trainable=trainable, **hub)
+    path = Path(folder).expanduser()
+    hub["trust_remote_code"] = trust_remote_code
+    return load(cls, path, read_settings(path), dtype=dtype, trainable=trainable, **hub)
 
 
 def load(
     cls: type[Model],
     folder: Path,
-    settings: dict[str, Any],
+    settings: Settings,
     *,
     dtype: torch.dtype | str,
     trainable: bool,
     **hub: Any,
 ) -> Model:
     """Load a saved model by these settings; arguments as in `from_pretrained`."""
-    tuning = TuningConfig.model_validate(settings["tuning"])
-    source = str(folder)
+    tuning, source = settings.tuning, str(folder)
+    _check_sampler(folder, settings.thoughts.sampler, bool(hub.get("trust_remote_code")))
+    own = load_tensors(folder / WEIGHTS_FILE)
     if tuning.method not in WHOLE:
-        source = settings["base_model_name_or_path"]
-        hub.setdefault("revision", settings["base_revision"])
-    dtype = getattr(torch, settings["dtype"]) if dtype == "auto" else dtype
+        source = settings.base_model_name_or_path
+        if hub.get("revision") is None:
+            hub["revision"] = settings.base_revision
+    dtype = getattr(torch, settings.dtype) if dtype == "auto" else dtype
     base = load_base(source, dtype=dtype, quantization=quantization(tuning), **hub)
+    _check_fits(base, folder, settings)
     check_architecture(base)
-    use_thinking_attention(base)
-    if tuning.method in PEFT_METHODS:
-        tuned = require_peft().PeftModel.from_pretrained(base, folder, is_trainable=trainable)
-        if trainable:
+    with reading(str(folder), _DAMAGED):
+        use_thinking_attention(base)
+        if tuning.method in PEFT_METHODS:
+            # Version 1 did not keep the settings of its adapters.
+            rules = tuning if settings.format_version > 1 else None
+            tuned = load_adapters(base, folder, tuning.method, rules, trainable)
             unfreeze(tuned, tuning.unfreeze)
-    else:
-        tuned = apply_tuning(base, tuning)
-    thoughts = ThoughtsConfig.model_validate(settings["thoughts"])
-    mixing_head = MixingHeadConfig.model_validate(settings["mixing_head"])
-    sizes = (settings["vocab_size"], settings["pause_token_id"])
-    model: Any = cls(tuned, thoughts, mixing_head, None, *sizes, tuning)
-    model.texts_seen = settings["texts_seen"]
-    own = load_file(folder / WEIGHTS_FILE)
-    missing, unexpected = model.load_state_dict(own, strict=False)
-    missing = [name for name in missing if not name.startswith(LANGUAGE_MODEL)]
-    if missing or unexpected:
-        raise UserError(f"{folder / WEIGHTS_FILE}: tensors missing {missing}, unknown {unexpected}")
+        else:
+            tuned = apply_tuning(base, tuning)
+        sizes = (settings.vocab_size, settings.pause_token_id)
+        model: Any = cls(tuned, settings.thoughts, settings.mixing_head, None, *sizes, tuning)
+        model.texts_seen = settings.texts_seen
+        missing, unknown = names_beside(model) - own.keys(), own.keys() - names_beside(model)
+        if missing or unknown:
+            raise UserError(
+                f"{folder / WEIGHTS_FILE}: tensors missing {sorted(missing)}, unknown "
+                f"{sorted(unknown)}. {_DAMAGED}"
+            )
+        model.load_state_dict(own, strict=False)
     if not trainable and tuning.method not in WHOLE:
         tuned.requires_grad_(False)
     return model.eval()
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
+def _check_sampler(folder: Path, sampler: str, is_trusted: bool) -> None:
+    """Refuse a sampler whose module would be imported because a folder says so."""
+    module = sampler.partition(":")[0]
+    if ":" in sampler and not is_trusted and module not in sys.modules:
+        raise UserError(
+            f"{folder / SETTINGS_FILE}: thoughts.sampler ({sampler}): names code, which is not run "
+            f"because a folder says so. Import {module} first, or load the model with "
+            "trust_remote_code=True."
+        )
+
+
+def _check_fits(base: PreTrainedModel, folder: Path, settings: Settings) -> None:
+    """Refuse settings that do not fit the language model."""
+    rows = embedding_weight(base).shape[0]
+    for name in ("vocab_size", "pause_token_id"):
+        most = rows - (name == "pause_token_id")
+        if getattr(settings, name) > most:
+            raise UserError(
+                f"{folder / SETTINGS_FILE}: {name} ({getattr(settings, name)}): must be at most "
+                f"{most}, as the language model has {rows} tokens. {_DAMAGED}"
+            )
+    sizes = {
+        "mixing_head.hidden_size": settings.mixing_head.hidden_size or 0,
+        "tuning.adapter_size": settings.tuning.adapter_size,
+        "tuning.num_virtual_tokens": settings.tuning.num_virtual_tokens,
+    }
+    for name, size in sizes.items():
+        if size > _MOST_UNITS:
+            raise UserError(
+                f"{folder / SETTINGS_FILE}: {name} ({size}): must be at most {_MOST_UNITS}, or "
+                f"memory could not hold it. {_DAMAGED}"
+            )
+
+
+def read_settings(folder: Path) -> Settings:
     """``quietstar.json`` of a saved model, in today's names.
 
     Raises:
-        UserError: There is none, or one of a newer format.
+        UserError: There is none, a damaged one, or one of a newer format.
     """
     path = folder / SETTINGS_FILE
-    if not path.exists():
-        if (folder / "final" / SETTINGS_FILE).exists():
-            raise UserError(f"{folder} is the folder of a run; its model is in {folder / 'final'}")
-        if not folder.exists():
-            raise UserError(f"{folder}: there is no such folder")
-        raise UserError(
-            f"{folder}: no Quiet-STaR model lies here ({SETTINGS_FILE} is missing). For a plain "
-            "model use QuietStarForCausalLM.from_base."
-        )
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    if settings["format_version"] > FORMAT_VERSION:
-        raise UserError(
-            f"{path}: format version {settings['format_version']} is newer than this quietstar "
-            f"reads ({FORMAT_VERSION}). Upgrade quietstar."
-        )
-    if settings["format_version"] == 1:  # knew full tuning and LoRA only
+    with reading(str(path), _DAMAGED):
+        if not path.exists():
+            if (folder / "final" / SETTINGS_FILE).exists():
+                raise UserError(
+                    f"{folder}: is the folder of a run; its model is in {folder / 'final'}"
+                )
+            if not folder.exists():
+                raise UserError(f"{folder}: there is no such folder")
+            raise UserError(
+                f"{folder}: no Quiet-STaR model lies here ({SETTINGS_FILE} is missing). For a "
+                "plain model use QuietStarForCausalLM.from_base."
+            )
+        if not path.is_file():
+            raise UserError(f"{path}: is no regular file. {_DAMAGED}")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        version = content.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format version {version} is newer than this quietstar reads "
+                f"({FORMAT_VERSION}). Upgrade quietstar."
+            )
+        if isinstance(version, int) and version < FORMAT_VERSION:
+            content = _in_todays_names(content, folder)
+        try:
+            return Settings.model_validate(content)
+        except ValidationError as problem:
+            first = problem.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            value = "" if first["type"] == "missing" else f" ({shown_value(first['input'])})"
+            raise UserError(f"{path}: {key}{value}: {first['msg']}. {_DAMAGED}") from problem
+
+
+def _in_todays_names(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Translate what an earlier version wrote; `Settings` checks the result."""
+    content = {name: value for name, value in content.items() if name in Settings.model_fields}
+    if content["format_version"] == 1:  # knew full tuning and LoRA only
         is_lora = (folder / "adapter_config.json").exists()
-        settings["tuning"] = {"method": "lora" if is_lora else "full"}
+        content["tuning"] = {"method": "lora" if is_lora else "full"}
     for section, names in _OLD_NAMES.items():
-        settings[section] = {names.get(k, k): v for k, v in settings[section].items()}
-    if settings["thoughts"].get("sampler") == "sampled":
-        settings["thoughts"]["sampler"] = "rollout"
-    settings.setdefault("texts_seen", 0)
-    return settings
+        content[section] = {names.get(k, k): v for k, v in content[section].items()}
+    sampler = content["thoughts"].get("sampler")
+    if sampler in _OLD_SAMPLERS:
+        content["thoughts"]["sampler"] = _OLD_SAMPLERS[sampler]
+    return content

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quietstar.attention.passes import VIRTUAL_TOKENS
+from quietstar.backbone.loading import load_tensors
 from quietstar.backbone.run import decoder_layers, embedding_weight, find_attention
 from quietstar.config import TuningConfig
 from quietstar.errors import UserError
@@ -114,6 +118,73 @@ def _add_peft(model: PreTrainedModel, tuning: TuningConfig) -> nn.Module:
             f"tuning.lora_target_modules: {wanted} fits no layer of {type(model).__name__}; its "
             f"linear layers are {', '.join(names)}"
         ) from problem
+
+
+_ADAPTER_WORDS = (
+    "base_model_name_or_path", "revision", "task_type", "peft_type", "peft_version", "bias",
+    "target_modules", "feedforward_modules", "megatron_core",
+)  # fmt: skip
+"""Settings of adapters that are no numbers, as `_add_peft` leaves them."""
+
+
+def load_adapters(
+    model: PreTrainedModel,
+    folder: Path,
+    method: str,
+    tuning: TuningConfig | None,
+    trainable: bool,
+) -> nn.Module:
+    """Load the adapters that lie in the folder of a saved model, around its base.
+
+    Args:
+        model: The base.
+        folder: Folder with adapter_config.json and adapter_model.safetensors.
+        method: Method of tuning, one of `PEFT_METHODS`.
+        tuning: Settings that the adapters were made with; None if they are not known.
+        trainable: Whether the adapters can be trained further.
+
+    Raises:
+        UserError: Files that are missing, damaged or not ours, or that do not fit the base.
+    """
+    peft, path = require_peft(), folder / "adapter_config.json"
+    weights = load_tensors(folder / "adapter_model.safetensors")
+    if not path.is_file():
+        raise UserError(f"{path}: is missing, or no regular file. Save the model again.")
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    rules: dict[str, Any] = {"peft_type": "IA3" if method == "ia3" else "LORA"}
+    if tuning is not None and method != "ia3":
+        rules |= {
+            "r": tuning.lora_r,
+            "lora_alpha": tuning.lora_alpha,
+            "lora_dropout": 0.0,
+            "use_dora": method == "dora",
+            "use_rslora": method == "rslora",
+        }
+    for name, wanted in rules.items():
+        if fields.get(name, False) != wanted:
+            raise UserError(
+                f"{path}: {name} ({fields.get(name)}): must be {wanted}, by the tuning in "
+                "quietstar.json. Take another copy of the folder."
+            )
+    if not isinstance(fields.get("target_modules"), list):
+        raise ValueError("adapter_config.json: target_modules is no list")
+    for name, value in fields.items():
+        # Some are names of modules to import, others are regular expressions that never end.
+        if isinstance(value, str | list | dict) and value and name not in _ADAPTER_WORDS:
+            raise UserError(
+                f"{path}: {name} ({value}): must be left out: quietstar makes no such adapters. "
+                "Take another copy of the folder."
+            )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tensors that are missing, which is an error below
+        tuned = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    expected = peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    if missing := sorted(expected.keys() - weights.keys()):
+        raise UserError(
+            f"{folder / 'adapter_model.safetensors'}: lacks {len(missing)} tensors, such as "
+            f"{missing[0]}. They would be random numbers. Take another copy of the folder."
+        )
+    return tuned
 
 
 def quantization(tuning: TuningConfig):

@@ -58,3 +58,11 @@ class Objective:
         the rule, the reason and the remedy.
         """
         return ()
+
+    @staticmethod
+    def unused(loss: Any) -> Iterable[tuple[str, str]]:
+        """Yield the dotted keys of a ``loss`` section that change nothing, each with the reason.
+
+        A reason continues the words "has no effect", as in ``with loss.policy_weight: 0``.
+        """
+        return ()

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from quietstar.config import Section
+from quietstar.config.schema import LossWeight, Temperature
 from quietstar.losses.estimators import ESTIMATORS
 from quietstar.losses.weights import ThoughtScores, ThoughtWeights
 from quietstar.objectives import Objective
@@ -20,40 +21,36 @@ PAPER_POLICY_TEMPERATURE = 3.0
 class QuietStarSettings(Section):
     """Weights of the loss terms, and the estimator of the policy gradient."""
 
-    base_weight: float = Field(
+    base_weight: LossWeight = Field(
         default=0.3,
-        ge=0,
         description="Weight of the NLL of the base prediction (without a thought).",
     )
-    mixed_weight: float = Field(
-        default=0.3, ge=0, description="Weight of the NLL of the mixed prediction."
+    mixed_weight: LossWeight = Field(
+        default=0.3, description="Weight of the NLL of the mixed prediction."
     )
-    thought_weight: float = Field(
+    thought_weight: LossWeight = Field(
         default=0.4,
-        ge=0,
         description="Weight of the NLL of the thought's own prediction, which teaches the model to"
         " go on after a thought.",
     )
-    draft_weight: float = Field(
+    draft_weight: LossWeight = Field(
         default=0.0,
-        ge=0,
         description="Weight of the NLL of the next true token as the first thought token: thoughts"
         " begin as drafts of what follows, which gives REINFORCE something to improve.",
     )
-    policy_weight: float = Field(
-        default=0.1, ge=0, description="Weight of the REINFORCE term on the thought tokens."
+    policy_weight: LossWeight = Field(
+        default=0.1, description="Weight of the REINFORCE term on the thought tokens."
     )
-    entropy_weight: float = Field(
-        default=0.0, ge=0, description="Weight of a bonus on the entropy of the thought tokens."
+    entropy_weight: LossWeight = Field(
+        default=0.0, description="Weight of a bonus on the entropy of the thought tokens."
     )
     estimator: Literal["leave_one_out", "paper", "no_baseline"] = Field(
         default="leave_one_out",
         description="Policy gradient: leave_one_out is unbiased; paper takes the group mean as"
         " baseline and drops negative advantages; no_baseline uses the reward itself.",
     )
-    policy_temperature: float | None = Field(
+    policy_temperature: Temperature | None = Field(
         default=None,
-        gt=0,
         description="Temperature inside the log-probability of the policy term; null means"
         " thoughts.temperature, and 3.0 with estimator paper.",
     )
@@ -116,3 +113,10 @@ class QuietStar(Objective):
                 f"all weights ({', '.join(keys)}) are 0, but at least one must be above 0: there"
                 " would be nothing to learn. Leave one of them out to get its default.",
             )
+
+    @staticmethod
+    def unused(loss: Any) -> Iterable[tuple[str, str]]:
+        """Name what only the policy term reads, without one."""
+        if loss.policy_weight == 0:
+            for key in ("loss.estimator", "loss.policy_temperature", "loss.reward"):
+                yield key, "with loss.policy_weight: 0"

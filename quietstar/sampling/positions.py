@@ -53,8 +53,8 @@ def count_positions(
     if rule in ANSWER_RULES:
         return (candidates & _before_answers(rule, answers)).sum(-1)
     count = candidates.sum(-1)
-    # A hair less, so that a third of three stays one.
-    return (count * share - 1e-6).ceil().long()
+    # A hair less, so that a third of three stays one; and one at least, whatever the share.
+    return (count * share - 1e-6).ceil().clamp(min=1).long() * (count > 0)
 
 
 def most_positions(share: float, seq_len: int) -> int:

@@ -100,9 +100,8 @@ def run_controls(
                 changes = {"seed": seed, "output_dir": str(folder / "start")}
                 train(_changed(config, {"training": changes}, stages=earlier))
                 start = folder / "start" / FINAL_FOLDER
-            tokenizer = load_tokenizer(
-                str(start or stage.model.tokenizer or stage.model.name_or_path)
-            )
+            source = str(start or stage.model.tokenizer or stage.model.name_or_path)
+            tokenizer = load_tokenizer(source, trust_remote_code=stage.model.trust_remote_code)
             fraction = thinking_fraction(stage, tokenizer)
             results = {
                 name: train(variant(name, stage, start, seed, folder / name, fraction))
@@ -231,10 +230,14 @@ def _first_thoughts(
     accelerator: Accelerator, stage: Config, start: Path | None, final: Path, seed: int
 ) -> dict[str, Any]:
     """Scores the trained model with greedy thoughts of the model that it started from."""
-    tokenizer = load_tokenizer(str(final))
+    trust = stage.model.trust_remote_code
+    tokenizer = load_tokenizer(str(final), trust_remote_code=trust)
     source = str(start or stage.model.name_or_path)
-    writer = QuietStarForCausalLM.from_base(source, tokenizer=tokenizer, thoughts=stage.thoughts)
-    reader = QuietStarForCausalLM.from_pretrained(final).to(accelerator.device)
+    writer = QuietStarForCausalLM.from_base(
+        source, tokenizer=tokenizer, thoughts=stage.thoughts, trust_remote_code=trust
+    )
+    reader = QuietStarForCausalLM.from_pretrained(final, trust_remote_code=trust)
+    reader.to(accelerator.device)
     writer.to(accelerator.device).eval()
     _, eval_data, _ = build_data(stage.data, tokenizer, seed)
     counts = torch.zeros(2, dtype=torch.int64, device=accelerator.device)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from quietstar.backbone.loading import build_config, drop_dropout
+from quietstar.backbone.loading import build_config, drop_dropout, read_config
 from quietstar.backbone.run import decoder_layers
 from quietstar.config import Config, TuningConfig
-from quietstar.errors import UserError
+from quietstar.errors import UserError, reading
 from quietstar.losses.cross_entropy import chunk_rows
 from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
@@ -126,18 +126,13 @@ def model_without_weights(
 ) -> QuietStarForCausalLM:
     """Builds the model as a run does, on the meta device; UserError if its config is unreadable."""
     name = config.model.name_or_path
-    try:
-        if name is None:
-            settings = build_config(dict(config.model.config or {}), len(tokenizer))
-        else:
-            settings = AutoConfig.from_pretrained(name, **hub_options(config))
-    except (OSError, ValueError, KeyError) as problem:
-        reason = " ".join(str(problem).split())[:300]
-        raise UserError(
-            f"model.name_or_path: {name!r}: its config cannot be read ({reason})"
-        ) from problem
+    if name is None:
+        settings = build_config(dict(config.model.config or {}), len(tokenizer))
+    else:
+        settings = read_config(name, **hub_options(config))
     drop_dropout(settings)
-    with torch.device("meta"):
+    key = "model.config" if name is None else f"model.name_or_path ({name})"
+    with reading(key, "Give the config of a causal language model."), torch.device("meta"):
         dtype, trust = getattr(torch, config.model.dtype), config.model.trust_remote_code
         base = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust)
     return teach_thinking(base, config, tokenizer).train()

@@ -93,7 +93,7 @@ class Reporter:
         on_report: Callable[[Path], object] | None = None,
     ) -> None:
         self.accelerator, self.tokenizer, self.on_report = accelerator, tokenizer, on_report
-        self.stage, self._num_stages = stages[0], len(stages)
+        self.stage, self._names = stages[0], [stage.name for stage in stages]
         self._total = stages[-1].last_step
         self.active = accelerator.is_main_process
         self.console = Console(stderr=False, highlight=False)
@@ -124,10 +124,12 @@ class Reporter:
         if not self.active:
             return
 
+        is_inside = stage.first_step < step < stage.last_step  # else evaluations come again
+
         def is_kept(record: dict[str, Any]) -> bool:
-            is_at_end = step == stage.last_step and record["stage"] == stage.name
-            comes_again = record["kind"] == "eval" and is_at_end  # the evaluation at its end
-            return record["step"] < step or (record["step"] == step and not comes_again)
+            is_earlier = record["stage"] in self._names[: stage.index]
+            is_known = record["kind"] == "train" or is_earlier or is_inside
+            return record["step"] < step or (record["step"] == step and is_known)
 
         records, num_damaged = read_metrics(self.path)
         kept = [record for record in records if is_kept(record)]
@@ -150,8 +152,8 @@ class Reporter:
         self._failed_checks.clear()
         self.evaluations.clear()
         self.bar.update(self._task, description=visible(stage.name))
-        if self._num_stages > 1:
-            self.say(f"stage {stage.index + 1} of {self._num_stages}: {stage.name}")
+        if len(self._names) > 1:
+            self.say(f"stage {stage.index + 1} of {len(self._names)}: {stage.name}")
         for line in lines:
             self.say(line)
 

@@ -188,7 +188,9 @@ def check_same_run(output_dir: Path, config: Config, allow_changes: bool = False
             _, stage, name = key.split(".", 2)
         # Other steps of an earlier stage are binding: the stages behind it would begin elsewhere.
         prolongs_earlier = name == "training.max_steps" and stage != last_stage
-        if name not in FREE_ON_RESUME or prolongs_earlier:
+        # A stream holds its first texts out, so another number moves where training begins.
+        moves_data = name == "data.eval_sequences" and config.data.streaming
+        if name not in FREE_ON_RESUME or prolongs_earlier or moves_data:
             binding.append(" ".join(changes[-1].split()))
     if binding and not allow_changes:
         more = f"; and {len(binding) - 5} more" if len(binding) > 5 else ""

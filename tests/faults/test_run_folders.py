@@ -183,6 +183,20 @@ def test_a_run_without_its_config_is_not_gone_on_with_unasked(tmp_path):
     run_training(config, resume="auto", allow_changes=True)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_a_stream_holds_out_is_part_of_the_run(tmp_path, streaming):
+    def config(sequences):
+        data = {"data__streaming": streaming, "data__eval_sequences": sequences}
+        return run_config(tmp_path, **SETTINGS, **data)
+
+    run_training(config(4))
+    if not streaming:  # held out by a share: the training texts stay the same
+        run_training(config(8), resume="auto")
+        return
+    with pytest.raises(UserError, match=r"data.eval_sequences was 4, is 8.*another run"):
+        run_training(config(8), resume="auto")
+
+
 def test_fewer_steps_than_done_are_refused(tmp_path):
     run_training(run_config(tmp_path, **SETTINGS))
     fewer = run_config(tmp_path, **{**SETTINGS, "training__max_steps": 3})

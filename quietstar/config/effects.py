@@ -1,0 +1,122 @@
+"""Settings that change nothing beside the others, which a user who set them should know."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from quietstar import registry
+from quietstar.config.schema import GYM, SYNTHETIC
+from quietstar.config.tree import Config, keys_of, loss_class
+
+_LORA = ("lora", "rslora", "dora", "qlora")
+_METHODS = {
+    "tuning.lora_r": _LORA,
+    "tuning.lora_alpha": _LORA,
+    "tuning.lora_target_modules": (*_LORA, "ia3"),
+    "tuning.adapter_size": ("houlsby", "mlp_adapter"),
+    "tuning.num_virtual_tokens": ("prompt", "prefix"),
+    "tuning.galore_rank": ("galore",),
+    "tuning.galore_update_proj_gap": ("galore",),
+    "tuning.galore_scale": ("galore",),
+}
+"""Methods that read a key."""
+_FORMATS = {
+    "data.text_field": "text",
+    "data.question_field": "qa",
+    "data.answer_field": "qa",
+    "data.template": "qa",
+    "data.messages_field": "chat",
+}
+"""Format of records that reads a key."""
+_OF_THOUGHTS = (
+    *("thoughts.num_thoughts", "thoughts.temperature", "loss.reward", "logging.thought_steps"),
+    *("mixing_head.warmup_steps", "mixing_head.warmup_weight", "data.rationale_field"),
+    *("optim.mixing_head_learning_rate", "optim.embedding_learning_rate"),
+)
+"""Keys that only a stage that thinks reads; what is saved with a model is not among them."""
+
+
+def keys_without_effect(config: Config) -> dict[str, str]:
+    """Returns the keys whose values change nothing in a stage, each with the reason."""
+    rules = (_tuning, _thoughts, _sources, _records, _loop)
+    return {key: reason for rule in rules for key, reason in rule(config)}
+
+
+Idle = Iterator[tuple[str, str]]
+
+
+def _tuning(config: Config) -> Idle:
+    method = config.tuning.method
+    for key, methods in _METHODS.items():
+        if method not in methods:
+            yield key, f"with tuning.method: {method}"
+    if method in ("full", "galore"):
+        yield "tuning.unfreeze", f"with tuning.method: {method}, which trains all weights"
+
+
+def _thoughts(config: Config) -> Idle:
+    loss, thoughts = config.loss, config.thoughts
+    if not loss.thinks:
+        for key in _OF_THOUGHTS:
+            yield key, f"with loss.objective: {loss.objective}, which does not think"
+    known = loss_class(loss.objective).model_fields
+    for key in keys_of("loss"):
+        if key.partition(".")[2] not in known:
+            yield key, f"with loss.objective: {loss.objective}"
+    yield from registry.find("loss.objective", loss.objective).unused(loss)
+    if thoughts.positions in ("all", "answer", "answer_start"):
+        yield "thoughts.position_fraction", f"with thoughts.positions: {thoughts.positions}"
+    if config.mixing_head.warmup_steps == 0:
+        yield "mixing_head.warmup_weight", "with mixing_head.warmup_steps: 0"
+
+
+def _sources(config: Config) -> Idle:
+    data, model = config.data, config.model
+    named = [name for name in (data.train, data.eval) if name is not None]
+    generated = [name for name in named if name.startswith((GYM, SYNTHETIC))]
+    others = [name for name in named if name not in generated]
+    if not any(map(_is_on_hub, others)):
+        yield "data.split", "without a hub data set in data.train or data.eval"
+        yield "data.subset", "without a hub data set in data.train or data.eval"
+    if not generated:
+        yield "data.task_options", "without a reasoning_gym or synthetic task"
+    if data.train not in generated:
+        yield "data.size", "without a reasoning_gym or synthetic task in data.train"
+    if not others:
+        for key in ("text_field", "question_field", "answer_field", "messages_field"):
+            yield f"data.{key}", "with generated problems, whose fields are known"
+    if data.eval is not None:
+        yield "data.eval_fraction", "with data.eval"
+    elif data.streaming:
+        yield "data.eval_fraction", "with data.streaming, which holds out data.eval_sequences"
+    elif (data.train or "").startswith(SYNTHETIC):
+        yield "data.eval_fraction", "with a synthetic task, which has held-out problems of its own"
+    names = [name for name in (model.name_or_path, model.tokenizer) if name is not None]
+    if not any(name != "bytes" and _is_on_hub(name) for name in names):
+        yield "model.revision", "without a model or tokenizer of the hub"
+
+
+def _is_on_hub(name: str) -> bool:
+    is_local = name.startswith((".", "/", SYNTHETIC)) or os.path.exists(name)
+    return not is_local and Path(name).suffix not in (".jsonl", ".json", ".txt", ".parquet")
+
+
+def _records(config: Config) -> Idle:
+    for key, form in _FORMATS.items():
+        if config.data.format != form:
+            yield key, f"with data.format: {config.data.format}"
+
+
+def _loop(config: Config) -> Idle:
+    training, cores = config.training, os.cpu_count()
+    if training.save_steps == 0:
+        yield "training.save_total_limit", "with training.save_steps: 0"
+    last = f"beyond the end of the run at training.max_steps ({training.max_steps})"
+    if config.optim.warmup_steps >= training.max_steps:
+        yield "optim.warmup_steps", f"{last}: the learning rates never reach their values"
+    if config.mixing_head.warmup_steps >= training.max_steps:
+        yield "mixing_head.warmup_steps", f"{last}: the mixing head never learns"
+    if cores is not None and (training.cpu_threads or 0) > cores:
+        yield "training.cpu_threads", f"above {cores}, the cores of this machine"
