@@ -30,7 +30,9 @@ _MIB = 2**20
 
 def main(arguments: list[str]) -> int:
     """Run the benchmark, print a table, write JSON if asked."""
-    args, overrides = _parser().parse_known_args(arguments)
+    parser = _parser()
+    args, overrides = parser.parse_known_args(arguments)
+    parser.check(args)
     shortened = [*overrides, "--training.max_steps", str(args.steps)]
     with tempfile.TemporaryDirectory() as folder:
         shortened += ["--training.output_dir", f"{folder}/run", "--training.save_steps", "0"]

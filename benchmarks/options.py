@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from quietstar.cli.main import run_command
-from quietstar.cli.options import Parser, device, number, output_file, whole, write_text
+from quietstar.cli.options import Parser, device, number, whole
 from quietstar.sampling.positions import SCORED_RULES
+from quietstar.system.files import write_json
 
 POSITIONS = ("all", "every", "random", *SCORED_RULES)
 
@@ -28,20 +28,19 @@ def report_result(table: Table, result: object, file: Path | None) -> int:
     """Print the table, write the figures as JSON if asked; returns the exit code."""
     Console().print(table)
     if file:
-        write_text(file, json.dumps(result, indent=2) + "\n")
+        write_json(file, result)
     return 0
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """Add ``--json``, the file for all figures."""
-    parser.add_argument("--json", type=output_file(), metavar="FILE", help="all figures")
+def add_json(parser: Parser) -> None:
+    """Add ``--json``, the file for all figures, and ``--force``."""
+    parser.output("--json", "all figures")
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings for the JSON file: all options but files and what to do with them."""
-    return {
-        name: value for name, value in vars(args).items() if name not in ("json", "plot", "methods")
-    }
+    others = ("json", "plot", "force", "methods")
+    return {name: value for name, value in vars(args).items() if name not in others}
 
 
 def add_machine(parser: Parser) -> None:

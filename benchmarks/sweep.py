@@ -7,7 +7,6 @@ through the logarithms.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,9 @@ from benchmarks.measure import environment
 from benchmarks.options import run, settings_of, step_parser
 from benchmarks.processes import in_fresh_process
 from benchmarks.step import bench_step
-from quietstar.cli.options import output_file, whole, write_text
+from quietstar.cli.options import whole
 from quietstar.errors import UserError
+from quietstar.system.files import write_json, write_whole
 
 AXES = {
     "S": ("seq_len", (64, 128, 256, 512, 1024)),
@@ -52,9 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--axes", default="STKAV", help="letters of the sizes to change")
     parser.add_argument("--step-tokens", type=whole(1), metavar="N",
         help="texts a step: N / S, so that all lengths have as many tokens")  # fmt: skip
-    parser.add_argument(
-        "--plot", type=output_file(".html"), metavar="FILE.html", help="of all figures"
-    )
+    parser.output("--plot", "of all figures", ".html", metavar="FILE.html")
     args = parser.read(arguments)
     unknown = set(args.axes) - set(AXES)
     if unknown or not args.axes:
@@ -65,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
         Console().print(growth_table(axis, found[axis]))
         if args.json:
             result = {"axes": found, "settings": settings_of(args), "environment": environment()}
-            write_text(args.json, json.dumps(result, indent=2) + "\n")
+            write_json(args.json, result)
         if args.plot:
             write_plot(args.plot, found)
     return 0
@@ -132,7 +130,7 @@ def write_plot(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
     figure.update_layout(template="plotly_white", height=260 * len(FIGURES), width=1200,
         margin={"t": 20, "r": 20})  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.write_html(path, include_plotlyjs=True)
+    write_whole(path, figure.to_html(include_plotlyjs=True))
 
 
 if __name__ == "__main__":

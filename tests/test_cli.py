@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import quietstar.reports  # noqa: F401  (before `runs` replaces what it imports)
 from quietstar import __version__
 from quietstar.cli import main as cli
-from quietstar.cli.options import output_file, write_text
+from quietstar.cli.options import Parser
 from quietstar.config import fields
 from quietstar.config.loading import load_config
 from quietstar.config.messages import type_text
@@ -155,9 +156,11 @@ def test_a_fault_of_ours_is_one_line_that_names_a_file_with_the_traceback(
     )
     assert err.startswith(told)
     assert (err.count("\n"), "\x1b" in err) == (1, False)
-    text = Path(err.rpartition(" ")[2].strip()).read_text()
+    path = Path(err.rpartition(" ")[2].strip())
+    text = path.read_text()
     assert "Traceback" in text
     assert "in fail" in text
+    path.unlink()
 
 
 @pytest.mark.parametrize(
@@ -242,6 +245,20 @@ NUMBERS = [
     ("calibrate", "--quality", "nan"),
     ("plan", "--memory", "nan"),
     ("plan", "--processes", "1.5"),
+    ("plan", "--processes", "\u0663"),
+    ("plan", "--memory", "1e308"),
+    ("generate", "--temperature", "1e-30"),
+    ("generate", "--temperature", "1_0"),
+    ("generate", "--seed", "\u0663"),
+    ("generate", "--batch-size", ""),
+    ("eval", "--seed", str(2**32)),
+    ("eval", "--limit", str(10**8)),
+    ("eval", "--text-tokens", "1"),
+    ("eval", "--thought-temperature", "1e308"),
+    ("inspect", "--context", str(10**9)),
+    ("calibrate", "--quality", "1e308"),
+    ("calibrate", "--speed", "inf"),
+    ("calibrate", "--timed-tokens", str(10**9)),
 ]
 
 
@@ -250,36 +267,68 @@ def test_numbers_out_of_range_are_refused_in_one_line_at_once(command, option, v
     assert cli.main([command, option, value]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"quietstar: error: {option} ({value}): must be a ")
+    assert line.endswith(". Give another value.")
 
 
-@pytest.mark.parametrize(
-    ("command", "option"),
-    [("eval", "--out"), ("inspect", "--out"), ("calibrate", "--plot"), ("plan", "--json")],
-)
+OUTPUTS = [
+    ("inspect", "--out"),
+    ("calibrate", "--plot"),
+    ("calibrate", "--json"),
+    ("plan", "--json"),
+]
+OTHERS = {"inspect": ["--model", "none", "--text", "a text"], "calibrate": ["--model", "none"],
+          "plan": []}  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "option"), OUTPUTS)
 def test_files_that_cannot_be_written_are_refused_before_the_work(
     command, option, tmp_path, capsys
 ):
-    (tmp_path / "file").touch()
+    mine = tmp_path / "mine.html"
+    mine.write_text("years of work")
+    (tmp_path / "link.html").symlink_to(mine)
+    os.mkfifo(tmp_path / "pipe.html")
+    (tmp_path / "folder.html").mkdir()
     bad = {
-        str(tmp_path / "file" / "x.html"): "cannot be written",
-        str(tmp_path): "must end in" if command == "inspect" else "is a folder",
-        os.devnull: "must end in" if command == "inspect" else "is no regular file",
+        str(mine): "exists. Give another name, or --force",
+        str(tmp_path / "link.html"): "is a symbolic link",
+        str(tmp_path / "pipe.html"): "is no regular file",
+        str(tmp_path / "folder.html"): "is a folder",
+        str(mine / "x.html"): "cannot be written",
         f"{tmp_path}/{'x' * 300}.html": "cannot be written",
+        "": "names no file",
+        f"{tmp_path}/x.html.partial": "must",
     }
     for path, words in bad.items():
-        assert cli.main([command, option, path]) == 2
+        assert cli.main([command, *OTHERS[command], option, path]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"quietstar: error: {option} ({path}): {words}")
-    assert Path(os.devnull).is_char_device()
+    for path in list(bad)[1:4]:
+        assert cli.main([command, *OTHERS[command], option, path, "--force"]) == 2
+    assert mine.read_text() == "years of work"
+    assert (tmp_path / "link.html").is_symlink()
 
 
-def test_a_link_stays_and_what_it_points_to_is_written(tmp_path):
-    (tmp_path / "target.json").write_text("old")
-    (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
-    path = output_file(".json")(str(tmp_path / "link.json"))
-    write_text(path, "new")
-    assert (tmp_path / "link.json").is_symlink()
-    assert (tmp_path / "target.json").read_text() == "new"
+def test_two_outputs_are_two_files_and_none_that_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parser = Parser("x", None)
+    parser.output("--json", "figures")
+    parser.output("--plot", "a page")
+    parser.value("--data", str, None, "FILE", "what is read")
+    Path("a").write_text("mine")
+    os.link("a", "hard")
+    Path("folder").symlink_to(".")
+    read = parser.read
+    assert read(["--json", "a", "--force", "--plot", "b"]).json == tmp_path / "a"
+    for one, other in (("b", "./b"), ("b", "folder/b"), ("b", "B"), ("é", "e\u0301")):
+        with pytest.raises(UserError, match=r"--plot \(.*is also --json"):
+            read(["--json", one, "--plot", other])
+    with pytest.raises(UserError, match="is also --json"):
+        read(["--json", "a", "--plot", "hard", "--force"])
+    for name in ("a", "hard", "folder/a"):
+        with pytest.raises(UserError, match=r"--json .*: is also --data, which is read"):
+            read(["--data", "a", "--json", name, "--force"])
+    assert Path("a").read_text() == "mine"
 
 
 def test_an_error_is_one_line_whatever_is_in_it(capsys):

@@ -146,6 +146,7 @@ def test_a_calibrated_gate_keeps_what_it_promises(folder, tmp_path, capsys):
     capsys.readouterr()
     gated = ("--gate", "calibrated", "--max-new-tokens", 4)
     assert generate(folder, "--prompt", "two and", *gated) == 0
+    arguments.append("--force")
     assert cli.main([*arguments, "--speed", "9"]) == 2
     assert "never thinks is 4 times faster" in capsys.readouterr().err
     assert cli.main([*arguments, "--speed", "2", "--quality", "1"]) == 2

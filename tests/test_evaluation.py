@@ -136,7 +136,7 @@ def test_scores_are_those_of_a_slow_loop(folder, tmp_path, batch_size):
 def test_sampled_thoughts_do_not_depend_on_batches_and_their_spread_is_told(folder, tmp_path):
     settings = ("--samples", 3, "--thought-temperature", 1)
     one, _ = evaluated(folder, tmp_path, *settings, "--batch-size", 1)
-    both, items = evaluated(folder, tmp_path, *settings, "--batch-size", 4, "--overwrite")
+    both, items = evaluated(folder, tmp_path, *settings, "--batch-size", 4, "--force")
     thoughts = [r["thoughts"] for r in items if r["variant"] == "with_thoughts"]
     assert all(len(sample) == 3 for sample in thoughts)
     assert any(sample[0] != sample[1] for sample in thoughts)
@@ -214,7 +214,7 @@ def test_a_model_trained_to_think_once_is_evaluated_so(folder, tmp_path):
     once.save_pretrained(folder / "once", load_tokenizer("bytes"))
     settings = {"tasks": "gsm8k", "model": "once"}
     runs = {"trained": evaluated(folder, tmp_path, "--controls", **settings)[1]}
-    more = ("--controls", "--positions", "every", "--overwrite")
+    more = ("--controls", "--positions", "every", "--force")
     runs["every"] = evaluated(folder, tmp_path, *more, **settings)[1]
     nll = {(name, r["variant"], r["item"]): r["nll"] for name, items in runs.items() for r in items}
     for number, answer in enumerate(NUMBERS):
@@ -245,7 +245,7 @@ def test_exactly_the_text_that_the_user_wrote_is_scored(folder, tmp_path):
     _, items = evaluated(folder, tmp_path, "--thoughts", "off", tasks=name)
     assert ["".join(r["tokens"]) for r in ordered(items)] == ["4", " two"]
     assert [r["position"] for r in ordered(items)] == [4, 4]
-    more = ("--thoughts", "off", "--separator", " ", "--overwrite")
+    more = ("--thoughts", "off", "--separator", " ", "--force")
     _, items = evaluated(folder, tmp_path, *more, tasks=name)
     assert ["".join(r["tokens"]) for r in ordered(items)] == ["4", "two"]
     assert [r["position"] for r in ordered(items)] == [5, 6]
@@ -274,7 +274,7 @@ def test_a_text_file_is_read_in_spans_and_its_thoughts_are_swapped_within_each(f
     swapped = found["controls"]["swapped"]["nll"]
     assert found["gain_of_content"]["nll"] == pytest.approx(swapped - means["with_thoughts"])
     one, _ = evaluated(
-        folder, tmp_path, "--controls", "--text-tokens", 40, "--limit", 1, "--overwrite", tasks=name
+        folder, tmp_path, "--controls", "--text-tokens", 40, "--limit", 1, "--force", tasks=name
     )
     records = {(r["item"], r["variant"]): r for r in items}
     alone = one["tasks"][name]["gain_of_content"]["nll"]  # the other spans do not matter
@@ -330,8 +330,7 @@ def test_finished_items_are_not_scored_again(folder, tmp_path, monkeypatch):
     evaluated(folder, tmp_path)
     monkeypatch.setattr("quietstar.evaluation.scoring.predict_plain", None)
     evaluated(folder, tmp_path)
-    with pytest.raises(TypeError):
-        evaluated(folder, tmp_path, "--overwrite")
+    assert run(folder, "--out", tmp_path / "out.json", "--force") == cli.EXIT_FAULT
 
 
 def test_chains_are_generated_the_same_again(folder, tmp_path):
@@ -365,26 +364,26 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys):
     assert "--max-new-tokens: 300 leaves no room for a prompt" in room
     assert "set at most 250" in room
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    assert "latin.txt: is not UTF-8" in said(tasks=str(tmp_path / "latin.txt"))
+    assert "byte 3 is 0xe9, which is no UTF-8" in said(tasks=str(tmp_path / "latin.txt"))
     assert "cannot be read" in said(tasks=str(tmp_path / "gone.txt"))
     assert "is a folder" in said("--out", tmp_path)
     out = tmp_path / "x.json"
     run(folder, "--out", out, "--limit", 1)
     capsys.readouterr()
-    assert "another limit (1, now 2); give another --out" in said("--out", out, "--limit", 2)
+    assert "another limit (1, now 2). Give another --out" in said("--out", out, "--limit", 2)
     kept = (tmp_path / "x.items.jsonl").read_text()
     for line in ("nothing of ours", "[1, 2]", '{"task": "gsm8k"}'):
         (tmp_path / "x.items.jsonl").write_text(f"{kept}{line}\n")
         number = len(kept.splitlines()) + 1
-        assert f"line {number} is no line of an evaluation" in said("--out", out, "--limit", 1)
-    assert "is also --out-items; give another name" in said("--out", out, "--out-items", out)
-    assert "is also --report; give another name" in said("--out", out, "--report", out)
+        assert f"line {number}: cannot be read" in said("--out", out, "--limit", 1)
+    assert "is also --out. Give another name" in said("--out", out, "--out-items", out)
+    assert "is also --out. Give another name" in said("--out", out, "--report", out)
     assert "is a folder" in said("--report", tmp_path)
     assert "cannot be written" in said("--out", out / "below" / "x.json")
     (tmp_path / "mine.json").write_text('[{"mine": 1}]')
     (tmp_path / "mine.html").write_text("<p>mine")
     for option, name in (("--out", "mine.json"), ("--report", "mine.html")):
-        assert "holds something else than an evaluation" in said(option, tmp_path / name)
+        assert "exists. Give another name, or --force" in said(option, tmp_path / name)
     assert (tmp_path / "mine.json").read_text() == '[{"mine": 1}]'
     write_lines(tmp_path / "short.jsonl", [{"text": "x"}])
     assert "line 1: the text has no token" in said(tasks=str(tmp_path / "short.jsonl"))
@@ -402,7 +401,7 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys):
         ({"question": "?"}, "line 2: field answer is missing; the record has question"),
         ({"question": "?", "answer": "five"}, "line 2: field answer must end in `#### NUMBER`"),
         ({"question": 5, "answer": "#### 5"}, "line 2: field question must be a text"),
-        ([], "line 2: must be an object"),
+        ([], r"line 2: cannot be read \(it must be an object"),
     ],
 )
 def test_a_bad_record_is_named(tmp_path, row, message):
@@ -410,7 +409,7 @@ def test_a_bad_record_is_named(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         TASKS["gsm8k"].items(tmp_path, None)
     (tmp_path / "gsm8k_test.jsonl").write_text("{")
-    with pytest.raises(ValueError, match="line 1: no valid JSON"):
+    with pytest.raises(ValueError, match=r"line 1: cannot be read \(no valid JSON"):
         TASKS["gsm8k"].items(tmp_path, None)
 
 

@@ -240,12 +240,12 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys):
     assert "is a single token" in said("--text", "a")
     assert "give either --text TEXT or --text-file" in said()
     (tmp_path / "latin").write_bytes(b"caf\xe9")
-    assert "is no UTF-8 (byte 3 is 0xe9)" in said("--text-file", tmp_path / "latin")
+    assert "byte 3 is 0xe9, which is no UTF-8" in said("--text-file", tmp_path / "latin")
     assert "cannot be read" in said("--text-file", tmp_path / "none")
     assert "is no Quiet-STaR model" in said("--text", "some text", model="plain")
     assert "must end in .html" in said("--text", "abc", "--out", tmp_path / "x.pdf")
     (tmp_path / "x.html").write_text("mine")
-    assert "exists; give another name, or --force" in said("--text", "abc", "--out",
+    assert "exists. Give another name, or --force" in said("--text", "abc", "--out",
                                                            tmp_path / "x.html")  # fmt: skip
     assert (tmp_path / "x.html").read_text() == "mine"
     assert "greedy thoughts are all identical" in said("--text", "abc", "--num-thoughts", 2)

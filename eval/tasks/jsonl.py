@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
+from quietstar.errors import reading
 from quietstar.evaluation.tasks import TASKS, read_lines
 
 
@@ -30,8 +31,9 @@ def commonsense_qa(data_dir: str = ".", **_: Any) -> DatasetDict:
 def lambada(data_dir: str = ".", **_: Any) -> DatasetDict:
     """Texts without their last word, and that word."""
     rows = []
-    for record, _where in read_lines(Path(data_dir) / "lambada_test.jsonl", "lambada_jsonl"):
-        prompt, _, word = record["text"].rstrip().rpartition(" ")
+    for record, where in read_lines(Path(data_dir) / "lambada_test.jsonl", "lambada_jsonl"):
+        with reading(where, "Give it a field text."):
+            prompt, _, word = record["text"].rstrip().rpartition(" ")
         rows.append({"prompt": prompt, "answer": word})
     return _test(rows)
 

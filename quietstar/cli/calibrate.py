@@ -1,6 +1,7 @@
 """``quietstar calibrate``: the threshold of a gate for a wanted speed or quality."""
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,21 +9,26 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load
 
 from quietstar.cli import options
-from quietstar.cli.options import COUNT, Parser, number, whole
+from quietstar.cli.options import BATCH, Parser, number, whole
 from quietstar.config import DataConfig
 from quietstar.config.loading import load_config
 from quietstar.data import Batch, build_data, load_tokenizer
 from quietstar.errors import UserError
 from quietstar.evaluation import calibration
 from quietstar.evaluation.calibration import GateResult, try_gate
-from quietstar.generation.gates import GATE_FILE, Gate, GateKind
+from quietstar.generation.gates import GATE_FILE, PROBED, PROBES_FILE, Gate, GateKind
+from quietstar.system.files import check_output, kind_of, write_json
+from quietstar.system.signals import held
 from quietstar.training.run_dir import CONFIG_FILE
 
 KINDS: tuple[GateKind, ...] = ("entropy", "weight", "gain")
 TABLE_FRACTIONS = (0.02, 0.05, 0.1, 0.25, 0.5)
 """Fractions of the tokens that think, for the five thresholds of the table."""
+SEQ_LEN = 128
 TRIED = 200
 """Thresholds among which the best is searched."""
 
@@ -32,9 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().read(arguments)
     if args.speed is not None and args.quality is not None:
         raise UserError("--speed: does not go with --quality; leave one out")
+    _check_gate(args)
     model = options.load_model(args, True, "Give the folder of a saved one.")
-    if model.max_text_length is not None:
-        args.seq_len = min(args.seq_len, model.max_text_length)
+    length, most = model.thoughts.length, model.max_text_length
+    if args.speed is not None and args.speed > 1 + length:
+        raise UserError(
+            f"--speed ({args.speed:g}): is out of reach: with thoughts of {length} tokens a model "
+            f"that never thinks is {1 + length} times faster; set it lower"
+        )
+    if args.seq_len is None:
+        args.seq_len = SEQ_LEN if most is None else min(SEQ_LEN, most)
+    elif most is not None and args.seq_len > most:
+        raise UserError(f"--seq-len ({args.seq_len}): must be at most {most}, what the model takes")
     batches = _held_out(args)
     with options.progress("thinking", len(batches)) as advance:
         measured = calibration.measure_tokens(model, batches, advance)
@@ -46,7 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "gate; give more --sequences"
         )
     probes = calibration.fit_probes(fitted)
-    length = model.thoughts.length
 
     def sweep(kind: GateKind, fractions: Sequence[float]) -> list[GateResult]:
         """Try the gates of a kind at which these fractions of the tokens think."""
@@ -63,10 +77,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fractions = [step / TRIED for step in range(TRIED + 1)]
     kinds = KINDS if args.gate == "best" else (args.gate,)
     settings = [row for kind in kinds for row in sweep(kind, fractions)]
-    chosen = _choose(args, rows[0], settings, length)
+    chosen = _choose(args, rows[0], settings)
     Console().print(_table(rows, seconds))
     _report(args, rows, seconds, chosen)
     return 0
+
+
+def _check_gate(args: argparse.Namespace) -> None:
+    """Refuse a model's folder that cannot be written, or whose gate files are not of a gate."""
+    folder = Path(args.model).expanduser()
+    if not folder.is_dir():
+        return  # the model's loader says so
+    for name in (GATE_FILE, PROBES_FILE):
+        path = check_output(folder / name, "--model", force=True)
+        if kind_of(path) == "file" and not args.force and not _is_gate_file(path):
+            check_output(path, "--model")
+    for option, path in (("--json", args.json), ("--plot", args.plot)):
+        if path in (folder.resolve() / GATE_FILE, folder.resolve() / PROBES_FILE):
+            raise UserError(f"{option} ({path}): is where the gate is saved. Give another name.")
+
+
+def _is_gate_file(path: Path) -> bool:
+    """Say whether a file is one of those that an earlier calibration wrote."""
+    try:
+        if path.name == PROBES_FILE:
+            names = set(load(path.read_bytes()))
+            return names <= {f"{name}.{part}" for name in PROBED for part in ("weight", "bias")}
+        return {"kind", "threshold"} <= set(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, OSError, RecursionError, SafetensorError):
+        return False
 
 
 def _seconds_per_token(
@@ -80,6 +119,10 @@ def _seconds_per_token(
             text = ids[mask.bool()][: max(left, 0)]
             if len(text) > 2:
                 texts.append(text[None].to(model.device))
+    if not texts:
+        raise UserError(
+            "--data: none of its texts has three tokens, on which a gate's speed is measured"
+        )
     weights = [text.shape[1] for text in texts]
     seconds = []
     for row in [rows[0], *rows]:  # the first warms up
@@ -107,7 +150,7 @@ def _held_out(args: argparse.Namespace) -> list[Batch]:
 
 
 def _choose(
-    args: argparse.Namespace, always: GateResult, settings: Sequence[GateResult], length: int
+    args: argparse.Namespace, always: GateResult, settings: Sequence[GateResult]
 ) -> GateResult:
     """Return the gate that loses least of those fast enough for ``--speed``.
 
@@ -121,11 +164,6 @@ def _choose(
 
     if args.speed is not None:
         fast = [row for row in settings if always.passes / row.passes >= args.speed]
-        if not fast:
-            raise UserError(
-                f"--speed ({args.speed:g}): is out of reach: with thoughts of {length} tokens a "
-                f"model that never thinks is {always.passes:.0f} times faster; set it lower"
-            )
         return min(fast, key=lambda row: (lost(row), row.passes))
     allowed = 0.01 if args.quality is None else args.quality
     return min((r for r in settings if lost(r) <= allowed), key=lambda r: (r.passes, lost(r)))
@@ -160,7 +198,8 @@ def _report(
     def with_gate(row: GateResult) -> dict[str, Any]:
         return {"gate": row.gate.kind, "threshold": row.gate.threshold, **figures_of(row)}
 
-    chosen.gate.save(args.model, **figures_of(chosen))
+    with held():
+        chosen.gate.save(args.model, **figures_of(chosen))
     accuracy = "" if chosen.accuracy is None else f", accuracy {chosen.accuracy:.3f}"
     options.say(
         f"chosen: {chosen.gate.kind} above {chosen.gate.threshold:.4f}: "
@@ -177,7 +216,8 @@ def _report(
         {**with_gate(row), "tokens_per_second": 1 / second}
         for row, second in zip(rows, seconds, strict=True)
     ]
-    options.write_json(args.json, {"rows": figures, "chosen": with_gate(chosen)})
+    if args.json is not None:
+        write_json(args.json, {"rows": figures, "chosen": with_gate(chosen)})
     if args.plot is not None:
         from quietstar.reports.evaluation import write_gates
 
@@ -195,15 +235,18 @@ def _parser() -> Parser:
     value("--data", str, None, "FILE", "held-out text; default: that of the run of the model")
     kinds = (*KINDS, "best")
     parser.add_argument("--gate", choices=kinds, default="best", help="kind of score")
-    value("--speed", number(1.0, above=True), None, "X",
+    value("--speed", number(1.0, 1e6, "no thought is longer", above=True), None, "X",
           "lose least among gates with X times fewer passes than thinking always")  # fmt: skip
-    value("--quality", number(), None, "LOSS",
+    value("--quality", number(0.0, 100.0, "no loss is higher"), None, "LOSS",
           "be fastest among gates that lose at most this accuracy (or nats); "
           "default: 0.01")  # fmt: skip
-    value("--seq-len", whole(2), 128, "N", "length of texts of --data")
-    value("--sequences", whole(2), 64, "N", "texts; half fit the probes, half try the gates")
-    value("--batch-size", COUNT, 8, "N", "texts at once")
-    value("--timed-tokens", whole(3), 64, "N", "tokens decoded with each gate to measure speed")
-    value("--json", options.output_file(), None, "FILE", "all figures")
-    value("--plot", options.output_file(), None, "FILE.html", "speed against quality")
+    value("--seq-len", whole(2, 10**6, "no model reads more"), None, "N",
+          f"length of texts of --data; default: {SEQ_LEN}, or what the model takes")  # fmt: skip
+    value("--sequences", whole(2, 10**6, "no memory holds more"), 64, "N",
+          "texts; half fit the probes, half try the gates")  # fmt: skip
+    value("--batch-size", BATCH, 8, "N", "texts at once")
+    value("--timed-tokens", whole(3, 10**6, "it would take days"), 64, "N",
+          "tokens decoded with each gate to measure speed")  # fmt: skip
+    parser.output("--json", "all figures")
+    parser.output("--plot", "page: speed against quality", ".html", metavar="FILE.html")
     return parser

@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -14,16 +15,25 @@ from rich.console import Console
 
 from quietstar import __version__
 from quietstar.cli import options
-from quietstar.cli.options import COUNT, SEED, THOUGHTS, Parser, number
+from quietstar.cli.options import BATCH, SEED, THOUGHTS, TOKENS, Parser, unicode_text, whole
 from quietstar.data.tokenizer import load_tokenizer
 from quietstar.errors import UserError
 from quietstar.evaluation.controls import CONTROLS, WITH, WITHOUT
-from quietstar.evaluation.runner import HarnessTask, ItemStore, Runner, find_harness_task
+from quietstar.evaluation.runner import (
+    FREE_SETTINGS,
+    HarnessTask,
+    ItemStore,
+    Runner,
+    find_harness_task,
+    open_store,
+    settings_changes,
+)
 from quietstar.evaluation.scoring import POSITIONS, Protocol, fingerprint
 from quietstar.evaluation.statistics import summarise
-from quietstar.evaluation.tasks import TASKS, TEXT_FILES, Task, find_task
+from quietstar.evaluation.tasks import TASKS, TEXT_FILES, Item, Task, find_task
 from quietstar.model.quiet_star import QuietStarForCausalLM
-from quietstar.reports.evaluation import task_view, write_page
+from quietstar.reports.evaluation import page_mark, task_view, write_page
+from quietstar.system.files import write_json
 
 DESCRIPTION = """Scores tasks with and without thoughts, paired item by item.
 
@@ -34,11 +44,15 @@ FILE.jsonl with prompt and answer, or text, on every line (prompt and answer
 are scored as they are, with nothing between), FILE.txt (held-out text, in spans
 of --text-tokens), and those of lm-evaluation-harness by their names.
 """
+MAX_RESULT_BYTES = 2**28
+"""A larger file is no result of this command."""
 PACKAGES = ("torch", "transformers", "peft", "scipy")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate, print tables, write files; a wrong option, file or model raises `UserError`."""
+    if any(argument.partition("=")[0] == "--overwrite" for argument in arguments or ()):
+        raise UserError("--overwrite: is now called --force, as in all commands. Write --force.")
     args = _parser().read(arguments)
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not names:
@@ -50,7 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in names
     ]
     protocol = _protocol(args)
-    _check_files(args)
     own = [task for task in tasks if isinstance(task, Task)]
     tokenizer = None
     if any(task.file is not None and task.file.endswith(TEXT_FILES) for task in own):
@@ -61,45 +74,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     # What decides the scores of an item; items of other settings are not mixed in. More variants
     # may be added to the same file.
-    scoring = asdict(protocol)
-    del scoring["variants"], scoring["batch_size"]
+    scoring = {key: value for key, value in asdict(protocol).items() if key not in FREE_SETTINGS}
     config = {
         "model": args.model, "weights": fingerprint(args.model), "dtype": args.dtype,
         "data_dir": args.data_dir, "limit": args.limit, "untrained": args.untrained, **scoring,
     }  # fmt: skip
-    store = ItemStore(args.out_items, config, args.overwrite)
+    files = {f"the file of {t.name}": (data_dir or Path()) / t.file for t in own if t.file}
+    _check_files(args, config, files)
+    with open_store(args.out_items, config, args.force) as store:
+        result = _evaluate(args, tasks, items, protocol, config, store)
+    for name, figures in result["tasks"].items():
+        Console().print(task_view(name, figures))
+    if args.out is not None:
+        write_json(args.out, result)
+    page = None if args.report is None else write_page(args.report, args.model, result)
+    for what, path in (("figures", args.out), ("items", args.out_items), ("page", page)):
+        if path is not None:
+            options.say(f"{what}: {path}")
+    return 0
+
+
+def _evaluate(
+    args: argparse.Namespace, tasks: Sequence[Task | HarnessTask], items: Mapping[str, list[Item]],
+    protocol: Protocol, config: dict[str, Any], store: ItemStore,
+) -> dict[str, Any]:  # fmt: skip
+    """Score what is not yet scored; return the content of ``--out``."""
     remedy = "Set --thoughts off, or --untrained for a baseline of thoughts never trained."
     model = options.load_model(args, WITH in protocol.variants and not args.untrained, remedy)
     if "shuffled" in protocol.variants and model.thoughts.length < 2:
         raise UserError("--controls: thoughts of one token cannot be shuffled; leave it out")
     tokenizer = load_tokenizer(args.model, trust_remote_code=False)
     runner = Runner(model, tokenizer, protocol, store)
-    results = {}
-    for task in own:
-        count = len(items[task.name])
-        with options.progress(task.name, runner.num_batches(task, count), keep=True) as advance:
-            num_cut = runner.run(task, items[task.name], advance)
-        results[task.name] = summarise(
-            task, store, protocol.variants, count, num_cut, protocol.seed
-        )
-    del runner
+    environment, results = _environment(model), {}
+    for task in tasks:
+        if isinstance(task, Task):
+            count = len(items[task.name])
+            batches = runner.num_batches(task, count)
+            with options.progress(task.name, batches, keep=True) as advance:
+                num_cut = runner.run(task, items[task.name], advance)
+            results[task.name] = summarise(
+                task, store, protocol.variants, count, num_cut, protocol.seed
+            )
+    del runner, model
     harness = {"pretrained": args.model, "dtype": args.dtype, "device": args.device,
                "untrained": args.untrained}  # fmt: skip
     for task in tasks:
         if isinstance(task, HarnessTask):
             count = task.run(harness, protocol, args.limit, args.data_dir, store)
             results[task.name] = summarise(task, store, protocol.variants, count, 0, protocol.seed)
-    config |= {"variants": list(protocol.variants), "batch_size": args.batch_size}
+    config = {**config, "variants": list(protocol.variants), "batch_size": args.batch_size}
     results = {task.name: results[task.name] for task in tasks}
-    result = {"tasks": results, "config": config, "environment": _environment(model)}
-    for name, figures in results.items():
-        Console().print(task_view(name, figures))
-    options.write_json(args.out, result)
-    page = None if args.report is None else write_page(args.report, args.model, result)
-    for what, path in (("figures", args.out), ("items", args.out_items), ("page", page)):
-        if path is not None:
-            options.say(f"{what}: {path}")
-    return 0
+    return {"tasks": results, "config": config, "environment": environment}
 
 
 def _environment(model: QuietStarForCausalLM) -> dict[str, Any]:
@@ -114,37 +139,39 @@ def _environment(model: QuietStarForCausalLM) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _check_files(args: argparse.Namespace) -> None:
-    """Refuse files that are one file or hold something else, before anything is scored."""
+def _check_files(
+    args: argparse.Namespace, config: dict[str, Any], inputs: Mapping[str, Path]
+) -> None:
+    """Refuse files that cannot be written or hold something else, before anything is scored.
+
+    The same evaluation goes on with the same command, so its own figures and page are replaced.
+    """
     if args.out_items is None and args.out is not None:
-        args.out_items = args.out.with_suffix(".items.jsonl")
-    names = {"--out": args.out, "--out-items": args.out_items, "--report": args.report}
-    paths = {option: path for option, path in names.items() if path is not None}
-    for option, path in paths.items():
-        twin = next((o for o, p in paths.items() if o != option and p == path), None)
-        if twin is not None:
-            raise UserError(f"{option} ({path}): is also {twin}; give another name to one of them")
-        # The items file is checked by its own store.
-        if option == "--out-items" or args.overwrite or _is_replaceable(path):
-            continue
-        raise UserError(
-            f"{option} ({path}): holds something else than an evaluation; give another name, "
-            "or --overwrite to replace it"
-        )
+        args.out_items = f"{os.path.splitext(args.out)[0]}.items.jsonl"
 
-
-def _is_replaceable(path: Path) -> bool:
-    """Return whether a file is missing, empty, or figures or a page of an earlier evaluation."""
-    if not path.exists() or not path.stat().st_size:
+    def is_own(option: str, path: Path) -> bool:
+        if option == "--out-items":  # the store looks into it
+            return True
+        if path.stat().st_size > MAX_RESULT_BYTES:
+            return False
+        content = path.read_bytes()
+        if option == "--report":
+            return page_mark(config).encode() in content
+        try:
+            found = json.loads(content)
+            if not {"tasks", "config", "environment"} <= set(found):
+                return False
+            changes = settings_changes(found["config"], config)
+        except (ValueError, TypeError, AttributeError, RecursionError):  # nothing of ours
+            return False
+        if changes:
+            raise UserError(
+                f"{option} ({path}): holds figures that were made with another {changes}. Give "
+                "another --out, or --force to replace it."
+            )
         return True
-    if path.suffix == ".html":
-        with path.open("rb") as file:
-            return b"quietstar" in file.read(4096).lower()
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and {"tasks", "config", "environment"} <= set(found)
+
+    options.check_outputs(args, ("--out", "--out-items", "--report"), is_own, inputs)
 
 
 def _protocol(args: argparse.Namespace) -> Protocol:
@@ -165,7 +192,7 @@ def _protocol(args: argparse.Namespace) -> Protocol:
 def _parser() -> Parser:
     parser = Parser("quietstar eval", DESCRIPTION)
     options.add_model(parser, "a saved Quiet-STaR model, or a plain causal LM")
-    add, value, files = parser.add_argument, parser.value, options.output_file()
+    add, value, files = parser.add_argument, parser.value, options.file_name()
     add("--tasks", required=True, metavar="NAMES",
         help=f"comma-separated: {', '.join(TASKS)}, FILE.jsonl, FILE.txt")  # fmt: skip
     add("--thoughts", choices=("off", "on", "both"), default="both", help="what is scored")
@@ -173,29 +200,36 @@ def _parser() -> Parser:
     add("--positions", choices=POSITIONS, default="trained",
         help="think about an answer as trained (once before it, if trained with "
         "thoughts.positions answer_start), or before every one of its tokens")  # fmt: skip
-    value("--separator", str, "", "TEXT",
+    value("--separator", unicode_text, "", "TEXT",
           "text between prompt and answer of FILE.jsonl; default: none")  # fmt: skip
-    value("--include-path", str, None, "DIR",
+    value("--include-path", options.folder, None, "DIR",
           "folder with task files of lm-evaluation-harness, as eval/tasks")  # fmt: skip
-    value("--data-dir", str, None, "DIR", "folder with the tasks' JSONL files; default: the hub")
-    value("--limit", COUNT, None, "N", "only the first N items of each task")
-    value("--batch-size", COUNT, 16, "N", "items (or chains) at once")
+    value(
+        "--data-dir",
+        options.folder,
+        None,
+        "DIR",
+        "folder with the tasks' JSONL files; default: the hub",
+    )
+    value("--limit", whole(1, 10**7, "no task has more items"), None, "N",
+          "only the first N items of each task")  # fmt: skip
+    value("--batch-size", BATCH, 16, "N", "items (or chains) at once")
     value("--seed", SEED, 0, None, "seed of thoughts, chains and resampling")
     value("--samples", THOUGHTS, 1, "N", "thoughts of each item, whose scores are averaged")
-    value("--thought-temperature", number(), None, "T",
+    value("--thought-temperature", options.temperature, None, "T",
           "temperature of thoughts; without it their most likely tokens")  # fmt: skip
     value("--votes", THOUGHTS, 8, "N", "chains of thought of an item (gsm8k_cot)")
-    value("--temperature", number(), 0.9, "T",
+    value("--temperature", options.temperature, 0.9, "T",
           "temperature of the chains; 0 takes the most likely tokens")  # fmt: skip
-    value("--max-new-tokens", COUNT, 384, "N", "length of a chain, before its final answer")
-    value("--text-tokens", COUNT, 256, "N",
+    value("--max-new-tokens", TOKENS, 384, "N", "length of a chain, before its final answer")
+    value("--text-tokens", whole(2, 10**6, "no model reads more"), 256, "N",
           "tokens that are read of a text, and tokens of a span of FILE.txt")  # fmt: skip
     parser.flag("--untrained", "let a plain model think, as a baseline")
     value("--out", files, None, "FILE.json",
-          "figures; an interrupted evaluation continues from the items beside it")  # fmt: skip
+          "figures; the same command continues an interrupted evaluation from the items\n"
+          "beside it, and replaces figures and page of the same evaluation")  # fmt: skip
     value("--out-items", files, None, "FILE.jsonl",
           "scores of every item; default: FILE.items.jsonl beside --out")  # fmt: skip
     value("--report", files, None, "FILE.html", "a page with plots")
-    what = "start over where the files hold another evaluation, or something else"
-    parser.flag("--overwrite", what)
+    parser.flag("--force", "replace files that exist, whatever they hold, and score all items anew")
     return parser

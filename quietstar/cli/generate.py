@@ -1,26 +1,36 @@
 """``quietstar generate`` and ``quietstar chat``: text with thoughts before its tokens."""
 
 import argparse
-from collections.abc import Sequence
-from typing import Any, cast
+import resource
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, cast
 
 import torch
-from jinja2 import TemplateError
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.cli import options
-from quietstar.cli.options import COUNT, SEED, THOUGHTS, Parser, number
+from quietstar.cli.options import BATCH, SEED, THOUGHTS, TOKENS, Parser, number
 from quietstar.data.tokenizer import check_unicode, load_tokenizer, pad_left, padding_id
-from quietstar.errors import UserError, visible
+from quietstar.errors import UserError, reason_of, visible
+from quietstar.evaluation.scoring import refuse_not_finite
+from quietstar.evaluation.tasks import MAX_BYTES
 from quietstar.generation.gates import PROBED, Gate, GateKind
 from quietstar.generation.generate import ThinkingStreamer
 from quietstar.model.quiet_star import QuietStarForCausalLM
 
 HELP = "/reset starts over, /thoughts shows or hides thoughts, /quit ends"
 OPEN, CLOSE = "⟨", "⟩"
+TEMPLATE_SECONDS = 5.0
+"""Time that a chat template gets for a talk; real ones take milliseconds."""
+TEMPLATE_BYTES = 2**30
 _HALF = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -31,17 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     value = parser.value
     value("--prompt", str, None, "TEXT", "text to continue")
     value("--prompts", str, None, "FILE", "one prompt per line, UTF-8; blank lines are skipped")
-    value("--batch-size", COUNT, 8, None, "prompts of a file at once")
+    value("--batch-size", BATCH, 8, None, "prompts of a file at once")
     args = parser.read(arguments)
     text = options.read_text(args, "--prompt", "--prompts", "give a text to continue")
     prompts = [text]
     if args.prompt is None:
-        prompts = [line for line in text.splitlines() if line.strip()]
+        prompts = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
     model, tokenizer, settings = _load(args)
     console = Console(highlight=False)
     for start in range(0, len(prompts), args.batch_size):
         chunk = prompts[start : start + args.batch_size]
         rows: list[Any] = [tokenizer(prompt)["input_ids"] for prompt in chunk]
+        if not all(rows):
+            empty = chunk[rows.index([])]
+            raise UserError(f"--prompt ({empty[:80]}): has no token in this model's vocabulary")
         ids, mask = (x.to(model.device) for x in pad_left(rows, padding_id(tokenizer)))
         printers = [ConsoleStreamer(tokenizer, console, args.show_thoughts, p) for p in chunk]
         if args.prompt is not None:
@@ -62,10 +75,8 @@ def chat(arguments: Sequence[str] | None = None) -> int:
     """Answer turns from the terminal; a wrong option, model or template raises `UserError`."""
     parser = Parser("quietstar chat", "Talks with a model, which thinks before each token.")
     _add_generation(parser)
-    parser.add_argument("--system", metavar="TEXT", help="text of the system's turn")
+    parser.value("--system", options.unicode_text, None, "TEXT", "text of the system's turn")
     args = parser.read(arguments)
-    if args.system is not None:
-        check_unicode(args.system, "--system")
     model, tokenizer, settings = _load(args)
     if tokenizer.chat_template is None:
         raise UserError(
@@ -73,7 +84,19 @@ def chat(arguments: Sequence[str] | None = None) -> int:
             "generate"
         )
     opening = [] if args.system is None else [{"role": "system", "content": args.system}]
-    _chat_ids(tokenizer, [*opening, {"role": "user", "content": "?"}])  # refuses before the talk
+    question = [{"role": "user", "content": "?"}]
+    without = _chat_ids(tokenizer, question)  # refuses before the talk
+    if args.system is not None:
+        try:
+            is_taken = _chat_ids(tokenizer, [*opening, *question]) != without
+            reason = "it leaves them out"
+        except UserError as problem:
+            is_taken, reason = False, str(problem)
+        if not is_taken:
+            raise UserError(
+                f"--system: the chat template of this model takes no system turns ({reason}). "
+                "Leave --system out."
+            )
     console = Console(highlight=False)
     console.print(HELP, style="dim")
     turns = opening
@@ -109,16 +132,16 @@ def _add_generation(parser: Parser) -> None:
     """Add the options that both commands have: model, thoughts and sampling."""
     options.add_model(parser)
     value = parser.value
-    value("--max-new-tokens", COUNT, 128, "N", "length of the answer")
+    value("--max-new-tokens", TOKENS, 128, "N", "length of the answer")
     parser.flag("--show-thoughts", "print them dim, before their token")
     parser.flag("--no-thoughts", "generate with the plain model")
     value("--gate", str, None, "GATE",
           "which tokens think: calibrated, entropy:NATS, weight:W or gain:NATS")  # fmt: skip
     value("--num-thoughts", THOUGHTS, 1, "K",
           "thoughts before each token, whose predictions are averaged")  # fmt: skip
-    value("--thought-temperature", number(), None, "T",
+    value("--thought-temperature", options.temperature, None, "T",
           "temperature of thoughts; without it their most likely tokens")  # fmt: skip
-    value("--temperature", number(), 0.0, "T",
+    value("--temperature", options.temperature, 0.0, "T",
           "temperature of the text; 0 takes the most likely tokens")  # fmt: skip
     value("--top-p", number(0.0, 1.0, above=True), 1.0, "P",
           "sample from the most likely tokens that reach this probability")  # fmt: skip
@@ -129,6 +152,8 @@ def _load(
     args: argparse.Namespace,
 ) -> tuple[QuietStarForCausalLM, PreTrainedTokenizerBase, dict[str, Any]]:
     """Load model and tokenizer, and translate the options to arguments of ``generate``."""
+    temperature = args.thought_temperature
+    options.check_greedy("--num-thoughts", args.num_thoughts, temperature, "--thought-temperature")
     if args.no_thoughts and (args.show_thoughts or args.gate):
         raise UserError("--no-thoughts: does not go with --show-thoughts or --gate; leave one out")
     remedy = "Set --no-thoughts to generate with the plain model."
@@ -142,7 +167,8 @@ def _load(
     return model, tokenizer, {
         "think": _gate(args), "num_thoughts": args.num_thoughts,
         "thought_temperature": args.thought_temperature or None, "seed": args.seed,
-        "max_new_tokens": args.max_new_tokens, "pad_token_id": padding_id(tokenizer), **sampling,
+        "max_new_tokens": args.max_new_tokens, "pad_token_id": padding_id(tokenizer),
+        "logits_processor": refuse_not_finite(), **sampling,
     }  # fmt: skip
 
 
@@ -153,7 +179,7 @@ def _gate(args: argparse.Namespace) -> bool | Gate:
         return Gate.load(args.model)
     kind, _, threshold = args.gate.partition(":")
     try:
-        value = number(-float("inf"))(threshold)
+        value = number(-1e6, 1e6)(threshold)
     except argparse.ArgumentTypeError:
         raise UserError(
             f"--gate ({args.gate}): must be calibrated, or a kind and a threshold, as entropy:1.5"
@@ -164,14 +190,47 @@ def _gate(args: argparse.Namespace) -> bool | Gate:
 
 def _chat_ids(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
     """Return the ids of the turns and of the opening of an answer, if the template takes them."""
+    failure = "the chat template of the tokenizer fails"
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as problem:
-        raise UserError(f"the chat template of the tokenizer fails: {problem}") from problem
+        with _limits(TEMPLATE_SECONDS):  # a template is a program, and may loop for ever
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except _TooLong as error:
+        raise UserError(f"{failure} (it takes more than {TEMPLATE_SECONDS:g} seconds)") from error
+    except Exception as error:  # whatever a program may raise
+        raise UserError(f"{failure} ({reason_of(error)})") from error
+    if not isinstance(text, str) or len(text) > MAX_BYTES:
+        raise UserError(f"{failure} (it gives more than {MAX_BYTES} characters, or no text)")
+    ids = tokenizer(check_unicode(text, "the chat template"), add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError("the chat template of the tokenizer gives an empty text")
     return ids
+
+
+class _TooLong(BaseException):
+    """The time is over; no `Exception`, since jinja goes on after those while it compiles."""
+
+
+@contextmanager
+def _limits(seconds: float) -> Iterator[None]:
+    """Raise when a block takes longer, or more than `TEMPLATE_BYTES` besides what is in use."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise _TooLong
+
+    before, memory = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
+    with suppress(OSError, ValueError):  # Linux alone tells; a limit may be lower already
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + TEMPLATE_BYTES, memory[1]))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, memory)
 
 
 class ConsoleStreamer(ThinkingStreamer):

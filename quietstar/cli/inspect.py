@@ -1,7 +1,6 @@
 """``quietstar inspect``: the thoughts before every token of a text, as a page, JSON or colors."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from math import exp
 from pathlib import Path
@@ -13,16 +12,19 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.cli import options
-from quietstar.cli.options import SEED, THOUGHTS, Parser, number, whole
+from quietstar.cli.options import SEED, THOUGHTS, Parser, whole
 from quietstar.data.tokenizer import load_tokenizer
 from quietstar.errors import UserError, visible
 from quietstar.evaluation.inspection import Reading, inspect_text, num_windows
 from quietstar.reports.pages import render_thoughts
+from quietstar.system.files import write_json, write_whole
 
 LEVELS = (0.02, 0.1, 0.5, 1.5)
 """Gains in nats at which the color grows darker."""
 GAINS = ("", "color(153)", "color(75)", "color(33)", "color(27)")
 LOSSES = ("", "color(223)", "color(215)", "color(208)", "color(202)")
+MAX_THOUGHTS = 50_000
+"""A page of 4,000 tokens has 5 MB."""
 ROWS = 8
 """Tokens in each table."""
 
@@ -32,14 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().read(arguments)
     text = options.read_text(args, "--text", "--text-file", "give a text of at least two tokens")
     out: Path | None = args.out
-    if out is not None and out.exists() and not args.force:
-        raise UserError(f"--out ({out}): exists; give another name, or --force to replace it")
     options.check_greedy("--num-thoughts", args.num_thoughts, args.temperature, "--temperature")
     names = [args.model] if args.compare is None else [args.model, args.compare]
     tokenizers = [load_tokenizer(name, trust_remote_code=False) for name in names]
     ids: list[Any] = [tokenizer(text)["input_ids"] for tokenizer in tokenizers]
     if len(ids[0]) < 2:
         raise UserError("--text: is a single token; give a text of at least two")
+    if len(ids[0]) * args.num_thoughts > MAX_THOUGHTS:
+        raise UserError(
+            f"--num-thoughts ({args.num_thoughts}): {len(ids[0])} tokens would have more than "
+            f"{MAX_THOUGHTS:,} thoughts, which no browser shows; give a shorter text, or fewer"
+        )
     if ids[-1] != ids[0]:
         raise UserError(
             f"--compare ({names[1]}): splits the text into other tokens than {names[0]}; compare "
@@ -54,10 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Console(highlight=False).print(_document_view(document))
         return 0
     if out.suffix == ".html":
-        options.write_text(out, render_thoughts(documents))
+        write_whole(out, render_thoughts(documents))
     else:
-        content = documents[0] if len(documents) == 1 else documents
-        options.write_text(out, json.dumps(content, indent=1) + "\n")
+        write_json(out, documents[0] if len(documents) == 1 else documents, indent=1)
     options.say(f"{len(documents[0]['tokens'])} tokens: {out}")
     return 0
 
@@ -136,14 +140,12 @@ def _parser() -> Parser:
     value = parser.value
     value("--text", str, None, "TEXT", "text to read")
     value("--text-file", str, None, "FILE", "file with the text, UTF-8")
-    files = options.output_file(".html", ".json")
-    value("--out", files, None, "FILE", "page (.html) or its figures (.json)")
-    parser.flag("--force", "replace a file that exists")
+    parser.output("--out", "page (.html) or its figures (.json)", ".html", ".json")
     value("--compare", options.existing, None, "DIR", "a second model, side by side")
     value("--num-thoughts", THOUGHTS, 1, "K", "thoughts before every token")
-    value("--temperature", number(), None, "T",
+    value("--temperature", options.temperature, None, "T",
           "temperature of thoughts; without it their most likely tokens")  # fmt: skip
     value("--seed", SEED, 0, None, "seed of sampled thoughts")
-    value("--context", whole(2), None, "N",
+    value("--context", whole(2, 10**6, "no model reads more"), None, "N",
           "tokens that are read at once; default: what the model takes")  # fmt: skip
     return parser

@@ -1,14 +1,34 @@
 """``quietstar lm-eval``: lm-evaluation-harness's own command, with the model ``quietstar``."""
 
+import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
+
+from quietstar.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the harness on its own arguments."""
+    """Run the harness on its own arguments; what it refuses raises `UserError`."""
     import lm_eval.__main__ as harness  # imports torch; an extra
 
-    import quietstar.evaluation.harness  # noqa: F401  (registers the model)
+    from quietstar.evaluation.harness import one_line_errors  # registers the model
 
     sys.argv = ["quietstar lm-eval", *(arguments or [])]
-    harness.cli_evaluate()
+    with one_line_errors("quietstar lm-eval"):
+        error = argparse.ArgumentParser.error
+        argparse.ArgumentParser.error = _refuse  # which prints the whole usage
+        try:
+            harness.cli_evaluate()
+        except SystemExit as stop:
+            if stop.code:
+                said = stop.code if isinstance(stop.code, str) else "it says above what is wrong"
+                raise UserError(f"quietstar lm-eval: the harness ends ({said}).") from stop
+        finally:
+            argparse.ArgumentParser.error = error
+
+
+def _refuse(self: argparse.ArgumentParser, message: str) -> NoReturn:
+    name = self.prog.removeprefix("lm-eval").strip()
+    command = " ".join(filter(None, ("quietstar lm-eval", name, "--help")))
+    raise UserError(f"{message.removeprefix('argument ')} (see {command})")

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,7 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from quietstar.errors import UserError, visible
+from quietstar.errors import UserError, reason_of, visible
+from quietstar.system.files import PARTIAL, check_output, kind_of
 
 if TYPE_CHECKING:
     from quietstar.model.quiet_star import QuietStarForCausalLM
@@ -43,6 +44,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, program: str, description: str | None, usage: str | None = None) -> None:
         # An abbreviation would be ambiguous with the keys of a config.
         super().__init__(program, usage, description, formatter_class=_Help, allow_abbrev=False)
+        self._outputs: list[str] = []
 
     def value(self, option: str, kind: Any, default: Any, metavar: str | None, help: str) -> None:
         """Add an option that takes a value."""
@@ -52,8 +54,19 @@ class Parser(argparse.ArgumentParser):
         """Add an option without a value."""
         self.add_argument(option, action="store_true", help=help)
 
+    def output(self, option: str, help: str, *endings: str, metavar: str = "FILE") -> None:
+        """Add an option that names a file to write, and ``--force``; `check` looks at the file."""
+        self.value(option, file_name(*endings), None, metavar, help)
+        self._outputs.append(option)
+        if "--force" not in self._option_string_actions:
+            self.flag("--force", "replace files that exist")
+
+    def check(self, args: argparse.Namespace) -> None:
+        """Refuse files of `output` that cannot be written, or only with ``--force``."""
+        check_outputs(args, self._outputs)
+
     def read(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        """Parse a command line on which every argument belongs to an option, or raise."""
+        """Parse a command line on which every argument belongs to an option; checks its files."""
         known = [option for action in self._actions for option in action.option_strings]
         for argument in sys.argv[1:] if arguments is None else arguments:
             name = argument.partition("=")[0]
@@ -64,6 +77,7 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(arguments)
         if unknown:
             self.error(f"{unknown[0]}: belongs to no option")
+        self.check(args)
         return args
 
     def error(self, message: str) -> NoReturn:
@@ -84,41 +98,52 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
-def whole(least: int = 0, most: int = 2**63 - 1) -> Callable[[str], int]:
-    """Make a parser of whole numbers between two bounds."""
+def whole(least: int = 0, most: int = 10**9, why: str = "") -> Callable[[str], int]:
+    """Make a parser of whole numbers between two bounds; ``why`` says what the upper one is for."""
 
     def parse(text: str) -> int:
-        is_whole = re.fullmatch(r"[+-]?[0-9]{1,20}", text.strip()) is not None
+        is_whole = re.fullmatch(r"[+-]?[0-9]{1,20}", text) is not None  # int takes other digits too
         if not is_whole or not least <= int(text) <= most:
-            is_large = text.strip().isdecimal() and (not is_whole or int(text) > most)
-            upper = f" and at most {most}" if most < 2**63 - 1 or is_large else ""
-            raise _wrong(text, f"must be a whole number of at least {least}{upper}")
+            reason = f" ({why})" if why else ""
+            raise _wrong(
+                text, f"must be a whole number of at least {least} and at most {most}{reason}"
+            )
         return int(text)
 
     return parse
 
 
-COUNT = whole(1)
-SEED = whole()
-THOUGHTS = whole(1, 1000)
-"""Thoughts per position, or chains per item; the bound is far above what memory allows."""
+BATCH = whole(1, 2**16, "no memory holds more at once")
+TOKENS = whole(1, 10**6, "no model reads more")
+SEED = whole(0, 2**32 - 1, "no more seeds are known to all generators")
+THOUGHTS = whole(1, 1000, "no memory holds more at one place")
+"""Thoughts per position, or chains per item."""
+
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
-def number(least: float = 0.0, most: float = math.inf, above: bool = False) -> Callable[[str], Any]:
+def number(
+    least: float, most: float, why: str = "", *, above: bool = False
+) -> Callable[[str], float]:
     """Make a parser of finite numbers between two bounds; ``above`` excludes the lower one."""
 
     def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or not least <= value <= most or (above and value == least):
+        value = float(text) if _NUMBER.fullmatch(text) else math.nan
+        if not least <= value <= most or (above and value == least):
             lower = f"above {least:g}" if above else f"of at least {least:g}"
-            upper = "" if most == math.inf else f" and at most {most:g}"
-            raise _wrong(text, f"must be a number {lower}{upper}")
+            reason = f" ({why})" if why else ""
+            raise _wrong(text, f"must be a number {lower} and at most {most:g}{reason}")
         return value
 
     return parse
+
+
+def temperature(text: str) -> float:
+    """Parse the temperature of a sampler; 0 takes the most likely tokens."""
+    value = number(0.0, 1000.0, "beyond, all tokens are equally likely")(text)
+    if 0 < value < 0.001:
+        raise _wrong(text, "must be a number of at least 0.001, or 0 for the most likely tokens")
+    return value
 
 
 def device(text: str) -> str:
@@ -127,8 +152,8 @@ def device(text: str) -> str:
 
     try:
         return find_device(text)
-    except UserError as problem:
-        raise _wrong(text, str(problem)) from None
+    except Exception as problem:  # torch's own, too
+        raise _wrong(text, reason_of(problem)) from None
 
 
 def existing(text: str) -> str:
@@ -138,50 +163,95 @@ def existing(text: str) -> str:
         if not text.strip():
             raise ValueError("it is empty")
     except (OSError, ValueError, RuntimeError) as problem:
-        raise _wrong(text, f"is no name of a model or file ({_reason(problem)})") from None
+        raise _wrong(text, f"is no name of a model or file ({reason_of(problem)})") from None
     return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
-def output_file(*endings: str) -> Callable[[str], Path]:
-    """Make a parser of files that can be written once the work is done; makes their folder.
+def unicode_text(text: str) -> str:
+    """Parse a text without halves of characters, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as problem:
+        raise _wrong(text, f"character {problem.start} is half of a surrogate pair") from None
+    return text
 
-    Endings are those that are allowed, such as ``.html``; without any, all are.
-    """
 
-    def parse(text: str) -> Path:
-        # Links are followed, so that what they point to is written, not the link.
-        try:
-            path = Path(os.path.realpath(Path(text).expanduser()))
-            if endings and path.suffix not in endings:
-                raise _wrong(text, f"must end in {' or '.join(endings)}")
-            if path.is_dir():
-                raise _wrong(text, "is a folder; give the name of a file in it")
-            if path.exists() and not path.is_file():
-                raise _wrong(text, "is no regular file")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not os.access(path if path.exists() else path.parent, os.W_OK):
-                raise _wrong(text, "cannot be written (permission denied)")
-        except (OSError, ValueError, RuntimeError) as problem:
-            raise _wrong(text, f"cannot be written ({_reason(problem)})") from None
-        return path
+def folder(text: str) -> str:
+    """Parse the name of a folder that is there; expands ``~``."""
+    if not Path(name := existing(text)).is_dir():
+        raise _wrong(text, "there is no such folder")
+    return name
+
+
+def file_name(*endings: str) -> Callable[[str], str]:
+    """Make a parser of names of files to write; without endings such as ``.html`` any will do."""
+
+    def parse(text: str) -> str:
+        if not text.strip():
+            raise _wrong(text, "names no file")
+        if endings and not text.endswith(endings):
+            raise _wrong(text, f"must end in {' or '.join(endings)}")
+        if text.endswith((PARTIAL, ".lock")):
+            raise _wrong(text, f"must not end in {PARTIAL} or .lock, as files of this program do")
+        return text
 
     return parse
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole, so that a full disk leaves the earlier one."""
-    new = path.with_name(f"{path.name}.new")
+def check_outputs(
+    args: argparse.Namespace,
+    outputs: Sequence[str],
+    may_replace: Callable[[str, Path], bool] = lambda option, path: False,
+    more_inputs: Mapping[str, Path] | None = None,
+) -> None:
+    """Refuse files that cannot be written, that are one file, or that the command reads.
+
+    The values of the options become absolute paths.
+
+    Args:
+        args: Options of the command, among them ``force``.
+        outputs: Options that name files to write.
+        may_replace: Whether an existing file may be replaced without ``--force``.
+        more_inputs: Files that the command reads and no option names alone.
+
+    Raises:
+        UserError: One of the files is refused.
+    """
+    values = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
+    inputs = [(option, Path(value)) for option, value in values.items()
+              if isinstance(value, str) and option not in outputs]  # fmt: skip
+    inputs += (more_inputs or {}).items()
+    written: dict[str, Path] = {}
+    for option in outputs:
+        if (value := values[option]) is None:
+            continue
+        path = check_output(value, option, force=True)
+        source = next((other for other, name in inputs if _is_same_file(name, path)), None)
+        if source is not None:
+            raise UserError(f"{option} ({value}): is also {source}, which is read. Give another.")
+        twin = next((other for other, name in written.items() if _is_same_name(name, path)), None)
+        if twin is not None:
+            raise UserError(
+                f"{option} ({value}): is also {twin}. Give another name to one of them."
+            )
+        written[option] = path
+    for option, path in written.items():
+        if kind_of(path) == "file" and not args.force and not may_replace(option, path):
+            check_output(values[option], option)  # says that it exists
+        setattr(args, option.strip("-").replace("-", "_"), path)
+
+
+def _is_same_file(one: Path, other: Path) -> bool:
     try:
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, path)
-    except OSError as problem:
-        raise UserError(f"{path}: cannot be written ({_reason(problem)})") from None
+        return os.path.samefile(one.expanduser(), other)
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
-def write_json(path: Path | None, content: Any) -> None:
-    """Write figures, if there is a file for them."""
-    if path is not None:
-        write_text(path, json.dumps(content, indent=2) + "\n")
+def _is_same_name(one: Path, other: Path) -> bool:
+    """Say whether two names are of one file, where upper and lower case are the same, too."""
+    folded = {unicodedata.normalize("NFC", str(path)).casefold() for path in (one, other)}
+    return len(folded) == 1 or _is_same_file(one, other)
 
 
 def check_greedy(option: str, count: int, temperature: float | None, remedy: str) -> None:
@@ -197,29 +267,23 @@ def read_text(args: argparse.Namespace, option: str, file_option: str, remedy: s
         UserError: Not exactly one is given, the file cannot be read, or there is no text.
     """
     from quietstar.data.tokenizer import check_unicode  # imports torch
+    from quietstar.evaluation.tasks import MAX_BYTES, read_document
 
     text, name = (getattr(args, o.strip("-").replace("-", "_")) for o in (option, file_option))
     if (text is None) == (name is None):
         raise UserError(f"{option}: give either {option} TEXT or {file_option} FILE")
     source = option if name is None else f"{file_option} ({name})"
-    if name is None:
-        text = check_unicode(text, option)
-    else:
-        try:
-            text = Path(name).expanduser().read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as problem:
-            byte = f"byte {problem.start} is 0x{problem.object[problem.start]:02x}"
-            raise UserError(f"{source}: is no UTF-8 ({byte}); convert it, as with iconv") from None
-        except (OSError, ValueError, RuntimeError) as problem:
-            raise UserError(f"{source}: cannot be read ({_reason(problem)})") from None
+    text = check_unicode(text, option) if name is None else read_document(name, file_option)
     if not text.strip():
         raise UserError(f"{source}: is empty; {remedy}")
+    if len(text) > MAX_BYTES:
+        raise UserError(f"{source}: has more than {MAX_BYTES} characters. Give a shorter text.")
     return text
 
 
 def say(line: str) -> None:
     """Print one line, whatever characters of the user's files are in it."""
-    Console(highlight=False).print(Text(visible(line)), soft_wrap=True)
+    Console(highlight=False).print(Text(visible(line).replace("\n", "⏎")), soft_wrap=True)
 
 
 @contextmanager
@@ -228,15 +292,15 @@ def progress(task: str, total: int, keep: bool = False) -> Iterator[Callable[[],
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
                TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), transient=not keep) as bars:
-        bar = bars.add_task(visible(task), total=total)
+        bar = bars.add_task(visible(task).replace("\n", "⏎"), total=total)
         yield lambda: bars.advance(bar)
 
 
 def table(headings: Sequence[str], left: Sequence[str], title: str | None = None) -> Table:
     """Start a table whose columns are aligned to the right, but for some."""
-    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    made = Table(title=title and Text(title), title_justify="left", box=box.SIMPLE_HEAD)
     for heading in headings:
-        made.add_column(heading, justify="left" if heading in left else "right")
+        made.add_column(Text(heading), justify="left" if heading in left else "right")
     return made
 
 
@@ -272,8 +336,4 @@ def load_model(
 
 
 def _wrong(value: str, rule: str) -> argparse.ArgumentTypeError:
-    return argparse.ArgumentTypeError(f"({value}): {rule}")
-
-
-def _reason(problem: Exception) -> str:
-    return (isinstance(problem, OSError) and problem.strerror) or str(problem)
+    return argparse.ArgumentTypeError(f"({value}): {rule}. Give another value.")

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from quietstar.cli.options import DEFAULT_CONFIG, Parser, number, output_file, whole, write_json
+from quietstar.cli.options import DEFAULT_CONFIG, Parser, number, whole
 from quietstar.config.loading import load_config
 from quietstar.errors import UserError
+from quietstar.system.files import write_json
 
 if TYPE_CHECKING:
     from quietstar.training.memory_plan import Estimate
@@ -30,15 +31,21 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         "Prints the memory that each process of a run will need, from shapes alone; the\n"
         "exit code is 1 if that is more than --memory. Keys are those of quietstar train.",
         "quietstar plan [--config FILE] [--engine NAME] [--processes N] [--memory GIB] "
-        "[--json FILE] [--KEY VALUE ...]",
+        "[--json FILE] [--force] [--KEY VALUE ...]",
     )
     value = parser.value
     value("--config", str, DEFAULT_CONFIG, "FILE", "YAML file or shipped config")
     engines = "default: single, or ddp with several processes"
     parser.add_argument("--engine", choices=ENGINES, help=engines)
-    value("--processes", whole(1, 2**20), 1, "N", "GPUs of the run")
-    value("--memory", number(above=True), None, "GIB", "of each GPU, to compare with")
-    value("--json", output_file(), None, "FILE", "all figures")
+    value("--processes", whole(1, 2**20, "no cluster has more"), 1, "N", "GPUs of the run")
+    value(
+        "--memory",
+        number(0.0, 1e6, "GiB of one GPU", above=True),
+        None,
+        "GIB",
+        "of each GPU, to compare with",
+    )
+    parser.output("--json", "all figures")
     args, overrides = parser.parse_known_args(arguments)
     engine = args.engine or ("single" if args.processes == 1 else "ddp")
     if engine == "single" and args.processes > 1:
@@ -46,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
             f"--engine (single): is one process, not {args.processes}; give another engine"
         )
     config = load_config(args.config, overrides)
+    parser.check(args)
 
     from quietstar.training.build import check_batch, quiet_libraries
     from quietstar.training.memory_plan import estimate_run  # imports torch
@@ -64,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         verdict = f"{'fits' if fits else 'does not fit'} into {args.memory:g} GiB"
     console.print(f"{gib:.1f} GiB: {verdict}")
     totals = {"total": estimate.total, "total_on_cpu": estimate.total_on_cpu}
-    write_json(args.json, {**asdict(estimate), **totals})
+    if args.json is not None:
+        write_json(args.json, {**asdict(estimate), **totals})
     return None if fits else EXIT_DOES_NOT_FIT
 
 

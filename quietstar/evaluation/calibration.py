@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quietstar.backbone.run import plain_pass
 from quietstar.data import Batch
+from quietstar.evaluation.scoring import not_finite
 from quietstar.generation.gates import PROBED, Gate, GateKind, Probe
 from quietstar.generation.generate import new_decoder, predict_next
 from quietstar.losses.thought_loss import next_token_entropy
@@ -49,7 +50,11 @@ class Measured:
 def measure_tokens(
     model: QuietStarForCausalLM, batches: Sequence[Batch], advance: Callable[[], object]
 ) -> Measured:
-    """Think greedily behind every token of the texts."""
+    """Think greedily behind every token of the texts.
+
+    Raises:
+        UserError: A figure is NaN or infinite.
+    """
     parts = []
     for batch in batches:
         batch = batch.to(model.device)
@@ -69,6 +74,10 @@ def measure_tokens(
         advance()
     joined = [torch.cat(column) for column in zip(*parts, strict=True)]
     joined[1:6] = [column.float() for column in joined[1:6]]
+    for field, column in zip(fields(Measured), joined, strict=True):
+        for row in (~column.isfinite()).nonzero()[:1, 0].tolist():
+            value = column[row].flatten()[0].item()
+            raise not_finite(f"token {row} of the held-out texts", field.name, value)
     return Measured(*joined)
 
 
@@ -79,7 +88,7 @@ def fit_probes(measured: Measured) -> dict[str, Probe]:
     mean = states.mean(0)
     centred = states - mean
     gram = centred.T @ centred / len(states)
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp(min=1e-12))  # all states may be equal
     probes = {}
     for name, target in zip(PROBED, (measured.weight, gain), strict=True):
         offset = target.double().mean()

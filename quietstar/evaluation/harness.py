@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,13 +23,39 @@ from quietstar.backbone.devices import find_device
 from quietstar.backbone.run import num_virtual, plain_pass
 from quietstar.data import load_tokenizer
 from quietstar.data.tokenizer import padding_id
-from quietstar.errors import UserError
-from quietstar.evaluation.scoring import POSITIONS, load_thinker, predict_thinking, thinks_once
+from quietstar.errors import UserError, reason_of
+from quietstar.evaluation.scoring import (
+    POSITIONS,
+    load_thinker,
+    not_finite,
+    predict_thinking,
+    refuse_not_finite,
+    thinks_once,
+)
 from quietstar.evaluation.tasks import answer_batch
 
 logger = logging.getLogger(__name__)
 
 _Harness: Any = HFLM  # its decorator hides its type
+
+
+@contextmanager
+def one_line_errors(what: str) -> Iterator[None]:
+    """Blame what the user asked of the harness for anything that goes wrong in it, in one line.
+
+    Raises:
+        UserError: In place of any other exception, but for a lack of memory or a package.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError, ModuleNotFoundError):
+        raise
+    except Exception as problem:
+        kind = type(problem).__name__
+        raise UserError(
+            f"{what}: lm-evaluation-harness fails ({kind}: {reason_of(problem)}). Mend the task, "
+            "its data or the arguments; quietstar lm-eval run --help lists them."
+        ) from problem
 
 
 @register_model("quietstar")
@@ -103,9 +131,14 @@ class QuietStarLM(_Harness):
         """Compute logits of the plain model, behind its virtual tokens."""
         causal_lm = self.thinker.causal_lm
         if not num_virtual(causal_lm):
-            return super()._model_call(inps, attn_mask, labels)
-        with torch.no_grad():
-            return self.thinker.output_head.logits(plain_pass(causal_lm, inps))
+            logits = super()._model_call(inps, attn_mask, labels)
+        else:
+            with torch.no_grad():
+                logits = self.thinker.output_head.logits(plain_pass(causal_lm, inps))
+        largest = logits.amax(-1)
+        if not largest.isfinite().all():
+            raise not_finite("a request without thoughts", "its largest logit", float("nan"))
+        return logits
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
@@ -140,6 +173,10 @@ class QuietStarLM(_Harness):
                 sums = logprobs.double().where(valid, 0).sum(1).tolist()
                 # A continuation is greedy if each thought alone would have chosen all of it.
                 greedy = (scores.predicted.cpu() == targets.unsqueeze(1)).all(1) | ~valid
+                for place, value in zip(chunk, sums, strict=True):
+                    if not math.isfinite(value):
+                        where = f"request {place} of lm-evaluation-harness, with thoughts"
+                        raise not_finite(where, "its log-likelihood", value)
                 pairs = zip(sums, greedy.all(1).tolist(), strict=True)
                 for place, answer in zip(chunk, pairs, strict=True):
                     answers[place], text = answer, requests[place][0]
@@ -154,6 +191,7 @@ class QuietStarLM(_Harness):
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **settings: Any
     ) -> Tensor:
+        settings["logits_processor"] = refuse_not_finite()
         if not self.thinks and not num_virtual(self.thinker.causal_lm):
             return super()._model_generate(context, max_length, stop, **settings)
         if not settings.get("do_sample"):

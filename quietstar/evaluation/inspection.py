@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.evaluation.controls import gain_over, swap_positions
+from quietstar.evaluation.scoring import not_finite
 from quietstar.losses.cross_entropy import chunk_rows
 from quietstar.model.quiet_star import QuietStarForCausalLM
 
@@ -86,6 +87,9 @@ def inspect_text(
 
     The text has at least two tokens, the model a lookahead of one; ``name`` is the model's.
     ``advance`` is called once a window and pass; there are three passes.
+
+    Raises:
+        UserError: A figure is NaN or infinite.
     """
     ids = torch.tensor([tokenizer.encode(text)], device=model.device)
     parts, sampled = list(windows(ids.shape[1], reading.context)), []
@@ -110,6 +114,7 @@ def inspect_text(
             thoughts = swapped[:, :, window.first : window.stop]
             scores = model.score_mixed(part, None, part, thoughts, positions)
             columns["swapped"] = scores.logprobs[0].T  # (P, K)
+        _check_finite(name, columns, window.first + 1)
         advance()
         for position, record in enumerate(_token_records(columns, tokenizer), window.first + 1):
             records.append({"position": position, "text": slices[position], **record})
@@ -162,6 +167,15 @@ def _figures(
     figures = {"id": targets, "ids": thoughts[0].transpose(0, 1), "weight": weight.T}
     figures |= {name: torch.cat(chunks) for name, chunks in columns.items()}
     return figures | {"probabilities": probability}
+
+
+def _check_finite(name: str, columns: dict[str, Tensor], first: int) -> None:
+    """Refuse NaN, which a page could not show; the first token of a window is number ``first``."""
+    for figure, column in columns.items():
+        is_bad = ~column.isfinite().flatten(1).all(1) if column.ndim > 1 else ~column.isfinite()
+        for row in is_bad.nonzero()[:1, 0].tolist():
+            where = f"{name}, token {first + row}"
+            raise not_finite(where, figure, column[row].flatten().tolist()[0])
 
 
 # --- Records of tokens ----------------------------------------------------------------------------

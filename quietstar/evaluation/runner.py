@@ -11,24 +11,29 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
 from quietstar.config.messages import closest, did_you_mean
 from quietstar.data.tokenizer import pad_left, padding_id
-from quietstar.errors import UserError
+from quietstar.errors import UserError, reading, reason_of
 from quietstar.evaluation import controls, scoring, tasks
 from quietstar.evaluation.controls import CONTROLS, PAUSE, SHUFFLED, SWAPPED, WITH, WITHOUT
 from quietstar.evaluation.scoring import Protocol
 from quietstar.evaluation.tasks import TASKS, Candidates, EncodedItem, Item, Task
 from quietstar.model.quiet_star import QuietStarForCausalLM
+from quietstar.system.files import append, kind_of, write_whole
+from quietstar.system.locks import locked
+from quietstar.system.signals import held
 
 FINAL_ANSWER = "\nTherefore, the answer (arabic numerals) is"
 ANSWER_TOKENS = 12
@@ -37,53 +42,126 @@ MAX_SUBSETS = 20_000
 """Up to so many subsets of the votes are all counted; of more, so many are drawn."""
 
 
+FREE_SETTINGS = ("variants", "batch_size")
+"""Settings that may differ between evaluations whose items are in one file."""
+
+
+class _Header(BaseModel):
+    """First line of a file of items."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    settings: dict[str, Any]
+
+
+class _Line(BaseModel):
+    """A finished item in one variant, as far as figures are made of it."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    task: str
+    item: NonNegativeInt
+    variant: str
+    metrics: Annotated[
+        dict[str, Annotated[list[FiniteFloat], Field(min_length=1)]], Field(min_length=1)
+    ]
+    nll: list[FiniteFloat] = []
+    tokens: list[str] = []
+    position: NonNegativeInt = 0
+    thoughts: list[list[list[NonNegativeInt]]] = []
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What all items of a task and variant have in common: metrics, and how many of each."""
+        return tuple(sorted((name, len(values)) for name, values in self.metrics.items()))
+
+    def check(self, scored: dict[tuple[str, int], int], shapes: dict[Any, Any]) -> None:
+        """Compare with the lines before, which ``scored`` and ``shapes`` are made of.
+
+        Raises:
+            ValueError: One of the lines was changed.
+        """
+        if len({len(texts) for texts in self.thoughts}) > 1 or (
+            len({len(tokens) for texts in self.thoughts for tokens in texts}) > 1
+        ):
+            raise ValueError("its thoughts differ in length")
+        if self.tokens and len(self.tokens) != len(self.nll):
+            raise ValueError("its tokens and their NLL differ in number")
+        if scored.setdefault((self.task, self.item), len(self.nll)) != len(self.nll):
+            raise ValueError("its variants differ in their number of tokens")
+        if shapes.setdefault((self.task, self.variant), self.shape) != self.shape:
+            raise ValueError("its metrics are not those of the other items")
+
+
+def settings_changes(previous: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """List the settings in which two evaluations differ, with their values; empty if in none."""
+    names = sorted({*previous, *now} - {*FREE_SETTINGS})
+    return ", ".join(
+        f"{name} ({str(previous.get(name))[:80]}, now {str(now.get(name))[:80]})"
+        for name in names
+        if previous.get(name) != now.get(name)
+    )
+
+
+@contextmanager
+def open_store(path: Path | None, settings: Mapping[str, Any], force: bool) -> Iterator[ItemStore]:
+    """Open the file of items, and keep other processes from it; without a path all in memory.
+
+    Raises:
+        UserError: Another process writes it, or it was made under other settings.
+    """
+    if path is None:
+        yield ItemStore(None, settings)
+        return
+    lock = path.with_name(f"{path.name}.lock")
+    with locked(lock, f"--out-items ({path})", "Wait for its end, or give another --out."):
+        yield ItemStore(path, settings, force)
+
+
 class ItemStore:
     """Records of finished items, in memory and, with a path, in a JSONL file that only grows.
 
-    The first line says under which settings the others were made; ``overwrite`` begins anew.
+    The first line says under which settings the others were made. A file of other settings or with
+    other content is not touched; ``force`` replaces it when the first items are finished.
 
     Raises:
         UserError: The file was made under other settings, or is no file of an evaluation.
     """
 
-    def __init__(self, path: Path | None, settings: Mapping[str, Any], overwrite: bool) -> None:
+    def __init__(self, path: Path | None, settings: Mapping[str, Any], force: bool = False) -> None:
         self.path = path
         self.records: dict[tuple[str, int, str], dict[str, Any]] = {}  # by task, item, variant
-        if path is None:
+        self._header = json.dumps({"settings": settings}) + "\n"
+        self._is_begun = path is not None and not force and kind_of(path) != "none"
+        if path is None or not self._is_begun:
             return
-        data = b"" if overwrite or not path.exists() else path.read_bytes()
+        where, remedy = f"--out-items ({path})", "Give another file, or --force to begin anew."
+        with reading(where, remedy), tasks.open_regular(path) as file:
+            data = file.read()
+        if self._header.startswith(
+            data.decode(errors="replace")
+        ):  # empty, or cut in its first line
+            self._is_begun = False
+            return
         whole = data[: data.rfind(b"\n") + 1]
-        if not whole:
-            path.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
-            return
-        if len(whole) < len(data):  # an interrupt cut the last line off
-            path.write_bytes(whole)
-        previous: dict[str, Any] = {}
-        fields: dict[str, type] = {"settings": dict}
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                record = json.loads(line)
-                valid = all(isinstance(record.get(key), kind) for key, kind in fields.items())
-            except (ValueError, AttributeError):
-                valid, record = False, {}
-            if not valid:
-                raise UserError(
-                    f"--out-items: {path}, line {number} is no line of an evaluation; remove it, "
-                    "give another file, or --overwrite to begin anew"
-                )
-            if number == 1:
-                previous = record["settings"]
-                fields = {"task": str, "item": int, "variant": str, "metrics": dict}
-            else:
-                self.records[record["task"], record["item"], record["variant"]] = record
-        keys = {*previous, *settings}
-        keys = sorted(key for key in keys if previous.get(key) != settings.get(key))
-        if keys:
-            changes = [f"{key} ({previous.get(key)}, now {settings.get(key)})" for key in keys]
+        lines = whole.split(b"\n")[:-1] or [data]
+        previous, scored, shapes = {}, {}, {}
+        for number, line in enumerate(lines, 1):
+            with reading(f"{where}, line {number}", remedy):
+                record = tasks.parse_object(line)
+                if number == 1:
+                    previous = _Header.model_validate(record).settings
+                    continue
+                checked = _Line.model_validate(record)
+                checked.check(scored, shapes)
+                self.records[checked.task, checked.item, checked.variant] = record
+        with reading(f"{where}, line 1", remedy):
+            changes = settings_changes(previous, settings)
+        if changes:
             raise UserError(
-                f"{path}: its items were made with another {', '.join(changes)}; give another "
-                "--out, or --overwrite to begin anew"
+                f"{where}: its items were made with another {changes}. Give another --out, or "
+                "--force to begin anew."
             )
+        if len(whole) < len(data):  # an interrupt cut the last line off
+            write_whole(path, whole)
 
     def has(self, task: str, numbers: Sequence[int], variants: Sequence[str]) -> bool:
         """Say whether all of these are finished."""
@@ -93,10 +171,26 @@ class ItemStore:
         """Keep finished items; of a batch that was cut short some are there already."""
         new = {(r["task"], r["item"], r["variant"]): r for r in records}
         new = {key: record for key, record in new.items() if key not in self.records}
+        if self.path is not None and new:
+            lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in new.values())
+            with held():  # so that the lines are whole
+                self._write(self.path, lines)
         self.records |= new
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in new.values())
+
+    def _write(self, path: Path, lines: str) -> None:
+        """Append lines, all or none of them."""
+        if not self._is_begun or kind_of(path) == "none":
+            write_whole(path, self._header + lines)
+            self._is_begun = True
+            return
+        try:
+            append(path, lines)
+        except OSError as problem:
+            raise UserError(
+                f"--out-items ({path}): cannot be written ({reason_of(problem)}). The "
+                f"{len(self.records)} finished scores are kept in it: free some space, and start "
+                "the same command again."
+            ) from problem
 
 
 @dataclass(frozen=True)
@@ -183,6 +277,11 @@ class Runner:
             for one in items:  # with another item, or between the positions of a plain text
                 donor = one.number if one.swaps_within else donors[one.number]
                 other = torch.tensor(self.store.records[task.name, donor, WITH]["thoughts"])
+                if other.ndim != 3 or not other.numel() or other.max() >= self.model.vocab_size:
+                    raise UserError(
+                        f"--out-items ({self.store.path}): the thoughts of item {donor} of "
+                        f"{task.name} are none of this model. Begin anew with --force."
+                    )
                 if one.swaps_within:
                     other = controls.swap_positions(other, one.number)
                 swapped.append(controls.fit_thoughts(other, batch.thinking.shape[1]))
@@ -193,6 +292,10 @@ class Runner:
             else:
                 scores = scoring.predict_thinking(self.model, batch, candidates, thoughts[variant])
             metrics = scoring.item_metrics(scores, batch, candidates)
+            for name, values in metrics.items():
+                for row in (~values.isfinite().all(1)).nonzero()[:1, 0].tolist():
+                    where = f"{task.name}, item {numbers[row]} ({items[row].item.where})"
+                    raise scoring.not_finite(f"{where}, {variant}", name, values[row].tolist())
             nll = (-scores.logprobs.cpu().double()).mean(1).tolist()  # (B, P), over thoughts
             for row, one in enumerate(items):
                 predicted = scores.predicted[row, :, : one.num_scored].cpu()
@@ -265,7 +368,8 @@ class Runner:
         generated = self.model.generate(
             ids, attention_mask=mask, think=variant == WITH, max_new_tokens=new,
             thought_temperature=self.protocol.thought_temperature, seed=self.protocol.seed,
-            pad_token_id=pad, stopping_criteria=stop, **decoding,
+            pad_token_id=pad, stopping_criteria=stop, logits_processor=scoring.refuse_not_finite(),
+            **decoding,
         )  # fmt: skip
         return self.tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
 
@@ -346,16 +450,18 @@ class HarnessTask:
         for variant in variants:
             if store.has(self.name, [0], [variant]):
                 continue
-            model = model_class(
-                thoughts="on" if variant == WITH else "off",
-                num_thoughts=protocol.samples, thought_temperature=protocol.thought_temperature,
-                seed=protocol.seed, positions=protocol.positions, batch_size=protocol.batch_size,
-                **args,
-            )  # fmt: skip
-            results = evaluate(
-                model=model, tasks=[self.name], limit=limit, log_samples=True, bootstrap_iters=0,
-                task_manager=TaskManager(include_path=self.include, metadata=metadata),
-            )  # fmt: skip
+            with harness.one_line_errors(f"--tasks ({self.name})"):
+                model = model_class(
+                    thoughts="on" if variant == WITH else "off",
+                    num_thoughts=protocol.samples,
+                    thought_temperature=protocol.thought_temperature, seed=protocol.seed,
+                    positions=protocol.positions, batch_size=protocol.batch_size, **args,
+                )  # fmt: skip
+                results = evaluate(
+                    model=model, tasks=[self.name], limit=limit, log_samples=True,
+                    bootstrap_iters=0,
+                    task_manager=TaskManager(include_path=self.include, metadata=metadata),
+                )  # fmt: skip
             samples = [
                 sample
                 for _, of_task in sorted(results["samples"].items())
@@ -363,12 +469,16 @@ class HarnessTask:
             ]
             records = []
             for number, sample in enumerate(samples):
-                predicted = json.dumps(sample["filtered_resps"], default=str)
                 values = [(name, sample[name]) for name in sample["metrics"]]
+                for name, value in values:
+                    if isinstance(value, float) and not math.isfinite(value):
+                        where = f"{self.name}, item {number} (document {sample['doc_id']})"
+                        raise scoring.not_finite(f"{where}, {variant}", name, value)
+                predicted = json.dumps(sample["filtered_resps"], default=str)
                 records.append({
                     "task": self.name, "item": number, "variant": variant,
                     "id": str(sample["doc_id"]), "answer": str(sample["target"]),
-                    "predicted": json.loads(predicted),
+                    "predicted": json.loads(predicted, parse_constant=str),
                     # A metric that is no number of a single item is left out.
                     "metrics": {k: [float(v)] for k, v in values if isinstance(v, int | float)},
                 })  # fmt: skip
@@ -387,14 +497,13 @@ def find_harness_task(name: str, include: str | None) -> HarnessTask:
     Raises:
         UserError: The harness has no such task, or is not installed.
     """
-    if include is not None and not Path(include).is_dir():
-        raise UserError(f"--include-path: there is no folder {include}")
     try:
         from lm_eval.tasks import TaskManager
-
-        known = list(TaskManager(include_path=include).all_tasks)
     except ImportError:
         known = []
+    else:
+        with reading(f"--include-path ({include})", "Mend its task files."):
+            known = list(TaskManager(include_path=include).all_tasks)
     if name in known:
         return HarnessTask(name, include)
     meant = did_you_mean(closest(name, [*TASKS, *known]))

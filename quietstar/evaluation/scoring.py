@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from quietstar.backbone.run import embedding_weight
 from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
@@ -134,6 +135,32 @@ def _add_files(folder: Path, digest: Any) -> None:
 
 
 # --- Scores --------------------------------------------------------------------------------------
+def not_finite(where: str, figure: str, value: Any) -> UserError:
+    """Make the error of a figure that is NaN or infinite, which no mean or page may hide."""
+    return UserError(
+        f"{where}: {figure} ({value}) is no finite number: the model's weights or activations "
+        "overflow. Try --dtype float32, or an earlier checkpoint."
+    )
+
+
+class _FiniteLogits(LogitsProcessor):
+    """Ends a generation whose next token would be drawn from NaN or infinite logits."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        largest = scores.amax(-1)
+        if not largest.isfinite().all():
+            raise not_finite(
+                f"token {input_ids.shape[1]} of a generated text", "its largest logit",
+                largest[~largest.isfinite()][0].item(),
+            )  # fmt: skip
+        return scores
+
+
+def refuse_not_finite() -> LogitsProcessorList:
+    """Return the argument ``logits_processor`` that ends a generation at NaN logits."""
+    return LogitsProcessorList([_FiniteLogits()])
+
+
 def thinks_once(model: QuietStarForCausalLM, positions: str) -> bool:
     """Say whether answers are thought about once, before their first token (`POSITIONS`)."""
     return positions == "trained" and model.thoughts.positions == "answer_start"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal, NoReturn
 
 import torch
 from jaxtyping import Bool, Int
@@ -19,12 +23,15 @@ from transformers import PreTrainedTokenizerBase
 from quietstar.attention.layout import IGNORE_INDEX, NO_POSITION
 from quietstar.data.synthetic import synthetic_records
 from quietstar.data.tokenizer import check_unicode
-from quietstar.errors import UserError
+from quietstar.errors import UserError, reading
 
 TEXT_FILES = (".txt", ".md")
 MIN_CONTEXT = 8
 """Tokens at the beginning of a text that are not scored: there any second pass would help."""
 TEXT_TOKENS = 256
+MAX_BYTES = 16 * 2**20
+"""Most bytes of a text: tokenizers take more than a hundred times as much memory."""
+TOO_LONG = f"more than {MAX_BYTES >> 20} MiB, for which tokenizers take gigabytes; split it"
 
 Record = Mapping[str, Any]
 
@@ -79,7 +86,7 @@ class Task:
         """
         if self.file is not None and self.file.endswith(TEXT_FILES):
             assert tokenizer is not None, "a text file is cut by tokens"
-            return list(islice(_spans(Path(self.file), tokenizer, text_tokens), limit))
+            return list(islice(_spans(self.file, tokenizer, text_tokens), limit))
         if self.file is None:
             options = {"num_steps": 4, "num_moves": 8}
             start = synthetic_records("demo", "moves", options, 512, seed=0, held_out=True)
@@ -101,11 +108,68 @@ class Task:
                     "--data-dir, a folder with the JSONL file"
                 ) from None
             records = ((dict(row), f"{repository}, {split} item {n}") for n, row in enumerate(rows))
-        numbered = enumerate(islice(records, limit))
-        items = [self.read(record, number, where) for number, (record, where) in numbered]
+        items = []
+        for number, (record, where) in enumerate(islice(records, limit)):
+            with reading(where, "Mend the record."):
+                items.append(self.read(record, number, where))
         if not items:
             raise UserError(f"{self.name}: no items; is the file empty?")
         return items
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading; of a pipe or a device, reading might never end.
+
+    Raises:
+        OSError: It is something else, or cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_document(name: str, option: str) -> str:
+    """Read a UTF-8 text file, which an option names.
+
+    Raises:
+        UserError: It cannot be read, is no text, or is too large.
+    """
+    with reading(f"{option} ({name})", "Give a text file, in UTF-8."):
+        with open_regular(Path(name).expanduser()) as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"it has {TOO_LONG}")
+        text = content.decode("utf-8-sig")
+        if "\0" in text:
+            raise ValueError(f"character {text.index(chr(0))} is NUL, so it is no text")
+    return text
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """Parse a line of JSON that must hold an object, each of whose fields stands there once.
+
+    Raises:
+        ValueError: It holds something else.
+    """
+    record = json.loads(line.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    if not isinstance(record, dict):
+        raise ValueError("it must be an object with fields, such as {...}")
+    return record
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"field {twice} stands there twice")
+    return fields
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def read_lines(path: Path, task: str) -> Iterator[tuple[Record, str]]:
@@ -114,40 +178,36 @@ def read_lines(path: Path, task: str) -> Iterator[tuple[Record, str]]:
     Raises:
         UserError: There is no such file, or a line is no object.
     """
-    if not path.is_file():
-        own = task == str(path)
-        remedy = "" if own else f"; give the folder that holds {path.name} as --data-dir"
-        raise UserError(f"{task}: there is no file {path}{remedy}")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+    remedy = "Mend the line."
+    own = task == str(path)
+    with reading(task, "Check the name."):
+        path = path.expanduser()
+        if not path.exists():
+            hint = "" if own else f". Give the folder that holds {path.name} as --data-dir"
+            raise UserError(f"{task}: there is no file {path}{hint}")
+        file = open_regular(path)
+    with file:
+        for number in itertools.count(1):
             where = f"{path}, line {number}"
-            try:
-                record = json.loads(line) if line.strip() else None
-            except ValueError as problem:
-                raise UserError(f"{where}: no valid JSON ({problem}); mend the line") from None
-            if record is None:
-                continue
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: must be an object with fields, such as {{...}}")
-            yield record, where
+            with reading(where, remedy):
+                line = file.readline(MAX_BYTES + 1)
+                if len(line) > MAX_BYTES:
+                    raise ValueError(f"it has {TOO_LONG}")
+                record = parse_object(line.removeprefix(b"\xef\xbb\xbf")) if line.strip() else None
+            if record is not None:
+                yield record, where
+            elif not line:
+                return
 
 
-def _spans(path: Path, tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator[Item]:
+def _spans(name: str, tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator[Item]:
     """Cut a text file into consecutive spans of ``size`` tokens, the last one as it comes."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as problem:
-        raise UserError(
-            f"{path}: is not UTF-8 (at byte {problem.start}); convert it, for example with iconv"
-        ) from None
-    except OSError as problem:
-        raise UserError(f"{path}: cannot be read ({problem.strerror}); check the name") from None
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(read_document(name, "--tasks"))
     if len(ids) < 2:
-        raise UserError(f"{path}: holds no token to score; give a longer text")
+        raise UserError(f"{name}: holds no token to score; give a longer text")
     for start in range(0, max(1, len(ids) - MIN_CONTEXT), size):
         span = ids[start : start + size]
-        where = f"{path}, tokens {start} to {start + len(span) - 1}"
+        where = f"{name}, tokens {start} to {start + len(span) - 1}"
         yield Item(str(start), "", str(tokenizer.decode(span)), where, tokens=tuple(span))
 
 
@@ -156,8 +216,8 @@ def _field(record: Record, path: str, where: str) -> Any:
     value: Any = record
     for part in path.split("."):
         if not isinstance(value, Mapping) or value.get(part) is None:
-            known = ", ".join(record) or "none"
-            raise UserError(f"{where}: field {path} is missing; the record has {known}")
+            known = ", ".join(record) if isinstance(record, Mapping) else "no fields"
+            raise UserError(f"{where}: field {path} is missing; the record has {known or 'none'}")
         value = value[part]
     return value
 
@@ -196,11 +256,15 @@ def _commonsense_qa(record: Record, number: int, where: str) -> Item:
     stem = _text_field(record, "question.stem" if nested else "question", where)
     choices = _field(record, "question.choices" if nested else "choices", where)
     if isinstance(choices, Mapping):
-        labels, texts = choices.get("label", ()), choices.get("text", ())
-        choices = [{"label": a, "text": b} for a, b in zip(labels, texts, strict=False)]
+        columns = [_field(choices, name, where) for name in ("label", "text")]
+        if not all(isinstance(column, list) for column in columns):
+            raise UserError(f"{where}: fields label and text of choices must be lists")
+        choices = [{"label": a, "text": b} for a, b in zip(*columns, strict=True)]
     if not isinstance(choices, list) or len(choices) < 2:
         raise UserError(f"{where}: field choices must list at least two choices, not {choices!r}")
     labels = tuple(_text_field(choice, "label", where) for choice in choices)
+    if len(set(labels)) < len(labels):
+        raise UserError(f"{where}: field choices has two choices of one label, {', '.join(labels)}")
     texts = [_text_field(choice, "text", where) for choice in choices]
     answer = _text_field(record, "answerKey", where)
     if answer not in labels:

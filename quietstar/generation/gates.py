@@ -121,7 +121,7 @@ class Gate:
             if not path.is_file():
                 raise UserError(f"{path}: is missing, or no regular file. {remedy}")
             content = path.read_bytes()
-            if _digest(content) != saved.probes_sha256:
+            if saved.probes_sha256 not in (None, _digest(content)):
                 raise UserError(f"{path}: does not belong to {GATE_FILE} beside it. {remedy}")
             tensors = load(content)
             names = {name.partition(".")[0] for name in tensors}
@@ -134,7 +134,7 @@ class _SavedGate(Section, extra="ignore"):
 
     kind: GateKind
     threshold: float
-    probes_sha256: str
+    probes_sha256: str | None = None  # earlier versions did not bind the two
 
 
 def _digest(content: bytes) -> str:

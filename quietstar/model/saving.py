@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from quietstar.backbone.loading import load_base, load_tensors, require_finite
 from quietstar.backbone.run import embedding_weight
 from quietstar.config import MixingHeadConfig, ThoughtsConfig, TuningConfig
 from quietstar.config.messages import shown_value
-from quietstar.config.schema import AtLeastOne, AtLeastZero, Section
+from quietstar.config.schema import Section
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.generation.gates import GATE_FILE, PROBES_FILE
 from quietstar.model.self_check import check_architecture, use_thinking_attention
@@ -85,9 +85,9 @@ class Settings(Section):
     """Commit of a base from the hub."""
     dtype: Literal["float16", "bfloat16", "float32", "float64"]
     """Type of the language model's weights."""
-    vocab_size: AtLeastOne
+    vocab_size: PositiveInt
     """Tokens of the tokenizer."""
-    pause_token_id: AtLeastZero
+    pause_token_id: NonNegativeInt
     """Token that stands for every thought token in the pause control."""
     thoughts: ThoughtsConfig
     """Settings of the thoughts."""

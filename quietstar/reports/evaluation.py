@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
+from quietstar.errors import visible
 from quietstar.evaluation.controls import CONTROLS, GAINS, PAUSE, SWAPPED, WITH, WITHOUT, gain_over
+from quietstar.evaluation.runner import FREE_SETTINGS
 from quietstar.evaluation.statistics import CONTROL_NAMES
 from quietstar.reports.figures import Figure, Row, draw_forest, draw_groups, make_figure
 from quietstar.reports.pages import plain, probability, signed, signed_range, write_charts
@@ -42,17 +46,19 @@ def task_view(name: str, task: dict[str, Any]) -> RenderableType:
     variants = {h: task[key] for h, key in (("without", WITHOUT), ("with", WITH)) if key in task}
     headings = ("difference", "95% CI", "p") if difference else ("std. error",)
     table = _table("metric", *variants, *headings)
-    table.title = f"{name}, {task['n']} item{'s' if task['n'] != 1 else ''}"
+    name = visible(name).replace("\n", "⏎")
+    table.title = Text(f"{name}, {task['n']} item{'s' if task['n'] != 1 else ''}")
     for metric, label in metrics.items():
         cells = [plain(variant[metric]) for variant in variants.values()]
         if difference:
             cells += _comparison(difference, metric)
         else:
             cells += [plain(variant[f"{metric}_stderr"]) for variant in variants.values()]
-        table.add_row(label, *cells, style="bold" if metric == main else "")
+        style = "bold" if metric == main else ""
+        table.add_row(Text(visible(label)), *cells, style=style)
     parts: list[RenderableType] = [table]
     if "controls" in task:
-        table = _table(f"{metrics[main]} with", "", "gain over it", "95% CI", "p")
+        table = _table(f"{visible(metrics[main])} with", "", "gain over it", "95% CI", "p")
         for control in (c for c in CONTROLS if c in task["controls"]):
             cells = [plain(task["controls"][control][main])]
             cells += _comparison(task[GAINS[control]], main)
@@ -67,7 +73,7 @@ def task_view(name: str, task: dict[str, Any]) -> RenderableType:
 
 def _table(first: str, *numbers: str) -> Table:
     columns = [Column(heading, justify="right", no_wrap=True) for heading in numbers]
-    return Table(first, *columns, title_justify="left", box=box.SIMPLE_HEAD)
+    return Table(Column(Text(first)), *columns, title_justify="left", box=box.SIMPLE_HEAD)
 
 
 def _comparison(comparison: dict[str, Any], metric: str) -> list[str]:
@@ -123,7 +129,14 @@ def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
     facts += [(key, str(result["environment"][key])) for key in ("dtype", "device", "torch")]
     config = {key: value for key, value in result["config"].items() if value is not None}
     return write_charts(path, "evaluation.html.j2", figures, facts=facts, tasks=sections,
-                        config=config)  # fmt: skip
+                        config=config, mark=page_mark(result["config"]))  # fmt: skip
+
+
+def page_mark(config: Mapping[str, Any]) -> str:
+    """Return the text by which a page of the same evaluation, with the same settings, is known."""
+    decisive = {key: value for key, value in config.items() if key not in FREE_SETTINGS}
+    content = json.dumps(decisive, sort_keys=True)
+    return f"quietstar-evaluation-{hashlib.sha256(content.encode()).hexdigest()}"
 
 
 # --- Gates: speed against quality -----------------------------------------------------------------

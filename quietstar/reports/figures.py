@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from quietstar.errors import visible
 from quietstar.reports.pages import percent, plain
 from quietstar.reports.run_files import Record, find_stages, series
 
@@ -68,7 +69,7 @@ def padded(low: float, high: float) -> tuple[float, float]:
 
 def literal(text: str, width: int) -> str:
     """Return a text that plotly, which reads some HTML in texts, shows as it is, in one line."""
-    line = " ".join(text.split())
+    line = " ".join(visible(text).split())
     return html.escape(line if len(line) <= width else line[: width - 1] + "…", quote=False)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from quietstar.errors import UserError
+from quietstar.system.files import write_whole
 
 MISSING = "–"
 
@@ -79,7 +79,7 @@ def wilson(share: float, n: float | None) -> tuple[float, float] | None:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def visible(text: str) -> str:
+def shown_text(text: str) -> str:
     """Strip the space around a text; show signs for an empty one and for nothing but space."""
     return text.strip() or ("␣" if text else MISSING)
 
@@ -122,7 +122,7 @@ def render(template: str, scripts: Sequence[str], **context: Any) -> str:
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
     for show in (plain, signed, signed_range, percent, percent_range, points, points_range,
-                 probability, wilson, visible):  # fmt: skip
+                 probability, wilson, shown_text):  # fmt: skip
         environment.filters[show.__name__] = show
     # A browser takes the hash of a script after it has made all line ends \n.
     sources = [script.replace("\r\n", "\n").replace("\r", "\n") for script in scripts]
@@ -137,15 +137,12 @@ def write_charts(path: Path, template: str, figures: Mapping[str, Any], **contex
     """Write a page whole or not at all, making its folder if necessary; returns its path.
 
     Raises:
-        UserError: plotly is not installed.
+        UserError: plotly is not installed, or the page cannot be written.
     """
     scripts = [plotly_script(), asset("charts.js")] if figures else []
     page = render(template, scripts, figures=figures, **context)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
-    # A model's text may hold half of a surrogate pair, which UTF-8 cannot encode.
-    new.write_bytes(page.encode("utf-8", "replace"))
-    os.replace(new, path)
+    write_whole(path, page)
     return path
 
 

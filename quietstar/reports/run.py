@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from quietstar.config.yaml import YamlProblem, parse
+from quietstar.config.yaml import parse
 from quietstar.reports.figures import Chart, Line, Row, draw_curves, draw_forest
 from quietstar.reports.pages import duration, percent, signed, write_charts
-from quietstar.reports.run_files import Record, Results, RunFiles, series
+from quietstar.reports.run_files import MOST_CONFIG_BYTES, Record, Results, RunFiles, series
 from quietstar.training.evaluation import ACCURACIES
 
 # fmt: off
@@ -113,10 +114,10 @@ def write_report(folder: Path) -> Path:
 
 def _facts(run: RunFiles) -> list[tuple[str, str]]:
     """Describe the run in a few words."""
-    try:
-        config: Any = parse(run.config).data
-    except YamlProblem:
-        config = None
+    config: Any = None
+    if len(run.config) <= MOST_CONFIG_BYTES:
+        with suppress(Exception):  # a page without these facts says more than none
+            config = parse(run.config).data
 
     def setting(section: str, key: str) -> str:
         tree = config

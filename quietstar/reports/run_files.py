@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from quietstar.errors import UserError
+from quietstar.errors import UserError, reading, reason_of
 
 RENAMED = {
     "accuracy_exchanged": "accuracy_swapped",
@@ -25,16 +24,22 @@ RENAMED = {
 """Keys of runs of earlier versions, and what they are called now."""
 
 
+LARGEST = 1e100
+"""A larger figure is no measurement, and sums of such ones are not finite."""
+MOST_STEPS = 2**53
+MOST_CONFIG_BYTES = 2**20
+
+
 def _current(entry: dict[str, Any]) -> dict[str, Any]:
     """Give keys of earlier versions their names of today, and leave out what is null."""
     return {RENAMED.get(key, key): value for key, value in entry.items() if value is not None}
 
 
 def finite(value: object) -> float | None:
-    """Return ``value`` if it is a finite number; NaN, infinity, text and booleans give None."""
+    """Return ``value`` if it is a number that can be drawn; NaN, text and booleans give None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value) if abs(value) <= sys.float_info.max else None
+    return float(value) if abs(value) <= LARGEST else None
 
 
 # --- metrics.jsonl --------------------------------------------------------------------------------
@@ -63,7 +68,7 @@ def parse_metrics(text: str) -> list[Record]:
         if not isinstance(entry, dict) or entry.get("kind") not in ("train", "eval"):
             continue
         step, stage = finite(entry.pop("step", None)), str(entry.pop("stage", ""))
-        if step is not None:
+        if step is not None and 0 <= step <= MOST_STEPS:
             numbers = {key: finite(value) for key, value in entry.items()}
             figures = {key: value for key, value in numbers.items() if value is not None}
             record = Record(entry["kind"], stage, int(step), figures)
@@ -180,13 +185,13 @@ def read_part(path: Path, kind: type[Parts]) -> Parts:
         UserError: The file is not JSON, or not of this form.
     """
     try:
-        text = path.read_text(encoding="utf-8") if path.exists() else "{}"
+        text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
         return kind.model_validate(json.loads(text, object_hook=_current))
     except ValidationError as error:
         first = error.errors()[0]
         problem = f"{'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']}"
-    except (ValueError, RecursionError) as error:
-        problem = f"not valid JSON ({error})"
+    except (ValueError, RecursionError, OSError) as error:
+        problem = f"not valid JSON ({reason_of(error)})"
     raise UserError(f"{path}: {problem}; fix the file, or remove it to leave that section out")
 
 
@@ -201,7 +206,9 @@ class RunFiles:
         metrics, controls = folder / "metrics.jsonl", folder / "controls.json"
 
         def read(path: Path) -> str:
-            return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+            with reading(str(path), "Give the folder of a run."):
+                is_there = path.is_file()  # a pipe could be waited for without end
+                return path.read_text(encoding="utf-8", errors="replace") if is_there else ""
 
         self.name, self.config = folder.resolve().name, read(folder / "config.yaml")
         self.records = parse_metrics(read(metrics))

@@ -57,10 +57,9 @@ def check_output(
             raise UserError(f"{where}: exists. Give another name, or {remedy}.")
         if kind == "file" and not os.access(name, os.W_OK):
             raise PermissionError(13, "Permission denied")
-        with tempfile.NamedTemporaryFile(dir=name.parent, prefix=".", suffix=PARTIAL):
-            pass  # says more than the folder's permissions: quotas, read-only disks
-        _partial(name).touch()  # a name that is just too long, or that the disk does not take
-        _partial(name).unlink()
+        # Says more than the folder's permissions: quotas, read-only disks, names that are too long.
+        with tempfile.NamedTemporaryFile(dir=name.parent, prefix=f".{name.name}.", suffix=PARTIAL):
+            pass
     except (OSError, ValueError, RuntimeError) as problem:
         if isinstance(problem, UserError):
             raise
@@ -90,19 +89,22 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """
     if kind_of(path) not in ("none", "file"):
         raise UserError(f"{path}: is no regular file and is not replaced. Remove it.")
-    new = _partial(path)
     # A model's text may hold half of a surrogate pair, which UTF-8 cannot encode.
     data = content if isinstance(content, bytes) else content.encode("utf-8", "replace")
+    new = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        with new.open("wb") as file:
+        with open(os.open(new, flags, 0o666), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
         sync_folder(path.parent)
-    except OSError as problem:
+    except BaseException as problem:
         with suppress(OSError):
             new.unlink(missing_ok=True)
+        if not isinstance(problem, OSError):
+            raise
         raise UserError(
             f"{path}: cannot be written ({reason_of(problem)}). Free some space there, or give "
             "another place."
@@ -158,7 +160,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     kind = kind_of(path)
     if kind not in ("none", "folder"):
         raise UserError(f"{path}: is no folder and is not replaced. Remove it.")
-    new, old = _partial(path), path.with_name(f"{path.name}.replaced")
+    new, old = path.with_name(f"{path.name}{PARTIAL}"), path.with_name(f"{path.name}.replaced")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove(new)
     new.mkdir()
@@ -216,7 +218,3 @@ def remove(path: Path) -> str | None:
     except OSError as problem:
         return reason_of(problem)
     return None
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}{PARTIAL}")

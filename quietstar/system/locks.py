@@ -41,7 +41,7 @@ def locked(path: Path, what: str, remedy: str) -> Iterator[None]:
             os.close(descriptor)  # its last holder deleted it in the meantime
             descriptor = -1
     except BlockingIOError:
-        holder = _describe(os.pread(descriptor, 4096, 0))
+        holder = _describe(os.pread(descriptor, 4096, 0)) or "another process"
         os.close(descriptor)
         raise UserError(f"{what}: is in use by {holder}. {remedy}") from None
     except OSError as problem:  # a file system without locks, among others
@@ -52,6 +52,9 @@ def locked(path: Path, what: str, remedy: str) -> Iterator[None]:
             f"destroy each other's files. {remedy}"
         ) from problem
     try:
+        before = os.pread(descriptor, 4096, 0)
+        if before and _describe(before) is None:
+            raise UserError(f"{what}: {path} is no lock of quietstar. Move it away. {remedy}")
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
@@ -60,11 +63,11 @@ def locked(path: Path, what: str, remedy: str) -> Iterator[None]:
         os.close(descriptor)  # which unlocks
 
 
-def _describe(content: bytes) -> str:
-    """Say who holds a lock, as far as its file tells."""
+def _describe(content: bytes) -> str | None:
+    """Say who holds a lock, as far as its file tells; None if it is something else."""
     try:
         holder = json.loads(content)
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(holder["since"])))
         return f"process {int(holder['pid'])} on {holder['host']} since {since}"
     except (ValueError, KeyError, TypeError, OverflowError, OSError):
-        return "another process"
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from quietstar.backbone.loading import build_config, drop_dropout, read_config
 from quietstar.backbone.run import decoder_layers
 from quietstar.config import Config, TuningConfig
-from quietstar.errors import UserError, reading
+from quietstar.errors import UserError, reading, reason_of
 from quietstar.losses.cross_entropy import chunk_rows
 from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
@@ -31,6 +32,10 @@ SHARDED = ("zero3", "fsdp2")  # engines that shard the weights
 PROGRAM = 175 * 2**20
 """Bytes that a run loads into the machine's memory besides: texts, tokenizer, loggers, kernels.
 Measured: 174 and 176 MiB in two runs of SmolLM2-135M."""
+MOST_LAYERS = 2_000
+MOST_TOKENS = 10**9
+MOST_OPERATIONS = 100_000
+"""Passes through a layer or the output layer that a plan takes; so many take half an hour."""
 _FLOAT = 4  # bytes
 
 
@@ -78,7 +83,16 @@ def estimate_run(config: Config, engine: str, processes: int) -> Estimate:
             "plan lora, and take three quarters of its frozen weights off"
         )
     tokenizer, stages = find_tokenizer(config), plan_stages(config)
-    estimates = [_estimate_stage(stage, tokenizer, engine, processes) for stage in stages]
+    try:
+        estimates = [_estimate_stage(stage, tokenizer, engine, processes) for stage in stages]
+    except UserError:
+        raise
+    except Exception as problem:  # whatever a model raises at sizes that do not fit together
+        name = config.model.name_or_path or "model.config"
+        raise UserError(
+            f"model ({name}): a step of it cannot be planned ({reason_of(problem)}). Check the "
+            "sizes in its config, and those of thoughts and data."
+        ) from problem
     return max(estimates, key=lambda estimate: estimate.total)
 
 
@@ -95,6 +109,7 @@ def _estimate_stage(
     model.learn_chunk_tokens = resolve_chunk_tokens(
         training.learn_chunk_tokens, device, sharded, training.gradient_checkpointing
     )
+    _check_work(model, config)
     begin_stage(model, dataclasses.replace(stage, config=config))
     weight_share = 1 / processes if sharded else 1.0
     gradient_share = 1 / processes if engine in (*SHARDED, "zero2") else 1.0
@@ -126,16 +141,46 @@ def model_without_weights(
 ) -> QuietStarForCausalLM:
     """Builds the model as a run does, on the meta device; UserError if its config is unreadable."""
     name = config.model.name_or_path
-    if name is None:
-        settings = build_config(dict(config.model.config or {}), len(tokenizer))
-    else:
-        settings = read_config(name, **hub_options(config))
+    what = "model.config" if name is None else f"model.name_or_path ({name})"
+    with reading(what, "Give the config of a causal language model."):
+        if name is None:
+            settings = build_config(dict(config.model.config or {}), len(tokenizer))
+        else:
+            settings = read_config(name, **hub_options(config))
+        layers = getattr(settings.get_text_config(), "num_hidden_layers", 0)
+        if isinstance(layers, int) and layers > MOST_LAYERS:
+            raise UserError(
+                f"{what}: num_hidden_layers ({layers}): must be at most {MOST_LAYERS}, since a "
+                "plan goes through the layers one by one. Set it lower."
+            )
     drop_dropout(settings)
     key = "model.config" if name is None else f"model.name_or_path ({name})"
     with reading(key, "Give the config of a causal language model."), torch.device("meta"):
         dtype, trust = getattr(torch, config.model.dtype), config.model.trust_remote_code
-        base = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust)
+        with reading(what, "Give the config of a causal language model."):
+            base = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust)
     return teach_thinking(base, config, tokenizer).train()
+
+
+def _check_work(model: QuietStarForCausalLM, config: Config) -> None:
+    """Refuse sizes at which a plan would take hours: each group of tokens is gone through."""
+    thoughts, training, seq_len = config.thoughts, config.training, config.data.seq_len
+    rows = training.micro_batch_size * (seq_len - 1) * thoughts.num_thoughts
+    if thoughts.positions != "all":
+        rows = math.ceil(rows * thoughts.position_fraction)
+    tokens = rows * (thoughts.length + thoughts.lookahead)
+    groups = tokens // model.learn_chunk_tokens if model.learn_chunk_tokens else 1
+    layers = len(decoder_layers(model.causal_lm))
+    chunks = tokens // chunk_rows(model.vocab_size)
+    operations = layers * (thoughts.length + groups) + chunks
+    if operations > MOST_OPERATIONS or tokens > MOST_TOKENS:
+        raise UserError(
+            f"data.seq_len ({seq_len}), training.micro_batch_size ({training.micro_batch_size}), "
+            f"thoughts.num_thoughts ({thoughts.num_thoughts}), length ({thoughts.length}) and "
+            f"lookahead ({thoughts.lookahead}): a micro-batch has {tokens:,} tokens of thoughts, "
+            f"and no plan is made of more than {MOST_TOKENS:,}, or of more than {MOST_OPERATIONS:,}"
+            " layers and chunks. Set them lower."
+        )
 
 
 def _trace(

@@ -22,7 +22,7 @@ function visible(text) {
   return text.replace(/[\u0000-\u0008\u000b-\u001f\u007f]/g, (c) => {
     const code = c.codePointAt(0);
     return String.fromCodePoint(code === 0x7f ? 0x2421 : 0x2400 + code);
-  }).replace(/[\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]/g, "\u25cc").replace(/\n/g, "⏎\n");
+  }).replace(/[\u0080-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g, "\u25cc").replace(/\n/g, "⏎\n");
 }
 
 const shown = (text) => make("code", { class: "token", dir: "auto" }, visible(text).replace(/ /g, "␣").replace(/\n/g, ""));
@@ -51,7 +51,7 @@ function summary(doc) {
     tile("Mixing weight", s.mixing_weight.toFixed(3), "mixed", "mean weight of the thought"),
     tile("Surprisal", s.entropy.toFixed(2), "thought", "mean over thought tokens"),
     tile("Distinct tokens", percent(s.distinct_token_ratio), "thought", "of a thought's length"));
-  return make("div", {}, ...(documents.length > 1 ? [make("p", { class: "model" }, doc.model)] : []), tiles);
+  return make("div", {}, ...(documents.length > 1 ? [make("p", { class: "model" }, visible(doc.model))] : []), tiles);
 }
 
 // --- The text ------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ function thoughtView(token, thought, number, count) {
 function tokenView(doc, index) {
   const token = doc.tokens[index];
   const box = make("div", {});
-  if (documents.length > 1) box.append(make("p", { class: "model" }, doc.model));
+  if (documents.length > 1) box.append(make("p", { class: "model" }, visible(doc.model)));
   box.append(make("h2", {}, shown(token.text), ` token ${token.position}`));
   if (token.gain === undefined) {
     box.append(make("p", { class: "hint" }, "The first token is not predicted."));
@@ -214,7 +214,7 @@ function frequent(doc) {
       make("td", { class: "number" }, String(thought.count)), make("td", { class: "number" }, nats(thought.gain))));
   }
   return make("div", { class: "card" }, make("h2", {}, "Most frequent thoughts"),
-    ...(documents.length > 1 ? [make("p", { class: "model" }, doc.model)] : []),
+    ...(documents.length > 1 ? [make("p", { class: "model" }, visible(doc.model))] : []),
     make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {},
       make("th", { scope: "col" }, "thought"), make("th", { scope: "col", class: "number" }, "count"),
       make("th", { scope: "col", class: "number" }, "mean gain"))), body)));
@@ -236,7 +236,7 @@ function histogram(doc) {
       make("td", { class: "number" }, String(count)), make("td", {}, ...(count ? [fill] : []))));
   }
   return make("div", { class: "card" }, make("h2", {}, "Distribution of token gains (nats)"),
-    ...(documents.length > 1 ? [make("p", { class: "model" }, doc.model)] : []),
+    ...(documents.length > 1 ? [make("p", { class: "model" }, visible(doc.model))] : []),
     make("table", { class: "histogram" }, body));
 }
 
