@@ -31,6 +31,8 @@ SAID_BEFORE = re.compile(
     r"thoughts\.(start|end)_init: |the text has \d+ tokens|\d{4}-\d\d-\d\d:|.*\d/\d"
 )
 """Lines about what goes well: notes, the harness's log, finished progress bars."""
+_LIBRARIES = re.compile(r"(?m)^(/.*Warning: .*\n( +.*\n)?|\[transformers\].*\n)")
+"""Warnings of libraries, which are counted as noise and fail nothing."""
 UNFINISHED = ("*.partial", "*.new", "*.tmp", "*.replaced", ".*")
 LOCKS = ("*.lock",)
 VERDICTS = ("crash", "hang", "traceback", "accepted", "refused", "ran", "changed", "lines", "raw",
@@ -107,6 +109,7 @@ def run_case(
         "code": outcome.code, "signal": outcome.signal, "seconds": round(outcome.seconds, 2),
         "verdicts": verdicts, "out": outcome.out[-2000:], "err": outcome.err[-4000:],
         "traceback": outcome.traceback[-3000:],
+        "noise": bool(outcome.code == 2 and _LIBRARIES.search(outcome.err)),
         "before": before if verdicts else {}, "after": after if verdicts else {},
     }  # fmt: skip
 
@@ -155,7 +158,7 @@ def judge(
 
 def _wrong_lines(text: str, case: Case) -> str | None:
     """Say what is wrong with the lines of a refusal."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in _LIBRARIES.sub("", text).splitlines() if line.strip()]
     if case.terminal:
         lines = [line for line in lines if PREFIX in line]
     others = [line for line in lines if PREFIX not in line[:60] and not SAID_BEFORE.match(line)]
@@ -182,12 +185,13 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     """Count verdicts by command."""
     commands = list(dict.fromkeys(record["command"] for record in records))
     used = [v for v in VERDICTS if any(v in r["verdicts"] for r in records)]
-    rows = [["command", "cases", "fine", *used]]
+    rows = [["command", "cases", "fine", "noise", *used]]
     for command in [*commands, "all"]:
         of = [r for r in records if command in ("all", r["command"])]
         counts = Counter(verdict for record in of for verdict in record["verdicts"])
         fine = sum(not record["verdicts"] for record in of)
-        rows.append([command, len(of), fine, *(counts[verdict] or "" for verdict in used)])
+        noise = sum(record.get("noise", False) for record in of) or ""
+        rows.append([command, len(of), fine, noise, *(counts[verdict] or "" for verdict in used)])
     return "\n".join("  ".join(f"{cell!s:>9}" for cell in row) for row in rows)
 
 

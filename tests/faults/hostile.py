@@ -49,7 +49,7 @@ class Trap:
 
 def bare_pickle(path: Path) -> None:
     """Write a pickle that runs code."""
-    path.write_bytes(pickle.dumps(Trap()))
+    path.write_bytes(pickle.dumps(Trap(), protocol=2))
 
 
 def torch_pickle(path: Path) -> None:
@@ -205,6 +205,14 @@ def _(rng: random.Random, work: Path) -> Case:
     (work / "evil.py").write_text(EVIL + "class Evil: pass\n")
     line = command("calibrate", model="run/final", data=None)
     return Case("loss.objective of a run folder", line, True, canary=CANARY, several=True)
+
+
+@case("code/objective-named-by-a-run-resumed")
+def _(rng: random.Random, work: Path) -> Case:
+    path = work / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("objective: quiet_star", "objective: evil:Evil"))
+    (work / "evil.py").write_text(EVIL + "class Evil: pass\n")
+    return Case("loss.objective of a run", command("resume"), True, canary=CANARY, several=True)
 
 
 @case("code/library-named-by-an-adapter")
@@ -466,12 +474,8 @@ def _page_cases() -> None:
                 name = text.replace("/", "_").replace("\x00", "")[:100]
                 more = ["--model.config.max_position_embeddings", "256", "--data.seq_len", "60"]
                 if run == "train":
-                    path = work / "new.yaml"
-                    stages = {
-                        text: {"training": {"max_steps": 1}},
-                        "b": {"training": {"max_steps": 1}},
-                    }
-                    path.write_text(path.read_text() + "stages: " + json.dumps(stages) + "\n")
+                    shutil.move(work / "texts.jsonl", work / f"{name}.jsonl")
+                    more += ["--data.train", f"{name}.jsonl", "--thoughts.end_init", text]
                     line = command("train", *more, "--logging.thought_steps", "1")
                 elif run == "eval":
                     shutil.move(work / "items.jsonl", work / f"{name.replace(',', ' ')}.jsonl")
@@ -530,6 +534,14 @@ def _(rng: random.Random, work: Path) -> Case:
     header[name + ESCAPES] = header.pop(name)
     write_tensors(work / "full" / "quietstar.safetensors", header, data)
     return Case("a tensor's name", command("generate"), True, terminal=True)
+
+
+@case("text/names-of-stages")
+def _(rng: random.Random, work: Path) -> Case:
+    path = work / "new.yaml"
+    stages = {HOSTILE: {"training": {"max_steps": 1}}, "b": {"training": {"max_steps": 1}}}
+    path.write_text(path.read_text() + "stages: " + json.dumps(stages) + "\n")
+    return Case("a stage's name", command("train"), None, several=True, terminal=True)
 
 
 @case("text/fields-of-records")
