@@ -28,7 +28,8 @@ FOREIGN = re.compile(r"\x1b\]|\x1b\[2J|\x1bc|\x1bP|\x07|[\x80-\x9f\u202e\u2066\u
 """On a terminal colors and cursor moves are the program's own; titles, links and bells are not."""
 PREFIX = "quietstar: error: "
 SAID_BEFORE = re.compile(
-    r"thoughts\.(start|end)_init: |the text has \d+ tokens|\d{4}-\d\d-\d\d:|.*\d/\d"
+    r"thoughts\.(start|end)_init: |.* has no effect |the text has \d+ tokens|Generating test split"
+    r"|\d{4}-\d\d-\d\d:|.*\d/\d"
 )
 """Lines about what goes well: notes, the harness's log, finished progress bars."""
 _LIBRARIES = re.compile(r"(?m)^(/.*Warning: .*\n( +.*\n)?|\[transformers\].*\n)")
