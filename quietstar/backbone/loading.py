@@ -114,11 +114,12 @@ def load_base(
             if is_stored := dtype == "stored":
                 settings.dtype, dtype = None, "auto"  # else transformers would believe the config
             with _quiet_transformers():
-                model, report = AutoModelForCausalLM.from_pretrained(
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
                     name_or_path, config=settings, dtype=dtype, weights_only=True,
                     output_loading_info=True, ignore_mismatched_sizes=True,
                     trust_remote_code=trust_remote_code, **hub,
                 )  # fmt: skip
+                model, report = loaded
                 _check_report(report, key)
                 _check_generation(model, key)
             if not is_stored:

@@ -24,7 +24,7 @@ from quietstar.config.schema import GYM, SYNTHETIC
 from quietstar.data.synthetic import chain_sum_steps, import_reasoning_gym, synthetic_records
 from quietstar.data.tokenizer import check_unicode, first_line
 from quietstar.errors import UserError, reading, reason_of
-from quietstar.system.inputs import open_input
+from quietstar.system.inputs import open_input, parse_json
 
 Record = dict[str, Any]
 
@@ -178,7 +178,7 @@ def _read_list(file: BinaryIO, path: Path) -> str:
 def _parse_json(text: str, path: Path, line: int | None, rule: str) -> Any:
     """Parses a line, or a whole file (None); what is wrong is a `UserError` that says where."""
     try:
-        return json.loads(text.rstrip(), object_pairs_hook=_without_repeats)
+        return parse_json(text.rstrip(), numbers_only=False)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}, line {(line or 1) + error.lineno - 1}: malformed JSON ({error.msg} at"
@@ -188,16 +188,6 @@ def _parse_json(text: str, path: Path, line: int | None, rule: str) -> Any:
         reason = str(error).partition(";")[0] if isinstance(error, ValueError) else reason_of(error)
         where = path if line is None else f"{path}, line {line}"
         raise UserError(f"{where}: malformed JSON ({reason}): it must hold {rule}") from error
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Makes an object; JSON leaves open which of two equal names counts."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        seen: set[str] = set()
-        name = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"the name {shortened(name)!r} stands twice in an object")
-    return made
 
 
 def _read_text(file: BinaryIO, path: Path, fields: Mapping[str, str]) -> RawRecords:

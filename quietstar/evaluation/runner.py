@@ -32,6 +32,7 @@ from quietstar.evaluation.scoring import Protocol
 from quietstar.evaluation.tasks import TASKS, Candidates, EncodedItem, Item, Task
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.system.files import append, kind_of, write_whole
+from quietstar.system.inputs import open_input
 from quietstar.system.locks import locked
 from quietstar.system.signals import held
 
@@ -134,7 +135,7 @@ class ItemStore:
         if path is None or not self._is_begun:
             return
         where, remedy = f"--out-items ({path})", "Give another file, or --force to begin anew."
-        with reading(where, remedy), tasks.open_regular(path) as file:
+        with reading(where, remedy), open_input(path) as file:
             data = file.read()
         if self._header.startswith(
             data.decode(errors="replace")

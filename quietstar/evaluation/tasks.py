@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
-import json
-import os
 import re
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -24,6 +20,7 @@ from quietstar.attention.layout import IGNORE_INDEX, NO_POSITION
 from quietstar.data.synthetic import synthetic_records
 from quietstar.data.tokenizer import check_unicode
 from quietstar.errors import UserError, reading
+from quietstar.system.inputs import open_input, parse_json
 
 TEXT_FILES = (".txt", ".md")
 MIN_CONTEXT = 8
@@ -117,19 +114,6 @@ class Task:
         return items
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading; of a pipe or a device, reading might never end.
-
-    Raises:
-        OSError: It is something else, or cannot be opened.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no regular file")
-    return os.fdopen(descriptor, "rb")
-
-
 def read_document(name: str, option: str) -> str:
     """Read a UTF-8 text file, which an option names.
 
@@ -137,7 +121,7 @@ def read_document(name: str, option: str) -> str:
         UserError: It cannot be read, is no text, or is too large.
     """
     with reading(f"{option} ({name})", "Give a text file, in UTF-8."):
-        with open_regular(Path(name).expanduser()) as file:
+        with open_input(Path(name).expanduser()) as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise ValueError(f"it has {TOO_LONG}")
@@ -153,23 +137,10 @@ def parse_object(line: bytes) -> dict[str, Any]:
     Raises:
         ValueError: It holds something else.
     """
-    record = json.loads(line.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    record = parse_json(line.decode())
     if not isinstance(record, dict):
         raise ValueError("it must be an object with fields, such as {...}")
     return record
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"field {twice} stands there twice")
-    return fields
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def read_lines(path: Path, task: str) -> Iterator[tuple[Record, str]]:
@@ -185,7 +156,7 @@ def read_lines(path: Path, task: str) -> Iterator[tuple[Record, str]]:
         if not path.exists():
             hint = "" if own else f". Give the folder that holds {path.name} as --data-dir"
             raise UserError(f"{task}: there is no file {path}{hint}")
-        file = open_regular(path)
+        file = open_input(path)
     with file:
         for number in itertools.count(1):
             where = f"{path}, line {number}"

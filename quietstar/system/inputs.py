@@ -1,10 +1,11 @@
-"""Files that are read: regular ones only, since to open a pipe or a device may wait for ever."""
+"""What is read: regular files only, since to open a pipe may wait for ever, and plain JSON."""
 
 import errno
+import json
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 NOT_REGULAR = "it is a pipe, a socket or a device, and no regular file"
 
@@ -31,3 +32,27 @@ def _check_regular(status: os.stat_result, path: str | Path) -> None:
         raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, NOT_REGULAR, str(path))
+
+
+def parse_json(text: str, numbers_only: bool = True) -> Any:
+    """Parse JSON in which every name of an object stands once; which of two would count?
+
+    Raises:
+        ValueError: It is something else, or has NaN or an infinity where ``numbers_only``.
+        RecursionError: It is nested too deeply.
+    """
+    refuse = _refuse_constant if numbers_only else None
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=refuse)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        name = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the name {name[:60]!r} stands twice in an object")
+    return made
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")

@@ -154,7 +154,7 @@ LINES = {
     "no UTF-8": (b'{"text": "\xff"}', "no UTF-8"),
     "NULs": (b"\x00" * 40, "no valid JSON"),
     "NaN": ('{"text": "a", "n": NaN}', "NaN is no number"),
-    "a field twice": ('{"text": "a", "text": "b"}', "text stands there twice"),
+    "a field twice": ('{"text": "a", "text": "b"}', "the name 'text' stands twice"),
     "a list": ("[1]", "must be an object"),
 }
 
@@ -207,7 +207,7 @@ def test_only_text_files_of_a_sensible_size_are_read(work, tmp_path, capsys, com
         file.truncate(17 * 2**20)
     (tmp_path / "folder.txt").mkdir()
     reasons = {"pipe": "no regular file", "binary": "is NUL", "huge": "more than 16 MiB",
-               "folder": "no regular file", "gone": "No such file"}  # fmt: skip
+               "folder": "it is a folder", "gone": "No such file"}  # fmt: skip
     for name, words in reasons.items():
         path = tmp_path / f"{name}.txt"
         assert cli.main([command, "--model", "model", option, str(path)]) == 2
