@@ -13,6 +13,8 @@ _CONTROL = re.compile(
     r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )
 
+_STYLES = re.compile(r"\x1b\[[0-9;]*m")
+
 
 def visible(text: str) -> str:
     """Escape the characters that could move a terminal's cursor or reverse its line."""
@@ -71,7 +73,11 @@ def reason_of(problem: BaseException) -> str:
         return "it does not fit into memory"
     if isinstance(problem, OSError) and problem.strerror:
         return problem.strerror
-    text = " ".join(str(problem).split())
+    text = " ".join(_STYLES.sub("", str(problem)).split())
+    if "Weights only load failed" in text:  # torch then advises to unpickle everything
+        return "it is damaged, or holds a pickle that would run code"
+    if "unexpected pos" in text or "PytorchStreamWriter" in text or "iostream error" in text:
+        return "the disk is full, or failed while it was written"
     if isinstance(problem, KeyError):
         return f"it has no {text}"
     name = type(problem).__name__

@@ -117,8 +117,30 @@ def find(key: str, name: str) -> Any:
     return part
 
 
+@contextlib.contextmanager
+def importing_nothing() -> Iterator[None]:
+    """Find only what is imported already: for configs that lie in a folder, and name code."""
+    before = _Imports.are_allowed
+    _Imports.are_allowed = False
+    try:
+        yield
+    finally:
+        _Imports.are_allowed = before
+
+
+class _Imports:
+    """Whether `find` may import modules of the user's."""
+
+    are_allowed = True
+
+
 def _import_part(key: str, name: str, module: str, attribute: str) -> Any:
     """Import a module of the user's, which may do and raise anything, and take a name of it."""
+    if not _Imports.are_allowed and module not in sys.modules:
+        raise UserError(
+            f"{key} ({name}): names code, which is not run because a file of a folder says so. "
+            f"Name it on the command line or in a config of your own, or import {module} first."
+        )
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)

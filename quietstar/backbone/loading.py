@@ -69,6 +69,7 @@ def load_base(
     vocab_size: int | None = None,
     seed: int = 0,
     quantization: Any = None,
+    is_exact: bool = False,
     trust_remote_code: bool = False,
     **hub: Any,
 ) -> PreTrainedModel:
@@ -83,6 +84,7 @@ def load_base(
         vocab_size: Of the built model where ``config`` names none.
         seed: Seed of the random weights.
         quantization: How transformers shall quantize the weights, None for not at all.
+        is_exact: Whether tensors that are no part of the model are an error, not a warning.
         trust_remote_code: Whether code that comes with the model may run.
         **hub: ``revision``.
 
@@ -104,6 +106,13 @@ def load_base(
         else:
             settings = read_config(name_or_path, trust_remote_code=trust_remote_code, **hub)
             dropped = drop_dropout(settings)
+            stored = getattr(settings, "quantization_config", None)
+            stored = stored if isinstance(stored, dict) else {}
+            if any("load_in_" in name for name in stored) or "bitsandbytes" in stored.values():
+                raise UserError(
+                    f"{key}: its weights are quantized by bitsandbytes, which loses what training "
+                    "needs. Give the original weights; tuning.method: qlora quantizes them."
+                )
             if Path(name_or_path).is_dir():
                 _check_files(Path(name_or_path), settings, key)
                 if Path(name_or_path, GENERATION_CONFIG_NAME).exists():
@@ -120,7 +129,7 @@ def load_base(
                     trust_remote_code=trust_remote_code, **hub,
                 )  # fmt: skip
                 model, report = loaded
-                _check_report(report, key)
+                _check_report(report, key, is_exact)
                 _check_generation(model, key)
             if not is_stored:
                 require_finite(model.named_parameters(), key)
@@ -189,7 +198,8 @@ def build_config(fields: dict[str, Any], vocab_size: int | None) -> PreTrainedCo
         )
     if vocab_size is not None:
         fields.setdefault("vocab_size", vocab_size)
-    with reading(f"model.config (model_type: {model_type})", "Correct its fields."):
+    what = f"model.config (model_type: {model_type})"
+    with reading(what, "Correct its fields."), _quiet_transformers():
         settings = AutoConfig.for_model(model_type, **fields)
         _check_fields(fields, settings, "model.config")
         check_sizes(settings)
@@ -307,7 +317,7 @@ def _check_files(folder: Path, settings: PreTrainedConfig, key: str) -> None:
         )
 
 
-def _check_report(report: dict[str, Any], key: str) -> None:
+def _check_report(report: dict[str, Any], key: str, is_exact: bool) -> None:
     """Refuse a model some of whose weights transformers has filled at random."""
     if mismatched := sorted(report["mismatched_keys"], key=str):
         name, stored, wanted = mismatched[0]
@@ -321,6 +331,11 @@ def _check_report(report: dict[str, Any], key: str) -> None:
             "They would be random numbers. Download or save the model again."
         )
     if unknown := sorted(report["unexpected_keys"]):
+        if is_exact:
+            raise UserError(
+                f"{key}: {len(unknown)} tensors in its files are no part of the model by "
+                f"config.json, such as {unknown[0]}. Give the config.json that belongs to it."
+            )
         logger.warning(
             "%s: %d tensors in its files are no part of the model and are not used, such as %s",
             key, len(unknown), unknown[0],

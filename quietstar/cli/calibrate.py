@@ -21,6 +21,7 @@ from quietstar.errors import UserError
 from quietstar.evaluation import calibration
 from quietstar.evaluation.calibration import GateResult, try_gate
 from quietstar.generation.gates import GATE_FILE, PROBED, PROBES_FILE, Gate, GateKind
+from quietstar.registry import importing_nothing
 from quietstar.system.files import check_output, kind_of, write_json
 from quietstar.system.signals import held
 from quietstar.training.run_dir import CONFIG_FILE
@@ -142,7 +143,8 @@ def _held_out(args: argparse.Namespace) -> list[Batch]:
         path = Path(args.model).resolve().parent / CONFIG_FILE
         if not path.exists():
             raise UserError(f"--data: is not given, and there is no {path}; give held-out text")
-        stage = list(load_config(path).stage_configs().values())[-1]
+        with importing_nothing():
+            stage = list(load_config(path).stage_configs().values())[-1]
         data, seed = stage.data, stage.training.seed
     data = data.model_copy(update={"eval_sequences": args.sequences})
     _, held, _ = build_data(data, load_tokenizer(args.model, trust_remote_code=False), seed)

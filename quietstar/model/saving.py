@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -154,7 +153,9 @@ def save_pretrained(  # noqa: D417  (a method of the model, as the next one)
                 tokenizer.save_pretrained(new)
             content = json.dumps(settings, indent=2, allow_nan=False)
             (new / SETTINGS_FILE).write_text(content + "\n", encoding="utf-8")
-    except (OSError, SafetensorError) as problem:
+    except UserError:
+        raise
+    except Exception as problem:  # of many kinds: the tokenizer's is a bare Exception
         raise UserError(
             f"{folder}: the model cannot be written ({reason_of(problem)}). Free some space there, "
             "or give another place."
@@ -256,7 +257,13 @@ def load(
         if hub.get("revision") is None:
             hub["revision"] = settings.base_revision
     dtype = getattr(torch, settings.dtype) if dtype == "auto" else dtype
-    base = load_base(source, dtype=dtype, quantization=quantization(tuning), **hub)
+    base = load_base(
+        source,
+        dtype=dtype,
+        quantization=quantization(tuning),
+        is_exact=source == str(folder),
+        **hub,
+    )
     _check_fits(base, folder, settings)
     check_architecture(base)
     with reading(str(folder), _DAMAGED):

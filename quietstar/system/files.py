@@ -43,7 +43,7 @@ def check_output(
     where = f"{label} ({path})"
     try:
         name = Path(path).expanduser()
-        if not name.name or name.name in (".", ".."):
+        if not name.name or name.name in (".", "..") or str(path).endswith("/"):
             raise UserError(f"{where}: names no file. Give a name in a folder.")
         name.parent.mkdir(parents=True, exist_ok=True)
         # The folder's links are followed; a link in the place of the file is refused below.

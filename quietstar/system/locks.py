@@ -56,8 +56,9 @@ def locked(path: Path, what: str, remedy: str) -> Iterator[None]:
         if before and _describe(before) is None:
             raise UserError(f"{what}: {path} is no lock of quietstar. Move it away. {remedy}")
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
+        with suppress(OSError):  # a full disk: who holds it is then not known
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
         yield
     finally:
         os.close(descriptor)  # which unlocks

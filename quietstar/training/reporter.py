@@ -22,6 +22,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import Config
+from quietstar.distributed import from_main_process
 from quietstar.errors import reason_of, visible
 from quietstar.model.outputs import QuietStarOutput
 from quietstar.system import files
@@ -121,25 +122,27 @@ class Reporter:
 
         To be called on all processes, when nothing can stop the run from going on.
         """
-        if not self.active:
-            return
 
-        is_inside = stage.first_step < step < stage.last_step  # else evaluations come again
+        def take_up() -> bool:
+            is_inside = stage.first_step < step < stage.last_step  # else evaluations come again
 
-        def is_kept(record: dict[str, Any]) -> bool:
-            is_earlier = record["stage"] in self._names[: stage.index]
-            is_known = record["kind"] == "train" or is_earlier or is_inside
-            return record["step"] < step or (record["step"] == step and is_known)
+            def is_kept(record: dict[str, Any]) -> bool:
+                is_earlier = record["stage"] in self._names[: stage.index]
+                is_known = record["kind"] == "train" or is_earlier or is_inside
+                return record["step"] < step or (record["step"] == step and is_known)
 
-        records, num_damaged = read_metrics(self.path)
-        kept = [record for record in records if is_kept(record)]
-        if len(kept) < len(records) or num_damaged:
-            lines = [json.dumps(record) + "\n" for record in kept]
-            files.write_whole(self.path, "".join(lines))
-        if num_damaged:
-            self.say(f"--resume: {num_damaged} damaged lines of {self.path} are dropped")
-        at = (stage.name, step, "eval")
-        self.has_evaluation = any((r["stage"], r["step"], r["kind"]) == at for r in kept)
+            records, num_damaged = read_metrics(self.path)
+            kept = [record for record in records if is_kept(record)]
+            if len(kept) < len(records) or num_damaged:
+                lines = [json.dumps(record) + "\n" for record in kept]
+                files.write_whole(self.path, "".join(lines))
+            if num_damaged:
+                self.say(f"--resume: {num_damaged} damaged lines of {self.path} are dropped")
+            at = (stage.name, step, "eval")
+            return any((r["stage"], r["step"], r["kind"]) == at for r in kept)
+
+        # All processes have to know, since they evaluate together.
+        self.has_evaluation = from_main_process(self.accelerator, take_up)
 
     def say(self, text: str) -> None:
         """Prints one line, above the progress bar."""

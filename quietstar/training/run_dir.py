@@ -17,6 +17,7 @@ import quietstar
 from quietstar.config import Config
 from quietstar.config.loading import load_config
 from quietstar.errors import ConfigError, UserError, reason_of
+from quietstar.registry import importing_nothing
 from quietstar.system import files
 from quietstar.system.locks import locked
 from quietstar.training.reporter import METRICS_FILE, read_metrics
@@ -77,7 +78,8 @@ def check_own(output_dir: Path) -> bool:
 def _is_earlier_version(output_dir: Path) -> bool:
     """Returns True for the folder of a run of a version that did not mark its folders."""
     try:
-        load_config(output_dir / CONFIG_FILE)
+        with importing_nothing():
+            load_config(output_dir / CONFIG_FILE)
         has_records = bool(read_metrics(output_dir / METRICS_FILE)[0])
     except (UserError, OSError):
         return False
@@ -174,7 +176,8 @@ def check_same_run(output_dir: Path, config: Config, allow_changes: bool = False
             "run. Restore it, or insist with --allow-changes."
         )
     try:
-        before = flat(load_config(path))
+        with importing_nothing():
+            before = flat(load_config(path))
     except ConfigError as error:
         raise UserError(f"--resume: {error.problems[0]}") from error
     now, last_stage = flat(config), list(config.stage_configs())[-1]

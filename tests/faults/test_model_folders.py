@@ -112,7 +112,7 @@ def test_settings_that_are_no_settings_are_refused(content, saved, tmp_path):
     ("fields", "words"),
     [
         ({"format_version": 99}, "99 is newer"),
-        ({"vocab_size": 0}, "vocab_size (0): Input should be greater than or equal to 1"),
+        ({"vocab_size": 0}, "vocab_size (0): Input should be greater than 0"),
         ({"vocab_size": -5}, "vocab_size"),
         ({"vocab_size": 10**6}, "vocab_size (1000000): must be at most 258"),
         ({"vocab_size": "258"}, "vocab_size"),
@@ -233,6 +233,20 @@ def test_tied_weights_and_buffers_are_not_missing(shape, tied, tmp_path):
     plain_model(shape, tie_word_embeddings=tied).save_pretrained(tmp_path)
     assert load_base(str(tmp_path))
     assert load_base(str(tmp_path), dtype="stored")
+
+
+def test_a_saved_model_has_no_more_weights_than_its_config(saved, tmp_path):
+    folder = linked(saved / "full", tmp_path / "model")
+    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    change(folder / "config.json", num_hidden_layers=layers - 1)
+    refused(lambda: load(folder), "tensors in its files are no part of the model by config.json")
+
+
+def test_weights_of_bitsandbytes_are_refused(saved, tmp_path):
+    folder = linked(saved / "plain", tmp_path / "base")
+    for method in ({"load_in_8bit": True}, {"quant_method": "bitsandbytes", "load_in_4bit": True}):
+        change(folder / "config.json", quantization_config=method)
+        refused(lambda: load_base(str(folder)), "quantized by bitsandbytes")
 
 
 def test_shards_outside_the_folder_are_not_read(saved, tmp_path):

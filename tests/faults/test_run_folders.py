@@ -21,7 +21,7 @@ from tiny import read_metrics, run_config
 from quietstar import __version__
 from quietstar.cli import main as cli
 from quietstar.config.loading import save_config
-from quietstar.errors import Preempted, UserError
+from quietstar.errors import Preempted, UserError, reason_of
 from quietstar.system import files, signals
 from quietstar.system.locks import locked
 from quietstar.training import evaluation, loop, reporter, run_dir
@@ -197,6 +197,25 @@ def test_what_a_stream_holds_out_is_part_of_the_run(tmp_path, streaming):
         run_training(config(8), resume="auto")
 
 
+@pytest.mark.parametrize("as_earlier_version", [False, True])
+def test_code_that_the_config_of_a_run_folder_names_is_not_run(
+    tmp_path, monkeypatch, as_earlier_version
+):
+    config = run_config(tmp_path, **SETTINGS)
+    folder = run_training(config).parent
+    (tmp_path / "evil_part.py").write_text("open('canary', 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    text = (folder / "config.yaml").read_text()
+    assert "objective: quiet_star" in text
+    text = text.replace("objective: quiet_star", "objective: evil_part:Evil")
+    (folder / "config.yaml").write_text(text)
+    if as_earlier_version:
+        (folder / run_dir.MARKER_FILE).unlink()
+    with pytest.raises(UserError):
+        run_training(config, resume="auto", allow_changes=True)
+    assert not (tmp_path / "canary").exists()
+
+
 def test_fewer_steps_than_done_are_refused(tmp_path):
     run_training(run_config(tmp_path, **SETTINGS))
     fewer = run_config(tmp_path, **{**SETTINGS, "training__max_steps": 3})
@@ -288,6 +307,17 @@ def test_a_line_that_is_cut_by_a_full_disk_is_taken_back(tmp_path):
     call = [sys.executable, "-c", code, str(path)]
     assert b"File too large" in subprocess.run(call, capture_output=True, check=False).stderr
     assert path.read_text() == "one\n"
+
+
+def test_the_words_of_libraries_about_a_full_disk_are_plain():
+    for text in (
+        "[enforce fail at inline_container.cc:672] . unexpected pos 24512 vs 24400",
+        "basic_ios::clear: iostream error",
+    ):
+        assert reason_of(RuntimeError(text)) == "the disk is full, or failed while it was written"
+    advice = "\x1b[1mWeights only load failed\x1b[0m. Re-running with weights_only=False ..."
+    assert "weights_only" not in reason_of(RuntimeError(advice))
+    assert reason_of(ValueError("\x1b[31mred\x1b[0m  and\nlong")) == "red and long"
 
 
 def test_a_report_that_fails_ends_no_run(tmp_path, capsys):
