@@ -159,6 +159,8 @@ def stop_launched(machine: Launched, phase: str, name: str, whole: Path) -> dict
         wrong.append(f"took {record['seconds']} s")
     log = (machine.folder / "run.log").read_text(errors="replace")
     record["line"] = "; ".join(line for line in log.splitlines() if "quietstar: " in line)[-300:]
+    if name != "SIGINT" and steps_done(run) and not (run / "preempted").exists():
+        wrong.append("the file preempted, which launch scripts ask for, was not written")
     for kind, found in find_faults(run, [weights(whole / "final")]).items():
         wrong.append(f"{kind}: {found}")
     done, saved = steps_done(run), checkpoints(run)
