@@ -1,0 +1,13 @@
+"""Signals in the phases of a run and of other commands: a prompt end, and the same run after."""
+
+import pytest
+from forking import runs_alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_any_phase_soon_and_the_run_goes_on(name):
+    report = runs_alone("stop.py", "--signals", name)
+    wrong = {record["phase"]: record["wrong"] for record in report["one"] if record["wrong"]}
+    assert not wrong
+    assert len(report["one"]) == 9
