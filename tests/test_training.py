@@ -82,7 +82,8 @@ def assert_same_weights(folder, other):
 
 
 def snapshot(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    paths = [p for p in folder.rglob("*") if p.is_file() and p.name != "quietstar.lock"]
+    return {path.relative_to(folder): path.read_bytes() for path in paths}
 
 
 # --- One trajectory -------------------------------------------------------------------------------
@@ -329,7 +330,8 @@ def test_a_step_waits_for_the_device_once(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "train", watched)
     monkeypatch.setattr(run, "write_results", lambda *args: None)
     train(run_config(tmp_path, training__max_steps=4, logging__logging_steps=1000))
-    assert seen["reads"] == [("quietstar.training.loop", "tolist")] * 4
+    of_steps = [("quietstar.training.loop", "tolist")] * 4
+    assert seen["reads"] == [*of_steps, ("quietstar.training.checkpoint", "__float__")]
 
 
 def test_figures_are_summed_on_a_device_without_float64():
@@ -571,7 +573,7 @@ def test_overwriting_spares_a_folder_that_no_run_wrote(tmp_path):
     config = run_config(
         tmp_path, training__overwrite_output_dir=True, training__output_dir=str(output)
     )
-    with pytest.raises(UserError, match=r"holds final but no config\.yaml"):
+    with pytest.raises(UserError, match=r"holds final but no quietstar-run\.json"):
         train(config)
     assert (output / "final" / "thesis.txt").read_text() == "years of work"
 
@@ -579,7 +581,7 @@ def test_overwriting_spares_a_folder_that_no_run_wrote(tmp_path):
 def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(tmp_path):
     (tmp_path / "file").write_text("x")
     config = run_config(tmp_path, training__output_dir=str(tmp_path / "file" / "run"))
-    with pytest.raises(UserError, match="file is a file; give another"):
+    with pytest.raises(UserError, match="file is a file. Give another"):
         train(config)
 
 

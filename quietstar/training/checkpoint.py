@@ -145,15 +145,17 @@ def _describe_failure(run: StageRun, final: Path, problem: Exception) -> str:
 @torch.no_grad()
 def check_finite(run: StageRun, consequence: str) -> None:
     """Raises a `UserError` on all processes if a weight that trains is NaN or infinite on one."""
-    bad: list[str] = []
+    flags: dict[str, Tensor] = {}
     for name, parameter in run.model.named_parameters():
-        # Sharded weights: what this process holds of them, under ZeRO-3 and under FSDP2.
-        held_here = getattr(parameter, "ds_tensor", parameter)
-        held_here = held_here.to_local() if isinstance(held_here, DTensor) else held_here
-        if parameter.requires_grad and not bool(held_here.isfinite().all()):
-            bad.append(name.removeprefix("module.").removeprefix("model."))
-    count = torch.tensor(float(len(bad)), device=run.accelerator.device)
-    if float(run.accelerator.reduce(count, "sum")) > 0:  # pyright: ignore[reportArgumentType]
+        if parameter.requires_grad:
+            # Sharded weights: what this process holds of them, under ZeRO-3 and under FSDP2.
+            held_here = getattr(parameter, "ds_tensor", parameter)
+            held_here = held_here.to_local() if isinstance(held_here, DTensor) else held_here
+            is_bad = held_here.isfinite().all().logical_not()
+            flags[name] = is_bad.to(run.accelerator.device, torch.float32)
+    count = run.accelerator.reduce(torch.stack([*flags.values()]).sum(), "sum")
+    if float(count) > 0:  # pyright: ignore[reportArgumentType]  (the only wait for the device)
+        bad = [n.removeprefix("module.").removeprefix("model.") for n, x in flags.items() if x > 0]
         where = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "") or "of another process"
         whole = list_checkpoints(Path(run.config.training.output_dir))
         remedy = f", and resume from {whole[-1]}" if whole else ""
