@@ -581,7 +581,7 @@ def test_overwriting_spares_a_folder_that_no_run_wrote(tmp_path):
 def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(tmp_path):
     (tmp_path / "file").write_text("x")
     config = run_config(tmp_path, training__output_dir=str(tmp_path / "file" / "run"))
-    with pytest.raises(UserError, match="file is a file. Give another"):
+    with pytest.raises(UserError, match=r"file is a file\. Give another"):
         train(config)
 
 

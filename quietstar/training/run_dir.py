@@ -139,6 +139,9 @@ def clear(output_dir: Path) -> None:
                 f"training.overwrite_output_dir: {path} of the earlier run cannot be deleted "
                 f"({reason}). Remove it, or give another training.output_dir."
             )
+    for name in (CHECKPOINTS_FOLDER, TRACKERS_FOLDER):
+        with suppress(OSError):  # others' files in it
+            (output_dir / name).rmdir()
 
 
 def recover(output_dir: Path) -> None:
