@@ -44,7 +44,7 @@ EXTRAS = {"lm_eval": "lm-eval", "pandas": "pandas", "peft": "peft", "reasoning_g
           "scipy": "eval", "tqdm": "lm-eval"}  # fmt: skip
 """By module: the extra of this package that installs it."""
 RESUME_HINTS = {
-    "train": "; --resume auto continues from a checkpoint",
+    "train": "; start again with --resume auto",
     "eval": "; the same command continues from the finished items, if it has --out",
 }
 

@@ -87,7 +87,7 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{option} {problem}")
         if choice := re.fullmatch(r"invalid choice: (.*) \(choose from (.*)\)", problem, re.S):
             value, known = (part.replace("'", "") for part in choice.groups())
-            raise UserError(f"{option} ({value}): must be one of {known}")
+            raise UserError(f"{option} ({value}): must be one of {known}. Give one of them.")
         if problem.startswith("expected"):
             metavar = next((a.metavar for a in self._actions if option in a.option_strings), None)
             raise UserError(f"{option}: has no value; write {option} {metavar or 'VALUE'}")
@@ -331,7 +331,10 @@ def load_model(
     inside = Path(name) / "final"
     if (inside / SETTINGS_FILE).exists() and not (Path(name) / SETTINGS_FILE).exists():
         raise UserError(f"--model ({name}): is the folder of a run; its model is in {inside}")
-    model = load_thinker(name, needs_training, args.dtype, remedy, trust_remote_code=False)
+    try:
+        model = load_thinker(name, needs_training, args.dtype, remedy, trust_remote_code=False)
+    except UserError as problem:  # of a part that knows the key of a config only
+        raise UserError(str(problem).replace("model.name_or_path (", "--model (")) from problem
     return model.to(find_device(args.device))
 
 

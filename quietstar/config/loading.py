@@ -340,7 +340,9 @@ class _Reader:
         self.misspelt.update([meant] if meant else [])
         if renamed:
             return f"renamed; write {before}{renamed}"
-        return "unknown key" + did_you_mean(meant and f"{before}{meant}")
+        if meant is None:
+            return "unknown key; quietstar train --help lists all"
+        return "unknown key" + did_you_mean(f"{before}{meant}")
 
     def read_overrides(self, arguments: Sequence[str]) -> None:
         """Takes over ``--key value``, ``--key=value`` and bare ``--flag``; the last one counts."""

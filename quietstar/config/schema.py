@@ -20,6 +20,11 @@ def _between(least: int | float, most: int | float, why: str) -> Any:
     return Field(ge=least, le=most, json_schema_extra={"why": why})
 
 
+def _above_zero(most: float, why: str) -> Any:
+    """Bound a positive number; messages say why it cannot be larger."""
+    return Field(gt=0, le=most, json_schema_extra={"why": why})
+
+
 def _check_text(text: str) -> str:
     """Refuse what no file, tokenizer or terminal takes as text."""
     if "\0" in text:
@@ -78,8 +83,8 @@ Fraction = Annotated[float, _between(0, 1, "it is a share of a whole")]
 BelowOne = Annotated[
     float, Field(ge=0, lt=1, json_schema_extra={"why": "it is less than the whole"})
 ]
-Scale = Annotated[float, _between(1e-30, 1e6, "nothing else would count beside it")]
-LearningRate = Annotated[float, _between(1e-30, 100, "one step would destroy the weights")]
+Scale = Annotated[float, _above_zero(1e6, "nothing else would count beside it")]
+LearningRate = Annotated[float, _above_zero(10, "one step would destroy the weights")]
 Temperature = Annotated[float, _between(1e-3, 1e3, "tokens would be drawn evenly at random")]
 LossWeight = Annotated[float, _between(0, 1e9, "the other terms would be lost in rounding")]
 Steps = Annotated[int, _between(1, 10**9, "no run takes as many steps")]
@@ -279,13 +284,13 @@ class OptimConfig(Section):
     """Decay of the running mean of gradients."""
     adam_beta2: BelowOne = 0.999
     """Decay of the running mean of squared gradients."""
-    adam_epsilon: Annotated[float, _between(1e-30, 1, "no weight would move")] = 1e-8
+    adam_epsilon: Annotated[float, _above_zero(1, "no weight would move")] = 1e-8
     """Term in AdamW's denominator."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or falling to 0 at the last step."""
     warmup_steps: StepsOrNone = 20
     """Steps in which the learning rates rise from 0 to their values."""
-    max_grad_norm: Annotated[float, _between(1e-30, 1e12, "no gradient is as long")] = 1.0
+    max_grad_norm: Annotated[float, _above_zero(1e12, "no gradient is as long")] = 1.0
     """Norm to which a longer gradient is clipped."""
 
 

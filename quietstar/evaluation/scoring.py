@@ -65,8 +65,9 @@ def load_thinker(
             says what to do about that.
     """
     path = Path(name).expanduser()
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
-        raise UserError(f"--model: there is no folder {name}")
+    is_local = needs_training or path.is_absolute() or name.startswith((".", "~"))
+    if not path.exists() and is_local:  # a model that thinks is never on the hub
+        raise UserError(f"--model ({name}): there is no such folder. Give that of a saved model.")
     name = str(path) if path.exists() else name
     if (path / "final" / SETTINGS_FILE).exists() and not (path / SETTINGS_FILE).exists():
         raise UserError(

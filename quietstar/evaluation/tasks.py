@@ -155,7 +155,7 @@ def read_lines(path: Path, task: str) -> Iterator[tuple[Record, str]]:
         path = path.expanduser()
         if not path.exists():
             hint = "" if own else f". Give the folder that holds {path.name} as --data-dir"
-            raise UserError(f"{task}: there is no file {path}{hint}")
+            raise UserError(f"--tasks ({task}): there is no file {path}{hint}.")
         file = open_input(path)
     with file:
         for number in itertools.count(1):

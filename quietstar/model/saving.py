@@ -338,7 +338,7 @@ def read_settings(folder: Path) -> Settings:
                     f"{folder}: is the folder of a run; its model is in {folder / 'final'}"
                 )
             if not folder.exists():
-                raise UserError(f"{folder}: there is no such folder")
+                raise UserError(f"{folder}: there is no such folder. Give that of a saved model.")
             raise UserError(
                 f"{folder}: no Quiet-STaR model lies here ({SETTINGS_FILE} is missing). For a "
                 "plain model use QuietStarForCausalLM.from_base."

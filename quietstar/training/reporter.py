@@ -30,6 +30,7 @@ from quietstar.training.stages import Stage
 
 METRICS_FILE = "metrics.jsonl"
 LOG_LINES = 200  # of steps, about, where there is no terminal to show a bar
+DIVERGENCE = 1.0  # nats a token above the held-out NLL at the start of a stage
 UNCHECKED_STEPS = 20  # of a stage: a head of activation none starts at weight zero
 HEALTH_CHECKS: dict[str, tuple[Callable[[float], bool], str]] = {
     "entropy": (
@@ -137,7 +138,7 @@ class Reporter:
                 lines = [json.dumps(record) + "\n" for record in kept]
                 files.write_whole(self.path, "".join(lines))
             if num_damaged:
-                self.say(f"--resume: {num_damaged} damaged lines of {self.path} are dropped")
+                self.say(f"--resume: damaged lines of {self.path} are dropped: {num_damaged}")
             at = (stage.name, step, "eval")
             return any((r["stage"], r["step"], r["kind"]) == at for r in kept)
 
@@ -250,7 +251,21 @@ class Reporter:
             return
         self._write("eval", step, figures)
         self.console.print(self._table())
+        self._warn_of_divergence(step, figures)
         self.report()
+
+    def _warn_of_divergence(self, step: int, figures: Mapping[str, float]) -> None:
+        """Warns once a stage if a held-out NLL has risen far above that at its start."""
+        first = self.evaluations[0][1]
+        for key in ("mixed_nll", "base_nll"):
+            is_known = key in first and key in figures and "divergence" not in self._failed_checks
+            if is_known and not figures[key] <= first[key] + DIVERGENCE:
+                self._failed_checks.add("divergence")
+                self.say(
+                    f"warning: step {step}: {key} rose from {first[key]:.3f} to "
+                    f"{figures[key]:.3f}: training diverges. Lower optim.learning_rate or "
+                    "optim.max_grad_norm."
+                )
 
     def report(self) -> bool:
         """Has the page written; returns False if it could not be, which ends no run."""

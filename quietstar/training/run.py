@@ -99,6 +99,7 @@ def find_start(config: Config, resume: str | None, allow_changes: bool, stack: E
     is_run = run_dir.check_own(output_dir)  # again, now that nobody else can change it
     if is_run:
         run_dir.recover(output_dir)
+        is_run = run_dir.has_steps(output_dir)  # else nothing is lost by beginning anew
     checkpoint, remarks = find_checkpoint(output_dir, resume)
     is_own = checkpoint is not None and output_dir.resolve() in checkpoint.resolve().parents
     has_config = (output_dir / CONFIG_FILE).exists()
@@ -114,8 +115,9 @@ def find_start(config: Config, resume: str | None, allow_changes: bool, stack: E
             )
         if is_finished:
             raise UserError(
-                f"{key}: holds a finished run without a checkpoint to go on from. Choose another "
-                "folder, or replace it with --training.overwrite_output_dir true."
+                f"{key}: holds a finished run without a checkpoint to go on from (as with "
+                "training.save_steps 0). Choose another folder, or replace it with "
+                "--training.overwrite_output_dir true."
             )
     state = None if checkpoint is None else read_state(checkpoint)
     total = plan_stages(config)[-1].last_step

@@ -61,7 +61,7 @@ def check_own(output_dir: Path) -> bool:
         shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
         raise UserError(
             f"{key}: holds {shown} but no {MARKER_FILE}, so no run of quietstar began it, and "
-            "nothing in it is touched. Give a folder that is new or empty."
+            f"nothing in it is touched. Give a folder that is new or empty, as {output_dir}/run."
         )
     for folder in (output_dir, output_dir / CHECKPOINTS_FOLDER):
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
@@ -76,6 +76,14 @@ def check_own(output_dir: Path) -> bool:
                 "or give another folder."
             )
     return True
+
+
+def has_steps(output_dir: Path) -> bool:
+    """Returns True if the run in a folder has done a step or left a model."""
+    if any((output_dir / name).exists() for name in (FINAL_FOLDER, CHECKPOINTS_FOLDER)):
+        return True
+    records, _ = read_metrics(output_dir / METRICS_FILE)
+    return any(record["kind"] == "train" for record in records)
 
 
 def _is_earlier_version(output_dir: Path) -> bool:
@@ -205,7 +213,8 @@ def check_same_run(output_dir: Path, config: Config, allow_changes: bool = False
         more = f"; and {len(binding) - 5} more" if len(binding) > 5 else ""
         raise UserError(
             f"--resume: {'; '.join(binding[:5])}{more}: that would be another run. Take the values "
-            f"of {path}, start a new run in another folder, or insist with --allow-changes true."
+            f"of {path}, start a new run in another folder, replace this one with "
+            "--training.overwrite_output_dir true, or insist with --allow-changes true."
         )
     return changes
 
@@ -216,5 +225,9 @@ def flat(config: Config) -> dict[str, str]:
     for stage, stage_config in config.stage_configs().items():
         prefix = f"stages.{stage}." if config.stages else ""
         for section, part in stage_config.model_dump(exclude={"stages"}).items():
-            values |= {f"{prefix}{section}.{key}": str(value) for key, value in part.items()}
+            for key, value in part.items():
+                entries = value.items() if isinstance(value, dict) else [("", value)]
+                for entry, inner in entries:
+                    name = f"{prefix}{section}.{key}" + (f".{entry}" if entry else "")
+                    values[name] = str(inner)
     return values

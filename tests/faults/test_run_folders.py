@@ -159,13 +159,19 @@ def test_a_lock_whose_file_its_last_holder_deleted_is_taken_anew(tmp_path, monke
 
 # --- Going on with it -----------------------------------------------------------------------------
 def test_settings_are_compared_also_before_the_first_checkpoint(tmp_path, monkeypatch):
-    def fail(*args):
-        raise UserError("stopped")
+    step = loop.accumulate_gradients
 
-    monkeypatch.setattr(loop, "accumulate_gradients", fail)
-    with pytest.raises(UserError, match="stopped"):
-        run_training(run_config(tmp_path))
-    monkeypatch.undo()
+    for at in (0, 1):  # a run without a single step is no run yet: it begins anew
+
+        def fail(run, number, batches, at=at):
+            if number == at:
+                raise UserError("stopped")
+            return step(run, number, batches)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "accumulate_gradients", fail)
+            with pytest.raises(UserError, match="stopped"):
+                run_training(run_config(tmp_path, optim__learning_rate=0.5 - 0.49 * at))
     before = content(tmp_path / "run")
     with pytest.raises(UserError, match=r"optim.learning_rate was 0.01, is 0.5"):
         run_training(run_config(tmp_path, optim__learning_rate=0.5), resume="auto")
@@ -262,7 +268,7 @@ def test_a_damaged_line_of_metrics_ends_nothing(tmp_path, capsys, damage, whole)
     lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")
     (folder / "metrics.jsonl").write_bytes(b"\n".join([lines[0], damage, *lines[1:]]))
     run_training(config, resume="auto")
-    assert "1 damaged lines" in " ".join(capsys.readouterr().out.split())
+    assert "metrics.jsonl are dropped: 1" in " ".join(capsys.readouterr().out.split())
     assert timeless(read_metrics(folder)) == timeless(read_metrics(whole))
 
 
@@ -328,6 +334,13 @@ def test_a_report_that_fails_ends_no_run(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "warning: the report is not written: no page" in said
     assert "\x1b[2J" not in said
+
+
+def test_a_run_whose_nll_rises_far_is_told(tmp_path, capsys):
+    run_training(run_config(tmp_path, training__max_steps=3, optim__learning_rate=5.0))
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("warning: step 3: mixed_nll rose from 5.5") == 1
+    assert "training diverges. Lower optim.learning_rate" in said
 
 
 def test_data_that_vanishes_leaves_a_checkpoint(tmp_path, monkeypatch):
