@@ -97,6 +97,11 @@ def slow_loglikelihood(model, text, count):
 
 
 @pytest.mark.slow
+def test_unknown_arguments_are_named(folder):
+    with pytest.raises(UserError, match=r"\(thougths\): the model takes no such.*mean thoughts\?"):
+        QuietStarLM(str(folder / "model"), device="cpu", thougths="off")
+
+
 @pytest.mark.parametrize("name", ["batch_size", "num_thoughts"])
 @pytest.mark.parametrize("count", [0, -1, 2**17])
 def test_counts_that_would_score_nothing_are_refused(folder, name, count):

@@ -147,8 +147,11 @@ def _held_out(args: argparse.Namespace) -> list[Batch]:
             stage = list(load_config(path).stage_configs().values())[-1]
         data, seed = stage.data, stage.training.seed
     data = data.model_copy(update={"eval_sequences": args.sequences})
-    _, held, _ = build_data(data, load_tokenizer(args.model, trust_remote_code=False), seed)
-    return list(held.batches(args.batch_size))
+    try:
+        _, held, _ = build_data(data, load_tokenizer(args.model, trust_remote_code=False), seed)
+        return list(held.batches(args.batch_size))
+    except UserError as problem:  # of a part that knows the key of a config only
+        raise UserError(str(problem).replace("data.train: ", "--data: ")) from problem
 
 
 def _choose(

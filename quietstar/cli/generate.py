@@ -58,7 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ids, mask = (x.to(model.device) for x in pad_left(rows, padding_id(tokenizer)))
         printers = [ConsoleStreamer(tokenizer, console, args.show_thoughts, p) for p in chunk]
         if args.prompt is not None:
-            model.generate(ids, attention_mask=mask, streamer=printers[0], **settings)
+            try:
+                model.generate(ids, attention_mask=mask, streamer=printers[0], **settings)
+            except KeyboardInterrupt:
+                console.print()  # the line that says so is no part of the text
+                raise
             return 0
         out = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **settings)
         for row, printer in enumerate(printers):

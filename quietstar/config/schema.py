@@ -84,7 +84,7 @@ BelowOne = Annotated[
     float, Field(ge=0, lt=1, json_schema_extra={"why": "it is less than the whole"})
 ]
 Scale = Annotated[float, _above_zero(1e6, "nothing else would count beside it")]
-LearningRate = Annotated[float, _above_zero(10, "one step would destroy the weights")]
+LearningRate = Annotated[float, _above_zero(10.0, "one step would destroy the weights")]
 Temperature = Annotated[float, _between(1e-3, 1e3, "tokens would be drawn evenly at random")]
 LossWeight = Annotated[float, _between(0, 1e9, "the other terms would be lost in rounding")]
 Steps = Annotated[int, _between(1, 10**9, "no run takes as many steps")]
@@ -284,7 +284,7 @@ class OptimConfig(Section):
     """Decay of the running mean of gradients."""
     adam_beta2: BelowOne = 0.999
     """Decay of the running mean of squared gradients."""
-    adam_epsilon: Annotated[float, _above_zero(1, "no weight would move")] = 1e-8
+    adam_epsilon: Annotated[float, _above_zero(1.0, "no weight would move")] = 1e-8
     """Term in AdamW's denominator."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or falling to 0 at the last step."""

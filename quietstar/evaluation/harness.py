@@ -6,10 +6,12 @@ thoughts everything is the harness's own ``hf`` class on the same weights.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -40,6 +42,8 @@ _Harness: Any = HFLM  # its decorator hides its type
 
 
 MOST_AT_ONCE = 2**16
+_OWN_ARGUMENTS = ("pretrained", "thoughts", "num_thoughts", "thought_temperature", "seed",
+                  "positions", "untrained")  # fmt: skip
 
 
 @contextmanager
@@ -103,6 +107,14 @@ class QuietStarLM(_Harness):
             raise UserError(f"thoughts: {thoughts!r} must be on or off")
         if positions not in POSITIONS:
             raise UserError(f"positions: {positions!r} must be {' or '.join(POSITIONS)}")
+        known = inspect.signature(_Harness.__init__).parameters
+        if unknown := [name for name in settings if name not in known]:
+            near = get_close_matches(unknown[0], [*known, *_OWN_ARGUMENTS], 1)
+            hint = f"Did you mean {near[0]}?" if near else "Leave it out."
+            raise UserError(
+                f"--model_args ({unknown[0]}): the model takes no such argument. {hint}"
+            )
+        pretrained = str(pretrained)  # the harness reads nan, 1 or true as something else
         counts = {"num_thoughts": num_thoughts, "batch_size": settings.get("batch_size", 1)}
         for name, count in counts.items():
             if isinstance(count, int) and not 1 <= count <= MOST_AT_ONCE:

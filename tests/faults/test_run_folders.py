@@ -171,7 +171,7 @@ def test_settings_are_compared_also_before_the_first_checkpoint(tmp_path, monkey
         with monkeypatch.context() as patch:
             patch.setattr(loop, "accumulate_gradients", fail)
             with pytest.raises(UserError, match="stopped"):
-                run_training(run_config(tmp_path, optim__learning_rate=0.5 - 0.49 * at))
+                run_training(run_config(tmp_path, optim__learning_rate=(0.5, 0.01)[at]))
     before = content(tmp_path / "run")
     with pytest.raises(UserError, match=r"optim.learning_rate was 0.01, is 0.5"):
         run_training(run_config(tmp_path, optim__learning_rate=0.5), resume="auto")
