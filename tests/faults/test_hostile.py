@@ -1,14 +1,15 @@
 """Hostile models, checkpoints, data and texts: nothing runs, leaves, or is marked up."""
 
-import pytest
+from collections import Counter
+
 from forking import runs_alone
 
 KINDS = ("pickle", "code", "leave", "text", "page")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_hostile_material_does_nothing(kind):
-    records = runs_alone("hostile.py", "--only", kind)
-    assert len(records) >= 4
+def test_hostile_material_does_nothing():
+    records = runs_alone("hostile.py")
+    of_kinds = Counter(record["name"].partition("/")[0] for record in records)
+    assert all(of_kinds[kind] >= 4 for kind in KINDS), of_kinds
     failed = {record["name"]: record["verdicts"] for record in records if record["verdicts"]}
     assert not failed
