@@ -22,7 +22,7 @@ from quietstar.evaluation import calibration
 from quietstar.evaluation.calibration import GateResult, try_gate
 from quietstar.generation.gates import GATE_FILE, PROBED, PROBES_FILE, Gate, GateKind
 from quietstar.registry import importing_nothing
-from quietstar.system.files import check_output, kind_of, write_json
+from quietstar.system.files import check_output, file_kind, write_json
 from quietstar.system.signals import held
 from quietstar.training.run_dir import CONFIG_FILE
 
@@ -91,7 +91,7 @@ def _check_gate(args: argparse.Namespace) -> None:
         return  # the model's loader says so
     for name in (GATE_FILE, PROBES_FILE):
         path = check_output(folder / name, "--model", force=True)
-        if kind_of(path) == "file" and not args.force and not _is_gate_file(path):
+        if file_kind(path) == "file" and not args.force and not _is_gate_file(path):
             check_output(path, "--model")
     for option, path in (("--json", args.json), ("--plot", args.plot)):
         if path in (folder.resolve() / GATE_FILE, folder.resolve() / PROBES_FILE):

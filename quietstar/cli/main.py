@@ -43,6 +43,7 @@ COMMANDS = {
 EXTRAS = {"lm_eval": "lm-eval", "pandas": "pandas", "peft": "peft", "reasoning_gym": "tasks",
           "scipy": "eval", "tqdm": "lm-eval"}  # fmt: skip
 """By module: the extra of this package that installs it."""
+_CONNECTION_LOST = re.compile(r"(?i)connection (closed|reset) by peer|socket closed|broken pipe")
 RESUME_HINTS = {
     "train": "; start again with --resume auto",
     "eval": "; the same command continues from the finished items, if it has --out",
@@ -123,9 +124,6 @@ def _explain(fault: Exception) -> str | None:
             "or that of the launcher, says why. Start again with --resume auto."
         )
     return None
-
-
-_CONNECTION_LOST = re.compile(r"(?i)connection (closed|reset) by peer|socket closed|broken pipe")
 
 
 def _report_fault(fault: Exception) -> str:

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quietstar.errors import UserError, reason_of, visible
-from quietstar.system.files import PARTIAL, check_output, kind_of
+from quietstar.system.files import PARTIAL, check_output, file_kind
 
 if TYPE_CHECKING:
     from quietstar.model.quiet_star import QuietStarForCausalLM
@@ -236,7 +236,7 @@ def check_outputs(
             )
         written[option] = path
     for option, path in written.items():
-        if kind_of(path) == "file" and not args.force and not may_replace(option, path):
+        if file_kind(path) == "file" and not args.force and not may_replace(option, path):
             check_output(values[option], option)  # says that it exists
         setattr(args, option.strip("-").replace("-", "_"), path)
 

@@ -31,7 +31,7 @@ from quietstar.evaluation.controls import CONTROLS, PAUSE, SHUFFLED, SWAPPED, WI
 from quietstar.evaluation.scoring import Protocol
 from quietstar.evaluation.tasks import TASKS, Candidates, EncodedItem, Item, Task
 from quietstar.model.quiet_star import QuietStarForCausalLM
-from quietstar.system.files import append, kind_of, write_whole
+from quietstar.system.files import append, file_kind, write_whole
 from quietstar.system.inputs import open_input
 from quietstar.system.locks import locked
 from quietstar.system.signals import held
@@ -131,7 +131,7 @@ class ItemStore:
         self.path = path
         self.records: dict[tuple[str, int, str], dict[str, Any]] = {}  # by task, item, variant
         self._header = json.dumps({"settings": settings}) + "\n"
-        self._is_begun = path is not None and not force and kind_of(path) != "none"
+        self._is_begun = path is not None and not force and file_kind(path) != "none"
         if path is None or not self._is_begun:
             return
         where, remedy = f"--out-items ({path})", "Give another file, or --force to begin anew."
@@ -180,7 +180,7 @@ class ItemStore:
 
     def _write(self, path: Path, lines: str) -> None:
         """Append lines, all or none of them."""
-        if not self._is_begun or kind_of(path) == "none":
+        if not self._is_begun or file_kind(path) == "none":
             write_whole(path, self._header + lines)
             self._is_begun = True
             return

@@ -16,7 +16,7 @@ from quietstar.errors import UserError, reason_of
 from quietstar.model import saving
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.tuning import PEFT_METHODS, WHOLE
-from quietstar.system.files import kind_of
+from quietstar.system.files import file_kind
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def merge(folder: Path, out: Path, **hub: Any) -> Path:
 def _check_new(out: Path) -> None:
     """Refuse a folder that is no new or empty one, or that cannot be written."""
     try:
-        if kind_of(out) not in ("none", "folder"):
+        if file_kind(out) not in ("none", "folder"):
             raise UserError(f"--out ({out}): is no folder. Give a new one.")
         if out.is_dir() and any(out.iterdir()):
             raise UserError(f"--out ({out}): already holds something. Give a new folder.")

@@ -38,7 +38,7 @@ from quietstar.model.tuning import (
     quantization,
     unfreeze,
 )
-from quietstar.system.files import kind_of, whole_folder
+from quietstar.system.files import file_kind, whole_folder
 
 SETTINGS_FILE = "quietstar.json"
 WEIGHTS_FILE = "quietstar.safetensors"
@@ -169,7 +169,7 @@ def check_replaceable(folder: Path) -> None:
         UserError: It is something else, which would be lost.
     """
     try:
-        kind = kind_of(folder)
+        kind = file_kind(folder)
         is_other = kind == "folder" and not (folder / SETTINGS_FILE).is_file()
         if kind not in ("none", "folder"):
             raise UserError(f"{folder}: is no folder and is not replaced. Give a new folder.")
@@ -191,7 +191,7 @@ def _keep_others(folder: Path, new: Path, written: tuple[str, ...]) -> None:
     for path in folder.iterdir() if folder.is_dir() else ():
         if any(fnmatchcase(path.name, pattern) for pattern in written):
             continue
-        if kind_of(path) == "folder":
+        if file_kind(path) == "folder":
             shutil.copytree(path, new / path.name, symlinks=True)
         else:
             shutil.copy2(path, new / path.name, follow_symlinks=False)

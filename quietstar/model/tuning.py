@@ -137,7 +137,7 @@ def load_adapters(
     """Load the adapters that lie in the folder of a saved model, around its base.
 
     Args:
-        model: The base.
+        model: Base model, without adapters.
         folder: Folder with adapter_config.json and adapter_model.safetensors.
         method: Method of tuning, one of `PEFT_METHODS`.
         tuning: Settings that the adapters were made with; None if they are not known.

@@ -22,16 +22,13 @@ PARTIAL = ".partial"
 """Ending of what is still being written; whatever has it may be deleted."""
 
 
-def check_output(
-    path: str | Path, label: str, *, force: bool = False, remedy: str = "--force to replace it"
-) -> Path:
+def check_output(path: str | Path, label: str, *, force: bool = False) -> Path:
     """Refuse a file that cannot be written once the work is done; makes its folder.
 
     Args:
         path: The file; ``~`` is expanded.
         label: What named it, to begin the message with, such as ``--out``.
         force: Whether a regular file that exists may be replaced.
-        remedy: How the user asks for that.
 
     Returns:
         The path, absolute and without links in its folder, so that equal files have equal paths.
@@ -48,13 +45,13 @@ def check_output(
         name.parent.mkdir(parents=True, exist_ok=True)
         # The folder's links are followed; a link in the place of the file is refused below.
         name = Path(os.path.realpath(name.parent)) / name.name
-        kind = kind_of(name)
+        kind = file_kind(name)
         if kind in ("folder", "link", "device"):
             what = {"folder": "is a folder", "link": "is a symbolic link, which is never replaced",
                     "device": "is no regular file"}[kind]  # fmt: skip
             raise UserError(f"{where}: {what}. Give the name of a new file.")
         if kind == "file" and not force:
-            raise UserError(f"{where}: exists. Give another name, or {remedy}.")
+            raise UserError(f"{where}: exists. Give another name, or --force to replace it.")
         if kind == "file" and not os.access(name, os.W_OK):
             raise PermissionError(13, "Permission denied")
         # Says more than the folder's permissions: quotas, read-only disks, names that are too long.
@@ -69,7 +66,7 @@ def check_output(
     return name
 
 
-def kind_of(path: Path) -> str:
+def file_kind(path: Path) -> str:
     """Return ``none``, ``file``, ``folder``, ``link`` or ``device``, without following a link."""
     try:
         mode = path.lstat().st_mode
@@ -87,7 +84,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Raises:
         UserError: It cannot be written, or is a link or a device.
     """
-    if kind_of(path) not in ("none", "file"):
+    if file_kind(path) not in ("none", "file"):
         raise UserError(f"{path}: is no regular file and is not replaced. Remove it.")
     # A model's text may hold half of a surrogate pair, which UTF-8 cannot encode.
     data = content if isinstance(content, bytes) else content.encode("utf-8", "replace")
@@ -157,10 +154,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: The name is taken by a file or a link.
     """
-    kind = kind_of(path)
+    kind = file_kind(path)
     if kind not in ("none", "folder"):
         raise UserError(f"{path}: is no folder and is not replaced. Remove it.")
-    new, old = path.with_name(f"{path.name}{PARTIAL}"), path.with_name(f"{path.name}.replaced")
+    new = path.with_name(f"{path.name}{PARTIAL}")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove(new)
     new.mkdir()
@@ -170,7 +167,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         remove(new)
         raise
-    remove(old)
 
 
 def publish(new: Path, path: Path) -> None:
@@ -211,7 +207,7 @@ def sync_folder(folder: Path) -> None:
 def remove(path: Path) -> str | None:
     """Delete a file, a link or a folder with all in it; return the reason where that fails."""
     try:
-        if kind_of(path) == "folder":
+        if file_kind(path) == "folder":
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)

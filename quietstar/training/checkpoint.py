@@ -242,7 +242,7 @@ def find_damage(folder: Path) -> str | None:
     loaded, and a name that leaves the folder would have other files read.
     """
     path = folder / MANIFEST_FILE
-    if files.kind_of(path) != "file":
+    if files.file_kind(path) != "file":
         return f"{MANIFEST_FILE} is missing"
     try:
         if path.stat().st_size > MOST_MANIFEST_BYTES:
@@ -259,9 +259,9 @@ def find_damage(folder: Path) -> str | None:
             return f"{MANIFEST_FILE} does not list {STATE_FILE}"
         for name, (size, digest) in entries.items():
             file = folder / name
-            if files.kind_of(file) == "none":
+            if files.file_kind(file) == "none":
                 return f"{name} is missing"
-            if files.kind_of(file) != "file" or folder.resolve() not in file.resolve().parents:
+            if files.file_kind(file) != "file" or folder.resolve() not in file.resolve().parents:
                 return f"{name} is no file of this folder"
             if file.stat().st_size != size:
                 return f"{name} has {file.stat().st_size} bytes, not {size}"

@@ -92,10 +92,9 @@ def find_start(config: Config, resume: str | None, allow_changes: bool, stack: E
         UserError: The folder is another's or in use, or the run in it cannot be gone on with.
     """
     output_dir = Path(config.training.output_dir)
-    if not run_dir.check_own(output_dir) and resume not in (None, "auto"):
-        find_checkpoint(output_dir, resume)  # a mistake leaves no folder behind
+    run_dir.check_own(output_dir)
     stack.enter_context(run_dir.hold(output_dir))
-    stack.callback(run_dir.drop_unused, output_dir)  # where set-up fails
+    stack.callback(run_dir.drop_unused, output_dir)  # where a mistake ends it
     is_run = run_dir.check_own(output_dir)  # again, now that nobody else can change it
     if is_run:
         run_dir.recover(output_dir)
@@ -207,8 +206,8 @@ def build_stage(
 
     Args:
         job: What all stages share.
-        stage: The stage.
-        reporter: Reports it.
+        stage: Stage to make ready.
+        reporter: Reporter of the run, which says that the stage begins.
         checkpoint: Where to go on from; None at the beginning of the stage.
         previous: The stage before, if this process trained it.
     """

@@ -69,7 +69,7 @@ def check_own(output_dir: Path) -> bool:
     written = (MARKER_FILE, LOCK_FILE, CONFIG_FILE, *WRITTEN_FILES, FINAL_FOLDER)
     for name in written:
         expected = "folder" if name == FINAL_FOLDER else "file"
-        kind = files.kind_of(output_dir / name)
+        kind = files.file_kind(output_dir / name)
         if kind not in ("none", expected):
             raise UserError(
                 f"{key}: its {name} is a {kind}, not a {expected}, and is not replaced. Remove it, "
@@ -163,7 +163,7 @@ def recover(output_dir: Path) -> None:
                     files.remove(path)
                 else:
                     os.replace(path, path.with_name(name))
-            elif path.name.endswith(files.PARTIAL) and files.kind_of(path) in ("file", "folder"):
+            elif path.name.endswith(files.PARTIAL) and files.file_kind(path) in ("file", "folder"):
                 files.remove(path)
 
 
