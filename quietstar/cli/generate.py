@@ -1,14 +1,8 @@
 """``quietstar generate`` and ``quietstar chat``: text with thoughts before its tokens."""
 
 import argparse
-import resource
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -25,12 +19,12 @@ from quietstar.evaluation.tasks import MAX_BYTES
 from quietstar.generation.gates import PROBED, Gate, GateKind
 from quietstar.generation.generate import ThinkingStreamer
 from quietstar.model.quiet_star import QuietStarForCausalLM
+from quietstar.system.limits import TooLong, limited
 
 HELP = "/reset starts over, /thoughts shows or hides thoughts, /quit ends"
 OPEN, CLOSE = "⟨", "⟩"
 TEMPLATE_SECONDS = 5.0
 """Time that a chat template gets for a talk; real ones take milliseconds."""
-TEMPLATE_BYTES = 2**30
 _HALF = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -196,9 +190,9 @@ def _chat_ids(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
     """Return the ids of the turns and of the opening of an answer, if the template takes them."""
     failure = "the chat template of the tokenizer fails"
     try:
-        with _limits(TEMPLATE_SECONDS):  # a template is a program, and may loop for ever
+        with limited(TEMPLATE_SECONDS):  # a template is a program, and may loop for ever
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except _TooLong as error:
+    except TooLong as error:
         raise UserError(f"{failure} (it takes more than {TEMPLATE_SECONDS:g} seconds)") from error
     except Exception as error:  # whatever a program may raise
         raise UserError(f"{failure} ({reason_of(error)})") from error
@@ -208,33 +202,6 @@ def _chat_ids(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
     if not ids:
         raise UserError("the chat template of the tokenizer gives an empty text")
     return ids
-
-
-class _TooLong(BaseException):
-    """The time is over; no `Exception`, since jinja goes on after those while it compiles."""
-
-
-@contextmanager
-def _limits(seconds: float) -> Iterator[None]:
-    """Raise when a block takes longer, or more than `TEMPLATE_BYTES` besides what is in use."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
-        return
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise _TooLong
-
-    before, memory = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
-    with suppress(OSError, ValueError):  # Linux alone tells; a limit may be lower already
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + TEMPLATE_BYTES, memory[1]))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        resource.setrlimit(resource.RLIMIT_AS, memory)
 
 
 class ConsoleStreamer(ThinkingStreamer):

@@ -28,6 +28,10 @@ from quietstar.data.sources import (
 )
 from quietstar.data.tokenizer import first_line
 from quietstar.errors import UserError
+from quietstar.system.limits import TooLong, limited
+
+CHAT_SECONDS = 30.0
+"""Time that a chat template gets for a chat: real ones take milliseconds a message."""
 
 Segment = tuple[str, bool]  # a piece of text, and whether it is (part of) an answer
 
@@ -127,7 +131,16 @@ class Encoder:
         if self._format == "text":
             return [(record["text"], False)]
         if self._format == "chat":
-            return self._chat_segments(record["messages"])
+            messages = record["messages"]
+            try:
+                with limited(CHAT_SECONDS):
+                    return self._chat_segments(messages)
+            except TooLong:
+                raise UserError(
+                    f"the tokenizer's chat template takes more than {CHAT_SECONDS:g} seconds for a"
+                    f" chat of {len(messages):,} messages: split the chat, or give the tokenizer"
+                    " another template"
+                ) from None
         prompt = self._before.replace("{question}", record["question"])
         return [(prompt, False), (self._space + record["answer"], True), (self._after, False)]
 
@@ -141,7 +154,7 @@ class Encoder:
         def render(count: int, prompt: bool = False) -> str:
             apply: Callable[..., Any] = self._tokenizer.apply_chat_template
             try:
-                return apply(messages[:count], tokenize=False, add_generation_prompt=prompt)
+                text = apply(messages[:count], tokenize=False, add_generation_prompt=prompt)
             except Exception as error:  # a template may do anything that data allow
                 roles = ", ".join(message["role"] for message in messages[:count]) or "none"
                 raise UserError(
@@ -149,6 +162,13 @@ class Encoder:
                     f" {roles}): correct the record, or set data.loss_on: all if the chat opens"
                     " with the assistant"
                 ) from error
+            if len(text) > MOST_CHARACTERS:
+                raise UserError(
+                    f"the tokenizer's chat template makes {len(text):,} characters of a chat: at"
+                    f" most {MOST_CHARACTERS:,} fit into memory once tokenized. Give the tokenizer"
+                    " another template"
+                )
+            return text
 
         whole = render(len(messages))
         segments: list[Segment] = []

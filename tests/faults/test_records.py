@@ -327,6 +327,25 @@ def test_a_chat_template_that_fails_in_any_way_is_one_line(template, tmp_path):
         build_data(DataConfig(train=str(path), format="chat"), tokenizer, 0)
 
 
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+         "takes more than 1 seconds for a chat of 2 messages: split the chat"),
+        ("{{ 'x' * 20000000 }}", "makes 20,000,000 characters of a chat"),
+    ],
+)  # fmt: skip
+def test_a_chat_template_without_end_is_one_line(template, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("quietstar.data.encoding.CHAT_SECONDS", 1.0)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    path = tmp_path / "x.jsonl"
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path.write_text(json.dumps({"messages": chat}) + "\n")
+    with pytest.raises(UserError, match=words):
+        build_data(DataConfig(train=str(path), format="chat"), tokenizer, 0)
+
+
 def test_texts_without_a_target_are_refused(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "abc"}\n{"text": "def"}\n')
