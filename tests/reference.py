@@ -65,7 +65,7 @@ def run_reference(
         model: Any; it is copied.
         input_ids: (B, S).
         lengths: Real tokens of each text; the rest is padding.
-        thoughts: (B, K, S, T).
+        thoughts: (B, K, S, T), -1 behind the last token of a thought that ends early.
         labels: (B, S), -100 where a token is no target; default: all real tokens are.
     """
     model = copy.deepcopy(model)
@@ -138,7 +138,8 @@ def _add_position(
     if 1 in valid:
         terms["base"] = terms["base"] - base[1][i].log_softmax(-1)[text[i + 1]]
     rewards, mean_logprobs = [], []
-    for k, thought in enumerate(thoughts):
+    for k, padded in enumerate(thoughts):
+        thought = padded[padded >= 0]
         states, logits = _run(r.model, _sequence(r.model, text, i, thought))
         first = i + 1  # of the block: start, the thought, end, true tokens
         end = first + 1 + len(thought)
@@ -147,7 +148,7 @@ def _add_position(
         logprobs = _policy(r, k, place, states[first : end - 1], logits[first : end - 1], thought)
         block = (states[end:], logits[end:])
         rewards.append(_add_predictions(r, terms, text, base, block, (k, *place), valid))
-        mean_logprobs.append(logprobs.mean())
+        mean_logprobs.append(logprobs.sum() / len(padded))
     for k in range(len(thoughts)):
         if valid:
             advantage = _advantage(r.model.objective.settings.estimator, rewards, k)
@@ -162,9 +163,9 @@ def _policy(
     logits = logits[:, : r.model.vocab_size]
     logprobs = (logits / _policy_temperature(r.model)).log_softmax(-1)
     logprobs = logprobs[torch.arange(len(thought)), thought]
-    r.policy[:, k, b, i] = states.detach()
-    r.policy_logprobs[:, k, b, i] = logprobs.detach()
-    r.policy_argmax[:, k, b, i] = logits.argmax(-1)
+    r.policy[: len(thought), k, b, i] = states.detach()
+    r.policy_logprobs[: len(thought), k, b, i] = logprobs.detach()
+    r.policy_argmax[: len(thought), k, b, i] = logits.argmax(-1)
     return logprobs
 
 

@@ -17,6 +17,7 @@ import torch
 from states_loss import quiet_star_loss
 from torch import nn
 
+from quietstar.attention.layout import NO_TOKEN
 from quietstar.backbone.output_head import OutputHead
 from quietstar.backbone.teacher_forced import ThoughtStates
 from quietstar.config import loss_config
@@ -173,3 +174,70 @@ def test_advantages_of_three_thoughts_by_hand():
     }
     for name, values in wanted.items():
         assert ESTIMATORS[name](rewards).flatten().tolist() == pytest.approx(values), name
+
+
+# --- Thoughts that end early ----------------------------------------------------------------------
+STOP, MOST = 0, 3
+EARLY = [
+    *[(STOP,)],
+    *[(a, STOP) for a in (1, 2)],
+    *[(a, b, c) for a in (1, 2) for b in (1, 2) for c in range(3)],
+]
+"""All thoughts of up to three tokens that end with the first token 0."""
+PREFIXES = [(), *[(a,) for a in (1, 2)], *[(a, b) for a in (1, 2) for b in (1, 2)]]
+POLICY = torch.randn(len(PREFIXES), 3, generator=_generator, dtype=torch.float64)
+"""Logits of the next token behind every thought that has not ended."""
+AHEAD_OF = {t: 2 * torch.randn(3, generator=_generator, dtype=torch.float64) for t in EARLY}
+
+
+def early_log_probability(policy, thought):
+    rows = [policy[PREFIXES.index(thought[:n])].log_softmax(-1) for n in range(len(thought))]
+    return sum(row[token] for row, token in zip(rows, thought, strict=True))
+
+
+def early_loss_gradient(pair, config):
+    policy = POLICY.clone().requires_grad_()
+    anything = torch.full((3,), 7.0, dtype=torch.float64)  # behind the end, and at position 1
+
+    def states(thought, n):
+        state = policy[PREFIXES.index(thought[:n])] if n < len(thought) else anything
+        return torch.stack([state, anything])
+
+    states = ThoughtStates(
+        text=TEXT,
+        policy=torch.stack(
+            [torch.stack([states(t, n) for t in pair]) for n in range(MOST)]
+        ).unsqueeze(2),
+        ahead=torch.stack([torch.stack([AHEAD_OF[t], anything]) for t in pair])[None, :, None],
+    )
+    padded = torch.tensor([[*t, *[NO_TOKEN] * (MOST - len(t))] for t in pair])
+    layer = nn.Linear(3, 3, bias=False)
+    layer.weight = nn.Parameter(torch.eye(3, dtype=torch.float64))
+    loss, _ = quiet_star_loss(
+        states,
+        torch.full((1, 2, 1, 2), WEIGHT, dtype=torch.float64),
+        padded.T[:, :, None, None].expand(-1, -1, 1, 2),
+        torch.tensor([[0, TARGET]]),
+        OutputHead(layer, layer.weight, None),
+        config,
+        1.0,
+    )
+    return torch.autograd.grad(loss, policy)[0]
+
+
+@pytest.mark.parametrize("estimator", ["leave_one_out", "no_baseline"])
+def test_expected_gradient_is_exact_where_thoughts_end_early(estimator):
+    policy = POLICY.clone().requires_grad_()
+    rewards = {t: AHEAD_OF[t].log_softmax(-1)[TARGET] for t in EARLY}
+    probabilities = {t: early_log_probability(policy, t).exp() for t in EARLY}
+    assert sum(probabilities.values()).item() == pytest.approx(1.0)
+    expected = sum(probabilities[t] * rewards[t] for t in EARLY)
+    exact = -torch.autograd.grad(expected, policy)[0] / MOST
+    assert exact.abs().max() > 0.03
+
+    config = policy_only(estimator, "thought")
+    total = torch.zeros_like(POLICY)
+    for pair in itertools.product(EARLY, repeat=2):
+        weight = sum(early_log_probability(POLICY, t) for t in pair).exp()
+        total += weight * early_loss_gradient(pair, config)
+    assert (total - exact).abs().max() < 1e-6

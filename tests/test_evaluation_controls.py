@@ -117,6 +117,22 @@ def test_shuffled_thoughts_keep_no_token_at_its_place():
     assert torch.equal(shuffled[1:], shuffle_tokens(thoughts[1:], [8], seed=0))
 
 
+def test_controls_of_thoughts_that_end_early_keep_their_lengths():
+    generator = torch.Generator().manual_seed(4)
+    tokens = torch.arange(6).expand(2, 2, 5, 6)
+    lengths = torch.randint(0, 7, (2, 2, 5, 1), generator=generator)
+    thoughts = tokens.where(torch.arange(6) < lengths, -1)
+    assert {0, 1, 2, 6} <= set(lengths.flatten().tolist())
+    shuffled = shuffle_tokens(thoughts, [7, 8], seed=0)
+    is_token = thoughts >= 0
+    assert torch.equal(shuffled >= 0, is_token)
+    assert (shuffled != thoughts)[is_token & (lengths > 1)].all()
+    assert torch.equal(shuffled.sort(-1).values, thoughts.sort(-1).values)
+    assert torch.equal(pause_tokens(thoughts, 9), torch.where(is_token, 9, -1))
+    swapped = swap_positions(thoughts[0], seed=0)
+    assert sorted((swapped >= 0).sum(-1)[0].tolist()) == sorted(lengths[0, 0, :, 0].tolist())
+
+
 def test_pause_tokens_are_one_token():
     thoughts = torch.arange(12).view(1, 2, 2, 3)
     assert pause_tokens(thoughts, 7).tolist() == torch.full((1, 2, 2, 3), 7).tolist()

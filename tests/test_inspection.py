@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from tiny import plain_model, thinking_model
+from tiny import end_early, plain_model, thinking_model
 
 from quietstar.cli import main as cli
 from quietstar.data import load_tokenizer
@@ -36,9 +36,12 @@ def loaded():
     return model.eval(), load_tokenizer("bytes")
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("temperature", [None, 1.0])
-def test_the_figures_are_those_of_think(temperature):
+def test_the_figures_are_those_of_think(temperature, early):
     model, tokenizer = loaded()
+    if early:
+        end_early(model)
     text = "a text of some thirty bytes: 3 + 4"
     reading = Reading(num_thoughts=1 if temperature is None else 3, temperature=temperature, seed=5)
     document = inspect_text(model, tokenizer, text, "m", reading)
@@ -57,7 +60,10 @@ def test_the_figures_are_those_of_think(temperature):
             assert thought[ours] == pytest.approx(row[theirs], rel=1e-4, abs=2e-5)
         assert token["base_logprob"] == pytest.approx(row["base_logprob"], rel=1e-4)
         logprobs = thoughts.logprobs[0, row["thought"], row["position"]]
-        assert thought["probabilities"] == pytest.approx(logprobs.exp().tolist(), rel=1e-3)
+        probabilities = logprobs.exp()[: len(thought["ids"])].tolist()
+        assert thought["probabilities"] == pytest.approx(probabilities, rel=1e-3)
+    lengths = {len(k["ids"]) for token in document["tokens"][1:] for k in token["thoughts"]}
+    assert lengths == ({1, 2} if early else {3})
     gains = [token["gain"] for token in document["tokens"][1:]]
     assert document["summary"]["all"]["gain"] == pytest.approx(sum(gains) / len(gains), abs=1e-5)
     assert sum(bar["count"] for bar in document["summary"]["histogram"]) == len(gains)

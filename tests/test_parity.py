@@ -11,8 +11,10 @@ from torch import Tensor
 
 from quietstar import QuietStarForCausalLM
 from quietstar.attention import passes
+from quietstar.attention.layout import NO_TOKEN
 from quietstar.config import MixingHeadConfig, ThoughtsConfig, loss_config
 from quietstar.model.self_check import use_thinking_attention
+from quietstar.sampling.thoughts import Texts, ThoughtBatch
 
 TOLERANCE = 1e-5  # relative; float32 rounds to 6e-8, and the sums here have some 100 terms
 # Attention is peaked, so its gradients are differences of large numbers, and rounding moves with
@@ -47,14 +49,14 @@ class Comparison:
     path: str
 
 
-def build(name: str, loss=LOSS) -> QuietStarForCausalLM:
+def build(name: str, loss=LOSS, length: int = 2) -> QuietStarForCausalLM:
     """A tiny Quiet-STaR model of an architecture; two rows of its vocabulary are padding."""
     base = tiny_architecture(name)
     use_thinking_attention(base)
     vocab_size = base.get_input_embeddings().weight.shape[0] - 2
     model = QuietStarForCausalLM(
         base,
-        ThoughtsConfig(length=2, lookahead=2, num_thoughts=2),
+        ThoughtsConfig(length=length, lookahead=2, num_thoughts=2),
         MixingHeadConfig(floor=0.05),
         loss,
         vocab_size,
@@ -67,7 +69,10 @@ def build(name: str, loss=LOSS) -> QuietStarForCausalLM:
 
 
 def compare(
-    model: QuietStarForCausalLM, lengths: list[int], labels: Tensor | None = None
+    model: QuietStarForCausalLM,
+    lengths: list[int],
+    labels: Tensor | None = None,
+    thoughts: ThoughtBatch | None = None,
 ) -> Comparison:
     """Run the model and the loop on the same texts and thoughts.
 
@@ -75,12 +80,15 @@ def compare(
         model: From `build`.
         lengths: Real tokens of each text.
         labels: As of the model's forward.
+        thoughts: Instead of sampled ones.
     """
     input_ids, mask = batch(model, lengths)
     paths: set[str] = set()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(passes, "choose_kernel", _recording(passes.choose_kernel, paths))
-        output = model(input_ids, mask, labels, sample_ids=torch.arange(len(lengths)))
+        output = model(
+            input_ids, mask, labels, sample_ids=torch.arange(len(lengths)), thoughts=thoughts
+        )
     model.zero_grad()
     output.loss.backward()
     expected = run_reference(model, input_ids, lengths, output.thoughts, labels)
@@ -127,10 +135,12 @@ def _tables(
     assert torch.equal(scored.valid.permute(2, 0, 1), expected.valid)
     valid, real = expected.valid, expected.real
     by_thought = valid.unsqueeze(1).expand_as(expected.mixing_weight)
-    sampled = valid.any(0).expand_as(expected.policy_logprobs)
+    is_token = thoughts.permute(3, 1, 0, 2) != NO_TOKEN
+    sampled = valid.any(0) & is_token
+    written = real & is_token
     pairs = {
         "text": (states.text[real], expected.text[real]),
-        "policy": (states.policy[:, :, real], expected.policy[:, :, real]),
+        "policy": (states.policy[written], expected.policy[written]),
     }
     reached = expected.reached.unsqueeze(1).expand(states.ahead.shape[:-1])
     pairs["ahead"] = (states.ahead[reached], expected.ahead[reached])
@@ -183,6 +193,33 @@ def check(comparison: Comparison) -> None:
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_states_losses_and_gradients_equal_the_per_position_loop(name):
     check(compare(build(name), [LENGTH, LENGTH - 2]))
+
+
+def early_thoughts(model: QuietStarForCausalLM, lengths: list[int]) -> ThoughtBatch:
+    """Sampled thoughts that are cut anywhere, also to nothing; some keep their whole length."""
+    input_ids, mask = batch(model, lengths)
+    drawn = model.draw(input_ids, mask, num_thoughts=2, temperature=1.0)
+    generator = torch.Generator().manual_seed(5)
+    most = drawn.tokens.shape[-1]
+    cut = torch.randint(0, most + 1, drawn.lengths.shape, generator=generator)
+    assert set(cut.flatten().tolist()) == set(range(most + 1)), "every length is there"
+    texts = Texts(drawn.input_ids, drawn.labels, None, drawn.sample_ids)
+    return ThoughtBatch.of_texts(texts, drawn.positions, drawn.tokens, cut)
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_thoughts_that_end_early_equal_the_per_position_loop(name):
+    model = build(name, length=3)
+    lengths = [LENGTH, LENGTH - 2]
+    check(compare(model, lengths, thoughts=early_thoughts(model, lengths)))
+
+
+@pytest.mark.parametrize("learn_chunk_tokens", [None, 1, 60])
+def test_thoughts_that_end_early_do_so_in_any_groups(learn_chunk_tokens):
+    model = build("llama", length=3)
+    model.learn_chunk_tokens = learn_chunk_tokens
+    lengths = [LENGTH, LENGTH - 2]
+    check(compare(model, lengths, thoughts=early_thoughts(model, lengths)))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])

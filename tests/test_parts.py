@@ -1,11 +1,12 @@
 """Rewards, objectives and samplers of a user's own: the tutorial's, wrong ones, given thoughts."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import plain_model, random_texts, run_config, thinking_model
+from tiny import end_early, plain_model, random_texts, run_config, thinking_model
 
 from quietstar import registry
 from quietstar.cli import main as cli
@@ -202,6 +203,40 @@ def test_given_thoughts_at_some_positions():
     output = model(texts, seed=3)
     batch = model.draw(texts, num_thoughts=2, temperature=1.0, seed=3, positions=output.positions)
     assert model(texts, thoughts=batch).loss.item() == pytest.approx(output.loss.item(), rel=1e-6)
+
+
+def test_a_sampler_whose_thoughts_end_early():
+    texts, own = random_texts(2, 8), end_early(build())
+    output = own(texts, seed=3)
+    assert output.thoughts.shape == (2, 2, 8, 3)
+    assert (output.thoughts[:, 0, :, 1:] == -1).all()
+    assert (output.thoughts[:, 1, :, 2:] == -1).all()
+    assert (output.thoughts[:, 1, :, :2] >= 0).all()
+    batch = own.draw(texts, num_thoughts=2, temperature=1.0, seed=3)
+    assert batch.lengths.flatten().unique().tolist() == [1, 2]
+    assert torch.equal(build()(texts, thoughts=batch).loss, output.loss)
+    scored = own.think(texts, num_thoughts=2, temperature=1.0, seed=3)
+    again = own.think(texts, thoughts=scored.tokens)
+    assert torch.equal(scored.mixed_logprobs, again.mixed_logprobs)
+    assert {len(tokens) for tokens in scored.to_frame().tokens} == {1, 2}
+    mixed = own.score_mixed(texts, None, texts, scored.tokens).logprobs
+    torch.testing.assert_close(mixed, scored.mixed_logprobs[..., 0])
+
+
+def test_thoughts_with_a_hole_or_other_lengths_are_an_error():
+    model, texts = build(), random_texts(2, 8)
+    batch = model.draw(texts)
+    with pytest.raises(ValueError, match="other lengths than tokens before the first -1"):
+        model(texts, thoughts=replace(batch, lengths=batch.lengths - 1))
+    tokens = batch.tokens.clone()
+    tokens[1, 2, 0, 1] = -1
+    holed = replace(batch, tokens=tokens, lengths=(tokens != -1).sum(-1))
+    with pytest.raises(ValueError, match="-1 stands before a token"):
+        model(texts, thoughts=holed)
+    with pytest.raises(ValueError, match="-1 stands before a token"):
+        model.think(texts, thoughts=tokens.transpose(1, 2))
+    with pytest.raises(ValueError, match=r"thoughts \(-2\): must be token ids from 0"):
+        model.think(texts, thoughts=tokens.transpose(1, 2).clamp(max=-2))
 
 
 def test_given_thoughts_of_other_texts_are_an_error():

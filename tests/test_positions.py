@@ -6,7 +6,7 @@ from states_loss import quiet_star_loss
 from tiny import plain_model, random_texts, thinking_model
 
 from quietstar.attention import blocks, passes
-from quietstar.attention.layout import IGNORE_INDEX, text_lookahead
+from quietstar.attention.layout import IGNORE_INDEX, NO_TOKEN, text_lookahead
 from quietstar.backbone.teacher_forced import ThoughtStates
 from quietstar.config import loss_config
 from quietstar.model.outputs import predict_everywhere
@@ -28,13 +28,22 @@ def path(request, monkeypatch):
     return request.param
 
 
-def model_and_inputs(dtype=torch.float64):
+@pytest.fixture(params=["whole", "early"])
+def early(request):
+    """Whether thoughts end early."""
+    return request.param == "early"
+
+
+def model_and_inputs(dtype=torch.float64, early=False):
     base = plain_model(num_attention_heads=4, num_key_value_heads=2, dtype=dtype)
     model = thinking_model(base, thoughts={"length": 3, "lookahead": 2, "num_thoughts": 2})
     model = model.to(dtype)
     texts = random_texts(2, 9)
     generator = torch.Generator().manual_seed(5)
     thoughts = torch.randint(0, model.vocab_size, (3, 2, 2, 9), generator=generator)
+    if early:
+        lengths = torch.randint(0, 4, thoughts.shape[1:], generator=generator)
+        thoughts = thoughts.where(torch.arange(3)[:, None, None, None] < lengths, NO_TOKEN)
     return model, texts, thoughts
 
 
@@ -52,17 +61,19 @@ def both(model, texts, thoughts):
     return full, some
 
 
-def test_chosen_states_are_those_of_the_full_pass(path):
-    model, texts, thoughts = model_and_inputs()
+def test_chosen_states_are_those_of_the_full_pass(path, early):
+    model, texts, thoughts = model_and_inputs(early=early)
     full, some = both(model, texts, thoughts)
     real = (POSITIONS >= 0)[None, None, :, :, None]
+    written = real & (at(thoughts, 3) != NO_TOKEN).unsqueeze(-1)
     torch.testing.assert_close(some.text, full.text)
-    for mine, whole in ((some.policy, full.policy), (some.ahead, full.ahead)):
-        torch.testing.assert_close(mine.where(real, 0.0), at(whole, 3).where(real, 0.0))
+    pairs = ((some.policy, full.policy, written), (some.ahead, full.ahead, real))
+    for mine, whole, read in pairs:
+        torch.testing.assert_close(mine.where(read, 0.0), at(whole, 3).where(read, 0.0))
 
 
-def test_gradients_are_those_of_the_full_computation_restricted_to_the_chosen(path):
-    model, texts, thoughts = model_and_inputs()
+def test_gradients_are_those_of_the_full_computation_restricted_to_the_chosen(path, early):
+    model, texts, thoughts = model_and_inputs(early=early)
     config = loss_config(draft_weight=0.3, policy_weight=0.5, entropy_weight=0.1)
     full, some = both(model, texts, thoughts)
     restricted = ThoughtStates(full.text, at(full.policy, 3), at(full.ahead, 3))

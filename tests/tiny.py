@@ -14,6 +14,8 @@ from quietstar.config import (
     loss_config,
 )
 from quietstar.data import load_tokenizer
+from quietstar.sampling.samplers.rollout import Rollout
+from quietstar.sampling.thoughts import Texts, ThoughtBatch
 
 LLAMA = {
     "model_type": "llama",
@@ -120,3 +122,21 @@ def read_metrics(run_folder, kind=None):
     text = (run_folder / "metrics.jsonl").read_text(encoding="utf-8")
     records = [json.loads(line) for line in text.splitlines()]
     return [r for r in records if kind in (None, r["kind"])]
+
+
+class OneOrTwo:
+    """Draws thoughts of one and of two tokens, in turn."""
+
+    def sample(self, model, texts, positions, spec):
+        batch = Rollout().sample(model, texts, positions, spec)
+        lengths = 1 + torch.arange(batch.lengths[0].numel()).view(batch.lengths[0].shape) % 2
+        texts = Texts(batch.input_ids, batch.labels, batch.answer_mask, batch.sample_ids)
+        lengths = lengths.expand(batch.lengths.shape)
+        return ThoughtBatch.of_texts(texts, batch.positions, batch.tokens, lengths)
+
+
+def end_early(model):
+    """Have a model's thoughts end before their most tokens."""
+    model.thoughts = model.thoughts.model_copy(update={"sampler": "tiny:OneOrTwo"})
+    model.sampler = OneOrTwo()
+    return model

@@ -10,6 +10,10 @@ i has position i; token w of a block behind it has position i + 1 + w:
     index in the block   0      1 .. T    T+1   T+2 .. T+A
     token                start  thought   end   x_{i+1} .. x_{i+A-1}
 
+A thought of L < T tokens ends early: its end token has index L + 1, the true tokens follow at once,
+and T - L tokens pad the tail of the block, behind all that is read. So positions stay consecutive,
+and causal attention needs no mask for them.
+
 A block token sees the text up to its own position i and its own block up to itself. For S = 3,
 K = 1, and the first two block tokens (w0, w1), the allowed pairs are (rows: queries)
 
@@ -43,6 +47,9 @@ IGNORE_INDEX = -100
 
 NO_POSITION = -1
 """Pads the positions of texts with fewer thoughts than the longest in the batch."""
+
+NO_TOKEN = -1
+"""Pads the tokens of thoughts that end before the last place of their axis."""
 
 
 def lookahead_targets(
@@ -164,6 +171,14 @@ def at_positions(
     """Entries of the last axis at every text's own positions; anything at `NO_POSITION`."""
     index = positions.clamp(min=0).expand(*x.shape[:-1], positions.shape[-1])
     return x.gather(-1, index)
+
+
+def early_ends(
+    thoughts: Int[Tensor, "length thoughts batch positions"],
+) -> Int[Tensor, "thoughts batch positions"] | None:
+    """Tokens of each thought; None where the host can see that all have the whole length."""
+    lengths = (thoughts != NO_TOKEN).sum(0)
+    return None if on_host(lengths) and bool((lengths == len(thoughts)).all()) else lengths
 
 
 def on_host(x: Tensor) -> bool:

@@ -45,6 +45,7 @@ class BlockInputs:
         true: Of the true tokens behind, the same for all thoughts.
         positions: Positions of the thoughts, ascending, -1 behind the last; None for contiguous
             ones.
+        lengths: Tokens of each thought; None where all have the whole length.
     """
 
     start: Float[Tensor, " embedding"]
@@ -52,6 +53,7 @@ class BlockInputs:
     thought: Float[Tensor, "length thoughts batch positions embedding"]
     true: Float[Tensor, "true batch positions embedding"]
     positions: Int[Tensor, "batch positions"] | None
+    lengths: Int[Tensor, "thoughts batch positions"] | None = None
 
 
 def embed_blocks(
@@ -62,14 +64,17 @@ def embed_blocks(
     thoughts: Int[Tensor, "length thoughts batch positions"],
     lookahead: int,
     positions: Int[Tensor, "batch positions"] | None = None,
+    lengths: Int[Tensor, "thoughts batch positions"] | None = None,
 ) -> BlockInputs:
     """Embed the blocks behind ``positions`` (ascending; all by default) of texts.
 
-    Texts are padded on the right if at all; behind each thought come A - 1 of their tokens.
+    Texts are padded on the right if at all; behind each thought come A - 1 of their tokens. With
+    ``lengths``, thoughts end early and are padded with `NO_TOKEN`.
     """
     true = lookahead_targets(input_ids, lookahead, positions)[:-1].clamp(min=0)
+    thoughts = thoughts if lengths is None else thoughts.clamp(min=0)
     thought, true = embed_sparsely(model, thoughts), embed_sparsely(model, true)
-    return BlockInputs(start_embedding, end_embedding, thought, true, positions)
+    return BlockInputs(start_embedding, end_embedding, thought, true, positions, lengths)
 
 
 def teacher_forced(model: PreTrainedModel, text: TextRun, inputs: BlockInputs) -> ThoughtStates:
@@ -105,11 +110,30 @@ def block_pass(
     start = inputs.start.to(thought.dtype).expand(thought.shape[2:])
     end = inputs.end.to(thought.dtype).expand(1, *thought.shape[1:])
     true = inputs.true.unsqueeze(1).expand(-1, *thought.shape[1:])
-    rows = blocks.to_rows(start, torch.cat([thought, end, true]))
+    rest = torch.cat([thought, end, true])
+    if inputs.lengths is not None:
+        # Token w is the thought's, or, behind its end, as far behind `thought` in `rest`. The tail
+        # repeats the last token: nothing that is read sees it.
+        w = torch.arange(len(rest), device=rest.device).view(-1, 1, 1, 1)
+        source = w.where(w < inputs.lengths, w + length - inputs.lengths)
+        rest = _take(rest, source.clamp(max=len(rest) - 1))
+    rows = blocks.to_rows(start, rest)
     num_positions = virtual + text_length + block_length
     states = run_backbone(
         model, rows, blocks.position_ids(rows.device), BlockPass(keys, blocks, num_positions)
     )
     start, rest = blocks.from_rows(states)  # (B, P, D) and (W - 1, K, B, P, D)
     start = start.expand(1, num_thoughts, *start.shape)
-    return torch.cat([start, rest[: length - 1]]), rest[length:]
+    policy, ahead = torch.cat([start, rest[: length - 1]]), rest[length:]
+    if inputs.lengths is not None:
+        a = torch.arange(len(ahead), device=rest.device).view(-1, 1, 1, 1)
+        ahead = _take(rest, inputs.lengths + a)
+    return policy, ahead
+
+
+def _take(
+    x: Float[Tensor, "tokens thoughts batch positions width"],
+    index: Int[Tensor, "chosen thoughts batch positions"],
+) -> Float[Tensor, "chosen thoughts batch positions width"]:
+    """Tokens of every block by their index in it."""
+    return x.gather(0, index.unsqueeze(-1).expand(*index.shape, x.shape[-1]))

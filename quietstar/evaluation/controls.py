@@ -6,7 +6,8 @@ of the same text), shuffled thoughts (a thought's tokens in another order), and 
 constant token). Every function is pure; training, ``quietstar eval`` and ``quietstar inspect`` all
 use these.
 
-Shapes: B texts, K thoughts, P positions, T tokens of a thought.
+Shapes: B texts, K thoughts, P positions, T tokens of a thought (`NO_TOKEN` behind the end of one
+that ends early: every control keeps lengths, and swapped thoughts bring their own).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import TypeVar
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from quietstar.attention.layout import NO_TOKEN
 
 WITHOUT, WITH = "without_thoughts", "with_thoughts"
 SWAPPED, SHUFFLED, PAUSE = "swapped", "shuffled", "pause"
@@ -123,23 +126,30 @@ def plan_swap(
 def shuffle_tokens(
     thoughts: Int[Tensor, "batch thoughts positions length"], numbers: Sequence[int], seed: int
 ) -> Int[Tensor, "batch thoughts positions length"]:
-    """Reorder the tokens of every thought so that none keeps its place.
+    """Reorder the tokens of every thought so that none keeps its place (a single one must).
 
     The number of each item keys the orders, with the seed of the run.
     """
     assert thoughts.shape[-1] > 1, "one token cannot be shuffled"
     shuffled = thoughts.clone()
+    place = torch.arange(thoughts.shape[-1])
     for row, number in enumerate(numbers):
         generator = torch.Generator().manual_seed(1_000_003 * seed + number)
         noise = torch.rand(thoughts.shape[1:], generator=generator)
-        order = noise.argsort(-1).to(thoughts.device)  # one cycle through all places
         tokens = thoughts[row]
-        shuffled[row] = tokens.scatter(-1, order, tokens.gather(-1, order.roll(1, -1)))
+        is_token = (tokens != NO_TOKEN).cpu()
+        # One cycle through all places of a thought; those behind its end come last, and stay.
+        order = noise.where(is_token, 2.0 + place).argsort(-1)
+        last = (is_token.sum(-1, keepdim=True) - 1).clamp(min=0)
+        before = order.roll(1, -1).where(place > 0, order.gather(-1, last))
+        before = before.where(is_token.sort(-1, descending=True).values, order)
+        order, before = order.to(tokens.device), before.to(tokens.device)
+        shuffled[row] = tokens.scatter(-1, order, tokens.gather(-1, before))
     return shuffled
 
 
 def pause_tokens(
     thoughts: Int[Tensor, "batch thoughts positions length"], token_id: int
 ) -> Int[Tensor, "batch thoughts positions length"]:
-    """Replace every token of every thought by one constant token."""
-    return torch.full_like(thoughts, token_id)
+    """Replace every token of every thought by one constant token; lengths stay."""
+    return thoughts.where(thoughts == NO_TOKEN, token_id)

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from quietstar.evaluation.controls import gain_over, swap_positions
 from quietstar.evaluation.scoring import not_finite
 from quietstar.losses.cross_entropy import chunk_rows
+from quietstar.model.outputs import without_padding
 from quietstar.model.quiet_star import QuietStarForCausalLM
 
 FORMAT, VERSION = "quietstar-thoughts", 2
@@ -162,7 +163,8 @@ def _figures(
     for some, chosen in zip(policy.split(size), tokens.split(size), strict=True):
         # Rows of the vocabulary beyond the tokenizer's are never sampled.
         logits = sampling_head.logits(some)[:, : head.vocab_size]
-        probabilities.append(logits.softmax(-1).gather(-1, chosen[:, None]).squeeze(-1))
+        index = chosen.clamp(min=0)[:, None]  # what lies behind the end of a thought is not shown
+        probabilities.append(logits.softmax(-1).gather(-1, index).squeeze(-1))
     probability = torch.cat(probabilities).view(-1, count, len(targets)).permute(2, 1, 0)
     figures = {"id": targets, "ids": thoughts[0].transpose(0, 1), "weight": weight.T}
     figures |= {name: torch.cat(chunks) for name, chunks in columns.items()}
@@ -209,7 +211,7 @@ def _token_records(
                     "ids": ids,
                     "texts": [text_of(i) for i in ids],
                     "text": tokenizer.decode(ids),
-                    "probabilities": at["probabilities"][k],
+                    "probabilities": at["probabilities"][k][: len(ids)],
                     "mixing_weight": at["weight"][k],
                     "thought_logprob": at["thought_logprob"][k],
                     "mixed_logprob": at["mixed_logprob"][k],
@@ -217,7 +219,7 @@ def _token_records(
                     "thought_top": top(at["thought_top_id"][k], at["thought_top_p"][k]),
                     "mixed_top": top(at["mixed_top_id"][k], at["mixed_top_p"][k]),
                 }
-                for k, ids in enumerate(at["ids"])
+                for k, ids in enumerate(map(without_padding, at["ids"]))
             ],
         }
 
@@ -265,8 +267,8 @@ def summarise_thoughts(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "hard": _means(hard) if hard else None,
         "easy": _means(easy) if easy else None,
         "mixing_weight": fmean(thought["mixing_weight"] for thought in thoughts),
-        "entropy": fmean(surprises),
-        "distinct_token_ratio": fmean(len(set(t["ids"])) / len(t["ids"]) for t in thoughts),
+        "entropy": fmean(surprises or [0.0]),  # thoughts may be empty
+        "distinct_token_ratio": fmean(len(set(t["ids"])) / max(1, len(t["ids"])) for t in thoughts),
         "histogram": [
             {"low": low, "high": high, "count": counts[index]}
             for index, (low, high) in enumerate(pairwise([None, *BINS, None]))

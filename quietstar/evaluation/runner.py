@@ -30,6 +30,7 @@ from quietstar.evaluation import controls, scoring, tasks
 from quietstar.evaluation.controls import CONTROLS, PAUSE, SHUFFLED, SWAPPED, WITH, WITHOUT
 from quietstar.evaluation.scoring import Protocol
 from quietstar.evaluation.tasks import TASKS, Candidates, EncodedItem, Item, Task
+from quietstar.model.outputs import without_padding
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.system.files import append, file_kind, write_whole
 from quietstar.system.inputs import open_input
@@ -313,7 +314,10 @@ class Runner:
                 if variant == WITH:
                     tokens = thoughts[WITH][row, :, : one.num_thinking].tolist()
                     record["thoughts"] = tokens
-                    record["thought_texts"] = [self.tokenizer.batch_decode(k) for k in tokens]
+                    record["thought_texts"] = [
+                        self.tokenizer.batch_decode([without_padding(one) for one in some])
+                        for some in tokens
+                    ]
                 records.append(record)
         return records
 

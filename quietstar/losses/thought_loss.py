@@ -10,7 +10,11 @@ of arXiv 2403.09629, sections 4.3 and 4.4):
     mixed    sum_{a,k,i}  u(i,k,a) * -log p_mixed(x_{i+a})            / (A K M)
     thought  sum_{a,k,i}  v(i,k,a) * -log p_thought(x_{i+a})          / (A K M)
     draft    sum_i                   -log p(x_{i+1} | x_<=i, start)   / M   (ours)
-    policy   sum_{k,i}    g(i,k)   * -mean_t log p(t_t)               / (K M)
+    policy   sum_{k,i}    g(i,k)   * -sum_t log p(t_t) / T            / (K M)
+
+T is the most tokens that a thought may have, also where one ends early: a division by its own
+length would weigh the tokens of short thoughts more, and the policy term would no longer be the
+gradient of the expected reward (arXiv 2503.20783, section 3.1).
 
 Only `base` is a sum over all positions i; the others are over those with thoughts.
 """
@@ -25,6 +29,7 @@ from torch import Tensor
 
 from quietstar.attention.layout import (
     IGNORE_INDEX,
+    NO_TOKEN,
     TextLookahead,
     lookahead_states,
     lookahead_targets,
@@ -188,14 +193,16 @@ def thought_loss(
 
     ``policy_states`` predict the thought tokens; ``ahead_states`` (from the end token on) and the
     text's own predict the targets. ``base_nll`` is the NLL of these without a thought;
-    ``num_items`` is M of the whole step; ``accumulator`` is as in `objective`.
+    ``num_items`` is M of the whole step; ``accumulator`` is as in `objective`. ``thoughts`` that
+    end early are padded with `NO_TOKEN`.
     """
     mixture = Mixture(
         text, ahead_states, mixing_weight, targets, base_nll, num_items, terms.weigh,
         needs_thought=terms.needs_thought or terms.scoring, needs_predicted=terms.scoring,
     )  # fmt: skip
     value, mixed = mixture_objective(mixture, head, accumulator)
-    tokens = thoughts.where((targets != IGNORE_INDEX).any(0), IGNORE_INDEX).flatten()
+    counts = (targets != IGNORE_INDEX).any(0) & (thoughts != NO_TOKEN)
+    tokens = thoughts.where(counts, IGNORE_INDEX).flatten()
     scale = 1.0 / (thoughts.shape[0] * thoughts.shape[1] * num_items)
     coefficients = bonus = None
     if torch.is_grad_enabled():  # else only the results are wanted

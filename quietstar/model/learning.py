@@ -24,6 +24,7 @@ from torch import Tensor
 from quietstar.attention.kernels import at_least_float32
 from quietstar.attention.layout import (
     IGNORE_INDEX,
+    early_ends,
     lookahead_states,
     lookahead_targets,
     on_host,
@@ -88,6 +89,7 @@ class Step:
         num_items: N; by default the valid targets of this batch.
         num_thought_items: M; by default the positions of this batch with a target.
         fixed_mixing_weight: Replacement for the head's output.
+        may_end_early: Whether thoughts can be shorter than others.
     """
 
     thoughts: ThoughtBatch
@@ -96,6 +98,7 @@ class Step:
     num_items: Tensor | int | None = None
     num_thought_items: Tensor | int | None = None
     fixed_mixing_weight: float | None = None
+    may_end_early: bool = True
 
 
 def learn(model: Any, text: TextRun, step: Step) -> tuple[Tensor, ScoredThoughts]:
@@ -113,8 +116,9 @@ def learn(model: Any, text: TextRun, step: Step) -> tuple[Tensor, ScoredThoughts
     tokens, labels = batch.token_major(), batch.labels
     if model.learn_chunk_tokens is None or not torch.is_grad_enabled():
         states, weight = model.states_with(
-            batch.input_ids, tokens, step.positions, step.fixed_mixing_weight, text=text
-        )
+            batch.input_ids, tokens, step.positions, step.fixed_mixing_weight, text=text,
+            may_end_early=step.may_end_early,
+        )  # fmt: skip
         return loss_from_states(
             states, weight, tokens, labels, model.output_head, step.terms, step.num_items,
             step.positions, step.num_thought_items,
@@ -131,6 +135,7 @@ class _Groups:
     """The groups of a step, and what they give."""
 
     def __init__(self, model: Any, text: TextRun, step: Step, tokens: Tensor) -> None:
+        self.lengths = early_ends(tokens) if step.may_end_early else None
         self.model, self.step, self.tokens, self.head = model, step, tokens, model.output_head
         batch, positions, lookahead = step.thoughts, step.positions, model.thoughts.lookahead
         self.weights = _Weights(model, self.head)
@@ -144,7 +149,7 @@ class _Groups:
         self.base_nll = lookahead_states(text_nll, lookahead, positions)
         inputs = embed_blocks(
             model.causal_lm, model.start_embedding, model.end_embedding,
-            batch.input_ids, tokens, lookahead, positions,
+            batch.input_ids, tokens, lookahead, positions, self.lengths,
         )  # fmt: skip
         self.layers = list(text.keys)
         keys = [x for pair in text.keys.values() for x in pair]
@@ -214,7 +219,8 @@ class _Groups:
         indices += [key_index] * (2 * len(self.layers))
         reads = [(s, i, s.part(i)) for s, i in zip(self.sources, indices, strict=True)]
         start, end_token, thought, true, text_states, *keys = (part for _, _, part in reads)
-        inputs = BlockInputs(start, end_token, thought, true, positions)
+        lengths = None if self.lengths is None else self.lengths[:, texts, places]
+        inputs = BlockInputs(start, end_token, thought, true, positions, lengths)
         pairs = zip(keys[::2], keys[1::2], strict=True)
         policy, ahead = block_pass(
             model.causal_lm, inputs, dict(zip(self.layers, pairs, strict=True)), text_length,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.generic import ModelOutput
 
+from quietstar.attention.layout import NO_TOKEN
 from quietstar.losses.thought_loss import ScoredThoughts
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ class QuietStarOutput(ModelOutput):
     Attributes:
         loss: Scalar, to call ``backward`` on.
         metrics: Figures of the batch as sums and counts; ``metrics.means()`` gives numbers.
-        thoughts: Sampled tokens, (batch, thoughts, positions, length).
+        thoughts: Sampled tokens, (batch, thoughts, positions, length), -1 behind the last of a
+            thought that ends early.
         input_ids: The texts, (batch, seq).
         positions: Where the thoughts are, (batch, positions), -1 behind the last; None for all.
     """
@@ -141,7 +143,7 @@ class Thoughts:
     predictions is about the true token x_{i+a}. ``positions`` are all, (seq,), or the chosen ones.
 
     Attributes:
-        tokens: Tokens of the thoughts.
+        tokens: Tokens of the thoughts, -1 behind the last of one that ends early.
         logprobs: Their log-probabilities (natural logarithm).
         mixing_weight: Share of the thought in the prediction.
         base_logprobs: Log-probabilities of the true tokens without the thought.
@@ -209,7 +211,7 @@ class Thoughts:
         text, thought, place, ahead = where.T
         base = self.base_logprobs[text, place, ahead]
         mixed = self.mixed_logprobs[text, thought, place, ahead]
-        tokens = self.tokens[text, thought, place].tolist()
+        tokens = [without_padding(t) for t in self.tokens[text, thought, place].tolist()]
         position = place if self.positions is None else self.positions[text, place]
         columns: dict[str, Any] = {
             "text": text, "position": position, "thought": thought, "ahead": ahead + 1,
@@ -224,6 +226,11 @@ class Thoughts:
         if tokenizer is not None:
             columns["thought_text"] = tokenizer.batch_decode(tokens)
         return DataFrame(columns)
+
+
+def without_padding(tokens: Sequence[int]) -> list[int]:
+    """Tokens of a thought without those that stand behind its end."""
+    return [token for token in tokens if token != NO_TOKEN]
 
 
 def predict_everywhere(
@@ -259,7 +266,7 @@ def plain_metrics(nll: Tensor, valid: Tensor) -> ThoughtMetrics:
 @torch.no_grad()
 def thought_metrics(s: ScoredThoughts) -> ThoughtMetrics:
     """Figures of one batch of scored thoughts; no host sync."""
-    length, num_thoughts = s.thoughts.shape[:2]
+    num_thoughts = s.thoughts.shape[1]
     valid, ahead = s.valid[0], s.valid[1:]  # (B, P) and (A - 1, B, P)
     count = valid.sum()
     gain_beyond_next = (s.mixed_logprobs[1:].mean(1) - s.base_logprobs[1:]).where(ahead, 0.0)
@@ -286,13 +293,17 @@ def thought_metrics(s: ScoredThoughts) -> ThoughtMetrics:
         figures["reward_std"] = (gain.std(0).where(has_target, 0.0).sum(), places)
         figures["identical_fraction"] = ((identical & has_target).sum(), places)
 
-    tokens = places * num_thoughts * length
-    logprobs = s.logprobs.where(has_target, 0.0).sum()
+    counts = (s.thoughts != NO_TOKEN) & has_target  # (T, K, B, P)
+    tokens = counts.sum()
+    logprobs = s.logprobs.where(counts, 0.0).sum()
     # Sampled at the policy temperature, a token's surprise is an unbiased estimate of the entropy.
-    entropy = -logprobs if s.entropy is None else s.entropy.where(has_target, 0.0).sum()
-    ordered = s.thoughts.sort(0).values
-    distinct = (1 + (ordered[1:] != ordered[:-1]).sum(0)).where(has_target, 0)  # (K, B, P)
+    entropy = -logprobs if s.entropy is None else s.entropy.where(counts, 0.0).sum()
+    ordered = s.thoughts.sort(0).values  # padding first
+    is_first = torch.ones_like(counts)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    distinct = (is_first & (ordered != NO_TOKEN) & has_target).sum(0)  # (K, B, P)
+    ratio = distinct / counts.sum(0).clamp(min=1)
     figures["entropy"] = (entropy, tokens)
-    figures["distinct_token_ratio"] = (distinct.sum() / length, places * num_thoughts)
+    figures["distinct_token_ratio"] = (ratio.sum(), places * num_thoughts)
     figures["thought_logprob"] = (logprobs, tokens)
     return ThoughtMetrics(figures)

@@ -15,7 +15,9 @@ from quietstar import registry
 from quietstar.attention.layout import (
     IGNORE_INDEX,
     NO_POSITION,
+    NO_TOKEN,
     TextLookahead,
+    early_ends,
     on_host,
     text_lookahead,
 )
@@ -286,8 +288,8 @@ class QuietStarForCausalLM(nn.Module):
             sampling = Sampling(spec.num_thoughts, spec.length, spec.temperature, seed)
             batch = self._sample(texts, positions, sampling)
         else:
-            self._check_ids(thoughts.tokens, "thoughts", ignored=False)
             positions, batch = given_thoughts(thoughts, texts)
+            self._check_thoughts(batch.tokens)
         objective = self.objective
         terms = LossTerms(
             self.weigher(batch),
@@ -297,9 +299,12 @@ class QuietStarForCausalLM(nn.Module):
             objective.entropy_weight,
             objective.needs_thought or getattr(self.reward, "reads_thought", True),
         )
+        # Only the samplers of the package are known to fill every place.
+        may_end_early = thoughts is not None or ":" in self.thoughts.sampler
         step = Step(
-            batch, positions, terms, num_items_in_batch, num_thought_items, fixed_mixing_weight
-        )
+            batch, positions, terms, num_items_in_batch, num_thought_items, fixed_mixing_weight,
+            may_end_early,
+        )  # fmt: skip
         loss, scored = learn(self, run, step)
         metrics, tokens = thought_metrics(scored), batch.tokens.transpose(1, 2)
         return QuietStarOutput(loss, metrics, tokens, input_ids, positions)
@@ -366,20 +371,14 @@ class QuietStarForCausalLM(nn.Module):
                 f" but must be torch.int64 of (batch, positions, thoughts, length) = {shape}. "
                 "Mend its sample method."
             )
-        is_own, vocab = ":" in self.thoughts.sampler, embedding_weight(self.causal_lm).shape[0]
         if batch.tokens.device != texts.input_ids.device:
             raise UserError(
                 f"{name}: its tokens are on {batch.tokens.device}, but must be on "
                 f"{texts.input_ids.device}. Make them on the device of texts.input_ids."
             )
-        # Looking at them would wait for another device, where an index out of range is an error.
-        if is_own and on_host(batch.tokens) and batch.tokens.numel():
-            low, high = int(batch.tokens.min()), int(batch.tokens.max())
-            if low < 0 or high >= vocab:
-                raise UserError(
-                    f"{name}: its tokens are from {low} to {high}, but must be from 0 to "
-                    f"{vocab - 1}, the ids of the model. Mend its sample method."
-                )
+        if ":" in self.thoughts.sampler:
+            check_lengths(batch, f"{name}: its thoughts")
+            self._check_thoughts(batch.tokens, f"{name}: its tokens")
         return batch
 
     def states_with(
@@ -390,13 +389,14 @@ class QuietStarForCausalLM(nn.Module):
         fixed_mixing_weight: float | None = None,
         lookahead: int | None = None,
         text: TextRun | None = None,
+        may_end_early: bool = True,
     ) -> tuple[ThoughtStates, Tensor]:
         """Run thoughts (length, thoughts, batch, positions); their states and mixing weight."""
-        self._check_ids(thoughts, "thoughts", ignored=False)
         text = run_text(self.causal_lm, input_ids) if text is None else text
         inputs = embed_blocks(
             self.causal_lm, self.start_embedding, self.end_embedding, input_ids, thoughts,
             lookahead or self.thoughts.lookahead, positions,
+            early_ends(thoughts) if may_end_early else None,
         )  # fmt: skip
         states = teacher_forced(self.causal_lm, text, inputs)
         ahead = text_lookahead(states.text, states.ahead.shape[0], positions)
@@ -445,6 +445,32 @@ class QuietStarForCausalLM(nn.Module):
         elif ids.device.type != "meta":
             torch._assert_async(~wrong.any(), f"{name} outside the vocabulary")  # pyright: ignore
 
+    def _check_thoughts(self, tokens: Tensor, name: str = "thoughts") -> None:
+        """Refuse tokens (..., length) outside the vocabulary, or behind the end of their thought.
+
+        Beyond the host this is only asserted, without a sync.
+        """
+        vocab_size = self.causal_lm.config.get_text_config().vocab_size
+        is_token = tokens != NO_TOKEN
+        wrong = is_token & ((tokens < 0) | (tokens >= vocab_size))
+        late = is_token[..., 1:] & ~is_token[..., :-1]
+        if not on_host(tokens):
+            if tokens.device.type != "meta":
+                ok = ~(wrong.any() | late.any())
+                torch._assert_async(ok, f"{name}: outside the vocabulary")  # pyright: ignore
+            return
+        if wrong.any():
+            raise UserError(
+                f"{name} ({tokens[wrong][0].item()}): must be token ids from 0 to "
+                f"{vocab_size - 1}, and {NO_TOKEN} behind the end of a thought. Use the tokenizer "
+                "of this model."
+            )
+        if late.any():
+            raise UserError(
+                f"{name}: {NO_TOKEN} stands before a token, but a thought ends at its first "
+                f"{NO_TOKEN}. Put the tokens of each thought first."
+            )
+
     def _check_length(self, input_ids: Tensor) -> None:
         longest = self.max_text_length
         if longest is not None and input_ids.shape[1] > longest:
@@ -476,7 +502,8 @@ class QuietStarForCausalLM(nn.Module):
             input_ids: Texts, padded on the right if at all.
             attention_mask: (batch, seq), true (or 1) for real tokens.
             labels: Targets, as in `forward`.
-            thoughts: Score these thoughts instead of sampling.
+            thoughts: Score these thoughts instead of sampling; -1 stands behind the last token of
+                one that ends early.
             num_thoughts: Thoughts a position.
             temperature: Sampling temperature; None takes the most likely tokens.
             positions: Think there only: ascending, -1 behind the last of a text with fewer
@@ -495,6 +522,7 @@ class QuietStarForCausalLM(nn.Module):
                 input_ids, num_thoughts=num_thoughts, temperature=temperature,
                 positions=positions, sample_ids=sample_ids, seed=seed,
             )  # fmt: skip
+        self._check_thoughts(thoughts)
         tokens = token_major(thoughts)
         states, weight = self.states_with(input_ids, tokens, positions)
         head, terms = self.output_head, LossTerms(None, scoring=True)
@@ -514,7 +542,10 @@ class QuietStarForCausalLM(nn.Module):
         sample_ids: Int[Tensor, " batch"] | None = None,
         seed: int = 0,
     ) -> Int[Tensor, "batch thoughts positions length"]:
-        """Thoughts at every (chosen) position, not scored; arguments as in `think`."""
+        """Thoughts at every (chosen) position, not scored; arguments as in `think`.
+
+        Behind the last token of one that ends early stands -1.
+        """
         batch = self.draw(
             input_ids, num_thoughts=num_thoughts, temperature=temperature, positions=positions,
             sample_ids=sample_ids, seed=seed,
@@ -653,6 +684,7 @@ class QuietStarForCausalLM(nn.Module):
         """
         labels = self._targets(input_ids, attention_mask, labels)
         self._check_length(input_ids)
+        self._check_thoughts(thoughts)
         tokens, head = token_major(thoughts), self.output_head
         states, weight = self.states_with(input_ids, tokens, positions, lookahead=1)
         result = mixed_predictions(states, weight, labels, head, positions)
@@ -670,7 +702,8 @@ def given_thoughts(
     """Fit given thoughts to the texts of a call; their positions, None for all.
 
     Raises:
-        UserError: Thoughts of other texts, at no position, or of unequal length.
+        UserError: Thoughts of other texts, at no position, or with lengths that their tokens do
+            not have.
     """
     ids, positions = texts.input_ids, thoughts.positions
     if thoughts.input_ids.shape != ids.shape or thoughts.tokens.shape[:2] != positions.shape:
@@ -679,16 +712,24 @@ def given_thoughts(
             f"{tuple(positions.shape)} with tokens {tuple(thoughts.tokens.shape)} do not fit "
             f"input_ids {tuple(ids.shape)}. Give the texts that they were sampled for."
         )
-    if on_host(ids):
-        if not torch.equal(thoughts.input_ids, ids):
-            raise UserError("thoughts of other texts than input_ids. Give those texts.")
-        if (thoughts.lengths != thoughts.tokens.shape[3]).any():
-            raise UserError("thoughts must all have the length of their tokens' last axis")
+    if on_host(ids) and not torch.equal(thoughts.input_ids, ids):
+        raise UserError("thoughts of other texts than input_ids. Give those texts.")
+    check_lengths(thoughts, "thoughts")
     batch = replace(thoughts, input_ids=ids, labels=texts.labels, answer_mask=texts.answer_mask)
     everywhere = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     if positions.shape == ids.shape and on_host(ids) and torch.equal(positions, everywhere):
         return None, batch
     return positions.where(positions >= 0, NO_POSITION), batch
+
+
+def check_lengths(thoughts: ThoughtBatch, name: str) -> None:
+    """Refuse lengths that the tokens do not have, where the host can see them."""
+    tokens, lengths = thoughts.tokens, thoughts.lengths
+    if on_host(tokens) and not torch.equal(lengths, (tokens != NO_TOKEN).sum(-1)):
+        raise UserError(
+            f"{name} have other lengths than tokens before the first {NO_TOKEN}. Make them with "
+            "ThoughtBatch.of_texts(texts, positions, tokens, lengths)."
+        )
 
 
 def token_major(thoughts: Int[Tensor, "batch thoughts positions length"]) -> Tensor:

@@ -76,8 +76,10 @@ def policy_states(
 ) -> Float[Tensor, "length thoughts batch positions width"]:
     """States from which the rollout would sample each token of these thoughts.
 
-    Those of the learn pass, by another way: for checks.
+    Those of the learn pass, by another way: for checks. Behind the end of a thought that ends early
+    they are of no use.
     """
+    thoughts = thoughts.clamp(min=0)
     length, num_thoughts, batch_size = thoughts.shape[:3]
     steps = _Steps(model, start_embedding, input_ids, num_thoughts, length, positions, text)
     first = steps.run(0, None).expand(num_thoughts, -1, -1, -1)

@@ -10,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from quietstar.attention.layout import NO_TOKEN
 from quietstar.backbone.run import TextRun
 
 
@@ -56,8 +57,8 @@ class ThoughtBatch:
     Attributes:
         input_ids, labels, answer_mask, sample_ids: As in `Texts`.
         positions: Position of each thought, ascending; -1 pads texts with fewer than others.
-        tokens: Tokens of the thoughts.
-        lengths: Tokens of each thought.
+        tokens: Tokens of the thoughts; -1 behind the last of one that ends early.
+        lengths: Tokens of each thought, 0 to ``length``.
         sampling_logprobs: Log-probabilities of the tokens by the policy that drew them; None where
             that is not known.
     """
@@ -77,12 +78,21 @@ class ThoughtBatch:
         texts: Texts,
         positions: Int[Tensor, "batch positions"] | None,
         tokens: Int[Tensor, "batch positions thoughts length"],
+        lengths: Int[Tensor, "batch positions thoughts"] | None = None,
     ) -> ThoughtBatch:
-        """Put texts and their thoughts, all of one length, together; at all positions if None."""
+        """Put texts and their thoughts together.
+
+        Without ``positions`` the thoughts are at all of them. Without ``lengths`` each ends before
+        its first -1, if there is one; with them, what lies behind becomes -1.
+        """
         if positions is None:
             seq = torch.arange(texts.input_ids.shape[1], device=texts.input_ids.device)
             positions = seq.expand(texts.input_ids.shape)
-        lengths = tokens.new_full(tokens.shape[:3], tokens.shape[3])
+        if lengths is None:
+            lengths = (tokens != NO_TOKEN).sum(-1)
+        else:
+            place = torch.arange(tokens.shape[3], device=tokens.device)
+            tokens = tokens.where(place < lengths.unsqueeze(-1), NO_TOKEN)
         return cls(
             texts.input_ids, texts.labels, texts.answer_mask, texts.sample_ids, positions,
             tokens, lengths,
@@ -114,6 +124,8 @@ class ThoughtSampler(Protocol):
         self, model: Any, texts: Texts, positions: Tensor | None, spec: Sampling
     ) -> ThoughtBatch:
         """Draw ``spec.num_thoughts`` thoughts of ``spec.thought_length`` tokens a position.
+
+        Thoughts may end early: ``tokens`` are -1 behind their last.
 
         Args:
             model: `QuietStarForCausalLM` that thinks.

@@ -24,7 +24,7 @@ from quietstar.data import Batch
 from quietstar.distributed import ModelProxy
 from quietstar.evaluation import controls
 from quietstar.evaluation.controls import PAUSE, SWAPPED, TextThoughts
-from quietstar.model.outputs import ThoughtMetrics, Thoughts
+from quietstar.model.outputs import ThoughtMetrics, Thoughts, without_padding
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.system import files
 from quietstar.system.signals import acknowledge, requested
@@ -313,7 +313,7 @@ def _sample(
         is_right = bool((tokens[: len(rationale)] == rationale).all())
     return {
         "before": tokenizer.decode(ids[: position + 1]),
-        "thought": tokenizer.decode(tokens),
+        "thought": tokenizer.decode(without_padding(tokens.tolist())),
         "truth": tokenizer.decode(truth),
         "without_thoughts": {"prediction": tokenizer.decode(base), "probability": without},
         "with_thoughts": {"prediction": tokenizer.decode(mixed), "probability": with_thoughts},

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from quietstar.config import Config
 from quietstar.distributed import from_main_process
 from quietstar.errors import reason_of, visible
-from quietstar.model.outputs import QuietStarOutput
+from quietstar.model.outputs import QuietStarOutput, without_padding
 from quietstar.system import files
 from quietstar.training.stages import Stage
 
@@ -232,7 +232,8 @@ class Reporter:
             place = int((output.positions[0] >= 0).sum()) // 2
             position = max(0, int(output.positions[0, place]))
         before = self.tokenizer.decode(output.input_ids[0, max(0, position - 15) : position + 1])
-        thought = self.tokenizer.decode(output.thoughts[0, 0, place])
+        tokens = without_padding(output.thoughts[0, 0, place].tolist())
+        thought = self.tokenizer.decode(tokens)
         self.say(f"thought after {before!r}: {thought!r}")
 
     @contextmanager
