@@ -92,18 +92,21 @@ def test_adapters_generate_as_the_slow_way(fields, method):
         assert out.sequences[row, -NEW - len(prompt) :].tolist() == text.tolist()
 
 
+@pytest.mark.parametrize("stop", [[], [chr(c) for c in range(32, 72)]])
+@pytest.mark.parametrize("num_thoughts", [1, 2])
 @pytest.mark.parametrize("method", ["full", "prompt", "prefix"])
 @pytest.mark.parametrize("temperature", [None, 1.0])
-def test_generation_thinks_what_think_thinks(method, temperature):
-    """Also with virtual tokens, several thoughts, and sampled ones: the noise is keyed."""
-    model = thinking_model(thoughts={"length": LENGTH},
+def test_generation_thinks_what_think_thinks(method, temperature, num_thoughts, stop):
+    """Also with virtual tokens, several thoughts, sampled ones (noise is keyed), early ends."""
+    model = thinking_model(thoughts={"length": LENGTH, "stop": stop},
                            tuning={"method": method, "num_virtual_tokens": 3})  # fmt: skip
     prompts, batch, mask = left_padded([5, 2, 8])
-    out = generated(model.eval(), batch, mask, num_thoughts=2, thought_temperature=temperature,
-                    seed=3)  # fmt: skip
+    out = generated(model.eval(), batch, mask, num_thoughts=num_thoughts,
+                    thought_temperature=temperature, seed=3)  # fmt: skip
+    assert (out.thoughts == -1).any() == bool(stop)
     for row, prompt in enumerate(prompts):
         text = out.sequences[row, -NEW - len(prompt) :]
-        seen = model.think(text[None], num_thoughts=2, temperature=temperature, seed=3,
+        seen = model.think(text[None], num_thoughts=num_thoughts, temperature=temperature, seed=3,
                            sample_ids=torch.tensor([row]))  # fmt: skip
         places = slice(len(prompt) - 1, len(text) - 1)
         assert torch.equal(out.thoughts[row].transpose(0, 1), seen.tokens[0, :, places])

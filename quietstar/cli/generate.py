@@ -18,6 +18,7 @@ from quietstar.evaluation.scoring import refuse_not_finite
 from quietstar.evaluation.tasks import MAX_BYTES
 from quietstar.generation.gates import PROBED, Gate, GateKind
 from quietstar.generation.generate import ThinkingStreamer
+from quietstar.model.outputs import without_padding
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.system.limits import TooLong, limited
 
@@ -252,6 +253,6 @@ class ConsoleStreamer(ThinkingStreamer):
 
 def thought_text(tokenizer: PreTrainedTokenizerBase, thoughts: Sequence[list[int]]) -> Text:
     """Return thoughts as they stand in a text; empty where none was made."""
-    made = [thought for thought in thoughts if thought and thought[0] >= 0]
+    made = [without_padding(thought) for thought in thoughts if thought and thought[0] >= 0]
     texts = [visible(str(tokenizer.decode(thought))).replace("\n", "⏎") for thought in made]
     return Text("".join(f" {OPEN}{text}{CLOSE}" for text in texts), style="dim cyan")

@@ -68,6 +68,8 @@ def _thoughts(config: Config) -> Idle:
     yield from registry.find("loss.objective", loss.objective).unused(loss)
     if thoughts.positions in ("all", "answer", "answer_start"):
         yield "thoughts.position_fraction", f"with thoughts.positions: {thoughts.positions}"
+    if thoughts.sampler == "pause":
+        yield "thoughts.stop", "with thoughts.sampler: pause, whose thoughts have all their tokens"
     if config.mixing_head.warmup_steps == 0:
         yield "mixing_head.warmup_weight", "with mixing_head.warmup_steps: 0"
 

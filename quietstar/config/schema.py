@@ -180,7 +180,11 @@ class ThoughtsConfig(Section):
     """Share of the targets that get a thought, unless that is all or answers; every n-th is a share
     of 1/n."""
     length: Tokens = 8
-    """Free tokens of a thought; its start and end are not counted."""
+    """Free tokens of a thought, the most where thoughts.stop lets it end early; its start and end
+    are not counted."""
+    stop: Texts = []
+    """Texts that end a thought once the model has written one of them, as end-of-text then does
+    too; with none, every thought has all its tokens."""
     lookahead: Tokens = 4
     """True tokens after the position that a thought is scored on."""
     num_thoughts: Annotated[int, _between(1, 1000, "no memory holds as many")] = 2

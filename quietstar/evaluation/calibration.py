@@ -146,7 +146,8 @@ def stream_seconds(
 
     Their tokens are forced, so that every gate reads the same.
     """
-    decoder = new_decoder(model, Sampling(1, model.thoughts.length, None, 0), texts[:, :0])
+    sampling = Sampling(1, model.thoughts.length, None, 0, model.stop)
+    decoder = new_decoder(model, sampling, texts[:, :0])
     begun = time.perf_counter()
     for place in range(texts.shape[1] - 1):
         logits, _ = predict_next(model, decoder, gate, texts[:, place])

@@ -15,6 +15,7 @@ from transformers.utils.generic import ModelOutput
 
 from quietstar.attention.layout import NO_TOKEN
 from quietstar.losses.thought_loss import ScoredThoughts
+from quietstar.sampling.stopping import StopTexts
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -37,6 +38,8 @@ class ThoughtMetrics:
     entropy               of the thought tokens' distributions, nats (at the policy temperature)
     distinct_token_ratio  distinct tokens of a thought over its length
     thought_logprob       mean log-probability of the thought tokens
+    thought_length        where thoughts may end early: mean tokens of a thought
+    truncated_fraction    there: fraction of thoughts with all tokens that have written no stop text
     text_nll              with chosen positions: NLL without thoughts over *all* next tokens, while
                           base_nll, mixed_nll and gain are over those behind a thought
     text_gain             with chosen positions: what thoughts gain, over all next tokens
@@ -264,8 +267,10 @@ def plain_metrics(nll: Tensor, valid: Tensor) -> ThoughtMetrics:
 
 
 @torch.no_grad()
-def thought_metrics(s: ScoredThoughts) -> ThoughtMetrics:
-    """Figures of one batch of scored thoughts; no host sync."""
+def thought_metrics(
+    s: ScoredThoughts, may_end_early: bool = False, stop: StopTexts | None = None
+) -> ThoughtMetrics:
+    """Figures of one batch of scored thoughts, with their lengths if they differ; no host sync."""
     num_thoughts = s.thoughts.shape[1]
     valid, ahead = s.valid[0], s.valid[1:]  # (B, P) and (A - 1, B, P)
     count = valid.sum()
@@ -306,4 +311,9 @@ def thought_metrics(s: ScoredThoughts) -> ThoughtMetrics:
     figures["entropy"] = (entropy, tokens)
     figures["distinct_token_ratio"] = (ratio.sum(), places * num_thoughts)
     figures["thought_logprob"] = (logprobs, tokens)
+    if may_end_early:
+        is_cut = s.thoughts[-1] != NO_TOKEN  # (K, B, P)
+        is_cut = is_cut if stop is None else is_cut & ~stop.is_ended(s.thoughts)
+        figures["thought_length"] = (tokens, places * num_thoughts)
+        figures["truncated_fraction"] = ((is_cut & has_target).sum(), places * num_thoughts)
     return ThoughtMetrics(figures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,7 @@ from quietstar.generation.gates import Gate
 from quietstar.generation.generate import generate
 from quietstar.losses.thought_loss import (
     LossTerms,
+    ScoredThoughts,
     loss_from_states,
     mixed_candidates,
     mixed_predictions,
@@ -46,6 +48,7 @@ from quietstar.model.outputs import (
     MixedScores,
     PlainScores,
     QuietStarOutput,
+    ThoughtMetrics,
     Thoughts,
     plain_metrics,
     thought_metrics,
@@ -53,6 +56,7 @@ from quietstar.model.outputs import (
 from quietstar.model.self_check import check_architecture, use_thinking_attention
 from quietstar.model.tuning import apply_tuning, quantization
 from quietstar.sampling.positions import LEARNED_RULES, SCORED_RULES, choose_positions
+from quietstar.sampling.stopping import StopTexts
 from quietstar.sampling.thoughts import Sampling, Texts, ThoughtBatch
 
 
@@ -70,6 +74,7 @@ class QuietStarForCausalLM(nn.Module):
         vocab_size: Tokens of the tokenizer; rows of the vocabulary beyond are never sampled.
         pause_token_id: Token that stands for every thought token in the pause control.
         tuning: Way in which ``language_model`` was made to train.
+        tokenizer: Tokenizer of the model, which ``thoughts.stop`` needs.
     """
 
     def __init__(
@@ -81,8 +86,10 @@ class QuietStarForCausalLM(nn.Module):
         vocab_size: int,
         pause_token_id: int = 0,
         tuning: TuningConfig | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
+        self.tokenizer, self.stop = tokenizer, None
         self.language_model = language_model
         self.tuning = tuning or TuningConfig()
         self.mixing_head_config = mixing_head
@@ -137,9 +144,12 @@ class QuietStarForCausalLM(nn.Module):
         """Think or learn by other settings from now on; weights stay.
 
         Raises:
-            UserError: A sampler, reward or objective that cannot be found or called.
+            UserError: A sampler, reward or objective that cannot be found or called, or a stop text
+                that the tokenizer cannot write.
         """
         if thoughts is not None:
+            if self.stop is None or thoughts.stop != self.thoughts.stop:
+                self.stop = self._find_ends(thoughts.stop)
             self.thoughts = thoughts
             with registry.running("thoughts.sampler", thoughts.sampler):
                 self.sampler = registry.find("thoughts.sampler", thoughts.sampler)()
@@ -148,6 +158,16 @@ class QuietStarForCausalLM(nn.Module):
             with registry.running("loss.objective", loss.objective):
                 self.objective = registry.find("loss.objective", loss.objective)(loss)
             self.reward, self.reward_name = registry.find("loss.reward", loss.reward), loss.reward
+
+    def _find_ends(self, texts: Sequence[str]) -> StopTexts | None:
+        if not texts:
+            return None
+        if self.tokenizer is None:
+            raise UserError(
+                f"thoughts.stop ({texts}): needs the tokenizer of the model. Set model.tokenizer."
+            )
+        rows = embedding_weight(self.causal_lm).shape[0]
+        return StopTexts.of_tokenizer(texts, self.tokenizer, rows)
 
     def initial_vectors(
         self, tokenizer: PreTrainedTokenizerBase
@@ -217,6 +237,7 @@ class QuietStarForCausalLM(nn.Module):
             len(tokenizer),
             start[0] if start else 0,  # a text without tokens is refused below
             tuning,
+            tokenizer,
         )
         vectors = model.initial_vectors(tokenizer)
         with torch.no_grad():
@@ -285,7 +306,7 @@ class QuietStarForCausalLM(nn.Module):
         if thoughts is None:
             positions = self._choose(texts, seed, explore=True)
             spec = self.thoughts
-            sampling = Sampling(spec.num_thoughts, spec.length, spec.temperature, seed)
+            sampling = Sampling(spec.num_thoughts, spec.length, spec.temperature, seed, self.stop)
             batch = self._sample(texts, positions, sampling)
         else:
             positions, batch = given_thoughts(thoughts, texts)
@@ -299,15 +320,23 @@ class QuietStarForCausalLM(nn.Module):
             objective.entropy_weight,
             objective.needs_thought or getattr(self.reward, "reads_thought", True),
         )
-        # Only the samplers of the package are known to fill every place.
-        may_end_early = thoughts is not None or ":" in self.thoughts.sampler
+        may_end_early = thoughts is not None or self.may_end_early
         step = Step(
             batch, positions, terms, num_items_in_batch, num_thought_items, fixed_mixing_weight,
             may_end_early,
         )  # fmt: skip
         loss, scored = learn(self, run, step)
-        metrics, tokens = thought_metrics(scored), batch.tokens.transpose(1, 2)
+        metrics, tokens = self._metrics(scored), batch.tokens.transpose(1, 2)
         return QuietStarOutput(loss, metrics, tokens, input_ids, positions)
+
+    @property
+    def may_end_early(self) -> bool:
+        """Whether thoughts can be shorter than others: a sampler of the user's may always do so."""
+        sampler = self.thoughts.sampler
+        return ":" in sampler or (self.stop is not None and sampler != "pause")
+
+    def _metrics(self, scored: ScoredThoughts) -> ThoughtMetrics:
+        return thought_metrics(scored, self.may_end_early, self.stop)
 
     def weigher(self, batch: ThoughtBatch) -> Weigh:
         """Bind reward and objective to the thoughts of a batch."""
@@ -529,7 +558,7 @@ class QuietStarForCausalLM(nn.Module):
         _, scored = loss_from_states(
             states, weight, tokens, labels, head, terms, positions=positions
         )
-        return Thoughts.from_scored(scored, thought_metrics(scored))
+        return Thoughts.from_scored(scored, self._metrics(scored))
 
     @torch.no_grad()
     def sample(
@@ -572,7 +601,7 @@ class QuietStarForCausalLM(nn.Module):
             sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
         labels = self._targets(input_ids, attention_mask, labels)
         texts = Texts(input_ids, labels, answers, sample_ids)
-        sampling = Sampling(num_thoughts, self.thoughts.length, temperature, seed)
+        sampling = Sampling(num_thoughts, self.thoughts.length, temperature, seed, self.stop)
         return self._sample(texts, positions, sampling)
 
     @torch.no_grad()
@@ -642,7 +671,8 @@ class QuietStarForCausalLM(nn.Module):
         if inputs is None:
             raise UserError("inputs: no texts are given; write generate(input_ids, ...)")
         self._check_ids(inputs, "inputs", ignored=False)
-        sampling = Sampling(num_thoughts, self.thoughts.length, thought_temperature, seed)
+        length = self.thoughts.length
+        sampling = Sampling(num_thoughts, length, thought_temperature, seed, self.stop)
         return generate(self, inputs, sampling, think, streamer, arguments)
 
     @torch.no_grad()

@@ -27,6 +27,7 @@ from quietstar.backbone.run import embedding_weight
 from quietstar.config import MixingHeadConfig, ThoughtsConfig, TuningConfig
 from quietstar.config.messages import shown_value
 from quietstar.config.schema import Section
+from quietstar.data.tokenizer import load_tokenizer
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.generation.gates import GATE_FILE, PROBES_FILE
 from quietstar.model.self_check import check_architecture, use_thinking_attention
@@ -276,7 +277,10 @@ def load(
         else:
             tuned = apply_tuning(base, tuning)
         sizes = (settings.vocab_size, settings.pause_token_id)
-        model: Any = cls(tuned, settings.thoughts, settings.mixing_head, None, *sizes, tuning)
+        tokenizer = load_tokenizer(str(folder)) if settings.thoughts.stop else None
+        model: Any = cls(
+            tuned, settings.thoughts, settings.mixing_head, None, *sizes, tuning, tokenizer
+        )
         model.texts_seen = settings.texts_seen
         missing, unknown = names_beside(model) - own.keys(), own.keys() - names_beside(model)
         if missing or unknown:

@@ -1,8 +1,10 @@
 """Thinking before each new token: cached texts, thoughts that are dropped after use.
 
 T + 1 passes a token: the last token and the start vector together, the thought tokens but the last
-one by one, and the last thought token with the end vector. Keys and values of the text stay, those
-of the thoughts are overwritten at the next token, so memory does not grow with their number.
+one by one, and the last thought token with the end vector. Where thoughts may end early, the end
+vectors have passes of their own, as many as the longest thought needs. Keys and values of the text
+stay, those of the thoughts are overwritten at the next token, so memory does not grow with their
+number.
 Letters as in `quietstar.attention.layout`.
 """
 
@@ -16,10 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.attention.decode_pass import DecodeCache, DecodePass
+from quietstar.attention.layout import NO_TOKEN, on_host
 from quietstar.backbone.output_head import OutputHead
 from quietstar.backbone.run import embedding_weight, num_virtual, run_backbone, run_text
 from quietstar.sampling.noise import keyed_uniform
-from quietstar.sampling.rollout import sample_logits, sample_rows
+from quietstar.sampling.rollout import LOOK_EVERY, sample_logits, sample_rows
+from quietstar.sampling.stopping import StopTexts
 from quietstar.sampling.thoughts import Sampling
 
 
@@ -103,6 +107,8 @@ class Decoder:
             cache, first, sample_ids = cache.select_rows(rows), first[rows], sample_ids[rows]
         thoughts = [self._draw(cache, first, 0, sample_ids)]
         length = self.sampling.thought_length
+        if self.sampling.stop is not None and self.constant is None:
+            return self._think_to_the_end(self.sampling.stop, cache, thoughts, sample_ids)
         for index in range(1, length):
             states = self._run(cache, self.embed(thoughts[-1]), False, index)
             thoughts.append(self._draw(cache, states, index, sample_ids))
@@ -110,6 +116,35 @@ class Decoder:
         pairs = torch.cat([embedded, self.end.expand(*embedded.shape)], dim=2).flatten(1, 2)
         ahead = self._run(cache, pairs, False, length).unflatten(1, (-1, 2))[:, :, 1]
         return ahead.transpose(0, 1), torch.stack(thoughts, dim=-1)
+
+    def _think_to_the_end(
+        self, stop: StopTexts, cache: DecodeCache, thoughts: list[Tensor], sample_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Go on with thoughts of one token, each until it has ended; results as of `think`.
+
+        The end vector stands directly behind a thought's last token, so each has its own step for
+        it; what follows is seen by nothing that is read.
+        """
+        length, end = self.sampling.thought_length, self.end.expand(*thoughts[0].shape, -1)
+        state = stop.step(torch.zeros_like(thoughts[0]), thoughts[0])
+        closes = closed = torch.zeros_like(state, dtype=torch.bool)
+        ahead = torch.zeros_like(end)
+        for index in range(1, length + 2):
+            embedded = self.embed(thoughts[-1].clamp(min=0))
+            states = self._run(
+                cache, torch.where(closes.unsqueeze(-1), end, embedded), False, index
+            )
+            ahead = torch.where((closes & ~closed).unsqueeze(-1), states, ahead)
+            closed, closes = closes, (state == stop.ended) | (index >= length)
+            looks = on_host(closed) or index % LOOK_EVERY == 0
+            if index > length or (looks and bool(closed.all())):
+                break
+            if index < length:
+                tokens = self._draw(cache, states, index, sample_ids).where(~closes, NO_TOKEN)
+                state = stop.step(state, tokens).where(~closes, stop.ended)
+                thoughts.append(tokens)
+        missing = [torch.full_like(state, NO_TOKEN)] * (length - len(thoughts))
+        return ahead.transpose(0, 1), torch.stack([*thoughts, *missing], dim=-1)
 
     def _run(
         self, cache: DecodeCache, embedded: Tensor, new_text: bool, index: int | None

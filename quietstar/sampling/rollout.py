@@ -4,8 +4,9 @@ The text runs once and leaves its keys and values; then every step runs one toke
 (start first, then each sampled token but the last) against them. No cache of transformers is
 involved, so activation checkpointing (which drops it) and train or eval mode make no difference.
 
-End-of-text inside a thought is an ordinary token: a thought has a fixed length, and what comes
-after it stays part of the thought.
+Thoughts end with the texts that `Sampling.stop` knows, and the rollout with the last thought. Without
+it end-of-text inside a thought is an ordinary token, and what comes after it stays part of the
+thought.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.attention.layout import shifted
+from quietstar.attention.layout import NO_TOKEN, on_host, shifted
 from quietstar.attention.passes import RolloutCache, RolloutStep
 from quietstar.backbone.casting import cast_weights
 from quietstar.backbone.output_head import OutputHead
@@ -23,6 +24,8 @@ from quietstar.backbone.run import TextRun, embedding_weight, num_virtual, run_b
 from quietstar.sampling.noise import keyed_uniform, sample_inverse_cdf
 from quietstar.sampling.thoughts import Sampling
 
+LOOK_EVERY = 16
+"""Tokens between two looks at a device whether all thoughts have ended: each waits for it."""
 _CHUNK_ELEMENTS, _LEAST_ROWS = 2**22, 256
 """Logits held at once while sampling: 16 MiB in float32, and more where that makes fewer rows."""
 
@@ -40,6 +43,8 @@ def sample_thoughts(
 ) -> Int[Tensor, "length thoughts batch positions"]:
     """Sample thoughts at every position of the texts, or at chosen ones.
 
+    Behind the last token of a thought that ends early stands `NO_TOKEN`.
+
     Args:
         model: A causal LM whose attention implementation is ``quietstar``.
         head: Its output head.
@@ -50,19 +55,31 @@ def sample_thoughts(
         positions: The chosen ones, ascending; all by default.
         text: Of `run_text`, where the texts were run already.
     """
-    num_thoughts, length = sampling.num_thoughts, sampling.thought_length
+    num_thoughts, length, stop = sampling.num_thoughts, sampling.thought_length, sampling.stop
     steps = _Steps(model, start_embedding, input_ids, num_thoughts, length, positions, text)
     thoughts: list[Tensor] = []
+    state = torch.zeros(num_thoughts, *steps.positions.shape, dtype=torch.long).to(input_ids.device)
+    if stop is not None:  # nothing waits for thoughts that only pad
+        state = state.masked_fill(steps.positions < 0, stop.ended)
     with cast_weights(model.base_model):
         for index in range(length):
             keys = (sampling.seed, sample_ids, num_thoughts, index, steps.positions)
             noise = keyed_uniform(*keys)  # (K, B, P)
-            states = steps.run(index, thoughts[-1] if thoughts else None).flatten(0, 1)
+            last = thoughts[-1].clamp(min=0) if thoughts else None
+            states = steps.run(index, last).flatten(0, 1)
             # Behind the start token all thoughts of a position draw from one distribution.
             draws = noise.reshape(-1, len(states)).T.contiguous()  # (B * P, K), or (K * B * P, 1)
             tokens = sample_rows(states, head, draws, sampling.temperature)
-            thoughts.append(tokens.T.reshape(noise.shape))
-    return torch.stack(thoughts)
+            tokens = tokens.T.reshape(noise.shape)
+            if stop is not None:
+                tokens = tokens.where(state != stop.ended, NO_TOKEN)
+                state = stop.step(state, tokens).where(tokens >= 0, state)
+            thoughts.append(tokens)
+            looks = on_host(state) or (index + 1) % LOOK_EVERY == 0
+            if stop is not None and looks and bool((state == stop.ended).all()):
+                break
+    missing = [torch.full_like(thoughts[-1], NO_TOKEN)] * (length - len(thoughts))
+    return torch.stack([*thoughts, *missing])
 
 
 @torch.no_grad()

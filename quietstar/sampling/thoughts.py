@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quietstar.attention.layout import NO_TOKEN
 from quietstar.backbone.run import TextRun
+from quietstar.sampling.stopping import StopTexts
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,17 @@ class Sampling:
 
     Attributes:
         num_thoughts: Thoughts at each position, K.
-        thought_length: Tokens of a thought, T.
+        thought_length: Tokens of a thought, T: the most, with ``stop``.
         temperature: Divides the logits; None takes the most likely token.
         seed: Seed of the keyed noise.
+        stop: Says when a thought ends early; None where none does.
     """
 
     num_thoughts: int
     thought_length: int
     temperature: float | None
     seed: int = 0
+    stop: StopTexts | None = None
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,8 @@ def describe(model: QuietStarForCausalLM, stage: Stage) -> str:
     config, thoughts = stage.config, stage.config.thoughts
     name = config.model.name_or_path or f"random {model.causal_lm.config.model_type}"
     fraction = f"before {thoughts.position_fraction:.0%} of the tokens"
-    what = f"{thoughts.num_thoughts} thoughts of {thoughts.length} tokens "
+    most = "up to " if model.may_end_early else ""
+    what = f"{thoughts.num_thoughts} thoughts of {most}{thoughts.length} tokens "
     what += {
         "all": "at every position",
         "every": f"{fraction}, evenly spaced",

@@ -201,10 +201,10 @@ class Reporter:
             "peak_memory_mb": peak,
         }
         if self.stage.thinks:
-            num_thoughts = text_tokens * config.thoughts.num_thoughts
-            if config.thoughts.positions != "all":
-                num_thoughts = int(output.metrics.figures["reward"][1])
-            figures["thought_tokens_per_second"] = num_thoughts * config.thoughts.length / seconds
+            num_tokens = text_tokens * config.thoughts.num_thoughts * config.thoughts.length
+            if config.thoughts.positions != "all" or "thought_length" in figures:
+                num_tokens = int(output.metrics.figures["thought_logprob"][1])
+            figures["thought_tokens_per_second"] = num_tokens / seconds
         self._write("train", step, figures)
         columns = {"base": "base_nll", "mixed": "mixed_nll", "gain": "gain", "w": "mixing_weight"}
         text = "  ".join(

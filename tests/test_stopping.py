@@ -1,0 +1,150 @@
+"""Texts that end thoughts: the automaton, the rollout, generation, saved models, mistakes."""
+
+import random
+
+import pytest
+import torch
+from tiny import plain_model, random_texts, thinking_model
+
+from quietstar import QuietStarForCausalLM
+from quietstar.data import load_tokenizer
+from quietstar.errors import UserError
+from quietstar.sampling.stopping import StopTexts, token_pieces
+
+OFTEN = [chr(c) for c in range(32, 72)]
+"""Forty of 258 tokens: a random model ends a sixth of its thoughts with each token."""
+LENGTH = 5
+
+
+def build(stop=OFTEN, **thoughts):
+    thoughts = {"length": LENGTH, "stop": stop, **thoughts}
+    return thinking_model(plain_model(eos_token_id=256), thoughts=thoughts).eval()
+
+
+# --- The automaton --------------------------------------------------------------------------------
+def first_end(texts, pieces, tokens, end_ids):
+    """Place of the first token by which one of the texts, or the end, was written; by searching."""
+    written = ""
+    for place, token in enumerate(tokens):
+        written += pieces[token]
+        if token in end_ids or any(text in written for text in texts):
+            return place
+    return None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_it_finds_the_first_token_that_completes_a_text(seed):
+    rng = random.Random(seed)
+    pieces = ["a", "b", "c", *("".join(rng.choices("abc", k=rng.randrange(5))) for _ in range(9))]
+    texts = ["".join(rng.choices("abc", k=rng.randrange(1, 5))) for _ in range(rng.randrange(1, 4))]
+    stop = StopTexts(texts, pieces, [11])
+    thoughts = [rng.choices(range(12), k=8) for _ in range(200)]
+    state, ends = torch.zeros(200, dtype=torch.long), [None] * 200
+    for place, tokens in enumerate(zip(*thoughts, strict=True)):
+        state = stop.step(state, torch.tensor(tokens))
+        for n in (state == stop.ended).nonzero()[:, 0].tolist():
+            ends[n] = place if ends[n] is None else ends[n]
+    assert ends == [first_end(texts, pieces, t, {11}) for t in thoughts]
+    assert None in ends or len(set(ends)) > 1
+    padded = torch.tensor([t[: e + 1] + [-1] * (7 - e) if e is not None else t
+                           for t, e in zip(thoughts, ends, strict=True)])  # fmt: skip
+    is_ended = stop.is_ended(padded.T[:, None, None])[0, 0].tolist()
+    assert is_ended == [end is not None for end in ends]
+
+
+def test_pieces_are_what_tokens_add_to_a_text():
+    tokenizer = load_tokenizer("bytes")
+    pieces = token_pieces(tokenizer)
+    assert len(pieces) == len(tokenizer)
+    ids = tokenizer("so, 3 + 4.\n\nA", add_special_tokens=False)["input_ids"]
+    assert "".join(pieces[i] for i in ids) == "so, 3 + 4.\n\nA"
+
+
+@pytest.mark.parametrize(
+    ("stop", "words"),
+    [
+        (["ok", "é"], r"thoughts.stop: 'é' cannot be written with the tokens of this model"),
+        (["a" * 600, "b" * 600], "has 1,200 characters, but at most 1,000 fit"),
+    ],
+)
+def test_texts_that_cannot_end_a_thought_are_refused(stop, words):
+    with pytest.raises(UserError, match=words):
+        build(stop)
+
+
+# --- Thoughts -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("positions", [None, torch.tensor([[1, 4, 6], [0, 7, -1]])])
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_thoughts_are_those_of_fixed_length_up_to_their_end(temperature, positions):
+    model, texts = build(), random_texts(2, 9)
+    arguments = {"num_thoughts": 3, "temperature": temperature, "positions": positions, "seed": 4}
+    batch = model.draw(texts, **arguments)
+    pieces = token_pieces(load_tokenizer("bytes"))
+    whole = build(stop=[]).draw(texts, **arguments)
+    assert (whole.tokens >= 0).all()
+    real = batch.positions >= 0
+    rows = zip(whole.tokens[real].flatten(0, 1).tolist(), batch.tokens[real].flatten(0, 1).tolist(),
+               batch.lengths[real].flatten().tolist(), strict=True)  # fmt: skip
+    lengths = set()
+    for all_tokens, tokens, length in rows:
+        end = first_end(OFTEN, pieces, all_tokens, {256})
+        expected = LENGTH if end is None else end + 1
+        assert tokens == all_tokens[:expected] + [-1] * (LENGTH - expected)
+        assert length == expected
+        lengths.add(length)
+    assert temperature is None or len(lengths) > 2
+
+
+def test_the_rollout_ends_with_its_last_thought(monkeypatch):
+    from quietstar.sampling import rollout
+
+    model, steps = build(stop=[chr(c) for c in range(1, 128)]), []
+    run = rollout._Steps.run
+    monkeypatch.setattr(
+        rollout._Steps, "run", lambda self, index, tokens: steps.append(index) or run(self, index,
+                                                                                     tokens)
+    )  # fmt: skip
+    batch = model.draw(random_texts(1, 2), temperature=1.0, positions=torch.tensor([[1]]), seed=2)
+    assert steps == list(range(int(batch.lengths.max())))
+    assert int(batch.lengths.max()) < LENGTH
+
+
+def test_a_step_learns_from_them_and_counts_their_tokens():
+    model, texts = build().train(), random_texts(2, 9)
+    output = model(texts, seed=1)
+    output.loss.backward()
+    figures = output.metrics.means()
+    real = output.thoughts[:, :, :-1]  # behind the last token there is no target
+    lengths = (real >= 0).sum(-1)
+    assert figures["thought_length"] == pytest.approx(lengths.float().mean().item())
+    pieces = token_pieces(load_tokenizer("bytes"))
+    cut = [first_end(OFTEN, pieces, t, {256}) is None for t in real.flatten(0, 2).tolist()]
+    assert 0 < sum(cut) < len(cut)
+    assert figures["truncated_fraction"] == pytest.approx(sum(cut) / len(cut))
+    given = build()(texts, thoughts=build().draw(texts, num_thoughts=2, temperature=1.0, seed=1))
+    assert torch.equal(given.loss, output.loss)
+    assert "thought_length" not in build(stop=[])(texts).metrics.means()
+
+
+def test_a_saved_model_ends_its_thoughts_as_before(tmp_path):
+    model, texts = build(), random_texts(2, 9)
+    expected = model.sample(texts, num_thoughts=2, temperature=1.0)
+    model.save_pretrained(tmp_path / "model", load_tokenizer("bytes"))
+    loaded = QuietStarForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(loaded.sample(texts, num_thoughts=2, temperature=1.0), expected)
+    assert (expected == -1).any()
+    model.save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match="tokenizer"):
+        QuietStarForCausalLM.from_pretrained(tmp_path / "bare")
+
+
+def test_stop_texts_can_change_between_stages():
+    model, texts = build(stop=[]), random_texts(2, 9)
+    whole = model.sample(texts)
+    model.configure(model.thoughts.model_copy(update={"stop": OFTEN}))
+    assert (model.sample(texts, temperature=1.0) == -1).any()
+    model.configure(model.thoughts.model_copy(update={"stop": []}))
+    assert torch.equal(model.sample(texts), whole)
+    model.tokenizer = None
+    with pytest.raises(UserError, match=r"needs the tokenizer of the model. Set model.tokenizer"):
+        model.configure(model.thoughts.model_copy(update={"stop": OFTEN}))
