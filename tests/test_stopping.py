@@ -1,15 +1,18 @@
 """Texts that end thoughts: the automaton, the rollout, generation, saved models, mistakes."""
 
+import json
 import random
 
 import pytest
 import torch
-from tiny import plain_model, random_texts, thinking_model
+from tiny import plain_model, random_texts, read_metrics, run_config, thinking_model
 
 from quietstar import QuietStarForCausalLM
+from quietstar.cli import main as cli
 from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
 from quietstar.sampling.stopping import StopTexts, token_pieces
+from quietstar.training.run import run_training
 
 OFTEN = [chr(c) for c in range(32, 72)]
 """Forty of 258 tokens: a random model ends a sixth of its thoughts with each token."""
@@ -148,3 +151,43 @@ def test_stop_texts_can_change_between_stages():
     model.tokenizer = None
     with pytest.raises(UserError, match=r"needs the tokenizer of the model. Set model.tokenizer"):
         model.configure(model.thoughts.model_copy(update={"stop": OFTEN}))
+
+
+# --- From a run to its evaluation -----------------------------------------------------------------
+def test_a_run_with_them_is_the_same_however_it_is_cut_and_all_commands_read_its_model(
+    tmp_path, capsys
+):
+    losses = []
+    for name, micro_batch, chunk in (("whole", 8, None), ("cut", 3, 40)):
+        config = run_config(
+            tmp_path, thoughts__length=LENGTH, thoughts__stop=OFTEN, training__max_steps=3,
+            thoughts__positions="random", thoughts__position_fraction=0.5,
+            training__micro_batch_size=micro_batch, training__learn_chunk_tokens=chunk,
+            training__output_dir=str(tmp_path / name), thoughts__temperature=1.5,
+        )  # fmt: skip
+        final = str(run_training(config))
+        records = read_metrics(tmp_path / name, "train")
+        losses.append([record["loss"] for record in records])
+        assert all(1 < record["thought_length"] < LENGTH for record in records)
+        assert all(0 < record["truncated_fraction"] < 1 for record in records)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+    task = tmp_path / "task.jsonl"
+    task.write_text('{"prompt": "one and", "answer": " two"}\n{"prompt": "2 +", "answer": " 3"}\n')
+    out, page = tmp_path / "out.json", tmp_path / "page.json"
+    sampled = ["--thought-temperature", "1"]
+    call = ["eval", "--model", final, "--tasks", str(task), "--controls", "--out", str(out)]
+    assert cli.main([*call, *sampled]) == 0
+    items = (tmp_path / "out.items.jsonl").read_text().splitlines()
+    own = [json.loads(line) for line in items if '"with_thoughts"' in line]
+    texts = [text for record in own for some in record["thought_texts"] for text in some]
+    assert min(map(len, texts)) < LENGTH
+    assert cli.main(["inspect", "--model", final, "--text", "one and two", "--temperature", "1",
+                     "--out", str(page)]) == 0  # fmt: skip
+    thoughts = [k for t in json.loads(page.read_text())["tokens"][1:] for k in t["thoughts"]]
+    assert len({len(thought["ids"]) for thought in thoughts}) > 1
+    assert all(len(k["ids"]) == len(k["probabilities"]) == len(k["texts"]) for k in thoughts)
+    capsys.readouterr()
+    assert cli.main(["generate", "--model", final, "--prompt", "one", "--max-new-tokens", "3",
+                     "--show-thoughts", *sampled]) == 0  # fmt: skip
+    assert "⟨" in capsys.readouterr().out

@@ -4,7 +4,7 @@ The text runs once and leaves its keys and values; then every step runs one toke
 (start first, then each sampled token but the last) against them. No cache of transformers is
 involved, so activation checkpointing (which drops it) and train or eval mode make no difference.
 
-Thoughts end with the texts that `Sampling.stop` knows, and the rollout with the last thought. Without
+Thoughts end with the texts that `Sampling.stop` knows, the rollout with the last thought. Without
 it end-of-text inside a thought is an ordinary token, and what comes after it stays part of the
 thought.
 """
