@@ -37,15 +37,16 @@ def test_files_of_launchers_are_what_accelerate_reads(path):
         assert text.get("use_cpu", False) == path.stem.endswith("_cpu")
 
 
-STAGES = """
+STAGES = f"""
 stages:
   reads:
-    loss: {objective: next_token}
-    training: {max_steps: 4}
+    loss: {{objective: next_token}}
+    training: {{max_steps: 4}}
   thinks:
-    thoughts: {length: 3}
-    training: {max_steps: 6}
+    thoughts: {{length: 10, stop: {json.dumps([chr(c) for c in range(32, 127)])}}}
+    training: {{max_steps: 6}}
 """
+"""Thoughts end early: ranks want to end their rollouts after different numbers of tokens."""
 
 
 class Runs:

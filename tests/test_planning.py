@@ -72,6 +72,7 @@ def real_peak(config):
         {"tuning__method": "lora"},
         {"training__learn_chunk_tokens": 100},
         {"training__learn_chunk_tokens": None},
+        {"thoughts__stop": ["e"], "thoughts__length": 6},
     ],
     ids=str,
 )

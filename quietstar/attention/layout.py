@@ -183,4 +183,9 @@ def early_ends(
 
 def on_host(x: Tensor) -> bool:
     """Whether its content can be read without waiting for a device."""
-    return x.device.type == "cpu" and not isinstance(x, FakeTensor)
+    return x.device.type == "cpu" and has_content(x)
+
+
+def has_content(x: Tensor) -> bool:
+    """Whether there is something to read: not where a run is only planned."""
+    return x.device.type != "meta" and not isinstance(x, FakeTensor)

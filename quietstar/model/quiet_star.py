@@ -110,6 +110,8 @@ class QuietStarForCausalLM(nn.Module):
         # Most block tokens that learn at once (`quietstar.model.learning`); None: all, with an
         # ordinary graph, as engines that shard the weights need it.
         self.learn_chunk_tokens: int | None = None
+        # Whether every pass gathers weights from other processes, which then must run as many.
+        self.passes_together = False
 
     @property
     def causal_lm(self) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.attention.layout import NO_TOKEN, on_host, shifted
+from quietstar.attention.layout import NO_TOKEN, has_content, on_host, shifted
 from quietstar.attention.passes import RolloutCache, RolloutStep
 from quietstar.backbone.casting import cast_weights
 from quietstar.backbone.output_head import OutputHead
@@ -24,7 +24,7 @@ from quietstar.backbone.run import TextRun, embedding_weight, num_virtual, run_b
 from quietstar.sampling.noise import keyed_uniform, sample_inverse_cdf
 from quietstar.sampling.thoughts import Sampling
 
-LOOK_EVERY = 16
+LOOK_EVERY = 8
 """Tokens between two looks at a device whether all thoughts have ended: each waits for it."""
 _CHUNK_ELEMENTS, _LEAST_ROWS = 2**22, 256
 """Logits held at once while sampling: 16 MiB in float32, and more where that makes fewer rows."""
@@ -40,6 +40,7 @@ def sample_thoughts(
     sampling: Sampling,
     positions: Int[Tensor, "batch positions"] | None = None,
     text: TextRun | None = None,
+    passes_together: bool = False,
 ) -> Int[Tensor, "length thoughts batch positions"]:
     """Sample thoughts at every position of the texts, or at chosen ones.
 
@@ -54,6 +55,8 @@ def sample_thoughts(
         sampling: Number, length, temperature, seed.
         positions: The chosen ones, ascending; all by default.
         text: Of `run_text`, where the texts were run already.
+        passes_together: Whether all processes must run as many passes as the longest thought of any
+            of them needs.
     """
     num_thoughts, length, stop = sampling.num_thoughts, sampling.thought_length, sampling.stop
     steps = _Steps(model, start_embedding, input_ids, num_thoughts, length, positions, text)
@@ -75,9 +78,13 @@ def sample_thoughts(
                 tokens = tokens.where(state != stop.ended, NO_TOKEN)
                 state = stop.step(state, tokens).where(tokens >= 0, state)
             thoughts.append(tokens)
-            looks = on_host(state) or (index + 1) % LOOK_EVERY == 0
-            if stop is not None and looks and bool((state == stop.ended).all()):
-                break
+            is_due = (on_host(state) and not passes_together) or (index + 1) % LOOK_EVERY == 0
+            if stop is not None and is_due and has_content(state):
+                all_ended = (state == stop.ended).all().int()
+                if passes_together:
+                    torch.distributed.all_reduce(all_ended, torch.distributed.ReduceOp.MIN)
+                if all_ended.item():
+                    break
     missing = [torch.full_like(thoughts[-1], NO_TOKEN)] * (length - len(thoughts))
     return torch.stack([*thoughts, *missing])
 

@@ -68,7 +68,8 @@ class StopTexts:
         self, state: Int[Tensor, " *thoughts"], tokens: Int[Tensor, " *thoughts"]
     ) -> Int[Tensor, " *thoughts"]:
         """Return the states behind the next tokens; a thought begins in state 0."""
-        self.table = self.table.to(tokens.device)
+        if self.table.device != tokens.device:
+            self.table = self.table.to(tokens.device)
         return self.table[state, tokens.clamp(min=0)].long()
 
     def is_ended(

@@ -117,6 +117,7 @@ def set_up(config: Config, strategy: Strategy) -> Job:
     model.learn_chunk_tokens = resolve_chunk_tokens(
         training.learn_chunk_tokens, device, strategy.sharded, training.gradient_checkpointing
     )
+    model.passes_together = strategy.sharded
     if training.torch_compile:
         compile_layers(model.causal_lm)
     strategy.keep_trainable_only(model)
