@@ -92,10 +92,12 @@ def find_start(config: Config, resume: str | None, allow_changes: bool, stack: E
         UserError: The folder is another's or in use, or the run in it cannot be gone on with.
     """
     output_dir = Path(config.training.output_dir)
-    run_dir.check_own(output_dir)
+    overwrite = config.training.overwrite_output_dir
+    run_dir.check_own(output_dir, overwrite)
+    run_dir.check_inputs(output_dir, config)
     stack.enter_context(run_dir.hold(output_dir))
     stack.callback(run_dir.drop_unused, output_dir)  # where a mistake ends it
-    is_run = run_dir.check_own(output_dir)  # again, now that nobody else can change it
+    is_run = run_dir.check_own(output_dir, overwrite)  # again, now that nobody else can change it
     if is_run:
         run_dir.recover(output_dir)
         is_run = run_dir.has_steps(output_dir)  # else nothing is lost by beginning anew
@@ -105,7 +107,7 @@ def find_start(config: Config, resume: str | None, allow_changes: bool, stack: E
     key = f"training.output_dir ({output_dir})"
     if is_own or (resume == "auto" and is_run and has_config):
         remarks = remarks + run_dir.check_same_run(output_dir, config, allow_changes)
-    if is_run and not is_own and not config.training.overwrite_output_dir:
+    if is_run and not is_own and not overwrite:
         is_finished = (output_dir / FINAL_FOLDER).exists()
         if resume != "auto":
             raise UserError(
