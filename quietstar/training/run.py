@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from quietstar.config import Config
 from quietstar.config.loading import save_config
 from quietstar.distributed import ModelProxy, WrappedModule, build_strategy, from_main_process
 from quietstar.errors import UserError
+from quietstar.model.saving import check_replaceable
 from quietstar.system.signals import Stopped, held, listening, noted
 from quietstar.training import run_dir
 from quietstar.training.build import Job, build_accelerator, describe, quiet_libraries, set_up
@@ -107,6 +109,8 @@ def find_start(config: Config, resume: str | None, allow_changes: bool, stack: E
     key = f"training.output_dir ({output_dir})"
     if is_own or (resume == "auto" and is_run and has_config):
         remarks = remarks + run_dir.check_same_run(output_dir, config, allow_changes)
+    if is_own:  # else it is refused or deleted
+        check_replaceable(Path(os.path.abspath(output_dir / FINAL_FOLDER)))
     if is_run and not is_own and not overwrite:
         is_finished = (output_dir / FINAL_FOLDER).exists()
         if resume != "auto":

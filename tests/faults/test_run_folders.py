@@ -171,6 +171,17 @@ def test_what_a_run_reads_does_not_lie_in_what_it_replaces(tmp_path):
     assert content(folder) == before
 
 
+def test_a_final_folder_of_something_else_is_refused_before_the_work(tmp_path):
+    config = run_config(tmp_path, **{**SETTINGS, "training__max_steps": 6})
+    run_training(run_config(tmp_path, **SETTINGS))
+    (tmp_path / "run" / "final" / "quietstar.json").unlink()
+    before = content(tmp_path / "run")
+    with pytest.raises(UserError, match=r"final: already holds something that is no saved model"):
+        run_training(config, resume="auto")
+    after = content(tmp_path / "run")
+    assert {**after, "quietstar.lock": b""} == {**before, "quietstar.lock": b""}
+
+
 def test_a_setup_that_fails_leaves_no_folder(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         run_training(run_config(tmp_path, data__train=str(tmp_path / "no.jsonl")))
