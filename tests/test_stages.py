@@ -165,7 +165,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(whole, tmp_path):
     folder.mkdir()
     (folder / "config.yaml").write_bytes((whole / "config.yaml").read_bytes())
     (folder / "metrics.jsonl").write_text("", encoding="utf-8")
-    (folder / "quietstar-run.json").write_text("{}", encoding="utf-8")
+    (folder / "quietstar-run.json").write_bytes((whole / "quietstar-run.json").read_bytes())
     run_training(staged_config(folder), resume="auto")
     assert same(weights(folder), weights(whole))
 

@@ -19,7 +19,7 @@ from typing import Any
 from quietstar.errors import UserError, reason_of
 
 PARTIAL = ".partial"
-"""Ending of what is still being written; whatever has it may be deleted."""
+"""Ending of what is still being written. Others use it too: it alone makes nothing ours."""
 
 
 def check_output(path: str | Path, label: str, *, force: bool = False) -> Path:

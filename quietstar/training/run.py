@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from quietstar.config import Config
 from quietstar.config.loading import save_config
 from quietstar.distributed import ModelProxy, WrappedModule, build_strategy, from_main_process
 from quietstar.errors import UserError
+from quietstar.model.saving import check_replaceable
 from quietstar.system.signals import Stopped, held, listening, noted
 from quietstar.training import run_dir
 from quietstar.training.build import Job, build_accelerator, describe, quiet_libraries, set_up
@@ -92,10 +94,12 @@ def find_start(config: Config, resume: str | None, allow_changes: bool, stack: E
         UserError: The folder is another's or in use, or the run in it cannot be gone on with.
     """
     output_dir = Path(config.training.output_dir)
-    run_dir.check_own(output_dir)
+    overwrite = config.training.overwrite_output_dir
+    run_dir.check_own(output_dir, overwrite)
+    run_dir.check_inputs(output_dir, config)
     stack.enter_context(run_dir.hold(output_dir))
     stack.callback(run_dir.drop_unused, output_dir)  # where a mistake ends it
-    is_run = run_dir.check_own(output_dir)  # again, now that nobody else can change it
+    is_run = run_dir.check_own(output_dir, overwrite)  # again, now that nobody else can change it
     if is_run:
         run_dir.recover(output_dir)
         is_run = run_dir.has_steps(output_dir)  # else nothing is lost by beginning anew
@@ -105,7 +109,9 @@ def find_start(config: Config, resume: str | None, allow_changes: bool, stack: E
     key = f"training.output_dir ({output_dir})"
     if is_own or (resume == "auto" and is_run and has_config):
         remarks = remarks + run_dir.check_same_run(output_dir, config, allow_changes)
-    if is_run and not is_own and not config.training.overwrite_output_dir:
+    if is_own:  # else it is refused or deleted
+        check_replaceable(Path(os.path.abspath(output_dir / FINAL_FOLDER)))
+    if is_run and not is_own and not overwrite:
         is_finished = (output_dir / FINAL_FOLDER).exists()
         if resume != "auto":
             raise UserError(

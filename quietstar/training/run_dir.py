@@ -1,11 +1,13 @@
 """The run folder: whose it is, who works in it, and what of it a new run may replace.
 
 A run marks the folder that it begins with `MARKER_FILE` and holds a lock on it while it works. A
-folder without the marker is never written into, whatever it holds.
+folder without the marker is never emptied, whatever it holds, and never written into unless a run
+of version 0.1.0, which made no marker, left a checkpoint in it to go on from.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -26,7 +28,14 @@ MARKER_FILE, LOCK_FILE, CONFIG_FILE = "quietstar-run.json", "quietstar.lock", "c
 PREEMPTED_FILE = "preempted"
 FINAL_FOLDER, CHECKPOINTS_FOLDER, TRACKERS_FOLDER = "final", "checkpoints", "tensorboard"
 WRITTEN_FILES = (METRICS_FILE, PREEMPTED_FILE, "results.json", "samples.json", "report.html")
+MARKER_FIELDS = ("version", "host", "pid", "start")
+TENSORBOARD_FOLDER = f"{TRACKERS_FOLDER}/quietstar"
 CHECKPOINT_NAME = re.compile(r"step-\d{6,}(\.partial|\.replaced)?")
+_WRITTEN_AT_ONCE = "|".join(map(re.escape, (MARKER_FILE, CONFIG_FILE, *WRITTEN_FILES)))
+UNFINISHED_NAME = re.compile(
+    rf"\.({_WRITTEN_AT_ONCE})\.\d+\.partial|{FINAL_FOLDER}\.(partial|replaced)"
+)
+"""What `files.write_whole` and `files.whole_folder` leave in a run folder when they are killed."""
 FREE_ON_RESUME = (
     *("training.max_steps", "training.micro_batch_size", "training.cpu_threads"),
     *("training.learn_chunk_tokens", "training.gradient_checkpointing", "training.eval_steps"),
@@ -38,8 +47,12 @@ FREE_ON_RESUME = (
 
 
 # --- Whose folder it is ---------------------------------------------------------------------------
-def check_own(output_dir: Path) -> bool:
+def check_own(output_dir: Path, overwrite: bool = False) -> bool:
     """Returns True if the folder holds a run; False if there is none, or nothing in it.
+
+    Args:
+        output_dir: Folder of the run.
+        overwrite: Whether what is in it is to be replaced, which takes the marker of a run.
 
     Raises:
         UserError: It holds anything else, or cannot be written.
@@ -57,18 +70,19 @@ def check_own(output_dir: Path) -> bool:
         raise UserError(f"{key}: cannot be made, since {ancestor} {what}. Give another folder.")
     if set(names) <= {LOCK_FILE}:
         return False
-    if MARKER_FILE not in names and not _is_earlier_version(output_dir):
+    if not _is_marked(output_dir) and (overwrite or not _is_earlier_version(output_dir)):
         shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
         raise UserError(
-            f"{key}: holds {shown} but no {MARKER_FILE}, so no run of quietstar began it, and "
-            f"nothing in it is touched. Give a folder that is new or empty, as {output_dir}/run."
+            f"{key}: holds {shown} but no {MARKER_FILE} as runs write it, so no run of quietstar "
+            "began it, and nothing in it is touched. Give a folder that is new or empty, as "
+            f"{output_dir}/run."
         )
-    for folder in (output_dir, output_dir / CHECKPOINTS_FOLDER):
+    for folder in (output_dir, output_dir / CHECKPOINTS_FOLDER, output_dir / TRACKERS_FOLDER):
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(f"{key}: {folder} cannot be written. Change its permissions.")
-    written = (MARKER_FILE, LOCK_FILE, CONFIG_FILE, *WRITTEN_FILES, FINAL_FOLDER)
-    for name in written:
-        expected = "folder" if name == FINAL_FOLDER else "file"
+    folders = (FINAL_FOLDER, CHECKPOINTS_FOLDER, TRACKERS_FOLDER, TENSORBOARD_FOLDER)
+    for name in (MARKER_FILE, LOCK_FILE, CONFIG_FILE, *WRITTEN_FILES, *folders):
+        expected = "folder" if name in folders else "file"
         kind = files.file_kind(output_dir / name)
         if kind not in ("none", expected):
             raise UserError(
@@ -86,15 +100,47 @@ def has_steps(output_dir: Path) -> bool:
     return any(record["kind"] == "train" for record in records)
 
 
+def _is_marked(output_dir: Path) -> bool:
+    """Returns True if the folder holds a marker that a run wrote."""
+    path = output_dir / MARKER_FILE
+    try:
+        content = json.loads(path.read_bytes()) if files.file_kind(path) == "file" else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and all(field in content for field in MARKER_FIELDS)
+
+
 def _is_earlier_version(output_dir: Path) -> bool:
-    """Returns True for the folder of a run of a version that did not mark its folders."""
+    """Returns True for the folder of a run of version 0.1.0 that can be gone on with."""
     try:
         with importing_nothing():
             load_config(output_dir / CONFIG_FILE)
-        has_records = bool(read_metrics(output_dir / METRICS_FILE)[0])
     except (UserError, OSError):
         return False
-    return has_records or (output_dir / CHECKPOINTS_FOLDER).is_dir()
+    # Its config and figures alone could be anybody's.
+    return any(
+        re.fullmatch(r"step-\d{6,}", folder.name)
+        and all((folder / name).is_file() for name in ("manifest.json", "trainer_state.json"))
+        for folder in _entries(output_dir / CHECKPOINTS_FOLDER)
+    )
+
+
+def check_inputs(output_dir: Path, config: Config) -> None:
+    """Raises UserError if the run reads what it would delete or replace."""
+    written = [Path(os.path.realpath(path)) for path in _written(output_dir) if path.exists()]
+    for stage, stage_config in config.stage_configs().items():
+        data, model = stage_config.data, stage_config.model
+        for key, name in (
+            *(("data.train", data.train), ("data.eval", data.eval)),
+            *(("model.name_or_path", model.name_or_path), ("model.tokenizer", model.tokenizer)),
+        ):
+            path = None if name is None else Path(os.path.realpath(name))
+            if place := next((p for p in written if path and path.is_relative_to(p)), None):
+                prefix = f"stages.{stage}." if config.stages else ""
+                raise UserError(
+                    f"{prefix}{key} ({name}): lies in what this run replaces ({place}). Move it "
+                    "to another place, or give another training.output_dir."
+                )
 
 
 def hold(output_dir: Path) -> AbstractContextManager[None]:
@@ -135,13 +181,7 @@ def clear(output_dir: Path) -> None:
     Raises:
         UserError: Some of it cannot be deleted.
     """
-    paths = [output_dir / name for name in (*WRITTEN_FILES, FINAL_FOLDER)]
-    paths += [output_dir / f"{FINAL_FOLDER}{end}" for end in (".partial", ".replaced")]
-    paths += [p for p in _entries(output_dir) if p.name.endswith(files.PARTIAL)]
-    checkpoints = _entries(output_dir / CHECKPOINTS_FOLDER)
-    paths += [path for path in checkpoints if CHECKPOINT_NAME.fullmatch(path.name)]
-    paths.append(output_dir / TRACKERS_FOLDER / "quietstar")
-    for path in paths:
+    for path in _written(output_dir):
         if reason := files.remove(path):
             raise UserError(
                 f"training.overwrite_output_dir: {path} of the earlier run cannot be deleted "
@@ -152,19 +192,22 @@ def clear(output_dir: Path) -> None:
             (output_dir / name).rmdir()
 
 
+def _written(output_dir: Path) -> list[Path]:
+    """Returns what a run writes here and the next one deletes, whether it exists or not."""
+    paths = [output_dir / name for name in (*WRITTEN_FILES, FINAL_FOLDER, TENSORBOARD_FOLDER)]
+    paths += [path for path in _entries(output_dir) if UNFINISHED_NAME.fullmatch(path.name)]
+    checkpoints = _entries(output_dir / CHECKPOINTS_FOLDER)
+    return paths + [path for path in checkpoints if CHECKPOINT_NAME.fullmatch(path.name)]
+
+
 def recover(output_dir: Path) -> None:
     """Tidies up after a kill: drops what is half written, restores what was just being replaced."""
-    for folder in (output_dir, output_dir / CHECKPOINTS_FOLDER):
-        for path in _entries(folder):
-            name = path.name.removesuffix(".replaced")
-            is_known = name == FINAL_FOLDER or CHECKPOINT_NAME.fullmatch(name)
-            if path.name.endswith(".replaced") and is_known:
-                if path.with_name(name).exists():
-                    files.remove(path)
-                else:
-                    os.replace(path, path.with_name(name))
-            elif path.name.endswith(files.PARTIAL) and files.file_kind(path) in ("file", "folder"):
-                files.remove(path)
+    for path in _written(output_dir):
+        kind, whole = files.file_kind(path), path.with_name(path.name.removesuffix(".replaced"))
+        if whole != path and not whole.exists():
+            os.replace(path, whole)
+        elif path.suffix in (files.PARTIAL, ".replaced") and kind in ("file", "folder"):
+            files.remove(path)
 
 
 def _entries(folder: Path) -> list[Path]:

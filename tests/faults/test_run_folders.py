@@ -52,6 +52,14 @@ FOREIGN = {
     "a config of ours": {"config.yaml": "training: {max_steps: 3}\n"},
     "metrics": {"metrics.jsonl": '{"kind": "train", "step": 1}\n'},
     "anything": {"notes.txt": "mine"},
+    "a config and a report": {
+        "config.yaml": "model: {name_or_path: mine}\ndata: {train: texts.jsonl}\n",
+        "checkpoints/step-000010/mine.pt": "weights",
+        "metrics.jsonl": '{"kind": "train", "step": 1}\n',
+        "report.html": "mine",
+    },
+    "a marker without its fields": {"quietstar-run.json": "{}", "final/mine": "mine"},
+    "a marker that is a list": {"quietstar-run.json": "[]", "final/mine": "mine"},
 }
 
 
@@ -70,6 +78,18 @@ def test_a_folder_of_others_is_never_touched(tmp_path, name, overwrite, resume):
     assert content(tmp_path / "run") == before
 
 
+def test_a_run_of_an_earlier_version_is_gone_on_with_and_never_overwritten(tmp_path):
+    config = run_config(tmp_path, **SETTINGS)
+    folder = run_training(config).parent
+    (folder / run_dir.MARKER_FILE).unlink()
+    before = content(folder)
+    with pytest.raises(UserError, match=r"no quietstar-run\.json as runs write it"):
+        run_training(run_config(tmp_path, **SETTINGS, training__overwrite_output_dir=True))
+    assert content(folder) == before
+    run_training(config, resume="auto")
+    assert (folder / run_dir.MARKER_FILE).exists()
+
+
 def test_a_run_marks_its_folder(whole):
     marker = json.loads((whole / run_dir.MARKER_FILE).read_text())
     assert set(marker) == {"version", "host", "pid", "start"}
@@ -77,11 +97,18 @@ def test_a_run_marks_its_folder(whole):
     assert marker["pid"] == os.getpid()
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "final", "results.json"])
+LINKED = ["config.yaml", "metrics.jsonl", "final", "results.json", "checkpoints", "tensorboard",
+          "tensorboard/quietstar"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LINKED)
 def test_a_link_in_a_run_folder_is_not_written_through(tmp_path, name):
     config = run_config(tmp_path, **SETTINGS)
     run_training(config)
-    outside = tmp_path / f"of-the-user-{name}"
+    (tmp_path / "run" / "tensorboard" / "quietstar").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step-000099.partial").mkdir()
+    (tmp_path / "run" / "checkpoints" / "step-000099.partial" / "mine").touch()
+    outside = tmp_path / "of-the-user"
     (tmp_path / "run" / name).rename(outside)
     (tmp_path / "run" / name).symlink_to(outside)
     before = content(tmp_path)
@@ -105,6 +132,54 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path):
     assert list_checkpoints(tmp_path / "run") == []
     for name in ("notes.txt", "checkpoints/notes.txt", "checkpoints/step-7/notes.txt"):
         assert (tmp_path / "run" / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_what_only_looks_half_written_is_kept(tmp_path, resume):
+    config = run_config(tmp_path, **SETTINGS, training__overwrite_output_dir=resume is None)
+    folder = run_training(config).parent
+    mine = ("download.partial", "data.partial/mine", "checkpoints/notes.partial",
+            ".notes.txt.12.partial", "config.yaml.partial", "mine.replaced")  # fmt: skip
+    ours = (".config.yaml.12.partial", ".metrics.jsonl.3.partial", "final.partial/x",
+            "checkpoints/step-000009.partial/x")  # fmt: skip
+    for name in (*mine, *ours):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
+    run_training(config, resume=resume)
+    assert [name for name in (*mine, *ours) if (folder / name).exists()] == list(mine)
+
+
+def test_what_a_run_reads_does_not_lie_in_what_it_replaces(tmp_path):
+    folder = run_training(run_config(tmp_path, **SETTINGS)).parent
+    (folder / "final" / "texts.jsonl").write_bytes((tmp_path / "texts.jsonl").read_bytes())
+    (tmp_path / "link").symlink_to(folder)
+    before = content(folder)
+    for key, path in {
+        "data.train": folder / "final" / "texts.jsonl",
+        "data.eval": folder / "metrics.jsonl",
+        "model.name_or_path": folder / "final",
+        "model.tokenizer": tmp_path / "link" / "final",
+    }.items():
+        settings = {**SETTINGS, key.replace(".", "__"): str(path)}
+        if key == "model.name_or_path":
+            settings["model__config"] = None
+        told = rf"^{key} \({path}\): lies in what this run replaces \({folder}/"
+        with pytest.raises(UserError, match=told):
+            run_training(run_config(tmp_path, **settings), resume="auto", allow_changes=True)
+        with pytest.raises(UserError, match=told):
+            run_training(run_config(tmp_path, **settings, training__overwrite_output_dir=True))
+    assert content(folder) == before
+
+
+def test_a_final_folder_of_something_else_is_refused_before_the_work(tmp_path):
+    config = run_config(tmp_path, **{**SETTINGS, "training__max_steps": 6})
+    run_training(run_config(tmp_path, **SETTINGS))
+    (tmp_path / "run" / "final" / "quietstar.json").unlink()
+    before = content(tmp_path / "run")
+    with pytest.raises(UserError, match=r"final: already holds something that is no saved model"):
+        run_training(config, resume="auto")
+    after = content(tmp_path / "run")
+    assert {**after, "quietstar.lock": b""} == {**before, "quietstar.lock": b""}
 
 
 def test_a_setup_that_fails_leaves_no_folder(tmp_path):
@@ -253,7 +328,7 @@ def test_half_written_folders_are_tidied_up_and_half_replaced_ones_restored(tmp_
     (newest := list_checkpoints(folder)[-1]).rename(f"{newest}.replaced")
     (folder / "checkpoints" / "step-000009.partial").mkdir()
     (folder / "final").rename(folder / "final.replaced")
-    (folder / "results.json.partial").write_text("{")
+    (folder / ".results.json.7.partial").write_text("{")
     run_training(config, resume="auto")
     assert [p.name for p in folder.rglob("*") if p.suffix in (".partial", ".replaced")] == []
     assert timeless(read_metrics(folder)) == timeless(read_metrics(whole))
