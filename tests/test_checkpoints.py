@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_training import assert_same_weights, timeless
 from tiny import read_metrics, run_config
 
@@ -24,6 +25,8 @@ from quietstar.training.checkpoint import (
     write_manifest,
 )
 from quietstar.training.run import run_training
+
+TWO_STEPS = {"training__max_steps": 2, "training__save_steps": 1}
 
 
 def saved_run(tmp_path, **more):
@@ -92,6 +95,88 @@ def test_damage_is_named(tmp_path, damage, words):
     assert find_damage(tmp_path) is None
     damage(tmp_path)
     assert words in find_damage(tmp_path)
+
+
+def optimizer(change):
+    """Changes the state of the optimizer, by the number of each weight."""
+
+    def damage(folder):
+        content = torch.load(folder / "optimizer.bin", weights_only=True)
+        change(content["state"])
+        torch.save(content, folder / "optimizer.bin")
+
+    return damage
+
+
+def vectors(change):
+    """Changes a weight that trains, and what else the file holds."""
+
+    def damage(folder):
+        weights = load_file(folder / "trainable.safetensors")
+        weights |= change(weights["start_embedding"])
+        save_file(weights, folder / "trainable.safetensors")
+
+    return damage
+
+
+def state(**fields):
+    """Changes what says where the run was."""
+
+    def damage(folder):
+        content = json.loads((folder / STATE_FILE).read_text())
+        (folder / STATE_FILE).write_text(json.dumps({**content, **fields}))
+
+    return damage
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run of two steps with a checkpoint after each."""
+    return run_training(run_config(tmp_path_factory.mktemp("saved"), **TWO_STEPS)).parent
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (optimizer(lambda s: s[0].update(exp_avg=torch.zeros(1))), r"exp_avg of .* shape \(1,\)"),
+        (optimizer(lambda s: s[0].update(step=torch.tensor(-1.0))), "step of .* is -1.0 of 2"),
+        (optimizer(lambda s: s[0]["exp_avg_sq"].fill_(-1)), "exp_avg_sq of .* cannot be"),
+        (optimizer(lambda s: s[0].pop("exp_avg")), "it has no 'exp_avg'"),
+        (optimizer(lambda s: s.pop(0)), r"for \d+ weights, and had one for \d+"),
+        (optimizer(lambda s: s.clear()), "for 0 weights"),
+        (vectors(lambda x: {"start_embedding": x.int()}), "start_embedding is of type torch.int32"),
+        (vectors(lambda x: {"start_embedding": x * torch.nan}), "start_embedding .* not finite"),
+        (vectors(lambda x: {"more": x.clone()}), "does not train its tensor more"),
+        (state(stage="nosuch"), r"its stage \(nosuch\): must be one of the config \(train\)"),
+        (state(mixed_nll=float("nan")), "mixed_nll"),
+        (state(mixed_nll=-5.0), "mixed_nll"),
+        (state(step=1), "its step is 1, unlike the folder's"),
+    ],
+)
+def test_what_no_run_wrote_is_refused_and_changes_nothing(saved, tmp_path, damage, words):
+    newest = list_checkpoints(shutil.copytree(saved, tmp_path / "run"))[-1]
+    damage(newest)
+    write_manifest(newest)
+    before = (tmp_path / "run" / "config.yaml").stat().st_mtime_ns
+    config = run_config(tmp_path, **TWO_STEPS, data__train=str(saved.parent / "texts.jsonl"))
+    with pytest.raises(UserError, match=rf"--resume \(.*{words}"):
+        run_training(config, resume=str(newest))
+    assert (tmp_path / "run" / "config.yaml").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("content", [b"garbage", None])
+def test_random_states_that_cannot_be_read_are_told(saved, tmp_path, caplog, content):
+    """Those of another numpy cannot; the trajectory does not depend on them."""
+    first, newest = list_checkpoints(shutil.copytree(saved, tmp_path / "run"))
+    shutil.rmtree(newest)
+    (first / "random_states_0.pkl").unlink()
+    if content is not None:
+        (first / "random_states_0.pkl").write_bytes(content)
+    write_manifest(first)
+    config = run_config(tmp_path, **TWO_STEPS, data__train=str(saved.parent / "texts.jsonl"))
+    run_training(config, resume="auto")
+    assert "random_states_0.pkl: cannot be read" in caplog.text
+    assert_same_weights(tmp_path / "run", saved)
 
 
 def test_nothing_is_started_anew_over_damaged_checkpoints(tmp_path):

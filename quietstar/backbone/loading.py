@@ -304,10 +304,10 @@ def _check_files(folder: Path, settings: PreTrainedConfig, key: str) -> None:
         with safe_open(path, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 kind = tensors.get_slice(name).get_dtype()
-                if name in expected and expected[name].is_floating_point() and kind[0] in "IU":
+                if name in expected and expected[name].is_floating_point() and "F" not in kind:
                     raise UserError(
-                        f"{key}: {path.name}: the tensor {name} holds integers ({kind}), but must "
-                        "hold floating-point numbers. Download or save the model again."
+                        f"{key}: {path.name}: the tensor {name} is of type {kind}, but must hold "
+                        "floating-point numbers. Download or save the model again."
                     )
     count, size = sum(p.numel() for p in model.parameters()), sum(f.stat().st_size for f in files)
     if count > size:

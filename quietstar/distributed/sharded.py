@@ -251,6 +251,9 @@ class FSDP2Strategy(Strategy):
         super().load(folder, prepared, optimizer)
         state = self._state(prepared, optimizer)
         load(state, checkpoint_id=folder / SHARDS_FOLDER)  # weights are read in place
+        for name, weight in state["weights"].items():
+            if not weight.to_local().isfinite().all():
+                raise ValueError(f"{name} holds numbers that are not finite")
         set_optimizer_state_dict(prepared, optimizer, state["optimizer"])
 
     def _state(self, prepared: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

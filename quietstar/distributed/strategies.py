@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import random
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partialmethod
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, extract_model_from_parallel
+from accelerate.utils import RNG_STATE_NAME, broadcast_object_list, extract_model_from_parallel
+from accelerate.utils import load as load_pickle
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -19,8 +23,10 @@ from transformers import PreTrainedModel
 
 from quietstar.backbone.loading import require_finite
 from quietstar.config import Config
-from quietstar.errors import UserError
+from quietstar.errors import UserError, reason_of
 from quietstar.model.quiet_star import QuietStarForCausalLM
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Prepared = tuple[nn.Module, Optimizer]
@@ -137,10 +143,16 @@ class Strategy:
             models.clear()
             parameters = dict(model.named_parameters())
             weights = load_file(Path(folder) / WEIGHTS_FILE)
+            if unknown := sorted(weights.keys() - set(names)):
+                raise ValueError(f"the run does not train its tensor {unknown[0]}")
             for name in names:
                 there, here = weights[name].shape, parameters[name].shape
                 if there != here:  # `copy_` would broadcast
                     raise ValueError(f"{name} has shape {tuple(there)}, the model {tuple(here)}")
+                if not weights[name].is_floating_point():
+                    raise ValueError(f"{name} is of type {weights[name].dtype}")
+                if not weights[name].isfinite().all():
+                    raise ValueError(f"{name} holds numbers that are not finite")
                 parameters[name].data.copy_(weights[name])
 
         self.accelerator.register_save_state_pre_hook(save)
@@ -231,6 +243,24 @@ class Strategy:
     def load(self, folder: Path, prepared: nn.Module, optimizer: Optimizer) -> None:
         """Reads what `save` wrote."""
         self.accelerator.load_state(str(folder))
+        index = self.accelerator.process_index
+        path = folder / f"{RNG_STATE_NAME}_{index}.pkl"
+        if index > 0 and not path.exists():  # there were fewer processes
+            return
+        # accelerate says nothing of random states that it could not load. They are no error: numpy
+        # 2 cannot read those of numpy 1, and the noise of thoughts and data depends on the config
+        # alone.
+        try:
+            states = load_pickle(path)
+            random.setstate(states["random_state"])
+            np.random.set_state(states["numpy_random_seed"])
+            torch.set_rng_state(states["torch_manual_seed"])
+        except Exception as problem:  # of many kinds, as anything may be in it
+            logger.warning(
+                "--resume: %s: cannot be read (%s), so what draws from the global generators of "
+                "Python, numpy or torch draws other numbers; quietstar itself does not",
+                path.name, reason_of(problem),
+            )  # fmt: skip
 
 
 def from_main_process(accelerator: Accelerator, call: Callable[[], T]) -> T:

@@ -57,6 +57,10 @@ _OLD_NAMES = {
 }
 
 _OLD_SAMPLERS = {"sampled": "rollout"}
+_NEW_IN_2 = {"sampler", "positions", "position_fraction"}
+"""Settings of thoughts that format 1 had not."""
+_NEWER = {"stop"}
+"""Settings that are newer than their format, and were what their defaults are."""
 _WRITTEN = (
     SETTINGS_FILE, WEIGHTS_FILE, GATE_FILE, PROBES_FILE, "config.json", "generation_config.json",
     "model*.safetensors", "model.safetensors.index.json", "adapter_*.json", "adapter_*.safetensors",
@@ -361,12 +365,17 @@ def read_settings(folder: Path) -> Settings:
         if isinstance(version, int) and version < FORMAT_VERSION:
             content = _in_todays_names(content, folder)
         try:
-            return Settings.model_validate(content)
+            settings = Settings.model_validate(content)
         except ValidationError as problem:
             first = problem.errors()[0]
             key = ".".join(map(str, first["loc"]))
             value = "" if first["type"] == "missing" else f" ({shown_value(first['input'])})"
             raise UserError(f"{path}: {key}{value}: {first['msg']}. {_DAMAGED}") from problem
+    for name in ("thoughts", "mixing_head", "tuning"):  # a default need not be what was trained
+        section = getattr(settings, name)
+        if lacking := type(section).model_fields.keys() - section.model_fields_set - _NEWER:
+            raise UserError(f"{path}: {name}.{min(lacking)}: Field required. {_DAMAGED}")
+    return settings
 
 
 def _in_todays_names(content: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -374,9 +383,11 @@ def _in_todays_names(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     content = {name: value for name, value in content.items() if name in Settings.model_fields}
     if content["format_version"] == 1:  # knew full tuning and LoRA only
         is_lora = (folder / "adapter_config.json").exists()
-        content["tuning"] = {"method": "lora" if is_lora else "full"}
+        content["tuning"] = TuningConfig(method="lora" if is_lora else "full").model_dump()
     for section, names in _OLD_NAMES.items():
         content[section] = {names.get(k, k): v for k, v in content[section].items()}
+    if content["format_version"] == 1:
+        content["thoughts"] = ThoughtsConfig().model_dump(include=_NEW_IN_2) | content["thoughts"]
     sampler = content["thoughts"].get("sampler")
     if sampler in _OLD_SAMPLERS:
         content["thoughts"]["sampler"] = _OLD_SAMPLERS[sampler]

@@ -184,6 +184,14 @@ def load_adapters(
             f"{folder / 'adapter_model.safetensors'}: lacks {len(missing)} tensors, such as "
             f"{missing[0]}. They would be random numbers. Take another copy of the folder."
         )
+    # PEFT saves an embedding or output layer that has adapters itself too.
+    known = peft.get_peft_model_state_dict(tuned, save_embedding_layers=True)
+    if unknown := sorted(weights.keys() - known.keys()):
+        raise UserError(
+            f"{folder / 'adapter_model.safetensors'}: {len(unknown)} of its tensors are no part of "
+            f"the model by adapter_config.json, such as {unknown[0]}. Take another copy of the "
+            "folder."
+        )
     return tuned
 
 

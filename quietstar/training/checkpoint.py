@@ -62,9 +62,12 @@ class TrainerState(BaseModel):
 
     step: NonNegativeInt  # of the run
     stage: str = ""
-    mixed_nll: float | None = None  # of an evaluation at this very step
+    # Of an evaluation at this very step; rounding can take that of known texts below 0.
+    mixed_nll: Annotated[float, Field(ge=-0.01, allow_inf_nan=False)] | None = None
     strategy: Kind | None = Field(None, validation_alias=AliasChoices("strategy", "engine"))
     num_processes: PositiveInt | None = None
+    # Weights with a state in the optimizer: those that have had a gradient.
+    num_optimized: NonNegativeInt | None = None
 
 
 # --- Saving and loading ---------------------------------------------------------------------------
@@ -110,6 +113,8 @@ def save_checkpoint(run: StageRun) -> Path:
             "strategy": run.strategy.kind,
             "num_processes": accelerator.num_processes,
         }
+        if run.strategy.kind == "replicated":  # the others notice by themselves what is missing
+            state["num_optimized"] = len(run.optimizer.state)
         try:
             run.strategy.save(partial, run.model, run.optimizer)
             accelerator.wait_for_everyone()
@@ -196,6 +201,7 @@ def load_checkpoint(
     Raises:
         UserError: It does not fit the model, or cannot be read.
     """
+    state = read_state(folder)
     settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     remedy = "Give a checkpoint of a run with this model and these settings."
     with tempfile.TemporaryDirectory() as view, reading(f"--resume ({folder})", remedy):
@@ -207,8 +213,35 @@ def load_checkpoint(
                     (Path(view) / path.name).symlink_to(path.resolve())
             folder = Path(view)
         strategy.load(folder, prepared, optimizer)
+        if strategy.kind != "deepspeed":  # which keeps a state of its own
+            _check_optimizer(prepared, optimizer, state)
         for group, of_config in zip(optimizer.param_groups, settings, strict=True):
             group.update(of_config)
+
+
+def _check_optimizer(prepared: torch.nn.Module, optimizer: Optimizer, state: TrainerState) -> None:
+    """Raises a ValueError if what was loaded is not AdamW's state of these weights.
+
+    torch takes anything into an optimizer.
+    """
+    if state.num_optimized not in (None, len(optimizer.state)):
+        raise ValueError(
+            f"its optimizer has a state for {len(optimizer.state)} weights, and had one for "
+            f"{state.num_optimized}"
+        )
+    for name, weight in prepared.named_parameters():
+        if weight not in optimizer.state:
+            continue
+        parts = optimizer.state[weight]
+        if not 0 <= parts["step"] <= state.step:
+            raise ValueError(f"the optimizer's step of {name} is {parts['step']} of {state.step}")
+        for key in ("exp_avg", "exp_avg_sq"):
+            if parts[key].shape != weight.shape and "projector" not in parts:  # GaLore's is smaller
+                there, here = tuple(parts[key].shape), tuple(weight.shape)
+                raise ValueError(f"the optimizer's {key} of {name} has shape {there}, not {here}")
+            part = parts[key].to_local() if isinstance(parts[key], DTensor) else parts[key]
+            if not part.isfinite().all() or (key == "exp_avg_sq" and (part < 0).any()):
+                raise ValueError(f"the optimizer's {key} of {name} holds numbers that cannot be")
 
 
 def read_state(folder: Path) -> TrainerState:
@@ -221,7 +254,11 @@ def read_state(folder: Path) -> TrainerState:
     with reading(
         f"--resume ({path})", "Give another checkpoint, or auto for the newest whole one."
     ):
-        return TrainerState.model_validate_json(path.read_text(encoding="utf-8"))
+        state = TrainerState.model_validate_json(path.read_text(encoding="utf-8"))
+        named = CHECKPOINT_NAME.fullmatch(folder.name)
+        if named and not named[1] and int(folder.name.removeprefix("step-")) != state.step:
+            raise ValueError(f"its step is {state.step}, unlike the folder's")
+        return state
 
 
 # --- Damage ---------------------------------------------------------------------------------------

@@ -125,7 +125,15 @@ def find_start(config: Config, resume: str | None, allow_changes: bool, stack: E
                 "--training.overwrite_output_dir true."
             )
     state = None if checkpoint is None else read_state(checkpoint)
-    total = plan_stages(config)[-1].last_step
+    stages = plan_stages(config)
+    names, total = [stage.name for stage in stages], stages[-1].last_step
+    # Earlier versions named no stage.
+    if state is not None and state.stage not in ("", *names) and not allow_changes:
+        raise UserError(
+            f"--resume ({checkpoint}): its stage ({state.stage}): must be one of the config "
+            f"({', '.join(names)}). Give a checkpoint of this run, or insist with "
+            "--allow-changes true."
+        )
     if state is not None and state.step > total:
         raise UserError(
             f"training.max_steps: the run has {total} steps, but {checkpoint} is after "

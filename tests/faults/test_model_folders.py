@@ -13,7 +13,7 @@ from tiny import GPT2, LLAMA, plain_model, random_texts, thinking_model
 
 from quietstar import QuietStarForCausalLM
 from quietstar.backbone.loading import load_base
-from quietstar.config import TuningConfig
+from quietstar.config import MixingHeadConfig, ThoughtsConfig, TuningConfig
 from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
 from quietstar.evaluation.scoring import fingerprint, load_thinker
@@ -21,6 +21,7 @@ from quietstar.generation.gates import Gate, Probe
 from quietstar.model.merging import merge
 
 WEIGHTS, OWN, SETTINGS = "model.safetensors", "quietstar.safetensors", "quietstar.json"
+THOUGHTS, HEAD = ThoughtsConfig().model_dump(), MixingHeadConfig().model_dump()
 
 
 @pytest.fixture(scope="session")
@@ -127,9 +128,12 @@ def test_settings_that_are_no_settings_are_refused(content, saved, tmp_path):
         ({"tuning": {"method": "magic"}}, "tuning.method"),
         ({"tuning": "full"}, "tuning"),
         ({"thoughts": {"length": 0}}, "thoughts.length"),
-        ({"thoughts": {"sampler": "no_such"}}, "thoughts.sampler"),
-        ({"mixing_head": {"hidden_size": 10**9}}, "mixing_head.hidden_size (1000000000)"),
-        ({"mixing_head": {"hidden_size": 8}}, "size mismatch"),
+        ({"thoughts": {**THOUGHTS, "sampler": "no_such"}}, "thoughts.sampler"),
+        ({"thoughts": {"length": 2}}, "thoughts.end_init: Field required"),
+        ({"mixing_head": {**HEAD, "hidden_size": 10**9}}, "mixing_head.hidden_size (1000000000)"),
+        ({"mixing_head": {**HEAD, "hidden_size": 8}}, "size mismatch"),
+        ({"mixing_head": {}}, "mixing_head.activation: Field required"),
+        ({"tuning": {"method": "full"}}, "tuning.adapter_size: Field required"),
         ({"more": 1}, "more"),
     ],
 )
@@ -139,13 +143,25 @@ def test_a_wrong_setting_is_named(fields, words, saved, tmp_path):
     refused(lambda: load(folder), words)
 
 
+@pytest.mark.parametrize("version", [1, 3])
+def test_settings_that_a_format_did_not_have_may_be_missing(version, saved, tmp_path):
+    folder = linked(saved / "full", tmp_path / "model")
+    new = {"stop"} if version == 3 else {"stop", "sampler", "positions", "position_fraction"}
+    thoughts = ThoughtsConfig(length=2).model_dump(exclude=new)
+    content = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    if version == 1:
+        del content["tuning"]
+    put(folder / SETTINGS, json.dumps(content | {"format_version": version, "thoughts": thoughts}))
+    assert load(folder).thoughts == ThoughtsConfig(length=2)
+
+
 def test_a_sampler_that_a_folder_names_is_not_imported(saved, tmp_path, monkeypatch):
     folder = linked(saved / "full", tmp_path / "model")
     (folder / "evil_sampler.py").write_text(
         "open('canary', 'w')\nclass Mine:\n def sample(self, model, texts, positions, spec): ...\n"
     )
     monkeypatch.chdir(folder)
-    change(folder / SETTINGS, thoughts={"sampler": "evil_sampler:Mine"})
+    change(folder / SETTINGS, thoughts={**THOUGHTS, "sampler": "evil_sampler:Mine"})
     refused(lambda: load(folder), "evil_sampler:Mine", "trust_remote_code")
     assert not (folder / "canary").exists()
     assert QuietStarForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -202,7 +218,9 @@ def test_a_damaged_adapter_is_refused(name, kind, saved, tmp_path):
          ("up_proj", "(1, 16)", "(24, 16)")),
         ("full", WEIGHTS, {"lm_head__weight": filled(torch.nan)}, ("lm_head.weight", "not finite")),
         ("full", WEIGHTS, {"lm_head__weight": filled(-torch.inf)}, ("lm_head.weight",)),
-        ("full", WEIGHTS, {"lm_head__weight": lambda x: x.long()}, ("lm_head.weight", "integers")),
+        ("full", WEIGHTS, {"lm_head__weight": lambda x: x.long()}, ("lm_head.weight", "I64")),
+        ("full", WEIGHTS, {"lm_head__weight": lambda x: x > 0}, ("lm_head.weight", "BOOL")),
+        ("full", WEIGHTS, {"lm_head__weight": lambda x: x + 0j}, ("lm_head.weight", "C64")),
         ("lora", "adapter_model.safetensors", {"q_proj__lora_A__weight": None}, ("lacks 2",)),
         ("lora", "adapter_model.safetensors", {"q_proj__lora_A__weight": filled(torch.inf)},
          ("lora_A", "not finite")),
@@ -216,6 +234,26 @@ def test_weights_that_are_missing_or_wrong_are_named(model, file, changes, words
         retensor(folder / file, **changes)
     retensor(folder / file, **changes)
     refused(lambda: load(folder), *words)
+
+
+def test_adapters_that_no_layer_gets_are_refused(saved, tmp_path):
+    folder = linked(saved / "lora", tmp_path / "model")
+    file, words = folder / "adapter_model.safetensors", "are no part of the model by"
+    tensors = load_file(file)
+    change(folder / "adapter_config.json", target_modules=["q_proj"])
+    refused(lambda: load(folder), f"{len(tensors) - 4} of its tensors {words}")
+    folder = linked(saved / "lora", tmp_path / "other")
+    (folder / file.name).unlink()
+    save_file({**tensors, "extra": torch.ones(2)}, folder / file.name)
+    refused(lambda: load(folder), f"1 of its tensors {words}", "extra")
+
+
+def test_adapters_of_the_output_layer_are_loaded_with_it(saved, tmp_path):
+    """PEFT saves that layer's own weights beside them."""
+    tuning = TuningConfig(method="lora", lora_r=2, lora_target_modules=["q_proj", "lm_head"])
+    model = QuietStarForCausalLM.from_base(str(saved / "plain"), tuning=tuning)
+    model.save_pretrained(tmp_path / "model")
+    assert load(tmp_path / "model").tuning == tuning
 
 
 def test_a_base_without_some_layers_is_refused_and_more_layers_are_told(saved, tmp_path, caplog):
