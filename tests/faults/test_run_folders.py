@@ -335,6 +335,15 @@ def test_half_written_folders_are_tidied_up_and_half_replaced_ones_restored(tmp_
     assert_same_weights(folder, whole)
 
 
+def test_a_folder_in_which_nothing_but_half_a_marker_was_written_is_a_new_one(tmp_path, whole):
+    config = run_config(tmp_path, **SETTINGS)
+    (folder := tmp_path / "run").mkdir()
+    (folder / ".quietstar-run.json.7.partial").write_text("{")
+    (folder / "quietstar.lock").touch()
+    assert_same_weights(run_training(config, resume="auto").parent, whole)
+    assert not list(folder.glob(".*"))
+
+
 @pytest.mark.parametrize("damage", [b"\0" * 40, b"\xff\xfe{}", b"[1]", b'{"kind": "train"}',
                                     b"[" * 10**5, b'{"step": 1' + b"0" * 5000 + b"}"])  # fmt: skip
 def test_a_damaged_line_of_metrics_ends_nothing(tmp_path, capsys, damage, whole):
