@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -431,7 +432,48 @@ def test_only_a_gate_of_ours_is_replaced(work, tmp_path, capsys):
     assert (model / "gate.safetensors").read_bytes() == b"mine"
     capsys.readouterr()
     assert cli.main([*call, "--force", "--json", str(model / "gate.json")]) == 2
+    assert "lies in" in capsys.readouterr().err
+    (model / "gate.json").unlink()
+    assert cli.main([*call, "--force", "--json", str(model / "gate.json")]) == 2
     assert "is where the gate is saved" in capsys.readouterr().err
+
+
+# --- Files that are written -----------------------------------------------------------------------
+def test_force_replaces_nothing_that_is_read(work, tmp_path, capsys):
+    base, lora = str(tmp_path / "base"), str(tmp_path / "lora")
+    plain_model().save_pretrained(base)
+    thinking_model(base, tuning={"method": "lora"}).save_pretrained(lora, load_tokenizer("bytes"))
+    shutil.copytree("model", tmp_path / "run" / "final")
+    shutil.copy("texts.jsonl", tmp_path / "mine.jsonl")
+    shutil.copytree("model", tmp_path / "cache")
+    (tmp_path / "run" / "final" / "config.json").unlink()
+    (tmp_path / "run" / "final" / "config.json").symlink_to(tmp_path / "cache" / "config.json")
+    data = str(tmp_path / "mine.jsonl")
+    save_config(run_config(tmp_path, data__train=data), tmp_path / "run" / "config.yaml")
+    evaluate, model = ["eval", "--tasks", "own.jsonl", "--model"], str(tmp_path / "run" / "final")
+    inspect = ["inspect", "--text", "two and", "--model"]
+    plan = ["plan", "--config", "plan.yaml"]
+    calls = [
+        [*evaluate, model, "--out", f"{model}/quietstar.json"],
+        [*evaluate, model, "--out-items", f"{model}/model.safetensors"],
+        [*evaluate, model, "--report", f"{model}/tokenizer.json"],
+        [*evaluate, model, "--out", str(tmp_path / "cache" / "config.json")],
+        [*inspect, model, "--out", f"{model}/quietstar.json"],
+        [*inspect, lora, "--out", f"{base}/config.json"],
+        [*inspect, "model", "--compare", model, "--out", f"{model}/quietstar.json"],
+        ["calibrate", "--model", model, "--json", f"{model}/model.safetensors"],
+        ["calibrate", "--model", model, "--json", str(tmp_path / "run" / "config.yaml")],
+        ["calibrate", "--model", model, "--json", data],
+        [*plan, "--model.tokenizer", model, "--json", f"{model}/tokenizer.json"],
+        [*plan, "--data.train", data, "--json", data],
+    ]  # fmt: skip
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for call in calls:
+        assert cli.main([*call, "--force"]) == 2, call
+        err = capsys.readouterr().err
+        check(2, err)
+        assert "which is read" in err, call
+    assert {path: path.read_bytes() for path in before} == before
 
 
 # --- What is printed ------------------------------------------------------------------------------
