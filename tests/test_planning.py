@@ -136,6 +136,7 @@ def test_the_command_prints_the_sum_and_says_whether_it_fits(tmp_path, capsys):
         (["--engine", "single", "--processes", "2"], "--engine (single): is one process, not 2"),
         (["--processes", "9"], "training.global_batch_size (8) must be at least"),
         (["--thoughts.lenght", "3"], "did you mean --thoughts.length"),
+        (["--resume", "auto"], "--resume: belongs to quietstar train, not to a plan"),
         (["--tuning.method", "qlora"], "qlora cannot be planned"),
     ],
 )

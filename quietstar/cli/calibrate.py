@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, save the gate; a wrong option, model or text is a `UserError`."""
     parser = _parser()
     args = parser.read(arguments)
+    parser.warn_idle(args, {"--seq-len": None if args.data else "without --data"})
     if args.speed is not None and args.quality is not None:
         raise UserError("--speed: does not go with --quality; leave one out")
     run = None if args.data is not None else _run_config(args.model)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import math
 import os
 import re
@@ -28,6 +29,8 @@ from quietstar.system.files import PARTIAL, check_output, file_kind
 
 if TYPE_CHECKING:
     from quietstar.model.quiet_star import QuietStarForCausalLM
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG = "configs/demo.yaml"
 _FOLDERS = ("--model", "--compare", "--data", "--data-dir", "--include-path")
@@ -68,6 +71,24 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         """Refuse files of `output` that cannot be written, or only with ``--force``."""
         check_outputs(args, self._outputs, more_inputs=more_inputs)
+
+    def warn_idle(self, args: argparse.Namespace, reasons: Mapping[str, str | None]) -> None:
+        """Warn of values that change nothing, for the reason that stands by their option, if any.
+
+        As in a config, a value that is the default is not worth a warning.
+        """
+        for option, reason in reasons.items():
+            name = self._option_string_actions[option].dest
+            if reason and getattr(args, name) != self.get_default(name):
+                logger.warning("%s: has no effect %s; leave it out", option, reason)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Parse as argparse does, but refuse an option with a value that is given twice."""
+        given = [word.partition("=")[0] for word in (sys.argv[1:] if args is None else args)]
+        for option, action in self._option_string_actions.items():
+            if action.nargs != 0 and given.count(option) > 1:
+                raise UserError(f"{option}: is given {given.count(option)} times; give it once")
+        return super().parse_known_args(args, namespace)
 
     def read(self, arguments: Sequence[str] | None) -> argparse.Namespace:
         """Parse a command line on which every argument belongs to an option; checks its files."""

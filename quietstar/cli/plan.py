@@ -48,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     )
     parser.output("--json", "all figures")
     args, overrides = parser.parse_known_args(arguments)
+    for option in ("--resume", "--controls", "--allow-changes"):
+        if any(word.partition("=")[0] == option for word in overrides):
+            raise UserError(f"{option}: belongs to quietstar train, not to a plan. Leave it out.")
+    parser.warn_idle(args, {"--force": None if args.json else "without --json"})
     engine = args.engine or ("single" if args.processes == 1 else "ddp")
     if engine == "single" and args.processes > 1:
         raise UserError(
