@@ -57,6 +57,20 @@ def test_a_flipped_byte_is_found_and_the_checkpoint_before_is_used(tmp_path, cap
     assert find_damage(newest) is None  # written anew
 
 
+def test_a_run_with_projected_gradients_resumes_bit_for_bit(tmp_path):
+    """The projections are of step 0, and stay for a thousand."""
+    pytest.importorskip("galore_torch")
+    galore = {"tuning__method": "galore", "tuning__galore_rank": 4,
+              "tuning__galore_update_proj_gap": 1000}  # fmt: skip
+    config, folder = saved_run(tmp_path, **galore)
+    shutil.copytree(folder, whole := tmp_path / "whole")
+    for name in ("checkpoints/step-000004", "checkpoints/step-000006", "final"):
+        shutil.rmtree(folder / name)
+    run_training(config, resume="auto")
+    assert_same_weights(folder, whole)
+    assert timeless(read_metrics(folder)) == timeless(read_metrics(whole))
+
+
 def renamed(folder, old, new):
     """Has the manifest call a file by another name."""
     path = folder / MANIFEST_FILE

@@ -195,7 +195,7 @@ def test_the_cache_grows_with_the_text_and_not_with_thoughts():
     ("arguments", "words"),
     [
         ({"num_beams": 3}, "num_beams: 3 cannot be"),
-        ({"max_new_tokens": 80}, r"need 87 positions and the model has 64; .* at most 61 tokens"),
+        ({"max_new_tokens": 80}, r"max_new_tokens \(80\): must be at most .* texts of 61 tokens"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(arguments, words):

@@ -27,12 +27,11 @@ MIB = 2**20
 
 
 def planned(tmp_path, **changes):
-    """A run whose model is large enough that activations matter."""
+    """A run whose model is large enough that activations matter; its vocabulary has a padding."""
     folder = tmp_path / "base"
     if not folder.exists():
-        plain_model(hidden_size=64, intermediate_size=128, num_hidden_layers=3).save_pretrained(
-            folder
-        )
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+        plain_model(**sizes, pad_token_id=257).save_pretrained(folder)
         load_tokenizer("bytes").save_pretrained(folder)
     changes.setdefault("data__train", "unread.jsonl")
     model = {"model__name_or_path": str(folder), "model__config": None, "model__tokenizer": None}
@@ -138,6 +137,7 @@ def test_the_command_prints_the_sum_and_says_whether_it_fits(tmp_path, capsys):
         (["--engine", "single", "--processes", "2"], "--engine (single): is one process, not 2"),
         (["--processes", "9"], "training.global_batch_size (8) must be at least"),
         (["--thoughts.lenght", "3"], "did you mean --thoughts.length"),
+        (["--resume", "auto"], "--resume: belongs to quietstar train, not to a plan"),
         (["--tuning.method", "qlora"], "qlora cannot be planned"),
     ],
 )
@@ -147,6 +147,16 @@ def test_a_wrong_plan_is_refused_in_one_line(tmp_path, capsys, arguments, words)
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1
     assert words in lines[0]
+
+
+def test_dropout_of_any_size_is_dropped(tmp_path, caplog):
+    config = planned(tmp_path)
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention_dropout": 7}))
+    assert estimate_run(config, "single", 1).total
+    model = build_model(config, load_tokenizer("bytes")).train()
+    assert "dropout is set to 0 (attention_dropout)" in caplog.text
+    assert {layer.self_attn.attention_dropout for layer in model.causal_lm.model.layers} == {0.0}
 
 
 def test_a_plan_needs_a_config_that_can_be_read(tmp_path):

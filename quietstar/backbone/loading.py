@@ -350,7 +350,8 @@ def _check_generation(model: PreTrainedModel, key: str) -> None:
         _: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, **__: Any
     ) -> Tensor:
         scores = torch.zeros(1, vocab_size, device=input_ids.device)
-        logits_processor(input_ids, scores)
+        if not logits_processor(input_ids, scores).isfinite().any():
+            raise ValueError("it suppresses all tokens")
         stopping_criteria(input_ids, None)
         return input_ids
 
@@ -412,8 +413,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def drop_dropout(config: PreTrainedConfig) -> list[str]:
     """Set every dropout of a model config to 0; returns the names that were not."""
-    floats = {n: x for n, x in vars(config).items() if "drop" in n and isinstance(x, float)}
-    names = [name for name, value in floats.items() if value > 0]
+    names = [name for name, value in vars(config).items() if _is_dropout(name, value)]
     for name in names:
         setattr(config, name, 0.0)
     return names
@@ -426,8 +426,14 @@ def drop_dropout_layers(model: PreTrainedModel) -> None:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():  # OPT and Llama keep plain numbers
-            if "drop" in name and isinstance(value, float):
+            if _is_dropout(name, value):
                 setattr(module, name, 0.0)
+
+
+def _is_dropout(name: str, value: Any) -> bool:
+    """Say whether a field is a dropout that is not 0; an absurd one such as 7 is one, too."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return "drop" in name and is_number and value != 0
 
 
 def _say_dropped(names: list[str]) -> None:

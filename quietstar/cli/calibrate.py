@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load
 
 from quietstar.cli import options
 from quietstar.cli.options import BATCH, Parser, number, whole
-from quietstar.config import DataConfig
+from quietstar.config import Config, DataConfig
 from quietstar.config.loading import load_config
 from quietstar.data import Batch, build_data, load_tokenizer
 from quietstar.errors import UserError
@@ -36,9 +37,13 @@ TRIED = 200
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, save the gate; a wrong option, model or text is a `UserError`."""
-    args = _parser().read(arguments)
+    parser = _parser()
+    args = parser.read(arguments)
+    parser.warn_idle(args, {"--seq-len": None if args.data else "without --data"})
     if args.speed is not None and args.quality is not None:
         raise UserError("--speed: does not go with --quality; leave one out")
+    run = None if args.data is not None else _run_config(args.model)
+    parser.check(args, _run_inputs(args.model, run))
     _check_gate(args)
     model = options.load_model(args, True, "Give the folder of a saved one.")
     length, most = model.thoughts.length, model.max_text_length
@@ -51,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.seq_len = SEQ_LEN if most is None else min(SEQ_LEN, most)
     elif most is not None and args.seq_len > most:
         raise UserError(f"--seq-len ({args.seq_len}): must be at most {most}, what the model takes")
-    batches = _held_out(args)
+    batches = _held_out(args, run)
     with options.progress("thinking", len(batches)) as advance:
         measured = calibration.measure_tokens(model, batches, advance)
     fitted = measured.where(measured.text % 2 == 0)
@@ -132,20 +137,43 @@ def _seconds_per_token(
     return seconds[1:]
 
 
-def _held_out(args: argparse.Namespace) -> list[Batch]:
+def _run_file(model: str) -> Path:
+    """Name the config of the run that a model is from; it may be missing."""
+    return Path(os.path.realpath(model)).parent / CONFIG_FILE
+
+
+def _run_config(model: str) -> Config | None:
+    """Read the config of the last stage of the run that a model is from, if there is one."""
+    if not _run_file(model).exists():
+        return None
+    with importing_nothing():
+        return list(load_config(_run_file(model)).stage_configs().values())[-1]
+
+
+def _run_inputs(model: str, run: Config | None) -> dict[str, Path]:
+    """Name what is read of the run that a model is from, beside the model itself."""
+    if run is None:
+        return {}
+    data = {"data.train": run.data.train, "data.eval": run.data.eval}
+    return {
+        "the config of the run": _run_file(model),
+        **{f"{key} of the run": Path(name) for key, name in data.items() if name},
+    }
+
+
+def _held_out(args: argparse.Namespace, run: Config | None) -> list[Batch]:
     """Return texts of ``--data``, or the held-out ones of the run that the model is from."""
     seed = 0
     if args.data is not None:
         if not args.data:
             raise UserError("--data: names nothing; give a file or a data set of the hub")
         data = DataConfig(train=args.data, eval_fraction=0.5, seq_len=args.seq_len)
+    elif run is not None:
+        data, seed = run.data, run.training.seed
     else:
-        path = Path(args.model).resolve().parent / CONFIG_FILE
-        if not path.exists():
-            raise UserError(f"--data: is not given, and there is no {path}; give held-out text")
-        with importing_nothing():
-            stage = list(load_config(path).stage_configs().values())[-1]
-        data, seed = stage.data, stage.training.seed
+        raise UserError(
+            f"--data: is not given, and there is no {_run_file(args.model)}; give held-out text"
+        )
     data = data.model_copy(update={"eval_sequences": args.sequences})
     try:
         _, held, _ = build_data(data, load_tokenizer(args.model, trust_remote_code=False), seed)

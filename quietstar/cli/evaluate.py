@@ -32,6 +32,7 @@ from quietstar.evaluation.scoring import POSITIONS, Protocol, fingerprint
 from quietstar.evaluation.statistics import summarise
 from quietstar.evaluation.tasks import TASKS, TEXT_FILES, Item, Task, find_task
 from quietstar.model.quiet_star import QuietStarForCausalLM
+from quietstar.model.saving import SETTINGS_FILE
 from quietstar.reports.evaluation import page_mark, task_view, write_page
 from quietstar.system.files import write_json
 
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate, print tables, write files; a wrong option, file or model raises `UserError`."""
     if any(argument.partition("=")[0] == "--overwrite" for argument in arguments or ()):
         raise UserError("--overwrite: is now called --force, as in all commands. Write --force.")
-    args = _parser().read(arguments)
+    parser = _parser()
+    args = parser.read(arguments)
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not names:
         raise UserError(f"--tasks: names none; known: {', '.join(TASKS)}")
@@ -72,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     items = {  # fails early
         task.name: task.items(data_dir, args.limit, tokenizer, args.text_tokens) for task in own
     }
+    parser.warn_idle(args, _idle_options(args, tasks, items))
     # What decides the scores of an item; items of other settings are not mixed in. More variants
     # may be added to the same file.
     scoring = {key: value for key, value in asdict(protocol).items() if key not in FREE_SETTINGS}
@@ -92,6 +95,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if path is not None:
             options.say(f"{what}: {path}")
     return 0
+
+
+def _idle_options(
+    args: argparse.Namespace, tasks: Sequence[Task | HarnessTask],
+    items: Mapping[str, Sequence[Item]],
+) -> dict[str, str | None]:  # fmt: skip
+    """Say of options why they change nothing in the scores of these tasks, if they do not."""
+
+    def unless(has_effect: bool, reason: str) -> str | None:
+        return None if has_effect else reason
+
+    own = [task for task in tasks if isinstance(task, Task)]
+    is_harness, thinks = len(own) < len(tasks), args.thoughts != "off"
+    reads = is_harness or any(task.file not in (None, task.name) for task in own)
+    votes = unless(any(task.kind == "votes" for task in own), "without gsm8k_cot among the tasks")
+    thoughts = unless(thinks, "with --thoughts off")
+    separates = any(i.prompt for task in own if task.file == task.name for i in items[task.name])
+    has_texts = any(not i.prompt for task in own for i in items[task.name])
+    is_trained = (Path(args.model) / SETTINGS_FILE).exists()
+    written = args.out or args.out_items or args.report
+    return {
+        **dict.fromkeys(("--votes", "--temperature", "--max-new-tokens"), votes),
+        **dict.fromkeys(("--samples", "--thought-temperature", "--positions"), thoughts),
+        "--untrained": thoughts or unless(not is_trained, "on a model that was trained to think"),
+        "--data-dir": unless(reads, "on tasks without a file there"),
+        "--include-path": unless(is_harness, "without a task of lm-evaluation-harness"),
+        "--separator": unless(separates, "without a prompt in a FILE.jsonl"),
+        "--text-tokens": unless(has_texts, "without a text that has no prompt"),
+        "--force": unless(bool(written), "without a file to write"),
+    }
 
 
 def _evaluate(
@@ -176,7 +209,8 @@ def _check_files(
 
 def _protocol(args: argparse.Namespace) -> Protocol:
     temperature = args.thought_temperature or None
-    options.check_greedy("--samples", args.samples, temperature, "--thought-temperature")
+    if args.thoughts != "off":
+        options.check_greedy("--samples", args.samples, temperature, "--thought-temperature")
     if args.controls and args.thoughts == "off":
         raise UserError("--controls: need thoughts; set --thoughts both")
     variants = {"off": [WITHOUT], "on": [WITH], "both": [WITHOUT, WITH]}[args.thoughts]

@@ -38,11 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     value("--prompts", str, None, "FILE", "one prompt per line, UTF-8; blank lines are skipped")
     value("--batch-size", BATCH, 8, None, "prompts of a file at once")
     args = parser.read(arguments)
+    if args.prompt is not None:
+        parser.warn_idle(args, {"--batch-size": "on a single prompt"})
     text = options.read_text(args, "--prompt", "--prompts", "give a text to continue")
     prompts = [text]
     if args.prompt is None:
         prompts = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
-    model, tokenizer, settings = _load(args)
+    model, tokenizer, settings = _load(parser, args)
     console = Console(highlight=False)
     for start in range(0, len(prompts), args.batch_size):
         chunk = prompts[start : start + args.batch_size]
@@ -54,12 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         printers = [ConsoleStreamer(tokenizer, console, args.show_thoughts, p) for p in chunk]
         if args.prompt is not None:
             try:
-                model.generate(ids, attention_mask=mask, streamer=printers[0], **settings)
+                _generate(model, ids, mask, streamer=printers[0], **settings)
             except KeyboardInterrupt:
                 console.print()  # the line that says so is no part of the text
                 raise
             return 0
-        out = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **settings)
+        out = _generate(model, ids, mask, return_dict_in_generate=True, **settings)
         for row, printer in enumerate(printers):
             printer.put(ids[row])
             for step, token in enumerate(out.sequences[row, ids.shape[1] :]):
@@ -76,7 +78,7 @@ def chat(arguments: Sequence[str] | None = None) -> int:
     _add_generation(parser)
     parser.value("--system", options.unicode_text, None, "TEXT", "text of the system's turn")
     args = parser.read(arguments)
-    model, tokenizer, settings = _load(args)
+    model, tokenizer, settings = _load(parser, args)
     if tokenizer.chat_template is None:
         raise UserError(
             f"--model ({args.model}): has a tokenizer without a chat template; use quietstar "
@@ -118,7 +120,7 @@ def chat(arguments: Sequence[str] | None = None) -> int:
                 ids = torch.tensor([_chat_ids(tokenizer, asked)], device=model.device)
                 streamer = ConsoleStreamer(tokenizer, console, args.show_thoughts)
                 mask = torch.ones_like(ids)
-                out = model.generate(ids, attention_mask=mask, streamer=streamer, **settings)
+                out = _generate(model, ids, mask, streamer=streamer, **settings)
             except UserError as problem:  # the talk goes on without this turn
                 message = visible(f"{problem} (/reset starts over)")
                 console.print(message, style="red", markup=False)
@@ -148,11 +150,21 @@ def _add_generation(parser: Parser) -> None:
 
 
 def _load(
-    args: argparse.Namespace,
+    parser: Parser, args: argparse.Namespace
 ) -> tuple[QuietStarForCausalLM, PreTrainedTokenizerBase, dict[str, Any]]:
     """Load model and tokenizer, and translate the options to arguments of ``generate``."""
     temperature = args.thought_temperature
-    options.check_greedy("--num-thoughts", args.num_thoughts, temperature, "--thought-temperature")
+    plain = "with --no-thoughts" if args.no_thoughts else None
+    is_drawn = args.temperature or (temperature and not args.no_thoughts)
+    parser.warn_idle(args, {
+        "--num-thoughts": plain, "--thought-temperature": plain,
+        "--top-p": None if args.temperature else "where --temperature is 0",
+        "--seed": None if is_drawn else "where all tokens are the most likely ones",
+    })  # fmt: skip
+    if not args.no_thoughts:
+        options.check_greedy(
+            "--num-thoughts", args.num_thoughts, temperature, "--thought-temperature"
+        )
     if args.no_thoughts and (args.show_thoughts or args.gate):
         raise UserError("--no-thoughts: does not go with --show-thoughts or --gate; leave one out")
     remedy = "Set --no-thoughts to generate with the plain model."
@@ -169,6 +181,14 @@ def _load(
         "max_new_tokens": args.max_new_tokens, "pad_token_id": padding_id(tokenizer),
         "logits_processor": refuse_not_finite(), **sampling,
     }  # fmt: skip
+
+
+def _generate(model: QuietStarForCausalLM, ids: Tensor, mask: Tensor, **settings: Any) -> Any:
+    """Generate; what is wrong with an argument is said of its option."""
+    try:
+        return model.generate(ids, attention_mask=mask, **settings)
+    except UserError as problem:
+        raise UserError(str(problem).replace("max_new_tokens", "--max-new-tokens")) from problem
 
 
 def _gate(args: argparse.Namespace) -> bool | Gate:

@@ -31,7 +31,12 @@ ROWS = 8
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the text with one model, or two; a wrong option, file or model raises `UserError`."""
-    args = _parser().read(arguments)
+    parser = _parser()
+    args = parser.read(arguments)
+    parser.warn_idle(args, {
+        "--seed": None if args.temperature else "where thoughts are the most likely ones",
+        "--force": None if args.out else "without --out",
+    })  # fmt: skip
     text = options.read_text(args, "--text", "--text-file", "give a text of at least two tokens")
     out: Path | None = args.out
     options.check_greedy("--num-thoughts", args.num_thoughts, args.temperature, "--temperature")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import math
 import os
 import re
@@ -29,7 +30,11 @@ from quietstar.system.files import PARTIAL, check_output, file_kind
 if TYPE_CHECKING:
     from quietstar.model.quiet_star import QuietStarForCausalLM
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_CONFIG = "configs/demo.yaml"
+_FOLDERS = ("--model", "--compare", "--data", "--data-dir", "--include-path")
+"""Options whose value may be a folder that is read."""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -61,9 +66,29 @@ class Parser(argparse.ArgumentParser):
         if "--force" not in self._option_string_actions:
             self.flag("--force", "replace files that exist")
 
-    def check(self, args: argparse.Namespace) -> None:
+    def check(
+        self, args: argparse.Namespace, more_inputs: Mapping[str, Path] | None = None
+    ) -> None:
         """Refuse files of `output` that cannot be written, or only with ``--force``."""
-        check_outputs(args, self._outputs)
+        check_outputs(args, self._outputs, more_inputs=more_inputs)
+
+    def warn_idle(self, args: argparse.Namespace, reasons: Mapping[str, str | None]) -> None:
+        """Warn of values that change nothing, for the reason that stands by their option, if any.
+
+        As in a config, a value that is the default is not worth a warning.
+        """
+        for option, reason in reasons.items():
+            name = self._option_string_actions[option].dest
+            if reason and getattr(args, name) != self.get_default(name):
+                logger.warning("%s: has no effect %s; leave it out", option, reason)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Parse as argparse does, but refuse an option with a value that is given twice."""
+        given = [word.partition("=")[0] for word in (sys.argv[1:] if args is None else args)]
+        for option, action in self._option_string_actions.items():
+            if action.nargs != 0 and given.count(option) > 1:
+                raise UserError(f"{option}: is given {given.count(option)} times; give it once")
+        return super().parse_known_args(args, namespace)
 
     def read(self, arguments: Sequence[str] | None) -> argparse.Namespace:
         """Parse a command line on which every argument belongs to an option; checks its files."""
@@ -212,7 +237,7 @@ def check_outputs(
         args: Options of the command, among them ``force``.
         outputs: Options that name files to write.
         may_replace: Whether an existing file may be replaced without ``--force``.
-        more_inputs: Files that the command reads and no option names alone.
+        more_inputs: Files and folders that the command reads and no option names alone.
 
     Raises:
         UserError: One of the files is refused.
@@ -236,9 +261,33 @@ def check_outputs(
             )
         written[option] = path
     for option, path in written.items():
-        if file_kind(path) == "file" and not args.force and not may_replace(option, path):
-            check_output(values[option], option)  # says that it exists
+        if file_kind(path) == "file":
+            if args.force:
+                _refuse_members(option, path, inputs)
+            elif not may_replace(option, path):
+                check_output(values[option], option)  # says that it exists
         setattr(args, option.strip("-").replace("-", "_"), path)
+
+
+def _refuse_members(option: str, path: Path, inputs: Sequence[tuple[str, Path]]) -> None:
+    """Refuse to replace a file of a folder that is read, as a model's, or of an adapter's base."""
+    from quietstar.model.saving import SETTINGS_FILE, read_settings  # imports torch
+
+    for source, name in inputs:
+        first = Path(os.path.expanduser(name))
+        if (source.startswith("--") and source not in _FOLDERS) or not os.path.isdir(first):
+            continue
+        folders = [first]
+        if (first / SETTINGS_FILE).exists():
+            base = Path(read_settings(first).base_model_name_or_path)
+            folders += [base] if os.path.isdir(base) else []
+        for folder in folders:
+            members = folder.iterdir()  # links to files elsewhere, in the hub's cache
+            if folder.resolve() in path.parents or any(_is_same_file(m, path) for m in members):
+                raise UserError(
+                    f"{option} ({path}): lies in {folder}, which is read ({source}), and nothing "
+                    "there is replaced. Give another name."
+                )
 
 
 def _is_same_file(one: Path, other: Path) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from quietstar.cli.options import DEFAULT_CONFIG, Parser, number, whole
-from quietstar.config.loading import load_config
+from quietstar.config.loading import load_config, resolve_config_file
 from quietstar.errors import UserError
 from quietstar.system.files import write_json
 
@@ -47,13 +48,23 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     )
     parser.output("--json", "all figures")
     args, overrides = parser.parse_known_args(arguments)
+    for option in ("--resume", "--controls", "--allow-changes"):
+        if any(word.partition("=")[0] == option for word in overrides):
+            raise UserError(f"{option}: belongs to quietstar train, not to a plan. Leave it out.")
+    parser.warn_idle(args, {"--force": None if args.json else "without --json"})
     engine = args.engine or ("single" if args.processes == 1 else "ddp")
     if engine == "single" and args.processes > 1:
         raise UserError(
             f"--engine (single): is one process, not {args.processes}; give another engine"
         )
     config = load_config(args.config, overrides)
-    parser.check(args)
+    inputs = {"--config": resolve_config_file(args.config)[0]}
+    for stage in config.stage_configs().values():
+        named = {"model.name_or_path": stage.model.name_or_path,
+                 "model.tokenizer": stage.model.tokenizer, "data.train": stage.data.train,
+                 "data.eval": stage.data.eval}  # fmt: skip
+        inputs |= {f"{key} ({name})": Path(name) for key, name in named.items() if name}
+    parser.check(args, inputs)
 
     from quietstar.training.build import check_batch, quiet_libraries
     from quietstar.training.memory_plan import estimate_run  # imports torch

@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from textwrap import fill
 
@@ -43,11 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
           "compare the last stage with its controls, with this many seeds")  # fmt: skip
     # DeepSpeed's launcher adds it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = [argument.partition("=")[0] for argument in arguments]
-    for option in ("--config", "--resume", "--controls"):
-        if options.count(option) > 1:
-            raise UserError(f"{option}: is given {options.count(option)} times; give it once")
     args, overrides = parser.parse_known_args(arguments)
     if args.controls is not None and args.resume is not None:
         raise UserError("--resume: does not go with --controls, which always goes on; leave it out")

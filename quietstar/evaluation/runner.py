@@ -114,8 +114,14 @@ def open_store(path: Path | None, settings: Mapping[str, Any], force: bool) -> I
         yield ItemStore(None, settings)
         return
     lock = path.with_name(f"{path.name}.lock")
+    is_new = file_kind(lock) == "none"
     with locked(lock, f"--out-items ({path})", "Wait for its end, or give another --out."):
-        yield ItemStore(path, settings, force)
+        try:
+            yield ItemStore(path, settings, force)
+        except UserError:  # which leaves nothing behind
+            if is_new:
+                lock.unlink(missing_ok=True)
+            raise
 
 
 class ItemStore:

@@ -67,7 +67,7 @@ def generate(
         **others: Any,
     ) -> Any:
         config = generation_config
-        _check(model, config, thinks=gate.kind != "never")
+        _check(model, config, input_ids.shape[1], thinks=gate.kind != "never")
         decoder = new_decoder(model, sampling, input_ids[:, :-1], others.get("attention_mask"))
         pad = getattr(config, "_pad_token_tensor", None)
         kept_thoughts, kept_logits, kept_scores = [], [], []
@@ -101,7 +101,8 @@ def generate(
     return model.causal_lm.generate(inputs, custom_generate=decode, streamer=streamer, **arguments)
 
 
-def _check(model: Any, config: GenerationConfig, thinks: bool) -> None:
+def _check(model: Any, config: GenerationConfig, prompt: int, thinks: bool) -> None:
+    """Refuse beams, and texts that with a prompt of so many tokens would leave no room."""
     if (config.num_beams or 1) > 1:
         raise UserError(
             f"num_beams: {config.num_beams} cannot be: beams are not thought about. Set "
@@ -110,12 +111,19 @@ def _check(model: Any, config: GenerationConfig, thinks: bool) -> None:
     positions = getattr(model.causal_lm.config.get_text_config(), "max_position_embeddings", None)
     # The last token is only predicted: the one before it is the last with a thought behind it.
     block = num_virtual(model.causal_lm) - 1 + (model.thoughts.length + 2 if thinks else 0)
-    if positions is not None and config.max_length + block > positions:
+    if positions is None or config.max_length + block <= positions:
+        return
+    most = positions - block  # tokens of a text
+    if prompt >= most:
         raise UserError(
-            f"max_length: texts of {config.max_length} tokens, with their thoughts, need "
-            f"{config.max_length + block} positions and the model has {positions}; set "
-            f"max_new_tokens so that texts have at most {positions - block} tokens"
+            f"the prompt ({prompt} tokens): must have fewer than {most}, as many as the model's "
+            f"{positions} positions hold beside a thought. Give a shorter one."
         )
+    raise UserError(
+        f"max_new_tokens ({config.max_length - prompt}): must be at most {most - prompt}, since "
+        f"the prompt has {prompt} tokens, and the model's {positions} positions hold texts of "
+        f"{most} tokens beside a thought. Set it lower."
+    )
 
 
 def new_decoder(

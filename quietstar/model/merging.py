@@ -61,6 +61,7 @@ def merge(folder: Path, out: Path, **hub: Any) -> Path:
 def _check_new(out: Path) -> None:
     """Refuse a folder that is no new or empty one, or that cannot be written."""
     try:
+        str(out).encode()  # which safetensors cannot do without
         if file_kind(out) not in ("none", "folder"):
             raise UserError(f"--out ({out}): is no folder. Give a new one.")
         if out.is_dir() and any(out.iterdir()):
@@ -69,6 +70,8 @@ def _check_new(out: Path) -> None:
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent, prefix="."):
             pass
+    except UnicodeEncodeError as problem:
+        raise UserError(f"--out ({out}): is no UTF-8. Give another name.") from problem
     except OSError as problem:
         raise UserError(
             f"--out ({out}): cannot be made ({reason_of(problem)}). Give another place."

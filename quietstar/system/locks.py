@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,6 +35,8 @@ def locked(path: Path, what: str, remedy: str) -> Iterator[None]:
     try:
         while descriptor < 0:
             descriptor = os.open(path, flags, 0o666)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError("it is no regular file")
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
@@ -49,12 +52,12 @@ def locked(path: Path, what: str, remedy: str) -> Iterator[None]:
             os.close(descriptor)
         raise UserError(
             f"{what}: cannot be locked ({path}: {reason_of(problem)}), so two processes could "
-            f"destroy each other's files. {remedy}"
+            "destroy each other's files. Give another place."
         ) from problem
     try:
         before = os.pread(descriptor, 4096, 0)
         if before and _describe(before) is None:
-            raise UserError(f"{what}: {path} is no lock of quietstar. Move it away. {remedy}")
+            raise UserError(f"{what}: {path} is no lock of quietstar. Move it away.")
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
         with suppress(OSError):  # a full disk: who holds it is then not known
             os.ftruncate(descriptor, 0)

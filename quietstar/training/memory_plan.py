@@ -191,6 +191,10 @@ def _trace(
     passes = 2 if settings.global_batch_size > settings.micro_batch_size else 1
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                # Backward would look for the padding in tokens that have no content.
+                module.padding_idx = None
         tokens = torch.zeros(settings.micro_batch_size, config.data.seq_len, dtype=torch.long)
         ids = torch.arange(len(tokens))
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings.mixed_precision == "bf16")

@@ -66,7 +66,36 @@ def build_optimizer(
             "tuning.method: galore needs galore-torch: pip install 'quietstar[galore]', or set "
             "tuning.method: full"
         ) from problem
-    return GaLoreAdamW(groups, betas=betas, eps=epsilon, no_deprecation_warning=True)
+    optimizer = GaLoreAdamW(groups, betas=betas, eps=epsilon, no_deprecation_warning=True)
+    optimizer.register_state_dict_post_hook(_keep_projections)
+    optimizer.register_load_state_dict_post_hook(_make_projectors)
+    return optimizer
+
+
+def _keep_projections(optimizer: Optimizer, content: dict[str, Any]) -> dict[str, Any]:
+    """Puts the matrices of GaLore's projectors, which are objects, in their place.
+
+    A checkpoint is read without running code, so it holds nothing but tensors and numbers.
+    """
+    content["state"] = {index: dict(parts) for index, parts in content["state"].items()}
+    for parts in content["state"].values():
+        if "projector" in parts:
+            parts["projection"] = parts.pop("projector").ortho_matrix
+    return content
+
+
+def _make_projectors(optimizer: Optimizer) -> None:
+    """Makes the projectors anew of what a checkpoint keeps of them."""
+    from galore_torch.galore_projector import GaLoreProjector
+
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parts = optimizer.state[parameter] if parameter in optimizer.state else {}
+            if "projection" in parts:
+                names = ("update_proj_gap", "scale", "proj_type")
+                projector = GaLoreProjector(group["rank"], **{name: group[name] for name in names})
+                projector.ortho_matrix = parts.pop("projection")
+                parts["projector"] = projector
 
 
 def is_projected(name: str, parameter: torch.nn.Parameter, rank: int) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tiny import plain_model, run_config, thinking_model, write_texts
 from quietstar.cli import main as cli
 from quietstar.config.loading import save_config
 from quietstar.data import load_tokenizer
+from quietstar.errors import UserError
 from quietstar.evaluation import runner
 from quietstar.evaluation.runner import ItemStore, open_store
 
@@ -106,21 +108,28 @@ def test_whatever_is_given_ends_in_one_line_and_changes_no_file(command, work, c
     @given(st.lists(st.tuples(st.sampled_from(spoilt), st.sampled_from(NASTY)), min_size=1,
                     max_size=2))  # fmt: skip
     def ends(given):
-        before = contents(work)
+        before, present = contents(work), set(work.rglob("*"))
         call = [command, *line]
         for option, value in given:
             if option in READ.values():  # in place of the text itself
                 text = next(name for name, other in READ.items() if other == option)
                 call = [word for word in call if word not in (text, "two and")]
-            call += [option] if option in ("--show-thoughts", "--force", "--controls") else [
-                option, value
-            ]  # fmt: skip
+            if option in ("--show-thoughts", "--force", "--controls"):
+                call = [*call, option]
+                continue
+            if option in call:  # in place of its value
+                place = call.index(option)
+                call = call[:place] + call[place + 2 :]
+            call = [*call, option, value]
         if command == "inspect" and "--force" in call:
             call = [word.replace("mine.html", "other.html") for word in call]
         code = cli.main(call)
         check(code, capsys.readouterr().err, len(given) if command == "plan" else 1)
         assert contents(work) == before
         assert not list(work.rglob("*.partial"))
+        for path in set(work.rglob("*")) - present:  # which the next case could read
+            if path.is_file():
+                path.unlink()
 
     ends()
 
@@ -145,6 +154,44 @@ def test_a_plan_of_absurd_sizes_ends_at_once(work, capsys, arguments, words):
     err = capsys.readouterr().err
     check(2, err)
     assert words in err
+
+
+# --- Options without effect -----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("call", "idle"),
+    [
+        ("generate --no-thoughts --num-thoughts 3 --thought-temperature 1 --seed 5 --batch-size 2",
+         "--batch-size --num-thoughts --thought-temperature --seed"),
+        ("generate --top-p 0.5 --seed 5", "--top-p --seed"),
+        ("generate --temperature 1 --top-p 0.5 --seed 5", ""),
+        ("generate --thought-temperature 1 --num-thoughts 2 --seed 5", ""),
+        ("eval --votes 3 --temperature 1 --max-new-tokens 9 --data-dir . --include-path . "
+         "--samples 2 --text-tokens 9 --untrained --force",
+         "--votes --temperature --max-new-tokens --samples --untrained --data-dir --include-path "
+         "--text-tokens --force"),
+        ("eval --separator x", ""),
+        ("inspect --seed 5 --force", "--seed --force"),
+        ("plan --force --processes 1", "--force"),
+    ],
+)  # fmt: skip
+def test_an_option_without_effect_is_warned_of(work, caplog, call, idle):
+    command, *more = call.split()
+    assert cli.main([command, *COMMANDS[command][0], *more]) in (None, 0)
+    said = [r.getMessage() for r in caplog.records if "has no effect" in r.getMessage()]
+    assert " ".join(line.partition(":")[0] for line in said) == idle
+
+
+def test_an_option_is_given_once(work, capsys):
+    assert cli.main(["generate", "--model", "model", "--prompt", "a", "--model=other"]) == 2
+    assert "--model: is given 2 times; give it once" in capsys.readouterr().err
+
+
+def test_a_prompt_that_leaves_no_room_is_told_apart_from_too_many_new_tokens(work, capsys):
+    call = ["generate", "--model", "model", "--prompt"]
+    assert cli.main([*call, "two and", "--max-new-tokens", "200"]) == 2
+    assert "--max-new-tokens (200): must be at most 118, since" in capsys.readouterr().err
+    assert cli.main([*call, "two and " * 40]) == 2
+    assert "the prompt (320 tokens): must have fewer than 125" in capsys.readouterr().err
 
 
 # --- Files that are read --------------------------------------------------------------------------
@@ -191,6 +238,7 @@ def test_a_file_of_the_user_is_never_cut(work, tmp_path, capsys, content):
     assert cli.main(call) == 2
     check(2, capsys.readouterr().err)
     assert path.read_bytes() == content
+    assert os.listdir(tmp_path) == ["data.csv"]  # and no lock
     call[-1] = "own.jsonl"
     assert cli.main([*call, "--force"]) == 2
     assert "is also --tasks, which is read" in capsys.readouterr().err
@@ -277,6 +325,17 @@ def test_a_second_process_is_told_who_writes_the_items(tmp_path):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert f"is in use by process {os.getpid()} on" in done.stderr
+
+
+def test_what_is_no_lock_is_named(tmp_path):
+    (tmp_path / "a.lock").write_text("mine")
+    os.mkfifo(tmp_path / "b.lock")
+    reasons = {"a": r"a\.lock is no lock of quietstar\. Move it away\.$",
+               "b": r"cannot be locked \(.*b\.lock: it is no regular file\)"}  # fmt: skip
+    for name, words in reasons.items():
+        with pytest.raises(UserError, match=words), open_store(tmp_path / name, {}, False):
+            pass
+    assert (tmp_path / "a.lock").read_text() == "mine"
 
 
 def finished(number):
@@ -431,7 +490,48 @@ def test_only_a_gate_of_ours_is_replaced(work, tmp_path, capsys):
     assert (model / "gate.safetensors").read_bytes() == b"mine"
     capsys.readouterr()
     assert cli.main([*call, "--force", "--json", str(model / "gate.json")]) == 2
+    assert "lies in" in capsys.readouterr().err
+    (model / "gate.json").unlink()
+    assert cli.main([*call, "--force", "--json", str(model / "gate.json")]) == 2
     assert "is where the gate is saved" in capsys.readouterr().err
+
+
+# --- Files that are written -----------------------------------------------------------------------
+def test_force_replaces_nothing_that_is_read(work, tmp_path, capsys):
+    base, lora = str(tmp_path / "base"), str(tmp_path / "lora")
+    plain_model().save_pretrained(base)
+    thinking_model(base, tuning={"method": "lora"}).save_pretrained(lora, load_tokenizer("bytes"))
+    shutil.copytree("model", tmp_path / "run" / "final")
+    shutil.copy("texts.jsonl", tmp_path / "mine.jsonl")
+    shutil.copytree("model", tmp_path / "cache")
+    (tmp_path / "run" / "final" / "config.json").unlink()
+    (tmp_path / "run" / "final" / "config.json").symlink_to(tmp_path / "cache" / "config.json")
+    data = str(tmp_path / "mine.jsonl")
+    save_config(run_config(tmp_path, data__train=data), tmp_path / "run" / "config.yaml")
+    evaluate, model = ["eval", "--tasks", "own.jsonl", "--model"], str(tmp_path / "run" / "final")
+    inspect = ["inspect", "--text", "two and", "--model"]
+    plan = ["plan", "--config", "plan.yaml"]
+    calls = [
+        [*evaluate, model, "--out", f"{model}/quietstar.json"],
+        [*evaluate, model, "--out-items", f"{model}/model.safetensors"],
+        [*evaluate, model, "--report", f"{model}/tokenizer.json"],
+        [*evaluate, model, "--out", str(tmp_path / "cache" / "config.json")],
+        [*inspect, model, "--out", f"{model}/quietstar.json"],
+        [*inspect, lora, "--out", f"{base}/config.json"],
+        [*inspect, "model", "--compare", model, "--out", f"{model}/quietstar.json"],
+        ["calibrate", "--model", model, "--json", f"{model}/model.safetensors"],
+        ["calibrate", "--model", model, "--json", str(tmp_path / "run" / "config.yaml")],
+        ["calibrate", "--model", model, "--json", data],
+        [*plan, "--model.tokenizer", model, "--json", f"{model}/tokenizer.json"],
+        [*plan, "--data.train", data, "--json", data],
+    ]  # fmt: skip
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for call in calls:
+        assert cli.main([*call, "--force"]) == 2, call
+        err = capsys.readouterr().err
+        check(2, err)
+        assert "which is read" in err, call
+    assert {path: path.read_bytes() for path in before} == before
 
 
 # --- What is printed ------------------------------------------------------------------------------

@@ -371,7 +371,7 @@ def test_a_base_with_a_damaged_config_is_refused(name, content, saved, tmp_path)
 
 @pytest.mark.parametrize(
     "fields", [{"eos_token_id": "x"}, {"suppress_tokens": ["a"]}, {"repetition_penalty": "x"},
-               {"max_time": "soon"}, {"bad_words_ids": 3}]
+               {"max_time": "soon"}, {"bad_words_ids": 3}, {"suppress_tokens": [*range(258)]}]
 )  # fmt: skip
 def test_a_generation_config_that_cannot_generate_is_refused(fields, saved, tmp_path):
     folder = linked(saved / "plain", tmp_path / "base")
@@ -557,7 +557,7 @@ def test_where_a_merge_may_not_write_is_told_before_anything_is_loaded(saved, tm
     (tmp_path / "full" / "a").touch()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "file").touch()
-    for name in ("full", "link", "file", "file/inside"):
+    for name in ("full", "link", "file", "file/inside", "\udcff"):
         refused(lambda name=name: merge(tmp_path / "no_model", tmp_path / name), "--out", name)
     merge(saved / "lora", tmp_path / "new" / "out")
     assert load(tmp_path / "new" / "out")
