@@ -90,7 +90,7 @@ def _make_projectors(optimizer: Optimizer) -> None:
 
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            parts = optimizer.state[parameter] if parameter in optimizer.state else {}
+            parts = optimizer.state.get(parameter, {})
             if "projection" in parts:
                 names = ("update_proj_gap", "scale", "proj_type")
                 projector = GaLoreProjector(group["rank"], **{name: group[name] for name in names})
