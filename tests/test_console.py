@@ -120,7 +120,7 @@ def test_chat_answers_turn_by_turn(folder, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert printed.count("⟨") >= 4  # thoughts of the later answers alone
     assert "/reset starts over" in printed.splitlines()[0]
-    assert "need" in printed  # the turn that is too long, after which the talk goes on
+    assert "fewer than" in printed  # the turn that is too long, after which the talk goes on
     assert cli.main(["chat", "--model", str(folder / "model"), "--device", "cpu"]) == 2
     assert "without a chat template; use quietstar generate" in capsys.readouterr().err
 

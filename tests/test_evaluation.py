@@ -60,10 +60,9 @@ def write_lines(path, rows):
 
 def run(folder, *arguments, tasks="gsm8k,commonsense_qa", model="model"):
     """Exit code of the command."""
-    return cli.main(
-        ["eval", "--model", str(folder / model), "--tasks", tasks, "--data-dir", str(folder),
-         "--device", "cpu", *map(str, arguments)]
-    )  # fmt: skip
+    data = [] if "--data-dir" in arguments else ["--data-dir", folder]
+    call = ["eval", "--model", folder / model, "--tasks", tasks, "--device", "cpu"]
+    return cli.main([str(word) for word in (*call, *data, *arguments)])
 
 
 def evaluated(folder, tmp_path, *arguments, **more):
