@@ -391,7 +391,7 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys):
     gone = said(tasks=str(tmp_path / "gone.jsonl"))
     assert "there is no file" in gone
     assert "--data-dir" not in gone
-    assert "(/nowhere): there is no such folder" in said("--model", "/nowhere")
+    assert "(/nowhere): there is no such folder" in said(model="/nowhere")
 
 
 @pytest.mark.parametrize(
