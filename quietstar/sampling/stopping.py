@@ -48,8 +48,9 @@ class StopTexts:
             table = _build_table([text], pieces, order)
             if not _can_end(table):
                 raise UserError(
-                    f"thoughts.stop: {text!r} cannot be written with the tokens of this model, so "
-                    "no thought would end with it. Give a text that its tokenizer can decode to."
+                    f"thoughts.stop: {text!r} cannot be written with the tokens of this model, of "
+                    "which each must hold whole characters of it, so no thought would end with it. "
+                    "Give another text."
                 )
         self.table = _build_table(texts, pieces, order)
         self.ended = len(self.table) - 1
