@@ -55,6 +55,9 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in `quietstar.cli.main`
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if not torch.accelerator.is_available():
+        # DeepSpeed, which transformers imports if it is installed, would warn that there is none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def build_accelerator(config: Config) -> Accelerator:
