@@ -5,6 +5,7 @@
 #
 # The first argument is ddp, fsdp2, or the name of a *_cpu file of configs/accelerate without that
 # ending (zero1, zero2, zero3, zero3_offload). NUM_PROCESSES=4 starts four.
+# Relative paths, those of data and output too, start at the checkout, wherever it is called from.
 set -euo pipefail
 strategy=${1:?usage: launch/cpu.sh STRATEGY CONFIG [--KEY VALUE ...]}
 config=${2:?usage: launch/cpu.sh STRATEGY CONFIG [--KEY VALUE ...]}

@@ -5,6 +5,7 @@
 #
 # The first argument names a file of configs/accelerate (ddp, zero1, zero2, zero3, zero3_offload,
 # fsdp2, or a *_cpu twin). As many processes as there are GPUs; NUM_PROCESSES=4 takes fewer.
+# Relative paths, those of data and output too, start at the checkout, wherever it is called from.
 set -euo pipefail
 strategy=${1:?usage: launch/node.sh STRATEGY CONFIG [--KEY VALUE ...]}
 config=${2:?usage: launch/node.sh STRATEGY CONFIG [--KEY VALUE ...]}
