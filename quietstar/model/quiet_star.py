@@ -168,7 +168,8 @@ class QuietStarForCausalLM(nn.Module):
             raise UserError(
                 f"thoughts.stop ({texts}): needs the tokenizer of the model. Set model.tokenizer."
             )
-        rows = embedding_weight(self.causal_lm).shape[0]
+        # The embeddings themselves may be sharded, and then have no rows here.
+        rows = self.causal_lm.config.get_text_config().vocab_size
         return StopTexts.of_tokenizer(texts, self.tokenizer, rows)
 
     def initial_vectors(
