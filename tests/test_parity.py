@@ -199,7 +199,7 @@ def early_thoughts(model: QuietStarForCausalLM, lengths: list[int]) -> ThoughtBa
     """Sampled thoughts that are cut anywhere, also to nothing; some keep their whole length."""
     input_ids, mask = batch(model, lengths)
     drawn = model.draw(input_ids, mask, num_thoughts=2, temperature=1.0)
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(6)
     most = drawn.tokens.shape[-1]
     cut = torch.randint(0, most + 1, drawn.lengths.shape, generator=generator)
     assert set(cut.flatten().tolist()) == set(range(most + 1)), "every length is there"

@@ -501,7 +501,7 @@ class Beyond:
         ("loss.objective", "Nothing", "it returned NoneType, but must return ThoughtWeights"),
         ("loss.objective", "Picky", r"it raised ValueError \(not today\)"),
         ("loss.objective", "OddSettings", "its Settings cannot be keys of a config"),
-        ("thoughts.sampler", "Beyond", "its tokens are from 10.* but must be from 0 to 257"),
+        ("thoughts.sampler", "Beyond", r"its tokens \(10\d+\): must be token ids from 0 to 257"),
     ],
 )
 def test_a_part_that_does_what_it_must_not_is_one_line(key, name, words, working_folder):
