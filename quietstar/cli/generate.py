@@ -221,7 +221,10 @@ def _chat_ids(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
         raise UserError(f"{failure} (it gives more than {MAX_BYTES} characters, or no text)")
     ids = tokenizer(check_unicode(text, "the chat template"), add_special_tokens=False)["input_ids"]
     if not ids:
-        raise UserError("the chat template of the tokenizer gives an empty text")
+        raise UserError(
+            "the chat template of the tokenizer gives an empty text, but must write the turns. "
+            "Mend it, or use quietstar generate."
+        )
     return ids
 
 
