@@ -67,7 +67,7 @@ def test_pieces_are_what_tokens_add_to_a_text():
     ("stop", "words"),
     [
         (["ok", "é"], r"thoughts.stop: 'é' cannot be written with the tokens of this model"),
-        (["a" * 600, "b" * 600], "has 1,200 characters, but at most 1,000 fit"),
+        (["a" * 600, "b" * 600], "has 1,200 characters, but at most 300 fit"),
     ],
 )
 def test_texts_that_cannot_end_a_thought_are_refused(stop, words):
@@ -151,6 +151,23 @@ def test_stop_texts_can_change_between_stages():
     model.tokenizer = None
     with pytest.raises(UserError, match=r"needs the tokenizer of the model. Set model.tokenizer"):
         model.configure(model.thoughts.model_copy(update={"stop": OFTEN}))
+
+
+def test_generation_ends_thoughts_also_where_embeddings_are_narrower_than_states():
+    base = plain_model({"model_type": "opt", "hidden_size": 16, "word_embed_proj_dim": 8,
+                        "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+                        "max_position_embeddings": 64})  # fmt: skip
+    model = thinking_model(base, thoughts={"length": LENGTH, "stop": OFTEN}).eval()
+    out = model.generate(
+        random_texts(1, 6), max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0,
+        thought_temperature=1.0, seed=3, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    seen = model.think(out.sequences, temperature=1.0, seed=3)
+    assert torch.equal(out.thoughts[0, :, 0], seen.tokens[0, 0, 5:9])
+    assert (out.thoughts == -1).any()
+    for step, token in enumerate(out.sequences[0, 6:]):
+        logprob = out.logits[step][0].log_softmax(-1)[token]
+        torch.testing.assert_close(logprob, seen.mixed_logprobs[0, 0, 5 + step, 0])
 
 
 # --- From a run to its evaluation -----------------------------------------------------------------

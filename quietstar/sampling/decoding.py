@@ -128,13 +128,16 @@ class Decoder:
         length, end = self.sampling.thought_length, self.end.expand(*thoughts[0].shape, -1)
         state = stop.step(torch.zeros_like(thoughts[0]), thoughts[0])
         closes = closed = torch.zeros_like(state, dtype=torch.bool)
-        ahead = torch.zeros_like(end)
+        ahead: Tensor | None = None
         for index in range(1, length + 2):
             embedded = self.embed(thoughts[-1].clamp(min=0))
             states = self._run(
                 cache, torch.where(closes.unsqueeze(-1), end, embedded), False, index
             )
-            ahead = torch.where((closes & ~closed).unsqueeze(-1), states, ahead)
+            is_end = (closes & ~closed).unsqueeze(-1)
+            ahead = torch.where(
+                is_end, states, torch.zeros_like(states) if ahead is None else ahead
+            )
             closed, closes = closes, (state == stop.ended) | (index >= length)
             looks = on_host(closed) or index % LOOK_EVERY == 0
             if index > length or (looks and bool(closed.all())):
@@ -144,6 +147,7 @@ class Decoder:
                 state = stop.step(state, tokens).where(~closes, stop.ended)
                 thoughts.append(tokens)
         missing = [torch.full_like(state, NO_TOKEN)] * (length - len(thoughts))
+        assert ahead is not None, "a thought has a token"
         return ahead.transpose(0, 1), torch.stack([*thoughts, *missing], dim=-1)
 
     def _run(

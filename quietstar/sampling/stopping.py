@@ -6,6 +6,7 @@ all thoughts is one lookup in a table, without a look at the host.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,8 +19,8 @@ from quietstar.errors import UserError
 
 _ANCHOR = "a"
 """Stands before each token when it is decoded: some tokenizers drop a space at the beginning."""
-_MOST_STATES = 1000
-"""The table has a row for each: 1,000 for a vocabulary of 150,000 are 300 MB."""
+_MOST_STATES = 300
+"""The table has a row for each: 300 for a vocabulary of 150,000 are 90 MB."""
 
 
 class StopTexts:
@@ -43,16 +44,15 @@ class StopTexts:
                 f"thoughts.stop: has {count:,} characters, but at most {_MOST_STATES:,} fit into "
                 "the table of its states. Give fewer or shorter texts."
             )
-        order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i]))
+        spelled = _Spelled(pieces)
         for text in texts:
-            table = _build_table([text], pieces, order)
-            if not _can_end(table):
+            if not _can_end(_build_table([text], spelled)):
                 raise UserError(
                     f"thoughts.stop: {text!r} cannot be written with the tokens of this model, of "
                     "which each must hold whole characters of it, so no thought would end with it. "
                     "Give another text."
                 )
-        self.table = _build_table(texts, pieces, order)
+        self.table = _build_table(texts, spelled)
         self.ended = len(self.table) - 1
         self.table[:, list(end_ids)] = self.ended
 
@@ -94,27 +94,35 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [text[begin:] for text in tokenizer.batch_decode(rows)]
 
 
-def _build_table(
-    texts: Sequence[str], pieces: Sequence[str], order: Sequence[int]
-) -> Int[Tensor, "states vocab"]:
-    """Tabulate the next state for every state and token; the last state has ended.
+class _Spelled:
+    """The letters of all tokens, place by place, for the tokens that are as long.
 
-    ``order`` has the tokens from the longest piece to the shortest.
+    Attributes:
+        tokens: From the longest to the shortest.
+        columns: Of each place, the code points of the letters there; of the first tokens.
     """
-    letters = {letter: n for n, letter in enumerate(sorted(set("".join(texts))))}
-    by_letter = torch.tensor(_by_letter(texts, list(letters)), dtype=torch.int16)
-    ended, other = len(by_letter) - 1, len(letters)
-    table = torch.arange(ended + 1, dtype=torch.int16)[:, None].repeat(1, len(pieces))
-    texts_left, index, place = [pieces[token] for token in order], torch.tensor(order), 0
-    while texts_left:  # all states and tokens at once, letter by letter
-        while texts_left and len(texts_left[-1]) <= place:
-            texts_left.pop()
-        spelled = torch.tensor(
-            [letters.get(text[place], other) for text in texts_left], dtype=torch.long
-        )
-        some = index[: len(texts_left)]
-        table[:, some] = by_letter[table[:, some].long(), spelled]
-        place += 1
+
+    def __init__(self, pieces: Sequence[str]) -> None:
+        order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i]))
+        self.tokens, left = torch.tensor(order, dtype=torch.long), [pieces[i] for i in order]
+        self.columns: list[Tensor] = []
+        for place in range(len(left[0]) if left else 0):
+            while len(left[-1]) <= place:
+                left.pop()
+            self.columns.append(torch.tensor([ord(piece[place]) for piece in left]))
+
+
+def _build_table(texts: Sequence[str], spelled: _Spelled) -> Int[Tensor, "states vocab"]:
+    """Tabulate the next state for every state and token; the last state has ended."""
+    letters = sorted(set("".join(texts)))
+    by_letter = torch.tensor(_by_letter(texts, letters), dtype=torch.int16)
+    index = torch.full((sys.maxunicode + 1,), len(letters))
+    index[[ord(letter) for letter in letters]] = torch.arange(len(letters))
+    states = torch.arange(len(by_letter), dtype=torch.int16)
+    table = states[:, None].repeat(1, len(spelled.tokens))
+    for column in spelled.columns:  # all states and tokens at once, letter by letter
+        some = spelled.tokens[: len(column)]
+        table[:, some] = by_letter[table[:, some].long(), index[column]]
     return table
 
 
