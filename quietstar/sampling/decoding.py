@@ -4,8 +4,7 @@ T + 1 passes a token: the last token and the start vector together, the thought 
 one by one, and the last thought token with the end vector. Where thoughts may end early, the end
 vectors have passes of their own, as many as the longest thought needs. Keys and values of the text
 stay, those of the thoughts are overwritten at the next token, so memory does not grow with their
-number.
-Letters as in `quietstar.attention.layout`.
+number. Letters as in `quietstar.attention.layout`.
 """
 
 from __future__ import annotations
@@ -135,9 +134,7 @@ class Decoder:
                 cache, torch.where(closes.unsqueeze(-1), end, embedded), False, index
             )
             is_end = (closes & ~closed).unsqueeze(-1)
-            ahead = torch.where(
-                is_end, states, torch.zeros_like(states) if ahead is None else ahead
-            )
+            ahead = states if ahead is None else torch.where(is_end, states, ahead)
             closed, closes = closes, (state == stop.ended) | (index >= length)
             looks = on_host(closed) or index % LOOK_EVERY == 0
             if index > length or (looks and bool(closed.all())):
