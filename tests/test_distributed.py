@@ -37,16 +37,21 @@ def test_files_of_launchers_are_what_accelerate_reads(path):
         assert text.get("use_cpu", False) == path.stem.endswith("_cpu")
 
 
+CHARACTERS = json.dumps([chr(c) for c in range(32, 127)])
 STAGES = f"""
 stages:
   reads:
     loss: {{objective: next_token}}
     training: {{max_steps: 4}}
   thinks:
-    thoughts: {{length: 10, stop: {json.dumps([chr(c) for c in range(32, 127)])}}}
-    training: {{max_steps: 6}}
+    thoughts: {{length: 10, start_init: ab, stop: &characters {CHARACTERS}}}
+    training: {{max_steps: 3}}
+  thinks_long:
+    thoughts: {{length: 45, positions: random, start_init: ab, stop: *characters}}
+    training: {{max_steps: 3}}
 """
-"""Thoughts end early: ranks want to end their rollouts after different numbers of tokens."""
+"""Thoughts end early: ranks want to end their rollouts after different numbers of tokens. The long
+ones at a few positions leave the batch then, and are packed to learn from."""
 
 
 class Runs:

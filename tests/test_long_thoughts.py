@@ -16,8 +16,12 @@ from test_parity import (
 from tiny import plain_model, thinking_model
 
 from quietstar.attention.layout import NO_TOKEN
+from quietstar.attention.live_pass import LiveStep
 from quietstar.backbone import teacher_forced
-from quietstar.sampling.thoughts import Texts, ThoughtBatch
+from quietstar.sampling import rollout
+from quietstar.sampling.rollout import sample_thoughts
+from quietstar.sampling.stopping import StopTexts
+from quietstar.sampling.thoughts import Sampling, Texts, ThoughtBatch
 
 LENGTHS = [7, 5]
 MARKERS = ((5, 5, 6), (1, 1, 1), (5, 1, 6), (1, 5, 1))
@@ -128,3 +132,85 @@ def test_what_pads_is_never_run():
     model(thoughts.input_ids, mask, thoughts=thoughts)
     tokens = sum(1 + (thoughts.lengths[b, p] + 1 + 1).sum() for b, p in ((0, 0), (0, 1), (1, 0)))
     assert rows == [(2, 7), (1, tokens)]
+
+
+# --- Sampling -------------------------------------------------------------------------------------
+KINDS = (
+    *("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "olmo3", "phi"),
+    *("cohere2", "exaone4", "gpt_oss", "deepseek_v3"),
+)
+"""Windows, soft caps, sinks, learned positions, parallel layers, other sizes of values."""
+PLACES = torch.tensor([[1, 4, 6], [2, 4, -1]])
+
+
+def draw(model, live_from, monkeypatch, temperature=3.0, rows=slice(None)):
+    """Thoughts of up to 40 tokens at a few positions, most of which end early."""
+    monkeypatch.setattr(rollout, "LIVE_FROM", live_from)
+    ids, _ = batch(model, LENGTHS)
+    pieces = [chr(97 + token % 26) for token in range(model.causal_lm.config.vocab_size)]
+    ends = range(3, len(pieces), 9)
+    sampling = Sampling(3, 40, temperature, 5, StopTexts(["xy"], pieces, ends))
+    return sample_thoughts(
+        model.causal_lm, model.output_head, model.start_vectors.detach(), ids[rows],
+        torch.arange(2)[rows], sampling, PLACES[rows],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_thoughts_that_leave_when_they_end_are_those_that_stay(name, monkeypatch):
+    model = build(name, length=40, num_markers=(3, 1))
+    leave, stay = (draw(model, live_from, monkeypatch) for live_from in (1, 10**6))
+    assert torch.equal(leave, stay)
+    lengths = (leave >= 0).sum(0)
+    assert (lengths[..., PLACES >= 0] > 0).all()
+    assert (lengths[..., PLACES < 0] == 0).all()
+    assert len(lengths.unique()) > 3
+
+
+def test_they_are_the_same_for_every_cut_of_the_batch(monkeypatch):
+    model = build("qwen3", length=40)
+    whole = draw(model, 1, monkeypatch)
+    for row in (slice(0, 1), slice(1, 2)):
+        assert torch.equal(draw(model, 1, monkeypatch, rows=row), whole[:, :, row])
+
+
+def test_greedy_ones_are_the_most_likely_tokens_of_the_loop(monkeypatch):
+    model = build("gemma3_text", length=40, num_markers=(2, 1))
+    ids, _ = batch(model, LENGTHS)
+    thoughts = draw(model, 1, monkeypatch, temperature=None)
+    everywhere = torch.full((*ids.shape, *reversed(thoughts.shape[:2])), NO_TOKEN)
+    chosen = torch.zeros(ids.shape, dtype=torch.bool)
+    for b, p in (PLACES >= 0).nonzero().tolist():
+        everywhere[b, PLACES[b, p]] = thoughts[:, :, b, p].T
+        chosen[b, PLACES[b, p]] = True
+    expected = run_reference(model, ids, LENGTHS, everywhere.transpose(1, 2), positions=chosen)
+    tokens = everywhere.permute(3, 2, 0, 1)
+    written = tokens != NO_TOKEN
+    assert written.sum() > 30
+    assert torch.equal(tokens[written], expected.policy_argmax[written])
+
+
+def test_nothing_runs_for_a_thought_that_has_ended(monkeypatch):
+    model = build("llama", length=40)
+    ran = []
+    model.causal_lm.model.layers[0].register_forward_pre_hook(
+        lambda _, inputs: ran.append(inputs[0].shape[0])
+    )
+    lengths = (draw(model, 1, monkeypatch) >= 0).sum(0)
+    real = lengths[..., PLACES >= 0]
+    # The text, the start vector of every position, then a token of every thought that goes on.
+    going_on = [int((real > n).sum()) for n in range(1, int(real.max()))]
+    assert ran == [2, 5, *going_on]
+
+
+def test_the_text_is_never_copied_for_its_thoughts(monkeypatch):
+    model, shapes = build("llama", length=40), []
+    attend = LiveStep.attend
+
+    def watched(self, *args):
+        shapes.append({x.shape[0] for pair in self.cache.text.values() for x in pair})
+        return attend(self, *args)
+
+    monkeypatch.setattr(LiveStep, "attend", watched)
+    draw(model, 1, monkeypatch)
+    assert all(shape == {2} for shape in shapes)
