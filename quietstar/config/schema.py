@@ -191,6 +191,13 @@ class ThoughtsConfig(Section):
     """Thoughts sampled at each position."""
     temperature: Temperature = 1.0
     """Temperature at which thought tokens are sampled in training."""
+    top_p: Annotated[float, _above_zero(1.0, "it is a share of a whole")] | None = None
+    """Sample thought tokens in training among the most likely ones that together reach this
+    probability; null means all. The policy term then still scores them by the full distribution,
+    which biases its gradient."""
+    top_k: Annotated[int, _between(1, 2**31, "no vocabulary has as many")] | None = None
+    """Sample thought tokens in training among so many of the most likely ones; null means all. The
+    policy term is as with thoughts.top_p."""
     start_init: Text = "---"
     """Text whose input embedding initializes the learned start embedding."""
     end_init: Text = "---"

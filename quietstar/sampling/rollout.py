@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from quietstar.attention.layout import NO_TOKEN, has_content, on_host, shifted
 from quietstar.attention.passes import RolloutCache, RolloutStep
@@ -72,7 +72,7 @@ def sample_thoughts(
             states = steps.run(index, last).flatten(0, 1)
             # Behind the start token all thoughts of a position draw from one distribution.
             draws = noise.reshape(-1, len(states)).T.contiguous()  # (B * P, K), or (K * B * P, 1)
-            tokens = sample_rows(states, head, draws, sampling.temperature)
+            tokens = sample_rows(states, head, draws, sampling)
             tokens = tokens.T.reshape(noise.shape)
             if stop is not None:
                 tokens = tokens.where(state != stop.ended, NO_TOKEN)
@@ -155,9 +155,7 @@ class _Steps:
         return run_backbone(self.model, inputs, places + index + 1, step)
 
 
-def sample_rows(
-    states: Tensor, head: OutputHead, noise: Tensor, temperature: float | None
-) -> Tensor:
+def sample_rows(states: Tensor, head: OutputHead, noise: Tensor, sampling: Sampling) -> Tensor:
     """Next tokens, a chunk of logits at a time: as many of every row as noise has columns."""
     vocab_size = head.vocab_size or head.num_logits
     chunk = max(_LEAST_ROWS, _CHUNK_ELEMENTS // head.num_logits)
@@ -166,19 +164,26 @@ def sample_rows(
     tokens = torch.empty(noise.shape, dtype=torch.long, device=noise.device)
     for start in range(0, states.shape[0], chunk):
         rows = slice(start, start + chunk)
-        tokens[rows] = sample_logits(
-            head.logits(states[rows])[:, :vocab_size], noise[rows], temperature
-        )
+        logits = head.logits(states[rows])[:, :vocab_size]
+        tokens[rows] = sample_logits(logits, noise[rows], sampling)
     return tokens
 
 
 def sample_logits(
     logits: Float[Tensor, "rows vocab"],
     noise: Float[Tensor, "rows draws"],
-    temperature: float | None,
+    sampling: Sampling,
 ) -> Int[Tensor, "rows draws"]:
-    """Next tokens of every row; without a temperature the most likely."""
+    """Next tokens of every row; without a temperature the most likely.
+
+    Filters as transformers does: temperature first, then ``top_k``, then ``top_p`` of the rest.
+    """
+    temperature, ids = sampling.temperature, torch.LongTensor()  # which no filter reads
     if temperature is None:
         return logits.argmax(-1, keepdim=True).expand(noise.shape)
     logits = logits if temperature == 1.0 else logits / temperature
+    if sampling.top_k is not None:
+        logits = TopKLogitsWarper(sampling.top_k)(ids, logits)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        logits = TopPLogitsWarper(sampling.top_p)(ids, logits)
     return sample_inverse_cdf(logits, noise)
