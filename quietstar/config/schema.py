@@ -167,9 +167,10 @@ class ThoughtsConfig(Section):
     """Where the model thinks, how long, how often, and how thoughts are sampled."""
 
     sampler: Text = "rollout"
-    """Where thoughts come from: rollout (the model samples them), pause (a constant token, the
-    first of thoughts.start_init, in their place: a control that thinks nothing), or a sampler of
-    your own as module:name."""
+    """Where thoughts come from: rollout (the model samples them, all positions in parallel),
+    generate (the same thoughts by transformers' generate, one row each: slow), pause (a constant
+    token, the first of thoughts.start_init, in their place: a control that thinks nothing), or a
+    sampler of your own as module:name."""
     positions: Literal[
         "all", "every", "random", "entropy", "weight", "weighted_entropy", "answer", "answer_start"
     ] = "all"
