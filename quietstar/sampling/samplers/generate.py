@@ -93,8 +93,9 @@ def _check(model: Any) -> None:
 def _plainly(model: PreTrainedModel) -> Iterator[None]:
     """Inside, a model generates as a causal LM that was given no settings, and does not train.
 
-    In train mode activation checkpointing would drop the cache. The settings of generation that
-    come with a model, as a repetition penalty, fill what a call leaves out.
+    In train mode activation checkpointing drops the cache in some versions of transformers. The
+    settings of generation that come with a model, as a repetition penalty, would fill what a call
+    leaves out.
     """
     settings, modules = model.generation_config, [(m, m.training) for m in model.modules()]
     model.generation_config = GenerationConfig()
