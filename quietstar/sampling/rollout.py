@@ -164,8 +164,9 @@ def sample_rows(states: Tensor, head: OutputHead, noise: Tensor, sampling: Sampl
     tokens = torch.empty(noise.shape, dtype=torch.long, device=noise.device)
     for start in range(0, states.shape[0], chunk):
         rows = slice(start, start + chunk)
-        logits = head.logits(states[rows])[:, :vocab_size]
-        tokens[rows] = sample_logits(logits, noise[rows], sampling)
+        tokens[rows] = sample_logits(
+            head.logits(states[rows])[:, :vocab_size], noise[rows], sampling
+        )
     return tokens
 
 

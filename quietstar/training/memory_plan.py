@@ -86,7 +86,7 @@ def estimate_run(config: Config, engine: str, processes: int) -> Estimate:
     if any(stage.config.thoughts.sampler == "generate" for stage in stages):
         raise UserError(
             "thoughts.sampler: generate cannot be planned, since its passes depend on the texts; "
-            "plan rollout, which needs more than its groups of rows"
+            "plan rollout, whose passes that learn are the same"
         )
     try:
         estimates = [_estimate_stage(stage, tokenizer, engine, processes) for stage in stages]
