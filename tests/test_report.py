@@ -91,7 +91,18 @@ RECORDS = [
     evaluation(10, "pretrain", base_nll=2.0, accuracy_without_thoughts=0.3),
     evaluation(10, "think", **(THINKING | {"right_thoughts": 0.03, "gain_of_content": 0.0})),
     train(20, "think", **THINKING, reward=0.1, reward_spread=0.2, entropy=1.0, distinct=0.9),
-    train(30, "think", **THINKING, reward=0.2, reward_spread=0.2, alike=0.1, entropy=0.9),
+    train(
+        30,
+        "think",
+        **THINKING,
+        reward=0.2,
+        reward_spread=0.2,
+        alike=0.1,
+        entropy=0.9,
+        thought_length=6.2,
+        thought_length_p90=9.0,
+        stop_fraction=0.8,
+    ),
     evaluation(30, "think", **THINKING, reward=0.2),
 ]
 RESULTS = {

@@ -5,9 +5,10 @@ import torch
 from tiny import BYTES_VOCAB, plain_model, random_texts, thinking_model
 
 from quietstar.backbone.output_head import find_output_head
+from quietstar.errors import UserError
 from quietstar.sampling import rollout
 from quietstar.sampling.noise import keyed_uniform, sample_inverse_cdf
-from quietstar.sampling.rollout import sample_thoughts
+from quietstar.sampling.rollout import sample_logits, sample_thoughts
 from quietstar.sampling.thoughts import Sampling
 
 LOWEST, HIGHEST = 2.0**-25, 1 - 2.0**-25  # the second is 1.0 in float32
@@ -83,6 +84,89 @@ def test_extreme_numbers_give_the_first_and_the_last_token():
 def keyed(seed, ids, num_thoughts, token, length):
     positions = torch.arange(length).expand(len(ids), -1)
     return keyed_uniform(seed, ids, num_thoughts, token, positions)
+
+
+# --- top_p and top_k ------------------------------------------------------------------------------
+
+
+def kept_probabilities(logits, top_p, top_k):
+    """Exact, renormalized over the tokens that both filters leave."""
+    order = logits.double().argsort(descending=True)
+    kept = order[:top_k]
+    ends = logits[kept].double().softmax(-1).cumsum(-1)
+    kept = kept[: int((ends < (1 if top_p is None else top_p)).sum()) + 1]
+    probabilities = torch.zeros(len(logits), dtype=torch.double)
+    probabilities[kept] = logits[kept].double().softmax(-1)
+    return probabilities
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(
+    ("top_p", "top_k"),
+    [(0.8, None), (0.05, None), (None, 5), (0.6, 20), (0.9, 3), (1.0, 500)],
+)
+def test_filters_draw_by_the_renormalized_probabilities_of_what_they_leave(
+    temperature, top_p, top_k
+):
+    logits, draws = random_logits(1, 130), 100_000
+    sampling = Sampling(1, 1, temperature, top_p=top_p, top_k=top_k)
+    uniform = ((torch.arange(draws) + 0.5) / draws)[None]
+    tokens = sample_logits(logits.clone(), uniform, sampling)[0]
+    counts = torch.bincount(tokens, minlength=130)
+    expected = kept_probabilities(logits[0] / temperature, top_p, top_k)
+    if top_p != 1.0:
+        assert (expected == 0).any()
+    assert (counts[expected == 0] == 0).all()
+    assert (counts - expected * draws).abs().max() <= 2  # as above
+
+
+def test_without_filters_draws_are_as_before():
+    logits, uniform = random_logits(50, 130), torch.rand(50, 4)
+    expected = sample_inverse_cdf(logits.clone(), uniform)
+    for off in ({}, {"top_p": 1.0}):
+        assert torch.equal(sample_logits(logits.clone(), uniform, Sampling(4, 1, 1.0, **off)),
+                           expected)  # fmt: skip
+    greedy = Sampling(4, 1, None, top_p=0.1, top_k=1)
+    assert torch.equal(sample_logits(logits, uniform, greedy)[:, 0], logits.argmax(-1))
+
+
+FILTERS = {"top_p": 0.7, "top_k": 6}
+
+
+def test_filtered_thoughts_do_not_depend_on_how_a_batch_is_cut(model, monkeypatch):
+    texts, ids = random_texts(4, 20), torch.tensor([8, 3, 5, 1])
+    whole = sample(model, texts, ids, **FILTERS)
+    assert not torch.equal(whole, sample(model, texts, ids))
+    halves = [sample(model, texts[i : i + 2], ids[i : i + 2], **FILTERS) for i in (0, 2)]
+    assert torch.equal(whole, torch.cat(halves, 2))
+    monkeypatch.setattr(rollout, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(rollout, "_LEAST_ROWS", 64)
+    assert torch.equal(sample(model, texts, ids, **FILTERS), whole)
+
+
+def test_the_model_and_its_generation_filter_their_thoughts():
+    model, texts = thinking_model(thoughts=FILTERS).eval(), random_texts(2, 9)
+    ids = {"sample_ids": torch.arange(2), "seed": 3}
+    arguments = {**ids, "num_thoughts": 2, "temperature": 1.0}
+    drawn = model.sample(texts, **arguments, **FILTERS)
+    assert torch.equal(model(texts, **ids).thoughts, drawn)
+    assert torch.equal(model.think(texts, **arguments, **FILTERS).tokens, drawn)
+    assert not torch.equal(model.sample(texts, **arguments), drawn)
+    greedy = model.sample(texts, **arguments, top_k=1)
+    assert torch.equal(greedy[:, :1], model.sample(texts))
+    out = model.generate(
+        texts[:, :5], max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0,
+        num_thoughts=2, thought_temperature=1.0, thought_top_p=0.7, thought_top_k=6, seed=3,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    seen = model.sample(out.sequences, **arguments, **FILTERS)  # (B, K, P, T)
+    assert torch.equal(out.thoughts, seen[:, :, 4:8].transpose(1, 2))
+
+
+@pytest.mark.parametrize("wrong", [{"top_p": 0.0}, {"top_p": 1.5}, {"top_k": 0}])
+def test_a_filter_that_leaves_nothing_is_refused(wrong, model):
+    with pytest.raises(UserError, match=r"top_. \(.*\): must be"):
+        model.sample(random_texts(1), temperature=1.0, **wrong)
 
 
 # --- keyed_uniform --------------------------------------------------------------------------------

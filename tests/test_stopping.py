@@ -2,15 +2,20 @@
 
 import json
 import random
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny import plain_model, random_texts, read_metrics, run_config, thinking_model
 
 from quietstar import QuietStarForCausalLM
 from quietstar.cli import main as cli
 from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
+from quietstar.model.outputs import percentile
+from quietstar.reports import write_report
 from quietstar.sampling.stopping import StopTexts, token_pieces
 from quietstar.training.run import run_training
 
@@ -124,9 +129,51 @@ def test_a_step_learns_from_them_and_counts_their_tokens():
     cut = [first_end(OFTEN, pieces, t, {256}) is None for t in real.flatten(0, 2).tolist()]
     assert 0 < sum(cut) < len(cut)
     assert figures["truncated_fraction"] == pytest.approx(sum(cut) / len(cut))
+    assert figures["stop_fraction"] == pytest.approx(1 - sum(cut) / len(cut))
+    assert figures["thought_length_p90"] == pytest.approx(np.percentile(lengths.numpy(), 90))
     given = build()(texts, thoughts=build().draw(texts, num_thoughts=2, temperature=1.0, seed=1))
     assert torch.equal(given.loss, output.loss)
-    assert "thought_length" not in build(stop=[])(texts).metrics.means()
+    fixed = build(stop=[])(texts).metrics.means()
+    assert not {"thought_length", "thought_length_p90", "stop_fraction"} & fixed.keys()
+
+
+@pytest.mark.parametrize("positions", ["all", "random"])
+def test_lengths_of_micro_batches_and_ranks_pool_exactly(positions):
+    model, texts = build(positions=positions, position_fraction=0.4, num_thoughts=3), []
+    parts, lengths = [], []
+    for seed, (batch, seq) in enumerate([(2, 9), (1, 6)]):
+        texts = random_texts(batch, seq, seed=seed)
+        output = model(texts, seed=seed)
+        parts.append(output.metrics)
+        real = output.thoughts
+        if output.positions is None:
+            real = real[:, :, :-1]  # behind the last token there is no target
+        else:
+            real = real.transpose(1, 2)[output.positions >= 0]
+        lengths += (real >= 0).sum(-1).flatten().tolist()
+    assert len(set(lengths)) > 2
+
+    def reduce(x, how):  # the other rank has the second micro-batch
+        other = parts[1]._table() if x.is_floating_point() else parts[1].lengths
+        return x + other
+
+    accelerator = Mock(spec=Accelerator, num_processes=2, reduce=reduce)
+    for pooled in (parts[0] + parts[1], parts[0].reduced(accelerator)):
+        assert pooled.lengths.tolist() == np.bincount(lengths, minlength=LENGTH + 1).tolist()
+        figures = pooled.means()
+        assert figures["thought_length_p90"] == pytest.approx(np.percentile(lengths, 90))
+        assert figures["thought_length"] == pytest.approx(np.mean(lengths))
+        assert figures["stop_fraction"] + figures["truncated_fraction"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_percentiles_of_counts_are_those_of_the_numbers(seed):
+    rng = random.Random(seed)
+    numbers = [rng.choice([0, 1, 4, 5, 9]) for _ in range(rng.randrange(1, 30))]
+    counts = np.bincount(numbers, minlength=12).tolist()
+    for fraction in (0.0, 0.5, 0.9, 1.0):
+        expected = np.percentile(numbers, 100 * fraction)
+        assert percentile(counts, fraction) == pytest.approx(expected)
 
 
 def test_a_saved_model_ends_its_thoughts_as_before(tmp_path):
@@ -182,11 +229,13 @@ def test_a_run_with_them_is_the_same_however_it_is_cut_and_all_commands_read_its
             training__micro_batch_size=micro_batch, training__learn_chunk_tokens=chunk,
             training__output_dir=str(tmp_path / name), thoughts__temperature=1.5,
         )  # fmt: skip
-        final = str(run_training(config))
+        final = str(run_training(config, on_report=write_report))
         records = read_metrics(tmp_path / name, "train")
         losses.append([record["loss"] for record in records])
         assert all(1 < record["thought_length"] < LENGTH for record in records)
         assert all(0 < record["truncated_fraction"] < 1 for record in records)
+        assert all(record["thought_length_p90"] >= record["thought_length"] for record in records)
+        assert "90th percentile" in (tmp_path / name / "report.html").read_text(encoding="utf-8")
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
     task = tmp_path / "task.jsonl"

@@ -389,6 +389,17 @@ ALARMING = {
 }
 
 
+def test_a_run_with_filtered_thoughts_says_that_its_policy_term_is_biased(tmp_path, capsys):
+    for filters, is_told in (({}, False), ({"thoughts__top_p": 1.0}, False),
+                             ({"thoughts__top_p": 0.9, "thoughts__top_k": 3}, True)):  # fmt: skip
+        config = run_config(tmp_path, training__max_steps=1, **filters)
+        config = config.model_copy(update={"training": config.training.model_copy(
+            update={"overwrite_output_dir": True})})  # fmt: skip
+        run_training(config)
+        words = "thoughts.top_p (0.9) and thoughts.top_k (3): thought tokens are drawn from a trunc"
+        assert (words in capsys.readouterr().out.replace("\n", " ")) is is_told
+
+
 @pytest.mark.parametrize("name", ALARMING)
 def test_an_alarm_sounds_once_for_the_figure_that_is_bad(name, tmp_path, capsys):
     healthy = {

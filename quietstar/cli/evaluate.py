@@ -118,6 +118,7 @@ def _idle_options(
     return {
         **dict.fromkeys(("--votes", "--temperature", "--max-new-tokens"), votes),
         **dict.fromkeys(("--samples", "--thought-temperature", "--positions"), thoughts),
+        **options.idle_thought_filters(thoughts, args.thought_temperature),
         "--untrained": thoughts or unless(not is_trained, "on a model that was trained to think"),
         "--data-dir": unless(reads, "on tasks without a file there"),
         "--include-path": unless(is_harness, "without a task of lm-evaluation-harness"),
@@ -214,8 +215,8 @@ def _protocol(args: argparse.Namespace) -> Protocol:
     if args.controls and args.thoughts == "off":
         raise UserError("--controls: need thoughts; set --thoughts both")
     variants = {"off": [WITHOUT], "on": [WITH], "both": [WITHOUT, WITH]}[args.thoughts]
-    same = ("batch_size", "samples", "seed", "votes", "temperature", "max_new_tokens",
-            "text_tokens", "positions", "separator")  # fmt: skip
+    same = ("batch_size", "samples", "thought_top_p", "thought_top_k", "seed", "votes",
+            "temperature", "max_new_tokens", "text_tokens", "positions", "separator")  # fmt: skip
     return Protocol(
         variants=(*variants, *(CONTROLS if args.controls else ())),
         thought_temperature=temperature,
@@ -252,6 +253,7 @@ def _parser() -> Parser:
     value("--samples", THOUGHTS, 1, "N", "thoughts of each item, whose scores are averaged")
     value("--thought-temperature", options.temperature, None, "T",
           "temperature of thoughts; without it their most likely tokens")  # fmt: skip
+    options.add_thought_filters(parser)
     value("--votes", THOUGHTS, 8, "N", "chains of thought of an item (gsm8k_cot)")
     value("--temperature", options.temperature, 0.9, "T",
           "temperature of the chains; 0 takes the most likely tokens")  # fmt: skip

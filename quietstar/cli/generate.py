@@ -142,6 +142,7 @@ def _add_generation(parser: Parser) -> None:
           "thoughts before each token, whose predictions are averaged")  # fmt: skip
     value("--thought-temperature", options.temperature, None, "T",
           "temperature of thoughts; without it their most likely tokens")  # fmt: skip
+    options.add_thought_filters(parser)
     value("--temperature", options.temperature, 0.0, "T",
           "temperature of the text; 0 takes the most likely tokens")  # fmt: skip
     value("--top-p", number(0.0, 1.0, above=True), 1.0, "P",
@@ -158,6 +159,7 @@ def _load(
     is_drawn = args.temperature or (temperature and not args.no_thoughts)
     parser.warn_idle(args, {
         "--num-thoughts": plain, "--thought-temperature": plain,
+        **options.idle_thought_filters(plain, temperature),
         "--top-p": None if args.temperature else "where --temperature is 0",
         "--seed": None if is_drawn else "where all tokens are the most likely ones",
     })  # fmt: skip
@@ -177,7 +179,8 @@ def _load(
                     "top_k": 0}  # fmt: skip
     return model, tokenizer, {
         "think": _gate(args), "num_thoughts": args.num_thoughts,
-        "thought_temperature": args.thought_temperature or None, "seed": args.seed,
+        "thought_temperature": args.thought_temperature or None,
+        "thought_top_p": args.thought_top_p, "thought_top_k": args.thought_top_k, "seed": args.seed,
         "max_new_tokens": args.max_new_tokens, "pad_token_id": padding_id(tokenizer),
         "logits_processor": refuse_not_finite(), **sampling,
     }  # fmt: skip

@@ -303,6 +303,21 @@ def _is_same_name(one: Path, other: Path) -> bool:
     return len(folded) == 1 or _is_same_file(one, other)
 
 
+def add_thought_filters(parser: Parser) -> None:
+    """Add ``--thought-top-p`` and ``--thought-top-k``, beside ``--thought-temperature``."""
+    value, most = parser.value, whole(1, 2**31, "no vocabulary has as many")
+    value("--thought-top-p", number(0.0, 1.0, above=True), None, "P",
+          "sample thoughts from the most likely tokens that reach this probability")  # fmt: skip
+    value("--thought-top-k", most, None, "K",
+          "sample thoughts from so many of the most likely tokens")  # fmt: skip
+
+
+def idle_thought_filters(plain: str | None, temperature: float | None) -> dict[str, str | None]:
+    """Say why the options of `add_thought_filters` change nothing, if they do not."""
+    greedy = None if temperature else "where thoughts are their most likely tokens"
+    return dict.fromkeys(("--thought-top-p", "--thought-top-k"), plain or greedy)
+
+
 def check_greedy(option: str, count: int, temperature: float | None, remedy: str) -> None:
     """Refuse several thoughts at one place if they are all the most likely one."""
     if count > 1 and not temperature:

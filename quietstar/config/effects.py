@@ -31,7 +31,8 @@ _FORMATS = {
 }
 """Format of records that reads a key."""
 _OF_THOUGHTS = (
-    *("thoughts.num_thoughts", "thoughts.temperature", "loss.reward", "logging.thought_steps"),
+    *("thoughts.num_thoughts", "thoughts.temperature", "thoughts.top_p", "thoughts.top_k"),
+    *("loss.reward", "logging.thought_steps"),
     *("mixing_head.warmup_steps", "mixing_head.warmup_weight", "data.rationale_field"),
     *("optim.mixing_head_learning_rate", "optim.embedding_learning_rate"),
 )
@@ -70,6 +71,8 @@ def _thoughts(config: Config) -> Idle:
         yield "thoughts.position_fraction", f"with thoughts.positions: {thoughts.positions}"
     if thoughts.sampler == "pause":
         yield "thoughts.stop", "with thoughts.sampler: pause, whose thoughts have all their tokens"
+        for key in ("thoughts.top_p", "thoughts.top_k"):
+            yield key, "with thoughts.sampler: pause, which draws nothing"
     if config.mixing_head.warmup_steps == 0:
         yield "mixing_head.warmup_weight", "with mixing_head.warmup_steps: 0"
 

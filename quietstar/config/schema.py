@@ -167,9 +167,10 @@ class ThoughtsConfig(Section):
     """Where the model thinks, how long, how often, and how thoughts are sampled."""
 
     sampler: Text = "rollout"
-    """Where thoughts come from: rollout (the model samples them), pause (a constant token, the
-    first of thoughts.start_init, in their place: a control that thinks nothing), or a sampler of
-    your own as module:name."""
+    """Where thoughts come from: rollout (the model samples them, all positions in parallel),
+    generate (the same thoughts by transformers' generate, one row each: slow), pause (a constant
+    token, the first of thoughts.start_init, in their place: a control that thinks nothing), or a
+    sampler of your own as module:name."""
     positions: Literal[
         "all", "every", "random", "entropy", "weight", "weighted_entropy", "answer", "answer_start"
     ] = "all"
@@ -191,6 +192,13 @@ class ThoughtsConfig(Section):
     """Thoughts sampled at each position."""
     temperature: Temperature = 1.0
     """Temperature at which thought tokens are sampled in training."""
+    top_p: Annotated[float, _above_zero(1.0, "it is a share of a whole")] | None = None
+    """Sample thought tokens in training among the most likely ones that together reach this
+    probability; null means all. The policy term then still scores them by the full distribution,
+    which biases its gradient."""
+    top_k: Annotated[int, _between(1, 2**31, "no vocabulary has as many")] | None = None
+    """Sample thought tokens in training among so many of the most likely ones; null means all. The
+    policy term is as with thoughts.top_p."""
     start_init: Text = "---"
     """Text that opens every thought: one vector for each of its tokens, which starts as the token's
     input embedding."""

@@ -42,8 +42,8 @@ _Harness: Any = HFLM  # its decorator hides its type
 
 
 MOST_AT_ONCE = 2**16
-_OWN_ARGUMENTS = ("pretrained", "thoughts", "num_thoughts", "thought_temperature", "seed",
-                  "positions", "untrained")  # fmt: skip
+_OWN_ARGUMENTS = ("pretrained", "thoughts", "num_thoughts", "thought_temperature", "thought_top_p",
+                  "thought_top_k", "seed", "positions", "untrained")  # fmt: skip
 
 
 @contextmanager
@@ -74,6 +74,8 @@ class QuietStarLM(_Harness):
         thoughts: ``on``: think before scored and generated tokens; ``off``: the plain model.
         num_thoughts: Thoughts before each token; their predictions are averaged.
         thought_temperature: Sampling temperature of thoughts; None takes the most likely tokens.
+        thought_top_p: Draw thoughts among the most likely tokens that reach this probability.
+        thought_top_k: Draw thoughts among so many of the most likely tokens.
         seed: Seed of the thoughts' noise.
         positions: ``trained``: a model trained with ``thoughts.positions: answer_start`` thinks
             once, before a continuation; ``every``: before each of its tokens.
@@ -92,6 +94,8 @@ class QuietStarLM(_Harness):
         thoughts: str | bool = "on",
         num_thoughts: int = 1,
         thought_temperature: float | None = None,
+        thought_top_p: float | None = None,
+        thought_top_k: int | None = None,
         seed: int = 0,
         positions: str = "trained",
         untrained: bool = False,
@@ -132,6 +136,7 @@ class QuietStarLM(_Harness):
         self.thinker.to(find_device(device if on_gpu else None))
         self.sampling: dict[str, Any] = {"num_thoughts": num_thoughts, "seed": seed}
         self.thought_temperature = thought_temperature
+        self.thought_filters = {"top_p": thought_top_p, "top_k": thought_top_k}
         self.thinks_once = thinks_once(self.thinker, positions)
         self.num_truncated = 0
         super().__init__(
@@ -186,7 +191,8 @@ class QuietStarLM(_Harness):
                 ).to(device)  # fmt: skip
                 thoughts = self.thinker.sample(
                     batch.ids, positions=batch.thinking, temperature=self.thought_temperature,
-                    sample_ids=torch.tensor(chunk, device=device), **self.sampling,
+                    sample_ids=torch.tensor(chunk, device=device), **self.thought_filters,
+                    **self.sampling,
                 )  # fmt: skip
                 scores = predict_thinking(self.thinker, batch, None, thoughts)
                 targets, valid = batch.targets.cpu(), batch.valid.cpu()
@@ -221,6 +227,8 @@ class QuietStarLM(_Harness):
             settings.pop("temperature", None)
         return self.thinker.generate(
             context, think=self.thinks, thought_temperature=self.thought_temperature,
+            thought_top_p=self.thought_filters["top_p"],
+            thought_top_k=self.thought_filters["top_k"],
             max_length=max_length, pad_token_id=padding_id(self.tokenizer),
             stopping_criteria=stop_sequences_criteria(self.tokenizer, stop, *context.shape[::-1]),
             **self.sampling, **settings,

@@ -274,6 +274,7 @@ class Runner:
             own = self.model.sample(
                 batch.ids, num_thoughts=self.protocol.samples, positions=batch.thinking,
                 temperature=self.protocol.thought_temperature,
+                top_p=self.protocol.thought_top_p, top_k=self.protocol.thought_top_k,
                 sample_ids=torch.tensor(numbers, device=batch.ids.device), seed=seed,
             )  # fmt: skip
             thoughts = {WITH: own, PAUSE: controls.pause_tokens(own, self.model.pause_token_id)}
@@ -378,7 +379,9 @@ class Runner:
             decoding = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         generated = self.model.generate(
             ids, attention_mask=mask, think=variant == WITH, max_new_tokens=new,
-            thought_temperature=self.protocol.thought_temperature, seed=self.protocol.seed,
+            thought_temperature=self.protocol.thought_temperature,
+            thought_top_p=self.protocol.thought_top_p, thought_top_k=self.protocol.thought_top_k,
+            seed=self.protocol.seed,
             pad_token_id=pad, stopping_criteria=stop, logits_processor=scoring.refuse_not_finite(),
             **decoding,
         )  # fmt: skip
@@ -465,7 +468,9 @@ class HarnessTask:
                 model = model_class(
                     thoughts="on" if variant == WITH else "off",
                     num_thoughts=protocol.samples,
-                    thought_temperature=protocol.thought_temperature, seed=protocol.seed,
+                    thought_temperature=protocol.thought_temperature,
+                    thought_top_p=protocol.thought_top_p, thought_top_k=protocol.thought_top_k,
+                    seed=protocol.seed,
                     positions=protocol.positions, batch_size=protocol.batch_size, **args,
                 )  # fmt: skip
                 results = evaluate(

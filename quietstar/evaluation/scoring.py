@@ -43,6 +43,8 @@ class Protocol:
     batch_size: int = 16  # items (chains, where there are votes) at once
     samples: int = 1  # thoughts of each item, over which scores are averaged
     thought_temperature: float | None = None  # None takes the most likely tokens
+    thought_top_p: float | None = None  # draws among the tokens that reach it; None: all
+    thought_top_k: int | None = None  # draws among so many tokens; None: all
     seed: int = 0  # of thoughts, votes, controls and resampling
     votes: int = 8  # chains of thought of an item
     temperature: float = 0.9  # of the chains

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,25 +42,38 @@ class ThoughtMetrics:
     distinct_token_ratio  distinct tokens of a thought over its length
     thought_logprob       mean log-probability of the thought tokens
     thought_length        where thoughts may end early: mean tokens of a thought
+    thought_length_p90    there: 90th percentile of the tokens of a thought (derived)
     truncated_fraction    there: fraction of thoughts with all tokens that have written no stop text
+    stop_fraction         with stop texts: fraction of thoughts that one of them, or end-of-text,
+                          has ended
     text_nll              with chosen positions: NLL without thoughts over *all* next tokens, while
                           base_nll, mixed_nll and gain are over those behind a thought
     text_gain             with chosen positions: what thoughts gain, over all next tokens
     ====================  ==========================================================================
+
+    Attributes:
+        figures: Sum and count by name.
+        lengths: Number of thoughts of 0, 1, ... tokens; None where all have the same length.
     """
 
     figures: Mapping[str, tuple[Tensor, Tensor]]
+    lengths: Int[Tensor, " lengths"] | None = None
 
     def __add__(self, other: ThoughtMetrics) -> ThoughtMetrics:
         """Figures of both batches together."""
+        lengths = None
+        if self.lengths is not None and other.lengths is not None:
+            lengths = self.lengths + other.lengths
         return ThoughtMetrics(
             {n: (s + other.figures[n][0], c + other.figures[n][1])
-             for n, (s, c) in self.figures.items()}
+             for n, (s, c) in self.figures.items()},
+            lengths,
         )  # fmt: skip
 
     def joined(self, other: ThoughtMetrics) -> ThoughtMetrics:
         """All figures of both, of the same batch."""
-        return ThoughtMetrics({**self.figures, **other.figures})
+        lengths = other.lengths if self.lengths is None else self.lengths
+        return ThoughtMetrics({**self.figures, **other.figures}, lengths)
 
     def reduced(self, accelerator: Accelerator) -> ThoughtMetrics:
         """Figures of all ranks together."""
@@ -65,7 +81,10 @@ class ThoughtMetrics:
             return self
         table = accelerator.reduce(self._table(), "sum")
         assert isinstance(table, Tensor)
-        return ThoughtMetrics({n: (r[0], r[1]) for n, r in zip(self.figures, table, strict=True)})
+        figures = {n: (r[0], r[1]) for n, r in zip(self.figures, table, strict=True)}
+        lengths = None if self.lengths is None else accelerator.reduce(self.lengths, "sum")
+        assert lengths is None or isinstance(lengths, Tensor)
+        return ThoughtMetrics(figures, lengths)
 
     def means(self) -> dict[str, float]:
         """Every figure as a number; those that were not computed are left out."""
@@ -73,6 +92,8 @@ class ThoughtMetrics:
         means = {n: s / c for n, (s, c) in zip(self.figures, table, strict=True) if c > 0}
         if "mixed_nll" in means:
             means["gain"] = means["base_nll"] - means["mixed_nll"]
+        if self.lengths is not None and "thought_length" in means:
+            means["thought_length_p90"] = percentile(self.lengths.tolist(), 0.9)
         return means
 
     def _table(self) -> Tensor:
@@ -82,6 +103,17 @@ class ThoughtMetrics:
             sums, counts = torch.stack([s.float() for s, _ in pairs]), [c for _, c in pairs]
             return torch.stack([sums.cpu().double(), torch.stack(counts).cpu().double()], dim=1)
         return torch.stack([torch.stack([s.double(), c.double()]) for s, c in pairs])
+
+
+def percentile(counts: Sequence[int], fraction: float) -> float:
+    """Find the percentile of whole numbers 0, 1, ... that were counted, one at least.
+
+    As numpy does by default: linear between the two numbers around the place.
+    """
+    ends = list(accumulate(counts))
+    place = fraction * (ends[-1] - 1)
+    below, above = (bisect(ends, index) for index in (math.floor(place), math.ceil(place)))
+    return below + (above - below) * (place - math.floor(place))
 
 
 @dataclass
@@ -311,9 +343,16 @@ def thought_metrics(
     figures["entropy"] = (entropy, tokens)
     figures["distinct_token_ratio"] = (ratio.sum(), places * num_thoughts)
     figures["thought_logprob"] = (logprobs, tokens)
-    if may_end_early:
-        is_cut = s.thoughts[-1] != NO_TOKEN  # (K, B, P)
-        is_cut = is_cut if stop is None else is_cut & ~stop.is_ended(s.thoughts)
-        figures["thought_length"] = (tokens, places * num_thoughts)
-        figures["truncated_fraction"] = ((is_cut & has_target).sum(), places * num_thoughts)
-    return ThoughtMetrics(figures)
+    if not may_end_early:
+        return ThoughtMetrics(figures)
+    is_cut = s.thoughts[-1] != NO_TOKEN  # (K, B, P)
+    if stop is not None:
+        is_stopped = stop.is_ended(s.thoughts)
+        is_cut &= ~is_stopped
+        figures["stop_fraction"] = ((is_stopped & has_target).sum(), places * num_thoughts)
+    figures["thought_length"] = (tokens, places * num_thoughts)
+    figures["truncated_fraction"] = ((is_cut & has_target).sum(), places * num_thoughts)
+    # Neither bincount nor a mask, which would wait for a GPU.
+    counted = has_target.expand_as(is_cut).flatten().long()
+    lengths = counted.new_zeros(len(s.thoughts) + 1)
+    return ThoughtMetrics(figures, lengths.index_add(0, counts.sum(0).flatten(), counted))

@@ -377,7 +377,10 @@ class QuietStarForCausalLM(nn.Module):
         if thoughts is None:
             positions = self._choose(texts, seed, explore=True)
             spec = self.thoughts
-            sampling = Sampling(spec.num_thoughts, spec.length, spec.temperature, seed, self.stop)
+            sampling = Sampling(
+                spec.num_thoughts, spec.length, spec.temperature, seed, self.stop, spec.top_p,
+                spec.top_k,
+            )  # fmt: skip
             batch = self._sample(texts, positions, sampling)
         else:
             positions, batch = given_thoughts(thoughts, texts)
@@ -592,6 +595,8 @@ class QuietStarForCausalLM(nn.Module):
         thoughts: Int[Tensor, "batch thoughts positions length"] | None = None,
         num_thoughts: int = 1,
         temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
         positions: Int[Tensor, "batch positions"] | None = None,
         sample_ids: Int[Tensor, " batch"] | None = None,
         seed: int = 0,
@@ -606,6 +611,8 @@ class QuietStarForCausalLM(nn.Module):
                 one that ends early.
             num_thoughts: Thoughts a position.
             temperature: Sampling temperature; None takes the most likely tokens.
+            top_p: Sample among the most likely tokens that together reach this probability.
+            top_k: Sample among so many of the most likely tokens.
             positions: Think there only: ascending, -1 behind the last of a text with fewer
                 (`choose_positions`).
             sample_ids: As in `forward`; by default 0, 1, ...
@@ -619,8 +626,8 @@ class QuietStarForCausalLM(nn.Module):
         self._check_length(input_ids)
         if thoughts is None:
             thoughts = self.sample(
-                input_ids, num_thoughts=num_thoughts, temperature=temperature,
-                positions=positions, sample_ids=sample_ids, seed=seed,
+                input_ids, num_thoughts=num_thoughts, temperature=temperature, top_p=top_p,
+                top_k=top_k, positions=positions, sample_ids=sample_ids, seed=seed,
             )  # fmt: skip
         self._check_thoughts(thoughts)
         tokens = token_major(thoughts)
@@ -638,6 +645,8 @@ class QuietStarForCausalLM(nn.Module):
         *,
         num_thoughts: int = 1,
         temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
         positions: Int[Tensor, "batch positions"] | None = None,
         sample_ids: Int[Tensor, " batch"] | None = None,
         seed: int = 0,
@@ -647,8 +656,8 @@ class QuietStarForCausalLM(nn.Module):
         Behind the last token of one that ends early stands -1.
         """
         batch = self.draw(
-            input_ids, num_thoughts=num_thoughts, temperature=temperature, positions=positions,
-            sample_ids=sample_ids, seed=seed,
+            input_ids, num_thoughts=num_thoughts, temperature=temperature, top_p=top_p,
+            top_k=top_k, positions=positions, sample_ids=sample_ids, seed=seed,
         )  # fmt: skip
         return batch.tokens.transpose(1, 2)
 
@@ -662,6 +671,8 @@ class QuietStarForCausalLM(nn.Module):
         answers: Bool[Tensor, "batch seq"] | None = None,
         num_thoughts: int = 1,
         temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
         positions: Int[Tensor, "batch positions"] | None = None,
         sample_ids: Int[Tensor, " batch"] | None = None,
         seed: int = 0,
@@ -672,7 +683,8 @@ class QuietStarForCausalLM(nn.Module):
             sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
         labels = self._targets(input_ids, attention_mask, labels)
         texts = Texts(input_ids, labels, answers, sample_ids)
-        sampling = Sampling(num_thoughts, self.thoughts.length, temperature, seed, self.stop)
+        length = self.thoughts.length
+        sampling = Sampling(num_thoughts, length, temperature, seed, self.stop, top_p, top_k)
         return self._sample(texts, positions, sampling)
 
     @torch.no_grad()
@@ -710,6 +722,8 @@ class QuietStarForCausalLM(nn.Module):
         think: bool | Gate = True,
         num_thoughts: int = 1,
         thought_temperature: float | None = None,
+        thought_top_p: float | None = None,
+        thought_top_k: int | None = None,
         seed: int = 0,
         streamer: BaseStreamer | None = None,
         **arguments: Any,
@@ -725,6 +739,9 @@ class QuietStarForCausalLM(nn.Module):
             num_thoughts: Before each token; their predictions are averaged.
             thought_temperature: Of thoughts; None takes the most likely tokens. (``temperature``
                 is that of the text, as in transformers.)
+            thought_top_p: Of thoughts: sample among the most likely tokens that together reach this
+                probability. (``top_p`` is that of the text.)
+            thought_top_k: Of thoughts: sample among so many of the most likely tokens.
             seed: Seed of the thoughts' noise.
             streamer: Is given each new token.
             **arguments: Those of transformers' ``generate``: ``attention_mask``,
@@ -742,8 +759,10 @@ class QuietStarForCausalLM(nn.Module):
         if inputs is None:
             raise UserError("inputs: no texts are given; write generate(input_ids, ...)")
         self._check_ids(inputs, "inputs", ignored=False)
-        length = self.thoughts.length
-        sampling = Sampling(num_thoughts, length, thought_temperature, seed, self.stop)
+        sampling = Sampling(
+            num_thoughts, self.thoughts.length, thought_temperature, seed, self.stop,
+            thought_top_p, thought_top_k,
+        )  # fmt: skip
         return generate(self, inputs, sampling, think, streamer, arguments)
 
     @torch.no_grad()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from quietstar.config.yaml import parse
 from quietstar.reports.figures import Chart, Line, Row, draw_curves, draw_forest
-from quietstar.reports.pages import duration, percent, signed, write_charts
+from quietstar.reports.pages import duration, percent, plain, signed, write_charts
 from quietstar.reports.run_files import MOST_CONFIG_BYTES, Record, Results, RunFiles, series
 from quietstar.training.evaluation import ACCURACIES
 
@@ -58,6 +59,17 @@ CHARTS = (
           "K thoughts coincide.", "share",
           (Line("distinct_token_ratio", "distinct", "thought", "triangle-up"),
            Line("identical_fraction", "identical", "other", "square")), percent),
+    Chart("length", "Length of thoughts",
+          "Tokens of a thought where it may end early: the mean, and the length that nine in ten "
+          "thoughts do not exceed.", "tokens",
+          (Line("thought_length", "mean", "thought", "triangle-up"),
+           Line("thought_length_p90", "90th percentile", "other", "square")),
+          partial(plain, digits=1)),
+    Chart("ends", "Ends of thoughts",
+          "Stopped: a stop text or end-of-text ended the thought. Cut: it had all its tokens and "
+          "none of them.", "share",
+          (Line("stop_fraction", "stopped", "thought", "triangle-up"),
+           Line("truncated_fraction", "cut", "other", "square")), percent),
 )
 # fmt: on
 IN_TABLE = ("accuracy", "right-thoughts", "nll", "gain", "mixing-weight")

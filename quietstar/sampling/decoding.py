@@ -182,9 +182,9 @@ class Decoder:
             noise = keyed_uniform(*keys)[..., 0].T  # (K, B, 1) -> (B, K)
         if index == 0:
             logits = x[:, : self.head.vocab_size].clone()
-            return sample_logits(logits, noise, sampling.temperature)
+            return sample_logits(logits, noise, sampling)
         noise = noise.flatten().unsqueeze(1)
-        return sample_rows(x.flatten(0, 1), self.head, noise, sampling.temperature).view(shape)
+        return sample_rows(x.flatten(0, 1), self.head, noise, sampling).view(shape)
 
 
 def _aligned_text(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from quietstar.attention.layout import NO_TOKEN, has_content, on_host, shifted
 from quietstar.attention.live_pass import LiveCache, LiveStep
@@ -78,7 +78,7 @@ def sample_thoughts(
             states = states.flatten(0, 1)
             # Behind the start tokens all thoughts of a position draw from one distribution.
             draws = noise.reshape(-1, len(states)).T.contiguous()  # (B * P, K), or (K * B * P, 1)
-            tokens = sample_rows(states, head, draws, sampling.temperature)
+            tokens = sample_rows(states, head, draws, sampling)
             tokens = tokens.T.reshape(noise.shape)
             if stop is not None:
                 tokens = tokens.where(state != stop.ended, NO_TOKEN)
@@ -206,7 +206,9 @@ class _LiveThoughts:
         """Draw all thoughts."""
         sampling, shape = self.sampling, (self.sampling.num_thoughts, *self.positions.shape)
         num_thoughts, stop, count = shape[0], sampling.stop, self.positions.numel()
-        tokens = self.ids.new_full((sampling.thought_length, num_thoughts * count), NO_TOKEN)
+        # Where nothing ends early every thought has all tokens, also what only pads.
+        fill = 0 if stop is None else NO_TOKEN
+        tokens = self.ids.new_full((sampling.thought_length, num_thoughts * count), fill)
         with cast_weights(self.model.base_model):
             states = self._run(self.start.expand(len(self.ids), -1, -1))
             first, rows = self.ids, len(self.ids)
@@ -221,7 +223,7 @@ class _LiveThoughts:
                 else:
                     embedded = self.model.get_input_embeddings()(last.clamp(min=0))
                     states, noise = self._run(embedded.unsqueeze(1)), noise.unsqueeze(1)
-                last = sample_rows(states, self.head, noise, sampling.temperature).T.flatten()
+                last = sample_rows(states, self.head, noise, sampling).T.flatten()
                 if stop is not None:
                     last = last.where(state != stop.ended, NO_TOKEN)
                     state = stop.step(state, last).where(last >= 0, state)
@@ -238,7 +240,7 @@ class _LiveThoughts:
                         torch.distributed.all_reduce(all_ended, torch.distributed.ReduceOp.MIN)
                     if all_ended.item():
                         break
-        return tokens.view(-1, *shape).where(self.positions >= 0, NO_TOKEN)
+        return tokens.view(-1, *shape).where(self.positions >= 0, fill)
 
     def _run(self, embedded: Tensor) -> Float[Tensor, "rows width"]:
         """Run the next tokens of all rows, (N, m, embedding); the states of the last ones."""
@@ -269,9 +271,7 @@ class _LiveThoughts:
         return rows
 
 
-def sample_rows(
-    states: Tensor, head: OutputHead, noise: Tensor, temperature: float | None
-) -> Tensor:
+def sample_rows(states: Tensor, head: OutputHead, noise: Tensor, sampling: Sampling) -> Tensor:
     """Next tokens, a chunk of logits at a time: as many of every row as noise has columns."""
     vocab_size = head.vocab_size or head.num_logits
     chunk = max(_LEAST_ROWS, _CHUNK_ELEMENTS // head.num_logits)
@@ -281,7 +281,7 @@ def sample_rows(
     for start in range(0, states.shape[0], chunk):
         rows = slice(start, start + chunk)
         tokens[rows] = sample_logits(
-            head.logits(states[rows])[:, :vocab_size], noise[rows], temperature
+            head.logits(states[rows])[:, :vocab_size], noise[rows], sampling
         )
     return tokens
 
@@ -289,10 +289,18 @@ def sample_rows(
 def sample_logits(
     logits: Float[Tensor, "rows vocab"],
     noise: Float[Tensor, "rows draws"],
-    temperature: float | None,
+    sampling: Sampling,
 ) -> Int[Tensor, "rows draws"]:
-    """Next tokens of every row; without a temperature the most likely."""
+    """Next tokens of every row; without a temperature the most likely.
+
+    Filters as transformers does: temperature first, then ``top_k``, then ``top_p`` of the rest.
+    """
+    temperature, ids = sampling.temperature, torch.LongTensor()  # which no filter reads
     if temperature is None:
         return logits.argmax(-1, keepdim=True).expand(noise.shape)
     logits = logits if temperature == 1.0 else logits / temperature
+    if sampling.top_k is not None:
+        logits = TopKLogitsWarper(sampling.top_k)(ids, logits)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        logits = TopPLogitsWarper(sampling.top_p)(ids, logits)
     return sample_inverse_cdf(logits, noise)

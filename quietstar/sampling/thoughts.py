@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quietstar.attention.layout import NO_TOKEN
 from quietstar.backbone.run import TextRun
+from quietstar.errors import UserError
 from quietstar.sampling.stopping import StopTexts
 
 
@@ -25,6 +26,11 @@ class Sampling:
         temperature: Divides the logits; None takes the most likely token.
         seed: Seed of the keyed noise.
         stop: Says when a thought ends early; None where none does.
+        top_p: Draw among the most likely tokens that together reach this probability; None: all.
+        top_k: Draw among so many of the most likely tokens; None: all.
+
+    Raises:
+        UserError: A ``top_p`` or ``top_k`` that leaves no token.
     """
 
     num_thoughts: int
@@ -32,6 +38,19 @@ class Sampling:
     temperature: float | None
     seed: int = 0
     stop: StopTexts | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the filters."""
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(
+                f"top_p ({self.top_p}): must be above 0 and at most 1. None draws among all tokens."
+            )
+        if self.top_k is not None and not self.top_k >= 1:
+            raise UserError(
+                f"top_k ({self.top_k}): must be at least 1. None draws among all tokens."
+            )
 
 
 @dataclass(frozen=True)
@@ -134,6 +153,6 @@ class ThoughtSampler(Protocol):
             model: `QuietStarForCausalLM` that thinks.
             texts: Texts, perhaps with their run.
             positions: Positions, (batch, positions), -1 behind the last; None for all.
-            spec: Number, length, temperature and seed.
+            spec: Number, length, seed and distribution of the thoughts.
         """
         ...

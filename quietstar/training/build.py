@@ -287,6 +287,20 @@ def describe(model: QuietStarForCausalLM, stage: Stage) -> str:
     )
 
 
+def notices(stage: Stage) -> list[str]:
+    """Says what should be known of how a stage learns, a line each."""
+    thoughts = stage.config.thoughts
+    draws = stage.thinks and thoughts.sampler != "pause"
+    filters = {"top_p": thoughts.top_p if thoughts.top_p != 1 else None, "top_k": thoughts.top_k}
+    given = [f"thoughts.{key} ({x})" for key, x in filters.items() if x is not None]
+    if not (draws and given):
+        return []
+    return [
+        f"notice: {' and '.join(given)}: thought tokens are drawn from a truncated distribution, "
+        "but the policy term scores them by the full one, which biases its gradient"
+    ]
+
+
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Makes a model recompute its activations in the backward pass."""
     with warnings.catch_warnings():  # its new name is not known to the oldest transformers

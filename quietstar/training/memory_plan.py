@@ -83,6 +83,11 @@ def estimate_run(config: Config, engine: str, processes: int) -> Estimate:
             "plan lora, and take three quarters of its frozen weights off"
         )
     tokenizer, stages = find_tokenizer(config), plan_stages(config)
+    if any(stage.config.thoughts.sampler == "generate" for stage in stages):
+        raise UserError(
+            "thoughts.sampler: generate cannot be planned, since its passes depend on the texts; "
+            "plan rollout, whose passes that learn are the same"
+        )
     try:
         estimates = [_estimate_stage(stage, tokenizer, engine, processes) for stage in stages]
     except UserError:
@@ -200,7 +205,9 @@ def _trace(
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings.mixed_precision == "bf16")
         rollout, learning = MemoryTrace(model), MemoryTrace(model, gradient_share)
         if thinks:
-            drawn = config.thoughts.model_dump(include={"num_thoughts", "temperature"})
+            drawn = config.thoughts.model_dump(
+                include={"num_thoughts", "temperature", "top_p", "top_k"}
+            )
             with rollout, autocast:
                 positions = model.choose_positions(tokens, sample_ids=ids)
                 model.sample(tokens, positions=positions, **drawn)

@@ -18,7 +18,14 @@ from quietstar.errors import UserError
 from quietstar.model.saving import check_replaceable
 from quietstar.system.signals import Stopped, held, listening, noted
 from quietstar.training import run_dir
-from quietstar.training.build import Job, build_accelerator, describe, quiet_libraries, set_up
+from quietstar.training.build import (
+    Job,
+    build_accelerator,
+    describe,
+    notices,
+    quiet_libraries,
+    set_up,
+)
 from quietstar.training.checkpoint import (
     UNPICKLED,
     TrainerState,
@@ -242,7 +249,7 @@ def build_stage(
         load_checkpoint(checkpoint, strategy, prepared, optimizer)
         steps_done = read_state(checkpoint).step - stage.first_step
     train_data, eval_data, report = job.data[stage.index]
-    reporter.begin_stage(stage, [report.summary(), describe(job.model, stage)])
+    reporter.begin_stage(stage, [report.summary(), describe(job.model, stage), *notices(stage)])
     prepared.train()
     return StageRun(stage, strategy, prepared, optimizer, train_data, eval_data, reporter,
                     steps_done)  # fmt: skip

@@ -31,7 +31,8 @@ NASTY = ("", " ", "nan", "-inf", "-1", "0", "1", "2", "1e308", "1e-300", str(2**
          "x" * 300)  # fmt: skip
 COMMON = ("--model", "--dtype", "--device")
 GENERATION = (*COMMON, "--max-new-tokens", "--gate", "--num-thoughts", "--thought-temperature",
-              "--temperature", "--top-p", "--seed")  # fmt: skip
+              "--thought-top-p", "--thought-top-k", "--temperature", "--top-p",
+              "--seed")  # fmt: skip
 COMMANDS = {
     "generate": (["--model", "model", "--prompt", "two and", "--max-new-tokens", "2"],
                  (*GENERATION, "--prompt", "--prompts", "--batch-size", "--show-thoughts")),
@@ -42,8 +43,9 @@ COMMANDS = {
     "eval": (["--model", "model", "--tasks", "own.jsonl", "--thoughts", "off"],
              (*COMMON, "--tasks", "--thoughts", "--positions", "--separator", "--include-path",
               "--data-dir", "--limit", "--batch-size", "--seed", "--samples",
-              "--thought-temperature", "--votes", "--temperature", "--max-new-tokens",
-              "--text-tokens", "--out", "--out-items", "--report", "--controls", "--overwrite")),
+              "--thought-temperature", "--thought-top-p", "--thought-top-k", "--votes",
+              "--temperature", "--max-new-tokens", "--text-tokens", "--out", "--out-items",
+              "--report", "--controls", "--overwrite")),
     "calibrate": (["--model", "model", "--data", "texts.jsonl", "--sequences", "8"],
                   (*COMMON, "--data", "--gate", "--speed", "--quality", "--seq-len", "--sequences",
                    "--batch-size", "--timed-tokens", "--json", "--plot")),
@@ -163,6 +165,9 @@ def test_a_plan_of_absurd_sizes_ends_at_once(work, capsys, arguments, words):
         ("generate --no-thoughts --num-thoughts 3 --thought-temperature 1 --seed 5 --batch-size 2",
          "--batch-size --num-thoughts --thought-temperature --seed"),
         ("generate --top-p 0.5 --seed 5", "--top-p --seed"),
+        ("generate --thought-top-p 0.5 --thought-top-k 5", "--thought-top-p --thought-top-k"),
+        ("generate --thought-temperature 1 --thought-top-p 0.5 --thought-top-k 5", ""),
+        ("eval --thought-top-p 0.5", "--thought-top-p"),
         ("generate --temperature 1 --top-p 0.5 --seed 5", ""),
         ("generate --thought-temperature 1 --num-thoughts 2 --seed 5", ""),
         ("eval --votes 3 --temperature 1 --max-new-tokens 9 --data-dir . --include-path . "
