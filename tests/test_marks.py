@@ -6,19 +6,23 @@ import re
 import numpy as np
 import pytest
 import torch
+from launching import launch, marked
+from safetensors.torch import load_file
 from test_data import SlowTokenizer, error_of, write_jsonl
-from test_training import SUMS, timeless, train
+from test_training import SUMS, snapshot, timeless, train
 from tiny import plain_model, read_metrics, run_config, thinking_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from quietstar import QuietStarForCausalLM
 from quietstar.cli import main as cli
-from quietstar.config import DataConfig, ThoughtsConfig
+from quietstar.config import Config, DataConfig, ThoughtsConfig
+from quietstar.config.loading import save_config
 from quietstar.data import PatternMarker, build_data, byte_tokenizer, load_tokenizer, marking
 from quietstar.data.encoding import Encoded, Encoder, chunks
 from quietstar.errors import UserError
-from quietstar.training import loop
+from quietstar.model.scoring_model import ScoringModel
+from quietstar.training import loop, run
 
 PATTERN = ThoughtsConfig(positions="pattern", pattern="x+")
 FIELD = ThoughtsConfig(positions="field")
@@ -262,8 +266,8 @@ def test_a_run_thinks_there_and_its_model_can_be_used(tmp_path, changes, capsys)
     ids = torch.tensor([list(b"abcabcde")])
     assert model.generate(ids, max_new_tokens=2).shape == (1, 10)
     if "thoughts__pattern" in changes:
-        marked = PatternMarker(model.thoughts.pattern, load_tokenizer(str(folder / "final")))
-        marks = torch.from_numpy(marked(ids[0].tolist()))[None]
+        marker = PatternMarker(model.thoughts.pattern, load_tokenizer(str(folder / "final")))
+        marks = torch.from_numpy(marker(ids[0].tolist()))[None]
         assert model.choose_positions(ids, marked=marks).tolist() == [[-1]]
     assert cli.main(["inspect", "--model", str(folder / "final"), "--text", "abcd", "--out",
                      str(tmp_path / "page.json")]) == 0  # fmt: skip
@@ -282,6 +286,68 @@ def test_a_run_with_answers_thinks_where_a_pattern_matches(tmp_path):
     assert 0 <= after["accuracy_with_thoughts"] <= 1
     samples = json.loads((folder / "samples.json").read_text(encoding="utf-8"))["samples"]
     assert len(samples) == 4
+
+
+def scored_config(tmp_path, **changes):
+    """Thinks where a smaller model is unsure, then where a pattern matches."""
+    folder = tmp_path / "small"
+    plain_model(hidden_size=8, num_hidden_layers=1, seed=5).save_pretrained(folder)
+    load_tokenizer("bytes").save_pretrained(folder)
+    scored = {"positions": "top_entropy", "position_count": 3, "scoring_model": str(folder)}
+    pattern = {"positions": "pattern", "pattern": "[aeiou]"}
+    config = run_config(tmp_path, training__micro_batch_size=3, loss__policy_weight=1.0, **changes)
+    stages = {"scored": {"thoughts": scored, "training": {"max_steps": 2}},
+              "pattern": {"thoughts": pattern, "training": {"max_steps": 2}}}  # fmt: skip
+    return Config.model_validate(config.model_dump() | {"stages": stages})
+
+
+def test_a_run_has_a_scoring_model_in_no_optimizer_and_no_file(tmp_path, monkeypatch):
+    config = scored_config(tmp_path, training__save_steps=2)
+    sizes, places = [], []
+    build = run.build_optimizer
+    monkeypatch.setattr(run, "build_optimizer", lambda model, *rest: sizes.append(
+        (sum(p.numel() for p in model.parameters()), model.scoring_model)) or build(model, *rest)
+    )  # fmt: skip
+    choose = ScoringModel.run
+    monkeypatch.setattr(ScoringModel, "run", lambda self, ids, thinker: places.append(
+        self.lm is not None) or choose(self, ids, thinker)
+    )  # fmt: skip
+    folder = train(config)
+    (with_scorer, scorer), (without, none) = sizes
+    assert with_scorer == without == sum(p.numel() for p in thinking_model().parameters())
+    assert none is None
+    assert scorer.name == str(tmp_path / "small")
+    assert all(places)  # it was loaded before the first step
+    assert len(places) > 4
+    plain = {name for name, _ in thinking_model().named_parameters()}
+    for file in folder.rglob("*.safetensors"):
+        assert {name.removeprefix("language_model.") for name in load_file(file)} <= plain | {
+            name.removeprefix("language_model.") for name in plain
+        }
+
+
+def test_a_scoring_model_that_cannot_serve_leaves_an_earlier_run_as_it_was(tmp_path):
+    folder = train(run_config(tmp_path))
+    before = snapshot(folder)
+    config = scored_config(tmp_path, training__overwrite_output_dir=True)
+    plain_model(vocab_size=300).save_pretrained(tmp_path / "small")
+    (tmp_path / "small" / "tokenizer.json").unlink()
+    (tmp_path / "small" / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="has another vocabulary"):
+        train(config)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [marked(strategy) for strategy in ("ddp", "fsdp2", "zero3")])
+def test_two_ranks_think_where_one_process_does(strategy, tmp_path):
+    config = scored_config(tmp_path)
+    save_config(config, tmp_path / "config.yaml")
+    two = read_metrics(launch(strategy, tmp_path / "config.yaml", tmp_path / "two"))
+    one = read_metrics(train(config))
+    for record, wanted in zip(two, one, strict=True):
+        for key in {"loss", "positions_per_text", "mixed_nll"} & record.keys():
+            assert record[key] == pytest.approx(wanted[key], rel=1e-4), (record["step"], key)
 
 
 def test_held_out_texts_without_a_position_are_refused_before_the_first_step(tmp_path):

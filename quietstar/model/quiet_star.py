@@ -311,10 +311,9 @@ class QuietStarForCausalLM(nn.Module):
 
         Raises:
             UserError: A text too long for the model or padded on the left, ids or labels outside
-                the vocabulary, a scoring model that cannot be used, thoughts that do not fit the
-                texts, or a sampler, reward or objective of the user's that returns what it must
-                not.
-            ValueError: Answers or marks missing.
+                the vocabulary, answers or marks missing, a scoring model that cannot be used,
+                thoughts that do not fit the texts, or a sampler, reward or objective of the user's
+                that returns what it must not.
         """
         labels = self._targets(input_ids, attention_mask, labels)
         if not (think and self.objective.thinks):

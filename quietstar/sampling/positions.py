@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from quietstar.attention.layout import IGNORE_INDEX, NO_POSITION, lookahead_targets
+from quietstar.errors import UserError
 from quietstar.sampling.noise import keyed_uniform
 
 # fmt: off
@@ -111,7 +112,7 @@ def choose_positions(
         explore: Leave a quarter of the positions of `LEARNED_RULES` to chance.
 
     Raises:
-        ValueError: A rule of answers without answers, or of marks without marks.
+        UserError: A rule of answers without answers, or of marks without marks.
     """
     if rule == "all":
         return None
@@ -165,14 +166,14 @@ def _named(rule: Rule, answers: Tensor | None, marked: Tensor | None) -> Bool[Te
     """Say which positions are before a token of the rule: of an answer, or marked."""
     if rule in MARKED_RULES:
         if marked is None:
-            raise ValueError(
+            raise UserError(
                 f"thoughts.positions {rule} needs to know the tokens before which to think: pass "
                 "marked (batch, seq), which quietstar.data.PatternMarker gives for a pattern, or "
                 "choose other positions"
             )
         return _next(marked)
     if answers is None:
-        raise ValueError(
+        raise UserError(
             f"thoughts.positions {rule} needs to know the tokens of answers: pass answers "
             "(batch, seq), or choose other positions"
         )
