@@ -2,7 +2,10 @@
 
 import json
 import re
+from types import SimpleNamespace
+from unittest.mock import Mock
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -18,11 +21,19 @@ from quietstar import QuietStarForCausalLM
 from quietstar.cli import main as cli
 from quietstar.config import Config, DataConfig, ThoughtsConfig
 from quietstar.config.loading import save_config
-from quietstar.data import PatternMarker, build_data, byte_tokenizer, load_tokenizer, marking
+from quietstar.data import (
+    PatternMarker,
+    build_data,
+    byte_tokenizer,
+    load_tokenizer,
+    marking,
+    sources,
+)
 from quietstar.data.encoding import Encoded, Encoder, chunks
 from quietstar.errors import UserError
 from quietstar.model.scoring_model import ScoringModel
 from quietstar.training import loop, run
+from quietstar.training.state import StageRun
 
 PATTERN = ThoughtsConfig(positions="pattern", pattern="x+")
 FIELD = ThoughtsConfig(positions="field")
@@ -184,10 +195,6 @@ def test_marks_move_with_cuts_and_chunks(tmp_path, tokenizer):
 def test_a_large_file_whose_first_records_have_no_positions_is_read(
     tmp_path, tokenizer, monkeypatch
 ):
-    import datasets
-
-    from quietstar.data import sources
-
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 10)
     records = [{"text": "abc", "at": []}] * 1100 + [{"text": "abc", "at": [1]}] * 1100
@@ -376,6 +383,39 @@ def test_texts_without_positions_are_said_and_an_epoch_of_them_ends_the_run(tmp_
     said = capsys.readouterr().out
     assert said.count("none of its 8 texts has a target that thoughts.positions (pattern)") == 1
     assert [r["positions_per_text"] for r in read_metrics(tmp_path / "run", "train")] == [0.0] * 4
+
+
+def test_only_texts_one_after_the_other_count():
+    stage, data = SimpleNamespace(thinks=True), SimpleNamespace(epoch=24)
+    config = Config.model_validate(
+        {"model": {"name_or_path": "x"}, "data": {"train": "x"}, "thoughts": {"positions": "every"}}
+    )
+    state = Mock(
+        spec=StageRun, idle_texts=0, config=config, stage=stage, reporter=Mock(), train_data=data
+    )
+    for step, num_positions in enumerate([0, 0, 5, 0, 0]):
+        loop.check_positions(state, step, num_positions)
+    assert state.reporter.warn_once.call_count == 4
+    with pytest.raises(UserError, match="step 9: the last 24 texts"):
+        loop.check_positions(state, 9, 0)
+    stage.thinks = False
+    loop.check_positions(state, 9, 0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_table_of_the_hub_has_positions(tokenizer, monkeypatch, streaming):
+    rows = [{"body": "abcdefgh", "at": [1, 3]}, {"body": "abcdefgh", "at": None}] * 12
+    table = datasets.Dataset.from_list(rows)
+    monkeypatch.setattr(
+        sources,
+        "load_dataset",
+        lambda *_, **__: table.to_iterable_dataset() if streaming else table,
+    )
+    config = DataConfig(train="owner/name", text_field="body", positions_field="at",
+                        streaming=streaming, eval_sequences=2, eval_fraction=0.5)  # fmt: skip
+    data, _, _ = build_data(config, tokenizer, 0, FIELD)
+    rows = {tuple(row.nonzero()[:, 0].tolist()) for row in data.batch(0, 12).marked}
+    assert rows == {(1, 3), ()}
 
 
 def test_a_stream_without_positions_ends_after_so_many_texts(tmp_path, monkeypatch):
