@@ -253,7 +253,7 @@ def records_with_marks(path, count=40):
     ],
     ids=lambda changes: changes["thoughts__positions"],
 )
-def test_a_run_thinks_there_and_its_model_can_be_used(tmp_path, changes, capsys):
+def test_a_run_thinks_there_and_its_model_can_be_used(tmp_path, changes, caplog):
     config = run_config(
         tmp_path, **changes, data__train=records_with_marks(tmp_path / "x.jsonl"),
         training__max_steps=2, thoughts__num_thoughts=2, logging__thought_steps=1,
@@ -282,6 +282,8 @@ def test_a_run_thinks_there_and_its_model_can_be_used(tmp_path, changes, capsys)
     task.write_text('{"prompt": "abc", "answer": "d"}\n{"prompt": "bc", "answer": "e"}\n')
     assert cli.main(["eval", "--model", str(folder / "final"), "--tasks", str(task), "--out",
                      str(tmp_path / "out.json")]) == 0  # fmt: skip
+    is_marked = changes["thoughts__positions"] in ("pattern", "field")
+    assert ("but answers are thought about before each" in caplog.text) == is_marked
 
 
 def test_a_run_with_answers_thinks_where_a_pattern_matches(tmp_path):

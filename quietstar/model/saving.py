@@ -281,7 +281,13 @@ def load(
         else:
             tuned = apply_tuning(base, tuning)
         sizes = (settings.vocab_size, settings.pause_token_id)
-        tokenizer = load_tokenizer(str(folder)) if settings.thoughts.stop else None
+        # A scoring model is compared by the tokenizer, where the model was saved with one.
+        is_compared = settings.thoughts.scoring_model is not None and any(
+            folder.glob("tokenizer*.json")
+        )
+        tokenizer = None
+        if settings.thoughts.stop or is_compared:
+            tokenizer = load_tokenizer(str(folder))
         model: Any = cls(
             tuned, settings.thoughts, settings.mixing_head, None, *sizes, tuning, tokenizer
         )
