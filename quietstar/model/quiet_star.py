@@ -99,7 +99,7 @@ class QuietStarForCausalLM(nn.Module):
     ) -> None:
         super().__init__()
         self.tokenizer, self.stop = tokenizer, None
-        self.scoring_model: ScoringModel | None = None  # no part of the model, which it only places
+        self.scoring_model: ScoringModel | None = None  # not a module: see the class
         self.language_model = language_model
         self.tuning = tuning or TuningConfig()
         self.mixing_head_config = mixing_head
