@@ -107,13 +107,21 @@ def test_matches_may_begin_inside_a_token_and_behind_special_ones():
     assert marks("<eos>(.)") == [False, True, False, False, False, False]
 
 
-def test_a_tokenizer_without_offsets_serves():
+@pytest.mark.parametrize(
+    ("pattern", "text", "expected"),
+    [
+        (r"=(\d+)", "a=12 b=3", [2, 7]),
+        ("^a|b", "~a~~b~", [1, 4]),
+        ("c", "~~", []),
+    ],
+)
+def test_a_tokenizer_without_offsets_and_tokens_without_text_serve(pattern, text, expected):
     class Slow(SlowTokenizer):
         def convert_tokens_to_string(self, tokens):
-            return "".join(tokens)
+            return "".join(tokens).replace("~", "")
 
-    ids = Slow().encode("a=12 b=3", add_special_tokens=False)
-    assert PatternMarker(r"=(\d+)", Slow())(ids).nonzero()[0].tolist() == [2, 7]
+    ids = Slow().encode(text, add_special_tokens=False)
+    assert PatternMarker(pattern, Slow())(ids).nonzero()[0].tolist() == expected
 
 
 def test_a_pattern_that_backtracks_for_ever_is_ended(tokenizer, monkeypatch):
