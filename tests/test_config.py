@@ -1,6 +1,7 @@
 """The config: bounds, cross-field rules, YAML, overrides, and errors that come all at once."""
 
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -153,6 +154,26 @@ RULES = [
         "nothing to learn",
         {"loss": {f"{name}_weight": 0 for name in ("base", "mixed", "thought", "policy")}},
     ),
+    (
+        "thoughts.position_count",
+        r"\(3\) cannot be set beside thoughts.position_fraction \(0.5\)",
+        {"thoughts": {"position_count": 3, "position_fraction": 0.5}},
+    ),
+    (
+        "thoughts.scoring_model",
+        "must be null with thoughts.positions: weight",
+        {"thoughts": {"positions": "weight", "scoring_model": "small"}},
+    ),
+    ("thoughts.pattern", "must be set", {"thoughts": {"positions": "pattern"}}),
+    *(
+        (
+            "thoughts.pattern",
+            "must not match the empty text at every place",
+            {"thoughts": {"positions": "pattern", "pattern": pattern}},
+        )
+        for pattern in ("x*", "(a|b?)", r"\d*?")
+    ),
+    ("data.positions_field", "must be set", {"thoughts": {"positions": "field"}}),
     ("data.train", "not set", {"data": {}}),
     ("data.template", "question", {"data": {"train": "x", "template": "{answer}"}}),
     ("data.template", "answer", {"data": {"train": "x", "template": "{question}"}}),
@@ -169,6 +190,20 @@ def test_a_broken_cross_field_rule_names_key_and_reason(key, reason, change):
 
 
 @pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        ("(a", "missing \\), unterminated subpattern at position 0"),
+        ("a{99999999999}", "the repetition number is too large"),
+        ("(" * 9000, "it is nested too deeply"),
+    ],
+)
+def test_a_pattern_that_is_none_is_refused(pattern, reason, write):
+    problem = only_problem_of(write(VALID_YAML), "--thoughts.pattern", pattern)
+    words = rf"thoughts.pattern: .* must be a regular expression of Python \({reason}\)"
+    assert re.search(words, problem), problem
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"thoughts": {"num_thoughts": 1}, "loss": {"policy_weight": 0}},
@@ -176,6 +211,12 @@ def test_a_broken_cross_field_rule_names_key_and_reason(key, reason, change):
         {"mixing_head": {"activation": "none", "initial_weight": 0}},
         {"data": {"train": "x", "format": "chat", "loss_on": "answer"}},
         {"training": {"global_batch_size": 8, "micro_batch_size": 3}},
+        {"thoughts": {"positions": "every", "position_count": 3}},
+        {"thoughts": {"positions": "top_entropy", "scoring_model": "small"}},
+        *(
+            {"thoughts": {"positions": "pattern", "pattern": pattern}}
+            for pattern in ("^", "$", r"\b", r"=\s*(\d+)", r"(?=\d)", ".")
+        ),
         {"training": {"global_batch_size": 2, "micro_batch_size": 8}},
         {"data": {"train": "x", "template": "Q: {question} A: {answer}\n"}},
         {"model": {"config": {"model_type": "llama"}, "tokenizer": "bytes"}},

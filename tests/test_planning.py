@@ -72,6 +72,7 @@ def real_peak(config):
         {"training__learn_chunk_tokens": 100},
         {"training__learn_chunk_tokens": None},
         {"thoughts__stop": ["e"], "thoughts__length": 6},
+        {"thoughts__positions": "top_entropy", "thoughts__position_count": 9},
     ],
     ids=str,
 )
@@ -93,6 +94,35 @@ def test_checkpointing_and_fewer_positions_need_less(tmp_path):
     whole = needed()
     assert needed(training__gradient_checkpointing=True) < 0.8 * whole
     assert needed(thoughts__positions="every", thoughts__position_fraction=0.25) < 0.6 * whole
+
+
+def test_a_number_of_positions_and_marks_everywhere_are_planned(tmp_path):
+    def needed(**changes):
+        return estimate_run(planned(tmp_path, **changes), "single", 1)
+
+    whole = needed()
+    few = needed(thoughts__positions="every", thoughts__position_count=3)
+    one = needed(thoughts__positions="one_random")
+    assert one.learning < few.learning < 0.6 * whole.learning
+    assert one.cache < few.cache < whole.cache
+    assert needed(thoughts__positions="pattern", thoughts__pattern="^") == whole
+
+
+def test_the_weights_of_a_scoring_model_are_planned_on_every_process(tmp_path):
+    small = plain_model(hidden_size=8)
+    small.save_pretrained(tmp_path / "small")
+    changes = {"thoughts__positions": "entropy", "thoughts__position_count": 3}
+    config = planned(tmp_path, **changes)
+    scored = planned(tmp_path, **changes, thoughts__scoring_model=str(tmp_path / "small"))
+    for engine in ("single", "zero3"):
+        without, with_it = (estimate_run(c, engine, 2) for c in (config, scored))
+        assert with_it.weights - without.weights == num_bytes(small.parameters())
+        assert with_it.optimizer == without.optimizer
+    few = pytest.approx(without.learning, rel=0.05)
+    assert with_it.learning == few
+    scored = planned(tmp_path, **changes, thoughts__scoring_model=str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"thoughts.scoring_model \(.*none\)"):
+        estimate_run(scored, "single", 1)
 
 
 def test_engines_cut_what_they_say(tmp_path):

@@ -109,11 +109,10 @@ def test_the_rollout_ends_with_its_last_thought(monkeypatch):
     model, steps = build(stop=[chr(c) for c in range(1, 128)]), []
     run = rollout._Steps.run
     monkeypatch.setattr(
-        rollout._Steps, "run", lambda self, index, tokens: steps.append(index) or run(self, index,
-                                                                                     tokens)
-    )  # fmt: skip
+        rollout._Steps, "run", lambda self, tokens: steps.append(self.index) or run(self, tokens)
+    )
     batch = model.draw(random_texts(1, 2), temperature=1.0, positions=torch.tensor([[1]]), seed=2)
-    assert steps == list(range(int(batch.lengths.max())))
+    assert steps == list(range(1, int(batch.lengths.max())))  # the start vector ran before
     assert int(batch.lengths.max()) < LENGTH
 
 

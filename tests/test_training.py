@@ -102,7 +102,9 @@ SUMS = {
 """Problems whose answers are 1 to 3 tokens."""
 
 
-@pytest.mark.parametrize("positions", ["all", "entropy", "random", "answer", "answer_start"])
+@pytest.mark.parametrize(
+    "positions", ["all", "entropy", "random", "one_random", "answer", "answer_start", "pattern"]
+)
 def test_every_cut_of_the_batch_gives_one_trajectory(tmp_path, positions):
     """Padding differs among the texts, so a mean of micro-batch means would show."""
     trajectories = {}
@@ -113,6 +115,7 @@ def test_every_cut_of_the_batch_gives_one_trajectory(tmp_path, positions):
             training__output_dir=str(tmp_path / f"run{micro}"),
             **(SUMS if positions.startswith("answer") else {"data__seq_len": 28}),
             thoughts__positions=positions,
+            thoughts__pattern="[aeiou]" if positions == "pattern" else None,
             loss__policy_weight=1.0,
             training__max_steps=3,
             # With seed 0 rounding moved one draw of step 3 across the edge between two tokens.

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -108,7 +109,8 @@ def recomputing(model: PreTrainedModel) -> Iterator[None]:
     before = [(layer.gradient_checkpointing, layer.training) for layer in layers]
     for layer in layers:
         if not layer.gradient_checkpointing:
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            again: Any = partial(checkpoint, use_reentrant=False)
+            layer._gradient_checkpointing_func = again
         layer.gradient_checkpointing = layer.training = True  # that of the layer alone
     try:
         yield

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,10 @@ from quietstar.evaluation.tasks import TASKS, TEXT_FILES, Item, Task, find_task
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import SETTINGS_FILE
 from quietstar.reports.evaluation import page_mark, task_view, write_page
+from quietstar.sampling.positions import MARKED_RULES
 from quietstar.system.files import write_json
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = """Scores tasks with and without thoughts, paired item by item.
 
@@ -137,6 +141,12 @@ def _evaluate(
     model = options.load_model(args, WITH in protocol.variants and not args.untrained, remedy)
     if "shuffled" in protocol.variants and model.thoughts.length < 2:
         raise UserError("--controls: thoughts of one token cannot be shuffled; leave it out")
+    rule, is_trained = model.thoughts.positions, protocol.positions == "trained"
+    if rule in MARKED_RULES and is_trained and WITH in protocol.variants:
+        logger.warning(
+            "--model (%s): was trained with thoughts.positions: %s, but answers are thought about "
+            "before each of their tokens", args.model, rule,
+        )  # fmt: skip
     tokenizer = load_tokenizer(args.model, trust_remote_code=False)
     runner = Runner(model, tokenizer, protocol, store)
     environment, results = _environment(model), {}

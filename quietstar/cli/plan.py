@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     for stage in config.stage_configs().values():
         named = {"model.name_or_path": stage.model.name_or_path,
                  "model.tokenizer": stage.model.tokenizer, "data.train": stage.data.train,
-                 "data.eval": stage.data.eval}  # fmt: skip
+                 "data.eval": stage.data.eval,
+                 "thoughts.scoring_model": stage.thoughts.scoring_model}  # fmt: skip
         inputs |= {f"{key} ({name})": Path(name) for key, name in named.items() if name}
     parser.check(args, inputs)
 

@@ -34,6 +34,7 @@ _OF_THOUGHTS = (
     *("thoughts.num_thoughts", "thoughts.temperature", "thoughts.top_p", "thoughts.top_k"),
     *("loss.reward", "logging.thought_steps"),
     *("mixing_head.warmup_steps", "mixing_head.warmup_weight", "data.rationale_field"),
+    "data.positions_field",
     *("optim.mixing_head_learning_rate", "optim.embedding_learning_rate"),
 )
 """Keys that only a stage that thinks reads; what is saved with a model is not among them."""
@@ -67,8 +68,16 @@ def _thoughts(config: Config) -> Idle:
         if key.partition(".")[2] not in known:
             yield key, f"with loss.objective: {loss.objective}"
     yield from registry.find("loss.objective", loss.objective).unused(loss)
-    if thoughts.positions in ("all", "answer", "answer_start"):
-        yield "thoughts.position_fraction", f"with thoughts.positions: {thoughts.positions}"
+    rule = f"with thoughts.positions: {thoughts.positions}"
+    if thoughts.positions in ("all", "one_random", "answer", "answer_start", "pattern", "field"):
+        yield "thoughts.position_fraction", rule
+        yield "thoughts.position_count", rule
+    elif thoughts.position_count is not None:
+        yield "thoughts.position_fraction", "with thoughts.position_count"
+    if thoughts.positions != "pattern":
+        yield "thoughts.pattern", rule
+    if thoughts.positions != "field":
+        yield "data.positions_field", rule
     if thoughts.sampler == "pause":
         yield "thoughts.stop", "with thoughts.sampler: pause, whose thoughts have all their tokens"
         for key in ("thoughts.top_p", "thoughts.top_k"):

@@ -6,9 +6,12 @@ and the default. `quietstar.config.tree` puts the sections together and adds ``l
 
 import math
 import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from quietstar.errors import reason_of
 
 MOST_CHARACTERS = 10_000  # of a text in a config
 MOST_LEVELS = 20  # of a mapping within a mapping
@@ -72,10 +75,20 @@ def _check_plain(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
+def _check_pattern(pattern: str) -> str:
+    """Refuse what is no regular expression."""
+    try:
+        re.compile(pattern, re.MULTILINE)
+    except (re.error, OverflowError, RecursionError) as problem:
+        raise ValueError(f"must be a regular expression of Python ({reason_of(problem)})") from None
+    return pattern
+
+
 Text = Annotated[str, Field(min_length=1, max_length=MOST_CHARACTERS), AfterValidator(_check_text)]
 Name = Annotated[str, Field(min_length=1, max_length=4095), AfterValidator(_check_name)]
 """Of a file or folder, or of something on the hub; a leading ``~`` is expanded."""
 Texts = Annotated[list[Text], Field(max_length=1000)]
+Pattern = Annotated[Text, AfterValidator(_check_pattern)]
 PlainData = Annotated[dict[str, Any], AfterValidator(_check_plain)]
 StageName = Annotated[str, Field(pattern=r"^[\w-]{1,100}$")]
 
@@ -171,15 +184,30 @@ class ThoughtsConfig(Section):
     generate (the same thoughts by transformers' generate, one row each: slow), pause (a constant
     token, the first of thoughts.start_init, in their place: a control that thinks nothing), or a
     sampler of your own as module:name."""
+    # fmt: off
     positions: Literal[
-        "all", "every", "random", "entropy", "weight", "weighted_entropy", "answer", "answer_start"
+        "all", "every", "random", "entropy", "top_entropy", "weight", "weighted_entropy",
+        "one_random", "answer", "answer_start", "pattern", "field",
     ] = "all"
-    """Where the text thinks: before all tokens; before a share of them (thoughts.position_fraction)
-    that is evenly spaced, random, hardest to predict (entropy), given most weight by the mixing
-    head, or highest in the product of both; before the tokens of an answer, or its first one."""
+    # fmt: on
+    """Where the text thinks: before all tokens; before a share or number of them
+    (thoughts.position_fraction, thoughts.position_count) that is evenly spaced (every), random,
+    hardest to predict (entropy; top_entropy: among the 16 most likely tokens), given most weight by
+    the mixing head, or highest in the product of both; before one random token (one_random); before
+    the tokens of an answer, or its first one; or where thoughts.pattern or data.positions_field
+    says."""
     position_fraction: Annotated[float, _between(1e-4, 1, "it is a share of all")] = 0.25
-    """Share of the targets that get a thought, unless that is all or answers; every n-th is a share
+    """Share of the targets that get a thought, for rules that take a share; every n-th is a share
     of 1/n."""
+    position_count: Annotated[int, _between(1, 2**20, "no sequence has as many")] | None = None
+    """Number of the targets of a text that get a thought, in place of a share of them; a text with
+    fewer targets thinks before all."""
+    scoring_model: Name | None = None
+    """Folder or hub id of a smaller causal LM with the same tokenizer, whose entropy is used by
+    positions entropy and top_entropy; null means the model's own."""
+    pattern: Pattern | None = None
+    """Regular expression of Python for positions pattern, in which ^ and $ match at every line: the
+    model thinks before the token with the first character of each match, or of its group 1."""
     length: Tokens = 8
     """Free tokens of a thought, the most where thoughts.stop lets it end early; its start and end
     are not counted."""
@@ -256,6 +284,10 @@ class DataConfig(Section):
     rationale_field: Text | None = None
     """Field of a record with the gold reasoning that leads to its answer (format qa); evaluations
     compare thoughts with it, and it is never trained on."""
+    positions_field: Text | None = None
+    """Field of a record with a list of character offsets into its text (formats qa and chat: into
+    the text that is made of it), for thoughts.positions field: the model thinks before the tokens
+    that hold those characters."""
     template: Text = "{question}\n{answer}"
     """Text of a qa record: {question}, then {answer}, then at most white space."""
     spans: Literal["random", "concatenate"] = "random"

@@ -4,6 +4,7 @@ The keys of the ``loss`` section are those of the objective: `quietstar.registry
 config is validated.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from typing import Any
@@ -15,6 +16,7 @@ from quietstar.config import schema
 from quietstar.config.schema import DEFAULT_STEPS, SYNTHETIC, Section, Text
 from quietstar.errors import UserError, reason_of
 
+DEFAULT_FRACTION = schema.ThoughtsConfig.model_fields["position_fraction"].default
 MOST_TOKEN_BYTES = 2**36
 """Of the ids of one micro-batch's thoughts, whose states need a thousand times as much."""
 
@@ -237,28 +239,18 @@ def _thought_rules(config: Config) -> Iterator[Broken]:
             f" {data.train}: a shorter thought cannot hold the steps to an answer."
             " Raise it, or lower data.task_options num_steps."
         )  # fmt: skip
-    if thoughts.positions in ("answer", "answer_start"):
-        if data.format == "text":
-            yield ("thoughts.positions", "data.format"), (
-                f"thoughts.positions ({thoughts.positions}) needs data.format: qa or chat, but it"
-                " is text, which has no answers to think before. Set thoughts.positions to all,"
-                " every, random, entropy, weight or weighted_entropy."
-            )  # fmt: skip
-        if data.format == "chat" and data.loss_on != "answer":
-            yield ("data.loss_on", "thoughts.positions"), (
-                f"data.loss_on ({data.loss_on}) must be answer with thoughts.positions:"
-                f" {thoughts.positions} and data.format: chat: only then are the assistant's tokens"
-                " known. Set it to answer."
-            )  # fmt: skip
+    yield from _position_rules(config)
     if data.min_context >= data.seq_len:
         yield ("data.min_context", "data.seq_len"), (
             f"data.min_context ({data.min_context}) must be smaller than data.seq_len"
             f" ({data.seq_len}), or no token is a target. Lower it."
         )  # fmt: skip
-    share = thoughts.position_fraction
-    places = {"all": data.seq_len, "answer": data.seq_len, "answer_start": 1}.get(
-        thoughts.positions, max(1, int(data.seq_len * share))
-    )
+    share = max(1, int(data.seq_len * thoughts.position_fraction))
+    places = min(data.seq_len, thoughts.position_count or share)
+    if thoughts.positions in ("one_random", "answer_start"):
+        places = 1
+    elif thoughts.positions in ("all", "answer", "pattern", "field"):
+        places = data.seq_len
     texts = min(config.training.micro_batch_size, config.training.global_batch_size)
     size = 8 * texts * places * thoughts.num_thoughts * (thoughts.length + thoughts.lookahead)
     if config.loss.thinks and size > MOST_TOKEN_BYTES:
@@ -274,6 +266,58 @@ def _thought_rules(config: Config) -> Iterator[Broken]:
             f" ({data.seq_len}): the true tokens that a thought is scored on lie in the same"
             " sequence. Lower it, or raise data.seq_len."
         )  # fmt: skip
+
+
+def _position_rules(config: Config) -> Iterator[Broken]:
+    thoughts, data = config.thoughts, config.data
+    if thoughts.positions in ("answer", "answer_start"):
+        if data.format == "text":
+            yield ("thoughts.positions", "data.format"), (
+                f"thoughts.positions ({thoughts.positions}) needs data.format: qa or chat, but it"
+                " is text, which has no answers to think before. Set thoughts.positions to another"
+                " rule, such as random or entropy."
+            )  # fmt: skip
+        if data.format == "chat" and data.loss_on != "answer":
+            yield ("data.loss_on", "thoughts.positions"), (
+                f"data.loss_on ({data.loss_on}) must be answer with thoughts.positions:"
+                f" {thoughts.positions} and data.format: chat: only then are the assistant's tokens"
+                " known. Set it to answer."
+            )  # fmt: skip
+    if thoughts.position_count is not None and thoughts.position_fraction != DEFAULT_FRACTION:
+        yield ("thoughts.position_count", "thoughts.position_fraction"), (
+            f"thoughts.position_count ({thoughts.position_count}) cannot be set beside"
+            f" thoughts.position_fraction ({thoughts.position_fraction}): a text thinks at a number"
+            " of positions or at a share of them. Leave one of them out."
+        )  # fmt: skip
+    if thoughts.scoring_model is not None and thoughts.positions not in ("entropy", "top_entropy"):
+        yield ("thoughts.scoring_model", "thoughts.positions"), (
+            f"thoughts.scoring_model ({thoughts.scoring_model}) must be null with"
+            f" thoughts.positions: {thoughts.positions}, which reads no entropy of another model."
+            " Leave it out, or set thoughts.positions: entropy or top_entropy."
+        )  # fmt: skip
+    if thoughts.positions == "pattern" and thoughts.pattern is None:
+        yield ("thoughts.pattern", "thoughts.positions"), (
+            "thoughts.pattern (null) must be set with thoughts.positions: pattern, which thinks"
+            " where it matches. Give a regular expression such as '^' (the beginnings of lines)."
+        )  # fmt: skip
+    if thoughts.positions == "pattern" and thoughts.pattern and _matches_anywhere(thoughts.pattern):
+        yield ("thoughts.pattern",), (
+            f"thoughts.pattern ({thoughts.pattern!r}) must not match the empty text at every"
+            " place, where each token would get a thought. Let it match one character at least"
+            " (+ in place of *), or set thoughts.positions: all."
+        )  # fmt: skip
+    if thoughts.positions == "field" and data.positions_field is None:
+        yield ("data.positions_field", "thoughts.positions"), (
+            "data.positions_field (null) must be set with thoughts.positions: field, which thinks"
+            " where a record says. Name the field with the character offsets."
+        )  # fmt: skip
+
+
+def _matches_anywhere(pattern: str) -> bool:
+    """Tells whether a pattern matches at every place of any text, as ``x*`` does."""
+    compiled = re.compile(pattern, re.MULTILINE)
+    texts = ("ab", "a b", "1 2", "\n\n\n", "é. =", "")
+    return all(compiled.match(text, n) for text in texts for n in range(len(text) + 1))
 
 
 def _mixing_head_rules(config: Config) -> Iterator[Broken]:

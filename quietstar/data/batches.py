@@ -5,7 +5,7 @@ the same for every cut of its batches into micro-batches and ranks, and after ev
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import islice, zip_longest
 
@@ -15,9 +15,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from quietstar.config import DataConfig
+from quietstar.config import DataConfig, ThoughtsConfig
 from quietstar.config.schema import SYNTHETIC
 from quietstar.data.encoding import Documents, Encoded, Encoder, all_too_short, chunks, prepare
+from quietstar.data.marking import PatternMarker
 from quietstar.data.sources import Record, Source, is_empty, open_source
 from quietstar.data.tokenizer import padding_id
 from quietstar.errors import UserError
@@ -38,6 +39,7 @@ class Batch:
         sample_ids: Index of each sample in the run (or in the evaluation).
         answers: True at a token of an answer.
         rationale: Tokens of the gold reasoning, -100 behind them.
+        marked: True at a token before which the model thinks, by a pattern or a field of the data.
     """
 
     input_ids: Int[Tensor, "batch seq"]
@@ -46,6 +48,7 @@ class Batch:
     sample_ids: Int[Tensor, " batch"]
     answers: Bool[Tensor, "batch seq"]
     rationale: Int[Tensor, "batch rationale"]
+    marked: Bool[Tensor, "batch seq"]
 
     def to(self, device: torch.device) -> "Batch":
         """Returns the same batch on another device."""
@@ -142,6 +145,10 @@ class MapSamples:
         self._order = lru_cache(maxsize=2)(  # a batch may cross two epochs
             lambda epoch: keyed_rng(seed, ORDER, epoch).permutation(len(documents))
         )
+
+    def __len__(self) -> int:
+        """Returns the number of samples of an epoch."""
+        return len(self._documents)
 
     def read(self, first: int, size: int, rows: range) -> list[Encoded]:
         """Returns these rows of the batch of `size` samples that starts at index `first`."""
@@ -248,6 +255,12 @@ class TrainData:
     samples: MapSamples | StreamSamples
     seq_len: int
     pad_id: int
+    marker: PatternMarker | None = None
+
+    @property
+    def epoch(self) -> int | None:
+        """Number of sequences of an epoch; None for a stream."""
+        return None if isinstance(self.samples, StreamSamples) else len(self.samples)
 
     def batch(self, step: int, batch_size: int, rows: range | None = None) -> Batch:
         """Builds the batch of a step, or some of its rows.
@@ -260,7 +273,7 @@ class TrainData:
         rows = range(batch_size) if rows is None else rows
         assert rows.stop <= batch_size, f"rows {rows} of a batch of {batch_size}"
         first = step * batch_size
-        samples = self.samples.read(first, batch_size, rows)
+        samples = mark(self.samples.read(first, batch_size, rows), self.marker)
         return collate(samples, [first + row for row in rows], self.seq_len, self.pad_id)
 
 
@@ -282,6 +295,13 @@ class EvalData:
             samples = self.samples[start : start + micro_batch_size]
             places = range(start, start + len(samples))
             yield collate(samples, places, self.seq_len, self.pad_id)
+
+
+def mark(samples: Sequence[Encoded], marker: PatternMarker | None) -> list[Encoded]:
+    """Marks the tokens of samples by a pattern, if there is one."""
+    if marker is None:
+        return list(samples)
+    return [replace(sample, marked=marker(sample.ids.tolist())) for sample in samples]
 
 
 def collate(
@@ -306,18 +326,23 @@ def collate(
         sample_ids=torch.tensor(list(sample_ids), dtype=torch.int64),
         answers=pad([sample.answers for sample in samples], False, seq_len),
         rationale=pad(rationales, IGNORED, max(map(len, rationales), default=0)),
+        marked=pad([sample.marked for sample in samples], False, seq_len),
     )
 
 
 # --- Building both parts --------------------------------------------------------------------------
 def build_data(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    thoughts: ThoughtsConfig | None = None,
 ) -> tuple[TrainData, EvalData, DataReport]:
     """Opens the data of a run.
 
     Without `data.eval`, a random share of the documents is held out (of a stream, its head); a
     document never is in both parts. Order, spans, held-out part and generated problems depend on
-    the seed. A `UserError` says what to do if the data cannot be read or used.
+    the seed. Where ``thoughts`` are at positions that the data mark, batches have the marks. A
+    `UserError` says what to do if the data cannot be read or used.
     """
     if config.train is None:
         raise UserError("data.train: is not set: give a file, a folder, a hub id or a task")
@@ -379,8 +404,13 @@ def build_data(
         )
     assert eval_samples, "a source that opens gives a sequence"
     check_targets(eval_samples, config, held_out.label if held_out is not None else source.label)
-    pad_id = padding_id(tokenizer)
-    train_data = TrainData(samples, config.seq_len, pad_id)
+    pad_id, marker = padding_id(tokenizer), None
+    if thoughts is not None and thoughts.positions == "pattern" and thoughts.pattern is not None:
+        marker = PatternMarker(thoughts.pattern, tokenizer)
+        eval_samples = mark(eval_samples, marker)
+    if thoughts is not None and thoughts.positions in ("pattern", "field"):
+        check_marks(eval_samples, config, thoughts)
+    train_data = TrainData(samples, config.seq_len, pad_id, marker)
     # An unusable stream is an error now, not in the first step.
     first = samples.read(0, FIRST_SAMPLES, range(FIRST_SAMPLES))
     if source.table is None and not any(sample.targets[1:].any() for sample in first):
@@ -394,6 +424,23 @@ def check_targets(samples: Sequence[Encoded], config: DataConfig, label: str) ->
                  for sample in samples)  # fmt: skip
     if not any(scored[1:].any() for scored in is_scored):
         raise no_targets(label, config)
+
+
+def check_marks(samples: Sequence[Encoded], config: DataConfig, thoughts: ThoughtsConfig) -> None:
+    """Raises `UserError` if the sequences of an evaluation have no position to think at."""
+    if any(sample.targets[n] for sample in samples for n in np.flatnonzero(sample.marked) if n):
+        return
+    if thoughts.positions == "pattern":
+        key, rule = f"thoughts.pattern ({thoughts.pattern!r})", "matches nowhere"
+        remedy = "Correct it (it is matched on what the tokens of a sequence decode to)"
+    else:
+        key, rule = f"data.positions_field ({config.positions_field!r})", "names no character"
+        remedy = "Give the records offsets"
+    raise UserError(
+        f"{key}: {rule} at a target of the held-out sequences (of which there are {len(samples):,})"
+        f", so an evaluation would have nothing to think about. {remedy}, or raise"
+        " data.eval_sequences."
+    )
 
 
 def no_targets(label: str, config: DataConfig) -> UserError:

@@ -6,6 +6,7 @@ tokenized document by document as training asks for it, unless an option needs e
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import datasets
@@ -46,6 +47,8 @@ class Encoded:
         answers: True where the token belongs to an answer, what the template adds apart.
         answer_start: Index of the first token of the (last) answer; -1 where there is none.
         rationale: Tokens of the gold reasoning, which no text shows.
+        marked: True where the token holds a character before which the model thinks; empty where no
+            field of the records names any.
     """
 
     ids: Int[np.ndarray, " tokens"]
@@ -53,6 +56,7 @@ class Encoded:
     answers: Bool[np.ndarray, " tokens"]
     answer_start: int = -1
     rationale: Int[np.ndarray, " rationale"] = field(default_factory=lambda: np.zeros(0, np.int32))
+    marked: Bool[np.ndarray, " marked"] = field(default_factory=lambda: np.zeros(0, np.bool_))
 
     def __len__(self) -> int:
         """Returns the number of tokens."""
@@ -62,7 +66,8 @@ class Encoded:
         """Cuts out at most `length` tokens from `start` on."""
         cut = slice(start, start + length)
         kept = self.answer_start - start if self.answer_start >= start else -1
-        return Encoded(self.ids[cut], self.targets[cut], self.answers[cut], kept, self.rationale)
+        masks = (self.targets[cut], self.answers[cut])
+        return Encoded(self.ids[cut], *masks, kept, self.rationale, self.marked[cut])
 
     def without_targets(self, first: int) -> "Encoded":
         """The same with none of the `first` tokens as target."""
@@ -106,17 +111,27 @@ class Encoder:
         self._before = before.rstrip(" ")
         self._space, self._after = before[len(self._before) :], after
         self._answers_only = config.loss_on == "answer"
+        self._positions_field = config.positions_field
 
     def __call__(self, records: Sequence[Mapping[str, Any]]) -> list[Encoded]:
-        """Encodes a batch of canonical records."""
-        checked = [read_record(record, self._fields, "data") for record in records]
+        """Encodes a batch of canonical records.
+
+        Raises:
+            UserError: A chat template that refuses a chat, or an offset beyond the text.
+        """
+        checked = [
+            read_record(record, self._fields, record.get("where", "data")) for record in records
+        ]
         return [encoded for part in _portions(checked) for encoded in self._encode(part)]
 
     def _encode(self, checked: list[Record]) -> list[Encoded]:
         texts = [[] if is_empty(record) else self._segments(record) for record in checked]
+        positions = [
+            self._offsets(record, segments) for record, segments in zip(checked, texts, strict=True)
+        ]
         encoded = [
             self._finish(*tokens) if segments else EMPTY
-            for segments, tokens in zip(texts, self._tokenize(texts), strict=True)
+            for segments, tokens in zip(texts, self._tokenize(texts, positions), strict=True)
         ]
         if "rationale" in self._fields:
             rationales = [record["rationale"] for record in checked]
@@ -126,6 +141,16 @@ class Encoder:
                 for e, ids, segments in zip(encoded, all_ids, texts, strict=True)
             ]
         return encoded
+
+    def _offsets(self, record: Record, segments: list[Segment]) -> list[int]:
+        """Returns the offsets of a record, which must lie in its text."""
+        offsets, length = record.get("positions", []), sum(len(text) for text, _ in segments)
+        if segments and offsets and max(offsets) >= length:
+            raise UserError(
+                f"{record['where']}: field {self._positions_field!r} holds {max(offsets)}: an"
+                f" offset must be less than {length:,}, the number of characters of the text"
+            )
+        return offsets
 
     def _segments(self, record: Record) -> list[Segment]:
         if self._format == "text":
@@ -188,8 +213,10 @@ class Encoder:
             cursor = stop
         return [*segments, (whole[cursor:], False)]
 
-    def _tokenize(self, texts: list[list[Segment]]) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Yields the ids of each text, and which of them belong to an answer.
+    def _tokenize(
+        self, texts: list[list[Segment]], positions: list[list[int]]
+    ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+        """Yields the ids of each text, which belong to an answer, and which hold a position.
 
         A text is cut as the tokenizer would by itself: a token belongs to an answer if it ends
         inside or behind its start, so one across the joint of question and answer is the answer's.
@@ -198,15 +225,17 @@ class Encoder:
         if not self._tokenizer.is_fast:  # it gives no character offsets: segment by segment
             special = self._tokenizer.encode("", add_special_tokens=True) if with_special else []
             bos = special[:1] if special and special[0] == self._tokenizer.bos_token_id else []
-            for segments in texts:
-                ids, inside = list(bos), [False] * len(bos)
-                for text, in_answer in segments:
+            for segments, places in zip(texts, positions, strict=True):
+                ids, inside, begun = list(bos), [False] * len(bos), [False] * len(bos)
+                for text, in_answer, is_place in _cut_at(segments, places):
                     piece = self._tokenizer.encode(text, add_special_tokens=False)
                     ids += piece
                     inside += [in_answer] * len(piece)
-                yield ids, np.asarray(inside, np.bool_)
+                    begun += [is_place and n == 0 for n in range(len(piece))]
+                yield ids, np.asarray(inside, np.bool_), np.asarray(begun, np.bool_)
             return
         with_offsets = any(in_answer for segments in texts for _, in_answer in segments)
+        with_offsets = with_offsets or any(positions)
         tokens: Any = self._tokenizer(
             ["".join(text for text, _ in segments) for segments in texts],
             add_special_tokens=with_special,
@@ -216,7 +245,8 @@ class Encoder:
             verbose=False,  # long documents are meant to be long
         )
         all_offsets = tokens["offset_mapping"] if with_offsets else [()] * len(texts)
-        for ids, offsets, segments in zip(tokens["input_ids"], all_offsets, texts, strict=True):
+        rows = zip(tokens["input_ids"], all_offsets, texts, positions, strict=True)
+        for ids, offsets, segments, places in rows:
             starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
             inside = np.zeros(len(ids), np.bool_)
             cursor = 0
@@ -225,12 +255,25 @@ class Encoder:
                 if in_answer:  # tokens that the tokenizer adds by itself have empty offsets
                     inside |= (ends > cursor) & (starts < stop) & (ends > starts)
                 cursor = stop
-            yield ids, inside
+            marked = np.zeros(len(ids), np.bool_)
+            if places:  # a character belongs to the first token that ends behind it
+                real = np.flatnonzero(ends > starts)
+                index = np.searchsorted(ends[real], places, side="right")
+                marked[real[index[index < len(real)]]] = True
+            yield ids, inside, marked
 
-    def _finish(self, ids: list[int], in_answer: Bool[np.ndarray, " tokens"]) -> Encoded:
+    def _finish(
+        self,
+        ids: list[int],
+        in_answer: Bool[np.ndarray, " tokens"],
+        marked: Bool[np.ndarray, " tokens"],
+    ) -> Encoded:
         eos: Any = self._tokenizer.eos_token_id
         if self._format != "chat" and eos is not None and (not ids or ids[-1] != eos):
             ids, in_answer = [*ids, eos], np.append(in_answer, False)
+            marked = np.append(marked, False)
+        if self._positions_field is None:
+            marked = marked[:0]
         if self._answers_only and not in_answer.any():
             return EMPTY  # such as a chat without an assistant message
         targets = in_answer.copy() if self._answers_only else np.ones(len(ids), np.bool_)
@@ -238,7 +281,18 @@ class Encoder:
             targets[int(in_answer.argmax()) :] = True  # what ends an answer is to be learned too
         starts = np.flatnonzero(in_answer & ~np.concatenate([[False], in_answer[:-1]]))
         answer_start = int(starts[-1]) if len(starts) else -1
-        return Encoded(np.asarray(ids, np.int32), targets, in_answer, answer_start)
+        return Encoded(np.asarray(ids, np.int32), targets, in_answer, answer_start, marked=marked)
+
+
+def _cut_at(segments: list[Segment], places: list[int]) -> Iterator[tuple[str, bool, bool]]:
+    """Cuts segments at the places; yields each piece, its answer flag, and if it begins at one."""
+    cursor = 0
+    for text, in_answer in segments:
+        stop = cursor + len(text)
+        cuts = sorted({cursor, stop, *(place for place in places if cursor < place < stop)})
+        for begin, end in pairwise(cuts):
+            yield text[begin - cursor : end - cursor], in_answer, begin in places
+        cursor = stop
 
 
 def _portions(records: list[Record]) -> Iterator[list[Record]]:
@@ -263,6 +317,7 @@ def chunks(documents: Iterable[Encoded], seq_len: int) -> Iterator[Encoded]:
             np.concatenate([rest.ids, document.ids]),
             np.concatenate([rest.targets, document.targets]),
             np.concatenate([rest.answers, document.answers]),
+            marked=np.concatenate([rest.marked, document.marked]),
         )
         whole = len(joined) - len(joined) % seq_len
         for start in range(0, whole, seq_len):
@@ -282,6 +337,7 @@ ENCODED = Features(
         "answers": List(Value("bool")),
         "answer_start": Value("int64"),
         "rationale": List(Value("int32")),
+        "marked": List(Value("bool")),
     }
 )
 
@@ -315,6 +371,7 @@ class Documents:
             np.asarray(row["answers"], np.bool_),
             int(row["answer_start"]),
             np.asarray(row["rationale"], np.int32),
+            np.asarray(row["marked"], np.bool_),
         )
 
     def select(
@@ -332,10 +389,15 @@ class Documents:
 
         def join(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
             ids = (np.asarray(row, np.int32) for row in batch["ids"])
-            masks = [
-                (np.asarray(row, np.bool_) for row in batch[k]) for k in ("targets", "answers")
-            ]
-            return _columns(chunks(map(Encoded, ids, *masks), config.seq_len))
+            targets, answers, marked = (
+                [np.asarray(row, np.bool_) for row in batch[name]]
+                for name in ("targets", "answers", "marked")
+            )
+            documents = (
+                Encoded(i, t, a, marked=m)
+                for i, t, a, m in zip(ids, targets, answers, marked, strict=True)
+            )
+            return _columns(chunks(documents, config.seq_len))
 
         table, lengths = _map(self.table, join)
         joined = Documents(table, lengths, self.dropped, self.skipped)

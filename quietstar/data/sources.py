@@ -1,7 +1,8 @@
 """Where records come from: local files, a hub data set, or generated problems.
 
 A record is a dict with canonical fields, checked as it is read: `text`; or `question` and `answer`,
-perhaps `rationale`; or `messages` (dicts with `role` and `content`).
+perhaps `rationale`; or `messages` (dicts with `role` and `content`). Where records say at which
+characters the model thinks, these are `positions`, and `where` is the record's place in its file.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow.parquet
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, List, load_dataset
 from datasets.features import Value
 
 from quietstar.config import DataConfig
@@ -52,6 +53,8 @@ def record_fields(config: DataConfig) -> dict[str, str]:
     fields = {name: getattr(config, f"{name}_field") for name in names}
     if config.format == "qa" and config.rationale_field is not None:
         fields["rationale"] = config.rationale_field
+    if config.positions_field is not None:
+        fields["positions"] = config.positions_field
     return fields
 
 
@@ -70,6 +73,9 @@ def read_record(raw: object, fields: Mapping[str, str], where: str) -> Record:
         value, what = raw[field], f"{where}: field {field!r}"
         if name == "messages":
             record[name] = _read_messages([] if value is None else value, where, what)
+        elif name == "positions":
+            record[name] = _read_positions([] if value is None else value, what)
+            record["where"] = where
         elif value is None or isinstance(value, str):
             record[name] = check_unicode(value or "", what)
         else:
@@ -84,7 +90,7 @@ def read_record(raw: object, fields: Mapping[str, str], where: str) -> Record:
 
 def count_characters(record: Record) -> int:
     """Counts the characters of all texts in a canonical record."""
-    texts = [text for text in record.values() if isinstance(text, str)]
+    texts = [text for name, text in record.items() if isinstance(text, str) and name != "where"]
     texts += [message["content"] for message in record.get("messages", ())]
     return sum(map(len, texts))
 
@@ -97,6 +103,20 @@ def _read_messages(messages: object, where: str, what: str) -> list[Record]:
             raise UserError(f"{where}: a message must be an object, not {_kind(message)}")
     fields = {name: name for name in MESSAGE_FIELDS}
     return [read_record(m, fields, f"{where}, message {n}") for n, m in enumerate(messages, 1)]
+
+
+def _read_positions(positions: object, what: str) -> list[int]:
+    """Checks character offsets; those beyond the text are found when it is made of the record."""
+    if not isinstance(positions, Sequence) or isinstance(positions, str):
+        raise UserError(f"{what} must be a list of character offsets, not {_kind(positions)}")
+    for offset in positions:
+        if not isinstance(offset, int) or isinstance(offset, bool):
+            raise UserError(f"{what} must hold whole numbers, not {_kind(offset)}")
+        if not 0 <= offset <= MOST_CHARACTERS:
+            raise UserError(
+                f"{what} holds {offset}: an offset must be from 0 to the last character of the text"
+            )
+    return list(positions)
 
 
 def missing_field(field: str, present: Sequence[str], where: str, name: str) -> UserError:
@@ -327,7 +347,8 @@ def _open_local(label: str, path: Path, config: DataConfig) -> Source:
     if not stats:
         raise UserError(f"{label}: is empty (0 bytes): give a file with at least one record")
     stamps = [(status.st_size, status.st_mtime_ns) for status in stats.values()]
-    arguments = {"names": list(stats), "fields": record_fields(config), "stamps": (stamps,)}
+    fields = record_fields(config)
+    arguments = {"names": list(stats), "fields": fields, "stamps": (stamps,)}
     rows = partial(_read_files, **arguments)
     if next(rows(), None) is None:
         raise UserError(f"{label}: holds no record: give a file with at least one")
@@ -335,7 +356,9 @@ def _open_local(label: str, path: Path, config: DataConfig) -> Source:
         return Source(label, rows, None if config.streaming else Dataset.from_list(list(rows())))
     # Write the records to a cached arrow file once; a changed file is read again.
     try:
-        table: Any = Dataset.from_generator(_read_files, gen_kwargs=arguments)
+        # The first thousand records may have no positions, and would leave their type open.
+        kinds = _features(fields) if "positions" in fields else None
+        table: Any = Dataset.from_generator(_read_files, features=kinds, gen_kwargs=arguments)
     except Exception as error:  # datasets wraps what the generator raised
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, UserError):
@@ -345,6 +368,13 @@ def _open_local(label: str, path: Path, config: DataConfig) -> Source:
             " there, or set HF_DATASETS_CACHE to another folder."
         ) from error
     return Source(label, rows, table)
+
+
+def _features(fields: Mapping[str, str]) -> Features:
+    """Returns the types of canonical records with positions."""
+    messages = List({name: Value("string") for name in MESSAGE_FIELDS})
+    kinds = {"messages": messages, "positions": List(Value("int64"))}
+    return Features({name: kinds.get(name, Value("string")) for name in (*fields, "where")})
 
 
 def _find_files(folder: Path) -> list[Path]:
@@ -393,7 +423,7 @@ def _open_hub(label: str, value: str, config: DataConfig) -> Source:
             raise missing_field(field, data.column_names, label, name)
         kind = data.features[field]
         is_text = isinstance(kind, Value) and kind.dtype in ("string", "large_string", "null")
-        if name != "messages" and not is_text:
+        if name not in ("messages", "positions") and not is_text:
             raise UserError(f"{label}: field {field!r} must hold strings, not {kind}")
     columns = {field: name for name, field in fields.items()}
     table = data.select_columns(list(columns)).rename_columns(columns)
@@ -408,6 +438,11 @@ def _open_generated(
         raise UserError(
             f"data.rationale_field: {config.rationale_field!r} is no field of generated"
             " problems: set data.rationale_field: rationale, or leave it out"
+        )
+    if config.positions_field is not None:
+        raise UserError(
+            f"data.positions_field: {config.positions_field!r} is no field of generated problems:"
+            " leave it out, or set thoughts.positions: pattern"
         )
     task = value.partition(":")[2]
     if value.startswith(SYNTHETIC):

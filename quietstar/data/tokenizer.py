@@ -20,6 +20,8 @@ BYTES = "bytes"
 EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
 _EXAMPLE = "1 + 1 = 2, and so on."
+_ANCHOR = "a"
+"""Stands before tokens when they are decoded: some tokenizers drop a space at the beginning."""
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +148,16 @@ def check_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, vocab_size: int) ->
             " beyond it cannot be embedded; use the tokenizer that belongs to the model, or"
             " resize the model's embedding first"
         )
+
+
+def decode_behind(tokenizer: PreTrainedTokenizerBase, rows: Sequence[list[int]]) -> list[str]:
+    """Returns what each row of tokens adds to a text that goes on with it.
+
+    Some bytes of a character become the replacement character.
+    """
+    anchor: Any = tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"]
+    begin = len(str(tokenizer.decode(anchor)))
+    return [text[begin:] for text in tokenizer.batch_decode([[*anchor, *row] for row in rows])]
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -38,7 +38,14 @@ from quietstar.attention.layout import (
 )
 from quietstar.backbone.output_head import OutputHead
 from quietstar.backbone.teacher_forced import ThoughtStates
-from quietstar.losses.cross_entropy import HeadGradients, RowResult, Segment, objective
+from quietstar.losses.cross_entropy import (
+    HeadGradients,
+    Products,
+    RowResult,
+    Segment,
+    chunk_rows,
+    objective,
+)
 from quietstar.losses.mixture import Mixture, MixtureResult, mixture_objective
 from quietstar.losses.weights import Weigh
 
@@ -309,13 +316,24 @@ def mixed_candidates(
     return torch.lerp(base.expand_as(thought), thought, weight)
 
 
+@torch.no_grad()
 def next_token_entropy(
-    states: Float[Tensor, "batch seq width"], head: OutputHead
+    states: Float[Tensor, "batch seq width"], head: OutputHead, top: int | None = None
 ) -> Float[Tensor, "batch seq"]:
-    """Entropy of the next token's distribution after every text position, nats; no gradient."""
+    """Entropy of the next token's distribution after every text position, nats; no gradient.
+
+    With ``top``, of the distribution over so many most likely tokens, renormalized.
+    """
     rows = states.detach().flatten(0, 1)
+    if top is not None:
+        products = Products(head, rows, None) if head.is_linear else None
+        best = []
+        for part in rows.split(chunk_rows(head.num_logits)):
+            logits = head.logits(part) if products is None else products.logits(part)[1]
+            best.append(logits.topk(min(top, logits.shape[-1])).values)
+        logprobs = torch.cat(best).log_softmax(-1)
+        return -(logprobs.exp() * logprobs).sum(-1).view(states.shape[:2])
     targets = torch.full_like(rows[:, 0], IGNORE_INDEX, dtype=torch.long)
-    with torch.no_grad():
-        _, results = objective([Segment(rows, targets, wants_entropy=True)], head)
+    _, results = objective([Segment(rows, targets, wants_entropy=True)], head)
     assert results[0].entropy is not None, "it was asked for"
     return results[0].entropy.view(states.shape[:2])

@@ -60,11 +60,20 @@ from quietstar.model.outputs import (
     plain_metrics,
     thought_metrics,
 )
+from quietstar.model.scoring_model import ScoringModel
 from quietstar.model.self_check import check_architecture, use_thinking_attention
 from quietstar.model.tuning import apply_tuning, quantization
-from quietstar.sampling.positions import LEARNED_RULES, SCORED_RULES, choose_positions
+from quietstar.sampling.positions import (
+    ENTROPY_RULES,
+    LEARNED_RULES,
+    SCORED_RULES,
+    choose_positions,
+)
 from quietstar.sampling.stopping import StopTexts
 from quietstar.sampling.thoughts import Sampling, Texts, ThoughtBatch
+
+TOP_TOKENS = 16
+"""Most likely tokens whose entropy is the score of ``top_entropy`` (RPT, arXiv:2506.08007)."""
 
 
 class QuietStarForCausalLM(nn.Module):
@@ -101,6 +110,7 @@ class QuietStarForCausalLM(nn.Module):
         super().__init__()
         self.tokenizer, self.stop = tokenizer, None
         self._markers: tuple[Tensor, Tensor] | None = None  # tokens, of markers that do not train
+        self.scoring_model: ScoringModel | None = None  # not a module: see the class
         self.language_model = language_model
         self.tuning = tuning or TuningConfig()
         self.mixing_head_config = mixing_head
@@ -108,6 +118,7 @@ class QuietStarForCausalLM(nn.Module):
         device = embedding_weight(self.causal_lm).device
         size = embedding_weight(self.causal_lm).shape[1]
         # One vector is saved as (embedding,), as it was when there was never more than one.
+        self.num_markers = num_markers
         start, end = ((count, size) if count > 1 else (size,) for count in num_markers)
         self.start_embedding = nn.Parameter(torch.zeros(start, device=device))
         self.end_embedding = nn.Parameter(torch.zeros(end, device=device))
@@ -155,8 +166,7 @@ class QuietStarForCausalLM(nn.Module):
     @property
     def block_length(self) -> int:
         """Tokens behind a position: start, the longest thought, end and true ones."""
-        markers = sum(len(x) if x.ndim > 1 else 1 for x in self._marker_parameters)
-        return markers + self.thoughts.length + self.thoughts.lookahead - 1
+        return sum(self.num_markers) + self.thoughts.length + self.thoughts.lookahead - 1
 
     @property
     def _marker_parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
@@ -182,8 +192,8 @@ class QuietStarForCausalLM(nn.Module):
         """Think or learn by other settings from now on; weights stay.
 
         Raises:
-            UserError: A sampler, reward or objective that cannot be found or called, or a stop text
-                that the tokenizer cannot write.
+            UserError: A sampler, reward or objective that cannot be found or called, a stop text
+                that the tokenizer cannot write, or a scoring model that the positions do not read.
         """
         if thoughts is not None:
             if self.stop is None or thoughts.stop != self.thoughts.stop:
@@ -191,6 +201,14 @@ class QuietStarForCausalLM(nn.Module):
             self._markers = None if thoughts.train_markers else self._find_markers(thoughts)
             for vectors in self._marker_parameters:
                 vectors.requires_grad_(thoughts.train_markers)
+            name = thoughts.scoring_model
+            if name is not None and thoughts.positions not in ENTROPY_RULES:
+                raise UserError(
+                    f"thoughts.scoring_model ({name}): is not read by thoughts.positions: "
+                    f"{thoughts.positions}. Leave it out, or think by {' or '.join(ENTROPY_RULES)}."
+                )
+            if name != (None if self.scoring_model is None else self.scoring_model.name):
+                self.scoring_model = None if name is None else ScoringModel(name)
             self.thoughts = thoughts
             with registry.running("thoughts.sampler", thoughts.sampler):
                 self.sampler = registry.find("thoughts.sampler", thoughts.sampler)()
@@ -242,9 +260,8 @@ class QuietStarForCausalLM(nn.Module):
     ) -> tuple[list[int], list[int]]:
         """Tokens of the markers, as many as the model has vectors."""
         tokens = marker_tokens(tokenizer, thoughts)
-        for key, ids, vectors in zip(("start_init", "end_init"), tokens,
-                                     self._marker_parameters, strict=True):  # fmt: skip
-            count = len(vectors) if vectors.ndim > 1 else 1
+        keys = ("start_init", "end_init")
+        for key, ids, count in zip(keys, tokens, self.num_markers, strict=True):
             if len(ids) != count:
                 raise UserError(
                     f"thoughts.{key} ({getattr(thoughts, key)!r}): has {len(ids)} tokens, but the "
@@ -329,6 +346,7 @@ class QuietStarForCausalLM(nn.Module):
         num_items_in_batch: Tensor | int | None = None,
         *,
         answers: Bool[Tensor, "batch seq"] | None = None,
+        marked: Bool[Tensor, "batch seq"] | None = None,
         num_thought_items: Tensor | int | None = None,
         sample_ids: Int[Tensor, " batch"] | None = None,
         seed: int = 0,
@@ -346,6 +364,8 @@ class QuietStarForCausalLM(nn.Module):
                 ranks; by default those of this batch.
             answers: Mask of answer tokens; only the rules of answers in ``thoughts.positions``
                 read it.
+            marked: Mask of the tokens before which to think, for ``thoughts.positions`` pattern and
+                field (`quietstar.data.PatternMarker` makes it by ``thoughts.pattern``).
             num_thought_items: Positions of the whole step with a thought and a target behind it.
             sample_ids: Index of each text in the run. Keys the noise, so that the same text draws
                 the same thoughts however batches are cut. By default the texts of all calls are
@@ -358,8 +378,9 @@ class QuietStarForCausalLM(nn.Module):
 
         Raises:
             UserError: A text too long for the model or padded on the left, ids or labels outside
-                the vocabulary, answers missing, thoughts that do not fit the texts, or a sampler,
-                reward or objective of the user's that returns what it must not.
+                the vocabulary, answers or marks missing, a scoring model that cannot be used,
+                thoughts that do not fit the texts, or a sampler, reward or objective of the user's
+                that returns what it must not.
         """
         labels = self._targets(input_ids, attention_mask, labels)
         if not (think and self.objective.thinks):
@@ -373,7 +394,7 @@ class QuietStarForCausalLM(nn.Module):
             first, self.texts_seen = self.texts_seen, self.texts_seen + len(input_ids)
             sample_ids = torch.arange(first, self.texts_seen, device=input_ids.device)
         run = run_text(self.causal_lm, input_ids)
-        texts = Texts(input_ids, labels, answers, sample_ids, run)
+        texts = Texts(input_ids, labels, answers, sample_ids, run, marked)
         if thoughts is None:
             positions = self._choose(texts, seed, explore=True)
             spec = self.thoughts
@@ -443,16 +464,20 @@ class QuietStarForCausalLM(nn.Module):
         """Choose where to think; None for all positions."""
         rule, score = self.thoughts.positions, None
         if rule in SCORED_RULES:
-            assert texts.run is not None, "the text ran"
-            states = texts.run.states
+            states, head = None if texts.run is None else texts.run.states, self.output_head
+            if self.scoring_model is not None:
+                states, head = self.scoring_model.run(texts.input_ids, self)
+            assert states is not None, "the text ran"
             score = torch.ones_like(states[..., 0])
             if rule in LEARNED_RULES:
                 ahead = text_lookahead(states, 1, None)
                 score = self.mixing_head(ahead, torch.zeros_like(states)[None, None])[0, 0]
             if rule != "weight":
-                score = score * next_token_entropy(states, self.output_head)
+                top = TOP_TOKENS if rule == "top_entropy" else None
+                score = score * next_token_entropy(states, head, top)
         return choose_positions(
-            rule, self.thoughts.position_fraction, texts.labels, answers=texts.answer_mask,
+            rule, self.thoughts.position_fraction, texts.labels,
+            count=self.thoughts.position_count, answers=texts.answer_mask, marked=texts.marked,
             score=score, sample_ids=texts.sample_ids, seed=seed, explore=explore,
         )  # fmt: skip
 
@@ -669,6 +694,7 @@ class QuietStarForCausalLM(nn.Module):
         labels: Int[Tensor, "batch seq"] | None = None,
         *,
         answers: Bool[Tensor, "batch seq"] | None = None,
+        marked: Bool[Tensor, "batch seq"] | None = None,
         num_thoughts: int = 1,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -682,7 +708,7 @@ class QuietStarForCausalLM(nn.Module):
         if sample_ids is None:
             sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
         labels = self._targets(input_ids, attention_mask, labels)
-        texts = Texts(input_ids, labels, answers, sample_ids)
+        texts = Texts(input_ids, labels, answers, sample_ids, marked=marked)
         length = self.thoughts.length
         sampling = Sampling(num_thoughts, length, temperature, seed, self.stop, top_p, top_k)
         return self._sample(texts, positions, sampling)
@@ -695,6 +721,7 @@ class QuietStarForCausalLM(nn.Module):
         labels: Int[Tensor, "batch seq"] | None = None,
         *,
         answers: Bool[Tensor, "batch seq"] | None = None,
+        marked: Bool[Tensor, "batch seq"] | None = None,
         sample_ids: Int[Tensor, " batch"] | None = None,
         seed: int = 0,
     ) -> Int[Tensor, "batch positions"] | None:
@@ -709,9 +736,10 @@ class QuietStarForCausalLM(nn.Module):
         labels = self._targets(input_ids, attention_mask, labels)
         if sample_ids is None:
             sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
-        scored = self.thoughts.positions in SCORED_RULES
-        run = run_text(self.causal_lm, input_ids) if scored else None
-        texts = Texts(input_ids, labels, answers, sample_ids, run)
+        run = None
+        if self.thoughts.positions in SCORED_RULES and self.scoring_model is None:
+            run = run_text(self.causal_lm, input_ids)
+        texts = Texts(input_ids, labels, answers, sample_ids, run, marked)
         return self._choose(texts, seed, explore=False)
 
     @torch.no_grad()

@@ -59,7 +59,9 @@ _OLD_NAMES = {
 _OLD_SAMPLERS = {"sampled": "rollout"}
 _NEW_IN_2 = {"sampler", "positions", "position_fraction"}
 """Settings of thoughts that format 1 had not."""
-_NEWER = {"stop", "train_markers", "top_p", "top_k"}
+_NEWER = {
+    "stop", "train_markers", "top_p", "top_k", "position_count", "scoring_model", "pattern",
+}  # fmt: skip
 """Settings that are newer than their format, and were what their defaults are."""
 _WRITTEN = (
     SETTINGS_FILE, WEIGHTS_FILE, GATE_FILE, PROBES_FILE, "config.json", "generation_config.json",
@@ -281,8 +283,11 @@ def load(
         else:
             tuned = apply_tuning(base, tuning)
         sizes = (settings.vocab_size, settings.pause_token_id)
-        thoughts, needs_tokens = settings.thoughts, not settings.thoughts.train_markers
-        tokenizer = load_tokenizer(str(folder)) if thoughts.stop or needs_tokens else None
+        thoughts = settings.thoughts
+        # A scoring model is compared by the tokenizer, where the model was saved with one.
+        is_compared = thoughts.scoring_model is not None and any(folder.glob("tokenizer*.json"))
+        needs_tokens = thoughts.stop or is_compared or not thoughts.train_markers
+        tokenizer = load_tokenizer(str(folder)) if needs_tokens else None
         # The number of vectors is that of the file: earlier versions had one for any text.
         markers = [own[name] for name in ("start_embedding", "end_embedding") if name in own]
         counts = tuple(len(x) if x.ndim == 2 else 1 for x in markers)

@@ -1,13 +1,16 @@
 """Where a text thinks: the positions chosen for thoughts.
 
-A position is a candidate if the token after it is a target. With n candidates in a text,
+A position is a candidate if the token after it is a target. Of the n candidates in a text,
 
 - ``every`` takes evenly spaced ones, ``random`` a random choice (keyed, as the sampling noise is,
-  so that how a batch is cut changes nothing): ceil(share * n) of them;
-- as many are those with the highest score: ``entropy`` takes that of the base model's next token,
-  ``weight`` the mixing weight that the mixing head gives without a thought, ``weighted_entropy``
-  the product of both;
-- ``answer`` takes those before a token of an answer, ``answer_start`` those before the first one.
+  so that how a batch is cut changes nothing): ceil(share * n) of them, or a number of them;
+- as many are those with the highest score: ``entropy`` takes that of the base model's next token
+  (or of a scoring model's), ``top_entropy`` that among the most likely tokens (RPT,
+  arXiv:2506.08007), ``weight`` the mixing weight that the mixing head gives without a thought,
+  ``weighted_entropy`` the product of both;
+- ``one_random`` takes the one that ``random`` would (RLP, arXiv:2510.01265);
+- ``answer`` takes those before a token of an answer, ``answer_start`` those before the first one;
+- ``pattern`` and ``field`` take those before a token that the data mark.
 
 How many there are depends on the data alone, so that a step can be normalised before it runs.
 """
@@ -21,15 +24,22 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from quietstar.attention.layout import IGNORE_INDEX, NO_POSITION, lookahead_targets
+from quietstar.errors import UserError
 from quietstar.sampling.noise import keyed_uniform
 
+# fmt: off
 Rule = Literal[
-    "all", "every", "random", "entropy", "weight", "weighted_entropy", "answer", "answer_start"
+    "all", "every", "random", "entropy", "top_entropy", "weight", "weighted_entropy", "one_random",
+    "answer", "answer_start", "pattern", "field",
 ]
+# fmt: on
 ANSWER_RULES = ("answer", "answer_start")
-SCORED_RULES = ("entropy", "weight", "weighted_entropy")
+MARKED_RULES = ("pattern", "field")
+ENTROPY_RULES = ("entropy", "top_entropy")
+"""A scoring model can say where to think by them."""
 LEARNED_RULES = ("weight", "weighted_entropy")
 """Their scores learn only from the positions that they choose: training explores others too."""
+SCORED_RULES = (*ENTROPY_RULES, *LEARNED_RULES)
 
 _CHOICE = 2**20
 """Stands for the token in the noise's key: beyond the tokens of any thought."""
@@ -41,6 +51,9 @@ def count_positions(
     labels: Int[Tensor, "batch seq"],
     answers: Bool[Tensor, "batch seq"] | None = None,
     lookahead: int = 1,
+    *,
+    marked: Bool[Tensor, "batch seq"] | None = None,
+    count: int | None = None,
 ) -> Int[Tensor, " batch"]:
     """Count the positions of each text that think and have a target behind them.
 
@@ -50,16 +63,23 @@ def count_positions(
     if rule == "all":
         return (lookahead_targets(labels, lookahead) != IGNORE_INDEX).any(0).sum(-1)
     candidates = _next(labels != IGNORE_INDEX)
-    if rule in ANSWER_RULES:
-        return (candidates & _before_answers(rule, answers)).sum(-1)
-    count = candidates.sum(-1)
+    if rule in (*ANSWER_RULES, *MARKED_RULES):
+        return (candidates & _named(rule, answers, marked)).sum(-1)
+    total = candidates.sum(-1)
+    most = 1 if rule == "one_random" else count
+    if most is not None:
+        return total.clamp(max=most)
     # A hair less, so that a third of three stays one; and one at least, whatever the share.
-    return (count * share - 1e-6).ceil().clamp(min=1).long() * (count > 0)
+    return (total * share - 1e-6).ceil().clamp(min=1).long() * (total > 0)
 
 
-def most_positions(share: float, seq_len: int) -> int:
-    """Most positions that a share of a text's can be."""
-    return max(1, int(-(-(seq_len - 1) * share // 1)))
+def most_positions(rule: Rule, share: float, seq_len: int, count: int | None = None) -> int:
+    """Most positions of a text that a rule can choose; arguments as in `choose_positions`."""
+    if rule in ("all", *ANSWER_RULES, *MARKED_RULES):
+        return seq_len
+    of_share = max(1, int(-(-(seq_len - 1) * share // 1)))
+    most = 1 if rule == "one_random" else count
+    return of_share if most is None else max(1, min(most, seq_len - 1))
 
 
 def choose_positions(
@@ -67,7 +87,9 @@ def choose_positions(
     share: float,
     labels: Int[Tensor, "batch seq"],
     *,
+    count: int | None = None,
     answers: Bool[Tensor, "batch seq"] | None = None,
+    marked: Bool[Tensor, "batch seq"] | None = None,
     score: Float[Tensor, "batch seq"] | None = None,
     sample_ids: Int[Tensor, " batch"] | None = None,
     seed: int = 0,
@@ -75,29 +97,31 @@ def choose_positions(
 ) -> Int[Tensor, "batch positions"] | None:
     """Positions that think, ascending, `NO_POSITION` behind the last; None for all.
 
-    Only the rules of answers look at the result on the host, to know how wide it is.
+    Only the rules of answers and marks look at the result on the host, to know how wide it is.
 
     Args:
         rule: Rule of the module's docstring.
         share: Fraction of the candidates.
         labels: Token ids, IGNORE_INDEX where a token is no target.
+        count: Number of candidates in place of a share; all of a text with fewer.
         answers: Tokens of answers (rules ``answer`` and ``answer_start``).
+        marked: Tokens before which to think (rules ``pattern`` and ``field``).
         score: The higher, the sooner a position is chosen (`SCORED_RULES`).
         sample_ids: Key the random choice.
         seed: Seed of the random choice.
         explore: Leave a quarter of the positions of `LEARNED_RULES` to chance.
 
     Raises:
-        ValueError: A rule of answers without answers.
+        UserError: A rule of answers without answers, or of marks without marks.
     """
     if rule == "all":
         return None
     candidates, device = _next(labels != IGNORE_INDEX), labels.device
-    counts = count_positions(rule, share, labels, answers)
-    if rule in ANSWER_RULES:
-        width, score = max(1, int(counts.max())), _before_answers(rule, answers).float()
+    counts = count_positions(rule, share, labels, answers, marked=marked, count=count)
+    if rule in (*ANSWER_RULES, *MARKED_RULES):
+        width, score = max(1, int(counts.max())), _named(rule, answers, marked).float()
     else:
-        width = most_positions(share, labels.shape[1])
+        width = most_positions(rule, share, labels.shape[1], count)
         if sample_ids is None:
             sample_ids = torch.arange(labels.shape[0], device=device)
         places = torch.arange(labels.shape[1], device=device).expand(labels.shape)
@@ -106,9 +130,7 @@ def choose_positions(
             assert score is not None, f"rule {rule} needs scores"
             score = score.float()
         elif rule == "every":
-            rank = candidates.cumsum(-1) - 1
-            steps = [((rank + n) * share - 1e-6).ceil() for n in (0, 1)]
-            score = (steps[1] > steps[0]).float()
+            score = _evenly_spaced(candidates, share, counts, count).float()
         else:
             score = noise
         if explore and rule in LEARNED_RULES:  # three quarters are the best, the others any
@@ -124,9 +146,34 @@ def choose_positions(
     return chosen.masked_fill(chosen == behind, NO_POSITION)
 
 
-def _before_answers(rule: Rule, answers: Tensor | None) -> Bool[Tensor, "batch seq"]:
+def _evenly_spaced(
+    candidates: Bool[Tensor, "batch seq"],
+    share: float,
+    counts: Int[Tensor, " batch"],
+    count: int | None,
+) -> Bool[Tensor, "batch seq"]:
+    """Say which candidates begin another of the equal parts of a text, one for each thought."""
+    rank = candidates.cumsum(-1) - 1
+    if count is None:
+        begun = [((rank + n) * share - 1e-6).ceil() for n in (0, 1)]
+    else:
+        total = candidates.sum(-1, keepdim=True).clamp(min=1)
+        begun = [-(-(rank + n) * counts[:, None] // total) for n in (0, 1)]  # ceil
+    return begun[1] > begun[0]
+
+
+def _named(rule: Rule, answers: Tensor | None, marked: Tensor | None) -> Bool[Tensor, "batch seq"]:
+    """Say which positions are before a token of the rule: of an answer, or marked."""
+    if rule in MARKED_RULES:
+        if marked is None:
+            raise UserError(
+                f"thoughts.positions {rule} needs to know the tokens before which to think: pass "
+                "marked (batch, seq), which quietstar.data.PatternMarker gives for a pattern, or "
+                "choose other positions"
+            )
+        return _next(marked)
     if answers is None:
-        raise ValueError(
+        raise UserError(
             f"thoughts.positions {rule} needs to know the tokens of answers: pass answers "
             "(batch, seq), or choose other positions"
         )

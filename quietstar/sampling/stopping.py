@@ -15,10 +15,9 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from quietstar.data.tokenizer import decode_behind
 from quietstar.errors import UserError
 
-_ANCHOR = "a"
-"""Stands before each token when it is decoded: some tokenizers drop a space at the beginning."""
 _MOST_STATES = 300
 """The table has a row for each: 300 for a vocabulary of 150,000 are 90 MB."""
 
@@ -88,10 +87,7 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
     A token of some bytes of a character has the replacement character.
     """
-    anchor = tokenizer(_ANCHOR, add_special_tokens=False)["input_ids"]
-    begin = len(str(tokenizer.decode(anchor)))
-    rows = [[*anchor, token] for token in range(len(tokenizer))]
-    return [text[begin:] for text in tokenizer.batch_decode(rows)]
+    return decode_behind(tokenizer, [[token] for token in range(len(tokenizer))])
 
 
 class _Spelled:

@@ -63,6 +63,8 @@ class Texts:
         answer_mask: Whether a token belongs to an answer; None where that is not known.
         sample_ids: Index of each text in the run; with the seed it keys the noise.
         run: Keys, values and states of the texts, where the model has run them already.
+        marked: Whether to think before a token, by ``thoughts.positions`` pattern and field; None
+            where that is not known.
     """
 
     input_ids: Int[Tensor, "batch seq"]
@@ -70,6 +72,7 @@ class Texts:
     answer_mask: Bool[Tensor, "batch seq"] | None
     sample_ids: Int[Tensor, " batch"]
     run: TextRun | None = None
+    marked: Bool[Tensor, "batch seq"] | None = None
 
 
 @dataclass(frozen=True)

@@ -84,10 +84,7 @@ def read_step(
         if not of_one:
             labels = torch.full_like(batch.labels, IGNORE_INDEX)
             batch = dataclasses.replace(batch, labels=labels)
-        thinking = count_positions(
-            thoughts.positions, thoughts.position_fraction, batch.labels, batch.answers,
-            thoughts.lookahead,
-        )  # fmt: skip
+        thinking = count_thinking(batch, thoughts)
         targets = batch.labels[:, 1:] != IGNORE_INDEX
         num_targets += torch.stack([targets.sum(), thinking.sum()])
         if pin:
@@ -95,6 +92,14 @@ def read_step(
             batch = Batch(*[getattr(batch, name).pin_memory() for name in names])
         batches.append(batch)
     return StepBatches(batches, num_targets)
+
+
+def count_thinking(batch: Batch, thoughts: ThoughtsConfig) -> Tensor:
+    """Counts the positions of each text of a batch that think, (batch,)."""
+    return count_positions(
+        thoughts.positions, thoughts.position_fraction, batch.labels, batch.answers,
+        thoughts.lookahead, marked=batch.marked, count=thoughts.position_count,
+    )  # fmt: skip
 
 
 def prefetched(read: Callable[[int], T], steps: range) -> Generator[T, None, None]:

@@ -111,7 +111,10 @@ def set_up(config: Config, strategy: Strategy) -> Job:
     # The thread that reads ahead has a tokenizer of its own: Rust's cannot be used by two at once.
     reader = copy.deepcopy(tokenizer)
     # One seed, so that what is held out is held out in every stage.
-    data = [build_data(stage.config.data, reader, seed) for stage in stages]
+    data = [
+        build_data(stage.config.data, reader, seed, stage.config.thoughts if stage.thinks else None)
+        for stage in stages
+    ]
     settings = next((stage for stage in stages if stage.thinks), stages[0]).config
     model = build_model(settings, tokenizer, strategy)
     for stage, (_, eval_data, _) in zip(stages, data, strict=True):
@@ -124,6 +127,11 @@ def set_up(config: Config, strategy: Strategy) -> Job:
     if training.torch_compile:
         compile_layers(model.causal_lm)
     strategy.keep_trainable_only(model)
+    for stage in stages:
+        if stage.thinks and stage.config.thoughts.scoring_model is not None:
+            model.configure(stage.config.thoughts)
+            assert model.scoring_model is not None, "it was configured"
+            model.scoring_model.load(model)  # what is wrong with it is said before the first step
     return Job(stages, strategy, tokenizer, model, data)
 
 
@@ -266,6 +274,8 @@ def describe(model: QuietStarForCausalLM, stage: Stage) -> str:
     config, thoughts = stage.config, stage.config.thoughts
     name = config.model.name_or_path or f"random {model.causal_lm.config.model_type}"
     fraction = f"before {thoughts.position_fraction:.0%} of the tokens"
+    if thoughts.position_count is not None:
+        fraction = f"before up to {thoughts.position_count} tokens of a text"
     most = "up to " if model.may_end_early else ""
     what = f"{thoughts.num_thoughts} thoughts of {most}{thoughts.length} tokens "
     what += {
@@ -273,11 +283,17 @@ def describe(model: QuietStarForCausalLM, stage: Stage) -> str:
         "every": f"{fraction}, evenly spaced",
         "random": f"{fraction}, at random",
         "entropy": f"{fraction}, the hardest to predict",
+        "top_entropy": f"{fraction}, the hardest to predict among the most likely ones",
         "weight": f"{fraction}, where the mixing head expects most",
         "weighted_entropy": f"{fraction}, hard and with a high expected mixing weight",
         "answer": "before each token of an answer",
         "answer_start": "before each answer",
+        "one_random": "before one token of a text, at random",
+        "pattern": f"where {thoughts.pattern!r} matches",
+        "field": f"where data.positions_field ({config.data.positions_field}) says",
     }[thoughts.positions]
+    if thoughts.scoring_model is not None:
+        what += f" for {thoughts.scoring_model}"
     if thoughts.sampler == "pause":
         what += " (constant pause tokens)"
     objective = f"{what}, lookahead {thoughts.lookahead}" if stage.thinks else "no thoughts"

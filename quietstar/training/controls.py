@@ -32,8 +32,8 @@ from quietstar.data import build_data, load_tokenizer
 from quietstar.distributed import from_main_process
 from quietstar.errors import UserError, reading
 from quietstar.model.quiet_star import QuietStarForCausalLM
-from quietstar.sampling.positions import count_positions
 from quietstar.system import files
+from quietstar.training.batches import count_thinking
 from quietstar.training.build import build_accelerator
 from quietstar.training.evaluation import RESULTS_FILE, chosen_positions, score_batch
 from quietstar.training.run import run_training
@@ -188,12 +188,11 @@ def thinking_fraction(stage: Config, tokenizer: PreTrainedTokenizerBase) -> floa
     thoughts, settings = stage.thoughts, stage.training
     if thoughts.positions == "all":
         return 1.0
-    train_data, _, _ = build_data(stage.data, tokenizer, settings.seed)
+    train_data, _, _ = build_data(stage.data, tokenizer, settings.seed, thoughts)
     counts = []
     for step in range(min(settings.max_steps, COUNTED_STEPS)):
         batch = train_data.batch(step, settings.global_batch_size)
-        chosen = (thoughts.positions, thoughts.position_fraction, batch.labels, batch.answers)
-        counts.append(count_positions(*chosen))
+        counts.append(count_thinking(batch, thoughts))
     return float(torch.cat(counts).float().mean()) / stage.data.seq_len
 
 
@@ -239,7 +238,7 @@ def _first_thoughts(
     reader = QuietStarForCausalLM.from_pretrained(final, trust_remote_code=trust)
     reader.to(accelerator.device)
     writer.to(accelerator.device).eval()
-    _, eval_data, _ = build_data(stage.data, tokenizer, seed)
+    _, eval_data, _ = build_data(stage.data, tokenizer, seed, stage.thoughts)
     counts = torch.zeros(2, dtype=torch.int64, device=accelerator.device)
     for index, batch in enumerate(eval_data.batches(stage.training.micro_batch_size)):
         if index % accelerator.num_processes != accelerator.process_index:

@@ -138,8 +138,10 @@ def compare(
 
 def chosen_positions(model: Thinker, batch: Batch) -> Tensor | None:
     """Chooses where the texts of a batch think; None for all positions."""
-    inputs = (batch.input_ids, batch.attention_mask, batch.labels)
-    return model.choose_positions(*inputs, answers=batch.answers, sample_ids=batch.sample_ids)
+    return model.choose_positions(
+        batch.input_ids, batch.attention_mask, batch.labels, answers=batch.answers,
+        marked=batch.marked, sample_ids=batch.sample_ids,
+    )  # fmt: skip
 
 
 def score_batch(

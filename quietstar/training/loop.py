@@ -22,6 +22,9 @@ from quietstar.training.optimizer import set_learning_rates
 from quietstar.training.run_dir import PREEMPTED_FILE
 from quietstar.training.state import StageRun
 
+MOST_IDLE_TEXTS = 10_000
+"""Texts one after the other without a position to think at, of a longer epoch or a stream."""
+
 
 def train(run: StageRun) -> None:
     """Trains to the last step of the stage, evaluating and saving on the way.
@@ -49,9 +52,12 @@ def train(run: StageRun) -> None:
             with held():  # the weights and what is known of them change together
                 run.strategy.update(run.model, run.optimizer, optim.max_grad_norm, check)
                 run.steps_done = done
-                run.reporter.step_ends(first + done, check.loss, check.norms, lr, output)
+                run.reporter.step_ends(
+                    first + done, check.loss, check.norms, lr, output, check.num_positions
+                )
             if check.stop_requested:
                 raise acknowledge()
+            check_positions(run, first + done, check.num_positions)
             if settings.eval_steps and done % settings.eval_steps == 0 and not last:
                 check_finite(run, "it is not evaluated")
                 run.reporter.evaluation(first + done, evaluate(run))
@@ -75,6 +81,33 @@ def next_batches(run: StageRun, batches_of_steps: Iterator[StepBatches]) -> Step
         raise UserError(
             f"{problem} Step {run.step} is saved in {folder}; --resume auto goes on from there."
         ) from problem
+
+
+def check_positions(run: StageRun, step: int, num_positions: int) -> None:
+    """Warns of a step whose texts have no position to think at; the same on all ranks.
+
+    Raises:
+        UserError: An epoch had none, or as many texts as nobody would wait for.
+    """
+    run.idle_texts += run.config.training.global_batch_size
+    if num_positions or not run.stage.thinks:
+        run.idle_texts = 0
+        return
+    rule = run.config.thoughts.positions
+    cause = {"pattern": "thoughts.pattern", "field": "data.positions_field"}.get(
+        rule, "data.min_context and data.seq_len"
+    )
+    if run.idle_texts >= min(run.train_data.epoch or MOST_IDLE_TEXTS, MOST_IDLE_TEXTS):
+        raise UserError(
+            f"step {step}: the last {run.idle_texts:,} texts have no target that "
+            f"thoughts.positions ({rule}) thinks before, so there is nothing to learn from. "
+            f"Correct {cause}, or choose other positions."
+        )
+    run.reporter.warn_once(
+        "positions",
+        f"step {step}: none of its {run.idle_texts:,} texts has a target that thoughts.positions "
+        f"({rule}) thinks before. Check {cause} if this is not rare.",
+    )
 
 
 def leave(run: StageRun, stop: Stopped) -> NoReturn:
@@ -103,7 +136,7 @@ def accumulate_gradients(
 
     Returns:
         The last micro-batch's output with the step's metrics (over all ranks if the step is
-        reported), and the sums over ranks of the loss and of requests to stop, (2,).
+        reported), and the sums over ranks of the loss, of requests to stop and of positions, (3,).
     """
     accelerator = run.accelerator
     num_items, num_thought_items = accelerator.reduce(
@@ -124,6 +157,7 @@ def accumulate_gradients(
                 labels=batch.labels,
                 num_items_in_batch=num_items,
                 answers=batch.answers,
+                marked=batch.marked,
                 num_thought_items=num_thought_items,
                 sample_ids=batch.sample_ids,
                 seed=run.config.training.seed,
@@ -138,8 +172,8 @@ def accumulate_gradients(
     is_reported = run.reporter.is_step_due(run.stage.first_step + step + 1)
     output.metrics = metrics.reduced(accelerator) if is_reported else metrics
     stop = torch.tensor(float(requested() is not None)).to(total.device, non_blocking=True)
-    sums = accelerator.reduce(torch.stack([total, stop]), "sum")
-    return output, sums  # pyright: ignore[reportReturnType]
+    loss, stops = accelerator.reduce(torch.stack([total, stop]), "sum")
+    return output, torch.stack([loss, stops, num_thought_items.to(loss.dtype)])
 
 
 class StepCheck:
@@ -147,11 +181,11 @@ class StepCheck:
 
     Called by the strategy before the weights change where that is possible, so it is also what
     stops a step that would destroy them. ``step`` counts those of the run, this one included;
-    ``sums`` are those over ranks of the loss and of requests to stop, (2,).
+    ``sums`` are those over ranks of the loss, of requests to stop and of positions, (3,).
     """
 
     def __init__(self, step: int, sums: Tensor) -> None:
-        self.loss, self.stop_requested = math.nan, False
+        self.loss, self.stop_requested, self.num_positions = math.nan, False, 0
         self.norms: dict[str, float] = {}
         self._step, self._sums = step, sums
 
@@ -159,7 +193,8 @@ class StepCheck:
         """Raises UserError if the loss or the total gradient norm is not finite."""
         on_device = [norm.to(self._sums.device, torch.float32) for norm in norms.values()]
         # The only place of a step that waits for the device.
-        self.loss, stops, *values = torch.stack([*self._sums, *on_device]).tolist()
+        self.loss, stops, positions, *values = torch.stack([*self._sums, *on_device]).tolist()
+        self.num_positions = int(positions)
         self.stop_requested, self.norms = stops > 0, dict(zip(norms, values, strict=True))
         read = {"loss": self.loss, "gradient norm": self.norms.get("total", 0.0)}
         bad = [f"{name} {value}" for name, value in read.items() if not math.isfinite(value)]

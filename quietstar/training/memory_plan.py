@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +13,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from quietstar.backbone.loading import build_config, drop_dropout, read_config
 from quietstar.backbone.run import decoder_layers
@@ -23,7 +27,8 @@ from quietstar.errors import UserError, reading, reason_of
 from quietstar.losses.cross_entropy import chunk_rows
 from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
-from quietstar.sampling.positions import ANSWER_RULES, most_positions
+from quietstar.model.scoring_model import blamed
+from quietstar.sampling.positions import ANSWER_RULES, MARKED_RULES, most_positions
 from quietstar.training.build import find_tokenizer, hub_options, teach_thinking
 from quietstar.training.optimizer import is_projected
 from quietstar.training.stages import Stage, begin_stage, plan_stages
@@ -105,7 +110,8 @@ def _estimate_stage(
     stage: Stage, tokenizer: PreTrainedTokenizerBase, engine: str, processes: int
 ) -> Estimate:
     config = stage.config
-    if config.thoughts.positions in ANSWER_RULES:  # an answer may be as long as the text
+    if config.thoughts.positions in (*ANSWER_RULES, *MARKED_RULES):
+        # An answer may be as long as the text, and marks may be everywhere.
         thoughts = config.thoughts.model_copy(update={"positions": "all"})
         config = config.model_copy(update={"thoughts": thoughts})
     model = model_without_weights(config, tokenizer)
@@ -120,7 +126,7 @@ def _estimate_stage(
     gradient_share = 1 / processes if engine in (*SHARDED, "zero2") else 1.0
     optimizer_share = 1 / processes if engine not in ("single", "ddp") else 1.0
     rollout, learning = _trace(model, config, stage.thinks, gradient_share)
-    weights = num_bytes(model.parameters())
+    weights, others = num_bytes(model.parameters()), num_bytes(_scoring_weights(model))
     trained = num_bytes(p for p in model.parameters() if p.requires_grad)
     if sharded:  # gathered at once: what no layer holds, the layer at work, the next one
         layers = [num_bytes(layer.parameters()) for layer in decoder_layers(model.causal_lm)]
@@ -129,7 +135,7 @@ def _estimate_stage(
         largest = {"single": 0, "ddp": trained}.get(engine, 2 * 500_000_000 * _FLOAT)
         exchange = min(trained, largest)
     return Estimate(
-        weights=int(weights * weight_share),
+        weights=int(weights * weight_share) + others,  # of which every process has all
         gradients=int(trained * gradient_share),
         optimizer=int(_optimizer_bytes(model, config.tuning, engine) * optimizer_share),
         exchange=exchange,
@@ -152,6 +158,21 @@ def model_without_weights(
             settings = build_config(dict(config.model.config or {}), len(tokenizer))
         else:
             settings = read_config(name, **hub_options(config))
+    base = _lm_without_weights(what, settings, config)
+    model = teach_thinking(base, config, tokenizer).train()
+    if model.scoring_model is not None:
+        what = f"thoughts.scoring_model ({model.scoring_model.name})"
+        with blamed():
+            settings = read_config(model.scoring_model.name)
+        scorer = _lm_without_weights(what, settings, config).requires_grad_(False).eval()
+        model.scoring_model.check_vocabulary(scorer, model)
+        model.scoring_model.lm = scorer
+    return model
+
+
+def _lm_without_weights(what: str, settings: PreTrainedConfig, config: Config) -> PreTrainedModel:
+    """Builds a causal LM on the meta device, in the dtype of the run; ``what`` names it."""
+    with reading(what, "Give the config of a causal language model."):
         layers = getattr(settings.get_text_config(), "num_hidden_layers", 0)
         if isinstance(layers, int) and layers > MOST_LAYERS:
             raise UserError(
@@ -159,12 +180,15 @@ def model_without_weights(
                 "plan goes through the layers one by one. Set it lower."
             )
     drop_dropout(settings)
-    key = "model.config" if name is None else f"model.name_or_path ({name})"
-    with reading(key, "Give the config of a causal language model."), torch.device("meta"):
+    with reading(what, "Give the config of a causal language model."), torch.device("meta"):
         dtype, trust = getattr(torch, config.model.dtype), config.model.trust_remote_code
-        with reading(what, "Give the config of a causal language model."):
-            base = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust)
-    return teach_thinking(base, config, tokenizer).train()
+        return AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust)
+
+
+def _scoring_weights(model: QuietStarForCausalLM) -> list[Tensor]:
+    """Lists the weights of the model of ``thoughts.scoring_model``, if there is one."""
+    scorer = None if model.scoring_model is None else model.scoring_model.lm
+    return [] if scorer is None else list(scorer.parameters())
 
 
 def _check_work(model: QuietStarForCausalLM, config: Config) -> None:
@@ -172,7 +196,7 @@ def _check_work(model: QuietStarForCausalLM, config: Config) -> None:
     thoughts, training, seq_len = config.thoughts, config.training, config.data.seq_len
     rows = training.micro_batch_size * (seq_len - 1) * thoughts.num_thoughts
     if thoughts.positions != "all":
-        rows = math.ceil(rows * thoughts.position_fraction)
+        rows = training.micro_batch_size * _most_positions(config) * thoughts.num_thoughts
     tokens = rows * (thoughts.length + thoughts.lookahead)
     groups = tokens // model.learn_chunk_tokens if model.learn_chunk_tokens else 1
     layers = len(decoder_layers(model.causal_lm))
@@ -196,6 +220,8 @@ def _trace(
     passes = 2 if settings.global_batch_size > settings.micro_batch_size else 1
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
+        if model.scoring_model is not None and model.scoring_model.lm is not None:
+            model.scoring_model.lm.to_empty(device="cpu")
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 # Backward would look for the padding in tokens that have no content.
@@ -243,12 +269,16 @@ def _cache_bytes(model: QuietStarForCausalLM, config: Config) -> int:
     heads = getattr(fields, "num_key_value_heads", None) or fields.num_attention_heads
     size = getattr(fields, "head_dim", None) or fields.hidden_size // fields.num_attention_heads
     in_bf16 = config.training.mixed_precision == "bf16" or config.model.dtype == "bfloat16"
-    positions = seq_len = config.data.seq_len
-    if thoughts.positions != "all":
-        positions = most_positions(thoughts.position_fraction, seq_len)
-    tokens = seq_len + thoughts.num_thoughts * positions * thoughts.length
+    positions = _most_positions(config)
+    tokens = config.data.seq_len + thoughts.num_thoughts * positions * thoughts.length
     rows = config.training.micro_batch_size * tokens
     return rows * fields.num_hidden_layers * 2 * heads * size * (2 if in_bf16 else _FLOAT)
+
+
+def _most_positions(config: Config) -> int:
+    thoughts, seq_len = config.thoughts, config.data.seq_len
+    share, count = thoughts.position_fraction, thoughts.position_count
+    return most_positions(thoughts.positions, share, seq_len, count)
 
 
 class MemoryTrace(TorchDispatchMode):
@@ -258,13 +288,13 @@ class MemoryTrace(TorchDispatchMode):
     ``peak`` is the most alive at once, ``peak_gradients`` that of gradients at that moment.
     """
 
-    def __init__(self, model: nn.Module, gradient_share: float = 1.0) -> None:
+    def __init__(self, model: QuietStarForCausalLM, gradient_share: float = 1.0) -> None:
         super().__init__()
         self.peak = self.peak_gradients = 0
         self._share = gradient_share
         self._live: dict[int, int] = {}
         self._others = self._gradients = 0
-        for parameter in model.parameters():
+        for parameter in (*model.parameters(), *_scoring_weights(model)):
             self._live[_key(parameter)] = 0
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._mark_gradient)

@@ -150,6 +150,12 @@ class Reporter:
         if self.active:
             self.console.print(Text(visible(text)), soft_wrap=True)
 
+    def warn_once(self, name: str, text: str) -> None:
+        """Prints a warning of this name, once a stage."""
+        if name not in self._failed_checks:
+            self._failed_checks.add(name)
+            self.say(f"warning: {text}")
+
     def begin_stage(self, stage: Stage, lines: Sequence[str]) -> None:
         """Says what begins; figures belong to this stage from now on."""
         self.stage = stage
@@ -173,12 +179,19 @@ class Reporter:
         return every > 0 and (step % every == 0 or step == self.stage.last_step)
 
     def step_ends(
-        self, step: int, loss: float, norms: Mapping[str, float], lr: float, output: QuietStarOutput
+        self,
+        step: int,
+        loss: float,
+        norms: Mapping[str, float],
+        lr: float,
+        output: QuietStarOutput,
+        num_positions: int = 0,
     ) -> None:
         """Reports a step: bar, file, trackers, health checks, now and then a thought.
 
         ``step`` counts those of the run, this one included. Gradient norms are by group and in
-        total, before clipping; loss and metrics of the output are those of the whole step.
+        total, before clipping; loss and metrics of the output, and the number of positions that
+        thought, are those of the whole step.
         """
         self.bar.advance(self._task)
         if not self.active or not self.is_step_due(step):
@@ -205,6 +218,8 @@ class Reporter:
             if config.thoughts.positions != "all" or "thought_length" in figures:
                 num_tokens = int(output.metrics.figures["thought_logprob"][1])
             figures["thought_tokens_per_second"] = num_tokens / seconds
+            if config.thoughts.positions != "all":
+                figures["positions_per_text"] = num_positions / config.training.global_batch_size
         self._write("train", step, figures)
         columns = {"base": "base_nll", "mixed": "mixed_nll", "gain": "gain", "w": "mixing_weight"}
         text = "  ".join(
@@ -218,9 +233,8 @@ class Reporter:
             self.say(f"step {step:>5}/{self._total}  {text}")
         for name, (is_bad, message) in HEALTH_CHECKS.items():
             checked = step - self.stage.first_step > UNCHECKED_STEPS and name in figures
-            if checked and is_bad(figures[name]) and name not in self._failed_checks:
-                self._failed_checks.add(name)  # each warns once a stage
-                self.say(f"warning: step {step}: {message.format(figures[name])}")
+            if checked and is_bad(figures[name]):
+                self.warn_once(name, f"step {step}: {message.format(figures[name])}")
         if self._is_due(step, config.logging.thought_steps):
             self._show_thought(output)
 
@@ -259,13 +273,12 @@ class Reporter:
         """Warns once a stage if a held-out NLL has risen far above that at its start."""
         first = self.evaluations[0][1]
         for key in ("mixed_nll", "base_nll"):
-            is_known = key in first and key in figures and "divergence" not in self._failed_checks
+            is_known = key in first and key in figures
             if is_known and not figures[key] <= first[key] + DIVERGENCE:
-                self._failed_checks.add("divergence")
-                self.say(
-                    f"warning: step {step}: {key} rose from {first[key]:.3f} to "
-                    f"{figures[key]:.3f}: training diverges. Lower optim.learning_rate or "
-                    "optim.max_grad_norm."
+                self.warn_once(
+                    "divergence",
+                    f"step {step}: {key} rose from {first[key]:.3f} to {figures[key]:.3f}: training"
+                    " diverges. Lower optim.learning_rate or optim.max_grad_norm.",
                 )
 
     def report(self) -> bool:

@@ -28,6 +28,7 @@ class StageRun:
     reporter: Reporter
     steps_done: int  # of the stage
     saved_step: int | None = None  # of the run, whose state is in a checkpoint of this folder
+    idle_texts: int = 0  # the last ones, which all had no position to think at
 
     @property
     def config(self) -> Config:

@@ -345,6 +345,13 @@ IDLE = [
     ({"tuning": {"galore_rank": 8}}, "tuning.galore_rank"),
     ({"tuning": {"adapter_size": 8, "method": "lora"}}, "tuning.adapter_size"),
     ({"thoughts": {"position_fraction": 0.5}}, "with thoughts.positions: all"),
+    ({"thoughts": {"position_count": 3}}, "with thoughts.positions: all"),
+    (
+        {"thoughts": {"positions": "one_random", "position_fraction": 0.5}},
+        "with thoughts.positions: one_random",
+    ),
+    ({"thoughts": {"pattern": "^"}}, "thoughts.pattern: '^' has no effect with thoughts.positions"),
+    ({"data": {"positions_field": "at"}}, "data.positions_field: 'at' has no effect"),
     ({"mixing_head": {"warmup_weight": 0.25}}, "with mixing_head.warmup_steps: 0"),
     ({"mixing_head": {"warmup_steps": 2000}}, "the mixing head never learns"),
     ({"data": {"split": "test"}}, "without a hub data set"),

@@ -146,8 +146,8 @@ def test_a_wrong_setting_is_named(fields, words, saved, tmp_path):
 @pytest.mark.parametrize("version", [1, 3])
 def test_settings_that_a_format_did_not_have_may_be_missing(version, saved, tmp_path):
     folder = linked(saved / "full", tmp_path / "model")
-    newer = {"stop", "top_p", "top_k"}
-    new = newer if version == 3 else {*newer, "sampler", "positions", "position_fraction"}
+    new = {"stop", "train_markers", "top_p", "top_k", "position_count", "scoring_model", "pattern"}
+    new |= {"sampler", "positions", "position_fraction"} if version == 1 else set()
     thoughts = ThoughtsConfig(length=2).model_dump(exclude=new)
     content = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     if version == 1:
