@@ -102,6 +102,19 @@ def check_graphs_of_rollouts():
         assert counters["stats"]["unique_graphs"] == 2  # start and thought
 
 
+def test_long_thoughts_are_the_same_with_compiled_layers():
+    stop = [chr(c) for c in range(32, 127)]
+    model = thinking_model(
+        plain_model(max_position_embeddings=128), thoughts={"length": 40, "stop": stop}
+    )
+    texts, places = random_texts(2, 12), torch.tensor([[0, 3, 7], [2, 5, -1]])
+    settings = {"num_thoughts": 3, "temperature": 1.0, "positions": places}
+    expected = model.draw(texts, **settings)
+    assert len(expected.lengths.unique()) > 3
+    compile_layers(model.causal_lm, "aot_eager")
+    assert torch.equal(model.draw(texts, **settings).tokens, expected.tokens)
+
+
 def test_layers_are_the_list_that_is_as_long_as_the_config_says():
     model = plain_model()
     assert decoder_layers(model) is model.model.layers

@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from quietstar.attention.dense import ScoreRules, softcapped, softmax_with_sinks
+from quietstar.attention.live_pass import LiveStep
 from quietstar.attention.passes import Pass, RolloutStep
 
 ATTENTION_NAME = "quietstar"
@@ -48,7 +49,7 @@ def thinking_attention(
     Raises:
         ValueError: An attention keyword that this function does not understand, or dropout.
     """
-    if torch.compiler.is_compiling() and isinstance(thought_pass, RolloutStep):
+    if torch.compiler.is_compiling() and isinstance(thought_pass, (RolloutStep, LiveStep)):
         rules = _score_rules(query, scaling, keywords)
         arguments = (rules.scale, rules.softcap, rules.window, rules.sinks)
         return rollout_attention(query, key, value, *arguments), None
@@ -112,7 +113,7 @@ def rollout_attention(
     layers share their compiled code, and it has no break at the attention.
     """
     step = _running.get()
-    assert isinstance(step, RolloutStep), "compiled for the rollout"
+    assert isinstance(step, (RolloutStep, LiveStep)), "compiled for the rollout"
     rules = ScoreRules(scale, softcap, window, sinks)
     out = step.attend(None, *_of_one_dtype(query, key, value), rules)
     return out.transpose(1, 2).contiguous()

@@ -241,12 +241,15 @@ def teach_thinking(
 def check_thoughts_fit(stage: Stage, model: QuietStarForCausalLM, eval_data: EvalData) -> None:
     """Raises UserError if sequences have no room for a thought, or thoughts none for a rationale.
 
-    seq_len + length + lookahead + 1 must be at most the model's positions, and the thoughts of a
-    stage that thinks must be at least as long as the shortest rationale.
+    seq_len, markers, length and lookahead (less one) must be at most the model's positions, and the
+    thoughts of a stage that thinks must be at least as long as the shortest rationale.
     """
     config, thoughts, longest = stage.config, stage.config.thoughts, model.max_text_length
+    beside = sum(model.num_markers) - 1
+    block = thoughts.length + thoughts.lookahead + beside
+    if longest is not None:  # with the thoughts of this stage
+        longest += model.block_length - block
     if longest is not None and config.data.seq_len > longest:
-        block = thoughts.length + thoughts.lookahead + 1
         virtual = num_virtual(model.causal_lm)
         with_virtual = f" + tuning.num_virtual_tokens ({virtual})" if virtual else ""
         remedy = f"set data.seq_len to at most {longest}"
@@ -254,7 +257,8 @@ def check_thoughts_fit(stage: Stage, model: QuietStarForCausalLM, eval_data: Eva
             remedy = "lower tuning.num_virtual_tokens" if virtual else "shorten the thoughts"
         raise UserError(
             f"data.seq_len ({config.data.seq_len}) + thoughts.length ({thoughts.length}) + "
-            f"thoughts.lookahead ({thoughts.lookahead}) + 1{with_virtual} is more than the model's "
+            f"thoughts.lookahead ({thoughts.lookahead}) + {beside}{with_virtual} is more than the "
+            "model's "
             f"{longest + block + virtual} positions; {remedy}"
         )
     lengths = [len(sample.rationale) for sample in eval_data.samples if len(sample.rationale)]

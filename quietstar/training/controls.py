@@ -31,7 +31,7 @@ from quietstar.config.loading import save_config
 from quietstar.data import build_data, load_tokenizer
 from quietstar.distributed import from_main_process
 from quietstar.errors import UserError, reading
-from quietstar.model.quiet_star import QuietStarForCausalLM
+from quietstar.model.quiet_star import QuietStarForCausalLM, marker_tokens
 from quietstar.system import files
 from quietstar.training.batches import count_thinking
 from quietstar.training.build import build_accelerator
@@ -103,8 +103,9 @@ def run_controls(
             source = str(start or stage.model.tokenizer or stage.model.name_or_path)
             tokenizer = load_tokenizer(source, trust_remote_code=stage.model.trust_remote_code)
             fraction = thinking_fraction(stage, tokenizer)
+            num_markers = sum(map(len, marker_tokens(tokenizer, stage.thoughts)))
             results = {
-                name: train(variant(name, stage, start, seed, folder / name, fraction))
+                name: train(variant(name, stage, start, seed, folder / name, fraction, num_markers))
                 for name in TRAINED
             }
             final = folder / "full" / FINAL_FOLDER
@@ -148,12 +149,18 @@ def check_comparable(config: Config, stage: Config) -> None:
 
 
 def variant(
-    name: str, stage: Config, start: Path | None, seed: int, folder: Path, fraction: float = 1.0
+    name: str,
+    stage: Config,
+    start: Path | None,
+    seed: int,
+    folder: Path,
+    fraction: float = 1.0,
+    num_markers: int = 2,
 ) -> Config:
     """Returns the config of one variant of the stage, by its name in `TRAINED`.
 
     It starts from the model in ``start``, None for the stage's own, and runs in ``folder``. A
-    ``fraction`` of the stage's tokens think (`thinking_fraction`).
+    ``fraction`` of the stage's tokens think (`thinking_fraction`), between so many markers.
     """
     training = {"seed": seed, "output_dir": str(folder), "eval_steps": 0}
     changes: dict[str, dict[str, Any]] = {"training": training}
@@ -161,7 +168,7 @@ def variant(
         changes["model"] = {"name_or_path": str(start), "config": None, "tokenizer": None}
     if name == "no_thoughts":
         changes["loss"] = {"objective": "next_token"}
-        training["max_steps"] = matched_steps(stage, fraction)
+        training["max_steps"] = matched_steps(stage, fraction, num_markers)
     if name == "pause":
         changes["thoughts"] = {"sampler": "pause"}
     if name in ("pause", "no_reinforce"):
@@ -169,15 +176,16 @@ def variant(
     return _changed(stage, changes)
 
 
-def matched_steps(stage: Config, fraction: float = 1.0) -> int:
+def matched_steps(stage: Config, fraction: float = 1.0, num_markers: int = 2) -> int:
     """Returns the steps of plain language modeling that cost as much compute as the stage.
 
     With a fraction s of thinking tokens, a text token of a Quiet-STaR step costs 1 + s * K * W
-    tokens forward and backward, W = T + A + 1 the tokens of a block, and 1 + s * K * T forward in
-    the rollout; a forward is a third of forward and backward.
+    tokens forward and backward, W the tokens of a block (markers, T, and A - 1 true ones), and
+    1 + s * K * T forward in the rollout; a forward is a third of forward and backward. Thoughts
+    that may end early count as if none did.
     """
     thoughts = stage.thoughts
-    block = thoughts.length + thoughts.lookahead + 1
+    block = num_markers + thoughts.length + thoughts.lookahead - 1
     learn = 1 + fraction * thoughts.num_thoughts * block
     rollout = (1 + fraction * thoughts.num_thoughts * thoughts.length) / 3
     return math.ceil(stage.training.max_steps * (learn + rollout))
