@@ -17,7 +17,6 @@ from quietstar.attention.layout import (
     IGNORE_INDEX,
     NO_POSITION,
     NO_TOKEN,
-    TextLookahead,
     early_ends,
     on_host,
     text_lookahead,
@@ -146,10 +145,17 @@ class QuietStarForCausalLM(nn.Module):
         """Think or learn by other settings from now on; weights stay.
 
         Raises:
-            UserError: A sampler, reward or objective that cannot be found or called, or a stop text
-                that the tokenizer cannot write.
+            UserError: A sampler, reward or objective that cannot be found or called, a stop text
+                that the tokenizer cannot write, or positions by a mixing weight that is fixed.
         """
         if thoughts is not None:
+            fixed = self.mixing_head_config.fixed_weight
+            if fixed is not None and thoughts.positions in LEARNED_RULES:
+                raise UserError(
+                    f"thoughts.positions ({thoughts.positions}): asks the mixing head, whose weight"
+                    f" is fixed at {fixed} for all positions (mixing_head.fixed_weight). Set"
+                    " another rule, such as entropy, or fixed_weight to null."
+                )
             if self.stop is None or thoughts.stop != self.thoughts.stop:
                 self.stop = self._find_ends(thoughts.stop)
             self.thoughts = thoughts
@@ -283,7 +289,8 @@ class QuietStarForCausalLM(nn.Module):
                 the same thoughts however batches are cut. By default the texts of all calls are
                 counted.
             seed: Seed of the noise.
-            fixed_mixing_weight: Replacement for the head's output (warm-up of the gate).
+            fixed_mixing_weight: Replacement for the head's output (warm-up of the gate); by
+                default ``mixing_head.fixed_weight``, if it is set.
             think: Whether to think; otherwise the loss is that of plain language modeling.
             thoughts: Thoughts to learn from instead of sampling: of an earlier call, another
                 policy, another machine. Their texts must be ``input_ids``.
@@ -432,17 +439,7 @@ class QuietStarForCausalLM(nn.Module):
         )  # fmt: skip
         states = teacher_forced(self.causal_lm, text, inputs)
         ahead = text_lookahead(states.text, states.ahead.shape[0], positions)
-        return states, self.mixing_weight(ahead, states.ahead, fixed_mixing_weight)
-
-    def mixing_weight(
-        self, text: TextLookahead, ahead: Tensor, fixed: float | None
-    ) -> Float[Tensor, "lookahead thoughts batch positions"]:
-        """Mix by text states and those behind thoughts; ``fixed`` replaces the head's output."""
-        weight = self.mixing_head(text, ahead)
-        if fixed is None:
-            return weight
-        # The head stays in the graph, with gradient zero: DDP wants every parameter used.
-        return weight * 0.0 + fixed
+        return states, self.mixing_head(ahead, states.ahead, fixed_mixing_weight)
 
     def _targets(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None

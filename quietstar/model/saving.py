@@ -59,7 +59,7 @@ _OLD_NAMES = {
 _OLD_SAMPLERS = {"sampled": "rollout"}
 _NEW_IN_2 = {"sampler", "positions", "position_fraction"}
 """Settings of thoughts that format 1 had not."""
-_NEWER = {"stop"}
+_NEWER = {"stop", "fixed_weight"}
 """Settings that are newer than their format, and were what their defaults are."""
 _WRITTEN = (
     SETTINGS_FILE, WEIGHTS_FILE, GATE_FILE, PROBES_FILE, "config.json", "generation_config.json",
