@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from quietstar.backbone.run import embedding_weight
+from quietstar.attention.layout import NO_POSITION
+from quietstar.backbone.run import TextRun, embedding_weight
 from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from quietstar.errors import UserError, reading
 from quietstar.evaluation.tasks import AnswerBatch, Candidates
@@ -32,6 +33,7 @@ _DECISIVE = (
 """Files that decide scores: weights, configs, the tokenizer and its chat template."""
 _PIECE, _PIECES, _WHOLLY_HASHED = 2**20, 4096, 8 * 2**30
 """A file larger than the last is hashed in pieces, so that this takes less time than to load it."""
+GENERIC_TEXT = " I will work through this carefully and then give the answer."
 NO_CANDIDATE = -1  # index of a true token that is no candidate, and where there is no token
 
 
@@ -50,15 +52,22 @@ class Protocol:
     text_tokens: int = 256  # tokens that are read of a text without a prompt
     positions: str = "trained"  # where answers are thought about (`POSITIONS`)
     separator: str = ""  # text between prompt and answer of the user's own records
+    generic: str = GENERIC_TEXT  # what stands in every thought of the control of that name
 
 
 def load_thinker(
-    name: str, needs_training: bool, dtype: str | torch.dtype, remedy: str, **hub: Any
+    name: str,
+    needs_training: bool,
+    dtype: str | torch.dtype,
+    remedy: str,
+    positions: str = "every",
+    **hub: Any,
 ) -> QuietStarForCausalLM:
     """Load a saved Quiet-STaR model, or a plain one with vectors and head never trained.
 
-    One token is predicted behind each thought, so its lookahead is 1. ``hub`` may hold
-    ``revision`` and ``trust_remote_code``.
+    One token is predicted behind each thought, so its lookahead is 1; but a model that thinks once
+    about an answer (`thinks_once`) predicts with this thought as many tokens as it was trained to.
+    ``hub`` may hold ``revision`` and ``trust_remote_code``.
 
     Raises:
         UserError: There is no such model, or it is plain where a trained one is needed; ``remedy``
@@ -83,7 +92,8 @@ def load_thinker(
         )
     else:
         model = QuietStarForCausalLM.from_base(name, dtype=dtype, **hub)
-    model.configure(model.thoughts.model_copy(update={"lookahead": 1}))
+    if not thinks_once(model, positions):
+        model.configure(model.thoughts.model_copy(update={"lookahead": 1}))
     return model.eval()
 
 
@@ -187,18 +197,30 @@ def predict_thinking(
     batch: AnswerBatch,
     candidates: Candidates | None,
     thoughts: Int[Tensor, "batch thoughts thinking length"],
+    text: TextRun | None = None,
 ) -> MixedScores:
-    """Predict the scored tokens with these thoughts, and plainly where the batch does not think."""
+    """Predict the scored tokens with these thoughts; ``text`` is that of `run_text`, if it ran.
+
+    A token without a thought of its own is predicted by the last one before it, if the model's
+    lookahead reaches it from there, and plainly otherwise.
+    """
     ids = None if candidates is None else candidates.ids.to(batch.ids.device)
-    mixed = model.score_mixed(batch.ids, None, batch.labels, thoughts, batch.thinking, ids)
+    given = (batch.ids, None, batch.labels, thoughts, batch.thinking, ids)
     if torch.equal(batch.thinking, batch.positions):
-        return mixed
+        return model.score_mixed(*given, text=text)
     plain = predict_plain(model, batch, candidates)
-    rows, places = (batch.thinking >= 0).nonzero(as_tuple=True)
+    mixed = model.score_mixed(*given, lookahead=model.thoughts.lookahead, text=text)
+    last = (batch.thinking != NO_POSITION).sum(1, keepdim=True) - 1  # (B, 1)
+    column = torch.arange(batch.positions.shape[1], device=last.device)
+    place = last.minimum(column)  # (B, P), of the thought that predicts the token
+    ahead = column - place
+    reached = (ahead < model.thoughts.lookahead) & (last >= 0) & batch.valid
+    rows, columns = reached.nonzero(as_tuple=True)
+    places, aheads = place[rows, columns], ahead[rows, columns]
 
     def merge(plain: Tensor, mixed: Tensor) -> Tensor:
         merged = plain.repeat_interleave(mixed.shape[1], dim=1)
-        merged[rows, :, places] = mixed[rows, :, places]
+        merged[rows, :, columns] = mixed[rows, :, places, aheads]
         return merged
 
     logits = None
@@ -209,27 +231,35 @@ def predict_thinking(
 
 
 def item_metrics(
-    predictions: MixedScores, batch: AnswerBatch, candidates: Candidates | None
+    predictions: MixedScores,
+    batch: AnswerBatch,
+    candidates: Candidates | None,
+    are_answers: bool = True,
 ) -> dict[str, Float[Tensor, "batch thoughts"]]:
     """Compute the metrics of every item and every one of its thoughts.
 
     Returns:
         ``nll``: of the scored tokens over the whole vocabulary, nats a token, and
 
-        - with candidates: ``gold_probability``: the product over the answer's tokens of their
-          probabilities, renormalized over the digits (or labels); ``accuracy``: 1 where each is
-          the most likely of those; ``published_accuracy``: as ``gold_probability``, with the end
-          of the line among candidates and tokens, as the published code does;
-        - without: ``accuracy``: 1 where every token is the most likely of the vocabulary, and
-          ``token_accuracy``, the fraction of tokens that are.
+        - ``gold_probability``, if these ``are_answers``: the product over the answer's tokens of
+          their probabilities; with candidates renormalized over the digits (or labels);
+        - ``gold_logprob``: its logarithm, nats;
+        - ``accuracy``: 1 where each token is the most likely of the vocabulary, or of those
+          candidates;
+        - with candidates that have an end: ``published_accuracy``: as ``gold_probability``, with
+          the end of the line among candidates and tokens, as the published code does;
+        - without candidates: ``token_accuracy``: fraction of tokens that are the most likely ones.
     """
     batch = batch.to(torch.device("cpu"))  # float64 is not on every device
     valid = batch.valid.unsqueeze(1)  # (B, 1, P)
     counts = valid.sum(-1)
-    metrics = {"nll": -predictions.logprobs.cpu().double().where(valid, 0).sum(-1) / counts}
+    total = predictions.logprobs.cpu().double().where(valid, 0).sum(-1)
+    metrics = {"nll": -total / counts}
     if candidates is None or predictions.candidates is None:
         right = (predictions.predicted.cpu() == batch.targets.unsqueeze(1)) & valid
         fraction = right.sum(-1).double() / counts
+        if are_answers:
+            metrics |= {"gold_probability": total.exp(), "gold_logprob": total}
         return metrics | {"accuracy": (right | ~valid).all(-1).double(), "token_accuracy": fraction}
     logits = predictions.candidates.cpu().double()
     same = batch.targets.unsqueeze(-1) == candidates.ids  # (B, P, C)
@@ -237,19 +267,19 @@ def item_metrics(
     answers = logits[..., : candidates.num_answers]
     gold_answer = gold.where(gold < candidates.num_answers, NO_CANDIDATE)  # (B, 1, P)
     right = (answers.argmax(-1) == gold_answer) | (gold_answer == NO_CANDIDATE)
-    metrics["gold_probability"] = _probability(answers, gold_answer)
+    logprob = _sum_logprobs(answers, gold_answer)
+    metrics |= {"gold_probability": logprob.exp(), "gold_logprob": logprob}
     metrics["accuracy"] = right.all(-1).double()
     if len(candidates.ids) > candidates.num_answers:  # with an end
-        metrics["published_accuracy"] = _probability(logits, gold)
+        metrics["published_accuracy"] = _sum_logprobs(logits, gold).exp()
     return metrics
 
 
-def _probability(
+def _sum_logprobs(
     logits: Float[Tensor, "batch thoughts positions candidates"],
     gold: Int[Tensor, "batch 1 positions"],
 ) -> Float[Tensor, "batch thoughts"]:
-    """Multiply the probabilities of the true candidates; `NO_CANDIDATE` does not count."""
+    """Add up the log-probabilities of the true candidates; `NO_CANDIDATE` does not count."""
     gold = gold.expand(logits.shape[:3])
     logprobs = logits.log_softmax(-1).movedim(-1, 1)
-    nll = F.nll_loss(logprobs, gold, ignore_index=NO_CANDIDATE, reduction="none")
-    return (-nll.sum(-1)).exp()
+    return -F.nll_loss(logprobs, gold, ignore_index=NO_CANDIDATE, reduction="none").sum(-1)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -570,14 +571,16 @@ class QuietStarForCausalLM(nn.Module):
         positions: Int[Tensor, "batch positions"] | None = None,
         sample_ids: Int[Tensor, " batch"] | None = None,
         seed: int = 0,
+        text: TextRun | None = None,
     ) -> Int[Tensor, "batch thoughts positions length"]:
         """Thoughts at every (chosen) position, not scored; arguments as in `think`.
 
+        ``text`` is that of `run_text`, where the texts were run already.
         Behind the last token of one that ends early stands -1.
         """
         batch = self.draw(
             input_ids, num_thoughts=num_thoughts, temperature=temperature, positions=positions,
-            sample_ids=sample_ids, seed=seed,
+            sample_ids=sample_ids, seed=seed, text=text,
         )  # fmt: skip
         return batch.tokens.transpose(1, 2)
 
@@ -594,13 +597,14 @@ class QuietStarForCausalLM(nn.Module):
         positions: Int[Tensor, "batch positions"] | None = None,
         sample_ids: Int[Tensor, " batch"] | None = None,
         seed: int = 0,
+        text: TextRun | None = None,
     ) -> ThoughtBatch:
-        """Draw thoughts that `forward` can learn from; arguments as in `think` and `forward`."""
+        """Draw thoughts that `forward` can learn from; arguments as in `sample` and `forward`."""
         self._check_length(input_ids)
         if sample_ids is None:
             sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
         labels = self._targets(input_ids, attention_mask, labels)
-        texts = Texts(input_ids, labels, answers, sample_ids)
+        texts = Texts(input_ids, labels, answers, sample_ids, text)
         sampling = Sampling(num_thoughts, self.thoughts.length, temperature, seed, self.stop)
         return self._sample(texts, positions, sampling)
 
@@ -706,23 +710,34 @@ class QuietStarForCausalLM(nn.Module):
         thoughts: Int[Tensor, "batch thoughts positions length"],
         positions: Int[Tensor, "batch positions"] | None = None,
         candidates: Int[Tensor, " candidates"] | None = None,
+        lookahead: int | None = None,
+        text: TextRun | None = None,
     ) -> MixedScores:
         """Predict the next tokens with these thoughts, as `think` does, but for less.
 
         ``thoughts`` are tokens from `sample`, or any, at ``positions`` (None: at all);
-        ``candidates`` are tokens whose logits are wanted.
+        ``candidates`` are tokens whose logits are wanted. With a ``lookahead`` so many true tokens
+        are predicted behind each thought, and the scores have an axis for them behind that of the
+        positions. ``text`` is that of `run_text`, where the texts were run already.
         """
         labels = self._targets(input_ids, attention_mask, labels)
         self._check_length(input_ids)
         self._check_thoughts(thoughts)
         tokens, head = token_major(thoughts), self.output_head
-        states, weight = self.states_with(input_ids, tokens, positions, lookahead=1)
+        states, weight = self.states_with(
+            input_ids, tokens, positions, lookahead=lookahead or 1, text=text
+        )
         result = mixed_predictions(states, weight, labels, head, positions)
         few = None
         if candidates is not None:
-            few = mixed_candidates(states, weight, head, candidates, positions).transpose(0, 1)
+            few = mixed_candidates(states, weight, head, candidates, positions)
         assert result.predicted is not None, "it was asked for"
-        logprobs, predicted = (x[0].transpose(0, 1) for x in (-result.mixed, result.predicted))
+        order = "a k b p ... -> b k p a ..."
+        logprobs, predicted = rearrange(-result.mixed, order), rearrange(result.predicted, order)
+        few = None if few is None else rearrange(few, order)
+        if lookahead is None:
+            few = None if few is None else few[..., 0, :]
+            return MixedScores(logprobs[..., 0], predicted[..., 0], few)
         return MixedScores(logprobs, predicted, few)
 
 
