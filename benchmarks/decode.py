@@ -96,7 +96,7 @@ def _think(model: QuietStarForCausalLM, text: Tensor, tokens: int) -> tuple[floa
     sampling = Sampling(1, model.thoughts.length, None, 0)
     real = torch.ones_like(text[:, :-1], dtype=torch.bool)
     decoder = Decoder(
-        model.causal_lm, model.output_head, model.start_embedding, model.end_embedding,
+        model.causal_lm, model.output_head, model.start_vectors, model.end_vectors,
         sampling, text[:, :-1], real, torch.arange(len(text), device=text.device),
     )  # fmt: skip
     newest = text[:, -1]

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from tiny import MARKERS
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -61,7 +62,7 @@ def make_model(tokenizer) -> Callable[..., QuietStarForCausalLM]:
                 )
             )
         settings = {
-            "thoughts": ThoughtsConfig(length=3, lookahead=2, num_thoughts=2),
+            "thoughts": ThoughtsConfig(length=3, lookahead=2, num_thoughts=2, **MARKERS),
             "mixing_head": MixingHeadConfig(),
             "loss": loss_config(policy_weight=1.0),
         }

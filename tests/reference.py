@@ -1,7 +1,7 @@
 """The oracle: every thought written out as one ordinary sequence, position by position.
 
 Nothing of the package's engine or losses is used, only the parameters of its model: a copy of the
-causal LM with eager attention runs ``x_1..x_i start t_1..t_T end x_{i+1}..x_{i+A-1}`` for each
+causal LM with eager attention runs ``x_1..x_i start.. t_1..t_T end.. x_{i+1}..x_{i+A-1}`` for each
 text, position and thought, and the losses follow by their formulas. Slow, and meant to be obvious.
 
 Letters: B texts, S tokens, K thoughts, T thought tokens, A lookahead, D width. Indices from 0.
@@ -58,6 +58,7 @@ def run_reference(
     lengths: list[int],
     thoughts: Tensor,
     labels: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Reference:
     """Loss and tables by the loop.
 
@@ -67,6 +68,8 @@ def run_reference(
         lengths: Real tokens of each text; the rest is padding.
         thoughts: (B, K, S, T), -1 behind the last token of a thought that ends early.
         labels: (B, S), -100 where a token is no target; default: all real tokens are.
+        positions: (B, S), whether there are thoughts; default: at all. Elsewhere ``thoughts`` are
+            not read.
     """
     model = copy.deepcopy(model)
     model.zero_grad()
@@ -100,18 +103,24 @@ def run_reference(
         valid=table(lookahead).bool(),
     )
     terms = dict.fromkeys(("base", "mixed", "thought", "draft", "policy"), torch.zeros(()))
+    num_items = 0
     for b in range(batch_size):
         text = input_ids[b, : lengths[b]]
         base = _run(model, _embed(model, text))
         r.text[b, : len(text)] = base[0].detach()
         r.real[b, : len(text)] = True
         for i in range(len(text)):
+            if positions is not None and not positions[b, i]:
+                if _is_target(labels[b], i + 1, len(text)):
+                    terms["base"] = terms["base"] - base[1][i].log_softmax(-1)[text[i + 1]]
+                    num_items += 1
+                continue
             valid = [a for a in range(1, lookahead + 1) if _is_target(labels[b], i + a, len(text))]
             for a in range(1, lookahead + 1):
                 r.valid[a - 1, b, i] = a in valid
                 r.reached[a - 1, b, i] = i + a - 1 < len(text)
             _add_position(r, terms, text, base, (b, i), valid, thoughts[b, :, i])
-    num_items = r.valid[0].sum().item()
+    num_items += r.valid[0].sum().item()
     positions = r.valid.any(0).sum().item()
     pairs, loss = num_thoughts * positions, model.objective.settings
     r.loss = (
@@ -141,11 +150,14 @@ def _add_position(
     for k, padded in enumerate(thoughts):
         thought = padded[padded >= 0]
         states, logits = _run(r.model, _sequence(r.model, text, i, thought))
-        first = i + 1  # of the block: start, the thought, end, true tokens
-        end = first + 1 + len(thought)
+        start, end = r.model.start_embedding, r.model.end_embedding
+        # Of the block (start, the thought, end, true tokens): the last token of start, and of end.
+        first = i + (len(start) if start.ndim == 2 else 1)
+        end = first + len(thought) + (len(end) if end.ndim == 2 else 1)
         if 1 in valid and k == 0:  # at the start vector all thoughts are the same
             terms["draft"] = terms["draft"] - logits[first].log_softmax(-1)[text[i + 1]]
-        logprobs = _policy(r, k, place, states[first : end - 1], logits[first : end - 1], thought)
+        before = slice(first, first + len(thought))
+        logprobs = _policy(r, k, place, states[before], logits[before], thought)
         block = (states[end:], logits[end:])
         rewards.append(_add_predictions(r, terms, text, base, block, (k, *place), valid))
         mean_logprobs.append(logprobs.sum() / len(padded))
@@ -218,9 +230,9 @@ def _sequence(model: QuietStarForCausalLM, text: Tensor, i: int, thought: Tensor
     return torch.cat(
         [
             _embed(model, text[: i + 1]),
-            model.start_embedding[None],
+            model.start_embedding.view(-1, model.start_embedding.shape[-1]),
             _embed(model, thought),
-            model.end_embedding[None],
+            model.end_embedding.view(-1, model.end_embedding.shape[-1]),
             _embed(model, text[i + 1 : i + model.thoughts.lookahead]),
         ]
     )

@@ -81,7 +81,7 @@ def test_steps_of_a_compiled_rollout_are_one_graph_for_all_layers():
 
 
 def check_graphs_of_rollouts():
-    lm, start = (model := make_model()).causal_lm, model.start_embedding.detach()
+    lm, start = (model := make_model()).causal_lm, model.start_vectors.detach()
     texts = random_texts(2, 12)
     chosen = torch.tensor([[0, 3, 7], [2, 5, 6]])
     generator = torch.Generator().manual_seed(0)

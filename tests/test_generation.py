@@ -180,7 +180,7 @@ def test_the_cache_grows_with_the_text_and_not_with_thoughts():
     model = thinking_model(plain_model(max_position_embeddings=512)).eval()
     text = random_texts(1, 9)
     decoder = Decoder(
-        model.causal_lm, model.output_head, model.start_embedding, model.end_embedding,
+        model.causal_lm, model.output_head, model.start_vectors, model.end_vectors,
         Sampling(2, 4, None), text[:, :-1], torch.ones(1, 8, dtype=torch.bool), torch.arange(1),
     )  # fmt: skip
     sizes = set()

@@ -221,17 +221,15 @@ def test_dropout_inside_attention_is_set_to_zero_in_a_loaded_model():
     assert model(random_texts()).loss.isfinite()  # the attention function refuses dropout
 
 
-def test_an_initial_text_of_several_tokens_gives_the_mean_and_a_warning(caplog):
+def test_markers_have_a_vector_for_every_token_of_their_text():
     base = plain_model()
-    with caplog.at_level(logging.WARNING):
-        model = thinking_model(
-            base, randomise=False, thoughts={"start_init": "abc", "end_init": "z"}
-        )
+    model = thinking_model(base, randomise=False, thoughts={"start_init": "abc", "end_init": "z"})
     embeddings = base.get_input_embeddings().weight
-    assert torch.allclose(model.start_embedding, embeddings[list(b"abc")].mean(0))
+    assert torch.equal(model.start_embedding, embeddings[list(b"abc")])
     assert torch.equal(model.end_embedding, embeddings[ord("z")])
-    assert "'abc' is 3 tokens" in caplog.text
-    assert "thoughts.end_init" not in caplog.text
+    assert model.start_vectors.shape == (3, 32)
+    assert model.end_vectors.shape == (1, 32)
+    assert model.block_length == 3 + 2 + 1 + 1
 
 
 def test_a_vocabulary_larger_than_the_tokenizer_is_fine_and_a_smaller_one_is_refused():

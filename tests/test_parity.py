@@ -49,17 +49,20 @@ class Comparison:
     path: str
 
 
-def build(name: str, loss=LOSS, length: int = 2) -> QuietStarForCausalLM:
+def build(
+    name: str, loss=LOSS, length: int = 2, lookahead: int = 2, num_markers=(1, 1), base=None
+) -> QuietStarForCausalLM:
     """A tiny Quiet-STaR model of an architecture; two rows of its vocabulary are padding."""
-    base = tiny_architecture(name)
+    base = tiny_architecture(name) if base is None else base
     use_thinking_attention(base)
     vocab_size = base.get_input_embeddings().weight.shape[0] - 2
     model = QuietStarForCausalLM(
         base,
-        ThoughtsConfig(length=length, lookahead=2, num_thoughts=2),
+        ThoughtsConfig(length=length, lookahead=lookahead, num_thoughts=2),
         MixingHeadConfig(floor=0.05),
         loss,
         vocab_size,
+        num_markers=num_markers,
     )
     fixed_init_(model.mixing_head)
     generator = torch.Generator().manual_seed(2)

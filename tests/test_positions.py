@@ -93,7 +93,7 @@ def test_gradients_are_those_of_the_full_computation_restricted_to_the_chosen(pa
 
 def test_the_rollout_draws_the_thoughts_of_the_full_one(path):
     model, texts, _ = model_and_inputs()
-    args = (model.causal_lm, model.output_head, model.start_embedding, texts, torch.tensor([4, 9]))
+    args = (model.causal_lm, model.output_head, model.start_vectors, texts, torch.tensor([4, 9]))
     sampling = Sampling(num_thoughts=3, thought_length=4, temperature=1.0, seed=2)
     full, some = (sample_thoughts(*args, sampling, where) for where in (None, POSITIONS))
     real = POSITIONS >= 0

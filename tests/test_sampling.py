@@ -145,7 +145,7 @@ def test_part_of_a_batch_gets_the_same_numbers():
 def sample(model, texts, ids=None, **settings):
     sampling = Sampling(**{"num_thoughts": 2, "thought_length": 3, "temperature": 1.0, **settings})
     ids = torch.arange(len(texts)) if ids is None else ids
-    start = model.start_embedding
+    start = model.start_vectors
     return sample_thoughts(model.causal_lm, model.output_head, start, texts, ids, sampling)
 
 
@@ -185,7 +185,7 @@ def test_padded_rows_of_the_vocabulary_are_never_sampled():
     model = thinking_model(base)
     texts = random_texts(2, 30)
     all_rows = find_output_head(model.causal_lm)  # the same head, unrestricted
-    args = (model.start_embedding, texts, torch.arange(2))
+    args = (model.start_vectors, texts, torch.arange(2))
     for temperature in (1.0, 0.5, None):
         sampling = Sampling(2, 3, temperature)
         free = sample_thoughts(model.causal_lm, all_rows, *args, sampling)

@@ -35,6 +35,8 @@ GPT2 = {
     "bos_token_id": 256,
     "eos_token_id": 256,
 }
+MARKERS = {"start_init": "-", "end_init": "-"}
+"""One token for the tokenizer of bytes."""
 BYTES_VOCAB = 258
 """Tokens of the byte-level tokenizer."""
 
@@ -59,7 +61,7 @@ def thinking_model(
     model = QuietStarForCausalLM.from_base(
         plain_model() if base is None else base,
         tokenizer=load_tokenizer("bytes"),
-        thoughts=ThoughtsConfig(**{"length": 2, "lookahead": 2, **(thoughts or {})}),
+        thoughts=ThoughtsConfig(**{"length": 2, "lookahead": 2, **MARKERS, **(thoughts or {})}),
         mixing_head=MixingHeadConfig(**(head or {})),
         loss=loss_config(**(loss or {})),
         tuning=TuningConfig(**(tuning or {})),
@@ -94,7 +96,7 @@ def run_config(folder, **changes):
     """Config of a run of a few small steps in ``folder``; ``changes`` name keys with ``__``."""
     settings = {
         "model": {"config": dict(LLAMA), "tokenizer": "bytes"},
-        "thoughts": {"length": 2, "lookahead": 2, "num_thoughts": 2},
+        "thoughts": {"length": 2, "lookahead": 2, "num_thoughts": 2, **MARKERS},
         "data": {"train": None, "seq_len": 12, "eval_sequences": 4, "eval_fraction": 0.2},
         "optim": {"learning_rate": 0.01, "warmup_steps": 0},
         "training": {

@@ -2,7 +2,8 @@
 
 The text part runs on a flash kernel (`Blocks.attend`). The part inside a block is thousands of tiny
 causal problems: a flash kernel pays its set-up for each of them, batched matrix products do not
-(measured in ``docs/performance.md``), and only W x W scores a block are ever made. The two parts
+(measured in ``docs/performance.md``), and only W x W scores a block are ever made. Long blocks
+(`PackedBlocks`) are few, and run on the flash kernel inside too. The two parts
 are merged by log-sum-exp; both backward passes take the *merged* output and log-sum-exp, so their
 gradients add up, as in ring attention.
 
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quietstar.attention.blocks import Blocks, Pair
+from quietstar.attention.blocks import Blocks, PackedBlocks, Pair
 from quietstar.attention.kernels import Kernel, at_least_float32
 
 
@@ -92,6 +93,49 @@ class _BlockAttention(torch.autograd.Function):
             for view, x in zip(views, _by_token(blocks, part, views, summed=True), strict=True):
                 view.copy_(x)
         return dq.to(dtype), dk, dv, text_dk.to(dtype), text_dv.to(dtype), None, None, None
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, text: Pair, blocks: PackedBlocks, scale: float, kernel: Kernel
+) -> Tensor:
+    """`block_attention` of packed blocks, with the kernel for both parts."""
+    return _PackedAttention.apply(q, k, v, *text, blocks, scale, kernel)
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, text_k, text_v, blocks, scale, kernel):
+        out, lse = blocks.attend(kernel, q, (text_k, text_v), scale)
+        inner_out, inner_lse = torch.empty_like(out), torch.empty_like(lse)
+        for bucket in blocks.buckets:
+            parts = kernel.forward(*(bucket.gather(x) for x in (q, k, v)), True, scale)
+            for whole, part in zip((inner_out, inner_lse), parts, strict=True):
+                bucket.write(whole, part)
+        merged = torch.logaddexp(lse, inner_lse)
+        inner_out.mul_((inner_lse - merged).exp_().unsqueeze(-1).to(out.dtype))
+        merge_(out, lse, inner_out, merged)
+        ctx.save_for_backward(q, k, v, text_k, text_v, out, lse)
+        ctx.blocks, ctx.scale, ctx.kernel = blocks, scale, kernel
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        blocks, scale, kernel, dtype = ctx.blocks, ctx.scale, ctx.kernel, grad.dtype
+        *tensors, lse = ctx.saved_tensors
+        wide = kernel.backward_dtype(dtype)
+        grad, q, k, v, text_k, text_v, out = (x.to(wide) for x in (grad, *tensors))
+        dq, text_dk, text_dv = blocks.attend_backward(
+            kernel, grad, (q, text_k, text_v), out, lse, scale
+        )
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        for bucket in blocks.buckets:
+            # A token that only pads has a gradient of zero, and nothing else sees it.
+            qkv = (bucket.gather(q), bucket.gather(k), bucket.gather(v))
+            rows = (bucket.gather(out), bucket.gather(lse).contiguous())
+            grads = kernel.backward(bucket.gather_once(grad), qkv, *rows, True, scale)
+            for total, part in zip((dq, dk, dv), grads, strict=True):
+                bucket.add(total, part)
+        return *(x.to(dtype) for x in (dq, dk, dv, text_dk, text_dv)), None, None, None
 
 
 def step_attention(
@@ -199,29 +243,29 @@ def _by_group(x: Tensor, keys: Tensor) -> Tensor:
 def _by_block(blocks: Blocks, x: Tensor, dtype: torch.dtype, once: bool = False) -> Tensor:
     """(N, H, L, ...) with the blocks as batch, a copy: (blocks, H, W, ...).
 
-    All thoughts of a position share its start token; with ``once`` (gradients) only the first one
-    gets it, the others zeros.
+    All thoughts of a position share its start tokens; with ``once`` (gradients) only the first one
+    gets them, the others zeros.
     """
     start, rest = blocks.block_views(x)
-    grid = rest.shape[:4]  # (X, K, Y, H)
-    whole = torch.empty(*grid, rest.shape[4] + 1, *rest.shape[5:], dtype=dtype, device=x.device)
+    grid, first = rest.shape[:4], start.shape[4]  # (X, K, Y, H), M
+    whole = torch.empty(*grid, first + rest.shape[4], *rest.shape[5:], dtype=dtype, device=x.device)
     if once:
-        whole[:, 1:, :, :, :1].zero_()
-        whole[:, :1, :, :, :1].copy_(start)
+        whole[:, 1:, :, :, :first].zero_()
+        whole[:, :1, :, :, :first].copy_(start)
     else:
-        whole[:, :, :, :, :1].copy_(start)
-    whole[:, :, :, :, 1:].copy_(rest)
+        whole[:, :, :, :, :first].copy_(start)
+    whole[:, :, :, :, first:].copy_(rest)
     return whole.flatten(0, 2)
 
 
 def _by_token(blocks: Blocks, x: Tensor, views: Pair, summed: bool = False) -> Pair:
     """(blocks, H, W, ...) in the order of `Blocks.block_views`, whose views are given.
 
-    The start token is that of the first thought, or the sum over all of them.
+    The start tokens are those of the first thought, or the sum over all of them.
     """
-    x = x.unflatten(0, views[1].shape[:3])
-    start = x[:, :, :, :, :1]
-    return start.sum(1, keepdim=True) if summed else start[:, :1], x[:, :, :, :, 1:]
+    x, first = x.unflatten(0, views[1].shape[:3]), views[0].shape[4]
+    start = x[:, :, :, :, :first]
+    return start.sum(1, keepdim=True) if summed else start[:, :1], x[:, :, :, :, first:]
 
 
 def _empty_tokens(x: Tensor, shape: Sequence[int]) -> Tensor:

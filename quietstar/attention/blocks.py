@@ -1,10 +1,11 @@
 """Blocks of tokens behind some positions of texts that ran before: where they lie, whom they see.
 
 The texts' keys and values are given; a pass runs block tokens alone. Each sees the text up to its
-own position and its own block up to itself. The start token is the same for all thoughts of a
-position, and run once: R = 1 + K (W - 1) tokens a position. `ContiguousBlocks` (positions that lie
-side by side) need no mask: all of their text but its end is seen by all of them, and the end is
-plain causal attention. `SelectedBlocks` (any positions) take a mask towards the text.
+own position and its own block up to itself. The M tokens that open a block are the same for all
+thoughts of a position, and run once: R = M + K (W - M) tokens a position. `ContiguousBlocks`
+(positions that lie side by side) need no mask: all of their text but its end is seen by all of
+them, and the end is plain causal attention. `SelectedBlocks` (any positions) take a mask towards
+the text. `PackedBlocks` (long blocks at a few positions) lie end to end without padding.
 
 Letters as in `quietstar.attention.layout`; N rows of L tokens are what the model is run on.
 """
@@ -15,12 +16,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from quietstar.attention.kernels import Kernel
-from quietstar.attention.layout import on_host
+from quietstar.attention.layout import has_content, on_host
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values, or output and log-sum-exp."""
@@ -29,6 +31,8 @@ _MASK_ELEMENTS = 2**22
 """Entries of a piece's mask: 16 MiB in float32."""
 _PIECE_POSITIONS, _PIECE_QUERIES = 64, 512
 """Most positions of a piece; and, where fewer keys are read for fewer, about its most queries."""
+_LEAST_FILLED = 0.8
+"""Of the longest block that runs in one call, the shortest one has at least this share."""
 
 
 class PrefixAttention:
@@ -115,25 +119,26 @@ class Blocks(Protocol):
     """Where the tokens of some blocks lie in the rows of a pass, and how they see the text."""
 
     masked: bool
+    num_start: int
 
     def position_ids(self, device: torch.device) -> Int[Tensor, "rows tokens"]:
         """Position of every token."""
         ...
 
     def to_rows(
-        self, start: Shaped[Tensor, "B P width"], rest: Shaped[Tensor, "W-1 K B P width"]
+        self, start: Shaped[Tensor, "M B P width"], rest: Shaped[Tensor, "W-M K B P width"]
     ) -> Shaped[Tensor, "rows tokens width"]:
         """Block tokens as rows."""
         ...
 
     def from_rows(self, x: Shaped[Tensor, "rows tokens width"]) -> Pair:
-        """Rows as start tokens (B, P, width) and the others (W - 1, K, B, P, width)."""
+        """Rows as start tokens (M, B, P, width) and the others (W - M, K, B, P, width)."""
         ...
 
     def block_views(self, x: Tensor) -> Pair:
         """(N, H, L, ...) with every block together, views.
 
-        Start tokens are (X, 1, Y, H, 1, ...) and the others (X, K, Y, H, W - 1, ...), X and Y
+        Start tokens are (X, 1, Y, H, M, ...) and the others (X, K, Y, H, W - M, ...), X and Y
         some split of (B, P).
         """
         ...
@@ -170,6 +175,7 @@ class ContiguousBlocks:
         block_length: Tokens of a block, W.
         first: The first position; virtual tokens before the text count.
         count: Number of positions, P.
+        num_start: Tokens that open a block, M.
     """
 
     batch_size: int
@@ -177,28 +183,32 @@ class ContiguousBlocks:
     block_length: int
     first: int
     count: int
+    num_start: int = 1
     masked = False
 
     def position_ids(self, device):  # noqa: D102  (see Blocks)
         place = self.first + 1 + torch.arange(self.count, device=device)
-        index = torch.arange(1, self.block_length, device=device)
-        index = index.repeat_interleave(self.num_thoughts)
-        rows = place + torch.cat([index.new_zeros(1), index])[:, None]  # (R, P)
+        index = torch.arange(self.block_length, device=device)
+        start, rest = index[: self.num_start], index[self.num_start :]
+        rows = torch.cat([start, rest.repeat_interleave(self.num_thoughts)])
+        rows = place + rows[:, None]  # (R, P)
         return rows.expand(self.batch_size, -1, -1).flatten(0, 1)
 
     def to_rows(self, start, rest):  # noqa: D102
         rest = rest.movedim(2, 0).flatten(1, 2)  # (B, (w k), P, width)
-        return torch.cat([start.unsqueeze(1), rest], 1).flatten(0, 1)
+        return torch.cat([start.transpose(0, 1), rest], 1).flatten(0, 1)
 
     def from_rows(self, x):  # noqa: D102
         rows = x.unflatten(0, (self.batch_size, -1))  # (B, R, P, width)
-        return rows[:, 0], rows[:, 1:].unflatten(1, (-1, self.num_thoughts)).movedim(0, 2)
+        start, rest = rows[:, : self.num_start], rows[:, self.num_start :]
+        return start.transpose(0, 1), rest.unflatten(1, (-1, self.num_thoughts)).movedim(0, 2)
 
     def block_views(self, x):  # noqa: D102
         rows = x.unflatten(0, (self.batch_size, -1))  # (B, R, H, P, ...)
-        start = rows[:, 0].transpose(1, 2).unsqueeze(1).unsqueeze(4)
-        rest = rows[:, 1:].unflatten(1, (-1, self.num_thoughts))  # (B, W - 1, K, H, P, ...)
-        return start, rest.movedim((0, 2, 4, 3, 1), (0, 1, 2, 3, 4))
+        start = rows[:, : self.num_start].unsqueeze(2)  # (B, M, 1, H, P, ...)
+        rest = rows[:, self.num_start :].unflatten(1, (-1, self.num_thoughts))
+        order = ((0, 2, 4, 3, 1), (0, 1, 2, 3, 4))
+        return start.movedim(*order), rest.movedim(*order)
 
     def attend(self, kernel, q, text, scale):  # noqa: D102
         out, lse = kernel.forward(q, *(self._near(x) for x in text), True, scale)
@@ -227,7 +237,7 @@ class ContiguousBlocks:
 
     def _near(self, x: Tensor) -> Tensor:
         """The end of the text, from the first position on, for every row."""
-        rows = 1 + (self.block_length - 1) * self.num_thoughts
+        rows = self.num_start + (self.block_length - self.num_start) * self.num_thoughts
         near = x[:, :, self.first : self.first + self.count].unsqueeze(1)
         return near.expand(-1, rows, -1, -1, -1).reshape(-1, *near.shape[2:])
 
@@ -255,6 +265,7 @@ class SelectedBlocks:
         num_thoughts: Thoughts at each position, K.
         block_length: Tokens of a block, W.
         text_length: S, virtual tokens included.
+        num_start: Tokens that open a block, M.
     """
 
     masked = True
@@ -265,30 +276,33 @@ class SelectedBlocks:
         num_thoughts: int,
         block_length: int,
         text_length: int,
+        num_start: int = 1,
     ) -> None:
         self.num_thoughts, self.block_length = num_thoughts, block_length
-        self._tokens = 1 + num_thoughts * (block_length - 1)  # R
+        self.num_start = num_start
+        self._tokens = num_start + num_thoughts * (block_length - num_start)  # R
         self._prefix = PrefixAttention(positions, self._tokens, text_length)
         self.positions = self._prefix.positions
 
     def position_ids(self, device):  # noqa: D102  (see Blocks)
-        index = torch.arange(1, self.block_length, device=device).repeat(self.num_thoughts)
-        offset = 1 + torch.cat([index.new_zeros(1), index])
+        index = torch.arange(self.block_length, device=device)
+        start, rest = index[: self.num_start], index[self.num_start :]
+        offset = 1 + torch.cat([start, rest.repeat(self.num_thoughts)])
         return (self.positions.unsqueeze(-1) + offset).reshape(1, -1)
 
     def to_rows(self, start, rest):  # noqa: D102
         rest = rest.permute(2, 3, 1, 0, 4).flatten(2, 3)  # (B, P, (k w), width)
-        return torch.cat([start.unsqueeze(2), rest], 2).flatten(0, 2).unsqueeze(0)
+        return torch.cat([start.movedim(0, 2), rest], 2).flatten(0, 2).unsqueeze(0)
 
     def from_rows(self, x):  # noqa: D102
         tokens = x[0].unflatten(0, (*self.positions.shape, -1))  # (B, P, R, width)
-        rest = tokens[:, :, 1:].unflatten(2, (self.num_thoughts, -1))
-        return tokens[:, :, 0], rest.permute(3, 2, 0, 1, 4)
+        rest = tokens[:, :, self.num_start :].unflatten(2, (self.num_thoughts, -1))
+        return tokens[:, :, : self.num_start].movedim(2, 0), rest.permute(3, 2, 0, 1, 4)
 
     def block_views(self, x):  # noqa: D102
         tokens = x[0].unflatten(1, (-1, self._tokens))  # (H, B * P, R, ...)
-        start = tokens[:, :, :1].transpose(0, 1)[:, None, None]
-        rest = tokens[:, :, 1:].unflatten(2, (self.num_thoughts, -1))
+        start = tokens[:, :, : self.num_start].transpose(0, 1)[:, None, None]
+        rest = tokens[:, :, self.num_start :].unflatten(2, (self.num_thoughts, -1))
         return start, rest.movedim((1, 2, 0), (0, 1, 2)).unsqueeze(2)
 
     def attend(self, kernel, q, text, scale):  # noqa: D102
@@ -311,3 +325,167 @@ class SelectedBlocks:
 
     def query_positions(self, device):  # noqa: D102
         return self.positions.repeat_interleave(self.num_thoughts, 1)
+
+
+class PackedBlocks:
+    """Long blocks at a few positions, end to end in one row: nothing that only pads is run.
+
+    The order is that of `SelectedBlocks`. Towards the text each position is a call of the kernel
+    with its own keys, inside blocks each `Bucket` is one; with blocks of many tokens these calls
+    are long, and no mask or score is ever held.
+
+    Args:
+        positions: (B, P), ascending; virtual tokens before the text count. Values below zero pad
+            texts with fewer.
+        lengths: Tokens of each block behind those that open it, (K, B, P); None where all have
+            ``block_length`` in all.
+        num_thoughts: Thoughts at each position, K.
+        block_length: Tokens of a block, W.
+        text_length: S, virtual tokens included.
+        num_start: Tokens that open a block, M.
+    """
+
+    masked = False
+
+    def __init__(
+        self,
+        positions: Int[Tensor, "batch positions"],
+        lengths: Int[Tensor, "thoughts batch positions"] | None,
+        num_thoughts: int,
+        block_length: int,
+        text_length: int,
+        num_start: int = 1,
+    ) -> None:
+        self.num_thoughts, self.num_start, self.positions = num_thoughts, num_start, positions
+        device, rest = positions.device, block_length - num_start
+        # On the host, where rows are laid out; of a run that is only planned, the largest.
+        places = np.full(positions.shape, text_length - 1)
+        own = np.full((*positions.shape, num_thoughts), rest)
+        if has_content(positions):
+            places = positions.cpu().numpy().copy()
+            if lengths is not None:
+                own = lengths.permute(1, 2, 0).cpu().numpy()
+        if (places < 0).all():  # a pass has one token at least
+            places[0, 0] = 0
+        own = np.where(places[..., None] < 0, 0, own)
+        opens = np.repeat(places[..., None] >= 0, num_start, -1)
+        is_real = (np.arange(rest) < own[..., None]).reshape(*places.shape, -1)
+        is_real = np.concatenate([opens, is_real], -1)
+        real = np.flatnonzero(is_real)
+        self._grid, self._real = is_real.shape, torch.tensor(real, device=device)
+        row_of = np.zeros(is_real.size, dtype=np.int64)
+        row_of[real] = np.arange(len(real))
+        self._row_of = torch.tensor(row_of, device=device)
+        self.spans: list[tuple[int, slice, int]] = []
+        """Of every position: its text, its tokens in the row, and the end of the keys it sees."""
+        self.sequences: list[tuple[int, np.ndarray, int]] = []
+        """Of every block: its span, its tokens in the row, and the first that is its own to give:
+        those that open it are given by the first block of a position."""
+        first = 0
+        for text, place in np.argwhere(places >= 0).tolist():
+            stop = first + num_start + int(own[text, place].sum())
+            begin, start = first + num_start, np.arange(first, first + num_start)
+            for thought, length in enumerate(own[text, place].tolist()):
+                tokens = np.concatenate([start, np.arange(begin, begin + length)])
+                self.sequences.append((len(self.spans), tokens, num_start if thought else 0))
+                begin += length
+            self.spans.append((text, slice(first, stop), int(places[text, place]) + 1))
+            first = stop
+        self.buckets = [Bucket(part, device) for part in _by_length(self.sequences)]
+
+    def position_ids(self, device):  # noqa: D102  (see Blocks)
+        tokens = self._grid[2] - self.num_start
+        index = torch.arange(self.num_start + tokens // self.num_thoughts, device=device)
+        start, rest = index[: self.num_start], index[self.num_start :]
+        offset = 1 + torch.cat([start, rest.repeat(self.num_thoughts)])
+        places = self.positions.clamp(min=0).unsqueeze(-1) + offset
+        return places.flatten()[self._real].unsqueeze(0)
+
+    def to_rows(self, start, rest):  # noqa: D102
+        rest = rest.permute(2, 3, 1, 0, 4).flatten(2, 3)  # (B, P, (k w), width)
+        rows = torch.cat([start.movedim(0, 2), rest], 2).flatten(0, 2)
+        return rows[self._real].unsqueeze(0)
+
+    def from_rows(self, x):  # noqa: D102  (anything in place of what was not run)
+        tokens = x[0][self._row_of].view(*self._grid, -1)
+        rest = tokens[:, :, self.num_start :].unflatten(2, (self.num_thoughts, -1))
+        return tokens[:, :, : self.num_start].movedim(2, 0), rest.permute(3, 2, 0, 1, 4)
+
+    def attend(self, kernel: Kernel, q: Tensor, text: Pair, scale: float) -> Pair:
+        """Towards the text: output (1, H, L, d) and log-sum-exp."""
+        out, lse = torch.empty_like(q), None
+        for n, rows, end in self.spans:
+            keys, values = (x[n : n + 1, :, :end] for x in text)
+            part, part_lse = kernel.forward(q[:, :, rows], keys, values, False, scale)
+            lse = part_lse.new_empty(q.shape[:3]) if lse is None else lse
+            out[:, :, rows], lse[:, :, rows] = part, part_lse
+        assert lse is not None, "there is a position"
+        return out, lse
+
+    def attend_backward(
+        self, kernel: Kernel, grad: Tensor, qkv: Sequence[Tensor], out: Tensor, lse: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of the queries, and of the text's keys and values."""
+        q, k, v = qkv
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for n, rows, end in self.spans:
+            piece = (q[:, :, rows], k[n : n + 1, :, :end], v[n : n + 1, :, :end])
+            merged = (out[:, :, rows], lse[:, :, rows].contiguous())
+            grads = kernel.backward(grad[:, :, rows], piece, *merged, False, scale)
+            dq[:, :, rows] = grads[0]
+            dk[n : n + 1, :, :end] += grads[1]
+            dv[n : n + 1, :, :end] += grads[2]
+        return dq, dk, dv
+
+
+class Bucket:
+    """Blocks of about equal length, padded to the longest, for one call of a causal kernel.
+
+    Args:
+        sequences: Some of `PackedBlocks.sequences`.
+        device: Where the rows are.
+    """
+
+    def __init__(
+        self, sequences: Sequence[tuple[int, np.ndarray, int]], device: torch.device
+    ) -> None:
+        longest = max(len(tokens) for _, tokens, _ in sequences)
+        index = np.stack([np.pad(t, (0, longest - len(t)), "edge") for _, t, _ in sequences])
+        place = np.arange(longest)
+        gives = np.stack([(place >= first) & (place < len(t)) for _, t, first in sequences])
+        self._shape, given = index.shape, np.flatnonzero(gives)
+        self._index = torch.tensor(index.ravel(), device=device)
+        self._given = torch.tensor(given, device=device)
+        self._rows = torch.tensor(index.ravel()[given], device=device)
+
+    def gather(self, x: Shaped[Tensor, "1 H L *rest"]) -> Shaped[Tensor, "n H W *rest"]:
+        """Block by block; tokens repeat where a block ends early."""
+        return x[0].index_select(1, self._index).unflatten(1, self._shape).transpose(0, 1)
+
+    def gather_once(self, x: Shaped[Tensor, "1 H L *rest"]) -> Shaped[Tensor, "n H W *rest"]:
+        """The same of gradients: every token once, zeros elsewhere."""
+        parts = x.new_zeros(x.shape[1], self._index.shape[0], *x.shape[3:])
+        parts[:, self._given] = x[0].index_select(1, self._rows)
+        return parts.unflatten(1, self._shape).transpose(0, 1)
+
+    def write(self, whole: Shaped[Tensor, "1 H L *rest"], x: Shaped[Tensor, "n H W *rest"]) -> None:
+        """Put every token back to its place."""
+        parts = x.transpose(0, 1).flatten(1, 2)
+        whole[0, :, self._rows] = parts[:, self._given].to(whole.dtype)
+
+    def add(self, whole: Shaped[Tensor, "1 H L *rest"], x: Shaped[Tensor, "n H W *rest"]) -> None:
+        """Add up what all blocks say of a token."""
+        whole[0].index_add_(1, self._index, x.transpose(0, 1).flatten(1, 2))
+
+
+def _by_length(
+    sequences: Sequence[tuple[int, np.ndarray, int]],
+) -> list[list[tuple[int, np.ndarray, int]]]:
+    """Sort blocks into groups of about equal length."""
+    groups: list[list[tuple[int, np.ndarray, int]]] = []
+    for sequence in sorted(sequences, key=lambda s: -len(s[1])):
+        if not groups or len(sequence[1]) < _LEAST_FILLED * len(groups[-1][0][1]):
+            groups.append([])
+        groups[-1].append(sequence)
+    return groups

@@ -8,13 +8,14 @@ recomputed in the backward pass, so that the scores of one step at most are held
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from quietstar.attention.blocks import Blocks, Pair
+from quietstar.attention.blocks import Blocks, PackedBlocks, Pair
 from quietstar.attention.kernels import at_least_float32
 
 
@@ -107,9 +108,13 @@ def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
 
 def recomputed(*args) -> Tensor:
     """`dense_attention`, its scores made again in the backward pass."""
+    return _recomputed(dense_attention, *args)
+
+
+def _recomputed(function: Callable[..., Tensor], *args) -> Tensor:
     if not torch.is_grad_enabled():
-        return dense_attention(*args)
-    return checkpoint(dense_attention, *args, use_reentrant=False, preserve_rng_state=False)
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def dense_block_attention(
@@ -138,5 +143,37 @@ def dense_block_attention(
     )
     out = out.transpose(2, 3).flatten(3).flatten(1, 2)  # (W, X * K * Y, H * dv)
     out = out.unflatten(1, grid).transpose(1, 2).unflatten(2, (batch_size, -1)).flatten(3, 4)
-    rows = blocks.to_rows(out[0, 0], out[1:])  # of (W, K, B, P, H * dv)
+    first = blocks.num_start
+    rows = blocks.to_rows(out[:first, 0], out[first:])  # of (W, K, B, P, H * dv)
     return rows.unflatten(2, (q.shape[1], -1)).transpose(1, 2)
+
+
+def dense_packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, text: Pair, blocks: PackedBlocks, rules: ScoreRules
+) -> Tensor:
+    """`dense_block_attention` of packed blocks, block by block: (1, H, L, .) each."""
+    parts = []
+    for span, tokens, first in blocks.sequences:
+        n, _, end = blocks.spans[span]
+        rows = torch.as_tensor(tokens, device=q.device)
+        keys, values = (
+            torch.cat([past[n : n + 1, :, :end], new[:, :, rows]], 2)
+            for past, new in zip(text, (k, v), strict=True)
+        )
+        parts.append(_recomputed(_last_queries, q[:, :, rows], keys, values, rules)[:, :, first:])
+    return torch.cat(parts, 2)  # in the order of the row
+
+
+def _last_queries(q: Tensor, k: Tensor, v: Tensor, rules: ScoreRules) -> Tensor:
+    """Causal attention of the last tokens of a sequence (1, ., S, .) to all of it."""
+    heads, length = (k.shape[1], q.shape[1] // k.shape[1]), k.shape[2]
+    query = torch.arange(length - q.shape[2], length, device=q.device)[:, None]
+    key = torch.arange(length, device=q.device)
+    hidden = key > query
+    if rules.window is not None:
+        hidden |= query - key >= rules.window
+    grouped = q.unflatten(1, heads)  # (1, Hkv, G, Q, d)
+    scores = at_least_float32(grouped @ k.unsqueeze(2).mT) * rules.scale
+    scores = softcapped(scores, rules).masked_fill(hidden, -math.inf)
+    weights = softmax_with_sinks(scores, rules.sinks).to(v.dtype)
+    return (weights @ v.unsqueeze(2)).flatten(1, 2)

@@ -20,13 +20,15 @@ from quietstar.attention.block_attention import (
     block_attention,
     inner_dtype,
     merge_,
+    packed_attention,
     step_attention,
 )
-from quietstar.attention.blocks import Blocks, Pair, PrefixAttention
+from quietstar.attention.blocks import Blocks, PackedBlocks, Pair, PrefixAttention
 from quietstar.attention.dense import (
     ScoreRules,
     dense_attention,
     dense_block_attention,
+    dense_packed_attention,
     recomputed,
 )
 from quietstar.attention.kernels import Kernel, at_least_float32, find_kernel
@@ -123,15 +125,19 @@ class BlockPass:
         num_positions: Highest position of any block token, plus one.
     """
 
-    def __init__(self, keys: TextKeys, blocks: Blocks, num_positions: int) -> None:
+    def __init__(self, keys: TextKeys, blocks: Blocks | PackedBlocks, num_positions: int) -> None:
         self.keys, self.blocks, self.num_positions = keys, blocks, num_positions
 
     def attend(self, layer, q, k, v, rules):  # noqa: D102
-        text = self.keys[id(layer)]
-        kernel = choose_kernel(q, k, v, rules, self.num_positions, masked=self.blocks.masked)
+        text, blocks = self.keys[id(layer)], self.blocks
+        kernel = choose_kernel(q, k, v, rules, self.num_positions, masked=blocks.masked)
+        if isinstance(blocks, PackedBlocks):
+            if kernel is None:
+                return dense_packed_attention(q, k, v, text, blocks, rules)
+            return packed_attention(q, k, v, text, blocks, rules.scale, kernel)
         if kernel is None:
-            return dense_block_attention(q, k, v, text, self.blocks, rules)
-        return block_attention(q, k, v, text, self.blocks, rules.scale, kernel)
+            return dense_block_attention(q, k, v, text, blocks, rules)
+        return block_attention(q, k, v, text, blocks, rules.scale, kernel)
 
 
 class RolloutCache:
@@ -140,6 +146,7 @@ class RolloutCache:
     Args:
         text: Keys and values of the text.
         num_steps: Block tokens that will be run (start and every thought token but the last).
+        num_start: Those of them that open a block, M.
         num_thoughts: Thoughts at each position, K.
         positions: Positions of the blocks, virtual tokens included; None for all of the text.
     """
@@ -148,10 +155,12 @@ class RolloutCache:
         self,
         text: TextKeys,
         num_steps: int,
+        num_start: int,
         num_thoughts: int,
         positions: Int[Tensor, "batch positions"] | None,
     ) -> None:
-        self.num_steps, self.num_thoughts, self.positions = num_steps, num_thoughts, positions
+        self.num_steps, self.num_start = num_steps, num_start
+        self.num_thoughts, self.positions = num_thoughts, positions
         self.text = {layer: (k.detach(), v.detach()) for layer, (k, v) in text.items()}
         self.blocks: TextKeys = {}
         self.start_prefix = self.prefix = None
@@ -166,7 +175,10 @@ class RolloutCache:
             self.text[layer] = _repeated(pair, self.num_thoughts)
 
     def store_block(self, layer: int, index: int, k: Tensor, v: Tensor) -> Pair:
-        """Add one token to all blocks; returns them so far, (index + 1, rows, tokens, Hkv, .)."""
+        """Add one token to all blocks; returns them so far, (index + 1, rows, tokens, Hkv, .).
+
+        While start tokens run, which all thoughts share, those of the first thoughts.
+        """
         if index == 0:
             rows, heads, tokens = k.shape[:3]
             shape = (self.num_steps, self.num_thoughts * rows, tokens, heads)
@@ -174,8 +186,9 @@ class RolloutCache:
             self.blocks[layer] = (room[0], room[1])
         for cache, new in zip(self.blocks[layer], (k, v), strict=True):
             cache[index].unflatten(0, (-1, len(new))).copy_(new.transpose(1, 2))
+        rows = k.shape[0]
         keys, values = self.blocks[layer]
-        return keys[: index + 1], values[: index + 1]
+        return keys[: index + 1, :rows], values[: index + 1, :rows]
 
 
 class RolloutStep:
@@ -183,7 +196,7 @@ class RolloutStep:
 
     Args:
         cache: Keys and values of the text (with thoughts at all of its positions, repeated for
-            every thought behind the start token) and the earlier steps.
+            every thought behind the start tokens) and the earlier steps.
         index: Place of the token in its block.
     """
 
@@ -203,13 +216,11 @@ class RolloutStep:
         kernel = choose_kernel(q, k, v, rules, num_positions, masked=positions is not None)
         if kernel is None:
             keys, values = (x.transpose(2, 3).to(q.dtype) for x in block)
-            if index == 0:  # not yet one for every thought
-                keys, values = k.unsqueeze(0), v.unsqueeze(0)
             repeats = len(q) // len(text[0])
             places = None if positions is None else positions.clamp(min=0).repeat(repeats, 1)
             text = _repeated(text, repeats)
             return dense_attention(q, text, (keys, values), rules, places)
-        prefix = cache.prefix if index else cache.start_prefix
+        prefix = cache.start_prefix if index < cache.num_start else cache.prefix
         if prefix is None:
             out, lse = kernel.forward(q, *text, True, rules.scale)
         else:  # towards the text, (K * B, H, P, d) is (B, H, P * K, d)

@@ -23,7 +23,6 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
@@ -455,26 +454,3 @@ def stored_dtypes(model: PreTrainedModel) -> set[torch.dtype]:
         with safe_open(path, framework="pt") as tensors:
             dtypes |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
     return {_FLOATS[name] for name in dtypes if name in _FLOATS}
-
-
-@torch.no_grad()
-def initial_embedding(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, key: str
-) -> Tensor:
-    """Input embedding of ``text``, (embedding,); of several tokens the mean, and that is said.
-
-    Messages name the config key ``key``.
-
-    Raises:
-        UserError: ``text`` has no tokens.
-    """
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise UserError(f"{key}: {text!r} has no tokens in this tokenizer; choose another text")
-    if len(ids) > 1:
-        logger.warning(
-            "%s: %r is %d tokens here; the vector starts as the mean of their embeddings",
-            key, text, len(ids),
-        )  # fmt: skip
-    tokens = torch.tensor(ids, device=embedding_weight(model).device)
-    return model.get_input_embeddings()(tokens).float().mean(0)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quietstar.attention.interface import thought_pass_scope
 from quietstar.attention.passes import VIRTUAL_TOKENS, Pass, TextKeys, TextPass
@@ -94,6 +99,22 @@ def run_backbone(
             thought_pass=thought_pass,
         )
     return output.last_hidden_state
+
+
+@contextmanager
+def recomputing(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, decoder layers keep their inputs only, and run again in the backward pass."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    before = [(layer.gradient_checkpointing, layer.training) for layer in layers]
+    for layer in layers:
+        if not layer.gradient_checkpointing:
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer.gradient_checkpointing = layer.training = True  # that of the layer alone
+    try:
+        yield
+    finally:
+        for layer, (recomputes, trains) in zip(layers, before, strict=True):
+            layer.gradient_checkpointing, layer.training = recomputes, trains
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Phase 2: thoughts that are given, teacher-forced, with every state that a loss needs.
 
-A text runs once (`run_text`); blocks of ``start, thought, end, true tokens`` then run against its
-keys and values (`block_pass`), in one group or in many.
+A text runs once (`run_text`); blocks of ``start.., thought, end.., true tokens`` then run against
+its keys and values (`block_pass`), in one group or in many.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quietstar.attention.blocks import ContiguousBlocks, SelectedBlocks
+from quietstar.attention.blocks import ContiguousBlocks, PackedBlocks, SelectedBlocks
 from quietstar.attention.layout import lookahead_targets, shifted
 from quietstar.attention.passes import BlockPass, TextKeys
 from quietstar.backbone.run import TextRun, embed_sparsely, num_virtual, run_backbone
+
+PACKED_FROM = 48
+"""Tokens of a block from which blocks at chosen positions are packed."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class ThoughtStates:
     Attributes:
         text: The text's own states; the one at i predicts x_{i+1}.
         policy: States that predict the thought tokens t_1 .. t_T.
-        ahead: States from the end token on; entry a - 1 predicts x_{i+a}.
+        ahead: States from the last end token on; entry a - 1 predicts x_{i+a}.
     """
 
     text: Float[Tensor, "batch seq width"]
@@ -39,8 +42,8 @@ class BlockInputs:
     """Input embeddings of blocks, and where the blocks lie.
 
     Attributes:
-        start: Input that opens every thought.
-        end: Input that closes every thought.
+        start: Inputs that open every thought.
+        end: Inputs that close every thought.
         thought: Embeddings of the thought tokens.
         true: Of the true tokens behind, the same for all thoughts.
         positions: Positions of the thoughts, ascending, -1 behind the last; None for contiguous
@@ -48,8 +51,8 @@ class BlockInputs:
         lengths: Tokens of each thought; None where all have the whole length.
     """
 
-    start: Float[Tensor, " embedding"]
-    end: Float[Tensor, " embedding"]
+    start: Float[Tensor, "start embedding"]
+    end: Float[Tensor, "end embedding"]
     thought: Float[Tensor, "length thoughts batch positions embedding"]
     true: Float[Tensor, "true batch positions embedding"]
     positions: Int[Tensor, "batch positions"] | None
@@ -58,8 +61,8 @@ class BlockInputs:
 
 def embed_blocks(
     model: PreTrainedModel,
-    start_embedding: Float[Tensor, " embedding"],
-    end_embedding: Float[Tensor, " embedding"],
+    start: Float[Tensor, "start embedding"],
+    end: Float[Tensor, "end embedding"],
     input_ids: Int[Tensor, "batch seq"],
     thoughts: Int[Tensor, "length thoughts batch positions"],
     lookahead: int,
@@ -74,7 +77,15 @@ def embed_blocks(
     true = lookahead_targets(input_ids, lookahead, positions)[:-1].clamp(min=0)
     thoughts = thoughts if lengths is None else thoughts.clamp(min=0)
     thought, true = embed_sparsely(model, thoughts), embed_sparsely(model, true)
-    return BlockInputs(start_embedding, end_embedding, thought, true, positions, lengths)
+    return BlockInputs(start, end, thought, true, positions, lengths)
+
+
+def is_packed(positions: Tensor | None, block_length: int) -> bool:
+    """Say whether blocks run without padding (`PackedBlocks`).
+
+    Shorter ones are so many that one call of a kernel for all of them pays more.
+    """
+    return positions is not None and block_length >= PACKED_FROM
 
 
 def teacher_forced(model: PreTrainedModel, text: TextRun, inputs: BlockInputs) -> ThoughtStates:
@@ -100,15 +111,23 @@ def block_pass(
     """
     thought, virtual = inputs.thought, num_virtual(model)
     length, num_thoughts, batch_size, count = thought.shape[:4]
-    block_length = length + len(inputs.true) + 2
+    num_start, behind = len(inputs.start), len(inputs.end) + len(inputs.true)
+    block_length = num_start + length + behind
     if inputs.positions is None:
-        blocks = ContiguousBlocks(batch_size, num_thoughts, block_length, virtual + first, count)
+        blocks = ContiguousBlocks(
+            batch_size, num_thoughts, block_length, virtual + first, count, num_start
+        )
     else:
-        seen = next(iter(keys.values()))[0].shape[2]
+        sizes = (num_thoughts, block_length, next(iter(keys.values()))[0].shape[2], num_start)
         places = shifted(inputs.positions, virtual)
-        blocks = SelectedBlocks(places, num_thoughts, block_length, seen)
-    start = inputs.start.to(thought.dtype).expand(thought.shape[2:])
-    end = inputs.end.to(thought.dtype).expand(1, *thought.shape[1:])
+        if is_packed(places, block_length):
+            tokens = None if inputs.lengths is None else inputs.lengths + behind
+            blocks = PackedBlocks(places, tokens, *sizes)
+        else:
+            blocks = SelectedBlocks(places, *sizes)
+    grid = (-1, *thought.shape[1:])
+    start = inputs.start.to(thought.dtype)[:, None, None].expand(-1, *thought.shape[2:])
+    end = inputs.end.to(thought.dtype)[:, None, None, None].expand(grid)
     true = inputs.true.unsqueeze(1).expand(-1, *thought.shape[1:])
     rest = torch.cat([thought, end, true])
     if inputs.lengths is not None:
@@ -122,12 +141,13 @@ def block_pass(
     states = run_backbone(
         model, rows, blocks.position_ids(rows.device), BlockPass(keys, blocks, num_positions)
     )
-    start, rest = blocks.from_rows(states)  # (B, P, D) and (W - 1, K, B, P, D)
-    start = start.expand(1, num_thoughts, *start.shape)
-    policy, ahead = torch.cat([start, rest[: length - 1]]), rest[length:]
+    start, rest = blocks.from_rows(states)  # (M, B, P, D) and (W - M, K, B, P, D)
+    start = start[-1:].unsqueeze(1).expand(-1, num_thoughts, -1, -1, -1)
+    first_ahead = len(inputs.end) - 1  # behind the thought
+    policy, ahead = torch.cat([start, rest[: length - 1]]), rest[length + first_ahead :]
     if inputs.lengths is not None:
         a = torch.arange(len(ahead), device=rest.device).view(-1, 1, 1, 1)
-        ahead = _take(rest, inputs.lengths + a)
+        ahead = _take(rest, inputs.lengths + first_ahead + a)
     return policy, ahead
 
 

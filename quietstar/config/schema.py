@@ -192,9 +192,13 @@ class ThoughtsConfig(Section):
     temperature: Temperature = 1.0
     """Temperature at which thought tokens are sampled in training."""
     start_init: Text = "---"
-    """Text whose input embedding initializes the learned start embedding."""
+    """Text that opens every thought: one vector for each of its tokens, which starts as the token's
+    input embedding."""
     end_init: Text = "---"
-    """Text whose input embedding initializes the learned end embedding."""
+    """Text that closes every thought, in the same way."""
+    train_markers: bool = True
+    """Train the vectors that open and close thoughts; false keeps them the tokens' own input
+    embeddings, so that a plain model can make and read such thoughts."""
 
 
 class MixingHeadConfig(Section):

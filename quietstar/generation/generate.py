@@ -112,7 +112,8 @@ def _check(model: Any, config: GenerationConfig, prompt: int, thinks: bool) -> N
         )
     positions = getattr(model.causal_lm.config.get_text_config(), "max_position_embeddings", None)
     # The last token is only predicted: the one before it is the last with a thought behind it.
-    block = num_virtual(model.causal_lm) - 1 + (model.thoughts.length + 2 if thinks else 0)
+    block = model.block_length - model.thoughts.lookahead + 1 if thinks else 0
+    block += num_virtual(model.causal_lm) - 1
     if positions is None or config.max_length + block <= positions:
         return
     most = positions - block  # tokens of a text
@@ -136,7 +137,7 @@ def new_decoder(
     rows = torch.arange(len(input_ids), device=input_ids.device)
     pause = model.pause_token_id if model.thoughts.sampler == "pause" else None
     return Decoder(
-        model.causal_lm, model.output_head, model.start_embedding, model.end_embedding,
+        model.causal_lm, model.output_head, model.start_vectors, model.end_vectors,
         sampling, input_ids, real.bool(), rows, pause,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ Letters: A lookahead, K thoughts, B texts, P positions, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,6 +119,33 @@ def groups(batch_size: int, num_positions: int, most: int) -> Iterator[tuple[sli
         some = slice(text, min(text + texts, batch_size))
         for place in range(0, num_positions, size):
             yield some, slice(place, min(place + size, num_positions))
+
+
+def packed_groups(tokens: Sequence[Sequence[int]], most: int) -> Iterator[tuple[slice, slice]]:
+    """Cut (texts, positions) into rectangles of at most ``most`` tokens, or of one position.
+
+    Whole texts together as far as they fit, else pieces of one text. ``tokens`` are those at every
+    position of every text.
+    """
+    texts, size = slice(0, 0), 0
+    whole = slice(0, len(tokens[0]))
+    for n, of_text in enumerate(tokens):
+        if size + sum(of_text) > most and texts.stop > texts.start:
+            yield texts, whole
+            texts, size = slice(n, n), 0
+        if sum(of_text) <= most:
+            texts, size = slice(texts.start, n + 1), size + sum(of_text)
+            continue
+        first, size = 0, 0
+        for place, count in enumerate(of_text):
+            if size + count > most and place > first:
+                yield slice(n, n + 1), slice(first, place)
+                first, size = place, 0
+            size += count
+        yield slice(n, n + 1), slice(first, len(of_text))
+        texts, size = slice(n + 1, n + 1), 0
+    if texts.stop > texts.start:
+        yield texts, whole
 
 
 def mixture_objective(

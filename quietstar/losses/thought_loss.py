@@ -31,6 +31,7 @@ from quietstar.attention.layout import (
     IGNORE_INDEX,
     NO_TOKEN,
     TextLookahead,
+    has_content,
     lookahead_states,
     lookahead_targets,
     text_lookahead,
@@ -146,13 +147,14 @@ def loss_from_states(
     num_items: Tensor | int | None = None,
     positions: Int[Tensor, "batch positions"] | None = None,
     num_thought_items: Tensor | int | None = None,
+    skips_padding: bool = False,
 ) -> tuple[Tensor, ScoredThoughts]:
     """Compute the loss of one (micro-)batch, and score its thoughts.
 
     Differentiable in the states, the mixing weight and the head. Labels are IGNORE_INDEX where a
     token is no target; without ``positions`` there are thoughts at all. N is ``num_items``, by
     default the valid targets of this batch; M is ``num_thought_items``, by default the positions of
-    this batch with a target.
+    this batch with a target. ``skips_padding`` as in `thought_loss`.
     """
     lookahead = mixing_weight.shape[0]
     targets = lookahead_targets(labels, lookahead, positions)  # (A, B, P)
@@ -163,7 +165,7 @@ def loss_from_states(
     base_nll = lookahead_states(base.nll.view(labels.shape), lookahead, positions)
     loss, results = thought_loss(
         states.policy, states.ahead, text, mixing_weight, thoughts, targets, base_nll, head, terms,
-        count_thought_items(targets, num_thought_items),
+        count_thought_items(targets, num_thought_items), skips_padding=skips_padding,
     )  # fmt: skip
     return text_loss + loss, score(results, base, thoughts, labels, targets, positions)
 
@@ -188,13 +190,15 @@ def thought_loss(
     terms: LossTerms,
     num_items: Tensor,
     accumulator: HeadGradients | None = None,
+    skips_padding: bool = False,
 ) -> tuple[Tensor, ThoughtResults]:
     """Compute all terms but `base`, of some positions of some texts.
 
     ``policy_states`` predict the thought tokens; ``ahead_states`` (from the end token on) and the
     text's own predict the targets. ``base_nll`` is the NLL of these without a thought;
     ``num_items`` is M of the whole step; ``accumulator`` is as in `objective`. ``thoughts`` that
-    end early are padded with `NO_TOKEN`.
+    end early are padded with `NO_TOKEN`; with ``skips_padding`` there are so many of these places
+    that to find them pays, for which a device must be waited for.
     """
     mixture = Mixture(
         text, ahead_states, mixing_weight, targets, base_nll, num_items, terms.weigh,
@@ -211,8 +215,13 @@ def thought_loss(
             coefficients = (mixed.advantage * scale).expand(thoughts.shape).flatten()
         if terms.entropy_weight > 0:
             bonus = _filled(tokens, -terms.entropy_weight * scale)
+    policy, rows = policy_states.flatten(0, 3), None
+    if skips_padding and has_content(tokens):
+        rows = (tokens != IGNORE_INDEX).nonzero().squeeze(1)
+        policy, tokens = policy[rows], tokens[rows]
+        coefficients, bonus = (x if x is None else x[rows] for x in (coefficients, bonus))
     segments = [Segment(
-        policy_states.flatten(0, 3), tokens, coefficients, bonus, terms.policy_temperature,
+        policy, tokens, coefficients, bonus, terms.policy_temperature,
         sampled_only=True, wants_entropy=terms.entropy_weight > 0,
     )]  # fmt: skip
     if terms.draft_weight > 0:
@@ -221,9 +230,13 @@ def thought_loss(
         coefficients = _filled(next_targets, terms.draft_weight / num_items)
         segments.append(Segment(policy_states[0, 0].flatten(0, 1), next_targets, coefficients))
     rest, results = objective(segments, head, accumulator)
-    entropy = results[0].entropy
+    nll, entropy, _ = results[0]
+    if rows is not None:
+        nll, entropy = (x if x is None else x.new_zeros(thoughts.numel()).index_copy(0, rows, x)
+                        for x in (nll, entropy))  # fmt: skip
+    assert nll is not None, "it is always computed"
     return value + rest, ThoughtResults(
-        logprobs=-results[0].nll.view(thoughts.shape),
+        logprobs=-nll.view(thoughts.shape),
         entropy=None if entropy is None else entropy.view(thoughts.shape),
         mixing_weight=mixing_weight.detach(),
         mixed_logprobs=-mixed.mixed,

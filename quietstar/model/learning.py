@@ -14,10 +14,12 @@ ZeRO-1/2) fire once per parameter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,17 +27,18 @@ from quietstar.attention.kernels import at_least_float32
 from quietstar.attention.layout import (
     IGNORE_INDEX,
     early_ends,
+    has_content,
     lookahead_states,
     lookahead_targets,
     on_host,
     text_lookahead,
 )
 from quietstar.backbone.output_head import OutputHead
-from quietstar.backbone.run import TextRun, num_virtual
-from quietstar.backbone.teacher_forced import BlockInputs, block_pass, embed_blocks
+from quietstar.backbone.run import TextRun, num_virtual, recomputing
+from quietstar.backbone.teacher_forced import BlockInputs, block_pass, embed_blocks, is_packed
 from quietstar.errors import UserError
 from quietstar.losses.cross_entropy import HeadGradients, WithGradients
-from quietstar.losses.mixture import groups
+from quietstar.losses.mixture import groups, packed_groups
 from quietstar.losses.thought_loss import (
     LossTerms,
     ScoredThoughts,
@@ -121,7 +124,7 @@ def learn(model: Any, text: TextRun, step: Step) -> tuple[Tensor, ScoredThoughts
         )  # fmt: skip
         return loss_from_states(
             states, weight, tokens, labels, model.output_head, step.terms, step.num_items,
-            step.positions, step.num_thought_items,
+            step.positions, step.num_thought_items, skips_padding=step.may_end_early,
         )  # fmt: skip
     work = _Groups(model, text, step, tokens)
     inputs = [*(source.x for source in work.sources), *work.weights.parameters]
@@ -148,10 +151,11 @@ class _Groups:
         text_nll = self.base.nll.view(batch.labels.shape)
         self.base_nll = lookahead_states(text_nll, lookahead, positions)
         inputs = embed_blocks(
-            model.causal_lm, model.start_embedding, model.end_embedding,
+            model.causal_lm, model.start_vectors, model.end_vectors,
             batch.input_ids, tokens, lookahead, positions, self.lengths,
         )  # fmt: skip
-        self.layers = list(text.keys)
+        self.num_start, self.layers = len(inputs.start), list(text.keys)
+        self.block_length = self.num_start + len(tokens) + len(inputs.end) + len(inputs.true)
         keys = [x for pair in text.keys.values() for x in pair]
         blocks = (inputs.start, inputs.end, inputs.thought, inputs.true)
         self.sources = [_Source(x) for x in (*blocks, text.states, *keys)]
@@ -159,11 +163,8 @@ class _Groups:
 
     def run(self, needs: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
         """Forward and backward of all groups: their loss and its gradients."""
-        length, num_thoughts, batch_size, num_positions = self.tokens.shape
-        each = 1 + num_thoughts * (length + len(self.targets))  # the start token is shared
-        size = max(1, self.model.learn_chunk_tokens // each)
         parts = []
-        for texts, places in groups(batch_size, num_positions, size):
+        for texts, places in self._cut():
             stop = places.stop
             if on_host(self.targets):  # what lies behind the last target need not run
                 some = (self.targets[0, texts, places] != IGNORE_INDEX).any(0).nonzero()
@@ -177,9 +178,26 @@ class _Groups:
         sums = (None if s.grad is None else s.grad.to(s.x.dtype) for s in self.sources)
         return total, [*sums, *self.weights.totals(self.head)]
 
+    def _cut(self) -> Iterator[tuple[slice, slice]]:
+        """Cut texts and positions into groups of about as many tokens as may learn at once."""
+        most, (length, num_thoughts, *shape) = self.model.learn_chunk_tokens, self.tokens.shape
+        behind = self.block_length - self.num_start - length
+        # What opens thoughts is shared.
+        each = self.num_start + num_thoughts * (length + behind)
+        self.num_tokens = np.full(shape, each)
+        if not is_packed(self.step.positions, self.block_length):
+            return groups(*shape, max(1, most // each))
+        if self.lengths is not None and has_content(self.lengths):
+            self.num_tokens = self.num_start + (self.lengths + behind).sum(0).cpu().numpy()
+        return packed_groups(self.num_tokens.tolist(), most)
+
     def _group(self, texts: slice, places: slice) -> Tensor:
         """Forward and backward of one group; its loss."""
-        with torch.enable_grad():  # forward of an autograd function runs without
+        # The thoughts of one position learn together: where these are too many tokens, layers keep
+        # what they are given only.
+        is_large = self.num_tokens[texts, places].sum() > self.model.learn_chunk_tokens
+        memory = recomputing(self.model.causal_lm) if is_large else nullcontext()
+        with torch.enable_grad(), memory:  # forward of an autograd function runs without
             reads, loss, results = self._forward(texts, places)
         for name, part in vars(results).items():
             if part is None:
@@ -234,6 +252,7 @@ class _Groups:
             policy, ahead, text, weight, self.tokens[..., texts, places],
             self.targets[:, texts, places], self.base_nll[:, texts, places], self.head,
             replace(step.terms, weigh=weigh), self.num_items, self.weights.accumulator,
+            skips_padding=lengths is not None,
         )  # fmt: skip
         return reads, loss, results
 

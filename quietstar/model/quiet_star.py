@@ -22,9 +22,16 @@ from quietstar.attention.layout import (
     on_host,
     text_lookahead,
 )
-from quietstar.backbone.loading import drop_dropout_layers, initial_embedding, load_base
+from quietstar.backbone.loading import drop_dropout_layers, load_base
 from quietstar.backbone.output_head import OutputHead, find_output_head
-from quietstar.backbone.run import TextRun, embedding_weight, num_virtual, plain_pass, run_text
+from quietstar.backbone.run import (
+    TextRun,
+    embed_sparsely,
+    embedding_weight,
+    num_virtual,
+    plain_pass,
+    run_text,
+)
 from quietstar.backbone.teacher_forced import ThoughtStates, embed_blocks, teacher_forced
 from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig, TuningConfig, loss_config
 from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
@@ -61,7 +68,7 @@ from quietstar.sampling.thoughts import Sampling, Texts, ThoughtBatch
 
 
 class QuietStarForCausalLM(nn.Module):
-    """A causal LM with the two learned vectors and the mixing head of Quiet-STaR.
+    """A causal LM with the learned start and end vectors and the mixing head of Quiet-STaR.
 
     Build one with `from_base` (a plain model) or `from_pretrained` (a saved Quiet-STaR model).
     Both phases, sampling and learning, run inside `forward`, so DDP, FSDP and DeepSpeed see them.
@@ -74,7 +81,9 @@ class QuietStarForCausalLM(nn.Module):
         vocab_size: Tokens of the tokenizer; rows of the vocabulary beyond are never sampled.
         pause_token_id: Token that stands for every thought token in the pause control.
         tuning: Way in which ``language_model`` was made to train.
-        tokenizer: Tokenizer of the model, which ``thoughts.stop`` needs.
+        tokenizer: Tokenizer of the model, which ``thoughts.stop`` needs, and markers that do not
+            train.
+        num_markers: Vectors that open, and that close a thought.
     """
 
     def __init__(
@@ -87,24 +96,28 @@ class QuietStarForCausalLM(nn.Module):
         pause_token_id: int = 0,
         tuning: TuningConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        num_markers: tuple[int, int] = (1, 1),
     ) -> None:
         super().__init__()
         self.tokenizer, self.stop = tokenizer, None
+        self._markers: tuple[Tensor, Tensor] | None = None  # tokens, of markers that do not train
         self.language_model = language_model
         self.tuning = tuning or TuningConfig()
         self.mixing_head_config = mixing_head
-        self.configure(thoughts, loss or loss_config())
         self.vocab_size, self.pause_token_id = vocab_size, pause_token_id
         device = embedding_weight(self.causal_lm).device
         size = embedding_weight(self.causal_lm).shape[1]
+        # One vector is saved as (embedding,), as it was when there was never more than one.
+        for name, count in zip(("start_embedding", "end_embedding"), num_markers, strict=True):
+            vectors = torch.zeros(*([count] if count > 1 else []), size, device=device)
+            setattr(self, name, nn.Parameter(vectors))
+        self.configure(thoughts, loss or loss_config())
         for module in language_model.modules():
             # On a CPU bitsandbytes repacks 4-bit layers after a forward pass in eval mode, as a
             # rollout may be, and from then on no gradient flows.
             if type(module).__name__ == "Linear4bit":
                 module.support_avx512bf16_for_cpu = False  # pyright: ignore
         head = find_output_head(self.causal_lm)
-        self.start_embedding = nn.Parameter(torch.zeros(size, device=device))
-        self.end_embedding = nn.Parameter(torch.zeros(size, device=device))
         self.mixing_head = MixingHead(head.weight.shape[1], mixing_head).to(device)
         self.texts_seen = 0  # keys the noise of texts that come without an index
         # Most block tokens that learn at once (`quietstar.model.learning`); None: all, with an
@@ -126,6 +139,30 @@ class QuietStarForCausalLM(nn.Module):
         return find_output_head(self.causal_lm, self.vocab_size)
 
     @property
+    def start_vectors(self) -> Float[Tensor, "start embedding"]:
+        """Input embeddings that open every thought."""
+        if self._markers is not None:
+            return embed_sparsely(self.causal_lm, self._markers[0])
+        return self.start_embedding.view(-1, self.start_embedding.shape[-1])
+
+    @property
+    def end_vectors(self) -> Float[Tensor, "end embedding"]:
+        """Input embeddings that close every thought."""
+        if self._markers is not None:
+            return embed_sparsely(self.causal_lm, self._markers[1])
+        return self.end_embedding.view(-1, self.end_embedding.shape[-1])
+
+    @property
+    def block_length(self) -> int:
+        """Tokens behind a position: start, the longest thought, end and true ones."""
+        markers = sum(x.shape[0] if x.ndim > 1 else 1 for x in self._marker_parameters)
+        return markers + self.thoughts.length + self.thoughts.lookahead - 1
+
+    @property
+    def _marker_parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
+        return self.start_embedding, self.end_embedding
+
+    @property
     def device(self) -> torch.device:
         """Where the learned vectors are."""
         return self.start_embedding.device
@@ -137,8 +174,7 @@ class QuietStarForCausalLM(nn.Module):
         positions = getattr(config, "max_position_embeddings", None)
         if positions is None:
             return None
-        block = self.thoughts.length + self.thoughts.lookahead + 1
-        return positions - block - num_virtual(self.causal_lm)
+        return positions - self.block_length - num_virtual(self.causal_lm)
 
     def configure(
         self, thoughts: ThoughtsConfig | None = None, loss: LossConfig | None = None
@@ -159,6 +195,9 @@ class QuietStarForCausalLM(nn.Module):
                 )
             if self.stop is None or thoughts.stop != self.thoughts.stop:
                 self.stop = self._find_ends(thoughts.stop)
+            self._markers = None if thoughts.train_markers else self._find_markers(thoughts)
+            for vectors in self._marker_parameters:
+                vectors.requires_grad_(thoughts.train_markers)
             self.thoughts = thoughts
             with registry.running("thoughts.sampler", thoughts.sampler):
                 self.sampler = registry.find("thoughts.sampler", thoughts.sampler)()
@@ -179,19 +218,35 @@ class QuietStarForCausalLM(nn.Module):
         rows = self.causal_lm.config.get_text_config().vocab_size
         return StopTexts.of_tokenizer(texts, self.tokenizer, rows)
 
-    def initial_vectors(
-        self, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[Float[Tensor, " embedding"], Float[Tensor, " embedding"]]:
-        """The input embeddings of ``start_init`` and ``end_init``.
+    def _find_markers(self, thoughts: ThoughtsConfig) -> tuple[Tensor, Tensor]:
+        if self.tokenizer is None:
+            raise UserError(
+                "thoughts.train_markers (false): needs the tokenizer of the model. Set "
+                "model.tokenizer."
+            )
+        start, end = (torch.tensor(ids, device=self.start_embedding.device)
+                      for ids in marker_tokens(self.tokenizer, thoughts))  # fmt: skip
+        for tokens, vectors in zip((start, end), self._marker_parameters, strict=True):
+            if len(tokens) != vectors.numel() // vectors.shape[-1]:
+                raise UserError(
+                    "thoughts.train_markers (false): the model has learned vectors in another "
+                    "number than its markers have tokens. Set thoughts.train_markers to true."
+                )
+        return start, end
+
+    @torch.no_grad()
+    def initial_vectors(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+        """The input embeddings of ``start_init`` and ``end_init``, token by token.
+
+        Of the shapes of ``start_embedding`` and ``end_embedding``.
 
         Raises:
             UserError: A text without tokens.
         """
-        lm, thoughts = self.causal_lm, self.thoughts
-        return (
-            initial_embedding(lm, tokenizer, thoughts.start_init, "thoughts.start_init"),
-            initial_embedding(lm, tokenizer, thoughts.end_init, "thoughts.end_init"),
-        )
+        embed, device = self.causal_lm.get_input_embeddings(), self.start_embedding.device
+        start, end = (embed(torch.tensor(ids, device=device)).float()
+                      for ids in marker_tokens(tokenizer, self.thoughts))  # fmt: skip
+        return start.view_as(self.start_embedding), end.view_as(self.end_embedding)
 
     # --- Making and keeping -----------------------------------------------------------------------
 
@@ -238,16 +293,17 @@ class QuietStarForCausalLM(nn.Module):
         check_architecture(base)
         check_tokenizer_fits(tokenizer, embedding_weight(base).shape[0])
         use_thinking_attention(base)
-        start = tokenizer(thoughts.start_init, add_special_tokens=False)["input_ids"]
+        start, end = marker_tokens(tokenizer, thoughts)
         model = cls(
             apply_tuning(base, tuning),
             thoughts,
             mixing_head or MixingHeadConfig(),
             loss,
             len(tokenizer),
-            start[0] if start else 0,  # a text without tokens is refused below
+            start[0],
             tuning,
             tokenizer,
+            (len(start), len(end)),
         )
         vectors = model.initial_vectors(tokenizer)
         with torch.no_grad():
@@ -434,7 +490,7 @@ class QuietStarForCausalLM(nn.Module):
         """Run thoughts (length, thoughts, batch, positions); their states and mixing weight."""
         text = run_text(self.causal_lm, input_ids) if text is None else text
         inputs = embed_blocks(
-            self.causal_lm, self.start_embedding, self.end_embedding, input_ids, thoughts,
+            self.causal_lm, self.start_vectors, self.end_vectors, input_ids, thoughts,
             lookahead or self.thoughts.lookahead, positions,
             early_ends(thoughts) if may_end_early else None,
         )  # fmt: skip
@@ -739,6 +795,24 @@ class QuietStarForCausalLM(nn.Module):
             few = None if few is None else few[..., 0, :]
             return MixedScores(logprobs[..., 0], predicted[..., 0], few)
         return MixedScores(logprobs, predicted, few)
+
+
+def marker_tokens(
+    tokenizer: PreTrainedTokenizerBase, thoughts: ThoughtsConfig
+) -> tuple[list[int], list[int]]:
+    """Tokens of the texts that open and close thoughts.
+
+    Raises:
+        UserError: A text without tokens.
+    """
+    tokens = []
+    for key, text in (("start_init", thoughts.start_init), ("end_init", thoughts.end_init)):
+        tokens.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if not tokens[-1]:
+            raise UserError(
+                f"thoughts.{key}: {text!r} has no tokens in this tokenizer; choose another text"
+            )
+    return tokens[0], tokens[1]
 
 
 def given_thoughts(

@@ -59,7 +59,7 @@ _OLD_NAMES = {
 _OLD_SAMPLERS = {"sampled": "rollout"}
 _NEW_IN_2 = {"sampler", "positions", "position_fraction"}
 """Settings of thoughts that format 1 had not."""
-_NEWER = {"stop", "fixed_weight"}
+_NEWER = {"stop", "train_markers", "fixed_weight"}
 """Settings that are newer than their format, and were what their defaults are."""
 _WRITTEN = (
     SETTINGS_FILE, WEIGHTS_FILE, GATE_FILE, PROBES_FILE, "config.json", "generation_config.json",
@@ -281,10 +281,15 @@ def load(
         else:
             tuned = apply_tuning(base, tuning)
         sizes = (settings.vocab_size, settings.pause_token_id)
-        tokenizer = load_tokenizer(str(folder)) if settings.thoughts.stop else None
+        thoughts, needs_tokens = settings.thoughts, not settings.thoughts.train_markers
+        tokenizer = load_tokenizer(str(folder)) if thoughts.stop or needs_tokens else None
+        # The number of vectors is that of the file: earlier versions had one for any text.
+        markers = [own[name] for name in ("start_embedding", "end_embedding") if name in own]
+        counts = tuple(len(x) if x.ndim == 2 else 1 for x in markers)
         model: Any = cls(
-            tuned, settings.thoughts, settings.mixing_head, None, *sizes, tuning, tokenizer
-        )
+            tuned, thoughts, settings.mixing_head, None, *sizes, tuning, tokenizer,
+            counts if len(counts) == 2 else (1, 1),  # what is missing is refused below
+        )  # fmt: skip
         model.texts_seen = settings.texts_seen
         missing, unknown = names_beside(model) - own.keys(), own.keys() - names_beside(model)
         if missing or unknown:

@@ -82,7 +82,7 @@ def worst_error(model: PreTrainedModel) -> float:
     text = torch.randint(1, vocab_size, (1, _LENGTH), generator=generator)
     shape = (_THOUGHT_LENGTH, _NUM_THOUGHTS, 1, _LENGTH)
     thoughts = torch.randint(1, vocab_size, shape, generator=generator)
-    start, end = torch.randn(2, embed(text).shape[-1], generator=generator)
+    start, end = torch.randn(3, embed(text).shape[-1], generator=generator).split([2, 1])
 
     # First with the copy's own attention: every thought as a sequence of its own.
     slow = [_loop_logits(model, text, thoughts, start, end, i) for i in range(_LENGTH)]
@@ -124,17 +124,17 @@ def _loop_logits(
 ) -> Tensor:
     """Logits at every token of the blocks behind position i that predicts one, (K, T + A', V).
 
-    The copy's own attention runs ``x_1..x_i start t_1..t_T end x_{i+1}..`` as one sequence.
+    The copy's own attention runs ``x_1..x_i start.. t_1..t_T end.. x_{i+1}..`` as one sequence.
     """
     embed = model.get_input_embeddings()
     before, after = embed(text[0, : i + 1]), embed(text[0, i + 1 : i + _LOOKAHEAD])
     sequences = [
-        torch.cat([before, start[None], embed(thought), end[None], after])
-        for thought in thoughts[:, :, 0, i].T
+        torch.cat([before, start, embed(thought), end, after]) for thought in thoughts[:, :, 0, i].T
     ]
     output = model(inputs_embeds=torch.stack(sequences), use_cache=False)
-    block = output.logits[:, i + 1 :]
-    return torch.cat([block[:, :_THOUGHT_LENGTH], block[:, _THOUGHT_LENGTH + 1 :]], 1)
+    block = output.logits[:, i + len(start) :]  # from the last start token on
+    first_ahead = _THOUGHT_LENGTH + len(end)
+    return torch.cat([block[:, :_THOUGHT_LENGTH], block[:, first_ahead:]], 1)
 
 
 _SIZES = {

@@ -1,7 +1,7 @@
 """Thinking before each new token: cached texts, thoughts that are dropped after use.
 
-T + 1 passes a token: the last token and the start vector together, the thought tokens but the last
-one by one, and the last thought token with the end vector. Where thoughts may end early, the end
+T + 1 passes a token: the last token and the start vectors together, the thought tokens but the last
+one by one, and the last thought token with the end vectors. Where thoughts may end early, the end
 vectors have passes of their own, as many as the longest thought needs. Keys and values of the text
 stay, those of the thoughts are overwritten at the next token, so memory does not grow with their
 number. Letters as in `quietstar.attention.layout`.
@@ -33,7 +33,7 @@ class Appended:
     Attributes:
         states: Final states of the texts.
         logits: The plain model's, of the next tokens.
-        opened: Logits behind the start vector; None where it was not run.
+        opened: Logits behind the start vectors; None where they were not run.
     """
 
     states: Float[Tensor, "batch width"]
@@ -47,7 +47,7 @@ class Decoder:
     Args:
         model: A causal LM whose attention implementation is ``quietstar``.
         head: Its output head, for the thought tokens.
-        start_embedding, end_embedding: Open and close every thought.
+        start, end: Open and close every thought.
         sampling: Number, length, temperature and seed of the thoughts.
         input_ids: All tokens of the texts but their last, padded on the left.
         real: False at padding.
@@ -59,8 +59,8 @@ class Decoder:
         self,
         model: PreTrainedModel,
         head: OutputHead,
-        start_embedding: Float[Tensor, " embedding"],
-        end_embedding: Float[Tensor, " embedding"],
+        start: Float[Tensor, "start embedding"],
+        end: Float[Tensor, "end embedding"],
         sampling: Sampling,
         input_ids: Int[Tensor, "batch seq"],
         real: Bool[Tensor, "batch seq"],
@@ -70,23 +70,24 @@ class Decoder:
         self.model, self.head, self.sampling, self.constant = model, head, sampling, constant
         self.embed = model.get_input_embeddings()
         dtype = embedding_weight(model).dtype
-        self.start, self.end = start_embedding.to(dtype), end_embedding.to(dtype)
+        self.start, self.end = start.to(dtype), end.to(dtype)
         self.sample_ids = sample_ids
         first = input_ids.shape[1] - real.sum(1)
         text = _aligned_text(model, input_ids, first)
-        block_length = sampling.thought_length + 2
+        block_length = len(start) + sampling.thought_length + len(end)
         self.cache = DecodeCache(text, first, sampling.num_thoughts, block_length)
         self.virtual = num_virtual(model)
 
     @torch.no_grad()
     def append(self, tokens: Int[Tensor, " batch"], opens: bool) -> Appended:
-        """Append a token to every text; with ``opens`` the start vector runs too, for `think`."""
+        """Append a token to every text; with ``opens`` the start vectors run too, for `think`."""
         embedded = self.embed(tokens)[:, None]  # (B, 1, embedding)
         if opens:
-            start = self.start.expand(tokens.shape[0], 1, -1)
+            start = self.start.expand(tokens.shape[0], -1, -1)
             embedded = torch.cat([embedded, start], dim=1)
         states = self._run(self.cache, embedded, True, 0 if opens else None)
         self.cache.length += 1
+        states = torch.stack([states[:, 0], states[:, -1]], 1) if opens else states
         logits = self.head.logits(states)  # of both at once: the head's weight is read once
         return Appended(states[:, 0], logits[:, 0], logits[:, 1] if opens else None)
 
@@ -97,8 +98,8 @@ class Decoder:
         """Think behind the newest token of every text, or of these rows only.
 
         The texts of some rows are copied once a token; thoughts cost what their rows cost. Needs
-        `append` with ``opens``; returns the state of the end vector behind each thought, and the
-        tokens of the thoughts.
+        `append` with ``opens``; returns the state of the last end vector behind each thought, and
+        the tokens of the thoughts.
         """
         cache, first, sample_ids = self.cache, appended.opened, self.sample_ids
         assert first is not None, "append with opens"
@@ -108,12 +109,15 @@ class Decoder:
         length = self.sampling.thought_length
         if self.sampling.stop is not None and self.constant is None:
             return self._think_to_the_end(self.sampling.stop, cache, thoughts, sample_ids)
+        before = len(self.start) - 1  # a thought's token n has the place before + n in its block
         for index in range(1, length):
-            states = self._run(cache, self.embed(thoughts[-1]), False, index)
+            states = self._run(cache, self.embed(thoughts[-1]), False, before + index)
             thoughts.append(self._draw(cache, states, index, sample_ids))
         embedded = self.embed(thoughts[-1]).unsqueeze(2)  # (B, K, 1, embedding)
-        pairs = torch.cat([embedded, self.end.expand(*embedded.shape)], dim=2).flatten(1, 2)
-        ahead = self._run(cache, pairs, False, length).unflatten(1, (-1, 2))[:, :, 1]
+        end = self.end.expand(*embedded.shape[:2], -1, -1)
+        last = torch.cat([embedded, end], dim=2).flatten(1, 2)
+        ahead = self._run(cache, last, False, before + length)
+        ahead = ahead.unflatten(1, (-1, 1 + len(self.end)))[:, :, -1]
         return ahead.transpose(0, 1), torch.stack(thoughts, dim=-1)
 
     def _think_to_the_end(
@@ -121,27 +125,29 @@ class Decoder:
     ) -> tuple[Tensor, Tensor]:
         """Go on with thoughts of one token, each until it has ended; results as of `think`.
 
-        The end vector stands directly behind a thought's last token, so each has its own step for
-        it; what follows is seen by nothing that is read.
+        The end vectors stand directly behind a thought's last token, so each has its own steps for
+        them; what follows is seen by nothing that is read.
         """
-        length, end = self.sampling.thought_length, self.end.expand(*thoughts[0].shape, -1)
+        length, num_end = self.sampling.thought_length, len(self.end)
+        before = len(self.start) - 1
         state = stop.step(torch.zeros_like(thoughts[0]), thoughts[0])
-        closes = closed = torch.zeros_like(state, dtype=torch.bool)
+        closing = torch.zeros_like(state)  # end vectors that are next or have run
         ahead: Tensor | None = None
-        for index in range(1, length + 2):
+        for index in range(1, length + num_end + 1):
+            end = self.end[(closing - 1).clamp(0, num_end - 1)]
             embedded = self.embed(thoughts[-1].clamp(min=0))
-            states = self._run(
-                cache, torch.where(closes.unsqueeze(-1), end, embedded), False, index
-            )
-            is_end = (closes & ~closed).unsqueeze(-1)
-            ahead = states if ahead is None else torch.where(is_end, states, ahead)
-            closed, closes = closes, (state == stop.ended) | (index >= length)
-            looks = on_host(closed) or index % LOOK_EVERY == 0
-            if index > length or (looks and bool(closed.all())):
+            embedded = torch.where((closing > 0).unsqueeze(-1), end, embedded)
+            states = self._run(cache, embedded, False, before + index)
+            is_last = (closing == num_end).unsqueeze(-1)
+            ahead = states if ahead is None else torch.where(is_last, states, ahead)
+            ended = (state == stop.ended) | (index >= length)
+            closing = closing + ended.long()
+            looks = on_host(closing) or index % LOOK_EVERY == 0
+            if looks and bool((closing > num_end).all()):
                 break
             if index < length:
-                tokens = self._draw(cache, states, index, sample_ids).where(~closes, NO_TOKEN)
-                state = stop.step(state, tokens).where(~closes, stop.ended)
+                tokens = self._draw(cache, states, index, sample_ids).where(~ended, NO_TOKEN)
+                state = stop.step(state, tokens).where(~ended, stop.ended)
                 thoughts.append(tokens)
         missing = [torch.full_like(state, NO_TOKEN)] * (length - len(thoughts))
         assert ahead is not None, "a thought has a token"

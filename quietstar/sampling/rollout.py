@@ -34,7 +34,7 @@ _CHUNK_ELEMENTS, _LEAST_ROWS = 2**22, 256
 def sample_thoughts(
     model: PreTrainedModel,
     head: OutputHead,
-    start_embedding: Float[Tensor, " embedding"],
+    start: Float[Tensor, "start embedding"],
     input_ids: Int[Tensor, "batch seq"],
     sample_ids: Int[Tensor, " batch"],
     sampling: Sampling,
@@ -49,7 +49,7 @@ def sample_thoughts(
     Args:
         model: A causal LM whose attention implementation is ``quietstar``.
         head: Its output head.
-        start_embedding: Opens every thought.
+        start: Opens every thought.
         input_ids: Texts, padded on the right if at all.
         sample_ids: Index of each text in the run; with the seed it keys the noise.
         sampling: Number, length, temperature, seed.
@@ -59,7 +59,7 @@ def sample_thoughts(
             of them needs.
     """
     num_thoughts, length, stop = sampling.num_thoughts, sampling.thought_length, sampling.stop
-    steps = _Steps(model, start_embedding, input_ids, num_thoughts, length, positions, text)
+    steps = _Steps(model, start, input_ids, num_thoughts, length, positions, text)
     thoughts: list[Tensor] = []
     state = torch.zeros(num_thoughts, *steps.positions.shape, dtype=torch.long).to(input_ids.device)
     if stop is not None:  # nothing waits for thoughts that only pad
@@ -68,9 +68,9 @@ def sample_thoughts(
         for index in range(length):
             keys = (sampling.seed, sample_ids, num_thoughts, index, steps.positions)
             noise = keyed_uniform(*keys)  # (K, B, P)
-            last = thoughts[-1].clamp(min=0) if thoughts else None
-            states = steps.run(index, last).flatten(0, 1)
-            # Behind the start token all thoughts of a position draw from one distribution.
+            states = steps.run(thoughts[-1].clamp(min=0)) if thoughts else steps.open()
+            states = states.flatten(0, 1)
+            # Behind the start tokens all thoughts of a position draw from one distribution.
             draws = noise.reshape(-1, len(states)).T.contiguous()  # (B * P, K), or (K * B * P, 1)
             tokens = sample_rows(states, head, draws, sampling.temperature)
             tokens = tokens.T.reshape(noise.shape)
@@ -92,7 +92,7 @@ def sample_thoughts(
 @torch.no_grad()
 def policy_states(
     model: PreTrainedModel,
-    start_embedding: Float[Tensor, " embedding"],
+    start: Float[Tensor, "start embedding"],
     input_ids: Int[Tensor, "batch seq"],
     thoughts: Int[Tensor, "length thoughts batch positions"],
     positions: Int[Tensor, "batch positions"] | None = None,
@@ -105,9 +105,9 @@ def policy_states(
     """
     thoughts = thoughts.clamp(min=0)
     length, num_thoughts, batch_size = thoughts.shape[:3]
-    steps = _Steps(model, start_embedding, input_ids, num_thoughts, length, positions, text)
-    first = steps.run(0, None).expand(num_thoughts, -1, -1, -1)
-    rest = [steps.run(n, thoughts[n - 1]) for n in range(1, length)]
+    steps = _Steps(model, start, input_ids, num_thoughts, length, positions, text)
+    first = steps.open().expand(num_thoughts, -1, -1, -1)
+    rest = [steps.run(tokens) for tokens in thoughts[:-1]]
     return torch.stack([first, *(states.unflatten(0, (-1, batch_size)) for states in rest)])
 
 
@@ -117,14 +117,14 @@ class _Steps:
     def __init__(
         self,
         model: PreTrainedModel,
-        start_embedding: Tensor,
+        start: Tensor,
         input_ids: Tensor,
         num_thoughts: int,
         thought_length: int,
         positions: Tensor | None,
         text: TextRun | None,
     ) -> None:
-        self.model, self.start_embedding = model, start_embedding
+        self.model, self.start, self.index = model, start, 0
         keys, virtual = (text or run_text(model, input_ids)).keys, num_virtual(model)
         masked = positions is not None or virtual > 0
         if positions is None:
@@ -132,27 +132,33 @@ class _Steps:
             positions = seq.expand(input_ids.shape)
         self.positions, places = positions, shifted(positions, virtual)
         self.places = places.clamp(min=0)  # of the text tokens before the blocks
-        self.cache = RolloutCache(keys, thought_length, num_thoughts, places if masked else None)
+        num_steps = len(start) + thought_length - 1
+        self.cache = RolloutCache(
+            keys, num_steps, len(start), num_thoughts, places if masked else None
+        )
+
+    def open(self) -> Float[Tensor, "batch positions width"]:
+        """Run the start tokens, once for all thoughts; the final states of the last one."""
+        states = None
+        for vector in self.start.to(embedding_weight(self.model).dtype):
+            # Repeated, as layers hand on: no graph of its own.
+            states = self._run(vector.repeat(*self.places.shape, 1), self.places)
+        if self.cache.positions is None:
+            self.cache.repeat_text()
+        assert states is not None, "a marker has a token"
+        return states
 
     def run(
-        self, index: int, tokens: Int[Tensor, "thoughts batch positions"] | None
+        self, tokens: Int[Tensor, "thoughts batch positions"]
     ) -> Float[Tensor, "rows positions width"]:
-        """Run token ``index`` of every block, sampled before it; its final states.
+        """Run the next token of every thought; its final states, in rows (K * B, P)."""
+        inputs = self.model.get_input_embeddings()(tokens.flatten(0, 1))
+        return self._run(inputs, self.places.repeat(len(tokens), 1))
 
-        The start token (index 0, no tokens) runs once for all thoughts, in rows (B, P); the others
-        in rows (K * B, P).
-        """
-        if tokens is None:
-            inputs = self.start_embedding.to(embedding_weight(self.model).dtype)
-            inputs = inputs.repeat(*self.places.shape, 1)  # as layers hand on: no graph of its own
-            places = self.places
-        else:
-            inputs = self.model.get_input_embeddings()(tokens.flatten(0, 1))
-            places = self.places.repeat(len(tokens), 1)
-            if index == 1 and self.cache.positions is None:
-                self.cache.repeat_text()
-        step = RolloutStep(self.cache, index)
-        return run_backbone(self.model, inputs, places + index + 1, step)
+    def _run(self, inputs: Tensor, places: Tensor) -> Tensor:
+        step = RolloutStep(self.cache, self.index)
+        self.index += 1
+        return run_backbone(self.model, inputs, places + self.index, step)
 
 
 def sample_rows(
