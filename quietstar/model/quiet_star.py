@@ -108,9 +108,9 @@ class QuietStarForCausalLM(nn.Module):
         device = embedding_weight(self.causal_lm).device
         size = embedding_weight(self.causal_lm).shape[1]
         # One vector is saved as (embedding,), as it was when there was never more than one.
-        for name, count in zip(("start_embedding", "end_embedding"), num_markers, strict=True):
-            vectors = torch.zeros(*([count] if count > 1 else []), size, device=device)
-            setattr(self, name, nn.Parameter(vectors))
+        start, end = ((count, size) if count > 1 else (size,) for count in num_markers)
+        self.start_embedding = nn.Parameter(torch.zeros(start, device=device))
+        self.end_embedding = nn.Parameter(torch.zeros(end, device=device))
         self.configure(thoughts, loss or loss_config())
         for module in language_model.modules():
             # On a CPU bitsandbytes repacks 4-bit layers after a forward pass in eval mode, as a

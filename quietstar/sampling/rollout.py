@@ -12,11 +12,12 @@ thought.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.attention.layout import NO_TOKEN, has_content, on_host, shifted
+from quietstar.attention.live_pass import LiveCache, LiveStep
 from quietstar.attention.passes import RolloutCache, RolloutStep
 from quietstar.backbone.casting import cast_weights
 from quietstar.backbone.output_head import OutputHead
@@ -26,6 +27,8 @@ from quietstar.sampling.thoughts import Sampling
 
 LOOK_EVERY = 8
 """Tokens between two looks at a device whether all thoughts have ended: each waits for it."""
+LIVE_FROM = 24
+"""Tokens of a thought from which thoughts at chosen positions leave the batch when they end."""
 _CHUNK_ELEMENTS, _LEAST_ROWS = 2**22, 256
 """Logits held at once while sampling: 16 MiB in float32, and more where that makes fewer rows."""
 
@@ -58,6 +61,9 @@ def sample_thoughts(
         passes_together: Whether all processes must run as many passes as the longest thought of any
             of them needs.
     """
+    if positions is not None and sampling.thought_length >= LIVE_FROM:
+        live = _LiveThoughts(model, head, start, input_ids, sample_ids, sampling, positions, text)
+        return live.sample(passes_together)
     num_thoughts, length, stop = sampling.num_thoughts, sampling.thought_length, sampling.stop
     steps = _Steps(model, start, input_ids, num_thoughts, length, positions, text)
     thoughts: list[Tensor] = []
@@ -159,6 +165,108 @@ class _Steps:
         step = RolloutStep(self.cache, self.index)
         self.index += 1
         return run_backbone(self.model, inputs, places + self.index, step)
+
+
+class _LiveThoughts:
+    """Thoughts at a few positions, of which those that have ended leave the batch.
+
+    Arguments as `sample_thoughts`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        head: OutputHead,
+        start: Tensor,
+        input_ids: Tensor,
+        sample_ids: Tensor,
+        sampling: Sampling,
+        positions: Tensor,
+        text: TextRun | None,
+    ) -> None:
+        self.model, self.head, self.sampling = model, head, sampling
+        self.sample_ids, self.positions = sample_ids, positions
+        self.start = start.to(embedding_weight(model).dtype)
+        keys, virtual = (text or run_text(model, input_ids)).keys, num_virtual(model)
+        real = positions >= 0
+        if not has_content(positions):  # only planned: the most that may be
+            real = torch.ones(positions.shape, dtype=torch.bool, device="cpu")
+        elif not real.any():  # a pass has one row at least
+            real = real.index_fill(1, real.new_zeros(1, dtype=torch.long), True)
+        rows, places = real.nonzero(as_tuple=True)
+        flat = rows * positions.shape[1] + places
+        last = positions.flatten()[flat].clamp(min=0) + virtual
+        if on_host(last):
+            stop = int(last.max()) + 1
+            keys = {layer: (k[:, :, :stop], v[:, :, :stop]) for layer, (k, v) in keys.items()}
+        self.cache = LiveCache(keys, rows, last)
+        self.ids = flat  # of each row, its thought in the order (k b p)
+
+    def sample(self, passes_together: bool) -> Int[Tensor, "length thoughts batch positions"]:
+        """Draw all thoughts."""
+        sampling, shape = self.sampling, (self.sampling.num_thoughts, *self.positions.shape)
+        num_thoughts, stop, count = shape[0], sampling.stop, self.positions.numel()
+        tokens = self.ids.new_full((sampling.thought_length, num_thoughts * count), NO_TOKEN)
+        with cast_weights(self.model.base_model):
+            states = self._run(self.start.expand(len(self.ids), -1, -1))
+            first, rows = self.ids, len(self.ids)
+            self.cache.repeat(num_thoughts)
+            self.ids = torch.cat([first + n * count for n in range(num_thoughts)])
+            last = state = torch.zeros_like(self.ids)
+            for index in range(sampling.thought_length):
+                keys = (sampling.seed, self.sample_ids, num_thoughts, index, self.positions)
+                noise = keyed_uniform(*keys).flatten()[self.ids]
+                if index == 0:  # all thoughts of a position draw from one distribution
+                    noise = noise.view(num_thoughts, rows).T.contiguous()
+                else:
+                    embedded = self.model.get_input_embeddings()(last.clamp(min=0))
+                    states, noise = self._run(embedded.unsqueeze(1)), noise.unsqueeze(1)
+                last = sample_rows(states, self.head, noise, sampling.temperature).T.flatten()
+                if stop is not None:
+                    last = last.where(state != stop.ended, NO_TOKEN)
+                    state = stop.step(state, last).where(last >= 0, state)
+                tokens[index, self.ids] = last
+                if stop is None or not has_content(state):
+                    continue
+                is_due = (index + 1) % LOOK_EVERY == 0
+                if is_due or on_host(state):
+                    keep = self._drop_ended(state != stop.ended)
+                    last, state = last[keep], state[keep]
+                if is_due or (on_host(state) and not passes_together):
+                    all_ended = (state == stop.ended).all().int()
+                    if passes_together:
+                        torch.distributed.all_reduce(all_ended, torch.distributed.ReduceOp.MIN)
+                    if all_ended.item():
+                        break
+        return tokens.view(-1, *shape).where(self.positions >= 0, NO_TOKEN)
+
+    def _run(self, embedded: Tensor) -> Float[Tensor, "rows width"]:
+        """Run the next tokens of all rows, (N, m, embedding); the states of the last ones."""
+        step = self.cache.length + torch.arange(embedded.shape[1], device=embedded.device)
+        places = self.cache.places[:, None] + 1 + step
+        states = run_backbone(self.model, embedded, places, LiveStep(self.cache))
+        self.cache.length += embedded.shape[1]
+        return states[:, -1]
+
+    def _drop_ended(self, is_alive: Bool[Tensor, " rows"]) -> Int[Tensor, " left"]:
+        """Let thoughts that have ended leave; which rows are left, one at least, in their order.
+
+        Rows from the end fill the gaps: caches are not copied.
+        """
+        left = is_alive.nonzero().squeeze(1)
+        if len(left) == len(is_alive):
+            return left
+        if not len(left):
+            left = left.new_zeros(1)
+        rows = torch.arange(len(is_alive), device=left.device)
+        is_alive = torch.zeros_like(is_alive).index_fill_(0, left, True)
+        sources = left[left >= len(left)]
+        targets = rows[: len(left)][~is_alive[: len(left)]]
+        self.cache.move(sources, targets, len(left))
+        rows[targets] = sources
+        rows = rows[: len(left)]
+        self.ids = self.ids[rows]
+        return rows
 
 
 def sample_rows(
