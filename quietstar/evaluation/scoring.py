@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -208,26 +209,31 @@ def predict_thinking(
     given = (batch.ids, None, batch.labels, thoughts, batch.thinking, ids)
     if torch.equal(batch.thinking, batch.positions):
         return model.score_mixed(*given, text=text)
-    plain = predict_plain(model, batch, candidates)
-    mixed = model.score_mixed(*given, lookahead=model.thoughts.lookahead, text=text)
+    lookahead = model.thoughts.lookahead
+    mixed = model.score_mixed(*given, lookahead=lookahead, text=text)
+    rows = torch.arange(len(batch.ids), device=batch.ids.device)[:, None]  # (B, 1)
     last = (batch.thinking != NO_POSITION).sum(1, keepdim=True) - 1  # (B, 1)
-    column = torch.arange(batch.positions.shape[1], device=last.device)
+    column = torch.arange(batch.positions.shape[1], device=rows.device)
     place = last.minimum(column)  # (B, P), of the thought that predicts the token
     ahead = column - place
-    reached = (ahead < model.thoughts.lookahead) & (last >= 0) & batch.valid
-    rows, columns = reached.nonzero(as_tuple=True)
-    places, aheads = place[rows, columns], ahead[rows, columns]
+    is_reached = (place >= 0) & (ahead < lookahead)
+    plain = None
+    if not (is_reached | ~batch.valid).all():
+        plain = predict_plain(model, batch, candidates)
 
-    def merge(plain: Tensor, mixed: Tensor) -> Tensor:
-        merged = plain.repeat_interleave(mixed.shape[1], dim=1)
-        merged[rows, :, columns] = mixed[rows, :, places, aheads]
-        return merged
+    def select(mixed: Tensor, plain: Tensor | None) -> Tensor:
+        chosen = mixed[rows, :, place.clamp(min=0), ahead.clamp(max=lookahead - 1)]
+        chosen = rearrange(chosen, "b p k ... -> b k p ...")
+        if plain is None:
+            return chosen
+        mask = is_reached[:, None] if chosen.ndim == 3 else is_reached[:, None, :, None]
+        return chosen.where(mask, plain)
 
     logits = None
-    if plain.candidates is not None and mixed.candidates is not None:
-        logits = merge(plain.candidates, mixed.candidates)
-    logprobs = merge(plain.logprobs, mixed.logprobs)
-    return MixedScores(logprobs, merge(plain.predicted, mixed.predicted), logits)
+    if mixed.candidates is not None:
+        logits = select(mixed.candidates, plain and plain.candidates)
+    logprobs = select(mixed.logprobs, plain and plain.logprobs)
+    return MixedScores(logprobs, select(mixed.predicted, plain and plain.predicted), logits)
 
 
 def item_metrics(
