@@ -73,7 +73,7 @@ def in_turn(
     return first, second, rows
 
 
-def peak_mb(run: Callable[[], None], device: str) -> float:
+def peak_mb(run: Callable[[], object], device: str) -> float:
     """Most memory above that before the first of two runs: resident, or the GPU's allocated."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -227,9 +227,44 @@ def test_markers_have_a_vector_for_every_token_of_their_text():
     embeddings = base.get_input_embeddings().weight
     assert torch.equal(model.start_embedding, embeddings[list(b"abc")])
     assert torch.equal(model.end_embedding, embeddings[ord("z")])
-    assert model.start_vectors.shape == (3, 32)
-    assert model.end_vectors.shape == (1, 32)
+    assert len(model.start_vectors) == 3
+    assert len(model.end_vectors) == 1
     assert model.block_length == 3 + 2 + 1 + 1
+
+
+def test_markers_that_do_not_train_are_tokens_of_the_model(tmp_path):
+    markers = {"start_init": "abc", "end_init": "yz"}
+    model, twin = (
+        thinking_model(randomise=False, thoughts={**markers, "train_markers": trains})
+        for trains in (False, True)
+    )
+    texts = random_texts()
+    output = model(texts)
+    assert torch.equal(output.loss, twin(texts).loss)
+    output.loss.backward()
+    assert model.start_embedding.grad is None
+    assert not model.end_embedding.requires_grad
+    weight = model.causal_lm.get_input_embeddings().weight
+    with torch.no_grad():
+        weight.mul_(1.5)
+    assert torch.equal(model.start_vectors, weight[list(b"abc")])
+    model.save_pretrained(tmp_path, model.tokenizer)
+    loaded = QuietStarForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.end_vectors, weight[list(b"yz")])
+    assert torch.equal(loaded(texts).loss, model(texts).loss)
+    with pytest.raises(
+        UserError, match=r"thoughts.start_init \('q'\): has 1 tokens, but the model"
+    ):
+        model.configure(model.thoughts.model_copy(update={"start_init": "q"}))
+
+
+def test_folders_with_one_vector_for_a_text_of_several_tokens_load(tmp_path):
+    model = thinking_model()
+    model.configure(model.thoughts.model_copy(update={"start_init": "abc", "end_init": "xyz"}))
+    model.save_pretrained(tmp_path, model.tokenizer)
+    loaded = QuietStarForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.start_embedding, model.start_embedding)
+    assert len(loaded.start_vectors) == len(loaded.end_vectors) == 1
 
 
 def test_a_vocabulary_larger_than_the_tokenizer_is_fine_and_a_smaller_one_is_refused():

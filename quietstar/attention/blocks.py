@@ -119,7 +119,11 @@ class Blocks(Protocol):
     """Where the tokens of some blocks lie in the rows of a pass, and how they see the text."""
 
     masked: bool
-    num_start: int
+
+    @property
+    def num_start(self) -> int:
+        """Tokens that open a block, M."""
+        ...
 
     def position_ids(self, device: torch.device) -> Int[Tensor, "rows tokens"]:
         """Position of every token."""

@@ -180,7 +180,8 @@ class _Groups:
 
     def _cut(self) -> Iterator[tuple[slice, slice]]:
         """Cut texts and positions into groups of about as many tokens as may learn at once."""
-        most, (length, num_thoughts, *shape) = self.model.learn_chunk_tokens, self.tokens.shape
+        most, (length, num_thoughts) = self.model.learn_chunk_tokens, self.tokens.shape[:2]
+        shape = (self.tokens.shape[2], self.tokens.shape[3])
         behind = self.block_length - self.num_start - length
         # What opens thoughts is shared.
         each = self.num_start + num_thoughts * (length + behind)

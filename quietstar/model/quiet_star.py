@@ -155,7 +155,7 @@ class QuietStarForCausalLM(nn.Module):
     @property
     def block_length(self) -> int:
         """Tokens behind a position: start, the longest thought, end and true ones."""
-        markers = sum(x.shape[0] if x.ndim > 1 else 1 for x in self._marker_parameters)
+        markers = sum(len(x) if x.ndim > 1 else 1 for x in self._marker_parameters)
         return markers + self.thoughts.length + self.thoughts.lookahead - 1
 
     @property
@@ -224,15 +224,9 @@ class QuietStarForCausalLM(nn.Module):
                 "thoughts.train_markers (false): needs the tokenizer of the model. Set "
                 "model.tokenizer."
             )
-        start, end = (torch.tensor(ids, device=self.start_embedding.device)
-                      for ids in marker_tokens(self.tokenizer, thoughts))  # fmt: skip
-        for tokens, vectors in zip((start, end), self._marker_parameters, strict=True):
-            if len(tokens) != vectors.numel() // vectors.shape[-1]:
-                raise UserError(
-                    "thoughts.train_markers (false): the model has learned vectors in another "
-                    "number than its markers have tokens. Set thoughts.train_markers to true."
-                )
-        return start, end
+        start, end = self._check_markers(self.tokenizer, thoughts)
+        device = self.start_embedding.device
+        return torch.tensor(start, device=device), torch.tensor(end, device=device)
 
     @torch.no_grad()
     def initial_vectors(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
@@ -241,12 +235,30 @@ class QuietStarForCausalLM(nn.Module):
         Of the shapes of ``start_embedding`` and ``end_embedding``.
 
         Raises:
-            UserError: A text without tokens.
+            UserError: A text without tokens, or with another number of them than there are vectors.
         """
         embed, device = self.causal_lm.get_input_embeddings(), self.start_embedding.device
-        start, end = (embed(torch.tensor(ids, device=device)).float()
-                      for ids in marker_tokens(tokenizer, self.thoughts))  # fmt: skip
-        return start.view_as(self.start_embedding), end.view_as(self.end_embedding)
+        vectors = []
+        for tokens, like in zip(self._check_markers(tokenizer, self.thoughts),
+                                self._marker_parameters, strict=True):  # fmt: skip
+            vectors.append(embed(torch.tensor(tokens, device=device)).float().view_as(like))
+        return vectors[0], vectors[1]
+
+    def _check_markers(
+        self, tokenizer: PreTrainedTokenizerBase, thoughts: ThoughtsConfig
+    ) -> tuple[list[int], list[int]]:
+        """Tokens of the markers, as many as the model has vectors."""
+        tokens = marker_tokens(tokenizer, thoughts)
+        for key, ids, vectors in zip(("start_init", "end_init"), tokens,
+                                     self._marker_parameters, strict=True):  # fmt: skip
+            count = len(vectors) if vectors.ndim > 1 else 1
+            if len(ids) != count:
+                raise UserError(
+                    f"thoughts.{key} ({getattr(thoughts, key)!r}): has {len(ids)} tokens, but the "
+                    f"model has a vector for {count}. Give a text of as many, or make the model "
+                    "anew from its base."
+                )
+        return tokens
 
     # --- Making and keeping -----------------------------------------------------------------------
 

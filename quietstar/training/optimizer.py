@@ -29,7 +29,8 @@ def build_optimizer(
         if parameter.requires_grad:
             projected = galore is not None and is_projected(name, parameter, galore.galore_rank)
             shape = getattr(parameter, "ds_shape", parameter.shape)  # of the whole under ZeRO-3
-            kind = (group_of(name), len(shape) >= 2, projected)
+            group = group_of(name)
+            kind = (group, len(shape) >= 2 and group != "embeddings", projected)
             by_kind.setdefault(kind, []).append(parameter)
     rates: dict[Group, float] = {
         "language_model": config.learning_rate,

@@ -48,6 +48,8 @@ def stage_at(stages: Sequence[Stage], step: int) -> Stage:
 def begin_stage(model: QuietStarForCausalLM, stage: Stage) -> None:
     """Gives the model the stage's settings; without thoughts only the language model trains."""
     model.configure(stage.config.thoughts, stage.config.loss)
+    markers = ("start_embedding", "end_embedding")
     for name, parameter in model.named_parameters():
         if not name.startswith("language_model."):
-            parameter.requires_grad_(stage.thinks)
+            trains = name not in markers or stage.config.thoughts.train_markers
+            parameter.requires_grad_(stage.thinks and trains)
