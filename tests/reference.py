@@ -246,7 +246,9 @@ def _run(model: QuietStarForCausalLM, embeddings: Tensor) -> tuple[Tensor, Tenso
 
 
 def mixing_weight(model: QuietStarForCausalLM, text: Tensor, thought: Tensor) -> Tensor:
-    """The head's formula on its parameters, for one pair of states."""
+    """The head's formula on its parameters, for one pair of states; or the weight that is fixed."""
+    if model.mixing_head_config.fixed_weight is not None:
+        return torch.tensor(model.mixing_head_config.fixed_weight)
     p = dict(model.mixing_head.named_parameters())
     hidden = (
         p["text_layer.weight"] @ text + p["text_layer.bias"] + p["thought_layer.weight"] @ thought

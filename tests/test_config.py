@@ -175,6 +175,14 @@ RULES = [
     ),
     ("data.positions_field", "must be set", {"thoughts": {"positions": "field"}}),
     ("data.train", "not set", {"data": {}}),
+    *(
+        (
+            "thoughts.positions",
+            "the same at all positions",
+            {"thoughts": {"positions": rule}, "mixing_head": {"fixed_weight": 1.0}},
+        )
+        for rule in ("weight", "weighted_entropy")
+    ),
     ("data.template", "question", {"data": {"train": "x", "template": "{answer}"}}),
     ("data.template", "answer", {"data": {"train": "x", "template": "{question}"}}),
     ("data.template", "answer", {"data": {"train": "x", "template": "{question}{answer}!"}}),

@@ -1,6 +1,7 @@
 """``quietstar eval``: scores of a slow loop, resume, controls, what a user may get wrong."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from tiny import plain_model, thinking_model
 
 from quietstar.cli import main as cli
 from quietstar.data import load_tokenizer
-from quietstar.evaluation.controls import derangement
-from quietstar.evaluation.scoring import item_metrics
+from quietstar.evaluation.controls import GAINS, derangement
+from quietstar.evaluation.scoring import GENERIC_TEXT, item_metrics
 from quietstar.evaluation.tasks import (
     TASKS,
     Item,
@@ -22,6 +23,8 @@ from quietstar.evaluation.tasks import (
     find_task,
 )
 from quietstar.model.outputs import MixedScores
+from quietstar.sampling.samplers.rollout import Rollout
+from quietstar.sampling.thoughts import Texts, ThoughtBatch
 
 QUESTIONS = [
     "Two and two?",
@@ -165,7 +168,7 @@ def test_every_item_gets_the_thoughts_of_another_one(folder, tmp_path):
     result, items = evaluated(folder, tmp_path, "--controls", tasks="gsm8k")
     kept = {(r["item"], r["variant"]): r for r in items}
     found = result["tasks"]["gsm8k"]
-    assert set(found["controls"]) == {"shuffled", "pause", "swapped"}
+    assert set(found["controls"]) == {"shuffled", "pause", "generic", "blank", "swapped"}
     own, swapped = (
         sum(kept[i, v]["metrics"]["gold_probability"][0] for i in range(4)) / 4
         for v in ("with_thoughts", "swapped")
@@ -204,12 +207,104 @@ def test_a_single_item_has_nothing_to_swap_with_and_this_is_said(folder, tmp_pat
     assert any("gain of content: not available" in line for line in found["warnings"])
 
 
+class ByItem:
+    """Draws thoughts whose lengths differ from item to item; some have no token."""
+
+    def sample(self, model, texts, positions, spec):
+        batch = Rollout().sample(model, texts, positions, spec)
+        texts = Texts(batch.input_ids, batch.labels, batch.answer_mask, batch.sample_ids)
+        lengths = (5 * batch.sample_ids % 4).view(-1, 1, 1).expand(batch.lengths.shape)
+        return ThoughtBatch.of_texts(texts, batch.positions, batch.tokens, lengths)
+
+
+LENGTHS = [0, 1, 2, 3]  # of the items of `early`, of three tokens at most
+ANSWERS = ["4", "no", "007", "12"]
+
+
+@pytest.fixture(scope="module")
+def early(folder):
+    """A model that thinks once, before an answer, and whose thoughts end early; a file of items."""
+    base = plain_model(max_position_embeddings=256, eos_token_id=256)
+    spec = {
+        "length": 3,
+        "lookahead": 3,
+        "positions": "answer_start",
+        "sampler": f"{__name__}:ByItem",
+    }
+    model = thinking_model(base, thoughts=spec, head={"fixed_weight": 1.0}).eval()
+    model.save_pretrained(folder / "early", load_tokenizer("bytes"))
+    rows = zip(QUESTIONS, ANSWERS, strict=True)
+    write_lines(folder / "own.jsonl", [{"prompt": q, "answer": a} for q, a in rows])
+    return model
+
+
+def test_every_control_scores_the_whole_answer_behind_thoughts_of_any_length(
+    folder, tmp_path, early
+):
+    name = str(folder / "own.jsonl")
+    result, items = evaluated(folder, tmp_path, "--controls", model="early", tasks=name)
+    kept = {(r["item"], r["variant"]): r for r in items}
+    own = [[t for t in kept[i, "with_thoughts"]["thoughts"][0][0] if t >= 0] for i in range(4)]
+    assert len({len(thought) for thought in own}) > 1
+    donors, generic = derangement(4, seed=0).tolist(), GENERIC_TEXT.encode()[:3]
+    for number, (prompt, answer) in enumerate(
+        zip(QUESTIONS, ["4", "no", "007", "12"], strict=True)
+    ):
+        thoughts = {
+            "with_thoughts": own[number],
+            "swapped": own[donors[number]],
+            "blank": [],
+            "pause": [early.pause_token_id] * len(own[number]),
+            "generic": list(generic),
+        }
+        ids = torch.tensor([list(f"{prompt}{answer}".encode())])
+        for variant, thought in thoughts.items():
+            scored = early.think(ids, thoughts=torch.tensor(thought or [-1]).view(1, 1, 1, -1),
+                                 positions=torch.tensor([[len(prompt) - 1]]))  # fmt: skip
+            logprob = scored.thought_logprobs[0, 0, 0, : len(answer)].sum().item()
+            metrics = kept[number, variant]["metrics"]
+            assert metrics["gold_logprob"] == pytest.approx([logprob], abs=1e-4)
+            assert metrics["gold_probability"] == pytest.approx([math.exp(logprob)], rel=1e-4)
+            assert metrics["nll"] == pytest.approx([-logprob / len(answer)], abs=1e-4)
+    figures = result["tasks"][name]
+    assert figures["with_thoughts"]["thought_length"] == 1.5
+    assert figures["with_thoughts"]["truncated_fraction"] == 0.25
+    for control, gain in GAINS.items():
+        mean = sum(kept[i, control]["metrics"]["gold_probability"][0] for i in range(4)) / 4
+        expected = figures["with_thoughts"]["gold_probability"] - mean
+        assert figures[gain]["gold_probability"] == pytest.approx(expected)
+        assert {"gold_probability_ci95", "gold_probability_p_value"} <= set(figures[gain])
+        assert figures["controls"][control]["gold_probability_ci95"][0] <= mean
+
+
+def test_an_evaluation_of_thoughts_that_end_early_goes_on(folder, tmp_path, early):
+    """Before, the padding behind a thought was refused in the file of items."""
+    settings = {"model": "early", "tasks": str(folder / "own.jsonl")}
+    whole, _ = evaluated(folder, tmp_path, "--controls", "--batch-size", 1, **settings)
+    path = tmp_path / "out.items.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[: len(lines) // 2]))
+    again, _ = evaluated(folder, tmp_path, "--controls", "--batch-size", 1, **settings)
+    assert again["tasks"] == whole["tasks"]
+
+
+def test_a_generic_text_is_refused_without_tokens_and_idle_without_controls(
+    folder, tmp_path, early, capsys, caplog
+):
+    settings = {"model": "early", "tasks": str(folder / "own.jsonl")}
+    assert run(folder, "--controls", "--generic", "", **settings) == 2
+    assert "--generic ('')" in capsys.readouterr().err
+    assert run(folder, "--generic", "Well,", **settings) == 0
+    assert "--generic: has no effect without --controls" in caplog.text
+
+
 # --- Where answers are thought about --------------------------------------------------------------
 
 
 def test_a_model_trained_to_think_once_is_evaluated_so(folder, tmp_path):
     base = plain_model(max_position_embeddings=256, eos_token_id=256)
-    once = thinking_model(base, thoughts={"length": 3, "positions": "answer_start"})
+    spec = {"length": 3, "positions": "answer_start"}
+    once = thinking_model(base, thoughts=spec, head={"fixed_weight": 0.5})
     once.save_pretrained(folder / "once", load_tokenizer("bytes"))
     settings = {"tasks": "gsm8k", "model": "once"}
     runs = {"trained": evaluated(folder, tmp_path, "--controls", **settings)[1]}
@@ -223,7 +318,10 @@ def test_a_model_trained_to_think_once_is_evaluated_so(folder, tmp_path):
                         ("every", "without_thoughts"))
         )  # fmt: skip
         assert len(thought) == len(answer.replace(",", "")) + 1
-        assert thought == pytest.approx([every[0], *plain[1:]], abs=1e-5)
+        assert thought[:1] == pytest.approx(every[:1], abs=1e-5)
+        # The thought is trained on two true tokens, and predicts as many.
+        assert thought[2:] == pytest.approx(plain[2:], abs=1e-5)
+        assert thought[1] != pytest.approx(plain[1], abs=1e-5)
         assert thought[1:] != pytest.approx(every[1:], abs=1e-5)
     own = [r["thoughts"] for r in runs["trained"] if r["variant"] == "with_thoughts"]
     assert all(len(sample) == 1 for thoughts in own for sample in thoughts)
@@ -313,9 +411,9 @@ def test_another_batch_size_may_go_on(folder, tmp_path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     again, _ = evaluated(folder, tmp_path, "--controls", "--batch-size", 1)
     for name, task in whole["tasks"].items():
-        assert again["tasks"][name]["controls"]["swapped"] == pytest.approx(
-            task["controls"]["swapped"]
-        )
+        for key, value in again["tasks"][name]["controls"]["swapped"].items():
+            if not key.endswith("_ci95"):  # which resampling rounds otherwise
+                assert value == pytest.approx(task["controls"]["swapped"][key]), key
 
 
 def test_two_items_tell_nothing_however_they_agree(folder, tmp_path):

@@ -14,6 +14,7 @@ from quietstar.evaluation.controls import (
     gain_over,
     pause_tokens,
     plan_swap,
+    same_thought,
     shuffle_tokens,
     swap_positions,
 )
@@ -136,6 +137,12 @@ def test_controls_of_thoughts_that_end_early_keep_their_lengths():
 def test_pause_tokens_are_one_token():
     thoughts = torch.arange(12).view(1, 2, 2, 3)
     assert pause_tokens(thoughts, 7).tolist() == torch.full((1, 2, 2, 3), 7).tolist()
+
+
+def test_one_text_stands_in_every_thought_or_none_does():
+    thoughts = torch.arange(24).view(2, 2, 2, 3)
+    assert same_thought(thoughts, [7, 8]).tolist() == [[[[7, 8], [7, 8]]]] * 2
+    assert same_thought(thoughts, []).tolist() == [[[[-1], [-1]]]] * 2
 
 
 def test_a_gain_is_positive_where_own_thoughts_are_better():

@@ -11,6 +11,7 @@ from quietstar.evaluation.statistics import (
     break_down,
     difference,
     differences,
+    interval,
     items_needed,
     kind_of,
     means,
@@ -58,6 +59,22 @@ def test_the_spread_over_thoughts_is_told_apart_from_that_over_items():
     assert spread["stdev_between_items"] == pytest.approx(2.0, rel=0.05)
     assert spread["stdev_between_thoughts"] == pytest.approx(0.5, rel=0.05)
     assert found["stderr"] == pytest.approx(math.sqrt((4 + 0.25 / 8) / 4000), rel=0.05)
+
+
+def test_shares_have_exact_intervals_and_other_means_bootstrapped_ones():
+    low, high = interval(np.array([1.0] * 3 + [0.0] * 17), seed=0)
+
+    def at_least(count, share):
+        return sum(math.comb(20, k) * share**k * (1 - share) ** (20 - k) for k in range(count, 21))
+
+    assert at_least(3, low) == pytest.approx(0.025)
+    assert 1 - at_least(4, high) == pytest.approx(0.025)
+    low, high = interval(np.zeros(20), seed=0)
+    assert (low, high) == (0, pytest.approx(1 - 0.025 ** (1 / 20)))
+    values = np.random.default_rng(0).normal(1, 0.5, 200)
+    low, high = interval(values, seed=0)
+    assert (low, high) == pytest.approx((values.mean() - 0.069, values.mean() + 0.069), abs=0.01)
+    assert interval(values[:1], seed=0) is None
 
 
 def test_one_item_and_equal_items_have_no_interval_to_speak_of():

@@ -22,7 +22,9 @@ def _light_plotly(monkeypatch):
 
 def variant(accuracy):
     values = {name: accuracy * scale for name, scale in METRICS.items()}
-    return values | {f"{name}_stderr": 0.03 for name in METRICS} | {"n": 128}
+    bounds = {f"{name}_ci95": [accuracy * scale - 0.02, accuracy * scale + 0.03]
+              for name, scale in METRICS.items()}  # fmt: skip
+    return values | {f"{name}_stderr": 0.03 for name in METRICS} | bounds | {"n": 128}
 
 
 def difference(value, low, high, p_value):
@@ -74,7 +76,8 @@ def test_the_page_of_an_evaluation_answers_first_and_shows_every_figure(tmp_path
     assert page.open == []
     assert "better with thoughts, and because of what they say 128 items. Note: 2" in page.text
     assert "Gain in P(gold answer): mean and 95% CI" in page.text
-    assert "P(gold answer) 0.1500 0.2050 +0.0550 95% CI +0.0250 to +0.0850 p < 0.001" in page.text
+    assert "P(gold answer) 0.1500 95% CI 0.1300 to 0.1800 0.2050 95% CI" in page.text
+    assert "0.2350 +0.0550 95% CI +0.0250 to +0.0850 p < 0.001" in page.text
     assert "controls yes" in page.text
     assert "data_dir" not in page.text
     # A breakdown of one group says nothing that the whole does not say.

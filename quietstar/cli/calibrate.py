@@ -21,7 +21,7 @@ from quietstar.data import Batch, build_data, load_tokenizer
 from quietstar.errors import UserError
 from quietstar.evaluation import calibration
 from quietstar.evaluation.calibration import GateResult, try_gate
-from quietstar.generation.gates import GATE_FILE, PROBED, PROBES_FILE, Gate, GateKind
+from quietstar.generation.gates import GATE_FILE, PROBED, PROBES_FILE, Gate, GateKind, check_gate
 from quietstar.registry import importing_nothing
 from quietstar.system.files import check_output, file_kind, write_json
 from quietstar.system.signals import held
@@ -46,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.check(args, _run_inputs(args.model, run))
     _check_gate(args)
     model = options.load_model(args, True, "Give the folder of a saved one.")
+    fixed = model.mixing_head.fixed_weight
+    check_gate(args.gate, fixed)
+    kinds: list[GateKind] = [kind for kind in KINDS if fixed is None or kind != "weight"]
     length, most = model.thoughts.length, model.max_text_length
     if args.speed is not None and args.speed > 1 + length:
         raise UserError(
@@ -78,11 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     zeros = torch.zeros_like(tried.entropy)
     rows = [try_gate(Gate(kind, threshold), tried, zeros, length)
             for kind, threshold in (("always", -1.0), ("never", 1.0))]  # fmt: skip
-    rows += [row for kind in KINDS for row in sweep(kind, TABLE_FRACTIONS)]
+    rows += [row for kind in kinds for row in sweep(kind, TABLE_FRACTIONS)]
     seconds = _seconds_per_token(args, model, batches, rows)
     fractions = [step / TRIED for step in range(TRIED + 1)]
-    kinds = KINDS if args.gate == "best" else (args.gate,)
-    settings = [row for kind in kinds for row in sweep(kind, fractions)]
+    wanted = kinds if args.gate == "best" else [args.gate]
+    settings = [row for kind in wanted for row in sweep(kind, fractions)]
     chosen = _choose(args, rows[0], settings)
     Console().print(_table(rows, seconds))
     _report(args, rows, seconds, chosen)

@@ -29,7 +29,7 @@ from quietstar.evaluation.runner import (
     open_store,
     settings_changes,
 )
-from quietstar.evaluation.scoring import POSITIONS, Protocol, fingerprint
+from quietstar.evaluation.scoring import GENERIC_TEXT, POSITIONS, Protocol, fingerprint
 from quietstar.evaluation.statistics import summarise
 from quietstar.evaluation.tasks import TASKS, TEXT_FILES, Item, Task, find_task
 from quietstar.model.quiet_star import QuietStarForCausalLM
@@ -123,6 +123,7 @@ def _idle_options(
         **dict.fromkeys(("--votes", "--temperature", "--max-new-tokens"), votes),
         **dict.fromkeys(("--samples", "--thought-temperature", "--positions"), thoughts),
         **options.idle_thought_filters(thoughts, args.thought_temperature),
+        "--generic": unless(bool(args.controls), "without --controls"),
         "--untrained": thoughts or unless(not is_trained, "on a model that was trained to think"),
         "--data-dir": unless(reads, "on tasks without a file there"),
         "--include-path": unless(is_harness, "without a task of lm-evaluation-harness"),
@@ -138,7 +139,8 @@ def _evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """Score what is not yet scored; return the content of ``--out``."""
     remedy = "Set --thoughts off, or --untrained for a baseline of thoughts never trained."
-    model = options.load_model(args, WITH in protocol.variants and not args.untrained, remedy)
+    needs_training = WITH in protocol.variants and not args.untrained
+    model = options.load_model(args, needs_training, remedy, positions=protocol.positions)
     if "shuffled" in protocol.variants and model.thoughts.length < 2:
         raise UserError("--controls: thoughts of one token cannot be shuffled; leave it out")
     rule, is_trained = model.thoughts.positions, protocol.positions == "trained"
@@ -226,7 +228,8 @@ def _protocol(args: argparse.Namespace) -> Protocol:
         raise UserError("--controls: need thoughts; set --thoughts both")
     variants = {"off": [WITHOUT], "on": [WITH], "both": [WITHOUT, WITH]}[args.thoughts]
     same = ("batch_size", "samples", "thought_top_p", "thought_top_k", "seed", "votes",
-            "temperature", "max_new_tokens", "text_tokens", "positions", "separator")  # fmt: skip
+            "temperature", "max_new_tokens", "text_tokens", "positions", "separator",
+            "generic")  # fmt: skip
     return Protocol(
         variants=(*variants, *(CONTROLS if args.controls else ())),
         thought_temperature=temperature,
@@ -241,7 +244,10 @@ def _parser() -> Parser:
     add("--tasks", required=True, metavar="NAMES",
         help=f"comma-separated: {', '.join(TASKS)}, FILE.jsonl, FILE.txt")  # fmt: skip
     add("--thoughts", choices=("off", "on", "both"), default="both", help="what is scored")
-    parser.flag("--controls", "also score swapped thoughts, shuffled thoughts and pause tokens")
+    parser.flag("--controls", "also score swapped and shuffled thoughts, pause tokens, a generic "
+                "text and blank thoughts")  # fmt: skip
+    value("--generic", unicode_text, GENERIC_TEXT, "TEXT",
+          "text of every thought in the control of that name")  # fmt: skip
     add("--positions", choices=POSITIONS, default="trained",
         help="think about an answer as trained (once before it, if trained with "
         "thoughts.positions answer_start), or before every one of its tokens")  # fmt: skip

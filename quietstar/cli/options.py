@@ -378,12 +378,16 @@ def add_model(parser: argparse.ArgumentParser, meaning: str = "a saved Quiet-STa
 
 
 def load_model(
-    args: argparse.Namespace, needs_training: bool, remedy: str, name: str | None = None
+    args: argparse.Namespace,
+    needs_training: bool,
+    remedy: str,
+    name: str | None = None,
+    positions: str = "every",
 ) -> QuietStarForCausalLM:
     """Load the model of the options of `add_model`, or another one, onto its device.
 
     Code that comes with a model never runs. If ``needs_training``, a plain causal LM is refused
-    with a `UserError` that ends in the remedy.
+    with a `UserError` that ends in the remedy. ``positions`` are those of `load_thinker`.
     """
     from quietstar.backbone.devices import find_device
     from quietstar.evaluation.scoring import load_thinker
@@ -396,7 +400,9 @@ def load_model(
     if (inside / SETTINGS_FILE).exists() and not (Path(name) / SETTINGS_FILE).exists():
         raise UserError(f"--model ({name}): is the folder of a run; its model is in {inside}")
     try:
-        model = load_thinker(name, needs_training, args.dtype, remedy, trust_remote_code=False)
+        model = load_thinker(
+            name, needs_training, args.dtype, remedy, positions, trust_remote_code=False
+        )
     except UserError as problem:  # of a part that knows the key of a config only
         raise UserError(str(problem).replace("model.name_or_path (", "--model (")) from problem
     return model.to(find_device(args.device))

@@ -38,6 +38,11 @@ _OF_THOUGHTS = (
     *("optim.mixing_head_learning_rate", "optim.embedding_learning_rate"),
 )
 """Keys that only a stage that thinks reads; what is saved with a model is not among them."""
+_OF_THE_HEAD = (
+    *("mixing_head.activation", "mixing_head.initial_weight", "mixing_head.hidden_size"),
+    *("mixing_head.floor", "optim.mixing_head_learning_rate"),
+)
+"""Keys that change nothing where the head's output is not read."""
 
 
 def keys_without_effect(config: Config) -> dict[str, str]:
@@ -82,6 +87,9 @@ def _thoughts(config: Config) -> Idle:
         yield "thoughts.stop", "with thoughts.sampler: pause, whose thoughts have all their tokens"
         for key in ("thoughts.top_p", "thoughts.top_k"):
             yield key, "with thoughts.sampler: pause, which draws nothing"
+    if config.mixing_head.fixed_weight is not None:
+        for key in _OF_THE_HEAD:
+            yield key, "with mixing_head.fixed_weight, which stands in for what the head says"
     if config.mixing_head.warmup_steps == 0:
         yield "mixing_head.warmup_weight", "with mixing_head.warmup_steps: 0"
 

@@ -254,6 +254,9 @@ class MixingHeadConfig(Section):
     """First steps in which warmup_weight replaces the head's output."""
     warmup_weight: Fraction = 0.5
     """Fixed mixing weight during warmup_steps."""
+    fixed_weight: Fraction | None = None
+    """Constant in place of the head's output, in training behind warmup_steps and wherever the
+    model thinks (saved with the head); 1 predicts by the thought alone, null asks the head."""
 
 
 class DataConfig(Section):

@@ -22,6 +22,7 @@ MOST_TOKEN_BYTES = 2**36
 
 # A stage may change the keys of these sections, and these keys; all others hold for the whole run.
 _STAGE_SECTIONS = ("thoughts", "loss", "data", "optim")
+_LEARNED_RULES = ("weight", "weighted_entropy")  # of thoughts.positions: they ask the mixing head
 _STAGE_KEYS = (
     *("mixing_head.warmup_steps", "mixing_head.warmup_weight", "training.max_steps"),
     *("training.global_batch_size", "training.micro_batch_size", "training.eval_steps"),
@@ -344,6 +345,12 @@ def _mixing_head_rules(config: Config) -> Iterator[Broken]:
         yield ("mixing_head.floor", "mixing_head.activation"), (
             f"mixing_head.floor ({head.floor}) must be 0 with mixing_head.activation: none, whose"
             " output has no bounds. Set it to 0, or mixing_head.activation: sigmoid."
+        )  # fmt: skip
+    if head.fixed_weight is not None and config.thoughts.positions in _LEARNED_RULES:
+        yield ("thoughts.positions", "mixing_head.fixed_weight"), (
+            f"thoughts.positions ({config.thoughts.positions}) asks the mixing head, but"
+            f" mixing_head.fixed_weight ({head.fixed_weight}) is the same at all positions. Set"
+            " thoughts.positions to all, every, random or entropy, or fixed_weight to null."
         )  # fmt: skip
 
 

@@ -2,12 +2,14 @@
 
 Any second read-out of a text gives some gain, whatever the thoughts say. Each control keeps the
 read-out and takes the content away: swapped thoughts (those of another text, or of another position
-of the same text), shuffled thoughts (a thought's tokens in another order), and pause tokens (one
-constant token). Every function is pure; training, ``quietstar eval`` and ``quietstar inspect`` all
-use these.
+of the same text), shuffled thoughts (a thought's tokens in another order), pause tokens (one
+constant token), a generic text that fits every question, and blank thoughts (their start and end
+alone). Every function is pure; training, ``quietstar eval`` and ``quietstar inspect`` all use
+these.
 
 Shapes: B texts, K thoughts, P positions, T tokens of a thought (`NO_TOKEN` behind the end of one
-that ends early: every control keeps lengths, and swapped thoughts bring their own).
+that ends early). Shuffled thoughts and pause tokens keep lengths, swapped thoughts bring their own,
+a generic text is as long as it is, and a blank thought has no token.
 """
 
 from __future__ import annotations
@@ -24,8 +26,12 @@ from quietstar.attention.layout import NO_TOKEN
 
 WITHOUT, WITH = "without_thoughts", "with_thoughts"
 SWAPPED, SHUFFLED, PAUSE = "swapped", "shuffled", "pause"
-CONTROLS = (SHUFFLED, PAUSE, SWAPPED)
-GAINS = {SWAPPED: "gain_of_content", SHUFFLED: "gain_over_shuffled", PAUSE: "gain_over_pause"}
+GENERIC, BLANK = "generic", "blank"
+CONTROLS = (SHUFFLED, PAUSE, GENERIC, BLANK, SWAPPED)
+GAINS = {
+    SWAPPED: "gain_of_content",
+    **{control: f"gain_over_{control}" for control in (SHUFFLED, PAUSE, GENERIC, BLANK)},
+}
 """The name of what the model's own thoughts gain over each control."""
 LOWER_IS_BETTER = ("nll",)
 
@@ -122,7 +128,7 @@ def plan_swap(
     return swap
 
 
-# --- Shuffled thoughts and pause tokens -----------------------------------------------------------
+# --- Thoughts that are made, not sampled ----------------------------------------------------------
 def shuffle_tokens(
     thoughts: Int[Tensor, "batch thoughts positions length"], numbers: Sequence[int], seed: int
 ) -> Int[Tensor, "batch thoughts positions length"]:
@@ -153,3 +159,14 @@ def pause_tokens(
 ) -> Int[Tensor, "batch thoughts positions length"]:
     """Replace every token of every thought by one constant token; lengths stay."""
     return thoughts.where(thoughts == NO_TOKEN, token_id)
+
+
+def same_thought(
+    thoughts: Int[Tensor, "batch thoughts positions length"], tokens: Sequence[int]
+) -> Int[Tensor, "batch 1 positions new_length"]:
+    """Put these tokens in the place of every thought; without any, thoughts are blank.
+
+    One thought stands for all of a position, which would be equal.
+    """
+    row = thoughts.new_tensor(list(tokens) or [NO_TOKEN])
+    return row.expand(*thoughts[:, :1].shape[:-1], -1)

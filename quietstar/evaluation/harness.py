@@ -130,7 +130,7 @@ class QuietStarLM(_Harness):
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         remedy = "Set thoughts=off, or untrained=true for a baseline of thoughts never trained."
         needs_training = self.thinks and not untrained
-        self.thinker = load_thinker(pretrained, needs_training, dtype, remedy, **hub)
+        self.thinker = load_thinker(pretrained, needs_training, dtype, remedy, positions, **hub)
         # The harness asks for "cuda" where nobody asked for anything.
         on_gpu = torch.cuda.is_available() or not str(device).startswith("cuda")
         self.thinker.to(find_device(device if on_gpu else None))

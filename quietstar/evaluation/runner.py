@@ -20,14 +20,28 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+from einops import rearrange
+from jaxtyping import Int
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
+from quietstar.attention.layout import NO_TOKEN
+from quietstar.backbone.run import run_text
 from quietstar.config.messages import closest, did_you_mean
 from quietstar.data.tokenizer import pad_left, padding_id
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.evaluation import controls, scoring, tasks
-from quietstar.evaluation.controls import CONTROLS, PAUSE, SHUFFLED, SWAPPED, WITH, WITHOUT
+from quietstar.evaluation.controls import (
+    BLANK,
+    CONTROLS,
+    GENERIC,
+    PAUSE,
+    SHUFFLED,
+    SWAPPED,
+    WITH,
+    WITHOUT,
+)
 from quietstar.evaluation.scoring import Protocol
 from quietstar.evaluation.tasks import TASKS, Candidates, EncodedItem, Item, Task
 from quietstar.model.outputs import without_padding
@@ -68,7 +82,9 @@ class _Line(BaseModel):
     nll: list[FiniteFloat] = []
     tokens: list[str] = []
     position: NonNegativeInt = 0
-    thoughts: list[list[list[NonNegativeInt]]] = []
+    thoughts: list[list[list[Annotated[int, Field(ge=NO_TOKEN)]]]] = []
+    thought_length: FiniteFloat | None = None
+    truncated_fraction: FiniteFloat | None = None
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -235,13 +251,28 @@ class Runner:
         candidates = tasks.find_candidates(task, encoded, self.tokenizer)
         by_length = sorted(encoded, key=lambda one: (-len(one.ids), one.number))
         can_swap = len(encoded) > 1 or encoded[0].swaps_within
+        are_answers = all(item.prompt for item in items)
         for phase in self._phases(task):
             variants = [variant for variant in phase if variant != SWAPPED or can_swap]
             for batch in self._batches(task, by_length):
                 if not self.store.has(task.name, [one.number for one in batch], variants):
-                    self.store.add(self._score(task, batch, variants, candidates, len(items)))
+                    self.store.add(
+                        self._score(task, batch, variants, candidates, len(items), are_answers)
+                    )
                 advance()
         return sum(one.num_cut > 0 for one in encoded)
+
+    def generic_tokens(self) -> list[int]:
+        """Give the tokens of the generic text, as many as a thought can hold.
+
+        Raises:
+            UserError: The text has none.
+        """
+        text = self.protocol.generic
+        ids: Any = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise UserError(f"--generic ({text!r}): has no token. Give a text, or leave it out.")
+        return ids[: self.model.thoughts.length]
 
     def _phases(self, task: Task) -> list[list[str]]:
         """List variants that are made together; the thoughts to swap with must be there before."""
@@ -262,24 +293,35 @@ class Runner:
         variants: Sequence[str],
         candidates: Candidates | None,
         count: int,
+        are_answers: bool,
     ) -> list[dict[str, Any]]:
-        """Score a batch of a task of ``count`` items in several variants."""
+        """Score a batch of a task of ``count`` items in several variants.
+
+        ``are_answers`` says of the whole task whether its items have prompts.
+        """
         counts, thinking = [one.num_scored for one in items], [one.num_thinking for one in items]
         pad = padding_id(self.tokenizer)
         batch = tasks.answer_batch([one.ids for one in items], counts, pad, thinking)
         batch = batch.to(self.model.device)
         numbers, seed = [one.number for one in items], self.protocol.seed
         records, thoughts = [], {}
+        with torch.no_grad():
+            text = run_text(self.model.causal_lm, batch.ids) if {*variants} - {WITHOUT} else None
         if {WITH, SHUFFLED, PAUSE} & {*variants}:
             own = self.model.sample(
                 batch.ids, num_thoughts=self.protocol.samples, positions=batch.thinking,
                 temperature=self.protocol.thought_temperature,
                 top_p=self.protocol.thought_top_p, top_k=self.protocol.thought_top_k,
-                sample_ids=torch.tensor(numbers, device=batch.ids.device), seed=seed,
+                sample_ids=torch.tensor(numbers, device=batch.ids.device), seed=seed, text=text,
             )  # fmt: skip
             thoughts = {WITH: own, PAUSE: controls.pause_tokens(own, self.model.pause_token_id)}
             if SHUFFLED in variants:
                 thoughts[SHUFFLED] = controls.shuffle_tokens(own, numbers, seed)
+        anywhere = batch.thinking[:, None, :, None]  # (B, 1, P, 1)
+        thoughts |= {
+            GENERIC: controls.same_thought(anywhere, self.generic_tokens()),
+            BLANK: controls.same_thought(anywhere, []),
+        }
         if SWAPPED in variants:
             donors = controls.derangement(count, seed).tolist() if count > 1 else []
             swapped = []
@@ -299,8 +341,9 @@ class Runner:
             if variant == WITHOUT:
                 scores = scoring.predict_plain(self.model, batch, candidates)
             else:
-                scores = scoring.predict_thinking(self.model, batch, candidates, thoughts[variant])
-            metrics = scoring.item_metrics(scores, batch, candidates)
+                given = thoughts[variant]
+                scores = scoring.predict_thinking(self.model, batch, candidates, given, text)
+            metrics = scoring.item_metrics(scores, batch, candidates, are_answers)
             for name, values in metrics.items():
                 for row in (~values.isfinite().all(1)).nonzero()[:1, 0].tolist():
                     where = f"{task.name}, item {numbers[row]} ({items[row].item.where})"
@@ -321,12 +364,28 @@ class Runner:
                 if variant == WITH:
                     tokens = thoughts[WITH][row, :, : one.num_thinking].tolist()
                     record["thoughts"] = tokens
+                    if self.model.may_end_early:
+                        record |= self._lengths(thoughts[WITH][row, :, : one.num_thinking])
                     record["thought_texts"] = [
                         self.tokenizer.batch_decode([without_padding(one) for one in some])
                         for some in tokens
                     ]
                 records.append(record)
         return records
+
+    def _lengths(self, thoughts: Int[Tensor, "thoughts positions length"]) -> dict[str, float]:
+        """Compute the mean length of an item's thoughts, and how many were cut at the last token.
+
+        Both have the names of docs/metrics.md.
+        """
+        lengths = (thoughts != NO_TOKEN).sum(-1)
+        is_cut = lengths == thoughts.shape[-1]
+        if self.model.stop is not None:
+            is_cut &= ~self.model.stop.is_ended(rearrange(thoughts, "k p t -> t k 1 p"))[:, 0]
+        return {
+            "thought_length": lengths.double().mean().item(),
+            "truncated_fraction": is_cut.double().mean().item(),
+        }
 
     def _vote(
         self, task: Task, batch: Sequence[tuple[int, Item]], variant: str

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from quietstar.backbone.run import embedding_weight
+from quietstar.attention.layout import NO_POSITION
+from quietstar.backbone.run import TextRun, embedding_weight
 from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from quietstar.errors import UserError, reading
 from quietstar.evaluation.tasks import AnswerBatch, Candidates
@@ -32,6 +34,7 @@ _DECISIVE = (
 """Files that decide scores: weights, configs, the tokenizer and its chat template."""
 _PIECE, _PIECES, _WHOLLY_HASHED = 2**20, 4096, 8 * 2**30
 """A file larger than the last is hashed in pieces, so that this takes less time than to load it."""
+GENERIC_TEXT = " I will work through this carefully and then give the answer."
 NO_CANDIDATE = -1  # index of a true token that is no candidate, and where there is no token
 
 
@@ -52,15 +55,22 @@ class Protocol:
     text_tokens: int = 256  # tokens that are read of a text without a prompt
     positions: str = "trained"  # where answers are thought about (`POSITIONS`)
     separator: str = ""  # text between prompt and answer of the user's own records
+    generic: str = GENERIC_TEXT  # what stands in every thought of the control of that name
 
 
 def load_thinker(
-    name: str, needs_training: bool, dtype: str | torch.dtype, remedy: str, **hub: Any
+    name: str,
+    needs_training: bool,
+    dtype: str | torch.dtype,
+    remedy: str,
+    positions: str = "every",
+    **hub: Any,
 ) -> QuietStarForCausalLM:
     """Load a saved Quiet-STaR model, or a plain one with vectors and head never trained.
 
-    One token is predicted behind each thought, so its lookahead is 1. ``hub`` may hold
-    ``revision`` and ``trust_remote_code``.
+    One token is predicted behind each thought, so its lookahead is 1; but a model that thinks once
+    about an answer (`thinks_once`) predicts with this thought as many tokens as it was trained to.
+    ``hub`` may hold ``revision`` and ``trust_remote_code``.
 
     Raises:
         UserError: There is no such model, or it is plain where a trained one is needed; ``remedy``
@@ -85,7 +95,8 @@ def load_thinker(
         )
     else:
         model = QuietStarForCausalLM.from_base(name, dtype=dtype, **hub)
-    model.configure(model.thoughts.model_copy(update={"lookahead": 1}))
+    if not thinks_once(model, positions):
+        model.configure(model.thoughts.model_copy(update={"lookahead": 1}))
     return model.eval()
 
 
@@ -189,49 +200,74 @@ def predict_thinking(
     batch: AnswerBatch,
     candidates: Candidates | None,
     thoughts: Int[Tensor, "batch thoughts thinking length"],
+    text: TextRun | None = None,
 ) -> MixedScores:
-    """Predict the scored tokens with these thoughts, and plainly where the batch does not think."""
-    ids = None if candidates is None else candidates.ids.to(batch.ids.device)
-    mixed = model.score_mixed(batch.ids, None, batch.labels, thoughts, batch.thinking, ids)
-    if torch.equal(batch.thinking, batch.positions):
-        return mixed
-    plain = predict_plain(model, batch, candidates)
-    rows, places = (batch.thinking >= 0).nonzero(as_tuple=True)
+    """Predict the scored tokens with these thoughts; ``text`` is that of `run_text`, if it ran.
 
-    def merge(plain: Tensor, mixed: Tensor) -> Tensor:
-        merged = plain.repeat_interleave(mixed.shape[1], dim=1)
-        merged[rows, :, places] = mixed[rows, :, places]
-        return merged
+    A token without a thought of its own is predicted by the last one before it, if the model's
+    lookahead reaches it from there, and plainly otherwise.
+    """
+    ids = None if candidates is None else candidates.ids.to(batch.ids.device)
+    given = (batch.ids, None, batch.labels, thoughts, batch.thinking, ids)
+    if torch.equal(batch.thinking, batch.positions):
+        return model.score_mixed(*given, text=text)
+    lookahead = model.thoughts.lookahead
+    mixed = model.score_mixed(*given, lookahead=lookahead, text=text)
+    rows = torch.arange(len(batch.ids), device=batch.ids.device)[:, None]  # (B, 1)
+    last = (batch.thinking != NO_POSITION).sum(1, keepdim=True) - 1  # (B, 1)
+    column = torch.arange(batch.positions.shape[1], device=rows.device)
+    place = last.minimum(column)  # (B, P), of the thought that predicts the token
+    ahead = column - place
+    is_reached = (place >= 0) & (ahead < lookahead)
+    plain = None
+    if not (is_reached | ~batch.valid).all():
+        plain = predict_plain(model, batch, candidates)
+
+    def select(mixed: Tensor, plain: Tensor | None) -> Tensor:
+        chosen = mixed[rows, :, place.clamp(min=0), ahead.clamp(max=lookahead - 1)]
+        chosen = rearrange(chosen, "b p k ... -> b k p ...")
+        if plain is None:
+            return chosen
+        mask = is_reached[:, None] if chosen.ndim == 3 else is_reached[:, None, :, None]
+        return chosen.where(mask, plain)
 
     logits = None
-    if plain.candidates is not None and mixed.candidates is not None:
-        logits = merge(plain.candidates, mixed.candidates)
-    logprobs = merge(plain.logprobs, mixed.logprobs)
-    return MixedScores(logprobs, merge(plain.predicted, mixed.predicted), logits)
+    if mixed.candidates is not None:
+        logits = select(mixed.candidates, plain and plain.candidates)
+    logprobs = select(mixed.logprobs, plain and plain.logprobs)
+    return MixedScores(logprobs, select(mixed.predicted, plain and plain.predicted), logits)
 
 
 def item_metrics(
-    predictions: MixedScores, batch: AnswerBatch, candidates: Candidates | None
+    predictions: MixedScores,
+    batch: AnswerBatch,
+    candidates: Candidates | None,
+    are_answers: bool = True,
 ) -> dict[str, Float[Tensor, "batch thoughts"]]:
     """Compute the metrics of every item and every one of its thoughts.
 
     Returns:
         ``nll``: of the scored tokens over the whole vocabulary, nats a token, and
 
-        - with candidates: ``gold_probability``: the product over the answer's tokens of their
-          probabilities, renormalized over the digits (or labels); ``accuracy``: 1 where each is
-          the most likely of those; ``published_accuracy``: as ``gold_probability``, with the end
-          of the line among candidates and tokens, as the published code does;
-        - without: ``accuracy``: 1 where every token is the most likely of the vocabulary, and
-          ``token_accuracy``, the fraction of tokens that are.
+        - ``gold_probability``, if these ``are_answers``: the product over the answer's tokens of
+          their probabilities; with candidates renormalized over the digits (or labels);
+        - ``gold_logprob``: its logarithm, nats;
+        - ``accuracy``: 1 where each token is the most likely of the vocabulary, or of those
+          candidates;
+        - with candidates that have an end: ``published_accuracy``: as ``gold_probability``, with
+          the end of the line among candidates and tokens, as the published code does;
+        - without candidates: ``token_accuracy``: fraction of tokens that are the most likely ones.
     """
     batch = batch.to(torch.device("cpu"))  # float64 is not on every device
     valid = batch.valid.unsqueeze(1)  # (B, 1, P)
     counts = valid.sum(-1)
-    metrics = {"nll": -predictions.logprobs.cpu().double().where(valid, 0).sum(-1) / counts}
+    total = predictions.logprobs.cpu().double().where(valid, 0).sum(-1)
+    metrics = {"nll": -total / counts}
     if candidates is None or predictions.candidates is None:
         right = (predictions.predicted.cpu() == batch.targets.unsqueeze(1)) & valid
         fraction = right.sum(-1).double() / counts
+        if are_answers:
+            metrics |= {"gold_probability": total.exp(), "gold_logprob": total}
         return metrics | {"accuracy": (right | ~valid).all(-1).double(), "token_accuracy": fraction}
     logits = predictions.candidates.cpu().double()
     same = batch.targets.unsqueeze(-1) == candidates.ids  # (B, P, C)
@@ -239,19 +275,19 @@ def item_metrics(
     answers = logits[..., : candidates.num_answers]
     gold_answer = gold.where(gold < candidates.num_answers, NO_CANDIDATE)  # (B, 1, P)
     right = (answers.argmax(-1) == gold_answer) | (gold_answer == NO_CANDIDATE)
-    metrics["gold_probability"] = _probability(answers, gold_answer)
+    logprob = _sum_logprobs(answers, gold_answer)
+    metrics |= {"gold_probability": logprob.exp(), "gold_logprob": logprob}
     metrics["accuracy"] = right.all(-1).double()
     if len(candidates.ids) > candidates.num_answers:  # with an end
-        metrics["published_accuracy"] = _probability(logits, gold)
+        metrics["published_accuracy"] = _sum_logprobs(logits, gold).exp()
     return metrics
 
 
-def _probability(
+def _sum_logprobs(
     logits: Float[Tensor, "batch thoughts positions candidates"],
     gold: Int[Tensor, "batch 1 positions"],
 ) -> Float[Tensor, "batch thoughts"]:
-    """Multiply the probabilities of the true candidates; `NO_CANDIDATE` does not count."""
+    """Add up the log-probabilities of the true candidates; `NO_CANDIDATE` does not count."""
     gold = gold.expand(logits.shape[:3])
     logprobs = logits.log_softmax(-1).movedim(-1, 1)
-    nll = F.nll_loss(logprobs, gold, ignore_index=NO_CANDIDATE, reduction="none")
-    return (-nll.sum(-1)).exp()
+    return -F.nll_loss(logprobs, gold, ignore_index=NO_CANDIDATE, reduction="none").sum(-1)

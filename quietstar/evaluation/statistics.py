@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from quietstar.evaluation.controls import (
+    BLANK,
     CONTROLS,
     GAINS,
+    GENERIC,
     LOWER_IS_BETTER,
     PAUSE,
     SHUFFLED,
@@ -31,10 +33,13 @@ from quietstar.evaluation.tasks import Task
 Array = NDArray[np.float64]
 LEVEL = 0.95
 CONTROL_NAMES = {
-    SWAPPED: "swapped thoughts", SHUFFLED: "shuffled thoughts", PAUSE: "pause tokens"
+    SWAPPED: "swapped thoughts", SHUFFLED: "shuffled thoughts", PAUSE: "pause tokens",
+    GENERIC: "a generic text", BLANK: "blank thoughts",
 }  # fmt: skip
 MIN_TOKENS = 40
 """Fewest tokens of a task for which a breakdown is made."""
+LENGTHS = ("thought_length", "truncated_fraction")
+"""Figures of thoughts that may end early."""
 KINDS = ("digits", "words", "punctuation", "white space")
 
 
@@ -82,6 +87,17 @@ def bootstrap_interval(values: Array, seed: int) -> tuple[float, float] | None:
     return None
 
 
+def interval(values: Array, seed: int) -> tuple[float, float] | None:
+    """Compute the interval of a mean over items: exact of shares (Clopper and Pearson), else BCa.
+
+    None for fewer than two values.
+    """
+    if len(values) < 2 or not np.isin(values, (0, 1)).all():
+        return bootstrap_interval(values, seed)
+    found = stats.binomtest(int(values.sum()), len(values)).proportion_ci(LEVEL, method="exact")
+    return float(found.low), float(found.high)
+
+
 def items_needed(gaps: Array) -> int | None:
     """Estimate how many items would show a mean difference of this size; None if there is none.
 
@@ -125,12 +141,16 @@ def summarise(
     first = next(iter(values.values()))
     main = task.main_metric if task.main_metric in first else next(iter(first))
     summary: dict[str, Any] = {"n": count, "main_metric": main, "truncated": num_cut}
-    summary |= {v: means(values[v], main) for v in (WITHOUT, WITH) if v in values}
+    summary |= {v: means(values[v], main, seed) for v in (WITHOUT, WITH) if v in values}
+    for name in LENGTHS:
+        lengths = [record[name] for record in records.get(WITH, ()) if name in record]
+        if lengths:
+            summary[WITH][name] = float(np.mean(lengths))
     if WITHOUT in values and WITH in values:
         summary["difference"] = differences(values[WITH], values[WITHOUT], main, seed)
     controls = [control for control in CONTROLS if control in values]
     if controls:
-        summary["controls"] = {control: means(values[control], main) for control in controls}
+        summary["controls"] = {control: means(values[control], main, seed) for control in controls}
     for control in controls:
         pair = (values[WITH], values[control])
         summary[GAINS[control]] = differences(*pair, main, seed, as_gain=True)
@@ -147,13 +167,14 @@ def summarise(
     return summary
 
 
-def means(values: dict[str, Array], main: str) -> dict[str, Any]:
+def means(values: dict[str, Array], main: str, seed: int = 0) -> dict[str, Any]:
     """Compute the mean of every metric, (items, samples), and its error over items.
 
     Returns:
-        Every metric, its ``METRIC_stderr`` (None for one item), ``stderr`` of the main one, and
-        ``n``; of several thought samples also ``samples``: the standard deviation of each metric
-        between items, without the part of thought samples, and between thoughts of an item.
+        Every metric, its ``METRIC_stderr`` and ``METRIC_ci95`` (None for one item; `interval`),
+        ``stderr`` of the main one, and ``n``; of several thought samples also ``samples``: the
+        standard deviation of each metric between items, without the part of thought samples, and
+        between thoughts of an item.
     """
     figures: dict[str, Any] = {}
     count, num_samples = values[main].shape
@@ -163,6 +184,7 @@ def means(values: dict[str, Array], main: str) -> dict[str, Any]:
         figures[name], figures[f"{name}_stderr"] = float(of_items.mean()), None
         if count > 1:
             figures[f"{name}_stderr"] = float(of_items.std(ddof=1) / math.sqrt(count))
+        figures[f"{name}_ci95"] = interval(of_items, seed)
         if num_samples > 1:
             within = float(value.var(1, ddof=1).mean())
             between = float(of_items.var(ddof=1)) - within / num_samples if count > 1 else 0.0

@@ -129,6 +129,19 @@ class Gate:
             return cls(saved.kind, saved.threshold, probes)
 
 
+def check_gate(kind: str, fixed_weight: float | None) -> None:
+    """Refuse a gate by mixing weight for a model whose weight is fixed.
+
+    Raises:
+        UserError: It is such a gate.
+    """
+    if kind == "weight" and fixed_weight is not None:
+        raise UserError(
+            f"gate: weight asks the mixing head, whose weight is fixed at {fixed_weight} "
+            "(mixing_head.fixed_weight) wherever it thinks. Use entropy or gain."
+        )
+
+
 class _SavedGate(Section, extra="ignore"):
     """What ``gate.json`` holds, beside figures that nothing reads."""
 

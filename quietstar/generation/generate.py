@@ -20,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 from quietstar.attention.layout import text_lookahead
 from quietstar.backbone.run import num_virtual
 from quietstar.errors import UserError
-from quietstar.generation.gates import Gate
+from quietstar.generation.gates import Gate, check_gate
 from quietstar.sampling.decoding import Decoder
 from quietstar.sampling.thoughts import Sampling
 
@@ -54,9 +54,11 @@ def generate(
     """Generate texts; arguments and result are those of `QuietStarForCausalLM.generate`.
 
     Raises:
-        UserError: Beams were asked for, or a text leaves no room.
+        UserError: Beams were asked for, a text leaves no room, or the gate asks for a mixing weight
+            that is fixed.
     """
     gate = think if isinstance(think, Gate) else Gate("always" if think else "never")
+    check_gate(gate.kind, model.mixing_head.fixed_weight)
 
     def decode(
         causal_lm: Any,

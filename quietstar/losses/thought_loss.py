@@ -308,12 +308,12 @@ def mixed_candidates(
     head: OutputHead,
     candidates: Int[Tensor, " candidates"],
     positions: Int[Tensor, "batch positions"] | None = None,
-) -> Float[Tensor, "thoughts batch positions candidates"]:
-    """Mixed logits of a few candidates for the next token; arguments as in `loss_from_states`."""
-    base = lookahead_states(states.text, 1, positions)  # (1, B, P, D)
-    base, thought = (head.candidate_logits(x, candidates) for x in (base, states.ahead[0]))
-    weight = mixing_weight[0].unsqueeze(-1).to(thought.dtype)
-    return torch.lerp(base.expand_as(thought), thought, weight)
+) -> Float[Tensor, "lookahead thoughts batch positions candidates"]:
+    """Mixed logits of a few candidates for every target; arguments as in `loss_from_states`."""
+    base = lookahead_states(states.text, mixing_weight.shape[0], positions)  # (A, B, P, D)
+    base, thought = (head.candidate_logits(x, candidates) for x in (base, states.ahead))
+    weight = mixing_weight.unsqueeze(-1).to(thought.dtype)
+    return torch.lerp(base.unsqueeze(1).expand_as(thought), thought, weight)
 
 
 @torch.no_grad()

@@ -247,7 +247,7 @@ class _Groups:
         )  # fmt: skip
         count = places.stop - places.start
         text = text_lookahead(text_states, lookahead, positions, count)
-        weight = model.mixing_weight(text, ahead, step.fixed_mixing_weight)
+        weight = model.mixing_head(text, ahead, step.fixed_mixing_weight)
         weigh = model.weigher(step.thoughts.part(texts, places))
         loss, results = thought_loss(
             policy, ahead, text, weight, self.tokens[..., texts, places],

@@ -22,7 +22,7 @@ class MixingHead(nn.Module):
 
     Args:
         width: D of the final states.
-        config: Activation, initial weight, hidden size and floor.
+        config: Activation, initial weight, hidden size, floor and fixed weight.
     """
 
     def __init__(self, width: int, config: MixingHeadConfig) -> None:
@@ -33,7 +33,7 @@ class MixingHead(nn.Module):
         self.middle_layer = nn.Linear(hidden, hidden)
         self.last_layer = nn.Linear(hidden, 1)
         self.sigmoid = config.activation == "sigmoid"
-        self.floor = config.floor
+        self.floor, self.fixed_weight = config.floor, config.fixed_weight
         # Two halves of one layer of 2D inputs: the bound that the whole would have.
         bound = 1 / math.sqrt(2 * width)
         for layer in (self.text_layer, self.thought_layer):
@@ -49,12 +49,14 @@ class MixingHead(nn.Module):
         self,
         text: TextLookahead,
         thought_states: Float[Tensor, "lookahead thoughts batch positions width"],
+        fixed: float | None = None,
     ) -> Float[Tensor, "lookahead thoughts batch positions"]:
         """Mixing weight of every thought and lookahead, in float32.
 
         Args:
             text: The text's own states that predict the same tokens.
             thought_states: Those from the end token on.
+            fixed: Constant in place of the weight; by default ``fixed_weight``, if there is one.
         """
         rows = text.rows
         if not torch.is_autocast_enabled(rows.device.type):  # weights of a bfloat16 model
@@ -64,6 +66,10 @@ class MixingHead(nn.Module):
         hidden = torch.relu(by_text.unsqueeze(1) + self.thought_layer(thought_states))
         hidden = torch.relu(self.middle_layer(hidden))
         weight = at_least_float32(self.last_layer(hidden).squeeze(-1))
+        fixed = self.fixed_weight if fixed is None else fixed
+        if fixed is not None:
+            # The head stays in the graph, with gradient zero: DDP wants every parameter used.
+            return weight * 0.0 + fixed
         if not self.sigmoid:
             return weight
         return self.floor + (1 - self.floor) * torch.sigmoid(weight)

@@ -163,11 +163,13 @@ class MixedScores:
         logprobs: Of the true next token, 0 where there is none.
         predicted: Most likely next token.
         candidates: Logits of the candidates; None if none were asked for.
+
+    Where a lookahead was asked for, its axis stands behind that of the positions.
     """
 
-    logprobs: Float[Tensor, "batch thoughts positions"]
-    predicted: Int[Tensor, "batch thoughts positions"]
-    candidates: Float[Tensor, "batch thoughts positions candidates"] | None = None
+    logprobs: Float[Tensor, "batch thoughts positions *lookahead"]
+    predicted: Int[Tensor, "batch thoughts positions *lookahead"]
+    candidates: Float[Tensor, "batch thoughts positions *lookahead candidates"] | None = None
 
 
 @dataclass(frozen=True)

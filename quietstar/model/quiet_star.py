@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,7 +18,6 @@ from quietstar.attention.layout import (
     IGNORE_INDEX,
     NO_POSITION,
     NO_TOKEN,
-    TextLookahead,
     early_ends,
     on_host,
     text_lookahead,
@@ -193,9 +193,17 @@ class QuietStarForCausalLM(nn.Module):
 
         Raises:
             UserError: A sampler, reward or objective that cannot be found or called, a stop text
-                that the tokenizer cannot write, or a scoring model that the positions do not read.
+                that the tokenizer cannot write, a scoring model that the positions do not read, or
+                positions by a mixing weight that is fixed.
         """
         if thoughts is not None:
+            fixed = self.mixing_head_config.fixed_weight
+            if fixed is not None and thoughts.positions in LEARNED_RULES:
+                raise UserError(
+                    f"thoughts.positions ({thoughts.positions}): asks the mixing head, whose weight"
+                    f" is fixed at {fixed} for all positions (mixing_head.fixed_weight). Set"
+                    " another rule, such as entropy, or fixed_weight to null."
+                )
             if self.stop is None or thoughts.stop != self.thoughts.stop:
                 self.stop = self._find_ends(thoughts.stop)
             self._markers = None if thoughts.train_markers else self._find_markers(thoughts)
@@ -371,7 +379,8 @@ class QuietStarForCausalLM(nn.Module):
                 the same thoughts however batches are cut. By default the texts of all calls are
                 counted.
             seed: Seed of the noise.
-            fixed_mixing_weight: Replacement for the head's output (warm-up of the gate).
+            fixed_mixing_weight: Replacement for the head's output (warm-up of the gate); by
+                default ``mixing_head.fixed_weight``, if it is set.
             think: Whether to think; otherwise the loss is that of plain language modeling.
             thoughts: Thoughts to learn from instead of sampling: of an earlier call, another
                 policy, another machine. Their texts must be ``input_ids``.
@@ -528,17 +537,7 @@ class QuietStarForCausalLM(nn.Module):
         )  # fmt: skip
         states = teacher_forced(self.causal_lm, text, inputs)
         ahead = text_lookahead(states.text, states.ahead.shape[0], positions)
-        return states, self.mixing_weight(ahead, states.ahead, fixed_mixing_weight)
-
-    def mixing_weight(
-        self, text: TextLookahead, ahead: Tensor, fixed: float | None
-    ) -> Float[Tensor, "lookahead thoughts batch positions"]:
-        """Mix by text states and those behind thoughts; ``fixed`` replaces the head's output."""
-        weight = self.mixing_head(text, ahead)
-        if fixed is None:
-            return weight
-        # The head stays in the graph, with gradient zero: DDP wants every parameter used.
-        return weight * 0.0 + fixed
+        return states, self.mixing_head(ahead, states.ahead, fixed_mixing_weight)
 
     def _targets(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
@@ -675,14 +674,17 @@ class QuietStarForCausalLM(nn.Module):
         positions: Int[Tensor, "batch positions"] | None = None,
         sample_ids: Int[Tensor, " batch"] | None = None,
         seed: int = 0,
+        text: TextRun | None = None,
     ) -> Int[Tensor, "batch thoughts positions length"]:
         """Thoughts at every (chosen) position, not scored; arguments as in `think`.
 
+        ``text`` is that of `run_text`, where the texts were run already.
         Behind the last token of one that ends early stands -1.
         """
         batch = self.draw(
             input_ids, num_thoughts=num_thoughts, temperature=temperature, top_p=top_p,
             top_k=top_k, positions=positions, sample_ids=sample_ids, seed=seed,
+            text=text,
         )  # fmt: skip
         return batch.tokens.transpose(1, 2)
 
@@ -702,13 +704,14 @@ class QuietStarForCausalLM(nn.Module):
         positions: Int[Tensor, "batch positions"] | None = None,
         sample_ids: Int[Tensor, " batch"] | None = None,
         seed: int = 0,
+        text: TextRun | None = None,
     ) -> ThoughtBatch:
-        """Draw thoughts that `forward` can learn from; arguments as in `think` and `forward`."""
+        """Draw thoughts that `forward` can learn from; arguments as in `sample` and `forward`."""
         self._check_length(input_ids)
         if sample_ids is None:
             sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
         labels = self._targets(input_ids, attention_mask, labels)
-        texts = Texts(input_ids, labels, answers, sample_ids, marked=marked)
+        texts = Texts(input_ids, labels, answers, sample_ids, text, marked=marked)
         length = self.thoughts.length
         sampling = Sampling(num_thoughts, length, temperature, seed, self.stop, top_p, top_k)
         return self._sample(texts, positions, sampling)
@@ -824,23 +827,34 @@ class QuietStarForCausalLM(nn.Module):
         thoughts: Int[Tensor, "batch thoughts positions length"],
         positions: Int[Tensor, "batch positions"] | None = None,
         candidates: Int[Tensor, " candidates"] | None = None,
+        lookahead: int | None = None,
+        text: TextRun | None = None,
     ) -> MixedScores:
         """Predict the next tokens with these thoughts, as `think` does, but for less.
 
         ``thoughts`` are tokens from `sample`, or any, at ``positions`` (None: at all);
-        ``candidates`` are tokens whose logits are wanted.
+        ``candidates`` are tokens whose logits are wanted. With a ``lookahead`` so many true tokens
+        are predicted behind each thought, and the scores have an axis for them behind that of the
+        positions. ``text`` is that of `run_text`, where the texts were run already.
         """
         labels = self._targets(input_ids, attention_mask, labels)
         self._check_length(input_ids)
         self._check_thoughts(thoughts)
         tokens, head = token_major(thoughts), self.output_head
-        states, weight = self.states_with(input_ids, tokens, positions, lookahead=1)
+        states, weight = self.states_with(
+            input_ids, tokens, positions, lookahead=lookahead or 1, text=text
+        )
         result = mixed_predictions(states, weight, labels, head, positions)
         few = None
         if candidates is not None:
-            few = mixed_candidates(states, weight, head, candidates, positions).transpose(0, 1)
+            few = mixed_candidates(states, weight, head, candidates, positions)
         assert result.predicted is not None, "it was asked for"
-        logprobs, predicted = (x[0].transpose(0, 1) for x in (-result.mixed, result.predicted))
+        order = "a k b p ... -> b k p a ..."
+        logprobs, predicted = rearrange(-result.mixed, order), rearrange(result.predicted, order)
+        few = None if few is None else rearrange(few, order)
+        if lookahead is None:
+            few = None if few is None else few[..., 0, :]
+            return MixedScores(logprobs[..., 0], predicted[..., 0], few)
         return MixedScores(logprobs, predicted, few)
 
 

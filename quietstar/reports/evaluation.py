@@ -16,17 +16,20 @@ from rich.text import Text
 from quietstar.errors import visible
 from quietstar.evaluation.controls import CONTROLS, GAINS, PAUSE, SWAPPED, WITH, WITHOUT, gain_over
 from quietstar.evaluation.runner import FREE_SETTINGS
-from quietstar.evaluation.statistics import CONTROL_NAMES
+from quietstar.evaluation.statistics import CONTROL_NAMES, LENGTHS
 from quietstar.reports.figures import Figure, Row, draw_forest, draw_groups, make_figure
 from quietstar.reports.pages import plain, probability, signed, signed_range, write_charts
 
 METRICS = {
     "accuracy": "accuracy (argmax)",
     "gold_probability": "P(gold answer)",
+    "gold_logprob": "log P(gold answer), nats",
     "published_accuracy": "P, as published",
     "nll": "NLL, nats/token",
     "token_accuracy": "accuracy of tokens",
 }
+OF_ANSWERS = ("gold_probability", "gold_logprob", "accuracy")
+"""Metrics of whole answers, which the controls are shown for."""
 BREAKDOWNS = {
     "difficulty": ("By difficulty", "Quintiles of NLL without thoughts (nats)"),
     "kind": ("By kind of token", "What the token's text is made of"),
@@ -57,14 +60,17 @@ def task_view(name: str, task: dict[str, Any]) -> RenderableType:
         style = "bold" if metric == main else ""
         table.add_row(Text(visible(label)), *cells, style=style)
     parts: list[RenderableType] = [table]
-    if "controls" in task:
-        table = _table(f"{visible(metrics[main])} with", "", "gain over it", "95% CI", "p")
+    for metric in (m for m in metrics if "controls" in task and m in (main, *OF_ANSWERS)):
+        table = _table(f"{visible(metrics[metric])} with", "", "gain over it", "95% CI", "p")
         for control in (c for c in CONTROLS if c in task["controls"]):
-            cells = [plain(task["controls"][control][main])]
-            cells += _comparison(task[GAINS[control]], main)
+            cells = [plain(task["controls"][control][metric])]
+            cells += _comparison(task[GAINS[control]], metric)
             style = "bold" if control == SWAPPED else ""
             table.add_row(CONTROL_NAMES[control], *cells, style=style)
         parts.append(table)
+    if WITH in task and "thought_length" in task[WITH]:
+        length, cut = (task[WITH][name] for name in LENGTHS)
+        parts.append(Text(f"  thoughts: {length:.1f} tokens on average, {cut:.1%} cut at the most"))
     parts += [Text(f"  note: {line}", style="yellow") for line in task["warnings"]]
     if task["verdict"]:
         parts.append(Text(f"  {name}: {task['verdict']}", style="bold"))
@@ -123,8 +129,9 @@ def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
             *((CONTROL_NAMES[control].capitalize(), controls.get(control)) for control in CONTROLS),
         ]
         columns = [(heading, scores) for heading, scores in columns if scores]
+        lengths = [task[WITH][n] for n in LENGTHS if n in task.get(WITH, {})]
         sections.append({"name": name, "task": task, "metrics": metrics, "cards": cards,
-                         "columns": columns})  # fmt: skip
+                         "columns": columns, "lengths": lengths})  # fmt: skip
     facts = [("Model", model)]
     facts += [(key, str(result["environment"][key])) for key in ("dtype", "device", "torch")]
     config = {key: value for key, value in result["config"].items() if value is not None}

@@ -354,6 +354,15 @@ IDLE = [
     ({"data": {"positions_field": "at"}}, "data.positions_field: 'at' has no effect"),
     ({"mixing_head": {"warmup_weight": 0.25}}, "with mixing_head.warmup_steps: 0"),
     ({"mixing_head": {"warmup_steps": 2000}}, "the mixing head never learns"),
+    *(
+        ({"mixing_head": {"fixed_weight": 0.5} | head, **more}, "which stands in for what the head")
+        for head, more in (
+            ({"initial_weight": 0.5}, {}),
+            ({"hidden_size": 8}, {}),
+            ({"floor": 0.1}, {}),
+            ({}, {"optim": {"mixing_head_learning_rate": 0.5}}),
+        )
+    ),
     ({"data": {"split": "test"}}, "without a hub data set"),
     ({"data": {"subset": "en"}}, "without a hub data set"),
     ({"data": {"size": 5}}, "without a reasoning_gym or synthetic task"),

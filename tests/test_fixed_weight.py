@@ -1,0 +1,98 @@
+"""``mixing_head.fixed_weight``: a constant in place of the mixing head, wherever a model thinks."""
+
+import json
+
+import pytest
+import torch
+from tiny import random_texts, run_config, thinking_model, write_texts
+
+from quietstar import QuietStarForCausalLM
+from quietstar.cli import main as cli
+from quietstar.data import load_tokenizer
+from quietstar.errors import UserError
+from quietstar.generation.gates import Gate, Probe
+from quietstar.training.run import run_training
+
+
+def make(weight, **thoughts):
+    return thinking_model(head={"fixed_weight": weight}, thoughts=thoughts).eval()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_it_is_the_weight_of_every_thought(weight):
+    model, texts = make(weight), random_texts()
+    thoughts = model.think(texts)
+    assert thoughts.mixing_weight.unique().tolist() == pytest.approx([weight])
+    mixed = model.score_mixed(texts, None, texts, thoughts.tokens).logprobs
+    torch.testing.assert_close(mixed, thoughts.mixed_logprobs[..., 0])
+    if weight == 1:
+        torch.testing.assert_close(thoughts.mixed_logprobs, thoughts.thought_logprobs)
+    elif weight == 0:
+        torch.testing.assert_close(mixed[:, 0], thoughts.base_logprobs[..., 0])
+
+
+def test_training_heeds_it_and_the_warm_up_comes_before_it():
+    model, texts = make(0.7), random_texts()
+    output = model(texts, sample_ids=torch.arange(2))
+    assert output.metrics.means()["mixing_weight"] == pytest.approx(0.7)
+    output.loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.mixing_head.parameters())
+    warm = model(texts, sample_ids=torch.arange(2), fixed_mixing_weight=0.0)
+    assert warm.metrics.means()["mixing_weight"] == 0
+
+
+def test_a_generated_token_is_predicted_by_the_thought_alone():
+    model, texts = make(1.0), random_texts(1, 6)
+    out = model.generate(texts, max_new_tokens=1, do_sample=False, pad_token_id=0,
+                         return_dict_in_generate=True, output_logits=True)  # fmt: skip
+    scored = model.think(torch.cat([texts, out.sequences[:, -1:]], 1))
+    own = scored.thought_logprobs[0, 0, 5, 0]
+    found = out.logits[0].log_softmax(-1)[0, out.sequences[0, -1]]
+    torch.testing.assert_close(found, own)
+    assert abs(float(own - scored.base_logprobs[0, 5, 0])) > 1e-3
+
+
+def test_it_is_saved_and_folders_without_it_ask_the_head(tmp_path):
+    model, texts = make(1.0), random_texts()
+    model.save_pretrained(tmp_path / "model", load_tokenizer("bytes"))
+    again = QuietStarForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(again.think(texts).mixed_logprobs, model.think(texts).mixed_logprobs)
+    settings = tmp_path / "model" / "quietstar.json"
+    content = json.loads(settings.read_text())
+    del content["mixing_head"]["fixed_weight"]
+    settings.write_text(json.dumps(content))
+    weights = QuietStarForCausalLM.from_pretrained(tmp_path / "model").think(texts).mixing_weight
+    assert len(weights.unique()) > 10
+
+
+def test_a_run_keeps_it(tmp_path):
+    settings = {"mixing_head__fixed_weight": 0.25, "mixing_head__warmup_steps": 2,
+                "mixing_head__warmup_weight": 0.75}  # fmt: skip
+    run_training(run_config(tmp_path, **settings))
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    weights = [(line["kind"], line["mixing_weight"]) for line in lines]
+    train = [("train", 0.75), ("train", 0.75), ("train", 0.25)]
+    assert weights == [("eval", 0.25), *train, ("eval", 0.25)]
+
+
+@pytest.mark.parametrize("rule", ["weight", "weighted_entropy"])
+def test_rules_that_ask_the_head_are_refused(rule):
+    with pytest.raises(UserError, match=rf"thoughts.positions \({rule}\): asks the mixing head"):
+        make(1.0, positions=rule)
+
+
+def test_a_gate_by_mixing_weight_is_refused(tmp_path, capsys):
+    model = make(1.0)
+    gate = Gate("weight", 0.1, {"weight": Probe(torch.zeros(16), torch.tensor(0.0))})
+    with pytest.raises(UserError, match="gate: weight asks the mixing head"):
+        model.generate(random_texts(), think=gate, max_new_tokens=1)
+    model.save_pretrained(tmp_path / "model", load_tokenizer("bytes"))
+    texts = write_texts(tmp_path / "texts.jsonl")
+    call = ["calibrate", "--model", str(tmp_path / "model"), "--data", texts,
+            "--seq-len", "32", "--sequences", "16", "--timed-tokens", "3"]  # fmt: skip
+    assert cli.main([*call, "--gate", "weight"]) == 2
+    assert "gate: weight asks the mixing head" in capsys.readouterr().err
+    assert cli.main(call) == 0
+    gates = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert {"entropy", "gain"} <= gates
+    assert "weight" not in gates
