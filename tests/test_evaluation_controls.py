@@ -158,8 +158,8 @@ def test_the_swap_is_the_same_however_many_ranks_share_the_texts():
     answers[:, 5:7] = True
     mask = torch.ones(3, 8, dtype=torch.bool)
     nothing = torch.full((3, 0), -100)
-    rows = [Batch(*(x[i : i + 1] for x in (tokens, mask, tokens, torch.arange(3), answers,
-                                           nothing))) for i in range(3)]  # fmt: skip
+    columns = (tokens, mask, tokens, torch.arange(3), answers, nothing, torch.zeros_like(answers))
+    rows = [Batch(*(x[i : i + 1] for x in columns)) for i in range(3)]
     whole = compare(model, rows)
     texts = []
     compare(model, rows, gather=lambda mine: texts.extend(mine) or mine)
