@@ -92,7 +92,7 @@ def test_long_thoughts_at_few_positions_equal_the_per_position_loop(number):
 @pytest.mark.parametrize("number", range(1, len(SUPPORTED), 2))
 def test_long_thoughts_at_all_positions_equal_the_per_position_loop(number):
     start, end, lookahead = MARKERS[number // 2 % 4]
-    model = build(SUPPORTED[number], length=16, lookahead=lookahead, num_markers=(start, end))
+    model = build(SUPPORTED[number], length=64, lookahead=lookahead, num_markers=(start, end))
     check(compare(model, LENGTHS, thoughts=ragged(model)[0]))
 
 

@@ -73,6 +73,7 @@ def real_peak(config):
         {"training__learn_chunk_tokens": None},
         {"thoughts__stop": ["e"], "thoughts__length": 6},
         {"thoughts__positions": "top_entropy", "thoughts__position_count": 9},
+        {"thoughts__positions": "random", "thoughts__length": 44, "data__seq_len": 12},
     ],
     ids=str,
 )

@@ -20,6 +20,7 @@ from torch import Tensor
 from quietstar.attention.block_attention import inner_dtype
 from quietstar.attention.dense import ScoreRules, softcapped
 from quietstar.attention.kernels import at_least_float32
+from quietstar.attention.layout import has_content
 from quietstar.attention.passes import Pair, TextKeys
 
 _ROOM = 32
@@ -52,7 +53,9 @@ class LiveCache:
         num_texts = next(iter(self.text.values()))[0].shape[0]
         is_owner = F.one_hot(self.owners, num_texts)  # (N, B)
         rank = (is_owner.cumsum(0) * is_owner).sum(1) - 1
-        self.num_slots = int(is_owner.sum(0).max())  # on a device, waits: rows changed just now
+        most = is_owner.sum(0).max()
+        # A device is waited for, as it just was where rows have left.
+        self.num_slots = int(most) if has_content(most) else -(-len(is_owner) // num_texts)
         self.slots = self.owners * self.num_slots + rank
         slot_places = self.places.new_zeros(num_texts * self.num_slots)
         slot_places[self.slots] = self.places

@@ -152,16 +152,20 @@ class QuietStarForCausalLM(nn.Module):
     @property
     def start_vectors(self) -> Float[Tensor, "start embedding"]:
         """Input embeddings that open every thought."""
-        if self._markers is not None:
-            return embed_sparsely(self.causal_lm, self._markers[0])
-        return self.start_embedding.view(-1, self.start_embedding.shape[-1])
+        return self._marker_vectors(0)
 
     @property
     def end_vectors(self) -> Float[Tensor, "end embedding"]:
         """Input embeddings that close every thought."""
-        if self._markers is not None:
-            return embed_sparsely(self.causal_lm, self._markers[1])
-        return self.end_embedding.view(-1, self.end_embedding.shape[-1])
+        return self._marker_vectors(1)
+
+    def _marker_vectors(self, index: int) -> Tensor:
+        if self._markers is None:
+            vectors = self._marker_parameters[index]
+            return vectors.view(-1, vectors.shape[-1])
+        if self._markers[0].device != self.device:
+            self._markers = (self._markers[0].to(self.device), self._markers[1].to(self.device))
+        return embed_sparsely(self.causal_lm, self._markers[index])
 
     @property
     def block_length(self) -> int:
@@ -206,9 +210,10 @@ class QuietStarForCausalLM(nn.Module):
                 )
             if self.stop is None or thoughts.stop != self.thoughts.stop:
                 self.stop = self._find_ends(thoughts.stop)
+            if thoughts.train_markers != (self._markers is None):
+                for vectors in self._marker_parameters:
+                    vectors.requires_grad_(thoughts.train_markers)
             self._markers = None if thoughts.train_markers else self._find_markers(thoughts)
-            for vectors in self._marker_parameters:
-                vectors.requires_grad_(thoughts.train_markers)
             name = thoughts.scoring_model
             if name is not None and thoughts.positions not in ENTROPY_RULES:
                 raise UserError(

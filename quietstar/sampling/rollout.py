@@ -188,18 +188,15 @@ class _LiveThoughts:
         self.sample_ids, self.positions = sample_ids, positions
         self.start = start.to(embedding_weight(model).dtype)
         keys, virtual = (text or run_text(model, input_ids)).keys, num_virtual(model)
-        real = positions >= 0
-        if not has_content(positions):  # only planned: the most that may be
-            real = torch.ones(positions.shape, dtype=torch.bool, device="cpu")
-        elif not real.any():  # a pass has one row at least
-            real = real.index_fill(1, real.new_zeros(1, dtype=torch.long), True)
-        rows, places = real.nonzero(as_tuple=True)
-        flat = rows * positions.shape[1] + places
+        flat = torch.arange(positions.numel(), device=positions.device)
+        if has_content(positions):  # else only planned, for the most that may be
+            flat = (positions.flatten() >= 0).nonzero().squeeze(1)
+            flat = flat if len(flat) else flat.new_zeros(1)  # a pass has one row at least
         last = positions.flatten()[flat].clamp(min=0) + virtual
         if on_host(last):
             stop = int(last.max()) + 1
             keys = {layer: (k[:, :, :stop], v[:, :, :stop]) for layer, (k, v) in keys.items()}
-        self.cache = LiveCache(keys, rows, last)
+        self.cache = LiveCache(keys, flat // positions.shape[1], last)
         self.ids = flat  # of each row, its thought in the order (k b p)
 
     def sample(self, passes_together: bool) -> Int[Tensor, "length thoughts batch positions"]:
