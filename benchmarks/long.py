@@ -59,7 +59,7 @@ class _Ends(StoppingCriteria):
     def __init__(self, countdown: Countdown) -> None:
         self.countdown, self.state = countdown, None
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Any:
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
         tokens = input_ids[:, -1]
         state = torch.zeros_like(tokens) if self.state is None else self.state
         self.state = self.countdown.step(state, tokens).where(state >= 0, -1)
