@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks import decode, rollout, step, sweep, tuning
+from benchmarks import decode, long, rollout, step, sweep, tuning
 from quietstar.cli.main import run_command
 from quietstar.training.build import keep_freed_memory
 
@@ -35,6 +35,18 @@ def test_sampling_and_its_floor(tmp_path):
     assert found["rollout_over_floor"] == pytest.approx(ratio)
     places = 4  # ceil(0.25 * 15)
     assert found["tokens_per_second"] * found["rollout_seconds"] == pytest.approx(3 * 2 * places)
+
+
+def test_long_thoughts_beside_generate_and_a_plain_model(tmp_path):
+    out = tmp_path / "long.json"
+    call = ["--seq-len", "12", "--thought-length", "30", "--num-thoughts", "3", "--repeats", "1"]
+    call += ["--batch-size", "2", "--device", "cpu", "--json", str(out)]
+    assert run_command(long.main, call) == 0
+    parts = json.loads(out.read_text())["parts"]
+    assert list(parts) == ["equal", "ragged", "learn"]
+    for name, part in parts.items():
+        ratio = part["tokens_per_second"] / part["other_tokens_per_second"]
+        assert part["ratio"] == pytest.approx(1 / ratio if name == "learn" else ratio)
 
 
 def test_decoding_beside_the_ideal(tmp_path):
