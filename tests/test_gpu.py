@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import random_texts, thinking_model
+from tiny import plain_model, random_texts, thinking_model
 
 from quietstar.attention.kernels import find_kernel
 
@@ -21,9 +21,16 @@ def test_a_kernel_serves_and_agrees_with_plain_attention(dtype, groups):
     assert find_kernel(q, k, k) is not None
 
 
-def test_loss_and_gradients_are_those_of_the_cpu():
-    model, texts = thinking_model(loss={"policy_weight": 1.0}), random_texts(2, 9)
-    ids = torch.arange(2)
+LONG = {
+    "length": 40, "positions": "random", "start_init": "abc", "stop": [chr(c) for c in range(97, 123)]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("thoughts", [{}, LONG, LONG | {"train_markers": False}], ids=str)
+def test_loss_and_gradients_are_those_of_the_cpu(thoughts):
+    base = plain_model(max_position_embeddings=128)
+    model = thinking_model(base, thoughts=thoughts, loss={"policy_weight": 1.0})
+    texts, ids = random_texts(2, 9), torch.arange(2)
     want = model(texts, sample_ids=ids)
     want.loss.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
