@@ -21,9 +21,8 @@ def test_a_kernel_serves_and_agrees_with_plain_attention(dtype, groups):
     assert find_kernel(q, k, k) is not None
 
 
-LONG = {
-    "length": 40, "positions": "random", "start_init": "abc", "stop": [chr(c) for c in range(97, 123)]
-}  # fmt: skip
+LETTERS = [chr(c) for c in range(97, 123)]
+LONG = {"length": 40, "positions": "random", "start_init": "abc", "stop": LETTERS}
 
 
 @pytest.mark.parametrize("thoughts", [{}, LONG, LONG | {"train_markers": False}], ids=str)
