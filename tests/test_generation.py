@@ -92,18 +92,22 @@ def test_adapters_generate_as_the_slow_way(fields, method):
         assert out.sequences[row, -NEW - len(prompt) :].tolist() == text.tolist()
 
 
-@pytest.mark.parametrize("stop", [[], [chr(c) for c in range(32, 72)]])
+STOP = {"stop": [chr(c) for c in range(32, 72)]}
+LONG = STOP | {"length": 12, "start_init": "ab", "end_init": "xyz"}  # texts are done at their times
+
+
+@pytest.mark.parametrize("thoughts", [{}, STOP, LONG], ids=["whole", "early", "long"])
 @pytest.mark.parametrize("num_thoughts", [1, 2])
 @pytest.mark.parametrize("method", ["full", "prompt", "prefix"])
 @pytest.mark.parametrize("temperature", [None, 1.0])
-def test_generation_thinks_what_think_thinks(method, temperature, num_thoughts, stop):
+def test_generation_thinks_what_think_thinks(method, temperature, num_thoughts, thoughts):
     """Also with virtual tokens, several thoughts, sampled ones (noise is keyed), early ends."""
-    model = thinking_model(thoughts={"length": LENGTH, "stop": stop},
+    model = thinking_model(thoughts={"length": LENGTH} | thoughts,
                            tuning={"method": method, "num_virtual_tokens": 3})  # fmt: skip
     prompts, batch, mask = left_padded([5, 2, 8])
     out = generated(model.eval(), batch, mask, num_thoughts=num_thoughts,
                     thought_temperature=temperature, seed=3)  # fmt: skip
-    assert (out.thoughts == -1).any() == bool(stop)
+    assert (out.thoughts == -1).any() == bool(thoughts)
     for row, prompt in enumerate(prompts):
         text = out.sequences[row, -NEW - len(prompt) :]
         seen = model.think(text[None], num_thoughts=num_thoughts, temperature=temperature, seed=3,

@@ -108,7 +108,7 @@ class Decoder:
         thoughts = [self._draw(cache, first, 0, sample_ids)]
         length = self.sampling.thought_length
         if self.sampling.stop is not None and self.constant is None:
-            return self._think_to_the_end(self.sampling.stop, cache, thoughts, sample_ids)
+            return self._think_to_the_end(self.sampling.stop, cache, thoughts[0], sample_ids)
         before = len(self.start) - 1  # a thought's token n has the place before + n in its block
         for index in range(1, length):
             states = self._run(cache, self.embed(thoughts[-1]), False, before + index)
@@ -121,37 +121,47 @@ class Decoder:
         return ahead.transpose(0, 1), torch.stack(thoughts, dim=-1)
 
     def _think_to_the_end(
-        self, stop: StopTexts, cache: DecodeCache, thoughts: list[Tensor], sample_ids: Tensor
+        self, stop: StopTexts, cache: DecodeCache, first: Tensor, sample_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Go on with thoughts of one token, each until it has ended; results as of `think`.
 
         The end vectors stand directly behind a thought's last token, so each has its own steps for
-        them; what follows is seen by nothing that is read.
+        them; what follows is seen by nothing that is read. Where half of the texts are done, the
+        others go on without them.
         """
-        length, num_end = self.sampling.thought_length, len(self.end)
-        before = len(self.start) - 1
-        state = stop.step(torch.zeros_like(thoughts[0]), thoughts[0])
+        length, num_end, before = self.sampling.thought_length, len(self.end), len(self.start) - 1
+        thoughts = first.new_full((*first.shape, length), NO_TOKEN)
+        thoughts[..., 0] = last = first
+        rows = torch.arange(len(first), device=first.device)
+        state = stop.step(torch.zeros_like(first), first)
         closing = torch.zeros_like(state)  # end vectors that are next or have run
         ahead: Tensor | None = None
         for index in range(1, length + num_end + 1):
             end = self.end[(closing - 1).clamp(0, num_end - 1)]
-            embedded = self.embed(thoughts[-1].clamp(min=0))
-            embedded = torch.where((closing > 0).unsqueeze(-1), end, embedded)
+            is_closing = (closing > 0).unsqueeze(-1)
+            embedded = torch.where(is_closing, end, self.embed(last.clamp(min=0)))
             states = self._run(cache, embedded, False, before + index)
+            if ahead is None:
+                ahead = states.clone()
             is_last = (closing == num_end).unsqueeze(-1)
-            ahead = states if ahead is None else torch.where(is_last, states, ahead)
+            ahead[rows] = torch.where(is_last, states, ahead[rows])
             ended = (state == stop.ended) | (index >= length)
             closing = closing + ended.long()
-            looks = on_host(closing) or index % LOOK_EVERY == 0
-            if looks and bool((closing > num_end).all()):
-                break
+            if on_host(closing) or index % LOOK_EVERY == 0:
+                left = (closing <= num_end).any(1).nonzero().squeeze(1)
+                if not len(left):
+                    break
+                if 2 * len(left) <= len(rows):
+                    cache, sample_ids, rows = cache.select_rows(left), sample_ids[left], rows[left]
+                    state, closing, ended, states, last = (
+                        x[left] for x in (state, closing, ended, states, last)
+                    )
             if index < length:
-                tokens = self._draw(cache, states, index, sample_ids).where(~ended, NO_TOKEN)
-                state = stop.step(state, tokens).where(~ended, stop.ended)
-                thoughts.append(tokens)
-        missing = [torch.full_like(state, NO_TOKEN)] * (length - len(thoughts))
+                last = self._draw(cache, states, index, sample_ids).where(~ended, NO_TOKEN)
+                state = stop.step(state, last).where(~ended, stop.ended)
+                thoughts[rows, :, index] = last
         assert ahead is not None, "a thought has a token"
-        return ahead.transpose(0, 1), torch.stack([*thoughts, *missing], dim=-1)
+        return ahead.transpose(0, 1), thoughts
 
     def _run(
         self, cache: DecodeCache, embedded: Tensor, new_text: bool, index: int | None
