@@ -401,7 +401,8 @@ class _Reader:
         except YamlProblem as error:
             return f"{name}: {shortened(repr(text))} is no valid YAML: {error}"
         if not text.strip() and (value is None or not text):
-            return f"{name}: has no value; write --{name} VALUE, or null"
+            null = ", or null" if "null" in key_types(key) else ""
+            return f"{name}: has no value; write --{name} VALUE{null}"
         settings = self.settings[prefix]
         if path:
             before = settings.get(key) or self.settings[""].get(key)

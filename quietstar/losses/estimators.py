@@ -12,13 +12,19 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
+from quietstar.errors import UserError
+
 Rewards = Float[Tensor, "*positions thoughts"]
 
 
 def leave_one_out(reward: Rewards) -> Rewards:
     """Subtract the mean reward of the *other* thoughts of the position. Unbiased."""
     num_thoughts = reward.shape[-1]
-    assert num_thoughts >= 2, f"leave-one-out needs 2 thoughts a position, not {num_thoughts}"
+    if num_thoughts < 2:
+        raise UserError(
+            "loss.estimator (leave_one_out): compares the thoughts of a position, and there is one "
+            "thought. Give two at least, or set loss.estimator: no_baseline."
+        )
     return (reward - reward.mean(-1, keepdim=True)) * (num_thoughts / (num_thoughts - 1))
 
 

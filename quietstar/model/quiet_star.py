@@ -19,6 +19,7 @@ from quietstar.attention.layout import (
     NO_POSITION,
     NO_TOKEN,
     early_ends,
+    has_content,
     on_host,
     text_lookahead,
 )
@@ -210,6 +211,13 @@ class QuietStarForCausalLM(nn.Module):
                 )
             if self.stop is None or thoughts.stop != self.thoughts.stop:
                 self.stop = self._find_ends(thoughts.stop)
+            for text, fewest in (self.stop.fewest if self.stop is not None else {}).items():
+                if fewest > thoughts.length:
+                    raise UserError(
+                        f"thoughts.stop: {text!r} takes at least {fewest} tokens, but "
+                        f"thoughts.length ({thoughts.length}) is shorter, so no thought would end "
+                        "with it. Leave it out, or raise thoughts.length."
+                    )
             if thoughts.train_markers != (self._markers is None):
                 for vectors in self._marker_parameters:
                     vectors.requires_grad_(thoughts.train_markers)
@@ -409,6 +417,7 @@ class QuietStarForCausalLM(nn.Module):
             sample_ids = torch.arange(first, self.texts_seen, device=input_ids.device)
         run = run_text(self.causal_lm, input_ids)
         texts = Texts(input_ids, labels, answers, sample_ids, run, marked)
+        check_texts(texts)
         if thoughts is None:
             positions = self._choose(texts, seed, explore=True)
             spec = self.thoughts
@@ -419,7 +428,7 @@ class QuietStarForCausalLM(nn.Module):
             batch = self._sample(texts, positions, sampling)
         else:
             positions, batch = given_thoughts(thoughts, texts)
-            self._check_thoughts(batch.tokens)
+            self._check_given(batch.tokens.transpose(1, 2), input_ids, positions)
         objective = self.objective
         terms = LossTerms(
             self.weigher(batch),
@@ -544,10 +553,38 @@ class QuietStarForCausalLM(nn.Module):
         ahead = text_lookahead(states.text, states.ahead.shape[0], positions)
         return states, self.mixing_head(ahead, states.ahead, fixed_mixing_weight)
 
+    def _texts(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        sample_ids: Tensor | None,
+        answers: Tensor | None = None,
+        marked: Tensor | None = None,
+        text: TextRun | None = None,
+    ) -> Texts:
+        """Put what a caller gives about texts together; texts number from 0 by default.
+
+        Raises:
+            UserError: Something does not fit the texts, or these the model.
+        """
+        labels = self._targets(input_ids, attention_mask, labels)
+        self._check_length(input_ids)
+        if sample_ids is None:
+            sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
+        texts = Texts(input_ids, labels, answers, sample_ids, text, marked=marked)
+        check_texts(texts)
+        return texts
+
     def _targets(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
     ) -> Int[Tensor, "batch seq"]:
         """Give the labels with padding ignored; token ids and labels must be in the vocabulary."""
+        if input_ids.ndim != 2 or not input_ids.numel():
+            raise UserError(
+                f"input_ids of shape {tuple(input_ids.shape)}: must be (texts, tokens), with one "
+                "at least. Leave empty texts out."
+            )
         self._check_ids(input_ids, "input_ids", ignored=False)
         if labels is not None:
             if labels.shape != input_ids.shape:
@@ -603,8 +640,36 @@ class QuietStarForCausalLM(nn.Module):
                 f"{NO_TOKEN}. Put the tokens of each thought first."
             )
 
+    def _check_given(self, thoughts: Tensor, input_ids: Tensor, positions: Tensor | None) -> None:
+        """Refuse given thoughts that do not fit the texts or the model."""
+        if positions is not None:
+            check_positions(positions, input_ids)
+        places = input_ids.shape if positions is None else positions.shape
+        shape = thoughts.shape
+        if len(shape) != 4 or (shape[0], shape[2]) != tuple(places) or 0 in shape:
+            raise UserError(
+                f"thoughts of shape {tuple(shape)}: must be (batch, thoughts, positions, length), "
+                f"here ({places[0]}, .., {places[1]}, ..) with a thought and a token at least. "
+                "Give those of these positions."
+            )
+        self._check_thoughts(thoughts)
+        longest = self.max_text_length
+        room = None if longest is None else longest + self.thoughts.length - input_ids.shape[1]
+        if room is not None and shape[3] > room:
+            raise UserError(
+                f"thoughts of {shape[3]} tokens: behind a text of {input_ids.shape[1]} this model "
+                f"has room for {room}. Give shorter ones."
+            )
+
     def _check_length(self, input_ids: Tensor) -> None:
         longest = self.max_text_length
+        if longest is not None and longest < 1:
+            raise UserError(
+                f"thoughts.length ({self.thoughts.length}): with thoughts.lookahead "
+                f"({self.thoughts.lookahead}) and the {sum(self.num_markers)} tokens of "
+                "thoughts.start_init and end_init a thought leaves no room for a text in the "
+                "model's positions. Make one of them shorter."
+            )
         if longest is not None and input_ids.shape[1] > longest:
             raise UserError(
                 f"a text of {input_ids.shape[1]} tokens leaves no room for a thought: with "
@@ -658,7 +723,7 @@ class QuietStarForCausalLM(nn.Module):
                 input_ids, num_thoughts=num_thoughts, temperature=temperature, top_p=top_p,
                 top_k=top_k, positions=positions, sample_ids=sample_ids, seed=seed,
             )  # fmt: skip
-        self._check_thoughts(thoughts)
+        self._check_given(thoughts, input_ids, positions)
         tokens = token_major(thoughts)
         states, weight = self.states_with(input_ids, tokens, positions)
         head, terms = self.output_head, LossTerms(None, scoring=True)
@@ -686,11 +751,12 @@ class QuietStarForCausalLM(nn.Module):
         ``text`` is that of `run_text`, where the texts were run already.
         Behind the last token of one that ends early stands -1.
         """
-        batch = self.draw(
-            input_ids, num_thoughts=num_thoughts, temperature=temperature, top_p=top_p,
-            top_k=top_k, positions=positions, sample_ids=sample_ids, seed=seed,
-            text=text,
-        )  # fmt: skip
+        texts = self._texts(input_ids, None, None, sample_ids, text=text)
+        if positions is not None:
+            check_positions(positions, input_ids)
+        length = self.thoughts.length
+        sampling = Sampling(num_thoughts, length, temperature, seed, self.stop, top_p, top_k)
+        batch = self._sample(texts, positions, sampling)
         return batch.tokens.transpose(1, 2)
 
     @torch.no_grad()
@@ -711,12 +777,17 @@ class QuietStarForCausalLM(nn.Module):
         seed: int = 0,
         text: TextRun | None = None,
     ) -> ThoughtBatch:
-        """Draw thoughts that `forward` can learn from; arguments as in `sample` and `forward`."""
-        self._check_length(input_ids)
-        if sample_ids is None:
-            sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
-        labels = self._targets(input_ids, attention_mask, labels)
-        texts = Texts(input_ids, labels, answers, sample_ids, text, marked=marked)
+        """Draw thoughts that `forward` can learn from; arguments as in `sample` and `forward`.
+
+        By default they are where `forward` would think, by ``thoughts.positions``.
+        """
+        texts = self._texts(input_ids, attention_mask, labels, sample_ids, answers, marked, text)
+        if positions is not None:
+            check_positions(positions, input_ids)
+        elif self.thoughts.positions != "all":
+            if text is None and self.thoughts.positions in SCORED_RULES:
+                texts = replace(texts, run=run_text(self.causal_lm, input_ids))
+            positions = self._choose(texts, seed, explore=True)
         length = self.thoughts.length
         sampling = Sampling(num_thoughts, length, temperature, seed, self.stop, top_p, top_k)
         return self._sample(texts, positions, sampling)
@@ -844,7 +915,7 @@ class QuietStarForCausalLM(nn.Module):
         """
         labels = self._targets(input_ids, attention_mask, labels)
         self._check_length(input_ids)
-        self._check_thoughts(thoughts)
+        self._check_given(thoughts, input_ids, positions)
         tokens, head = token_major(thoughts), self.output_head
         states, weight = self.states_with(
             input_ids, tokens, positions, lookahead=lookahead or 1, text=text
@@ -905,6 +976,51 @@ def given_thoughts(
     if positions.shape == ids.shape and on_host(ids) and torch.equal(positions, everywhere):
         return None, batch
     return positions.where(positions >= 0, NO_POSITION), batch
+
+
+def check_texts(texts: Any) -> None:
+    """Refuse what does not fit the texts beside which it is given.
+
+    Raises:
+        UserError: Another shape.
+    """
+    shape = texts.input_ids.shape
+    for name, x, wanted in (
+        ("sample_ids", texts.sample_ids, shape[:1]),
+        ("answers", texts.answer_mask, shape),
+        ("marked", texts.marked, shape),
+    ):
+        if x is not None and x.shape != wanted:
+            raise UserError(
+                f"{name} of shape {tuple(x.shape)}: must be {tuple(wanted)}, as input_ids have "
+                f"shape {tuple(shape)}. Give those of these texts."
+            )
+
+
+def check_positions(positions: Tensor, input_ids: Tensor) -> None:
+    """Refuse positions that no texts have; beyond the host their content is only asserted.
+
+    Raises:
+        UserError: Another shape or type than (batch, positions) of integers; or, on the host, not
+            ascending, with -1 behind the last, inside the texts.
+    """
+    shape, batch_size = positions.shape, input_ids.shape[0]
+    if positions.dtype != torch.long or len(shape) != 2 or shape[0] != batch_size or not shape[1]:
+        raise UserError(
+            f"positions: {positions.dtype} of shape {tuple(shape)} cannot be; they must be "
+            f"torch.int64 of ({batch_size}, positions), one at least. Pad with {NO_POSITION}."
+        )
+    before, after = positions[:, :-1], positions[:, 1:]
+    follows = ((before >= 0) & (after > before)) | (after == NO_POSITION)
+    ok = follows.all() & (positions < input_ids.shape[1]).all() & (positions >= NO_POSITION).all()
+    if on_host(positions):
+        if not ok:
+            raise UserError(
+                f"positions: must ascend from 0 to {input_ids.shape[1] - 1} in every text, each "
+                f"once, with {NO_POSITION} behind the last. Sort them."
+            )
+    elif positions.device.type != "meta" and has_content(positions):
+        torch._assert_async(ok, "positions outside the texts, or in disorder")  # pyright: ignore
 
 
 def check_lengths(thoughts: ThoughtBatch, name: str) -> None:

@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from quietstar.data.tokenizer import decode_behind
 from quietstar.errors import UserError
 
+_NO_LETTER = "\ufffd"
+"""In no text that tokens can write: the replacement character of half a character."""
 _MOST_STATES = 300
 """The table has a row for each: 300 for a vocabulary of 150,000 are 90 MB."""
 
@@ -33,6 +35,9 @@ class StopTexts:
         pieces: What each token of the vocabulary adds to a text.
         end_ids: Tokens that end a thought whatever the texts are: end-of-text.
 
+    Attributes:
+        fewest: The fewest tokens that write each text.
+
     Raises:
         UserError: A text that no tokens can write, or too many long ones.
     """
@@ -44,8 +49,12 @@ class StopTexts:
                 "the table of its states. Give fewer or shorter texts."
             )
         spelled = _Spelled(pieces)
+        self.fewest: dict[str, int] = {}
         for text in texts:
-            if not _can_end(_build_table([text], spelled)):
+            fewest = _fewest_tokens(_build_table([text], spelled))
+            if fewest is not None:
+                self.fewest[text] = fewest
+            else:
                 raise UserError(
                     f"thoughts.stop: {text!r} cannot be written with the tokens of this model, of "
                     "which each must hold whole characters of it, so no thought would end with it. "
@@ -59,8 +68,14 @@ class StopTexts:
     def of_tokenizer(
         cls, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, vocab_size: int
     ) -> StopTexts:
-        """Build it for a model with ``vocab_size`` rows of embeddings."""
+        """Build it for a model with ``vocab_size`` rows of embeddings.
+
+        A special token writes its name as a whole, for texts that hold it, and nothing else.
+        """
         pieces = token_pieces(tokenizer) + [""] * vocab_size
+        for token in tokenizer.all_special_ids:
+            if not any(pieces[token] in text for text in texts):
+                pieces[token] = _NO_LETTER
         end: Any = tokenizer.eos_token_id
         return cls(texts, pieces[:vocab_size], [] if end is None else [end])
 
@@ -138,10 +153,13 @@ def _by_letter(texts: Sequence[str], letters: Sequence[str]) -> list[list[int]]:
     return [*rows, [ended] * (len(letters) + 1)]
 
 
-def _can_end(table: Shaped[Tensor, "states vocab"]) -> bool:
-    """Say whether tokens lead from the first state to the last one."""
-    reached, new = {0}, {0}
+def _fewest_tokens(table: Shaped[Tensor, "states vocab"]) -> int | None:
+    """Count the fewest tokens from the first state to the last one; None if none lead there."""
+    reached, new, count = {0}, {0}, 0
     while new:
+        if len(table) - 1 in reached:
+            return count
         new = set(table[sorted(new)].unique().tolist()) - reached
         reached |= new
-    return len(table) - 1 in reached
+        count += 1
+    return None

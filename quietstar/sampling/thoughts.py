@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,7 +31,7 @@ class Sampling:
         top_k: Draw among so many of the most likely tokens; None: all.
 
     Raises:
-        UserError: A ``top_p`` or ``top_k`` that leaves no token.
+        UserError: A number that cannot be.
     """
 
     num_thoughts: int
@@ -42,14 +43,25 @@ class Sampling:
     top_k: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the filters."""
+        """Check the numbers."""
+        if self.num_thoughts < 1:
+            raise UserError(f"num_thoughts ({self.num_thoughts}): must be at least 1. Set it so.")
+        temperature = self.temperature
+        if temperature is not None and not 0 < temperature < math.inf:
+            raise UserError(
+                f"temperature ({temperature}): must be above 0 and finite. None takes the most "
+                "likely tokens."
+            )
+        if not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"seed ({self.seed}): must fit into 64 bits. Give a smaller one.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(
                 f"top_p ({self.top_p}): must be above 0 and at most 1. None draws among all tokens."
             )
-        if self.top_k is not None and not self.top_k >= 1:
+        if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k >= 1):
             raise UserError(
-                f"top_k ({self.top_k}): must be at least 1. None draws among all tokens."
+                f"top_k ({self.top_k}): must be a whole number of at least 1. None draws among all "
+                "tokens."
             )
 
 
@@ -109,6 +121,9 @@ class ThoughtBatch:
 
         Without ``positions`` the thoughts are at all of them. Without ``lengths`` each ends before
         its first -1, if there is one; with them, what lies behind becomes -1.
+
+        Raises:
+            UserError: Lengths that do not fit the tokens.
         """
         if positions is None:
             seq = torch.arange(texts.input_ids.shape[1], device=texts.input_ids.device)
@@ -116,6 +131,11 @@ class ThoughtBatch:
         if lengths is None:
             lengths = (tokens != NO_TOKEN).sum(-1)
         else:
+            if lengths.shape != tokens.shape[:3]:
+                raise UserError(
+                    f"lengths of shape {tuple(lengths.shape)} do not fit tokens of "
+                    f"{tuple(tokens.shape)}. Give one for each thought."
+                )
             place = torch.arange(tokens.shape[3], device=tokens.device)
             tokens = tokens.where(place < lengths.unsqueeze(-1), NO_TOKEN)
         return cls(

@@ -245,20 +245,20 @@ def check_thoughts_fit(stage: Stage, model: QuietStarForCausalLM, eval_data: Eva
     thoughts of a stage that thinks must be at least as long as the shortest rationale.
     """
     config, thoughts, longest = stage.config, stage.config.thoughts, model.max_text_length
-    beside = sum(model.num_markers) - 1
-    block = thoughts.length + thoughts.lookahead + beside
+    markers, virtual = sum(model.num_markers), num_virtual(model.causal_lm)
+    block = markers + thoughts.length + thoughts.lookahead - 1
     if longest is not None:  # with the thoughts of this stage
         longest += model.block_length - block
     if longest is not None and config.data.seq_len > longest:
-        virtual = num_virtual(model.causal_lm)
         with_virtual = f" + tuning.num_virtual_tokens ({virtual})" if virtual else ""
         remedy = f"set data.seq_len to at most {longest}"
         if longest < 2:
             remedy = "lower tuning.num_virtual_tokens" if virtual else "shorten the thoughts"
+            remedy += ", or the words around them" if markers > 2 else ""
         raise UserError(
             f"data.seq_len ({config.data.seq_len}) + thoughts.length ({thoughts.length}) + "
-            f"thoughts.lookahead ({thoughts.lookahead}) + {beside}{with_virtual} is more than the "
-            "model's "
+            f"thoughts.lookahead ({thoughts.lookahead}) + the tokens of thoughts.start_init and "
+            f"end_init ({markers}) - 1{with_virtual} is more than the model's "
             f"{longest + block + virtual} positions; {remedy}"
         )
     lengths = [len(sample.rationale) for sample in eval_data.samples if len(sample.rationale)]
