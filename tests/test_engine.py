@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from architectures import tiny_architecture
+from tiny import MARKERS
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -388,7 +389,7 @@ def test_a_text_that_leaves_no_room_for_a_thought_is_an_error(make_model, tokeni
             max_position_embeddings=12,
         )
     )
-    model = make_model(base, thoughts=ThoughtsConfig(length=3, lookahead=2))
+    model = make_model(base, thoughts=ThoughtsConfig(length=3, lookahead=2, **MARKERS))
     model(texts(1, 6))  # 6 + 3 + 2 + 1 = 12
     with pytest.raises(ValueError, match="takes at most 6"):
         model(texts(1, 7))

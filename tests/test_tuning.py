@@ -175,7 +175,7 @@ def test_texts_and_thoughts_see_the_virtual_tokens(method, chosen):
     width = 6 if chosen is None else 3
     generator = torch.Generator().manual_seed(2)
     thoughts = torch.randint(0, 256, (2, 2, 1, width), generator=generator)
-    start, end = torch.randn(2, 16, dtype=torch.float64, generator=generator)
+    start, end = torch.randn(2, 1, 16, dtype=torch.float64, generator=generator)
     with torch.no_grad():
         blocks = embed_blocks(base, start, end, texts, thoughts, 2, chosen)
         states = teacher_forced(base, run_text(base, texts), blocks)
@@ -188,8 +188,8 @@ def test_texts_and_thoughts_see_the_virtual_tokens(method, chosen):
             for k in range(2):
                 inner, after = thoughts[:, k, :, column].T, texts[:, place + 1 : place + 2]
                 sequence = torch.cat(
-                    [embed(texts[:, : place + 1]), start[None, None], embed(inner),
-                     end[None, None], embed(after)], 1
+                    [embed(texts[:, : place + 1]), start[None], embed(inner),
+                     end[None], embed(after)], 1
                 )  # fmt: skip
                 block = through_oracle(base, oracle, method, sequence)[0, place + 1 :]
                 torch.testing.assert_close(states.policy[:, k, 0, column], block[:2])

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, ProjectConfiguration, patch_environment, set_seed
+from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
@@ -28,7 +29,8 @@ from quietstar.backbone.run import num_virtual
 from quietstar.config import Config
 from quietstar.data import DataReport, EvalData, TrainData, build_data, load_tokenizer
 from quietstar.distributed import Strategy, wants_fsdp
-from quietstar.errors import UserError
+from quietstar.distributed.strategies import WEIGHTS_FILE
+from quietstar.errors import UserError, reading
 from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import SETTINGS_FILE
@@ -100,8 +102,11 @@ def build_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def set_up(config: Config, strategy: Strategy) -> Job:
-    """Loads tokenizer, model and data of all stages; raises UserError if one cannot be used."""
+def set_up(config: Config, strategy: Strategy, checkpoint: Path | None = None) -> Job:
+    """Loads tokenizer, model and data of all stages; raises UserError if one cannot be used.
+
+    Weights of the ``checkpoint`` are loaded later; here it says how many vectors markers have.
+    """
     stages, accelerator, seed = plan_stages(config), strategy.accelerator, config.training.seed
     for stage in stages:
         check_batch(stage.config, accelerator.num_processes)
@@ -117,6 +122,8 @@ def set_up(config: Config, strategy: Strategy) -> Job:
     ]
     settings = next((stage for stage in stages if stage.thinks), stages[0]).config
     model = build_model(settings, tokenizer, strategy)
+    if checkpoint is not None:
+        _keep_single_markers(model, checkpoint)
     for stage, (_, eval_data, _) in zip(stages, data, strict=True):
         check_thoughts_fit(stage, model, eval_data)
     device, training = accelerator.device.type, config.training
@@ -133,6 +140,22 @@ def set_up(config: Config, strategy: Strategy) -> Job:
             assert model.scoring_model is not None, "it was configured"
             model.scoring_model.load(model)  # what is wrong with it is said before the first step
     return Job(stages, strategy, tokenizer, model, data)
+
+
+def _keep_single_markers(model: QuietStarForCausalLM, checkpoint: Path) -> None:
+    """Gives markers one vector where a checkpoint has one, as earlier versions had for any text."""
+    path, counts = checkpoint / WEIGHTS_FILE, list(model.num_markers)
+    if not path.is_file():  # of a sharded run
+        return
+    remedy = "Give another checkpoint."
+    with reading(f"--resume ({path})", remedy), safe_open(path, framework="pt") as tensors:
+        saved = set(tensors.keys())
+        for index, name in enumerate(("start_embedding", "end_embedding")):
+            vectors = getattr(model, name)
+            if name in saved and len(tensors.get_slice(name).get_shape()) < vectors.ndim:
+                setattr(model, name, torch.nn.Parameter(vectors.detach().mean(0)))
+                counts[index] = 1
+    model.num_markers = (counts[0], counts[1])
 
 
 def check_batch(config: Config, num_processes: int) -> None:

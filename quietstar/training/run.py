@@ -162,7 +162,7 @@ def _run(
     if start.checkpoint is not None and start.state is not None:
         checkpoint = start.checkpoint
         check_world(checkpoint, strategy)
-    job = set_up(config, strategy)
+    job = set_up(config, strategy, checkpoint)
     if accelerator.is_main_process and not start.goes_on:
         run_dir.clear(output_dir)
         run_dir.mark(output_dir)

@@ -374,7 +374,7 @@ def test_a_full_disk_keeps_the_finished_items_and_the_same_command_goes_on(tmp_p
     "change",
     [{"item": -1}, {"item": 1.5}, {"metrics": {}}, {"metrics": {"nll": ["x"]}},
      {"metrics": {"nll": [1.0, 2.0]}}, {"metrics": {"acc": [1.0]}}, {"metrics": {"nll": [1e999]}},
-     {"nll": [1.0], "tokens": ["a", "b"]}, {"thoughts": [[[1, 2], [3]]]}, {"thoughts": [[[-1]]]}],
+     {"nll": [1.0], "tokens": ["a", "b"]}, {"thoughts": [[[1, 2], [3]]]}, {"thoughts": [[[-2]]]}],
 )  # fmt: skip
 def test_a_changed_record_is_told_of(tmp_path, change):
     path = tmp_path / "items.jsonl"
@@ -578,8 +578,8 @@ def test_a_signal_ends_a_command_soon_and_leaves_nothing_half_written(folder, co
     start = (
         "import sys, time; from quietstar.cli import main, options\n"
         "load = options.load_model\n"
-        "def told(*arguments):\n"
-        "    model = load(*arguments)\n"
+        "def told(*arguments, **keywords):\n"
+        "    model = load(*arguments, **keywords)\n"
         "    print('loaded', flush=True)\n"
         "    return model\n"
         "options.load_model = told\n"
