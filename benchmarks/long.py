@@ -31,18 +31,18 @@ from quietstar.backbone.output_head import find_output_head
 from quietstar.cli.options import Parser, whole
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.sampling.rollout import sample_thoughts
+from quietstar.sampling.stopping import StopTexts
 from quietstar.sampling.thoughts import Sampling, Texts, ThoughtBatch
 from quietstar.training.build import keep_freed_memory, quiet_libraries
 
 PARTS = ("equal", "ragged", "learn")
 
 
-class Countdown:
+class Countdown(StopTexts):
     """Stands for stop texts: a thought's first token says how long it is, an eighth of T to T."""
 
-    ended = -1
-
     def __init__(self, length: int) -> None:
+        self.ended = -1
         self.lengths = torch.linspace(max(1, length // 8), length, 29).long()
 
     def step(self, state: Tensor, tokens: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ def _sampling(
     part: str,
 ) -> dict[str, float]:  # fmt: skip
     length, positions = args.thought_length, _last_positions(ids)
-    countdown: Any = Countdown(length) if part == "ragged" else None
+    countdown = Countdown(length) if part == "ragged" else None
     sampling = Sampling(args.num_thoughts, length, 1.0, 0, countdown)
 
     def ours() -> int:
