@@ -289,7 +289,9 @@ class SelectedBlocks:
         self.positions = self._prefix.positions
 
     def position_ids(self, device):  # noqa: D102  (see Blocks)
-        offset = _offsets(self.num_start, self.block_length, self.num_thoughts, device)
+        index = torch.arange(self.block_length, device=device)
+        start, rest = index[: self.num_start], index[self.num_start :]
+        offset = 1 + torch.cat([start, rest.repeat(self.num_thoughts)])
         return (self.positions.unsqueeze(-1) + offset).reshape(1, -1)
 
     def to_rows(self, start, rest):  # noqa: D102
@@ -329,14 +331,6 @@ class SelectedBlocks:
         return self.positions.repeat_interleave(self.num_thoughts, 1)
 
 
-def _offsets(
-    num_start: int, block_length: int, num_thoughts: int, device: torch.device
-) -> Int[Tensor, " tokens"]:
-    """From a position to those of its tokens: what opens its thoughts, then (k w)."""
-    index = torch.arange(1, block_length + 1, device=device)
-    return torch.cat([index[:num_start], index[num_start:].repeat(num_thoughts)])
-
-
 class PackedBlocks:
     """Long blocks at a few positions, end to end in one row: nothing that only pads is run.
 
@@ -366,8 +360,7 @@ class PackedBlocks:
         text_length: int,
         num_start: int = 1,
     ) -> None:
-        self.num_thoughts, self.block_length = num_thoughts, block_length
-        self.num_start, self.positions = num_start, positions
+        self.num_thoughts, self.num_start, self.positions = num_thoughts, num_start, positions
         device, rest = positions.device, block_length - num_start
         # On the host, where rows are laid out; of a run that is only planned, the largest.
         places = np.full(positions.shape, text_length - 1)
@@ -405,7 +398,10 @@ class PackedBlocks:
         self.buckets = [Bucket(part, device) for part in _by_length(self.sequences)]
 
     def position_ids(self, device):  # noqa: D102  (see Blocks)
-        offset = _offsets(self.num_start, self.block_length, self.num_thoughts, device)
+        tokens = self._grid[2] - self.num_start
+        index = torch.arange(self.num_start + tokens // self.num_thoughts, device=device)
+        start, rest = index[: self.num_start], index[self.num_start :]
+        offset = 1 + torch.cat([start, rest.repeat(self.num_thoughts)])
         places = self.positions.clamp(min=0).unsqueeze(-1) + offset
         return places.flatten()[self._real].unsqueeze(0)
 
