@@ -121,17 +121,17 @@ def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
                 figures[f"{key}-{kind}"] = draw_groups(groups)
                 cards.append({"name": f"{key}-{kind}", "title": title, "caption": caption})
         controls = task.get("controls", {})
-        columns = [
-            ("Without thoughts", task.get(WITHOUT)),
+        variants = [
             ("With thoughts", task.get(WITH)),
+            ("Without thoughts", task.get(WITHOUT)),
+            *((CONTROL_NAMES[control].capitalize(), controls.get(control)) for control in CONTROLS),
             ("With − without", task.get("difference")),
             ("Gain of content", task.get(GAINS[SWAPPED])),
-            *((CONTROL_NAMES[control].capitalize(), controls.get(control)) for control in CONTROLS),
         ]
-        columns = [(heading, scores) for heading, scores in columns if scores]
+        variants = [(name, scores) for name, scores in variants if scores]
         lengths = [task[WITH][n] for n in LENGTHS if n in task.get(WITH, {})]
         sections.append({"name": name, "task": task, "metrics": metrics, "cards": cards,
-                         "columns": columns, "lengths": lengths})  # fmt: skip
+                         "variants": variants, "lengths": lengths})  # fmt: skip
     facts = [("Model", model)]
     facts += [(key, str(result["environment"][key])) for key in ("dtype", "device", "torch")]
     config = {key: value for key, value in result["config"].items() if value is not None}
