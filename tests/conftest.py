@@ -29,6 +29,8 @@ def fixed_init_(module: torch.nn.Module) -> None:
         noise = torch.from_numpy(stream.standard_normal(tuple(parameter.shape)))
         if name.endswith(("start_embedding", "end_embedding")) or "embed" in name:
             parameter.copy_(noise)
+        elif name.endswith(("text_layer.bias", "middle_layer.bias")):
+            parameter.copy_(0.1 * noise)  # what it is now, torch's stream has drawn
         elif parameter.ndim < 2:
             parameter.add_(0.1 * noise)
         else:

@@ -404,12 +404,12 @@ def test_only_texts_one_after_the_other_count():
         spec=StageRun, idle_texts=0, config=config, stage=stage, reporter=Mock(), train_data=data
     )
     for step, num_positions in enumerate([0, 0, 5, 0, 0]):
-        loop.check_positions(state, step, num_positions)
+        loop.check_idle_texts(state, step, num_positions)
     assert state.reporter.warn_once.call_count == 4
     with pytest.raises(UserError, match="step 9: the last 24 texts"):
-        loop.check_positions(state, 9, 0)
+        loop.check_idle_texts(state, 9, 0)
     stage.thinks = False
-    loop.check_positions(state, 9, 0)
+    loop.check_idle_texts(state, 9, 0)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -76,8 +76,8 @@ def test_the_page_of_an_evaluation_answers_first_and_shows_every_figure(tmp_path
     assert page.open == []
     assert "better with thoughts, and because of what they say 128 items. Note: 2" in page.text
     assert "Gain in P(gold answer): mean and 95% CI" in page.text
-    assert "P(gold answer) 0.1500 95% CI 0.1300 to 0.1800 0.2050 95% CI" in page.text
-    assert "0.2350 +0.0550 95% CI +0.0250 to +0.0850 p < 0.001" in page.text
+    assert "With thoughts 0.4100 95% CI 0.3900 to 0.4400 0.2050 95% CI" in page.text
+    assert "With − without +0.1100 95% CI +0.0500 to +0.1700 p < 0.001 +0.0550" in page.text
     assert "controls yes" in page.text
     assert "data_dir" not in page.text
     # A breakdown of one group says nothing that the whole does not say.

@@ -289,9 +289,7 @@ class SelectedBlocks:
         self.positions = self._prefix.positions
 
     def position_ids(self, device):  # noqa: D102  (see Blocks)
-        index = torch.arange(self.block_length, device=device)
-        start, rest = index[: self.num_start], index[self.num_start :]
-        offset = 1 + torch.cat([start, rest.repeat(self.num_thoughts)])
+        offset = _offsets(self.num_start, self.block_length, self.num_thoughts, device)
         return (self.positions.unsqueeze(-1) + offset).reshape(1, -1)
 
     def to_rows(self, start, rest):  # noqa: D102
@@ -331,6 +329,14 @@ class SelectedBlocks:
         return self.positions.repeat_interleave(self.num_thoughts, 1)
 
 
+def _offsets(
+    num_start: int, block_length: int, num_thoughts: int, device: torch.device
+) -> Int[Tensor, " tokens"]:
+    """From a position to those of its tokens: what opens its thoughts, then (k w)."""
+    index = torch.arange(1, block_length + 1, device=device)
+    return torch.cat([index[:num_start], index[num_start:].repeat(num_thoughts)])
+
+
 class PackedBlocks:
     """Long blocks at a few positions, end to end in one row: nothing that only pads is run.
 
@@ -360,7 +366,8 @@ class PackedBlocks:
         text_length: int,
         num_start: int = 1,
     ) -> None:
-        self.num_thoughts, self.num_start, self.positions = num_thoughts, num_start, positions
+        self.num_thoughts, self.block_length = num_thoughts, block_length
+        self.num_start, self.positions = num_start, positions
         device, rest = positions.device, block_length - num_start
         # On the host, where rows are laid out; of a run that is only planned, the largest.
         places = np.full(positions.shape, text_length - 1)
@@ -398,10 +405,7 @@ class PackedBlocks:
         self.buckets = [Bucket(part, device) for part in _by_length(self.sequences)]
 
     def position_ids(self, device):  # noqa: D102  (see Blocks)
-        tokens = self._grid[2] - self.num_start
-        index = torch.arange(self.num_start + tokens // self.num_thoughts, device=device)
-        start, rest = index[: self.num_start], index[self.num_start :]
-        offset = 1 + torch.cat([start, rest.repeat(self.num_thoughts)])
+        offset = _offsets(self.num_start, self.block_length, self.num_thoughts, device)
         places = self.positions.clamp(min=0).unsqueeze(-1) + offset
         return places.flatten()[self._real].unsqueeze(0)
 

@@ -273,7 +273,7 @@ class TrainData:
         rows = range(batch_size) if rows is None else rows
         assert rows.stop <= batch_size, f"rows {rows} of a batch of {batch_size}"
         first = step * batch_size
-        samples = mark(self.samples.read(first, batch_size, rows), self.marker)
+        samples = mark_samples(self.samples.read(first, batch_size, rows), self.marker)
         return collate(samples, [first + row for row in rows], self.seq_len, self.pad_id)
 
 
@@ -297,7 +297,7 @@ class EvalData:
             yield collate(samples, places, self.seq_len, self.pad_id)
 
 
-def mark(samples: Sequence[Encoded], marker: PatternMarker | None) -> list[Encoded]:
+def mark_samples(samples: Sequence[Encoded], marker: PatternMarker | None) -> list[Encoded]:
     """Marks the tokens of samples by a pattern, if there is one."""
     if marker is None:
         return list(samples)
@@ -407,7 +407,7 @@ def build_data(
     pad_id, marker = padding_id(tokenizer), None
     if thoughts is not None and thoughts.positions == "pattern" and thoughts.pattern is not None:
         marker = PatternMarker(thoughts.pattern, tokenizer)
-        eval_samples = mark(eval_samples, marker)
+        eval_samples = mark_samples(eval_samples, marker)
     if thoughts is not None and thoughts.positions in ("pattern", "field"):
         check_marks(eval_samples, config, thoughts)
     train_data = TrainData(samples, config.seq_len, pad_id, marker)

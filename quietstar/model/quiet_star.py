@@ -982,7 +982,7 @@ def check_texts(texts: Any) -> None:
     """Refuse what does not fit the texts beside which it is given.
 
     Raises:
-        UserError: Another shape.
+        UserError: Sample ids, answers or marks of another shape than the texts ask for.
     """
     shape = texts.input_ids.shape
     for name, x, wanted in (

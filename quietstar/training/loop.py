@@ -57,7 +57,7 @@ def train(run: StageRun) -> None:
                 )
             if check.stop_requested:
                 raise acknowledge()
-            check_positions(run, first + done, check.num_positions)
+            check_idle_texts(run, first + done, check.num_positions)
             if settings.eval_steps and done % settings.eval_steps == 0 and not last:
                 check_finite(run, "it is not evaluated")
                 run.reporter.evaluation(first + done, evaluate(run))
@@ -83,7 +83,7 @@ def next_batches(run: StageRun, batches_of_steps: Iterator[StepBatches]) -> Step
         ) from problem
 
 
-def check_positions(run: StageRun, step: int, num_positions: int) -> None:
+def check_idle_texts(run: StageRun, step: int, num_positions: int) -> None:
     """Warns of a step whose texts have no position to think at; the same on all ranks.
 
     Raises:
