@@ -20,7 +20,7 @@ from quietstar.config import loss_config
 from quietstar.losses import cross_entropy
 from quietstar.losses.cross_entropy import HeadGradients, Segment, objective
 from quietstar.model.outputs import thought_metrics
-from quietstar.objectives.quiet_star import QuietStarSettings
+from quietstar.objectives.quiet_star import QuietStar
 
 IGNORE = -100
 HEADS = {
@@ -613,7 +613,7 @@ def test_padding_of_a_text_changes_neither_its_thoughts_nor_its_loss():
 
 
 def test_the_draft_loss_is_the_nll_of_the_next_token_at_the_start_vector():
-    weights = {name: 0.0 for name in QuietStarSettings.model_fields if name.endswith("_weight")}
+    weights = {name: 0.0 for name in QuietStar.Settings.model_fields if name.endswith("_weight")}
     model = thinking_model(loss={**weights, "draft_weight": 2.0})
     input_ids = random_texts(2, 6)
     attention_mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])

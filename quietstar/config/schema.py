@@ -354,6 +354,9 @@ class TrainingConfig(Section):
     """Sequences per optimizer step, over all processes and micro-batches."""
     micro_batch_size: Sequences = 1
     """Most sequences in one forward pass of a process; it need not divide global_batch_size."""
+    inner_epochs: Annotated[int, _between(1, 1000, "thoughts would be of another model")] = 1
+    """Optimizer updates in every step, all from the thoughts that its first one drew: later ones
+    weigh by the ratio of the thoughts' probabilities (loss.clip_low, loss.clip_high)."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """Arithmetic: bfloat16 autocast, or none (the weights' own data type)."""
     cpu_threads: Annotated[int, _between(1, 1024, "no machine has as many cores")] | None = None

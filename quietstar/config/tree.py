@@ -26,6 +26,7 @@ _LEARNED_RULES = ("weight", "weighted_entropy")  # of thoughts.positions: they a
 _STAGE_KEYS = (
     *("mixing_head.warmup_steps", "mixing_head.warmup_weight", "training.max_steps"),
     *("training.global_batch_size", "training.micro_batch_size", "training.eval_steps"),
+    "training.inner_epochs",
 )
 
 
@@ -33,11 +34,14 @@ class LossConfig(Section):
     """The objective, the reward, and the objective's own settings (`loss_class`)."""
 
     objective: Text = "quiet_star"
-    """What is learned: quiet_star, next_token (plain language modeling without thoughts), or an
-    objective of your own as module:name. It brings the other keys of this section."""
+    """What is learned (docs/objectives.md): quiet_star, rlp, log_prob, verifree, jepo, rlpr, latro,
+    next_token (plain language modeling without thoughts), or an objective of your own as
+    module:name. It brings the other keys of this section, and their defaults."""
     reward: Text = "thought"
-    """What thoughts are reinforced by: mixed or thought (the log-probability of the true tokens by
-    the mixed prediction or the thought's own), or a function of your own as module:name."""
+    """What thoughts are reinforced by: the log-probability of the true tokens by the mixed
+    prediction (mixed) or the thought's own (thought), what the latter adds to a prediction without
+    a thought (information_gain, mean_prob), their probability (prob), the thought's rank in its
+    position by it (rank), or a function of your own as module:name."""
 
     @property
     def thinks(self) -> bool:
@@ -60,7 +64,7 @@ def loss_class(objective: str) -> type[LossConfig]:
     if settings is Section:
         return LossConfig
     try:
-        kind = create_model("LossConfig", __base__=(LossConfig, settings))
+        kind = create_model("LossConfig", __base__=(settings, LossConfig))
         properties = kind.model_json_schema()["properties"]
     except Exception as problem:
         raise UserError(

@@ -25,6 +25,11 @@ _CHUNK_ELEMENTS, _LEAST_ROWS = 2**23, 96
 chunk reads the output weight twice and its gradient once."""
 
 
+Surrogate = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""A function that stands for the NLL in the objective: from the NLL of some rows, and which these
+are, to its values and its derivatives, both (rows,) and without gradient."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """Rows of one kind in the objective.
@@ -34,6 +39,7 @@ class Segment:
         targets: (rows,), token ids or IGNORE_INDEX.
         coefficients: (rows,): the objective is the sum of coefficient * nll. None: only the
             results are wanted.
+        surrogate: In place of ``coefficients``, where what a row counts depends on its NLL.
         entropy_coefficients: Like ``coefficients``, for the entropy of each row.
         temperature: Divides the logits.
         sampled_only: The distribution is over the rows of the vocabulary that may be sampled.
@@ -45,6 +51,7 @@ class Segment:
     states: Tensor
     targets: Tensor
     coefficients: Tensor | None = None
+    surrogate: Surrogate | None = None
     entropy_coefficients: Tensor | None = None
     temperature: float = 1.0
     sampled_only: bool = False
@@ -106,9 +113,15 @@ def objective(
 
 def _value(segment: Segment, rows: RowResult) -> Tensor:
     """Sum of coefficient * nll + entropy coefficient * entropy over the rows."""
-    if segment.coefficients is None:
+    if segment.surrogate is not None:
+        with torch.no_grad():
+            values, slopes = segment.surrogate(rows.nll.detach(), slice(None))
+        # Its gradient is that of slope * nll.
+        value = values.sum() + (slopes * (rows.nll - rows.nll.detach())).sum()
+    elif segment.coefficients is not None:
+        value = (segment.coefficients * rows.nll).sum()
+    else:
         return rows.nll.new_zeros(())
-    value = (segment.coefficients * rows.nll).sum()
     if segment.entropy_coefficients is not None and rows.entropy is not None:
         value = value + (segment.entropy_coefficients * rows.entropy).sum()
     return value
@@ -210,7 +223,8 @@ def _fused_segment(
     head = head.sampled_only() if segment.sampled_only else head
     products = Products(head, segment.states, sums, segment.temperature)
     targets, dtype = segment.targets, at_least_float32(products.weight.new_empty(0)).dtype
-    wants_grad = sums is not None and segment.coefficients is not None
+    counts = segment.coefficients is not None or segment.surrogate is not None
+    wants_grad = sums is not None and counts
     grad = torch.empty_like(segment.states) if wants_grad else None
     # Made beforehand: small tensors that stay, between chunks that go, would keep the memory of
     # these from being used again.
@@ -235,10 +249,16 @@ def _fused_chunk(
     for whole, part in zip(result, (chunk.nll, chunk.entropy, chunk.predicted), strict=True):
         if whole is not None and part is not None:
             whole[rows] = part
-    if grad is not None and segment.coefficients is not None:
-        bonus = segment.entropy_coefficients
-        bonus = None if bonus is None else bonus[rows]
-        grad[rows] = products.backward(chunk.gradient_(segment.coefficients[rows], bonus), states)
+    if grad is None:
+        return
+    if segment.surrogate is not None:
+        _, coefficients = segment.surrogate(chunk.nll, rows)
+    else:
+        assert segment.coefficients is not None, "a gradient is of something"
+        coefficients = segment.coefficients[rows]
+    bonus = segment.entropy_coefficients
+    bonus = None if bonus is None else bonus[rows]
+    grad[rows] = products.backward(chunk.gradient_(coefficients, bonus), states)
 
 
 def recomputed_rows(segment: Segment, head: OutputHead) -> tuple[Tensor, Tensor, Tensor]:

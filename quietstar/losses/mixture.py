@@ -45,6 +45,9 @@ class Mixture:
         base_nll: NLL of the targets without a thought; read by ``weigh``.
         num_items: M, the number that sums over positions are divided by.
         weigh: From scores to weights; without it only results are computed.
+        log_ratio: As in `ThoughtScores`, (K, B, P); handed on to ``weigh``.
+        sums_targets: Whether the weights of a thought's true tokens are summed, in place of their
+            mean over the lookahead.
         needs_thought: Whether the thought's own prediction is computed.
         needs_predicted: Whether the most likely mixed token is found.
     """
@@ -56,38 +59,52 @@ class Mixture:
     base_nll: Float[Tensor, "lookahead batch positions"] | None = None
     num_items: Tensor | None = None
     weigh: Weigh | None = None
+    log_ratio: Float[Tensor, "thoughts batch positions"] | None = None
+    sums_targets: bool = False
     needs_thought: bool = True
     needs_predicted: bool = False
 
     def coefficients(
         self, mixed: Tensor, thought: Tensor | None, texts: slice, places: slice
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Weigh some positions of some texts by the NLLs of both predictions, (A, K, B', P').
 
-        Returns the advantage (K, B', P'), and the coefficients of both NLLs.
+        Returns advantage and reward (K, B', P'), and the coefficients of both NLLs.
         """
         if self.weigh is None:
-            return None, None, None
-        assert self.base_nll is not None, "scores have the base prediction"
+            return None, None, None, None
         assert self.num_items is not None, "weights are divided by a count"
+        scores = self.scores(mixed, thought, texts, places)
+        weights = self.weigh(scores, texts, places)
+        each = (1 if self.sums_targets else mixed.shape[0]) * mixed.shape[1] * self.num_items
+        valid = self.targets[:, texts, places] != IGNORE_INDEX
+        for_mixed, for_thought = (
+            None if x is None else rearrange(x, "b p k a -> a k b p") / each * valid.unsqueeze(1)
+            for x in (weights.mixed, weights.thought)
+        )
+        advantage, reward = (
+            None if x is None else rearrange(x, "b p k -> k b p")
+            for x in (weights.advantage, weights.reward)
+        )  # fmt: skip
+        return advantage, reward, for_mixed, for_thought
+
+    def scores(
+        self, mixed: Tensor, thought: Tensor | None, texts: slice, places: slice
+    ) -> ThoughtScores:
+        """Scores of some positions of some texts from the NLLs of both predictions, (A, K, B', P').
+        """
+        assert self.base_nll is not None, "scores have the base prediction"
         valid = self.targets[:, texts, places] != IGNORE_INDEX
         base = self.base_nll[:, texts, places].where(valid, 0.0)
-        scores = ThoughtScores(
+        ratio = None if self.log_ratio is None else self.log_ratio[:, texts, places]
+        return ThoughtScores(
             base=-rearrange(base, "a b p -> b p a"),
             thought=None if thought is None else -rearrange(thought, "a k b p -> b p k a"),
             mixed=-rearrange(mixed, "a k b p -> b p k a"),
             reference=None,
             valid=rearrange(valid, "a b p -> b p a"),
+            log_ratio=None if ratio is None else rearrange(ratio, "k b p -> b p k"),
         )
-        weights = self.weigh(scores, texts, places)
-        each = mixed.shape[0] * mixed.shape[1] * self.num_items
-        for_mixed, for_thought = (
-            None if x is None else rearrange(x, "b p k a -> a k b p") / each * valid.unsqueeze(1)
-            for x in (weights.mixed, weights.thought)
-        )
-        advantage = weights.advantage
-        advantage = None if advantage is None else rearrange(advantage, "b p k -> k b p")
-        return advantage, for_mixed, for_thought
 
 
 @dataclass(frozen=True)
@@ -99,12 +116,14 @@ class MixtureResult:
         thought: NLL of the thought's own prediction; None if it was not needed.
         predicted: Most likely mixed token; None if it was not needed.
         advantage: Advantage of every thought; None if nothing was weighed.
+        reward: Reward of every thought; None if nothing was weighed.
     """
 
     mixed: Float[Tensor, "lookahead thoughts batch positions"]
     thought: Float[Tensor, "lookahead thoughts batch positions"] | None
     predicted: Int[Tensor, "lookahead thoughts batch positions"] | None
     advantage: Float[Tensor, "thoughts batch positions"] | None
+    reward: Float[Tensor, "thoughts batch positions"] | None = None
 
 
 def groups(batch_size: int, num_positions: int, most: int) -> Iterator[tuple[slice, slice]]:
@@ -168,7 +187,9 @@ def mixture_objective(
         most = 2 * chunk_rows(head.num_logits) // (lookahead * (2 * num_thoughts + 1))
         for texts, places in groups(batch_size, num_positions, most):
             work.chunk(texts, places)
-        results.append(MixtureResult(work.mixed, work.thought, work.predicted, work.advantage))
+        results.append(
+            MixtureResult(work.mixed, work.thought, work.predicted, work.advantage, work.reward)
+        )
         return work.value, work.grads
 
     inputs = (mixture.text.rows, mixture.thought, mixture.mixing_weight)
@@ -188,13 +209,15 @@ def _by_rows(mixture: Mixture, head: OutputHead) -> tuple[Tensor, MixtureResult]
         thought_nll = recomputed_rows(Segment(states, targets), head)[0].view(shape)
         detached = thought_nll.detach()
     everything = (slice(0, shape[2]), slice(0, shape[3]))
-    advantage, *coefficients = mixture.coefficients(mixed_nll.detach(), detached, *everything)
+    advantage, reward, *coefficients = mixture.coefficients(
+        mixed_nll.detach(), detached, *everything
+    )
     value = mixed_nll.new_zeros(())
     for nll, coefficient in zip((mixed_nll, thought_nll), coefficients, strict=True):
         if nll is not None and coefficient is not None:
             value = value + (coefficient * nll).sum()
     predicted = predicted if mixture.needs_predicted else None
-    return value, MixtureResult(mixed_nll.detach(), detached, predicted, advantage)
+    return value, MixtureResult(mixed_nll.detach(), detached, predicted, advantage, reward)
 
 
 class _Work:
@@ -210,6 +233,7 @@ class _Work:
         wants_predicted = mixture.needs_predicted
         self.predicted = torch.empty_like(self.mixed, dtype=torch.long) if wants_predicted else None
         self.advantage = None if mixture.weigh is None else torch.zeros_like(self.mixed[0])
+        self.reward = None if mixture.weigh is None else torch.zeros_like(self.mixed[0])
         self.value = self.mixed.new_zeros(())
         self.grads: list[Tensor | None] = [None, None, None]
         if sums is not None:
@@ -249,9 +273,13 @@ class _Work:
             self.thought[where] = alone.nll.view(shape)
             alone_nll = self.thought[where]
 
-        advantage, for_mixed, for_thought = mixture.coefficients(
+        advantage, reward, for_mixed, for_thought = mixture.coefficients(
             self.mixed[where], alone_nll, texts, places
         )
+        if reward is None:
+            self.reward = None
+        elif self.reward is not None:
+            self.reward[:, texts, places] = reward
         if advantage is None:
             self.advantage = None
         elif self.advantage is not None:

@@ -10,18 +10,21 @@ of arXiv 2403.09629, sections 4.3 and 4.4):
     mixed    sum_{a,k,i}  u(i,k,a) * -log p_mixed(x_{i+a})            / (A K M)
     thought  sum_{a,k,i}  v(i,k,a) * -log p_thought(x_{i+a})          / (A K M)
     draft    sum_i                   -log p(x_{i+1} | x_<=i, start)   / M   (ours)
-    policy   sum_{k,i}    g(i,k)   * -sum_t log p(t_t) / T            / (K M)
+    policy   sum_{k,i}    g(i,k)   * -sum_t s(t) / L                  / (K M)
 
-T is the most tokens that a thought may have, also where one ends early: a division by its own
-length would weigh the tokens of short thoughts more, and the policy term would no longer be the
-gradient of the expected reward (arXiv 2503.20783, section 3.1).
+An objective may sum over the lookahead where there is a division by A (`target_weighting`), and
+says what L is (`token_weighting`): 1, T, or the thought's own length. T is the most tokens that a
+thought may have, also where one ends early: a division by its own length weighs the tokens of short
+thoughts more, and the policy term is no longer the gradient of the expected reward (arXiv
+2503.20783, section 3.1). s(t) is log p(t), or what `PolicySurrogate` makes of it.
 
 Only `base` is a sum over all positions i; the others are over those with thoughts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -57,6 +60,14 @@ class LossTerms:
     Attributes:
         weigh: Chooses advantages and weights of true tokens; None where only figures are wanted.
         policy_temperature: Divides the logits inside the log-probability of the policy term.
+        token_weighting: Weight of a thought's token in the policy term: ``constant`` (1 / T),
+            ``sum`` (1) or ``mean`` (1 / the thought's own length).
+        target_weighting: Weight of a true token: ``mean`` (1 / A) or ``sum`` (1).
+        clip_low, clip_high: How far a token's probability may fall and rise, as fractions of what
+            it was when the thought was drawn, before it is reinforced no more; None for no bound.
+        kl_weight: Weight of the divergence of the thoughts' tokens from a reference.
+        needs_log_ratio: Whether the objective reads `ThoughtScores.log_ratio`.
+        weighs_at_once: Whether ``weigh`` is called once, with all scores at hand.
         base_weight: Weight of the base prediction's NLL.
         draft_weight: Weight of the NLL of the next true token as first thought token.
         entropy_weight: Weight of a bonus on the entropy of thought tokens.
@@ -67,6 +78,13 @@ class LossTerms:
 
     weigh: Weigh | None
     policy_temperature: float = 1.0
+    token_weighting: str = "constant"
+    target_weighting: str = "mean"
+    clip_low: float | None = None
+    clip_high: float | None = None
+    kl_weight: float = 0.0
+    needs_log_ratio: bool = False
+    weighs_at_once: bool = False
     base_weight: float = 1.0
     draft_weight: float = 0.0
     entropy_weight: float = 0.0
@@ -85,6 +103,10 @@ class ThoughtResults:
         mixed_logprobs: Log-probabilities of the true tokens x_{i+a} by the mixed prediction.
         thought_logprobs: By the thought's own prediction alone; None if no loss needs it.
         mixed_predicted: Most likely x_{i+a} by the mixed prediction, None if not asked for.
+        advantage: Advantage of each thought; None if nothing was weighed.
+        reward: Reward of each thought; None if nothing was weighed.
+        since_drawn: Log-probability of each thought token, less that by the policy that drew it;
+            None where the current one did.
     """
 
     logprobs: Float[Tensor, "length thoughts batch positions"]
@@ -93,6 +115,67 @@ class ThoughtResults:
     mixed_logprobs: Float[Tensor, "lookahead thoughts batch positions"]
     thought_logprobs: Float[Tensor, "lookahead thoughts batch positions"] | None
     mixed_predicted: Int[Tensor, "lookahead thoughts batch positions"] | None
+    advantage: Float[Tensor, "thoughts batch positions"] | None
+    reward: Float[Tensor, "thoughts batch positions"] | None
+    since_drawn: Float[Tensor, "length thoughts batch positions"] | None
+
+
+@dataclass(frozen=True)
+class PolicySurrogate:
+    """What a thought's token counts, where the policy that drew it or a reference is known.
+
+    For a token with advantage g, rho = p / p_drawn and d = log p_ref - log p, the objective has
+
+        -min(rho g, clip(rho, 1 - clip_low, 1 + clip_high) g) + kl_weight (e^d - d - 1)
+
+    in place of -g log p (PPO, arXiv 1707.06347, eq. 7; GRPO, arXiv 2402.03300, eq. 4: the second
+    term is its k3 estimate of the divergence). Without a bound it is importance sampling.
+
+    Attributes:
+        advantage: Of each row, already divided by what the sums are divided by.
+        scale: What the divergence of each row is divided by; 0 where a row is no token.
+        drawn: Log-probabilities by the policy that drew the tokens; None for the current one.
+        reference: By the reference; None for no divergence.
+        clip_low, clip_high, kl_weight: As in `LossTerms`.
+    """
+
+    advantage: Float[Tensor, " rows"]
+    scale: Float[Tensor, " rows"]
+    drawn: Float[Tensor, " rows"] | None
+    reference: Float[Tensor, " rows"] | None
+    clip_low: float | None
+    clip_high: float | None
+    kl_weight: float
+
+    def __call__(self, nll: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Return values and derivatives with respect to the NLL of some rows."""
+        advantage, is_token = self.advantage[rows], self.scale[rows] != 0
+        value, slope = advantage * nll, advantage
+        if self.drawn is not None:
+            ratio = (-nll - self.drawn[rows]).where(is_token, 0.0).exp()
+            is_clipped = is_beyond(ratio, advantage, self.clip_low, self.clip_high)
+            low = 0.0 if self.clip_low is None else 1 - self.clip_low
+            high = math.inf if self.clip_high is None else 1 + self.clip_high
+            value = -advantage * ratio.where(~is_clipped, ratio.clamp(low, high))
+            slope = (advantage * ratio).where(~is_clipped, 0.0)
+        if self.reference is not None:
+            gap = (self.reference[rows] + nll).where(is_token, 0.0)
+            weight = self.kl_weight * self.scale[rows]
+            value = value + weight * (gap.exp() - gap - 1)
+            slope = slope + weight * (gap.exp() - 1)
+        return value.where(is_token, 0.0), slope.where(is_token, 0.0)
+
+
+def is_beyond(
+    ratio: Tensor, advantage: Tensor, clip_low: float | None, clip_high: float | None
+) -> Tensor:
+    """Tell where a token's probability went so far that the clip takes its gradient away."""
+    beyond = torch.zeros_like(ratio, dtype=torch.bool)
+    if clip_high is not None:
+        beyond |= (ratio > 1 + clip_high) & (advantage > 0)
+    if clip_low is not None:
+        beyond |= (ratio < 1 - clip_low) & (advantage < 0)
+    return beyond
 
 
 @dataclass(frozen=True)
@@ -155,13 +238,15 @@ def loss_from_states(
     positions: Int[Tensor, "batch positions"] | None = None,
     num_thought_items: Tensor | int | None = None,
     skips_padding: bool = False,
+    drawn: Float[Tensor, "length thoughts batch positions"] | None = None,
+    reference: Float[Tensor, "length thoughts batch positions"] | None = None,
 ) -> tuple[Tensor, ScoredThoughts]:
     """Compute the loss of one (micro-)batch, and score its thoughts.
 
     Differentiable in the states, the mixing weight and the head. Labels are IGNORE_INDEX where a
     token is no target; without ``positions`` there are thoughts at all. N is ``num_items``, by
     default the valid targets of this batch; M is ``num_thought_items``, by default the positions of
-    this batch with a target. ``skips_padding`` as in `thought_loss`.
+    this batch with a target. ``skips_padding``, ``drawn`` and ``reference`` as in `thought_loss`.
     """
     lookahead = mixing_weight.shape[0]
     targets = lookahead_targets(labels, lookahead, positions)  # (A, B, P)
@@ -172,7 +257,8 @@ def loss_from_states(
     base_nll = lookahead_states(base.nll.view(labels.shape), lookahead, positions)
     loss, results = thought_loss(
         states.policy, states.ahead, text, mixing_weight, thoughts, targets, base_nll, head, terms,
-        count_thought_items(targets, num_thought_items), skips_padding=skips_padding,
+        count_thought_items(targets, num_thought_items), skips_padding=skips_padding, drawn=drawn,
+        reference=reference,
     )  # fmt: skip
     return text_loss + loss, score(results, base, thoughts, labels, targets, positions)
 
@@ -198,6 +284,8 @@ def thought_loss(
     num_items: Tensor,
     accumulator: HeadGradients | None = None,
     skips_padding: bool = False,
+    drawn: Float[Tensor, "length thoughts batch positions"] | None = None,
+    reference: Float[Tensor, "length thoughts batch positions"] | None = None,
 ) -> tuple[Tensor, ThoughtResults]:
     """Compute all terms but `base`, of some positions of some texts.
 
@@ -205,36 +293,67 @@ def thought_loss(
     text's own predict the targets. ``base_nll`` is the NLL of these without a thought;
     ``num_items`` is M of the whole step; ``accumulator`` is as in `objective`. ``thoughts`` that
     end early are padded with `NO_TOKEN`; with ``skips_padding`` there are so many of these places
-    that to find them pays, for which a device must be waited for.
+    that to find them pays, for which a device must be waited for. ``drawn`` and ``reference`` are
+    log-probabilities of the thought tokens, by the policy that drew them and by another.
     """
-    mixture = Mixture(
-        text, ahead_states, mixing_weight, targets, base_nll, num_items, terms.weigh,
-        needs_thought=terms.needs_thought or terms.scoring, needs_predicted=terms.scoring,
-    )  # fmt: skip
-    value, mixed = mixture_objective(mixture, head, accumulator)
     counts = (targets != IGNORE_INDEX).any(0) & (thoughts != NO_TOKEN)
     tokens = thoughts.where(counts, IGNORE_INDEX).flatten()
-    scale = 1.0 / (thoughts.shape[0] * thoughts.shape[1] * num_items)
+    policy = policy_states.flatten(0, 3)
+    log_ratio = None
+    if terms.needs_log_ratio and reference is not None and terms.weigh is not None:
+        by_policy = drawn
+        if by_policy is None:
+            by_policy = thought_logprobs(policy_states, thoughts, head, terms.policy_temperature)
+        log_ratio = (by_policy - reference).where(counts, 0.0).sum(0)
+    mixture = Mixture(
+        text, ahead_states, mixing_weight, targets, base_nll, num_items, terms.weigh, log_ratio,
+        sums_targets=terms.target_weighting == "sum",
+        needs_thought=terms.needs_thought or terms.scoring, needs_predicted=terms.scoring,
+    )  # fmt: skip
+    if terms.weighs_at_once and terms.weigh is not None and torch.is_grad_enabled():
+        with torch.no_grad():
+            _, known = mixture_objective(replace(mixture, weigh=None), head)
+        everywhere = slice(None)
+        scores = mixture.scores(known.mixed, known.thought, everywhere, everywhere)
+        weights = terms.weigh(scores, everywhere, everywhere)
+        mixture = replace(mixture, weigh=lambda _, texts, places: weights.part(texts, places))
+    value, mixed = mixture_objective(mixture, head, accumulator)
+    scale = _token_scale(thoughts, terms.token_weighting, num_items.to(mixed.mixed.dtype))
     coefficients = bonus = None
     if torch.is_grad_enabled():  # else only the results are wanted
-        coefficients = torch.zeros_like(tokens, dtype=torch.float32)
+        coefficients = torch.zeros_like(tokens, dtype=mixed.mixed.dtype)
         if mixed.advantage is not None:
             coefficients = (mixed.advantage * scale).expand(thoughts.shape).flatten()
         if terms.entropy_weight > 0:
-            bonus = _filled(tokens, -terms.entropy_weight * scale)
-    policy, rows = policy_states.flatten(0, 3), None
+            bonus = (-terms.entropy_weight * scale).expand(thoughts.shape).flatten()
+            bonus = bonus.to(coefficients.dtype).where(tokens != IGNORE_INDEX, 0.0)
+    rows = None
+    by_others: list[Tensor | None] = [
+        None if x is None else x.flatten() for x in (drawn, reference)
+    ]
+    scale = scale.expand(thoughts.shape).flatten()
     if skips_padding and has_content(tokens):
         rows = (tokens != IGNORE_INDEX).nonzero().squeeze(1)
-        policy, tokens = policy[rows], tokens[rows]
-        coefficients, bonus = (x if x is None else x[rows] for x in (coefficients, bonus))
+        policy, tokens, scale = policy[rows], tokens[rows], scale[rows]
+        coefficients, bonus, *by_others = (
+            x if x is None else x[rows] for x in (coefficients, bonus, *by_others)
+        )
+    surrogate = None
+    if terms.kl_weight == 0:
+        by_others[1] = None
+    if coefficients is not None and any(x is not None for x in by_others):
+        scale = scale.to(coefficients.dtype).where(tokens != IGNORE_INDEX, 0.0)
+        surrogate = PolicySurrogate(
+            coefficients, scale, *by_others, terms.clip_low, terms.clip_high, terms.kl_weight,
+        )  # fmt: skip
     segments = [Segment(
-        policy, tokens, coefficients, bonus, terms.policy_temperature,
+        policy, tokens, coefficients, surrogate, bonus, terms.policy_temperature,
         sampled_only=True, wants_entropy=terms.entropy_weight > 0,
     )]  # fmt: skip
     if terms.draft_weight > 0:
         # The states at the start vector are the same for all thoughts of a position.
         next_targets = targets[0].flatten()
-        coefficients = _filled(next_targets, terms.draft_weight / num_items)
+        coefficients = _filled(next_targets, terms.draft_weight, num_items, policy_states)
         segments.append(Segment(policy_states[0, 0].flatten(0, 1), next_targets, coefficients))
     rest, results = objective(segments, head, accumulator)
     nll, entropy, _ = results[0]
@@ -242,6 +361,9 @@ def thought_loss(
         nll, entropy = (x if x is None else x.new_zeros(thoughts.numel()).index_copy(0, rows, x)
                         for x in (nll, entropy))  # fmt: skip
     assert nll is not None, "it is always computed"
+    since_drawn = None
+    if drawn is not None:
+        since_drawn = (-nll.view(thoughts.shape) - drawn).where(counts, 0.0)
     return value + rest, ThoughtResults(
         logprobs=-nll.view(thoughts.shape),
         entropy=None if entropy is None else entropy.view(thoughts.shape),
@@ -249,7 +371,35 @@ def thought_loss(
         mixed_logprobs=-mixed.mixed,
         thought_logprobs=None if mixed.thought is None else -mixed.thought,
         mixed_predicted=mixed.predicted,
+        advantage=mixed.advantage,
+        reward=mixed.reward,
+        since_drawn=since_drawn,
     )
+
+
+@torch.no_grad()
+def thought_logprobs(
+    policy_states: Float[Tensor, "length thoughts batch positions width"],
+    thoughts: Int[Tensor, "length thoughts batch positions"],
+    head: OutputHead,
+    temperature: float,
+) -> Float[Tensor, "length thoughts batch positions"]:
+    """Log-probabilities of the thought tokens, 0 behind the last; no gradient."""
+    tokens = thoughts.where(thoughts != NO_TOKEN, IGNORE_INDEX).flatten()
+    states = policy_states.detach().flatten(0, 3)
+    segment = Segment(states, tokens, temperature=temperature, sampled_only=True)
+    return -objective([segment], head)[1][0].nll.view(thoughts.shape)
+
+
+def _token_scale(
+    thoughts: Int[Tensor, "length thoughts batch positions"], weighting: str, num_items: Tensor
+) -> Tensor:
+    """What a token's place in the policy term is divided by: a scalar, or (1, K, B, P)."""
+    length, num_thoughts = thoughts.shape[:2]
+    if weighting == "mean":
+        own = (thoughts != NO_TOKEN).sum(0, keepdim=True).clamp(min=1)
+        return 1.0 / (own * num_thoughts * num_items)
+    return 1.0 / ((length if weighting == "constant" else 1) * num_thoughts * num_items)
 
 
 def next_token_loss(
@@ -271,15 +421,16 @@ def next_token_loss(
     valid = targets != IGNORE_INDEX
     count = valid.sum() if num_items is None else torch.as_tensor(num_items)
     rows = targets.flatten()
-    coefficients = _filled(rows, weight / count.clamp(min=1))
+    coefficients = _filled(rows, weight, count.clamp(min=1), states)
     segment = Segment(states.flatten(0, 1), rows, coefficients, wants_predicted=scoring)
     loss, results = objective([segment], head, accumulator)
     return loss, results[0], valid
 
 
-def _filled(targets: Tensor, value: Tensor) -> Tensor:
-    """``value`` where there is a target, else 0; (rows,), float32."""
-    return (targets != IGNORE_INDEX) * value.float()
+def _filled(targets: Tensor, weight: float, count: Tensor, states: Tensor) -> Tensor:
+    """``weight / count`` where there is a target, else 0; (rows,), in float32 at least."""
+    wide = torch.promote_types(states.dtype, torch.float32)
+    return (targets != IGNORE_INDEX) * (weight / count.to(wide))
 
 
 def mixed_predictions(

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from quietstar.attention.kernels import at_least_float32
@@ -93,6 +94,7 @@ class Step:
         num_thought_items: M; by default the positions of this batch with a target.
         fixed_mixing_weight: Replacement for the head's output.
         may_end_early: Whether thoughts can be shorter than others.
+        running: As in `ThoughtScores`.
     """
 
     thoughts: ThoughtBatch
@@ -102,6 +104,20 @@ class Step:
     num_thought_items: Tensor | int | None = None
     fixed_mixing_weight: float | None = None
     may_end_early: bool = True
+    running: Tensor | None = None
+
+    @property
+    def drawn(self) -> Tensor | None:
+        """Log-probabilities of the thought tokens by the policy that drew them, (T, K, B, P)."""
+        return self._token_major(self.thoughts.sampling_logprobs)
+
+    @property
+    def reference(self) -> Tensor | None:
+        """The same by the reference."""
+        return self._token_major(self.thoughts.reference_logprobs)
+
+    def _token_major(self, x: Tensor | None) -> Tensor | None:
+        return None if x is None else rearrange(x, "b p k t -> t k b p")
 
 
 def learn(model: Any, text: TextRun, step: Step) -> tuple[Tensor, ScoredThoughts]:
@@ -125,6 +141,7 @@ def learn(model: Any, text: TextRun, step: Step) -> tuple[Tensor, ScoredThoughts
         return loss_from_states(
             states, weight, tokens, labels, model.output_head, step.terms, step.num_items,
             step.positions, step.num_thought_items, skips_padding=step.may_end_early,
+            drawn=step.drawn, reference=step.reference,
         )  # fmt: skip
     work = _Groups(model, text, step, tokens)
     inputs = [*(source.x for source in work.sources), *work.weights.parameters]
@@ -248,12 +265,15 @@ class _Groups:
         count = places.stop - places.start
         text = text_lookahead(text_states, lookahead, positions, count)
         weight = model.mixing_head(text, ahead, step.fixed_mixing_weight)
-        weigh = model.weigher(step.thoughts.part(texts, places))
+        weigh = model.weigher(step.thoughts.part(texts, places), step.running)
+        drawn, reference = (
+            None if x is None else x[..., texts, places] for x in (step.drawn, step.reference)
+        )
         loss, results = thought_loss(
             policy, ahead, text, weight, self.tokens[..., texts, places],
             self.targets[:, texts, places], self.base_nll[:, texts, places], self.head,
             replace(step.terms, weigh=weigh), self.num_items, self.weights.accumulator,
-            skips_padding=lengths is not None,
+            skips_padding=lengths is not None, drawn=drawn, reference=reference,
         )  # fmt: skip
         return reads, loss, results
 

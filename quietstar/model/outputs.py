@@ -19,6 +19,7 @@ from transformers.utils.generic import ModelOutput
 from quietstar.attention.layout import NO_TOKEN
 from quietstar.losses.thought_loss import ScoredThoughts
 from quietstar.sampling.stopping import StopTexts
+from quietstar.sampling.thoughts import ThoughtBatch
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -127,6 +128,7 @@ class QuietStarOutput(ModelOutput):
             thought that ends early.
         input_ids: The texts, (batch, seq).
         positions: Where the thoughts are, (batch, positions), -1 behind the last; None for all.
+        drawn: The thoughts with their log-probabilities, for further updates from them.
     """
 
     loss: Tensor | None = None
@@ -134,6 +136,7 @@ class QuietStarOutput(ModelOutput):
     thoughts: Tensor | None = None
     input_ids: Tensor | None = None
     positions: Tensor | None = None
+    drawn: ThoughtBatch | None = None
 
 
 @dataclass(frozen=True)

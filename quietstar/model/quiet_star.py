@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from quietstar.attention.layout import (
     NO_TOKEN,
     early_ends,
     has_content,
+    lookahead_states,
     on_host,
     text_lookahead,
 )
@@ -47,6 +49,7 @@ from quietstar.losses.thought_loss import (
     mixed_predictions,
     next_token_entropy,
     next_token_loss,
+    thought_logprobs,
 )
 from quietstar.losses.weights import ThoughtScores, ThoughtWeights, Weigh
 from quietstar.model import saving
@@ -63,6 +66,7 @@ from quietstar.model.outputs import (
 )
 from quietstar.model.scoring_model import ScoringModel
 from quietstar.model.self_check import check_architecture, use_thinking_attention
+from quietstar.model.text_logprobs import text_logprobs
 from quietstar.model.tuning import apply_tuning, quantization
 from quietstar.sampling.positions import (
     ENTROPY_RULES,
@@ -374,6 +378,8 @@ class QuietStarForCausalLM(nn.Module):
         fixed_mixing_weight: float | None = None,
         think: bool = True,
         thoughts: ThoughtBatch | None = None,
+        reference_text: Float[Tensor, "batch seq"] | None = None,
+        running: Float[Tensor, " 2"] | None = None,
     ) -> QuietStarOutput:
         """Sample thoughts where ``thoughts.positions`` says, and compute the loss.
 
@@ -397,6 +403,8 @@ class QuietStarForCausalLM(nn.Module):
             think: Whether to think; otherwise the loss is that of plain language modeling.
             thoughts: Thoughts to learn from instead of sampling: of an earlier call, another
                 policy, another machine. Their texts must be ``input_ids``.
+            reference_text: As in `ThoughtBatch`, where thoughts are sampled.
+            running: As in `ThoughtScores`.
 
         Raises:
             UserError: A text too long for the model or padded on the left, ids or labels outside
@@ -426,26 +434,36 @@ class QuietStarForCausalLM(nn.Module):
                 spec.top_k,
             )  # fmt: skip
             batch = self._sample(texts, positions, sampling)
+            batch = replace(batch, reference_text=reference_text)
         else:
             positions, batch = given_thoughts(thoughts, texts)
             self._check_given(batch.tokens.transpose(1, 2), input_ids, positions)
-        objective = self.objective
-        terms = LossTerms(
-            self.weigher(batch),
-            objective.policy_temperature(self.thoughts.temperature),
-            objective.base_weight,
-            objective.draft_weight,
-            objective.entropy_weight,
-            objective.needs_thought or getattr(self.reward, "reads_thought", True),
+        terms = self.objective.terms(
+            self.weigher(batch, running),
+            self.policy_temperature,
+            reward_reads_thought=getattr(self.reward, "reads_thought", True),
+            weighs_at_once=self._asks_policy,
         )
         may_end_early = thoughts is not None or self.may_end_early
         step = Step(
             batch, positions, terms, num_items_in_batch, num_thought_items, fixed_mixing_weight,
-            may_end_early,
+            may_end_early, running,
         )  # fmt: skip
         loss, scored = learn(self, run, step)
         metrics, tokens = self._metrics(scored), batch.tokens.transpose(1, 2)
-        return QuietStarOutput(loss, metrics, tokens, input_ids, positions)
+        if batch.sampling_logprobs is None:
+            drawn = rearrange(scored.logprobs, "t k b p -> b p k t")
+            batch = replace(batch, sampling_logprobs=drawn)
+        return QuietStarOutput(loss, metrics, tokens, input_ids, positions, batch)
+
+    @property
+    def policy_temperature(self) -> float:
+        """Temperature of the log-probabilities of thought tokens in the loss."""
+        return self.objective.policy_temperature(self.thoughts.temperature)
+
+    @property
+    def _asks_policy(self) -> bool:
+        return getattr(self.reward, "asks_policy", False)
 
     @property
     def may_end_early(self) -> bool:
@@ -456,12 +474,22 @@ class QuietStarForCausalLM(nn.Module):
     def _metrics(self, scored: ScoredThoughts) -> ThoughtMetrics:
         return thought_metrics(scored, self.may_end_early, self.stop)
 
-    def weigher(self, batch: ThoughtBatch) -> Weigh:
+    def weigher(self, batch: ThoughtBatch, running: Tensor | None = None) -> Weigh:
         """Bind reward and objective to the thoughts of a batch."""
 
         @torch.no_grad()
         def weigh(scores: ThoughtScores, texts: slice, places: slice) -> ThoughtWeights:
             part, device = batch.part(texts, places), scores.mixed.device
+            reference = None
+            if part.reference_text is not None:
+                ahead = lookahead_states(
+                    part.reference_text, scores.valid.shape[2], part.positions.clamp(min=0)
+                )
+                reference = rearrange(ahead, "a b p -> b p a").where(scores.valid, 0.0)
+            policy = partial(text_logprobs, self) if self._asks_policy else None
+            scores = replace(
+                scores, reference=reference, lengths=part.lengths, running=running, policy=policy
+            )
             with registry.running("loss.reward", self.reward_name):
                 reward = self.reward(part, scores)
             check_figures(reward, part.lengths.shape, device, f"loss.reward ({self.reward_name})")
@@ -478,7 +506,7 @@ class QuietStarForCausalLM(nn.Module):
                 if x is not None:
                     shape = part.lengths.shape if figure == "advantage" else scores.mixed.shape
                     check_figures(x, shape, device, f"{name}: {figure}")
-            return weights
+            return replace(weights, reward=reward)
 
         return weigh
 
@@ -893,6 +921,36 @@ class QuietStarForCausalLM(nn.Module):
         few = None if candidates is None else self.output_head.candidate_logits(states, candidates)
         logprobs, predicted = -result.nll.view(shape), result.predicted.view(shape)
         return PlainScores(logprobs, predicted, valid, metrics, few)
+
+    @torch.no_grad()
+    def score_reference(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        labels: Int[Tensor, "batch seq"],
+        thoughts: ThoughtBatch | None = None,
+    ) -> tuple[
+        Float[Tensor, "batch seq"], Float[Tensor, "batch positions thoughts length"] | None
+    ]:
+        """Score texts, and given thoughts, as the reference of another model's training step.
+
+        Called while the weights are those of the reference. Returns what `ThoughtBatch` calls
+        ``reference_text``, and with thoughts ``reference_logprobs``, at the temperature of the
+        policy term.
+        """
+        states = plain_pass(self.causal_lm, input_ids)
+        _, result, _ = next_token_loss(states, labels, self.output_head)
+        text = -result.nll.view(input_ids.shape)
+        if thoughts is None:
+            return text, None
+        positions, batch = given_thoughts(
+            thoughts, Texts(input_ids, labels, None, thoughts.sample_ids)
+        )
+        tokens = batch.token_major()
+        states, _ = self.states_with(input_ids, tokens, positions)
+        logprobs = thought_logprobs(
+            states.policy, tokens, self.output_head, self.policy_temperature
+        )
+        return text, rearrange(logprobs, "t k b p -> b p k t")
 
     @torch.no_grad()
     def score_mixed(

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from quietstar.config import Section
-from quietstar.losses.weights import ThoughtScores, ThoughtWeights
+from quietstar.losses.thought_loss import LossTerms
+from quietstar.losses.weights import ThoughtScores, ThoughtWeights, Weigh
 
 
 class Objective:
@@ -35,6 +36,24 @@ class Objective:
     """Weight of the NLL of the next true token as the first thought token."""
     entropy_weight: float = 0.0
     """Weight of a bonus on the entropy of thought tokens."""
+    token_weighting: str = "constant"
+    """Weight of a thought's token in the policy term: constant (1 / T), sum (1), or mean (1 / the
+    thought's own length)."""
+    target_weighting: str = "mean"
+    """Weight of a true token: mean (1 / lookahead) or sum (1)."""
+    clip_low: float | None = None
+    """How far a thought token's probability may fall, as a fraction of what it was when drawn,
+    before it is reinforced no more; None for any."""
+    clip_high: float | None = None
+    """The same for how far it may rise."""
+    kl_weight: float = 0.0
+    """Weight of the divergence of thought tokens from the reference."""
+    reference: str = "current"
+    """Which weights are the reference: current, ema, or base."""
+    needs_log_ratio: bool = False
+    """Whether `weigh` reads ``scores.log_ratio``."""
+    needs_running: bool = False
+    """Whether `weigh` reads ``scores.running``."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -45,6 +64,30 @@ class Objective:
         Called for some texts and positions at a time, always with all thoughts of a position.
         """
         raise NotImplementedError
+
+    def terms(
+        self,
+        weigh: Weigh,
+        temperature: float,
+        reward_reads_thought: bool = True,
+        weighs_at_once: bool = False,
+    ) -> LossTerms:
+        """Make what the loss reads: the attributes, and ``weigh`` bound to a batch of thoughts."""
+        return LossTerms(
+            weigh,
+            policy_temperature=temperature,
+            token_weighting=self.token_weighting,
+            target_weighting=self.target_weighting,
+            clip_low=self.clip_low,
+            clip_high=self.clip_high,
+            kl_weight=self.kl_weight,
+            needs_log_ratio=self.needs_log_ratio,
+            weighs_at_once=weighs_at_once,
+            base_weight=self.base_weight,
+            draft_weight=self.draft_weight,
+            entropy_weight=self.entropy_weight,
+            needs_thought=self.needs_thought or reward_reads_thought,
+        )
 
     def policy_temperature(self, sampling_temperature: float) -> float:
         """Temperature inside the log-probability of the policy term."""

@@ -30,6 +30,16 @@ class Reward(Protocol):
 R = TypeVar("R", bound=Any)
 
 
+def asks_policy(reward: R) -> R:
+    """Say of a reward that it calls ``scores.logprob``.
+
+    It is then called once for all texts of a micro-batch and all their positions, and at the same
+    moment on all ranks: what it asks is batched, and engines that shard the weights can answer.
+    """
+    reward.asks_policy = True
+    return reward
+
+
 def without_thought(reward: R) -> R:
     """Say of a reward that it does not read ``scores.thought``."""
     reward.reads_thought = False

@@ -96,8 +96,11 @@ class ThoughtBatch:
         positions: Position of each thought, ascending; -1 pads texts with fewer than others.
         tokens: Tokens of the thoughts; -1 behind the last of one that ends early.
         lengths: Tokens of each thought, 0 to ``length``.
-        sampling_logprobs: Log-probabilities of the tokens by the policy that drew them; None where
-            that is not known.
+        sampling_logprobs: Log-probabilities of the tokens by the policy that drew them, at the
+            temperature at which it did. None means by the model that learns, as it is.
+        reference_logprobs: The same by a reference model; None without one.
+        reference_text: Log-probabilities of the next token after every text position by a reference
+            model without thoughts, 0 where there is no target; None without one.
     """
 
     input_ids: Int[Tensor, "batch seq"]
@@ -108,6 +111,8 @@ class ThoughtBatch:
     tokens: Int[Tensor, "batch positions thoughts length"]
     lengths: Int[Tensor, "batch positions thoughts"]
     sampling_logprobs: Float[Tensor, "batch positions thoughts length"] | None = None
+    reference_logprobs: Float[Tensor, "batch positions thoughts length"] | None = None
+    reference_text: Float[Tensor, "batch seq"] | None = None
 
     @classmethod
     def of_texts(
@@ -116,6 +121,7 @@ class ThoughtBatch:
         positions: Int[Tensor, "batch positions"] | None,
         tokens: Int[Tensor, "batch positions thoughts length"],
         lengths: Int[Tensor, "batch positions thoughts"] | None = None,
+        sampling_logprobs: Float[Tensor, "batch positions thoughts length"] | None = None,
     ) -> ThoughtBatch:
         """Put texts and their thoughts together.
 
@@ -140,12 +146,14 @@ class ThoughtBatch:
             tokens = tokens.where(place < lengths.unsqueeze(-1), NO_TOKEN)
         return cls(
             texts.input_ids, texts.labels, texts.answer_mask, texts.sample_ids, positions,
-            tokens, lengths,
+            tokens, lengths, sampling_logprobs,
         )  # fmt: skip
 
     def part(self, texts: slice, places: slice) -> ThoughtBatch:
         """Take some texts and some of their positions."""
-        drawn = self.sampling_logprobs
+        drawn, reference, text = (
+            self.sampling_logprobs, self.reference_logprobs, self.reference_text
+        )  # fmt: skip
         return ThoughtBatch(
             self.input_ids[texts],
             self.labels[texts],
@@ -155,6 +163,8 @@ class ThoughtBatch:
             self.tokens[texts, places],
             self.lengths[texts, places],
             None if drawn is None else drawn[texts, places],
+            None if reference is None else reference[texts, places],
+            None if text is None else text[texts],
         )
 
     def token_major(self) -> Int[Tensor, "length thoughts batch positions"]:
