@@ -162,9 +162,7 @@ def test_jepo_of_two_samples():
     p = P.leaves()
     likelihood, probability = p.target_logprobs().sum(1).exp(), p.logprobs().exp()
     bound = (0.5 * (likelihood[:, None] + likelihood[None])).log()
-    check(
-        expected_gradient(objective("jepo")), (probability.outer(probability) * bound).sum(), p
-    )
+    check(expected_gradient(objective("jepo")), (probability.outer(probability) * bound).sum(), p)
 
 
 def test_latro():
@@ -197,9 +195,7 @@ def test_quiet_star(reward):
     fixed = p.logprobs().exp().detach()
     value = config.policy_weight / LENGTH * (p.logprobs().exp() * rewarded).sum()
     value = value + config.mixed_weight * (fixed * mixed.mean(1)).sum()
-    check(
-        expected_gradient(config), value + config.thought_weight * (fixed * own.mean(1)).sum(), p
-    )
+    check(expected_gradient(config), value + config.thought_weight * (fixed * own.mean(1)).sum(), p)
 
 
 WEAK = torch.full((1, 3), -1.5, dtype=torch.float64)
@@ -219,7 +215,7 @@ def test_rlpr_without_its_scaling_is_the_gradient_of_its_reward():
     check(gradient, (p.logprobs().exp() * mean_prob_reward(p)).sum(), p)
 
 
-RLPR = (0.9744, 0.4955)
+RLPR = (0.9543, 2.6791)
 """Cosine and scale of RLPR's gradient on this problem, as computed; there is no closed form."""
 
 
@@ -282,9 +278,7 @@ def test_thoughts_of_the_current_policy_are_reinforced_as_without_a_ratio():
         config = objective("rlp", clip_low=0.2, clip_high=0.2)
         drawn = P.token_logprobs().detach()[list(pair)].T[:, :, None, None]
         gradient = loss_gradient(pair, config, drawn=drawn)[0]
-        torch.testing.assert_close(
-            gradient, loss_gradient(pair, config)[0], rtol=1e-12, atol=1e-12
-        )
+        torch.testing.assert_close(gradient, loss_gradient(pair, config)[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("low", "high"), [(None, None), (0.2, 0.2), (0.1, None), (None, 0.3)])
@@ -346,7 +340,8 @@ def test_baselines_and_scales_of_advantages():
             "rlp", REWARD, estimator=estimator, scaling=scaling, thoughts={"running": running}
         )
         torch.testing.assert_close(weights.advantage[0], torch.tensor(values), rtol=0, atol=1e-3)
-        assert weights.thought is None and weights.mixed is None
+        assert weights.thought is None
+        assert weights.mixed is None
     first = weigh("rlp", REWARD, estimator="running_mean")
     assert not first.advantage.any()
 
@@ -356,7 +351,8 @@ def test_positions_whose_rewards_differ_little_are_dropped():
     weights = weigh(
         "rlp", REWARD, min_signal=0.5, thought_weight=1.0, thoughts={"running": running}
     )
-    assert weights.advantage[0, 0].any() and not weights.advantage[0, 1].any()
+    assert weights.advantage[0, 0].any()
+    assert not weights.advantage[0, 1].any()
     assert weights.thought[0, :, :, 0].tolist() == [[1, 1, 1], [0, 0, 0]]
     assert weigh("rlp", REWARD, min_signal=0.5).advantage[0, 1].any()  # nothing to compare with
 

@@ -27,11 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     parser = _TrainParser(
         "quietstar train",
         DESCRIPTION,
-        "quietstar train [--config FILE] [--resume auto|PATH] [--KEY VALUE ...]",
+        "quietstar train [--config FILE] [--preset FILE] [--resume auto|PATH] [--KEY VALUE ...]",
     )
     value = parser.value
     value("--config", _filled, DEFAULT_CONFIG, "FILE",
           f"YAML file, or one that is shipped: {', '.join(shipped_configs())}")  # fmt: skip
+    value("--preset", _filled, None, "FILE",
+          "YAML file of an objective, for all stages that think, or one that is shipped: "
+          f"{', '.join(shipped_configs('objectives'))}")  # fmt: skip
     value("--resume", _filled, None, "auto|PATH",
           "continue from the newest checkpoint of the run, or from this one")  # fmt: skip
     parser.add_argument(
@@ -54,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
             " runs/x/checkpoints/step-000500, or auto for the newest of the run"
         )
     try:
-        config = load_config(args.config, overrides)
+        config = load_config(args.config, overrides, args.preset)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
     if problems:

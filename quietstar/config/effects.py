@@ -36,6 +36,7 @@ _OF_THOUGHTS = (
     *("mixing_head.warmup_steps", "mixing_head.warmup_weight", "data.rationale_field"),
     "data.positions_field",
     *("optim.mixing_head_learning_rate", "optim.embedding_learning_rate"),
+    "training.inner_epochs",
 )
 """Keys that only a stage that thinks reads; what is saved with a model is not among them."""
 _OF_THE_HEAD = (
@@ -133,6 +134,9 @@ def _records(config: Config) -> Idle:
 
 def _loop(config: Config) -> Idle:
     training, cores = config.training, os.cpu_count()
+    if training.inner_epochs == 1 and ":" not in config.thoughts.sampler:
+        for key in ("loss.clip_low", "loss.clip_high"):
+            yield key, "with training.inner_epochs: 1, where thoughts are of the model as it is"
     if training.save_steps == 0:
         yield "training.save_total_limit", "with training.save_steps: 0"
     last = f"beyond the end of the run at training.max_steps ({training.max_steps})"

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from quietstar import registry
 from quietstar.config import messages
 from quietstar.config.effects import keys_without_effect
 from quietstar.config.messages import closest, did_you_mean, key_types, shortened, shown_value
@@ -50,7 +51,7 @@ MOST_SUGGESTIONS = 20  # problems with a "did you mean", which takes a while to 
 COMMAND_LINE = "command line"
 """Source of a problem, in the place of a file and its line."""
 
-_OPTIONS = ("config", "resume", "controls", "help")  # flags of the command line beside the keys
+_OPTIONS = ("config", "preset", "resume", "controls", "help")  # flags of the command line beside the keys
 _FLAG = re.compile(r"--[A-Za-z_][^=\s]*(=.*)?", re.DOTALL)  # `---` and `-1` are values
 
 # fmt: off
@@ -81,8 +82,15 @@ RENAMED = {"training.objective": "loss.objective"} | {
 """Keys of earlier versions, and their names of today."""
 
 
-def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    config_file: str | Path | None,
+    overrides: Sequence[str] = (),
+    preset: str | Path | None = None,
+) -> Config:
     """Reads a config file (see `resolve_config_file`; None for the defaults), then overrides.
+
+    A preset is the file of an objective, with a ``loss`` section and what belongs to it. Its loss
+    takes the place of that of all stages that think; its other keys go over those of the config.
 
     Overrides are arguments of the command line, such as ``["--thoughts.length", "8"]``; they
     replace what the file says, and below a mapping they set single entries
@@ -99,6 +107,8 @@ def load_config(config_file: str | Path | None, overrides: Sequence[str] = ()) -
         except ConfigError as error:  # nothing is known of the file: no key counts as not set
             reader.problems += error.problems
             reader.misspelt.update(fields())
+    if preset is not None:
+        reader.read_preset(preset)
     reader.read_overrides(overrides)
     base, *stages = reader.settings
     merged: dict[str, Settings] = {}
@@ -134,26 +144,30 @@ def save_config(config: Config, path: str | Path) -> None:
     write_whole(Path(path), dump(config.model_dump()))
 
 
-def shipped_configs() -> dict[str, Path]:
+def shipped_configs(subfolder: str = "") -> dict[str, Path]:
     """Returns the config files that come with the package: ``tiny`` is ``configs/tiny.yaml``."""
     package = Path(__file__).resolve().parents[1]
     folder = package / "configs"  # of an installed wheel
     if not folder.is_dir() and (package.parent / "pyproject.toml").is_file():
         folder = package.parent / "configs"  # of a checkout
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}  # launchers' lie below
+    files = sorted((folder / subfolder).glob("*.yaml"))  # launchers' lie below
+    return {file.stem: file for file in files}
 
 
-def resolve_config_file(name: str | Path) -> tuple[Path, str]:
+def resolve_config_file(
+    name: str | Path, option: str = "--config", subfolder: str = ""
+) -> tuple[Path, str]:
     """Finds a config file; returns its path, and the name that messages give it.
 
-    The name is an existing path, or a shipped config as ``configs/x.yaml``, ``x.yaml`` or ``x``.
+    The name is an existing path, or a shipped config as ``configs/x.yaml``, ``x.yaml`` or ``x``;
+    with a ``subfolder`` one of those there.
 
     Raises:
         ConfigError: If there is no such file.
     """
-    given, path, kind = f"{COMMAND_LINE}: --config", Path(os.path.expanduser(name)), None
+    given, path, kind = f"{COMMAND_LINE}: {option}", Path(os.path.expanduser(name)), None
     if not str(name).strip():
-        raise ConfigError([f"{given}: has no value; write --config FILE"])
+        raise ConfigError([f"{given}: has no value; write {option} FILE"])
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -163,10 +177,10 @@ def resolve_config_file(name: str | Path) -> tuple[Path, str]:
         raise ConfigError([f"{given}: {shown} cannot be read: {reason_of(error)}"]) from error
     if kind == stat.S_IFREG:
         return path, str(name)
-    shipped = shipped_configs()
-    short = Path(name).as_posix().removeprefix("configs/").removesuffix(".yaml")
+    shipped, folder = shipped_configs(subfolder), (Path("configs") / subfolder).as_posix()
+    short = Path(name).as_posix().removeprefix(f"{folder}/").removesuffix(".yaml")
     if short in shipped:
-        return shipped[short], f"configs/{short}.yaml"
+        return shipped[short], f"{folder}/{short}.yaml"
     if kind == stat.S_IFDIR:
         inside = path / "config.yaml"
         hint = f"; did you mean {inside}?" if inside.is_file() else "; give a YAML file"
@@ -236,13 +250,55 @@ class _Reader:
         self.in_run = False
         self.lines: dict[str, int] = {}
 
-    def read_file(self, config_file: str | Path) -> None:
+    def read_preset(self, name: str | Path) -> None:
+        """Takes over the settings of an objective, for all stages that think."""
+        preset = _Reader()
+        try:
+            preset.read_file(name, "--preset", "objectives")
+        except ConfigError as error:
+            self.problems += error.problems
+            return
+        self.problems += preset.problems
+        self.misspelt |= preset.misspelt
+        base, *stages = self.settings
+        if len(preset.settings) > 1:
+            self.problems.append(
+                f"{preset.file}: stages: a preset has none, but holds for all stages that think. "
+                "Write its sections without them."
+            )
+        thinking = [stage for stage in stages or [base] if self._thinks(stage)]
+        if not thinking:
+            self.problems.append(
+                f"{COMMAND_LINE}: --preset ({name}): no stage of {self.file} thinks, so nothing "
+                "would learn by it. Leave it out, or give another --config."
+            )
+        common = {k: s for k, s in self.settings[base].items() if k.startswith("loss.")}
+        for prefix in (base, *thinking):
+            for key in [key for key in self.settings[prefix] if key.startswith("loss.")]:
+                del self.settings[prefix][key]
+        for prefix in set(stages) - set(thinking):
+            self.settings[prefix] = {**common, **self.settings[prefix]}
+        for key, setting in preset.settings[""].items():
+            for prefix in thinking if is_stage_key(key) else [base]:
+                self.settings[prefix][key] = setting._replace(prefix=prefix)
+
+    def _thinks(self, prefix: str) -> bool:
+        """Tells whether a stage thinks; what cannot be told is a problem of its own."""
+        settings = {**self.settings[""], **self.settings[prefix]}
+        name = settings.get("loss.objective")
+        with suppress(UserError):
+            return name is None or registry.find("loss.objective", str(name.value)).thinks
+        return True
+
+    def read_file(
+        self, config_file: str | Path, option: str = "--config", subfolder: str = ""
+    ) -> None:
         """Takes over the settings of a YAML file.
 
         Raises:
             ConfigError: If the file cannot be read at all.
         """
-        path, self.file = resolve_config_file(config_file)
+        path, self.file = resolve_config_file(config_file, option, subfolder)
         try:
             with open_input(path) as file:
                 # One byte more than the longest text could have says that there is too much.

@@ -91,8 +91,7 @@ class Mixture:
     def scores(
         self, mixed: Tensor, thought: Tensor | None, texts: slice, places: slice
     ) -> ThoughtScores:
-        """Scores of some positions of some texts from the NLLs of both predictions, (A, K, B', P').
-        """
+        """Make scores of some positions of some texts, from NLLs (A, K, B', P')."""
         assert self.base_nll is not None, "scores have the base prediction"
         valid = self.targets[:, texts, places] != IGNORE_INDEX
         base = self.base_nll[:, texts, places].where(valid, 0.0)

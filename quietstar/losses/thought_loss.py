@@ -107,6 +107,7 @@ class ThoughtResults:
         reward: Reward of each thought; None if nothing was weighed.
         since_drawn: Log-probability of each thought token, less that by the policy that drew it;
             None where the current one did.
+        is_clipped: Whether a thought token is reinforced no more; None where ``since_drawn`` is.
     """
 
     logprobs: Float[Tensor, "length thoughts batch positions"]
@@ -118,6 +119,7 @@ class ThoughtResults:
     advantage: Float[Tensor, "thoughts batch positions"] | None
     reward: Float[Tensor, "thoughts batch positions"] | None
     since_drawn: Float[Tensor, "length thoughts batch positions"] | None
+    is_clipped: Bool[Tensor, "length thoughts batch positions"] | None
 
 
 @dataclass(frozen=True)
@@ -328,23 +330,21 @@ def thought_loss(
             bonus = (-terms.entropy_weight * scale).expand(thoughts.shape).flatten()
             bonus = bonus.to(coefficients.dtype).where(tokens != IGNORE_INDEX, 0.0)
     rows = None
-    by_others: list[Tensor | None] = [
-        None if x is None else x.flatten() for x in (drawn, reference)
-    ]
+    by_drawer = None if drawn is None else drawn.flatten()
+    by_reference = None if reference is None or terms.kl_weight == 0 else reference.flatten()
     scale = scale.expand(thoughts.shape).flatten()
     if skips_padding and has_content(tokens):
         rows = (tokens != IGNORE_INDEX).nonzero().squeeze(1)
         policy, tokens, scale = policy[rows], tokens[rows], scale[rows]
-        coefficients, bonus, *by_others = (
-            x if x is None else x[rows] for x in (coefficients, bonus, *by_others)
+        coefficients, bonus, by_drawer, by_reference = (
+            x if x is None else x[rows] for x in (coefficients, bonus, by_drawer, by_reference)
         )
     surrogate = None
-    if terms.kl_weight == 0:
-        by_others[1] = None
-    if coefficients is not None and any(x is not None for x in by_others):
+    if coefficients is not None and not (by_drawer is None and by_reference is None):
         scale = scale.to(coefficients.dtype).where(tokens != IGNORE_INDEX, 0.0)
         surrogate = PolicySurrogate(
-            coefficients, scale, *by_others, terms.clip_low, terms.clip_high, terms.kl_weight,
+            coefficients, scale, by_drawer, by_reference, terms.clip_low, terms.clip_high,
+            terms.kl_weight,
         )  # fmt: skip
     segments = [Segment(
         policy, tokens, coefficients, surrogate, bonus, terms.policy_temperature,
@@ -361,9 +361,14 @@ def thought_loss(
         nll, entropy = (x if x is None else x.new_zeros(thoughts.numel()).index_copy(0, rows, x)
                         for x in (nll, entropy))  # fmt: skip
     assert nll is not None, "it is always computed"
-    since_drawn = None
+    since_drawn = is_clipped = None
     if drawn is not None:
         since_drawn = (-nll.view(thoughts.shape) - drawn).where(counts, 0.0)
+        if mixed.advantage is not None:
+            is_clipped = is_beyond(
+                since_drawn.exp(), mixed.advantage.expand(thoughts.shape), terms.clip_low,
+                terms.clip_high,
+            )  # fmt: skip
     return value + rest, ThoughtResults(
         logprobs=-nll.view(thoughts.shape),
         entropy=None if entropy is None else entropy.view(thoughts.shape),
@@ -374,6 +379,7 @@ def thought_loss(
         advantage=mixed.advantage,
         reward=mixed.reward,
         since_drawn=since_drawn,
+        is_clipped=is_clipped,
     )
 
 

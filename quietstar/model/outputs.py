@@ -38,6 +38,13 @@ class ThoughtMetrics:
     mixing_weight         mean share of the thought in the prediction of the next token
     reward                log-probability that a thought adds over all its targets, nats
     reward_std            standard deviation of the reward among a position's thoughts
+    policy_reward         what the objective was given (loss.reward): mean over thoughts
+    policy_reward_std     its standard deviation among a position's thoughts
+    dropped_fraction      fraction of positions without any advantage, which reinforce nothing
+    ratio                 in later inner epochs: mean probability of a thought token over what it
+                          was when drawn
+    approx_kl             there: divergence from the policy that drew the thoughts, nats a token
+    clipped_fraction      there: fraction of thought tokens that the clip reinforces no more
     identical_fraction    fraction of positions whose thoughts are all the same: no signal there
     entropy               of the thought tokens' distributions, nats (at the policy temperature)
     distinct_token_ratio  distinct tokens of a thought over its length
@@ -335,8 +342,23 @@ def thought_metrics(
         figures["reward_std"] = (gain.std(0).where(has_target, 0.0).sum(), places)
         figures["identical_fraction"] = ((identical & has_target).sum(), places)
 
+    if s.reward is not None:
+        figures["policy_reward"] = (s.reward.where(has_target, 0.0).sum(), places * num_thoughts)
+        if num_thoughts > 1:
+            spread = s.reward.std(0).where(has_target, 0.0)
+            figures["policy_reward_std"] = (spread.sum(), places)
+
+    if s.advantage is not None:
+        dropped = (s.advantage == 0).all(0) & has_target
+        figures["dropped_fraction"] = (dropped.sum(), places)
+
     counts = (s.thoughts != NO_TOKEN) & has_target  # (T, K, B, P)
     tokens = counts.sum()
+    if s.since_drawn is not None and s.is_clipped is not None:
+        ratio = s.since_drawn.exp()
+        figures["ratio"] = (ratio.where(counts, 0.0).sum(), tokens)
+        figures["approx_kl"] = ((ratio - 1 - s.since_drawn).where(counts, 0.0).sum(), tokens)
+        figures["clipped_fraction"] = ((s.is_clipped & counts).sum(), tokens)
     logprobs = s.logprobs.where(counts, 0.0).sum()
     # Sampled at the policy temperature, a token's surprise is an unbiased estimate of the entropy.
     entropy = -logprobs if s.entropy is None else s.entropy.where(counts, 0.0).sum()

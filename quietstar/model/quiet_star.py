@@ -928,9 +928,7 @@ class QuietStarForCausalLM(nn.Module):
         input_ids: Int[Tensor, "batch seq"],
         labels: Int[Tensor, "batch seq"],
         thoughts: ThoughtBatch | None = None,
-    ) -> tuple[
-        Float[Tensor, "batch seq"], Float[Tensor, "batch positions thoughts length"] | None
-    ]:
+    ) -> tuple[Float[Tensor, "batch seq"], Float[Tensor, "batch positions thoughts length"] | None]:
         """Score texts, and given thoughts, as the reference of another model's training step.
 
         Called while the weights are those of the reference. Returns what `ThoughtBatch` calls

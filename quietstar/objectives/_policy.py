@@ -1,6 +1,6 @@
-"""The frame that all objectives of thoughts share: every part of it a key, every named objective a
-set of defaults.
+"""The frame that all objectives of thoughts share.
 
+Every part of it is a key, and every named objective a set of defaults and its own deviations.
 With rewards r of a position's K thoughts, true tokens a*, sg for no gradient, an objective here is
 
     policy_weight  * sum_k sg(g_k) * -sum_t log pi(c_kt) / L         g = scaled(r - baseline)
@@ -227,15 +227,15 @@ class PolicyObjective(Objective):
             )
         if thoughts.num_thoughts == 1:
             yield from _problems_of_one_thought(loss)
-        if loss.thought_weighting == "reward" and loss.thought_weight > 0:
-            if loss.reward not in POSITIVE_REWARDS and ":" not in loss.reward:
-                yield (
-                    ("loss.reward", "loss.thought_weighting"),
-                    f"loss.reward ({loss.reward}) must not be negative with"
-                    " loss.thought_weighting: reward, which would unlearn true tokens behind"
-                    f" thoughts of negative reward. Set it to {', '.join(POSITIVE_REWARDS[:-1])} or"
-                    f" {POSITIVE_REWARDS[-1]}, or loss.thought_weighting: constant.",
-                )
+        may_be_negative = loss.reward not in POSITIVE_REWARDS and ":" not in loss.reward
+        if loss.thought_weighting == "reward" and loss.thought_weight > 0 and may_be_negative:
+            yield (
+                ("loss.reward", "loss.thought_weighting"),
+                f"loss.reward ({loss.reward}) must not be negative with loss.thought_weighting:"
+                " reward, which would unlearn true tokens behind thoughts of negative reward. Set"
+                f" it to {', '.join(POSITIVE_REWARDS[:-1])} or {POSITIVE_REWARDS[-1]}, or"
+                " loss.thought_weighting: constant.",
+            )
         if loss.reference == "current":
             for name in ("kl_weight", "reward_kl_weight"):
                 if getattr(loss, name) > 0:

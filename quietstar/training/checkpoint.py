@@ -21,6 +21,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    FiniteFloat,
     NonNegativeInt,
     PositiveInt,
 )
@@ -66,6 +67,7 @@ class TrainerState(BaseModel):
     mixed_nll: Annotated[float, Field(ge=-0.01, allow_inf_nan=False)] | None = None
     strategy: Kind | None = Field(None, validation_alias=AliasChoices("strategy", "engine"))
     num_processes: PositiveInt | None = None
+    running: list[FiniteFloat] | None = None  # as in `StageRun`
     # Weights with a state in the optimizer: those that have had a gradient.
     num_optimized: NonNegativeInt | None = None
 
@@ -112,6 +114,7 @@ def save_checkpoint(run: StageRun) -> Path:
             "mixed_nll": figures.get("mixed_nll", figures.get("base_nll")),
             "strategy": run.strategy.kind,
             "num_processes": accelerator.num_processes,
+            "running": None if run.running is None else run.running.tolist(),
         }
         if run.strategy.kind == "replicated":  # the others notice by themselves what is missing
             state["num_optimized"] = len(run.optimizer.state)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from quietstar.data import Batch
 from quietstar.errors import Preempted, UserError
 from quietstar.model.outputs import QuietStarOutput, ThoughtMetrics
+from quietstar.sampling.thoughts import ThoughtBatch
 from quietstar.system import files
 from quietstar.system.signals import Stopped, acknowledge, held, requested
 from quietstar.training.batches import StepBatches, read_ahead
@@ -47,10 +50,15 @@ def train(run: StageRun) -> None:
             done, last = step + 1, step + 1 == settings.max_steps
             run.reporter.step_begins()
             lr = set_learning_rates(run.optimizer, optim, step, settings.max_steps)
-            output, sums = accumulate_gradients(run, step, batches)
+            output, sums, drawn = accumulate_gradients(run, step, batches)
             check = StepCheck(first + done, sums)
             with held():  # the weights and what is known of them change together
                 run.strategy.update(run.model, run.optimizer, optim.max_grad_norm, check)
+                for _ in range(1, settings.inner_epochs if run.stage.thinks else 1):
+                    again, sums, _ = accumulate_gradients(run, step, batches, drawn)
+                    later = StepCheck(first + done, sums)
+                    run.strategy.update(run.model, run.optimizer, optim.max_grad_norm, later)
+                    output.metrics = with_ratios(output.metrics, again.metrics)
                 run.steps_done = done
                 run.reporter.step_ends(
                     first + done, check.loss, check.norms, lr, output, check.num_positions
@@ -126,17 +134,18 @@ def leave(run: StageRun, stop: Stopped) -> NoReturn:
 
 
 def accumulate_gradients(
-    run: StageRun, step: int, batches: StepBatches
-) -> tuple[QuietStarOutput, Tensor]:
+    run: StageRun, step: int, batches: StepBatches, drawn: Sequence[ThoughtBatch] | None = None
+) -> tuple[QuietStarOutput, Tensor, list[ThoughtBatch]]:
     """Runs forward and backward over all micro-batches of a step.
 
     Every micro-batch divides by the number of valid targets of the whole step, over ranks too, so
     its loss is a plain part of the step's. Nothing here waits for the device. Steps are those of
-    the stage, from 0.
+    the stage, from 0. With ``drawn``, the thoughts of each micro-batch, none are sampled.
 
     Returns:
         The last micro-batch's output with the step's metrics (over all ranks if the step is
-        reported), and the sums over ranks of the loss, of requests to stop and of positions, (3,).
+        reported); the sums over ranks of the loss, of requests to stop and of positions, (3,); and
+        the thoughts of each micro-batch, if they are needed again.
     """
     accelerator = run.accelerator
     num_items, num_thought_items = accelerator.reduce(
@@ -145,10 +154,13 @@ def accumulate_gradients(
     head = run.config.mixing_head
     total = torch.zeros((), device=accelerator.device)
     metrics: ThoughtMetrics | None = None
-    output = QuietStarOutput()
+    output, kept = QuietStarOutput(), []
     for index, batch in enumerate(batches.micro_batches):
         batch = batch.to(accelerator.device)
         last = index == len(batches.micro_batches) - 1
+        thoughts, by_reference = None if drawn is None else drawn[index], None
+        if drawn is None and run.reference is not None and run.stage.thinks:
+            thoughts, by_reference = consult_reference(run, batch)
         with run.strategy.accumulate(run.model, last):
             output = run.model(
                 "forward",
@@ -163,9 +175,14 @@ def accumulate_gradients(
                 seed=run.config.training.seed,
                 fixed_mixing_weight=head.warmup_weight if step < head.warmup_steps else None,
                 think=run.stage.thinks,
+                thoughts=thoughts,
+                reference_text=by_reference,
+                running=run.running,
             )
             assert output.loss is not None, "forward gives a loss"
             run.strategy.backward(output.loss, last)
+        if output.drawn is not None and run.config.training.inner_epochs > 1:
+            kept.append(output.drawn)
         total += output.loss.detach()
         metrics = output.metrics if metrics is None else metrics + output.metrics
     assert metrics is not None, "a step has at least one micro-batch"
@@ -173,7 +190,69 @@ def accumulate_gradients(
     output.metrics = metrics.reduced(accelerator) if is_reported else metrics
     stop = torch.tensor(float(requested() is not None)).to(total.device, non_blocking=True)
     loss, stops = accelerator.reduce(torch.stack([total, stop]), "sum")
-    return output, torch.stack([loss, stops, num_thought_items.to(loss.dtype)])
+    if drawn is None and run.objective.needs_running and run.stage.thinks:
+        run.running = next_running(run, metrics)
+    return output, torch.stack([loss, stops, num_thought_items.to(loss.dtype)]), kept
+
+
+@torch.no_grad()
+def consult_reference(run: StageRun, batch: Batch) -> tuple[ThoughtBatch | None, Tensor | None]:
+    """Has the reference score the texts, and their thoughts if it is compared with in these.
+
+    Returns:
+        The thoughts with what the reference says of them and of the texts, or else only the latter.
+    """
+    assert run.reference is not None, "only called with one"
+    spec, thoughts = run.config.thoughts, None
+    if run.objective.kl_weight > 0 or run.objective.needs_log_ratio:
+        thoughts = run.model(
+            "draw",
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            labels=batch.labels,
+            answers=batch.answers,
+            marked=batch.marked,
+            num_thoughts=spec.num_thoughts,
+            temperature=spec.temperature,
+            top_p=spec.top_p,
+            top_k=spec.top_k,
+            sample_ids=batch.sample_ids,
+            seed=run.config.training.seed,
+        )
+    with run.reference.applied(run.model):
+        text, tokens = run.model("score_reference", batch.input_ids, batch.labels, thoughts)
+    if thoughts is None:
+        return None, text
+    return replace(thoughts, reference_text=text, reference_logprobs=tokens), None
+
+
+RUNNING_DECAY = 0.9
+"""Of the means over earlier steps that `next_running` keeps."""
+
+
+def next_running(run: StageRun, metrics: ThoughtMetrics) -> Tensor:
+    """Moves the means of rewards and of their standard deviations on by a step, (2,)."""
+    nothing = (torch.zeros((), device=run.accelerator.device),) * 2
+    names = ("policy_reward", "policy_reward_std")
+    pairs = [torch.stack([*metrics.figures.get(name, nothing)]) for name in names]
+    wide = torch.float32 if pairs[0].device.type == "mps" else torch.float64
+    table = run.accelerator.reduce(torch.stack([p.to(wide) for p in pairs]), "sum")
+    assert isinstance(table, Tensor)
+    sums, counts = table.unbind(1)
+    now = sums / counts.clamp(min=1)
+    if run.running is None:
+        return now
+    # A step without a position changes nothing.
+    return torch.where(counts > 0, torch.lerp(now, run.running.to(now), RUNNING_DECAY), run.running)
+
+
+def with_ratios(first: ThoughtMetrics | None, later: ThoughtMetrics | None) -> ThoughtMetrics:
+    """Takes the figures of a step's first update, and those of ratios from a later one."""
+    assert first is not None, "a training step has metrics"
+    assert later is not None, "as has each update"
+    names = ("ratio", "approx_kl", "clipped_fraction")
+    ratios = {name: later.figures[name] for name in names if name in later.figures}
+    return first.joined(ThoughtMetrics(ratios))
 
 
 class StepCheck:

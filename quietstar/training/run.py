@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
 from quietstar.config import Config
@@ -251,8 +252,11 @@ def build_stage(
     train_data, eval_data, report = job.data[stage.index]
     reporter.begin_stage(stage, [report.summary(), describe(job.model, stage), *notices(stage)])
     prepared.train()
-    return StageRun(stage, strategy, prepared, optimizer, train_data, eval_data, reporter,
-                    steps_done)  # fmt: skip
+    run = StageRun(stage, strategy, prepared, optimizer, train_data, eval_data, reporter,
+                   job.model.objective, steps_done)  # fmt: skip
+    if checkpoint is not None and (running := read_state(checkpoint).running) is not None:
+        run.running = torch.tensor(running, dtype=torch.float64, device=run.accelerator.device)
+    return run
 
 
 def finish(job: Job, run: StageRun, seconds: float) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from quietstar.config import Config
 from quietstar.data import EvalData, TrainData
 from quietstar.distributed import Strategy
+from quietstar.objectives import Objective
 from quietstar.training.reporter import Reporter
 from quietstar.training.stages import Stage
 
@@ -26,9 +28,13 @@ class StageRun:
     train_data: TrainData
     eval_data: EvalData
     reporter: Reporter
+    objective: Objective
     steps_done: int  # of the stage
     saved_step: int | None = None  # of the run, whose state is in a checkpoint of this folder
     idle_texts: int = 0  # the last ones, which all had no position to think at
+    # Means of rewards and of their standard deviations, for objectives that ask for them.
+    running: torch.Tensor | None = None
+    reference: Any = None
 
     @property
     def config(self) -> Config:
