@@ -51,6 +51,8 @@ def train(run: StageRun) -> None:
             check = StepCheck(first + done, sums)
             with held():  # the weights and what is known of them change together
                 run.strategy.update(run.model, run.optimizer, optim.max_grad_norm, check)
+                if run.ema is not None:
+                    run.ema.update(run.model)
                 run.steps_done = done
                 run.reporter.step_ends(
                     first + done, check.loss, check.norms, lr, output, check.num_positions

@@ -31,14 +31,16 @@ from quietstar.training.checkpoint import (
     TrainerState,
     check_world,
     find_checkpoint,
+    load_average,
     load_checkpoint,
     read_state,
 )
+from quietstar.training.ema import WeightAverage
 from quietstar.training.evaluation import write_results
 from quietstar.training.loop import leave, train
 from quietstar.training.optimizer import build_optimizer
 from quietstar.training.reporter import Reporter
-from quietstar.training.run_dir import CONFIG_FILE, FINAL_FOLDER, PREEMPTED_FILE, flat
+from quietstar.training.run_dir import CONFIG_FILE, EMA_FOLDER, FINAL_FOLDER, PREEMPTED_FILE, flat
 from quietstar.training.stages import Stage, begin_stage, plan_stages, stage_at
 from quietstar.training.state import StageRun
 
@@ -117,7 +119,9 @@ def find_start(config: Config, resume: str | None, allow_changes: bool, stack: E
     if is_own or (resume == "auto" and is_run and has_config):
         remarks = remarks + run_dir.check_same_run(output_dir, config, allow_changes)
     if is_own:  # else it is refused or deleted
-        check_replaceable(Path(os.path.abspath(output_dir / FINAL_FOLDER)))
+        averages = config.training.ema_decay is not None
+        for name in (FINAL_FOLDER, EMA_FOLDER) if averages else (FINAL_FOLDER,):
+            check_replaceable(Path(os.path.abspath(output_dir / name)))
     if is_run and not is_own and not overwrite:
         is_finished = (output_dir / FINAL_FOLDER).exists()
         if resume != "auto":
@@ -239,25 +243,38 @@ def build_stage(
         # Now, when the embeddings have learned what the texts mean.
         vectors = ModelProxy(previous.model).initial_vectors(job.tokenizer)
     strategy.accelerator.free_memory()  # wrapper and optimizer of the previous stage
+    if previous is not None:
+        previous.ema = None
     wrapped = strategy.shard(WrappedModule(job.model))
     for name, vector in zip(("start_embedding", "end_embedding"), vectors, strict=bool(vectors)):
         strategy.write(getattr(job.model, name), vector)
     optimizer = build_optimizer(job.model, config.optim, config.tuning)
     prepared, optimizer = strategy.prepare(wrapped, optimizer, config)
-    steps_done = 0
+    steps_done, decay = 0, config.training.ema_decay
     if checkpoint is not None:
         load_checkpoint(checkpoint, strategy, prepared, optimizer)
         steps_done = read_state(checkpoint).step - stage.first_step
+    ema = None if decay is None else WeightAverage(strategy, prepared, decay)
+    if checkpoint is not None and ema and not load_average(checkpoint, prepared, ema):
+        reporter.say(
+            f"--resume: {checkpoint} holds no average of the weights (training.ema_decay), so it "
+            "begins with those of this step"
+        )
     train_data, eval_data, report = job.data[stage.index]
     reporter.begin_stage(stage, [report.summary(), describe(job.model, stage), *notices(stage)])
     prepared.train()
     return StageRun(stage, strategy, prepared, optimizer, train_data, eval_data, reporter,
-                    steps_done)  # fmt: skip
+                    steps_done, ema=ema)  # fmt: skip
 
 
 def finish(job: Job, run: StageRun, seconds: float) -> Path:
     """Saves the final model and the results, then reports; returns the model's folder."""
     output_dir, reporter, report = run.reporter.path.parent, run.reporter, ""
+    if run.ema is not None:  # before the folder that says that the run is done
+        with run.ema.applied(run.model), held():
+            weights = job.strategy.full_weights(run.model)
+            if reporter.active:
+                job.model.save_pretrained(output_dir / EMA_FOLDER, job.tokenizer, weights=weights)
     final, weights = output_dir / FINAL_FOLDER, job.strategy.full_weights(run.model)
     with held():
         if reporter.active:
@@ -265,6 +282,7 @@ def finish(job: Job, run: StageRun, seconds: float) -> Path:
     write_results(run, job.tokenizer, seconds)
     if reporter.report():
         report = f"; report: {output_dir / 'report.html'}"
-    reporter.say(f"the model is in {final}; the figures are in {reporter.path}{report}")
+    average = f", its average in {output_dir / EMA_FOLDER}" if run.ema else ""
+    reporter.say(f"the model is in {final}{average}; the figures are in {reporter.path}{report}")
     run.accelerator.wait_for_everyone()
     return final

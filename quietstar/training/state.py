@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from quietstar.config import Config
 from quietstar.data import EvalData, TrainData
 from quietstar.distributed import Strategy
+from quietstar.training.ema import WeightAverage
 from quietstar.training.reporter import Reporter
 from quietstar.training.stages import Stage
 
@@ -29,6 +30,7 @@ class StageRun:
     steps_done: int  # of the stage
     saved_step: int | None = None  # of the run, whose state is in a checkpoint of this folder
     idle_texts: int = 0  # the last ones, which all had no position to think at
+    ema: WeightAverage | None = None  # of the weights that train in the stage
 
     @property
     def config(self) -> Config:
