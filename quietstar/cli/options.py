@@ -102,6 +102,8 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(arguments)
         if unknown:
             self.error(f"{unknown[0]}: belongs to no option")
+        if getattr(args, "ema", False):  # of `add_model`
+            args.model = _averaged_model(args.model)
         self.check(args)
         return args
 
@@ -369,12 +371,34 @@ def table(headings: Sequence[str], left: Sequence[str], title: str | None = None
 
 
 def add_model(parser: argparse.ArgumentParser, meaning: str = "a saved Quiet-STaR model") -> None:
-    """Add ``--model``, ``--dtype`` and ``--device``."""
+    """Add ``--model``, ``--ema``, ``--dtype`` and ``--device``; `Parser.read` reads ``--ema``."""
     add = parser.add_argument
     add("--model", type=existing, required=True, metavar="DIR", help=f"folder of {meaning}")
+    add("--ema", action="store_true", help="DIR is a run's folder, of which the moving average of "
+        "the weights is taken")  # fmt: skip
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", default="auto", choices=dtypes, help="precision of the weights")
     add("--device", type=device, metavar="NAME", help="default: a GPU if there is one")
+
+
+def _averaged_model(name: str) -> str:
+    """Return the folder of the averaged model in the folder of a run."""
+    from quietstar.model.saving import SETTINGS_FILE  # imports torch
+    from quietstar.training.run_dir import EMA_FOLDER, FINAL_FOLDER, MARKER_FILE
+
+    inside = Path(name) / EMA_FOLDER
+    if (inside / SETTINGS_FILE).exists():
+        return str(inside)
+    if any((Path(name) / part).exists() for part in (MARKER_FILE, FINAL_FOLDER)):
+        raise UserError(
+            f"--ema: the run in --model ({name}) has left no model in {EMA_FOLDER}/. Train with "
+            f"--training.ema_decay 0.999 to its end, or take {Path(name) / FINAL_FOLDER} without "
+            "--ema."
+        )
+    raise UserError(
+        f"--ema: needs the folder of a run as --model, and {name} is none. Give it, or leave --ema "
+        "out."
+    )
 
 
 def load_model(

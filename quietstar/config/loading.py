@@ -51,7 +51,13 @@ MOST_SUGGESTIONS = 20  # problems with a "did you mean", which takes a while to 
 COMMAND_LINE = "command line"
 """Source of a problem, in the place of a file and its line."""
 
-_OPTIONS = ("config", "preset", "resume", "controls", "help")  # flags of the command line beside the keys
+_OPTIONS = (
+    "config",
+    "preset",
+    "resume",
+    "controls",
+    "help",
+)  # flags of the command line beside the keys
 _FLAG = re.compile(r"--[A-Za-z_][^=\s]*(=.*)?", re.DOTALL)  # `---` and `-1` are values
 
 # fmt: off

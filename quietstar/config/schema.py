@@ -374,6 +374,13 @@ class TrainingConfig(Section):
     torch_compile: bool = False
     """torch.compile of the decoder layers: shorter steps after about half a minute of compiling.
     Needs a C++ compiler; not available under ZeRO-3 and FSDP2."""
+    ema_decay: (
+        Annotated[float, Field(gt=0, lt=1, json_schema_extra={"why": "with 1 it never moves"})]
+        | None
+    ) = None
+    """Share of a moving average of the weights that stays in each step, as 0.999; null: no average.
+    It begins anew with every stage, is saved with checkpoints and, at the end, as the model ema/
+    beside final/."""
     seed: Annotated[int, _between(0, 2**32 - 1, "numpy takes no larger seed")] = 0
     """Seed of data order, sampled thoughts and new weights."""
     eval_steps: StepsOrNone = 100

@@ -9,7 +9,8 @@ of processes can read.
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,25 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from quietstar.backbone.run import decoder_layers
 from quietstar.config import Config
-from quietstar.distributed.strategies import NOT_SHARDED, Check, Prepared, Strategy, WrappedModule
+from quietstar.distributed.strategies import (
+    NOT_SHARDED,
+    Check,
+    Prepared,
+    Strategy,
+    WrappedModule,
+    bare_name,
+)
 from quietstar.errors import UserError
 
 SHARDS_FOLDER = "pieces"
@@ -134,6 +147,41 @@ class DeepSpeedStrategy(Strategy):
             return None
         weights: Any = self.accelerator.get_state_dict(prepared) or {}
         return {name.removeprefix("model."): weight for name, weight in weights.items()}
+
+    def trained_weights(self, prepared: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """As `Strategy.trained_weights`; under ZeRO-3 of the optimizer's float32 copies.
+
+        Under ZeRO-1 and ZeRO-2 no process has all of those, and a gather in every step would cost
+        as much as the optimizer's own. There it is the weights that the model computes with, and in
+        which it is saved: in bfloat16 the average is one of rounded weights.
+        """
+        if not self.sharded:
+            yield from super().trained_weights(prepared)
+            return
+        for name, parameter in prepared.named_parameters():
+            if parameter.requires_grad:
+                yield bare_name(name), self._engine.optimizer.get_local_fp32_param(parameter)
+
+    @contextmanager
+    def writable_weights(self, prepared: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """As `Strategy.writable_weights`."""
+        if not self.sharded:
+            with super().writable_weights(prepared) as weights:
+                yield weights
+            return
+        # Small weights stay gathered, so what is gathered is given up before and gathered anew
+        # behind, as DeepSpeed does it around a checkpoint.
+        self._engine.optimizer.checkpoint_event_prologue()
+        shards: list[tuple[str, Any]] = [
+            (bare_name(name), p) for name, p in prepared.named_parameters() if p.requires_grad
+        ]
+        yield {name: parameter.ds_tensor.data for name, parameter in shards}
+        self._engine.optimizer.checkpoint_event_epilogue()
+
+    def _average_file(self, name: str) -> str:
+        if not self.sharded:
+            return super()._average_file(name)
+        return f"{name}-{self.accelerator.process_index}.safetensors"
 
 
 def wants_fsdp() -> bool:
@@ -255,6 +303,44 @@ class FSDP2Strategy(Strategy):
             if not weight.to_local().isfinite().all():
                 raise ValueError(f"{name} holds numbers that are not finite")
         set_optimizer_state_dict(prepared, optimizer, state["optimizer"])
+
+    def trained_weights(self, prepared: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """As `Strategy.trained_weights`."""
+        for name, weight in self._shards(prepared).items():
+            yield name, weight.to_local().data
+
+    def save_average(
+        self, folder: Path, prepared: nn.Module, average: dict[str, Tensor], name: str
+    ) -> None:
+        """As `Strategy.save_average`."""
+        save(self._sharded(prepared, average), checkpoint_id=folder / name)
+
+    def load_average(
+        self, folder: Path, prepared: nn.Module, average: dict[str, Tensor], name: str
+    ) -> None:
+        """As `Strategy.load_average`, for any number of processes."""
+        load(self._sharded(prepared, average), checkpoint_id=folder / name)  # in place
+        for name, value in average.items():
+            if not value.isfinite().all():
+                raise ValueError(f"the average of {name} holds numbers that are not finite")
+
+    def _sharded(self, prepared: nn.Module, average: dict[str, Tensor]) -> dict[str, Any]:
+        """Declares the values of this process to be its shards of the whole."""
+        return {
+            name: DTensor.from_local(
+                average[name], weight.device_mesh, weight.placements, run_check=False,
+                shape=weight.shape, stride=weight.stride(),
+            )
+            for name, weight in self._shards(prepared).items()
+        }  # fmt: skip
+
+    def _shards(self, prepared: nn.Module) -> dict[str, DTensor]:
+        """Gives up what is gathered; returns the weights that train, as DTensors."""
+        for module in self._wrapped.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        named: Any = prepared.named_parameters()
+        return {bare_name(name): weight for name, weight in named if weight.requires_grad}
 
     def _state(self, prepared: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         self._wrapped.reshard()

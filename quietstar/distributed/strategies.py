@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partialmethod
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -49,10 +49,15 @@ Check = Callable[..., None]
 
 def group_of(name: str) -> Group:
     """Returns the group of a parameter of `QuietStarForCausalLM`, wrapped or not."""
-    name = name.removeprefix("module.").removeprefix("model.")
+    name = bare_name(name)
     if name.startswith("language_model."):
         return "language_model"
     return "mixing_head" if name.startswith("mixing_head.") else "embeddings"
+
+
+def bare_name(name: str) -> str:
+    """Returns the name in `QuietStarForCausalLM` of a parameter of the wrapped module."""
+    return name.removeprefix("module.").removeprefix("model.")
 
 
 class WrappedModule(nn.Module):
@@ -235,6 +240,50 @@ class Strategy:
     def full_weights(self, prepared: nn.Module) -> dict[str, Tensor] | None:
         """Gathers sharded weights on the main process; None where every process has them all."""
         return None
+
+    def trained_weights(self, prepared: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Yields what this process holds of every weight that trains, to be read, and its name."""
+        for name, parameter in prepared.named_parameters():
+            if parameter.requires_grad:
+                yield bare_name(name), parameter.data
+
+    @contextmanager
+    def writable_weights(self, prepared: nn.Module) -> Iterator[dict[str, Tensor]]:
+        """Opens what this process holds of every weight that trains, to be written in place.
+
+        Behind the block the next forward computes with what was written.
+        """
+        yield dict(self.trained_weights(prepared))
+
+    def _average_file(self, name: str) -> str:
+        """File of a checkpoint with a moving average of the weights, or this process's part."""
+        return f"{name}.safetensors"
+
+    def save_average(
+        self, folder: Path, prepared: nn.Module, average: dict[str, Tensor], name: str
+    ) -> None:
+        """Writes a moving average of what `writable_weights` opens into a checkpoint."""
+        if self.sharded or self.accelerator.is_main_process:
+            content = {name: value.contiguous() for name, value in average.items()}
+            save_file(content, folder / self._average_file(name))
+
+    def load_average(
+        self, folder: Path, prepared: nn.Module, average: dict[str, Tensor], name: str
+    ) -> None:
+        """Reads what `save_average` wrote, in place; raises ValueError if it does not fit."""
+        content = load_file(folder / self._average_file(name))
+        if other := sorted(content.keys() ^ average.keys()):
+            raise ValueError(f"its moving average is not one of what trains ({other[0]})")
+        for weight, value in average.items():
+            there, here = content[weight], value
+            if (there.shape, there.dtype) != (here.shape, here.dtype):
+                raise ValueError(
+                    f"the average of {weight} has shape {tuple(there.shape)} ({there.dtype}), not "
+                    f"{tuple(here.shape)} ({here.dtype})"
+                )
+            if not there.isfinite().all():
+                raise ValueError(f"the average of {weight} holds numbers that are not finite")
+            value.copy_(there)
 
     def save(self, folder: Path, prepared: nn.Module, optimizer: Optimizer) -> None:
         """Writes weights, optimizer and random state."""

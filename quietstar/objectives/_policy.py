@@ -24,14 +24,12 @@ from quietstar.config import LossConfig, Section
 from quietstar.config.schema import LossWeight, Temperature
 from quietstar.losses.estimators import ESTIMATORS, GROUPED
 from quietstar.losses.weights import ThoughtScores, ThoughtWeights
-from quietstar.objectives import Objective
+from quietstar.objectives import Objective, reads_reference
 
 PAPER_POLICY_TEMPERATURE = 3.0
 """Value of the published code (`reinforce_temperature`); no reason is given there."""
 EPSILON = 1e-4
 """Added to a group's standard deviation before rewards are divided by it."""
-REFERENCE_REWARDS = ("information_gain", "mean_prob")
-"""Rewards that read ``scores.reference``."""
 POSITIVE_REWARDS = ("prob", "mean_prob", "rank")
 """Rewards that are never below zero."""
 
@@ -277,12 +275,6 @@ class PolicyObjective(Objective):
             yield "loss.thought_weighting", "with loss.thought_weight: 0"
         if loss.reference != "current" and not reads_reference(loss):
             yield "loss.reference", "with a reward that compares with no reference"
-
-
-def reads_reference(loss: Any) -> bool:
-    """Whether anything compares with ``loss.reference``; a reward of the user's may."""
-    divergences = max(getattr(loss, "kl_weight", 0), getattr(loss, "reward_kl_weight", 0))
-    return divergences > 0 or loss.reward in REFERENCE_REWARDS or ":" in loss.reward
 
 
 def logprob_of_targets(scores: ThoughtScores) -> Tensor:

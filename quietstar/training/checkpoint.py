@@ -34,6 +34,7 @@ from quietstar.distributed import Strategy
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.system import files
 from quietstar.system.signals import held
+from quietstar.training.ema import WeightAverage
 from quietstar.training.run_dir import CHECKPOINT_NAME, CHECKPOINTS_FOLDER
 from quietstar.training.state import StageRun
 
@@ -120,6 +121,8 @@ def save_checkpoint(run: StageRun) -> Path:
             state["num_optimized"] = len(run.optimizer.state)
         try:
             run.strategy.save(partial, run.model, run.optimizer)
+            for average in run.averages:
+                average.save(partial, run.model)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 files.write_json(partial / STATE_FILE, state, indent=None)
@@ -136,7 +139,8 @@ def save_checkpoint(run: StageRun) -> Path:
 
 
 def _describe_failure(run: StageRun, final: Path, problem: Exception) -> str:
-    tensors = [p for p in run.model.parameters() if p.requires_grad]
+    tensors: list[Tensor] = [p for p in run.model.parameters() if p.requires_grad]
+    tensors += [value for average in run.averages for value in average.values.values()]
     for parts in run.optimizer.state.values():
         tensors += [value for value in parts.values() if isinstance(value, Tensor)]
     needed = sum(x.numel() * x.element_size() for x in tensors)
@@ -220,6 +224,17 @@ def load_checkpoint(
             _check_optimizer(prepared, optimizer, state)
         for group, of_config in zip(optimizer.param_groups, settings, strict=True):
             group.update(of_config)
+
+
+def load_average(folder: Path, prepared: torch.nn.Module, average: WeightAverage) -> bool:
+    """Loads the moving average of a checkpoint; returns False if it holds none.
+
+    Raises:
+        UserError: It does not fit the model, or cannot be read.
+    """
+    remedy = "Give a checkpoint of a run with this model and these settings."
+    with reading(f"--resume ({folder})", remedy):
+        return average.load(folder, prepared)
 
 
 def _check_optimizer(prepared: torch.nn.Module, optimizer: Optimizer, state: TrainerState) -> None:

@@ -54,10 +54,14 @@ def train(run: StageRun) -> None:
             check = StepCheck(first + done, sums)
             with held():  # the weights and what is known of them change together
                 run.strategy.update(run.model, run.optimizer, optim.max_grad_norm, check)
+                if run.ema is not None:
+                    run.ema.update(run.model)
                 for _ in range(1, settings.inner_epochs if run.stage.thinks else 1):
                     again, sums, _ = accumulate_gradients(run, step, batches, drawn)
                     later = StepCheck(first + done, sums)
                     run.strategy.update(run.model, run.optimizer, optim.max_grad_norm, later)
+                    if run.ema is not None:
+                        run.ema.update(run.model)
                     output.metrics = with_ratios(output.metrics, again.metrics)
                 run.steps_done = done
                 run.reporter.step_ends(

@@ -51,6 +51,7 @@ class Estimate:
     weights: int  # this process's part of the model
     gradients: int  # all gradients, when all are there
     optimizer: int  # its state, and the copy of the weights that ZeRO keeps
+    average: int  # of the weights (training.ema_decay)
     exchange: int  # gathered layers, and buffers of gradients under way
     rollout: int  # peak while thoughts are sampled
     learning: int  # peak in forward and backward, beyond the gradients alive at that moment
@@ -66,7 +67,7 @@ class Estimate:
     @property
     def total(self) -> int:
         """Peak at any moment."""
-        return self.weights + self.optimizer + self.exchange + self.step
+        return self.weights + self.optimizer + self.average + self.exchange + self.step
 
     @property
     def total_on_cpu(self) -> int:
@@ -138,6 +139,7 @@ def _estimate_stage(
         weights=int(weights * weight_share) + others,  # of which every process has all
         gradients=int(trained * gradient_share),
         optimizer=int(_optimizer_bytes(model, config.tuning, engine) * optimizer_share),
+        average=_average_bytes(model, weight_share) if training.ema_decay is not None else 0,
         exchange=exchange,
         rollout=rollout.peak,
         learning=learning.peak - learning.peak_gradients,
@@ -261,6 +263,11 @@ def _optimizer_bytes(model: nn.Module, tuning: TuningConfig, engine: str) -> int
         if engine.startswith("zero"):
             total += _FLOAT * parameter.numel()
     return total
+
+
+def _average_bytes(model: nn.Module, share: float) -> int:
+    """Counts a moving average in float32 of what trains."""
+    return int(_FLOAT * sum(p.numel() for p in model.parameters() if p.requires_grad) * share)
 
 
 def _cache_bytes(model: QuietStarForCausalLM, config: Config) -> int:

@@ -17,6 +17,7 @@ from quietstar.config.loading import save_config
 from quietstar.distributed import ModelProxy, WrappedModule, build_strategy, from_main_process
 from quietstar.errors import UserError
 from quietstar.model.saving import check_replaceable
+from quietstar.objectives import reads_reference
 from quietstar.system.signals import Stopped, held, listening, noted
 from quietstar.training import run_dir
 from quietstar.training.build import (
@@ -32,14 +33,16 @@ from quietstar.training.checkpoint import (
     TrainerState,
     check_world,
     find_checkpoint,
+    load_average,
     load_checkpoint,
     read_state,
 )
+from quietstar.training.ema import START_NAME, WeightAverage
 from quietstar.training.evaluation import write_results
 from quietstar.training.loop import leave, train
 from quietstar.training.optimizer import build_optimizer
 from quietstar.training.reporter import Reporter
-from quietstar.training.run_dir import CONFIG_FILE, FINAL_FOLDER, PREEMPTED_FILE, flat
+from quietstar.training.run_dir import CONFIG_FILE, EMA_FOLDER, FINAL_FOLDER, PREEMPTED_FILE, flat
 from quietstar.training.stages import Stage, begin_stage, plan_stages, stage_at
 from quietstar.training.state import StageRun
 
@@ -118,7 +121,9 @@ def find_start(config: Config, resume: str | None, allow_changes: bool, stack: E
     if is_own or (resume == "auto" and is_run and has_config):
         remarks = remarks + run_dir.check_same_run(output_dir, config, allow_changes)
     if is_own:  # else it is refused or deleted
-        check_replaceable(Path(os.path.abspath(output_dir / FINAL_FOLDER)))
+        averages = config.training.ema_decay is not None
+        for name in (FINAL_FOLDER, EMA_FOLDER) if averages else (FINAL_FOLDER,):
+            check_replaceable(Path(os.path.abspath(output_dir / name)))
     if is_run and not is_own and not overwrite:
         is_finished = (output_dir / FINAL_FOLDER).exists()
         if resume != "auto":
@@ -240,20 +245,37 @@ def build_stage(
         # Now, when the embeddings have learned what the texts mean.
         vectors = ModelProxy(previous.model).initial_vectors(job.tokenizer)
     strategy.accelerator.free_memory()  # wrapper and optimizer of the previous stage
+    if previous is not None:
+        previous.ema = None
     wrapped = strategy.shard(WrappedModule(job.model))
     for name, vector in zip(("start_embedding", "end_embedding"), vectors, strict=bool(vectors)):
         strategy.write(getattr(job.model, name), vector)
     optimizer = build_optimizer(job.model, config.optim, config.tuning)
     prepared, optimizer = strategy.prepare(wrapped, optimizer, config)
-    steps_done = 0
+    steps_done, decay = 0, config.training.ema_decay
     if checkpoint is not None:
         load_checkpoint(checkpoint, strategy, prepared, optimizer)
         steps_done = read_state(checkpoint).step - stage.first_step
+    ema = None if decay is None else WeightAverage(strategy, prepared, decay)
+    reference = ema
+    if not (stage.thinks and reads_reference(config.loss)):
+        reference = None
+    elif job.model.objective.reference == "base":
+        reference = WeightAverage(strategy, prepared, 1.0, START_NAME)
+    kept = {"training.ema_decay": ema, "loss.reference": reference}
+    for key, average in kept.items():
+        if checkpoint is None or average is None:
+            continue
+        if not load_average(checkpoint, prepared, average):
+            reporter.say(
+                f"--resume: {checkpoint} holds no weights for {key}, so these begin as they are at "
+                "this step"
+            )
     train_data, eval_data, report = job.data[stage.index]
     reporter.begin_stage(stage, [report.summary(), describe(job.model, stage), *notices(stage)])
     prepared.train()
     run = StageRun(stage, strategy, prepared, optimizer, train_data, eval_data, reporter,
-                   job.model.objective, steps_done)  # fmt: skip
+                   job.model.objective, steps_done, ema=ema, reference=reference)  # fmt: skip
     if checkpoint is not None and (running := read_state(checkpoint).running) is not None:
         run.running = torch.tensor(running, dtype=torch.float64, device=run.accelerator.device)
     return run
@@ -262,6 +284,11 @@ def build_stage(
 def finish(job: Job, run: StageRun, seconds: float) -> Path:
     """Saves the final model and the results, then reports; returns the model's folder."""
     output_dir, reporter, report = run.reporter.path.parent, run.reporter, ""
+    if run.ema is not None:  # before the folder that says that the run is done
+        with run.ema.applied(run.model), held():
+            weights = job.strategy.full_weights(run.model)
+            if reporter.active:
+                job.model.save_pretrained(output_dir / EMA_FOLDER, job.tokenizer, weights=weights)
     final, weights = output_dir / FINAL_FOLDER, job.strategy.full_weights(run.model)
     with held():
         if reporter.active:
@@ -269,6 +296,7 @@ def finish(job: Job, run: StageRun, seconds: float) -> Path:
     write_results(run, job.tokenizer, seconds)
     if reporter.report():
         report = f"; report: {output_dir / 'report.html'}"
-    reporter.say(f"the model is in {final}; the figures are in {reporter.path}{report}")
+    average = f", its average in {output_dir / EMA_FOLDER}" if run.ema else ""
+    reporter.say(f"the model is in {final}{average}; the figures are in {reporter.path}{report}")
     run.accelerator.wait_for_everyone()
     return final

@@ -26,14 +26,15 @@ from quietstar.training.reporter import METRICS_FILE, read_metrics
 
 MARKER_FILE, LOCK_FILE, CONFIG_FILE = "quietstar-run.json", "quietstar.lock", "config.yaml"
 PREEMPTED_FILE = "preempted"
-FINAL_FOLDER, CHECKPOINTS_FOLDER, TRACKERS_FOLDER = "final", "checkpoints", "tensorboard"
+FINAL_FOLDER, EMA_FOLDER = "final", "ema"
+CHECKPOINTS_FOLDER, TRACKERS_FOLDER = "checkpoints", "tensorboard"
 WRITTEN_FILES = (METRICS_FILE, PREEMPTED_FILE, "results.json", "samples.json", "report.html")
 MARKER_FIELDS = ("version", "host", "pid", "start")
 TENSORBOARD_FOLDER = f"{TRACKERS_FOLDER}/quietstar"
 CHECKPOINT_NAME = re.compile(r"step-\d{6,}(\.partial|\.replaced)?")
 _WRITTEN_AT_ONCE = "|".join(map(re.escape, (MARKER_FILE, CONFIG_FILE, *WRITTEN_FILES)))
 UNFINISHED_NAME = re.compile(
-    rf"\.({_WRITTEN_AT_ONCE})\.\d+\.partial|{FINAL_FOLDER}\.(partial|replaced)"
+    rf"\.({_WRITTEN_AT_ONCE})\.\d+\.partial|({FINAL_FOLDER}|{EMA_FOLDER})\.(partial|replaced)"
 )
 """What `files.write_whole` and `files.whole_folder` leave in a run folder when they are killed."""
 FREE_ON_RESUME = (
@@ -82,7 +83,8 @@ def check_own(output_dir: Path, overwrite: bool = False) -> bool:
     for folder in (output_dir, output_dir / CHECKPOINTS_FOLDER, output_dir / TRACKERS_FOLDER):
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(f"{key}: {folder} cannot be written. Change its permissions.")
-    folders = (FINAL_FOLDER, CHECKPOINTS_FOLDER, TRACKERS_FOLDER, TENSORBOARD_FOLDER)
+    models = (FINAL_FOLDER, EMA_FOLDER)
+    folders = (*models, CHECKPOINTS_FOLDER, TRACKERS_FOLDER, TENSORBOARD_FOLDER)
     for name in (MARKER_FILE, LOCK_FILE, CONFIG_FILE, *WRITTEN_FILES, *folders):
         expected = "folder" if name in folders else "file"
         kind = files.file_kind(output_dir / name)
@@ -197,7 +199,8 @@ def clear(output_dir: Path) -> None:
 
 def _written(output_dir: Path) -> list[Path]:
     """Returns what a run writes here and the next one deletes, whether it exists or not."""
-    paths = [output_dir / name for name in (*WRITTEN_FILES, FINAL_FOLDER, TENSORBOARD_FOLDER)]
+    folders = (FINAL_FOLDER, EMA_FOLDER, TENSORBOARD_FOLDER)
+    paths = [output_dir / name for name in (*WRITTEN_FILES, *folders)]
     paths += [path for path in _entries(output_dir) if UNFINISHED_NAME.fullmatch(path.name)]
     checkpoints = _entries(output_dir / CHECKPOINTS_FOLDER)
     return paths + [path for path in checkpoints if CHECKPOINT_NAME.fullmatch(path.name)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +12,7 @@ from quietstar.config import Config
 from quietstar.data import EvalData, TrainData
 from quietstar.distributed import Strategy
 from quietstar.objectives import Objective
+from quietstar.training.ema import WeightAverage
 from quietstar.training.reporter import Reporter
 from quietstar.training.stages import Stage
 
@@ -32,14 +32,21 @@ class StageRun:
     steps_done: int  # of the stage
     saved_step: int | None = None  # of the run, whose state is in a checkpoint of this folder
     idle_texts: int = 0  # the last ones, which all had no position to think at
+    ema: WeightAverage | None = None  # of the weights that train in the stage
+    reference: WeightAverage | None = None  # what thoughts are compared with, if anything is
     # Means of rewards and of their standard deviations, for objectives that ask for them.
     running: torch.Tensor | None = None
-    reference: Any = None
 
     @property
     def config(self) -> Config:
         """Config of the stage."""
         return self.stage.config
+
+    @property
+    def averages(self) -> list[WeightAverage]:
+        """Averages of weights that a checkpoint holds."""
+        both = (self.ema, None if self.reference is self.ema else self.reference)
+        return [average for average in both if average is not None]
 
     @property
     def accelerator(self) -> Accelerator:
