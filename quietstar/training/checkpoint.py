@@ -69,6 +69,7 @@ class TrainerState(BaseModel):
     strategy: Kind | None = Field(None, validation_alias=AliasChoices("strategy", "engine"))
     num_processes: PositiveInt | None = None
     running: list[FiniteFloat] | None = None  # as in `StageRun`
+    inner_epochs: PositiveInt = 1
     # Weights with a state in the optimizer: those that have had a gradient.
     num_optimized: NonNegativeInt | None = None
 
@@ -115,6 +116,7 @@ def save_checkpoint(run: StageRun) -> Path:
             "mixed_nll": figures.get("mixed_nll", figures.get("base_nll")),
             "strategy": run.strategy.kind,
             "num_processes": accelerator.num_processes,
+            "inner_epochs": run.config.training.inner_epochs,
             "running": None if run.running is None else run.running.tolist(),
         }
         if run.strategy.kind == "replicated":  # the others notice by themselves what is missing
@@ -251,8 +253,9 @@ def _check_optimizer(prepared: torch.nn.Module, optimizer: Optimizer, state: Tra
         if weight not in optimizer.state:
             continue
         parts = optimizer.state[weight]
-        if not 0 <= parts["step"] <= state.step:
-            raise ValueError(f"the optimizer's step of {name} is {parts['step']} of {state.step}")
+        most = state.step * state.inner_epochs
+        if not 0 <= parts["step"] <= most:
+            raise ValueError(f"the optimizer's step of {name} is {parts['step']} of {most}")
         for key in ("exp_avg", "exp_avg_sq"):
             if parts[key].shape != weight.shape and "projector" not in parts:  # GaLore's is smaller
                 there, here = tuple(parts[key].shape), tuple(weight.shape)

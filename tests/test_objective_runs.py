@@ -1,0 +1,253 @@
+"""Runs by the objectives: inner epochs, references, running means, presets; asking the policy."""
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import plain_model, random_texts, read_metrics, run_config, thinking_model
+
+from quietstar.backbone.run import plain_pass
+from quietstar.config import Config
+from quietstar.config.loading import load_config, shipped_configs
+from quietstar.errors import ConfigError, UserError
+from quietstar.rewards import asks_policy
+from quietstar.rewards import thought as thought_module
+from quietstar.training.run import run_training
+
+EVERYTHING = {
+    "loss__objective": "rlp",
+    "loss__reference": "base",
+    "loss__estimator": "running_mean",
+    "loss__kl_weight": 0.1,
+    "loss__reward_kl_weight": 0.1,
+    "loss__min_signal": 0.2,
+    "loss__clip_low": 0.02,
+    "loss__clip_high": 0.02,
+    "training__inner_epochs": 3,
+    "training__ema_decay": 0.8,
+}
+"""All parts that know earlier steps or other weights."""
+
+
+def run(folder, **changes):
+    folder.mkdir(exist_ok=True)
+    run_training(run_config(folder, **changes))
+    return folder / "run"
+
+
+def weights(folder):
+    return load_file(folder / "final" / "model.safetensors")
+
+
+def records(folder):
+    return read_metrics(folder, "train")
+
+
+# --- Inner epochs ---------------------------------------------------------------------------------
+def test_the_first_update_of_several_is_that_of_plain_reinforce(tmp_path):
+    alone = records(run(tmp_path / "1", training__max_steps=1))
+    several = records(run(tmp_path / "2", training__max_steps=1, training__inner_epochs=3))
+    for key in ("loss", "grad_norm_total", "policy_reward", "mixed_nll"):
+        assert several[0][key] == alone[0][key]
+    assert "ratio" not in alone[0]
+    assert several[0]["ratio"] != 1
+    assert several[0]["approx_kl"] > 0
+    assert several[0]["clipped_fraction"] == 0
+
+
+def test_a_clip_takes_tokens_out(tmp_path):
+    free, clipped = (
+        records(run(tmp_path / str(clip), training__inner_epochs=3, loss__clip_low=clip,
+                    loss__clip_high=clip, loss__policy_weight=5.0))
+        for clip in (None, 1e-3)
+    )  # fmt: skip
+    assert free[0]["clipped_fraction"] == 0
+    assert 0.2 < clipped[0]["clipped_fraction"] < 0.8
+    assert clipped[1]["loss"] != free[1]["loss"]
+
+
+def test_micro_batches_change_nothing(tmp_path):
+    whole = records(run(tmp_path / "8", **EVERYTHING))
+    parts = records(run(tmp_path / "3", **EVERYTHING, training__micro_batch_size=3))
+    keys = ("loss", "policy_reward", "policy_reward_std", "ratio", "approx_kl", "dropped_fraction")
+    for ours, theirs in zip(parts, whole, strict=True):
+        assert {k: ours[k] for k in keys} == pytest.approx(
+            {k: theirs[k] for k in keys}, rel=1e-4, abs=1e-6
+        )
+    assert whole[1]["dropped_fraction"] != whole[0]["dropped_fraction"] == 1  # no earlier step
+
+
+def test_a_run_resumes_bit_for_bit_with_all_that_it_remembers(tmp_path):
+    more = {**EVERYTHING, "training__max_steps": 4, "training__save_steps": 2}
+    whole = run(tmp_path / "whole", **more)
+    (tmp_path / "part").mkdir()
+    run_training(
+        run_config(tmp_path / "part", **more),
+        resume=str(whole / "checkpoints" / "step-000002"),
+    )
+    assert records(tmp_path / "part" / "run")[-1]["loss"] == records(whole)[-1]["loss"]
+    for name in ("final", "ema"):
+        ours, theirs = (
+            load_file(folder / name / "model.safetensors")
+            for folder in (tmp_path / "part" / "run", whole)
+        )
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+# --- References -----------------------------------------------------------------------------------
+def test_the_start_of_adapters_is_the_base_model(tmp_path):
+    base = plain_model()
+    base.save_pretrained(tmp_path / "base")
+    model = thinking_model(plain_model(), tuning={"method": "lora", "lora_r": 2})
+    texts = random_texts()
+    labels = texts.clone()
+    before, _ = model.score_reference(texts, labels)
+    logits = base(texts).logits.log_softmax(-1)
+    expected = logits[:, :-1].gather(-1, texts[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(before[:, :-1], expected)
+
+
+def test_gains_are_over_the_reference_and_their_gradient_is_not(tmp_path):
+    plain = records(run(tmp_path / "current", loss__objective="rlp"))
+    base = records(run(tmp_path / "base", loss__objective="rlp", loss__reference="base"))
+    assert base[0]["policy_reward"] == pytest.approx(plain[0]["policy_reward"], rel=1e-5)
+    assert base[2]["policy_reward"] != pytest.approx(plain[2]["policy_reward"], rel=1e-3)
+    assert [r["grad_norm_total"] for r in base] == pytest.approx(
+        [r["grad_norm_total"] for r in plain], rel=1e-4
+    )
+
+
+def test_divergences_are_from_the_weights_at_the_start(tmp_path):
+    kept = run(
+        tmp_path / "kept", loss__objective="rlp", loss__reference="base", loss__kl_weight=1.0
+    )
+    free = run(tmp_path / "free", loss__objective="rlp")
+    first, second = records(kept), records(free)
+    # At the start nothing diverges.
+    assert first[0]["loss"] == pytest.approx(second[0]["loss"], abs=1e-6)
+    assert first[2]["loss"] > second[2]["loss"] + 1e-5
+    assert not any(torch.equal(a, weights(free)[n]) for n, a in weights(kept).items() if a.ndim > 1)
+
+
+# --- Asking the policy ----------------------------------------------------------------------------
+def logprob_by_hand(model, prompt, completion):
+    tokenizer = model.tokenizer
+    before = tokenizer(prompt)["input_ids"] if prompt else [tokenizer.bos_token_id]
+    behind = tokenizer(completion, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([before + behind])
+    logits = model.output_head.logits(plain_pass(model.causal_lm, ids)[0]).log_softmax(-1)
+    return sum(logits[len(before) + n - 1, token] for n, token in enumerate(behind))
+
+
+def test_a_reward_may_ask_for_log_probabilities_of_any_texts(monkeypatch):
+    model, asked = thinking_model(), []
+
+    @asks_policy
+    def likely(thoughts, scores):
+        texts = model.tokenizer.batch_decode(thoughts.tokens.flatten(0, 2))
+        logprobs = scores.logprob(["so "] * len(texts), [f"{text}!" for text in texts])
+        asked.append((texts, logprobs))
+        return logprobs.view(thoughts.lengths.shape)
+
+    model.reward, model.reward_name = likely, "likely"
+    model(random_texts()).loss.backward()
+    (texts, logprobs), *others = asked
+    assert not others
+    for n in (0, 5, len(texts) - 1):
+        expected = logprob_by_hand(model, "so ", f"{texts[n]}!")
+        torch.testing.assert_close(logprobs[n], expected.detach())
+    assert not logprobs.requires_grad
+
+
+@pytest.mark.parametrize("head", ["linear", "soft-capped"])
+def test_a_reward_that_sees_all_scores_at_once_is_the_same_reward(head):
+    texts, losses = random_texts(3, 12), []
+    base = plain_model() if head == "linear" else plain_model({"model_type": "gemma2", **GEMMA})
+    for reward in (thought_module.thought, asks_policy(lambda t, s: thought_module.thought(t, s))):
+        model = thinking_model(base)
+        model.reward, model.reward_name = reward, "thought"
+        model.zero_grad()
+        loss = model(texts, sample_ids=torch.arange(3)).loss
+        loss.backward()
+        losses.append([loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    torch.testing.assert_close(*losses)
+
+
+GEMMA = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("prompts", "completions", "message"),
+    [
+        (["a"], [], "there are 1 prompts and 0 completions"),
+        (["a"], [""], "the completion '' has no tokens"),
+        (["a" * 100], ["b"], "a text has 101 tokens, but the model reads at most"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_in_one_line(prompts, completions, message):
+    model = thinking_model()
+    model.reward_name = "mine"
+
+    @asks_policy
+    def asks(thoughts, scores):
+        return scores.logprob(prompts, completions)
+
+    model.reward = asks
+    with pytest.raises(UserError, match=re.escape(message)):
+        model(random_texts())
+    del asks.asks_policy
+    with pytest.raises(UserError, match="Put @asks_policy above it"):
+        model(random_texts())
+
+
+# --- Rules ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss__objective": "verifree", "loss__reward": "thought"}, "must not be negative"),
+        ({"loss__kl_weight": 1.0}, "no model diverges from itself"),
+        ({"loss__objective": "latro", "loss__reference": "current"}, "no model diverges"),
+        ({"loss__objective": "rlp", "loss__reference": "ema"}, "must be set with loss.reference"),
+        ({"loss__objective": "jepo", "loss__reward": "prob"}, "must be thought with"),
+        ({"loss__objective": "jepo", "loss__estimator": "paper"}, "must be leave_one_out with"),
+        ({"thoughts__num_thoughts": 1, "loss__objective": "rlpr",
+          "loss__estimator": "no_baseline"}, "which asks how far the rewards"),
+        ({"thoughts__num_thoughts": 1, "loss__objective": "jepo"}, "must be at least 2"),
+        ({"training__inner_epochs": 2, "loss__estimator": "paper"}, "must be 1 with"),
+        ({"training__inner_epochs": 2, "loss__policy_temperature": 2.0}, "ratios compare with"),
+    ],
+)  # fmt: skip
+def test_wrong_combinations_are_refused_with_the_reason(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run_config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_configs("objectives")))
+def test_presets_are_for_the_stages_that_think(name):
+    config = load_config("demo", preset=name)
+    stages = config.stage_configs()
+    expected = name.removesuffix("_paper")
+    assert [stage.loss.objective for stage in stages.values()] == ["next_token"] * 2 + [expected]
+    assert load_config("tiny", preset=f"configs/objectives/{name}.yaml").loss.objective == expected
+    assert isinstance(config, Config)
+
+
+def test_wrong_presets_are_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="--preset: there is no file verifre; did you mean verifree"):
+        load_config("demo", preset="verifre")
+    path = tmp_path / "plain.yaml"
+    path.write_text("loss: {objective: next_token}\ndata: {train: synthetic:moves}\n")
+    with pytest.raises(ConfigError, match=r"no stage of .*plain.yaml thinks"):
+        load_config(path, preset="rlp")
+    with pytest.raises(ConfigError, match=r"stages: a preset has none"):
+        load_config("demo", preset=_staged(tmp_path))
+
+
+def _staged(folder):
+    path = folder / "staged.yaml"
+    path.write_text("stages:\n  think:\n    loss: {objective: rlp}\n")
+    return path
