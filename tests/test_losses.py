@@ -513,12 +513,17 @@ def test_rewards_gain_and_policy_loss_of_a_case_worked_out_by_hand():
         "mixing_weight": 0.5,
         "reward": (6 * math.log(3) - 9 * bit) / 4,
         "reward_std": 3 * bit / (2 * math.sqrt(2)),
+        "no_signal_fraction": 0.0,
         "identical_fraction": 0.0,
         "distinct_token_ratio": 1.0,
         "thought_logprob": -3 * bit / 2,
         "entropy": 3 * bit / 2,  # the estimate from the sampled tokens
     }
     assert means == pytest.approx(expected, rel=1e-5)
+    # Where all thoughts of a position have the same reward, but for rounding of large ones.
+    alike = scored.mixed_logprobs[:, :1] * torch.tensor([1.0, 1 + 3e-7]).view(1, 2, 1, 1) * 100
+    means = thought_metrics(replace(scored, mixed_logprobs=alike)).means()
+    assert means["no_signal_fraction"] == 1.0
 
 
 def identity_head(width):

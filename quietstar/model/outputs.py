@@ -37,6 +37,7 @@ class ThoughtMetrics:
     mixing_weight         mean share of the thought in the prediction of the next token
     reward                log-probability that a thought adds over all its targets, nats
     reward_std            standard deviation of the reward among a position's thoughts
+    no_signal_fraction    fraction of positions whose thoughts all have the same reward
     identical_fraction    fraction of positions whose thoughts are all the same: no signal there
     entropy               of the thought tokens' distributions, nats (at the policy temperature)
     distinct_token_ratio  distinct tokens of a thought over its length
@@ -330,6 +331,8 @@ def thought_metrics(
     if num_thoughts > 1:
         identical = (s.thoughts == s.thoughts[:, :1]).all(0).all(0)  # (B, P)
         figures["reward_std"] = (gain.std(0).where(has_target, 0.0).sum(), places)
+        flat = gain.std(0) < 1e-6 * gain.abs().amax(0).clamp(min=1)  # relative where large
+        figures["no_signal_fraction"] = ((flat & has_target).sum(), places)
         figures["identical_fraction"] = ((identical & has_target).sum(), places)
 
     counts = (s.thoughts != NO_TOKEN) & has_target  # (T, K, B, P)

@@ -11,6 +11,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from quietstar.distributed import from_main_process
 from quietstar.errors import Preempted, UserError
 from quietstar.model.outputs import QuietStarOutput, ThoughtMetrics
 from quietstar.system import files
@@ -63,8 +64,10 @@ def train(run: StageRun) -> None:
                 run.reporter.evaluation(first + done, evaluate(run))
             if settings.save_steps and (done % settings.save_steps == 0 or last):
                 save_checkpoint(run)
+            end_if_collapsed(run)
     check_finite(run, "no final model is written")
     run.reporter.evaluation(run.stage.last_step, evaluate(run))
+    end_if_collapsed(run)
 
 
 def next_batches(run: StageRun, batches_of_steps: Iterator[StepBatches]) -> StepBatches:
@@ -107,6 +110,30 @@ def check_idle_texts(run: StageRun, step: int, num_positions: int) -> None:
         "positions",
         f"step {step}: none of its {run.idle_texts:,} texts has a target that thoughts.positions "
         f"({rule}) thinks before. Check {cause} if this is not rare.",
+    )
+
+
+def end_if_collapsed(run: StageRun) -> None:
+    """Ends the run, saved, where a guard of collapse fired and `training.stop_on_collapse` is set.
+
+    The main process, which alone watches, decides for all.
+
+    Raises:
+        UserError: One fired in this process.
+    """
+    if not run.config.training.stop_on_collapse:
+        return
+    collapse = from_main_process(run.accelerator, lambda: run.reporter.collapse)
+    if collapse is None:
+        return
+    if run.saved_step != run.step:
+        save_checkpoint(run)
+    run.reporter.report()
+    folder = checkpoint_folder(Path(run.config.training.output_dir), run.step)
+    raise UserError(
+        f"training.stop_on_collapse: step {run.step}: {collapse} The step is saved in {folder}: "
+        "go on from it or from an earlier checkpoint by --resume, with other settings by "
+        "--allow-changes true, and without this end by --training.stop_on_collapse false."
     )
 
 
