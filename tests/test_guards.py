@@ -91,6 +91,14 @@ def test_a_fixed_mixing_weight_is_not_watched(tmp_path):
     assert fired == [[]] * 40
 
 
+def test_pause_tokens_which_are_all_the_same_are_no_collapse(tmp_path):
+    config = run_config(tmp_path, thoughts__sampler="pause", loss__policy_weight=0.0)
+    names = ("entropy", "identical_fraction", "distinct_token_ratio", "reward_std",
+             "no_signal_fraction")  # fmt: skip
+    bad = {key: value for name in names for key, value in BAD[name].items()}
+    assert fed(GuardState(config), "train", *[{}] * 9, *[bad] * 40) == [[]] * 49
+
+
 def test_figures_that_are_missing_or_no_number_fire_nothing(tmp_path):
     state = GuardState(run_config(tmp_path))
     for step in range(1, 40):

@@ -39,7 +39,7 @@ class Guard:
         remedies: Keys of the config by what to do with them.
         in_a_row: Bad records one after the other that make it fire.
         condition: In which figures it is judged, and the same in words.
-        unless: Key with which it is not judged, if that is not null.
+        unless: Configs of a stage with which it is not judged.
         is_collapse: Whether it ends a run with `training.stop_on_collapse`.
     """
 
@@ -55,7 +55,7 @@ class Guard:
     remedies: Mapping[str, tuple[str, ...]]
     in_a_row: int = 1
     condition: tuple[Callable[[Figures], bool], str] = (lambda now: True, "")
-    unless: str = ""
+    unless: Callable[[Config], bool] = lambda config: False
     is_collapse: bool = True
 
     def is_bad(self, value: float) -> bool:
@@ -88,6 +88,10 @@ def _plain(key: str) -> Callable[[Figures, Figures], float]:
     return lambda now, first: now[key]
 
 
+def _pauses(config: Config) -> bool:
+    return config.thoughts.sampler == "pause"
+
+
 def _rise(now: Figures, first: Figures) -> float:
     """Return how far a held-out NLL has risen, the worse of both; NaN is the worst."""
     rises = [now[key] - first[key] for key in ("mixed_nll", "base_nll") if key in now]
@@ -117,12 +121,14 @@ GUARDS = (
         "thoughts have almost no entropy ({:.3f} nats a token): they collapse to one text",
         {"raise": ("loss.entropy_weight", "thoughts.temperature"),
          "lower": ("loss.policy_weight", "optim.learning_rate")},
+        unless=_pauses,
     ),
     Guard(
         "identical_fraction", "positions whose thoughts are all the same", "train",
         ("identical_fraction",), _plain("identical_fraction"), "at least", 0.9, ".0%",
         "at {:.0%} of the positions all thoughts are the same, so REINFORCE has no signal",
         {"raise": ("thoughts.temperature", "thoughts.num_thoughts", "loss.entropy_weight")},
+        unless=_pauses,
     ),
     Guard(
         "distinct_token_ratio", "distinct tokens of a thought over its length", "train",
@@ -130,6 +136,7 @@ GUARDS = (
         "thoughts repeat themselves ({:.2f} distinct tokens a token)",
         {"raise": ("loss.entropy_weight",),
          "lower": ("loss.policy_weight", "optim.learning_rate")},
+        unless=_pauses,
     ),
     Guard(
         "reward_std", "standard deviation of the reward, as a share of the stage's first", "train",
@@ -137,6 +144,7 @@ GUARDS = (
         "rewards of a position's thoughts differ by {:.1%} of what they did at the start of the"
         " stage: thoughts have lost their influence, or are alike",
         {"raise": ("thoughts.temperature", "thoughts.num_thoughts", "mixing_head.floor")},
+        unless=_pauses,
     ),
     Guard(
         "no_signal_fraction", "positions whose thoughts all have the same reward", "train",
@@ -144,6 +152,7 @@ GUARDS = (
         "at {:.0%} of the positions all thoughts have the same reward, so none of them is"
         " reinforced",
         {"raise": ("thoughts.temperature", "thoughts.num_thoughts", "mixing_head.floor")},
+        unless=_pauses,
     ),
     Guard(
         "mixing_weight", "mixing weight, in absolute value", "train",
@@ -151,7 +160,7 @@ GUARDS = (
         "the mixing weight fell to {:.4f}: thoughts no longer reach the prediction",
         {"set": ("mixing_head.floor", "mixing_head.warmup_steps"),
          "raise": ("loss.thought_weight",)},
-        unless="mixing_head.fixed_weight",
+        unless=lambda config: config.mixing_head.fixed_weight is not None,
     ),
     Guard(
         "thought_nll", "the thought's own NLL above the base, nats/token", "eval",
@@ -232,8 +241,7 @@ class GuardState:
 
     def is_bad(self, guard: Guard) -> bool:
         """Return True where a guard's figure now is judged, and beyond its limit."""
-        section, _, key = guard.unless.partition(".")
-        if key and self.config and getattr(getattr(self.config, section), key) is not None:
+        if self.config is not None and guard.unless(self.config):
             return False
         fewest = min(len(self._now.get((guard.source, key), ())) for key in guard.keys)
         if fewest < FEWEST[guard.source]:
