@@ -2,7 +2,9 @@
 
 The ideal: a bare loop of the plain model's cached forwards, T + 1 of one token a row for each new
 token, on its own (sdpa) attention, with neither sampling nor mixing. Both run in turn in one
-process; the figures are medians. Memory is what new tokens with their thoughts add.
+process; the figures are medians. Memory is what new tokens with their thoughts add. With ``--gate``
+a coin that is the same in every repeat says which texts think before a token: the ideal is then one
+forward of all texts for each new token, and T of those that think, whose cache lies ready.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import copy
 import statistics
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,8 +29,9 @@ from benchmarks.models import load_plain, make_thinker
 from benchmarks.options import add_machine, report_result, run, settings_of
 from benchmarks.peak_memory import PeakMemory
 from quietstar.backbone.devices import find_device
-from quietstar.cli.options import Parser, whole
-from quietstar.generation.generate import next_logits
+from quietstar.cli.options import Parser, number, whole
+from quietstar.generation.gates import Gate
+from quietstar.generation.generate import predict_next
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.sampling.decoding import Decoder
 from quietstar.sampling.thoughts import Sampling
@@ -41,8 +45,9 @@ def main(arguments: Sequence[str]) -> int:
     warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")
     quiet_libraries()
     result = bench_decode(args)
-    table = Table(title=f"decoding, {args.model}, {args.dtype}, T {args.thought_length}, "
-                  f"prefix {args.prefix}", title_justify="left", box=box.SIMPLE_HEAD)  # fmt: skip
+    title = f"decoding, {args.model}, {args.dtype}, T {args.thought_length}, prefix {args.prefix}"
+    title += "" if args.gate is None else f", gate {args.gate:g}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for heading in ("batch", "tokens/s", "ideal", "of the ideal", "MB added"):
         table.add_column(heading, justify="right")
     for row in result["rows"]:
@@ -69,21 +74,35 @@ def bench_decode(args: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "settings": settings_of(args), "environment": environment()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Coin(Gate):
+    """A gate that decides as it was drawn before, whatever the states."""
+
+    draws: Iterator[Tensor]  # which texts think, (batch,), for every new token
+
+    def decide(self, states: Tensor, logits: Tensor) -> Tensor:
+        """Return the next draw."""
+        return next(self.draws).to(states.device)
+
+
 @torch.no_grad()
 def _measure(
     model: QuietStarForCausalLM, plain: PreTrainedModel, batch_size: int, args: argparse.Namespace
 ) -> dict[str, Any]:
     text = torch.randint(model.vocab_size, (batch_size, args.prefix), device=model.device)
+    coins = torch.rand(args.tokens, batch_size, generator=torch.Generator().manual_seed(0))
+    thinks = coins < (1.0 if args.gate is None else args.gate)
     times, added = [], 0.0
     for repeat in range(args.repeats + 1):  # the first warms up
-        mine, memory = _think(model, text, args.tokens)
-        ideal = _ideal(plain, text, args.tokens, args.thought_length)
+        mine, memory = _think(model, text, thinks)
+        ideal = _ideal(plain, text, thinks, args.thought_length)
         if repeat:
             times.append((mine, ideal))
         added = memory
     mine, ideal = (statistics.median(column) for column in zip(*times, strict=True))
     return {
         "batch_size": batch_size,
+        "thinking_share": float(thinks.float().mean()),
         "tokens_per_second": batch_size / mine,
         "ideal_tokens_per_second": batch_size / ideal,
         "share_of_ideal": ideal / mine,
@@ -91,8 +110,11 @@ def _measure(
     }
 
 
-def _think(model: QuietStarForCausalLM, text: Tensor, tokens: int) -> tuple[float, float]:
-    """Seconds of a step that appends a token to every row and thinks, and MB that steps add."""
+def _think(model: QuietStarForCausalLM, text: Tensor, thinks: Tensor) -> tuple[float, float]:
+    """Seconds of a step that appends a token to every row, and MB that steps add.
+
+    ``thinks``, (tokens, batch), says which rows think before which new token.
+    """
     sampling = Sampling(1, model.thoughts.length, None, 0)
     real = torch.ones_like(text[:, :-1], dtype=torch.bool)
     decoder = Decoder(
@@ -102,33 +124,48 @@ def _think(model: QuietStarForCausalLM, text: Tensor, tokens: int) -> tuple[floa
     newest = text[:, -1]
 
     def step(newest: Tensor) -> Tensor:
-        new = decoder.append(newest, opens=True)
-        return next_logits(model, new.states, new.logits, decoder.think(new)[0]).argmax(-1)
+        return predict_next(model, decoder, gate, newest)[0].argmax(-1)
 
+    everyone = torch.ones_like(thinks[:1])
+    gate = Coin("entropy", draws=iter(torch.cat([everyone, thinks, thinks])))
     newest = step(newest)  # makes room in the cache
     begun = _now()
-    for _ in range(tokens):
+    for _ in thinks:
         newest = step(newest)
-    seconds = (_now() - begun) / tokens
+    seconds = (_now() - begun) / len(thinks)
     with PeakMemory() as memory:  # by itself: its watching takes time
-        for _ in range(tokens):
+        for _ in thinks:
             newest = step(newest)
     return seconds, memory.mb
 
 
-def _ideal(plain: PreTrainedModel, text: Tensor, tokens: int, length: int) -> float:
-    """Seconds of T + 1 cached forwards of one token a row; the thoughts' keys are cropped."""
-    cache = DynamicCache(config=plain.config)
-    plain(input_ids=text, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    seconds = 0.0
-    newest = text[:, -1:]
-    for _ in range(tokens):
+def _ideal(plain: PreTrainedModel, text: Tensor, thinks: Tensor, length: int) -> float:
+    """Seconds of a cached forward of all rows and T of those that think, one token a row.
+
+    Every number of rows has a cache of its own; the thoughts' keys are cropped.
+    """
+    counts = thinks.sum(1).tolist()
+    caches = {rows: DynamicCache(config=plain.config) for rows in {len(text), *counts} if rows}
+
+    def forward(tokens: Tensor) -> None:
+        cache = caches[len(tokens)]
+        plain(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    for rows in caches:
+        forward(text[:rows])
+    newest, seconds = text[:, -1:], 0.0
+    for count in counts:
+        for rows in caches:
+            if rows < len(text):
+                forward(newest[:rows])  # keeps their texts as long; not timed
         begun = _now()
-        for _ in range(length + 1):
-            plain(input_ids=newest, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        forward(newest)
+        for _ in range(length if count else 0):
+            forward(newest[:count])
         seconds += _now() - begun
-        cache.crop(-length)
-    return seconds / tokens
+        if count:
+            caches[count].crop(-length)
+    return seconds / len(counts)
 
 
 def _now() -> float:
@@ -143,6 +180,8 @@ def _parser() -> Parser:
     parser.add_argument("--prefix", type=whole(1), default=256, help="tokens of the text before")
     parser.add_argument("--tokens", type=whole(1), default=16, help="new ones in every repeat")
     parser.add_argument("--thought-length", type=whole(1), default=8, help="T")
+    parser.add_argument("--gate", type=number(0.0, 1.0, above=True), metavar="SHARE",
+                        help="share of tokens behind a thought; default: all")  # fmt: skip
     parser.add_argument("--batch-sizes", type=whole(1), nargs="+", default=[1, 8],
                         help="texts at once")  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",

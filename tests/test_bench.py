@@ -60,6 +60,15 @@ def test_decoding_beside_the_ideal(tmp_path):
         assert row["share_of_ideal"] == pytest.approx(share)
 
 
+def test_decoding_with_a_gate_thinks_at_a_share_of_the_tokens(tmp_path):
+    out = tmp_path / "decode.json"
+    call = ["--prefix", "8", "--tokens", "8", "--repeats", "1", "--gate", "0.25"]
+    call += ["--batch-sizes", "4", "--thought-length", "2", "--device", "cpu", "--json", str(out)]
+    assert run_command(decode.main, call) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert 0.1 < row["thinking_share"] < 0.4
+
+
 def test_freed_memory_is_kept_unless_the_environment_rules(monkeypatch):
     asked = []
 

@@ -513,12 +513,20 @@ def test_rewards_gain_and_policy_loss_of_a_case_worked_out_by_hand():
         "mixing_weight": 0.5,
         "reward": (6 * math.log(3) - 9 * bit) / 4,
         "reward_std": 3 * bit / (2 * math.sqrt(2)),
+        "policy_reward": -9 * bit / 4,
+        "policy_reward_std": 3 * bit / (2 * math.sqrt(2)),
+        "dropped_fraction": 0.0,
+        "no_signal_fraction": 0.0,
         "identical_fraction": 0.0,
         "distinct_token_ratio": 1.0,
         "thought_logprob": -3 * bit / 2,
         "entropy": 3 * bit / 2,  # the estimate from the sampled tokens
     }
     assert means == pytest.approx(expected, rel=1e-5)
+    # Where all thoughts of a position have the same reward, but for rounding of large ones.
+    alike = scored.reward[:1] * torch.tensor([1.0, 1 + 3e-7]).view(2, 1, 1) * 100
+    means = thought_metrics(replace(scored, reward=alike)).means()
+    assert means["no_signal_fraction"] == 1.0
 
 
 def identity_head(width):

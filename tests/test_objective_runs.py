@@ -237,7 +237,9 @@ def test_presets_are_for_the_stages_that_think(name):
 
 
 def test_wrong_presets_are_one_line(tmp_path):
-    with pytest.raises(ConfigError, match="--preset: there is no file verifre; did you mean verifree"):
+    with pytest.raises(
+        ConfigError, match="--preset: there is no file verifre; did you mean verifree"
+    ):
         load_config("demo", preset="verifre")
     path = tmp_path / "plain.yaml"
     path.write_text("loss: {objective: next_token}\ndata: {train: synthetic:moves}\n")

@@ -178,7 +178,7 @@ def lines(*records):
 
 def test_a_full_folder_gives_every_section_and_chart(report):
     result = report()
-    sections = ["curves", "controls", "samples", "evaluations", "config"]
+    sections = ["guards", "curves", "controls", "samples", "evaluations", "config"]
     assert [name for name in result.ids if name in sections] == sections
     charts = {chart.name for chart in CHARTS} | {"variants", "differences"}
     assert set(result.figures()) == charts
@@ -217,7 +217,7 @@ def test_the_gain_of_content_stands_beside_the_gain_even_if_not_measured(report)
     text = report(lines({"kind": "eval", "step": 5, **figures})).text
     assert (
         "step 5 Base NLL 2.000 Mixed NLL 1.900 Gain from thinking +0.100 base minus mixed "
-        "Gain of content – not measured Curves" in text
+        "Gain of content – not measured Guards" in text
     )
     assert "Gain of content – not measured" in text
     assert "The gain of content was not measured here." in text
@@ -297,6 +297,27 @@ def test_plotly_accepts_every_figure(report):
     graph_objects = pytest.importorskip("plotly.graph_objects")
     for figure in report().figures().values():
         graph_objects.Figure(figure)  # raises for a key or a value that plotly does not know
+
+
+def test_guards_are_listed_with_figure_threshold_and_where_they_fired(report):
+    said = "thoughts have almost no entropy. Raise thoughts.temperature."
+    fired = {"kind": "guard", "stage": "think", "step": 25, "name": "entropy", "message": said}
+    damaged = [{**fired, "step": step} for step in (None, "x", -1, 1e999)]
+    text = report(lines(*RECORDS, fired, {"kind": "guard"}, *damaged)).text
+    text = text[text.index("Guards 1 of") : text.index("Markers: held out")]
+    figures = "entropy of the thought tokens, nats/token 0.950 at most 0.05"
+    assert f"{figures} ! fired at step 25, think {said}" in text
+    assert text.count("fired at step") == 1
+    assert "mixing weight, in absolute value 0.4000 at most 0.002 ✓ fine" in text
+    assert "thought_length" in text
+
+
+def test_a_figure_beyond_its_threshold_is_not_called_fine_though_no_guard_fired(report):
+    records = [train(step, "a", entropy=0.01) for step in range(5)]
+    text = report(lines(*records)).text
+    assert "0.010 at most 0.05 beyond the threshold" in text
+    assert "None of 1 fired" in text
+    assert "fine" not in text
 
 
 # --- What is left out -----------------------------------------------------------------------------
@@ -424,6 +445,8 @@ def hostile(value):
 def test_no_text_of_a_run_becomes_markup_or_script(report):
     plain = report()
     records = [record | {"stage": record["stage"] + HOSTILE} for record in RECORDS]
+    records.append({"kind": "guard", "step": 9, **dict.fromkeys(("stage", "message"), HOSTILE),
+                    "name": "entropy"})  # fmt: skip
     sample = hostile(SAMPLE) | {"before": HOSTILE * 9}
     files = lines(*records) | {
         "config.yaml": "model:\n  name_or_path: '" + HOSTILE.replace("'", "''")[:90] + "'\n",

@@ -34,13 +34,11 @@ from quietstar.config.loading import load_config
 from quietstar.data import build_data, load_tokenizer
 from quietstar.distributed import Strategy
 from quietstar.errors import UserError
-from quietstar.model.outputs import QuietStarOutput, ThoughtMetrics
+from quietstar.model.outputs import ThoughtMetrics
 from quietstar.training import build, loop, run
 from quietstar.training.evaluation import compare, figures
 from quietstar.training.optimizer import build_optimizer, learning_rate_factor
-from quietstar.training.reporter import Reporter
 from quietstar.training.run import run_training
-from quietstar.training.stages import plan_stages
 
 ROOT = Path(__file__).parents[1]
 CLOCK = ("seconds", "text_tokens_per_second", "thought_tokens_per_second", "peak_memory_mb")
@@ -384,14 +382,6 @@ def test_an_unsupported_architecture_is_refused_in_one_line(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-ALARMING = {
-    "entropy": (0.01, "almost no entropy"),
-    "distinct_token_ratio": (0.2, "repeat themselves"),
-    "identical_fraction": (0.95, "REINFORCE has no signal"),
-    "mixing_weight": (0.001, "mixing weight fell"),
-}
-
-
 def test_a_run_with_filtered_thoughts_says_that_its_policy_term_is_biased(tmp_path, capsys):
     for filters, is_told in (({}, False), ({"thoughts__top_p": 1.0}, False),
                              ({"thoughts__top_p": 0.9, "thoughts__top_k": 3}, True)):  # fmt: skip
@@ -401,37 +391,6 @@ def test_a_run_with_filtered_thoughts_says_that_its_policy_term_is_biased(tmp_pa
         run_training(config)
         words = "thoughts.top_p (0.9) and thoughts.top_k (3): thought tokens are drawn from a trunc"
         assert (words in capsys.readouterr().out.replace("\n", " ")) is is_told
-
-
-@pytest.mark.parametrize("name", ALARMING)
-def test_an_alarm_sounds_once_for_the_figure_that_is_bad(name, tmp_path, capsys):
-    healthy = {
-        "base_nll": 2.0,
-        "mixed_nll": 1.9,
-        "mixing_weight": 0.1,
-        "entropy": 2.0,
-        "distinct_token_ratio": 0.9,
-        "identical_fraction": 0.1,
-    }
-    config = run_config(tmp_path, training__max_steps=100)
-    (tmp_path / "run").mkdir()
-    stages = plan_stages(config)
-    reporter = Reporter(config, Accelerator(cpu=True), load_tokenizer("bytes"), stages)
-
-    def report(step, changes):
-        one, means = torch.tensor(1), healthy | changes
-        metrics = ThoughtMetrics({name: (torch.tensor(v), one) for name, v in means.items()})
-        reporter.step_begins()
-        reporter.step_ends(step, 1.0, {"total": 1.0}, 0.1, QuietStarOutput(metrics=metrics))
-        return [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning:")]
-
-    value, words = ALARMING[name]
-    assert report(21, {}) == []
-    assert report(20, {name: value}) == []  # the first steps are silent
-    (line,) = report(22, {name: value})
-    assert words in line
-    assert "step 22" in line
-    assert report(23, {name: value}) == []
 
 
 # --- Optimiser ------------------------------------------------------------------------------------

@@ -389,6 +389,9 @@ class TrainingConfig(Section):
     """Steps between checkpoints; 0 means only the final model."""
     save_total_limit: Annotated[int, _between(1, 10**6, "no disk holds as many")] = 2
     """Number of newest checkpoints that stay on disk."""
+    stop_on_collapse: bool = False
+    """End the run, with a checkpoint and an error, when a guard of collapse or divergence fires
+    (docs/metrics.md); by default guards only warn."""
     output_dir: Name = "runs/default"
     """Folder of the run."""
     overwrite_output_dir: bool = False

@@ -45,6 +45,7 @@ class ThoughtMetrics:
                           was when drawn
     approx_kl             there: divergence from the policy that drew the thoughts, nats a token
     clipped_fraction      there: fraction of thought tokens that the clip reinforces no more
+    no_signal_fraction    fraction of positions whose thoughts all have the same reward
     identical_fraction    fraction of positions whose thoughts are all the same: no signal there
     entropy               of the thought tokens' distributions, nats (at the policy temperature)
     distinct_token_ratio  distinct tokens of a thought over its length
@@ -345,8 +346,10 @@ def thought_metrics(
     if s.reward is not None:
         figures["policy_reward"] = (s.reward.where(has_target, 0.0).sum(), places * num_thoughts)
         if num_thoughts > 1:
-            spread = s.reward.std(0).where(has_target, 0.0)
-            figures["policy_reward_std"] = (spread.sum(), places)
+            spread = s.reward.std(0)
+            figures["policy_reward_std"] = (spread.where(has_target, 0.0).sum(), places)
+            flat = spread <= 1e-6 * s.reward.abs().amax(0)  # differ by rounding at most
+            figures["no_signal_fraction"] = ((flat & has_target).sum(), places)
 
     if s.advantage is not None:
         dropped = (s.advantage == 0).all(0) & has_target

@@ -14,6 +14,7 @@ from quietstar.reports.figures import Chart, Line, Row, draw_curves, draw_forest
 from quietstar.reports.pages import duration, percent, plain, signed, write_charts
 from quietstar.reports.run_files import MOST_CONFIG_BYTES, Record, Results, RunFiles, series
 from quietstar.training.evaluation import ACCURACIES
+from quietstar.training.guards import GUARDS, GuardState
 
 # fmt: off
 CHARTS = (
@@ -113,6 +114,7 @@ def write_report(folder: Path) -> Path:
         facts=_facts(run),
         answers=_answers(evaluations, run.results),
         scored=[record for record in scored if "mixed_nll" in record.figures] or scored,
+        guards=_guards(run),
         cards=[_card(chart, run.records, measured) for chart in charts],
         evaluations=evaluations,
         columns=[
@@ -152,6 +154,25 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
         "Seeds": "" if run.records else ", ".join(map(str, run.controls.seeds)),
     }
     return [(label, value) for label, value in facts.items() if value]
+
+
+def _guards(run: RunFiles) -> list[dict[str, Any]]:
+    """Describe the guards whose figures were measured: now, threshold, and where they fired."""
+    states = {stage: GuardState() for stage in run.stages}
+    for record in run.records:
+        states[record.stage].see("train" if record.kind == "train" else "eval", record.step,
+                                 record.figures)  # fmt: skip
+    rows = []
+    for guard in GUARDS:
+        measured = [state for state in states.values() if state.value(guard) is not None]
+        if measured:
+            rows.append({
+                "name": guard.name, "title": guard.title, "threshold": guard.threshold,
+                "now": format(measured[-1].value(guard), guard.form).replace("-", "−"),
+                "is_bad": measured[-1].is_bad(guard),
+                "fired": [fired for fired in run.fired if fired.name == guard.name],
+            })  # fmt: skip
+    return rows
 
 
 def _answers(evaluations: Sequence[Record], results: Results) -> dict[str, Any]:

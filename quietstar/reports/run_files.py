@@ -76,6 +76,33 @@ def parse_metrics(text: str) -> list[Record]:
     return sorted(records.values(), key=lambda record: record.step)
 
 
+@dataclass(frozen=True)
+class Fired:
+    """A guard that fired, as ``metrics.jsonl`` has it."""
+
+    name: str
+    stage: str
+    step: int
+    message: str
+
+
+def parse_guards(text: str) -> list[Fired]:
+    """Parse the guards that fired from ``metrics.jsonl``, passing over everything else."""
+    fired = []
+    for line in text.split("\n"):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(entry, dict) or entry.get("kind") != "guard":
+            continue
+        step = finite(entry.get("step"))
+        if step is not None and 0 <= step <= MOST_STEPS:
+            name, stage, message = (str(entry.get(key, "")) for key in ("name", "stage", "message"))
+            fired.append(Fired(name, stage, int(step), message))
+    return fired
+
+
 def find_stages(records: Iterable[Record]) -> list[str]:
     """Return the names of the stages in the order of their first steps."""
     return list(dict.fromkeys(record.stage for record in records))
@@ -211,7 +238,8 @@ class RunFiles:
                 return path.read_text(encoding="utf-8", errors="replace") if is_there else ""
 
         self.name, self.config = folder.resolve().name, read(folder / "config.yaml")
-        self.records = parse_metrics(read(metrics))
+        lines = read(metrics)
+        self.records, self.fired = parse_metrics(lines), parse_guards(lines)
         if not self.records and not controls.exists():
             lack = "no complete record yet" if metrics.exists() else f"no {metrics.name}"
             raise UserError(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quietstar.data import Batch
+from quietstar.distributed import from_main_process
 from quietstar.errors import Preempted, UserError
 from quietstar.model.outputs import QuietStarOutput, ThoughtMetrics
 from quietstar.sampling.thoughts import ThoughtBatch
@@ -53,15 +54,10 @@ def train(run: StageRun) -> None:
             output, sums, drawn = accumulate_gradients(run, step, batches)
             check = StepCheck(first + done, sums)
             with held():  # the weights and what is known of them change together
-                run.strategy.update(run.model, run.optimizer, optim.max_grad_norm, check)
-                if run.ema is not None:
-                    run.ema.update(run.model)
+                update(run, check)
                 for _ in range(1, settings.inner_epochs if run.stage.thinks else 1):
                     again, sums, _ = accumulate_gradients(run, step, batches, drawn)
-                    later = StepCheck(first + done, sums)
-                    run.strategy.update(run.model, run.optimizer, optim.max_grad_norm, later)
-                    if run.ema is not None:
-                        run.ema.update(run.model)
+                    update(run, StepCheck(first + done, sums))
                     output.metrics = with_ratios(output.metrics, again.metrics)
                 run.steps_done = done
                 run.reporter.step_ends(
@@ -75,8 +71,17 @@ def train(run: StageRun) -> None:
                 run.reporter.evaluation(first + done, evaluate(run))
             if settings.save_steps and (done % settings.save_steps == 0 or last):
                 save_checkpoint(run)
+            end_if_collapsed(run)
     check_finite(run, "no final model is written")
     run.reporter.evaluation(run.stage.last_step, evaluate(run))
+    end_if_collapsed(run)
+
+
+def update(run: StageRun, check: StepCheck) -> None:
+    """Changes the weights by what was accumulated, and moves their average."""
+    run.strategy.update(run.model, run.optimizer, run.config.optim.max_grad_norm, check)
+    if run.ema is not None:
+        run.ema.update(run.model)
 
 
 def next_batches(run: StageRun, batches_of_steps: Iterator[StepBatches]) -> StepBatches:
@@ -119,6 +124,30 @@ def check_idle_texts(run: StageRun, step: int, num_positions: int) -> None:
         "positions",
         f"step {step}: none of its {run.idle_texts:,} texts has a target that thoughts.positions "
         f"({rule}) thinks before. Check {cause} if this is not rare.",
+    )
+
+
+def end_if_collapsed(run: StageRun) -> None:
+    """Ends the run, saved, where a guard of collapse fired and `training.stop_on_collapse` is set.
+
+    The main process, which alone watches, decides for all.
+
+    Raises:
+        UserError: One fired in this process.
+    """
+    if not run.config.training.stop_on_collapse:
+        return
+    collapse = from_main_process(run.accelerator, lambda: run.reporter.collapse)
+    if collapse is None:
+        return
+    if run.saved_step != run.step:
+        save_checkpoint(run)
+    run.reporter.report()
+    folder = checkpoint_folder(Path(run.config.training.output_dir), run.step)
+    raise UserError(
+        f"training.stop_on_collapse: step {run.step}: {collapse} The step is saved in {folder}: "
+        "go on from it or from an earlier checkpoint by --resume, with other settings by "
+        "--allow-changes true, and without this end by --training.stop_on_collapse false."
     )
 
 

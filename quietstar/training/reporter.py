@@ -26,35 +26,11 @@ from quietstar.distributed import from_main_process
 from quietstar.errors import reason_of, visible
 from quietstar.model.outputs import QuietStarOutput, without_padding
 from quietstar.system import files
+from quietstar.training.guards import GuardState, Source
 from quietstar.training.stages import Stage
 
 METRICS_FILE = "metrics.jsonl"
 LOG_LINES = 200  # of steps, about, where there is no terminal to show a bar
-DIVERGENCE = 1.0  # nats a token above the held-out NLL at the start of a stage
-UNCHECKED_STEPS = 20  # of a stage: a head of activation none starts at weight zero
-HEALTH_CHECKS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "entropy": (
-        lambda x: x < 0.05,
-        "thoughts have almost no entropy ({:.3f} nats a token): they collapse to one text. "
-        "Raise loss.entropy_weight or thoughts.temperature, or lower loss.policy_weight.",
-    ),
-    "distinct_token_ratio": (
-        lambda x: x < 0.3,
-        "thoughts repeat themselves ({:.2f} distinct tokens a token). "
-        "Raise loss.entropy_weight or lower loss.policy_weight.",
-    ),
-    "identical_fraction": (
-        lambda x: x > 0.9,
-        "at {:.0%} of the positions all thoughts are the same, so REINFORCE has no signal. "
-        "Raise thoughts.temperature, thoughts.num_thoughts or loss.entropy_weight.",
-    ),
-    "mixing_weight": (
-        lambda x: abs(x) < 0.002,
-        "the mixing weight fell to {:.4f}: thoughts no longer reach the prediction. "
-        "Set mixing_head.floor or warmup_steps, or raise loss.thought_weight.",
-    ),
-}
-"""Figures that show when training goes wrong: test for a bad value, and what helps."""
 COLUMNS = {
     "base_nll": ("base\nNLL", ".4f"),
     "mixed_nll": ("mixed\nNLL", ".4f"),
@@ -83,6 +59,8 @@ class Reporter:
     Attributes:
         evaluations: Steps and figures of the stage's evaluations in this process.
         has_evaluation: True if the step that the run goes on from was evaluated.
+        collapse: What the first guard of collapse that fired in this stage and process said; None
+            before, and on processes other than the main one.
     """
 
     def __init__(
@@ -102,8 +80,10 @@ class Reporter:
         self.path = Path(config.training.output_dir) / METRICS_FILE
         self.evaluations: list[tuple[int, dict[str, float]]] = []
         self.has_evaluation = False
+        self.collapse: str | None = None
         self._unwritten: list[str] = []
-        self._failed_checks: set[str] = set()
+        self._warned: set[str] = set()
+        self._guards = GuardState()
         self._step_began = time.perf_counter()
         self.bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -121,7 +101,8 @@ class Reporter:
     def go_on(self, stage: Stage, step: int) -> None:
         """Takes up an earlier run after so many of its steps: drops the records that come again.
 
-        To be called on all processes, when nothing can stop the run from going on.
+        Guards that have fired in this stage stay silent. To be called on all processes, when
+        nothing can stop the run from going on.
         """
 
         def take_up() -> bool:
@@ -129,7 +110,8 @@ class Reporter:
 
             def is_kept(record: dict[str, Any]) -> bool:
                 is_earlier = record["stage"] in self._names[: stage.index]
-                is_known = record["kind"] == "train" or is_earlier or is_inside
+                is_of_step = "train" in (record["kind"], record.get("source"))
+                is_known = is_of_step or is_earlier or is_inside
                 return record["step"] < step or (record["step"] == step and is_known)
 
             records, num_damaged = read_metrics(self.path)
@@ -139,6 +121,11 @@ class Reporter:
                 files.write_whole(self.path, "".join(lines))
             if num_damaged:
                 self.say(f"--resume: damaged lines of {self.path} are dropped: {num_damaged}")
+            for record in (record for record in kept if record["stage"] == stage.name):
+                if record["kind"] == "guard":
+                    self._guards.fired.add(record["name"])
+                else:
+                    self._guards.see(record["kind"], record["step"], record)
             at = (stage.name, step, "eval")
             return any((r["stage"], r["step"], r["kind"]) == at for r in kept)
 
@@ -152,14 +139,15 @@ class Reporter:
 
     def warn_once(self, name: str, text: str) -> None:
         """Prints a warning of this name, once a stage."""
-        if name not in self._failed_checks:
-            self._failed_checks.add(name)
+        if name not in self._warned:
+            self._warned.add(name)
             self.say(f"warning: {text}")
 
     def begin_stage(self, stage: Stage, lines: Sequence[str]) -> None:
         """Says what begins; figures belong to this stage from now on."""
         self.stage = stage
-        self._failed_checks.clear()
+        self.collapse, self._guards = None, GuardState(stage.config, stage.first_step)
+        self._warned.clear()
         self.evaluations.clear()
         self.bar.update(self._task, description=visible(stage.name))
         if len(self._names) > 1:
@@ -187,7 +175,7 @@ class Reporter:
         output: QuietStarOutput,
         num_positions: int = 0,
     ) -> None:
-        """Reports a step: bar, file, trackers, health checks, now and then a thought.
+        """Reports a step: bar, file, trackers, guards, now and then a thought.
 
         ``step`` counts those of the run, this one included. Gradient norms are by group and in
         total, before clipping; loss and metrics of the output, and the number of positions that
@@ -231,10 +219,7 @@ class Reporter:
         self.bar.update(self._task, figures=text)
         if not self.console.is_terminal and self._is_due(step, max(1, self._total // LOG_LINES)):
             self.say(f"step {step:>5}/{self._total}  {text}")
-        for name, (is_bad, message) in HEALTH_CHECKS.items():
-            checked = step - self.stage.first_step > UNCHECKED_STEPS and name in figures
-            if checked and is_bad(figures[name]):
-                self.warn_once(name, f"step {step}: {message.format(figures[name])}")
+        self._watch("train", step, figures)
         if self._is_due(step, config.logging.thought_steps):
             self._show_thought(output)
 
@@ -266,20 +251,21 @@ class Reporter:
             return
         self._write("eval", step, figures)
         self.console.print(self._table())
-        self._warn_of_divergence(step, figures)
+        self._watch("eval", step, figures)
         self.report()
 
-    def _warn_of_divergence(self, step: int, figures: Mapping[str, float]) -> None:
-        """Warns once a stage if a held-out NLL has risen far above that at its start."""
-        first = self.evaluations[0][1]
-        for key in ("mixed_nll", "base_nll"):
-            is_known = key in first and key in figures
-            if is_known and not figures[key] <= first[key] + DIVERGENCE:
-                self.warn_once(
-                    "divergence",
-                    f"step {step}: {key} rose from {first[key]:.3f} to {figures[key]:.3f}: training"
-                    " diverges. Lower optim.learning_rate or optim.max_grad_norm.",
-                )
+    def _watch(self, source: Source, step: int, figures: Mapping[str, float]) -> None:
+        """Records and says which guards fire at a record's figures, each once a stage."""
+        for guard in self._guards.see(source, step, figures):
+            value = self._guards.value(guard)
+            assert value is not None, f"{guard.name} has fired"
+            message = guard.describe(value, self.stage.config)
+            texts = {"name": guard.name, "source": source, "message": message}
+            self._guards.fired.add(guard.name)
+            self._write("guard", step, {"value": value}, texts)
+            self.say(f"warning: step {step}: {message}")
+            if guard.is_collapse and self.collapse is None:
+                self.collapse = f"{guard.name}: {message}"
 
     def report(self) -> bool:
         """Has the page written; returns False if it could not be, which ends no run."""
@@ -310,15 +296,18 @@ class Reporter:
             table.add_row(str(step), *cells)
         return table
 
-    def _write(self, kind: str, step: int, figures: Mapping[str, float]) -> None:
+    def _write(
+        self, kind: str, step: int, figures: Mapping[str, float], texts: Mapping[str, str] = {}
+    ) -> None:
         shown = {key: value if math.isfinite(value) else None for key, value in figures.items()}
-        record = {"kind": kind, "stage": self.stage.name, "step": step, **shown}
+        record = {"kind": kind, "stage": self.stage.name, "step": step, **texts, **shown}
         had_failed = bool(self._unwritten)
         self._unwritten.append(json.dumps(record) + "\n")
         try:
             files.append(self.path, "".join(self._unwritten))
             self._unwritten.clear()
-            self.accelerator.log({f"{kind}/{k}": v for k, v in figures.items()}, step=step)
+            if kind != "guard":
+                self.accelerator.log({f"{kind}/{k}": v for k, v in figures.items()}, step=step)
         except OSError as problem:
             if not had_failed:
                 self.say(
@@ -342,8 +331,9 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
             record = json.loads(line)
             if (
                 isinstance(record, dict)
-                and record.get("kind") in ("train", "eval")
+                and record.get("kind") in ("train", "eval", "guard")
                 and type(record.get("step")) is int
+                and (record["kind"] != "guard" or isinstance(record.get("name"), str))
             ):
                 records.append({"stage": "", **record})
     return records, len(lines) - len(records)

@@ -423,7 +423,7 @@ def test_a_report_that_fails_ends_no_run(tmp_path, capsys):
 def test_a_run_whose_nll_rises_far_is_told(tmp_path, capsys):
     run_training(run_config(tmp_path, training__max_steps=3, optim__learning_rate=5.0))
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("warning: step 3: mixed_nll rose from 5.5") == 1
+    assert said.count("warning: step 3: a held-out NLL has risen by") == 1
     assert "training diverges. Lower optim.learning_rate" in said
 
 

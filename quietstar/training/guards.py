@@ -1,0 +1,255 @@
+"""Guards: figures that show when thoughts collapse or training goes wrong, and what helps."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, Literal
+
+from quietstar.config import Config
+from quietstar.config.effects import keys_without_effect
+
+Figures = Mapping[str, float]
+Source = Literal["train", "eval"]
+WINDOW: dict[Source, int] = {"train": 5, "eval": 1}
+"""Records whose mean is judged, so that one odd step does not warn; as many are the first ones."""
+FEWEST = {"train": 3, "eval": 1}
+"""Records without which nothing is judged."""
+UNCHECKED = {"train": 20, "eval": 0}
+"""First steps of a stage that are not judged: a head of activation none starts at weight zero."""
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A figure with a threshold, and what is said beyond it.
+
+    Attributes:
+        name: Name in ``metrics.jsonl``, on the page and in docs/metrics.md.
+        title: The figure in words.
+        source: Records that it is read from: training steps or held-out evaluations.
+        keys: Their figures that it needs.
+        value: The figure, from those now and those of the stage's first records.
+        side: Side of the limit on which it is bad.
+        limit: The threshold.
+        form: Format of the figure and of its limit.
+        message: What a bad figure means, with ``{}`` for the figure.
+        remedies: Keys of the config by what to do with them.
+        in_a_row: Bad records one after the other that make it fire.
+        condition: In which figures it is judged, and the same in words.
+        unless: Configs of a stage with which it is not judged.
+        is_collapse: Whether it ends a run with `training.stop_on_collapse`.
+    """
+
+    name: str
+    title: str
+    source: Source
+    keys: tuple[str, ...]
+    value: Callable[[Figures, Figures], float]
+    side: Literal["at most", "at least"]
+    limit: float
+    form: str
+    message: str
+    remedies: Mapping[str, tuple[str, ...]]
+    in_a_row: int = 1
+    condition: tuple[Callable[[Figures], bool], str] = (lambda now: True, "")
+    unless: Callable[[Config], bool] = lambda config: False
+    is_collapse: bool = True
+
+    def is_bad(self, value: float) -> bool:
+        """Return True beyond the limit; NaN is."""
+        return not (value > self.limit if self.side == "at most" else value < self.limit)
+
+    def describe(self, value: float, config: Config) -> str:
+        """Say what a bad figure means, and which keys that have an effect in a stage may help."""
+        idle = keys_without_effect(config)
+        phrases = []
+        for verb, keys in self.remedies.items():
+            if useful := [key for key in keys if key not in idle]:
+                phrases.append(f"{verb} {' or '.join(useful)}")
+        remedy = ", or ".join(phrases)
+        return f"{self.message.format(value)}. {remedy[:1].upper()}{remedy[1:]}."
+
+    @property
+    def threshold(self) -> str:
+        """When it fires, in words."""
+        rows = f", at {self.in_a_row} evaluations in a row" if self.in_a_row > 1 else ""
+        limit = format(self.limit, ".0%" if self.form.endswith("%") else "g")
+        return f"{self.side} {limit}{self.condition[1]}{rows}"
+
+
+def _share_of_first(key: str) -> Callable[[Figures, Figures], float]:
+    return lambda now, first: now[key] / first[key] if first[key] > 0 else 1.0
+
+
+def _plain(key: str) -> Callable[[Figures, Figures], float]:
+    return lambda now, first: now[key]
+
+
+def _pauses(config: Config) -> bool:
+    return config.thoughts.sampler == "pause"
+
+
+def _rise(now: Figures, first: Figures) -> float:
+    """Return how far a held-out NLL has risen, the worse of both; NaN is the worst."""
+    rises = [now[key] - first[key] for key in ("mixed_nll", "base_nll") if key in now]
+    return max(rises, key=lambda rise: (math.isnan(rise), rise))
+
+
+GUARDS = (
+    Guard(
+        "thought_length", "mean length of a thought, as a share of the stage's first", "train",
+        ("thought_length",), _share_of_first("thought_length"), "at most", 0.25, ".0%",
+        "thoughts have shrunk to {:.0%} of their length at the start of the stage: the model learns"
+        " to do without them",
+        {"lower": ("loss.thought_weight", "loss.mixed_weight", "optim.learning_rate"),
+         "raise": ("loss.policy_weight",)},
+    ),
+    Guard(
+        "truncated_fraction", "thoughts that are cut at thoughts.length", "train",
+        ("truncated_fraction",), _plain("truncated_fraction"), "at least", 0.9, ".0%",
+        "{:.0%} of the thoughts are cut before they end, so that few of them say what they are for",
+        {"raise": ("thoughts.length",), "add a text to": ("thoughts.stop",),
+         "change": ("thoughts.start_init",)},
+        is_collapse=False,
+    ),
+    Guard(
+        "entropy", "entropy of the thought tokens, nats/token", "train",
+        ("entropy",), _plain("entropy"), "at most", 0.05, ".3f",
+        "thoughts have almost no entropy ({:.3f} nats a token): they collapse to one text",
+        {"raise": ("loss.entropy_weight", "thoughts.temperature"),
+         "lower": ("loss.policy_weight", "optim.learning_rate")},
+        unless=_pauses,
+    ),
+    Guard(
+        "identical_fraction", "positions whose thoughts are all the same", "train",
+        ("identical_fraction",), _plain("identical_fraction"), "at least", 0.9, ".0%",
+        "at {:.0%} of the positions all thoughts are the same, so REINFORCE has no signal",
+        {"raise": ("thoughts.temperature", "thoughts.num_thoughts", "loss.entropy_weight")},
+        unless=_pauses,
+    ),
+    Guard(
+        "distinct_token_ratio", "distinct tokens of a thought over its length", "train",
+        ("distinct_token_ratio",), _plain("distinct_token_ratio"), "at most", 0.3, ".2f",
+        "thoughts repeat themselves ({:.2f} distinct tokens a token)",
+        {"raise": ("loss.entropy_weight",),
+         "lower": ("loss.policy_weight", "optim.learning_rate")},
+        unless=_pauses,
+    ),
+    Guard(
+        "reward_std", "standard deviation of the reward, as a share of the stage's first", "train",
+        ("policy_reward_std",), _share_of_first("policy_reward_std"), "at most", 0.01, ".1%",
+        "rewards of a position's thoughts differ by {:.1%} of what they did at the start of the"
+        " stage: thoughts have lost their influence, or are alike",
+        {"raise": ("thoughts.temperature", "thoughts.num_thoughts", "mixing_head.floor")},
+        unless=_pauses,
+    ),
+    Guard(
+        "no_signal_fraction", "positions whose thoughts all have the same reward", "train",
+        ("no_signal_fraction",), _plain("no_signal_fraction"), "at least", 0.9, ".0%",
+        "at {:.0%} of the positions all thoughts have the same reward, so none of them is"
+        " reinforced",
+        {"raise": ("thoughts.temperature", "thoughts.num_thoughts", "mixing_head.floor")},
+        unless=_pauses,
+    ),
+    Guard(
+        "mixing_weight", "mixing weight, in absolute value", "train",
+        ("mixing_weight",), lambda now, first: abs(now["mixing_weight"]), "at most", 0.002, ".4f",
+        "the mixing weight fell to {:.4f}: thoughts no longer reach the prediction",
+        {"set": ("mixing_head.floor", "mixing_head.warmup_steps"),
+         "raise": ("loss.thought_weight",)},
+        unless=lambda config: config.mixing_head.fixed_weight is not None,
+    ),
+    Guard(
+        "thought_nll", "the thought's own NLL above the base, nats/token", "eval",
+        ("thought_nll", "base_nll"), lambda now, first: now["thought_nll"] - now["base_nll"],
+        "at least", 1.0, "+.3f",
+        "the thought's own prediction stays {:.3f} nats a token worse than the one without a"
+        " thought: thoughts lead the model astray",
+        {"raise": ("loss.thought_weight",), "change": ("thoughts.end_init",)},
+        in_a_row=2, is_collapse=False,
+    ),
+    Guard(
+        "gain_of_content", "gain of content, nats/token", "eval",
+        ("gain", "gain_of_content"), _plain("gain_of_content"), "at most", 0.0, "+.4f",
+        "thinking helps, but swapped thoughts help as much (gain of content {:+.4f} nats a token):"
+        " what helps is not what thoughts say",
+        {"raise": ("loss.policy_weight", "thoughts.num_thoughts", "data.min_context"),
+         "change": ("thoughts.start_init",)},
+        in_a_row=2, condition=(lambda now: now["gain"] > 0, " with a gain above 0"),
+        is_collapse=False,
+    ),
+    Guard(
+        "divergence", "rise of the mixed or the base NLL since the stage began, nats/token", "eval",
+        ("base_nll",), _rise, "at least", 1.0, "+.3f",
+        "a held-out NLL has risen by {:.3f} nats a token since the stage began: training diverges",
+        {"lower": ("optim.learning_rate", "optim.max_grad_norm")},
+    ),
+)  # fmt: skip
+
+
+@dataclass
+class GuardState:
+    """What the guards know of one stage.
+
+    Attributes:
+        config: Config of the stage; None to read figures only.
+        first_step: Steps of the run before the stage.
+        fired: Names of the guards that have fired in the stage, and are judged no more.
+    """
+
+    config: Config | None = None
+    first_step: int = 0
+    fired: set[str] = field(default_factory=set)
+    _first: dict[tuple[Source, str], list[float]] = field(default_factory=dict)
+    _now: dict[tuple[Source, str], deque[float]] = field(default_factory=dict)
+    _bad: dict[str, int] = field(default_factory=dict)  # records in a row
+
+    def see(self, source: Source, step: int, figures: Mapping[str, Any]) -> list[Guard]:
+        """Take in a record, and return the guards that fire at it; they are judged again.
+
+        Args:
+            source: Kind of the record.
+            step: Steps of the run.
+            figures: Its figures; what is no float is passed over, and in training what is not
+                finite.
+        """
+        for key, value in figures.items():
+            if not isinstance(value, float) or (source == "train" and not math.isfinite(value)):
+                continue
+            self._now.setdefault((source, key), deque(maxlen=WINDOW[source])).append(value)
+            first = self._first.setdefault((source, key), [])
+            if len(first) < WINDOW[source]:
+                first.append(value)
+        if step - self.first_step <= UNCHECKED[source]:
+            return []
+        firing = []
+        for guard in GUARDS:
+            if guard.source != source or not all(key in figures for key in guard.keys):
+                continue
+            self._bad[guard.name] = self._bad.get(guard.name, 0) + 1 if self.is_bad(guard) else 0
+            if self._bad[guard.name] >= guard.in_a_row and guard.name not in self.fired:
+                firing.append(guard)
+        return firing
+
+    def value(self, guard: Guard) -> float | None:
+        """Return a guard's figure now; None before its records are there."""
+        now, first = self._figures(self._now, guard), self._figures(self._first, guard)
+        return guard.value(now, first) if all(key in now for key in guard.keys) else None
+
+    def is_bad(self, guard: Guard) -> bool:
+        """Return True where a guard's figure now is judged, and beyond its limit."""
+        if self.config is not None and guard.unless(self.config):
+            return False
+        fewest = min(len(self._now.get((guard.source, key), ())) for key in guard.keys)
+        if fewest < FEWEST[guard.source]:
+            return False
+        value, now = self.value(guard), self._figures(self._now, guard)
+        return value is not None and guard.condition[0](now) and guard.is_bad(value)
+
+    @staticmethod
+    def _figures(series: Mapping[tuple[Source, str], Any], guard: Guard) -> dict[str, float]:
+        """Return the means of all figures of the guard's records."""
+        return {key: fmean(x) for (source, key), x in series.items() if source == guard.source}
