@@ -62,9 +62,13 @@ class Runs:
         self._folders = {}
 
     def __getitem__(self, strategy):
-        if strategy not in self._folders:
-            self._folders[strategy] = launch(strategy, self.config, self.folder / strategy)
-        return self._folders[strategy]
+        return self.of(strategy, "train.py")
+
+    def of(self, strategy, script):
+        if (strategy, script) not in self._folders:
+            folder = self.folder / f"{strategy}-{Path(script).stem}"
+            self._folders[strategy, script] = launch(strategy, self.config, folder, script=script)
+        return self._folders[strategy, script]
 
     def copy_without_last_checkpoint(self, strategy, target):
         shutil.copytree(self[strategy], target)
@@ -86,6 +90,7 @@ def runs(request, tmp_path_factory):
                 "model__name_or_path": str(base), "model__tokenizer": None}  # fmt: skip
     config = run_config(
         runs.folder, training__micro_batch_size=2, training__save_steps=5, training__eval_steps=5,
+        training__ema_decay=0.8,
         training__save_total_limit=9, data__eval_sequences=6, loss__policy_weight=1.0,
         optim__learning_rate=1e-3, **more,
     )  # fmt: skip
@@ -108,9 +113,10 @@ def assert_same_trajectory(folder, whole):
         for record, wanted in zip(ours, theirs, strict=True):
             for key in set(keys) & set(wanted):
                 assert record[key] == pytest.approx(wanted[key], rel=1e-5), (record["step"], key)
-    for name, weight in load_file(whole / "final" / "quietstar.safetensors").items():
-        other = load_file(folder / "final" / "quietstar.safetensors")[name]
-        torch.testing.assert_close(other, weight, rtol=1e-4, atol=1e-5)
+    for model in ("final", "ema"):
+        ours, theirs = (load_file(f / model / "quietstar.safetensors") for f in (folder, whole))
+        for name, weight in theirs.items():
+            torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -122,12 +128,35 @@ def test_two_ranks_give_the_trajectory_of_one(strategy, runs):
 
 @pytest.mark.slow
 @with_full_tuning
-@pytest.mark.parametrize("strategy", [marked(strategy) for strategy in ("fsdp2", "zero2", "zero3")])
-def test_a_sharded_run_resumes_bit_for_bit(strategy, runs, tmp_path):
+@pytest.mark.parametrize(
+    "strategy", [marked(strategy) for strategy in ("ddp", "fsdp2", "zero2", "zero3")]
+)
+def test_a_run_of_two_ranks_resumes_bit_for_bit(strategy, runs, tmp_path):
     part = runs.copy_without_last_checkpoint(strategy, tmp_path / "part")
     launch(strategy, runs.config, part, "--resume", "auto")
-    a, b = (load_file(folder / "final" / "model.safetensors") for folder in (runs[strategy], part))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    for name in ("final", "ema"):
+        a, b = (load_file(f / name / "model.safetensors") for f in (runs[strategy], part))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    live, average = (load_file(part / name / "model.safetensors") for name in ("final", "ema"))
+    assert not torch.equal(live["model.norm.weight"], average["model.norm.weight"])
+
+
+@pytest.mark.slow
+@with_full_tuning
+@pytest.mark.parametrize("strategy", [marked(strategy) for strategy in STRATEGIES])
+def test_a_look_through_the_average_changes_nothing(strategy, runs):
+    """Before every micro-batch, also while gradients of others wait to be exchanged."""
+    seen = {}
+    for name in ("one", strategy):
+        folder = runs.of(name, "tests/averaging.py")
+        for model in ("final", "ema"):
+            a, b = (sorted((f / model).glob("*.safetensors")) for f in (folder, runs[name]))
+            assert [path.name for path in a] == [path.name for path in b]
+            assert all(x.read_bytes() == y.read_bytes() for x, y in zip(a, b, strict=True))
+        lines = (folder / "average.jsonl").read_text(encoding="utf-8").splitlines()
+        seen[name] = [json.loads(line)["logprob"] for line in lines]
+    assert len(set(seen["one"])) >= 8  # the average moves; each of three stages begins anew
+    assert seen[strategy] == pytest.approx(seen["one"], rel=1e-5)
 
 
 @pytest.mark.slow

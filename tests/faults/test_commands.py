@@ -29,7 +29,7 @@ NASTY = ("", " ", "nan", "-inf", "-1", "0", "1", "2", "1e308", "1e-300", str(2**
          "\u202e", "null", "{}", "--", "mine.html", "./x/../mine.html", "link.html", "pipe",
          "folder", "model", "no/such", "~nobody/x", "/dev/null", "/proc/self/mem",
          "x" * 300)  # fmt: skip
-COMMON = ("--model", "--dtype", "--device")
+COMMON = ("--model", "--ema", "--dtype", "--device")
 GENERATION = (*COMMON, "--max-new-tokens", "--gate", "--num-thoughts", "--thought-temperature",
               "--thought-top-p", "--thought-top-k", "--temperature", "--top-p",
               "--seed")  # fmt: skip

@@ -97,8 +97,8 @@ def test_a_run_marks_its_folder(whole):
     assert marker["pid"] == os.getpid()
 
 
-LINKED = ["config.yaml", "metrics.jsonl", "final", "results.json", "checkpoints", "tensorboard",
-          "tensorboard/quietstar"]  # fmt: skip
+LINKED = ["config.yaml", "metrics.jsonl", "final", "ema", "results.json", "checkpoints",
+          "tensorboard", "tensorboard/quietstar"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LINKED)
@@ -106,6 +106,7 @@ def test_a_link_in_a_run_folder_is_not_written_through(tmp_path, name):
     config = run_config(tmp_path, **SETTINGS)
     run_training(config)
     (tmp_path / "run" / "tensorboard" / "quietstar").mkdir(parents=True)
+    (tmp_path / "run" / "ema").mkdir()
     (tmp_path / "run" / "checkpoints" / "step-000099.partial").mkdir()
     (tmp_path / "run" / "checkpoints" / "step-000099.partial" / "mine").touch()
     outside = tmp_path / "of-the-user"
