@@ -98,6 +98,18 @@ def interval(values: Array, seed: int) -> tuple[float, float] | None:
     return float(found.low), float(found.high)
 
 
+def mean_over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """Compute ``mean`` and ``ci95`` of a figure of runs that differ in their seed.
+
+    The interval is Student's t; None of a single seed.
+    """
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return {"mean": mean, "ci95": None}
+    margin = float(stats.sem(values)) * float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1))
+    return {"mean": mean, "ci95": [mean - margin, mean + margin]}
+
+
 def items_needed(gaps: Array) -> int | None:
     """Estimate how many items would show a mean difference of this size; None if there is none.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,6 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import Config
@@ -31,6 +30,7 @@ from quietstar.config.loading import save_config
 from quietstar.data import build_data, load_tokenizer
 from quietstar.distributed import from_main_process
 from quietstar.errors import UserError, reading
+from quietstar.evaluation.statistics import mean_over_seeds
 from quietstar.model.quiet_star import QuietStarForCausalLM, marker_tokens
 from quietstar.system import files
 from quietstar.training.batches import count_thinking
@@ -270,18 +270,9 @@ def summarize(results: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> dict[st
         right = [one.get("right_thoughts", {}).get("after") for one in of_seeds]
         right = None if None in right else right
         row = {"name": name, "label": label, "accuracy": accuracy}
-        variants.append({**row, **_mean_and_interval(accuracy), "right_thoughts": right})
+        variants.append({**row, **mean_over_seeds(accuracy), "right_thoughts": right})
         if name != "full":
             gaps = [a - b for a, b in zip(variants[0]["accuracy"], accuracy, strict=True)]
             title = f"{LABELS['full']} minus {label}"
-            differences.append({"label": title, **_mean_and_interval(gaps)})
+            differences.append({"label": title, **mean_over_seeds(gaps)})
     return {"seeds": list(results), "variants": variants, "differences": differences}
-
-
-def _mean_and_interval(values: Sequence[float]) -> dict[str, Any]:
-    """Returns the mean over seeds and its 95 % interval by Student's t; none of a single seed."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return {"mean": mean, "ci95": None}
-    margin = float(stats.sem(values)) * float(stats.t.ppf(0.975, len(values) - 1))
-    return {"mean": mean, "ci95": [mean - margin, mean + margin]}

@@ -231,10 +231,8 @@ class Reporter:
         self.bar.update(self._task, figures=text)
         if not self.console.is_terminal and self._is_due(step, max(1, self._total // LOG_LINES)):
             self.say(f"step {step:>5}/{self._total}  {text}")
-        for name, (is_bad, message) in HEALTH_CHECKS.items():
-            checked = step - self.stage.first_step > UNCHECKED_STEPS and name in figures
-            if checked and is_bad(figures[name]):
-                self.warn_once(name, f"step {step}: {message.format(figures[name])}")
+        for name, message in failed_checks(step - self.stage.first_step, figures):
+            self.warn_once(name, f"step {step}: {message}")
         if self._is_due(step, config.logging.thought_steps):
             self._show_thought(output)
 
@@ -272,14 +270,12 @@ class Reporter:
     def _warn_of_divergence(self, step: int, figures: Mapping[str, float]) -> None:
         """Warns once a stage if a held-out NLL has risen far above that at its start."""
         first = self.evaluations[0][1]
-        for key in ("mixed_nll", "base_nll"):
-            is_known = key in first and key in figures
-            if is_known and not figures[key] <= first[key] + DIVERGENCE:
-                self.warn_once(
-                    "divergence",
-                    f"step {step}: {key} rose from {first[key]:.3f} to {figures[key]:.3f}: training"
-                    " diverges. Lower optim.learning_rate or optim.max_grad_norm.",
-                )
+        if key := diverged_key(first, figures):
+            self.warn_once(
+                "divergence",
+                f"step {step}: {key} rose from {first[key]:.3f} to {figures[key]:.3f}: training"
+                " diverges. Lower optim.learning_rate or optim.max_grad_norm.",
+            )
 
     def report(self) -> bool:
         """Has the page written; returns False if it could not be, which ends no run."""
@@ -325,6 +321,25 @@ class Reporter:
                     f"warning: step {step}: {self.path} or a tracker cannot be written "
                     f"({reason_of(problem)}); training goes on, and tries again"
                 )
+
+
+def failed_checks(step: int, figures: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Returns names and messages of the `HEALTH_CHECKS` that fail at a step of a stage."""
+    if step <= UNCHECKED_STEPS:
+        return []
+    return [
+        (name, message.format(figures[name]))
+        for name, (is_bad, message) in HEALTH_CHECKS.items()
+        if name in figures and is_bad(figures[name])
+    ]
+
+
+def diverged_key(first: Mapping[str, float], figures: Mapping[str, float]) -> str | None:
+    """Returns the held-out NLL that rose far above that of the stage's start, or None."""
+    for key in ("mixed_nll", "base_nll"):
+        if key in first and key in figures and not figures[key] <= first[key] + DIVERGENCE:
+            return key
+    return None
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
