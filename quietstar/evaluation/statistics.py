@@ -15,13 +15,10 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from quietstar.evaluation.controls import (
-    BLANK,
+    CONTROL_NAMES,
     CONTROLS,
     GAINS,
-    GENERIC,
     LOWER_IS_BETTER,
-    PAUSE,
-    SHUFFLED,
     SWAPPED,
     WITH,
     WITHOUT,
@@ -32,10 +29,6 @@ from quietstar.evaluation.tasks import Task
 
 Array = NDArray[np.float64]
 LEVEL = 0.95
-CONTROL_NAMES = {
-    SWAPPED: "swapped thoughts", SHUFFLED: "shuffled thoughts", PAUSE: "pause tokens",
-    GENERIC: "a generic text", BLANK: "blank thoughts",
-}  # fmt: skip
 MIN_TOKENS = 40
 """Fewest tokens of a task for which a breakdown is made."""
 LENGTHS = ("thought_length", "truncated_fraction")

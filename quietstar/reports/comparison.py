@@ -18,6 +18,7 @@ from rich.text import Text
 from quietstar.config import Config
 from quietstar.config.loading import load_config
 from quietstar.errors import ConfigError, UserError, visible
+from quietstar.evaluation.controls import CONTROL_NAMES, GAINS, MADE
 from quietstar.evaluation.statistics import mean_over_seeds
 from quietstar.registry import importing_nothing
 from quietstar.reports.pages import MISSING, percent, plain, signed
@@ -29,14 +30,13 @@ from quietstar.training.stages import plan_stages
 FIGURES = {
     "accuracy_without_thoughts": ("right without thoughts", percent),
     "accuracy_with_thoughts": ("right with thoughts", percent),
-    "accuracy_swapped": ("right with swapped thoughts", percent),
-    "accuracy_pause": ("right with pause tokens", percent),
+    **{f"accuracy_{name}": (f"right with {text}", percent) for name, text in CONTROL_NAMES.items()},
     "right_thoughts": ("right thoughts", percent),
     "base_nll": ("NLL without thoughts", plain),
     "mixed_nll": ("NLL with thoughts", plain),
     "gain": ("gain of thinking, nats", signed),
     "gain_of_content": ("gain of content, nats", signed),
-    "gain_over_pause": ("gain over pause tokens, nats", signed),
+    **{GAINS[name]: (f"gain over {CONTROL_NAMES[name]}, nats", signed) for name in MADE},
     "training_seconds": ("training, seconds", lambda value: plain(value, 1)),
 }
 """Rows of the table: what each is called there, and how it is written."""
