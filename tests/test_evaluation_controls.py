@@ -219,7 +219,7 @@ def test_controls_do_not_depend_on_how_texts_are_batched(tmp_path):
         folder.mkdir()
         config = run_config(
             folder, training__micro_batch_size=size, training__eval_controls=list(CONTROLS),
-            training__max_steps=1, thoughts__positions="random",
+            training__max_steps=1, thoughts__positions="random", thoughts__length=4,
         )  # fmt: skip
         run_training(config, more_runs=True)
         record = read_metrics(folder / "run", "eval")[0]
