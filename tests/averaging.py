@@ -17,7 +17,7 @@ from quietstar.training import loop
 real = loop.accumulate_gradients
 
 
-def accumulate_gradients(run, step, batches):
+def accumulate_gradients(run, step, batches, drawn=None):
     text, accumulate = torch.arange(40, 50).view(1, -1), run.strategy.accumulate
 
     @contextmanager
@@ -33,7 +33,7 @@ def accumulate_gradients(run, step, batches):
 
     run.strategy.accumulate = after_a_look
     try:
-        return real(run, step, batches)
+        return real(run, step, batches, drawn)
     finally:
         run.strategy.accumulate = accumulate
 

@@ -5,9 +5,9 @@ import json
 import pytest
 from launching import launch, marked
 from test_stages import staged_config
-from tiny import run_config
+from tiny import read_metrics, run_config
 
-from quietstar.config.loading import save_config
+from quietstar.config.loading import load_config, save_config
 from quietstar.errors import UserError
 from quietstar.reports import write_report
 from quietstar.training.controls import (
@@ -18,6 +18,7 @@ from quietstar.training.controls import (
     summarize,
     variant,
 )
+from quietstar.training.run import run_training
 
 
 def last_stage(folder, **changes):
@@ -27,25 +28,40 @@ def last_stage(folder, **changes):
 def test_each_variant_changes_one_thing(tmp_path):
     stage = last_stage(tmp_path)
     start = tmp_path / "start"
-    full, no_thoughts, pause, no_reinforce = (
-        variant(name, stage, start, 5, tmp_path / name) for name in TRAINED
+    full, no_thoughts, equal_tokens, pause, no_reinforce = (
+        variant(name, stage, start, 5, tmp_path / name, 31) for name in TRAINED
     )
     assert full.model.name_or_path == str(start)
     assert full.training.seed == 5
     assert full.thoughts == stage.thoughts
     assert full.loss == stage.loss
     assert no_thoughts.loss.objective == "next_token"
-    assert no_thoughts.training.max_steps == matched_steps(stage)
+    assert equal_tokens.loss.objective == "next_token"
+    assert (no_thoughts.training.max_steps, equal_tokens.training.max_steps) == (31, 3)
     assert (pause.thoughts.sampler, pause.loss.policy_weight) == ("pause", 0.0)
     assert pause.training.max_steps == full.training.max_steps
     assert no_reinforce.loss == stage.loss.model_copy(update={"policy_weight": 0.0})
     assert no_reinforce.thoughts == stage.thoughts
 
 
-def test_equal_compute_counts_learn_pass_and_rollout(tmp_path):
-    # T 2, A 1, K 2, 3 steps: 1 + 2 * 4 tokens forward and backward, the rollout (1 + 2 * 2) / 3:
-    # 3 * (9 + 5/3) = 32 steps of one token each.
-    assert matched_steps(last_stage(tmp_path)) == 32
+def test_equal_flops_are_those_that_the_run_has_counted(tmp_path):
+    # 3 steps of 4 texts of 20 tokens, all of which think, T 2, A 1, K 2: for a token of text
+    # 1 + 2 * 4 tokens forward and backward, and 2 * 2 forward: 3 * (9 + 4 / 3) = 31 steps.
+    record = {"kind": "train", "seconds": 0.3, "thought_tokens_per_second": 320 / 0.3}
+    assert matched_steps(last_stage(tmp_path), [record] * 3, 2) == 31
+    # 2.5 of 20 tokens think, and thoughts have 1.5 tokens on average (ragged ones): 30 sampled
+    # tokens and 20 thoughts, whose markers are 3 tokens: 3 * (80 + 30 + 60 + 10) / 80 = 6.75.
+    record = {"kind": "train", "seconds": 2.0, "thought_tokens_per_second": 15.0,
+              "positions_per_text": 2.5}  # fmt: skip
+    held_out = {"kind": "eval", "step": 0}
+    assert matched_steps(last_stage(tmp_path), [held_out, record], 3) == 7
+
+
+def test_a_run_counts_what_equal_flops_are_made_of(tmp_path):
+    config = staged_config(tmp_path / "run", training__save_steps=0)
+    stage = variant("full", list(config.stage_configs().values())[-1], None, 0, tmp_path / "run")
+    run_training(stage, more_runs=True)
+    assert matched_steps(stage, read_metrics(tmp_path / "run"), 2) == 31
 
 
 def results(full, other):
@@ -54,7 +70,7 @@ def results(full, other):
         pair = {"with_thoughts": accuracy, "without_thoughts": accuracy, "n": 10}
         return {"accuracy": pair, **more}
 
-    names = ("no_thoughts", "pause", "no_reinforce", "first_thoughts")
+    names = (*TRAINED[1:], "first_thoughts")
     return {"full": of(full, 0.9), **{name: of(other) for name in names}}
 
 
@@ -86,7 +102,12 @@ def test_controls_of_a_tiny_run(tmp_path):
     assert "<html" in (root / "report.html").read_text(encoding="utf-8")
     summary = json.loads((root / "controls.json").read_text(encoding="utf-8"))
     assert [row["name"] for row in summary["variants"]] == [*TRAINED, "first_thoughts"]
-    assert len(summary["differences"]) == 4
+    assert len(summary["differences"]) == 5
+    steps = {
+        name: load_config(root / "seed-0" / name / "config.yaml").training.max_steps
+        for name in TRAINED
+    }
+    assert steps == {"full": 3, "no_thoughts": 31, "equal_tokens": 3, "pause": 3, "no_reinforce": 3}
     stamp = (root / "seed-0" / "pause" / "metrics.jsonl").stat().st_mtime_ns
     run_controls(staged_config(tmp_path / "run", training__save_steps=0), 1)
     assert (root / "seed-0" / "pause" / "metrics.jsonl").stat().st_mtime_ns == stamp
@@ -120,4 +141,7 @@ def test_controls_on_two_processes_give_those_of_one(strategy, tmp_path):
         for name in ("two_controls", "one_controls")
     )
     assert two == one
+    assert [row["name"] for row in two["variants"]] == [*TRAINED, "first_thoughts"]
+    equal = load_config(tmp_path / "two_controls" / "seed-0" / "no_thoughts" / "config.yaml")
+    assert equal.training.max_steps == 31
     assert not list(tmp_path.rglob("*.partial"))

@@ -45,13 +45,17 @@ stages:
     training: {{max_steps: 4}}
   thinks:
     thoughts: {{length: 10, start_init: ab, stop: &characters {CHARACTERS}}}
-    training: {{max_steps: 3}}
+    training: {{max_steps: 3, inner_epochs: 2}}
+    loss:
+      {{objective: rlp, reference: ema, kl_weight: 0.1, reward_kl_weight: 0.1, clip_high: 0.01,
+        estimator: running_mean, min_signal: 0.1}}
   thinks_long:
     thoughts: {{length: 45, positions: random, start_init: ab, stop: *characters}}
     training: {{max_steps: 3}}
 """
 """Thoughts end early: ranks want to end their rollouts after different numbers of tokens. The long
-ones at a few positions leave the batch then, and are packed to learn from."""
+ones at a few positions leave the batch then, and are packed to learn from. The second stage knows
+earlier steps, and other weights than the model's."""
 
 
 class Runs:

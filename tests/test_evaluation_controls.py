@@ -1,13 +1,21 @@
 """Controls: swapped, shuffled and pause thoughts, and the gain of content."""
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
-from tiny import thinking_model
+from pydantic import ValidationError
+from tiny import read_metrics, run_config, thinking_model
 
-from quietstar.data import Batch
+from quietstar import QuietStarForCausalLM
+from quietstar.config.schema import Controls
+from quietstar.data import Batch, build_data, load_tokenizer
 from quietstar.evaluation.controls import (
+    CONTROL_NAMES,
+    CONTROLS,
+    GAINS,
+    MADE,
     TextThoughts,
     derangement,
     fit_thoughts,
@@ -18,7 +26,9 @@ from quietstar.evaluation.controls import (
     shuffle_tokens,
     swap_positions,
 )
-from quietstar.training.evaluation import compare, figures
+from quietstar.reports import write_report
+from quietstar.training.evaluation import compare, figures, score_batch
+from quietstar.training.run import run_training
 
 
 @pytest.mark.parametrize("count", [2, 3, 9, 50])
@@ -171,3 +181,66 @@ def test_the_swap_is_the_same_however_many_ranks_share_the_texts():
     alone = figures(compare(model, rows[:1]))
     assert "gain_of_content" not in alone
     assert "gain_over_pause" in alone
+
+
+# --- Evaluations of a training run ----------------------------------------------------------------
+def test_a_run_evaluates_the_controls_it_is_asked_for(tmp_path):
+    """By hand: the final model scores the held-out texts with each control's thoughts."""
+    every = list(CONTROLS)
+    config = run_config(tmp_path, training__eval_controls=every, thoughts__length=3)
+    run_training(config, more_runs=True, on_report=write_report)
+    last = read_metrics(tmp_path / "run", "eval")[-1]
+    model = QuietStarForCausalLM.from_pretrained(tmp_path / "run" / "final").eval()
+    tokenizer = load_tokenizer("bytes")
+    _, held_out, _ = build_data(config.data, tokenizer, config.training.seed)
+    (batch,) = held_out.batches(8)
+    own = model.sample(batch.input_ids, sample_ids=batch.sample_ids)
+    given = {
+        "shuffled": shuffle_tokens(own, batch.sample_ids.tolist(), seed=0),
+        "pause": torch.full_like(own, model.pause_token_id),
+        "generic": torch.tensor(tokenizer.encode(" I ")).expand(*own.shape),
+        "blank": torch.full_like(own[..., :1], -1),
+    }
+    for name, thoughts in given.items():
+        scores = score_batch(model, batch, thoughts).means()
+        assert last[f"{name}_mixed_nll"] == pytest.approx(scores["mixed_nll"], rel=1e-5), name
+        gain = scores["mixed_nll"] - last["mixed_nll"]
+        assert last[f"gain_over_{name}"] == pytest.approx(gain, abs=1e-5)
+    assert len({round(last[f"{name}_thought_nll"], 5) for name in given}) == 4
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    for name in ("gain of content", *(f"gain over {CONTROL_NAMES[name]}" for name in MADE)):
+        assert name in page
+
+
+def test_controls_do_not_depend_on_how_texts_are_batched(tmp_path):
+    figures = []
+    for size in (1, 4):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        config = run_config(
+            folder, training__micro_batch_size=size, training__eval_controls=list(CONTROLS),
+            training__max_steps=1, thoughts__positions="random", thoughts__length=4,
+        )  # fmt: skip
+        run_training(config, more_runs=True)
+        record = read_metrics(folder / "run", "eval")[0]
+        figures.append({key: x for key, x in record.items() if isinstance(x, float)})
+    assert set(GAINS.values()) <= figures[0].keys()
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5, abs=1e-6)
+
+
+def test_only_what_is_asked_for_is_evaluated(tmp_path):
+    run_training(run_config(tmp_path, training__eval_controls=["blank"]), more_runs=True)
+    last = read_metrics(tmp_path / "run", "eval")[-1]
+    assert "gain_over_blank" in last
+    assert not {"gain_of_content", "gain_over_pause", "swapped_mixed_nll"} & last.keys()
+
+
+def test_a_config_names_the_controls_by_their_names(tmp_path):
+    choices = get_args(get_args(get_args(Controls)[0])[0])
+    assert sorted(choices) == sorted(CONTROLS)
+    with pytest.raises(ValidationError, match="each name once"):
+        run_config(tmp_path, training__eval_controls=["blank", "blank"])
+    with pytest.raises(ValidationError, match="should be 'swapped'"):
+        run_config(tmp_path, training__eval_controls=["none"])
+    with pytest.raises(ValueError, match=r"\(shuffled\) needs thoughts.length of at least 2"):
+        run_config(tmp_path, training__eval_controls=["shuffled"], thoughts__length=1)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from statistics import fmean
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tiny import end_early, plain_model, thinking_model
 
 from quietstar.cli import main as cli
 from quietstar.data import load_tokenizer
+from quietstar.evaluation.controls import CONTROL_NAMES, GAINS, shuffle_tokens, swap_positions
 from quietstar.evaluation.inspection import Reading, inspect_text, token_slices, windows
 from quietstar.reports.pages import render_thoughts
 
@@ -67,6 +69,36 @@ def test_the_figures_are_those_of_think(temperature, early):
     gains = [token["gain"] for token in document["tokens"][1:]]
     assert document["summary"]["all"]["gain"] == pytest.approx(sum(gains) / len(gains), abs=1e-5)
     assert sum(bar["count"] for bar in document["summary"]["histogram"]) == len(gains)
+
+
+def test_controls_are_what_the_model_predicts_with_their_thoughts():
+    model, tokenizer = loaded()
+    text = "a text of some thirty bytes: 3 + 4"
+    reading = Reading(num_thoughts=2, temperature=1.0, all_controls=True)
+    document = inspect_text(model, tokenizer, text, "m", reading)
+    assert document["controls"] == CONTROL_NAMES
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    tokens = document["tokens"][1:]
+    own = torch.tensor([[t["ids"] for t in token["thoughts"]] for token in tokens]).transpose(0, 1)
+    own = own[None]
+    positions = torch.arange(len(tokens))[None]
+    given = {
+        "swapped": swap_positions(own[0], seed=0)[None],
+        "shuffled": shuffle_tokens(own, [0], seed=0),
+        "pause": torch.full_like(own, model.pause_token_id),
+        "generic": torch.tensor(tokenizer.encode(" I ")).expand(own.shape),
+        "blank": torch.full_like(own[..., :1], -1),
+    }
+    for name, thoughts in given.items():
+        expected = model.score_mixed(ids, None, ids, thoughts, positions).logprobs[0]  # (K, P)
+        found = torch.tensor([[t["controls"][name] for t in x["thoughts"]] for x in tokens]).T
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+        gains = [fmean(t["mixed_logprob"] for t in token["thoughts"]) for token in tokens]
+        gain = fmean(gains) - float(expected.mean())
+        assert document["summary"]["all"][GAINS[name]] == pytest.approx(gain, abs=1e-5)
+    without = inspect_text(model, tokenizer, text, "m", Reading(num_thoughts=2, temperature=1.0))
+    assert list(without["controls"]) == ["swapped"]
+    assert "gain_over_pause" not in without["summary"]["all"]
 
 
 def test_top_predictions_are_the_most_likely_tokens():

@@ -19,7 +19,7 @@ from quietstar.cli import options
 from quietstar.cli.options import BATCH, SEED, THOUGHTS, TOKENS, Parser, unicode_text, whole
 from quietstar.data.tokenizer import load_tokenizer
 from quietstar.errors import UserError
-from quietstar.evaluation.controls import CONTROLS, WITH, WITHOUT
+from quietstar.evaluation.controls import CONTROLS, GENERIC_TEXT, WITH, WITHOUT
 from quietstar.evaluation.runner import (
     FREE_SETTINGS,
     HarnessTask,
@@ -29,7 +29,7 @@ from quietstar.evaluation.runner import (
     open_store,
     settings_changes,
 )
-from quietstar.evaluation.scoring import GENERIC_TEXT, POSITIONS, Protocol, fingerprint
+from quietstar.evaluation.scoring import POSITIONS, Protocol, fingerprint
 from quietstar.evaluation.statistics import summarise
 from quietstar.evaluation.tasks import TASKS, TEXT_FILES, Item, Task, find_task
 from quietstar.model.quiet_star import QuietStarForCausalLM

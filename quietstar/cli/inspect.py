@@ -15,6 +15,7 @@ from quietstar.cli import options
 from quietstar.cli.options import SEED, THOUGHTS, Parser, whole
 from quietstar.data.tokenizer import load_tokenizer
 from quietstar.errors import UserError, visible
+from quietstar.evaluation import controls
 from quietstar.evaluation.inspection import Reading, inspect_text, num_windows
 from quietstar.reports.pages import render_thoughts
 from quietstar.system.files import write_json, write_whole
@@ -86,7 +87,10 @@ def _inspect(
             f"sees at least {context - min(128, context // 2)} tokens before it",
             soft_wrap=True,
         )
-    reading = Reading(args.num_thoughts, args.temperature or None, args.seed, context)
+    if args.controls and model.thoughts.length < 2:
+        raise UserError("--controls: thoughts of one token cannot be shuffled; leave it out")
+    temperature = args.temperature or None
+    reading = Reading(args.num_thoughts, temperature, args.seed, context, args.controls)
     with options.progress(name, num_windows(count, context)) as advance:
         return inspect_text(model, tokenizer, text, name, reading, advance)
 
@@ -94,12 +98,17 @@ def _inspect(
 def _document_view(document: dict[str, Any]) -> RenderableType:
     """Return summary, the colored text, and the tokens with the largest gains and losses."""
     summary = document["summary"]
-    table = options.table(("tokens", "count", "gain", "gain of content"), left=("tokens",))
+    made = [control for control in document["controls"] if control in controls.MADE]
+    headings = (f"over {document['controls'][control]}" for control in made)
+    table = options.table(
+        ("tokens", "count", "gain", "gain of content", *headings), left=("tokens",)
+    )
     for name in ("all", "hard", "easy"):
         if row := summary[name]:
             content = row["gain_of_content"]
             shown = "not available" if content is None else f"{content:+.4f}"
-            table.add_row(name, str(row["tokens"]), f"{row['gain']:+.4f}", shown)
+            others = (f"{row[controls.GAINS[control]]:+.4f}" for control in made)
+            table.add_row(name, str(row["tokens"]), f"{row['gain']:+.4f}", shown, *others)
     table.caption = (
         f"mixing weight {summary['mixing_weight']:.3f}, surprise of thought tokens "
         f"{summary['entropy']:.2f} nats, distinct tokens {summary['distinct_token_ratio']:.0%}"
@@ -151,6 +160,9 @@ def _parser() -> Parser:
     value("--temperature", options.temperature, None, "T",
           "temperature of thoughts; without it their most likely tokens")  # fmt: skip
     value("--seed", SEED, 0, None, "seed of sampled thoughts")
+    parser.flag(
+        "--controls", "also score shuffled and blank thoughts, pause tokens, a generic text"
+    )
     value("--context", whole(2, 10**6, "no model reads more"), None, "N",
           "tokens that are read at once; default: what the model takes")  # fmt: skip
     return parser

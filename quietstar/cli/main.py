@@ -37,6 +37,7 @@ COMMANDS = {
     "train": ("train", "Train a model: quietstar train --config FILE [--KEY VALUE ...]"),
     "plan": ("plan", "Estimate the memory of a run: quietstar plan --config FILE"),
     "eval": ("evaluate", "Score tasks with and without thoughts: quietstar eval --model DIR ..."),
+    "compare": ("compare", "Compare runs over their seeds: quietstar compare RUN RUN ..."),
     "lm-eval": ("lm_eval", "Run lm-evaluation-harness: quietstar lm-eval run --model quietstar"),
     "generate": ("generate", "Continue a prompt: quietstar generate --model DIR --prompt TEXT"),
     "chat": ("generate:chat", "Talk with a model that thinks: quietstar chat --model DIR"),

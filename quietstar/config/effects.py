@@ -32,7 +32,7 @@ _FORMATS = {
 """Format of records that reads a key."""
 _OF_THOUGHTS = (
     *("thoughts.num_thoughts", "thoughts.temperature", "thoughts.top_p", "thoughts.top_k"),
-    *("loss.reward", "logging.thought_steps"),
+    *("loss.reward", "logging.thought_steps", "training.eval_controls"),
     *("mixing_head.warmup_steps", "mixing_head.warmup_weight", "data.rationale_field"),
     "data.positions_field",
     *("optim.mixing_head_learning_rate", "optim.embedding_learning_rate"),

@@ -84,10 +84,20 @@ def _check_pattern(pattern: str) -> str:
     return pattern
 
 
+def _check_once(names: list[str]) -> list[str]:
+    """Refuse a name that stands in a list twice."""
+    if len(set(names)) < len(names):
+        raise ValueError("must hold each name once")
+    return names
+
+
 Text = Annotated[str, Field(min_length=1, max_length=MOST_CHARACTERS), AfterValidator(_check_text)]
 Name = Annotated[str, Field(min_length=1, max_length=4095), AfterValidator(_check_name)]
 """Of a file or folder, or of something on the hub; a leading ``~`` is expanded."""
 Texts = Annotated[list[Text], Field(max_length=1000)]
+Controls = Annotated[
+    list[Literal["swapped", "shuffled", "pause", "generic", "blank"]], AfterValidator(_check_once)
+]
 Pattern = Annotated[Text, AfterValidator(_check_pattern)]
 PlainData = Annotated[dict[str, Any], AfterValidator(_check_plain)]
 StageName = Annotated[str, Field(pattern=r"^[\w-]{1,100}$")]
@@ -385,6 +395,11 @@ class TrainingConfig(Section):
     """Seed of data order, sampled thoughts and new weights."""
     eval_steps: StepsOrNone = 100
     """Steps between evaluations; 0 means only at start and end."""
+    eval_controls: Controls = ["swapped", "pause"]
+    """Controls of each evaluation: the same texts with the thoughts of another one (swapped; the
+    gain of content needs it), with their tokens reordered (shuffled), with one constant token in
+    place of each of theirs (pause), with one text for all (generic), or empty (blank). Each takes
+    one more pass, in which nothing is sampled."""
     save_steps: StepsOrNone = 500
     """Steps between checkpoints; 0 means only the final model."""
     save_total_limit: Annotated[int, _between(1, 10**6, "no disk holds as many")] = 2

@@ -27,6 +27,7 @@ _STAGE_KEYS = (
     *("mixing_head.warmup_steps", "mixing_head.warmup_weight", "training.max_steps"),
     *("training.global_batch_size", "training.micro_batch_size", "training.eval_steps"),
     "training.inner_epochs",
+    "training.eval_controls",
 )
 
 
@@ -243,6 +244,11 @@ def _thought_rules(config: Config) -> Iterator[Broken]:
             f"thoughts.length ({thoughts.length}) must be at least num_steps ({steps}) of"
             f" {data.train}: a shorter thought cannot hold the steps to an answer."
             " Raise it, or lower data.task_options num_steps."
+        )  # fmt: skip
+    if thoughts.length == 1 and "shuffled" in config.training.eval_controls:
+        yield ("training.eval_controls", "thoughts.length"), (
+            "training.eval_controls (shuffled) needs thoughts.length of at least 2: a single token"
+            " has no other order. Leave it out, or raise thoughts.length."
         )  # fmt: skip
     yield from _position_rules(config)
     if data.min_context >= data.seq_len:

@@ -5,7 +5,7 @@ read-out and takes the content away: swapped thoughts (those of another text, or
 of the same text), shuffled thoughts (a thought's tokens in another order), pause tokens (one
 constant token), a generic text that fits every question, and blank thoughts (their start and end
 alone). Every function is pure; training, ``quietstar eval`` and ``quietstar inspect`` all use
-these.
+these, and call them by the same names.
 
 Shapes: B texts, K thoughts, P positions, T tokens of a thought (`NO_TOKEN` behind the end of one
 that ends early). Shuffled thoughts and pause tokens keep lengths, swapped thoughts bring their own,
@@ -16,23 +16,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from quietstar.attention.layout import NO_TOKEN
+from quietstar.errors import UserError
 
 WITHOUT, WITH = "without_thoughts", "with_thoughts"
 SWAPPED, SHUFFLED, PAUSE = "swapped", "shuffled", "pause"
 GENERIC, BLANK = "generic", "blank"
-CONTROLS = (SHUFFLED, PAUSE, GENERIC, BLANK, SWAPPED)
-GAINS = {
-    SWAPPED: "gain_of_content",
-    **{control: f"gain_over_{control}" for control in (SHUFFLED, PAUSE, GENERIC, BLANK)},
-}
+MADE = (SHUFFLED, PAUSE, GENERIC, BLANK)
+"""Controls that take no other text's thoughts (`make_thoughts`)."""
+CONTROLS = (*MADE, SWAPPED)
+GAINS = {SWAPPED: "gain_of_content", **{control: f"gain_over_{control}" for control in MADE}}
 """The name of what the model's own thoughts gain over each control."""
+CONTROL_NAMES = {
+    SWAPPED: "swapped thoughts", SHUFFLED: "shuffled thoughts", PAUSE: "pause tokens",
+    GENERIC: "a generic text", BLANK: "blank thoughts",
+}  # fmt: skip
+GENERIC_TEXT = " I will work through this carefully and then give the answer."
 LOWER_IS_BETTER = ("nll",)
 
 Value = TypeVar("Value", float, Tensor)
@@ -129,6 +135,46 @@ def plan_swap(
 
 
 # --- Thoughts that are made, not sampled ----------------------------------------------------------
+def make_thoughts(
+    control: str,
+    thoughts: Int[Tensor, "batch thoughts positions length"],
+    numbers: Sequence[int],
+    pause_token_id: int,
+    generic: Sequence[int],
+    seed: int = 0,
+) -> Int[Tensor, "batch new_thoughts positions new_length"]:
+    """Replace the model's own thoughts by those of a control.
+
+    Args:
+        control: One of `MADE`.
+        thoughts: The model's own thoughts; of generic and blank ones only the positions count.
+        numbers: Numbers of the items, which key the orders of shuffled tokens with ``seed``.
+        pause_token_id: The token of pauses.
+        generic: Tokens of the generic text (`generic_tokens`), for the control of that name.
+        seed: Seed of the orders.
+    """
+    if control == SHUFFLED:
+        return shuffle_tokens(thoughts, numbers, seed)
+    if control == PAUSE:
+        return pause_tokens(thoughts, pause_token_id)
+    assert control in MADE, f"{control} takes the thoughts of others"
+    return same_thought(thoughts, generic if control == GENERIC else [])
+
+
+def generic_tokens(
+    tokenizer: PreTrainedTokenizerBase, length: int, text: str, option: str
+) -> list[int]:
+    """Give the tokens of a generic text, as many as a thought of so many tokens can hold.
+
+    Raises:
+        UserError: The tokenizer has none for the text, which is the value of the ``option``.
+    """
+    ids: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError(f"{option} ({text!r}): has no token. Give a text, or leave it out.")
+    return ids[:length]
+
+
 def shuffle_tokens(
     thoughts: Int[Tensor, "batch thoughts positions length"], numbers: Sequence[int], seed: int
 ) -> Int[Tensor, "batch thoughts positions length"]:

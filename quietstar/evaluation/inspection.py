@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from quietstar.evaluation.controls import gain_over, swap_positions
+from quietstar.evaluation.controls import (
+    CONTROL_NAMES,
+    GAINS,
+    GENERIC,
+    GENERIC_TEXT,
+    MADE,
+    SWAPPED,
+    gain_over,
+    generic_tokens,
+    make_thoughts,
+    swap_positions,
+)
 from quietstar.evaluation.scoring import not_finite
 from quietstar.losses.cross_entropy import chunk_rows
 from quietstar.model.outputs import without_padding
@@ -41,6 +52,7 @@ class Reading:
     temperature: float | None = None  # of thoughts; None takes the most likely tokens
     seed: int = 0  # of the thoughts' noise
     context: int | None = None  # most tokens that the model reads at once; None for all
+    all_controls: bool = False  # score all controls, not swapped thoughts alone
 
 
 @dataclass(frozen=True)
@@ -87,10 +99,10 @@ def inspect_text(
     """Collect everything that the page shows, as JSON can hold it (docs/inspect.md: the schema).
 
     The text has at least two tokens, the model a lookahead of one; ``name`` is the model's.
-    ``advance`` is called once a window and pass; there are three passes.
+    ``advance`` is called once a window and pass; there are three passes, the last with controls.
 
     Raises:
-        UserError: A figure is NaN or infinite.
+        UserError: A figure is NaN or infinite, or the tokenizer has no token for the generic text.
     """
     ids = torch.tensor([tokenizer.encode(text)], device=model.device)
     parts, sampled = list(windows(ids.shape[1], reading.context)), []
@@ -102,19 +114,24 @@ def inspect_text(
         ))  # fmt: skip
         advance()
     own = torch.cat(sampled, dim=2)  # (1, K, S - 1, T)
-    swapped = None  # a single position has no other to swap with
-    if own.shape[2] > 1:
-        swapped = swap_positions(own[0], seed=0)[None]
+    others = {}
+    if own.shape[2] > 1:  # a single position has no other to swap with
+        others[SWAPPED] = swap_positions(own[0], seed=0)[None]
+    for control in MADE if reading.all_controls else ():
+        generic = []
+        if control == GENERIC:
+            generic = generic_tokens(tokenizer, own.shape[3], GENERIC_TEXT, "--controls: its text")
+        others[control] = make_thoughts(control, own, [0], model.pause_token_id, generic)
     slices = token_slices(tokenizer, text, ids[0].tolist())
     records: list[dict[str, Any]] = [{"position": 0, "id": int(ids[0, 0]), "text": slices[0]}]
     for window in parts:
         columns = _figures(model, ids, own, window)
         advance()
-        if swapped is not None:
-            part, positions = window.read(ids)
-            thoughts = swapped[:, :, window.first : window.stop]
-            scores = model.score_mixed(part, None, part, thoughts, positions)
-            columns["swapped"] = scores.logprobs[0].T  # (P, K)
+        part, positions = window.read(ids)
+        for control, thoughts in others.items():
+            there = thoughts[:, :, window.first : window.stop]
+            scores = model.score_mixed(part, None, part, there, positions)
+            columns[control] = scores.logprobs[0].T  # (P, K), or (P, 1) if all are equal
         _check_finite(name, columns, window.first + 1)
         advance()
         for position, record in enumerate(_token_records(columns, tokenizer), window.first + 1):
@@ -122,7 +139,9 @@ def inspect_text(
     # Figures are cut to five significant digits.
     records = json.loads(json.dumps(records), parse_float=lambda x: float(f"{float(x):.5g}"))
     settings = {"thought_length": model.thoughts.length, **asdict(reading)}
+    names = {control: CONTROL_NAMES[control] for control in others}
     return {"format": FORMAT, "version": VERSION, "model": name, "settings": settings,
+            "controls": names,
             "summary": summarise_thoughts(records), "tokens": records}  # fmt: skip
 
 
@@ -198,13 +217,17 @@ def _token_records(
     for row in range(len(columns["id"])):
         at = {name: column[row] for name, column in lists.items()}
         (base,), mixed = at["base_logprob"], fmean(at["mixed_logprob"])
-        content = None if "swapped" not in at else gain_over(-mixed, -fmean(at["swapped"]))
+        gains = {
+            GAINS[control]: gain_over(-mixed, -fmean(at[control]))
+            for control in CONTROL_NAMES
+            if control in at
+        }
         yield {
             "id": at["id"],
             "base_logprob": base,
             "base_entropy": at["base_entropy"][0],
             "gain": mixed - base,
-            "gain_of_content": content,
+            **{GAINS[SWAPPED]: None, **gains},
             "base_top": top(at["base_top_id"][0], at["base_top_p"][0]),
             "thoughts": [
                 {
@@ -216,6 +239,11 @@ def _token_records(
                     "thought_logprob": at["thought_logprob"][k],
                     "mixed_logprob": at["mixed_logprob"][k],
                     "gain": at["mixed_logprob"][k] - base,
+                    "controls": {
+                        control: at[control][min(k, len(at[control]) - 1)]
+                        for control in CONTROL_NAMES
+                        if control in at
+                    },
                     "thought_top": top(at["thought_top_id"][k], at["thought_top_p"][k]),
                     "mixed_top": top(at["mixed_top_id"][k], at["mixed_top_p"][k]),
                 }
@@ -278,9 +306,11 @@ def summarise_thoughts(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _means(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    contents = [r["gain_of_content"] for r in records if r["gain_of_content"] is not None]
+    gains = {name: [record[name] for record in records if record.get(name) is not None]
+             for name in GAINS.values()}  # fmt: skip
     return {
         "tokens": len(records),
         "gain": fmean(record["gain"] for record in records),
-        "gain_of_content": fmean(contents) if contents else None,
+        GAINS[SWAPPED]: None,
+        **{name: fmean(values) for name, values in gains.items() if values},
     }

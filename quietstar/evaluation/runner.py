@@ -33,7 +33,6 @@ from quietstar.data.tokenizer import pad_left, padding_id
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.evaluation import controls, scoring, tasks
 from quietstar.evaluation.controls import (
-    BLANK,
     CONTROLS,
     GENERIC,
     PAUSE,
@@ -262,18 +261,6 @@ class Runner:
                 advance()
         return sum(one.num_cut > 0 for one in encoded)
 
-    def generic_tokens(self) -> list[int]:
-        """Give the tokens of the generic text, as many as a thought can hold.
-
-        Raises:
-            UserError: The text has none.
-        """
-        text = self.protocol.generic
-        ids: Any = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise UserError(f"--generic ({text!r}): has no token. Give a text, or leave it out.")
-        return ids[: self.model.thoughts.length]
-
     def _phases(self, task: Task) -> list[list[str]]:
         """List variants that are made together; the thoughts to swap with must be there before."""
         variants = [v for v in self.protocol.variants if task.kind != "votes" or v not in CONTROLS]
@@ -304,7 +291,9 @@ class Runner:
         batch = tasks.answer_batch([one.ids for one in items], counts, pad, thinking)
         batch = batch.to(self.model.device)
         numbers, seed = [one.number for one in items], self.protocol.seed
-        records, thoughts = [], {}
+        records, generic = [], []
+        # Of generic and blank thoughts only the positions count.
+        own = batch.thinking[:, None, :, None]  # (B, 1, P, 1)
         with torch.no_grad():
             text = run_text(self.model.causal_lm, batch.ids) if {*variants} - {WITHOUT} else None
         if {WITH, SHUFFLED, PAUSE} & {*variants}:
@@ -314,14 +303,15 @@ class Runner:
                 top_p=self.protocol.thought_top_p, top_k=self.protocol.thought_top_k,
                 sample_ids=torch.tensor(numbers, device=batch.ids.device), seed=seed, text=text,
             )  # fmt: skip
-            thoughts = {WITH: own, PAUSE: controls.pause_tokens(own, self.model.pause_token_id)}
-            if SHUFFLED in variants:
-                thoughts[SHUFFLED] = controls.shuffle_tokens(own, numbers, seed)
-        anywhere = batch.thinking[:, None, :, None]  # (B, 1, P, 1)
-        thoughts |= {
-            GENERIC: controls.same_thought(anywhere, self.generic_tokens()),
-            BLANK: controls.same_thought(anywhere, []),
-        }
+        if GENERIC in variants:
+            generic = controls.generic_tokens(
+                self.tokenizer, self.model.thoughts.length, self.protocol.generic, "--generic"
+            )
+        thoughts = {WITH: own}
+        for control in {*variants} - {WITHOUT, WITH, SWAPPED}:
+            thoughts[control] = controls.make_thoughts(
+                control, own, numbers, self.model.pause_token_id, generic, seed
+            )
         if SWAPPED in variants:
             donors = controls.derangement(count, seed).tolist() if count > 1 else []
             swapped = []

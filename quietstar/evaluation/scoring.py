@@ -19,6 +19,7 @@ from quietstar.attention.layout import NO_POSITION
 from quietstar.backbone.run import TextRun, embedding_weight
 from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from quietstar.errors import UserError, reading
+from quietstar.evaluation.controls import GENERIC_TEXT
 from quietstar.evaluation.tasks import AnswerBatch, Candidates
 from quietstar.generation.gates import PROBES_FILE
 from quietstar.model.outputs import MixedScores
@@ -34,7 +35,6 @@ _DECISIVE = (
 """Files that decide scores: weights, configs, the tokenizer and its chat template."""
 _PIECE, _PIECES, _WHOLLY_HASHED = 2**20, 4096, 8 * 2**30
 """A file larger than the last is hashed in pieces, so that this takes less time than to load it."""
-GENERIC_TEXT = " I will work through this carefully and then give the answer."
 NO_CANDIDATE = -1  # index of a true token that is no candidate, and where there is no token
 
 

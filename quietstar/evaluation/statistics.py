@@ -15,13 +15,10 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from quietstar.evaluation.controls import (
-    BLANK,
+    CONTROL_NAMES,
     CONTROLS,
     GAINS,
-    GENERIC,
     LOWER_IS_BETTER,
-    PAUSE,
-    SHUFFLED,
     SWAPPED,
     WITH,
     WITHOUT,
@@ -32,10 +29,6 @@ from quietstar.evaluation.tasks import Task
 
 Array = NDArray[np.float64]
 LEVEL = 0.95
-CONTROL_NAMES = {
-    SWAPPED: "swapped thoughts", SHUFFLED: "shuffled thoughts", PAUSE: "pause tokens",
-    GENERIC: "a generic text", BLANK: "blank thoughts",
-}  # fmt: skip
 MIN_TOKENS = 40
 """Fewest tokens of a task for which a breakdown is made."""
 LENGTHS = ("thought_length", "truncated_fraction")
@@ -96,6 +89,18 @@ def interval(values: Array, seed: int) -> tuple[float, float] | None:
         return bootstrap_interval(values, seed)
     found = stats.binomtest(int(values.sum()), len(values)).proportion_ci(LEVEL, method="exact")
     return float(found.low), float(found.high)
+
+
+def mean_over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """Compute ``mean`` and ``ci95`` of a figure of runs that differ in their seed.
+
+    The interval is Student's t; None of a single seed.
+    """
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return {"mean": mean, "ci95": None}
+    margin = float(stats.sem(values)) * float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1))
+    return {"mean": mean, "ci95": [mean - margin, mean + margin]}
 
 
 def items_needed(gaps: Array) -> int | None:

@@ -14,9 +14,18 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from quietstar.errors import visible
-from quietstar.evaluation.controls import CONTROLS, GAINS, PAUSE, SWAPPED, WITH, WITHOUT, gain_over
+from quietstar.evaluation.controls import (
+    CONTROL_NAMES,
+    CONTROLS,
+    GAINS,
+    PAUSE,
+    SWAPPED,
+    WITH,
+    WITHOUT,
+    gain_over,
+)
 from quietstar.evaluation.runner import FREE_SETTINGS
-from quietstar.evaluation.statistics import CONTROL_NAMES, LENGTHS
+from quietstar.evaluation.statistics import LENGTHS
 from quietstar.reports.figures import Figure, Row, draw_forest, draw_groups, make_figure
 from quietstar.reports.pages import plain, probability, signed, signed_range, write_charts
 

@@ -10,12 +10,15 @@ from statistics import median
 from typing import Any
 
 from quietstar.config.yaml import parse
+from quietstar.evaluation.controls import BLANK, CONTROL_NAMES, GAINS, GENERIC, SHUFFLED
 from quietstar.reports.figures import Chart, Line, Row, draw_curves, draw_forest
 from quietstar.reports.pages import duration, percent, plain, signed, write_charts
 from quietstar.reports.run_files import MOST_CONFIG_BYTES, Record, Results, RunFiles, series
 from quietstar.training.evaluation import ACCURACIES
 from quietstar.training.guards import GUARDS, GuardState
 
+OTHERS = {SHUFFLED: "x", GENERIC: "cross", BLANK: "square-open"}
+"""Controls that share a color, with their symbols."""
 # fmt: off
 CHARTS = (
     Chart("accuracy", "Accuracy",
@@ -25,7 +28,9 @@ CHARTS = (
           (Line("accuracy_with_thoughts", "with thoughts", "mixed"),
            Line("accuracy_without_thoughts", "without thoughts", "base", "square"),
            Line("accuracy_swapped", "swapped thoughts", "swapped", "diamond"),
-           Line("accuracy_pause", "pause tokens", "pause", "triangle-down")), percent),
+           Line("accuracy_pause", "pause tokens", "pause", "triangle-down"),
+           *(Line(f"accuracy_{name}", CONTROL_NAMES[name], "other", symbol)
+             for name, symbol in OTHERS.items())), percent),
     Chart("right-thoughts", "Correct thoughts",
           "Share of the sampled thoughts that are correct.", "correct thoughts",
           (Line("right_thoughts", "correct thoughts", "thought", "triangle-up"),), percent),
@@ -40,7 +45,9 @@ CHARTS = (
           "this part is thinking.", "nats/token",
           (Line("gain", "gain", "mixed"),
            Line("gain_of_content", "gain of content", "content", "triangle-up"),
-           Line("gain_over_pause", "gain over pause tokens", "pause", "diamond")), signed),
+           Line("gain_over_pause", "gain over pause tokens", "pause", "diamond"),
+           *(Line(GAINS[name], f"gain over {CONTROL_NAMES[name]}", "other", symbol)
+             for name, symbol in OTHERS.items())), signed),
     Chart("mixing-weight", "Mixing weight",
           "Mean weight of the thought in the prediction. Near zero, thoughts are ignored.",
           "weight of the thought",

@@ -3,7 +3,8 @@
 All variants start from the same weights, and are trained for several seeds:
 
 - ``full``: the stage as it is.
-- ``no_thoughts``: plain language modeling with as many tokens through the model.
+- ``no_thoughts``: plain language modeling at equal FLOPs, by what ``full`` has counted.
+- ``equal_tokens``: plain language modeling on the same texts, each as often as ``full`` reads it.
 - ``pause``: constant tokens in place of thoughts.
 - ``no_reinforce``: thoughts, but no REINFORCE (policy weight 0).
 - ``first_thoughts``: the model of ``full`` reads the thoughts of the model before the stage.
@@ -12,7 +13,6 @@ All variants start from the same weights, and are trained for several seeds:
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -23,19 +23,18 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
-from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import Config
 from quietstar.config.loading import save_config
 from quietstar.data import build_data, load_tokenizer
 from quietstar.distributed import from_main_process
 from quietstar.errors import UserError, reading
+from quietstar.evaluation.statistics import mean_over_seeds
 from quietstar.model.quiet_star import QuietStarForCausalLM, marker_tokens
 from quietstar.system import files
-from quietstar.training.batches import count_thinking
 from quietstar.training.build import build_accelerator
 from quietstar.training.evaluation import RESULTS_FILE, chosen_positions, score_batch
+from quietstar.training.reporter import METRICS_FILE, read_metrics
 from quietstar.training.run import run_training
 from quietstar.training.run_dir import (
     CONFIG_FILE,
@@ -47,15 +46,16 @@ from quietstar.training.run_dir import (
 )
 
 CONTROLS_FILE = "controls.json"
-COUNTED_STEPS = 20  # whose thinking positions are counted, to match the compute of a control
 LABELS = {
     "full": "Quiet-STaR",
-    "no_thoughts": "no thoughts, same compute",
+    "no_thoughts": "no thoughts, equal FLOPs",
+    "equal_tokens": "no thoughts, equal tokens",
     "pause": "pause tokens as thoughts",
     "no_reinforce": "no REINFORCE",
     "first_thoughts": "thoughts of the model before",
 }
-TRAINED = ("full", "no_thoughts", "pause", "no_reinforce")
+PLAIN = ("no_thoughts", "equal_tokens")
+TRAINED = ("full", *PLAIN, "pause", "no_reinforce")
 
 
 def run_controls(
@@ -102,12 +102,16 @@ def run_controls(
                 start = folder / "start" / FINAL_FOLDER
             source = str(start or stage.model.tokenizer or stage.model.name_or_path)
             tokenizer = load_tokenizer(source, trust_remote_code=stage.model.trust_remote_code)
-            fraction = thinking_fraction(stage, tokenizer)
             num_markers = sum(map(len, marker_tokens(tokenizer, stage.thoughts)))
-            results = {
-                name: train(variant(name, stage, start, seed, folder / name, fraction, num_markers))
-                for name in TRAINED
-            }
+
+            def count_steps(folder=folder, num_markers=num_markers) -> int:
+                records, _ = read_metrics(folder / "full" / METRICS_FILE)
+                return matched_steps(stage, records, num_markers)
+
+            results = {"full": train(variant("full", stage, start, seed, folder / "full"))}
+            steps = from_main_process(accelerator, count_steps)
+            for name in TRAINED[1:]:
+                results[name] = train(variant(name, stage, start, seed, folder / name, steps))
             final = folder / "full" / FINAL_FOLDER
             results["first_thoughts"] = _first_thoughts(accelerator, stage, start, final, seed)
             by_seed[seed] = results
@@ -154,21 +158,21 @@ def variant(
     start: Path | None,
     seed: int,
     folder: Path,
-    fraction: float = 1.0,
-    num_markers: int = 2,
+    equal_flops: int = 1,
 ) -> Config:
     """Returns the config of one variant of the stage, by its name in `TRAINED`.
 
-    It starts from the model in ``start``, None for the stage's own, and runs in ``folder``. A
-    ``fraction`` of the stage's tokens think (`thinking_fraction`), between so many markers.
+    It starts from the model in ``start``, None for the stage's own, and runs in ``folder``;
+    ``equal_flops`` are the steps of ``no_thoughts`` (`matched_steps`).
     """
     training = {"seed": seed, "output_dir": str(folder), "eval_steps": 0}
     changes: dict[str, dict[str, Any]] = {"training": training}
     if start is not None:
         changes["model"] = {"name_or_path": str(start), "config": None, "tokenizer": None}
-    if name == "no_thoughts":
+    if name in PLAIN:
         changes["loss"] = {"objective": "next_token"}
-        training["max_steps"] = matched_steps(stage, fraction, num_markers)
+    if name == "no_thoughts":
+        training["max_steps"] = equal_flops
     if name == "pause":
         changes["thoughts"] = {"sampler": "pause"}
     if name in ("pause", "no_reinforce"):
@@ -176,32 +180,29 @@ def variant(
     return _changed(stage, changes)
 
 
-def matched_steps(stage: Config, fraction: float = 1.0, num_markers: int = 2) -> int:
-    """Returns the steps of plain language modeling that cost as much compute as the stage.
+def matched_steps(stage: Config, records: Sequence[Mapping[str, Any]], num_markers: int) -> int:
+    """Returns the steps of plain language modeling at the FLOPs of a run of the stage that thinks.
 
-    With a fraction s of thinking tokens, a text token of a Quiet-STaR step costs 1 + s * K * W
-    tokens forward and backward, W the tokens of a block (markers, T, and A - 1 true ones), and
-    1 + s * K * T forward in the rollout; a forward is a third of forward and backward. Thoughts
-    that may end early count as if none did.
+    A token costs one unit forward and two backward, so by the run's own counts (``records``, those
+    of metrics.jsonl), with B texts of S tokens in a step, N thoughts in it and M tokens in all of
+    them, a step costs
+
+        3 (B S + M + N (markers + A - 1)) + M,
+
+    text, thoughts and the A - 1 true tokens behind each forward and backward, and the M sampled
+    tokens forward. (To sample M tokens takes as many forward: the start of a thought stands in for
+    its last token.) A plain step costs 3 B S. Counted are real tokens of thoughts that end early.
+    The mixing head and the output layer, which also predicts in plain training, are left out.
     """
-    thoughts = stage.thoughts
-    block = num_markers + thoughts.length + thoughts.lookahead - 1
-    learn = 1 + fraction * thoughts.num_thoughts * block
-    rollout = (1 + fraction * thoughts.num_thoughts * thoughts.length) / 3
-    return math.ceil(stage.training.max_steps * (learn + rollout))
-
-
-def thinking_fraction(stage: Config, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Returns the fraction of a stage's tokens, padding included, that think."""
     thoughts, settings = stage.thoughts, stage.training
-    if thoughts.positions == "all":
-        return 1.0
-    train_data, _, _ = build_data(stage.data, tokenizer, settings.seed, thoughts)
-    counts = []
-    for step in range(min(settings.max_steps, COUNTED_STEPS)):
-        batch = train_data.batch(step, settings.global_batch_size)
-        counts.append(count_thinking(batch, thoughts))
-    return float(torch.cat(counts).float().mean()) / stage.data.seq_len
+    text = settings.global_batch_size * stage.data.seq_len
+    costs = []
+    for record in (record for record in records if record["kind"] == "train"):
+        sampled = round(record["thought_tokens_per_second"] * record["seconds"])
+        places = record.get("positions_per_text", stage.data.seq_len) * settings.global_batch_size
+        behind = round(places) * thoughts.num_thoughts * (num_markers + thoughts.lookahead - 1)
+        costs.append(3 * (text + sampled + behind) + sampled)
+    return -(-settings.max_steps * sum(costs) // (3 * text * len(costs)))
 
 
 def _changed(config: Config, changes: Mapping[str, Mapping[str, Any]], stages=None) -> Config:
@@ -265,23 +266,14 @@ def summarize(results: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> dict[st
     variants, differences = [], []
     for name, label in LABELS.items():
         of_seeds = [by_name[name] for by_name in results.values()]
-        key = "without_thoughts" if name == "no_thoughts" else "with_thoughts"
+        key = "without_thoughts" if name in PLAIN else "with_thoughts"
         accuracy = [one["accuracy"][key] for one in of_seeds]
         right = [one.get("right_thoughts", {}).get("after") for one in of_seeds]
         right = None if None in right else right
         row = {"name": name, "label": label, "accuracy": accuracy}
-        variants.append({**row, **_mean_and_interval(accuracy), "right_thoughts": right})
+        variants.append({**row, **mean_over_seeds(accuracy), "right_thoughts": right})
         if name != "full":
             gaps = [a - b for a, b in zip(variants[0]["accuracy"], accuracy, strict=True)]
             title = f"{LABELS['full']} minus {label}"
-            differences.append({"label": title, **_mean_and_interval(gaps)})
+            differences.append({"label": title, **mean_over_seeds(gaps)})
     return {"seeds": list(results), "variants": variants, "differences": differences}
-
-
-def _mean_and_interval(values: Sequence[float]) -> dict[str, Any]:
-    """Returns the mean over seeds and its 95 % interval by Student's t; none of a single seed."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return {"mean": mean, "ci95": None}
-    margin = float(stats.sem(values)) * float(stats.t.ppf(0.975, len(values) - 1))
-    return {"mean": mean, "ci95": [mean - margin, mean + margin]}

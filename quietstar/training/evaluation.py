@@ -1,7 +1,8 @@
 """Held-out evaluation: the gain of thinking, and how much of it comes from what thoughts say.
 
-Greedy thoughts at every position that `thoughts.positions` takes; then the same texts with thoughts
-swapped, and with a constant pause token in place of every thought token (`evaluation.controls`).
+Greedy thoughts at every position that `thoughts.positions` takes; then the same texts with the
+thoughts of each control of `training.eval_controls` (`evaluation.controls`), by default swapped
+ones and pause tokens. A control costs one pass over the texts, in which nothing is sampled.
 A second read-out of the text gives a gain with any thoughts at all; only what swapped thoughts lose
 is content. Thoughts are swapped among texts where all have answers, within each text otherwise.
 """
@@ -22,8 +23,19 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.data import Batch
 from quietstar.distributed import ModelProxy
-from quietstar.evaluation import controls
-from quietstar.evaluation.controls import PAUSE, SWAPPED, TextThoughts
+from quietstar.evaluation.controls import (
+    GAINS,
+    GENERIC,
+    GENERIC_TEXT,
+    MADE,
+    PAUSE,
+    SWAPPED,
+    TextThoughts,
+    gain_over,
+    generic_tokens,
+    make_thoughts,
+    plan_swap,
+)
 from quietstar.model.outputs import ThoughtMetrics, Thoughts, without_padding
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.system import files
@@ -33,15 +45,13 @@ from quietstar.training.state import StageRun
 
 Thinker = QuietStarForCausalLM | ModelProxy  # as it is, or behind its strategy's wrapper
 Count = tuple[Tensor, Tensor]  # a sum, and of how many
-CONTROLS = (SWAPPED, PAUSE)
 SAMPLES = 4  # thoughts at every position, at temperature 1, to count the right ones
 RESULTS_FILE, SAMPLES_FILE = "results.json", "samples.json"
 NUM_SAMPLES = 20
 ACCURACIES = {
     "with_thoughts": "accuracy_with_thoughts",
     "without_thoughts": "accuracy_without_thoughts",
-    "swapped_thoughts": "accuracy_swapped",
-    "pause_thoughts": "accuracy_pause",
+    **{f"{name}_thoughts": f"accuracy_{name}" for name in (SWAPPED, *MADE)},
 }
 """Names in results.json, and in metrics.jsonl."""
 
@@ -64,6 +74,11 @@ def evaluate(run: StageRun) -> dict[str, float]:
         batches, counted = [*own, *own[: most - len(own)]], len(own)
     batches = [batch.to(accelerator.device) for batch in batches]
     passes = 2 if run.stage.thinks else 1
+    names, generic = run.config.training.eval_controls, []
+    if GENERIC in names:
+        option = "training.eval_controls (generic): its text"
+        length = run.config.thoughts.length
+        generic = generic_tokens(run.reporter.tokenizer, length, GENERIC_TEXT, option)
     with accelerator.autocast(), run.reporter.evaluating(passes * len(batches)) as count:
 
         def advance() -> None:
@@ -71,7 +86,7 @@ def evaluate(run: StageRun) -> dict[str, float]:
             stop_together(accelerator)
 
         if run.stage.thinks:
-            totals = compare(model, batches, advance, counted, gather_object)
+            totals = compare(model, batches, advance, counted, gather_object, names, generic)
         else:
             parts = []
             for batch in batches:
@@ -81,7 +96,7 @@ def evaluate(run: StageRun) -> dict[str, float]:
                 parts.append(scores.metrics.joined(accuracy))
                 advance()
             totals = {"own": reduce(add, parts[:counted])}
-    if run.stage.thinks and SWAPPED not in totals:
+    if run.stage.thinks and SWAPPED in names and SWAPPED not in totals:
         run.reporter.say(
             "gain of content: not available, because a single held-out text has no other to swap "
             "thoughts with; raise data.eval_sequences"
@@ -103,14 +118,17 @@ def compare(
     advance: Callable[[], object] = lambda: None,
     counted: int | None = None,
     gather: Callable[[list[TextThoughts]], list[TextThoughts]] = lambda texts: texts,
+    names: Sequence[str] = (SWAPPED, PAUSE),
+    generic: Sequence[int] = (),
 ) -> dict[str, ThoughtMetrics]:
-    """Scores texts with the model's greedy thoughts (``own``) and with each control.
+    """Scores texts with the model's greedy thoughts (``own``) and with each control of ``names``.
 
     Swapped thoughts are missing where there is nothing to swap with (`plan_swap`). ``advance`` is
-    called once a batch and pass. The first ``counted`` batches count, by default all; the others
-    are only read. ``gather`` joins the thoughts of all ranks, to swap them over the whole set.
+    called twice a batch. The first ``counted`` batches count, by default all; the others are only
+    read. ``gather`` joins the thoughts of all ranks, to swap them over the whole set. ``generic``
+    are the tokens of the generic text.
     """
-    parts: dict[str, list[ThoughtMetrics]] = {kind: [] for kind in ("own", *CONTROLS)}
+    parts: dict[str, list[ThoughtMetrics]] = {kind: [] for kind in ("own", *names)}
     thoughts_of_batches = []
     for batch in batches:
         positions = chosen_positions(model, batch)
@@ -125,13 +143,19 @@ def compare(
         texts = _text_thoughts(batch, own, positions)
         thoughts_of_batches.append((batch, own, positions, texts))
         advance()
-    swap = controls.plan_swap(gather([text for *_, texts in thoughts_of_batches for text in texts]))
+    swap = None
+    if SWAPPED in names:
+        swap = plan_swap(gather([text for *_, texts in thoughts_of_batches for text in texts]))
     for batch, own, positions, texts in thoughts_of_batches:
-        if swap is not None:
-            swapped = torch.stack([swap(text, own.shape[2]) for text in texts])
-            parts[SWAPPED].append(score_batch(model, batch, swapped.to(own.device), positions))
-        pause = controls.pause_tokens(own, model.pause_token_id)
-        parts[PAUSE].append(score_batch(model, batch, pause, positions))
+        for name in names:
+            if name != SWAPPED:
+                numbers, pause = batch.sample_ids.tolist(), model.pause_token_id
+                given = make_thoughts(name, own, numbers, pause, generic)
+            elif swap is not None:
+                given = torch.stack([swap(text, own.shape[2]) for text in texts]).to(own.device)
+            else:
+                continue
+            parts[name].append(score_batch(model, batch, given, positions))
         advance()
     return {kind: reduce(add, metrics[:counted]) for kind, metrics in parts.items() if metrics}
 
@@ -170,13 +194,13 @@ def _text_thoughts(batch: Batch, thoughts: Tensor, positions: Tensor | None) -> 
 def figures(totals: Mapping[str, ThoughtMetrics]) -> dict[str, float]:
     """Turns the metrics with own thoughts and with each control into the figures of `evaluate`."""
     result = totals["own"].means()
-    for kind in (kind for kind in CONTROLS if kind in totals):
+    for kind in (kind for kind in totals if kind != "own"):
         control = totals[kind].means()
         result[f"{kind}_mixed_nll"] = control["mixed_nll"]
         result[f"{kind}_thought_nll"] = control["thought_nll"]
         if "accuracy_with_thoughts" in control:
             result[f"accuracy_{kind}"] = control["accuracy_with_thoughts"]
-        result[controls.GAINS[kind]] = controls.gain_over(result["mixed_nll"], control["mixed_nll"])
+        result[GAINS[kind]] = gain_over(result["mixed_nll"], control["mixed_nll"])
     return result
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from quietstar.config import Config
 from quietstar.distributed import from_main_process
 from quietstar.errors import reason_of, visible
+from quietstar.evaluation.controls import CONTROL_NAMES, GAINS, MADE
 from quietstar.model.outputs import QuietStarOutput, without_padding
 from quietstar.system import files
 from quietstar.training.guards import GuardState, Source
@@ -294,6 +295,14 @@ class Reporter:
         for step, figures in self.evaluations:
             cells = [format(figures[k], COLUMNS[k][1]) if k in figures else "" for k in keys]
             table.add_row(str(step), *cells)
+        step, figures = self.evaluations[-1]
+        kind, form, names = "gain over", "+.4f", GAINS
+        if "accuracy_with_thoughts" in keys:
+            kind, form, names = "right with", ".3f", {name: f"accuracy_{name}" for name in MADE}
+        others = [n for n in MADE if names[n] in figures and names[n] not in keys]
+        if others:  # too many for columns
+            shown = ", ".join(f"{CONTROL_NAMES[n]} {figures[names[n]]:{form}}" for n in others)
+            table.caption, table.caption_justify = f"step {step}: {kind} {shown}", "left"
         return table
 
     def _write(

@@ -40,7 +40,8 @@ UNFINISHED_NAME = re.compile(
 FREE_ON_RESUME = (
     *("training.max_steps", "training.micro_batch_size", "training.cpu_threads"),
     *("training.learn_chunk_tokens", "training.gradient_checkpointing", "training.eval_steps"),
-    *("training.torch_compile", "training.save_steps", "training.stop_on_collapse"),
+    *("training.eval_controls", "training.torch_compile", "training.save_steps"),
+    "training.stop_on_collapse",
     *("training.save_total_limit", "training.overwrite_output_dir", "training.output_dir"),
     *("data.eval_sequences", "logging.report_to", "logging.logging_steps", "logging.thought_steps"),
 )

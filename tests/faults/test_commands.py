@@ -39,7 +39,7 @@ COMMANDS = {
     "chat": (["--model", "model", "--max-new-tokens", "2"], (*GENERATION, "--system")),
     "inspect": (["--model", "model", "--text", "two and"],
                 (*COMMON, "--text", "--text-file", "--out", "--compare", "--num-thoughts",
-                 "--temperature", "--seed", "--context", "--force")),
+                 "--temperature", "--seed", "--context", "--controls", "--force")),
     "eval": (["--model", "model", "--tasks", "own.jsonl", "--thoughts", "off"],
              (*COMMON, "--tasks", "--thoughts", "--positions", "--separator", "--include-path",
               "--data-dir", "--limit", "--batch-size", "--seed", "--samples",

@@ -51,7 +51,10 @@ function summary(doc) {
     tile("Mixing weight", s.mixing_weight.toFixed(3), "mixed", "mean weight of the thought"),
     tile("Surprisal", s.entropy.toFixed(2), "thought", "mean over thought tokens"),
     tile("Distinct tokens", percent(s.distinct_token_ratio), "thought", "of a thought's length"));
-  return make("div", {}, ...(documents.length > 1 ? [make("p", { class: "model" }, visible(doc.model))] : []), tiles);
+  const over = Object.entries(doc.controls).filter(([name]) => name !== "swapped")
+    .map(([name, text]) => `${text} ${nats(s.all["gain_over_" + name])}`).join(", ");
+  return make("div", {}, ...(documents.length > 1 ? [make("p", { class: "model" }, visible(doc.model))] : []), tiles,
+    ...(over ? [make("p", { class: "hint" }, "Gain over other thoughts, nats: " + over)] : []));
 }
 
 // --- The text ------------------------------------------------------------------------------------
@@ -154,10 +157,10 @@ function bar(p, color) {
   return make("span", { class: "chart-bar", "aria-hidden": "true" }, inner);
 }
 
-function chance(label, logprob) {
+function chance(label, logprob, color = label) {
   const p = Math.exp(logprob);
   return make("tr", {}, make("th", { scope: "row" }, label),
-    make("td", { class: "number" }, percent(p)), make("td", {}, bar(p, label)));
+    make("td", { class: "number" }, percent(p)), make("td", {}, bar(p, color)));
 }
 
 function topTable(token, thought) {
@@ -173,16 +176,20 @@ function topTable(token, thought) {
   return table;
 }
 
-function thoughtView(token, thought, number, count) {
+function thoughtView(doc, token, thought, number, count) {
   const list = make("ol", { class: "chips" }, ...thought.texts.map((text, i) =>
     make("li", {}, shown(text), percent(thought.probabilities[i]))));
   const rows = make("table", { class: "chances" }, make("tbody", {},
     chance("base", token.base_logprob), chance("thought", thought.thought_logprob),
     chance("mixed", thought.mixed_logprob)));
+  const others = Object.entries(thought.controls).map(([name, logprob]) =>
+    chance(doc.controls[name], logprob, ["swapped", "pause"].includes(name) ? name : "other"));
   return make("div", { class: "one" },
     make("h3", {}, count > 1 ? `Thought ${number + 1} of ${count}` : "Thought"), list,
     make("p", {}, `mixing weight ${thought.mixing_weight.toFixed(3)}, gain ${nats(thought.gain)} nats`),
     make("h3", {}, "Probability of the text's token"), rows,
+    ...(others.length ? [make("h3", {}, "The same, mixed with other thoughts"),
+      make("table", { class: "chances" }, make("tbody", {}, ...others))] : []),
     make("h3", {}, "Most likely tokens"), topTable(token, thought));
 }
 
@@ -196,7 +203,7 @@ function tokenView(doc, index) {
     return box;
   }
   box.append(make("p", {}, `Gain ${nats(token.gain)} nats (content ${nats(token.gain_of_content)}); NLL without thought ${(-token.base_logprob).toFixed(3)}`));
-  token.thoughts.forEach((thought, i) => box.append(thoughtView(token, thought, i, token.thoughts.length)));
+  token.thoughts.forEach((thought, i) => box.append(thoughtView(doc, token, thought, i, token.thoughts.length)));
   return box;
 }
 

@@ -1,0 +1,115 @@
+"""Runs compared over seeds: what is a group, its intervals by hand, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_stages import staged_config
+from tiny import run_config
+
+from quietstar.cli import main as cli
+from quietstar.config.loading import save_config
+from quietstar.errors import UserError
+from quietstar.reports.comparison import compare_runs
+from quietstar.training.run import run_training
+
+
+def write_run(folder, gain, seed, *, guards=(), **changes):
+    """A run of 25 steps: its config, and what it reported at the start, a late step and the end."""
+    folder.mkdir(parents=True)
+    changes = {"training__max_steps": 25, "training__output_dir": str(folder), **changes}
+    changes.setdefault("data__train", "texts.jsonl")
+    save_config(run_config(folder, training__seed=seed, **changes), folder / "config.yaml")
+    held_out = {"gain": gain, "gain_of_content": gain / 2, "accuracy_swapped": 0.5}
+    records = [
+        {"kind": "eval", "step": 0, "gain": 9.0, "mixed_nll": 1.5},
+        {"kind": "train", "step": 21, "seconds": 2.0, "entropy": 1.0},
+        *({"kind": "guard", "step": 21, "name": name, "message": "low"} for name in guards),
+        {"kind": "train", "step": 25, "seconds": 4.0, "entropy": 1.0},
+        {"kind": "eval", "step": 25, **held_out, "mixed_nll": 1.5},
+    ]
+    lines = [json.dumps({"stage": "train", **record}) + "\n" for record in records]
+    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def test_runs_that_differ_in_their_seed_are_a_group_with_an_interval(tmp_path):
+    gains = {0: 0.9, 1: 1.0, 2: 0.8}
+    runs = [write_run(tmp_path / f"demo-seed{s}", gain, s) for s, gain in gains.items()]
+    other = write_run(
+        tmp_path / "other", 0.1, 0, thoughts__num_thoughts=3, logging__logging_steps=2
+    )
+    demo, one = compare_runs([runs[2], other, runs[0], runs[1]])["groups"]
+    assert (demo["name"], demo["seeds"], demo["settings"]) == ("demo", [0, 1, 2], {})
+    # Mean 0.9, standard error 0.1 / sqrt(3), t(0.975, 2) = 4.3027.
+    gain = demo["figures"]["gain"]
+    assert gain == {"n": 3, "mean": pytest.approx(0.9), "values": [0.9, 1.0, 0.8],
+                    "ci95": pytest.approx([0.9 - 0.24841, 0.9 + 0.24841], abs=1e-5)}  # fmt: skip
+    assert demo["figures"]["gain_of_content"]["values"] == [0.45, 0.5, 0.4]
+    assert demo["figures"]["training_seconds"]["mean"] == 25 * 3.0
+    assert (one["name"], one["seeds"]) == ("other", [0])
+    assert one["settings"] == {"thoughts.num_thoughts": "3"}
+    assert one["figures"]["gain"]["ci95"] is None
+
+
+def test_warnings_are_those_that_the_runs_gave(tmp_path):
+    runs = [
+        write_run(tmp_path / "a", 0.1, 0, guards=["entropy"]),
+        write_run(tmp_path / "b", 0.1, 1, guards=["entropy", "divergence"]),
+        write_run(tmp_path / "c", 0.1, 2),
+    ]
+    (group,) = compare_runs(runs)["groups"]
+    assert group["warnings"] == {"divergence": 1, "entropy": 2}
+
+
+def test_models_that_lie_in_folders_of_the_seed_are_the_same_setting(tmp_path):
+    runs = [
+        write_run(tmp_path / f"seed-{seed}" / "full", 0.1, seed,
+                  model__config=None, model__name_or_path=f"x/seed-{seed}/start")
+        for seed in (1, 12)
+    ]  # fmt: skip
+    (group,) = compare_runs(runs)["groups"]
+    assert (group["name"], group["seeds"]) == ("full", [1, 12])
+
+
+def test_what_is_no_finished_run_is_refused_in_one_line(tmp_path, capsys):
+    run = write_run(tmp_path / "run", 0.1, 0)
+    twin = write_run(tmp_path / "twin", 0.1, 0, training__save_steps=7)
+    longer = write_run(tmp_path / "longer", 0.1, 0, training__max_steps=30)
+    for folders, expected in (
+        ([tmp_path], "has no config.yaml, so it is no run"),
+        ([run, twin], f"has the settings and the seed (0) of {run}"),
+        ([run, longer], "is evaluated up to step 25 of 30"),
+    ):
+        assert cli.main(["compare", *map(str, folders)]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"quietstar: error: RUN ({folders[-1]}): {expected}")
+        assert err.count("\n") == 1
+
+
+def test_the_command_prints_the_table_and_writes_the_figures(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    runs = [str(write_run(tmp_path / f"demo-{seed}", 0.1, seed)) for seed in (0, 1)]
+    assert cli.main(["compare", *runs, "--json", str(tmp_path / "all.json")]) == 0
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if "gain of content" in line)
+    assert row.split()[-4:] == ["+0.0500", "+0.0500", "to", "+0.0500"]
+    assert "warnings: none" in out
+    assert json.loads((tmp_path / "all.json").read_text()) == compare_runs([*map(Path, runs)])
+
+
+def test_a_real_run_of_several_stages_is_read(tmp_path):
+    config = staged_config(tmp_path / "run", training__save_steps=0)
+    run_training(config, more_runs=True)
+    (group,) = compare_runs([tmp_path / "run"])["groups"]
+    end = json.loads((tmp_path / "run" / "results.json").read_text())["held_out"]["after"]
+    for key in ("accuracy_with_thoughts", "gain_of_content", "mixed_nll"):
+        assert group["figures"][key]["values"] == [end[key]]
+    assert group["figures"]["training_seconds"]["mean"] > 0
+
+
+def test_a_damaged_config_is_one_line(tmp_path):
+    run = write_run(tmp_path / "run", 0.1, 0)
+    (run / "config.yaml").write_text("thoughts: [")
+    with pytest.raises(UserError, match=r"^RUN \(.*config.yaml"):
+        compare_runs([run])
