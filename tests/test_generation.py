@@ -1,6 +1,7 @@
 """Thinking before each new token: equal to the slow way, which runs everything again each time."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from transformers import TextStreamer
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
 from quietstar import QuietStarForCausalLM
+from quietstar.cli import main as cli
 from quietstar.config import ThoughtsConfig, TuningConfig
 from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
+from quietstar.evaluation.controls import CONTROLS
 from quietstar.generation.gates import Gate, Probe
 from quietstar.model.merging import merge
 
@@ -313,3 +316,73 @@ def test_a_saved_gate_is_the_same_and_a_damaged_one_is_told(tmp_path):
         Gate("weight")
     with pytest.raises(UserError, match="no gate 'sometimes'"):
         Gate("sometimes")
+
+
+# --- Thoughts of a control in place of the model's own --------------------------------------------
+@pytest.mark.parametrize("early", [False, True])
+def test_reading_its_own_thoughts_again_changes_nothing(early):
+    stop = [chr(code) for code in range(32, 127)] if early else []
+    model = thinking_model(thoughts={"length": LENGTH, "stop": stop}).eval()
+    _, batch, mask = left_padded([5, 3])
+    own = generated(model, batch, mask, num_thoughts=2, thought_temperature=1.0)
+    again = generated(
+        model, batch, mask, num_thoughts=2, thought_temperature=1.0, replace_thoughts=lambda x: x
+    )
+    assert torch.equal(own.sequences, again.sequences)
+    assert torch.equal(own.thoughts, again.thoughts)
+    assert bool((own.thoughts == -1).any()) == early
+
+
+@pytest.mark.parametrize("tokens", [[-1], [7], [7, 9, 8]])
+def test_the_next_token_is_predicted_with_the_thoughts_that_are_given(tokens):
+    model = thinking_model(thoughts={"length": 3, "lookahead": 1}).eval()
+    ids = random_texts(2, 6)
+    given = torch.tensor(tokens).expand(2, 1, -1)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), pad_token_id=0, max_new_tokens=1, do_sample=False,
+        output_logits=True, return_dict_in_generate=True, replace_thoughts=lambda own: given,
+    )  # fmt: skip
+    next_token = out.sequences[:, -1:]
+    text = torch.cat([ids, next_token], 1)
+    positions = torch.full((2, 1), 5)
+    scores = model.score_mixed(text, None, text, given.unsqueeze(2), positions)
+    assert torch.equal(scores.predicted[:, 0], next_token)
+    logprob = out.logits[0].log_softmax(-1).gather(1, next_token)
+    torch.testing.assert_close(logprob, scores.logprobs[:, 0], rtol=1e-4, atol=1e-5)
+    assert out.thoughts[0, 0, 0].tolist() == tokens + [-1] * (3 - len(tokens))
+
+
+def test_the_command_generates_with_each_control(tmp_path, capsys):
+    base = plain_model(max_position_embeddings=128, eos_token_id=256)
+    model = thinking_model(base, thoughts={"length": 3})
+    model.save_pretrained(tmp_path / "model", load_tokenizer("bytes"))
+    (tmp_path / "prompts.txt").write_text("two\nthree\n", encoding="utf-8")
+
+    def run(*arguments):
+        line = ["generate", "--model", str(tmp_path / "model"), "--device", "cpu",
+                "--max-new-tokens", "1", *arguments]  # fmt: skip
+        return cli.main(line), capsys.readouterr()
+
+    prompts = ("--prompts", str(tmp_path / "prompts.txt"), "--show-thoughts")
+    shown = {None: run(*prompts)[1].out}
+    for control in CONTROLS:
+        code, said = run(*prompts, "--control", control)
+        assert code == 0
+        shown[control] = said.out
+    thoughts = {name: re.findall("⟨(.*?)⟩", text, re.DOTALL) for name, text in shown.items()}
+    assert thoughts["swapped"] == thoughts[None][::-1]
+    assert thoughts[None][0] != thoughts[None][1]
+    assert thoughts["generic"] == [" I "] * 2
+    assert thoughts["pause"] == ["---"] * 2
+    assert thoughts["blank"] == []
+    for arguments, expected in (
+        (("--prompt", "two", "--control", "swapped"), "--control (swapped): takes the thoughts of"),
+        ((*prompts, "--batch-size", "1", "--control", "swapped"), "the last batch is a single"),
+        ((*prompts, "--gate", "entropy:1", "--control", "swapped"), "and no --gate"),
+        (("--prompt", "two", "--control", "mixed"), "--control (mixed): must be one of shuffled"),
+        (("--prompt", "a", "--no-thoughts", "--control", "blank"), "--no-thoughts: does not go"),
+    ):
+        code, said = run(*arguments)
+        assert code == 2
+        assert said.err.count("\n") == 1
+        assert expected in said.err

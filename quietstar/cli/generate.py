@@ -1,7 +1,7 @@
 """``quietstar generate`` and ``quietstar chat``: text with thoughts before its tokens."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,8 @@ from quietstar.cli import options
 from quietstar.cli.options import BATCH, SEED, THOUGHTS, TOKENS, Parser, number
 from quietstar.data.tokenizer import check_unicode, load_tokenizer, pad_left, padding_id
 from quietstar.errors import UserError, reason_of, visible
+from quietstar.evaluation import controls
+from quietstar.evaluation.controls import CONTROLS, GENERIC, GENERIC_TEXT, SHUFFLED, SWAPPED
 from quietstar.evaluation.scoring import refuse_not_finite
 from quietstar.evaluation.tasks import MAX_BYTES
 from quietstar.generation.gates import PROBED, Gate, GateKind
@@ -138,6 +140,8 @@ def _add_generation(parser: Parser) -> None:
     parser.flag("--no-thoughts", "generate with the plain model")
     value("--gate", str, None, "GATE",
           "which tokens think: calibrated, entropy:NATS, weight:W or gain:NATS")  # fmt: skip
+    parser.add_argument("--control", choices=CONTROLS,
+                        help="read other thoughts in place of the model's own")  # fmt: skip
     value("--num-thoughts", THOUGHTS, 1, "K",
           "thoughts before each token, whose predictions are averaged")  # fmt: skip
     value("--thought-temperature", options.temperature, None, "T",
@@ -167,10 +171,19 @@ def _load(
         options.check_greedy(
             "--num-thoughts", args.num_thoughts, temperature, "--thought-temperature"
         )
-    if args.no_thoughts and (args.show_thoughts or args.gate):
-        raise UserError("--no-thoughts: does not go with --show-thoughts or --gate; leave one out")
+    if args.no_thoughts and (args.show_thoughts or args.gate or args.control):
+        raise UserError(
+            "--no-thoughts: does not go with --show-thoughts, --gate or --control; leave one out"
+        )
+    if args.control == SWAPPED and (args.gate or not getattr(args, "prompts", None)):
+        raise UserError(
+            "--control (swapped): takes the thoughts of another text at the same token; give "
+            "several --prompts, and no --gate"
+        )
     remedy = "Set --no-thoughts to generate with the plain model."
     model = options.load_model(args, not args.no_thoughts, remedy)
+    if args.control == SHUFFLED and model.thoughts.length < 2:
+        raise UserError("--control (shuffled): thoughts of one token cannot be shuffled")
     torch.manual_seed(args.seed)
     tokenizer = load_tokenizer(args.model, trust_remote_code=False)
     sampling: dict[str, Any] = {"do_sample": False}
@@ -182,8 +195,32 @@ def _load(
         "thought_temperature": args.thought_temperature or None,
         "thought_top_p": args.thought_top_p, "thought_top_k": args.thought_top_k, "seed": args.seed,
         "max_new_tokens": args.max_new_tokens, "pad_token_id": padding_id(tokenizer),
-        "logits_processor": refuse_not_finite(), **sampling,
+        "logits_processor": refuse_not_finite(),
+        "replace_thoughts": args.control and _control(args.control, model, tokenizer), **sampling,
     }  # fmt: skip
+
+
+def _control(
+    name: str, model: QuietStarForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[Tensor], Tensor]:
+    """Return what makes the thoughts of a control of the model's own, (texts, thoughts, length)."""
+    generic = []
+    if name == GENERIC:
+        length = model.thoughts.length
+        generic = controls.generic_tokens(tokenizer, length, GENERIC_TEXT, "--control (generic)")
+
+    def replace(own: Tensor) -> Tensor:
+        if name == SWAPPED:
+            if len(own) < 2:
+                raise UserError(
+                    "--control (swapped): the last batch is a single text, which has no other to "
+                    "swap thoughts with; give another --batch-size"
+                )
+            return own[controls.derangement(len(own), seed=0).to(own.device)]
+        numbers, pause = range(len(own)), model.pause_token_id
+        return controls.make_thoughts(name, own.unsqueeze(2), numbers, pause, generic).squeeze(2)
+
+    return replace
 
 
 def _generate(model: QuietStarForCausalLM, ids: Tensor, mask: Tensor, **settings: Any) -> Any:

@@ -4,8 +4,8 @@ Any second read-out of a text gives some gain, whatever the thoughts say. Each c
 read-out and takes the content away: swapped thoughts (those of another text, or of another position
 of the same text), shuffled thoughts (a thought's tokens in another order), pause tokens (one
 constant token), a generic text that fits every question, and blank thoughts (their start and end
-alone). Every function is pure; training, ``quietstar eval`` and ``quietstar inspect`` all use
-these, and call them by the same names.
+alone). Every function is pure; training, ``quietstar eval``, ``inspect`` and ``generate``
+all use these, and call them by the same names.
 
 Shapes: B texts, K thoughts, P positions, T tokens of a thought (`NO_TOKEN` behind the end of one
 that ends early). Shuffled thoughts and pause tokens keep lengths, swapped thoughts bring their own,

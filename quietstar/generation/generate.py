@@ -7,6 +7,7 @@ its decoding loop is replaced, through ``custom_generate``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,15 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.generic import ModelOutput
 
-from quietstar.attention.layout import text_lookahead
+from quietstar.attention.layout import NO_TOKEN, text_lookahead
 from quietstar.backbone.run import num_virtual
 from quietstar.errors import UserError
 from quietstar.generation.gates import Gate, check_gate
 from quietstar.sampling.decoding import Decoder
 from quietstar.sampling.thoughts import Sampling
+
+Replace = Callable[[Tensor], Tensor]
+"""Makes other thoughts, (rows, thoughts or 1, at most as many tokens), of drawn ones."""
 
 
 @dataclass
@@ -50,6 +54,7 @@ def generate(
     think: bool | Gate,
     streamer: BaseStreamer | None,
     arguments: dict[str, Any],
+    replace: Replace | None = None,
 ) -> Any:
     """Generate texts; arguments and result are those of `QuietStarForCausalLM.generate`.
 
@@ -75,7 +80,7 @@ def generate(
         kept_thoughts, kept_logits, kept_scores = [], [], []
         open_rows = torch.ones_like(input_ids[:, 0], dtype=torch.bool)
         while open_rows.any():
-            logits, thoughts = predict_next(model, decoder, gate, input_ids[:, -1])
+            logits, thoughts = predict_next(model, decoder, gate, input_ids[:, -1], replace)
             scores: Any = logits_processor(input_ids, logits)  # pyright: ignore[reportArgumentType]
             if config.return_dict_in_generate:
                 kept_thoughts.append(thoughts)
@@ -143,11 +148,16 @@ def new_decoder(
 
 
 def predict_next(
-    model: Any, decoder: Decoder, gate: Gate, tokens: Int[Tensor, " batch"]
+    model: Any,
+    decoder: Decoder,
+    gate: Gate,
+    tokens: Int[Tensor, " batch"],
+    replace: Replace | None = None,
 ) -> tuple[Float[Tensor, "batch vocab"], Int[Tensor, "batch thoughts length"]]:
     """Append the newest tokens, think where the gate says so, and predict the next ones.
 
-    Returns logits in float32, and the thoughts, -1 where none was made.
+    ``replace`` makes other thoughts of the drawn ones, which are read in their place. Returns
+    logits in float32, and the thoughts, -1 where none was made.
     """
     appended, sampling = decoder.append(tokens, opens=gate.kind != "never"), decoder.sampling
     states, base = appended.states, appended.logits
@@ -157,7 +167,13 @@ def predict_next(
     none = tokens.new_full((len(tokens), sampling.num_thoughts, sampling.thought_length), -1)
     if not len(rows):
         return base, none
-    ahead, thoughts = decoder.think(appended, None if len(rows) == len(tokens) else rows)
+    some = None if len(rows) == len(tokens) else rows
+    ahead, thoughts = decoder.think(appended, some)
+    if replace is not None:
+        other = replace(thoughts).expand(-1, sampling.num_thoughts, -1)
+        missing = sampling.thought_length - other.shape[-1]
+        thoughts = torch.nn.functional.pad(other, (0, missing), value=NO_TOKEN)
+        ahead = decoder.read(thoughts, some)
     mixed = next_logits(model, states[rows], base[rows], ahead)
     return base.index_copy(0, rows, mixed), none.index_copy(0, rows, thoughts)
 

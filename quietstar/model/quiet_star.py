@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -861,6 +861,7 @@ class QuietStarForCausalLM(nn.Module):
         thought_top_k: int | None = None,
         seed: int = 0,
         streamer: BaseStreamer | None = None,
+        replace_thoughts: Callable[[Tensor], Tensor] | None = None,
         **arguments: Any,
     ) -> Any:
         """Generate texts, thinking before each new token (`quietstar.generation.generate`).
@@ -879,6 +880,9 @@ class QuietStarForCausalLM(nn.Module):
             thought_top_k: Of thoughts: sample among so many of the most likely tokens.
             seed: Seed of the thoughts' noise.
             streamer: Is given each new token.
+            replace_thoughts: Makes of the thoughts of some texts, (texts, thoughts, length), -1
+                behind the end of each, others of the same shape, fewer tokens or one for all; the
+                model reads them in place of its own. `quietstar.evaluation.controls` has some.
             **arguments: Those of transformers' ``generate``: ``attention_mask``,
                 ``max_new_tokens``, ``do_sample``, ``top_p``, ``num_return_sequences``,
                 ``generation_config``, ``logits_processor``, ``stopping_criteria``, ...
@@ -898,7 +902,7 @@ class QuietStarForCausalLM(nn.Module):
             num_thoughts, self.thoughts.length, thought_temperature, seed, self.stop,
             thought_top_p, thought_top_k,
         )  # fmt: skip
-        return generate(self, inputs, sampling, think, streamer, arguments)
+        return generate(self, inputs, sampling, think, streamer, arguments, replace_thoughts)
 
     @torch.no_grad()
     def score_plain(

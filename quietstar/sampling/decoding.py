@@ -120,6 +120,28 @@ class Decoder:
         ahead = ahead.unflatten(1, (-1, 1 + len(self.end)))[:, :, -1]
         return ahead.transpose(0, 1), torch.stack(thoughts, dim=-1)
 
+    @torch.no_grad()
+    def read(
+        self,
+        thoughts: Int[Tensor, "rows thoughts length"],
+        rows: Int[Tensor, " rows"] | None = None,
+    ) -> Float[Tensor, "thoughts rows width"]:
+        """Run other thoughts in the place of those of the last `think`; states as it returns them.
+
+        In one pass; `NO_TOKEN` stands behind the end of a thought, which may have no token.
+        """
+        cache = self.cache if rows is None else self.cache.select_rows(rows)
+        lengths, num_end = (thoughts != NO_TOKEN).sum(-1), len(self.end)  # (B, K)
+        column = torch.arange(thoughts.shape[-1] + num_end, device=thoughts.device)
+        behind = column - lengths.unsqueeze(-1)  # place among the end vectors, (B, K, m)
+        tokens = torch.nn.functional.pad(thoughts, (0, num_end)).clamp(min=0)
+        end = self.end[behind.clamp(0, num_end - 1)]
+        embedded = torch.where((behind >= 0).unsqueeze(-1), end, self.embed(tokens))
+        states = self._run(cache, embedded.flatten(1, 2), False, len(self.start))
+        states = states.unflatten(1, (thoughts.shape[1], -1))  # (B, K, m, D)
+        last = (lengths + num_end - 1)[..., None, None].expand(-1, -1, 1, states.shape[-1])
+        return states.gather(2, last).squeeze(2).transpose(0, 1)
+
     def _think_to_the_end(
         self, stop: StopTexts, cache: DecodeCache, first: Tensor, sample_ids: Tensor
     ) -> tuple[Tensor, Tensor]:

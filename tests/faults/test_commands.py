@@ -30,9 +30,9 @@ NASTY = ("", " ", "nan", "-inf", "-1", "0", "1", "2", "1e308", "1e-300", str(2**
          "folder", "model", "no/such", "~nobody/x", "/dev/null", "/proc/self/mem",
          "x" * 300)  # fmt: skip
 COMMON = ("--model", "--ema", "--dtype", "--device")
-GENERATION = (*COMMON, "--max-new-tokens", "--gate", "--num-thoughts", "--thought-temperature",
-              "--thought-top-p", "--thought-top-k", "--temperature", "--top-p",
-              "--seed")  # fmt: skip
+GENERATION = (*COMMON, "--max-new-tokens", "--gate", "--control", "--num-thoughts",
+              "--thought-temperature", "--thought-top-p", "--thought-top-k", "--temperature",
+              "--top-p", "--seed")  # fmt: skip
 COMMANDS = {
     "generate": (["--model", "model", "--prompt", "two and", "--max-new-tokens", "2"],
                  (*GENERATION, "--prompt", "--prompts", "--batch-size", "--show-thoughts")),
