@@ -19,9 +19,9 @@ def marked(strategy):
     return pytest.param(strategy, marks=needs_deepspeed if "zero" in strategy else ())
 
 
-def command(strategy, config, output_dir, *arguments, script="train.py"):
+def command(strategy, config, output_dir, *arguments):
     """Command and environment of a training run."""
-    train = [script, "--config", str(config), "--training.output_dir", str(output_dir)]
+    train = ["train.py", "--config", str(config), "--training.output_dir", str(output_dir)]
     return wrap(strategy, [*train, *arguments])
 
 
@@ -42,9 +42,9 @@ def wrap(strategy, script):
     return [sys.executable, "-m", module, "launch", *file, *script], environment
 
 
-def launch(strategy, config, output_dir, *arguments, refused=None, script="train.py"):
+def launch(strategy, config, output_dir, *arguments, refused=None):
     """Run the config to its end, or to the refusal; returns the run folder."""
-    call, environment = command(strategy, config, output_dir, *arguments, script=script)
+    call, environment = command(strategy, config, output_dir, *arguments)
     done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True)
     if refused is not None:
         assert done.returncode != 0

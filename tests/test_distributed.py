@@ -66,13 +66,9 @@ class Runs:
         self._folders = {}
 
     def __getitem__(self, strategy):
-        return self.of(strategy, "train.py")
-
-    def of(self, strategy, script):
-        if (strategy, script) not in self._folders:
-            folder = self.folder / f"{strategy}-{Path(script).stem}"
-            self._folders[strategy, script] = launch(strategy, self.config, folder, script=script)
-        return self._folders[strategy, script]
+        if strategy not in self._folders:
+            self._folders[strategy] = launch(strategy, self.config, self.folder / strategy)
+        return self._folders[strategy]
 
     def copy_without_last_checkpoint(self, strategy, target):
         shutil.copytree(self[strategy], target)
@@ -143,24 +139,6 @@ def test_a_run_of_two_ranks_resumes_bit_for_bit(strategy, runs, tmp_path):
         assert all(torch.equal(a[name], b[name]) for name in a)
     live, average = (load_file(part / name / "model.safetensors") for name in ("final", "ema"))
     assert not torch.equal(live["model.norm.weight"], average["model.norm.weight"])
-
-
-@pytest.mark.slow
-@with_full_tuning
-@pytest.mark.parametrize("strategy", [marked(strategy) for strategy in STRATEGIES])
-def test_a_look_through_the_average_changes_nothing(strategy, runs):
-    """Before every micro-batch, also while gradients of others wait to be exchanged."""
-    seen = {}
-    for name in ("one", strategy):
-        folder = runs.of(name, "tests/averaging.py")
-        for model in ("final", "ema"):
-            a, b = (sorted((f / model).glob("*.safetensors")) for f in (folder, runs[name]))
-            assert [path.name for path in a] == [path.name for path in b]
-            assert all(x.read_bytes() == y.read_bytes() for x, y in zip(a, b, strict=True))
-        lines = (folder / "average.jsonl").read_text(encoding="utf-8").splitlines()
-        seen[name] = [json.loads(line)["logprob"] for line in lines]
-    assert len(set(seen["one"])) >= 8  # the average moves; each of three stages begins anew
-    assert seen[strategy] == pytest.approx(seen["one"], rel=1e-5)
 
 
 @pytest.mark.slow

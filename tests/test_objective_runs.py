@@ -1,6 +1,9 @@
 """Runs by the objectives: inner epochs, references, running means, presets; asking the policy."""
 
 import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from quietstar.backbone.run import plain_pass
 from quietstar.config import Config
 from quietstar.config.loading import load_config, shipped_configs
 from quietstar.errors import ConfigError, UserError
+from quietstar.model.quiet_star import check_logprobs
 from quietstar.rewards import asks_policy
 from quietstar.rewards import thought as thought_module
 from quietstar.training.run import run_training
@@ -95,6 +99,37 @@ def test_a_run_resumes_bit_for_bit_with_all_that_it_remembers(tmp_path):
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+def drawn(model, texts, **changes):
+    batch = model.draw(texts, num_thoughts=2, temperature=1.0, sample_ids=torch.arange(len(texts)))
+    return replace(batch, **changes)
+
+
+def test_thoughts_of_another_policy_count_by_their_ratio():
+    model, texts = thinking_model(loss={"clip_high": 0.5}), random_texts()
+    own = model(texts, thoughts=drawn(model, texts))
+    logprobs = own.drawn.sampling_logprobs
+    same = model(texts, thoughts=drawn(model, texts, sampling_logprobs=logprobs))
+    rarer = model(texts, thoughts=drawn(model, texts, sampling_logprobs=logprobs - 1.0))
+    assert "ratio" not in own.metrics.means()
+    assert same.metrics.means()["ratio"] == pytest.approx(1.0)
+    figures = rarer.metrics.means()
+    assert figures["ratio"] == pytest.approx(torch.e)
+    assert figures["approx_kl"] == pytest.approx(torch.e - 2)
+    assert 0.3 < figures["clipped_fraction"] < 0.7  # of positive advantage
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda x: x[..., :1], "must be floating-point numbers of the tokens' shape"),
+     (lambda x: x * 0 + 0.5, "are above 0"), (lambda x: x * torch.nan, "are above 0 or not")],
+)  # fmt: skip
+def test_what_is_no_log_probability_is_refused(change, message):
+    tokens = torch.zeros(2, 3, 2, 4, dtype=torch.long)
+    logprobs = change(torch.zeros(tokens.shape))
+    with pytest.raises(UserError, match=message):
+        check_logprobs(SimpleNamespace(sampling_logprobs=logprobs, tokens=tokens), "its logprobs")
+
+
 # --- References -----------------------------------------------------------------------------------
 def test_the_start_of_adapters_is_the_base_model(tmp_path):
     base = plain_model()
@@ -158,6 +193,17 @@ def test_a_reward_may_ask_for_log_probabilities_of_any_texts(monkeypatch):
         expected = logprob_by_hand(model, "so ", f"{texts[n]}!")
         torch.testing.assert_close(logprobs[n], expected.detach())
     assert not logprobs.requires_grad
+
+
+def test_the_reward_of_the_docs_works():
+    text = (Path(__file__).parents[1] / "docs" / "objectives.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names = {}
+    exec(source, names)
+    model = thinking_model(loss={"entropy_weight": 0.1})
+    model.reward, model.reward_name = names["leads_back"], "leads_back"
+    output = model(random_texts())
+    assert output.metrics.means()["policy_reward"] < -20
 
 
 @pytest.mark.parametrize("head", ["linear", "soft-capped"])

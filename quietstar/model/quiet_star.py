@@ -77,6 +77,8 @@ from quietstar.sampling.positions import (
 from quietstar.sampling.stopping import StopTexts
 from quietstar.sampling.thoughts import Sampling, Texts, ThoughtBatch
 
+ROUNDING = 1e-3
+"""What the log-probability of a certain token may be above 0, in half precisions too."""
 TOP_TOKENS = 16
 """Most likely tokens whose entropy is the score of ``top_entropy`` (RPT, arXiv:2506.08007)."""
 
@@ -557,6 +559,7 @@ class QuietStarForCausalLM(nn.Module):
             )
         if ":" in self.thoughts.sampler:
             check_lengths(batch, f"{name}: its thoughts")
+            check_logprobs(batch, f"{name}: its sampling_logprobs")
             self._check_thoughts(batch.tokens, f"{name}: its tokens")
         return batch
 
@@ -1031,6 +1034,7 @@ def given_thoughts(
     if on_host(ids) and not torch.equal(thoughts.input_ids, ids):
         raise UserError("thoughts of other texts than input_ids. Give those texts.")
     check_lengths(thoughts, "thoughts")
+    check_logprobs(thoughts, "thoughts.sampling_logprobs")
     batch = replace(thoughts, input_ids=ids, labels=texts.labels, answer_mask=texts.answer_mask)
     everywhere = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     if positions.shape == ids.shape and on_host(ids) and torch.equal(positions, everywhere):
@@ -1090,6 +1094,24 @@ def check_lengths(thoughts: ThoughtBatch, name: str) -> None:
         raise UserError(
             f"{name} have other lengths than tokens before the first {NO_TOKEN}. Make them with "
             "ThoughtBatch.of_texts(texts, positions, tokens, lengths)."
+        )
+
+
+def check_logprobs(thoughts: Any, name: str) -> None:
+    """Refuse log-probabilities that are none of these tokens."""
+    x, tokens = thoughts.sampling_logprobs, thoughts.tokens
+    if x is None:
+        return
+    if x.shape != tokens.shape or x.device != tokens.device or not x.is_floating_point():
+        raise UserError(
+            f"{name} are {x.dtype} of shape {tuple(x.shape)} on {x.device}, but must be "
+            f"floating-point numbers of the tokens' shape {tuple(tokens.shape)} on "
+            f"{tokens.device}. Give one for each token, or None."
+        )
+    if on_host(x) and not (x[tokens >= 0] <= ROUNDING).all():
+        raise UserError(
+            f"{name} are above 0 or not numbers at some tokens, but log-probabilities are at most "
+            "0. Give natural logarithms of probabilities, or None."
         )
 
 
