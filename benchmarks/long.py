@@ -4,7 +4,9 @@ Sampling stands beside transformers' ``generate`` with ``num_return_sequences``,
 same model: thought tokens a second, once with thoughts of equal length and once with ragged ones,
 whose lengths follow from their first token on both sides. The learn pass stands beside its floor:
 forward and backward of the plain model over as many real tokens in rows of a text's length, with a
-cross entropy over as many rows. All run in turn in one process; the figures are medians.
+cross entropy over as many rows. The step (both, by an objective, with thoughts of equal length)
+stands beside the sum of that floor and of a bare loop of the plain model's cached forwards, with
+logits. All run in turn in one process; the figures are medians.
 """
 
 from __future__ import annotations
@@ -29,13 +31,14 @@ from benchmarks.options import add_machine, report_result, run, settings_of
 from quietstar.backbone.devices import find_device
 from quietstar.backbone.output_head import find_output_head
 from quietstar.cli.options import Parser, whole
+from quietstar.config import loss_config
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.sampling.rollout import sample_thoughts
 from quietstar.sampling.stopping import StopTexts
 from quietstar.sampling.thoughts import Sampling, Texts, ThoughtBatch
 from quietstar.training.build import keep_freed_memory, quiet_libraries
 
-PARTS = ("equal", "ragged", "learn")
+PARTS = ("equal", "ragged", "learn", "step")
 
 
 class Countdown(StopTexts):
@@ -97,7 +100,7 @@ def bench_long(args: argparse.Namespace) -> dict[str, Any]:
     if device == "cpu":  # as in training, once the models are built
         keep_freed_memory()
     ids = torch.randint(model.vocab_size, (args.batch_size, args.seq_len), device=device)
-    bench = {"equal": _sampling, "ragged": _sampling, "learn": _learning}
+    bench = {"equal": _sampling, "ragged": _sampling, "learn": _learning, "step": _learning}
     parts = {name: bench[name](model, plain, ids, args, name) for name in args.parts}
     return {"parts": parts, "settings": settings_of(args), "environment": environment()}
 
@@ -143,6 +146,12 @@ def _learning(
     shape = (*_last_positions(ids).shape, args.num_thoughts, args.thought_length)
     tokens = torch.randint(model.vocab_size, shape, device=ids.device)
     lengths = Countdown(args.thought_length).length_of(tokens[..., 0])
+    if part == "step":
+        lengths = torch.full_like(lengths, args.thought_length)
+        model.configure(
+            model.thoughts.model_copy(update={"positions": "one_random"}),
+            loss_config(objective=args.objective),
+        )
     texts = Texts(ids, ids, None, torch.arange(len(ids), device=ids.device))
     thoughts = ThoughtBatch.of_texts(texts, _last_positions(ids) - 1, tokens, lengths)
     model.train()
@@ -157,13 +166,26 @@ def _learning(
     scored = ids.numel() + int(lengths.sum()) + 2 * lengths.numel()
 
     def ours() -> int:
-        loss = model(ids, thoughts=thoughts).loss
+        loss = model(ids, thoughts=None if part == "step" else thoughts).loss
         assert loss is not None, "forward gives a loss"
         loss.backward()
         model.zero_grad()
         return total
 
+    @torch.no_grad()
+    def decode() -> None:
+        head = find_output_head(plain).module
+        one = torch.randint(model.vocab_size, (len(ids) * args.num_thoughts, 1), device=ids.device)
+        plain.eval()
+        cache = plain.base_model(input_ids=ids, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(args.num_thoughts)
+        for _ in range(args.thought_length):
+            step = plain.base_model(input_ids=one, past_key_values=cache, use_cache=True)
+            head(step.last_hidden_state)
+
     def floor(batch: int) -> int:
+        if part == "step":
+            decode()
         left = scored
         for first in range(0, rows, batch):
             some = min(batch, rows - first)
@@ -223,6 +245,7 @@ def _parser() -> Parser:
     add("--num-thoughts", type=whole(2), default=8, help="K, thoughts of a text")
     add("--thought-length", type=whole(1), default=128, help="T, most tokens of a thought")
     add("--learn-chunk-tokens", type=whole(1), default=5120, help="that learn at once")
+    add("--objective", default="rlp", help="of the step")
     add("--checkpointing", action="store_true", help="recompute activations, on both sides")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     add_machine(parser)

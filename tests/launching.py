@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,9 @@ def wrap(strategy, script):
         call += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
         return [*call, *script], environment
     file = ["--config_file", f"configs/accelerate/{name}_cpu.yaml", "--num_processes", world]
+    with socket.socket() as probe:  # others may launch beside
+        probe.bind(("localhost", 0))
+        file += ["--main_process_port", str(probe.getsockname()[1])]
     module = "accelerate.commands.accelerate_cli"
     return [sys.executable, "-m", module, "launch", *file, *script], environment
 

@@ -22,7 +22,7 @@ def code_blocks(language: str) -> list[str]:
 def test_the_first_two_commands_install_and_run_or_test():
     run, test = (block.strip() for block in code_blocks("bash")[:2])
     assert run == "pip install -e . && accelerate launch train.py"
-    assert test == 'pip install -e ".[dev]" && pytest'
+    assert test == 'pip install -e ".[dev]" && pytest -n 2 --dist loadfile'
 
 
 @pytest.mark.slow
