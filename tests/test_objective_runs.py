@@ -17,6 +17,7 @@ from quietstar.errors import ConfigError, UserError
 from quietstar.model.quiet_star import check_logprobs
 from quietstar.rewards import asks_policy
 from quietstar.rewards import thought as thought_module
+from quietstar.training.memory_plan import estimate_run
 from quietstar.training.run import run_training
 
 EVERYTHING = {
@@ -299,3 +300,15 @@ def _staged(folder):
     path = folder / "staged.yaml"
     path.write_text("stages:\n  think:\n    loss: {objective: rlp}\n")
     return path
+
+
+def test_the_plan_counts_the_weights_of_the_start(tmp_path):
+    averages = [
+        estimate_run(run_config(tmp_path, loss__objective="rlp", **changes), "single", 1).average
+        for changes in (
+            {}, {"loss__reference": "base"},
+            {"loss__reference": "base", "training__ema_decay": 0.9},
+        )
+    ]  # fmt: skip
+    assert averages[0] == 0 < averages[1]
+    assert averages[2] == 2 * averages[1]

@@ -93,7 +93,7 @@ def _table(estimate: Estimate, title: str) -> Table:
     rows = {
         "weights": estimate.weights,
         "optimizer": estimate.optimizer,
-        "moving average of the weights": estimate.average,
+        "average and start of the weights": estimate.average,
         "gathered layers, gradients in transit": estimate.exchange,
         "at the peak of a step": estimate.step,
         "  rollout": estimate.rollout,

@@ -28,6 +28,7 @@ from quietstar.losses.cross_entropy import chunk_rows
 from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.scoring_model import blamed
+from quietstar.objectives import reads_reference
 from quietstar.sampling.positions import ANSWER_RULES, MARKED_RULES, most_positions
 from quietstar.training.build import find_tokenizer, hub_options, teach_thinking
 from quietstar.training.optimizer import is_projected
@@ -51,7 +52,7 @@ class Estimate:
     weights: int  # this process's part of the model
     gradients: int  # all gradients, when all are there
     optimizer: int  # its state, and the copy of the weights that ZeRO keeps
-    average: int  # of the weights (training.ema_decay)
+    average: int  # of the weights (training.ema_decay), and the start (loss.reference: base)
     exchange: int  # gathered layers, and buffers of gradients under way
     rollout: int  # peak while thoughts are sampled
     learning: int  # peak in forward and backward, beyond the gradients alive at that moment
@@ -139,7 +140,7 @@ def _estimate_stage(
         weights=int(weights * weight_share) + others,  # of which every process has all
         gradients=int(trained * gradient_share),
         optimizer=int(_optimizer_bytes(model, config.tuning, engine) * optimizer_share),
-        average=_average_bytes(model, weight_share) if training.ema_decay is not None else 0,
+        average=_average_bytes(model, weight_share) * _num_averages(config),
         exchange=exchange,
         rollout=rollout.peak,
         learning=learning.peak - learning.peak_gradients,
@@ -263,6 +264,12 @@ def _optimizer_bytes(model: nn.Module, tuning: TuningConfig, engine: str) -> int
         if engine.startswith("zero"):
             total += _FLOAT * parameter.numel()
     return total
+
+
+def _num_averages(config: Config) -> int:
+    """Counts the averages that a stage keeps: training.ema_decay, and loss.reference: base."""
+    keeps_start = reads_reference(config.loss) and getattr(config.loss, "reference", "") == "base"
+    return (config.training.ema_decay is not None) + (config.loss.thinks and keeps_start)
 
 
 def _average_bytes(model: nn.Module, share: float) -> int:
