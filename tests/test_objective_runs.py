@@ -154,6 +154,26 @@ def test_gains_are_over_the_reference_and_their_gradient_is_not(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [({"objective": "latro"}, "reference_text"),
+     ({"objective": "rlp", "reference": "base"}, "reference_text"),
+     ({"kl_weight": 1.0, "reference": "base"}, "reference_logprobs")],
+)  # fmt: skip
+def test_a_loop_of_the_users_must_give_the_reference(loss, name):
+    model, texts = thinking_model(loss=loss), random_texts()
+    with pytest.raises(UserError, match="forward was not given reference_text"):
+        model(texts)
+    text, _ = model.score_reference(texts, texts)
+    if name == "reference_logprobs":
+        with pytest.raises(UserError, match="forward was not given reference_logprobs"):
+            model(texts, reference_text=text)
+    thoughts = drawn(model, texts)
+    text, tokens = model.score_reference(texts, texts, thoughts)
+    given = replace(thoughts, reference_text=text, reference_logprobs=tokens)
+    assert model(texts, thoughts=given).loss.isfinite()
+
+
 def test_divergences_are_from_the_weights_at_the_start(tmp_path):
     kept = run(
         tmp_path / "kept", loss__objective="rlp", loss__reference="base", loss__kl_weight=1.0

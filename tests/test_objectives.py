@@ -364,7 +364,9 @@ def test_lengths_and_divergences_are_part_of_the_reward():
         "rlp", REWARD, estimator="no_baseline", length_weight=-0.1, reward_kl_weight=2.0,
         reference="base", thoughts={"lengths": lengths, "log_ratio": ratio},
     )  # fmt: skip
-    torch.testing.assert_close(weights.advantage, REWARD - 0.1 * lengths - 2 * ratio)
+    expected = REWARD - 0.1 * lengths - 2 * ratio
+    torch.testing.assert_close(weights.advantage, expected)
+    torch.testing.assert_close(weights.reward, expected)
 
 
 def test_true_tokens_count_by_reward_or_by_their_share_of_the_likelihood():

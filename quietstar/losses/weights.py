@@ -77,7 +77,7 @@ class ThoughtWeights:
         advantage: Weight of the log-probability of each thought's tokens.
         mixed: Weight of the NLL of each true token by the mixed prediction; None for zero.
         thought: The same for the thought's own prediction.
-        reward: What the thoughts were given, for figures; the loss fills it in.
+        reward: What the thoughts were given in all, for figures; None for ``loss.reward`` alone.
     """
 
     advantage: Float[Tensor, "batch positions thoughts"] | None

@@ -68,6 +68,7 @@ from quietstar.model.scoring_model import ScoringModel
 from quietstar.model.self_check import check_architecture, use_thinking_attention
 from quietstar.model.text_logprobs import text_logprobs
 from quietstar.model.tuning import apply_tuning, quantization
+from quietstar.objectives import reads_reference
 from quietstar.sampling.positions import (
     ENTROPY_RULES,
     LEARNED_RULES,
@@ -440,6 +441,7 @@ class QuietStarForCausalLM(nn.Module):
         else:
             positions, batch = given_thoughts(thoughts, texts)
             self._check_given(batch.tokens.transpose(1, 2), input_ids, positions)
+        self._check_reference(batch)
         terms = self.objective.terms(
             self.weigher(batch, running),
             self.policy_temperature,
@@ -457,6 +459,20 @@ class QuietStarForCausalLM(nn.Module):
             drawn = rearrange(scored.logprobs, "t k b p -> b p k t")
             batch = replace(batch, sampling_logprobs=drawn)
         return QuietStarOutput(loss, metrics, tokens, input_ids, positions, batch)
+
+    def _check_reference(self, batch: ThoughtBatch) -> None:
+        """Refuse to learn without what the objective compares with, which is not the model's."""
+        reference = self.objective.reference
+        if reference == "current" or not reads_reference(self.objective.settings):
+            return
+        compares = self.objective.kl_weight > 0 or self.objective.needs_log_ratio
+        for name, is_read in (("reference_text", True), ("reference_logprobs", compares)):
+            if is_read and getattr(batch, name) is None:
+                raise UserError(
+                    f"loss.reference ({reference}): forward was not given {name}. In your own loop "
+                    "pass thoughts of draw with what score_reference says of them while the weights "
+                    "are the reference's, or set loss.reference: current."
+                )
 
     @property
     def policy_temperature(self) -> float:
@@ -503,12 +519,13 @@ class QuietStarForCausalLM(nn.Module):
                     f"{name}: it returned {type(weights).__name__}, but must return "
                     "ThoughtWeights. Mend its last line."
                 )
-            for figure in ("advantage", "mixed", "thought"):
+            for figure in ("advantage", "mixed", "thought", "reward"):
                 x = getattr(weights, figure)
                 if x is not None:
-                    shape = part.lengths.shape if figure == "advantage" else scores.mixed.shape
+                    of_thoughts = figure in ("advantage", "reward")
+                    shape = part.lengths.shape if of_thoughts else scores.mixed.shape
                     check_figures(x, shape, device, f"{name}: {figure}")
-            return replace(weights, reward=reward)
+            return weights if weights.reward is not None else replace(weights, reward=reward)
 
         return weigh
 

@@ -161,7 +161,7 @@ class PolicyObjective(Objective):
 
     def weigh(self, reward: Tensor, scores: ThoughtScores) -> ThoughtWeights:
         """Subtract a baseline from the rewards; weigh the true tokens."""
-        settings, advantage = self.settings, None
+        settings, advantage, given = self.settings, None, reward
         reward = self.shaped(reward, scores)
         keep = self.has_signal(reward, scores)
         if settings.policy_weight > 0:
@@ -174,12 +174,12 @@ class PolicyObjective(Objective):
         if settings.thought_weight > 0:
             thought = ones * settings.thought_weight
             if settings.thought_weighting == "reward":
-                thought = thought * reward.unsqueeze(-1)
+                thought = thought * given.unsqueeze(-1)
             elif settings.thought_weighting == "softmax":
                 share = logprob_of_targets(scores).softmax(-1) * reward.shape[-1]
                 thought = thought * share.unsqueeze(-1)
             thought = thought if keep is None else thought * keep.unsqueeze(-1)
-        return ThoughtWeights(advantage, mixed=mixed, thought=thought)
+        return ThoughtWeights(advantage, mixed, thought, reward)
 
     def shaped(self, reward: Tensor, scores: ThoughtScores) -> Tensor:
         """Add what depends on the thought itself: its length, its divergence from the reference."""
@@ -188,7 +188,7 @@ class PolicyObjective(Objective):
             assert scores.lengths is not None, "the model gives lengths"
             reward = reward + settings.length_weight * scores.lengths
         if settings.reward_kl_weight > 0:
-            assert scores.log_ratio is not None, "training gives a reference"
+            assert scores.log_ratio is not None, "the model was given a reference"
             reward = reward - settings.reward_kl_weight * scores.log_ratio
         return reward
 
