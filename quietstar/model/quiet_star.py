@@ -470,8 +470,8 @@ class QuietStarForCausalLM(nn.Module):
             if is_read and getattr(batch, name) is None:
                 raise UserError(
                     f"loss.reference ({reference}): forward was not given {name}. In your own loop "
-                    "pass thoughts of draw with what score_reference says of them while the weights "
-                    "are the reference's, or set loss.reference: current."
+                    "pass thoughts of draw with what score_reference says of them while the "
+                    "weights are the reference's, or set loss.reference: current."
                 )
 
     @property
