@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 from tiny import plain_model, random_texts, read_metrics, run_config, thinking_model
 
 from quietstar.backbone.run import plain_pass
-from quietstar.config import Config
-from quietstar.config.loading import load_config, shipped_configs
+from quietstar.config import fields
+from quietstar.config.loading import load_config, save_config, shipped_configs
 from quietstar.errors import ConfigError, UserError
 from quietstar.model.quiet_star import check_logprobs
+from quietstar.objectives._policy import PolicyObjective
+from quietstar.objectives.rlp import Rlp
 from quietstar.rewards import asks_policy
 from quietstar.rewards import thought as thought_module
 from quietstar.training.memory_plan import estimate_run
@@ -122,7 +124,8 @@ def test_thoughts_of_another_policy_count_by_their_ratio():
 @pytest.mark.parametrize(
     ("change", "message"),
     [(lambda x: x[..., :1], "must be floating-point numbers of the tokens' shape"),
-     (lambda x: x * 0 + 0.5, "are above 0"), (lambda x: x * torch.nan, "are above 0 or not")],
+     (lambda x: x * 0 + 0.5, "are above 0"), (lambda x: x * torch.nan, "or not finite"),
+     (lambda x: x - torch.inf, "or not finite")],
 )  # fmt: skip
 def test_what_is_no_log_probability_is_refused(change, message):
     tokens = torch.zeros(2, 3, 2, 4, dtype=torch.long)
@@ -283,7 +286,9 @@ def test_what_cannot_be_asked_is_said_in_one_line(prompts, completions, message)
         ({"loss__objective": "jepo", "loss__estimator": "paper"}, "must be leave_one_out with"),
         ({"thoughts__num_thoughts": 1, "loss__objective": "rlpr",
           "loss__estimator": "no_baseline"}, "which asks how far the rewards"),
-        ({"thoughts__num_thoughts": 1, "loss__objective": "jepo"}, "must be at least 2"),
+        ({"thoughts__num_thoughts": 1, "loss__objective": "jepo"}, "set loss.objective: log_prob"),
+        ({"loss__objective": "jepo", "loss__min_signal": 0.5}, "loss.min_signal .* must be 0.0"),
+        ({"loss__objective": "jepo", "loss__thought_weighting": "reward"}, "must be softmax with"),
         ({"training__inner_epochs": 2, "loss__estimator": "paper"}, "must be 1 with"),
         ({"training__inner_epochs": 2, "loss__policy_temperature": 2.0}, "ratios compare with"),
     ],
@@ -293,14 +298,24 @@ def test_wrong_combinations_are_refused_with_the_reason(tmp_path, changes, messa
         run_config(tmp_path, **changes)
 
 
+def test_the_command_line_goes_over_a_preset():
+    stages = load_config("demo", ["--loss.reward", "rank"], preset="rlp").stage_configs()
+    assert stages["think"].loss.reward == "rank"
+    assert stages["think"].loss.token_weighting == "mean"
+
+
 @pytest.mark.parametrize("name", sorted(shipped_configs("objectives")))
-def test_presets_are_for_the_stages_that_think(name):
+def test_presets_are_for_the_stages_that_think(name, tmp_path):
     config = load_config("demo", preset=name)
     stages = config.stage_configs()
     expected = name.removesuffix("_paper")
     assert [stage.loss.objective for stage in stages.values()] == ["next_token"] * 2 + [expected]
-    assert load_config("tiny", preset=f"configs/objectives/{name}.yaml").loss.objective == expected
-    assert isinstance(config, Config)
+    alone = load_config("tiny", preset=f"configs/objectives/{name}.yaml").loss
+    assert alone.objective == expected
+    thinking = list(stages.values())[-1]
+    assert thinking.loss == alone  # the defaults are those of the objective in a stage too
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml").stage_configs() == stages
 
 
 def test_wrong_presets_are_one_line(tmp_path):
@@ -318,7 +333,8 @@ def test_wrong_presets_are_one_line(tmp_path):
 
 def _staged(folder):
     path = folder / "staged.yaml"
-    path.write_text("stages:\n  think:\n    loss: {objective: rlp}\n")
+    text = "loss: {objective: rlp}\nstages:\n  think:\n    loss: {objective: rlp}\n"
+    path.write_text(text)
     return path
 
 
@@ -332,3 +348,89 @@ def test_the_plan_counts_the_weights_of_the_start(tmp_path):
     ]  # fmt: skip
     assert averages[0] == 0 < averages[1]
     assert averages[2] == 2 * averages[1]
+
+
+# --- What was wrong once --------------------------------------------------------------------------
+def test_all_updates_of_a_step_keep_what_it_began_with(tmp_path, monkeypatch):
+    seen = []
+    real = Rlp.weigh
+
+    def weigh(self, reward, scores):
+        running = None if scores.running is None else scores.running.tolist()
+        seen.append((running, real(self, reward, scores)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(Rlp, "weigh", weigh)
+    changes = {"loss__objective": "rlp", "loss__estimator": "running_mean"}
+    folder = run(tmp_path / "a", **changes, training__inner_epochs=2, training__max_steps=2)
+    first, again, second, _ = (running for running, _ in seen)
+    assert first is None
+    assert again is None
+    assert second[0] == pytest.approx(records(folder)[0]["policy_reward"], rel=1e-6)
+    # The first step reinforces nothing, in none of its updates.
+    assert records(folder)[0]["dropped_fraction"] == 1
+
+
+def test_true_tokens_count_by_the_reward_itself(tmp_path):
+    plain, shaped = (
+        records(run(tmp_path / str(weight), loss__objective="verifree", loss__policy_weight=0.0,
+                    loss__length_weight=weight))
+        for weight in (0.0, -5.0)
+    )  # fmt: skip
+    assert [r["loss"] for r in shaped] == [r["loss"] for r in plain]
+
+
+class Kept(PolicyObjective):
+    """An objective from outside that sets attributes, not keys."""
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.kl_weight, self.reference = 5.0, "base"
+
+    def reads_reference(self, reward):
+        return True
+
+
+def test_attributes_of_an_objective_from_outside_count(tmp_path):
+    name = f"{__name__}:Kept"
+    kept = records(run(tmp_path / "kept", loss__objective=name))
+    free = records(run(tmp_path / "free", loss__objective="rlp", loss__token_weighting="sum",
+                       loss__reward="thought"))  # fmt: skip
+    assert kept[0]["loss"] == pytest.approx(free[0]["loss"], abs=1e-6)
+    assert kept[2]["loss"] > free[2]["loss"] + 1e-5
+
+
+class Odd(Kept):
+    """One with an attribute that means nothing."""
+
+    token_weighting = "average"
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.token_weighting = "average"
+
+
+def test_attributes_that_mean_nothing_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"its token_weighting \('average'\) must be sum, mean or"):
+        run(tmp_path / "odd", loss__objective=f"{__name__}:Odd")
+
+
+def test_ratios_at_other_temperatures_are_refused():
+    model, texts = thinking_model(loss={"estimator": "paper"}), random_texts()
+    thoughts = drawn(model, texts)
+    logprobs = torch.zeros(thoughts.tokens.shape)
+    with pytest.raises(UserError, match="ratios compare with the policy"):
+        model(texts, thoughts=replace(thoughts, sampling_logprobs=logprobs))
+
+
+@pytest.mark.parametrize("objective", ["latro", "rlp", "rlpr"])
+def test_every_objective_can_be_planned(tmp_path, objective):
+    config = run_config(
+        tmp_path, loss__objective=objective, loss__reference="base", loss__kl_weight=1.0
+    )
+    assert estimate_run(config, "single", 1).learning > 0
+
+
+def test_defaults_are_shown_of_the_default_objective():
+    assert fields()["loss.reward"]["default"] == "thought"
+    assert fields()["loss.policy_weight"]["default"] == 0.1

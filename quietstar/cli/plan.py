@@ -31,11 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         "quietstar plan",
         "Prints the memory that each process of a run will need, from shapes alone; the\n"
         "exit code is 1 if that is more than --memory. Keys are those of quietstar train.",
-        "quietstar plan [--config FILE] [--engine NAME] [--processes N] [--memory GIB] "
-        "[--json FILE] [--force] [--KEY VALUE ...]",
+        "quietstar plan [--config FILE] [--preset FILE] [--engine NAME] [--processes N] "
+        "[--memory GIB] [--json FILE] [--force] [--KEY VALUE ...]",
     )
     value = parser.value
     value("--config", str, DEFAULT_CONFIG, "FILE", "YAML file or shipped config")
+    value("--preset", str, None, "FILE", "YAML file of an objective, or one that is shipped")
     engines = "default: single, or ddp with several processes"
     parser.add_argument("--engine", choices=ENGINES, help=engines)
     value("--processes", whole(1, 2**20, "no cluster has more"), 1, "N", "GPUs of the run")
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         raise UserError(
             f"--engine (single): is one process, not {args.processes}; give another engine"
         )
-    config = load_config(args.config, overrides)
+    config = load_config(args.config, overrides, args.preset)
     inputs = {"--config": resolve_config_file(args.config)[0]}
     for stage in config.stage_configs().values():
         named = {"model.name_or_path": stage.model.name_or_path,

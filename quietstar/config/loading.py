@@ -33,6 +33,7 @@ from quietstar.config.tree import (
     is_stage_key,
     keys_of,
     loss_class,
+    loss_config,
 )
 from quietstar.config.yaml import MOST_CHARACTERS, YamlProblem, dump, parse
 from quietstar.errors import ConfigError, UserError, reason_of, visible
@@ -138,6 +139,15 @@ def load_config(
         )
         for prefix in stages
     }
+    for name, sections in tree["stages"].items():
+        objective = sections.get("loss", {}).get("objective")
+        if objective not in (None, tree.get("loss", {}).get("objective")):
+            # In full: a file that is read again has all keys of the other objective outside.
+            given = {k: s.value for k, s in merged[f"stages.{name}."].items()}
+            known = loss_class(objective).model_fields
+            keys = {k.partition(".")[2]: v for k, v in given.items() if k.startswith("loss.")}
+            own = {key: value for key, value in keys.items() if key in known}
+            sections["loss"] = loss_config(**own).model_dump()
     return Config.model_validate(tree)
 
 
@@ -267,6 +277,12 @@ class _Reader:
         self.problems += preset.problems
         self.misspelt |= preset.misspelt
         base, *stages = self.settings
+        if not any(key.startswith("loss.") for key in preset.settings[""]):
+            self.problems.append(
+                f"{preset.file}: loss: a preset is of an objective, but this one has no such "
+                "section. Write `loss:` with `objective: rlp` below it."
+            )
+            return
         if len(preset.settings) > 1:
             self.problems.append(
                 f"{preset.file}: stages: a preset has none, but holds for all stages that think. "

@@ -154,13 +154,14 @@ class Config(Section):
         """
         if not self.stages:
             return {"train": self}
-        common = self.model_dump(exclude={"stages"})
-        return {
-            name: Config.model_validate(
-                {key: value | changes.get(key, {}) for key, value in common.items()}
-            )
-            for name, changes in self.stages.items()
-        }
+        common, configs = self.model_dump(exclude={"stages"}), {}
+        for name, changes in self.stages.items():
+            sections = {key: value | changes.get(key, {}) for key, value in common.items()}
+            if sections["loss"]["objective"] != self.loss.objective:  # defaults are others there
+                given = self.loss.model_dump(exclude_unset=True)
+                sections["loss"] = given | changes["loss"]
+            configs[name] = Config.model_validate(sections)
+        return configs
 
 
 SECTIONS = tuple(name for name in Config.model_fields if name != "stages")
@@ -176,7 +177,9 @@ def fields() -> dict[str, dict[str, Any]]:
     kinds: list[tuple[str, Any]] = [
         (section, Config.model_fields[section].annotation) for section in SECTIONS
     ]
-    kinds += [("loss", loss_class(name)) for name in registry.choices("loss.objective")]
+    default = LossConfig.model_fields["objective"].default  # whose defaults are shown
+    names = sorted(registry.choices("loss.objective"), key=lambda name: name == default)
+    kinds += [("loss", loss_class(name)) for name in names]
     return {
         f"{section}.{name}": field
         for section, kind in kinds

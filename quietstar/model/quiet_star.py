@@ -68,7 +68,7 @@ from quietstar.model.scoring_model import ScoringModel
 from quietstar.model.self_check import check_architecture, use_thinking_attention
 from quietstar.model.text_logprobs import text_logprobs
 from quietstar.model.tuning import apply_tuning, quantization
-from quietstar.objectives import reads_reference
+from quietstar.objectives import Objective
 from quietstar.sampling.positions import (
     ENTROPY_RULES,
     LEARNED_RULES,
@@ -244,6 +244,7 @@ class QuietStarForCausalLM(nn.Module):
             self.objective_name = loss.objective
             with registry.running("loss.objective", loss.objective):
                 self.objective = registry.find("loss.objective", loss.objective)(loss)
+            check_objective(self.objective, f"loss.objective ({loss.objective})")
             self.reward, self.reward_name = registry.find("loss.reward", loss.reward), loss.reward
 
     def _find_ends(self, texts: Sequence[str]) -> StopTexts | None:
@@ -442,6 +443,7 @@ class QuietStarForCausalLM(nn.Module):
             positions, batch = given_thoughts(thoughts, texts)
             self._check_given(batch.tokens.transpose(1, 2), input_ids, positions)
         self._check_reference(batch)
+        self._check_ratio(batch)
         terms = self.objective.terms(
             self.weigher(batch, running),
             self.policy_temperature,
@@ -458,12 +460,14 @@ class QuietStarForCausalLM(nn.Module):
         if batch.sampling_logprobs is None:
             drawn = rearrange(scored.logprobs, "t k b p -> b p k t")
             batch = replace(batch, sampling_logprobs=drawn)
+        if batch.advantage is None and scored.advantage is not None:
+            batch = replace(batch, advantage=rearrange(scored.advantage, "k b p -> b p k"))
         return QuietStarOutput(loss, metrics, tokens, input_ids, positions, batch)
 
     def _check_reference(self, batch: ThoughtBatch) -> None:
         """Refuse to learn without what the objective compares with, which is not the model's."""
         reference = self.objective.reference
-        if reference == "current" or not reads_reference(self.objective.settings):
+        if not self.objective.reads_reference(self.reward_name):
             return
         compares = self.objective.kl_weight > 0 or self.objective.needs_log_ratio
         for name, is_read in (("reference_text", True), ("reference_logprobs", compares)):
@@ -473,6 +477,17 @@ class QuietStarForCausalLM(nn.Module):
                     "pass thoughts of draw with what score_reference says of them while the "
                     "weights are the reference's, or set loss.reference: current."
                 )
+
+    def _check_ratio(self, batch: ThoughtBatch) -> None:
+        """Refuse ratios of probabilities at different temperatures."""
+        own, drawn = self.policy_temperature, self.thoughts.temperature
+        if batch.sampling_logprobs is not None and own != drawn:
+            raise UserError(
+                f"loss.policy_temperature ({own}): must be thoughts.temperature ({drawn}) where "
+                "thoughts come with their log-probabilities: ratios compare with the policy that "
+                "drew them. Set it so, and another loss.estimator than paper, or leave "
+                "sampling_logprobs out."
+            )
 
     @property
     def policy_temperature(self) -> float:
@@ -525,7 +540,11 @@ class QuietStarForCausalLM(nn.Module):
                     of_thoughts = figure in ("advantage", "reward")
                     shape = part.lengths.shape if of_thoughts else scores.mixed.shape
                     check_figures(x, shape, device, f"{name}: {figure}")
-            return weights if weights.reward is not None else replace(weights, reward=reward)
+            if weights.reward is None:
+                weights = replace(weights, reward=reward)
+            if part.advantage is not None:  # of the first update of the step
+                weights = replace(weights, advantage=part.advantage)
+            return weights
 
         return weigh
 
@@ -1114,6 +1133,21 @@ def check_lengths(thoughts: ThoughtBatch, name: str) -> None:
         )
 
 
+def check_objective(objective: Objective, name: str) -> None:
+    """Refuse attributes of an objective that mean nothing."""
+    for attribute, known in (
+        ("reference", ("current", "ema", "base")),
+        ("token_weighting", ("sum", "mean", "constant")),
+        ("target_weighting", ("mean", "sum")),
+    ):
+        value = getattr(objective, attribute)
+        if value not in known:
+            raise UserError(
+                f"{name}: its {attribute} ({value!r}) must be {', '.join(known[:-1])} or "
+                f"{known[-1]}. Correct it."
+            )
+
+
 def check_logprobs(thoughts: Any, name: str) -> None:
     """Refuse log-probabilities that are none of these tokens."""
     x, tokens = thoughts.sampling_logprobs, thoughts.tokens
@@ -1125,10 +1159,11 @@ def check_logprobs(thoughts: Any, name: str) -> None:
             f"floating-point numbers of the tokens' shape {tuple(tokens.shape)} on "
             f"{tokens.device}. Give one for each token, or None."
         )
-    if on_host(x) and not (x[tokens >= 0] <= ROUNDING).all():
+    real = x[tokens >= 0] if on_host(x) else x.new_zeros(1)
+    if not ((real <= ROUNDING) & real.isfinite()).all():
         raise UserError(
-            f"{name} are above 0 or not numbers at some tokens, but log-probabilities are at most "
-            "0. Give natural logarithms of probabilities, or None."
+            f"{name} are above 0 or not finite at some tokens, but those of tokens that were drawn "
+            "are neither. Give natural logarithms of probabilities, or None."
         )
 
 

@@ -75,6 +75,11 @@ def _encode(
     tokenizer, longest = model.tokenizer, model.max_text_length
     if tokenizer is None:
         raise UserError("scores.logprob: the model has no tokenizer. Give it one (tokenizer=).")
+    if isinstance(prompts, str) or isinstance(completions, str):
+        raise UserError(
+            "scores.logprob: prompts and completions must be lists of texts, not one text. Write "
+            "scores.logprob([prompt], [completion])."
+        )
     if len(prompts) != len(completions):
         raise UserError(
             f"scores.logprob: there are {len(prompts)} prompts and {len(completions)} completions, "

@@ -16,9 +16,6 @@ from quietstar.config import Section
 from quietstar.losses.thought_loss import LossTerms
 from quietstar.losses.weights import ThoughtScores, ThoughtWeights, Weigh
 
-REFERENCE_REWARDS = ("information_gain", "mean_prob")
-"""Rewards that read ``scores.reference``."""
-
 
 class Objective:
     """What all objectives share; the defaults are those of one that only reinforces thoughts.
@@ -96,6 +93,10 @@ class Objective:
         """Temperature inside the log-probability of the policy term."""
         return sampling_temperature
 
+    def reads_reference(self, reward: str) -> bool:
+        """Tell whether anything compares with the reference, the reward of this name included."""
+        return self.reference != "current"
+
     @staticmethod
     def problems(config: Any) -> Iterable[tuple[tuple[str, ...], str]]:
         """Yield broken rules between the objective's settings and the rest of a config.
@@ -112,11 +113,3 @@ class Objective:
         A reason continues the words "has no effect", as in ``with loss.policy_weight: 0``.
         """
         return ()
-
-
-def reads_reference(loss: Any) -> bool:
-    """Tell whether anything compares with ``loss.reference``; a reward of the user's may."""
-    if getattr(loss, "reference", "current") == "current":
-        return False
-    divergences = max(getattr(loss, "kl_weight", 0), getattr(loss, "reward_kl_weight", 0))
-    return divergences > 0 or loss.reward in REFERENCE_REWARDS or ":" in loss.reward

@@ -24,12 +24,14 @@ from quietstar.config import LossConfig, Section
 from quietstar.config.schema import LossWeight, Temperature
 from quietstar.losses.estimators import ESTIMATORS, GROUPED
 from quietstar.losses.weights import ThoughtScores, ThoughtWeights
-from quietstar.objectives import Objective, reads_reference
+from quietstar.objectives import Objective
 
 PAPER_POLICY_TEMPERATURE = 3.0
 """Value of the published code (`reinforce_temperature`); no reason is given there."""
 EPSILON = 1e-4
 """Added to a group's standard deviation before rewards are divided by it."""
+REFERENCE_REWARDS = ("information_gain", "mean_prob")
+"""Rewards that read ``scores.reference``."""
 POSITIVE_REWARDS = ("prob", "mean_prob", "rank")
 """Rewards that are never below zero."""
 
@@ -213,6 +215,10 @@ class PolicyObjective(Objective):
         paper = self.settings.estimator == "paper"
         return PAPER_POLICY_TEMPERATURE if paper else sampling_temperature
 
+    def reads_reference(self, reward: str) -> bool:
+        """Ask the divergences, and the reward: one of the user's may read it."""
+        return _reads_reference(self.settings, reward)
+
     @staticmethod
     def problems(config: Any) -> Iterable[tuple[tuple[str, ...], str]]:
         """Check the settings against each other and against the thoughts."""
@@ -251,7 +257,7 @@ class PolicyObjective(Objective):
             )
         yield from _problems_of_the_ratio(config)
         names = [name for name in type(loss).model_fields if name.endswith("_weight")]
-        names = [n for n in names if n not in ("reward_kl_weight", "length_weight", "kl_weight")]
+        names = [n for n in names if n not in ("reward_kl_weight", "length_weight")]
         if not any(getattr(loss, name) for name in names):
             keys = tuple(f"loss.{name}" for name in names)
             yield (
@@ -273,8 +279,15 @@ class PolicyObjective(Objective):
                 yield "loss.reward", "with loss.policy_weight: 0"
         if loss.thought_weight == 0:
             yield "loss.thought_weighting", "with loss.thought_weight: 0"
-        if loss.reference != "current" and not reads_reference(loss):
+        if loss.reference != "current" and not _reads_reference(loss, loss.reward):
             yield "loss.reference", "with a reward that compares with no reference"
+
+
+def _reads_reference(settings: Any, reward: str) -> bool:
+    """Tell whether divergences or the reward compare with a reference that is not the model."""
+    divergences = max(settings.kl_weight, settings.reward_kl_weight)
+    is_read = divergences > 0 or reward in REFERENCE_REWARDS or ":" in reward
+    return settings.reference != "current" and is_read
 
 
 def logprob_of_targets(scores: ThoughtScores) -> Tensor:

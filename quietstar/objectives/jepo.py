@@ -37,21 +37,24 @@ class Jepo(PolicyObjective):
     @staticmethod
     def problems(config: Any) -> Iterable[tuple[tuple[str, ...], str]]:
         """Refuse what would change nothing: the advantage is not made of the reward."""
-        yield from PolicyObjective.problems(config)
-        loss = config.loss
-        for name in ("reward", "estimator", "scaling", "length_weight", "reward_kl_weight"):
+        loss, broken = config.loss, False
+        unread = ("reward", "estimator", "scaling", "length_weight", "reward_kl_weight")
+        for name in (*unread, "min_signal", "thought_weighting"):
             default = Jepo.Settings.model_fields.get(name) or type(loss).model_fields[name]
             value = getattr(loss, name)
             if value != default.default:
+                broken = True
                 yield (
                     (f"loss.{name}", "loss.objective"),
                     f"loss.{name} ({value}) must be {default.default} with loss.objective: jepo,"
                     " whose advantages are made of the likelihoods of a position's thoughts"
                     " together. Leave it out.",
                 )
-        if config.thoughts.num_thoughts == 1 and loss.estimator != "leave_one_out":
+        if config.thoughts.num_thoughts == 1:
             yield (
                 ("thoughts.num_thoughts",),
                 "thoughts.num_thoughts (1) must be at least 2 with loss.objective: jepo, which"
                 " compares a thought with the others. Raise it, or set loss.objective: log_prob.",
             )
+        elif not broken:
+            yield from PolicyObjective.problems(config)

@@ -165,13 +165,19 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
 
 def _guards(run: RunFiles) -> list[dict[str, Any]]:
     """Describe the guards whose figures were measured: now, threshold, and where they fired."""
-    states = {stage: GuardState() for stage in run.stages}
+    states = {name: GuardState() for name in run.stages}
+    for stage in run.plan:
+        if stage.name in states:
+            states[stage.name] = GuardState(stage.config, stage.first_step)
     for record in run.records:
         states[record.stage].see("train" if record.kind == "train" else "eval", record.step,
                                  record.figures)  # fmt: skip
     rows = []
     for guard in GUARDS:
-        measured = [state for state in states.values() if state.value(guard) is not None]
+        measured = [
+            state for state in states.values()
+            if state.value(guard) is not None and state.watches(guard)
+        ]  # fmt: skip
         if measured:
             rows.append({
                 "name": guard.name, "title": guard.title, "threshold": guard.threshold,

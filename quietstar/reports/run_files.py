@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -11,7 +12,10 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from quietstar.errors import UserError, reading, reason_of
+from quietstar.config.loading import load_config
+from quietstar.errors import ConfigError, UserError, reading, reason_of
+from quietstar.registry import importing_nothing
+from quietstar.training.stages import Stage, plan_stages
 
 RENAMED = {
     "accuracy_exchanged": "accuracy_swapped",
@@ -222,6 +226,13 @@ def read_part(path: Path, kind: type[Parts]) -> Parts:
     raise UserError(f"{path}: {problem}; fix the file, or remove it to leave that section out")
 
 
+def _plan_of(path: Path) -> Sequence[Stage]:
+    """Return the stages that a run's config says; none where it cannot be read."""
+    with suppress(ConfigError, UserError), importing_nothing():
+        return plan_stages(load_config(path))
+    return ()
+
+
 class RunFiles:
     """The contents of a run folder; what is missing is empty.
 
@@ -246,7 +257,7 @@ class RunFiles:
                 f"{folder}: {lack} and no {controls.name}, so there is nothing to report; give the "
                 "folder of a run (training.output_dir)"
             )
-        self.stages = find_stages(self.records)
+        self.stages, self.plan = find_stages(self.records), _plan_of(folder / "config.yaml")
         self.results = read_part(folder / "results.json", Results)
         self.samples = read_part(folder / "samples.json", Samples).samples
         self.controls = read_part(controls, Controls)

@@ -101,6 +101,8 @@ class ThoughtBatch:
         reference_logprobs: The same by a reference model; None without one.
         reference_text: Log-probabilities of the next token after every text position by a reference
             model without thoughts, 0 where there is no target; None without one.
+        advantage: Advantage of each thought, which later updates of a step keep; None where the
+            objective is to say it.
     """
 
     input_ids: Int[Tensor, "batch seq"]
@@ -113,6 +115,7 @@ class ThoughtBatch:
     sampling_logprobs: Float[Tensor, "batch positions thoughts length"] | None = None
     reference_logprobs: Float[Tensor, "batch positions thoughts length"] | None = None
     reference_text: Float[Tensor, "batch seq"] | None = None
+    advantage: Float[Tensor, "batch positions thoughts"] | None = None
 
     @classmethod
     def of_texts(
@@ -165,6 +168,7 @@ class ThoughtBatch:
             None if drawn is None else drawn[texts, places],
             None if reference is None else reference[texts, places],
             None if text is None else text[texts],
+            None if self.advantage is None else self.advantage[texts, places],
         )
 
     def token_major(self) -> Int[Tensor, "length thoughts batch positions"]:

@@ -92,6 +92,11 @@ def _pauses(config: Config) -> bool:
     return config.thoughts.sampler == "pause"
 
 
+def _compares_no_thoughts(config: Config) -> bool:
+    estimator = getattr(config.loss, "estimator", "leave_one_out")
+    return _pauses(config) or estimator in ("no_baseline", "running_mean")
+
+
 def _rise(now: Figures, first: Figures) -> float:
     """Return how far a held-out NLL has risen, the worse of both; NaN is the worst."""
     rises = [now[key] - first[key] for key in ("mixed_nll", "base_nll") if key in now]
@@ -152,7 +157,7 @@ GUARDS = (
         "at {:.0%} of the positions all thoughts have the same reward, so none of them is"
         " reinforced",
         {"raise": ("thoughts.temperature", "thoughts.num_thoughts", "mixing_head.floor")},
-        unless=_pauses,
+        unless=_compares_no_thoughts,
     ),
     Guard(
         "mixing_weight", "mixing weight, in absolute value", "train",
@@ -239,9 +244,13 @@ class GuardState:
         now, first = self._figures(self._now, guard), self._figures(self._first, guard)
         return guard.value(now, first) if all(key in now for key in guard.keys) else None
 
+    def watches(self, guard: Guard) -> bool:
+        """Return True where a guard's figure means something in the stage."""
+        return self.config is None or not guard.unless(self.config)
+
     def is_bad(self, guard: Guard) -> bool:
         """Return True where a guard's figure now is judged, and beyond its limit."""
-        if self.config is not None and guard.unless(self.config):
+        if not self.watches(guard):
             return False
         fewest = min(len(self._now.get((guard.source, key), ())) for key in guard.keys)
         if fewest < FEWEST[guard.source]:

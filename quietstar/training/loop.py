@@ -51,12 +51,13 @@ def train(run: StageRun) -> None:
             done, last = step + 1, step + 1 == settings.max_steps
             run.reporter.step_begins()
             lr = set_learning_rates(run.optimizer, optim, step, settings.max_steps)
-            output, sums, drawn = accumulate_gradients(run, step, batches)
+            running = run.running  # of earlier steps, for all updates of this one
+            output, sums, drawn = accumulate_gradients(run, step, batches, running)
             check = StepCheck(first + done, sums)
             with held():  # the weights and what is known of them change together
                 update(run, check)
                 for _ in range(1, settings.inner_epochs if run.stage.thinks else 1):
-                    again, sums, _ = accumulate_gradients(run, step, batches, drawn)
+                    again, sums, _ = accumulate_gradients(run, step, batches, running, drawn)
                     update(run, StepCheck(first + done, sums))
                     output.metrics = with_ratios(output.metrics, again.metrics)
                 run.steps_done = done
@@ -167,13 +168,18 @@ def leave(run: StageRun, stop: Stopped) -> NoReturn:
 
 
 def accumulate_gradients(
-    run: StageRun, step: int, batches: StepBatches, drawn: Sequence[ThoughtBatch] | None = None
+    run: StageRun,
+    step: int,
+    batches: StepBatches,
+    running: Tensor | None = None,
+    drawn: Sequence[ThoughtBatch] | None = None,
 ) -> tuple[QuietStarOutput, Tensor, list[ThoughtBatch]]:
     """Runs forward and backward over all micro-batches of a step.
 
     Every micro-batch divides by the number of valid targets of the whole step, over ranks too, so
     its loss is a plain part of the step's. Nothing here waits for the device. Steps are those of
-    the stage, from 0. With ``drawn``, the thoughts of each micro-batch, none are sampled.
+    the stage, from 0. ``running`` is as in `ThoughtScores`; with ``drawn``, the thoughts of each
+    micro-batch, none are sampled.
 
     Returns:
         The last micro-batch's output with the step's metrics (over all ranks if the step is
@@ -210,7 +216,7 @@ def accumulate_gradients(
                 think=run.stage.thinks,
                 thoughts=thoughts,
                 reference_text=by_reference,
-                running=run.running,
+                running=running,
             )
             assert output.loss is not None, "forward gives a loss"
             run.strategy.backward(output.loss, last)

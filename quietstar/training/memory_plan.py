@@ -28,7 +28,6 @@ from quietstar.losses.cross_entropy import chunk_rows
 from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.scoring_model import blamed
-from quietstar.objectives import reads_reference
 from quietstar.sampling.positions import ANSWER_RULES, MARKED_RULES, most_positions
 from quietstar.training.build import find_tokenizer, hub_options, teach_thinking
 from quietstar.training.optimizer import is_projected
@@ -117,6 +116,13 @@ def _estimate_stage(
         thoughts = config.thoughts.model_copy(update={"positions": "all"})
         config = config.model_copy(update={"thoughts": thoughts})
     model = model_without_weights(config, tokenizer)
+    objective, loss = model.objective, config.loss
+    reads_start = objective.reference == "base" and objective.reads_reference(loss.reward)
+    # What other weights say is not there without weights, nor what a user's reward would read.
+    alone = {"reference": "current", "kl_weight": 0.0, "reward_kl_weight": 0.0}
+    alone = {key: value for key, value in alone.items() if key in type(loss).model_fields}
+    alone |= {"reward": "thought"} if ":" in loss.reward else {}
+    config = config.model_copy(update={"loss": loss.model_copy(update=alone)})
     device = "cpu" if engine == "single" and not torch.cuda.is_available() else "cuda"
     sharded, training = engine in SHARDED, config.training
     model.learn_chunk_tokens = resolve_chunk_tokens(
@@ -140,7 +146,7 @@ def _estimate_stage(
         weights=int(weights * weight_share) + others,  # of which every process has all
         gradients=int(trained * gradient_share),
         optimizer=int(_optimizer_bytes(model, config.tuning, engine) * optimizer_share),
-        average=_average_bytes(model, weight_share) * _num_averages(config),
+        average=_average_bytes(model, weight_share) * _num_averages(stage.config, reads_start),
         exchange=exchange,
         rollout=rollout.peak,
         learning=learning.peak - learning.peak_gradients,
@@ -266,10 +272,9 @@ def _optimizer_bytes(model: nn.Module, tuning: TuningConfig, engine: str) -> int
     return total
 
 
-def _num_averages(config: Config) -> int:
+def _num_averages(config: Config, reads_start: bool) -> int:
     """Counts the averages that a stage keeps: training.ema_decay, and loss.reference: base."""
-    keeps_start = reads_reference(config.loss) and getattr(config.loss, "reference", "") == "base"
-    return (config.training.ema_decay is not None) + (config.loss.thinks and keeps_start)
+    return (config.training.ema_decay is not None) + (config.loss.thinks and reads_start)
 
 
 def _average_bytes(model: nn.Module, share: float) -> int:

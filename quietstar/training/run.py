@@ -17,7 +17,6 @@ from quietstar.config.loading import save_config
 from quietstar.distributed import ModelProxy, WrappedModule, build_strategy, from_main_process
 from quietstar.errors import UserError
 from quietstar.model.saving import check_replaceable
-from quietstar.objectives import reads_reference
 from quietstar.system.signals import Stopped, held, listening, noted
 from quietstar.training import run_dir
 from quietstar.training.build import (
@@ -258,10 +257,16 @@ def build_stage(
         steps_done = read_state(checkpoint).step - stage.first_step
     ema = None if decay is None else WeightAverage(strategy, prepared, decay)
     reference = ema
-    if not (stage.thinks and reads_reference(config.loss)):
+    objective = job.model.objective
+    if not (stage.thinks and objective.reads_reference(config.loss.reward)):
         reference = None
-    elif job.model.objective.reference == "base":
+    elif objective.reference == "base":
         reference = WeightAverage(strategy, prepared, 1.0, START_NAME)
+    elif ema is None:
+        raise UserError(
+            f"training.ema_decay (null): must be set, since the reference of loss.objective "
+            f"({config.loss.objective}) is that average. Set it, such as to 0.999."
+        )
     kept = {"training.ema_decay": ema, "loss.reference": reference}
     for key, average in kept.items():
         if checkpoint is None or average is None:
