@@ -43,10 +43,10 @@ def test_long_thoughts_beside_generate_and_a_plain_model(tmp_path):
     call += ["--batch-size", "2", "--device", "cpu", "--json", str(out)]
     assert run_command(long.main, call) == 0
     parts = json.loads(out.read_text())["parts"]
-    assert list(parts) == ["equal", "ragged", "learn"]
+    assert list(parts) == ["equal", "ragged", "learn", "step"]
     for name, part in parts.items():
         ratio = part["tokens_per_second"] / part["other_tokens_per_second"]
-        assert part["ratio"] == pytest.approx(1 / ratio if name == "learn" else ratio)
+        assert part["ratio"] == pytest.approx(1 / ratio if name in ("learn", "step") else ratio)
 
 
 def test_decoding_beside_the_ideal(tmp_path):

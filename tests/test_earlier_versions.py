@@ -5,6 +5,7 @@ that version recorded (``recorded.jsonl``), and what its model thought (``expect
 """
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(SAVED / "run", tmp_path / "run")
     shutil.copy(SAVED / "text.jsonl", tmp_path)
+    caplog.set_level(logging.WARNING, logger="quietstar.config")  # commands of other tests set it
     config = load_config(tmp_path / "run" / "config.yaml")
     assert (config.optim.learning_rate, config.training.max_steps) == (0.01, 6)
     assert "optim.lr -> optim.learning_rate" in caplog.text

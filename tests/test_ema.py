@@ -305,7 +305,7 @@ def test_it_begins_late_only_if_that_is_insisted_on(tmp_path, capsys):
         run_training(config, resume="auto")
     folder = run_training(config, resume="auto", allow_changes=True).parent
     said = " ".join(capsys.readouterr().out.split())
-    assert "step-000002 holds no average of the weights (training.ema_decay), so it begins" in said
+    assert "step-000002 holds no weights for training.ema_decay, so these begin" in said
     before = load_file(folder / "checkpoints/step-000002/trainable.safetensors")
     own = load_file(folder / "ema/quietstar.safetensors")
     after = load_file(folder / "final/quietstar.safetensors")

@@ -95,6 +95,10 @@ def run_command(
             raise
         return None
     except Exception as fault:
+        if (name := signals.requested()) is not None:  # a library made another error of the stop
+            if launched_rank() == 0:
+                _print_line(f"{'interrupted' if name == 'SIGINT' else f'{name} asked for an end'}")
+            return EXIT_INTERRUPTED if name == "SIGINT" else EXIT_PREEMPTED
         problem = _explain(fault)
         code = EXIT_USER_ERROR if problem else EXIT_FAULT
         problems = [problem or _report_fault(fault)]

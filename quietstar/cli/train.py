@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     parser = _TrainParser(
         "quietstar train",
         DESCRIPTION,
-        "quietstar train [--config FILE] [--preset FILE] [--resume auto|PATH] [--KEY VALUE ...]",
+        "quietstar train [--config FILE] [--preset FILE]\n"
+        "                       [--resume auto|PATH] [--KEY VALUE ...]",
     )
     value = parser.value
     value("--config", _filled, DEFAULT_CONFIG, "FILE",

@@ -41,7 +41,6 @@ from quietstar.errors import UserError
 from quietstar.losses.cross_entropy import HeadGradients, WithGradients
 from quietstar.losses.mixture import groups, packed_groups
 from quietstar.losses.thought_loss import (
-    LossTerms,
     ScoredThoughts,
     ThoughtResults,
     count_thought_items,
@@ -50,6 +49,7 @@ from quietstar.losses.thought_loss import (
     score,
     thought_loss,
 )
+from quietstar.losses.weights import LossTerms
 from quietstar.sampling.thoughts import ThoughtBatch
 
 AUTO_CHUNK_TOKENS = {"cpu": 5120, "cuda": 16384}

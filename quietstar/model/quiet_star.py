@@ -42,7 +42,6 @@ from quietstar.errors import UserError
 from quietstar.generation.gates import Gate
 from quietstar.generation.generate import generate
 from quietstar.losses.thought_loss import (
-    LossTerms,
     ScoredThoughts,
     loss_from_states,
     mixed_candidates,
@@ -51,7 +50,7 @@ from quietstar.losses.thought_loss import (
     next_token_loss,
     thought_logprobs,
 )
-from quietstar.losses.weights import ThoughtScores, ThoughtWeights, Weigh
+from quietstar.losses.weights import LossTerms, ThoughtScores, ThoughtWeights, Weigh
 from quietstar.model import saving
 from quietstar.model.learning import Step, learn
 from quietstar.model.mixing_head import MixingHead

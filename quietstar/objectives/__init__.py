@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from quietstar.config import Section
-from quietstar.losses.thought_loss import LossTerms
-from quietstar.losses.weights import ThoughtScores, ThoughtWeights, Weigh
+from quietstar.losses.weights import LossTerms, ThoughtScores, ThoughtWeights, Weigh
 
 
 class Objective:

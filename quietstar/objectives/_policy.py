@@ -14,14 +14,21 @@ from a reference (`quietstar.losses.thought_loss` has the sums in full).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, create_model
 from torch import Tensor
 
 from quietstar.config import LossConfig, Section
-from quietstar.config.schema import LossWeight, Temperature
+from quietstar.config.schema import (
+    ClipHigh,
+    ClipLow,
+    LossWeight,
+    PerToken,
+    ShareOfMean,
+    Temperature,
+)
 from quietstar.losses.estimators import ESTIMATORS, GROUPED
 from quietstar.losses.weights import ThoughtScores, ThoughtWeights
 from quietstar.objectives import Objective
@@ -91,13 +98,13 @@ class PolicySettings(Section):
         " thoughts end early: it favors short ones that do well), or their sum over"
         " thoughts.length.",
     )
-    clip_low: Annotated[float, Field(gt=0, le=1)] | None = Field(
+    clip_low: ClipLow | None = Field(
         default=None,
         description="With training.inner_epochs above 1: how far a thought token's probability may"
         " fall, as a fraction of what it was when drawn, before it is reinforced no more; null"
         " means any.",
     )
-    clip_high: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+    clip_high: ClipHigh | None = Field(
         default=None, description="The same for how far it may rise."
     )
     kl_weight: LossWeight = Field(
@@ -115,14 +122,14 @@ class PolicySettings(Section):
         " divergences: the model itself as it is, its moving average (training.ema_decay), or the"
         " weights at the start of the stage.",
     )
-    length_weight: Annotated[float, Field(ge=-1e6, le=1e6)] = Field(
+    length_weight: PerToken = Field(
         default=0.0,
         description="Added to the reward for every token of a thought; below 0 for short thoughts.",
     )
     entropy_weight: LossWeight = Field(
         default=0.0, description="Weight of a bonus on the entropy of the thought tokens."
     )
-    min_signal: Annotated[float, Field(ge=0, le=1e3)] = Field(
+    min_signal: ShareOfMean = Field(
         default=0.0,
         description="Drop positions whose thoughts' rewards have a standard deviation below this"
         " share of its running mean over earlier steps.",
