@@ -199,7 +199,7 @@ def test_help_lists_every_key_with_type_default_and_bounds_in_80_columns():
     lines = [line.rstrip() for line in result.stdout.splitlines()]
     assert max(map(len, lines)) <= 80
     starts = {line.split()[0] for line in lines if line.startswith("  --")}
-    options = {"--config", "--resume", "--allow-changes", "--controls"}
+    options = {"--config", "--preset", "--resume", "--allow-changes", "--controls"}
     assert starts == {f"--{key}" for key in fields()} | options
     words = " ".join(result.stdout.split())
     for key, field in fields().items():

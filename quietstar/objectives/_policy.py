@@ -144,10 +144,11 @@ class PolicySettings(Section):
 def settings_with(**defaults: Any) -> type[PolicySettings]:
     """Make a class of settings with other defaults; ``reward`` is one of them too."""
     known = {**LossConfig.model_fields, **PolicySettings.model_fields}
-    changed: dict[str, Any] = {
-        name: (known[name].rebuild_annotation(), Field(value, description=known[name].description))
-        for name, value in defaults.items()
-    }
+    changed: dict[str, Any] = {}
+    for name, value in defaults.items():
+        field, extra = known[name], known[name].json_schema_extra
+        default = Field(value, description=field.description, json_schema_extra=extra)
+        changed[name] = (field.rebuild_annotation(), default)
     return create_model("PolicySettings", __base__=PolicySettings, **changed)
 
 
