@@ -212,10 +212,10 @@ def test_a_signal_forgets_the_step_under_way_and_the_run_goes_on_bit_for_bit(
     config = run_config(tmp_path, **settings)
     step = loop.accumulate_gradients
 
-    def warned(run, number, batches):
+    def warned(run, number, *rest):
         if number == 2:  # in the middle of the third step
             os.kill(os.getpid(), getattr(signal, name))
-        return step(run, number, batches)
+        return step(run, number, *rest)
 
     monkeypatch.setattr(loop, "accumulate_gradients", warned)
     handlers = signal.getsignal(signal.SIGTERM)

@@ -239,10 +239,10 @@ def test_settings_are_compared_also_before_the_first_checkpoint(tmp_path, monkey
 
     for at in (0, 1):  # a run without a single step is no run yet: it begins anew
 
-        def fail(run, number, batches, at=at):
+        def fail(run, number, *rest, at=at):
             if number == at:
                 raise UserError("stopped")
-            return step(run, number, batches)
+            return step(run, number, *rest)
 
         with monkeypatch.context() as patch:
             patch.setattr(loop, "accumulate_gradients", fail)
@@ -508,10 +508,10 @@ def test_a_signal_in_any_phase_is_followed_by_the_same_trajectory(
 def test_exit_codes_and_the_mark_for_schedulers(tmp_path, monkeypatch, capsys, name, code):
     step = loop.accumulate_gradients
 
-    def signaled(run, number, batches):
+    def signaled(run, number, *rest):
         if number == 1:
             os.kill(os.getpid(), getattr(signal, name))
-        return step(run, number, batches)
+        return step(run, number, *rest)
 
     monkeypatch.setattr(loop, "accumulate_gradients", signaled)
     save_config(run_config(tmp_path), tmp_path / "config.yaml")
