@@ -403,8 +403,6 @@ def test_attributes_of_an_objective_from_outside_count(tmp_path):
 class Odd(Kept):
     """One with an attribute that means nothing."""
 
-    token_weighting = "average"
-
     def __init__(self, settings):
         super().__init__(settings)
         self.token_weighting = "average"

@@ -977,20 +977,21 @@ class QuietStarForCausalLM(nn.Module):
         ``reference_text``, and with thoughts ``reference_logprobs``, at the temperature of the
         policy term.
         """
-        states = plain_pass(self.causal_lm, input_ids)
-        _, result, _ = next_token_loss(states, labels, self.output_head)
-        text = -result.nll.view(input_ids.shape)
+        by_token = None
         if thoughts is None:
-            return text, None
-        positions, batch = given_thoughts(
-            thoughts, Texts(input_ids, labels, None, thoughts.sample_ids)
-        )
-        tokens = batch.token_major()
-        states, _ = self.states_with(input_ids, tokens, positions)
-        logprobs = thought_logprobs(
-            states.policy, tokens, self.output_head, self.policy_temperature
-        )
-        return text, rearrange(logprobs, "t k b p -> b p k t")
+            text_states = plain_pass(self.causal_lm, input_ids)
+        else:
+            texts = Texts(input_ids, labels, None, thoughts.sample_ids)
+            positions, batch = given_thoughts(thoughts, texts)
+            tokens = batch.token_major()
+            states, _ = self.states_with(input_ids, tokens, positions)
+            text_states = states.text
+            logprobs = thought_logprobs(
+                states.policy, tokens, self.output_head, self.policy_temperature
+            )
+            by_token = rearrange(logprobs, "t k b p -> b p k t")
+        _, result, _ = next_token_loss(text_states, labels, self.output_head)
+        return -result.nll.view(input_ids.shape), by_token
 
     @torch.no_grad()
     def score_mixed(

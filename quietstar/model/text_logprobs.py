@@ -31,8 +31,9 @@ def text_logprobs(
 
     Args:
         model: `QuietStarForCausalLM` with a tokenizer.
-        prompts: What stands before.
-        completions: As many.
+        prompts: Texts that stand before the completions; may be empty where the tokenizer has a
+            token that begins texts.
+        completions: One text for each prompt, whose tokens are scored.
 
     Raises:
         UserError: No tokenizer, another number of completions, a completion without tokens, a

@@ -33,7 +33,7 @@ class Guard:
         keys: Their figures that it needs.
         value: The figure, from those now and those of the stage's first records.
         side: Side of the limit on which it is bad.
-        limit: The threshold.
+        limit: Value at and beyond which the figure is bad.
         form: Format of the figure and of its limit.
         message: What a bad figure means, with ``{}`` for the figure.
         remedies: Keys of the config by what to do with them.

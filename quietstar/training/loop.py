@@ -26,6 +26,8 @@ from quietstar.training.optimizer import set_learning_rates
 from quietstar.training.run_dir import PREEMPTED_FILE
 from quietstar.training.state import StageRun
 
+RUNNING_DECAY = 0.9
+"""Share of the means over earlier steps that `next_running` keeps."""
 MOST_IDLE_TEXTS = 10_000
 """Texts one after the other without a position to think at, of a longer epoch or a stream."""
 
@@ -263,10 +265,6 @@ def consult_reference(run: StageRun, batch: Batch) -> tuple[ThoughtBatch | None,
     if thoughts is None:
         return None, text
     return replace(thoughts, reference_text=text, reference_logprobs=tokens), None
-
-
-RUNNING_DECAY = 0.9
-"""Of the means over earlier steps that `next_running` keeps."""
 
 
 def next_running(run: StageRun, metrics: ThoughtMetrics) -> Tensor:
