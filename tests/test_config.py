@@ -212,6 +212,15 @@ def test_a_pattern_that_is_none_is_refused(pattern, reason, write):
 
 
 @pytest.mark.parametrize(
+    "template", ["{{ answer", "{% if a %}b", "{{ a | nosuch }}", "{{ " + "(" * 9000]
+)
+def test_a_template_that_is_none_is_refused(template, write):
+    problem = only_problem_of(write(VALID_YAML), "--data.answer_field", template)
+    words = r"data.answer_field: .* must be a field's name or a Jinja template \(.+\)"
+    assert re.search(words, problem), problem
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"thoughts": {"num_thoughts": 1}, "loss": {"policy_weight": 0}},

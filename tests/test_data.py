@@ -623,6 +623,79 @@ def test_a_table_of_the_hub_is_used_by_its_columns(tmp_path, tokenizer, monkeypa
     assert "field 'id' must hold strings" in message
 
 
+# ---- fields as templates
+
+
+CHOICES = (
+    "{{ question.stem }}{% for c in question.choices %}\n({{ c.label }}) {{ c.text }}{% endfor %}"
+)
+NESTED = {
+    "question": {"stem": "What flies?", "choices": [{"label": "A", "text": "a bird"},
+                                                    {"label": "B", "text": "a stone"}]},
+    "answer": "Birds have wings.\n#### 1,000 ",
+    "note": None,
+}  # fmt: skip
+TEMPLATES = {
+    "format": "qa",
+    "question_field": CHOICES,
+    "answer_field": "{{ answer.split('####')[-1].strip().replace(',', '') }}{{ note }}",
+    "template": "{question} {answer}",
+    "short_texts": "pad",
+    "seq_len": 64,
+}
+
+
+def stored(path, form, records):
+    """The records as a file of this form."""
+    if form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path / "data.parquet")
+        return str(path / "data.parquet")
+    return write_jsonl(path / f"data.{form}", records)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "hub", "stream of the hub"])
+def test_templates_make_questions_and_answers_of_the_fields_of_records(
+    tmp_path, tokenizer, monkeypatch, form
+):
+    if "hub" in form:
+        table = datasets.Dataset.from_list([NESTED] * 4)
+        table = table.to_iterable_dataset() if "stream" in form else table
+        monkeypatch.setattr(sources_module, "load_dataset", lambda *_, **__: table)
+        train = "owner/name"
+    else:
+        train = stored(tmp_path, form, [NESTED] * 4)
+    config = DataConfig(
+        train=train, streaming="stream" in form, eval_sequences=1, eval_fraction=0.25, **TEMPLATES
+    )
+    batch = build_data(config, tokenizer, 0)[0].batch(0, 1)
+    assert decode(batch) == "What flies?\n(A) a bird\n(B) a stone 1000"
+
+
+def test_a_text_file_is_read_through_a_template(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("a walk\n")
+    (tmp_path / "b.txt").write_text("a walk\n")
+    config = DataConfig(train=str(tmp_path), text_field="{{ text | upper }}", eval_fraction=0.5)
+    assert decode(build_data(config, tokenizer, 0)[0].batch(0, 1)) == "A WALK\n"
+
+
+@pytest.mark.parametrize(
+    ("answer_field", "reason"),
+    [
+        ("{{ answers }}", "'answers' is undefined; the record's fields: question, answer, note"),
+        ("{{ answer.split('=')[1] }}", "has no element 1"),
+        ("{{ answer.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is"),
+    ],
+)
+def test_a_template_that_fails_names_the_record_and_the_key(
+    tmp_path, tokenizer, answer_field, reason
+):
+    train = write_jsonl(tmp_path / "a.jsonl", [NESTED])
+    options = {**TEMPLATES, "answer_field": answer_field}
+    message = error_of(DataConfig(train=train, **options), tokenizer)
+    assert message.startswith(f"{train}, line 1: the template of data.answer_field fails (")
+    assert reason in message
+
+
 # ---- generated problems
 
 

@@ -9,6 +9,7 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
+from jinja2 import Environment, TemplateSyntaxError
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from quietstar.errors import reason_of
@@ -84,6 +85,22 @@ def _check_pattern(pattern: str) -> str:
     return pattern
 
 
+def is_template(field: str) -> bool:
+    """Tells whether the name of a record's field is a Jinja template instead."""
+    return "{{" in field or "{%" in field
+
+
+def _check_field(field: str) -> str:
+    """Refuse a Jinja template that cannot be parsed."""
+    if is_template(field):
+        try:
+            Environment().from_string(field)
+        except (TemplateSyntaxError, RecursionError) as problem:
+            reason = reason_of(problem).rstrip(".")
+            raise ValueError(f"must be a field's name or a Jinja template ({reason})") from None
+    return field
+
+
 def _check_once(names: list[str]) -> list[str]:
     """Refuse a name that stands in a list twice."""
     if len(set(names)) < len(names):
@@ -98,6 +115,8 @@ Texts = Annotated[list[Text], Field(max_length=1000)]
 Controls = Annotated[
     list[Literal["swapped", "shuffled", "pause", "generic", "blank"]], AfterValidator(_check_once)
 ]
+FieldOrTemplate = Annotated[Text, AfterValidator(_check_field)]
+"""The name of a record's field, or a Jinja template that makes a text of the record's fields."""
 Pattern = Annotated[Text, AfterValidator(_check_pattern)]
 PlainData = Annotated[dict[str, Any], AfterValidator(_check_plain)]
 StageName = Annotated[str, Field(pattern=r"^[\w-]{1,100}$")]
@@ -290,17 +309,19 @@ class DataConfig(Section):
     format: Literal["text", "qa", "chat"] = "text"
     """Records are raw text, questions with answers (joined by data.template), or chats (through the
     tokenizer's chat template)."""
-    text_field: Text = "text"
-    """Field of a record with the text (format text)."""
-    question_field: Text = "question"
-    """Field of a record with the question (format qa)."""
-    answer_field: Text = "answer"
-    """Field of a record with the answer (format qa)."""
+    text_field: FieldOrTemplate = "text"
+    """Field of a record with the text (format text), or a Jinja template that makes it of the
+    record's fields, such as '{{ title }}: {{ body }}'."""
+    question_field: FieldOrTemplate = "question"
+    """Field of a record with the question (format qa), or a Jinja template of its fields."""
+    answer_field: FieldOrTemplate = "answer"
+    """Field of a record with the answer (format qa), or a Jinja template of its fields, such as
+    "{{ answer.split('####')[-1].strip() }}"."""
     messages_field: Text = "messages"
     """Field of a record with the messages (format chat)."""
-    rationale_field: Text | None = None
-    """Field of a record with the gold reasoning that leads to its answer (format qa); evaluations
-    compare thoughts with it, and it is never trained on."""
+    rationale_field: FieldOrTemplate | None = None
+    """Field of a record with the gold reasoning that leads to its answer (format qa), or a Jinja
+    template of its fields; evaluations compare thoughts with it, and it is never trained on."""
     positions_field: Text | None = None
     """Field of a record with a list of character offsets into its text (formats qa and chat: into
     the text that is made of it), for thoughts.positions field: the model thinks before the tokens

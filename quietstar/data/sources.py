@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,10 +18,12 @@ from typing import Any, BinaryIO
 import pyarrow.parquet
 from datasets import Dataset, Features, List, load_dataset
 from datasets.features import Value
+from jinja2 import StrictUndefined, Template
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from quietstar.config import DataConfig
 from quietstar.config.messages import closest, did_you_mean, shortened
-from quietstar.config.schema import GYM, SYNTHETIC
+from quietstar.config.schema import GYM, SYNTHETIC, is_template
 from quietstar.data.synthetic import chain_sum_steps, import_reasoning_gym, synthetic_records
 from quietstar.data.tokenizer import check_unicode, first_line
 from quietstar.errors import UserError, reading, reason_of
@@ -59,15 +61,19 @@ def record_fields(config: DataConfig) -> dict[str, str]:
 
 
 def read_record(raw: object, fields: Mapping[str, str], where: str) -> Record:
-    """Picks the canonical fields, given with their raw names, out of a raw record.
+    """Picks the canonical fields, given with their raw names or templates, out of a raw record.
 
-    A null becomes empty. Raises `UserError`, which names the record by `where` (such as
-    `train.jsonl, line 3`), if it is no object, lacks a field, or a field has the wrong type.
+    A null becomes empty, also in a template. Raises `UserError`, which names the record by `where`
+    (such as `train.jsonl, line 3`), if it is no object, lacks a field, a field has the wrong type,
+    or a template fails.
     """
     if not isinstance(raw, Mapping):
         raise UserError(f"{where}: a record must be an object with fields, not {_kind(raw)}")
     record: Record = {}
     for name, field in fields.items():
+        if is_template(field):
+            record[name] = check_unicode(_render(field, raw, where, name), f"{where}: data.{name}")
+            continue
         if field not in raw:
             raise missing_field(field, list(raw), where, name)
         value, what = raw[field], f"{where}: field {field!r}"
@@ -86,6 +92,28 @@ def read_record(raw: object, fields: Mapping[str, str], where: str) -> Record:
             f" which a tokenizer needs about {MOST_CHARACTERS // 10**7} GB of memory: split it"
         )
     return record
+
+
+@cache
+def _compile(template: str) -> Template:
+    # Null is empty, as in a field that is named. A template has no way to files or to code.
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        finalize=lambda value: "" if value is None else value,
+    )
+    return environment.from_string(template)
+
+
+def _render(template: str, raw: Mapping[str, Any], where: str, name: str) -> str:
+    try:
+        return _compile(template).render(raw)
+    except Exception as error:  # a template may do anything that data allow
+        names = shortened(", ".join(map(str, islice(raw, MOST_NAMES))) or "none", 200)
+        raise UserError(
+            f"{where}: the template of data.{name}_field fails ({first_line(error)}; the record's"
+            f" fields: {names}): correct the template, or the record"
+        ) from error
 
 
 def count_characters(record: Record) -> int:
@@ -213,6 +241,7 @@ def _parse_json(text: str, path: Path, line: int | None, rule: str) -> Any:
 def _read_text(file: BinaryIO, path: Path, fields: Mapping[str, str]) -> RawRecords:
     if "text" not in fields:
         raise UserError(f"{path}: .txt files hold raw text: set data.format: text")
+    field = "text" if is_template(fields["text"]) else fields["text"]
     lines: list[str] = []
     size = 0
     for number, line in _read_lines(file, path):
@@ -220,23 +249,25 @@ def _read_text(file: BinaryIO, path: Path, fields: Mapping[str, str]) -> RawReco
         size += len(line)
         at_blank = not line.strip() and size >= TEXT_DOCUMENT_CHARS
         if at_blank or size >= 4 * TEXT_DOCUMENT_CHARS:
-            yield {fields["text"]: "".join(lines)}, f"{path}, to line {number}"
+            yield {field: "".join(lines)}, f"{path}, to line {number}"
             lines, size = [], 0
     if size:
-        yield {fields["text"]: "".join(lines)}, f"{path}, last lines"
+        yield {field: "".join(lines)}, f"{path}, last lines"
 
 
 def _read_parquet(file: BinaryIO, path: Path, fields: Mapping[str, str]) -> RawRecords:
     with reading(f"{path}: is no parquet file or a damaged one", "Write it again, or rename it."):
         table = pyarrow.parquet.ParquetFile(file)
         present = list(table.schema_arrow.names)
-    for name, field in fields.items():
+    named = {name: field for name, field in fields.items() if not is_template(field)}
+    for name, field in named.items():
         if field not in present:
             raise missing_field(field, present, str(path), name)
         if present.count(field) > 1:
             raise UserError(f"{path}: field {field!r} stands twice: rename one of them")
     number = 0
-    for batch in table.iter_batches(PARQUET_ROWS, columns=list(fields.values())):
+    columns = list(named.values()) if len(named) == len(fields) else None  # a template reads any
+    for batch in table.iter_batches(PARQUET_ROWS, columns=columns):
         for raw in batch.to_pylist():
             number += 1
             yield raw, f"{path}, record {number}"
@@ -396,7 +427,7 @@ def _find_files(folder: Path) -> list[Path]:
 
 
 def _open_hub(label: str, value: str, config: DataConfig) -> Source:
-    """Opens a hub data set; of a table it selects and renames columns, without copying them."""
+    """Opens a hub data set; a table's columns are renamed, and copied only through templates."""
     name, _, split = value.partition(":")
     split = split or config.split
     try:
@@ -419,12 +450,21 @@ def _open_hub(label: str, value: str, config: DataConfig) -> Source:
     if len(data) == 0:
         raise UserError(f"{label}: holds no record: choose another split or subset")
     for name, field in fields.items():
+        if is_template(field):
+            continue
         if field not in data.column_names:
             raise missing_field(field, data.column_names, label, name)
         kind = data.features[field]
         is_text = isinstance(kind, Value) and kind.dtype in ("string", "large_string", "null")
         if name not in ("messages", "positions") and not is_text:
             raise UserError(f"{label}: field {field!r} must hold strings, not {kind}")
+    if any(map(is_template, fields.values())):
+
+        def read(raw: Mapping[str, Any], number: int) -> Record:
+            return read_record(raw, fields, f"{label}, record {number + 1}")
+
+        table = data.map(read, with_indices=True, remove_columns=data.column_names)
+        return Source(label, partial(iter, table), table)
     columns = {field: name for name, field in fields.items()}
     table = data.select_columns(list(columns)).rename_columns(columns)
     return Source(label, partial(iter, table), table)
