@@ -327,6 +327,39 @@ def test_a_model_trained_to_think_once_is_evaluated_so(folder, tmp_path):
     assert all(len(sample) == 1 for thoughts in own for sample in thoughts)
 
 
+def test_the_answers_behind_sampled_thoughts_vote(folder, tmp_path, capsys):
+    base = plain_model(max_position_embeddings=256, eos_token_id=256)
+    spec = {"length": 3, "positions": "answer_start", "lookahead": 3}
+    model = thinking_model(base, thoughts=spec, head={"fixed_weight": 0.5}).eval()
+    model.save_pretrained(folder / "votes", load_tokenizer("bytes"))
+    name, sampled = str(folder / "votes.jsonl"), ("--samples", 4, "--thought-temperature", 2)
+    write_lines(folder / "votes.jsonl", [{"prompt": q, "answer": "?"} for q in QUESTIONS])
+    _, first = evaluated(folder, tmp_path, *sampled, model="votes", tasks=name)
+    first = [record for record in first if record["variant"] == "with_thoughts"]
+    rows = []
+    for record in sorted(first, key=lambda record: record["item"]):
+        prompt = QUESTIONS[record["item"]]
+        rows.append({"prompt": prompt, "answer": record["answers"][0].strip().split("\n")[0]})
+        ids = torch.tensor([list(prompt.encode())] * 4)
+        new = model.generate(
+            ids, attention_mask=torch.ones_like(ids), thoughts=torch.tensor(record["thoughts"]),
+            max_new_tokens=12, do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+        texts = load_tokenizer("bytes").batch_decode(new[:, ids.shape[1] :])
+        assert [text.partition("<|endoftext|>")[0] for text in texts] == record["answers"]
+        assert len(set(texts)) > 1
+    write_lines(folder / "votes.jsonl", [row for row in rows if row["answer"]])
+    result, items = evaluated(folder, tmp_path, *sampled, "--force", model="votes", tasks=name)
+    votes = [r["votes"] for r in items if r["variant"] == "with_thoughts"]
+    assert {tuple(vote) for vote in votes} == {("maj@4", "maj@2", "maj@1", "pass@2", "pass@4")}
+    assert all(vote["maj@1"] >= 0.25 for vote in votes), "the first thought is right"
+    for metric, vote in result["tasks"][name]["with_thoughts"]["votes"].items():
+        assert vote["mean"] == pytest.approx(sum(v[metric] for v in votes) / len(votes))
+    assert "pass@4 of the sampled thoughts: 1.000 (" in capsys.readouterr().out
+    again, _ = evaluated(folder, tmp_path, *sampled, model="votes", tasks=name)
+    assert again["tasks"] == result["tasks"]
+
+
 def ordered(items):
     return sorted(items, key=lambda record: record["item"])
 

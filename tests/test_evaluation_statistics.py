@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from quietstar.evaluation.runner import FINAL_ANSWER, majority, read_number, vote_metrics
+from quietstar.evaluation.runner import majority, vote_metrics
 from quietstar.evaluation.statistics import (
     break_down,
     difference,
@@ -18,6 +18,7 @@ from quietstar.evaluation.statistics import (
     verdict,
     warnings,
 )
+from quietstar.evaluation.tasks import Item, find_task, read_answer, read_number
 
 
 def column(values):
@@ -153,8 +154,24 @@ def test_votes_are_means_over_all_subsets():
     ("chain", "number"),
     [(" 18.", "18"), (" $1,800 a day 7", "1800"), (" -3", "-3"), (" 007", "7"), (" none", None)],
 )
-def test_the_first_integer_of_the_final_answer_is_read(chain, number):
-    assert read_number(f"12 apples{FINAL_ANSWER}{chain}") == number
+def test_the_first_integer_of_a_final_answer_is_read(chain, number):
+    assert read_number(chain) == number
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "answer"),
+    [
+        ("gsm8k", " 1,800 dollars\n7", "1800"),
+        ("gsm8k", " none", None),
+        ("commonsense_qa", " (B) bank. C", "B"),
+        ("commonsense_qa", " Bank", None),
+        ("own.jsonl", " a b \nmore", "a b"),
+        ("own.jsonl", " (x) ", " (x)"),
+    ],
+)
+def test_answers_are_read_by_the_kind_of_the_task(task, text, answer):
+    item = Item("0", "question", " (x)", "place", labels=("A", "B", "C"))
+    assert read_answer(find_task(task), item, text) == answer
 
 
 # --- Breakdown ------------------------------------------------------------------------------------

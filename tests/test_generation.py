@@ -386,3 +386,112 @@ def test_the_command_generates_with_each_control(tmp_path, capsys):
         assert code == 2
         assert said.err.count("\n") == 1
         assert expected in said.err
+
+
+# --- One thought before an answer -----------------------------------------------------------------
+REACH = 3
+ONCE = {"positions": "answer_start", "length": LENGTH, "lookahead": REACH}
+
+
+def expected_logprobs(model, text, start, thoughts):
+    """Log-probabilities of the tokens from ``start`` on, by the thoughts before the first of them.
+
+    As training and evaluation score them: ``REACH`` tokens with the thoughts, the others plainly.
+    """
+    plain = model.score_plain(text[None]).logprobs[0, start - 1 : -1]
+    place = torch.tensor([[start - 1]])
+    given = (text[None], None, text[None], thoughts[None, :, None], place)
+    mixed = model.score_mixed(*given, lookahead=REACH).logprobs[0, :, 0]  # (K, A)
+    mixed = mixed.exp().mean(0).log()
+    return torch.cat([mixed, plain[REACH:]])
+
+
+def assert_answers_as_scored(model, prompts, out):
+    for row, prompt in enumerate(prompts):
+        text, thoughts = out.sequences[row, -NEW - len(prompt) :], out.thoughts[row]
+        assert (thoughts[1:] == -1).all(), "only the first new token has thoughts"
+        expected = expected_logprobs(model, text, len(prompt), thoughts[0])
+        for step, token in enumerate(text[len(prompt) :]):
+            logprob = out.logits[step][row].log_softmax(-1)[token]
+            torch.testing.assert_close(logprob, expected[step], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("num_thoughts", [1, 2])
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "gemma2", "mistral", "gpt_oss", "cohere2", "deepseek_v3"]
+)
+def test_a_model_that_thinks_before_answers_does_so_once(name, num_thoughts):
+    model = build(name).eval()
+    model.configure(ThoughtsConfig(**ONCE))
+    prompts, batch, mask = left_padded([7, 1, 4], model.vocab_size)
+    out = generated(model, batch, mask, num_thoughts=num_thoughts, thought_temperature=1.0)
+    assert_answers_as_scored(model, prompts, out)
+
+
+@pytest.mark.parametrize("thoughts", [{}, STOP, LONG], ids=["whole", "early", "long"])
+@pytest.mark.parametrize("num_thoughts", [1, 2])
+@pytest.mark.parametrize("method", ["full", "prompt", "prefix"])
+def test_an_answer_follows_its_thought_wherever_that_ends(method, num_thoughts, thoughts):
+    model = thinking_model(
+        thoughts=ONCE | thoughts, tuning={"method": method, "num_virtual_tokens": 3}
+    ).eval()
+    prompts, batch, mask = left_padded([5, 2, 8])
+    out = generated(model, batch, mask, num_thoughts=num_thoughts, thought_temperature=1.0, seed=3)
+    assert (out.thoughts[:, 0] == -1).any() == bool(thoughts)
+    assert_answers_as_scored(model, prompts, out)
+    seen = model.think(batch[2:], num_thoughts=num_thoughts, temperature=1.0, seed=3,
+                       sample_ids=torch.tensor([2]))  # fmt: skip
+    assert torch.equal(out.thoughts[2, 0], seen.tokens[0, :, -1])
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["given", "replaced"])
+def test_an_answer_follows_thoughts_that_are_given(replaced):
+    model = thinking_model(thoughts=ONCE).eval()
+    prompts, batch, mask = left_padded([5, 2, 8])
+    given = torch.tensor([[[3, 4, 5]], [[9, -1, -1]], [[-1, -1, -1]]])
+    named = {"replace_thoughts": lambda own: given} if replaced else {"thoughts": given}
+    out = generated(model, batch, mask, **named)
+    assert torch.equal(out.thoughts[:, 0], given)
+    assert_answers_as_scored(model, prompts, out)
+    blank = generated(model, batch, mask, replace_thoughts=lambda own: own[:, :, :1] * 0 - 1)
+    assert (blank.thoughts == -1).all()
+    assert torch.equal(blank.sequences[2], out.sequences[2])
+
+
+def test_every_token_thinks_where_that_is_asked_for():
+    model = thinking_model(thoughts=ONCE).eval()
+    _, batch, mask = left_padded([5, 2])
+    asked = generated(model, batch, mask, think=Gate("always"))
+    model.configure(model.thoughts.model_copy(update={"positions": "all"}))
+    assert torch.equal(asked.thoughts, generated(model, batch, mask).thoughts)
+    assert (asked.thoughts >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("positions", "shape", "words"),
+    [
+        ("all", (2, 1, 3), 'thoughts: are read before the first new token alone, and think is "al'),
+        ("answer_start", (1, 1, 3), r"must have the shape \(2, thoughts, at most 3\), not \(1, 1"),
+        ("answer_start", (2, 1, 4), r"not \(2, 1, 4\)"),
+    ],
+)
+def test_given_thoughts_that_do_not_fit_are_refused(positions, shape, words):
+    model = thinking_model(thoughts=ONCE | {"positions": positions}).eval()
+    _, batch, mask = left_padded([5, 2])
+    with pytest.raises(UserError, match=words):
+        generated(model, batch, mask, thoughts=torch.zeros(shape, dtype=torch.long))
+
+
+def test_the_command_thinks_as_the_model_was_trained(tmp_path, capsys, caplog):
+    base = plain_model(max_position_embeddings=128, eos_token_id=256)
+    thinking_model(base, thoughts=ONCE).save_pretrained(tmp_path / "model", load_tokenizer("bytes"))
+
+    def count(*arguments):
+        line = ["generate", "--model", tmp_path / "model", "--device", "cpu", "--prompt", "two",
+                "--max-new-tokens", 4, "--show-thoughts", *arguments]  # fmt: skip
+        assert cli.main([str(word) for word in line]) == 0
+        return capsys.readouterr().out.count("⟨")
+
+    assert (count(), count("--positions", "every")) == (1, 4)
+    assert count("--gate", "entropy:-1", "--positions", "every") == 4
+    assert "--positions: has no effect with --gate" in caplog.text

@@ -54,6 +54,32 @@ class DecodeCache:
         selected.blocks = {layer: (k[rows], v[rows]) for layer, (k, v) in self.blocks.items()}
         return selected
 
+    def with_blocks(self, used: Int[Tensor, "batch thoughts"]) -> DecodeCache:
+        """Copy every text once for each of its blocks, the first ``used`` tokens of which join it.
+
+        Rows are (B * K), aligned on the right again.
+        """
+        used = used.flatten()
+        rows = torch.arange(len(used), device=used.device)[:, None]
+        length = self.length + self.block_length
+        shift = self.block_length - used  # columns by which a row moves
+        source = (torch.arange(length, device=used.device) - shift[:, None]).clamp(min=0)
+
+        def join(text: Tensor, block: Tensor | None) -> Tensor:
+            if block is None:  # of the only thought, in the columns behind its text
+                joined = text[:, :, :length]
+            else:
+                text = text[:, :, None, : self.length].expand(-1, -1, self.num_thoughts, -1, -1)
+                joined = torch.cat([text, block], dim=3).transpose(1, 2).flatten(0, 1)
+            return joined.transpose(1, 2)[rows, source].transpose(1, 2)  # (B K, Hkv, columns, .)
+
+        text = {}
+        for layer, (k, v) in self.text.items():
+            block_k, block_v = self.blocks.get(layer, (None, None))
+            text[layer] = (join(k, block_k), join(v, block_v))
+        first = self.first.repeat_interleave(self.num_thoughts) + shift
+        return DecodeCache(text, first, num_thoughts=1, block_length=0)
+
     def add_text(self, layer: int, start: int, k: Tensor, v: Tensor) -> Pair:
         """Store tokens from a column on, (B, Hkv, m, .); returns all up to them, views."""
         stop = start + k.shape[2]

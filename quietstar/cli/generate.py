@@ -16,7 +16,7 @@ from quietstar.data.tokenizer import check_unicode, load_tokenizer, pad_left, pa
 from quietstar.errors import UserError, reason_of, visible
 from quietstar.evaluation import controls
 from quietstar.evaluation.controls import CONTROLS, GENERIC, GENERIC_TEXT, SHUFFLED, SWAPPED
-from quietstar.evaluation.scoring import refuse_not_finite
+from quietstar.evaluation.scoring import POSITIONS, refuse_not_finite
 from quietstar.evaluation.tasks import MAX_BYTES
 from quietstar.generation.gates import PROBED, Gate, GateKind
 from quietstar.generation.generate import ThinkingStreamer
@@ -33,7 +33,7 @@ _HALF = "\N{REPLACEMENT CHARACTER}"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Generate and print; a wrong option, file or model raises `UserError`."""
-    parser = Parser("quietstar generate", "Continues a text, thinking before each new token.")
+    parser = Parser("quietstar generate", "Continues a text, thinking before new tokens.")
     _add_generation(parser)
     value = parser.value
     value("--prompt", str, None, "TEXT", "text to continue")
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def chat(arguments: Sequence[str] | None = None) -> int:
     """Answer turns from the terminal; a wrong option, model or template raises `UserError`."""
-    parser = Parser("quietstar chat", "Talks with a model, which thinks before each token.")
+    parser = Parser("quietstar chat", "Talks with a model, which thinks before its tokens.")
     _add_generation(parser)
     parser.value("--system", options.unicode_text, None, "TEXT", "text of the system's turn")
     args = parser.read(arguments)
@@ -138,6 +138,11 @@ def _add_generation(parser: Parser) -> None:
     value("--max-new-tokens", TOKENS, 128, "N", "length of the answer")
     parser.flag("--show-thoughts", "print them dim, before their token")
     parser.flag("--no-thoughts", "generate with the plain model")
+    parser.add_argument(
+        "--positions", choices=POSITIONS, default="trained",
+        help="think as trained (once before the first new token, if trained with "
+        "thoughts.positions answer_start), or before every new token",
+    )  # fmt: skip
     value("--gate", str, None, "GATE",
           "which tokens think: calibrated, entropy:NATS, weight:W or gain:NATS")  # fmt: skip
     parser.add_argument("--control", choices=CONTROLS,
@@ -163,6 +168,7 @@ def _load(
     is_drawn = args.temperature or (temperature and not args.no_thoughts)
     parser.warn_idle(args, {
         "--num-thoughts": plain, "--thought-temperature": plain,
+        "--positions": plain or ("with --gate" if args.gate else None),
         **options.idle_thought_filters(plain, temperature),
         "--top-p": None if args.temperature else "where --temperature is 0",
         "--seed": None if is_drawn else "where all tokens are the most likely ones",
@@ -181,7 +187,8 @@ def _load(
             "several --prompts, and no --gate"
         )
     remedy = "Set --no-thoughts to generate with the plain model."
-    model = options.load_model(args, not args.no_thoughts, remedy)
+    positions = "every" if args.gate else args.positions
+    model = options.load_model(args, not args.no_thoughts, remedy, positions=positions)
     if args.control == SHUFFLED and model.thoughts.length < 2:
         raise UserError("--control (shuffled): thoughts of one token cannot be shuffled")
     torch.manual_seed(args.seed)

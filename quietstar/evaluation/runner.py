@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,13 +81,15 @@ class _Line(BaseModel):
     tokens: list[str] = []
     position: NonNegativeInt = 0
     thoughts: list[list[list[Annotated[int, Field(ge=NO_TOKEN)]]]] = []
+    votes: dict[str, FiniteFloat] = {}
     thought_length: FiniteFloat | None = None
     truncated_fraction: FiniteFloat | None = None
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """What all items of a task and variant have in common: metrics, and how many of each."""
-        return tuple(sorted((name, len(values)) for name, values in self.metrics.items()))
+        """What all items of a task and variant have in common: metrics, how many of each, votes."""
+        counts = sorted((name, len(values)) for name, values in self.metrics.items())
+        return (*counts, *self.votes)
 
     def check(self, scored: dict[tuple[str, int], int], shapes: dict[Any, Any]) -> None:
         """Compare with the lines before, which ``scored`` and ``shapes`` are made of.
@@ -361,7 +362,33 @@ class Runner:
                         for some in tokens
                     ]
                 records.append(record)
+            if variant == WITH and self._votes(task):
+                answers = self._answers(items, thoughts[WITH])
+                for one, texts, record in zip(items, answers, records[-len(items) :], strict=True):
+                    read = [tasks.read_answer(task, one.item, text) for text in texts]
+                    record |= {"answers": texts, "votes": vote_metrics(read, one.item.answer)}
         return records
+
+    def _votes(self, task: Task) -> bool:
+        """Say whether the answers behind an item's thoughts vote: one thought gives one answer."""
+        once = scoring.thinks_once(self.model, self.protocol.positions)
+        return once and self.protocol.samples > 1
+
+    def _answers(
+        self, items: Sequence[EncodedItem], thoughts: Int[Tensor, "batch thoughts 1 length"]
+    ) -> list[list[str]]:
+        """Write the most likely answer behind every thought, of at most `ANSWER_TOKENS` tokens."""
+        count, pad = thoughts.shape[1], padding_id(self.tokenizer)
+        rows = [one.ids[: -one.num_scored] for one in items for _ in range(count)]
+        ids, mask = (x.to(self.model.device) for x in pad_left(rows, pad))
+        generated = self.model.generate(
+            ids, attention_mask=mask, thoughts=thoughts.flatten(0, 1), do_sample=False,
+            max_new_tokens=ANSWER_TOKENS, pad_token_id=pad,
+            logits_processor=scoring.refuse_not_finite(),
+        )  # fmt: skip
+        new = generated[:, ids.shape[1] :]
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [texts[start : start + count] for start in range(0, len(texts), count)]
 
     def _lengths(self, thoughts: Int[Tensor, "thoughts positions length"]) -> dict[str, float]:
         """Compute the mean length of an item's thoughts, and how many were cut at the last token.
@@ -406,7 +433,7 @@ class Runner:
         records = []
         for place, (number, item) in enumerate(batch):
             texts = chains[place * protocol.votes : (place + 1) * protocol.votes]
-            answers = [read_number(text) for text in texts]
+            answers = [tasks.read_number(text.rpartition(FINAL_ANSWER)[2]) for text in texts]
             metrics = vote_metrics(answers, item.answer)
             records.append({
                 "task": task.name, "item": number, "variant": variant, "id": item.id,
@@ -438,12 +465,6 @@ class Runner:
 
 
 # --- What the votes say ---------------------------------------------------------------------------
-def read_number(chain: str) -> str | None:
-    """Read the first integer of the final answer, without thousands separators."""
-    match = re.search(r"-?\d+", chain.rpartition(FINAL_ANSWER)[2].replace(",", ""))
-    return None if match is None else str(int(match.group()))
-
-
 def vote_metrics(numbers: Sequence[str | None], gold: str) -> dict[str, float]:
     """Compute ``maj@k`` and ``pass@k`` of an item, for k a power of two and for all votes.
 

@@ -96,7 +96,8 @@ def load_thinker(
     else:
         model = QuietStarForCausalLM.from_base(name, dtype=dtype, **hub)
     if not thinks_once(model, positions):
-        model.configure(model.thoughts.model_copy(update={"lookahead": 1}))
+        rule = {"positions": "all"} if model.thoughts.positions == "answer_start" else {}
+        model.configure(model.thoughts.model_copy(update={"lookahead": 1, **rule}))
     return model.eval()
 
 

@@ -151,6 +151,13 @@ def summarise(
         lengths = [record[name] for record in records.get(WITH, ()) if name in record]
         if lengths:
             summary[WITH][name] = float(np.mean(lengths))
+    votes = [record["votes"] for record in records.get(WITH, ()) if "votes" in record]
+    if votes:
+        by_name = {name: np.array([vote[name] for vote in votes]) for name in votes[0]}
+        summary[WITH]["votes"] = {
+            name: {"mean": float(value.mean()), "ci95": interval(value, seed)}
+            for name, value in by_name.items()
+        }
     if WITHOUT in values and WITH in values:
         summary["difference"] = differences(values[WITH], values[WITHOUT], main, seed)
     controls = [control for control in CONTROLS if control in values]

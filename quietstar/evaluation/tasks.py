@@ -288,6 +288,26 @@ def find_task(name: str, separator: str = "") -> Task | None:
     return TASKS.get(name)
 
 
+def read_number(text: str) -> str | None:
+    """Read the first integer of a text, without thousands separators."""
+    match = re.search(r"-?\d+", text.replace(",", ""))
+    return None if match is None else str(int(match.group()))
+
+
+def read_answer(task: Task, item: Item, text: str) -> str | None:
+    """Read what a model answers: the first number or label of its text, or else the first line.
+
+    The first line equals the item's answer where both are the same but for white space around them.
+    """
+    if task.candidates == "digits":
+        return read_number(text)
+    if task.candidates == "labels":
+        match = re.search(rf"\b({'|'.join(map(re.escape, item.labels))})\b", text)
+        return match and match.group()
+    line = text.strip().partition("\n")[0].strip()
+    return item.answer if line == item.answer.strip() else line
+
+
 # --- From items to tokens -------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Candidates:

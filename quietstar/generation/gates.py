@@ -7,7 +7,9 @@ is above a threshold (`quietstar calibrate` finds one):
 - ``entropy``: the entropy of the plain model's prediction, nats;
 - ``weight``: the mixing weight that a linear probe of the state predicts;
 - ``gain``: the gain of thinking that such a probe predicts, nats;
-- ``always`` and ``never``.
+- ``always`` and ``never``;
+- ``once``: before the first new token alone, and so many of them are predicted with this thought as
+  the model was trained to (``thoughts.lookahead``), as a model does that thinks before answers.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from quietstar.config import Section
 from quietstar.errors import UserError, reading
 from quietstar.system.files import write_json, write_whole
 
-GateKind = Literal["always", "never", "entropy", "weight", "gain"]
+GateKind = Literal["always", "never", "once", "entropy", "weight", "gain"]
 PROBED = ("weight", "gain")
 GATE_FILE = "gate.json"
 PROBES_FILE = "gate.safetensors"

@@ -1,4 +1,4 @@
-"""Generation that thinks before each new token, with transformers' own arguments.
+"""Generation that thinks before new tokens, with transformers' own arguments.
 
 `transformers` prepares everything (generation config, logits processors, stopping criteria); only
 its decoding loop is replaced, through ``custom_generate``.
@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -55,15 +57,22 @@ def generate(
     streamer: BaseStreamer | None,
     arguments: dict[str, Any],
     replace: Replace | None = None,
+    given: Int[Tensor, "texts thoughts length"] | None = None,
 ) -> Any:
     """Generate texts; arguments and result are those of `QuietStarForCausalLM.generate`.
 
     Raises:
-        UserError: Beams were asked for, a text leaves no room, or the gate asks for a mixing weight
-            that is fixed.
+        UserError: Beams were asked for, a text leaves no room, the gate asks for a mixing weight
+            that is fixed, or thoughts are given where the model thinks more than once.
     """
-    gate = think if isinstance(think, Gate) else Gate("always" if think else "never")
+    if isinstance(think, Gate):
+        gate = think
+    else:  # as the model was trained
+        once = model.thoughts.positions == "answer_start"
+        gate = Gate(("once" if once else "always") if think else "never")
     check_gate(gate.kind, model.mixing_head.fixed_weight)
+    if given is not None:
+        _check_given(model, given, gate, len(inputs))
 
     def decode(
         causal_lm: Any,
@@ -77,10 +86,13 @@ def generate(
         _check(model, config, input_ids.shape[1], thinks=gate.kind != "never")
         decoder = new_decoder(model, sampling, input_ids[:, :-1], others.get("attention_mask"))
         pad = getattr(config, "_pad_token_tensor", None)
+        predict = partial(predict_next, model, decoder, gate, replace=replace)
+        if gate.kind == "once":
+            predict = _Once(model, decoder, given, replace)
         kept_thoughts, kept_logits, kept_scores = [], [], []
         open_rows = torch.ones_like(input_ids[:, 0], dtype=torch.bool)
         while open_rows.any():
-            logits, thoughts = predict_next(model, decoder, gate, input_ids[:, -1], replace)
+            logits, thoughts = predict(input_ids[:, -1])
             scores: Any = logits_processor(input_ids, logits)  # pyright: ignore[reportArgumentType]
             if config.return_dict_in_generate:
                 kept_thoughts.append(thoughts)
@@ -106,6 +118,20 @@ def generate(
         return ThinkingOutput(input_ids, torch.stack(kept_thoughts, dim=1), *outputs)
 
     return model.causal_lm.generate(inputs, custom_generate=decode, streamer=streamer, **arguments)
+
+
+def _check_given(model: Any, given: Tensor, gate: Gate, batch: int) -> None:
+    """Refuse thoughts that do not fit the texts, the model, or the way in which it thinks."""
+    if gate.kind != "once":
+        raise UserError(
+            f'thoughts: are read before the first new token alone, and think is "{gate.kind}". '
+            'Set think=Gate("once").'
+        )
+    if given.ndim != 3 or len(given) != batch or given.shape[-1] > model.thoughts.length:
+        raise UserError(
+            f"thoughts: must have the shape ({batch}, thoughts, at most {model.thoughts.length}), "
+            f"not {tuple(given.shape)}"
+        )
 
 
 def _check(model: Any, config: GenerationConfig, prompt: int, thinks: bool) -> None:
@@ -176,6 +202,46 @@ def predict_next(
         ahead = decoder.read(thoughts, some)
     mixed = next_logits(model, states[rows], base[rows], ahead)
     return base.index_copy(0, rows, mixed), none.index_copy(0, rows, thoughts)
+
+
+class _Once:
+    """Predicts token after token as `predict_next` does, all with a thought before the first.
+
+    The thought reaches as many tokens as in training (``thoughts.lookahead``); those beyond are the
+    plain model's.
+    """
+
+    def __init__(
+        self, model: Any, decoder: Decoder, given: Tensor | None, replace: Replace | None
+    ) -> None:
+        self.model, self.decoder, self.given, self.replace = model, decoder, given, replace
+        self.behind: Decoder | None = None  # the texts as they go on behind the thoughts
+        self.count = 0  # tokens predicted
+
+    def __call__(
+        self, tokens: Int[Tensor, " batch"]
+    ) -> tuple[Float[Tensor, "batch vocab"], Int[Tensor, "batch thoughts length"]]:
+        model, decoder, sampling = self.model, self.decoder, self.decoder.sampling
+        appended = decoder.append(tokens, opens=self.count == 0)
+        states, base = appended.states, appended.logits
+        none = tokens.new_full((len(tokens), sampling.num_thoughts, sampling.thought_length), -1)
+        self.count += 1
+        if self.count == 1:
+            thoughts = self.given
+            if thoughts is None:
+                _, thoughts = decoder.think(appended)
+            if self.replace is not None:
+                thoughts = self.replace(thoughts).expand(-1, sampling.num_thoughts, -1)
+            ahead = decoder.read(thoughts)
+            self.behind = decoder.go_on(thoughts)
+            none[..., : thoughts.shape[-1]] = thoughts
+            return next_logits(model, states, base, ahead), none
+        if self.count > model.thoughts.lookahead or self.behind is None:
+            self.behind = None  # frees its cache
+            return base, none
+        ahead = self.behind.append(tokens.repeat_interleave(sampling.num_thoughts), opens=False)
+        ahead = rearrange(ahead.states, "(b k) d -> k b d", k=sampling.num_thoughts)
+        return next_logits(model, states, base, ahead), none
 
 
 def next_logits(

@@ -900,17 +900,19 @@ class QuietStarForCausalLM(nn.Module):
         seed: int = 0,
         streamer: BaseStreamer | None = None,
         replace_thoughts: Callable[[Tensor], Tensor] | None = None,
+        thoughts: Int[Tensor, "texts thoughts length"] | None = None,
         **arguments: Any,
     ) -> Any:
-        """Generate texts, thinking before each new token (`quietstar.generation.generate`).
+        """Generate texts, thinking before new tokens (`quietstar.generation.generate`).
 
         Thoughts are dropped after use; the text is never run twice.
 
         Args:
             inputs: Texts, padded on the left if at all; also as ``input_ids``.
-            think: False: what the plain model generates. A `Gate`: texts think
-                where it says so.
-            num_thoughts: Before each token; their predictions are averaged.
+            think: True: as the model was trained, once before the first new token with
+                ``thoughts.positions: answer_start``, and otherwise before each. False: what the
+                plain model generates. A `Gate`: texts think where it says so.
+            num_thoughts: At a time; their predictions are averaged.
             thought_temperature: Of thoughts; None takes the most likely tokens. (``temperature``
                 is that of the text, as in transformers.)
             thought_top_p: Of thoughts: sample among the most likely tokens that together reach this
@@ -921,6 +923,8 @@ class QuietStarForCausalLM(nn.Module):
             replace_thoughts: Makes of the thoughts of some texts, (texts, thoughts, length), -1
                 behind the end of each, others of the same shape, fewer tokens or one for all; the
                 model reads them in place of its own. `quietstar.evaluation.controls` has some.
+            thoughts: Read before the first new token in place of any that would be drawn, -1 behind
+                the end of each; only for a model that thinks once (or ``Gate("once")``).
             **arguments: Those of transformers' ``generate``: ``attention_mask``,
                 ``max_new_tokens``, ``do_sample``, ``top_p``, ``num_return_sequences``,
                 ``generation_config``, ``logits_processor``, ``stopping_criteria``, ...
@@ -936,11 +940,14 @@ class QuietStarForCausalLM(nn.Module):
         if inputs is None:
             raise UserError("inputs: no texts are given; write generate(input_ids, ...)")
         self._check_ids(inputs, "inputs", ignored=False)
+        if thoughts is not None:
+            num_thoughts = thoughts.shape[1]
         sampling = Sampling(
             num_thoughts, self.thoughts.length, thought_temperature, seed, self.stop,
             thought_top_p, thought_top_k,
         )  # fmt: skip
-        return generate(self, inputs, sampling, think, streamer, arguments, replace_thoughts)
+        others = (streamer, arguments, replace_thoughts, thoughts)
+        return generate(self, inputs, sampling, think, *others)
 
     @torch.no_grad()
     def score_plain(

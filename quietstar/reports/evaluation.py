@@ -80,10 +80,19 @@ def task_view(name: str, task: dict[str, Any]) -> RenderableType:
     if WITH in task and "thought_length" in task[WITH]:
         length, cut = (task[WITH][name] for name in LENGTHS)
         parts.append(Text(f"  thoughts: {length:.1f} tokens on average, {cut:.1%} cut at the most"))
+    for name, vote in task.get(WITH, {}).get("votes", {}).items():
+        parts.append(Text(f"  {name} of the sampled thoughts: {_share(vote)}"))
     parts += [Text(f"  note: {line}", style="yellow") for line in task["warnings"]]
     if task["verdict"]:
         parts.append(Text(f"  {name}: {task['verdict']}", style="bold"))
     return Group(*parts)
+
+
+def _share(vote: Mapping[str, Any]) -> str:
+    """Format a share of items with its interval."""
+    bounds = vote["ci95"]
+    shown = "" if bounds is None else f" ({bounds[0]:.3f} to {bounds[1]:.3f})"
+    return f"{vote['mean']:.3f}{shown}"
 
 
 def _table(first: str, *numbers: str) -> Table:

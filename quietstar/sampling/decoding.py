@@ -9,6 +9,7 @@ number. Letters as in `quietstar.attention.layout`.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -141,6 +142,17 @@ class Decoder:
         states = states.unflatten(1, (thoughts.shape[1], -1))  # (B, K, m, D)
         last = (lengths + num_end - 1)[..., None, None].expand(-1, -1, 1, states.shape[-1])
         return states.gather(2, last).squeeze(2).transpose(0, 1)
+
+    def go_on(self, thoughts: Int[Tensor, "batch thoughts length"]) -> Decoder:
+        """Make a decoder of the texts as they go on behind these thoughts, read by `read` before.
+
+        Its rows are (B * K). It appends tokens behind the end vectors, and thinks no more.
+        """
+        other = copy(self)
+        used = len(self.start) + (thoughts != NO_TOKEN).sum(-1) + len(self.end)
+        other.cache = self.cache.with_blocks(used)
+        other.sample_ids = self.sample_ids.repeat_interleave(thoughts.shape[1])
+        return other
 
     def _think_to_the_end(
         self, stop: StopTexts, cache: DecodeCache, first: Tensor, sample_ids: Tensor
