@@ -233,8 +233,10 @@ def early(folder):
     }
     model = thinking_model(base, thoughts=spec, head={"fixed_weight": 1.0}).eval()
     model.save_pretrained(folder / "early", load_tokenizer("bytes"))
-    rows = zip(QUESTIONS, ANSWERS, strict=True)
-    write_lines(folder / "own.jsonl", [{"prompt": q, "answer": a} for q, a in rows])
+    rows = zip(QUESTIONS, ANSWERS, range(4), strict=True)
+    write_lines(folder / "own.jsonl", [
+        {"prompt": q, "answer": a, "groups": {"hops": n % 2}} for q, a, n in rows
+    ])  # fmt: skip
     return model
 
 
@@ -267,6 +269,12 @@ def test_every_control_scores_the_whole_answer_behind_thoughts_of_any_length(
             assert metrics["gold_probability"] == pytest.approx([math.exp(logprob)], rel=1e-4)
             assert metrics["nll"] == pytest.approx([-logprob / len(answer)], abs=1e-4)
     figures = result["tasks"][name]
+    hops = figures["groups"]["hops"]
+    assert [(group["label"], group["n"]) for group in hops] == [("0", 2), ("1", 2)]
+    metric = [kept[n, "with_thoughts"]["metrics"]["gold_probability"][0] for n in (1, 3)]
+    assert hops[1]["with_thoughts"]["gold_probability"] == pytest.approx(sum(metric) / 2)
+    drawn = [one for examples in figures["examples"].values() for one in examples]
+    assert sorted(one["prompt"] for one in drawn) == sorted(QUESTIONS)
     assert figures["with_thoughts"]["thought_length"] == 1.5
     assert figures["with_thoughts"]["truncated_fraction"] == 0.25
     for control, gain in GAINS.items():

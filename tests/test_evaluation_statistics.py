@@ -9,8 +9,10 @@ import pytest
 from quietstar.evaluation.runner import majority, vote_metrics
 from quietstar.evaluation.statistics import (
     break_down,
+    by_group,
     difference,
     differences,
+    draw_examples,
     interval,
     items_needed,
     kind_of,
@@ -175,6 +177,59 @@ def test_answers_are_read_by_the_kind_of_the_task(task, text, answer):
 
 
 # --- Breakdown ------------------------------------------------------------------------------------
+
+
+def item_records(groups, base, own, swapped):
+    """Records of items with one metric in three variants."""
+    variants = {"without_thoughts": base, "with_thoughts": own, "swapped": swapped}
+    return {
+        variant: [
+            {"id": str(number), "answer": "18", "groups": group, "prompt": f"question {number}",
+             "metrics": {"accuracy": [value]}, "predicted": ["18"], "thought_texts": [["9"]]}
+            for number, (group, value) in enumerate(zip(groups, values, strict=True))
+        ]
+        for variant, values in variants.items()
+    }  # fmt: skip
+
+
+def metric_values(records):
+    return {
+        variant: {"accuracy": np.array([record["metrics"]["accuracy"] for record in rows])}
+        for variant, rows in records.items()
+    }
+
+
+def test_gains_within_groups_of_items():
+    groups = [{"steps": str(n % 11), "kind": "ab"[n % 2]} for n in range(44)]
+    own, base = [float(n % 2) for n in range(44)], [0.0] * 44
+    records = item_records(groups, base, own, [0.5] * 44)
+    found = by_group(records, metric_values(records), seed=0)
+    first, second = found["kind"]
+    assert (first["label"], first["n"], second["label"]) == ("a", 22, "b")
+    assert second["with_thoughts"]["accuracy"] == second["gain"]["accuracy"] == 1.0
+    assert second["gain_of_content"]["accuracy"] == 0.5
+    assert first["gain_of_content"]["accuracy"] == -0.5
+    assert second["gain"]["accuracy_ci95"] == (1.0, 1.0)
+    # Eleven numbers are too many for groups of their own.
+    assert found["steps"][0]["label"] == "0 to 1"
+    assert sum(group["n"] for group in found["steps"]) == 44
+    few = item_records([{"steps": str(n)} for n in (10, 2, 10)], base[:3], own[:3], base[:3])
+    steps = by_group(few, metric_values(few), seed=0)["steps"]
+    assert [(group["label"], group["n"]) for group in steps] == [("2", 1), ("10", 2)]
+
+
+def test_examples_are_drawn_at_random_and_not_chosen():
+    own = [float(n % 3 == 0) for n in range(60)]
+    records = item_records([{}] * 60, [0.25] * 60, own, own)
+    drawn = draw_examples(records, "accuracy", seed=0)
+    assert [len(examples) for examples in drawn.values()] == [10, 10]
+    for kind, examples in drawn.items():
+        numbers = [int(example["id"]) for example in examples]
+        assert all((n % 3 == 0) == (kind == "right") for n in numbers)
+        assert numbers != sorted(numbers)
+    assert drawn["right"][0]["without"] == 0.25
+    assert drawn == draw_examples(records, "accuracy", seed=0)
+    assert drawn != draw_examples(records, "accuracy", seed=1)
 
 
 def test_gains_by_difficulty_kind_and_place():

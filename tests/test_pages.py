@@ -40,11 +40,26 @@ def group(label, gain):
     return {"label": label, "n": 25, "gain": gain, "gain_ci95": [gain - 0.1, gain + 0.1]}
 
 
+def item_group(label, gain):
+    figures = {name: gain * scale for name, scale in METRICS.items()}
+    bounds = {f"{name}_ci95": [value - 0.1, value + 0.1] for name, value in figures.items()}
+    means = {name: abs(scale) / 3 for name, scale in METRICS.items()}
+    return {"label": label, "n": 25, "without_thoughts": means, "with_thoughts": means,
+            "gain": figures | bounds, "gain_of_content": figures | bounds}  # fmt: skip
+
+
+def example(number, thought="16 - 7 = 9"):
+    prompt = f"Q: {number} ducks lay eggs.\n" + "How many dollars does she make? " * 6 + "\nA:"
+    return {"id": str(number), "prompt": prompt, "answer": "18", "thought": thought,
+            "predicted": " 18", "with": 0.8, "without": 0.1}  # fmt: skip
+
+
+VOTES = {"maj@8": {"mean": 0.5, "ci95": [0.4, 0.6]}, "pass@8": {"mean": 0.75, "ci95": None}}
 TASK = {
     "n": 128,
     "main_metric": "gold_probability",
     "without_thoughts": variant(0.3),
-    "with_thoughts": variant(0.41),
+    "with_thoughts": variant(0.41) | {"votes": VOTES, "samples": {"n": 8}},
     "difference": difference(0.11, 0.05, 0.17, 0.0004),
     "controls": {"shuffled": variant(0.39), "pause": variant(0.32), "swapped": variant(0.31)},
     "gain_of_content": difference(0.1, 0.04, 0.16, 0.002),
@@ -55,6 +70,11 @@ TASK = {
         "kind": [group("digits", 0.2)],
         "position": [group("0 to 15", 0.1), group(HOSTILE, 0.2)],
     },
+    "groups": {
+        "steps of the solution": [item_group("2", 0.1), item_group("10", 0.2)],
+        "all alike": [item_group("1", 0.1)],
+    },
+    "examples": {"right": [example(1), example(2)], "wrong": [example(3, HOSTILE)]},
     "warnings": ["2 items were longer than the model takes and were cut"],
     "verdict": "better with thoughts, and because of what they say",
 }
@@ -80,6 +100,13 @@ def test_the_page_of_an_evaluation_answers_first_and_shows_every_figure(tmp_path
     assert "With − without +0.1100 95% CI +0.0500 to +0.1700 p < 0.001 +0.0550" in page.text
     assert "controls yes" in page.text
     assert "data_dir" not in page.text
+    votes = "8 sampled thoughts of an item vote: maj@8 0.5000 (0.4000 to 0.6000), pass@8 0.7500."
+    assert votes in page.text
+    assert "By steps of the solution" in page.text
+    assert "10 25 0.3333 0.3333 +0.2000 95% CI +0.1000 to +0.3000 +0.2000" in page.text
+    assert "By all alike" not in page.text
+    assert page.text.count("16 - 7 = 9 18 ✓ correct 0.1000 0.8000") == 2 * len(RESULT["tasks"])
+    assert "18 ✗ wrong correct: 18" in page.text
     # A breakdown of one group says nothing that the whole does not say.
     assert set(page.figures()) == {"task1", "task1-difficulty", "task1-position", "task2"}
     assert {f"plot-{name}" for name in page.figures()} <= set(page.ids)

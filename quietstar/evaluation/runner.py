@@ -82,6 +82,12 @@ class _Line(BaseModel):
     position: NonNegativeInt = 0
     thoughts: list[list[list[Annotated[int, Field(ge=NO_TOKEN)]]]] = []
     votes: dict[str, FiniteFloat] = {}
+    groups: dict[str, str] = {}
+    id: str = ""
+    answer: str = ""
+    prompt: str = ""
+    predicted: list[Any] = []
+    thought_texts: list[Annotated[list[str], Field(min_length=1)]] = []
     thought_length: FiniteFloat | None = None
     truncated_fraction: FiniteFloat | None = None
 
@@ -352,7 +358,9 @@ class Runner:
                 if variant == WITHOUT:
                     record["tokens"] = self.tokenizer.batch_decode([[i] for i in one.scored_ids])
                     record["position"] = len(one.ids) - one.num_scored
+                    record["groups"] = dict(one.item.groups)
                 if variant == WITH:
+                    record["prompt"] = one.item.prompt
                     tokens = thoughts[WITH][row, :, : one.num_thinking].tolist()
                     record["thoughts"] = tokens
                     if self.model.may_end_early:

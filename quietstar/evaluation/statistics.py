@@ -29,6 +29,10 @@ from quietstar.evaluation.tasks import Task
 
 Array = NDArray[np.float64]
 LEVEL = 0.95
+EXAMPLES = 10
+"""Items of each kind that a page shows."""
+MOST_GROUPS = 8
+"""Numbers that are groups of their own."""
 MIN_TOKENS = 40
 """Fewest tokens of a task for which a breakdown is made."""
 LENGTHS = ("thought_length", "truncated_fraction")
@@ -128,8 +132,8 @@ def summarise(
 
     Returns:
         ``n``, ``main_metric``, ``truncated``; a mapping of metrics for every variant; the
-        ``difference`` and the gain over each control, with their intervals; ``breakdown``;
-        ``verdict`` and ``warnings``.
+        ``difference`` and the gain over each control, with their intervals; ``breakdown`` of
+        tokens, ``groups`` of items, and ``examples``; ``verdict`` and ``warnings``.
     """
     records = {
         variant: [store.records[task.name, number, variant] for number in range(count)]
@@ -169,6 +173,8 @@ def summarise(
     tokens_are_scored = task.kind in ("answer", "text")
     if WITHOUT in records and WITH in records and tokens_are_scored:
         summary["breakdown"] = break_down(records, seed)
+        summary["groups"] = by_group(records, values, seed)
+        summary["examples"] = draw_examples(records, main, seed)
     summary["warnings"] = warnings(summary)
     if SWAPPED in variants and SWAPPED not in records and tokens_are_scored:
         summary["warnings"].append(
@@ -332,6 +338,82 @@ def break_down(
         return figures
 
     return {name: [group(*part) for part in parts] for name, parts in groups.items()}
+
+
+# --- Items: groups of them, and some drawn at random ----------------------------------------------
+def by_group(
+    records: Mapping[str, Sequence[dict[str, Any]]],
+    values: Mapping[str, Mapping[str, Array]],
+    seed: int,
+) -> dict[str, list[dict[str, Any]]]:
+    """Compare variants within groups of items, such as those whose solution has two steps.
+
+    Returns:
+        For every way to group them a list of groups with ``label``, ``n``, and every metric with
+        and without thoughts, as ``gain`` and, where swapped thoughts were scored, as
+        ``gain_of_content``, with intervals. Numbers are in order, more than eight of them in
+        quintiles.
+    """
+    of_items = [record.get("groups", {}) for record in records[WITHOUT]]
+    names = dict.fromkeys(name for groups in of_items for name in groups)
+    pairs = {"gain": (values[WITH], values[WITHOUT])}
+    if SWAPPED in values:
+        pairs[GAINS[SWAPPED]] = (values[WITH], values[SWAPPED])
+
+    def compare(label: str, chosen: np.ndarray) -> dict[str, Any]:
+        figures: dict[str, Any] = {"label": label, "n": int(chosen.sum())}
+        for variant in (WITHOUT, WITH):
+            means = {name: float(value[chosen].mean()) for name, value in values[variant].items()}
+            figures[variant] = means
+        for gain, (after, before) in pairs.items():
+            figures[gain] = {}
+            for name in after:
+                sign = -1.0 if name in LOWER_IS_BETTER else 1.0
+                gaps = sign * (after[name] - before[name])[chosen].mean(1)
+                bounds = bootstrap_interval(gaps, seed)
+                figures[gain] |= {name: float(gaps.mean()), f"{name}_ci95": bounds}
+        return figures
+
+    return {name: [compare(*part) for part in _item_groups(of_items, name)] for name in names}
+
+
+def _item_groups(
+    of_items: Sequence[Mapping[str, str]], name: str
+) -> list[tuple[str, NDArray[np.bool_]]]:
+    labels = np.array([groups.get(name, "none") for groups in of_items])
+    distinct = sorted(set(labels.tolist()))
+    try:
+        numbers = {label: float(label) for label in distinct}
+    except ValueError:
+        return [(label, labels == label) for label in distinct]
+    if len(distinct) > MOST_GROUPS:
+        return _quantiles(np.array([numbers[label] for label in labels.tolist()]), "{:g} to {:g}")
+    return [(label, labels == label) for label in sorted(distinct, key=numbers.__getitem__)]
+
+
+def draw_examples(
+    records: Mapping[str, Sequence[dict[str, Any]]], main: str, seed: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Draw items with prompts at random: `EXAMPLES` that thoughts answer right, and so many wrong.
+
+    Returns:
+        ``right`` and ``wrong``: of each item ``id``, ``prompt``, ``answer``, first ``thought``,
+        ``predicted`` tokens (each behind the true ones before it), and its main metric ``with`` and
+        ``without`` thoughts. Of several thoughts of an item the first is taken.
+    """
+    rng = np.random.default_rng(seed)
+    examples: dict[str, list[dict[str, Any]]] = {"right": [], "wrong": []}
+    for number in rng.permutation(len(records[WITH])).tolist():
+        own, plain = records[WITH][number], records[WITHOUT][number]
+        chosen = examples["right" if own["metrics"].get("accuracy", [0.0])[0] == 1 else "wrong"]
+        if not (own.get("prompt") and own.get("thought_texts")) or len(chosen) == EXAMPLES:
+            continue
+        chosen.append({
+            "id": own["id"], "prompt": own["prompt"], "answer": own["answer"],
+            "thought": own["thought_texts"][0][0], "predicted": own["predicted"][0],
+            "with": own["metrics"][main][0], "without": float(np.mean(plain["metrics"][main])),
+        })  # fmt: skip
+    return examples if any(examples.values()) else {}
 
 
 def _quantiles(values: np.ndarray, label: str) -> list[tuple[str, np.ndarray]]:

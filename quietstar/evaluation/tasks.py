@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +43,7 @@ class Item:
     where: str  # place of the record, for messages
     labels: tuple[str, ...] = ()  # answers to choose from, if there are any
     tokens: tuple[int, ...] = ()  # a span of a longer text, which stands in for the answer
+    groups: Mapping[str, str] = field(default_factory=dict)  # what items are told apart by
 
 
 @dataclass(frozen=True)
@@ -203,13 +204,19 @@ def _text_field(record: Record, path: str, where: str) -> str:
 
 
 def _gsm8k(record: Record, number: int, where: str) -> Item:
-    """Ask for the number behind ``####``, without its thousands separators."""
+    """Ask for the number behind ``####``, without its thousands separators.
+
+    The solution before it has one line a step.
+    """
     question = _text_field(record, "question", where)
-    _, mark, answer = _text_field(record, "answer", where).rpartition("####")
+    solution, mark, answer = _text_field(record, "answer", where).rpartition("####")
     answer = answer.strip().replace(",", "")
     if not mark or not any(character.isdigit() for character in answer):
         raise UserError(f"{where}: field answer must end in `#### NUMBER`, as GSM8K's do")
-    return Item(str(number), f"Q: {question}\nA:", answer, where)
+    num_steps = sum(bool(line.strip()) for line in solution.splitlines())
+    num_digits = sum(character.isdigit() for character in answer)
+    groups = {"steps of the solution": str(num_steps), "digits of the answer": str(num_digits)}
+    return Item(str(number), f"Q: {question}\nA:", answer, where, groups=groups)
 
 
 def _gsm8k_solution(record: Record, number: int, where: str) -> Item:
@@ -251,12 +258,21 @@ def _demo(record: Record, number: int, where: str) -> Item:
 
 
 def _own(record: Record, number: int, where: str) -> Item:
-    """Read a user's own record: a prompt and an answer, or a text."""
-    name = str(record.get("id", number))
+    """Read a user's own record: a prompt and an answer, or a text; perhaps groups it is of."""
+    name, groups = str(record.get("id", number)), record.get("groups", {})
+    is_plain = isinstance(groups, Mapping) and all(
+        isinstance(value, str | int | float) for value in groups.values()
+    )
+    if not is_plain:
+        raise UserError(
+            f"{where}: field groups must be an object of texts and numbers, such as "
+            f'{{"hops": 2}}, not {groups!r}'
+        )
+    groups = {check_unicode(k, where): check_unicode(str(v), where) for k, v in groups.items()}
     if "text" in record:
-        return Item(name, "", _text_field(record, "text", where), where)
+        return Item(name, "", _text_field(record, "text", where), where, groups=groups)
     prompt, answer = (_text_field(record, key, where) for key in ("prompt", "answer"))
-    return Item(name, prompt, answer, where)
+    return Item(name, prompt, answer, where, groups=groups)
 
 
 _GSM8K: dict[str, Any] = {

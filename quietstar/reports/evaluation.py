@@ -148,8 +148,12 @@ def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
         ]
         variants = [(name, scores) for name, scores in variants if scores]
         lengths = [task[WITH][n] for n in LENGTHS if n in task.get(WITH, {})]
-        sections.append({"name": name, "task": task, "metrics": metrics, "cards": cards,
-                         "variants": variants, "lengths": lengths})  # fmt: skip
+        shown = {name: metrics[name] for name in ("accuracy", main) if name in metrics}
+        sections.append({
+            "name": name, "task": task, "metrics": metrics, "cards": cards, "shown": shown,
+            "variants": variants, "lengths": lengths, "without": WITHOUT, "with": WITH,
+            "content": GAINS[SWAPPED], "votes": task.get(WITH, {}).get("votes", {}),
+        })  # fmt: skip
     facts = [("Model", model)]
     facts += [(key, str(result["environment"][key])) for key in ("dtype", "device", "torch")]
     config = {key: value for key, value in result["config"].items() if value is not None}
