@@ -55,6 +55,15 @@ def test_equal_flops_are_those_that_the_run_has_counted(tmp_path):
               "positions_per_text": 2.5}  # fmt: skip
     held_out = {"kind": "eval", "step": 0}
     assert matched_steps(last_stage(tmp_path), [held_out, record], 3) == 7
+    # A reference reads 80 tokens of text forward: 3 * (180 + 80 / 3) / 80 = 7.75; where thoughts
+    # are compared with it 80 more for drawing and 90 in thoughts: 3 * (180 + 250 / 3) / 80 = 9.875;
+    # with two inner epochs 170 more are learned: 3 * (350 + 250 / 3) / 80 = 16.25.
+    rlp = {"loss__objective": "rlp", "loss__reference": "base"}
+    assert matched_steps(last_stage(tmp_path, **rlp), [record], 3) == 8
+    rlp["loss__kl_weight"] = 0.1
+    assert matched_steps(last_stage(tmp_path, **rlp), [record], 3) == 10
+    rlp["training__inner_epochs"] = 2
+    assert matched_steps(last_stage(tmp_path, **rlp), [record], 3) == 17
 
 
 def test_a_run_counts_what_equal_flops_are_made_of(tmp_path):

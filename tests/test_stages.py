@@ -52,7 +52,7 @@ def staged_config(folder, **changes):
     }
     for key, value in changes.items():
         section, name = key.split("__")
-        tree[section][name] = value
+        tree.setdefault(section, {})[name] = value
     return Config.model_validate(tree)
 
 

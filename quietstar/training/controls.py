@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.table import Table
 
+from quietstar import registry
 from quietstar.config import Config
 from quietstar.config.loading import save_config
 from quietstar.data import build_data, load_tokenizer
@@ -189,19 +190,27 @@ def matched_steps(stage: Config, records: Sequence[Mapping[str, Any]], num_marke
 
         3 (B S + M + N (markers + A - 1)) + M,
 
-    text, thoughts and the A - 1 true tokens behind each forward and backward, and the M sampled
+    text, thoughts, and the A - 1 true tokens behind each forward and backward, and the M sampled
     tokens forward. (To sample M tokens takes as many forward: the start of a thought stands in for
-    its last token.) A plain step costs 3 B S. Counted are real tokens of thoughts that end early.
-    The mixing head and the output layer, which also predicts in plain training, are left out.
+    its last token.) With inner epochs the first term counts so many times. A reference reads the
+    text forward; one that thoughts are compared with reads these too, and then they are drawn in a
+    pass of their own over the text. A plain step costs 3 B S. Counted are real tokens of thoughts
+    that end early. The mixing head and the output layer, which also predicts in plain training,
+    are left out.
     """
     thoughts, settings = stage.thoughts, stage.training
+    objective = registry.find("loss.objective", stage.loss.objective)(stage.loss)
+    has_reference = objective.reads_reference(stage.loss.reward)
+    is_compared = has_reference and (objective.kl_weight > 0 or objective.needs_log_ratio)
     text = settings.global_batch_size * stage.data.seq_len
     costs = []
     for record in (record for record in records if record["kind"] == "train"):
         sampled = round(record["thought_tokens_per_second"] * record["seconds"])
         places = record.get("positions_per_text", stage.data.seq_len) * settings.global_batch_size
         behind = round(places) * thoughts.num_thoughts * (num_markers + thoughts.lookahead - 1)
-        costs.append(3 * (text + sampled + behind) + sampled)
+        learned = text + sampled + behind
+        cost = 3 * settings.inner_epochs * learned + sampled
+        costs.append(cost + has_reference * text + is_compared * learned)
     return -(-settings.max_steps * sum(costs) // (3 * text * len(costs)))
 
 
