@@ -494,4 +494,8 @@ def test_the_command_thinks_as_the_model_was_trained(tmp_path, capsys, caplog):
 
     assert (count(), count("--positions", "every")) == (1, 4)
     assert count("--gate", "entropy:-1", "--positions", "every") == 4
+    anywhere = ONCE | {"positions": "one_random"}
+    model = thinking_model(base, thoughts=anywhere)
+    model.save_pretrained(tmp_path / "model", load_tokenizer("bytes"))
+    assert (count(), count("--positions", "once")) == (4, 1)
     assert "--positions: has no effect with --gate" in caplog.text

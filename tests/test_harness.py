@@ -221,5 +221,5 @@ def test_a_model_trained_to_think_once_is_scored_so(folder):
     plain = score(first + rest, thoughts="off") - score(first + rest[:1], thoughts="off")
     assert score(first + rest) == pytest.approx(score(first + rest[:1]) + plain, abs=1e-4)
     assert score(first + rest) != pytest.approx(score(first + rest, positions="every"), abs=1e-4)
-    with pytest.raises(UserError, match=r"positions: 'never' must be trained or every"):
+    with pytest.raises(UserError, match=r"positions: 'never' must be one of trained, once, every"):
         QuietStarLM(str(folder / "once"), positions="never", device="cpu")

@@ -250,7 +250,8 @@ def _parser() -> Parser:
           "text of every thought in the control of that name")  # fmt: skip
     add("--positions", choices=POSITIONS, default="trained",
         help="think about an answer as trained (once before it, if trained with "
-        "thoughts.positions answer_start), or before every one of its tokens")  # fmt: skip
+        "thoughts.positions answer_start, and otherwise before each of its tokens), once, or "
+        "before every one of its tokens")  # fmt: skip
     value("--separator", unicode_text, "", "TEXT",
           "text between prompt and answer of FILE.jsonl; default: none")  # fmt: skip
     value("--include-path", options.folder, None, "DIR",

@@ -141,7 +141,8 @@ def _add_generation(parser: Parser) -> None:
     parser.add_argument(
         "--positions", choices=POSITIONS, default="trained",
         help="think as trained (once before the first new token, if trained with "
-        "thoughts.positions answer_start), or before every new token",
+        "thoughts.positions answer_start, and otherwise before each), once, or before every new "
+        "token",
     )  # fmt: skip
     value("--gate", str, None, "GATE",
           "which tokens think: calibrated, entropy:NATS, weight:W or gain:NATS")  # fmt: skip

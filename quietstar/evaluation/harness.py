@@ -78,7 +78,8 @@ class QuietStarLM(_Harness):
         thought_top_k: Draw thoughts among so many of the most likely tokens.
         seed: Seed of the thoughts' noise.
         positions: ``trained``: a model trained with ``thoughts.positions: answer_start`` thinks
-            once, before a continuation; ``every``: before each of its tokens.
+            once, before a continuation; ``once``: any model does; ``every``: before each of its
+            tokens.
         untrained: Let a plain model think too, with vectors and a head that were never trained.
         device: Device; defaults to a GPU if there is one.
         trust_remote_code: Allow code that comes with a model to run.
@@ -110,7 +111,7 @@ class QuietStarLM(_Harness):
         if thoughts not in ("on", "off"):
             raise UserError(f"thoughts: {thoughts!r} must be on or off")
         if positions not in POSITIONS:
-            raise UserError(f"positions: {positions!r} must be {' or '.join(POSITIONS)}")
+            raise UserError(f"positions: {positions!r} must be one of {', '.join(POSITIONS)}")
         known = inspect.signature(_Harness.__init__).parameters
         if unknown := [name for name in settings if name not in known]:
             near = get_close_matches(unknown[0], [*known, *_OWN_ARGUMENTS], 1)

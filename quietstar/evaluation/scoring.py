@@ -27,8 +27,9 @@ from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import SETTINGS_FILE, TOKENIZER_FILES, read_settings
 from quietstar.model.tuning import WHOLE
 
-POSITIONS = ("trained", "every")
-"""Where answers are thought about: as the model was trained, or before every scored token."""
+POSITIONS = ("trained", "once", "every")
+"""Where answers are thought about: as the model was trained, once before them, or before every
+scored token."""
 _DECISIVE = (
     "*.safetensors", "*.bin", "*.index.json", "*config.json", SETTINGS_FILE, *TOKENIZER_FILES
 )  # fmt: skip
@@ -95,6 +96,8 @@ def load_thinker(
         )
     else:
         model = QuietStarForCausalLM.from_base(name, dtype=dtype, **hub)
+    if positions == "once":
+        model.configure(model.thoughts.model_copy(update={"positions": "answer_start"}))
     if not thinks_once(model, positions):
         rule = {"positions": "all"} if model.thoughts.positions == "answer_start" else {}
         model.configure(model.thoughts.model_copy(update={"lookahead": 1, **rule}))
@@ -178,7 +181,7 @@ def refuse_not_finite() -> LogitsProcessorList:
 
 def thinks_once(model: QuietStarForCausalLM, positions: str) -> bool:
     """Say whether answers are thought about once, before their first token (`POSITIONS`)."""
-    return positions == "trained" and model.thoughts.positions == "answer_start"
+    return positions != "every" and model.thoughts.positions == "answer_start"
 
 
 def predict_plain(
