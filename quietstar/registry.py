@@ -99,6 +99,11 @@ def find(key: str, name: str) -> Any:
         ancestor = getattr(importlib.import_module(package), base)
         if not (inspect.isclass(part) and issubclass(part, ancestor)):
             raise UserError(f"{key} ({name}): it must be a class derived from {kind.base}.")
+        is_inherited = kind.method is not None and called is getattr(ancestor, kind.method)
+        if is_inherited and getattr(part, "thinks", True):
+            raise UserError(
+                f"{key} ({name}): it has no method {kind.method} of its own. Define {wanted}."
+            )
     # A method is looked up on its class, where self is a parameter too.
     is_method = kind.method is not None and inspect.isclass(part)
     try:

@@ -373,11 +373,14 @@ def test_the_command_generates_with_each_control(tmp_path, capsys):
     assert thoughts["swapped"] == thoughts[None][::-1]
     assert thoughts[None][0] != thoughts[None][1]
     assert thoughts["generic"] == [" I "] * 2
+    said = run(*prompts, "--control", "generic", "--generic", "Yes.")[1].out
+    assert re.findall("⟨(.*?)⟩", said) == ["Yes"] * 2
     assert thoughts["pause"] == ["---"] * 2
     assert thoughts["blank"] == []
     for arguments, expected in (
         (("--prompt", "two", "--control", "swapped"), "--control (swapped): takes the thoughts of"),
         ((*prompts, "--batch-size", "1", "--control", "swapped"), "the last batch is a single"),
+        ((*prompts, "--control", "generic", "--generic", ""), "--generic ('')"),
         ((*prompts, "--gate", "entropy:1", "--control", "swapped"), "and no --gate"),
         (("--prompt", "two", "--control", "mixed"), "--control (mixed): must be one of shuffled"),
         (("--prompt", "a", "--no-thoughts", "--control", "blank"), "--no-thoughts: does not go"),

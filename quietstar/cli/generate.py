@@ -148,6 +148,8 @@ def _add_generation(parser: Parser) -> None:
           "which tokens think: calibrated, entropy:NATS, weight:W or gain:NATS")  # fmt: skip
     parser.add_argument("--control", choices=CONTROLS,
                         help="read other thoughts in place of the model's own")  # fmt: skip
+    value("--generic", options.unicode_text, GENERIC_TEXT, "TEXT",
+          "text of every thought with --control generic")  # fmt: skip
     value("--num-thoughts", THOUGHTS, 1, "K",
           "thoughts before each token, whose predictions are averaged")  # fmt: skip
     value("--thought-temperature", options.temperature, None, "T",
@@ -171,6 +173,7 @@ def _load(
         "--num-thoughts": plain, "--thought-temperature": plain,
         "--positions": plain or ("with --gate" if args.gate else None),
         **options.idle_thought_filters(plain, temperature),
+        "--generic": None if args.control == GENERIC else "without --control generic",
         "--top-p": None if args.temperature else "where --temperature is 0",
         "--seed": None if is_drawn else "where all tokens are the most likely ones",
     })  # fmt: skip
@@ -204,18 +207,19 @@ def _load(
         "thought_top_p": args.thought_top_p, "thought_top_k": args.thought_top_k, "seed": args.seed,
         "max_new_tokens": args.max_new_tokens, "pad_token_id": padding_id(tokenizer),
         "logits_processor": refuse_not_finite(),
-        "replace_thoughts": args.control and _control(args.control, model, tokenizer), **sampling,
+        "replace_thoughts": args.control and _control(args, model, tokenizer), **sampling,
     }  # fmt: skip
 
 
 def _control(
-    name: str, model: QuietStarForCausalLM, tokenizer: PreTrainedTokenizerBase
+    args: argparse.Namespace, model: QuietStarForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[Tensor], Tensor]:
     """Return what makes the thoughts of a control of the model's own, (texts, thoughts, length)."""
-    generic = []
+    name, generic = args.control, []
     if name == GENERIC:
-        length = model.thoughts.length
-        generic = controls.generic_tokens(tokenizer, length, GENERIC_TEXT, "--control (generic)")
+        generic = controls.generic_tokens(
+            tokenizer, model.thoughts.length, args.generic, "--generic"
+        )
 
     def replace(own: Tensor) -> Tensor:
         if name == SWAPPED:

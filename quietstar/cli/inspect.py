@@ -12,7 +12,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.cli import options
-from quietstar.cli.options import SEED, THOUGHTS, Parser, whole
+from quietstar.cli.options import SEED, THOUGHTS, Parser, unicode_text, whole
 from quietstar.data.tokenizer import load_tokenizer
 from quietstar.errors import UserError, visible
 from quietstar.evaluation import controls
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.read(arguments)
     parser.warn_idle(args, {
+        "--generic": None if args.controls else "without --controls",
         "--seed": None if args.temperature else "where thoughts are the most likely ones",
         "--force": None if args.out else "without --out",
     })  # fmt: skip
@@ -90,7 +91,9 @@ def _inspect(
     if args.controls and model.thoughts.length < 2:
         raise UserError("--controls: thoughts of one token cannot be shuffled; leave it out")
     temperature = args.temperature or None
-    reading = Reading(args.num_thoughts, temperature, args.seed, context, args.controls)
+    reading = Reading(
+        args.num_thoughts, temperature, args.seed, context, args.controls, args.generic
+    )
     with options.progress(name, num_windows(count, context)) as advance:
         return inspect_text(model, tokenizer, text, name, reading, advance)
 
@@ -163,6 +166,8 @@ def _parser() -> Parser:
     parser.flag(
         "--controls", "also score shuffled and blank thoughts, pause tokens, a generic text"
     )
+    value("--generic", unicode_text, controls.GENERIC_TEXT, "TEXT",
+          "text of every thought in the control of that name")  # fmt: skip
     value("--context", whole(2, 10**6, "no model reads more"), None, "N",
           "tokens that are read at once; default: what the model takes")  # fmt: skip
     return parser

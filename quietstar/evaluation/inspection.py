@@ -53,6 +53,7 @@ class Reading:
     seed: int = 0  # of the thoughts' noise
     context: int | None = None  # most tokens that the model reads at once; None for all
     all_controls: bool = False  # score all controls, not swapped thoughts alone
+    generic: str = GENERIC_TEXT  # what stands in every thought of the control of that name
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def inspect_text(
     for control in MADE if reading.all_controls else ():
         generic = []
         if control == GENERIC:
-            generic = generic_tokens(tokenizer, own.shape[3], GENERIC_TEXT, "--controls: its text")
+            generic = generic_tokens(tokenizer, own.shape[3], reading.generic, "--generic")
         others[control] = make_thoughts(control, own, [0], model.pause_token_id, generic)
     slices = token_slices(tokenizer, text, ids[0].tolist())
     records: list[dict[str, Any]] = [{"position": 0, "id": int(ids[0, 0]), "text": slices[0]}]

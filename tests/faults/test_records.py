@@ -484,6 +484,8 @@ class OddRules(Objective):
         return [1]
     def weigh(self, reward, scores): ...
 
+class Silent(Objective): ...
+
 class Beyond:
     def sample(self, model, texts, positions, spec):
         tokens = texts.input_ids[:, :, None, None].repeat(1, 1, 2, spec.thought_length)
@@ -498,6 +500,11 @@ class Beyond:
         ("loss.reward", "counts", "a tensor of torch.int64 on cpu, but must return one of float32"),
         ("loss.reward", "elsewhere", "on meta, but must return one of float32 on cpu"),
         ("loss.objective", "Alone", "derived from quietstar.objectives.Objective"),
+        (
+            "loss.objective",
+            "Silent",
+            r"it has no method weigh of its own. Define weigh\(reward, sc",
+        ),
         ("loss.objective", "Nothing", "it returned NoneType, but must return ThoughtWeights"),
         ("loss.objective", "Picky", r"it raised ValueError \(not today\)"),
         ("loss.objective", "OddSettings", "its Settings cannot be keys of a config"),
