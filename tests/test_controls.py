@@ -5,7 +5,7 @@ import json
 import pytest
 from launching import launch, marked
 from test_stages import staged_config
-from tiny import read_metrics, run_config
+from tiny import plain_model, read_metrics, run_config
 
 from quietstar.config.loading import load_config, save_config
 from quietstar.errors import UserError
@@ -125,6 +125,12 @@ def test_controls_of_a_tiny_run(tmp_path):
         run_controls(other, 1)
 
 
+def on_a_base(folder, method):
+    """Changes of `staged_config` for a pretrained model."""
+    plain_model().save_pretrained(folder)
+    return {"model__config": None, "model__name_or_path": str(folder), "tuning__method": method}
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path):
     text = run_config(tmp_path)
     with pytest.raises(UserError, match=r"--controls: data.format \(text\)"):
@@ -133,6 +139,29 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     first = next(iter(config.stage_configs().values()))
     with pytest.raises(UserError, match="--controls: the last stage has"):
         check_comparable(config, first)
+    config = staged_config(tmp_path, **on_a_base(tmp_path / "base", "prefix"))
+    last = list(config.stage_configs().values())[-1]
+    with pytest.raises(UserError, match=r"tuning.method \(prefix\) must be full, galore or ad"):
+        check_comparable(config, last)
+
+
+@pytest.mark.slow
+def test_variants_start_from_the_merged_adapters_of_the_stages_before(tmp_path):
+    changes = on_a_base(tmp_path / "base", "lora")
+    config = staged_config(tmp_path / "run", training__save_steps=0, **changes)
+    root = run_controls(config, 1) / "seed-0"
+    merged = str(root / "start" / "merged")
+    for name in TRAINED:
+        saved = load_config(root / name / "config.yaml")
+        assert (saved.model.name_or_path, saved.tuning.method) == (merged, "lora")
+    # Before its first step, every variant predicts as the stages before left the model.
+    before, *others = (
+        next(record for record in read_metrics(root / name) if record["kind"] == "eval")
+        for name in ("full", "no_thoughts", "pause")
+    )
+    last = [record for record in read_metrics(root / "start") if record["kind"] == "eval"][-1]
+    for record in (before, *others):
+        assert record["base_nll"] == pytest.approx(last["base_nll"], abs=1e-5)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Controls: does the thinking make the difference? The last stage again without one of its parts.
 
-All variants start from the same weights, and are trained for several seeds:
+All variants start from the same weights, and are trained for several seeds (adapters of earlier
+stages are merged into their base first):
 
 - ``full``: the stage as it is.
 - ``no_thoughts``: plain language modeling at equal FLOPs, by what ``full`` has counted.
@@ -31,7 +32,9 @@ from quietstar.data import build_data, load_tokenizer
 from quietstar.distributed import from_main_process
 from quietstar.errors import UserError, reading
 from quietstar.evaluation.statistics import mean_over_seeds
+from quietstar.model.merging import merge
 from quietstar.model.quiet_star import QuietStarForCausalLM, marker_tokens
+from quietstar.model.tuning import PEFT_METHODS, WHOLE
 from quietstar.system import files
 from quietstar.training.build import build_accelerator
 from quietstar.training.evaluation import RESULTS_FILE, chosen_positions, score_batch
@@ -101,6 +104,8 @@ def run_controls(
                 changes = {"seed": seed, "output_dir": str(folder / "start")}
                 train(_changed(config, {"training": changes}, stages=earlier))
                 start = folder / "start" / FINAL_FOLDER
+                if config.tuning.method in PEFT_METHODS:
+                    start = from_main_process(accelerator, partial(_merged, start))
             source = str(start or stage.model.tokenizer or stage.model.name_or_path)
             tokenizer = load_tokenizer(source, trust_remote_code=stage.model.trust_remote_code)
             num_markers = sum(map(len, marker_tokens(tokenizer, stage.thoughts)))
@@ -135,7 +140,7 @@ def run_controls(
 
 
 def check_comparable(config: Config, stage: Config) -> None:
-    """Raises UserError unless the last stage thinks about answers and stages train whole models."""
+    """Raises UserError unless the last stage thinks about answers, and variants can start alike."""
     if not stage.loss.thinks:
         raise UserError(
             f"--controls: the last stage has loss.objective: {stage.loss.objective}, but controls "
@@ -146,11 +151,24 @@ def check_comparable(config: Config, stage: Config) -> None:
             "--controls: data.format (text) has no answers whose accuracy could be compared. "
             "Set data.format: qa, or leave --controls out."
         )
-    if len(config.stages) > 1 and config.tuning.method != "full":
+    method = config.tuning.method
+    if len(config.stages) > 1 and method not in (*WHOLE, *PEFT_METHODS):
         raise UserError(
-            f"--controls: tuning.method ({config.tuning.method}) must be full in a run of several "
-            "stages: every control starts from the whole model of the stages before."
+            f"--controls: tuning.method ({method}) must be full, galore or adapters that can be "
+            f"merged ({', '.join(PEFT_METHODS)}) in a run of several stages: every control starts "
+            "from the model of the stages before. Choose one of these."
         )
+
+
+def _merged(trained: Path) -> Path:
+    """Merges the adapters of the stages before into their base, once; returns the new folder.
+
+    All variants, the full one too, begin with fresh adapters on it.
+    """
+    out = trained.with_name("merged")
+    if not out.exists():
+        merge(trained, out)
+    return out
 
 
 def variant(
