@@ -1,5 +1,6 @@
 """Shares of a step: how batches are cut over ranks, and reading one step ahead."""
 
+import json
 import threading
 import time
 from contextlib import closing
@@ -8,11 +9,12 @@ import pytest
 import torch
 from launching import launch
 from test_training import assert_close, timeless
-from tiny import read_metrics, run_config
+from tiny import read_metrics, run_config, thinking_model
 
-from quietstar.config import ThoughtsConfig
+from quietstar.config import DataConfig, ThoughtsConfig
 from quietstar.config.loading import save_config
 from quietstar.data import build_data, load_tokenizer
+from quietstar.data.batches import collate
 from quietstar.errors import UserError
 from quietstar.training.batches import micro_batch_rows, prefetched, read_step
 from quietstar.training.build import check_batch
@@ -45,7 +47,7 @@ def test_a_padding_micro_batch_counts_nothing(tmp_path, positions):
     assert rows == [range(0, 0), range(0, 1), range(1, 2)]
     padded = read_step(data, 0, 5, rows, thoughts, pin=False)
     alone = read_step(data, 0, 5, rows[1:], thoughts, pin=False)
-    assert torch.equal(padded.num_targets, alone.num_targets)
+    assert torch.equal(padded.counts[:2], alone.counts[:2])
     assert (padded.micro_batches[0].labels == -100).all()
     assert padded.micro_batches[0].input_ids.shape == padded.micro_batches[1].input_ids.shape
 
@@ -126,3 +128,40 @@ def test_closing_ends_the_thread():
     with closing(prefetched(lambda step: step, range(10))) as steps:
         next(steps)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("positions", ["all", "random", "entropy", "one_random", "answer_start"])
+def test_padding_changes_no_thought_and_no_loss(tmp_path, positions):
+    """So a batch need be no wider than its texts, and micro-batches may differ in width."""
+    texts = ["two and two is", "one", "a longer question"]
+    answers = [" four", " two", " and a longer answer"]
+    records = [{"question": q, "answer": a} for q, a in zip(texts, answers, strict=True)]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records * 2))
+    config = DataConfig(
+        train=str(tmp_path / "qa.jsonl"), format="qa", template="{question}{answer}", seq_len=56,
+        eval_fraction=0.5,
+    )  # fmt: skip
+    data, eval_data, _ = build_data(config, load_tokenizer("bytes"), 0)
+    batch, samples = data.batch(0, 3), data.samples.read(0, 3, range(3))
+    longest = max(map(len, samples))
+    assert batch.input_ids.shape[1] == -(-longest // 8) * 8 < 56
+    assert len({held_out.input_ids.shape[1] for held_out in eval_data.batches(1)}) == 1
+    wide = collate(samples, [0, 1, 2], 56, data.pad_id)
+    model = thinking_model(thoughts={"length": 3, "lookahead": 2, "positions": positions})
+
+    def run(batch):
+        output = model(
+            batch.input_ids, batch.attention_mask, batch.labels, answers=batch.answers,
+            sample_ids=batch.sample_ids, seed=5,
+        )  # fmt: skip
+        model.zero_grad()
+        output.loss.backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        return output, gradients
+
+    (narrow, gradients), (padded, expected) = run(batch), run(wide)
+    torch.testing.assert_close(narrow.loss, padded.loss, rtol=1e-6, atol=1e-6)
+    for name, value in narrow.metrics.means().items():
+        assert value == pytest.approx(padded.metrics.means()[name], rel=1e-5, abs=1e-6), name
+    for gradient, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-6)

@@ -47,12 +47,13 @@ def test_each_variant_changes_one_thing(tmp_path):
 def test_equal_flops_are_those_that_the_run_has_counted(tmp_path):
     # 3 steps of 4 texts of 20 tokens, all of which think, T 2, A 1, K 2: for a token of text
     # 1 + 2 * 4 tokens forward and backward, and 2 * 2 forward: 3 * (9 + 4 / 3) = 31 steps.
-    record = {"kind": "train", "seconds": 0.3, "thought_tokens_per_second": 320 / 0.3}
+    record = {"kind": "train", "seconds": 0.3, "text_tokens_per_second": 80 / 0.3,
+              "thought_tokens_per_second": 320 / 0.3}  # fmt: skip
     assert matched_steps(last_stage(tmp_path), [record] * 3, 2) == 31
     # 2.5 of 20 tokens think, and thoughts have 1.5 tokens on average (ragged ones): 30 sampled
     # tokens and 20 thoughts, whose markers are 3 tokens: 3 * (80 + 30 + 60 + 10) / 80 = 6.75.
-    record = {"kind": "train", "seconds": 2.0, "thought_tokens_per_second": 15.0,
-              "positions_per_text": 2.5}  # fmt: skip
+    record = {"kind": "train", "seconds": 2.0, "text_tokens_per_second": 40.0,
+              "thought_tokens_per_second": 15.0, "positions_per_text": 2.5}  # fmt: skip
     held_out = {"kind": "eval", "step": 0}
     assert matched_steps(last_stage(tmp_path), [held_out, record], 3) == 7
     # A reference reads 80 tokens of text forward: 3 * (180 + 80 / 3) / 80 = 7.75; where thoughts

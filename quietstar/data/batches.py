@@ -26,11 +26,12 @@ from quietstar.errors import UserError
 IGNORED = -100  # the label of what is no target, as in torch's cross entropy
 FIRST_SAMPLES = 16  # of a stream that has none with a target, the rest will not be read
 ESTIMATE_DOCUMENTS = 256  # tokenized to estimate the figures of a table that is not counted
+WIDTH_MULTIPLE = 8  # of a batch: products on GPUs are faster with it
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one width.
+    """Sequences of one width, that of the longest (or a little more).
 
     Attributes:
         input_ids: Token ids, padded on the right.
@@ -274,7 +275,8 @@ class TrainData:
         assert rows.stop <= batch_size, f"rows {rows} of a batch of {batch_size}"
         first = step * batch_size
         samples = mark_samples(self.samples.read(first, batch_size, rows), self.marker)
-        return collate(samples, [first + row for row in rows], self.seq_len, self.pad_id)
+        width = batch_width(samples, self.seq_len)
+        return collate(samples, [first + row for row in rows], width, self.pad_id)
 
 
 @dataclass(frozen=True)
@@ -291,10 +293,12 @@ class EvalData:
 
     def batches(self, micro_batch_size: int) -> Iterator[Batch]:
         """Yields the sequences in order; the last batch may be smaller."""
+        # One width for all: processes exchange thoughts of their batches.
+        width = batch_width(self.samples, self.seq_len)
         for start in range(0, len(self), micro_batch_size):
             samples = self.samples[start : start + micro_batch_size]
             places = range(start, start + len(samples))
-            yield collate(samples, places, self.seq_len, self.pad_id)
+            yield collate(samples, places, width, self.pad_id)
 
 
 def mark_samples(samples: Sequence[Encoded], marker: PatternMarker | None) -> list[Encoded]:
@@ -304,12 +308,18 @@ def mark_samples(samples: Sequence[Encoded], marker: PatternMarker | None) -> li
     return [replace(sample, marked=marker(sample.ids.tolist())) for sample in samples]
 
 
+def batch_width(samples: Sequence[Encoded], seq_len: int) -> int:
+    """Returns the width of a batch: the longest sample's, rounded up, and at most `seq_len`."""
+    longest = max(map(len, samples), default=0)
+    return min(seq_len, max(1, -(-longest // WIDTH_MULTIPLE)) * WIDTH_MULTIPLE)
+
+
 def collate(
-    samples: Sequence[Encoded], sample_ids: Sequence[int], seq_len: int, pad_id: int
+    samples: Sequence[Encoded], sample_ids: Sequence[int], width: int, pad_id: int
 ) -> Batch:
     """Pads samples on the right to one width."""
     longest = max(map(len, samples), default=0)
-    assert longest <= seq_len, f"sample of {longest} tokens in a batch of width {seq_len}"
+    assert longest <= width, f"sample of {longest} tokens in a batch of width {width}"
 
     def pad(rows: list[np.ndarray], fill: int | bool, width: int) -> Tensor:
         padded = np.full((len(rows), width), fill, np.bool_ if fill is False else np.int64)
@@ -320,13 +330,13 @@ def collate(
     rationales = [sample.rationale for sample in samples]
     labels = [np.where(sample.targets, sample.ids, IGNORED) for sample in samples]
     return Batch(
-        input_ids=pad([sample.ids for sample in samples], pad_id, seq_len),
-        attention_mask=pad([np.ones(len(sample)) for sample in samples], False, seq_len),
-        labels=pad(labels, IGNORED, seq_len),
+        input_ids=pad([sample.ids for sample in samples], pad_id, width),
+        attention_mask=pad([np.ones(len(sample)) for sample in samples], False, width),
+        labels=pad(labels, IGNORED, width),
         sample_ids=torch.tensor(list(sample_ids), dtype=torch.int64),
-        answers=pad([sample.answers for sample in samples], False, seq_len),
+        answers=pad([sample.answers for sample in samples], False, width),
         rationale=pad(rationales, IGNORED, max(map(len, rationales), default=0)),
-        marked=pad([sample.marked for sample in samples], False, seq_len),
+        marked=pad([sample.marked for sample in samples], False, width),
     )
 
 

@@ -26,7 +26,7 @@ class StepBatches:
     """What one rank runs in one optimizer step, in host memory."""
 
     micro_batches: list[Batch]  # as many on every rank
-    num_targets: Tensor  # target tokens of all micro-batches, and positions that think, (2,)
+    counts: Tensor  # of all micro-batches: targets, positions that think, tokens that run, (3,)
 
 
 def read_ahead(run: StageRun) -> Generator[StepBatches, None, None]:
@@ -76,7 +76,7 @@ def read_step(
     Steps are those of the whole run, from 0, and have ``batch_size`` rows over all ranks. ``pin``
     page-locks the tensors, so that copies to a GPU can overlap with its work.
     """
-    batches, num_targets = [], torch.zeros(2, dtype=torch.long)
+    batches, counts = [], torch.zeros(3, dtype=torch.long)
     for of_one in rows:
         # In place of an empty micro-batch runs a text without targets, whose loss is zero. The last
         # one is never empty, since parts round down.
@@ -86,12 +86,13 @@ def read_step(
             batch = dataclasses.replace(batch, labels=labels)
         thinking = count_thinking(batch, thoughts)
         targets = batch.labels[:, 1:] != IGNORE_INDEX
-        num_targets += torch.stack([targets.sum(), thinking.sum()])
+        num_tokens = torch.tensor(batch.input_ids.numel())
+        counts += torch.stack([targets.sum(), thinking.sum(), num_tokens])
         if pin:
             names = [field.name for field in dataclasses.fields(batch)]
             batch = Batch(*[getattr(batch, name).pin_memory() for name in names])
         batches.append(batch)
-    return StepBatches(batches, num_targets)
+    return StepBatches(batches, counts)
 
 
 def count_thinking(batch: Batch, thoughts: ThoughtsConfig) -> Tensor:

@@ -203,33 +203,35 @@ def matched_steps(stage: Config, records: Sequence[Mapping[str, Any]], num_marke
     """Returns the steps of plain language modeling at the FLOPs of a run of the stage that thinks.
 
     A token costs one unit forward and two backward, so by the run's own counts (``records``, those
-    of metrics.jsonl), with B texts of S tokens in a step, N thoughts in it and M tokens in all of
-    them, a step costs
+    of metrics.jsonl), with S text tokens in a step, N thoughts and M tokens in all of these, a step
+    costs
 
-        3 (B S + M + N (markers + A - 1)) + M,
+        3 (S + M + N (markers + A - 1)) + M,
 
     text, thoughts, and the A - 1 true tokens behind each forward and backward, and the M sampled
     tokens forward. (To sample M tokens takes as many forward: the start of a thought stands in for
     its last token.) With inner epochs the first term counts so many times. A reference reads the
     text forward; one that thoughts are compared with reads these too, and then they are drawn in a
-    pass of their own over the text. A plain step costs 3 B S. Counted are real tokens of thoughts
-    that end early. The mixing head and the output layer, which also predicts in plain training,
-    are left out.
+    pass of their own over the text. A plain step costs 3 S. Texts count with their padding to the
+    longest of a micro-batch, thoughts that end early with the tokens they have. The mixing head and
+    the output layer, which also predicts in plain training, are left out.
     """
     thoughts, settings = stage.thoughts, stage.training
     objective = registry.find("loss.objective", stage.loss.objective)(stage.loss)
     has_reference = objective.reads_reference(stage.loss.reward)
     is_compared = has_reference and (objective.kl_weight > 0 or objective.needs_log_ratio)
-    text = settings.global_batch_size * stage.data.seq_len
-    costs = []
+    texts, costs = [], []
     for record in (record for record in records if record["kind"] == "train"):
         sampled = round(record["thought_tokens_per_second"] * record["seconds"])
-        places = record.get("positions_per_text", stage.data.seq_len) * settings.global_batch_size
+        text = round(record["text_tokens_per_second"] * record["seconds"])
+        of_text = record.get("positions_per_text")  # absent where all positions think
+        places = text if of_text is None else of_text * settings.global_batch_size
         behind = round(places) * thoughts.num_thoughts * (num_markers + thoughts.lookahead - 1)
+        texts.append(text)
         learned = text + sampled + behind
         cost = 3 * settings.inner_epochs * learned + sampled
         costs.append(cost + has_reference * text + is_compared * learned)
-    return -(-settings.max_steps * sum(costs) // (3 * text * len(costs)))
+    return -(-settings.max_steps * sum(costs) // (3 * sum(texts)))
 
 
 def _changed(config: Config, changes: Mapping[str, Mapping[str, Any]], stages=None) -> Config:

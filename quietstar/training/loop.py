@@ -63,9 +63,8 @@ def train(run: StageRun) -> None:
                     update(run, StepCheck(first + done, sums))
                     output.metrics = with_ratios(output.metrics, again.metrics)
                 run.steps_done = done
-                run.reporter.step_ends(
-                    first + done, check.loss, check.norms, lr, output, check.num_positions
-                )
+                counts = (check.num_positions, check.num_text_tokens)
+                run.reporter.step_ends(first + done, check.loss, check.norms, lr, output, *counts)
             if check.stop_requested:
                 raise acknowledge()
             check_idle_texts(run, first + done, check.num_positions)
@@ -185,13 +184,12 @@ def accumulate_gradients(
 
     Returns:
         The last micro-batch's output with the step's metrics (over all ranks if the step is
-        reported); the sums over ranks of the loss, of requests to stop and of positions, (3,); and
-        the thoughts of each micro-batch, if they are needed again.
+        reported); the sums over ranks of the loss, of requests to stop, of positions and of text
+        tokens, (4,); and the thoughts of each micro-batch, if they are needed again.
     """
     accelerator = run.accelerator
-    num_items, num_thought_items = accelerator.reduce(
-        batches.num_targets.to(accelerator.device, non_blocking=True), "sum"
-    )
+    counts = accelerator.reduce(batches.counts.to(accelerator.device, non_blocking=True), "sum")
+    num_items, num_thought_items, _ = counts
     head = run.config.mixing_head
     total = torch.zeros((), device=accelerator.device)
     metrics: ThoughtMetrics | None = None
@@ -233,7 +231,8 @@ def accumulate_gradients(
     loss, stops = accelerator.reduce(torch.stack([total, stop]), "sum")
     if drawn is None and run.objective.needs_running and run.stage.thinks:
         run.running = next_running(run, metrics)
-    return output, torch.stack([loss, stops, num_thought_items.to(loss.dtype)]), kept
+    sums = torch.stack([loss, stops, *(x.to(loss.dtype) for x in counts[1:])])
+    return output, sums, kept
 
 
 @torch.no_grad()
@@ -297,11 +296,12 @@ class StepCheck:
 
     Called by the strategy before the weights change where that is possible, so it is also what
     stops a step that would destroy them. ``step`` counts those of the run, this one included;
-    ``sums`` are those over ranks of the loss, of requests to stop and of positions, (3,).
+    ``sums`` are those over ranks of the loss, of requests to stop, of positions and of text tokens.
     """
 
     def __init__(self, step: int, sums: Tensor) -> None:
-        self.loss, self.stop_requested, self.num_positions = math.nan, False, 0
+        self.loss, self.stop_requested = math.nan, False
+        self.num_positions = self.num_text_tokens = 0
         self.norms: dict[str, float] = {}
         self._step, self._sums = step, sums
 
@@ -309,8 +309,9 @@ class StepCheck:
         """Raises UserError if the loss or the total gradient norm is not finite."""
         on_device = [norm.to(self._sums.device, torch.float32) for norm in norms.values()]
         # The only place of a step that waits for the device.
-        self.loss, stops, positions, *values = torch.stack([*self._sums, *on_device]).tolist()
-        self.num_positions = int(positions)
+        on_host = torch.stack([*self._sums, *on_device]).tolist()
+        self.loss, stops, positions, text_tokens, *values = on_host
+        self.num_positions, self.num_text_tokens = int(positions), int(text_tokens)
         self.stop_requested, self.norms = stops > 0, dict(zip(norms, values, strict=True))
         read = {"loss": self.loss, "gradient norm": self.norms.get("total", 0.0)}
         bad = [f"{name} {value}" for name, value in read.items() if not math.isfinite(value)]

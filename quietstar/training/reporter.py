@@ -175,12 +175,13 @@ class Reporter:
         lr: float,
         output: QuietStarOutput,
         num_positions: int = 0,
+        num_text_tokens: int = 0,
     ) -> None:
         """Reports a step: bar, file, trackers, guards, now and then a thought.
 
         ``step`` counts those of the run, this one included. Gradient norms are by group and in
-        total, before clipping; loss and metrics of the output, and the number of positions that
-        thought, are those of the whole step.
+        total, before clipping; loss and metrics of the output, and the numbers of positions that
+        thought and of text tokens, are those of the whole step.
         """
         self.bar.advance(self._task)
         if not self.active or not self.is_step_due(step):
@@ -192,18 +193,17 @@ class Reporter:
         else:
             unit = 2**20 if sys.platform == "darwin" else 2**10
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        text_tokens = config.training.global_batch_size * config.data.seq_len
         figures = {
             "loss": loss,
             **output.metrics.means(),
             **{f"grad_norm_{name}": norm for name, norm in norms.items()},
             "lr": lr,
             "seconds": seconds,
-            "text_tokens_per_second": text_tokens / seconds,
+            "text_tokens_per_second": num_text_tokens / seconds,
             "peak_memory_mb": peak,
         }
         if self.stage.thinks:
-            num_tokens = text_tokens * config.thoughts.num_thoughts * config.thoughts.length
+            num_tokens = num_text_tokens * config.thoughts.num_thoughts * config.thoughts.length
             if config.thoughts.positions != "all" or "thought_length" in figures:
                 num_tokens = int(output.metrics.figures["thought_logprob"][1])
             figures["thought_tokens_per_second"] = num_tokens / seconds
