@@ -18,6 +18,7 @@ from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
 from quietstar.evaluation.controls import CONTROLS
 from quietstar.generation.gates import Gate, Probe
+from quietstar.generation.generate import most_tokens
 from quietstar.model.merging import merge
 
 LENGTH, NEW = 3, 5
@@ -487,15 +488,22 @@ def test_given_thoughts_that_do_not_fit_are_refused(positions, shape, words):
 
 def test_the_command_thinks_as_the_model_was_trained(tmp_path, capsys, caplog):
     base = plain_model(max_position_embeddings=128, eos_token_id=256)
-    thinking_model(base, thoughts=ONCE).save_pretrained(tmp_path / "model", load_tokenizer("bytes"))
+    model = thinking_model(base, thoughts=ONCE)
+    model.save_pretrained(tmp_path / "model", load_tokenizer("bytes"))
 
-    def count(*arguments):
-        line = ["generate", "--model", tmp_path / "model", "--device", "cpu", "--prompt", "two",
-                "--max-new-tokens", 4, "--show-thoughts", *arguments]  # fmt: skip
+    def count(*arguments, folder="model", new=("--max-new-tokens", 4)):
+        line = ["generate", "--model", tmp_path / folder, "--device", "cpu", "--prompt", "two",
+                *new, "--show-thoughts", *arguments]  # fmt: skip
         assert cli.main([str(word) for word in line]) == 0
         return capsys.readouterr().out.count("⟨")
 
     assert (count(), count("--positions", "every")) == (1, 4)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "final").symlink_to(tmp_path / "model")
+    assert count(folder="run") == 1, "a run stands for its model"
+    # The model has 128 positions: 128 tokens behind a prompt never fit, and are no default.
+    assert count(new=()) == 1
+    assert most_tokens(model, thinks=True) == 128 - (1 + LENGTH + 1) + 1
     assert count("--gate", "entropy:-1", "--positions", "every") == 4
     anywhere = ONCE | {"positions": "one_random"}
     model = thinking_model(base, thoughts=anywhere)

@@ -81,7 +81,7 @@ def test_the_reward_is_that_of_the_tested_tutorial_in_ten_lines():
 
 
 def test_the_generate_command_fits_the_demo_as_typed():
-    (command,) = re.findall(r"quietstar generate --model runs/demo/final .*", README)
+    (command,) = re.findall(r"quietstar generate --model runs/demo .*", README)
     arguments = shlex.split(command)
     prompt = arguments[arguments.index("--prompt") + 1]
     new = int(arguments[arguments.index("--max-new-tokens") + 1])

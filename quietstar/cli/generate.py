@@ -19,12 +19,13 @@ from quietstar.evaluation.controls import CONTROLS, GENERIC, GENERIC_TEXT, SHUFF
 from quietstar.evaluation.scoring import POSITIONS, refuse_not_finite
 from quietstar.evaluation.tasks import MAX_BYTES
 from quietstar.generation.gates import PROBED, Gate, GateKind
-from quietstar.generation.generate import ThinkingStreamer
+from quietstar.generation.generate import ThinkingStreamer, most_tokens
 from quietstar.model.outputs import without_padding
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.system.limits import TooLong, limited
 
 HELP = "/reset starts over, /thoughts shows or hides thoughts, /quit ends"
+NEW_TOKENS = 128
 OPEN, CLOSE = "⟨", "⟩"
 TEMPLATE_SECONDS = 5.0
 """Time that a chat template gets for a talk; real ones take milliseconds."""
@@ -135,7 +136,8 @@ def _add_generation(parser: Parser) -> None:
     """Add the options that both commands have: model, thoughts and sampling."""
     options.add_model(parser)
     value = parser.value
-    value("--max-new-tokens", TOKENS, 128, "N", "length of the answer")
+    value("--max-new-tokens", TOKENS, None, "N",
+          f"length of the answer (default: {NEW_TOKENS}, or what fits into the model)")  # fmt: skip
     parser.flag("--show-thoughts", "print them dim, before their token")
     parser.flag("--no-thoughts", "generate with the plain model")
     parser.add_argument(
@@ -237,6 +239,10 @@ def _control(
 
 def _generate(model: QuietStarForCausalLM, ids: Tensor, mask: Tensor, **settings: Any) -> Any:
     """Generate; what is wrong with an argument is said of its option."""
+    if settings["max_new_tokens"] is None:
+        most = most_tokens(model, thinks=settings["think"] is not False)
+        room = NEW_TOKENS if most is None else min(NEW_TOKENS, most - ids.shape[1])
+        settings["max_new_tokens"] = max(1, room)  # a prompt without any room is refused
     try:
         return model.generate(ids, attention_mask=mask, **settings)
     except UserError as problem:

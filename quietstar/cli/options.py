@@ -104,6 +104,9 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{unknown[0]}: belongs to no option")
         if getattr(args, "ema", False):  # of `add_model`
             args.model = _averaged_model(args.model)
+        for name in ("model", "compare"):
+            if getattr(args, name, None) is not None:
+                setattr(args, name, _trained_model(getattr(args, name)))
         self.check(args)
         return args
 
@@ -373,12 +376,25 @@ def table(headings: Sequence[str], left: Sequence[str], title: str | None = None
 def add_model(parser: argparse.ArgumentParser, meaning: str = "a saved Quiet-STaR model") -> None:
     """Add ``--model``, ``--ema``, ``--dtype`` and ``--device``; `Parser.read` reads ``--ema``."""
     add = parser.add_argument
-    add("--model", type=existing, required=True, metavar="DIR", help=f"folder of {meaning}")
+    add("--model", type=existing, required=True, metavar="DIR",
+        help=f"folder of {meaning}, or of the run that trained it")  # fmt: skip
     add("--ema", action="store_true", help="DIR is a run's folder, of which the moving average of "
         "the weights is taken")  # fmt: skip
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", default="auto", choices=dtypes, help="precision of the weights")
     add("--device", type=device, metavar="NAME", help="default: a GPU if there is one")
+
+
+def _trained_model(name: str) -> str:
+    """Return the model in the folder of a run, and any other name as it is."""
+    if not Path(name).is_dir():
+        return name
+    from quietstar.model.saving import SETTINGS_FILE  # imports torch
+    from quietstar.training.run_dir import FINAL_FOLDER
+
+    inside = Path(name) / FINAL_FOLDER
+    is_run = (inside / SETTINGS_FILE).exists() and not (Path(name) / SETTINGS_FILE).exists()
+    return str(inside) if is_run else name
 
 
 def _averaged_model(name: str) -> str:
@@ -415,14 +431,10 @@ def load_model(
     """
     from quietstar.backbone.devices import find_device
     from quietstar.evaluation.scoring import load_thinker
-    from quietstar.model.saving import SETTINGS_FILE
     from quietstar.training.build import quiet_libraries
 
     quiet_libraries()
     name = name or str(args.model)
-    inside = Path(name) / "final"
-    if (inside / SETTINGS_FILE).exists() and not (Path(name) / SETTINGS_FILE).exists():
-        raise UserError(f"--model ({name}): is the folder of a run; its model is in {inside}")
     try:
         model = load_thinker(
             name, needs_training, args.dtype, remedy, positions, trust_remote_code=False

@@ -141,13 +141,9 @@ def _check(model: Any, config: GenerationConfig, prompt: int, thinks: bool) -> N
             f"num_beams: {config.num_beams} cannot be: beams are not thought about. Set "
             "num_beams=1, with do_sample=True for variety."
         )
-    positions = getattr(model.causal_lm.config.get_text_config(), "max_position_embeddings", None)
-    # The last token is only predicted: the one before it is the last with a thought behind it.
-    block = model.block_length - model.thoughts.lookahead + 1 if thinks else 0
-    block += num_virtual(model.causal_lm) - 1
-    if positions is None or config.max_length + block <= positions:
+    positions, most = _positions(model), most_tokens(model, thinks)
+    if most is None or config.max_length <= most:
         return
-    most = positions - block  # tokens of a text
     if prompt >= most:
         raise UserError(
             f"the prompt ({prompt} tokens): must have fewer than {most}, as many as the model's "
@@ -158,6 +154,18 @@ def _check(model: Any, config: GenerationConfig, prompt: int, thinks: bool) -> N
         f"the prompt has {prompt} tokens, and the model's {positions} positions hold texts of "
         f"{most} tokens beside a thought. Set it lower."
     )
+
+
+def _positions(model: Any) -> int | None:
+    return getattr(model.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+
+
+def most_tokens(model: Any, thinks: bool) -> int | None:
+    """Count the tokens that a prompt and its continuation may have; None for any number."""
+    positions = _positions(model)
+    # The last token is only predicted: the one before it is the last with a thought behind it.
+    block = model.block_length - model.thoughts.lookahead + 1 if thinks else 0
+    return None if positions is None else positions - block - num_virtual(model.causal_lm) + 1
 
 
 def new_decoder(
