@@ -72,7 +72,8 @@ def read_record(raw: object, fields: Mapping[str, str], where: str) -> Record:
     record: Record = {}
     for name, field in fields.items():
         if is_template(field):
-            record[name] = check_unicode(_render(field, raw, where, name), f"{where}: data.{name}")
+            text = _render(field, raw, where, name)
+            record[name] = check_unicode(text, f"{where}: data.{name}_field")
             continue
         if field not in raw:
             raise missing_field(field, list(raw), where, name)

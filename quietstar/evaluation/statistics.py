@@ -410,7 +410,7 @@ def draw_examples(
             continue
         chosen.append({
             "id": own["id"], "prompt": own["prompt"], "answer": own["answer"],
-            "thought": own["thought_texts"][0][0], "predicted": own["predicted"][0],
+            "thought": own["thought_texts"][0][0], "predicted": (own.get("predicted") or [""])[0],
             "with": own["metrics"][main][0], "without": float(np.mean(plain["metrics"][main])),
         })  # fmt: skip
     return examples if any(examples.values()) else {}
