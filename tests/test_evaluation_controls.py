@@ -26,6 +26,7 @@ from quietstar.evaluation.controls import (
     shuffle_tokens,
     swap_positions,
 )
+from quietstar.model import quiet_star
 from quietstar.reports import write_report
 from quietstar.training.evaluation import compare, figures, score_batch
 from quietstar.training.run import run_training
@@ -181,6 +182,17 @@ def test_the_swap_is_the_same_however_many_ranks_share_the_texts():
     alone = figures(compare(model, rows[:1]))
     assert "gain_of_content" not in alone
     assert "gain_over_pause" in alone
+
+
+def test_a_text_runs_once_for_its_own_thoughts_and_once_for_all_controls(monkeypatch):
+    model, ran = thinking_model(thoughts={"length": 2}).eval(), []
+    run = quiet_star.run_text
+    monkeypatch.setattr(quiet_star, "run_text", lambda *given: ran.append(1) or run(*given))
+    tokens, nothing = torch.arange(24).view(3, 8), torch.zeros(3, 8, dtype=torch.bool)
+    rationale = torch.full((3, 2), 5)
+    batch = Batch(tokens, ~nothing, tokens, torch.arange(3), nothing, rationale, nothing)
+    compare(model, [batch, batch], names=CONTROLS, generic=[1])
+    assert len(ran) == 4
 
 
 # --- Evaluations of a training run ----------------------------------------------------------------

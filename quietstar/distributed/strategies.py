@@ -88,6 +88,7 @@ class ModelProxy:
     def _call(self, method: str, *args: Any, **keywords: Any) -> Any:
         return self.prepared(method, *args, **keywords)
 
+    run_text = partialmethod(_call, "run_text")
     think = partialmethod(_call, "think")
     sample = partialmethod(_call, "sample")
     score_plain = partialmethod(_call, "score_plain")

@@ -746,6 +746,12 @@ class QuietStarForCausalLM(nn.Module):
     # --- Looking at it: thoughts, scores, generated texts -----------------------------------------
 
     @torch.no_grad()
+    def run_text(self, input_ids: Int[Tensor, "batch seq"]) -> TextRun:
+        """Run texts once, for calls of `sample` and `think` that look at the same ones."""
+        self._check_ids(input_ids, "input_ids", ignored=False)
+        return run_text(self.causal_lm, input_ids)
+
+    @torch.no_grad()
     def think(
         self,
         input_ids: Int[Tensor, "batch seq"],
@@ -760,6 +766,7 @@ class QuietStarForCausalLM(nn.Module):
         positions: Int[Tensor, "batch positions"] | None = None,
         sample_ids: Int[Tensor, " batch"] | None = None,
         seed: int = 0,
+        text: TextRun | None = None,
     ) -> Thoughts:
         """Think at every position and say what it did to the prediction of the true tokens.
 
@@ -777,6 +784,7 @@ class QuietStarForCausalLM(nn.Module):
                 (`choose_positions`).
             sample_ids: As in `forward`; by default 0, 1, ...
             seed: Seed of the noise.
+            text: What `run_text` made of the texts; without it they run here.
 
         Raises:
             UserError: A text too long for the model, padded on the left, or with ids outside the
@@ -787,11 +795,11 @@ class QuietStarForCausalLM(nn.Module):
         if thoughts is None:
             thoughts = self.sample(
                 input_ids, num_thoughts=num_thoughts, temperature=temperature, top_p=top_p,
-                top_k=top_k, positions=positions, sample_ids=sample_ids, seed=seed,
+                top_k=top_k, positions=positions, sample_ids=sample_ids, seed=seed, text=text,
             )  # fmt: skip
         self._check_given(thoughts, input_ids, positions)
         tokens = token_major(thoughts)
-        states, weight = self.states_with(input_ids, tokens, positions)
+        states, weight = self.states_with(input_ids, tokens, positions, text=text)
         head, terms = self.output_head, LossTerms(None, scoring=True)
         _, scored = loss_from_states(
             states, weight, tokens, labels, head, terms, positions=positions

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from quietstar.backbone.run import TextRun
 from quietstar.data import Batch
 from quietstar.distributed import ModelProxy
 from quietstar.evaluation.controls import (
@@ -131,10 +132,10 @@ def compare(
     parts: dict[str, list[ThoughtMetrics]] = {kind: [] for kind in ("own", *names)}
     thoughts_of_batches = []
     for batch in batches:
-        positions = chosen_positions(model, batch)
-        where = {"positions": positions, "sample_ids": batch.sample_ids}
+        positions, text_run = chosen_positions(model, batch), model.run_text(batch.input_ids)
+        where = {"positions": positions, "sample_ids": batch.sample_ids, "text": text_run}
         own = model.sample(batch.input_ids, **where)
-        metrics = score_batch(model, batch, own, positions)
+        metrics = score_batch(model, batch, own, positions, text_run)
         if batch.rationale.shape[1] > 0:
             sampled = model.sample(batch.input_ids, num_thoughts=SAMPLES, temperature=1.0, **where)
             right = right_thoughts(sampled, batch.answers, batch.rationale, positions)
@@ -147,6 +148,7 @@ def compare(
     if SWAPPED in names:
         swap = plan_swap(gather([text for *_, texts in thoughts_of_batches for text in texts]))
     for batch, own, positions, texts in thoughts_of_batches:
+        text_run = model.run_text(batch.input_ids) if names else None
         for name in names:
             if name != SWAPPED:
                 numbers, pause = batch.sample_ids.tolist(), model.pause_token_id
@@ -155,7 +157,7 @@ def compare(
                 given = torch.stack([swap(text, own.shape[2]) for text in texts]).to(own.device)
             else:
                 continue
-            parts[name].append(score_batch(model, batch, given, positions))
+            parts[name].append(score_batch(model, batch, given, positions, text_run))
         advance()
     return {kind: reduce(add, metrics[:counted]) for kind, metrics in parts.items() if metrics}
 
@@ -169,11 +171,15 @@ def chosen_positions(model: Thinker, batch: Batch) -> Tensor | None:
 
 
 def score_batch(
-    model: Thinker, batch: Batch, thoughts: Tensor, positions: Tensor | None = None
+    model: Thinker,
+    batch: Batch,
+    thoughts: Tensor,
+    positions: Tensor | None = None,
+    text_run: TextRun | None = None,
 ) -> ThoughtMetrics:
-    """Scores a batch with given thoughts (at given positions)."""
+    """Scores a batch with given thoughts (at given positions), behind texts that ran or run now."""
     inputs = (batch.input_ids, batch.attention_mask, batch.labels)
-    scored = model.think(*inputs, thoughts=thoughts, positions=positions)
+    scored = model.think(*inputs, thoughts=thoughts, positions=positions, text=text_run)
     ids, answers = batch.input_ids, batch.answers
     accuracies = {
         "accuracy_without_thoughts": right_answers(scored.base_predicted[:, None], ids, answers),
