@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from quietstar.data.tokenizer import pad_left
 from quietstar.errors import UserError
 from quietstar.evaluation.scoring import not_finite, refuse_not_finite
 from quietstar.sampling.samplers.generate import plainly
+
+WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention")
+"""Names that configs have for how far a layer attends."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,6 @@ class Prefix:
         assert made is not None, "a prefix that begins rows has been run"
         made.batch_repeat_interleave(count)
         return made
-
-    def is_whole(self, total: int) -> bool:
-        """Say whether no layer has a window shorter than ``total`` tokens."""
-        layers = [] if self.cache is None else self.cache.layers
-        return all(getattr(layer, "sliding_window", total) >= total for layer in layers)
 
 
 class Runner:
@@ -97,6 +96,13 @@ class Runner:
     def context(self) -> int | None:
         """Most tokens of a row; None if the model has no limit."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def window(self) -> float:
+        """Tokens that the layer with the shortest window attends to; infinity without windows."""
+        config = self.model.config.get_text_config()
+        sizes = (getattr(config, name, None) for name in WINDOWS)
+        return float(min((size for size in sizes if isinstance(size, int)), default=math.inf))
 
     @torch.no_grad()
     def run_prefix(self, rows: Sequence[list[int]]) -> Prefix:
@@ -164,7 +170,7 @@ class Runner:
             UserError: The model's logits are not finite.
         """
         total = max(map(len, rows)) + num_tokens
-        shares = prefix.begins(rows) and self._takes_positions and prefix.is_whole(total)
+        shares = prefix.begins(rows) and self._takes_positions and self.window >= total
         begin = len(prefix.ids) if shares else 0
         ids, mask = pad_left([row[begin:] for row in rows], self.pad)
         given: dict[str, Any] = {}
