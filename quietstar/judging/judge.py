@@ -181,7 +181,7 @@ class Judge:
         where: Sequence[str] | None = None,
         advance: Callable[[], object] = lambda: None,
     ) -> list[Comparison]:
-        """Say for every prompt which of two candidates is preferred (section 2.1.1).
+        """Say for every prompt which of two candidates is preferred (the paper's soft labels).
 
         Both orders are judged. P(first) = (P("1" | first, second) + P("2" | second, first)) / 2,
         with P the softmax over the logits of the two labels.
@@ -228,7 +228,7 @@ class Judge:
         where: Sequence[str] | None = None,
         advance: Callable[[], object] = lambda: None,
     ) -> list[Rating]:
-        """Rate a candidate for every prompt from 1 to 10 (direct RLAIF, section 2.2.2).
+        """Rate a candidate for every prompt from 1 to 10 (the paper's direct RLAIF).
 
         P("10") is P("1") P("0" | "1") where the tokenizer writes two tokens, and P("1") excludes
         it. The score is (sum of i P(i) - 5.5) / 4.5 with P normalized over the ten.

@@ -152,7 +152,7 @@ class LabelFile:
     """The file of preferences, which grows in the order of the pairs, and one of their settings.
 
     The settings, and at the end the summary, have a file of their own, so that every line of the
-    preferences is an example.
+    preferences is an example. Nothing is written or replaced before the first lines are finished.
 
     Attributes:
         labels: Those that are finished.
@@ -183,11 +183,10 @@ class LabelFile:
         self.labels: list[Label] = []
         remedy = "Give another --out, or --force to begin anew."
         is_new = force or file_kind(path) == "none" or path.stat().st_size == 0
+        self._is_begun = not is_new
         if not force:
             self._check_settings(is_new, remedy)
-        if is_new:  # first the lines: none of them must stand beside settings that are not theirs
-            write_whole(path, "")
-            write_json(summary_path, {"judge": settings, "summary": None})
+        if is_new:
             return
         where = f"--out ({path})"
         with reading(where, remedy), open_input(path) as file:
@@ -229,6 +228,10 @@ class LabelFile:
             UserError: They cannot be written.
         """
         rows = (json.dumps(x.model_dump(), ensure_ascii=False, allow_nan=False) for x in labels)
+        if not self._is_begun:  # the lines first: old ones must not stand beside new settings
+            write_whole(self.path, "")
+            write_json(self.summary_path, {"judge": self.settings, "summary": None})
+            self._is_begun = True
         try:
             with held():
                 append(self.path, "".join(row + "\n" for row in rows))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -48,48 +49,19 @@ class Template:
     Attributes:
         name: Built-in name or file, for messages.
         source: Text of the template.
+
+    Raises:
+        UserError: It lacks a block, fails, or leaves out what is judged.
     """
 
     name: str
     source: str
 
-    @cached_property
-    def _compiled(self) -> CompiledTemplate:
-        environment = ImmutableSandboxedEnvironment(
-            undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True
-        )
-        return environment.from_string(self.source)
-
-    def render(self, blocks: Sequence[str], values: Mapping[str, str]) -> str:
-        """Write blocks one behind the other; an optional one that is missing is empty.
-
-        Raises:
-            UserError: The template fails, or takes too long.
-        """
-        where, remedy = f"--template ({self.name})", "Correct the template."
-        try:
-            with reading(where, remedy), limited(TEMPLATE_SECONDS):
-                made = self._compiled
-                parts: list[Any] = [made.blocks[name] for name in blocks if name in made.blocks]
-                return "".join("".join(part(made.new_context(dict(values)))) for part in parts)
-        except TooLong as problem:
-            raise UserError(
-                f"{where}: takes more than {TEMPLATE_SECONDS:g} seconds. {remedy}"
-            ) from problem
-
-    def check(self) -> None:
-        """Refuse a template that lacks a block or fails, before any model is loaded.
-
-        Raises:
-            UserError: See above.
-        """
+    def __post_init__(self) -> None:
+        """Refuse a template that cannot be used, before any model is loaded."""
         where = f"--template ({self.name})"
-        try:
+        with self._limited():
             known = set(self._compiled.blocks)
-        except TemplateSyntaxError as problem:
-            raise UserError(
-                f"{where}: line {problem.lineno}: {problem.message}. Correct the template."
-            ) from problem
         if missing := [name for name in BLOCKS if name not in known]:
             raise UserError(
                 f"{where}: has no block {missing[0]}; it must have {', '.join(BLOCKS)}. Write "
@@ -98,14 +70,47 @@ class Template:
         for kind, names in FIELDS.items():
             marks = {name: f"<{name}>" for name in names}
             head = ("preamble", "examples", kind)
+            self.render(("rationale",), marks)
             self.render((f"{kind}_ending",), {})
-            self.render(("rationale",), {})
             text = self.render(head, marks)
             if absent := [x for x in names if self.render(head, {**marks, x: "?"}) == text]:
                 raise UserError(
                     f"{where}: its block {kind} does not write {absent[0]}. Put "
                     f"{{{{ {absent[0]} }}}} into it."
                 )
+
+    def render(self, blocks: Sequence[str], values: Mapping[str, str]) -> str:
+        """Write blocks one behind the other; an optional one that is missing is empty.
+
+        Raises:
+            UserError: The template fails, or takes too long.
+        """
+        with self._limited():
+            made = self._compiled
+            parts: list[Any] = [made.blocks[name] for name in blocks if name in made.blocks]
+            return "".join("".join(part(made.new_context(dict(values)))) for part in parts)
+
+    @cached_property
+    def _compiled(self) -> CompiledTemplate:
+        environment = ImmutableSandboxedEnvironment(
+            undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True
+        )
+        return environment.from_string(self.source)
+
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        """Turn whatever the template does wrong, loops without end included, into one line."""
+        where, remedy = f"--template ({self.name})", "Correct the template."
+        try:
+            with reading(where, remedy), limited(TEMPLATE_SECONDS):
+                try:
+                    yield
+                except TemplateSyntaxError as problem:
+                    raise ValueError(f"line {problem.lineno}: {problem.message}") from problem
+        except TooLong as problem:
+            raise UserError(
+                f"{where}: takes more than {TEMPLATE_SECONDS:g} seconds. {remedy}"
+            ) from problem
 
     @property
     def digest(self) -> str:
@@ -128,9 +133,7 @@ def load_template(name: str) -> Template:
         raise UserError(
             f"--template ({name}): must be one of {', '.join(TEMPLATES)}, or a file. Give one."
         )
-    template = Template(name, source)
-    template.check()
-    return template
+    return Template(name, source)
 
 
 @dataclass(frozen=True)
