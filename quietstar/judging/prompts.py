@@ -179,11 +179,13 @@ class Prompts:
         text = self.template.render(("preamble", "examples", kind, *more), values)
         if not self.uses_chat:
             return text
-        failure, apply = "the chat template of the judge's tokenizer fails", self.tokenizer
+        failure, tokenizer = "the chat template of the judge's tokenizer fails", self.tokenizer
         turns = [{"role": "user", "content": text.strip()}]
         try:
             with limited(TEMPLATE_SECONDS):  # a template is a program, and may loop for ever
-                chat = apply.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+                chat = tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=True
+                )
         except TooLong as problem:
             raise UserError(f"{failure} (it takes more than {TEMPLATE_SECONDS:g} s)") from problem
         except Exception as problem:  # whatever a program may raise
