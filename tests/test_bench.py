@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks import decode, long, rollout, step, sweep, tuning
+from benchmarks import decode, judging, long, rollout, step, sweep, tuning
 from quietstar.cli.main import run_command
 from quietstar.training.build import keep_freed_memory
 
@@ -67,6 +67,18 @@ def test_decoding_with_a_gate_thinks_at_a_share_of_the_tokens(tmp_path):
     assert run_command(decode.main, call) == 0
     (row,) = json.loads(out.read_text())["rows"]
     assert 0.1 < row["thinking_share"] < 0.4
+
+
+def test_a_judge_beside_a_naive_loop(tmp_path):
+    out = tmp_path / "judging.json"
+    call = ["--pairs", "3", "--words", "2", "--repeats", "1", "--device", "cpu", "--json", str(out)]
+    assert run_command(judging.main, call) == 0
+    found = json.loads(out.read_text())
+    judge, naive = found["judge"], found["naive"]
+    assert found["speedup"] == pytest.approx(naive["seconds"] / judge["seconds"])
+    assert judge["pairs_per_second"] * judge["seconds"] == pytest.approx(3)
+    assert judge["tokens"] < naive["tokens"]
+    assert found["largest_difference"] < 1e-5
 
 
 def test_freed_memory_is_kept_unless_the_environment_rules(monkeypatch):

@@ -219,7 +219,9 @@ def test_a_chat_template_that_fails_is_told_in_one_line(folder, tmp_path, capsys
     assert words in line
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "inspect", "eval", "calibrate", "merge"])
+@pytest.mark.parametrize(
+    "command", ["generate", "chat", "inspect", "eval", "calibrate", "merge", "judge"]
+)
 def test_code_in_a_model_folder_is_refused_not_asked_for(folder, tmp_path, monkeypatch, command):
     asked = []
     monkeypatch.setattr("builtins.input", lambda *question: asked.append(question) or "y")
@@ -235,9 +237,12 @@ def test_code_in_a_model_folder_is_refused_not_asked_for(folder, tmp_path, monke
             entry = ["evil.Evil", None] if kind == "AutoTokenizer" else "evil.Evil"
             more = {"auto_map": {kind: entry, "AutoConfig": "evil.Evil"}, "model_type": "evil"}
             path.write_text(json.dumps({**settings, **more}))
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "a", "candidates": ["b", "c"]}')
     options = {"generate": ["--prompt", "a", "--no-thoughts"], "inspect": ["--text", "some text"],
                "chat": ["--no-thoughts"], "eval": ["--tasks", "demo", "--untrained"],
-               "calibrate": [], "merge": ["--out", str(tmp_path / "out")]}  # fmt: skip
+               "calibrate": [], "merge": ["--out", str(tmp_path / "out")],
+               "judge": ["--pairs", str(pairs), "--out", str(tmp_path / "o.jsonl")]}  # fmt: skip
     for name in ("model", "plain"):
         assert cli.main([command, "--model", str(tmp_path / name), *options[command]]) == 2
         assert not asked

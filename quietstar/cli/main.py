@@ -38,6 +38,7 @@ COMMANDS = {
     "plan": ("plan", "Estimate the memory of a run: quietstar plan --config FILE"),
     "eval": ("evaluate", "Score tasks with and without thoughts: quietstar eval --model DIR ..."),
     "compare": ("compare", "Compare runs over their seeds: quietstar compare RUN RUN ..."),
+    "judge": ("judge", "Compare texts by a judge: quietstar judge --pairs FILE --model DIR ..."),
     "lm-eval": ("lm_eval", "Run lm-evaluation-harness: quietstar lm-eval run --model quietstar"),
     "generate": ("generate", "Continue a prompt: quietstar generate --model DIR --prompt TEXT"),
     "chat": ("generate:chat", "Talk with a model that thinks: quietstar chat --model DIR"),
@@ -53,6 +54,7 @@ _CONNECTION_LOST = re.compile(r"(?i)connection (closed|reset) by peer|socket clo
 RESUME_HINTS = {
     "train": "; start again with --resume auto",
     "eval": "; the same command continues from the finished items, if it has --out",
+    "judge": "; the same command continues from the finished lines",
 }
 
 

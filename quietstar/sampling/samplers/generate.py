@@ -61,7 +61,7 @@ class Generate:
         where = where[places[where[:, 0], where[:, 1]].argsort(descending=True)]
         lengths: list[int] = (places[where[:, 0], where[:, 1]] + 1).tolist()
         start, num_logits = 0, model.output_head.num_logits
-        with _plainly(model.causal_lm), cast_weights(model.causal_lm.base_model):
+        with plainly(model.causal_lm), cast_weights(model.causal_lm.base_model):
             while start < len(where):  # from the longest text to the shortest
                 row_tokens = lengths[start] + len(model.start_vectors) + spec.thought_length
                 rows = max(1, min(_CHUNK_TOKENS // row_tokens, _CHUNK_LOGITS // num_logits))
@@ -90,7 +90,7 @@ def _check(model: Any) -> None:
 
 
 @contextmanager
-def _plainly(model: PreTrainedModel) -> Iterator[None]:
+def plainly(model: PreTrainedModel) -> Iterator[None]:
     """Inside, a model generates as a causal LM that was given no settings, and does not train.
 
     In train mode activation checkpointing drops the cache in some versions of transformers. The

@@ -1,0 +1,214 @@
+"""The judge's model at work: batches behind a shared beginning, logits at a few places only."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from quietstar.data.tokenizer import pad_left
+from quietstar.errors import UserError
+from quietstar.evaluation.scoring import not_finite, refuse_not_finite
+from quietstar.sampling.samplers.generate import plainly
+
+WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention")
+"""Names that configs have for how far a layer attends."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The beginning that several rows have in common, which the model has run once.
+
+    Attributes:
+        ids: Its tokens.
+        cache: Keys and values of one row; None where there is no such beginning.
+    """
+
+    ids: list[int]
+    cache: DynamicCache | None = None
+
+    def begins(self, rows: Sequence[list[int]], left: int = 1) -> bool:
+        """Say whether all rows begin so, and have ``left`` tokens or more behind it."""
+        size = len(self.ids)
+        return self.cache is not None and all(
+            len(row) >= size + left and row[:size] == self.ids for row in rows
+        )
+
+    def repeated(self, count: int) -> DynamicCache:
+        """Copy keys and values for a batch of ``count`` rows."""
+        made = copy.deepcopy(self.cache)
+        assert made is not None, "a prefix that begins rows has been run"
+        made.batch_repeat_interleave(count)
+        return made
+
+
+class Runner:
+    """Runs rows of tokens through a causal LM, as it is, without gradient.
+
+    Its logits are computed by its own output layer, which sees the states of the needed places
+    alone; so scale, cap, adapters and quantization of any architecture are what they are.
+
+    Args:
+        model: A causal LM, or one that PEFT has wrapped; adapters stay as they are switched.
+        pad: Token to pad with.
+        stops: Tokens that end a rationale.
+
+    Raises:
+        UserError: The model has no output layer, or prompt learning of PEFT, whose virtual tokens
+            would have to precede the shared beginning.
+    """
+
+    def __init__(self, model: Any, pad: int, stops: Sequence[int]) -> None:
+        if hasattr(model, "get_base_model"):
+            if model.active_peft_config.is_prompt_learning:
+                raise UserError(
+                    f"judge ({model.active_peft_config.peft_type.value}): virtual tokens of PEFT "
+                    "cannot judge. Give another adapter, or the model without it."
+                )
+            model = model.get_base_model()
+        self.model: PreTrainedModel = model
+        head = model.get_output_embeddings()
+        if head is None:
+            raise UserError(
+                f"judge ({type(model).__name__}): has no output layer (get_output_embeddings). "
+                "Give a causal language model."
+            )
+        self.head: torch.nn.Module = head
+        self.pad, self.stops = pad, list(stops)
+        names = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in names
+        # Its name changed in transformers 5.24.
+        caches = ("cache", "past_key_values")
+        self._cache_name = next((name for name in caches if name in names), None)
+
+    @property
+    def context(self) -> int | None:
+        """Most tokens of a row; None if the model has no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def window(self) -> float:
+        """Tokens that the layer with the shortest window attends to; infinity without windows."""
+        config = self.model.config.get_text_config()
+        sizes = (getattr(config, name, None) for name in WINDOWS)
+        return float(min((size for size in sizes if isinstance(size, int)), default=math.inf))
+
+    @torch.no_grad()
+    def run_prefix(self, rows: Sequence[list[int]]) -> Prefix:
+        """Run what all rows begin with; nothing for a single row, or a cache that is no list.
+
+        Recurrent layers keep states, not keys and values, and are run as a whole each time.
+        """
+        low, high, size = min(rows), max(rows), 0  # what these share, all share
+        while size < len(low) - 1 and low[size] == high[size]:
+            size += 1
+        ids = low[:size]
+        if len(rows) < 2 or not ids or self._cache_name is None:
+            return Prefix([])
+        cache = DynamicCache(config=self.model.config)
+        if any(type(x) not in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers):
+            return Prefix([])
+        with plainly(self.model):
+            self._logits([ids], 1, cache)
+        return Prefix(ids, cache)
+
+    @torch.no_grad()
+    def last_logprobs(
+        self, rows: Sequence[list[int]], count: int, prefix: Prefix
+    ) -> Float[Tensor, "rows count vocab"]:
+        """Compute the log-probabilities behind the last ``count`` tokens of each row, float32.
+
+        Raises:
+            UserError: The model's logits are not finite.
+        """
+        shares = prefix.begins(rows, count)
+        cache = prefix.repeated(len(rows)) if shares else None
+        begin = len(prefix.ids) if shares else 0
+        with plainly(self.model):
+            logits = self._logits([row[begin:] for row in rows], count, cache)
+        if not (finite := logits.amax(-1).isfinite()).all():
+            worst = logits.amax(-1)[~finite][0].item()
+            raise not_finite("judge", "its largest logit", worst)
+        return logits.float().log_softmax(-1)
+
+    def _logits(
+        self, rows: Sequence[list[int]], count: int, cache: DynamicCache | None
+    ) -> Float[Tensor, "rows count vocab"]:
+        """Run rows that are padded on the right, where causal attention does not see it."""
+        ids = pad_sequence([torch.tensor(row) for row in rows], True, self.pad)
+        lengths = torch.tensor([[len(row)] for row in rows])
+        places = lengths - count + torch.arange(count)  # (rows, count)
+        given: dict[str, Any] = {} if cache is None else {str(self._cache_name): cache}
+        with _states_at(self.head, places):
+            output: Any = self.model(
+                input_ids=ids.to(self.model.device), use_cache=cache is not None, **given
+            )
+        assert output.logits.shape[1] == count, f"{output.logits.shape} are logits of other places"
+        return output.logits
+
+    @torch.no_grad()
+    def continuations(
+        self, rows: Sequence[list[int]], num_tokens: int, prefix: Prefix
+    ) -> list[list[int]]:
+        """Generate the most likely tokens behind each row, up to a stop token or ``num_tokens``.
+
+        Rows are padded on the left, with the shared beginning before the padding: to layers with a
+        short window the padding would then be part of the text, so these run the rows as a whole.
+
+        Raises:
+            UserError: The model's logits are not finite.
+        """
+        total = max(map(len, rows)) + num_tokens
+        shares = prefix.begins(rows) and self._takes_positions and self.window >= total
+        begin = len(prefix.ids) if shares else 0
+        ids, mask = pad_left([row[begin:] for row in rows], self.pad)
+        given: dict[str, Any] = {}
+        if shares:
+            beginning = torch.tensor(prefix.ids).expand(len(rows), -1)
+            ids = torch.cat([beginning, ids], 1)
+            mask = torch.cat([torch.ones_like(beginning), mask], 1)
+            given[str(self._cache_name)] = prefix.repeated(len(rows))
+        device = self.model.device
+        with plainly(self.model):
+            made: Any = self.model.generate(  # pyright: ignore[reportCallIssue]
+                ids.to(device), attention_mask=mask.to(device),
+                generation_config=GenerationConfig(
+                    max_new_tokens=num_tokens, do_sample=False, use_cache=True,
+                    pad_token_id=self.pad, eos_token_id=self.stops or None,
+                ),
+                logits_processor=refuse_not_finite(), **given,
+            )  # fmt: skip
+        new: Int[Tensor, "rows new"] = made[:, ids.shape[1] :]
+        return [_until(row, self.stops) for row in new.tolist()]
+
+
+def _until(tokens: list[int], stops: Sequence[int]) -> list[int]:
+    end = next((n for n, token in enumerate(tokens) if token in stops), len(tokens))
+    return tokens[:end]
+
+
+@contextmanager
+def _states_at(head: torch.nn.Module, places: Int[Tensor, "rows count"]) -> Iterator[None]:
+    """Have the output layer see the states of these places of each row alone, while entered."""
+
+    def pick(_: torch.nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        states, *others = given  # (rows, seq, width)
+        rows = torch.arange(len(states), device=states.device).unsqueeze(1)
+        return (states[rows, places.to(states.device)], *others)
+
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
