@@ -22,7 +22,7 @@ from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
 from quietstar.judging import Judge, Template, VerdictCache, load_template
 from quietstar.judging.cache import Verdict
-from quietstar.judging.labels import Label, Pair, summarize
+from quietstar.judging.labels import Label, Pair, summarize_labels
 from quietstar.judging.prompts import TEMPLATES, Prompts
 
 ENDING = "Best="
@@ -617,7 +617,7 @@ def test_the_summary_counts_the_slots():
     # Twice number 2 whatever is there, once number 1, once the same candidate, once equal ones.
     labels = [label(0.4, 0.9), label(0.2, 0.9), label(0.8, 0.4), label(0.9, 0.6, "b", "a"),
               label(0.5, 0.5, "a", "a")]  # fmt: skip
-    summary = summarize(labels, pairs)
+    summary = summarize_labels(labels, pairs)
     assert (summary["pairs"], summary["equal"]) == (5, 1)
     assert summary["same_slot"] == 0.75
     assert summary["slot_2"] == pytest.approx(2 / 3)

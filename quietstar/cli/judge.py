@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # These import torch, after the command line is known to be valid.
     from quietstar.evaluation.scoring import fingerprint
     from quietstar.judging import Judge, VerdictCache, load_template
-    from quietstar.judging.labels import Label, open_labels, read_pairs, summarize
+    from quietstar.judging.labels import Label, open_labels, read_pairs, summarize_labels
     from quietstar.training.build import quiet_libraries
 
     template = load_template(args.template)
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         [p.second for p in part], where=[p.where for p in part], advance=advance,
                     )  # fmt: skip
                     file.add([Label.of(p, c) for p, c in zip(part, results, strict=True)])
-        summary = summarize(file.labels, pairs)
+        summary = summarize_labels(file.labels, pairs)
         file.finish(summary)
     _show(summary, args)
     return 0

@@ -33,7 +33,7 @@ from quietstar.judging.prompts import (
     Template,
     load_template,
 )
-from quietstar.judging.scoring import Prefix, Runner
+from quietstar.judging.scoring import JudgeModel, Prefix
 
 logger = logging.getLogger(__name__)
 
@@ -147,8 +147,8 @@ class Judge:
         stops = [stops] if isinstance(stops, int) else [*(stops or ())]
         if isinstance(tokenizer.eos_token_id, int) and tokenizer.eos_token_id not in stops:
             stops.append(tokenizer.eos_token_id)
-        self._runner = Runner(model, padding_id(tokenizer), stops)
-        check_tokenizer_fits(tokenizer, embedding_weight(self._runner.model).shape[0])
+        self._model = JudgeModel(model, padding_id(tokenizer), stops)
+        check_tokenizer_fits(tokenizer, embedding_weight(self._model.model).shape[0])
         self._answers: dict[Kind, Answers] = {}
         self._has_warned = False
 
@@ -240,7 +240,8 @@ class Judge:
             advance: Called for every candidate that is rated.
 
         Raises:
-            UserError: As `compare`.
+            UserError: A candidate that is empty or too long, lists that differ in length, or a
+                judge that cannot answer.
         """
         where = where or [f"item {number + 1}" for number in range(len(prompts))]
         _check_texts(where, prompts, candidates=(candidates,))
@@ -271,7 +272,7 @@ class Judge:
             advance()
         # The longest first: if memory does not suffice, that shows at once.
         missing.sort(key=lambda number: -len(questions[number].ids))
-        prefix = self._runner.run_prefix([questions[n].ids for n in missing] or [[]])
+        prefix = self._model.run_prefix([questions[n].ids for n in missing] or [[]])
         for start in range(0, len(missing), self.batch_size):
             batch = missing[start : start + self.batch_size]
             new = self._run(kind, [questions[n] for n in batch], [where[n] for n in batch], prefix)
@@ -292,7 +293,7 @@ class Judge:
         answers, rows = self._answers[kind], [question.ids for question in questions]
         rationales = [""] * len(rows)
         if self.rationale_tokens:
-            new = self._runner.continuations(rows, self.rationale_tokens, prefix)
+            new = self._model.continuations(rows, self.rationale_tokens, prefix)
             ending = answers.ending.strip()
             # A judge without an end of its own goes on to the ending, or invents another question.
             rationales = [
@@ -305,9 +306,9 @@ class Judge:
             ]
         ids = torch.tensor(answers.ids)
         if answers.zero is None:
-            logprobs = self._runner.last_logprobs(rows, 1, prefix)[:, 0, ids].tolist()
+            logprobs = self._model.last_logprobs(rows, 1, prefix)[:, 0, ids].tolist()
         else:
-            both = self._runner.last_logprobs(rows, 2, prefix)
+            both = self._model.last_logprobs(rows, 2, prefix)
             logprobs = torch.cat([both[:, 0, ids], both[:, 1, [answers.zero]]], 1).tolist()
         return [Verdict(tuple(x), text) for x, text in zip(logprobs, rationales, strict=True)]
 
@@ -319,7 +320,7 @@ class Judge:
         Both orders of a pair are cut at the same place. ``rationale`` is what `_encode` takes.
         """
         question, length = self._encode(kind, values, rationale)
-        most = self._runner.context
+        most = self._model.context
         if most is None or length <= most:
             return question
         swapped = dict(values)
@@ -386,7 +387,7 @@ class Judge:
     def _key(self, kind: Kind, question: _Question) -> str:
         """Hash what decides a verdict; the opening holds template, texts and chat template."""
         return key_of({
-            "model": self.fingerprint, "dtype": str(self._runner.model.dtype), "kind": kind,
+            "model": self.fingerprint, "dtype": str(self._model.model.dtype), "kind": kind,
             "opening": question.opening, "ending": self._answers[kind].ending,
             "rationale_tokens": self.rationale_tokens, "chat": self.prompts.uses_chat,
         })  # fmt: skip

@@ -37,7 +37,7 @@ class Pair:
     Attributes:
         prompt: What the candidates answer or continue.
         first: A candidate; the one that the file says was chosen, if it does.
-        second: The other.
+        second: The other candidate; the rejected one, if the file says so.
         is_labeled: Whether the file says which was chosen.
         where: Place in the file.
     """
@@ -108,7 +108,7 @@ class Label(BaseModel):
     Attributes:
         prompt: That of the pair.
         chosen: Candidate that the judge prefers; the first if it prefers none.
-        rejected: The other.
+        rejected: Candidate that the judge does not prefer; the second if it prefers none.
         soft_label: Probability that ``chosen`` is preferred.
         margin: Log odds of that.
         probabilities: The same with ``chosen`` shown first, and second.
@@ -271,7 +271,7 @@ def open_labels(path: Path, *others: Any) -> Iterator[LabelFile]:
             raise
 
 
-def summarize(labels: Sequence[Label], pairs: Sequence[Pair]) -> dict[str, Any]:
+def summarize_labels(labels: Sequence[Label], pairs: Sequence[Pair]) -> dict[str, Any]:
     """Compute what the preferences say of the judge.
 
     Returns:

@@ -159,8 +159,8 @@ class Prompts:
     """Writes and encodes what a judge reads, for one tokenizer and one template.
 
     Attributes:
-        tokenizer: The judge's.
-        template: The template.
+        tokenizer: Tokenizer of the judge's model.
+        template: What the judge is asked.
         uses_chat: Whether the tokenizer's chat template frames it: the question is the user's turn,
             and rationale and ending begin the assistant's.
     """

@@ -31,7 +31,7 @@ class Prefix:
     """The beginning that several rows have in common, which the model has run once.
 
     Attributes:
-        ids: Its tokens.
+        ids: Tokens of the shared beginning.
         cache: Keys and values of one row; None where there is no such beginning.
     """
 
@@ -53,7 +53,7 @@ class Prefix:
         return made
 
 
-class Runner:
+class JudgeModel:
     """Runs rows of tokens through a causal LM, as it is, without gradient.
 
     Its logits are computed by its own output layer, which sees the states of the needed places
