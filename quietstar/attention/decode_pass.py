@@ -80,6 +80,16 @@ class DecodeCache:
         first = self.first.repeat_interleave(self.num_thoughts) + shift
         return DecodeCache(text, first, num_thoughts=1, block_length=0)
 
+    def repeated(self, count: int) -> DecodeCache:
+        """Copy every text so many times in a row, without its blocks."""
+
+        def copy(x: Tensor) -> Tensor:
+            return x[:, :, : self.length].repeat_interleave(count, dim=0)
+
+        text = {layer: (copy(k), copy(v)) for layer, (k, v) in self.text.items()}
+        first = self.first.repeat_interleave(count)
+        return DecodeCache(text, first, num_thoughts=1, block_length=0)
+
     def add_text(self, layer: int, start: int, k: Tensor, v: Tensor) -> Pair:
         """Store tokens from a column on, (B, Hkv, m, .); returns all up to them, views."""
         stop = start + k.shape[2]

@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         named = {"model.name_or_path": stage.model.name_or_path,
                  "model.tokenizer": stage.model.tokenizer, "data.train": stage.data.train,
                  "data.eval": stage.data.eval,
-                 "thoughts.scoring_model": stage.thoughts.scoring_model}  # fmt: skip
+                 "thoughts.scoring_model": stage.thoughts.scoring_model,
+                 "judge.model": stage.judge.model}  # fmt: skip
         inputs |= {f"{key} ({name})": Path(name) for key, name in named.items() if name}
     parser.check(args, inputs)
 

@@ -7,8 +7,8 @@ errors, and so is a value of another type (the text ``"8"`` is no integer).
 
 # fmt: off
 from quietstar.config.schema import (  # noqa: F401, I001
-    DataConfig, LoggingConfig, MixingHeadConfig, ModelConfig, OptimConfig, Section, ThoughtsConfig,
-    TrainingConfig, TuningConfig,
+    DataConfig, JudgeConfig, LoggingConfig, MixingHeadConfig, ModelConfig, OptimConfig, Section,
+    ThoughtsConfig, TrainingConfig, TuningConfig,
 )
 from quietstar.config.tree import (  # noqa: F401
     SECTIONS, Config, LossConfig, cross_field_problems, fields, keys_of,

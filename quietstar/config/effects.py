@@ -39,6 +39,8 @@ _OF_THOUGHTS = (
     "training.inner_epochs",
 )
 """Keys that only a stage that thinks reads; what is saved with a model is not among them."""
+_OF_A_JUDGE = ("mode", "template", "rationale", "chat", "cache")
+"""Keys of the section judge that a reward model does not read."""
 _OF_THE_HEAD = (
     *("mixing_head.activation", "mixing_head.initial_weight", "mixing_head.hidden_size"),
     *("mixing_head.floor", "optim.mixing_head_learning_rate"),
@@ -48,7 +50,7 @@ _OF_THE_HEAD = (
 
 def keys_without_effect(config: Config) -> dict[str, str]:
     """Returns the keys whose values change nothing in a stage, each with the reason."""
-    rules = (_tuning, _thoughts, _sources, _records, _loop)
+    rules = (_tuning, _thoughts, _judge, _sources, _records, _loop)
     return {key: reason for rule in rules for key, reason in rule(config)}
 
 
@@ -93,6 +95,21 @@ def _thoughts(config: Config) -> Idle:
             yield key, "with mixing_head.fixed_weight, which stands in for what the head says"
     if config.mixing_head.warmup_steps == 0:
         yield "mixing_head.warmup_weight", "with mixing_head.warmup_steps: 0"
+
+
+def _judge(config: Config) -> Idle:
+    reward = config.loss.reward
+    for key in keys_of("judge"):
+        name = key.partition(".")[2]
+        if not config.loss.thinks:
+            yield key, f"with loss.objective: {config.loss.objective}, which does not think"
+        elif reward == "reward_model" and name in _OF_A_JUDGE:
+            yield key, "with loss.reward: reward_model"
+        elif reward not in ("judge", "reward_model") and ":" not in reward:
+            yield key, f"with loss.reward: {reward}, which asks no judge"
+    if config.judge.model is None:
+        for name in ("dtype", "device", "cache"):
+            yield f"judge.{name}", "with judge.model: null, where the model's own base judges"
 
 
 def _sources(config: Config) -> Idle:

@@ -292,6 +292,40 @@ class MixingHeadConfig(Section):
     model thinks (saved with the head); 1 predicts by the thought alone, null asks the head."""
 
 
+class JudgeConfig(Section):
+    """Who judges what the model writes behind its thoughts, for rewards that ask."""
+
+    model: Name | None = None
+    """Folder or hub id of the causal LM that judges (loss.reward: judge), or of the sequence
+    classifier that scores (reward_model); null means the base of the model that trains, with its
+    adapters switched off."""
+    mode: Literal["rating", "pairs"] = "rating"
+    """How a causal LM judges: by its expected rating of each text from 1 to 10, mapped to [-1, 1],
+    or by the mean probability that it prefers the text to those of the position's other thoughts
+    (K (K - 1) questions for K different texts)."""
+    template: Name = "continuation"
+    """What a causal LM is asked: continuation, answer, summary, or a Jinja file of yours."""
+    rationale: Annotated[int, _between(0, 10**5, "no judge writes more")] = 0
+    """Most tokens of a rationale before each verdict; 0 asks for none."""
+    chat: Literal["auto", "on", "off"] = "auto"
+    """Ask through the chat template of the judge's tokenizer; auto: if it has one."""
+    continuation: Tokens | None = None
+    """Most tokens that the model writes behind a thought, which are judged; null means
+    thoughts.lookahead."""
+    temperature: Temperature = 1.0
+    """Temperature at which they are sampled."""
+    stop: Texts = []
+    """Texts before which a continuation ends, as the line break behind an answer."""
+    batch_size: Sequences = 16
+    """Texts that the judge reads at once."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the judge's weights; auto means as they were saved."""
+    device: Text | None = None
+    """Device of the judge, as cuda:1 or cpu; null means where the model trains."""
+    cache: Name | None = None
+    """Folder that keeps the verdicts of a causal LM for other runs; null means none."""
+
+
 class DataConfig(Section):
     """The text to train on, and how it is cut into sequences."""
 

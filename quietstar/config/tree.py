@@ -20,6 +20,9 @@ DEFAULT_FRACTION = schema.ThoughtsConfig.model_fields["position_fraction"].defau
 MOST_TOKEN_BYTES = 2**36
 """Of the ids of one micro-batch's thoughts, whose states need a thousand times as much."""
 
+SWITCHED_OFF = ("lora", "rslora", "dora", "qlora", "ia3")
+"""Methods of tuning whose adapters can be switched off, so that the base judges."""
+
 # A stage may change the keys of these sections, and these keys; all others hold for the whole run.
 _STAGE_SECTIONS = ("thoughts", "loss", "data", "optim")
 _LEARNED_RULES = ("weight", "weighted_entropy")  # of thoughts.positions: they ask the mixing head
@@ -42,7 +45,8 @@ class LossConfig(Section):
     """What thoughts are reinforced by: the log-probability of the true tokens by the mixed
     prediction (mixed) or the thought's own (thought), what the latter adds to a prediction without
     a thought (information_gain, mean_prob), their probability (prob), the thought's rank in its
-    position by it (rank), or a function of your own as module:name."""
+    position by it (rank), what a judge says of the text that the model writes behind the thought
+    (judge, reward_model; section judge), or a function of your own as module:name."""
 
     @property
     def thinks(self) -> bool:
@@ -112,6 +116,7 @@ class Config(Section):
     thoughts: schema.ThoughtsConfig = schema.ThoughtsConfig()
     mixing_head: schema.MixingHeadConfig = schema.MixingHeadConfig()
     loss: SerializeAsAny[LossConfig] = Field(default_factory=loss_config)
+    judge: schema.JudgeConfig = schema.JudgeConfig()
     data: schema.DataConfig = schema.DataConfig()
     optim: schema.OptimConfig = schema.OptimConfig()
     training: schema.TrainingConfig = schema.TrainingConfig()
@@ -199,7 +204,10 @@ def is_stage_key(key: str) -> bool:
 
 def cross_field_problems(config: Config) -> list[Broken]:
     """Returns all broken rules between the keys of a config whose single fields are valid."""
-    rules = (_model_rules, _thought_rules, _mixing_head_rules, _part_rules, _data_rules)
+    rules = (
+        *(_model_rules, _thought_rules, _mixing_head_rules, _part_rules, _judge_rules),
+        _data_rules,
+    )
     return [broken for rule in rules for broken in rule(config)]
 
 
@@ -381,6 +389,29 @@ def _part_rules(config: Config) -> Iterator[Broken]:
         else:
             if key == "loss.objective":
                 yield from _problems_of_objective(config)
+
+
+def _judge_rules(config: Config) -> Iterator[Broken]:
+    judge, reward = config.judge, config.loss.reward
+    if reward not in ("judge", "reward_model"):
+        return
+    if reward == "reward_model" and judge.model is None:
+        yield ("judge.model", "loss.reward"), (
+            "judge.model (null) must be set with loss.reward: reward_model. Name the folder of a"
+            " sequence classifier, such as quietstar reward-model makes."
+        )  # fmt: skip
+    if reward == "judge" and judge.model is None and config.tuning.method not in SWITCHED_OFF:
+        yield ("judge.model", "tuning.method"), (
+            f"judge.model (null) must be set with tuning.method: {config.tuning.method}, which"
+            " changes the weights that would judge. Name the folder of a causal LM, or set"
+            f" tuning.method to {', '.join(SWITCHED_OFF[:-1])} or {SWITCHED_OFF[-1]}."
+        )  # fmt: skip
+    if reward == "judge" and judge.mode == "pairs" and config.thoughts.num_thoughts < 2:
+        yield ("thoughts.num_thoughts", "judge.mode"), (
+            f"thoughts.num_thoughts ({config.thoughts.num_thoughts}) must be at least 2 with"
+            " judge.mode: pairs, which compares the texts behind a position's thoughts. Raise it,"
+            " or set judge.mode: rating."
+        )  # fmt: skip
 
 
 def _problems_of_objective(config: Config) -> list[Broken]:

@@ -152,6 +152,11 @@ class Judge:
         self._answers: dict[Kind, Answers] = {}
         self._has_warned = False
 
+    @property
+    def tokens_run(self) -> int:
+        """Tokens that the model has run so far, those of rationales and padding included."""
+        return self._model.tokens_run
+
     @classmethod
     def load(
         cls, name: str, *, dtype: str = "auto", device: str | None = None, **settings: Any
@@ -267,7 +272,9 @@ class Judge:
         keys = [self._key(kind, question) for question in questions]
         count = len(self._answers[kind].ids) + (self._answers[kind].zero is not None)
         verdicts = {} if self.cache is None else self.cache.get(keys, count)
-        missing = [number for number, key in enumerate(keys) if key not in verdicts]
+        # Equal questions are asked once.
+        asked = {key: number for number, key in enumerate(keys) if key not in verdicts}
+        missing = list(asked.values())
         for _ in range(len(keys) - len(missing)):
             advance()
         # The longest first: if memory does not suffice, that shows at once.

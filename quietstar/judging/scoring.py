@@ -85,7 +85,7 @@ class JudgeModel:
                 "Give a causal language model."
             )
         self.head: torch.nn.Module = head
-        self.pad, self.stops = pad, list(stops)
+        self.pad, self.stops, self.tokens_run = pad, list(stops), 0
         names = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in names
         # Its name changed in transformers 5.24.
@@ -147,6 +147,7 @@ class JudgeModel:
     ) -> Float[Tensor, "rows count vocab"]:
         """Run rows that are padded on the right, where causal attention does not see it."""
         ids = pad_sequence([torch.tensor(row) for row in rows], True, self.pad)
+        self.tokens_run += ids.numel()
         lengths = torch.tensor([[len(row)] for row in rows])
         places = lengths - count + torch.arange(count)  # (rows, count)
         given: dict[str, Any] = {} if cache is None else {str(self._cache_name): cache}
@@ -190,6 +191,7 @@ class JudgeModel:
                 logits_processor=refuse_not_finite(), **given,
             )  # fmt: skip
         new: Int[Tensor, "rows new"] = made[:, ids.shape[1] :]
+        self.tokens_run += made.numel() - begin * len(rows)
         return [_until(row, self.stops) for row in new.tolist()]
 
 

@@ -4,11 +4,67 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from quietstar.errors import UserError
+from quietstar.sampling.thoughts import ThoughtBatch
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """What the model writes behind thoughts: an entry for every position that has some.
+
+    Attributes:
+        prompts: Text up to the position.
+        texts: What the model goes on with behind each thought of the position.
+        targets: What truly follows, as far as its tokens are targets.
+        places: Text and position of each entry in the batch.
+        like: Tensor with the shape and on the device of rewards.
+    """
+
+    prompts: list[str]
+    texts: list[list[str]]
+    targets: list[str]
+    places: Int[Tensor, "entries two"]
+    like: Tensor
+
+    def table(
+        self, numbers: Sequence[Sequence[float]]
+    ) -> Float[Tensor, "batch positions thoughts"]:
+        """Put a number for every text into the shape of rewards, 0 where there is no position."""
+        table = self.like.new_zeros(self.like.shape, dtype=torch.float32)
+        if numbers:
+            table[self.places[:, 0], self.places[:, 1]] = table.new_tensor(numbers)
+        return table
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """The model that trains, as rewards may ask it; `ThoughtScores` describes the questions."""
+
+    def logprob(self, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
+        """Compute log p(completion | prompt)."""
+        ...
+
+    def continuations(
+        self,
+        thoughts: ThoughtBatch,
+        num_tokens: int | None,
+        temperature: float | None,
+        stop: Sequence[str] | None,
+    ) -> Continuations:
+        """Write on behind thoughts."""
+        ...
+
+    def judge(
+        self, prompts: Sequence[str], candidates: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        """Ask the judge of the run."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -29,7 +85,7 @@ class ThoughtScores:
         lengths: Tokens of each thought.
         running: Means of the rewards and of their standard deviations in a group, over earlier
             steps; None in the first step, and for objectives that do not ask for them.
-        policy: What `logprob` asks; None outside of a training step.
+        policy: What `logprob`, `continuations` and `judge` ask; None outside of a training step.
     """
 
     base: Float[Tensor, "batch positions lookahead"]
@@ -40,7 +96,7 @@ class ThoughtScores:
     log_ratio: Float[Tensor, "batch positions thoughts"] | None = None
     lengths: Int[Tensor, "batch positions thoughts"] | None = None
     running: Float[Tensor, " 2"] | None = None
-    policy: Callable[[Sequence[str], Sequence[str]], Tensor] | None = None
+    policy: Policy | None = None
 
     def logprob(
         self, prompts: Sequence[str], completions: Sequence[str]
@@ -58,12 +114,59 @@ class ThoughtScores:
         Raises:
             UserError: Another number of completions than of prompts, or a reward without the mark.
         """
+        return self._ask("logprob").logprob(prompts, completions)
+
+    def continuations(
+        self,
+        thoughts: ThoughtBatch,
+        num_tokens: int | None = None,
+        temperature: float | None = None,
+        stop: Sequence[str] | None = None,
+    ) -> Continuations:
+        """Have the model write on behind each thought, as it predicts behind it.
+
+        One sample a thought, from the mixed prediction, by noise that is keyed as that of the
+        thoughts. A reward that calls this is marked with `quietstar.rewards.asks_policy`.
+
+        Args:
+            thoughts: Those that the reward is given.
+            num_tokens: Most tokens; by default ``judge.continuation``.
+            temperature: Of the sampling; by default ``judge.temperature``.
+            stop: Texts before which a continuation ends; by default ``judge.stop``.
+
+        Raises:
+            UserError: A model without a tokenizer, or a reward without the mark.
+        """
+        asked = self._ask("continuations")
+        return asked.continuations(thoughts, num_tokens, temperature, stop)
+
+    def judge(
+        self, prompts: Sequence[str], candidates: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        """Ask the judge of the run (section ``judge`` of its config) how good texts are.
+
+        A reward that calls this is marked with `quietstar.rewards.asks_policy`.
+
+        Args:
+            prompts: What the candidates answer or continue.
+            candidates: Some for each prompt.
+
+        Returns:
+            A number for each candidate: its rating in [-1, 1], its win rate over the others of its
+            prompt, or the score of a reward model, as ``judge.mode`` and ``loss.reward`` say.
+
+        Raises:
+            UserError: There is no judge, it cannot judge these texts, or a reward without the mark.
+        """
+        return self._ask("judge").judge(prompts, candidates)
+
+    def _ask(self, name: str) -> Policy:
         if self.policy is None:
             raise UserError(
-                "scores.logprob: only a reward marked with quietstar.rewards.asks_policy may ask "
+                f"scores.{name}: only a reward marked with quietstar.rewards.asks_policy may ask "
                 "the model. Put @asks_policy above it."
             )
-        return self.policy(prompts, completions)
+        return self.policy
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ class Step:
         fixed_mixing_weight: Replacement for the head's output.
         may_end_early: Whether thoughts can be shorter than others.
         running: As in `ThoughtScores`.
+        seed: Seed of the step's noise.
     """
 
     thoughts: ThoughtBatch
@@ -105,6 +106,7 @@ class Step:
     fixed_mixing_weight: float | None = None
     may_end_early: bool = True
     running: Tensor | None = None
+    seed: int = 0
 
     @property
     def drawn(self) -> Tensor | None:
@@ -265,7 +267,7 @@ class _Groups:
         count = places.stop - places.start
         text = text_lookahead(text_states, lookahead, positions, count)
         weight = model.mixing_head(text, ahead, step.fixed_mixing_weight)
-        weigh = model.weigher(step.thoughts.part(texts, places), step.running)
+        weigh = model.weigher(step.thoughts.part(texts, places), step.running, step.seed)
         drawn, reference = (
             None if x is None else x[..., texts, places] for x in (step.drawn, step.reference)
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -63,9 +62,9 @@ from quietstar.model.outputs import (
     plain_metrics,
     thought_metrics,
 )
+from quietstar.model.policy import LivePolicy
 from quietstar.model.scoring_model import ScoringModel
 from quietstar.model.self_check import check_architecture, use_thinking_attention
-from quietstar.model.text_logprobs import text_logprobs
 from quietstar.model.tuning import apply_tuning, quantization
 from quietstar.objectives import Objective
 from quietstar.sampling.positions import (
@@ -118,6 +117,7 @@ class QuietStarForCausalLM(nn.Module):
         self.tokenizer, self.stop = tokenizer, None
         self._markers: tuple[Tensor, Tensor] | None = None  # tokens, of markers that do not train
         self.scoring_model: ScoringModel | None = None  # not a module: see the class
+        self.judge: Any = None  # a `quietstar.judging.Critic`, which rewards may ask
         self.language_model = language_model
         self.tuning = tuning or TuningConfig()
         self.mixing_head_config = mixing_head
@@ -443,8 +443,10 @@ class QuietStarForCausalLM(nn.Module):
             self._check_given(batch.tokens.transpose(1, 2), input_ids, positions)
         self._check_reference(batch)
         self._check_ratio(batch)
+        if self._asks_policy and batch.reward is None:
+            batch = replace(batch, reward=torch.zeros_like(batch.lengths, dtype=torch.float32))
         terms = self.objective.terms(
-            self.weigher(batch, running),
+            self.weigher(batch, running, seed),
             self.policy_temperature,
             reward_reads_thought=getattr(self.reward, "reads_thought", True),
             weighs_at_once=self._asks_policy,
@@ -452,7 +454,7 @@ class QuietStarForCausalLM(nn.Module):
         may_end_early = thoughts is not None or self.may_end_early
         step = Step(
             batch, positions, terms, num_items_in_batch, num_thought_items, fixed_mixing_weight,
-            may_end_early, running,
+            may_end_early, running, seed,
         )  # fmt: skip
         loss, scored = learn(self, run, step)
         metrics, tokens = self._metrics(scored), batch.tokens.transpose(1, 2)
@@ -506,8 +508,8 @@ class QuietStarForCausalLM(nn.Module):
     def _metrics(self, scored: ScoredThoughts) -> ThoughtMetrics:
         return thought_metrics(scored, self.may_end_early, self.stop)
 
-    def weigher(self, batch: ThoughtBatch, running: Tensor | None = None) -> Weigh:
-        """Bind reward and objective to the thoughts of a batch."""
+    def weigher(self, batch: ThoughtBatch, running: Tensor | None = None, seed: int = 0) -> Weigh:
+        """Bind reward and objective to the thoughts of a batch; ``seed`` is the step's."""
 
         @torch.no_grad()
         def weigh(scores: ThoughtScores, texts: slice, places: slice) -> ThoughtWeights:
@@ -518,15 +520,21 @@ class QuietStarForCausalLM(nn.Module):
                     part.reference_text, scores.valid.shape[2], part.positions.clamp(min=0)
                 )
                 reference = rearrange(ahead, "a b p -> b p a").where(scores.valid, 0.0)
-            policy = partial(text_logprobs, self) if self._asks_policy else None
+            policy = LivePolicy(self, seed) if self._asks_policy else None
             scores = replace(
                 scores, reference=reference, lengths=part.lengths, running=running, policy=policy
             )
-            with registry.running("loss.reward", self.reward_name):
-                reward = self.reward(part, scores)
+            # Later updates of a step keep what an outside reward said of its thoughts.
+            if part.reward is not None and part.advantage is not None:
+                reward = part.reward
+            else:
+                with registry.running("loss.reward", self.reward_name):
+                    reward = self.reward(part, scores)
             check_figures(reward, part.lengths.shape, device, f"loss.reward ({self.reward_name})")
             with registry.running("loss.objective", self.objective_name):
                 weights = self.objective.weigh(reward, scores)
+            if part.reward is not None:
+                part.reward.copy_(reward)
             name = f"loss.objective ({self.objective_name})"
             if not isinstance(weights, ThoughtWeights):
                 raise UserError(

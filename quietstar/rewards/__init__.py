@@ -31,10 +31,11 @@ R = TypeVar("R", bound=Any)
 
 
 def asks_policy(reward: R) -> R:
-    """Say of a reward that it calls ``scores.logprob``.
+    """Say of a reward that it calls ``scores.logprob``, ``continuations`` or ``judge``.
 
-    It is then called once for all texts of a micro-batch and all their positions, and at the same
-    moment on all ranks: what it asks is batched, and engines that shard the weights can answer.
+    It is then called once for all positions that learn together (all of a micro-batch where weights
+    are sharded), and at the same moment on all ranks: what it asks is batched, and engines that
+    shard the weights can answer. Later updates from the same thoughts keep what it said.
     """
     reward.asks_policy = True
     return reward

@@ -154,6 +154,13 @@ class Decoder:
         other.sample_ids = self.sample_ids.repeat_interleave(thoughts.shape[1])
         return other
 
+    def without_thoughts(self, count: int) -> Decoder:
+        """Make a decoder of every text so many times in a row, which thinks no more."""
+        other = copy(self)
+        other.cache = self.cache.repeated(count)
+        other.sample_ids = self.sample_ids.repeat_interleave(count)
+        return other
+
     def _think_to_the_end(
         self, stop: StopTexts, cache: DecodeCache, first: Tensor, sample_ids: Tensor
     ) -> tuple[Tensor, Tensor]:

@@ -103,6 +103,8 @@ class ThoughtBatch:
             model without thoughts, 0 where there is no target; None without one.
         advantage: Advantage of each thought, which later updates of a step keep; None where the
             objective is to say it.
+        reward: What a ``loss.reward`` that asks the model said of each thought: its first update of
+            a step writes here what the later ones keep. None for other rewards.
     """
 
     input_ids: Int[Tensor, "batch seq"]
@@ -116,6 +118,7 @@ class ThoughtBatch:
     reference_logprobs: Float[Tensor, "batch positions thoughts length"] | None = None
     reference_text: Float[Tensor, "batch seq"] | None = None
     advantage: Float[Tensor, "batch positions thoughts"] | None = None
+    reward: Float[Tensor, "batch positions thoughts"] | None = None
 
     @classmethod
     def of_texts(
@@ -169,6 +172,7 @@ class ThoughtBatch:
             None if reference is None else reference[texts, places],
             None if text is None else text[texts],
             None if self.advantage is None else self.advantage[texts, places],
+            None if self.reward is None else self.reward[texts, places],
         )
 
     def token_major(self) -> Int[Tensor, "length thoughts batch positions"]:

@@ -31,6 +31,7 @@ from quietstar.data import DataReport, EvalData, TrainData, build_data, load_tok
 from quietstar.distributed import Strategy, wants_fsdp
 from quietstar.distributed.strategies import WEIGHTS_FILE
 from quietstar.errors import UserError, reading
+from quietstar.judging.critic import load_critic
 from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import SETTINGS_FILE
@@ -39,6 +40,9 @@ from quietstar.training.run_dir import TRACKERS_FOLDER
 from quietstar.training.stages import Stage, plan_stages
 
 logger = logging.getLogger(__name__)
+
+JUDGED = {"judge", "reward_model"}
+"""Rewards that need the section ``judge``."""
 
 
 @dataclass
@@ -139,6 +143,15 @@ def set_up(config: Config, strategy: Strategy, checkpoint: Path | None = None) -
             model.configure(stage.config.thoughts)
             assert model.scoring_model is not None, "it was configured"
             model.scoring_model.load(model)  # what is wrong with it is said before the first step
+    rewards = {stage.config.loss.reward for stage in stages if stage.thinks} & JUDGED
+    if len(rewards) > 1:
+        raise UserError(
+            "judge.model: cannot be both a judge and a reward model, but the stages of this run "
+            "have loss.reward judge and reward_model. Choose one of them."
+        )
+    if rewards or config.judge.model is not None:  # which a reward of the user's may ask
+        reward, lookahead = next(iter(rewards), "judge"), settings.thoughts.lookahead
+        model.judge = load_critic(config.judge, reward, model, lookahead, accelerator.device)
     return Job(stages, strategy, tokenizer, model, data)
 
 

@@ -64,7 +64,10 @@ def train(run: StageRun) -> None:
                     output.metrics = with_ratios(output.metrics, again.metrics)
                 run.steps_done = done
                 counts = (check.num_positions, check.num_text_tokens)
-                run.reporter.step_ends(first + done, check.loss, check.norms, lr, output, *counts)
+                judged = None if run.critic is None else run.critic.take_costs()
+                run.reporter.step_ends(
+                    first + done, check.loss, check.norms, lr, output, *counts, judged
+                )
             if check.stop_requested:
                 raise acknowledge()
             check_idle_texts(run, first + done, check.num_positions)

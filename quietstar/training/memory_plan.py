@@ -6,6 +6,7 @@ import dataclasses
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -135,6 +136,7 @@ def _estimate_stage(
     optimizer_share = 1 / processes if engine not in ("single", "ddp") else 1.0
     rollout, learning = _trace(model, config, stage.thinks, gradient_share)
     weights, others = num_bytes(model.parameters()), num_bytes(_scoring_weights(model))
+    others += _judge_bytes(config)
     trained = num_bytes(p for p in model.parameters() if p.requires_grad)
     if sharded:  # gathered at once: what no layer holds, the layer at work, the next one
         layers = [num_bytes(layer.parameters()) for layer in decoder_layers(model.causal_lm)]
@@ -198,6 +200,14 @@ def _scoring_weights(model: QuietStarForCausalLM) -> list[Tensor]:
     """Lists the weights of the model of ``thoughts.scoring_model``, if there is one."""
     scorer = None if model.scoring_model is None else model.scoring_model.lm
     return [] if scorer is None else list(scorer.parameters())
+
+
+def _judge_bytes(config: Config) -> int:
+    """Size of the weights of ``judge.model``, where that is a folder and on the same device."""
+    judge = config.judge
+    if judge.model is None or judge.device is not None:
+        return 0
+    return sum(path.stat().st_size for path in Path(judge.model).glob("*.safetensors"))
 
 
 def _check_work(model: QuietStarForCausalLM, config: Config) -> None:

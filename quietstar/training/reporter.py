@@ -176,12 +176,14 @@ class Reporter:
         output: QuietStarOutput,
         num_positions: int = 0,
         num_text_tokens: int = 0,
+        judged: tuple[float, int] | None = None,
     ) -> None:
         """Reports a step: bar, file, trackers, guards, now and then a thought.
 
         ``step`` counts those of the run, this one included. Gradient norms are by group and in
         total, before clipping; loss and metrics of the output, and the numbers of positions that
-        thought and of text tokens, are those of the whole step.
+        thought and of text tokens, are those of the whole step. ``judged`` has the seconds and the
+        tokens that the judge of this process took, if there is one.
         """
         self.bar.advance(self._task)
         if not self.active or not self.is_step_due(step):
@@ -209,6 +211,9 @@ class Reporter:
             figures["thought_tokens_per_second"] = num_tokens / seconds
             if config.thoughts.positions != "all":
                 figures["positions_per_text"] = num_positions / config.training.global_batch_size
+        if judged is not None and judged[1]:
+            figures["judge_share"] = judged[0] / seconds
+            figures["judged_tokens_per_second"] = judged[1] / judged[0]
         self._write("train", step, figures)
         columns = {"base": "base_nll", "mixed": "mixed_nll", "gain": "gain", "w": "mixing_weight"}
         text = "  ".join(
@@ -216,6 +221,8 @@ class Reporter:
             for name, key in {**columns, "entropy": "entropy"}.items()
             if key in figures
         )
+        if "judge_share" in figures:
+            text += f"  reward {figures['policy_reward']:+.3f}"
         text += f"  {seconds:.1f} s/step"
         self.bar.update(self._task, figures=text)
         if not self.console.is_terminal and self._is_due(step, max(1, self._total // LOG_LINES)):

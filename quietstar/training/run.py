@@ -280,7 +280,8 @@ def build_stage(
     reporter.begin_stage(stage, [report.summary(), describe(job.model, stage), *notices(stage)])
     prepared.train()
     run = StageRun(stage, strategy, prepared, optimizer, train_data, eval_data, reporter,
-                   job.model.objective, steps_done, ema=ema, reference=reference)  # fmt: skip
+                   job.model.objective, steps_done, ema=ema, reference=reference,
+                   critic=job.model.judge)  # fmt: skip
     if checkpoint is not None and (running := read_state(checkpoint).running) is not None:
         run.running = torch.tensor(running, dtype=torch.float64, device=run.accelerator.device)
     return run

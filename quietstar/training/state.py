@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from quietstar.config import Config
 from quietstar.data import EvalData, TrainData
 from quietstar.distributed import Strategy
+from quietstar.judging.critic import Critic
 from quietstar.objectives import Objective
 from quietstar.training.ema import WeightAverage
 from quietstar.training.reporter import Reporter
@@ -36,6 +37,7 @@ class StageRun:
     reference: WeightAverage | None = None  # what thoughts are compared with, if anything is
     # Means of rewards and of their standard deviations, for objectives that ask for them.
     running: torch.Tensor | None = None
+    critic: Critic | None = None  # what rewards ask about texts, if anything
 
     @property
     def config(self) -> Config:

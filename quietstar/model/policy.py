@@ -1,8 +1,9 @@
-"""Log-probabilities of any texts by the model that trains, for rewards that ask for them."""
+"""What rewards may ask the model that trains: log-probabilities, continuations, its judge."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,13 +11,98 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from quietstar.attention.layout import IGNORE_INDEX
+from quietstar.attention.layout import IGNORE_INDEX, NO_TOKEN
 from quietstar.backbone.run import plain_pass
+from quietstar.data.tokenizer import decode_behind
 from quietstar.errors import UserError
+from quietstar.generation.continuations import Writing, continue_thoughts
 from quietstar.losses.thought_loss import next_token_loss
+from quietstar.losses.weights import Continuations
+from quietstar.sampling.thoughts import ThoughtBatch
 
 TOKENS_AT_ONCE = 2**14
 """Tokens of texts that run at once, padding included."""
+
+
+@dataclass(frozen=True)
+class LivePolicy:
+    """The model that trains, as the rewards of a step ask it (`ThoughtScores`).
+
+    Attributes:
+        model: `QuietStarForCausalLM`.
+        seed: Seed of the noise of continuations.
+    """
+
+    model: Any
+    seed: int = 0
+
+    def logprob(self, prompts: Sequence[str], completions: Sequence[str]) -> Tensor:
+        """Compute log p(completion | prompt)."""
+        return text_logprobs(self.model, prompts, completions)
+
+    def continuations(
+        self,
+        thoughts: ThoughtBatch,
+        num_tokens: int | None,
+        temperature: float | None,
+        stop: Sequence[str] | None,
+    ) -> Continuations:
+        """Write on behind thoughts."""
+        model: Any = self.model
+        tokenizer = self._tokenizer("continuations")
+        default = Writing(model.thoughts.lookahead) if model.judge is None else model.judge.writing
+        most = default.num_tokens if num_tokens is None else num_tokens
+        heat = default.temperature if temperature is None else temperature
+        ends = default.stop if stop is None else stop
+        if most < 1:
+            raise UserError(
+                f"scores.continuations: num_tokens ({most}) must be at least 1. Set it so."
+            )
+        tokens = continue_thoughts(model, thoughts, most, heat, self.seed)
+        places = (thoughts.positions >= 0).nonzero()
+        text, place = places.T
+        rows = tokens[text, place]  # (entries, thoughts, new)
+        kept = [[t for t in row if t != NO_TOKEN] for row in rows.flatten(0, 1).tolist()]
+        texts = [_until(written, ends) for written in decode_behind(tokenizer, kept)]
+        num_thoughts = rows.shape[1]
+        prompts, targets = [], []
+        ids, labels = thoughts.input_ids.tolist(), thoughts.labels.tolist()
+        for row, position in zip(
+            text.tolist(), thoughts.positions[text, place].tolist(), strict=True
+        ):
+            prompts.append(ids[row][: position + 1])
+            behind = labels[row][position + 1 :]
+            targets.append(
+                behind[: behind.index(IGNORE_INDEX)] if IGNORE_INDEX in behind else behind
+            )
+        return Continuations(
+            prompts=tokenizer.batch_decode(prompts, skip_special_tokens=True),
+            texts=[texts[n : n + num_thoughts] for n in range(0, len(texts), num_thoughts)],
+            targets=[_until(true, ends) for true in decode_behind(tokenizer, targets)],
+            places=places,
+            like=thoughts.lengths,
+        )
+
+    def judge(
+        self, prompts: Sequence[str], candidates: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        """Ask the judge of the run."""
+        if self.model.judge is None:
+            raise UserError(
+                "scores.judge: the model has no judge. Set judge.model in the config of the run, "
+                "or in your own loop model.judge to a quietstar.judging.Critic."
+            )
+        return self.model.judge(prompts, candidates)
+
+    def _tokenizer(self, name: str) -> Any:
+        if self.model.tokenizer is None:
+            raise UserError(f"scores.{name}: the model has no tokenizer. Give it one (tokenizer=).")
+        return self.model.tokenizer
+
+
+def _until(text: str, stop: Sequence[str]) -> str:
+    """What stands before the first of some texts; all of it where there is none."""
+    return text[: min((text.find(x) for x in stop if x in text), default=len(text))]
 
 
 @torch.no_grad()
