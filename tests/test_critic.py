@@ -1,6 +1,7 @@
 """Judges and reward models as rewards: verdicts on what the model writes behind its thoughts."""
 
 import filecmp
+import json
 import re
 
 import pytest
@@ -17,6 +18,7 @@ from tiny import (
 )
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from quietstar.cli import main as cli
 from quietstar.config import JudgeConfig
 from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
@@ -24,6 +26,8 @@ from quietstar.generation.continuations import Writing
 from quietstar.judging import Critic, Judge, RewardModel
 from quietstar.judging.critic import load_critic
 from quietstar.judging.judge import Comparison, Rating
+from quietstar.judging.reward_model import encode
+from quietstar.judging.reward_training import _Collate, _PreferenceTrainer
 from quietstar.rewards.judge import judge as judge_reward
 from quietstar.training.run import run_training
 
@@ -213,6 +217,63 @@ def test_a_reward_model_reinforces_thoughts(tmp_path):
     run_training(judged_config(tmp_path / "a", str(folder), loss__reward="reward_model"))
     records = read_metrics(tmp_path / "a" / "run", "train")
     assert all(record["policy_reward_std"] > 0 and record["judge_share"] > 0 for record in records)
+
+
+# --- Training a reward model ----------------------------------------------------------------------
+def preferences(path, count=48):
+    """Pairs in which a text of the letter a is better than one of z, nearly always."""
+    lines = []
+    for n in range(count):
+        soft = 0.9 if n % 8 else 0.5
+        better, worse = "a" * (1 + n % 3), "z" * (1 + n % 4)
+        lines.append({"prompt": f"{n}: ", "chosen": better, "rejected": worse, "soft_label": soft})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("labels", ["soft", "hard"])
+def test_a_reward_model_learns_what_is_preferred(tmp_path, labels):
+    base, pairs = saved_judge(tmp_path / "base"), preferences(tmp_path / "pairs.jsonl")
+    out = tmp_path / "scorer"
+    line = ["reward-model", "--pairs", pairs, "--model", base, "--out", str(out), "--epochs", "6",
+            "--learning-rate", "0.01", "--batch-size", "8", "--labels", labels]  # fmt: skip
+    assert cli.main(line) == 0
+    results = json.loads((out / "reward_model.json").read_text(encoding="utf-8"))
+    assert results["agreement"] == 1.0
+    assert results["trained_on"] + results["n"] == 48
+    scorer = RewardModel.load(str(out))
+    better, worse = scorer.score(["x: ", "x: "], ["aa", "zz"])
+    gap = better - worse
+    # Of eight pairs seven have the log odds of 0.9 (2.2), one those of 0.5; hard labels have no end.
+    assert (1 < gap < 2.8) if labels == "soft" else gap > 3.2, gap
+    assert not out.with_name("scorer.checkpoints").exists()
+    plain = AutoModelForSequenceClassification.from_pretrained(out)
+    assert plain.config.num_labels == 1
+
+
+def test_the_loss_of_soft_labels_is_the_cross_entropy_of_both_scores():
+    model, tokenizer = classifier(), load_tokenizer("bytes")
+    row = {"rows": [encode(tokenizer, "x", text, 64) for text in ("ab", "cde")], "label": 0.7}
+    batch = _Collate(model.config.pad_token_id)([row, {**row, "label": 0.2}])
+    loss = _PreferenceTrainer.compute_loss(None, model, batch)
+    scores = torch.tensor(RewardModel(model, tokenizer).score(["x", "x"], ["ab", "cde"]))
+    chosen, rejected = scores.log_softmax(0).tolist()
+    expected = -sum(p * chosen + (1 - p) * rejected for p in (0.7, 0.2)) / 2
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ('{"prompt": "x", "chosen": "y"}', r"must have the texts prompt, chosen and rejected"),
+    ('{"prompt": "x", "chosen": "y", "rejected": "z", "soft_label": 2}', r"soft_label \(2\) must"),
+    ('{"prompt": "x", "chosen": "y", "rejected": "y"}', r"has no pair of different texts"),
+    ('{"prompt": "x", "chosen": "y", "rejected": "z"}', r"too few to hold 1 out"),
+])  # fmt: skip
+def test_preferences_that_teach_nothing_are_refused(tmp_path, capsys, line, message):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(line + "\n", encoding="utf-8")
+    arguments = ["--pairs", str(pairs), "--model", str(tmp_path), "--out", str(tmp_path / "o")]
+    assert cli.main(["reward-model", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 # --- What is refused ------------------------------------------------------------------------------

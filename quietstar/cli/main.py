@@ -39,6 +39,10 @@ COMMANDS = {
     "eval": ("evaluate", "Score tasks with and without thoughts: quietstar eval --model DIR ..."),
     "compare": ("compare", "Compare runs over their seeds: quietstar compare RUN RUN ..."),
     "judge": ("judge", "Compare texts by a judge: quietstar judge --pairs FILE --model DIR ..."),
+    "reward-model": (
+        "reward_model",
+        "Train a reward model: quietstar reward-model --pairs FILE --model DIR ...",
+    ),
     "lm-eval": ("lm_eval", "Run lm-evaluation-harness: quietstar lm-eval run --model quietstar"),
     "generate": ("generate", "Continue a prompt: quietstar generate --model DIR --prompt TEXT"),
     "chat": ("generate:chat", "Talk with a model that thinks: quietstar chat --model DIR"),
@@ -55,6 +59,7 @@ RESUME_HINTS = {
     "train": "; start again with --resume auto",
     "eval": "; the same command continues from the finished items, if it has --out",
     "judge": "; the same command continues from the finished lines",
+    "reward-model": "; the same command continues from the last checkpoint, if there is one",
 }
 
 
