@@ -244,7 +244,7 @@ def test_a_reward_model_learns_what_is_preferred(tmp_path, labels):
     scorer = RewardModel.load(str(out))
     better, worse = scorer.score(["x: ", "x: "], ["aa", "zz"])
     gap = better - worse
-    # Of eight pairs seven have the log odds of 0.9 (2.2), one those of 0.5; hard labels have no end.
+    # Of eight pairs seven have the log odds of 0.9 (2.2), one those of 0.5.
     assert (1 < gap < 2.8) if labels == "soft" else gap > 3.2, gap
     assert not out.with_name("scorer.checkpoints").exists()
     plain = AutoModelForSequenceClassification.from_pretrained(out)

@@ -12,12 +12,13 @@ import pytest
 import torch
 from architectures import tiny_architecture
 from datasets import Dataset
-from tiny import BYTES_VOCAB, GPT2, LLAMA, plain_model
+from tiny import BYTES_VOCAB, GPT2, LLAMA, plain_model, thinking_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from quietstar.cli import main as cli
+from quietstar.cli.options import load_model
 from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
 from quietstar.judging import Judge, Template, VerdictCache, load_template
@@ -722,3 +723,90 @@ def test_other_mistakes_end_in_one_line(folder, tmp_path, capsys):
     assert "--template (nothing)" in refusal(capsys, folder, out, template="nothing")
     assert "--model (" in refusal(capsys, folder, out, model=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["none.jsonl"]
+
+
+# --- Models against each other --------------------------------------------------------------------
+def contest(folder, *more, judge=None):
+    """A command line: a thinking model against a plain one on four prompts."""
+    if not (folder / "thinks").exists():
+        model = thinking_model(plain_model(LLAMA), thoughts={"positions": "answer_start"})
+        model.save_pretrained(folder / "thinks", load_tokenizer("bytes"))
+        for name, seed in (("plain", 3), ("judge", 0)):
+            plain = plain_model(LLAMA, max_position_embeddings=512, seed=seed)
+            plain.save_pretrained(folder / name)
+            load_tokenizer("bytes").save_pretrained(folder / name)
+        (folder / "mine.j2").write_text(TEMPLATE, encoding="utf-8")
+        lines = [json.dumps({"prompt": f"{text} is"}) + "\n" for text in PROMPTS[:4]]
+        (folder / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
+    return [
+        "judge", "--prompts", str(folder / "prompts.jsonl"), "--model", str(folder / "judge"),
+        "--template", str(folder / "mine.j2"), "--out", str(folder / "out.jsonl"),
+        "--max-new-tokens", "4", "--batch-size", "2", *more,
+    ]  # fmt: skip
+
+
+def test_two_models_are_compared_by_what_they_write(tmp_path, capsys):
+    names = [str(tmp_path / name) for name in ("thinks", "plain")]
+    line = contest(tmp_path, "--compare", *names, "--html", str(tmp_path / "page.html"))
+    assert cli.main(line) == 0
+    shown = capsys.readouterr().out
+    assert "thinks wins over plain" in shown
+    texts = json.loads((tmp_path / "out.candidates.json").read_text(encoding="utf-8"))["texts"]
+    labels = [json.loads(row) for row in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
+    summary = json.loads((tmp_path / "out.judge.json").read_text(encoding="utf-8"))["summary"]
+    rates = []
+    for first, second, label in zip(*texts, labels, strict=True):
+        first, second = (text.strip() or "(no text)" for text in (first, second))
+        assert {first, second} == {label["chosen"], label["rejected"]}
+        p = label["soft_label"]
+        rates.append(p if label["chosen"] == first else 1 - p)
+    assert summary["win_rate"] == pytest.approx(sum(rates) / 4)
+    model = thinking_model(plain_model(LLAMA), thoughts={"positions": "answer_start"})
+    ids = torch.tensor([load_tokenizer("bytes")(f"{PROMPTS[0]} is")["input_ids"]])
+    own = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert texts[0][0] == load_tokenizer("bytes").decode(own[0, ids.shape[1] :])
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Clearest for thinks" in page or "Clearest for plain" in page
+
+
+def test_a_model_is_compared_with_itself_without_thoughts(tmp_path):
+    name = str(tmp_path / "thinks")
+    assert cli.main(contest(tmp_path, "--compare", name, name, "--thoughts", "on", "off")) == 0
+    with_thoughts, without = json.loads((tmp_path / "out.candidates.json").read_text())["texts"]
+    assert with_thoughts != without
+
+
+def test_a_contest_goes_on_from_the_texts_that_are_written(tmp_path, monkeypatch):
+    names = [str(tmp_path / name) for name in ("thinks", "plain")]
+    line = contest(tmp_path, "--compare", *names)
+    assert cli.main(line) == 0
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    path = tmp_path / "out.candidates.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    document["texts"] = [document["texts"][0], document["texts"][1][:2]]
+    path.write_text(json.dumps(document), encoding="utf-8")
+    (tmp_path / "out.jsonl").unlink()
+    loaded = []
+    plain_load = load_model
+    monkeypatch.setattr(
+        "quietstar.cli.options.load_model", lambda *a: loaded.append(a[3]) or plain_load(*a)
+    )
+    assert cli.main(line) == 0
+    assert loaded == [names[1]], "only the model whose texts were missing"
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize(("more", "message"), [
+    ([], "--pairs or --compare: must be given"),
+    (["--compare", "plain", "plain"], "is the same model twice"),
+    (["--compare", "plain", "nowhere"], "nowhere"),
+    (["--compare", "plain", "thinks", "--max-new-tokens", "600"], "max_new_tokens"),
+])  # fmt: skip
+def test_a_contest_that_cannot_be_is_refused(tmp_path, capsys, more, message):
+    line = contest(tmp_path)
+    more = [str(tmp_path / x) if x in ("plain", "thinks", "nowhere") else x for x in more]
+    if "--max-new-tokens" in more:
+        at = line.index("--max-new-tokens")
+        del line[at : at + 2]
+    assert cli.main([*line, *more]) == 2
+    assert message in capsys.readouterr().err

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from quietstar.cli import options
 from quietstar.cli.options import BATCH, Parser, whole
+from quietstar.errors import UserError
 
 DESCRIPTION = """Asks a language model which of two candidates is better, in both orders.
 
@@ -20,6 +21,9 @@ Every line of --pairs has "prompt" and "candidates" (two texts), or "prompt",
 "soft_label" (the probability that chosen is preferred), "margin" (its log
 odds), "probabilities" (with chosen shown first, and second), "mass",
 "rationales" and "is_cut".
+
+--compare A B --prompts FILE has two models write the candidates, or one with and
+without its thoughts (--compare A A --thoughts on off), and says which one wins.
 """
 UNIT = 64
 """Pairs that are judged and written together, sorted by length, unless a batch holds more."""
@@ -27,19 +31,29 @@ UNIT = 64
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Judge, write the preferences, print a summary; what is wrong raises `UserError`."""
-    args = _parser().read(arguments)
+    parser = _parser()
+    args = parser.read(arguments)
+    _check_use(parser, args)
     # These import torch, after the command line is known to be valid.
     from quietstar.evaluation.scoring import fingerprint
     from quietstar.judging import Judge, VerdictCache, load_template
+    from quietstar.judging.contest import summarize_contest
     from quietstar.judging.labels import Label, open_labels, read_pairs, summarize_labels
+    from quietstar.reports.judging import write_page
     from quietstar.training.build import quiet_libraries
 
     template = load_template(args.template)
-    pairs, digest = read_pairs(Path(args.pairs).expanduser(), args.limit)
     if args.summary is None:
         args.summary = f"{args.out.removesuffix('.jsonl')}.judge.json"
-    # Whether existing ones may be gone on with, `LabelFile` says.
-    options.check_outputs(args, ("--out", "--summary"), lambda *_: True)
+    quiet_libraries()
+    if args.compare is None:
+        pairs, digest = read_pairs(Path(args.pairs).expanduser(), args.limit)
+        # Whether existing ones may be gone on with, `LabelFile` says.
+        options.check_outputs(args, ("--out", "--summary", "--html"), lambda *_: True)
+    else:
+        more = {f"--compare ({name})": Path(name) for name in args.compare}
+        options.check_outputs(args, ("--out", "--summary", "--html"), lambda *_: True, more)
+        pairs, digest = _contest(args)
     weights = fingerprint(args.model)
     settings = {
         "model": args.model, "weights": weights, "dtype": args.dtype, "pairs": digest,
@@ -50,7 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with open_labels(args.out, args.summary, settings, pairs, unit, args.force) as file:
         todo = pairs[len(file.labels) :]
         if todo:
-            quiet_libraries()
             judge = Judge.load(
                 args.model, dtype=args.dtype, device=args.device, template=template,
                 chat={"auto": None, "on": True, "off": False}[args.chat],
@@ -67,9 +80,83 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     )  # fmt: skip
                     file.add([Label.of(p, c) for p, c in zip(part, results, strict=True)])
         summary = summarize_labels(file.labels, pairs)
+        if args.compare is not None:
+            summary |= summarize_contest(file.labels, pairs)
         file.finish(summary)
-    _show(summary, args)
+        _show(summary, args)
+        if args.html is not None:
+            names = None if args.compare is None else _names(args)
+            shown = {**settings, "template_name": args.template}
+            write_page(args.html, file.labels, pairs, summary, shown, names)
+            options.say(f"page: {args.html}")
     return 0
+
+
+def _check_use(parser: Parser, args: argparse.Namespace) -> None:
+    """Refuse a command line that is neither about pairs nor about two models."""
+    if (args.pairs is None) == (args.compare is None):
+        problem = "are both given" if args.pairs is not None else "must be given"
+        raise UserError(
+            f"--pairs or --compare: {problem}; give --pairs FILE.jsonl to judge texts, or "
+            "--compare A B --prompts FILE.jsonl to judge what two models write."
+        )
+    if args.compare is not None and args.prompts is None:
+        raise UserError("--prompts: must be given with --compare; name a JSONL file with prompts.")
+    reason = "without --compare" if args.compare is None else None
+    writing = ("--prompts", "--thoughts", "--max-new-tokens", "--temperature", "--seed")
+    parser.warn_idle(args, dict.fromkeys(writing, reason))
+
+
+def _contest(args: argparse.Namespace) -> tuple[list[Any], str]:
+    """Have both models write on behind the prompts."""
+    from quietstar.cli.options import load_model
+    from quietstar.data.tokenizer import load_tokenizer
+    from quietstar.evaluation.scoring import fingerprint
+    from quietstar.judging.contest import Contestant, read_prompts, write_candidates, writer
+
+    prompts = read_prompts(Path(args.prompts).expanduser(), args.limit)
+    contestants = [
+        Contestant(name, thinks == "on" and _can_think(name), fingerprint(name))
+        for name, thinks in zip(args.compare, args.thoughts, strict=True)
+    ]
+    if contestants[0] == contestants[1]:
+        raise UserError(
+            f"--compare ({args.compare[0]}): is the same model twice. Give two, or --thoughts on "
+            "off to compare one with itself without thoughts."
+        )
+    sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
+                "seed": args.seed}  # fmt: skip
+
+    def load(contestant: Contestant) -> Any:
+        model = load_model(args, False, "", contestant.name, "trained")
+        tokenizer = load_tokenizer(contestant.name, trust_remote_code=False)
+        return writer(model, tokenizer, contestant.thinks, **sampling)
+
+    path = Path(f"{str(args.out).removesuffix('.jsonl')}.candidates.json")
+    settings = {**sampling, "dtype": args.dtype}
+    with options.progress("texts of both models", 2 * len(prompts), keep=True) as advance:
+        return write_candidates(
+            path, prompts, contestants, settings, load, args.batch_size, advance, args.force
+        )
+
+
+def _can_think(name: str) -> bool:
+    from quietstar.model.saving import SETTINGS_FILE
+
+    return (Path(name).expanduser() / SETTINGS_FILE).exists()
+
+
+def _names(args: argparse.Namespace) -> tuple[str, str]:
+    """Short names of both contestants, which tell them apart."""
+    first, second = args.compare
+    if first == second:
+        return "with thoughts" if args.thoughts[0] == "on" else "without thoughts", (
+            "with thoughts" if args.thoughts[1] == "on" else "without thoughts"
+        )
+    names = [Path(name).name or name for name in (first, second)]
+    if names[0] == names[1]:
+        names = [first, second]
+    return names[0], names[1]
 
 
 def _show(summary: dict[str, Any], args: argparse.Namespace) -> None:
@@ -88,6 +175,10 @@ def _show(summary: dict[str, Any], args: argparse.Namespace) -> None:
     if summary["agreement"] is not None:
         agreement = percent(summary["agreement"]), percent_range(summary["agreement_ci"])
         table.add_row("agrees with the file's own choice", *agreement)
+    if args.compare is not None:
+        first, second = _names(args)
+        wins = percent(summary["win_rate"]), percent_range(summary["win_rate_ci"])
+        table.add_row(Text(f"{first} wins over {second}"), *wins)
     table.title = Text("preferences")
     Console().print(table)
     options.say(f"preferences: {args.out}")
@@ -97,13 +188,29 @@ def _show(summary: dict[str, Any], args: argparse.Namespace) -> None:
 def _parser() -> Parser:
     parser = Parser("quietstar judge", DESCRIPTION)
     add, value = parser.add_argument, parser.value
-    add("--pairs", type=options.existing, required=True, metavar="FILE.jsonl", help="candidates")
+    add("--pairs", type=options.existing, metavar="FILE.jsonl", help="candidates to judge")
+    add("--compare", type=options.existing, nargs=2, metavar="DIR",
+        help="two models that write candidates on behind --prompts")  # fmt: skip
+    add("--prompts", type=options.existing, metavar="FILE.jsonl",
+        help='"prompt" on every line, with --compare')  # fmt: skip
+    add("--thoughts", choices=("on", "off"), nargs=2, default=["on", "on"],
+        help="whether each of the two thinks, if it is a model that does")  # fmt: skip
+    value("--max-new-tokens", whole(1), 64, "N", "most tokens that they write")
+    value("--temperature", options.temperature, 0.0, "X", "of their texts; 0: the likeliest tokens")
+    value("--seed", whole(0, 2**32 - 1), 0, "N", "of their texts")
     add("--model", type=options.existing, required=True, metavar="DIR",
         help="folder of a causal LM, which judges")  # fmt: skip
     add("--out", type=options.file_name(".jsonl"), required=True, metavar="FILE.jsonl",
         help="preferences; the same command continues an interrupted file")  # fmt: skip
     value("--summary", options.file_name(".json"), None, "FILE.json",
           "settings and summary; default: FILE.judge.json beside --out")  # fmt: skip
+    value(
+        "--html",
+        options.file_name(".html"),
+        None,
+        "FILE.html",
+        "page of the result and of pairs: the clearest, and those it contradicts itself on",
+    )
     value("--template", options.existing, "continuation", "NAME|FILE",
           "what is asked: continuation, answer, summary, or a file of yours")  # fmt: skip
     value("--rationale", whole(0, 10**5, "no judge writes more"), 0, "N",

@@ -105,8 +105,11 @@ class Parser(argparse.ArgumentParser):
         if getattr(args, "ema", False):  # of `add_model`
             args.model = _averaged_model(args.model)
         for name in ("model", "compare"):
-            if getattr(args, name, None) is not None:
-                setattr(args, name, _trained_model(getattr(args, name)))
+            value = getattr(args, name, None)
+            if isinstance(value, str):
+                setattr(args, name, _trained_model(value))
+            elif value is not None:
+                setattr(args, name, [_trained_model(model) for model in value])
         self.check(args)
         return args
 

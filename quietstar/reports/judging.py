@@ -1,0 +1,95 @@
+"""The page of ``quietstar judge``: what was preferred, and where the judge contradicts itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quietstar.judging.contest import probability_of_first
+from quietstar.judging.labels import Label, Pair
+from quietstar.reports.pages import percent, percent_range, write_charts
+
+MOST = 20
+"""Pairs that a list of the page shows."""
+
+
+def write_page(
+    path: Path,
+    labels: Sequence[Label],
+    pairs: Sequence[Pair],
+    summary: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    names: tuple[str, str] | None = None,
+) -> Path:
+    """Write the page; returns its path.
+
+    Args:
+        path: Path of the page.
+        labels: Preferences.
+        pairs: The pairs, in the order of the preferences.
+        summary: Figures of all pairs.
+        settings: Settings of the judge.
+        names: The two contestants, where models were compared.
+    """
+    rows = [_row(label, pair) for label, pair in zip(labels, pairs, strict=True)]
+    judged = [row for row in rows if not row["is_equal"]]
+    clearest = sorted(judged, key=lambda row: -abs(row["first"] - 0.5))
+    undecided = sorted(
+        (row for row in judged if row["is_contradiction"]),
+        key=lambda row: -min(abs(p - 0.5) for p in row["orders"]),
+    )
+    lists, clear = [], "The pairs with the largest probability, averaged over both orders."
+    if names is not None:
+        for name, is_first in zip(names, (True, False), strict=True):
+            some = [row for row in clearest if (row["first"] > 0.5) == is_first]
+            lists.append((f"Clearest for {name}", clear, some))
+    elif any(row["is_labeled"] for row in judged):
+        some = [row for row in clearest if row["is_labeled"] and row["first"] < 0.5]
+        caption = "Pairs in which it prefers what the file says was rejected, the clearest first."
+        lists.append(("The judge against the file", caption, some))
+    else:
+        lists.append(("Clearest preferences", clear, clearest))
+    caption = "Pairs whose verdict turns with the order: it follows the place, not the text."
+    lists.append(("The judge against itself", caption, undecided))
+    return write_charts(
+        path, "judging.html.j2", {}, verdict=_verdict(summary, names), summary=summary,
+        names=names or ("First text", "Second text"), is_contest=names is not None,
+        lists=[(title, text, len(some), some[:MOST]) for title, text, some in lists],
+        config=settings,
+        facts=[("Judge", settings["model"]), ("Template", settings["template_name"]),
+               ("Pairs", str(len(pairs)))],
+    )  # fmt: skip
+
+
+def _row(label: Label, pair: Pair) -> dict[str, Any]:
+    is_first = label.chosen == pair.first
+    shown = label.probabilities if is_first else [1 - p for p in reversed(label.probabilities)]
+    rationales = label.rationales if is_first else label.rationales[::-1]
+    return {
+        "prompt": pair.prompt, "texts": (pair.first, pair.second), "is_labeled": pair.is_labeled,
+        "first": probability_of_first(label, pair), "orders": shown, "rationales": rationales,
+        "is_equal": pair.first == pair.second,
+        "is_contradiction": (shown[0] - 0.5) * (shown[1] - 0.5) < 0,
+    }  # fmt: skip
+
+
+def _verdict(summary: Mapping[str, Any], names: tuple[str, str] | None) -> str:
+    """Say the result in a sentence or two."""
+    same = summary["same_slot"]
+    bias = ""
+    if same is not None:
+        bias = f" In {percent(same)} of the pairs it gives the same number in both orders."
+    if names is not None:
+        low, high = summary["win_rate_ci"] or (0.0, 1.0)
+        rate = f"{percent(summary['win_rate'])} (95% CI {percent_range((low, high))})"
+        if low > 0.5 or high < 0.5:
+            winner, loser = names if low > 0.5 else names[::-1]
+            return f"The judge prefers {winner} to {loser}: {names[0]} wins {rate}.{bias}"
+        both = " from ".join(names)
+        return f"The judge does not tell {both}: {names[0]} wins {rate}.{bias}"
+    if summary["agreement"] is not None:
+        bounds = percent_range(summary["agreement_ci"])
+        agreement = f"{percent(summary['agreement'])} of the pairs (95% CI {bounds})"
+        return f"The judge agrees with the file's own choice in {agreement}.{bias}"
+    return f"The judge has compared {summary['pairs'] - summary['equal']} pairs.{bias}"
