@@ -21,7 +21,7 @@ from quietstar.cli import main as cli
 from quietstar.cli.options import load_model
 from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
-from quietstar.judging import Judge, Template, VerdictCache, load_template
+from quietstar.judging import Judge, Template, VerdictCache, load_template, scoring
 from quietstar.judging.cache import Verdict
 from quietstar.judging.labels import Label, Pair, summarize_labels
 from quietstar.judging.prompts import TEMPLATES, Prompts
@@ -723,6 +723,52 @@ def test_other_mistakes_end_in_one_line(folder, tmp_path, capsys):
     assert "--template (nothing)" in refusal(capsys, folder, out, template="nothing")
     assert "--model (" in refusal(capsys, folder, out, model=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["none.jsonl"]
+
+
+# --- Prompts that several texts share -------------------------------------------------------------
+LONG = [
+    "a rather long prompt, of which there are two orders",
+    "another one that is as long as this",
+]
+
+
+def grouped_verdicts(model, judge):
+    """Ratings of several candidates, and pairs, of long prompts and of one without company."""
+    prompts = [LONG[0]] * 3 + [LONG[1]] * 2 + ["short"]
+    ratings = judge.rate(prompts, ["one", "two, and more", "3", "four", "five or so", "6"])
+    pairs = judge.compare([*LONG, "x"], ["one", "two", "a"], ["1", "2 or more", "b"])
+    orders = [p for pair in pairs for p in pair.by_order]
+    return [x.expected for x in ratings] + orders, judge.tokens_run
+
+
+def test_texts_about_one_prompt_share_it(model, monkeypatch):
+    shares = model.config.model_type != "gemma2"  # whose window is shorter than these texts
+    alone, _ = grouped_verdicts(model, make_judge(model, batch_size=1))
+    together, tokens = grouped_verdicts(model, make_judge(model, batch_size=16))
+    assert together == pytest.approx(alone, abs=1e-5)
+    split, _ = grouped_verdicts(model, make_judge(model, batch_size=5))
+    assert split == pytest.approx(alone, abs=1e-5)
+    monkeypatch.setattr(scoring, "LEAST_SHARED", 10**6)
+    apart, tokens_apart = grouped_verdicts(model, make_judge(model, batch_size=16))
+    assert apart == pytest.approx(alone, abs=1e-5)
+    if shares:
+        assert tokens < 0.75 * tokens_apart
+    else:
+        assert tokens == tokens_apart
+
+
+@pytest.mark.parametrize(("rests", "expected"), [
+    ([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7], [1, 2, 3, 4, 5, 8]], [(5, 3)]),
+    ([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [9, 9, 9, 9, 9, 1], [9, 9, 9, 9, 9, 2]],
+     [(4, 2), (5, 2)]),
+    ([[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 5, 6, 7, 9], [1, 2, 3, 4, 8, 8]], [(4, 3)]),
+    ([[1, 2, 3], [1, 2, 3]], []),
+    ([[1, 2, 3, 4, 5, 6], [2, 2, 3, 4, 5, 6]], []),
+])  # fmt: skip
+def test_neighbors_are_grouped_where_that_saves_tokens(llama, monkeypatch, rests, expected):
+    model = make_judge(llama)._model
+    groups = model._groups(rests, 1, 0)
+    assert groups == expected
 
 
 # --- Models against each other --------------------------------------------------------------------

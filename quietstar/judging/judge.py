@@ -277,8 +277,13 @@ class Judge:
         missing = list(asked.values())
         for _ in range(len(keys) - len(missing)):
             advance()
-        # The longest first: if memory does not suffice, that shows at once.
-        missing.sort(key=lambda number: -len(questions[number].ids))
+        # The longest first: if memory does not suffice, that shows at once. Questions about one
+        # prompt stay together, whose tokens are then run once.
+        longest: dict[str, int] = {}
+        for number in missing:
+            prompt, size = values[number]["prompt"], len(questions[number].ids)
+            longest[prompt] = max(size, longest.get(prompt, 0))
+        missing.sort(key=lambda n: (-longest[values[n]["prompt"]], values[n]["prompt"]))
         prefix = self._model.run_prefix([questions[n].ids for n in missing] or [[]])
         for start in range(0, len(missing), self.batch_size):
             batch = missing[start : start + self.batch_size]

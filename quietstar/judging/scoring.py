@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +22,8 @@ from quietstar.errors import UserError
 from quietstar.evaluation.scoring import not_finite, refuse_not_finite
 from quietstar.sampling.samplers.generate import plainly
 
+LEAST_SHARED = 4
+"""Fewer shared tokens are not worth a pass of their own."""
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention")
 """Names that configs have for how far a layer attends."""
 
@@ -51,6 +53,18 @@ class Prefix:
         assert made is not None, "a prefix that begins rows has been run"
         made.batch_repeat_interleave(count)
         return made
+
+
+class _Group(NamedTuple):
+    """Rows next to each other that begin with the same tokens.
+
+    Attributes:
+        size: Tokens that they share behind the beginning of all rows; 0 for a single row.
+        members: Rows.
+    """
+
+    size: int
+    members: int
 
 
 class JudgeModel:
@@ -133,28 +147,81 @@ class JudgeModel:
             UserError: The model's logits are not finite.
         """
         shares = prefix.begins(rows, count)
-        cache = prefix.repeated(len(rows)) if shares else None
-        begin = len(prefix.ids) if shares else 0
+        rests = [row[len(prefix.ids) if shares else 0 :] for row in rows]
         with plainly(self.model):
-            logits = self._logits([row[begin:] for row in rows], count, cache)
+            if shares and (groups := self._groups(rests, count, len(prefix.ids))):
+                logits = self._grouped_logits(rests, groups, count, prefix)
+            else:
+                logits = self._logits(rests, count, prefix.repeated(len(rows)) if shares else None)
         if not (finite := logits.amax(-1).isfinite()).all():
             worst = logits.amax(-1)[~finite][0].item()
             raise not_finite("judge", "its largest logit", worst)
         return logits.float().log_softmax(-1)
 
+    def _groups(self, rests: Sequence[list[int]], count: int, begin: int) -> list[_Group]:
+        """Group neighbors by what they begin with, as the prompt of both orders of a pair.
+
+        Empty where the groups' beginnings would not save a quarter of the tokens, and for models
+        that cannot read behind a gap.
+        """
+        if not self._takes_positions or self.window < begin + 2 * max(map(len, rests)):
+            return []
+        groups: list[_Group] = []
+        for rest in rests:
+            if groups:
+                size, members = groups[-1]
+                before = rests[sum(group.members for group in groups) - 1]
+                # What decides a verdict is behind it, in each row.
+                most = min(len(before), len(rest)) - count
+                shared = min(_shared(before, rest), most)
+                shared = min(shared, size) if members > 1 else shared
+                # A shorter beginning for one more row, if that saves more than a new group.
+                if shared >= LEAST_SHARED and shared * members > size * (members - 1):
+                    groups[-1] = _Group(shared, members + 1)
+                    continue
+            groups.append(_Group(0, 1))
+        sizes = [group.size for group in groups for _ in range(group.members)]
+        tails = [len(rest) - size for rest, size in zip(rests, sizes, strict=True)]
+        grouped = len(groups) * max(sizes) + len(rests) * max(tails)
+        return groups if grouped <= 0.75 * len(rests) * max(map(len, rests)) else []
+
+    def _grouped_logits(
+        self, rests: Sequence[list[int]], groups: Sequence[_Group], count: int, prefix: Prefix
+    ) -> Float[Tensor, "rows count vocab"]:
+        """Run what each group begins with once, and its rows behind that."""
+        cache = prefix.repeated(len(groups))
+        index = [n for n, group in enumerate(groups) for _ in range(group.members)]
+        first = [index.index(n) for n in range(len(groups))]
+        heads = [rests[row][: group.size] for row, group in zip(first, groups, strict=True)]
+        self._logits(heads, 1, cache)
+        cache.batch_select_indices(torch.tensor(index, device=self.model.device))
+        sizes = torch.tensor([groups[n].size for n in index])[:, None]
+        tails = [rest[groups[n].size :] for rest, n in zip(rests, index, strict=True)]
+        width, begin = max(map(len, tails)), len(prefix.ids)
+        is_head = torch.arange(int(sizes.max())) < sizes  # heads are padded on the right
+        ones = torch.ones(len(rests), begin + width, dtype=torch.long)
+        mask = torch.cat([ones[:, :begin], is_head.long(), ones[:, begin:]], dim=1)
+        return self._logits(tails, count, cache, mask, begin + sizes + torch.arange(width))
+
     def _logits(
-        self, rows: Sequence[list[int]], count: int, cache: DynamicCache | None
+        self,
+        rows: Sequence[list[int]],
+        count: int,
+        cache: DynamicCache | None,
+        mask: Int[Tensor, "rows columns"] | None = None,
+        positions: Int[Tensor, "rows seq"] | None = None,
     ) -> Float[Tensor, "rows count vocab"]:
         """Run rows that are padded on the right, where causal attention does not see it."""
-        ids = pad_sequence([torch.tensor(row) for row in rows], True, self.pad)
+        ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], True, self.pad)
         self.tokens_run += ids.numel()
         lengths = torch.tensor([[len(row)] for row in rows])
-        places = lengths - count + torch.arange(count)  # (rows, count)
+        places = (lengths - count + torch.arange(count)).clamp(min=0)  # (rows, count)
         given: dict[str, Any] = {} if cache is None else {str(self._cache_name): cache}
+        device = self.model.device
+        if mask is not None and positions is not None:
+            given |= {"attention_mask": mask.to(device), "position_ids": positions.to(device)}
         with _states_at(self.head, places):
-            output: Any = self.model(
-                input_ids=ids.to(self.model.device), use_cache=cache is not None, **given
-            )
+            output: Any = self.model(input_ids=ids.to(device), use_cache=cache is not None, **given)
         assert output.logits.shape[1] == count, f"{output.logits.shape} are logits of other places"
         return output.logits
 
@@ -193,6 +260,12 @@ class JudgeModel:
         new: Int[Tensor, "rows new"] = made[:, ids.shape[1] :]
         self.tokens_run += made.numel() - begin * len(rows)
         return [_until(row, self.stops) for row in new.tolist()]
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Count the tokens with which both begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _until(tokens: list[int], stops: Sequence[int]) -> list[int]:
