@@ -10,6 +10,8 @@ from quietstar.judging.contest import probability_of_first
 from quietstar.judging.labels import Label, Pair
 from quietstar.reports.pages import percent, percent_range, write_charts
 
+OF_A_FILE, UNNAMED = ("chosen in the file", "rejected in the file"), ("first text", "second text")
+"""Headings of the texts, where no models are compared."""
 MOST = 20
 """Pairs that a list of the page shows."""
 
@@ -39,12 +41,13 @@ def write_page(
         (row for row in judged if row["is_contradiction"]),
         key=lambda row: -min(abs(p - 0.5) for p in row["orders"]),
     )
+    is_labeled = any(row["is_labeled"] for row in judged)
     lists, clear = [], "The pairs with the largest probability, averaged over both orders."
     if names is not None:
         for name, is_first in zip(names, (True, False), strict=True):
             some = [row for row in clearest if (row["first"] > 0.5) == is_first]
             lists.append((f"Clearest for {name}", clear, some))
-    elif any(row["is_labeled"] for row in judged):
+    elif is_labeled:
         some = [row for row in clearest if row["is_labeled"] and row["first"] < 0.5]
         caption = "Pairs in which it prefers what the file says was rejected, the clearest first."
         lists.append(("The judge against the file", caption, some))
@@ -54,7 +57,7 @@ def write_page(
     lists.append(("The judge against itself", caption, undecided))
     return write_charts(
         path, "judging.html.j2", {}, verdict=_verdict(summary, names), summary=summary,
-        names=names or ("First text", "Second text"), is_contest=names is not None,
+        names=names or (OF_A_FILE if is_labeled else UNNAMED), is_contest=names is not None,
         lists=[(title, text, len(some), some[:MOST]) for title, text, some in lists],
         config=settings,
         facts=[("Judge", settings["model"]), ("Template", settings["template_name"]),
