@@ -16,6 +16,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from launching import ROOT, launch, marked, needs_deepspeed
 from safetensors.torch import load_file
+from test_judging import TEMPLATE
 from tiny import plain_model, read_metrics, run_config
 
 from quietstar.config.loading import save_config
@@ -52,10 +53,12 @@ stages:
   thinks_long:
     thoughts: {{length: 45, positions: random, start_init: ab, stop: *characters}}
     training: {{max_steps: 3}}
+    loss: {{objective: quiet_star, reward: judge}}
 """
 """Thoughts end early: ranks want to end their rollouts after different numbers of tokens. The long
-ones at a few positions leave the batch then, and are packed to learn from. The second stage knows
-earlier steps, and other weights than the model's."""
+ones at a few positions leave the batch then, are packed to learn from, and rewarded by what a judge
+says of the text behind them. The second stage knows earlier steps, and other weights than the
+model's."""
 
 
 class Runs:
@@ -76,16 +79,24 @@ class Runs:
         return target
 
 
+def save_plain(model, folder):
+    model.save_pretrained(folder)
+    load_tokenizer("bytes").save_pretrained(folder)
+
+
 @pytest.fixture(scope="module", params=["full", "lora"])
 def runs(request, tmp_path_factory):
     """Ten steps: in two stages with full tuning, in one stage with LoRA on a saved model."""
     runs = Runs(request.param, tmp_path_factory.mktemp(request.param))
     # So large a decay shows in the losses whether every matrix decays, sharded or not.
-    more = {"training__max_steps": 10, "optim__weight_decay": 0.5}
+    judge = runs.folder / "judge"
+    save_plain(plain_model(max_position_embeddings=512), judge)
+    (runs.folder / "judge.j2").write_text(TEMPLATE, encoding="utf-8")
+    more = {"training__max_steps": 10, "optim__weight_decay": 0.5, "judge__model": str(judge),
+            "judge__template": str(runs.folder / "judge.j2"), "judge__continuation": 3}  # fmt: skip
     if request.param == "lora":
         base = runs.folder / "base"
-        plain_model().save_pretrained(base)
-        load_tokenizer("bytes").save_pretrained(base)
+        save_plain(plain_model(), base)
         more = {"training__max_steps": 10, "tuning__method": "lora", "model__config": None,
                 "model__name_or_path": str(base), "model__tokenizer": None}  # fmt: skip
     config = run_config(
@@ -107,7 +118,11 @@ with_full_tuning = pytest.mark.parametrize("runs", ["full"], indirect=True)
 
 
 def assert_same_trajectory(folder, whole):
-    for kind, keys in (("train", ("loss", "grad_norm_total")), ("eval", ("base_nll", "mixed_nll"))):
+    of_steps, of_evaluations = (
+        ("loss", "grad_norm_total", "policy_reward"),
+        ("base_nll", "mixed_nll"),
+    )
+    for kind, keys in (("train", of_steps), ("eval", of_evaluations)):
         ours, theirs = read_metrics(folder, kind), read_metrics(whole, kind)
         assert len(ours) == len(theirs)
         for record, wanted in zip(ours, theirs, strict=True):
