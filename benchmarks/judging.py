@@ -1,14 +1,16 @@
 """``python -m benchmarks.judging``: pairs a second of a judge, beside a naive loop.
 
-The judge runs what all texts begin with once, and the rest in batches. The naive loop runs every
-text by itself and as a whole, with the logits of its last token. Both judge the same pairs in both
-orders, in turn in one process, and give the same probabilities; the figures are medians. Texts are
-random words, of one to two times ``--words`` in prompts, and of half as many in candidates.
+The judge runs what all texts begin with once, the prompt that several texts share once, and the
+rest in batches. The naive loop runs every text by itself and as a whole, with the logits of its
+last token. Both compare all pairs of the ``--candidates`` of every prompt in both orders, in turn
+in one process, and give the same probabilities; the figures are medians. Texts are random words, of
+one to two times ``--words`` in prompts, and ``--candidate-words`` in candidates.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import time
@@ -35,7 +37,7 @@ def main(arguments: list[str]) -> int:
     args = _parser().read(arguments)
     quiet_libraries()
     result = bench_judging(args)
-    table = Table(title=f"{args.pairs} pairs, {args.model}, {args.dtype}, batches of "
+    table = Table(title=f"{result['pairs']} pairs, {args.model}, {args.dtype}, batches of "
                         f"{args.batch_size}", title_justify="left")  # fmt: skip
     for column in ("", "seconds", "tokens run", "pairs/s"):
         table.add_column(column, justify="right")
@@ -97,10 +99,11 @@ def bench_judging(args: argparse.Namespace) -> dict[str, Any]:
     for name, seconds in times.items():
         median = statistics.median(seconds)
         rows[name] = {
-            "seconds": median, "tokens": counts[name], "pairs_per_second": args.pairs / median
+            "seconds": median, "tokens": counts[name], "pairs_per_second": len(texts[0]) / median
         }  # fmt: skip
     return {
         **rows,
+        "pairs": len(texts[0]),
         "speedup": rows["naive"]["seconds"] / rows["judge"]["seconds"],
         "largest_difference": gap,
         "settings": settings_of(args),
@@ -120,10 +123,14 @@ def _texts(args: argparse.Namespace) -> tuple[list[str], list[str], list[str]]:
     def text(words: int) -> str:
         return " ".join(noise.choices(WORDS.split(), k=noise.randint(words, 2 * words)))
 
-    prompts, first, second = (
-        [text(words) for _ in range(args.pairs)]
-        for words in (args.words, 1 + args.words // 2, 1 + args.words // 2)
-    )
+    prompts, first, second = [], [], []
+    for _ in range(args.prompts):
+        prompt = text(args.words)
+        candidates = [text(args.candidate_words) for _ in range(args.candidates)]
+        for one, two in itertools.combinations(candidates, 2):
+            prompts.append(prompt)
+            first.append(one)
+            second.append(two)
     return prompts, first, second
 
 
@@ -132,8 +139,11 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("--model", type=existing, default="mistral-tiny", help="a built-in name or a folder")
     add("--template", default="continuation", help="what is asked")
-    add("--pairs", type=whole(1, 10**5), default=16, metavar="N", help="that are judged")
+    add("--prompts", type=whole(1, 10**5), default=16, metavar="N", help="that are asked about")
+    add("--candidates", type=whole(2, 100), default=2, metavar="N", help="of every prompt")
     add("--words", type=whole(1, 10**5), default=30, metavar="N", help="least of a prompt")
+    add("--candidate-words", type=whole(1, 10**5), default=16, metavar="N",
+        help="least of a candidate")  # fmt: skip
     add("--batch-size", type=BATCH, default=8, metavar="N", help="texts at once")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     add_machine(parser)

@@ -71,7 +71,8 @@ def test_decoding_with_a_gate_thinks_at_a_share_of_the_tokens(tmp_path):
 
 def test_a_judge_beside_a_naive_loop(tmp_path):
     out = tmp_path / "judging.json"
-    call = ["--pairs", "3", "--words", "2", "--repeats", "1", "--device", "cpu", "--json", str(out)]
+    call = ["--prompts", "1", "--candidates", "3", "--words", "9", "--candidate-words", "1"]
+    call += ["--repeats", "1", "--device", "cpu", "--json", str(out)]
     assert run_command(judging.main, call) == 0
     found = json.loads(out.read_text())
     judge, naive = found["judge"], found["naive"]
