@@ -164,6 +164,19 @@ def test_a_reward_reads_what_follows_behind_thoughts():
     assert len(answers.prompts) == int((thoughts.positions >= 0).sum())
 
 
+@pytest.mark.parametrize("numbers", [[], [[7.0]], [[1.0]] * 4, [[1.0, 2.0, 3.0]] * 4])
+def test_a_table_has_a_number_for_every_text(numbers):
+    model = thinking_model(thoughts={"positions": "random"})
+
+    @asks_policy
+    def wrong(thoughts, scores):
+        return scores.continuations(thoughts).table(numbers)
+
+    model.reward, model.reward_name = wrong, "mine"
+    with pytest.raises(UserError, match=r"table of continuations: got \d+ numbers in \d rows"):
+        model(random_texts())
+
+
 def test_later_updates_keep_what_an_outside_reward_said():
     model, calls = thinking_model(), []
 

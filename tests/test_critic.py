@@ -262,11 +262,32 @@ def test_the_loss_of_soft_labels_is_the_cross_entropy_of_both_scores():
     assert loss.item() == pytest.approx(expected, abs=1e-5)
 
 
+def test_checkpoints_of_other_settings_are_refused(tmp_path, capsys, monkeypatch):
+    base, pairs = saved_judge(tmp_path / "base"), preferences(tmp_path / "pairs.jsonl")
+    out = tmp_path / "scorer"
+    line = ["reward-model", "--pairs", pairs, "--model", base, "--out", str(out), "--epochs", "2",
+            "--batch-size", "8", "--save-steps", "2", "--lora-r", "0"]  # fmt: skip
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("quietstar.judging.reward_training.measure", stop)
+        cli.main(line)
+    assert not out.exists()
+    assert cli.main([*line, "--seed", "1"]) == 2
+    assert "its checkpoints are of another" in capsys.readouterr().err
+    assert cli.main(line) == 0
+    assert out.exists()
+    assert not out.with_name("scorer.checkpoints").exists()
+
+
 @pytest.mark.parametrize(("line", "message"), [
+    ('{"prompt": "x", "chosen": ["y"], "rejected": "z"}', r"chosen holds list, and must be plain"),
     ('{"prompt": "x", "chosen": "y"}', r"must have the texts prompt, chosen and rejected"),
     ('{"prompt": "x", "chosen": "y", "rejected": "z", "soft_label": 2}', r"soft_label \(2\) must"),
     ('{"prompt": "x", "chosen": "y", "rejected": "y"}', r"has no pair of different texts"),
-    ('{"prompt": "x", "chosen": "y", "rejected": "z"}', r"too few to hold 1 out"),
+    ('{"prompt": "x", "chosen": "y", "rejected": "z"}', r"\(.*pairs.jsonl\): .* too few to hold 1"),
 ])  # fmt: skip
 def test_preferences_that_teach_nothing_are_refused(tmp_path, capsys, line, message):
     pairs = tmp_path / "pairs.jsonl"
@@ -304,6 +325,27 @@ def test_a_judge_that_is_none_is_named_by_its_key(tmp_path):
     model.passes_together = True
     with pytest.raises(UserError, match=r"judge.model \(null\): .* sharded"):
         load_critic(JudgeConfig(), "judge", model, 2, cpu)
+
+
+def test_a_judge_that_could_read_nothing_is_refused_before_the_first_step(tmp_path):
+    plain_model().save_pretrained(tmp_path / "short")  # 64 positions
+    load_tokenizer("bytes").save_pretrained(tmp_path / "short")
+    model, cpu = thinking_model(), torch.device("cpu")
+    with pytest.raises(UserError, match=r"short\): judge.template: take \d+ tokens .* reads 64"):
+        load_critic(JudgeConfig(model=str(tmp_path / "short")), "judge", model, 2, cpu)
+    classifier().save_pretrained(tmp_path / "scorer")
+    load_tokenizer("bytes").save_pretrained(tmp_path / "scorer")
+    with pytest.raises(UserError, match=r"is a sequence classifier, .*reward: reward_model"):
+        load_critic(JudgeConfig(model=str(tmp_path / "scorer")), "judge", model, 2, cpu)
+    judge = saved_judge(tmp_path / "judge")
+    config = judged_config(tmp_path / "a", judge, judge__continuation=60)
+    with pytest.raises(UserError, match=r"judge.continuation \(60\): .* it must be at most \d+"):
+        run_training(config)
+
+
+def test_a_reward_that_asks_no_judge_loads_none(tmp_path):
+    config = judged_config(tmp_path / "a", str(tmp_path / "nowhere"), loss__reward="thought")
+    run_training(config)
 
 
 def test_a_model_without_a_judge_says_how_to_give_it_one():

@@ -844,8 +844,11 @@ def test_a_contest_goes_on_from_the_texts_that_are_written(tmp_path, monkeypatch
 
 @pytest.mark.parametrize(("more", "message"), [
     ([], "--pairs or --compare: must be given"),
-    (["--compare", "plain", "plain"], "is the same model twice"),
-    (["--compare", "plain", "nowhere"], "nowhere"),
+    (["--compare", "plain", "plain"], "its likeliest texts are the same"),
+    (["--compare", "plain", "plain", "--thoughts", "on", "off"], "and does not think"),
+    (["--compare", "plain", "nowhere"], "nowhere): cannot be loaded"),
+    (["--compare", "plain", "thinks", "--rationale", "600"],
+     "judge): --template and --rationale: take"),
     (["--compare", "plain", "thinks", "--max-new-tokens", "600"], "max_new_tokens"),
 ])  # fmt: skip
 def test_a_contest_that_cannot_be_is_refused(tmp_path, capsys, more, message):
@@ -856,3 +859,35 @@ def test_a_contest_that_cannot_be_is_refused(tmp_path, capsys, more, message):
         del line[at : at + 2]
     assert cli.main([*line, *more]) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.candidates.json").exists()
+
+
+def test_samples_depend_on_the_seed_alone(tmp_path, monkeypatch):
+    """A model against itself: two samples, the same ones after an interrupt."""
+    line = contest(tmp_path, "--compare", *[str(tmp_path / "plain")] * 2, "--temperature", "1")
+    path = tmp_path / "out.candidates.json"
+    assert cli.main(line) == 0
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    assert whole["texts"][0] != whole["texts"][1]
+    part = {**whole, "texts": [whole["texts"][0][:2], []]}
+    path.write_text(json.dumps(part), encoding="utf-8")
+    (tmp_path / "out.jsonl").unlink()
+    torch.rand(3)
+    assert cli.main(line) == 0
+    assert json.loads(path.read_text(encoding="utf-8")) == whole
+    assert cli.main([*line, "--seed", "1", "--force"]) == 0
+    assert json.loads(path.read_text(encoding="utf-8"))["texts"] != whole["texts"]
+
+
+def test_a_model_that_has_written_nothing_may_be_another_one(tmp_path):
+    names = [str(tmp_path / name) for name in ("thinks", "plain")]
+    line = contest(tmp_path, "--compare", *names)
+    assert cli.main(line) == 0
+    path = tmp_path / "out.candidates.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    document["settings"]["model 2"] = "other"
+    (tmp_path / "out.jsonl").unlink()
+    path.write_text(json.dumps(document), encoding="utf-8")
+    assert cli.main(line) == 2
+    path.write_text(json.dumps({**document, "texts": [document["texts"][0], []]}), encoding="utf-8")
+    assert cli.main(line) == 0

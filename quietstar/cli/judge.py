@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.summary is None:
         args.summary = f"{args.out.removesuffix('.jsonl')}.judge.json"
     quiet_libraries()
+    _check_judge(args, template)
     if args.compare is None:
         pairs, digest = read_pairs(Path(args.pairs).expanduser(), args.limit)
         # Whether existing ones may be gone on with, `LabelFile` says.
@@ -105,6 +106,32 @@ def _check_use(parser: Parser, args: argparse.Namespace) -> None:
     reason = "without --compare" if args.compare is None else None
     writing = ("--prompts", "--thoughts", "--max-new-tokens", "--temperature", "--seed")
     parser.warn_idle(args, dict.fromkeys(writing, reason))
+    args.thoughts = args.thoughts or ["on", "on"]
+
+
+def _check_judge(args: argparse.Namespace, template: Any) -> None:
+    """Refuse a judge that could judge no texts, before any are written or read."""
+    from quietstar.backbone.loading import read_config
+    from quietstar.data.tokenizer import load_tokenizer
+    from quietstar.judging.judge import check_readable, of_model
+    from quietstar.judging.prompts import Prompts
+
+    try:
+        tokenizer = load_tokenizer(args.model, trust_remote_code=False)
+    except UserError as problem:
+        message = str(problem).removeprefix(f"tokenizer ({args.model}): ")
+        raise UserError(f"--model ({args.model}): {message}") from problem
+    try:
+        config = read_config(args.model).get_text_config()
+    except UserError as problem:
+        message = str(problem).replace("model.name_or_path (", "--model (")
+        raise UserError(message) from problem
+    uses_chat = bool(tokenizer.chat_template) if args.chat == "auto" else args.chat == "on"
+    if uses_chat and not tokenizer.chat_template:
+        raise UserError("--chat (on): the judge's tokenizer has no chat template. Set it off.")
+    with of_model(args.model):
+        context = getattr(config, "max_position_embeddings", None)
+        check_readable(Prompts(tokenizer, template, uses_chat), "pair", context, args.rationale)
 
 
 def _contest(args: argparse.Namespace) -> tuple[list[Any], str]:
@@ -115,25 +142,33 @@ def _contest(args: argparse.Namespace) -> tuple[list[Any], str]:
     from quietstar.judging.contest import Contestant, read_prompts, write_candidates, writer
 
     prompts = read_prompts(Path(args.prompts).expanduser(), args.limit)
+    tokenizers: dict[str, Any] = {}
+    for name in args.compare:
+        try:
+            tokenizers[name] = load_tokenizer(name, trust_remote_code=False)
+        except UserError as problem:
+            message = str(problem).removeprefix(f"tokenizer ({name}): ")
+            raise UserError(f"--compare ({name}): {message}") from problem
     contestants = [
         Contestant(name, thinks == "on" and _can_think(name), fingerprint(name))
         for name, thinks in zip(args.compare, args.thoughts, strict=True)
     ]
-    if contestants[0] == contestants[1]:
+    if contestants[0] == contestants[1] and args.temperature == 0:
+        reason = "is the same model twice, and its likeliest texts are the same"
+        if args.thoughts[0] != args.thoughts[1]:
+            reason = "is the same model twice, and does not think"
         raise UserError(
-            f"--compare ({args.compare[0]}): is the same model twice. Give two, or --thoughts on "
-            "off to compare one with itself without thoughts."
+            f"--compare ({args.compare[0]}): {reason}. Give two models, --thoughts on off for one "
+            "that thinks, or --temperature 1 for two samples."
         )
-    sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
-                "seed": args.seed}  # fmt: skip
+    sampling = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
 
     def load(contestant: Contestant) -> Any:
         model = load_model(args, False, "", contestant.name, "trained")
-        tokenizer = load_tokenizer(contestant.name, trust_remote_code=False)
-        return writer(model, tokenizer, contestant.thinks, **sampling)
+        return writer(model, tokenizers[contestant.name], contestant.thinks, **sampling)
 
     path = Path(f"{str(args.out).removesuffix('.jsonl')}.candidates.json")
-    settings = {**sampling, "dtype": args.dtype}
+    settings = {**sampling, "seed": args.seed, "dtype": args.dtype}
     with options.progress("texts of both models", 2 * len(prompts), keep=True) as advance:
         return write_candidates(
             path, prompts, contestants, settings, load, args.batch_size, advance, args.force
@@ -149,10 +184,11 @@ def _can_think(name: str) -> bool:
 def _names(args: argparse.Namespace) -> tuple[str, str]:
     """Short names of both contestants, which tell them apart."""
     first, second = args.compare
+    if first == second and args.thoughts[0] != args.thoughts[1]:
+        both = ("with thoughts", "without thoughts")
+        return both if args.thoughts[0] == "on" else (both[1], both[0])
     if first == second:
-        return "with thoughts" if args.thoughts[0] == "on" else "without thoughts", (
-            "with thoughts" if args.thoughts[1] == "on" else "without thoughts"
-        )
+        return "first sample", "second sample"
     names = [Path(name).name or name for name in (first, second)]
     if names[0] == names[1]:
         names = [first, second]
@@ -193,8 +229,13 @@ def _parser() -> Parser:
         help="two models that write candidates on behind --prompts")  # fmt: skip
     add("--prompts", type=options.existing, metavar="FILE.jsonl",
         help='"prompt" on every line, with --compare')  # fmt: skip
-    add("--thoughts", choices=("on", "off"), nargs=2, default=["on", "on"],
-        help="whether each of the two thinks, if it is a model that does")  # fmt: skip
+    add(
+        "--thoughts",
+        choices=("on", "off"),
+        nargs=2,
+        metavar="on|off",
+        help="whether each of the two thinks, if it is a model that does; default: on on",
+    )
     value("--max-new-tokens", whole(1), 64, "N", "most tokens that they write")
     value("--temperature", options.temperature, 0.0, "X", "of their texts; 0: the likeliest tokens")
     value("--seed", whole(0, 2**32 - 1), 0, "N", "of their texts")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from quietstar.cli import options
 from quietstar.cli.options import Parser, number, whole
 from quietstar.errors import UserError
 from quietstar.system.files import file_kind
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = """Trains a reward model on preferences, such as quietstar judge writes.
 
@@ -28,10 +31,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().read(arguments)
     out = Path(args.out).expanduser().absolute()
     if file_kind(out) != "none":
-        raise UserError(f"--out ({args.out}): exists already. Give a new folder.")
+        raise UserError(
+            f"--out ({args.out}): exists already, and a reward model is never replaced. Give a new"
+            " folder."
+        )
     # These import torch, after the command line is known to be valid.
+    from quietstar.evaluation.scoring import fingerprint
     from quietstar.judging.reward_training import (
         RewardTraining,
+        digest_of,
         read_preferences,
         train_reward_model,
     )
@@ -40,30 +48,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train = read_preferences(Path(args.pairs).expanduser(), "--pairs")
     if args.eval is not None:
         held_out = read_preferences(Path(args.eval).expanduser(), "--eval")
+        if known := len({*train} & {*held_out}):
+            logger.warning("--eval: %d of its pairs are trained on, so they measure less", known)
     else:
-        train, held_out = _split(train, args.eval_fraction, args.seed)
+        train, held_out = _split(train, args.eval_fraction, args.seed, args.pairs)
     quiet_libraries()
     settings = RewardTraining(
         labels=args.labels, epochs=args.epochs, batch_size=args.batch_size,
         learning_rate=args.learning_rate, lora_r=args.lora_r, max_length=args.max_length,
         save_steps=args.save_steps, seed=args.seed,
     )  # fmt: skip
-    given = {"pairs": args.pairs, "eval": args.eval, "trained_on": len(train)}
+    given = {
+        "weights": fingerprint(args.model), "pairs": digest_of(train), "eval": digest_of(held_out),
+        "trained_on": len(train),
+    }  # fmt: skip
     figures = train_reward_model(args.model, out, train, held_out, settings, given)
     if figures is not None:
         _show(figures, args.model, out)
     return 0
 
 
-def _split(pairs: list[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
+def _split(pairs: list[Any], fraction: float, seed: int, name: str) -> tuple[list[Any], list[Any]]:
     """Hold some prompts out, with all their pairs."""
     prompts = sorted({pair.prompt for pair in pairs})
     random.Random(seed).shuffle(prompts)
     count = max(1, round(fraction * len(prompts)))
     if count >= len(prompts):
         raise UserError(
-            f"--pairs: has {len(prompts)} prompts, too few to hold {count} out. Give more, a"
-            " smaller --eval-fraction, or other pairs by --eval."
+            f"--pairs ({name}): is about {len(prompts)} different prompts, too few to hold {count}"
+            " out. Give more, a smaller --eval-fraction, or other pairs by --eval."
         )
     held_out = set(prompts[:count])
     return (

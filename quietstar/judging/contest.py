@@ -26,8 +26,8 @@ from quietstar.system.inputs import open_input
 
 NOTHING = "(no text)"
 """What a judge is shown in place of a text without any."""
-Write = Callable[[Sequence[str]], list[str]]
-"""Writes on behind some prompts."""
+Write = Callable[[Sequence[str], int], list[str]]
+"""Writes on behind some prompts, by noise of a seed."""
 
 
 @dataclass(frozen=True)
@@ -81,21 +81,24 @@ def writer(model: Any, tokenizer: PreTrainedTokenizerBase, thinks: bool, **sampl
         model: `QuietStarForCausalLM`, perhaps of a plain model.
         tokenizer: The model's tokenizer.
         thinks: Whether to think, as the model was trained to.
-        **sampling: ``max_new_tokens``, ``temperature`` (0 takes the most likely tokens), ``seed``.
+        **sampling: ``max_new_tokens`` and ``temperature`` (0 takes the most likely tokens).
     """
 
-    def write(prompts: Sequence[str]) -> list[str]:
+    def write(prompts: Sequence[str], seed: int) -> list[str]:
         rows: list[Any] = [tokenizer(prompt)["input_ids"] for prompt in prompts]
         if not all(rows):
             empty = prompts[rows.index([])]
-            raise UserError(f"--prompts: {empty[:80]!r} has no token in a model's vocabulary")
+            raise UserError(
+                f"--prompts ({empty[:80]!r}): has no token in a model's vocabulary. Leave it out."
+            )
         pad, temperature = padding_id(tokenizer), sampling["temperature"]
         ids, mask = (x.to(model.device) for x in pad_left(rows, pad))
         decoding: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             decoding = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        torch.manual_seed(seed)
         made = model.generate(
-            ids, attention_mask=mask, think=thinks, seed=sampling["seed"],
+            ids, attention_mask=mask, think=thinks, seed=seed,
             max_new_tokens=sampling["max_new_tokens"], pad_token_id=pad,
             logits_processor=refuse_not_finite(), **decoding,
         )  # fmt: skip
@@ -132,7 +135,7 @@ def write_candidates(
         UserError: The file holds other texts, or a model cannot be loaded or run.
     """
     digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
-    settings = {**settings, "prompts": digest}
+    settings = {**settings, "prompts": digest, "batch_size": batch_size}
     for number, contestant in enumerate(contestants, 1):
         settings |= {f"model {number}": contestant.weights, f"thoughts {number}": contestant.thinks}
     texts: list[list[str]] = [[], []]
@@ -142,19 +145,26 @@ def write_candidates(
             previous = parse_object(file.read())
             if set(previous) != {"settings", "texts"} or len(previous["texts"]) != 2:
                 raise ValueError("it holds no texts of two models")
-        if changes := settings_changes(previous["settings"], settings):
-            raise UserError(f"--out ({path}): was made with another {changes}. {remedy}")
         texts = [list(map(str, column)) for column in previous["texts"]]
-    for column, contestant in zip(texts, contestants, strict=True):
+        # A model that has written nothing yet may be another one now.
+        begun = [str(number) for number, column in enumerate(texts, 1) if column]
+        same = [name for name in settings if name[-1] not in "12" or name[-1] in begun]
+        old, new = ({name: x.get(name) for name in same} for x in (previous["settings"], settings))
+        if changes := settings_changes(old, new):
+            raise UserError(f"--out ({path}): was made with another {changes}. {remedy}")
+    for number, (column, contestant) in enumerate(zip(texts, contestants, strict=True)):
         for _ in column:
             advance()
         write = None
         while len(column) < len(prompts):
             write = load(contestant) if write is None else write
-            new = write(prompts[len(column) : len(column) + batch_size])
-            column += new
+            # The same noise wherever the command was interrupted, another one for each model.
+            noise = np.random.SeedSequence([settings["seed"], number, len(column)])
+            seed = int(noise.generate_state(1)[0])
+            new_texts = write(prompts[len(column) : len(column) + batch_size], seed)
+            column += new_texts
             write_json(path, {"settings": settings, "texts": texts})
-            for _ in new:
+            for _ in new_texts:
                 advance()
         del write  # its weights are not needed beside the next ones
         if torch.cuda.is_available():

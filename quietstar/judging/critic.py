@@ -10,13 +10,15 @@ from typing import Any, Literal
 
 import torch
 
+from quietstar.backbone.devices import find_device
 from quietstar.config import JudgeConfig
 from quietstar.errors import UserError
 from quietstar.evaluation.scoring import fingerprint
 from quietstar.generation.continuations import Writing
 from quietstar.judging.cache import VerdictCache
-from quietstar.judging.judge import Judge
-from quietstar.judging.reward_model import RewardModel
+from quietstar.judging.judge import Judge, of_model
+from quietstar.judging.prompts import Kind
+from quietstar.judging.reward_model import RewardModel, is_classifier
 
 LEAST_RATING = -1.0
 """Of a candidate without text, which no judge is asked about."""
@@ -141,7 +143,13 @@ def load_critic(
     """
     num_tokens = lookahead if settings.continuation is None else settings.continuation
     writing = Writing(num_tokens, settings.temperature, tuple(settings.stop))
+    kind: Kind = "pair" if settings.mode == "pairs" else "rating"
     place = settings.device or str(device)
+    if settings.device is not None:
+        try:
+            find_device(settings.device)
+        except UserError as problem:
+            raise UserError(f"judge.device ({settings.device}): {problem}") from problem
     with blamed():
         if reward == "reward_model":
             assert settings.model is not None, "the config was validated"
@@ -162,11 +170,19 @@ def load_critic(
                 )
             base = thinker.language_model
             judge = Judge(base, thinker.tokenizer, **given)
+            judge.check(kind)
             return Critic(judge, writing, settings.mode, base.disable_adapter)
         if settings.cache is not None:
             given["cache"] = VerdictCache(settings.cache)
             given["fingerprint"] = fingerprint(settings.model)
+        if is_classifier(settings.model):
+            raise UserError(
+                f"judge.model ({settings.model}): is a sequence classifier, and loss.reward: judge "
+                "asks a causal LM. Set loss.reward: reward_model."
+            )
         judge = Judge.load(settings.model, dtype=settings.dtype, device=place, **given)
+        with of_model(settings.model):
+            judge.check(kind)
         return Critic(judge, writing, settings.mode)
 
 
@@ -177,7 +193,7 @@ def blamed() -> Iterator[None]:
         yield
     except UserError as problem:
         message = str(problem)
-        for option in ("model", "template", "chat", "rationale", "cache"):
+        for option in ("model", "template", "chat", "rationale", "cache", "device"):
             message = message.replace(f"--{option}", f"judge.{option}")
         raise UserError(message) from problem
 

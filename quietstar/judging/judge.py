@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from quietstar.errors import UserError
 from quietstar.judging.cache import Verdict, VerdictCache, key_of
 from quietstar.judging.prompts import (
     BEHIND_RATIONALE,
+    FIELDS,
     LABELS,
     Answers,
     Kind,
@@ -152,6 +154,16 @@ class Judge:
         self._answers: dict[Kind, Answers] = {}
         self._has_warned = False
 
+    def check(self, kind: Kind) -> None:
+        """Refuse to judge where no text could be, before any is at hand.
+
+        Raises:
+            UserError: The tokenizer has no tokens for the labels, or the template alone is longer
+                than the judge reads.
+        """
+        check_readable(self.prompts, kind, self._model.context, self.rationale_tokens)
+        self._answers[kind] = self.prompts.answers(kind)
+
     @property
     def tokens_run(self) -> int:
         """Tokens that the model has run so far, those of rationales and padding included."""
@@ -175,7 +187,8 @@ class Judge:
             raise UserError(message) from problem
         tokenizer = load_tokenizer(name, trust_remote_code=False)
         placed: Any = model
-        return cls(placed.to(find_device(device)).eval(), tokenizer, **settings)
+        with of_model(name):
+            return cls(placed.to(find_device(device)).eval(), tokenizer, **settings)
 
     def compare(
         self,
@@ -414,9 +427,46 @@ class Judge:
             labels = f"{LABELS[kind][0]} to {LABELS[kind][-1]}"
             logger.warning(
                 "judge: puts %.3g %% of its probability on the labels %s, so its verdicts say "
-                "little; try --chat on or off, another ending in --template, or another judge",
+                "little; try with or without its chat template (chat), another ending in the "
+                "template, or another judge",
                 100 * mean, labels,
             )  # fmt: skip
+
+
+def check_readable(prompts: Prompts, kind: Kind, context: int | None, rationale: int) -> None:
+    """Refuse a template that leaves no room for texts.
+
+    Args:
+        prompts: Writes and encodes what the judge reads.
+        kind: What it is asked.
+        context: Most tokens that the judge reads; None for any number.
+        rationale: Most tokens of a rationale.
+
+    Raises:
+        UserError: It does, or the tokenizer has no tokens for the labels.
+    """
+    answers = prompts.answers(kind)
+    least = {"prompt": "", "first": "a", "second": "b", "candidate": "a"}
+    values = {name: least[name] for name in FIELDS[kind]}
+    opening = prompts.opening(kind, values, asks_rationale=rationale > 0)
+    size = len(prompts.encode(opening + answers.ending + answers.gap + "1")) + rationale
+    if context is not None and size > context:
+        words = "--template and --rationale" if rationale else "--template"
+        raise UserError(
+            f"{words}: take {size} tokens without any texts, but the judge reads {context}. "
+            f"Shorten {'them' if rationale else 'it'}, or choose a judge that reads more."
+        )
+
+
+@contextmanager
+def of_model(name: str) -> Iterator[None]:
+    """Say of which model an error is that does not name one."""
+    try:
+        yield
+    except UserError as problem:
+        if str(problem).startswith("--model"):
+            raise
+        raise UserError(f"--model ({name}): {problem}") from problem
 
 
 def _check_texts(

@@ -84,14 +84,25 @@ def _read_pair(record: Mapping[str, Any], where: str) -> Pair:
         texts += [record.get("chosen"), record.get("rejected")]
     elif not isinstance(record["candidates"], list) or len(record["candidates"]) != 2:
         raise UserError(f"{where}: candidates must be a list of two texts. Mend the line.")
+    elif "chosen" in record or "rejected" in record:
+        raise UserError(
+            f"{where}: has both candidates and chosen or rejected, and must have one of them. Mend "
+            "the line."
+        )
     else:
         texts += record["candidates"]
-    for text in texts:
-        if not isinstance(text, str):
+    names = ("prompt", "chosen", "rejected") if is_labeled else ("prompt", *["candidates"] * 2)
+    for name, text in zip(names, texts, strict=True):
+        if name not in record:
             known = ", ".join(record)[:200] or "nothing"
             raise UserError(
                 f"{where}: must have the texts prompt and candidates (two), or prompt, chosen and "
                 f"rejected; it has {known}. Mend the line."
+            )
+        if not isinstance(text, str):
+            raise UserError(
+                f"{where}: {name} holds {type(text).__name__}, and must be plain text. Mend the "
+                "line; of a conversation give the texts."
             )
         check_unicode(text, where)
     prompt, first, second = map(str, texts)

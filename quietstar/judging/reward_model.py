@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from quietstar.backbone.devices import find_device
 from quietstar.data.tokenizer import load_tokenizer, padding_id
-from quietstar.errors import UserError, reason_of
+from quietstar.errors import UserError, reading, reason_of
 from quietstar.evaluation.scoring import not_finite
+from quietstar.evaluation.tasks import MAX_BYTES, parse_object
+from quietstar.system.inputs import open_input
 
 
 class RewardModel:
@@ -102,6 +105,16 @@ class RewardModel:
     def context(self) -> int | None:
         """Most tokens of a text; None if the model has no limit."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def is_classifier(name: str) -> bool:
+    """Say whether a folder holds a sequence classifier, by its config."""
+    path = Path(name).expanduser() / "config.json"
+    if not path.is_file():
+        return False
+    with reading(f"--model ({name})", "Give a folder that can be read."), open_input(path) as file:
+        kinds = parse_object(file.read(MAX_BYTES)).get("architectures") or []
+    return any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
 
 
 def encode(

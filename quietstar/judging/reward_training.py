@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,10 +29,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from quietstar.data.tokenizer import check_unicode, load_tokenizer, padding_id
 from quietstar.errors import UserError, reading, reason_of
+from quietstar.evaluation.runner import settings_changes
 from quietstar.evaluation.statistics import interval
 from quietstar.evaluation.tasks import MAX_BYTES, TOO_LONG, parse_object
 from quietstar.judging.reward_model import RewardModel, encode
-from quietstar.system.files import remove, whole_folder, write_json
+from quietstar.system.files import file_kind, remove, whole_folder, write_json
 from quietstar.system.inputs import open_input
 
 RESULTS_FILE = "reward_model.json"
@@ -117,17 +119,29 @@ def read_preferences(path: Path, option: str) -> list[Preference]:
 def _preference(record: Mapping[str, Any], where: str) -> Preference:
     texts = [record.get(name) for name in ("prompt", "chosen", "rejected")]
     label = record.get("soft_label", 1.0)
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(
-            f"{where}: must have the texts prompt, chosen and rejected; it has "
-            f"{', '.join(record)[:200] or 'nothing'}. Mend the line."
-        )
+    for name, text in zip(("prompt", "chosen", "rejected"), texts, strict=True):
+        if name not in record:
+            raise UserError(
+                f"{where}: must have the texts prompt, chosen and rejected; it has "
+                f"{', '.join(record)[:200] or 'nothing'}. Mend the line."
+            )
+        if not isinstance(text, str):
+            raise UserError(
+                f"{where}: {name} holds {type(text).__name__}, and must be plain text. Mend the "
+                "line; of a conversation give the texts."
+            )
     if isinstance(label, bool) or not isinstance(label, int | float) or not 0 <= label <= 1:
         raise UserError(
-            f"{where}: soft_label ({label}) must be a probability, from 0 to 1. Mend the line."
+            f"{where}: soft_label ({label!r}) must be a probability, from 0 to 1. Mend the line."
         )
     prompt, chosen, rejected = (check_unicode(str(text), where) for text in texts)
     return Preference(prompt, chosen, rejected, float(label))
+
+
+def digest_of(preferences: Sequence[Preference]) -> str:
+    """Hash preferences, so that others are known to be others."""
+    rows = json.dumps([[x.prompt, x.chosen, x.rejected, x.soft_label] for x in preferences])
+    return hashlib.sha256(rows.encode()).hexdigest()[:16]
 
 
 def train_reward_model(
@@ -163,9 +177,12 @@ def train_reward_model(
                 "quietstar reward-model: trains on one process or by DDP, not under "
                 f"{name.title()}. Launch it with accelerate launch --multi_gpu."
             )
+    checkpoints = out.with_name(f"{out.name}.checkpoints")
+    decisive = {**given, **vars(settings), "base": base}
+    _check_same(checkpoints, decisive, out)
     tokenizer = load_tokenizer(base, trust_remote_code=False)
     arguments = TrainingArguments(
-        output_dir=str(out.with_name(f"{out.name}.checkpoints")),
+        output_dir=str(checkpoints),
         num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
@@ -187,15 +204,18 @@ def train_reward_model(
         )
     arguments.per_device_train_batch_size = settings.batch_size // processes
     model = _load(base, tokenizer, settings)
-    rows: Any = [_encode(preference, tokenizer, settings) for preference in train]
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = min(settings.max_length, context or settings.max_length)
+    rows: Any = [_encode(x, tokenizer, settings.labels, most) for x in train]
     collate: Any = _Collate(padding_id(tokenizer))
     trainer = _PreferenceTrainer(model, arguments, collate, rows)
-    earlier = None
-    with suppress(FileNotFoundError):
-        earlier = get_last_checkpoint(str(arguments.output_dir))
+    trainer.accelerator.wait_for_everyone()  # all have looked at what was there
+    if trainer.is_world_process_zero():
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        write_json(checkpoints / RESULTS_FILE, decisive)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
-        trainer.train(resume_from_checkpoint=earlier)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)))
     if not trainer.is_world_process_zero():
         return None
     merged: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -209,9 +229,25 @@ def train_reward_model(
     with whole_folder(out) as folder:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        write_json(folder / RESULTS_FILE, {**given, **vars(settings), "base": base, **figures})
-    remove(Path(str(arguments.output_dir)))
+        write_json(folder / RESULTS_FILE, {**decisive, **figures})
+    remove(checkpoints)
     return figures
+
+
+def _check_same(checkpoints: Path, settings: Mapping[str, Any], out: Path) -> None:
+    """Refuse checkpoints of other data, models or settings.
+
+    Raises:
+        UserError: They are, or the folder holds something else.
+    """
+    if file_kind(checkpoints) == "none":
+        return
+    remedy = f"Delete {checkpoints}, or give another --out."
+    where = f"--out ({out}): its checkpoints"
+    with reading(where, remedy), open_input(checkpoints / RESULTS_FILE) as file:
+        previous = parse_object(file.read(MAX_BYTES))
+    if changes := settings_changes(previous, settings):
+        raise UserError(f"{where} are of another {changes}. {remedy}")
 
 
 def _load(base: str, tokenizer: PreTrainedTokenizerBase, settings: RewardTraining) -> Any:
@@ -262,15 +298,19 @@ def measure(model: RewardModel, preferences: Sequence[Preference]) -> dict[str, 
 
 
 def _encode(
-    preference: Preference, tokenizer: PreTrainedTokenizerBase, settings: RewardTraining
+    preference: Preference,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Literal["soft", "hard"],
+    most: int,
 ) -> dict[str, Any]:
-    is_soft = settings.labels == "soft"
+    """Encode both texts of at most so many tokens, and the label to learn."""
+    label = preference.soft_label
     return {
         "rows": [
-            encode(tokenizer, preference.prompt, text, settings.max_length)
+            encode(tokenizer, preference.prompt, text, most)
             for text in (preference.chosen, preference.rejected)
         ],
-        "label": preference.soft_label if is_soft else float(preference.soft_label >= 0.5),
+        "label": label if labels == "soft" else float(label >= 0.5),
     }
 
 

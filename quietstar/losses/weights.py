@@ -35,7 +35,18 @@ class Continuations:
     def table(
         self, numbers: Sequence[Sequence[float]]
     ) -> Float[Tensor, "batch positions thoughts"]:
-        """Put a number for every text into the shape of rewards, 0 where there is no position."""
+        """Put a number for every text into the shape of rewards, 0 where there is no position.
+
+        Raises:
+            UserError: Another number of them than of texts.
+        """
+        given, wanted = [len(row) for row in numbers], [len(texts) for texts in self.texts]
+        if given != wanted:
+            raise UserError(
+                f"table of continuations: got {sum(given)} numbers in {len(given)} rows, but must "
+                f"have one for each of {sum(wanted)} texts in {len(wanted)} rows. Give a list for "
+                "each prompt with a number for each of its texts."
+            )
         table = self.like.new_zeros(self.like.shape, dtype=torch.float32)
         if numbers:
             table[self.places[:, 0], self.places[:, 1]] = table.new_tensor(numbers)

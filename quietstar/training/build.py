@@ -143,14 +143,15 @@ def set_up(config: Config, strategy: Strategy, checkpoint: Path | None = None) -
             model.configure(stage.config.thoughts)
             assert model.scoring_model is not None, "it was configured"
             model.scoring_model.load(model)  # what is wrong with it is said before the first step
-    rewards = {stage.config.loss.reward for stage in stages if stage.thinks} & JUDGED
-    if len(rewards) > 1:
+    rewards = {stage.config.loss.reward for stage in stages if stage.thinks}
+    if rewards >= JUDGED:
         raise UserError(
             "judge.model: cannot be both a judge and a reward model, but the stages of this run "
             "have loss.reward judge and reward_model. Choose one of them."
         )
-    if rewards or config.judge.model is not None:  # which a reward of the user's may ask
-        reward, lookahead = next(iter(rewards), "judge"), settings.thoughts.lookahead
+    may_ask = config.judge.model is not None and any(":" in reward for reward in rewards)
+    if rewards & JUDGED or may_ask:
+        reward, lookahead = next(iter(rewards & JUDGED), "judge"), settings.thoughts.lookahead
         model.judge = load_critic(config.judge, reward, model, lookahead, accelerator.device)
     return Job(stages, strategy, tokenizer, model, data)
 
@@ -297,6 +298,16 @@ def check_thoughts_fit(stage: Stage, model: QuietStarForCausalLM, eval_data: Eva
             f"end_init ({markers}) - 1{with_virtual} is more than the model's "
             f"{longest + block + virtual} positions; {remedy}"
         )
+    if stage.thinks and longest is not None and config.loss.reward in JUDGED:
+        written = config.judge.continuation or thoughts.lookahead
+        most = longest + thoughts.lookahead  # text tokens that a thought and true tokens leave
+        if config.data.seq_len - 1 + written > most:
+            raise UserError(
+                f"judge.continuation ({written}): with texts of data.seq_len "
+                f"({config.data.seq_len}) and thoughts of {thoughts.length} tokens it must be at "
+                f"most {max(0, most - config.data.seq_len + 1)}, for the model has no more "
+                "positions. Lower it, or data.seq_len."
+            )
     lengths = [len(sample.rationale) for sample in eval_data.samples if len(sample.rationale)]
     if stage.thinks and lengths and min(lengths) > thoughts.length:
         raise UserError(
