@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from quietstar.errors import UserError
-from quietstar.sampling.thoughts import ThoughtBatch
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Policy(Protocol):
 
     def continuations(
         self,
-        thoughts: ThoughtBatch,
+        thoughts: Any,
         num_tokens: int | None,
         temperature: float | None,
         stop: Sequence[str] | None,
@@ -129,7 +128,7 @@ class ThoughtScores:
 
     def continuations(
         self,
-        thoughts: ThoughtBatch,
+        thoughts: Any,
         num_tokens: int | None = None,
         temperature: float | None = None,
         stop: Sequence[str] | None = None,
@@ -140,7 +139,7 @@ class ThoughtScores:
         thoughts. A reward that calls this is marked with `quietstar.rewards.asks_policy`.
 
         Args:
-            thoughts: Those that the reward is given.
+            thoughts: The `ThoughtBatch` that the reward is given.
             num_tokens: Most tokens; by default ``judge.continuation``.
             temperature: Of the sampling; by default ``judge.temperature``.
             stop: Texts before which a continuation ends; by default ``judge.stop``.
