@@ -26,7 +26,7 @@ from quietstar.generation.continuations import Writing
 from quietstar.judging import Critic, Judge, RewardModel
 from quietstar.judging.critic import load_critic
 from quietstar.judging.judge import Comparison, Rating
-from quietstar.judging.reward_model import encode
+from quietstar.judging.reward_model import encode_scored
 from quietstar.judging.reward_training import _Collate, _PreferenceTrainer
 from quietstar.rewards.judge import judge as judge_reward
 from quietstar.training.run import run_training
@@ -253,7 +253,10 @@ def test_a_reward_model_learns_what_is_preferred(tmp_path, labels):
 
 def test_the_loss_of_soft_labels_is_the_cross_entropy_of_both_scores():
     model, tokenizer = classifier(), load_tokenizer("bytes")
-    row = {"rows": [encode(tokenizer, "x", text, 64) for text in ("ab", "cde")], "label": 0.7}
+    row = {
+        "rows": [encode_scored(tokenizer, "x", text, 64) for text in ("ab", "cde")],
+        "label": 0.7,
+    }
     batch = _Collate(model.config.pad_token_id)([row, {**row, "label": 0.2}])
     loss = _PreferenceTrainer.compute_loss(None, model, batch)
     scores = torch.tensor(RewardModel(model, tokenizer).score(["x", "x"], ["ab", "cde"]))
@@ -272,7 +275,7 @@ def test_checkpoints_of_other_settings_are_refused(tmp_path, capsys, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("quietstar.judging.reward_training.measure", stop)
+        patch.setattr("quietstar.judging.reward_training.measure_agreement", stop)
         cli.main(line)
     assert not out.exists()
     assert cli.main([*line, "--seed", "1"]) == 2

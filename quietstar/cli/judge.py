@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from quietstar.judging import Judge, VerdictCache, load_template
     from quietstar.judging.contest import summarize_contest
     from quietstar.judging.labels import Label, open_labels, read_pairs, summarize_labels
-    from quietstar.reports.judging import write_page
+    from quietstar.reports.judging import write_judge_page
     from quietstar.training.build import quiet_libraries
 
     template = load_template(args.template)
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.html is not None:
             names = None if args.compare is None else _names(args)
             shown = {**settings, "template_name": args.template}
-            write_page(args.html, file.labels, pairs, summary, shown, names)
+            write_judge_page(args.html, file.labels, pairs, summary, shown, names)
             options.say(f"page: {args.html}")
     return 0
 

@@ -19,8 +19,8 @@ from quietstar.errors import UserError, reading
 from quietstar.evaluation.runner import settings_changes
 from quietstar.evaluation.scoring import refuse_not_finite
 from quietstar.evaluation.statistics import interval
-from quietstar.evaluation.tasks import MAX_BYTES, TOO_LONG, parse_object
-from quietstar.judging.labels import Label, Pair
+from quietstar.evaluation.tasks import parse_object
+from quietstar.judging.labels import Label, Pair, read_objects
 from quietstar.system.files import file_kind, write_json
 from quietstar.system.inputs import open_input
 
@@ -52,23 +52,11 @@ def read_prompts(path: Path, limit: int | None) -> list[str]:
         UserError: The file cannot be read, has no prompts, or a line has none.
     """
     prompts: list[str] = []
-    with reading(f"--prompts ({path})", "Give a JSONL file."):
-        file = open_input(path)
-    with file:
-        for number in itertools.count(1):
-            where = f"--prompts ({path}), line {number}"
-            with reading(where, "Mend the line."):
-                line = file.readline(MAX_BYTES + 1)
-                if len(line) > MAX_BYTES:
-                    raise ValueError(f"it has {TOO_LONG}")
-                if not line or len(prompts) == limit:
-                    break
-                if not line.strip():
-                    continue
-                prompt = parse_object(line.removeprefix(b"\xef\xbb\xbf")).get("prompt")
-                if not isinstance(prompt, str) or not prompt:
-                    raise ValueError("it has no text prompt")
-            prompts.append(check_unicode(prompt, where))
+    for record, _, where in itertools.islice(read_objects(path, "--prompts"), limit):
+        prompt = record.get("prompt")
+        if not isinstance(prompt, str) or not prompt:
+            raise UserError(f"{where}: has no text prompt. Mend the line.")
+        prompts.append(check_unicode(prompt, where))
     if not prompts:
         raise UserError(f"--prompts ({path}): has no prompts. Give a file with one on every line.")
     return prompts
@@ -122,7 +110,7 @@ def write_candidates(
     The texts are kept in a file after each batch, from which the same command goes on.
 
     Args:
-        path: The file.
+        path: JSON file that keeps the texts.
         prompts: Prompts for both.
         contestants: Two of them.
         settings: What else decides the texts.

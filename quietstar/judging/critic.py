@@ -56,7 +56,7 @@ class Critic:
             UserError: Texts that the judge cannot read, or logits that are not finite.
         """
         begun = time.perf_counter()  # what was asked before has been read: these are texts
-        with self._context(), blamed():
+        with self._context(), naming_keys():
             if isinstance(self.judge, RewardModel):
                 results = self._score(self.judge, prompts, candidates)
             elif self.mode == "rating":
@@ -132,7 +132,7 @@ def load_critic(
     """Load what the ``judge`` section of a config names.
 
     Args:
-        settings: The section.
+        settings: Section ``judge`` of the config.
         reward: ``loss.reward``: reward_model asks for a classifier, others for a judge.
         thinker: `QuietStarForCausalLM` that trains.
         lookahead: Tokens of a continuation where the section names no number.
@@ -150,7 +150,7 @@ def load_critic(
             find_device(settings.device)
         except UserError as problem:
             raise UserError(f"judge.device ({settings.device}): {problem}") from problem
-    with blamed():
+    with naming_keys():
         if reward == "reward_model":
             assert settings.model is not None, "the config was validated"
             scorer = RewardModel.load(
@@ -187,7 +187,7 @@ def load_critic(
 
 
 @contextmanager
-def blamed() -> Iterator[None]:
+def naming_keys() -> Iterator[None]:
     """Names keys of a config where a judge names options of the command line."""
     try:
         yield

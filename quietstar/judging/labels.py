@@ -49,6 +49,29 @@ class Pair:
     where: str
 
 
+def read_objects(path: Path, option: str) -> Iterator[tuple[dict[str, Any], bytes, str]]:
+    """Read the objects of a JSONL file; yields each with its line and place.
+
+    Raises:
+        UserError: The file cannot be read, or a line is no object.
+    """
+    with reading(f"{option} ({path})", "Give a JSONL file."):
+        file = open_input(path)
+    with file:
+        for number in itertools.count(1):
+            where = f"{option} ({path}), line {number}"
+            with reading(where, "Mend the line."):
+                line = file.readline(MAX_BYTES + 1)
+                if len(line) > MAX_BYTES:
+                    raise ValueError(f"it has {TOO_LONG}")
+                if not line:
+                    return
+                if not line.strip():
+                    continue
+                record = parse_object(line.removeprefix(b"\xef\xbb\xbf"))
+            yield record, line, where
+
+
 def read_pairs(path: Path, limit: int | None) -> tuple[list[Pair], str]:
     """Read the first ``limit`` pairs of a JSONL file, or all; also returns a hash of their lines.
 
@@ -58,21 +81,9 @@ def read_pairs(path: Path, limit: int | None) -> tuple[list[Pair], str]:
         UserError: The file cannot be read, has no pairs, or a line is none.
     """
     pairs, digest = [], hashlib.sha256()
-    with reading(f"--pairs ({path})", "Give a JSONL file."):
-        file = open_input(path)
-    with file:
-        for number in itertools.count(1):
-            where = f"--pairs ({path}), line {number}"
-            with reading(where, "Mend the line."):
-                line = file.readline(MAX_BYTES + 1)
-                if len(line) > MAX_BYTES:
-                    raise ValueError(f"it has {TOO_LONG}")
-                if not line or len(pairs) == limit:
-                    break
-                if line.strip():
-                    record = parse_object(line.removeprefix(b"\xef\xbb\xbf"))
-                    pairs.append(_read_pair(record, where))
-                    digest.update(line)
+    for record, line, where in itertools.islice(read_objects(path, "--pairs"), limit):
+        pairs.append(_read_pair(record, where))
+        digest.update(line)
     if not pairs:
         raise UserError(f"--pairs ({path}): has no pairs. Give a file with one on every line.")
     return pairs, digest.hexdigest()[:16]

@@ -80,7 +80,7 @@ class RewardModel:
             UserError: The model's logits are not finite.
         """
         rows = [
-            encode(self.tokenizer, prompt, candidate, self.context)
+            encode_scored(self.tokenizer, prompt, candidate, self.context)
             for prompt, candidate in zip(prompts, candidates, strict=True)
         ]
         order = sorted(range(len(rows)), key=lambda n: -len(rows[n]))
@@ -117,7 +117,7 @@ def is_classifier(name: str) -> bool:
     return any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
 
 
-def encode(
+def encode_scored(
     tokenizer: PreTrainedTokenizerBase, prompt: str, candidate: str, most: int | None
 ) -> list[int]:
     """Encode prompt and candidate as one text that ends, without its beginning if it is too long.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -31,8 +30,9 @@ from quietstar.data.tokenizer import check_unicode, load_tokenizer, padding_id
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.evaluation.runner import settings_changes
 from quietstar.evaluation.statistics import interval
-from quietstar.evaluation.tasks import MAX_BYTES, TOO_LONG, parse_object
-from quietstar.judging.reward_model import RewardModel, encode
+from quietstar.evaluation.tasks import MAX_BYTES, parse_object
+from quietstar.judging.labels import read_objects
+from quietstar.judging.reward_model import RewardModel, encode_scored
 from quietstar.system.files import file_kind, remove, whole_folder, write_json
 from quietstar.system.inputs import open_input
 
@@ -92,23 +92,10 @@ def read_preferences(path: Path, option: str) -> list[Preference]:
         UserError: The file cannot be read, has no pairs, or a line is none.
     """
     preferences = []
-    with reading(f"{option} ({path})", "Give a JSONL file."):
-        file = open_input(path)
-    with file:
-        for number in itertools.count(1):
-            where = f"{option} ({path}), line {number}"
-            with reading(where, "Mend the line."):
-                line = file.readline(MAX_BYTES + 1)
-                if len(line) > MAX_BYTES:
-                    raise ValueError(f"it has {TOO_LONG}")
-                if not line:
-                    break
-                if not line.strip():
-                    continue
-                record = parse_object(line.removeprefix(b"\xef\xbb\xbf"))
-            preference = _preference(record, where)
-            if preference.chosen != preference.rejected:
-                preferences.append(preference)
+    for record, _, where in read_objects(path, option):
+        preference = _preference(record, where)
+        if preference.chosen != preference.rejected:
+            preferences.append(preference)
     if not preferences:
         raise UserError(
             f"{option} ({path}): has no pair of different texts. Give a file of quietstar judge."
@@ -225,7 +212,7 @@ def train_reward_model(
             f"--learning-rate ({settings.learning_rate}): the weights are not finite after "
             "training. Lower it."
         )
-    figures = measure(RewardModel(merged.eval(), tokenizer), held_out)
+    figures = measure_agreement(RewardModel(merged.eval(), tokenizer), held_out)
     with whole_folder(out) as folder:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -272,7 +259,7 @@ def _load(base: str, tokenizer: PreTrainedTokenizerBase, settings: RewardTrainin
     return get_peft_model(model, adapters)
 
 
-def measure(model: RewardModel, preferences: Sequence[Preference]) -> dict[str, Any]:
+def measure_agreement(model: RewardModel, preferences: Sequence[Preference]) -> dict[str, Any]:
     """Measure a reward model on preferences.
 
     Returns:
@@ -307,7 +294,7 @@ def _encode(
     label = preference.soft_label
     return {
         "rows": [
-            encode(tokenizer, preference.prompt, text, most)
+            encode_scored(tokenizer, preference.prompt, text, most)
             for text in (preference.chosen, preference.rejected)
         ],
         "label": label if labels == "soft" else float(label >= 0.5),

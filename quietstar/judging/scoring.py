@@ -60,7 +60,7 @@ class _Group(NamedTuple):
 
     Attributes:
         size: Tokens that they share behind the beginning of all rows; 0 for a single row.
-        members: Rows.
+        members: Number of the rows.
     """
 
     size: int

@@ -16,7 +16,7 @@ MOST = 20
 """Pairs that a list of the page shows."""
 
 
-def write_page(
+def write_judge_page(
     path: Path,
     labels: Sequence[Label],
     pairs: Sequence[Pair],
@@ -28,7 +28,7 @@ def write_page(
 
     Args:
         path: Path of the page.
-        labels: Preferences.
+        labels: Preferences of the judge.
         pairs: The pairs, in the order of the preferences.
         summary: Figures of all pairs.
         settings: Settings of the judge.
