@@ -32,6 +32,7 @@ _FORMATS = {
 """Format of records that reads a key."""
 _OF_THOUGHTS = (
     *("thoughts.num_thoughts", "thoughts.temperature", "thoughts.top_p", "thoughts.top_k"),
+    *("thoughts.schedule", "thoughts.schedule_type", "thoughts.schedule_min_gain"),
     *("loss.reward", "logging.thought_steps", "training.eval_controls"),
     *("mixing_head.warmup_steps", "mixing_head.warmup_weight", "data.rationale_field"),
     "data.positions_field",
@@ -86,6 +87,9 @@ def _thoughts(config: Config) -> Idle:
         yield "thoughts.pattern", rule
     if thoughts.positions != "field":
         yield "data.positions_field", rule
+    if not thoughts.schedule:
+        for key in ("thoughts.schedule_type", "thoughts.schedule_min_gain"):
+            yield key, "without thoughts.schedule"
     if thoughts.sampler == "pause":
         yield "thoughts.stop", "with thoughts.sampler: pause, whose thoughts have all their tokens"
         for key in ("thoughts.top_p", "thoughts.top_k"):

@@ -89,6 +89,8 @@ def type_text(key: str) -> str:
         if bound in member
     ]
     name = next(name for kind, name in _TYPES.values() if kind in types)
+    if any(member.get("items", {}).get("type") == "object" for member in _members(key)):
+        name = "list of mappings"
     return " or ".join([f"{name} {' and '.join(limits)}".rstrip(), *words])
 
 

@@ -7,6 +7,7 @@ and the default. `quietstar.config.tree` puts the sections together and adds ``l
 import math
 import os
 import re
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from jinja2 import Environment, TemplateSyntaxError
@@ -101,6 +102,19 @@ def _check_field(field: str) -> str:
     return field
 
 
+def _check_schedule(points: list[dict[str, int]]) -> list[dict[str, int]]:
+    """Refuse points of a schedule that change nothing, or are out of order."""
+    for point in points:
+        if point.keys() <= {"step"} or "step" not in point:
+            raise ValueError("must hold points such as {step: 100, length: 4, lookahead: 2}")
+        if not all(point[key] for key in point.keys() - {"step"}):
+            raise ValueError("must hold lengths and lookaheads of at least 1")
+    steps = [point["step"] for point in points]
+    if any(later <= earlier for earlier, later in pairwise(steps)):
+        raise ValueError("must hold points in the order of their steps, each once")
+    return points
+
+
 def _check_once(names: list[str]) -> list[str]:
     """Refuse a name that stands in a list twice."""
     if len(set(names)) < len(names):
@@ -119,6 +133,15 @@ FieldOrTemplate = Annotated[Text, AfterValidator(_check_field)]
 """The name of a record's field, or a Jinja template that makes a text of the record's fields."""
 Pattern = Annotated[Text, AfterValidator(_check_pattern)]
 PlainData = Annotated[dict[str, Any], AfterValidator(_check_plain)]
+Schedule = Annotated[
+    list[
+        dict[
+            Literal["step", "length", "lookahead"],
+            Annotated[int, _between(0, 2**20, "no run has as many")],
+        ]
+    ],
+    AfterValidator(_check_schedule),
+]
 StageName = Annotated[str, Field(pattern=r"^[\w-]{1,100}$")]
 
 Fraction = Annotated[float, _between(0, 1, "it is a share of a whole")]
@@ -141,8 +164,6 @@ Width = Annotated[int, _between(1, 2**17, "no layer of a model is as wide")]
 
 SYNTHETIC = "synthetic:"
 GYM = "reasoning_gym:"
-DEFAULT_STEPS = 4
-"""Difficulty of the ``synthetic:`` tasks where ``data.task_options`` names none."""
 
 
 class Section(BaseModel):
@@ -251,6 +272,16 @@ class ThoughtsConfig(Section):
     """True tokens after the position that a thought is scored on."""
     num_thoughts: Annotated[int, _between(1, 1000, "no memory holds as many")] = 2
     """Thoughts sampled at each position."""
+    schedule: Schedule = []
+    """Length and lookahead by steps of the stage, as [{step: 100, length: 4, lookahead: 2}]: they
+    begin as thoughts.length and thoughts.lookahead, which bound them, and what a point leaves out
+    stays as it is. The model is saved with those of its last step."""
+    schedule_type: Literal["stepped", "linear"] = "stepped"
+    """Lengths and lookaheads change at the points of thoughts.schedule, or from each to the next in
+    equal steps, rounded."""
+    schedule_min_gain: Fraction | None = None
+    """Share of the stage's best held-out gain of thinking below which thoughts.schedule waits: it
+    goes on behind an evaluation that reaches it; null never waits."""
     temperature: Temperature = 1.0
     """Temperature at which thought tokens are sampled in training."""
     top_p: Annotated[float, _above_zero(1.0, "it is a share of a whole")] | None = None

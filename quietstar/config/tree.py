@@ -13,7 +13,7 @@ from pydantic import Field, SerializeAsAny, create_model, field_validator, model
 
 from quietstar import registry
 from quietstar.config import schema
-from quietstar.config.schema import DEFAULT_STEPS, SYNTHETIC, Section, Text
+from quietstar.config.schema import Section, Text
 from quietstar.errors import UserError, reason_of
 
 DEFAULT_FRACTION = schema.ThoughtsConfig.model_fields["position_fraction"].default
@@ -248,13 +248,19 @@ def _thought_rules(config: Config) -> Iterator[Broken]:
             return
     except UserError:  # another rule says so
         return
-    steps = data.task_options.get("num_steps", DEFAULT_STEPS)  # the task reports a wrong type
-    is_moves = data.train == f"{SYNTHETIC}moves"
-    if is_moves and isinstance(steps, int) and steps > thoughts.length:
-        yield ("thoughts.length", "data.task_options"), (
-            f"thoughts.length ({thoughts.length}) must be at least num_steps ({steps}) of"
-            f" {data.train}: a shorter thought cannot hold the steps to an answer."
-            " Raise it, or lower data.task_options num_steps."
+    for name in ("length", "lookahead"):
+        most, points = getattr(thoughts, name), [point.get(name, 1) for point in thoughts.schedule]
+        if points and max(points) > most:
+            yield (f"thoughts.{name}", "thoughts.schedule"), (
+                f"thoughts.{name} ({most}) must be at least the {max(points)} of thoughts.schedule,"
+                f" because memory is planned for it. Raise it: the schedule may begin lower, at"
+                f" step 0."
+            )  # fmt: skip
+    if thoughts.schedule_min_gain is not None and config.training.eval_steps == 0:
+        yield ("training.eval_steps", "thoughts.schedule_min_gain"), (
+            f"training.eval_steps (0) must be above 0 with thoughts.schedule_min_gain"
+            f" ({thoughts.schedule_min_gain}), which waits for what evaluations say. Set it, or"
+            " leave schedule_min_gain out."
         )  # fmt: skip
     if thoughts.length == 1 and "shuffled" in config.training.eval_controls:
         yield ("training.eval_controls", "thoughts.length"), (

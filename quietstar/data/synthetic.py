@@ -42,7 +42,6 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from quietstar.config import Section
-from quietstar.config.schema import DEFAULT_STEPS
 from quietstar.errors import UserError
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -74,7 +73,7 @@ _MOST_REJECTED = 100_000  # draws in a row that belong to the other part: then t
 class MovesOptions(Section):
     """``data.task_options`` of ``synthetic:moves``."""
 
-    num_steps: Annotated[int, Field(ge=1, le=12)] = DEFAULT_STEPS
+    num_steps: Annotated[int, Field(ge=1, le=12)] = 4
     """Moves of a problem."""
     num_moves: Annotated[int, Field(ge=2, le=len(MOVES))] = 12
     """Number of different moves."""

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from quietstar.backbone.loading import require_finite
-from quietstar.config import Config
+from quietstar.config import Config, ThoughtsConfig
 from quietstar.errors import UserError, reason_of
 from quietstar.model.quiet_star import QuietStarForCausalLM
 
@@ -82,8 +82,21 @@ class ModelProxy:
     @property
     def pause_token_id(self) -> int:
         """Token that stands for every thought token in the pause control."""
+        return self._model.pause_token_id
+
+    @property
+    def thoughts(self) -> ThoughtsConfig:
+        """Settings by which the model thinks."""
+        return self._model.thoughts
+
+    def configure(self, thoughts: ThoughtsConfig) -> None:
+        """Has the model think by other settings, on this process."""
+        self._model.configure(thoughts)
+
+    @property
+    def _model(self) -> QuietStarForCausalLM:
         wrapped: Any = extract_model_from_parallel(self.prepared)
-        return wrapped.model.pause_token_id
+        return wrapped.model
 
     def _call(self, method: str, *args: Any, **keywords: Any) -> Any:
         return self.prepared(method, *args, **keywords)

@@ -61,7 +61,7 @@ _NEW_IN_2 = {"sampler", "positions", "position_fraction"}
 """Settings of thoughts that format 1 had not."""
 _NEWER = {
     "stop", "train_markers", "top_p", "top_k", "position_count", "scoring_model", "pattern",
-    "fixed_weight",
+    "fixed_weight", "schedule", "schedule_type", "schedule_min_gain",
 }  # fmt: skip
 """Settings that are newer than their format, and were what their defaults are."""
 _WRITTEN = (

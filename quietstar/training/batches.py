@@ -26,7 +26,7 @@ class StepBatches:
     """What one rank runs in one optimizer step, in host memory."""
 
     micro_batches: list[Batch]  # as many on every rank
-    counts: Tensor  # of all micro-batches: targets, positions that think, tokens that run, (3,)
+    counts: Tensor  # of all micro-batches: targets, and tokens that run, (2,)
 
 
 def read_ahead(run: StageRun) -> Generator[StepBatches, None, None]:
@@ -36,10 +36,10 @@ def read_ahead(run: StageRun) -> Generator[StepBatches, None, None]:
         settings.global_batch_size, settings.micro_batch_size,
         accelerator.num_processes, accelerator.process_index,
     )  # fmt: skip
+    pin = accelerator.device.type == "cuda"
     read = partial(
-        read_step, run.train_data, batch_size=settings.global_batch_size, rows=rows,
-        thoughts=run.config.thoughts, pin=accelerator.device.type == "cuda",
-    )  # fmt: skip
+        read_step, run.train_data, batch_size=settings.global_batch_size, rows=rows, pin=pin
+    )
     # Counted over the run: a later stage goes on in the data, and draws other thoughts.
     return prefetched(read, range(first + run.steps_done, run.stage.last_step))
 
@@ -68,15 +68,14 @@ def read_step(
     step: int,
     batch_size: int,
     rows: list[range],
-    thoughts: ThoughtsConfig,
     pin: bool,
 ) -> StepBatches:
-    """Reads and tokenizes one rank's micro-batches of a step, and counts what they train on.
+    """Reads and tokenizes one rank's micro-batches of a step, and counts their targets and tokens.
 
     Steps are those of the whole run, from 0, and have ``batch_size`` rows over all ranks. ``pin``
     page-locks the tensors, so that copies to a GPU can overlap with its work.
     """
-    batches, counts = [], torch.zeros(3, dtype=torch.long)
+    batches, counts = [], torch.zeros(2, dtype=torch.long)
     for of_one in rows:
         # In place of an empty micro-batch runs a text without targets, whose loss is zero. The last
         # one is never empty, since parts round down.
@@ -84,10 +83,8 @@ def read_step(
         if not of_one:
             labels = torch.full_like(batch.labels, IGNORE_INDEX)
             batch = dataclasses.replace(batch, labels=labels)
-        thinking = count_thinking(batch, thoughts)
         targets = batch.labels[:, 1:] != IGNORE_INDEX
-        num_tokens = torch.tensor(batch.input_ids.numel())
-        counts += torch.stack([targets.sum(), thinking.sum(), num_tokens])
+        counts += torch.stack([targets.sum(), torch.tensor(batch.input_ids.numel())])
         if pin:
             names = [field.name for field in dataclasses.fields(batch)]
             batch = Batch(*[getattr(batch, name).pin_memory() for name in names])

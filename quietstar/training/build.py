@@ -37,6 +37,7 @@ from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import SETTINGS_FILE
 from quietstar.model.tuning import quantization
 from quietstar.training.run_dir import TRACKERS_FOLDER
+from quietstar.training.schedule import scheduled
 from quietstar.training.stages import Stage, plan_stages
 
 logger = logging.getLogger(__name__)
@@ -128,8 +129,8 @@ def set_up(config: Config, strategy: Strategy, checkpoint: Path | None = None) -
     model = build_model(settings, tokenizer, strategy)
     if checkpoint is not None:
         _keep_single_markers(model, checkpoint)
-    for stage, (_, eval_data, _) in zip(stages, data, strict=True):
-        check_thoughts_fit(stage, model, eval_data)
+    for stage in stages:
+        check_thoughts_fit(stage, model)
     device, training = accelerator.device.type, config.training
     model.learn_chunk_tokens = resolve_chunk_tokens(
         training.learn_chunk_tokens, device, strategy.sharded, training.gradient_checkpointing
@@ -139,8 +140,11 @@ def set_up(config: Config, strategy: Strategy, checkpoint: Path | None = None) -
         compile_layers(model.causal_lm)
     strategy.keep_trainable_only(model)
     for stage in stages:
-        if stage.thinks and stage.config.thoughts.scoring_model is not None:
-            model.configure(stage.config.thoughts)
+        thoughts = stage.config.thoughts
+        for point in thoughts.schedule if stage.thinks else ():  # each must leave room for an end
+            model.configure(scheduled(thoughts, point["step"]))
+        if stage.thinks and thoughts.scoring_model is not None:
+            model.configure(thoughts)
             assert model.scoring_model is not None, "it was configured"
             model.scoring_model.load(model)  # what is wrong with it is said before the first step
     rewards = {stage.config.loss.reward for stage in stages if stage.thinks}
@@ -275,11 +279,10 @@ def teach_thinking(
     return model
 
 
-def check_thoughts_fit(stage: Stage, model: QuietStarForCausalLM, eval_data: EvalData) -> None:
-    """Raises UserError if sequences have no room for a thought, or thoughts none for a rationale.
+def check_thoughts_fit(stage: Stage, model: QuietStarForCausalLM) -> None:
+    """Raises UserError if sequences have no room for a thought.
 
-    seq_len, markers, length and lookahead (less one) must be at most the model's positions, and the
-    thoughts of a stage that thinks must be at least as long as the shortest rationale.
+    seq_len, markers, length and lookahead (less one) must be at most the model's positions.
     """
     config, thoughts, longest = stage.config, stage.config.thoughts, model.max_text_length
     markers, virtual = sum(model.num_markers), num_virtual(model.causal_lm)
@@ -308,14 +311,6 @@ def check_thoughts_fit(stage: Stage, model: QuietStarForCausalLM, eval_data: Eva
                 f"most {max(0, most - config.data.seq_len + 1)}, for the model has no more "
                 "positions. Lower it, or data.seq_len."
             )
-    lengths = [len(sample.rationale) for sample in eval_data.samples if len(sample.rationale)]
-    if stage.thinks and lengths and min(lengths) > thoughts.length:
-        raise UserError(
-            f"thoughts.length ({thoughts.length}) must be at least {min(lengths)}, the fewest "
-            "tokens of the steps to an answer in the held-out texts of data.train "
-            f"({config.data.train}; at most {max(lengths)}): a shorter thought cannot hold them. "
-            "Raise it, or make data.task_options easier."
-        )
 
 
 def describe(model: QuietStarForCausalLM, stage: Stage) -> str:
@@ -354,18 +349,27 @@ def describe(model: QuietStarForCausalLM, stage: Stage) -> str:
     )
 
 
-def notices(stage: Stage) -> list[str]:
+def notices(stage: Stage, eval_data: EvalData) -> list[str]:
     """Says what should be known of how a stage learns, a line each."""
-    thoughts = stage.config.thoughts
-    draws = stage.thinks and thoughts.sampler != "pause"
+    if not stage.thinks:
+        return []
+    thoughts, lines = stage.config.thoughts, []
     filters = {"top_p": thoughts.top_p if thoughts.top_p != 1 else None, "top_k": thoughts.top_k}
     given = [f"thoughts.{key} ({x})" for key, x in filters.items() if x is not None]
-    if not (draws and given):
-        return []
-    return [
-        f"notice: {' and '.join(given)}: thought tokens are drawn from a truncated distribution, "
-        "but the policy term scores them by the full one, which biases its gradient"
-    ]
+    if given and thoughts.sampler != "pause":
+        lines.append(
+            f"notice: {' and '.join(given)}: thought tokens are drawn from a truncated "
+            "distribution, but the policy term scores them by the full one, which biases its "
+            "gradient"
+        )
+    lengths = [len(sample.rationale) for sample in eval_data.samples if len(sample.rationale)]
+    if lengths and min(lengths) > thoughts.length:
+        lines.append(
+            f"notice: thoughts.length ({thoughts.length}): shorter than the steps to an answer, "
+            f"which take {min(lengths)} to {max(lengths)} tokens in the held-out texts of "
+            f"data.train ({stage.config.data.train}), so no thought can hold them"
+        )
+    return lines
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

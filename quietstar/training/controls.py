@@ -226,7 +226,8 @@ def matched_steps(stage: Config, records: Sequence[Mapping[str, Any]], num_marke
         text = round(record["text_tokens_per_second"] * record["seconds"])
         of_text = record.get("positions_per_text")  # absent where all positions think
         places = text if of_text is None else of_text * settings.global_batch_size
-        behind = round(places) * thoughts.num_thoughts * (num_markers + thoughts.lookahead - 1)
+        lookahead = record.get("lookahead", thoughts.lookahead)  # where it is scheduled
+        behind = round(places) * thoughts.num_thoughts * (num_markers + int(lookahead) - 1)
         texts.append(text)
         learned = text + sampled + behind
         cost = 3 * settings.inner_epochs * learned + sampled

@@ -78,7 +78,7 @@ def evaluate(run: StageRun) -> dict[str, float]:
     names, generic = run.config.training.eval_controls, []
     if GENERIC in names:
         option = "training.eval_controls (generic): its text"
-        length = run.config.thoughts.length
+        length = model.thoughts.length
         generic = generic_tokens(run.reporter.tokenizer, length, GENERIC_TEXT, option)
     with accelerator.autocast(), run.reporter.evaluating(passes * len(batches)) as count:
 

@@ -111,6 +111,7 @@ GUARDS = (
         " to do without them",
         {"lower": ("loss.thought_weight", "loss.mixed_weight", "optim.learning_rate"),
          "raise": ("loss.policy_weight",)},
+        unless=lambda config: bool(config.thoughts.schedule),
     ),
     Guard(
         "truncated_fraction", "thoughts that are cut at thoughts.length", "train",

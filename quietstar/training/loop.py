@@ -12,18 +12,20 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from quietstar.config import ThoughtsConfig
 from quietstar.data import Batch
-from quietstar.distributed import from_main_process
+from quietstar.distributed import ModelProxy, from_main_process
 from quietstar.errors import Preempted, UserError
 from quietstar.model.outputs import QuietStarOutput, ThoughtMetrics
 from quietstar.sampling.thoughts import ThoughtBatch
 from quietstar.system import files
 from quietstar.system.signals import Stopped, acknowledge, held, requested
-from quietstar.training.batches import StepBatches, read_ahead
+from quietstar.training.batches import StepBatches, count_thinking, read_ahead
 from quietstar.training.checkpoint import check_finite, checkpoint_folder, save_checkpoint
 from quietstar.training.evaluation import evaluate
 from quietstar.training.optimizer import set_learning_rates
 from quietstar.training.run_dir import PREEMPTED_FILE
+from quietstar.training.schedule import scheduled
 from quietstar.training.state import StageRun
 
 RUNNING_DECAY = 0.9
@@ -42,10 +44,11 @@ def train(run: StageRun) -> None:
             step under way, whose weights have not changed; several agree after a step.
     """
     settings, optim, first = run.config.training, run.config.optim, run.stage.first_step
-    start = run.steps_done
+    start, pace = run.steps_done, run.pace
     is_due = settings.eval_steps > 0 and start % settings.eval_steps == 0
+    think_as(run, scheduled(run.config.thoughts, pace.place or 0))
     if start == 0 or (start < settings.max_steps and is_due and not run.reporter.has_evaluation):
-        run.reporter.evaluation(first + start, evaluate(run))
+        report_evaluation(run)
     steps = range(start, settings.max_steps)
     with closing(read_ahead(run)) as batches_of_steps:
         for step in steps:
@@ -54,6 +57,8 @@ def train(run: StageRun) -> None:
             run.reporter.step_begins()
             lr = set_learning_rates(run.optimizer, optim, step, settings.max_steps)
             running = run.running  # of earlier steps, for all updates of this one
+            place = pace.next_place
+            thoughts = think_as(run, scheduled(run.config.thoughts, place))
             output, sums, drawn = accumulate_gradients(run, step, batches, running)
             check = StepCheck(first + done, sums)
             with held():  # the weights and what is known of them change together
@@ -62,24 +67,41 @@ def train(run: StageRun) -> None:
                     again, sums, _ = accumulate_gradients(run, step, batches, running, drawn)
                     update(run, StepCheck(first + done, sums))
                     output.metrics = with_ratios(output.metrics, again.metrics)
-                run.steps_done = done
+                run.steps_done, pace.place = done, place
                 counts = (check.num_positions, check.num_text_tokens)
                 judged = None if run.critic is None else run.critic.take_costs()
                 run.reporter.step_ends(
-                    first + done, check.loss, check.norms, lr, output, *counts, judged
+                    first + done, check.loss, check.norms, lr, output, *counts, judged, thoughts
                 )
             if check.stop_requested:
                 raise acknowledge()
             check_idle_texts(run, first + done, check.num_positions)
             if settings.eval_steps and done % settings.eval_steps == 0 and not last:
                 check_finite(run, "it is not evaluated")
-                run.reporter.evaluation(first + done, evaluate(run))
+                report_evaluation(run)
             if settings.save_steps and (done % settings.save_steps == 0 or last):
                 save_checkpoint(run)
             end_if_collapsed(run)
     check_finite(run, "no final model is written")
-    run.reporter.evaluation(run.stage.last_step, evaluate(run))
+    report_evaluation(run)
     end_if_collapsed(run)
+
+
+def report_evaluation(run: StageRun) -> None:
+    """Evaluates and reports; `thoughts.schedule` goes on, or waits, by what comes out."""
+    figures = evaluate(run)
+    run.reporter.evaluation(run.step, figures)
+    min_gain = run.config.thoughts.schedule_min_gain
+    if min_gain is not None and "gain" in figures:
+        run.pace.see(figures["gain"], min_gain)
+
+
+def think_as(run: StageRun, thoughts: ThoughtsConfig) -> ThoughtsConfig:
+    """Has the model think by these settings of the stage, and returns them."""
+    model = ModelProxy(run.model)
+    if model.thoughts != thoughts:
+        model.configure(thoughts)
+    return thoughts
 
 
 def update(run: StageRun, check: StepCheck) -> None:
@@ -191,8 +213,11 @@ def accumulate_gradients(
         tokens, (4,); and the thoughts of each micro-batch, if they are needed again.
     """
     accelerator = run.accelerator
-    counts = accelerator.reduce(batches.counts.to(accelerator.device, non_blocking=True), "sum")
-    num_items, num_thought_items, _ = counts
+    thoughts = ModelProxy(run.model).thoughts
+    places = sum(int(count_thinking(b, thoughts).sum()) for b in batches.micro_batches)
+    counts = torch.cat([batches.counts, torch.tensor([places])])
+    counts = accelerator.reduce(counts.to(accelerator.device, non_blocking=True), "sum")
+    num_items, num_text_tokens, num_thought_items = counts
     head = run.config.mixing_head
     total = torch.zeros((), device=accelerator.device)
     metrics: ThoughtMetrics | None = None
@@ -200,9 +225,9 @@ def accumulate_gradients(
     for index, batch in enumerate(batches.micro_batches):
         batch = batch.to(accelerator.device)
         last = index == len(batches.micro_batches) - 1
-        thoughts, by_reference = None if drawn is None else drawn[index], None
+        given, by_reference = None if drawn is None else drawn[index], None
         if drawn is None and run.reference is not None and run.stage.thinks:
-            thoughts, by_reference = consult_reference(run, batch)
+            given, by_reference = consult_reference(run, batch)
         with run.strategy.accumulate(run.model, last):
             output = run.model(
                 "forward",
@@ -217,7 +242,7 @@ def accumulate_gradients(
                 seed=run.config.training.seed,
                 fixed_mixing_weight=head.warmup_weight if step < head.warmup_steps else None,
                 think=run.stage.thinks,
-                thoughts=thoughts,
+                thoughts=given,
                 reference_text=by_reference,
                 running=running,
             )
@@ -234,7 +259,8 @@ def accumulate_gradients(
     loss, stops = accelerator.reduce(torch.stack([total, stop]), "sum")
     if drawn is None and run.objective.needs_running and run.stage.thinks:
         run.running = next_running(run, metrics)
-    sums = torch.stack([loss, stops, *(x.to(loss.dtype) for x in counts[1:])])
+    counts = (num_thought_items, num_text_tokens)
+    sums = torch.stack([loss, stops, *(x.to(loss.dtype) for x in counts)])
     return output, sums, kept
 
 

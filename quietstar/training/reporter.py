@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from quietstar.config import Config
+from quietstar.config import Config, ThoughtsConfig
 from quietstar.distributed import from_main_process
 from quietstar.errors import reason_of, visible
 from quietstar.evaluation.controls import CONTROL_NAMES, GAINS, MADE
@@ -177,13 +177,15 @@ class Reporter:
         num_positions: int = 0,
         num_text_tokens: int = 0,
         judged: tuple[float, int] | None = None,
+        thoughts: ThoughtsConfig | None = None,
     ) -> None:
         """Reports a step: bar, file, trackers, guards, now and then a thought.
 
         ``step`` counts those of the run, this one included. Gradient norms are by group and in
         total, before clipping; loss and metrics of the output, and the numbers of positions that
         thought and of text tokens, are those of the whole step. ``judged`` has the seconds and the
-        tokens that the judge of this process took, if there is one.
+        tokens that the judge of this process took, if there is one; ``thoughts`` are the settings
+        by which the step thought, where they are not those of the stage.
         """
         self.bar.advance(self._task)
         if not self.active or not self.is_step_due(step):
@@ -205,12 +207,16 @@ class Reporter:
             "peak_memory_mb": peak,
         }
         if self.stage.thinks:
-            num_tokens = num_text_tokens * config.thoughts.num_thoughts * config.thoughts.length
+            now = thoughts or config.thoughts
+            num_tokens = num_text_tokens * now.num_thoughts * now.length
             if config.thoughts.positions != "all" or "thought_length" in figures:
                 num_tokens = int(output.metrics.figures["thought_logprob"][1])
             figures["thought_tokens_per_second"] = num_tokens / seconds
             if config.thoughts.positions != "all":
                 figures["positions_per_text"] = num_positions / config.training.global_batch_size
+            if config.thoughts.schedule:
+                figures["length_limit"] = float(now.length)
+                figures["lookahead"] = float(now.lookahead)
         if judged is not None and judged[1]:
             figures["judge_share"] = judged[0] / seconds
             figures["judged_tokens_per_second"] = judged[1] / judged[0]

@@ -42,6 +42,7 @@ from quietstar.training.loop import leave, train
 from quietstar.training.optimizer import build_optimizer
 from quietstar.training.reporter import Reporter
 from quietstar.training.run_dir import CONFIG_FILE, EMA_FOLDER, FINAL_FOLDER, PREEMPTED_FILE, flat
+from quietstar.training.schedule import Pace
 from quietstar.training.stages import Stage, begin_stage, plan_stages, stage_at
 from quietstar.training.state import StageRun
 
@@ -277,13 +278,19 @@ def build_stage(
                 "this step"
             )
     train_data, eval_data, report = job.data[stage.index]
-    reporter.begin_stage(stage, [report.summary(), describe(job.model, stage), *notices(stage)])
+    reporter.begin_stage(
+        stage, [report.summary(), describe(job.model, stage), *notices(stage, eval_data)]
+    )
     prepared.train()
     run = StageRun(stage, strategy, prepared, optimizer, train_data, eval_data, reporter,
                    job.model.objective, steps_done, ema=ema, reference=reference,
                    critic=job.model.judge)  # fmt: skip
-    if checkpoint is not None and (running := read_state(checkpoint).running) is not None:
-        run.running = torch.tensor(running, dtype=torch.float64, device=run.accelerator.device)
+    if checkpoint is not None:
+        state = read_state(checkpoint)
+        run.pace = Pace(state.schedule_place, state.schedule_waits, state.best_gain)
+        if state.running is not None:
+            device = run.accelerator.device
+            run.running = torch.tensor(state.running, dtype=torch.float64, device=device)
     return run
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +15,7 @@ from quietstar.judging.critic import Critic
 from quietstar.objectives import Objective
 from quietstar.training.ema import WeightAverage
 from quietstar.training.reporter import Reporter
+from quietstar.training.schedule import Pace
 from quietstar.training.stages import Stage
 
 
@@ -38,6 +39,7 @@ class StageRun:
     # Means of rewards and of their standard deviations, for objectives that ask for them.
     running: torch.Tensor | None = None
     critic: Critic | None = None  # what rewards ask about texts, if anything
+    pace: Pace = field(default_factory=Pace)  # in `thoughts.schedule`
 
     @property
     def config(self) -> Config:

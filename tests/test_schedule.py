@@ -1,0 +1,168 @@
+"""Thoughts whose length and lookahead change over a stage: `thoughts.schedule`."""
+
+import json
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from tiny import read_metrics, run_config
+
+from quietstar.config import ThoughtsConfig
+from quietstar.errors import UserError
+from quietstar.training import loop
+from quietstar.training.checkpoint import read_state
+from quietstar.training.run import run_training
+from quietstar.training.schedule import Pace, scheduled
+
+POINTS = [{"step": 2, "length": 3}, {"step": 3, "length": 2, "lookahead": 1}]
+SHORTER = {
+    "thoughts__length": 5,
+    "thoughts__lookahead": 3,
+    "thoughts__schedule": POINTS,
+    "training__max_steps": 4,
+}
+
+
+def run(folder, resume=None, **changes):
+    folder.mkdir(exist_ok=True)
+    run_training(run_config(folder, **changes), resume=resume)
+    return folder / "run"
+
+
+def limits(folder):
+    records = read_metrics(folder, "train")
+    return [(record["length_limit"], record["lookahead"]) for record in records]
+
+
+def thoughts_at(step, **changes):
+    thoughts = scheduled(ThoughtsConfig(**changes), step)
+    return thoughts.length, thoughts.lookahead
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("stepped", [(16, 8), (16, 8), (8, 8), (8, 8), (2, 4), (2, 4)]),
+        ("linear", [(16, 8), (12, 8), (8, 8), (5, 6), (2, 4), (2, 4)]),
+    ],
+)
+def test_points_say_lengths_and_lookaheads(kind, wanted):
+    points = [{"step": 2, "length": 8}, {"step": 4, "length": 2, "lookahead": 4}]
+    given = {"length": 16, "lookahead": 8, "schedule": points, "schedule_type": kind}
+    assert [thoughts_at(step, **given) for step in range(6)] == wanted
+
+
+@pytest.mark.parametrize("kind", ["stepped", "linear"])
+def test_a_schedule_may_begin_lower(kind):
+    points = [{"step": 0, "length": 2}, {"step": 4, "length": 6}]
+    given = {"length": 8, "lookahead": 1, "schedule": points, "schedule_type": kind}
+    assert thoughts_at(0, **given) == (2, 1)
+    assert thoughts_at(4, **given) == thoughts_at(100, **given) == (6, 1)
+
+
+def test_a_pace_waits_below_a_share_of_the_best_gain():
+    pace, places = Pace(), []
+    for gain in (-0.1, 0.2, 0.4, 0.1, 0.35):
+        places.append(pace.next_place)
+        pace.place = pace.next_place
+        pace.see(gain, 0.5)
+    # No gain yet at first, and too little of it behind the fourth step.
+    assert places == [0, 0, 1, 2, 2]
+    assert (pace.next_place, pace.best_gain) == (3, 0.4)
+
+
+def test_a_run_thinks_as_scheduled_and_saves_its_last_thoughts(tmp_path):
+    folder = run(tmp_path, **SHORTER)
+    assert limits(folder) == [(5, 3), (5, 3), (3, 3), (2, 1)]
+    saved = json.loads((folder / "final" / "quietstar.json").read_text())["thoughts"]
+    assert (saved["length"], saved["lookahead"], saved["schedule"]) == (2, 1, [])
+    speeds = [r["thought_tokens_per_second"] * r["seconds"] for r in read_metrics(folder, "train")]
+    text = [r["text_tokens_per_second"] * r["seconds"] for r in read_metrics(folder, "train")]
+    drawn = [2 * x * limit for x, (limit, _) in zip(text, limits(folder), strict=True)]
+    assert speeds == pytest.approx(drawn)
+
+
+@pytest.mark.parametrize("positions", ["all", "random"])
+def test_micro_batches_change_nothing(tmp_path, positions):
+    given = {**SHORTER, "thoughts__positions": positions, "data__loss_on": "answer"}
+    given |= {"data__format": "qa", "data__train": write_questions(tmp_path / "qa.jsonl")}
+    whole, parts = (
+        read_metrics(run(tmp_path / str(size), **given, training__micro_batch_size=size), "train")
+        for size in (8, 3)
+    )
+    for ours, theirs in zip(parts, whole, strict=True):
+        for key in ("loss", "base_nll", "mixed_nll", "policy_reward"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6)
+
+
+def write_questions(path):
+    """Answers of one token behind longer questions: the lookahead says where it pays to think."""
+    rows = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a in range(5) for b in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_run_resumes_bit_for_bit(tmp_path, stop):
+    more = {**SHORTER, "training__save_steps": 1, "training__save_total_limit": 9}
+    whole = run(tmp_path / "whole", **more)
+    checkpoint = whole / "checkpoints" / f"step-{stop:06d}"
+    part = run(tmp_path / "part", resume=str(checkpoint), **more)
+    assert limits(part) == limits(whole)[stop:]
+    ours, theirs = (load_file(x / "final" / "model.safetensors") for x in (part, whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_it_waits_for_the_gain_and_remembers_that(tmp_path, monkeypatch):
+    gains = {1: 0.1, 2: 1.0, 3: 0.2, 4: 0.9, 5: 0.9, 6: 0.9}
+    evaluate = loop.evaluate
+    seen = []
+
+    def pretended(stage_run):
+        seen.append(stage_run.step)
+        figures = evaluate(stage_run)
+        return {**figures, "gain": gains.get(stage_run.step, 0.0)}
+
+    monkeypatch.setattr(loop, "evaluate", pretended)
+    points = [{"step": n, "length": 6 - n} for n in (1, 2, 3)]
+    given = {
+        "thoughts__length": 6,
+        "thoughts__schedule": points,
+        "thoughts__schedule_min_gain": 0.5,
+        "training__eval_steps": 1,
+        "training__max_steps": 6,
+        "training__save_steps": 1,
+        "training__save_total_limit": 9,
+    }
+    whole = run(tmp_path / "whole", **given)
+    wanted = [6, 5, 4, 4, 3, 3]  # waits behind the third step
+    assert [length for length, _ in limits(whole)] == wanted
+    state = read_state(whole / "checkpoints" / "step-000003")
+    assert (state.schedule_place, state.schedule_waits, state.best_gain) == (2, True, 1.0)
+    checkpoint = whole / "checkpoints" / "step-000003"
+    part = run(tmp_path / "part", resume=str(checkpoint), **given)
+    assert [length for length, _ in limits(part)] == wanted[3:]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"thoughts__schedule": [{"step": 1}]}, "must hold points such as"),
+        ({"thoughts__schedule": [{"length": 1}]}, "must hold points such as"),
+        ({"thoughts__schedule": [{"step": 1, "length": 0}]}, "of at least 1"),
+        ({"thoughts__schedule": POINTS[::-1]}, "in the order of their steps"),
+        ({"thoughts__schedule": [{"step": 1, "length": 9}]}, r"thoughts.length \(2\) must be at"),
+        ({"thoughts__schedule": [{"step": 1, "lookahead": 9}]}, r"lookahead \(2\) must be at"),
+        ({"thoughts__schedule": POINTS[:0], "thoughts__schedule_min_gain": 0.5}, "eval_steps"),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path, changes, problem):
+    with pytest.raises(ValidationError, match=problem):
+        run_config(tmp_path, **changes)
+
+
+def test_a_stop_text_must_fit_the_shortest_thoughts(tmp_path):
+    with pytest.raises(UserError, match=r"takes at least 3 tokens, but thoughts.length \(2\)"):
+        run(tmp_path, **SHORTER, thoughts__stop=["abc"])
+    assert not (tmp_path / "run").exists()
