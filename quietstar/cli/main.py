@@ -43,6 +43,7 @@ COMMANDS = {
         "reward_model",
         "Train a reward model: quietstar reward-model --pairs FILE --model DIR ...",
     ),
+    "teach": ("teach", "Keep what a model that thinks predicts: quietstar teach --model DIR ..."),
     "lm-eval": ("lm_eval", "Run lm-evaluation-harness: quietstar lm-eval run --model quietstar"),
     "generate": ("generate", "Continue a prompt: quietstar generate --model DIR --prompt TEXT"),
     "chat": ("generate:chat", "Talk with a model that thinks: quietstar chat --model DIR"),
@@ -60,6 +61,7 @@ RESUME_HINTS = {
     "eval": "; the same command continues from the finished items, if it has --out",
     "judge": "; the same command continues from the finished lines",
     "reward-model": "; the same command continues from the last checkpoint, if there is one",
+    "teach": "; the same command continues from the finished parts",
 }
 
 

@@ -12,9 +12,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser("quietstar merge", summary)
     for option, what in (("--model", "folder of a saved model"), ("--out", "new folder")):
         parser.add_argument(option, type=existing, required=True, metavar="DIR", help=what)
+    parser.flag("--plain", "write the causal LM alone, which thinks no more: a distilled student")
     args = parser.read(arguments)
 
     from quietstar.model.merging import merge  # imports torch
 
-    out = merge(Path(args.model), Path(args.out), trust_remote_code=False)
-    say(f"the merged model is in {out}")
+    out = merge(Path(args.model), Path(args.out), args.plain, trust_remote_code=False)
+    say(f"the {'plain' if args.plain else 'merged'} model is in {out}")

@@ -102,14 +102,7 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(arguments)
         if unknown:
             self.error(f"{unknown[0]}: belongs to no option")
-        if getattr(args, "ema", False):  # of `add_model`
-            args.model = _averaged_model(args.model)
-        for name in ("model", "compare"):
-            value = getattr(args, name, None)
-            if isinstance(value, str):
-                setattr(args, name, _trained_model(value))
-            elif value is not None:
-                setattr(args, name, [_trained_model(model) for model in value])
+        find_models(args)
         self.check(args)
         return args
 
@@ -386,6 +379,18 @@ def add_model(parser: argparse.ArgumentParser, meaning: str = "a saved Quiet-STa
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", default="auto", choices=dtypes, help="precision of the weights")
     add("--device", type=device, metavar="NAME", help="default: a GPU if there is one")
+
+
+def find_models(args: argparse.Namespace) -> None:
+    """Replace the folders of runs in ``--model`` and ``--compare`` by those of their models."""
+    if getattr(args, "ema", False):  # of `add_model`
+        args.model = _averaged_model(args.model)
+    for name in ("model", "compare"):
+        value = getattr(args, name, None)
+        if isinstance(value, str):
+            setattr(args, name, _trained_model(value))
+        elif value is not None:
+            setattr(args, name, [_trained_model(model) for model in value])
 
 
 def _trained_model(name: str) -> str:

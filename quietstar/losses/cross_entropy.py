@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,24 @@ Surrogate = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 are, to its values and its derivatives, both (rows,) and without gradient."""
 
 
+class SoftTargets(NamedTuple):
+    """Distributions in place of target tokens: their most likely tokens, all others as one bucket.
+
+    Attributes:
+        tokens: (rows, top), the most likely tokens of each.
+        logprobs: (rows, top), their log-probabilities.
+        rest: (rows,), log-probability of all other tokens together; -inf where there are none.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    rest: Tensor
+
+    def part(self, index: Any) -> SoftTargets:
+        """Take some rows."""
+        return SoftTargets(*(x[index] for x in self))
+
+
 @dataclass(frozen=True)
 class Segment:
     """Rows of one kind in the objective.
@@ -44,6 +62,8 @@ class Segment:
         temperature: Divides the logits.
         sampled_only: The distribution is over the rows of the vocabulary that may be sampled.
         wants_entropy, wants_predicted: Find the entropy, the most likely token of each row too.
+        soft: The objective is of the divergence from these, in place of the NLL; ``targets`` only
+            say which rows have a target, and what the NLL in the results is of.
         other_states, other_weight: With a soft-capped head logits are mixed, not states: the row's
             logits are (1 - other_weight) * f(states) + other_weight * f(other_states).
     """
@@ -57,6 +77,7 @@ class Segment:
     sampled_only: bool = False
     wants_entropy: bool = False
     wants_predicted: bool = False
+    soft: SoftTargets | None = None
     other_states: Tensor | None = None
     other_weight: Tensor | None = None
 
@@ -68,11 +89,13 @@ class RowResult(NamedTuple):
         nll: (rows,), negative log-likelihood of the target, 0 where there is none.
         entropy: (rows,) of the distribution, or None where it was not asked for.
         predicted: (rows,), the most likely token, or None where it was not asked for.
+        divergence: (rows,), forward KL divergence from the soft targets, or None without any.
     """
 
     nll: Tensor
     entropy: Tensor | None = None
     predicted: Tensor | None = None
+    divergence: Tensor | None = None
 
 
 def objective(
@@ -93,9 +116,11 @@ def objective(
     if not head.is_linear:  # soft cap, adapters on the output layer
         value = at_least_float32(segments[0].states.new_zeros(()))
         for segment in segments:
-            nll, entropy, predicted = recomputed_rows(segment, head)
-            value = value + _value(segment, RowResult(nll, entropy))
-            results.append(RowResult(nll.detach(), entropy.detach(), predicted))
+            rows = recomputed_rows(segment, head)
+            value = value + _value(segment, rows)
+            nll, *others = (None if x is None else x.detach() for x in rows)
+            assert nll is not None, "it is always computed"
+            results.append(RowResult(nll, *others))
         return value, results
 
     def compute(sums, needs):
@@ -119,7 +144,8 @@ def _value(segment: Segment, rows: RowResult) -> Tensor:
         # Its gradient is that of slope * nll.
         value = values.sum() + (slopes * (rows.nll - rows.nll.detach())).sum()
     elif segment.coefficients is not None:
-        value = (segment.coefficients * rows.nll).sum()
+        of = rows.nll if rows.divergence is None else rows.divergence
+        value = (segment.coefficients * of).sum()
     else:
         return rows.nll.new_zeros(())
     if segment.entropy_coefficients is not None and rows.entropy is not None:
@@ -232,6 +258,7 @@ def _fused_segment(
         torch.empty_like(targets, dtype=dtype),
         torch.empty_like(targets, dtype=dtype) if segment.wants_entropy else None,
         torch.empty_like(targets) if segment.wants_predicted else None,
+        None if segment.soft is None else torch.empty_like(targets, dtype=dtype),
     )
     for rows in _chunks(len(targets), head.num_logits):
         _fused_chunk(segment, rows, products, result, grad)
@@ -243,10 +270,12 @@ def _fused_chunk(
 ) -> None:
     """Fill in some rows; a function of its own, so that its logits are gone before the next."""
     states, logits = products.logits(segment.states[rows])
+    soft = None if segment.soft is None else segment.soft.part(rows)
     chunk = SoftmaxChunk(
-        logits, segment.targets[rows], segment.wants_entropy, segment.wants_predicted
+        logits, segment.targets[rows], segment.wants_entropy, segment.wants_predicted, soft
     )
-    for whole, part in zip(result, (chunk.nll, chunk.entropy, chunk.predicted), strict=True):
+    parts = (chunk.nll, chunk.entropy, chunk.predicted, chunk.divergence)
+    for whole, part in zip(result, parts, strict=True):
         if whole is not None and part is not None:
             whole[rows] = part
     if grad is None:
@@ -261,14 +290,14 @@ def _fused_chunk(
     grad[rows] = products.backward(chunk.gradient_(coefficients, bonus), states)
 
 
-def recomputed_rows(segment: Segment, head: OutputHead) -> tuple[Tensor, Tensor, Tensor]:
-    """NLL and entropy (both differentiable) and most likely token of every row of a segment.
+def recomputed_rows(segment: Segment, head: OutputHead) -> RowResult:
+    """All results of every row of a segment; differentiable, but for the most likely token.
 
     The logits of a chunk are made again in the backward pass.
     """
     vocab_size = head.vocab_size if segment.sampled_only else None
 
-    def by_the_book(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def by_the_book(rows: slice) -> tuple[Tensor, ...]:
         logits, targets = head.logits(segment.states[rows]), segment.targets[rows]
         if segment.other_states is not None and segment.other_weight is not None:
             weight = at_least_float32(segment.other_weight[rows]).unsqueeze(-1)
@@ -276,14 +305,34 @@ def recomputed_rows(segment: Segment, head: OutputHead) -> tuple[Tensor, Tensor,
         logprobs = (logits[:, :vocab_size] / segment.temperature).log_softmax(-1)
         nll = -logprobs.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return nll.where(targets != IGNORE_INDEX, 0.0), entropy, logprobs.argmax(-1)
+        valid = targets != IGNORE_INDEX
+        results = (nll.where(valid, 0.0), entropy, logprobs.argmax(-1))
+        if segment.soft is None:
+            return results
+        return *results, divergence_from(segment.soft.part(rows), logprobs).where(valid, 0.0)
 
     run = by_the_book
     if torch.is_grad_enabled():
         run = partial(checkpoint, by_the_book, use_reentrant=False, preserve_rng_state=False)
     pieces = [run(rows) for rows in _chunks(len(segment.states), head.num_logits)]
-    nll, entropy, predicted = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    return nll, entropy, predicted
+    return RowResult(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+
+
+def divergence_from(soft: SoftTargets, logprobs: Tensor) -> Tensor:
+    """Compute KL(soft || p) over the buckets of ``soft``, (rows,); logprobs are (rows, V)."""
+    top, few = logprobs.gather(1, soft.tokens), soft.logprobs
+    result = (few.exp() * (few - top)).sum(1)
+    if soft.tokens.shape[1] == logprobs.shape[1]:
+        return result
+    rest = logprobs.scatter(1, soft.tokens, -torch.inf).logsumexp(1)
+    return result + _rest_term(soft.rest, rest)
+
+
+def _rest_term(rest: Tensor, by_model: Tensor) -> Tensor:
+    """Compute the term of the bucket with all other tokens; 0 where it is empty."""
+    is_empty = rest == -torch.inf
+    rest, by_model = rest.where(~is_empty, 0.0), by_model.where(~is_empty, 0.0)
+    return (rest.exp() * (rest - by_model)).where(~is_empty, 0.0)
 
 
 class SoftmaxChunk:
@@ -294,11 +343,13 @@ class SoftmaxChunk:
 
     def __init__(
         self, logits: Tensor, targets: Tensor, wants_entropy: bool = False,
-        wants_predicted: bool = False,
+        wants_predicted: bool = False, soft: SoftTargets | None = None,
     ) -> None:  # fmt: skip
-        self.valid = targets != IGNORE_INDEX
+        self.valid, self.soft = targets != IGNORE_INDEX, soft
         self.targets = targets.clamp(min=0).unsqueeze(1)
         target_logits = logits.gather(1, self.targets)
+        # Before the chunk is turned into probabilities, the smallest of which are lost.
+        top_logits = None if soft is None else logits.gather(1, soft.tokens)
         self.predicted = logits.argmax(-1) if wants_predicted else None
         peak = logits.amax(-1, keepdim=True)
         shifted = logits.sub_(peak)
@@ -312,11 +363,26 @@ class SoftmaxChunk:
             self.log_total = log_total
             expected = torch.linalg.vecdot(self.weights, self.log_weights).unsqueeze(1)
             self.entropy = (log_total - expected / self.total).squeeze(1)
+        self.divergence, self.others = None, self.total.squeeze(1)
+        if soft is not None and top_logits is not None:
+            few, tiny = soft.logprobs.to(log_total.dtype), torch.finfo(self.weights.dtype).tiny
+            result = (few.exp() * (few - (top_logits - peak - log_total))).sum(1)
+            self.others = self.weights.scatter(1, soft.tokens, 0.0).sum(1).clamp(min=tiny)
+            by_model = self.others.log() - log_total.squeeze(1)
+            result += _rest_term(soft.rest.to(log_total.dtype), by_model)
+            self.divergence = result.where(self.valid, 0.0)
 
     def gradient_(self, coefficients: Tensor, entropy_coefficients: Tensor | None = None) -> Tensor:
         """Gradient of the value with respect to the logits; uses up the chunk."""
         coefficients = coefficients.where(self.valid, 0.0).to(self.total.dtype).unsqueeze(1)
         probs = self.weights
+        if self.soft is not None:
+            # d KL / d z = p - q, where q spreads the rest as p does.
+            soft, dtype = self.soft, probs.dtype
+            share = soft.rest.exp().to(dtype) * self.total.squeeze(1) / self.others
+            few = probs.gather(1, soft.tokens) / self.total - soft.logprobs.exp().to(dtype)
+            probs = probs.mul_((1 - share).unsqueeze(1) * coefficients / self.total)
+            return probs.scatter_(1, soft.tokens, few * coefficients)
         if entropy_coefficients is None or self.log_weights is None or self.entropy is None:
             probs = probs.mul_(coefficients / self.total)
         else:  # dH/dz = -p (log p + H)

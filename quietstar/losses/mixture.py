@@ -26,6 +26,7 @@ from quietstar.losses.cross_entropy import (
     Products,
     Segment,
     SoftmaxChunk,
+    SoftTargets,
     chunk_rows,
     fused,
     recomputed_rows,
@@ -50,6 +51,8 @@ class Mixture:
             mean over the lookahead.
         needs_thought: Whether the thought's own prediction is computed.
         needs_predicted: Whether the most likely mixed token is found.
+        soft: A teacher's distributions of the targets, (A, B, P, top) and (A, B, P): the weights of
+            the mixed prediction are then of its divergence from them, in place of its NLL.
     """
 
     text: TextLookahead
@@ -63,18 +66,32 @@ class Mixture:
     sums_targets: bool = False
     needs_thought: bool = True
     needs_predicted: bool = False
+    soft: SoftTargets | None = None
+
+    def soft_rows(self, texts: slice, places: slice) -> SoftTargets | None:
+        """Take the distributions of some positions, for all of their thoughts in rows (a k b p)."""
+        if self.soft is None:
+            return None
+        some, num_thoughts = self.soft.part((slice(None), texts, places)), self.thought.shape[1]
+        return SoftTargets(*(repeat(x, "a b p ... -> (a k b p) ...", k=num_thoughts) for x in some))
 
     def coefficients(
-        self, mixed: Tensor, thought: Tensor | None, texts: slice, places: slice
+        self,
+        mixed: Tensor,
+        thought: Tensor | None,
+        texts: slice,
+        places: slice,
+        divergence: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Weigh some positions of some texts by the NLLs of both predictions, (A, K, B', P').
 
-        Returns advantage and reward (K, B', P'), and the coefficients of both NLLs.
+        ``divergence`` is that of the mixed one from a teacher. Returns advantage and reward
+        (K, B', P'), and the coefficients of both NLLs.
         """
         if self.weigh is None:
             return None, None, None, None
         assert self.num_items is not None, "weights are divided by a count"
-        scores = self.scores(mixed, thought, texts, places)
+        scores = self.scores(mixed, thought, texts, places, divergence)
         weights = self.weigh(scores, texts, places)
         each = (1 if self.sums_targets else mixed.shape[0]) * mixed.shape[1] * self.num_items
         valid = self.targets[:, texts, places] != IGNORE_INDEX
@@ -89,20 +106,27 @@ class Mixture:
         return advantage, reward, for_mixed, for_thought
 
     def scores(
-        self, mixed: Tensor, thought: Tensor | None, texts: slice, places: slice
+        self,
+        mixed: Tensor,
+        thought: Tensor | None,
+        texts: slice,
+        places: slice,
+        divergence: Tensor | None = None,
     ) -> ThoughtScores:
         """Make scores of some positions of some texts, from NLLs (A, K, B', P')."""
+        order = "a k b p -> b p k a"
         assert self.base_nll is not None, "scores have the base prediction"
         valid = self.targets[:, texts, places] != IGNORE_INDEX
         base = self.base_nll[:, texts, places].where(valid, 0.0)
         ratio = None if self.log_ratio is None else self.log_ratio[:, texts, places]
         return ThoughtScores(
             base=-rearrange(base, "a b p -> b p a"),
-            thought=None if thought is None else -rearrange(thought, "a k b p -> b p k a"),
-            mixed=-rearrange(mixed, "a k b p -> b p k a"),
+            thought=None if thought is None else -rearrange(thought, order),
+            mixed=-rearrange(mixed, order),
             reference=None,
             valid=rearrange(valid, "a b p -> b p a"),
             log_ratio=None if ratio is None else rearrange(ratio, "k b p -> b p k"),
+            divergence=None if divergence is None else rearrange(divergence, order),
         )
 
 
@@ -116,6 +140,7 @@ class MixtureResult:
         predicted: Most likely mixed token; None if it was not needed.
         advantage: Advantage of every thought; None if nothing was weighed.
         reward: Reward of every thought; None if nothing was weighed.
+        divergence: KL(teacher || mixed) of every target; None without a teacher.
     """
 
     mixed: Float[Tensor, "lookahead thoughts batch positions"]
@@ -123,6 +148,7 @@ class MixtureResult:
     predicted: Int[Tensor, "lookahead thoughts batch positions"] | None
     advantage: Float[Tensor, "thoughts batch positions"] | None
     reward: Float[Tensor, "thoughts batch positions"] | None = None
+    divergence: Float[Tensor, "lookahead thoughts batch positions"] | None = None
 
 
 def groups(batch_size: int, num_positions: int, most: int) -> Iterator[tuple[slice, slice]]:
@@ -187,8 +213,11 @@ def mixture_objective(
         for texts, places in groups(batch_size, num_positions, most):
             work.chunk(texts, places)
         results.append(
-            MixtureResult(work.mixed, work.thought, work.predicted, work.advantage, work.reward)
-        )
+            MixtureResult(
+                work.mixed, work.thought, work.predicted, work.advantage, work.reward,
+                work.divergence,
+            )
+        )  # fmt: skip
         return work.value, work.grads
 
     inputs = (mixture.text.rows, mixture.thought, mixture.mixing_weight)
@@ -201,22 +230,33 @@ def _by_rows(mixture: Mixture, head: OutputHead) -> tuple[Tensor, MixtureResult]
     states = mixture.thought.flatten(0, 3)
     targets = mixture.targets.unsqueeze(1).expand(shape).flatten()
     text = mixture.text.gather(mixture.text.rows).unsqueeze(1).expand_as(mixture.thought)
-    mixed = Segment(text.flatten(0, 3), targets, other_states=states, other_weight=weight)
-    mixed_nll, _, predicted = (x.view(shape) for x in recomputed_rows(mixed, head))
-    thought_nll = detached = None
+    everything = (slice(0, shape[2]), slice(0, shape[3]))
+    soft = mixture.soft_rows(*everything)
+    mixed = Segment(
+        text.flatten(0, 3), targets, soft=soft, other_states=states, other_weight=weight
+    )
+    rows = recomputed_rows(mixed, head)
+    mixed_nll, learned = rows.nll.view(shape), rows.nll.view(shape)
+    thought_nll = detached = divergence = None
+    if rows.divergence is not None:
+        learned = rows.divergence.view(shape)
+        divergence = learned.detach()
     if mixture.needs_thought:
         thought_nll = recomputed_rows(Segment(states, targets), head)[0].view(shape)
         detached = thought_nll.detach()
-    everything = (slice(0, shape[2]), slice(0, shape[3]))
     advantage, reward, *coefficients = mixture.coefficients(
-        mixed_nll.detach(), detached, *everything
+        mixed_nll.detach(), detached, *everything, divergence
     )
     value = mixed_nll.new_zeros(())
-    for nll, coefficient in zip((mixed_nll, thought_nll), coefficients, strict=True):
+    for nll, coefficient in zip((learned, thought_nll), coefficients, strict=True):
         if nll is not None and coefficient is not None:
             value = value + (coefficient * nll).sum()
-    predicted = predicted if mixture.needs_predicted else None
-    return value, MixtureResult(mixed_nll.detach(), detached, predicted, advantage, reward)
+    predicted = None
+    if mixture.needs_predicted and rows.predicted is not None:
+        predicted = rows.predicted.view(shape)
+    return value, MixtureResult(
+        mixed_nll.detach(), detached, predicted, advantage, reward, divergence
+    )
 
 
 class _Work:
@@ -229,6 +269,7 @@ class _Work:
         like, contiguous = at_least_float32(mixture.mixing_weight), torch.contiguous_format
         self.mixed = torch.empty_like(like, memory_format=contiguous)
         self.thought = torch.empty_like(self.mixed) if mixture.needs_thought else None
+        self.divergence = None if mixture.soft is None else torch.empty_like(self.mixed)
         wants_predicted = mixture.needs_predicted
         self.predicted = torch.empty_like(self.mixed, dtype=torch.long) if wants_predicted else None
         self.advantage = None if mixture.weigh is None else torch.zeros_like(self.mixed[0])
@@ -254,18 +295,37 @@ class _Work:
         targets = repeat(mixture.targets[where], "a b p -> (a k b p)", k=shape[1])
 
         mixed_logits = torch.lerp(base, grid, fraction).flatten(0, 3)
-        mixed = SoftmaxChunk(mixed_logits, targets, wants_predicted=mixture.needs_predicted)
+        soft = mixture.soft_rows(texts, places)
+        mixed = SoftmaxChunk(
+            mixed_logits, targets, wants_predicted=mixture.needs_predicted, soft=soft
+        )
         self.mixed[where] = mixed.nll.view(shape)
+        divergence = None
+        if self.divergence is not None and mixed.divergence is not None:
+            self.divergence[where] = mixed.divergence.view(shape)
+            divergence = self.divergence[where]
         if self.predicted is not None and mixed.predicted is not None:
             self.predicted[where] = mixed.predicted.view(shape)
         slope = None
         if products.sums is not None:
             # d nll / d w = E_mixed[thought - base] - (thought - base) at the target. Taken here,
             # before the thought's logits turn into its probabilities in place.
+            # With a teacher, its expectation stands in for the target.
             weights, index = mixed.weights.view(grid.shape), targets.clamp(min=0).view(*shape, 1)
             slope = torch.linalg.vecdot(weights, grid).sub_(torch.linalg.vecdot(weights, base))
+            slope.div_(mixed.total.view(shape))
+            if soft is not None:
+                index = soft.tokens.view(*shape, -1)
             at_target = grid.gather(-1, index) - base.expand_as(grid).gather(-1, index)
-            slope.div_(mixed.total.view(shape)).sub_(at_target.squeeze(-1))
+            if soft is None:
+                slope.sub_(at_target.squeeze(-1))
+            else:
+                few = soft.logprobs.exp().to(slope.dtype).view(*shape, -1)
+                slope.sub_((few * at_target).sum(-1))
+                others = weights.scatter(-1, index, 0.0)
+                rest = torch.linalg.vecdot(others, grid).sub_(torch.linalg.vecdot(others, base))
+                share = soft.rest.exp().to(slope.dtype).view(shape)
+                slope.sub_(share * rest / mixed.others.view(shape))
         alone = alone_nll = None
         if self.thought is not None:
             alone = SoftmaxChunk(own, targets)
@@ -273,7 +333,7 @@ class _Work:
             alone_nll = self.thought[where]
 
         advantage, reward, for_mixed, for_thought = mixture.coefficients(
-            self.mixed[where], alone_nll, texts, places
+            self.mixed[where], alone_nll, texts, places, divergence
         )
         if reward is None:
             self.reward = None
@@ -284,7 +344,8 @@ class _Work:
         elif self.advantage is not None:
             self.advantage[:, texts, places] = advantage
         if for_mixed is not None:
-            self.value = self.value + (for_mixed * self.mixed[where]).sum()
+            learned = self.mixed[where] if divergence is None else divergence
+            self.value = self.value + (for_mixed * learned).sum()
         if for_thought is not None:
             assert alone_nll is not None, "a weighed prediction is computed"
             self.value = self.value + (for_thought * alone_nll).sum()

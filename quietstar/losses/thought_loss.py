@@ -46,6 +46,7 @@ from quietstar.losses.cross_entropy import (
     Products,
     RowResult,
     Segment,
+    SoftTargets,
     chunk_rows,
     objective,
 )
@@ -69,6 +70,7 @@ class ThoughtResults:
         since_drawn: Log-probability of each thought token, less that by the policy that drew it;
             None where the current one did.
         is_clipped: Whether a thought token is reinforced no more; None where ``since_drawn`` is.
+        divergence: KL(teacher || mixed) of each target; None without a teacher.
     """
 
     logprobs: Float[Tensor, "length thoughts batch positions"]
@@ -81,6 +83,7 @@ class ThoughtResults:
     reward: Float[Tensor, "thoughts batch positions"] | None
     since_drawn: Float[Tensor, "length thoughts batch positions"] | None
     is_clipped: Bool[Tensor, "length thoughts batch positions"] | None
+    divergence: Float[Tensor, "lookahead thoughts batch positions"] | None
 
 
 @dataclass(frozen=True)
@@ -203,13 +206,15 @@ def loss_from_states(
     skips_padding: bool = False,
     drawn: Float[Tensor, "length thoughts batch positions"] | None = None,
     reference: Float[Tensor, "length thoughts batch positions"] | None = None,
+    soft: SoftTargets | None = None,
 ) -> tuple[Tensor, ScoredThoughts]:
     """Compute the loss of one (micro-)batch, and score its thoughts.
 
     Differentiable in the states, the mixing weight and the head. Labels are IGNORE_INDEX where a
     token is no target; without ``positions`` there are thoughts at all. N is ``num_items``, by
     default the valid targets of this batch; M is ``num_thought_items``, by default the positions of
-    this batch with a target. ``skips_padding``, ``drawn`` and ``reference`` as in `thought_loss`.
+    this batch with a target. ``skips_padding``, ``drawn``, ``reference`` and ``soft`` as in
+    `thought_loss`.
     """
     lookahead = mixing_weight.shape[0]
     targets = lookahead_targets(labels, lookahead, positions)  # (A, B, P)
@@ -221,7 +226,7 @@ def loss_from_states(
     loss, results = thought_loss(
         states.policy, states.ahead, text, mixing_weight, thoughts, targets, base_nll, head, terms,
         count_thought_items(targets, num_thought_items), skips_padding=skips_padding, drawn=drawn,
-        reference=reference,
+        reference=reference, soft=soft,
     )  # fmt: skip
     return text_loss + loss, score(results, base, thoughts, labels, targets, positions)
 
@@ -249,6 +254,7 @@ def thought_loss(
     skips_padding: bool = False,
     drawn: Float[Tensor, "length thoughts batch positions"] | None = None,
     reference: Float[Tensor, "length thoughts batch positions"] | None = None,
+    soft: SoftTargets | None = None,
 ) -> tuple[Tensor, ThoughtResults]:
     """Compute all terms but `base`, of some positions of some texts.
 
@@ -257,7 +263,8 @@ def thought_loss(
     ``num_items`` is M of the whole step; ``accumulator`` is as in `objective`. ``thoughts`` that
     end early are padded with `NO_TOKEN`; with ``skips_padding`` there are so many of these places
     that to find them pays, for which a device must be waited for. ``drawn`` and ``reference`` are
-    log-probabilities of the thought tokens, by the policy that drew them and by another.
+    log-probabilities of the thought tokens, by the policy that drew them and by another. ``soft``
+    are a teacher's distributions of the targets, (lookahead, batch, positions, top).
     """
     counts = (targets != IGNORE_INDEX).any(0) & (thoughts != NO_TOKEN)
     tokens = thoughts.where(counts, IGNORE_INDEX).flatten()
@@ -272,12 +279,15 @@ def thought_loss(
         text, ahead_states, mixing_weight, targets, base_nll, num_items, terms.weigh, log_ratio,
         sums_targets=terms.target_weighting == "sum",
         needs_thought=terms.needs_thought or terms.scoring, needs_predicted=terms.scoring,
+        soft=soft,
     )  # fmt: skip
     if terms.weighs_at_once and terms.weigh is not None and torch.is_grad_enabled():
         with torch.no_grad():
             _, known = mixture_objective(replace(mixture, weigh=None), head)
         everywhere = slice(None)
-        scores = mixture.scores(known.mixed, known.thought, everywhere, everywhere)
+        scores = mixture.scores(
+            known.mixed, known.thought, everywhere, everywhere, known.divergence
+        )
         weights = terms.weigh(scores, everywhere, everywhere)
         mixture = replace(mixture, weigh=lambda _, texts, places: weights.part(texts, places))
     value, mixed = mixture_objective(mixture, head, accumulator)
@@ -317,7 +327,7 @@ def thought_loss(
         coefficients = _filled(next_targets, terms.draft_weight, num_items, policy_states)
         segments.append(Segment(policy_states[0, 0].flatten(0, 1), next_targets, coefficients))
     rest, results = objective(segments, head, accumulator)
-    nll, entropy, _ = results[0]
+    nll, entropy, *_ = results[0]
     if rows is not None:
         nll, entropy = (x if x is None else x.new_zeros(thoughts.numel()).index_copy(0, rows, x)
                         for x in (nll, entropy))  # fmt: skip
@@ -341,6 +351,7 @@ def thought_loss(
         reward=mixed.reward,
         since_drawn=since_drawn,
         is_clipped=is_clipped,
+        divergence=mixed.divergence,
     )
 
 

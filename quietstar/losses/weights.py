@@ -95,6 +95,7 @@ class ThoughtScores:
         lengths: Tokens of each thought.
         running: Means of the rewards and of their standard deviations in a group, over earlier
             steps; None in the first step, and for objectives that do not ask for them.
+        divergence: KL(teacher || mixed) of each target; None without a teacher.
         policy: What `logprob`, `continuations` and `judge` ask; None outside of a training step.
     """
 
@@ -106,6 +107,7 @@ class ThoughtScores:
     log_ratio: Float[Tensor, "batch positions thoughts"] | None = None
     lengths: Int[Tensor, "batch positions thoughts"] | None = None
     running: Float[Tensor, " 2"] | None = None
+    divergence: Float[Tensor, "batch positions thoughts lookahead"] | None = None
     policy: Policy | None = None
 
     def logprob(
@@ -188,7 +190,8 @@ class ThoughtWeights:
 
     Attributes:
         advantage: Weight of the log-probability of each thought's tokens.
-        mixed: Weight of the NLL of each true token by the mixed prediction; None for zero.
+        mixed: Weight of the NLL of each true token by the mixed prediction, with a teacher of its
+            divergence from that; None for zero.
         thought: The same for the thought's own prediction.
         reward: What the thoughts were given in all, for figures; None for ``loss.reward`` alone.
     """
@@ -202,6 +205,37 @@ class ThoughtWeights:
         """Take those of some texts and some of their positions."""
         tables = (self.advantage, self.mixed, self.thought, self.reward)
         return ThoughtWeights(*(None if x is None else x[texts, places] for x in tables))
+
+
+@runtime_checkable
+class Student(Protocol):
+    """Predictions of a student without thoughts beside its teacher's, (rows,), without gradient.
+
+    Attributes:
+        targets: True tokens, -100 where a row has none.
+        nll: NLL of these by the student.
+        teacher_nll: NLL of these by the teacher.
+        scale: Weight of each row in a mean over the targets of the whole step.
+        drawn: Tokens drawn from the student's predictions, if the objective asks for them.
+    """
+
+    targets: Tensor
+    nll: Tensor
+    teacher_nll: Tensor
+    drawn: Tensor | None
+
+    @property
+    def scale(self) -> Tensor:
+        """Weight of each row in a mean over the targets of the whole step."""
+        ...
+
+    def token_loss(self, tokens: Tensor, weights: Tensor, temperature: float = 1.0) -> Tensor:
+        """Sum weight * -log p(token) by the student, differentiable; (rows,) each."""
+        ...
+
+    def divergence_loss(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum weight * KL(teacher || student), differentiable; and the divergences, (rows,)."""
+        ...
 
 
 Weigh = Callable[[ThoughtScores, slice, slice], ThoughtWeights]

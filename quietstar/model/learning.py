@@ -38,7 +38,8 @@ from quietstar.backbone.output_head import OutputHead
 from quietstar.backbone.run import TextRun, num_virtual, recomputing
 from quietstar.backbone.teacher_forced import BlockInputs, block_pass, embed_blocks, is_packed
 from quietstar.errors import UserError
-from quietstar.losses.cross_entropy import HeadGradients, WithGradients
+from quietstar.losses.cross_entropy import HeadGradients, SoftTargets, WithGradients
+from quietstar.losses.distillation import TeacherTargets
 from quietstar.losses.mixture import groups, packed_groups
 from quietstar.losses.thought_loss import (
     ScoredThoughts,
@@ -96,6 +97,7 @@ class Step:
         may_end_early: Whether thoughts can be shorter than others.
         running: As in `ThoughtScores`.
         seed: Seed of the step's noise.
+        teacher: What a teacher predicts behind these positions; None without one.
     """
 
     thoughts: ThoughtBatch
@@ -107,6 +109,15 @@ class Step:
     may_end_early: bool = True
     running: Tensor | None = None
     seed: int = 0
+    teacher: TeacherTargets | None = None
+
+    @property
+    def soft(self) -> SoftTargets | None:
+        """Distributions of the teacher, (A, B, P, ...)."""
+        if self.teacher is None:
+            return None
+        t = self.teacher
+        return SoftTargets(*(x.movedim(2, 0) for x in (t.tokens, t.logprobs, t.rest)))
 
     @property
     def drawn(self) -> Tensor | None:
@@ -143,7 +154,7 @@ def learn(model: Any, text: TextRun, step: Step) -> tuple[Tensor, ScoredThoughts
         return loss_from_states(
             states, weight, tokens, labels, model.output_head, step.terms, step.num_items,
             step.positions, step.num_thought_items, skips_padding=step.may_end_early,
-            drawn=step.drawn, reference=step.reference,
+            drawn=step.drawn, reference=step.reference, soft=step.soft,
         )  # fmt: skip
     work = _Groups(model, text, step, tokens)
     inputs = [*(source.x for source in work.sources), *work.weights.parameters]
@@ -276,6 +287,7 @@ class _Groups:
             self.targets[:, texts, places], self.base_nll[:, texts, places], self.head,
             replace(step.terms, weigh=weigh), self.num_items, self.weights.accumulator,
             skips_padding=lengths is not None, drawn=drawn, reference=reference,
+            soft=None if step.soft is None else step.soft.part((slice(None), texts, places)),
         )  # fmt: skip
         return reads, loss, results
 

@@ -16,16 +16,18 @@ from quietstar.errors import UserError, reason_of
 from quietstar.model import saving
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.tuning import PEFT_METHODS, WHOLE
-from quietstar.system.files import file_kind
+from quietstar.system.files import file_kind, whole_folder
 
 
 @torch.no_grad()
-def merge(folder: Path, out: Path, **hub: Any) -> Path:
+def merge(folder: Path, out: Path, plain: bool = False, **hub: Any) -> Path:
     """Write the model of ``folder`` with its adapters merged; also loads as a plain model.
 
     Args:
         folder: Written by `QuietStarForCausalLM.save_pretrained`.
         out: Folder to write; it must be new or empty.
+        plain: Whether to write the causal LM alone, without what makes it think: a student that
+            has learned to do without.
         **hub: ``trust_remote_code``.
 
     Raises:
@@ -35,8 +37,9 @@ def merge(folder: Path, out: Path, **hub: Any) -> Path:
     _check_new(out)
     settings = saving.read_settings(folder)
     tuning = settings.tuning
-    if tuning.method not in PEFT_METHODS:
-        reason = "holds the whole model already; it needs no merging"
+    if tuning.method not in PEFT_METHODS and not (plain and tuning.method in WHOLE):
+        reason = "holds the whole model already; it needs no merging (but --plain leaves out what"
+        reason += " makes it think)"
         if tuning.method not in WHOLE:
             is_virtual = tuning.method in ("prompt", "prefix")
             added = "virtual tokens" if is_virtual else "bottleneck adapters"
@@ -52,9 +55,16 @@ def merge(folder: Path, out: Path, **hub: Any) -> Path:
     if (folder / "tokenizer_config.json").exists():
         tokenizer = load_tokenizer(str(folder), **hub)
         check_tokenizer_fits(tokenizer, embedding_weight(model.causal_lm).shape[0])
-    model.language_model = model.language_model.merge_and_unload()  # pyright: ignore
+    if tuning.method in PEFT_METHODS:
+        model.language_model = model.language_model.merge_and_unload()  # pyright: ignore
     model.tuning = TuningConfig(method="full")
-    model.save_pretrained(out, tokenizer)
+    if not plain:
+        model.save_pretrained(out, tokenizer)
+        return out
+    with whole_folder(out) as new:
+        model.language_model.save_pretrained(new)  # pyright: ignore
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
     return out
 
 

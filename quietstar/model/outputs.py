@@ -351,6 +351,10 @@ def thought_metrics(
             flat = spread <= 1e-6 * s.reward.abs().amax(0)  # differ by rounding at most
             figures["no_signal_fraction"] = ((flat & has_target).sum(), places)
 
+    if s.divergence is not None:
+        total = s.divergence.where(s.valid.unsqueeze(1), 0.0).sum()
+        figures["divergence"] = (total, s.valid.sum() * num_thoughts)
+
     if s.advantage is not None:
         dropped = (s.advantage == 0).all(0) & has_target
         figures["dropped_fraction"] = (dropped.sum(), places)

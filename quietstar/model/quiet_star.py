@@ -40,6 +40,7 @@ from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from quietstar.errors import UserError
 from quietstar.generation.gates import Gate
 from quietstar.generation.generate import generate
+from quietstar.losses.distillation import TeacherTargets, student_rows, teacher_targets
 from quietstar.losses.thought_loss import (
     ScoredThoughts,
     loss_from_states,
@@ -67,12 +68,14 @@ from quietstar.model.scoring_model import ScoringModel
 from quietstar.model.self_check import check_architecture, use_thinking_attention
 from quietstar.model.tuning import apply_tuning, quantization
 from quietstar.objectives import Objective
+from quietstar.sampling.noise import keyed_uniform
 from quietstar.sampling.positions import (
     ENTROPY_RULES,
     LEARNED_RULES,
     SCORED_RULES,
     choose_positions,
 )
+from quietstar.sampling.rollout import sample_rows
 from quietstar.sampling.stopping import StopTexts
 from quietstar.sampling.thoughts import Sampling, Texts, ThoughtBatch
 
@@ -383,6 +386,7 @@ class QuietStarForCausalLM(nn.Module):
         thoughts: ThoughtBatch | None = None,
         reference_text: Float[Tensor, "batch seq"] | None = None,
         running: Float[Tensor, " 2"] | None = None,
+        teacher: TeacherTargets | None = None,
     ) -> QuietStarOutput:
         """Sample thoughts where ``thoughts.positions`` says, and compute the loss.
 
@@ -408,6 +412,8 @@ class QuietStarForCausalLM(nn.Module):
                 policy, another machine. Their texts must be ``input_ids``.
             reference_text: As in `ThoughtBatch`, where thoughts are sampled.
             running: As in `ThoughtScores`.
+            teacher: What `teach` said of these texts, for objectives with a teacher; by default
+                the model teaches itself, as it is.
 
         Raises:
             UserError: A text too long for the model or padded on the left, ids or labels outside
@@ -426,6 +432,16 @@ class QuietStarForCausalLM(nn.Module):
         if sample_ids is None:
             first, self.texts_seen = self.texts_seen, self.texts_seen + len(input_ids)
             sample_ids = torch.arange(first, self.texts_seen, device=input_ids.device)
+        if self.objective.student is not None:
+            if teacher is None:
+                teacher = self.teach(
+                    input_ids, labels=labels, answers=answers, marked=marked,
+                    sample_ids=sample_ids, seed=seed,
+                )  # fmt: skip
+            self._check_teacher(teacher, labels)
+            if self.objective.student == "plain":
+                return self._learn_plainly(input_ids, labels, teacher, num_items_in_batch, seed,
+                                           sample_ids)  # fmt: skip
         run = run_text(self.causal_lm, input_ids)
         texts = Texts(input_ids, labels, answers, sample_ids, run, marked)
         check_texts(texts)
@@ -441,6 +457,8 @@ class QuietStarForCausalLM(nn.Module):
         else:
             positions, batch = given_thoughts(thoughts, texts)
             self._check_given(batch.tokens.transpose(1, 2), input_ids, positions)
+        if teacher is not None:
+            self._check_same_positions(teacher, positions)
         self._check_reference(batch)
         self._check_ratio(batch)
         if self._asks_policy and batch.reward is None:
@@ -454,7 +472,7 @@ class QuietStarForCausalLM(nn.Module):
         may_end_early = thoughts is not None or self.may_end_early
         step = Step(
             batch, positions, terms, num_items_in_batch, num_thought_items, fixed_mixing_weight,
-            may_end_early, running, seed,
+            may_end_early, running, seed, teacher,
         )  # fmt: skip
         loss, scored = learn(self, run, step)
         metrics, tokens = self._metrics(scored), batch.tokens.transpose(1, 2)
@@ -468,8 +486,8 @@ class QuietStarForCausalLM(nn.Module):
     def _check_reference(self, batch: ThoughtBatch) -> None:
         """Refuse to learn without what the objective compares with, which is not the model's."""
         reference = self.objective.reference
-        if not self.objective.reads_reference(self.reward_name):
-            return
+        if self.objective.student or not self.objective.reads_reference(self.reward_name):
+            return  # a student's reference is its teacher
         compares = self.objective.kl_weight > 0 or self.objective.needs_log_ratio
         for name, is_read in (("reference_text", True), ("reference_logprobs", compares)):
             if is_read and getattr(batch, name) is None:
@@ -478,6 +496,105 @@ class QuietStarForCausalLM(nn.Module):
                     "pass thoughts of draw with what score_reference says of them while the "
                     "weights are the reference's, or set loss.reference: current."
                 )
+
+    def _learn_plainly(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        teacher: TeacherTargets,
+        num_items: Tensor | int | None,
+        seed: int,
+        sample_ids: Tensor,
+    ) -> QuietStarOutput:
+        """Compute the loss of the model without thoughts, beside its teacher's predictions."""
+        states, head = plain_pass(self.causal_lm, input_ids), self.output_head
+        loss, base, valid = next_token_loss(
+            states, labels, head, num_items, weight=self.objective.base_weight
+        )
+        nll = base.nll.view(labels.shape)
+        rows = student_rows(states, nll, labels, teacher, head, num_items)
+        if self.objective.draws_tokens:
+            positions = torch.arange(labels.shape[1], device=labels.device).expand(labels.shape)
+            noise = keyed_uniform(seed, sample_ids, 1, -1, positions)[0]  # not that of a thought
+            few = lookahead_states(noise, teacher.lookahead, teacher.positions).flatten()
+            drawn = sample_rows(rows.states.detach(), head, few[:, None], Sampling(1, 1, 1.0))
+            rows = replace(rows, drawn=drawn[:, 0])
+        with registry.running("loss.objective", self.objective_name):
+            more, figures = self.objective.student_loss(rows)
+        counts = rows.targets != IGNORE_INDEX
+        figures |= {"student_nll": rows.nll, "teacher_nll": rows.teacher_nll}
+        sums = {n: (x.where(counts, 0.0).sum(), counts.sum()) for n, x in figures.items()}
+        sums["teacher_tokens"] = (teacher.num_tokens, counts.sum())
+        metrics = plain_metrics(base.nll, valid).joined(ThoughtMetrics(sums))
+        return QuietStarOutput(loss + more, metrics, input_ids=input_ids)
+
+    @torch.no_grad()
+    def teach(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Tensor | None = None,
+        labels: Int[Tensor, "batch seq"] | None = None,
+        *,
+        answers: Bool[Tensor, "batch seq"] | None = None,
+        marked: Bool[Tensor, "batch seq"] | None = None,
+        sample_ids: Int[Tensor, " batch"] | None = None,
+        seed: int = 0,
+        length: int | None = None,
+        top: int | None = None,
+    ) -> TeacherTargets:
+        """Predict the true tokens behind thoughts, drawn as in training, for a student to learn.
+
+        Arguments as in `forward`, and by default as in the objective: ``length`` are the tokens of
+        a thought, ``top`` the most likely tokens that are kept of each prediction. Where all
+        positions think, no more than the next token is predicted, unless the student thinks too.
+        """
+        settings = self.objective.settings
+        if length is None:
+            length = getattr(settings, "teacher_length", None) or self.thoughts.length
+        if top is None:
+            top = getattr(settings, "top_tokens", 1)
+        assert isinstance(length, int), "an objective's setting is one"
+        assert isinstance(top, int), "as is this one"
+        texts = self._texts(input_ids, attention_mask, labels, sample_ids, answers, marked)
+        texts = replace(texts, run=run_text(self.causal_lm, input_ids))
+        positions, spec = self._choose(texts, seed, explore=True), self.thoughts
+        sampling = Sampling(
+            spec.num_thoughts, length, spec.temperature, seed, self.stop, spec.top_p, spec.top_k
+        )
+        batch = self._sample(texts, positions, sampling)
+        tokens, head = batch.token_major(), self.output_head
+        is_next_enough = positions is None and self.objective.student != "thinking"
+        lookahead = 1 if is_next_enough else spec.lookahead
+        states, weight = self.states_with(
+            input_ids, tokens, positions, lookahead=lookahead, text=texts.run
+        )
+        is_real = torch.ones_like(batch.positions, dtype=torch.bool)
+        is_real = is_real if positions is None else batch.positions >= 0
+        drawn = (batch.lengths * is_real.unsqueeze(-1)).sum()
+        return teacher_targets(states, weight, texts.labels, head, positions, top, drawn)
+
+    def _check_teacher(self, teacher: TeacherTargets, labels: Tensor) -> None:
+        """Refuse predictions of other texts."""
+        places = labels.shape[1] if teacher.positions is None else teacher.positions.shape[1]
+        if teacher.tokens.shape[:2] != (labels.shape[0], places):
+            raise UserError(
+                f"teacher: its predictions {tuple(teacher.tokens.shape)} are not of texts "
+                f"{tuple(labels.shape)}. Give those of teach for these texts."
+            )
+
+    def _check_same_positions(self, teacher: TeacherTargets, positions: Tensor | None) -> None:
+        """Refuse a teacher who thought elsewhere than a student who thinks too."""
+        own, others = positions, teacher.positions
+        ok = (own is None) == (others is None) and teacher.lookahead == self.thoughts.lookahead
+        if ok and own is not None and others is not None:
+            ok = own.shape == others.shape and (not on_host(own) or torch.equal(own, others))
+        if not ok:
+            raise UserError(
+                "teacher: it thought at other positions, or looked ahead by another number of "
+                f"tokens ({teacher.lookahead}), than the student (thoughts.lookahead "
+                f"{self.thoughts.lookahead}). Teach with the student's thoughts.positions and "
+                "lookahead, or set loss.student: plain."
+            )
 
     def _check_ratio(self, batch: ThoughtBatch) -> None:
         """Refuse ratios of probabilities at different temperatures."""

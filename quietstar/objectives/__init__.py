@@ -8,12 +8,12 @@ config's ``loss`` section.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from quietstar.config import Section
-from quietstar.losses.weights import LossTerms, ThoughtScores, ThoughtWeights, Weigh
+from quietstar.losses.weights import LossTerms, Student, ThoughtScores, ThoughtWeights, Weigh
 
 
 class Objective:
@@ -27,6 +27,11 @@ class Objective:
     """Keys of the ``loss`` section that belong to the objective."""
     thinks: ClassVar[bool] = True
     """Whether thoughts are sampled at all."""
+    student: Literal["plain", "thinking"] | None = None
+    """Who learns from a thinking teacher: the model without thoughts (`student_loss`), or with its
+    own (`weigh`, with ``scores.divergence``). None: there is no teacher."""
+    draws_tokens: bool = False
+    """Whether `student_loss` reads ``drawn``."""
     needs_thought: bool = True
     """Whether `weigh` weighs or reads the thought's own prediction."""
     base_weight: float = 0.0
@@ -61,6 +66,13 @@ class Objective:
         """Turn rewards (batch, positions, thoughts) into advantages and weights, without gradient.
 
         Called for some texts and positions at a time, always with all thoughts of a position.
+        """
+        raise NotImplementedError
+
+    def student_loss(self, rows: Student) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of a plain student beside its teacher, but for ``base_weight``.
+
+        Returns the scalar, and figures of the rows by their names in metrics.jsonl, (rows,).
         """
         raise NotImplementedError
 

@@ -214,7 +214,9 @@ def matched_steps(stage: Config, records: Sequence[Mapping[str, Any]], num_marke
     text forward; one that thoughts are compared with reads these too, and then they are drawn in a
     pass of their own over the text. A plain step costs 3 S. Texts count with their padding to the
     longest of a micro-batch, thoughts that end early with the tokens they have. The mixing head and
-    the output layer, which also predicts in plain training, are left out.
+    the output layer, which also predicts in plain training, are left out. A plain student learns
+    from the text alone, 3 S, and its teacher reads text and thoughts forward: those of another run
+    cost this one nothing.
     """
     thoughts, settings = stage.thoughts, stage.training
     objective = registry.find("loss.objective", stage.loss.objective)(stage.loss)
@@ -230,6 +232,9 @@ def matched_steps(stage: Config, records: Sequence[Mapping[str, Any]], num_marke
         behind = round(places) * thoughts.num_thoughts * (num_markers + int(lookahead) - 1)
         texts.append(text)
         learned = text + sampled + behind
+        if objective.student == "plain":
+            costs.append(3 * text + bool(sampled) * (learned + sampled))
+            continue
         cost = 3 * settings.inner_epochs * learned + sampled
         costs.append(cost + has_reference * text + is_compared * learned)
     return -(-settings.max_steps * sum(costs) // (3 * sum(texts)))

@@ -16,6 +16,7 @@ from quietstar.config import ThoughtsConfig
 from quietstar.data import Batch
 from quietstar.distributed import ModelProxy, from_main_process
 from quietstar.errors import Preempted, UserError
+from quietstar.losses.distillation import TeacherTargets
 from quietstar.model.outputs import QuietStarOutput, ThoughtMetrics
 from quietstar.sampling.thoughts import ThoughtBatch
 from quietstar.system import files
@@ -226,7 +227,10 @@ def accumulate_gradients(
         batch = batch.to(accelerator.device)
         last = index == len(batches.micro_batches) - 1
         given, by_reference = None if drawn is None else drawn[index], None
-        if drawn is None and run.reference is not None and run.stage.thinks:
+        teacher = None
+        if run.stage.thinks and run.objective.student is not None:
+            teacher = ask_teacher(run, batch)
+        elif drawn is None and run.reference is not None and run.stage.thinks:
             given, by_reference = consult_reference(run, batch)
         with run.strategy.accumulate(run.model, last):
             output = run.model(
@@ -245,6 +249,7 @@ def accumulate_gradients(
                 thoughts=given,
                 reference_text=by_reference,
                 running=running,
+                teacher=teacher,
             )
             assert output.loss is not None, "forward gives a loss"
             run.strategy.backward(output.loss, last)
@@ -262,6 +267,25 @@ def accumulate_gradients(
     counts = (num_thought_items, num_text_tokens)
     sums = torch.stack([loss, stops, *(x.to(loss.dtype) for x in counts)])
     return output, sums, kept
+
+
+def ask_teacher(run: StageRun, batch: Batch) -> TeacherTargets | None:
+    """Returns what a teacher predicts of a batch; None if the model teaches itself as it is."""
+    if run.teacher is not None:
+        return run.teacher.find(batch).to(run.accelerator.device)
+    if run.reference is None:
+        return None
+    with run.reference.applied(run.model):
+        return run.model(
+            "teach",
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            labels=batch.labels,
+            answers=batch.answers,
+            marked=batch.marked,
+            sample_ids=batch.sample_ids,
+            seed=run.config.training.seed,
+        )
 
 
 @torch.no_grad()

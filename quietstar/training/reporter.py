@@ -209,8 +209,11 @@ class Reporter:
         if self.stage.thinks:
             now = thoughts or config.thoughts
             num_tokens = num_text_tokens * now.num_thoughts * now.length
-            if config.thoughts.positions != "all" or "thought_length" in figures:
-                num_tokens = int(output.metrics.figures["thought_logprob"][1])
+            counted = output.metrics.figures
+            if "teacher_tokens" in counted:
+                num_tokens = int(counted["teacher_tokens"][0])
+            elif config.thoughts.positions != "all" or "thought_length" in figures:
+                num_tokens = int(counted["thought_logprob"][1])
             figures["thought_tokens_per_second"] = num_tokens / seconds
             if config.thoughts.positions != "all":
                 figures["positions_per_text"] = num_positions / config.training.global_batch_size

@@ -16,6 +16,7 @@ from quietstar.config import Config
 from quietstar.config.loading import save_config
 from quietstar.distributed import ModelProxy, WrappedModule, build_strategy, from_main_process
 from quietstar.errors import UserError
+from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import check_replaceable
 from quietstar.system.signals import Stopped, held, listening, noted
 from quietstar.training import run_dir
@@ -45,6 +46,7 @@ from quietstar.training.run_dir import CONFIG_FILE, EMA_FOLDER, FINAL_FOLDER, PR
 from quietstar.training.schedule import Pace
 from quietstar.training.stages import Stage, begin_stage, plan_stages, stage_at
 from quietstar.training.state import StageRun
+from quietstar.training.teaching import TeacherFolder
 
 
 def run_training(
@@ -284,7 +286,7 @@ def build_stage(
     prepared.train()
     run = StageRun(stage, strategy, prepared, optimizer, train_data, eval_data, reporter,
                    job.model.objective, steps_done, ema=ema, reference=reference,
-                   critic=job.model.judge)  # fmt: skip
+                   critic=job.model.judge, teacher=open_teacher(job.model, stage))  # fmt: skip
     if checkpoint is not None:
         state = read_state(checkpoint)
         run.pace = Pace(state.schedule_place, state.schedule_waits, state.best_gain)
@@ -292,6 +294,24 @@ def build_stage(
             device = run.accelerator.device
             run.running = torch.tensor(state.running, dtype=torch.float64, device=device)
     return run
+
+
+def open_teacher(model: QuietStarForCausalLM, stage: Stage) -> TeacherFolder | None:
+    """Opens the predictions that a stage learns from, if they are another run's.
+
+    Raises:
+        UserError: They are of another tokenizer, or cannot be read.
+    """
+    name = getattr(stage.config.loss, "teacher", None)
+    if name is None or model.objective.student is None:
+        return None
+    teacher = TeacherFolder(Path(name), "loss.teacher")
+    if (size := teacher.settings["vocab_size"]) != model.vocab_size:
+        raise UserError(
+            f"loss.teacher ({name}): is of a tokenizer with {size:,} tokens, but that of the model"
+            f" has {model.vocab_size:,}. Teach with a model of the same tokenizer."
+        )
+    return teacher
 
 
 def finish(job: Job, run: StageRun, seconds: float) -> Path:

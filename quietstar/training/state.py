@@ -17,6 +17,7 @@ from quietstar.training.ema import WeightAverage
 from quietstar.training.reporter import Reporter
 from quietstar.training.schedule import Pace
 from quietstar.training.stages import Stage
+from quietstar.training.teaching import TeacherFolder
 
 
 @dataclass
@@ -40,6 +41,7 @@ class StageRun:
     running: torch.Tensor | None = None
     critic: Critic | None = None  # what rewards ask about texts, if anything
     pace: Pace = field(default_factory=Pace)  # in `thoughts.schedule`
+    teacher: TeacherFolder | None = None  # of another run, for objectives with a student
 
     @property
     def config(self) -> Config:
