@@ -215,8 +215,8 @@ def accumulate_gradients(
     """
     accelerator = run.accelerator
     thoughts = ModelProxy(run.model).thoughts
-    places = sum(int(count_thinking(b, thoughts).sum()) for b in batches.micro_batches)
-    counts = torch.cat([batches.counts, torch.tensor([places])])
+    places = torch.cat([count_thinking(batch, thoughts) for batch in batches.micro_batches])
+    counts = torch.cat([batches.counts, places.sum()[None]])
     counts = accelerator.reduce(counts.to(accelerator.device, non_blocking=True), "sum")
     num_items, num_text_tokens, num_thought_items = counts
     head = run.config.mixing_head
