@@ -46,19 +46,23 @@ stages:
     training: {{max_steps: 4}}
   thinks:
     thoughts: {{length: 10, start_init: ab, stop: &characters {CHARACTERS}}}
-    training: {{max_steps: 3, inner_epochs: 2}}
+    training: {{max_steps: 2, inner_epochs: 2}}
     loss:
       {{objective: rlp, reference: ema, kl_weight: 0.1, reward_kl_weight: 0.1, clip_high: 0.01,
         estimator: running_mean, min_signal: 0.1}}
   thinks_long:
     thoughts: {{length: 45, positions: random, start_init: ab, stop: *characters}}
-    training: {{max_steps: 3}}
+    training: {{max_steps: 2}}
     loss: {{objective: quiet_star, reward: judge}}
+  learns_to_do_without:
+    thoughts: {{length: 4, positions: random, start_init: ab, schedule: [{{step: 1, length: 2}}]}}
+    training: {{max_steps: 2}}
+    loss: {{objective: distill, top_tokens: 8}}
 """
 """Thoughts end early: ranks want to end their rollouts after different numbers of tokens. The long
 ones at a few positions leave the batch then, are packed to learn from, and rewarded by what a judge
 says of the text behind them. The second stage knows earlier steps, and other weights than the
-model's."""
+model's, as does the last, whose teacher is the model at its start."""
 
 
 class Runs:
