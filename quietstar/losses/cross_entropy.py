@@ -379,9 +379,9 @@ class SoftmaxChunk:
         if self.soft is not None:
             # d KL / d z = p - q, where q spreads the rest as p does.
             soft, dtype = self.soft, probs.dtype
-            share = soft.rest.exp().to(dtype) * self.total.squeeze(1) / self.others
             few = probs.gather(1, soft.tokens) / self.total - soft.logprobs.exp().to(dtype)
-            probs = probs.mul_((1 - share).unsqueeze(1) * coefficients / self.total)
+            share = soft.rest.exp().to(dtype) / self.others  # finite: others are clamped
+            probs = probs.mul_((1 / self.total - share.unsqueeze(1)) * coefficients)
             return probs.scatter_(1, soft.tokens, few * coefficients)
         if entropy_coefficients is None or self.log_weights is None or self.entropy is None:
             probs = probs.mul_(coefficients / self.total)

@@ -11,12 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quietstar.cli import main as cli
-from quietstar.config import Config, fields
+from quietstar.config import Config, LossConfig, fields
 from quietstar.config.loading import load_config, save_config, shipped_configs
 from quietstar.config.messages import key_types, key_words
+from quietstar.config.tree import loss_class
 from quietstar.config.yaml import MOST_CHARACTERS
 from quietstar.errors import ConfigError, UserError
+from quietstar.registry import choices
 
+OBJECTIVES = sorted(choices("loss.objective"), key=lambda name: name != "quiet_star")
 VALID = {"model": {"name_or_path": "some/model"}, "data": {"train": "text.jsonl"}}
 NUMBERS = sorted(k for k in fields() if key_types(k) & {"integer", "number"})
 TEXTS = sorted(k for k in fields() if "string" in key_types(k) and not key_words(k))
@@ -31,7 +34,11 @@ def written(tree, folder, name="x.yaml"):
 
 def with_value(key, value):
     section, name = key.split(".")
-    return {**VALID, section: {**VALID.get(section, {}), name: value}}
+    tree = {**VALID, section: {**VALID.get(section, {}), name: value}}
+    if key == f"loss.{name}" and name not in LossConfig.model_fields:  # some objectives have it
+        owners = [o for o in OBJECTIVES if name in loss_class(o).model_fields]
+        tree["loss"]["objective"] = owners[0]
+    return tree
 
 
 def problems_of(config_file, *overrides):
@@ -159,8 +166,7 @@ def test_every_number_has_finite_bounds_and_says_why_it_cannot_be_larger():
     "value", ["1" + "0" * 40, "1" * 5000, "1e308", ".nan", "-.inf", "-10000000", "true", "'1'"]
 )
 def test_a_number_out_of_bounds_is_one_line_that_names_its_key(key, value, tmp_path):
-    section, name = key.split(".")
-    tree = {**VALID, section: {**VALID.get(section, {}), name: "HERE"}}
+    tree = with_value(key, "HERE")
     path = tmp_path / "x.yaml"
     path.write_text(json.dumps(tree).replace('"HERE"', value))
     problem = only_problem_of(path)
