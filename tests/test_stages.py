@@ -11,9 +11,11 @@ from tiny import LLAMA, read_metrics
 
 from quietstar.config import Config
 from quietstar.config.loading import load_config, save_config
+from quietstar.data import build_data, load_tokenizer
 from quietstar.errors import ConfigError, Preempted, UserError
 from quietstar.reports import write_report
 from quietstar.training import loop
+from quietstar.training.build import notices
 from quietstar.training.run import run_training
 from quietstar.training.stages import plan_stages, stage_at
 
@@ -290,6 +292,11 @@ def test_mistakes_in_overrides_of_stages_are_named(tmp_path, flags, expected):
     assert expected in str(caught.value)
 
 
-def test_a_thought_shorter_than_the_steps_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"thoughts.length \(2\) must be at least num_steps \(5\)"):
-        staged_config(tmp_path, data__task_options={"num_steps": 5})
+@pytest.mark.parametrize(("num_steps", "count"), [(2, 0), (5, 1)])
+def test_a_thought_shorter_than_the_steps_is_said(tmp_path, num_steps, count):
+    config = staged_config(tmp_path, data__task_options={"num_steps": num_steps})
+    stage = plan_stages(config)[-1]
+    _, held_out, _ = build_data(stage.config.data, load_tokenizer("synthetic:moves"), 0)
+    lines = notices(stage, held_out)
+    assert len(lines) == count
+    assert all("thoughts.length (2): shorter than the steps to an answer" in x for x in lines)
