@@ -46,8 +46,8 @@ def merge(folder: Path, out: Path, plain: bool = False, **hub: Any) -> Path:
             reason = f"has {added}, which no weight of the base can stand for"
         raise UserError(f"--model: {folder} {reason}")
     if tuning.method == "qlora":  # adapters fit the base in full precision as well
-        plain = tuning.model_copy(update={"method": "lora"})
-        settings = settings.model_copy(update={"tuning": plain})
+        tuning = tuning.model_copy(update={"method": "lora"})
+        settings = settings.model_copy(update={"tuning": tuning})
     model = saving.load(
         QuietStarForCausalLM, folder, settings, dtype="auto", trainable=False, **hub
     )
