@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
                  "model.tokenizer": stage.model.tokenizer, "data.train": stage.data.train,
                  "data.eval": stage.data.eval,
                  "thoughts.scoring_model": stage.thoughts.scoring_model,
-                 "judge.model": stage.judge.model}  # fmt: skip
+                 "judge.model": stage.judge.model,
+                 "loss.teacher": getattr(stage.loss, "teacher", None)}  # fmt: skip
         inputs |= {f"{key} ({name})": Path(name) for key, name in named.items() if name}
     parser.check(args, inputs)
 

@@ -39,14 +39,16 @@ class LossConfig(Section):
 
     objective: Text = "quiet_star"
     """What is learned (docs/objectives.md): quiet_star, rlp, log_prob, verifree, jepo, rlpr, latro,
-    next_token (plain language modeling without thoughts), or an objective of your own as
-    module:name. It brings the other keys of this section, and their defaults."""
+    distill and fast_rl (a student without thoughts learns from a teacher with them), next_token
+    (plain language modeling without thoughts), or an objective of your own as module:name. It
+    brings the other keys of this section, and their defaults."""
     reward: Text = "thought"
     """What thoughts are reinforced by: the log-probability of the true tokens by the mixed
     prediction (mixed) or the thought's own (thought), what the latter adds to a prediction without
     a thought (information_gain, mean_prob), their probability (prob), the thought's rank in its
     position by it (rank), what a judge says of the text that the model writes behind the thought
-    (judge, reward_model; section judge), or a function of your own as module:name."""
+    (judge, reward_model; section judge), how close it comes to a teacher (teacher, with objective
+    distill), or a function of your own as module:name."""
 
     @property
     def thinks(self) -> bool:
@@ -253,8 +255,8 @@ def _thought_rules(config: Config) -> Iterator[Broken]:
         if points and max(points) > most:
             yield (f"thoughts.{name}", "thoughts.schedule"), (
                 f"thoughts.{name} ({most}) must be at least the {max(points)} of thoughts.schedule,"
-                f" because memory is planned for it. Raise it: the schedule may begin lower, at"
-                f" step 0."
+                " because memory is planned for it. Raise it: the schedule may begin lower, at"
+                " step 0."
             )  # fmt: skip
     if thoughts.schedule_min_gain is not None and config.training.eval_steps == 0:
         yield ("training.eval_steps", "thoughts.schedule_min_gain"), (

@@ -17,6 +17,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from quietstar.attention.kernels import at_least_float32
 from quietstar.attention.layout import (
     IGNORE_INDEX,
     NO_POSITION,
@@ -137,8 +138,8 @@ def teacher_targets(
     targets = lookahead_targets(labels, lookahead, positions)  # (A, B, P)
     text = lookahead_states(states.text, lookahead, positions)  # (A, B, P, D)
     rows = (lookahead, *places)
-    like = head.logits(text[0, :1, :1]).detach().new_zeros(()).expand(rows)
-    rest, true = torch.zeros_like(like), torch.zeros_like(like)
+    like = at_least_float32(text.new_zeros(()))
+    rest, true = like.new_zeros(rows), like.new_zeros(rows)
     tokens = torch.zeros(*rows, top, dtype=torch.long, device=labels.device)
     logprobs = like.new_zeros(*rows, top)
     most = chunk_rows(head.num_logits) // (lookahead * (num_thoughts + 1))
@@ -174,13 +175,13 @@ def nearest_thought(
 
     x_{i+a} is, unless there is a thought at one of i + 1 .. i + a - 1.
     """
-    steps = torch.arange(1, lookahead + 1)
+    device = None if positions is None else positions.device
+    steps = torch.arange(1, lookahead + 1, device=device)[:, None, None]
     if positions is None:
-        return (steps == 1)[:, None, None]
+        return steps == 1
     following = torch.full_like(positions, torch.iinfo(torch.long).max // 2)
     following[:, :-1] = positions[:, 1:].where(positions[:, 1:] != NO_POSITION, following[:, 1:])
-    distance = following - positions
-    return steps.to(positions.device)[:, None, None] <= distance
+    return steps <= following - positions
 
 
 def student_rows(

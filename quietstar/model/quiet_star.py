@@ -555,23 +555,21 @@ class QuietStarForCausalLM(nn.Module):
             top = getattr(settings, "top_tokens", 1)
         assert isinstance(length, int), "an objective's setting is one"
         assert isinstance(top, int), "as is this one"
-        texts = self._texts(input_ids, attention_mask, labels, sample_ids, answers, marked)
-        texts = replace(texts, run=run_text(self.causal_lm, input_ids))
-        positions, spec = self._choose(texts, seed, explore=True), self.thoughts
-        sampling = Sampling(
-            spec.num_thoughts, length, spec.temperature, seed, self.stop, spec.top_p, spec.top_k
-        )
-        batch = self._sample(texts, positions, sampling)
-        tokens, head = batch.token_major(), self.output_head
+        spec, text = self.thoughts, self.run_text(input_ids)
+        batch = self.draw(
+            input_ids, attention_mask, labels, answers=answers, marked=marked, length=length,
+            num_thoughts=spec.num_thoughts, temperature=spec.temperature, top_p=spec.top_p,
+            top_k=spec.top_k, sample_ids=sample_ids, seed=seed, text=text,
+        )  # fmt: skip
+        positions = None if spec.positions == "all" else batch.positions
         is_next_enough = positions is None and self.objective.student != "thinking"
         lookahead = 1 if is_next_enough else spec.lookahead
         states, weight = self.states_with(
-            input_ids, tokens, positions, lookahead=lookahead, text=texts.run
+            input_ids, batch.token_major(), positions, lookahead=lookahead, text=text
         )
-        is_real = torch.ones_like(batch.positions, dtype=torch.bool)
-        is_real = is_real if positions is None else batch.positions >= 0
-        drawn = (batch.lengths * is_real.unsqueeze(-1)).sum()
-        return teacher_targets(states, weight, texts.labels, head, positions, top, drawn)
+        drawn = (batch.lengths * (batch.positions >= 0).unsqueeze(-1)).sum()
+        head = self.output_head
+        return teacher_targets(states, weight, batch.labels, head, positions, top, drawn)
 
     def _check_teacher(self, teacher: TeacherTargets, labels: Tensor) -> None:
         """Refuse predictions of other texts."""
@@ -975,10 +973,12 @@ class QuietStarForCausalLM(nn.Module):
         sample_ids: Int[Tensor, " batch"] | None = None,
         seed: int = 0,
         text: TextRun | None = None,
+        length: int | None = None,
     ) -> ThoughtBatch:
         """Draw thoughts that `forward` can learn from; arguments as in `sample` and `forward`.
 
-        By default they are where `forward` would think, by ``thoughts.positions``.
+        By default they are where `forward` would think, by ``thoughts.positions``, and have
+        ``thoughts.length`` tokens.
         """
         texts = self._texts(input_ids, attention_mask, labels, sample_ids, answers, marked, text)
         if positions is not None:
@@ -987,7 +987,7 @@ class QuietStarForCausalLM(nn.Module):
             if text is None and self.thoughts.positions in SCORED_RULES:
                 texts = replace(texts, run=run_text(self.causal_lm, input_ids))
             positions = self._choose(texts, seed, explore=True)
-        length = self.thoughts.length
+        length = self.thoughts.length if length is None else length
         sampling = Sampling(num_thoughts, length, temperature, seed, self.stop, top_p, top_k)
         return self._sample(texts, positions, sampling)
 

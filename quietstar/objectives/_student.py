@@ -1,9 +1,40 @@
-"""Rules that all objectives with a student share."""
+"""What all objectives with a student share: who teaches, and the rules for that."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
+
+from pydantic import Field
+
+from quietstar.config import Section
+from quietstar.config.schema import Name, Tokens
+
+
+class StudentSettings(Section):
+    """Who teaches."""
+
+    teacher: Name | None = Field(
+        default=None,
+        description="Folder of a teacher's predictions, which quietstar teach wrote; null means"
+        " that the model itself teaches, with the weights that loss.reference says.",
+    )
+    teacher_length: Tokens | None = Field(
+        default=None,
+        description="Tokens of the teacher's thoughts; null means thoughts.length.",
+    )
+
+
+def has_weights_of_its_own(settings: Any) -> bool:
+    """Tell whether the teacher is the model with other weights than it has now."""
+    return settings.teacher is None and settings.reference != "current"
+
+
+def unread_with_a_folder(loss: Any) -> Iterable[tuple[str, str]]:
+    """Name what is not read where the teacher's predictions are on disk."""
+    if loss.teacher is not None:
+        for name in ("reference", "teacher_length"):
+            yield f"loss.{name}", "with loss.teacher, whose predictions are there already"
 
 
 def student_problems(config: Any) -> Iterable[tuple[tuple[str, ...], str]]:

@@ -14,10 +14,15 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from quietstar.config.schema import LossWeight, Name, Tokens
+from quietstar.config.schema import LossWeight, Tokens
 from quietstar.losses.weights import Student, ThoughtScores, ThoughtWeights
 from quietstar.objectives._policy import PolicyObjective, settings_with
-from quietstar.objectives._student import student_problems
+from quietstar.objectives._student import (
+    StudentSettings,
+    has_weights_of_its_own,
+    student_problems,
+    unread_with_a_folder,
+)
 
 _Base: Any = settings_with(reward="teacher", reference="base")
 _OF_THOUGHTS = (
@@ -28,22 +33,13 @@ _OF_THOUGHTS = (
 )
 
 
-class DistillSettings(_Base):
+class DistillSettings(StudentSettings, _Base):
     """Who teaches whom, and how much of a prediction is learned."""
 
     student: Literal["plain", "thinking"] = Field(
         default="plain",
         description="Who learns: the model without thoughts (plain), or with thoughts of its own,"
         " such as shorter ones (thinking).",
-    )
-    teacher: Name | None = Field(
-        default=None,
-        description="Folder of a teacher's predictions, which quietstar teach wrote; null means"
-        " that the model itself teaches, with the weights that loss.reference says.",
-    )
-    teacher_length: Tokens | None = Field(
-        default=None,
-        description="Tokens of the teacher's thoughts; null means thoughts.length.",
     )
     top_tokens: Tokens = Field(
         default=64,
@@ -77,7 +73,7 @@ class Distill(PolicyObjective):
 
     def reads_reference(self, reward: str) -> bool:
         """Tell whether other weights of the model teach."""
-        return self.settings.teacher is None and self.reference != "current"
+        return has_weights_of_its_own(self.settings)
 
     @staticmethod
     def problems(config: Any) -> Iterable[tuple[tuple[str, ...], str]]:
@@ -101,10 +97,7 @@ class Distill(PolicyObjective):
     @staticmethod
     def unused(loss: Any) -> Iterable[tuple[str, str]]:
         """Name what a plain student does not read."""
-        if loss.teacher is not None:
-            reason = "with loss.teacher, whose predictions are there already"
-            for name in ("reference", "teacher_length"):
-                yield f"loss.{name}", reason
+        yield from unread_with_a_folder(loss)
         if loss.student == "plain":
             for name in _OF_THOUGHTS:
                 yield f"loss.{name}", "with loss.student: plain"

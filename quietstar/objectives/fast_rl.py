@@ -20,29 +20,24 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from quietstar.config import Section
-from quietstar.config.schema import LossWeight, Name, Temperature, Tokens
+from quietstar.config.schema import LossWeight, Temperature
 from quietstar.losses.weights import Student, ThoughtScores, ThoughtWeights
 from quietstar.objectives import Objective
-from quietstar.objectives._student import student_problems
+from quietstar.objectives._student import (
+    StudentSettings,
+    has_weights_of_its_own,
+    student_problems,
+    unread_with_a_folder,
+)
 
 
-class FastRlSettings(Section):
+class FastRlSettings(StudentSettings):
     """Which of the two forms, by which teacher."""
 
     form: Literal["paper", "code"] = Field(
         default="paper",
         description="What is reinforced: the true token by a reward of either sign (paper), or a"
         " token drawn from the model by rewards above 0 (code).",
-    )
-    teacher: Name | None = Field(
-        default=None,
-        description="Folder of a teacher's predictions, which quietstar teach wrote; null means"
-        " that the model itself teaches, with the weights that loss.reference says.",
-    )
-    teacher_length: Tokens | None = Field(
-        default=None,
-        description="Tokens of the teacher's thoughts; null means thoughts.length.",
     )
     reference: Literal["current", "ema", "base"] = Field(
         default="base",
@@ -86,7 +81,7 @@ class FastRl(Objective):
 
     def reads_reference(self, reward: str) -> bool:
         """Tell whether other weights of the model teach."""
-        return self.settings.teacher is None and self.reference != "current"
+        return has_weights_of_its_own(self.settings)
 
     @staticmethod
     def problems(config: Any) -> Iterable[tuple[tuple[str, ...], str]]:
@@ -99,6 +94,4 @@ class FastRl(Objective):
         yield "loss.reward", "with loss.objective: fast_rl, which has its own"
         if loss.form == "paper":
             yield "loss.policy_temperature", "with loss.form: paper"
-        if loss.teacher is not None:
-            for name in ("reference", "teacher_length"):
-                yield f"loss.{name}", "with loss.teacher, whose predictions are there already"
+        yield from unread_with_a_folder(loss)

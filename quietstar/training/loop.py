@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -223,27 +223,21 @@ def accumulate_gradients(
     total = torch.zeros((), device=accelerator.device)
     metrics: ThoughtMetrics | None = None
     output, kept = QuietStarOutput(), []
-    for index, batch in enumerate(batches.micro_batches):
-        batch = batch.to(accelerator.device)
+    for index, on_host in enumerate(batches.micro_batches):
+        batch = on_host.to(accelerator.device)
         last = index == len(batches.micro_batches) - 1
         given, by_reference = None if drawn is None else drawn[index], None
         teacher = None
         if run.stage.thinks and run.objective.student is not None:
-            teacher = ask_teacher(run, batch)
+            teacher = ask_teacher(run, batch, on_host)
         elif drawn is None and run.reference is not None and run.stage.thinks:
             given, by_reference = consult_reference(run, batch)
         with run.strategy.accumulate(run.model, last):
             output = run.model(
                 "forward",
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                labels=batch.labels,
+                **describe_texts(run, batch),
                 num_items_in_batch=num_items,
-                answers=batch.answers,
-                marked=batch.marked,
                 num_thought_items=num_thought_items,
-                sample_ids=batch.sample_ids,
-                seed=run.config.training.seed,
                 fixed_mixing_weight=head.warmup_weight if step < head.warmup_steps else None,
                 think=run.stage.thinks,
                 thoughts=given,
@@ -269,23 +263,20 @@ def accumulate_gradients(
     return output, sums, kept
 
 
-def ask_teacher(run: StageRun, batch: Batch) -> TeacherTargets | None:
+def describe_texts(run: StageRun, batch: Batch) -> dict[str, Any]:
+    """Returns what the methods of the model that think about texts are given of these."""
+    names = ("input_ids", "attention_mask", "labels", "answers", "marked", "sample_ids")
+    return {name: getattr(batch, name) for name in names} | {"seed": run.config.training.seed}
+
+
+def ask_teacher(run: StageRun, batch: Batch, on_host: Batch) -> TeacherTargets | None:
     """Returns what a teacher predicts of a batch; None if the model teaches itself as it is."""
     if run.teacher is not None:
-        return run.teacher.find(batch).to(run.accelerator.device)
+        return run.teacher.find(on_host).to(run.accelerator.device)
     if run.reference is None:
         return None
     with run.reference.applied(run.model):
-        return run.model(
-            "teach",
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            labels=batch.labels,
-            answers=batch.answers,
-            marked=batch.marked,
-            sample_ids=batch.sample_ids,
-            seed=run.config.training.seed,
-        )
+        return run.model("teach", **describe_texts(run, batch))
 
 
 @torch.no_grad()
@@ -300,17 +291,11 @@ def consult_reference(run: StageRun, batch: Batch) -> tuple[ThoughtBatch | None,
     if run.objective.kl_weight > 0 or run.objective.needs_log_ratio:
         thoughts = run.model(
             "draw",
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            labels=batch.labels,
-            answers=batch.answers,
-            marked=batch.marked,
+            **describe_texts(run, batch),
             num_thoughts=spec.num_thoughts,
             temperature=spec.temperature,
             top_p=spec.top_p,
             top_k=spec.top_k,
-            sample_ids=batch.sample_ids,
-            seed=run.config.training.seed,
         )
     with run.reference.applied(run.model):
         text, tokens = run.model("score_reference", batch.input_ids, batch.labels, thoughts)

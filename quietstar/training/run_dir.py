@@ -140,6 +140,7 @@ def check_inputs(output_dir: Path, config: Config) -> None:
             *(("model.name_or_path", model.name_or_path), ("model.tokenizer", model.tokenizer)),
             ("thoughts.scoring_model", stage_config.thoughts.scoring_model),
             ("judge.model", stage_config.judge.model),
+            ("loss.teacher", getattr(stage_config.loss, "teacher", None)),
         ):
             path = None if name is None else Path(os.path.realpath(name))
             if place := next((p for p in written if path and path.is_relative_to(p)), None):

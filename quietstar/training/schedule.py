@@ -1,6 +1,6 @@
 """Thoughts that get shorter, or longer, over the steps of a stage (``thoughts.schedule``).
 
-Fast Quiet-STaR (arXiv 2505.17746, section 3.2) teaches a model to think in ever fewer tokens.
+Fast Quiet-STaR (arXiv 2505.17746) teaches a model to think in ever fewer tokens.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quietstar import registry
 from quietstar.config import Config
 from quietstar.model.quiet_star import QuietStarForCausalLM
 
@@ -30,13 +29,6 @@ class Stage:
         """True if the objective needs thoughts."""
         return self.config.loss.thinks
 
-    @property
-    def trains_thoughts(self) -> bool:
-        """True if what makes thoughts, and mixes them in, can learn: a plain student has none."""
-        loss = self.config.loss
-        find = registry.find("loss.objective", loss.objective)
-        return self.thinks and find(loss).student != "plain"
-
 
 def plan_stages(config: Config) -> list[Stage]:
     """Returns the stages of a config in order."""
@@ -57,7 +49,8 @@ def begin_stage(model: QuietStarForCausalLM, stage: Stage) -> None:
     """Gives the model the stage's settings; without thoughts only the language model trains."""
     model.configure(stage.config.thoughts, stage.config.loss)
     markers = ("start_embedding", "end_embedding")
+    learns_to_think = stage.thinks and model.objective.student != "plain"
     for name, parameter in model.named_parameters():
         if not name.startswith("language_model."):
             trains = name not in markers or stage.config.thoughts.train_markers
-            parameter.requires_grad_(stage.trains_thoughts and trains)
+            parameter.requires_grad_(learns_to_think and trains)

@@ -26,7 +26,7 @@ from quietstar.losses.distillation import TeacherTargets
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.system.files import file_kind, whole_folder, write_json
 
-SETTINGS_FILE, PART = "teacher.json", "part-{:06d}"
+SETTINGS_FILE, PART, PARTS = "teacher.json", "part-{:06d}", "part-" + 6 * "[0-9]"
 FORMAT_VERSION = 1
 TEXTS_OF_A_PART = 1024
 _ARRAYS = {"positions": "int32", "tokens": "int32", "logprobs": "float32", "rest": "float32",
@@ -73,7 +73,7 @@ class TeacherFolder:
                     f" this quietstar reads ({FORMAT_VERSION}). Upgrade quietstar."
                 )
             datasets.disable_progress_bars()
-            parts = sorted(folder.glob(PART.format(0).replace("0", "?")))
+            parts = sorted(folder.glob(PARTS))
             self.num_parts = len(parts)
             tables = [datasets.load_from_disk(str(part)) for part in parts]
             self._table = datasets.concatenate_datasets(tables) if tables else None  # pyright: ignore
@@ -81,12 +81,12 @@ class TeacherFolder:
             self.rows = {key: index for index, key in enumerate(keys)}
 
     def find(self, batch: Batch) -> TeacherTargets:
-        """Return the predictions for the texts of a batch, on the host.
+        """Return the predictions for the texts of a batch; both are on the host.
 
         Raises:
             UserError: The teacher has not read one of them.
         """
-        texts = zip(batch.input_ids.cpu(), batch.attention_mask.cpu(), strict=True)
+        texts = zip(batch.input_ids, batch.attention_mask, strict=True)
         keys = [text_key(ids[mask]) for ids, mask in texts]
         if missing := [n for n, key in enumerate(keys) if key not in self.rows]:
             raise UserError(
@@ -99,9 +99,9 @@ class TeacherFolder:
         rows = [table[self.rows[key]] for key in keys]
         top, lookahead = self.settings["top_tokens"], self.settings["lookahead"]
         is_everywhere = self.settings["positions"] == "all"
-        places = (
-            batch.input_ids.shape[1] if is_everywhere else max(len(r["positions"]) for r in rows)
-        )
+        places = max(1, *(len(row["positions"]) for row in rows))  # where none thinks, one pads
+        if is_everywhere:
+            places = batch.input_ids.shape[1]
         shapes = {"tokens": (lookahead, top), "logprobs": (lookahead, top), "rest": (lookahead,),
                   "true_logprobs": (lookahead,)}  # fmt: skip
         arrays: dict[str, Tensor] = {}
