@@ -21,7 +21,6 @@ from benchmarks.options import report_result, run, settings_of, step_parser
 from quietstar.backbone.compiling import compile_layers, require_compiler
 from quietstar.backbone.devices import find_device
 from quietstar.model.learning import resolve_chunk_tokens
-from quietstar.training.build import checkpoint_activations
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
 """Of bfloat16 matrix products without sparsity, by part of the device's name."""
@@ -48,7 +47,7 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
         loss = model.objective.settings
         model.configure(loss=loss.model_copy(update={"thought_weight": 0.0}))
     if args.activation_checkpointing:
-        checkpoint_activations(model.causal_lm)
+        model.gradient_checkpointing_enable()
     if args.compile:
         require_compiler("--compile", "leave it out")
         compile_layers(model.causal_lm)

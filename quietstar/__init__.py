@@ -1,8 +1,11 @@
 """Quiet-STaR for any Hugging Face causal language model (arXiv 2403.09629).
 
-The public names load on first use, so that ``import quietstar.config`` needs no torch.
+The public names load on first use, so that ``import quietstar.config`` needs no torch. Where
+transformers is imported already, its Auto classes know of models that think from here on, and else
+with the first use of ``QuietStarForCausalLM``.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,3 +28,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+if "transformers" in sys.modules:
+    import_module("quietstar.model")

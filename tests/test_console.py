@@ -230,8 +230,10 @@ def test_code_in_a_model_folder_is_refused_not_asked_for(folder, tmp_path, monke
     evil = f"open({str(tmp_path / 'canary')!r}, 'w').close()\nclass Evil: pass\n"
     for name in ("model", "plain"):
         (tmp_path / name / "evil.py").write_text(evil)
-        for file in ("config.json", "tokenizer_config.json"):
+        for file in ("config.json", "tokenizer_config.json", "language_model/config.json"):
             path = tmp_path / name / file
+            if not path.parent.is_dir():
+                continue
             settings = json.loads(path.read_text()) if path.exists() else {}
             kind = "AutoTokenizer" if file.startswith("tokenizer") else "AutoModelForCausalLM"
             entry = ["evil.Evil", None] if kind == "AutoTokenizer" else "evil.Evil"

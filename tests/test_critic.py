@@ -206,7 +206,7 @@ def test_a_judged_run_resumes_bit_by_bit(tmp_path):
     run_training(judged_config(tmp_path / "b", judge, **{**settings, "training__max_steps": 2}))
     longer = judged_config(tmp_path / "b", judge, **settings)
     run_training(longer, resume="auto", allow_changes=True)
-    name = "run/final/model.safetensors"
+    name = "run/final/language_model/model.safetensors"
     assert filecmp.cmp(tmp_path / "a" / name, tmp_path / "b" / name, shallow=False)
 
 

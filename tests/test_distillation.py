@@ -302,7 +302,7 @@ def records(folder):
 
 
 def weights(folder, name="final"):
-    return load_file(folder / name / "model.safetensors")
+    return load_file(folder / name / "language_model" / "model.safetensors")
 
 
 def same(a, b):

@@ -22,6 +22,7 @@ from tiny import plain_model, read_metrics, run_config
 from quietstar.config.loading import save_config
 from quietstar.data import load_tokenizer
 
+MODEL = "language_model/model.safetensors"
 STRATEGIES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
 
@@ -154,9 +155,9 @@ def test_a_run_of_two_ranks_resumes_bit_for_bit(strategy, runs, tmp_path):
     part = runs.copy_without_last_checkpoint(strategy, tmp_path / "part")
     launch(strategy, runs.config, part, "--resume", "auto")
     for name in ("final", "ema"):
-        a, b = (load_file(f / name / "model.safetensors") for f in (runs[strategy], part))
+        a, b = (load_file(f / name / MODEL) for f in (runs[strategy], part))
         assert all(torch.equal(a[name], b[name]) for name in a)
-    live, average = (load_file(part / name / "model.safetensors") for name in ("final", "ema"))
+    live, average = (load_file(part / name / MODEL) for name in ("final", "ema"))
     assert not torch.equal(live["model.norm.weight"], average["model.norm.weight"])
 
 

@@ -13,7 +13,7 @@ from tiny import (
     randomise_own_weights,
     thinking_model,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quietstar import QuietStarForCausalLM
 from quietstar.config import OptimConfig, ThoughtsConfig, TuningConfig
@@ -100,7 +100,9 @@ def test_a_fully_tuned_folder_loads_as_a_plain_model_with_the_same_logits(base_f
     model = make(base_folder)
     shake(model)
     model.save_pretrained(tmp_path, load_tokenizer("bytes"))
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "language_model")
+    assert type(plain).__name__ == "LlamaForCausalLM"
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "language_model")) == BYTES_VOCAB
     assert plain.config._attn_implementation != "quietstar"
     texts = random_texts(2, 9)
     with torch.no_grad():
@@ -115,22 +117,23 @@ def test_a_lora_folder_holds_the_adapter_alone_and_names_its_base(base_folder, t
     model = make(base_folder, "lora")
     shake(model)
     model.save_pretrained(tmp_path)
-    names = {f.name for f in tmp_path.iterdir()}
-    assert "model.safetensors" not in names
-    assert {"adapter_model.safetensors", "quietstar.safetensors", "quietstar.json"} <= names
+    names = {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()}
+    adapter = {f"language_model/adapter_{name}" for name in ("config.json", "model.safetensors")}
+    own = {"quietstar.safetensors", "quietstar.json", "config.json", "README.md"}
+    assert names == adapter | own
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = sum(f.stat().st_size for f in tmp_path.glob("*.safetensors"))
+    size = sum(f.stat().st_size for f in tmp_path.rglob("*.safetensors"))
     assert size < 4 * trained + 20_000  # float32, and the headers
-    for file, key in (("quietstar.json", "base_model_name_or_path"),
-                      ("adapter_config.json", "base_model_name_or_path")):  # fmt: skip
-        assert json.loads((tmp_path / file).read_text())[key] == str(base_folder)
+    for file in ("quietstar.json", "language_model/adapter_config.json"):
+        settings = json.loads((tmp_path / file).read_text())
+        assert settings["base_model_name_or_path"] == str(base_folder)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_saved_folders_hold_safetensors_and_text_only(method, base_folder, tmp_path):
     make(base_folder, method).save_pretrained(tmp_path, load_tokenizer("bytes"))
     endings = {f.suffix for f in tmp_path.rglob("*") if f.is_file()}
-    assert endings <= {".safetensors", ".json", ".md"}  # peft adds a model card
+    assert endings <= {".safetensors", ".json", ".md"}
 
 
 def test_adapters_train_on_only_when_asked_for(base_folder, tmp_path):
@@ -251,7 +254,7 @@ def test_markers_that_do_not_train_are_tokens_of_the_model(tmp_path):
     model.save_pretrained(tmp_path, model.tokenizer)
     loaded = QuietStarForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded.end_vectors, weight[list(b"yz")])
-    assert torch.equal(loaded(texts).loss, model(texts).loss)
+    assert torch.equal(loaded(texts).loss, model.eval()(texts).loss)
     with pytest.raises(
         UserError, match=r"thoughts.start_init \('q'\): has 1 tokens, but the model"
     ):

@@ -22,6 +22,7 @@ from quietstar.rewards import thought as thought_module
 from quietstar.training.memory_plan import estimate_run
 from quietstar.training.run import run_training
 
+MODEL = "language_model/model.safetensors"
 EVERYTHING = {
     "loss__objective": "rlp",
     "loss__reference": "base",
@@ -44,7 +45,7 @@ def run(folder, **changes):
 
 
 def weights(folder):
-    return load_file(folder / "final" / "model.safetensors")
+    return load_file(folder / "final" / MODEL)
 
 
 def records(folder):
@@ -96,8 +97,7 @@ def test_a_run_resumes_bit_for_bit_with_all_that_it_remembers(tmp_path):
     assert records(tmp_path / "part" / "run")[-1]["loss"] == records(whole)[-1]["loss"]
     for name in ("final", "ema"):
         ours, theirs = (
-            load_file(folder / name / "model.safetensors")
-            for folder in (tmp_path / "part" / "run", whole)
+            load_file(folder / name / MODEL) for folder in (tmp_path / "part" / "run", whole)
         )
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 

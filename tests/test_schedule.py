@@ -110,7 +110,9 @@ def test_a_run_resumes_bit_for_bit(tmp_path, stop):
     checkpoint = whole / "checkpoints" / f"step-{stop:06d}"
     part = run(tmp_path / "part", resume=str(checkpoint), **more)
     assert limits(part) == limits(whole)[stop:]
-    ours, theirs = (load_file(x / "final" / "model.safetensors") for x in (part, whole))
+    ours, theirs = (
+        load_file(x / "final" / "language_model" / "model.safetensors") for x in (part, whole)
+    )
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 

@@ -59,7 +59,7 @@ def staged_config(folder, **changes):
 
 
 def weights(folder):
-    return {**load_file(folder / "final/model.safetensors"), **own_weights(folder)}
+    return {**load_file(folder / "final/language_model/model.safetensors"), **own_weights(folder)}
 
 
 def own_weights(folder):

@@ -26,8 +26,9 @@ def cast_weights(model: nn.Module) -> Iterator[None]:
     if not getattr(model, "is_gradient_checkpointing", False):
         for layer in model.modules():
             weight = layer.weight if type(layer) is nn.Linear else None
-            # A sharded weight is of another type, or marked by ZeRO-3.
-            if type(weight) is not nn.Parameter or hasattr(weight, "ds_id"):
+            # A sharded weight is of another type, or marked by ZeRO-3; one that a device map keeps
+            # elsewhere is not here yet.
+            if type(weight) is not nn.Parameter or hasattr(weight, "ds_id") or weight.is_meta:
                 continue
             remembered = weight.requires_grad and not compiled
             autocast = torch.is_autocast_enabled(weight.device.type)

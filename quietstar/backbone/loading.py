@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -34,6 +39,10 @@ from quietstar.errors import UserError, reading, reason_of
 
 logger = logging.getLogger(__name__)
 
+LANGUAGE_MODEL_FOLDER = "language_model"
+"""Where the language model lies in the folder of one that thinks."""
+THINKING_TYPE = "quiet_star"
+"""Its ``model_type``."""
 _REMEDY = "Give a folder with config.json and safetensors weights, or a hub id you can reach."
 _CODE_OR_WEIGHTS = (
     "auto_map", "quantization_config", "attn_implementation", "experts_implementation",
@@ -70,12 +79,14 @@ def load_base(
     quantization: Any = None,
     is_exact: bool = False,
     trust_remote_code: bool = False,
+    device_map: Any = None,
     **hub: Any,
 ) -> PreTrainedModel:
     """Load a causal LM with dropout off, or build one with random weights.
 
     Args:
-        name_or_path: Hub id or folder; None builds the model of ``config``.
+        name_or_path: Hub id or folder, also of a saved model that thinks, of which the language
+            model is taken; None builds the model of ``config``.
         config: ``model_type`` and fields of its transformers config.
         dtype: Of the weights; "stored" keeps the dtype of the files, whose weights are then mapped
             into memory, not copied, and not looked at: whoever reads them checks them
@@ -85,6 +96,7 @@ def load_base(
         quantization: How transformers shall quantize the weights, None for not at all.
         is_exact: Whether tensors that are no part of the model are an error, not a warning.
         trust_remote_code: Whether code that comes with the model may run.
+        device_map: Where the weights go, as in transformers; None for memory.
         **hub: ``revision``.
 
     Raises:
@@ -103,6 +115,7 @@ def load_base(
                     settings, dtype=dtype, trust_remote_code=False
                 )
         else:
+            name_or_path = within(name_or_path)
             settings = read_config(name_or_path, trust_remote_code=trust_remote_code, **hub)
             dropped = drop_dropout(settings)
             stored = getattr(settings, "quantization_config", None)
@@ -119,6 +132,8 @@ def load_base(
                     GenerationConfig.from_pretrained(name_or_path)
             if quantization is not None:
                 hub["quantization_config"] = quantization
+            if device_map is not None:
+                hub["device_map"] = device_map
             if is_stored := dtype == "stored":
                 settings.dtype, dtype = None, "auto"  # else transformers would believe the config
             with _quiet_transformers():
@@ -131,7 +146,8 @@ def load_base(
                 _check_report(report, key, is_exact)
                 _check_generation(model, key)
             if not is_stored:
-                require_finite(model.named_parameters(), key)
+                here = [(n, p) for n, p in model.named_parameters() if p.device.type != "meta"]
+                require_finite(here, key)
     _say_dropped(dropped)
     return model
 
@@ -147,6 +163,16 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
+def within(name_or_path: str) -> str:
+    """Return the folder of the language model in that of a model that thinks; else the name."""
+    folder = Path(name_or_path).expanduser()
+    with suppress(OSError, ValueError):  # which are refused where the folder is read
+        fields = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        if isinstance(fields, dict) and fields.get("model_type") == THINKING_TYPE:
+            return str(folder / LANGUAGE_MODEL_FOLDER)
+    return name_or_path
+
+
 def read_config(
     name_or_path: str, *, trust_remote_code: bool = False, **hub: Any
 ) -> PreTrainedConfig:
@@ -159,6 +185,7 @@ def read_config(
     with reading(key, _REMEDY):
         if not name_or_path:
             raise UserError(f"{key}: names no model. {_REMEDY}")
+        name_or_path = within(name_or_path)
         fields, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub)
         is_known = fields.get("model_type") in CONFIG_MAPPING
         if "auto_map" in fields and not is_known and not trust_remote_code:

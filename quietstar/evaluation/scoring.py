@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from quietstar.attention.layout import NO_POSITION
+from quietstar.backbone.loading import LANGUAGE_MODEL_FOLDER
 from quietstar.backbone.run import TextRun, embedding_weight
 from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from quietstar.errors import UserError, reading
@@ -24,7 +25,7 @@ from quietstar.evaluation.tasks import AnswerBatch, Candidates
 from quietstar.generation.gates import PROBES_FILE
 from quietstar.model.outputs import MixedScores
 from quietstar.model.quiet_star import QuietStarForCausalLM
-from quietstar.model.saving import SETTINGS_FILE, TOKENIZER_FILES, read_settings
+from quietstar.model.saving import SETTINGS_FILE, TOKENIZER_FILES, find_on_hub, read_settings
 from quietstar.model.tuning import WHOLE
 
 POSITIONS = ("trained", "once", "every")
@@ -78,9 +79,16 @@ def load_thinker(
             says what to do about that.
     """
     path = Path(name).expanduser()
-    is_local = needs_training or path.is_absolute() or name.startswith((".", "~"))
-    if not path.exists() and is_local:  # a model that thinks is never on the hub
-        raise UserError(f"--model ({name}): there is no such folder. Give that of a saved model.")
+    if not path.exists():
+        is_local = path.is_absolute() or name.startswith((".", "~"))
+        found = None if is_local else find_on_hub(name, hub.get("revision"))
+        if found is None and (is_local or needs_training):
+            raise UserError(
+                f"--model ({name}): there is no such folder, and no model that thinks of this name "
+                "on the hub. Give the folder of a saved model."
+            )
+        if found is not None:
+            path, _ = found, hub.pop("revision", None)
     name = str(path) if path.exists() else name
     if (path / "final" / SETTINGS_FILE).exists() and not (path / SETTINGS_FILE).exists():
         raise UserError(
@@ -127,6 +135,8 @@ def fingerprint(name: str) -> str:
         return name
     with reading(f"--model ({name})", "Give a folder that can be read."):
         _add_files(folder, digest)
+        if (folder / LANGUAGE_MODEL_FOLDER).is_dir():
+            _add_files(folder / LANGUAGE_MODEL_FOLDER, digest)
         if (folder / SETTINGS_FILE).exists():
             settings = read_settings(folder)
             if settings.tuning.method not in WHOLE:

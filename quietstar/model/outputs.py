@@ -137,9 +137,13 @@ class QuietStarOutput(ModelOutput):
         input_ids: The texts, (batch, seq).
         positions: Where the thoughts are, (batch, positions), -1 behind the last; None for all.
         drawn: The thoughts with their log-probabilities, for further updates from them.
+        logits: Of the next token after every position, (batch, seq, vocab), with the thoughts, as
+            `QuietStarForCausalLM.next_logits` has them: where they were asked for, and in eval mode
+            without labels.
     """
 
     loss: Tensor | None = None
+    logits: Tensor | None = None
     metrics: ThoughtMetrics | None = None
     thoughts: Tensor | None = None
     input_ids: Tensor | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +12,13 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from quietstar import registry
@@ -52,6 +60,7 @@ from quietstar.losses.thought_loss import (
 )
 from quietstar.losses.weights import LossTerms, ThoughtScores, ThoughtWeights, Weigh
 from quietstar.model import saving
+from quietstar.model.configuration import QuietStarConfig
 from quietstar.model.learning import Step, learn
 from quietstar.model.mixing_head import MixingHead
 from quietstar.model.outputs import (
@@ -85,11 +94,12 @@ TOP_TOKENS = 16
 """Most likely tokens whose entropy is the score of ``top_entropy`` (RPT, arXiv:2506.08007)."""
 
 
-class QuietStarForCausalLM(nn.Module):
+class QuietStarForCausalLM(PreTrainedModel):
     """A causal LM with the learned start and end vectors and the mixing head of Quiet-STaR.
 
     Build one with `from_base` (a plain model) or `from_pretrained` (a saved Quiet-STaR model).
     Both phases, sampling and learning, run inside `forward`, so DDP, FSDP and DeepSpeed see them.
+    transformers' ``Trainer``, ``pipeline`` and Auto classes take it as one of their own models.
 
     Args:
         language_model: Causal LM, or a PEFT model around it; its architecture was checked.
@@ -116,7 +126,9 @@ class QuietStarForCausalLM(nn.Module):
         tokenizer: PreTrainedTokenizerBase | None = None,
         num_markers: tuple[int, int] = (1, 1),
     ) -> None:
-        super().__init__()
+        base = getattr(language_model, "get_base_model", lambda: language_model)()
+        super().__init__(QuietStarConfig(base.config, name_or_path=base.config.name_or_path))
+        self.all_tied_weights_keys = {}  # those of the language model are its own
         self.tokenizer, self.stop = tokenizer, None
         self._markers: tuple[Tensor, Tensor] | None = None  # tokens, of markers that do not train
         self.scoring_model: ScoringModel | None = None  # not a module: see the class
@@ -125,7 +137,9 @@ class QuietStarForCausalLM(nn.Module):
         self.tuning = tuning or TuningConfig()
         self.mixing_head_config = mixing_head
         self.vocab_size, self.pause_token_id = vocab_size, pause_token_id
-        device = embedding_weight(self.causal_lm).device
+        # Weights that a device map keeps elsewhere until they are needed are "meta" until then.
+        here = (p.device for p in self.causal_lm.parameters() if p.device.type != "meta")
+        device = next(here, embedding_weight(self.causal_lm).device)
         size = embedding_weight(self.causal_lm).shape[1]
         # One vector is saved as (embedding,), as it was when there was never more than one.
         self.num_markers = num_markers
@@ -153,6 +167,58 @@ class QuietStarForCausalLM(nn.Module):
         model = self.language_model
         get_base_model = getattr(model, "get_base_model", None)
         return get_base_model() if get_base_model is not None else model  # pyright: ignore
+
+    # --- What transformers asks its models --------------------------------------------------------
+
+    config_class = QuietStarConfig
+    base_model_prefix = "language_model"
+    supports_gradient_checkpointing = True
+    output_modalities = ("text",)
+    # Losses are means over the targets and the thoughts of a batch, of which Trainer counts the
+    # first only. So it averages over the batches that it accumulates.
+    accepts_loss_kwargs = False
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Returns True: `generate` is our own."""
+        return True
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """The language model's defaults for `generate`."""
+        return self.causal_lm.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig | None) -> None:
+        if "language_model" in self._modules:  # the base class makes one before there is a model
+            self.causal_lm.generation_config = value
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings of the language model."""
+        return self.causal_lm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output layer of the language model."""
+        return self.causal_lm.get_output_embeddings()
+
+    def tie_weights(self, *arguments: Any, **options: Any) -> None:
+        """Ties what the language model ties."""
+        self.causal_lm.tie_weights(*arguments, **options)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Recomputes activations of the language model in the backward pass."""
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        with warnings.catch_warnings():  # its new name is not known to the oldest transformers
+            warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprec")
+            self.causal_lm.gradient_checkpointing_enable(options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keeps activations again."""
+        self.causal_lm.gradient_checkpointing_disable()
+
+    # --- Parts ------------------------------------------------------------------------------------
 
     @property
     def output_head(self) -> OutputHead:
@@ -366,6 +432,15 @@ class QuietStarForCausalLM(nn.Module):
 
     save_pretrained = saving.save_pretrained
     from_pretrained = classmethod(saving.from_pretrained)
+    push_to_hub = saving.push_to_hub
+
+    @classmethod
+    def _from_config(cls, config: QuietStarConfig, **options: Any) -> QuietStarForCausalLM:
+        """Builds a model with random weights; for ``AutoModelForCausalLM.from_config``."""
+        raise UserError(
+            "AutoModelForCausalLM.from_config: a config alone says nothing of thoughts. Build the "
+            "language model from it, and call QuietStarForCausalLM.from_base(model, tokenizer=...)."
+        )
 
     # --- Training ---------------------------------------------------------------------------------
 
@@ -387,6 +462,7 @@ class QuietStarForCausalLM(nn.Module):
         reference_text: Float[Tensor, "batch seq"] | None = None,
         running: Float[Tensor, " 2"] | None = None,
         teacher: TeacherTargets | None = None,
+        return_logits: bool | None = None,
     ) -> QuietStarOutput:
         """Sample thoughts where ``thoughts.positions`` says, and compute the loss.
 
@@ -402,8 +478,9 @@ class QuietStarForCausalLM(nn.Module):
                 field (`quietstar.data.PatternMarker` makes it by ``thoughts.pattern``).
             num_thought_items: Positions of the whole step with a thought and a target behind it.
             sample_ids: Index of each text in the run. Keys the noise, so that the same text draws
-                the same thoughts however batches are cut. By default the texts of all calls are
-                counted.
+                the same thoughts however batches are cut. By default the texts of all calls in
+                training mode are counted; in eval mode each call counts from 0, so that it gives
+                the same twice.
             seed: Seed of the noise.
             fixed_mixing_weight: Replacement for the head's output (warm-up of the gate); by
                 default ``mixing_head.fixed_weight``, if it is set.
@@ -414,6 +491,8 @@ class QuietStarForCausalLM(nn.Module):
             running: As in `ThoughtScores`.
             teacher: What `teach` said of these texts, for objectives with a teacher; by default
                 the model teaches itself, as it is.
+            return_logits: Whether the output has the logits of the next tokens, which take memory
+                for the whole vocabulary at every token; by default in eval mode without labels.
 
         Raises:
             UserError: A text too long for the model or padded on the left, ids or labels outside
@@ -421,17 +500,22 @@ class QuietStarForCausalLM(nn.Module):
                 thoughts that do not fit the texts, or a sampler, reward or objective of the user's
                 that returns what it must not.
         """
+        if return_logits is None:
+            return_logits = labels is None and not self.training
         labels = self._targets(input_ids, attention_mask, labels)
         if not (think and self.objective.thinks):
             states = plain_pass(self.causal_lm, input_ids)
             head = self.output_head
             loss, result, valid = next_token_loss(states, labels, head, num_items_in_batch)
             metrics = plain_metrics(result.nll, valid)
-            return QuietStarOutput(loss, metrics, input_ids=input_ids)
+            logits = head.logits(states.detach()) if return_logits else None
+            return QuietStarOutput(loss, logits, metrics, input_ids=input_ids)
         self._check_length(input_ids)
         if sample_ids is None:
-            first, self.texts_seen = self.texts_seen, self.texts_seen + len(input_ids)
-            sample_ids = torch.arange(first, self.texts_seen, device=input_ids.device)
+            first = self.texts_seen if self.training else 0
+            sample_ids = torch.arange(first, first + len(input_ids), device=input_ids.device)
+            if self.training:
+                self.texts_seen += len(input_ids)
         if self.objective.student is not None:
             if teacher is None:
                 teacher = self.teach(
@@ -481,7 +565,10 @@ class QuietStarForCausalLM(nn.Module):
             batch = replace(batch, sampling_logprobs=drawn)
         if batch.advantage is None and scored.advantage is not None:
             batch = replace(batch, advantage=rearrange(scored.advantage, "k b p -> b p k"))
-        return QuietStarOutput(loss, metrics, tokens, input_ids, positions, batch)
+        logits = None
+        if return_logits:
+            logits = self.next_logits(input_ids, tokens, positions, fixed_mixing_weight)
+        return QuietStarOutput(loss, logits, metrics, tokens, input_ids, positions, batch)
 
     def _check_reference(self, batch: ThoughtBatch) -> None:
         """Refuse to learn without what the objective compares with, which is not the model's."""
@@ -526,7 +613,7 @@ class QuietStarForCausalLM(nn.Module):
         sums = {n: (x.where(counts, 0.0).sum(), counts.sum()) for n, x in figures.items()}
         sums["teacher_tokens"] = (teacher.num_tokens, counts.sum())
         metrics = plain_metrics(base.nll, valid).joined(ThoughtMetrics(sums))
-        return QuietStarOutput(loss + more, metrics, input_ids=input_ids)
+        return QuietStarOutput(loss + more, metrics=metrics, input_ids=input_ids)
 
     @torch.no_grad()
     def teach(
@@ -1105,6 +1192,51 @@ class QuietStarForCausalLM(nn.Module):
         return PlainScores(logprobs, predicted, valid, metrics, few)
 
     @torch.no_grad()
+    def next_logits(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        thoughts: Int[Tensor, "batch thoughts positions length"],
+        positions: Int[Tensor, "batch positions"] | None = None,
+        fixed_mixing_weight: float | None = None,
+    ) -> Float[Tensor, "batch seq vocab"]:
+        """Logits of the next token after every position, in float32, with these thoughts.
+
+        They mix the prediction behind the thought with the one without; several thoughts are
+        averaged as probabilities, which makes logits log-probabilities. At a position without a
+        thought, the latest one before it counts as far as ``thoughts.lookahead`` reaches, and the
+        plain prediction beyond.
+
+        Args:
+            input_ids: Texts, padded on the right if at all.
+            thoughts: Tokens from `sample`, or any; -1 behind the last of one that ends early.
+            positions: Where they are, -1 behind the last of a text; None for all.
+            fixed_mixing_weight: As in `forward`.
+        """
+        self._check_ids(input_ids, "input_ids", ignored=False)
+        self._check_length(input_ids)
+        self._check_given(thoughts, input_ids, positions)
+        reach = 1 if positions is None else self.thoughts.lookahead
+        states, weight = self.states_with(
+            input_ids, token_major(thoughts), positions, fixed_mixing_weight, lookahead=reach
+        )
+        head, seq = self.output_head, input_ids.shape[1]
+        if positions is None:
+            positions = torch.arange(seq, device=input_ids.device).expand(input_ids.shape)
+        logits = head.logits(states.text)
+        for ahead in reversed(range(reach)):  # nearer thoughts overwrite
+            places = positions + ahead
+            rows, columns = ((positions >= 0) & (places < seq)).nonzero(as_tuple=True)
+            places = places[rows, columns]
+            base = head.logits(states.text[rows, places])
+            behind = head.logits(states.ahead[ahead, :, rows, columns])
+            share = weight[ahead, :, rows, columns, None].to(base.dtype)
+            mixed = torch.lerp(base.expand_as(behind), behind, share)
+            if len(mixed) > 1:
+                mixed = mixed.log_softmax(-1).logsumexp(0, keepdim=True) - math.log(len(mixed))
+            logits[rows, places] = mixed[0]
+        return logits
+
+    @torch.no_grad()
     def score_reference(
         self,
         input_ids: Int[Tensor, "batch seq"],
@@ -1365,3 +1497,7 @@ def target_labels(
     elif not padded_right:
         raise UserError(message)
     return labels.where(real, IGNORE_INDEX)
+
+
+AutoConfig.register(QuietStarConfig.model_type, QuietStarConfig)
+AutoModelForCausalLM.register(QuietStarConfig, QuietStarForCausalLM)

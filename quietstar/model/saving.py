@@ -1,28 +1,39 @@
 """What a saved Quiet-STaR model is: a folder of safetensors and JSON.
 
 ``quietstar.json`` holds the settings, ``quietstar.safetensors`` the two vectors, the mixing head
-and what was trained beside a frozen language model. Beside them lies, with full tuning, a complete
-Hugging Face model, which `AutoModelForCausalLM` loads as a plain one; with LoRA and its kin the
-PEFT adapter. A frozen base itself is only named.
+and what was trained beside a frozen language model. ``language_model/`` is, with full tuning, a
+complete Hugging Face model, which loads without this package as a plain one; with LoRA and its kin
+the PEFT adapter. A frozen base itself is only named. ``config.json`` tells transformers whose model
+this is, and ``README.md`` is its card.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
+import tempfile
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+from huggingface_hub import HfApi, snapshot_download
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
-from quietstar.backbone.loading import load_base, load_tensors, require_finite
+from quietstar.backbone.loading import (
+    LANGUAGE_MODEL_FOLDER,
+    load_base,
+    load_tensors,
+    require_finite,
+)
+from quietstar.backbone.output_head import find_output_head
 from quietstar.backbone.run import embedding_weight
 from quietstar.config import MixingHeadConfig, ThoughtsConfig, TuningConfig
 from quietstar.config.messages import shown_value
@@ -30,6 +41,7 @@ from quietstar.config.schema import Section
 from quietstar.data.tokenizer import load_tokenizer
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.generation.gates import GATE_FILE, PROBES_FILE
+from quietstar.model.card import CARD_FILE, describe, write_card
 from quietstar.model.self_check import check_architecture, use_thinking_attention
 from quietstar.model.tuning import (
     PEFT_METHODS,
@@ -43,9 +55,12 @@ from quietstar.system.files import file_kind, whole_folder
 
 SETTINGS_FILE = "quietstar.json"
 WEIGHTS_FILE = "quietstar.safetensors"
-FORMAT_VERSION = 3
-"""1 knew full tuning and LoRA only; 2 carried the loss of its training, and other names."""
+FORMAT_VERSION = 4
+"""1 knew full tuning and LoRA only; 2 carried the loss of its training, and other names; up to 3
+the language model lay in the folder itself."""
 LANGUAGE_MODEL = "language_model."
+_TODAYS_NAMES = 3
+"""The first format with the names of today."""
 _OLD_NAMES = {
     "thoughts": {"source": "sampler", "share": "position_fraction"},
     "tuning": {
@@ -65,10 +80,20 @@ _NEWER = {
 }  # fmt: skip
 """Settings that are newer than their format, and were what their defaults are."""
 _WRITTEN = (
-    SETTINGS_FILE, WEIGHTS_FILE, GATE_FILE, PROBES_FILE, "config.json", "generation_config.json",
-    "model*.safetensors", "model.safetensors.index.json", "adapter_*.json", "adapter_*.safetensors",
+    SETTINGS_FILE, WEIGHTS_FILE, LANGUAGE_MODEL_FOLDER, GATE_FILE, PROBES_FILE, "config.json",
+    "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+    "adapter_*.json", "adapter_*.safetensors",
 )  # fmt: skip
-"""Files of a saved model: none of an earlier one may stay beside a new one."""
+"""Files of a saved model, of any format: none of an earlier one may stay beside a new one."""
+_TRAINERS = (
+    "checkpoint-*",
+    "runs",
+    "trainer_state.json",
+    "training_args.bin",
+    "README.md",
+    ".git*",
+)
+"""What transformers' Trainer, or a clone of a repository, puts where a model is to be saved."""
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "chat_template.jinja", "additional_chat_templates", "*.model",
@@ -77,6 +102,10 @@ TOKENIZER_FILES = (
 _MOST_UNITS = 2**17
 """Width of a mixing head or an adapter, or virtual tokens: more than the widest model has units."""
 _DAMAGED = "Save the model again, or take another copy of the folder."
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_OF_UPLOADS = {"token", "private", "commit_message", "revision"}
+_OF_DOWNLOADS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -106,12 +135,18 @@ class Settings(Section):
     """Way to tune the base model."""
 
 
-def save_pretrained(  # noqa: D417  (a method of the model, as the next one)
+def save_pretrained(  # noqa: D417  (a method of the model, as the next ones)
     self: Any,
     folder: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    weights: dict[str, Tensor] | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+    is_main_process: bool = True,
+    push_to_hub: bool = False,
+    repo_id: str | None = None,
+    card: str | None = None,
+    max_shard_size: int | str | None = None,
+    **hub: Any,
 ) -> None:
     """Save everything that was learned, as safetensors and JSON (`quietstar.model.saving`).
 
@@ -121,20 +156,31 @@ def save_pretrained(  # noqa: D417  (a method of the model, as the next one)
     Args:
         folder: Folder to write: a new or empty one, or that of an earlier model.
         tokenizer: Tokenizer to save beside the model.
-        weights: Full weights, where the model's own are sharded.
+        state_dict: Full weights, where the model's own are sharded.
+        is_main_process: Whether this process writes.
+        push_to_hub: Whether to upload the folder to the hub afterwards.
+        repo_id: There; by default the name of the folder.
+        card: Text of ``README.md``; by default the model is described (`quietstar.model.card`),
+            unless somebody wrote a card of their own.
+        max_shard_size: Most bytes of one file of the language model's weights.
+        **hub: ``token``, ``private``, ``commit_message`` and ``revision`` of the upload.
 
     Raises:
         UserError: The folder holds something else, is a link, or cannot be written; or some
             weights are not finite.
     """
+    if unknown := sorted(hub.keys() - _OF_UPLOADS - {"safe_serialization", "save_peft_format"}):
+        raise UserError(f"save_pretrained: {unknown[0]}: unknown argument. Leave it out.")
+    if not is_main_process:
+        return
     path, method = Path(os.path.abspath(Path(folder).expanduser())), self.tuning.method
     check_replaceable(path)
-    all_weights = self.state_dict() if weights is None else weights
+    all_weights = self.state_dict() if state_dict is None else state_dict
     require_finite(all_weights.items(), f"{folder}: the model is not saved")
     inner = None
-    if weights is not None:
-        names = [name for name in weights if name.startswith(LANGUAGE_MODEL)]
-        inner = {name.removeprefix(LANGUAGE_MODEL): weights[name] for name in names}
+    if state_dict is not None:
+        names = [name for name in state_dict if name.startswith(LANGUAGE_MODEL)]
+        inner = {name.removeprefix(LANGUAGE_MODEL): state_dict[name] for name in names}
     settings = {
         "format_version": FORMAT_VERSION,
         "base_model_name_or_path": self.causal_lm.config.name_or_path,
@@ -155,12 +201,21 @@ def save_pretrained(  # noqa: D417  (a method of the model, as the next one)
                 path, new, _WRITTEN if tokenizer is None else (*_WRITTEN, *TOKENIZER_FILES)
             )
             if method in (*WHOLE, *PEFT_METHODS):
-                self.language_model.save_pretrained(new, state_dict=inner)
+                within = new / LANGUAGE_MODEL_FOLDER
+                size = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+                size = size if method in WHOLE else {}
+                self.language_model.save_pretrained(within, state_dict=inner, **size)
+                (within / CARD_FILE).unlink(missing_ok=True)  # PEFT's empty form
+                if tokenizer is not None and method in WHOLE:
+                    tokenizer.save_pretrained(within)  # it loads by itself
             save_file(own, new / WEIGHTS_FILE, metadata={"format": "pt"})
             if tokenizer is not None:
                 tokenizer.save_pretrained(new)
+            self.config.architectures = [type(self).__name__]
+            self.config.save_pretrained(new)
             content = json.dumps(settings, indent=2, allow_nan=False)
             (new / SETTINGS_FILE).write_text(content + "\n", encoding="utf-8")
+            write_card(new, describe(self) if card is None else card, is_given=card is not None)
     except UserError:
         raise
     except Exception as problem:  # of many kinds: the tokenizer's is a bare Exception
@@ -168,6 +223,58 @@ def save_pretrained(  # noqa: D417  (a method of the model, as the next one)
             f"{folder}: the model cannot be written ({reason_of(problem)}). Free some space there, "
             "or give another place."
         ) from problem
+    if push_to_hub:
+        upload(path, repo_id or path.name, **hub)
+
+
+def push_to_hub(  # noqa: D417
+    self: Any, repo_id: str, tokenizer: PreTrainedTokenizerBase | None = None, **hub: Any
+) -> str:
+    """Upload the model to the hub, by default with its tokenizer; returns the address.
+
+    Args:
+        repo_id: ``name``, or ``owner/name``.
+        tokenizer: Tokenizer to upload with it.
+        **hub: ``token``, ``private``, ``commit_message`` and ``revision``.
+
+    Raises:
+        UserError: The hub refuses it, or cannot be reached.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        self.save_pretrained(model, tokenizer or self.tokenizer)
+        return upload(model, repo_id, **hub)
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    **_: Any,
+) -> str:
+    """Upload the folder of a saved model to the hub; returns its address there.
+
+    Raises:
+        UserError: The hub refuses it, or cannot be reached.
+    """
+    try:
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo.repo_id, folder_path=folder, revision=revision,
+            commit_message=commit_message or "Upload a model that thinks",
+            ignore_patterns=["checkpoint-*", "runs", "*.lock"],
+        )  # fmt: skip
+    except Exception as problem:  # of many kinds: network, rights, names
+        raise UserError(
+            f"push_to_hub ({repo_id}): the hub did not take it ({reason_of(problem)}). Look at the "
+            "name and at `hf auth whoami`; nothing else was lost."
+        ) from problem
+    return str(repo)
 
 
 def check_replaceable(folder: Path) -> None:
@@ -181,7 +288,7 @@ def check_replaceable(folder: Path) -> None:
         is_other = kind == "folder" and not (folder / SETTINGS_FILE).is_file()
         if kind not in ("none", "folder"):
             raise UserError(f"{folder}: is no folder and is not replaced. Give a new folder.")
-        if is_other and any(folder.iterdir()):
+        if is_other and any(not _is_named(path, _TRAINERS) for path in folder.iterdir()):
             raise UserError(
                 f"{folder}: already holds something that is no saved model ({SETTINGS_FILE} is "
                 "missing). Give a new folder."
@@ -195,14 +302,26 @@ def check_replaceable(folder: Path) -> None:
 
 
 def _keep_others(folder: Path, new: Path, written: tuple[str, ...]) -> None:
-    """Copy what is in ``folder`` and was not ``written`` by us into the one that replaces it."""
+    """Have what is in ``folder`` and was not ``written`` by us in the one that replaces it, too."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if any(fnmatchcase(path.name, pattern) for pattern in written):
+        if _is_named(path, written):
             continue
         if file_kind(path) == "folder":
-            shutil.copytree(path, new / path.name, symlinks=True)
+            shutil.copytree(path, new / path.name, symlinks=True, copy_function=_link_or_copy)
         else:
-            shutil.copy2(path, new / path.name, follow_symlinks=False)
+            _link_or_copy(path, new / path.name)
+
+
+def _is_named(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(path.name, pattern) for pattern in patterns)
+
+
+def _link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name, or copy it where the file system has no such names."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def names_beside(model: Any) -> set[str]:
@@ -224,27 +343,74 @@ def from_pretrained(  # noqa: D417
     cls: type[Model],
     folder: str | Path,
     *,
-    dtype: torch.dtype | str = "auto",
+    dtype: torch.dtype | str | None = "auto",
     trainable: bool = False,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool | None = False,
+    device_map: Any = None,
+    config: Any = None,
     **hub: Any,
 ) -> Model:
     """Load a saved Quiet-STaR model: what was saved is what is used.
 
     Args:
-        folder: Folder that `save_pretrained` wrote.
+        folder: Folder that `save_pretrained` wrote, or hub id of one that was uploaded.
         dtype: Type of the language model's weights; by default the one they were trained in.
         trainable: Whether adapters can be trained further.
         trust_remote_code: Whether code that the folder or its base names may run: that of the base,
             and a sampler of one's own in a module that is not imported yet.
-        **hub: ``revision`` (of an adapter's base; the one trained on by default).
+        device_map: Where the language model's weights go, as transformers takes it: onto one
+            device, or some of them to memory or disk until that device needs them.
+        config: What an Auto class read of the folder; the folder is read here.
+        **hub: ``revision`` (of a folder on the hub, or of the base of an adapter in a local one;
+            by default the one trained on), ``token``, ``cache_dir``, ``local_files_only``,
+            ``force_download``.
 
     Raises:
-        UserError: The folder holds no Quiet-STaR model, a damaged one, or one of a newer format.
+        UserError: The folder holds no Quiet-STaR model, a damaged one, or one of a newer format, or
+            the device map splits it between devices that compute.
     """
-    path = Path(folder).expanduser()
-    hub["trust_remote_code"] = trust_remote_code
-    return load(cls, path, read_settings(path), dtype=dtype, trainable=trainable, **hub)
+    for name in ("_from_auto", "adapter_kwargs", "code_revision", "weights_only"):  # Auto classes'
+        hub.pop(name, None)
+    hub = {name: value for name, value in hub.items() if value not in (None, False)}
+    if unknown := sorted(hub.keys() - _OF_DOWNLOADS):
+        raise UserError(f"from_pretrained: {unknown[0]}: unknown argument. Leave it out.")
+    path, on_hub = find_folder(folder, **hub)
+    if on_hub:
+        hub.pop("revision", None)
+    hub |= {"trust_remote_code": bool(trust_remote_code)}
+    if device_map is not None:
+        hub["device_map"] = device_map
+    settings = read_settings(path)
+    return load(cls, path, settings, dtype=dtype or "auto", trainable=trainable, **hub)
+
+
+def find_folder(name: str | Path, **hub: Any) -> tuple[Path, bool]:
+    """Find the folder of a model, and say whether it had to come from the hub.
+
+    Raises:
+        UserError: It is no folder, and the hub has none of this name.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or not _HUB_ID.fullmatch(str(name)):
+        return path, False
+    try:
+        return Path(snapshot_download(str(name), **hub)), True
+    except Exception as problem:  # of many kinds: network, rights, names
+        raise UserError(
+            f"{name}: there is no such folder, and the hub did not give one ({reason_of(problem)})."
+            " Give the folder of a saved model, or a name that the hub knows."
+        ) from problem
+
+
+def find_on_hub(name: str, revision: str | None) -> Path | None:
+    """Fetch a model that thinks from the hub; None where the hub has none of this name."""
+    if not _HUB_ID.fullmatch(name):
+        return None
+    try:
+        settings = cached_file(name, SETTINGS_FILE, revision=revision)
+    except OSError:  # no such model, no such file in it, no network
+        return None
+    return None if settings is None else find_folder(name, revision=revision)[0]
 
 
 def load(
@@ -257,7 +423,8 @@ def load(
     **hub: Any,
 ) -> Model:
     """Load a saved model by these settings; arguments as in `from_pretrained`."""
-    tuning, source = settings.tuning, str(folder)
+    tuning, within = settings.tuning, inner_folder(folder, settings)
+    source = str(within)
     _check_sampler(folder, settings.thoughts.sampler, bool(hub.get("trust_remote_code")))
     own = load_tensors(folder / WEIGHTS_FILE)
     if tuning.method not in WHOLE:
@@ -269,9 +436,10 @@ def load(
         source,
         dtype=dtype,
         quantization=quantization(tuning),
-        is_exact=source == str(folder),
+        is_exact=source == str(within),
         **hub,
     )
+    _check_one_device(base)
     _check_fits(base, folder, settings)
     check_architecture(base)
     with reading(str(folder), _DAMAGED):
@@ -279,7 +447,7 @@ def load(
         if tuning.method in PEFT_METHODS:
             # Version 1 did not keep the settings of its adapters.
             rules = tuning if settings.format_version > 1 else None
-            tuned = load_adapters(base, folder, tuning.method, rules, trainable)
+            tuned = load_adapters(base, within, tuning.method, rules, trainable)
             unfreeze(tuned, tuning.unfreeze)
         else:
             tuned = apply_tuning(base, tuning)
@@ -307,6 +475,32 @@ def load(
     if not trainable and tuning.method not in WHOLE:
         tuned.requires_grad_(False)
     return model.eval()
+
+
+def inner_folder(folder: Path, settings: Settings) -> Path:
+    """Return where in a saved model its language model, or its adapters, lie."""
+    return folder / LANGUAGE_MODEL_FOLDER if settings.format_version > 3 else folder
+
+
+def _check_one_device(base: PreTrainedModel) -> None:
+    """Refuse a language model whose layers compute on different devices.
+
+    Thoughts hold keys and values of all layers, and tables of where these lie, on one.
+    """
+    ends = {embedding_weight(base).device.type, find_output_head(base).weight.device.type}
+    if "meta" in ends and hasattr(base, "hf_device_map"):
+        raise UserError(
+            "device_map: puts embeddings or output layer elsewhere than where the model computes, "
+            "but thoughts read these weights themselves. Keep both on the device."
+        )
+    places = {str(place) for place in getattr(base, "hf_device_map", {}).values()}
+    devices = sorted(places - {"cpu", "disk"})
+    if len(devices) > 1:
+        raise UserError(
+            f"device_map ({', '.join(devices)}): splits the model between devices that compute, "
+            "which thoughts cannot. Give one device (the rest may go to cpu or disk), or shard the "
+            "model with accelerate launch and FSDP2."
+        )
 
 
 def _check_sampler(folder: Path, sampler: str, is_trusted: bool) -> None:
@@ -373,7 +567,7 @@ def read_settings(folder: Path) -> Settings:
                 f"{path}: format version {version} is newer than this quietstar reads "
                 f"({FORMAT_VERSION}). Upgrade quietstar."
             )
-        if isinstance(version, int) and version < FORMAT_VERSION:
+        if isinstance(version, int) and version < _TODAYS_NAMES:
             content = _in_todays_names(content, folder)
         try:
             settings = Settings.model_validate(content)

@@ -14,6 +14,9 @@ from pathlib import Path
 
 from quietstar.errors import UserError, reason_of
 
+SECONDS_TO_SIGN = 2.0
+"""Time that a process which has taken a lock gets to write its name into the file."""
+
 
 @contextmanager
 def locked(path: Path, what: str, remedy: str) -> Iterator[None]:
@@ -44,7 +47,7 @@ def locked(path: Path, what: str, remedy: str) -> Iterator[None]:
             os.close(descriptor)  # its last holder deleted it in the meantime
             descriptor = -1
     except BlockingIOError:
-        holder = _describe(os.pread(descriptor, 4096, 0)) or "another process"
+        holder = _read_holder(descriptor) or "another process"
         os.close(descriptor)
         raise UserError(f"{what}: is in use by {holder}. {remedy}") from None
     except OSError as problem:  # a file system without locks, among others
@@ -62,9 +65,23 @@ def locked(path: Path, what: str, remedy: str) -> Iterator[None]:
         with suppress(OSError):  # a full disk: who holds it is then not known
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # or the next holder could be taken for this one
+                os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)  # which unlocks
+
+
+def _read_holder(descriptor: int) -> str | None:
+    """Say who holds a lock, as `_describe`; one that was just taken names its holder soon."""
+    deadline = time.monotonic() + SECONDS_TO_SIGN
+    while (holder := _describe(os.pread(descriptor, 4096, 0))) is None:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    return holder
 
 
 def _describe(content: bytes) -> str | None:

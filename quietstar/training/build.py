@@ -275,7 +275,7 @@ def teach_thinking(
         loss=config.loss, tuning=config.tuning,
     )  # fmt: skip
     if config.training.gradient_checkpointing:
-        checkpoint_activations(model.causal_lm)
+        model.gradient_checkpointing_enable()
     return model
 
 
@@ -370,10 +370,3 @@ def notices(stage: Stage, eval_data: EvalData) -> list[str]:
             f"data.train ({stage.config.data.train}), so no thought can hold them"
         )
     return lines
-
-
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Makes a model recompute its activations in the backward pass."""
-    with warnings.catch_warnings():  # its new name is not known to the oldest transformers
-        warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated")
-        model.gradient_checkpointing_enable({"use_reentrant": False})

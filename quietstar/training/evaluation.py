@@ -264,6 +264,13 @@ def right_thoughts(
 
 
 # --- What a run leaves beside its model: results.json and samples.json ----------------------------
+def held_out_figures(run: StageRun) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the stage's held-out figures at its start and end, as ``metrics.jsonl`` has them."""
+    records, _ = read_metrics(run.reporter.path)
+    of_stage = [r for r in records if r["kind"] == "eval" and r["stage"] == run.stage.name]
+    return of_stage[0], of_stage[-1]
+
+
 def write_results(run: StageRun, tokenizer: PreTrainedTokenizerBase, seconds: float) -> None:
     """Writes both files, with the last stage's held-out figures at its start and end.
 
@@ -274,9 +281,7 @@ def write_results(run: StageRun, tokenizer: PreTrainedTokenizerBase, seconds: fl
         contents[SAMPLES_FILE] = {"samples": collect_samples(run, tokenizer)}
     if not run.accelerator.is_main_process:
         return
-    records, _ = read_metrics(run.reporter.path)
-    of_stage = [r for r in records if r["kind"] == "eval" and r["stage"] == run.stage.name]
-    before, after = of_stage[0], of_stage[-1]
+    before, after = held_out_figures(run)
     results: dict[str, Any] = {"held_out": {"before": before, "after": after}}
     accuracy = {name: after[key] for name, key in ACCURACIES.items() if key in after}
     if accuracy:

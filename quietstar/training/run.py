@@ -16,6 +16,7 @@ from quietstar.config import Config
 from quietstar.config.loading import save_config
 from quietstar.distributed import ModelProxy, WrappedModule, build_strategy, from_main_process
 from quietstar.errors import UserError
+from quietstar.model.card import describe as describe_model
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import check_replaceable
 from quietstar.system.signals import Stopped, held, listening, noted
@@ -38,7 +39,7 @@ from quietstar.training.checkpoint import (
     read_state,
 )
 from quietstar.training.ema import START_NAME, WeightAverage
-from quietstar.training.evaluation import write_results
+from quietstar.training.evaluation import held_out_figures, write_results
 from quietstar.training.loop import leave, train
 from quietstar.training.optimizer import build_optimizer
 from quietstar.training.reporter import Reporter
@@ -321,11 +322,15 @@ def finish(job: Job, run: StageRun, seconds: float) -> Path:
         with run.ema.applied(run.model), held():
             weights = job.strategy.full_weights(run.model)
             if reporter.active:
-                job.model.save_pretrained(output_dir / EMA_FOLDER, job.tokenizer, weights=weights)
+                folder = output_dir / EMA_FOLDER  # its figures are not those of the run
+                job.model.save_pretrained(folder, job.tokenizer, state_dict=weights)
     final, weights = output_dir / FINAL_FOLDER, job.strategy.full_weights(run.model)
     with held():
         if reporter.active:
-            job.model.save_pretrained(final, job.tokenizer, weights=weights)
+            card = describe_model(
+                job.model, facts_of(run), *held_out_figures(run), hub_data(run.config)
+            )
+            job.model.save_pretrained(final, job.tokenizer, state_dict=weights, card=card)
     write_results(run, job.tokenizer, seconds)
     if reporter.report():
         report = f"; report: {output_dir / 'report.html'}"
@@ -333,3 +338,23 @@ def finish(job: Job, run: StageRun, seconds: float) -> Path:
     reporter.say(f"the model is in {final}{average}; the figures are in {reporter.path}{report}")
     run.accelerator.wait_for_everyone()
     return final
+
+
+def facts_of(run: StageRun) -> dict[str, str]:
+    """Says how the last stage of a run trained, for the card of its model."""
+    config, stage = run.config, run.stage
+    steps = f"{stage.config.training.max_steps} of {config.training.global_batch_size} texts"
+    return {
+        "trained on": f"{config.data.train}, as `{config.data.format}`",
+        "objective": f"{config.loss.objective} (stage {stage.name})",
+        "steps": f"{steps}, learning rate {config.optim.learning_rate:g}",
+        "thoughts a position": str(config.thoughts.num_thoughts),
+        "seed": str(config.training.seed),
+    }
+
+
+def hub_data(config: Config) -> list[str]:
+    """Names the data set that a run read from the hub."""
+    name = str(config.data.train)
+    is_local = ":" in name or name.count("/") != 1 or Path(name).exists()
+    return [] if is_local else [name]

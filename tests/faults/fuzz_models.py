@@ -47,12 +47,33 @@ VITAL = ("config.json", "model.safetensors", "quietstar.json", "quietstar.safete
          "adapter_config.json", "adapter_model.safetensors", "tokenizer.json")  # fmt: skip
 
 
+def place_of(folder: Path, file: str) -> Path:
+    """Return where a file lies that decides what the model of a folder is."""
+    within = folder / "language_model"
+    is_of_model = file in ("config.json", "generation_config.json") or file.startswith("adapter_")
+    return within / file if within.is_dir() and is_of_model else folder / file
+
+
+def is_for_others(path: Path) -> bool:
+    """Say whether a file of a model that thinks is there for transformers alone."""
+    is_within = path.parent.name == "language_model"
+    if path.name.startswith("tokenizer"):
+        return is_within
+    return path.name == "config.json" and (path.parent / "language_model").is_dir()
+
+
 @generator(*(f"{name}/model-files" for name in READERS))
 def _model_files(rng: random.Random, work: Path, run: str) -> Case:
     """Files of a model folder that are missing, cut or something else."""
     name = folder_for(rng, run)
-    path = rng.choice(sorted(p for p in (work / name).iterdir() if p.name != "gate.json"))
-    vital = path.name in VITAL and not (run in ("plan", "merge") and "tokenizer" in path.name)
+    beside = ("gate.json", "README.md")
+    files = (p for p in (work / name).rglob("*") if p.is_file() and p.name not in beside)
+    path = rng.choice(sorted(files))
+    vital = (
+        path.name in VITAL
+        and not is_for_others(path)
+        and not (run in ("plan", "merge") and "tokenizer" in path.name)
+    )
     kind = rng.random()
     refuse: bool | None = None
     if kind < 0.3:
@@ -84,9 +105,9 @@ def _model_entries(rng: random.Random, work: Path, run: str) -> Case:
     name = folder_for(rng, run)
     refuse: bool | None = None
     if rng.random() < 0.6:
-        curated = [e for e in ENTRIES if (work / name / e[0]).exists()]
+        curated = [e for e in ENTRIES if place_of(work / name, e[0]).exists()]
         file, key, value, refuse = rng.choice(curated)
-        path = work / name / file
+        path = place_of(work / name, file)
         tree = json.loads(path.read_text())
         node = tree
         *parents, last = key.split(".")
@@ -101,7 +122,7 @@ def _model_entries(rng: random.Random, work: Path, run: str) -> Case:
         if file == "adapter_config.json" and name == "full":
             refuse = None
     else:
-        names = sorted(p for p in (work / name).glob("*.json"))
+        names = sorted(p for p in (work / name).rglob("*.json"))
         path = rng.choice(names)
         what = spoil_json(rng, path)
     line, stdin = with_model(run, name)

@@ -89,8 +89,9 @@ def _pickle_cases() -> None:
 
             def model(rng: random.Random, work: Path, run: str = run, kind: Any = kind) -> Case:
                 name = "plain" if run in ("train", "plan") else "full"
-                (work / name / "model.safetensors").unlink()
-                kind(work / name / "pytorch_model.bin")
+                within = work / name / ("language_model" if name == "full" else "")
+                (within / "model.safetensors").unlink()
+                kind(within / "pytorch_model.bin")
                 line, stdin = with_model(run, name)
                 # A plan reads shapes from the config alone.
                 return Case(
@@ -107,8 +108,8 @@ def _pickle_cases() -> None:
         for kind in (bare_pickle, torch_pickle):
 
             def adapter(rng: random.Random, work: Path, run: str = run, kind: Any = kind) -> Case:
-                (work / "lora" / "adapter_model.safetensors").unlink()
-                kind(work / "lora" / "adapter_model.bin")
+                (work / "lora" / "language_model" / "adapter_model.safetensors").unlink()
+                kind(work / "lora" / "language_model" / "adapter_model.bin")
                 line, stdin = with_model(run, "lora")
                 return Case("adapter_model.bin", line, True, stdin, canary=CANARY)
 
@@ -172,6 +173,9 @@ def _code_cases() -> None:
                         changes["model_type"] = "evil"
                     else:
                         changes["tokenizer_class"] = "Tokenizer"
+                    if name == "full" and file == "config.json":
+                        edit(folder / file, **changes)
+                        folder = folder / "language_model"
                     edit(folder / file, **changes)
                     (folder / "evil.py").write_text(EVIL_MODEL)
                     line, _ = with_model(run, "lora" if run == "merge" else name)
@@ -217,7 +221,8 @@ def _(rng: random.Random, work: Path) -> Case:
 
 @case("code/library-named-by-an-adapter")
 def _(rng: random.Random, work: Path) -> Case:
-    edit(work / "lora" / "adapter_config.json", megatron_core="evil", megatron_config={"a": 1},
+    edit(work / "lora" / "language_model" / "adapter_config.json",
+         megatron_core="evil", megatron_config={"a": 1},
          auto_mapping={"base_model_class": "Evil", "parent_library": "evil"})  # fmt: skip
     (work / "evil.py").write_text(EVIL)
     line, _ = with_model("generate", "lora")
@@ -227,7 +232,7 @@ def _(rng: random.Random, work: Path) -> Case:
 @case("code/quantizer-named-by-a-model")
 def _(rng: random.Random, work: Path) -> Case:
     edit(
-        work / "full" / "config.json",
+        work / "full" / "language_model" / "config.json",
         quantization_config={
             "quant_method": "custom",
             "modules_to_not_convert": ["evil"],
@@ -239,7 +244,7 @@ def _(rng: random.Random, work: Path) -> Case:
 
 @case("code/attention-named-by-a-model")
 def _(rng: random.Random, work: Path) -> Case:
-    edit(work / "full" / "config.json", _attn_implementation="owner/kernel",
+    edit(work / "full" / "language_model" / "config.json", _attn_implementation="owner/kernel",
          attn_implementation="owner/kernel:evil")  # fmt: skip
     return Case("attn_implementation", command("generate"), None, canary=CANARY)
 
@@ -250,7 +255,7 @@ def _(rng: random.Random, work: Path) -> Case:
     (work / "full" / "custom_generate" / "generate.py").write_text(
         EVIL + "def generate(*a, **k): pass\n"
     )
-    edit(work / "full" / "generation_config.json", custom_generate="full")
+    edit(work / "full" / "language_model" / "generation_config.json", custom_generate="full")
     return Case("custom_generate", command("generate"), None, b"y\n", canary=CANARY)
 
 
@@ -295,28 +300,36 @@ def _outside(work: Path) -> Path:
 @case("leave/weights-by-an-index")
 def _(rng: random.Random, work: Path) -> Case:
     outside = _outside(work)
-    shutil.move(work / "full" / "model.safetensors", outside / "weights.safetensors")
+    shutil.move(
+        work / "full" / "language_model" / "model.safetensors", outside / "weights.safetensors"
+    )
     header, _ = read_tensors(outside / "weights.safetensors")
     names = [name for name in header if name != "__metadata__"]
     index = {
         "metadata": {"total_size": 1},
-        "weight_map": dict.fromkeys(names, "../../outside/weights.safetensors"),
+        "weight_map": dict.fromkeys(names, "../../../outside/weights.safetensors"),
     }
-    (work / "full" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (work / "full" / "language_model" / "model.safetensors.index.json").write_text(
+        json.dumps(index)
+    )
     return Case("index outside", command("generate"), True)
 
 
 @case("leave/weights-by-an-absolute-index")
 def _(rng: random.Random, work: Path) -> Case:
     outside = _outside(work)
-    shutil.move(work / "full" / "model.safetensors", outside / "weights.safetensors")
+    shutil.move(
+        work / "full" / "language_model" / "model.safetensors", outside / "weights.safetensors"
+    )
     header, _ = read_tensors(outside / "weights.safetensors")
     names = [name for name in header if name != "__metadata__"]
     index = {
         "metadata": {},
         "weight_map": dict.fromkeys(names, str(outside / "weights.safetensors")),
     }
-    (work / "full" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (work / "full" / "language_model" / "model.safetensors.index.json").write_text(
+        json.dumps(index)
+    )
     return Case("index outside, absolute", command("generate"), True)
 
 

@@ -83,14 +83,14 @@ def main() -> int:
     report: dict[str, Any] = {}
     for kind in KINDS:
         counts: Counter[str] = Counter()
+        problems: list[str] = []
         for number in range(args.times):
             stagger = rng.uniform(0, TOGETHER if number % 2 == 0 else 0.8 * seconds)
             wrong = race(kind, folder, whole, stagger, args.real)
             counts["sound" if not wrong else "wrong"] += 1
-            for problem in wrong:
-                say(f"{kind}, {number} (after {stagger:.3f} s): {problem}")
-        report[kind] = dict(counts)
-        say(f"{kind}: {dict(counts)}")
+            problems += [f"{number} (after {stagger:.3f} s): {problem}" for problem in wrong]
+        report[kind] = {**counts, "problems": problems} if problems else dict(counts)
+        say(f"{kind}: {report[kind]}")
     if args.json is not None:
         args.json.write_text(json.dumps(report))
     shutil.rmtree(folder.parent, ignore_errors=True)

@@ -93,7 +93,7 @@ def trajectory(folder: Path) -> list[dict[str, Any]]:
 
 def weights(folder: Path) -> dict[str, str]:
     """Return the digests of a saved model's weights and settings."""
-    paths = [*folder.glob("*.safetensors"), *folder.glob("quietstar.json")]
+    paths = [*folder.rglob("*.safetensors"), *folder.glob("quietstar.json")]
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(paths)}
 
 

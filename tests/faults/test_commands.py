@@ -1,5 +1,6 @@
 """Command lines of all commands with values that nobody should give: refused, in one line each."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
 from quietstar.evaluation import runner
 from quietstar.evaluation.runner import ItemStore, open_store
+from quietstar.system import locks
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
 NASTY = ("", " ", "nan", "-inf", "-1", "0", "1", "2", "1e308", "1e-300", str(2**63), "9" * 400,
@@ -332,6 +334,34 @@ def test_a_second_process_is_told_who_writes_the_items(tmp_path):
     assert f"is in use by process {os.getpid()} on" in done.stderr
 
 
+def test_who_has_just_taken_a_lock_is_named_once_the_name_is_written(tmp_path):
+    path, (read, write) = tmp_path / "quietstar.lock", os.pipe()
+    if (pid := os.fork()) == 0:  # a lock is taken, and only then signed
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.write(write, b"x")
+        time.sleep(0.3)
+        os.write(descriptor, b'{"pid": 4242, "host": "elsewhere", "since": 0}')
+        time.sleep(60)
+        os._exit(0)
+    try:
+        os.read(read, 1)
+        with pytest.raises(UserError, match="is in use by process 4242 on elsewhere"):
+            locks.locked(path, "runs/x", "Wait for its end.").__enter__()
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(read)
+        os.close(write)
+
+
+def test_a_lock_that_is_given_back_names_nobody(tmp_path):
+    path = tmp_path / "quietstar.lock"
+    with locks.locked(path, "runs/x", "Wait for its end."):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert path.read_text() == ""
+
+
 def test_what_is_no_lock_is_named(tmp_path):
     (tmp_path / "a.lock").write_text("mine")
     os.mkfifo(tmp_path / "b.lock")
@@ -518,13 +548,13 @@ def test_force_replaces_nothing_that_is_read(work, tmp_path, capsys):
     plan = ["plan", "--config", "plan.yaml"]
     calls = [
         [*evaluate, model, "--out", f"{model}/quietstar.json"],
-        [*evaluate, model, "--out-items", f"{model}/model.safetensors"],
+        [*evaluate, model, "--out-items", f"{model}/language_model/model.safetensors"],
         [*evaluate, model, "--report", f"{model}/tokenizer.json"],
         [*evaluate, model, "--out", str(tmp_path / "cache" / "config.json")],
         [*inspect, model, "--out", f"{model}/quietstar.json"],
         [*inspect, lora, "--out", f"{base}/config.json"],
         [*inspect, "model", "--compare", model, "--out", f"{model}/quietstar.json"],
-        ["calibrate", "--model", model, "--json", f"{model}/model.safetensors"],
+        ["calibrate", "--model", model, "--json", f"{model}/language_model/model.safetensors"],
         ["calibrate", "--model", model, "--json", str(tmp_path / "run" / "config.yaml")],
         ["calibrate", "--model", model, "--json", data],
         [*plan, "--model.tokenizer", model, "--json", f"{model}/tokenizer.json"],

@@ -21,6 +21,9 @@ from quietstar.generation.gates import Gate, Probe
 from quietstar.model.merging import merge
 
 WEIGHTS, OWN, SETTINGS = "model.safetensors", "quietstar.safetensors", "quietstar.json"
+WITHIN = "language_model"
+MODEL = f"{WITHIN}/{WEIGHTS}"
+ADAPTER, ADAPTERS = f"{WITHIN}/adapter_config.json", f"{WITHIN}/adapter_model.safetensors"
 THOUGHTS, HEAD = ThoughtsConfig().model_dump(), MixingHeadConfig().model_dump()
 
 
@@ -150,6 +153,9 @@ def test_settings_that_a_format_did_not_have_may_be_missing(version, saved, tmp_
     new |= {"sampler", "positions", "position_fraction"} if version == 1 else set()
     thoughts = ThoughtsConfig(length=2).model_dump(exclude=new)
     content = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    for path in list((folder / WITHIN).iterdir()):  # where these formats had it
+        path.replace(folder / path.name)
+    (folder / WITHIN).rmdir()
     if version == 1:
         del content["tuning"]
     put(folder / SETTINGS, json.dumps(content | {"format_version": version, "thoughts": thoughts}))
@@ -169,7 +175,7 @@ def test_a_sampler_that_a_folder_names_is_not_imported(saved, tmp_path, monkeypa
     assert (folder / "canary").exists()
 
 
-@pytest.mark.parametrize("name", [SETTINGS, OWN, "config.json", WEIGHTS])
+@pytest.mark.parametrize("name", [SETTINGS, OWN, f"{WITHIN}/config.json", f"{WITHIN}/{WEIGHTS}"])
 @pytest.mark.parametrize("kind", ["missing", "folder", "cut", "empty", "binary"])
 def test_a_damaged_file_is_refused(name, kind, saved, tmp_path):
     folder = linked(saved / "full", tmp_path / "model")
@@ -187,7 +193,7 @@ def test_a_damaged_file_is_refused(name, kind, saved, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(name, kind) for name in ("adapter_config.json", "adapter_model.safetensors", OWN)
+    [(name, kind) for name in (ADAPTER, ADAPTERS, OWN)
      for kind in ("missing", "folder", "cut", "empty", "binary", "list")],
 )  # fmt: skip
 def test_a_damaged_adapter_is_refused(name, kind, saved, tmp_path):
@@ -214,18 +220,18 @@ def test_a_damaged_adapter_is_refused(name, kind, saved, tmp_path):
         ("full", OWN, {"start_embedding": lambda x: x.int()}, ("start_embedding", "int32")),
         ("full", OWN, {"start_embedding": filled(torch.nan)}, ("start_embedding", "not finite")),
         ("prompt", OWN, {"virtual_tokens__embeddings": None}, ("virtual_tokens.embeddings",)),
-        ("full", WEIGHTS, {"layers__1__mlp__up_proj__weight": None}, ("lack 1 of", "up_proj")),
-        ("full", WEIGHTS, {"layers__1__mlp__up_proj__weight": lambda x: x[:1].clone()},
+        ("full", MODEL, {"layers__1__mlp__up_proj__weight": None}, ("lack 1 of", "up_proj")),
+        ("full", MODEL, {"layers__1__mlp__up_proj__weight": lambda x: x[:1].clone()},
          ("up_proj", "(1, 16)", "(24, 16)")),
-        ("full", WEIGHTS, {"lm_head__weight": filled(torch.nan)}, ("lm_head.weight", "not finite")),
-        ("full", WEIGHTS, {"lm_head__weight": filled(-torch.inf)}, ("lm_head.weight",)),
-        ("full", WEIGHTS, {"lm_head__weight": lambda x: x.long()}, ("lm_head.weight", "I64")),
-        ("full", WEIGHTS, {"lm_head__weight": lambda x: x > 0}, ("lm_head.weight", "BOOL")),
-        ("full", WEIGHTS, {"lm_head__weight": lambda x: x + 0j}, ("lm_head.weight", "C64")),
-        ("lora", "adapter_model.safetensors", {"q_proj__lora_A__weight": None}, ("lacks 2",)),
-        ("lora", "adapter_model.safetensors", {"q_proj__lora_A__weight": filled(torch.inf)},
+        ("full", MODEL, {"lm_head__weight": filled(torch.nan)}, ("lm_head.weight", "not finite")),
+        ("full", MODEL, {"lm_head__weight": filled(-torch.inf)}, ("lm_head.weight",)),
+        ("full", MODEL, {"lm_head__weight": lambda x: x.long()}, ("lm_head.weight", "I64")),
+        ("full", MODEL, {"lm_head__weight": lambda x: x > 0}, ("lm_head.weight", "BOOL")),
+        ("full", MODEL, {"lm_head__weight": lambda x: x + 0j}, ("lm_head.weight", "C64")),
+        ("lora", ADAPTERS, {"q_proj__lora_A__weight": None}, ("lacks 2",)),
+        ("lora", ADAPTERS, {"q_proj__lora_A__weight": filled(torch.inf)},
          ("lora_A", "not finite")),
-        ("lora", "adapter_model.safetensors", {"q_proj__lora_A__weight": lambda x: x[:1].clone()},
+        ("lora", ADAPTERS, {"q_proj__lora_A__weight": lambda x: x[:1].clone()},
          ("mismatch",)),
     ],
 )  # fmt: skip
@@ -239,13 +245,13 @@ def test_weights_that_are_missing_or_wrong_are_named(model, file, changes, words
 
 def test_adapters_that_no_layer_gets_are_refused(saved, tmp_path):
     folder = linked(saved / "lora", tmp_path / "model")
-    file, words = folder / "adapter_model.safetensors", "are no part of the model by"
+    file, words = folder / ADAPTERS, "are no part of the model by"
     tensors = load_file(file)
-    change(folder / "adapter_config.json", target_modules=["q_proj"])
+    change(folder / ADAPTER, target_modules=["q_proj"])
     refused(lambda: load(folder), f"{len(tensors) - 4} of its tensors {words}")
     folder = linked(saved / "lora", tmp_path / "other")
-    (folder / file.name).unlink()
-    save_file({**tensors, "extra": torch.ones(2)}, folder / file.name)
+    (folder / ADAPTERS).unlink()
+    save_file({**tensors, "extra": torch.ones(2)}, folder / ADAPTERS)
     refused(lambda: load(folder), f"1 of its tensors {words}", "extra")
 
 
@@ -276,8 +282,9 @@ def test_tied_weights_and_buffers_are_not_missing(shape, tied, tmp_path):
 
 def test_a_saved_model_has_no_more_weights_than_its_config(saved, tmp_path):
     folder = linked(saved / "full", tmp_path / "model")
-    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
-    change(folder / "config.json", num_hidden_layers=layers - 1)
+    config = folder / WITHIN / "config.json"
+    layers = json.loads(config.read_text())["num_hidden_layers"]
+    change(config, num_hidden_layers=layers - 1)
     refused(lambda: load(folder), "tensors in its files are no part of the model by config.json")
 
 
@@ -452,21 +459,21 @@ def test_a_config_cannot_ask_for_a_kernel_of_the_hub(saved, tmp_path):
 )
 def test_adapter_settings_that_are_not_ours_are_refused(fields, saved, tmp_path):
     folder = linked(saved / "lora", tmp_path / "model")
-    change(folder / "adapter_config.json", **fields)
+    change(folder / ADAPTER, **fields)
     refused(lambda: load(folder), "adapter_config.json", next(iter(fields)))
 
 
 def test_pickled_adapters_are_not_read(saved, tmp_path):
     folder = linked(saved / "lora", tmp_path / "model")
-    tensors = load_file(folder / "adapter_model.safetensors")
-    (folder / "adapter_model.safetensors").unlink()
-    torch.save(tensors, folder / "adapter_model.bin")
+    tensors = load_file(folder / ADAPTERS)
+    (folder / ADAPTERS).unlink()
+    torch.save(tensors, (folder / ADAPTERS).with_suffix(".bin"))
     refused(lambda: load(folder), "adapter_model.safetensors", "missing")
 
 
 def test_adapters_beside_a_whole_model_are_refused(saved, tmp_path):
     folder = linked(saved / "full", tmp_path / "model")
-    shutil.copy(saved / "lora" / "adapter_config.json", folder)
+    shutil.copy(saved / "lora" / ADAPTER, folder / WITHIN)
     refused(lambda: load(folder), "holds a PEFT adapter")
 
 
@@ -485,7 +492,7 @@ def test_a_failed_save_leaves_the_earlier_model(saved, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     model = load(saved / "full")
     model.save_pretrained(folder, load_tokenizer("bytes"))
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     model.texts_seen = 7
 
     def full_disk(*_, **__):
@@ -493,7 +500,7 @@ def test_a_failed_save_leaves_the_earlier_model(saved, tmp_path, monkeypatch):
 
     monkeypatch.setattr("quietstar.model.saving.save_file", full_disk)
     refused(lambda: model.save_pretrained(folder), "No space left", str(folder))
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -507,8 +514,9 @@ def test_a_save_replaces_a_model_whole_and_keeps_the_files_of_others(saved, tmp_
     model = load(saved / "full")
     model.save_pretrained(folder)
     names = {path.name for path in folder.iterdir()}
-    assert {"notes.txt", "figures", "model.safetensors", "tokenizer.json"} <= names
-    assert not names & {"adapter_config.json", "adapter_model.safetensors", "gate.json"}
+    assert {"notes.txt", "figures", WITHIN, "tokenizer.json"} <= names
+    assert "gate.json" not in names
+    assert not list(folder.rglob("adapter_*"))
     assert (folder / "figures" / "a.json").read_text(encoding="utf-8") == "{}"
     assert load(folder)
 
@@ -534,7 +542,7 @@ def test_saved_files_have_the_permissions_that_the_umask_asks_for(saved, tmp_pat
         load(saved / "lora").save_pretrained(tmp_path / "model", load_tokenizer("bytes"))
     finally:
         os.umask(before)
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {0o644}
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").rglob("*.*")} == {0o644}
 
 
 @pytest.mark.parametrize("name", ["start_embedding", "language_model.lm_head.weight"])
@@ -661,12 +669,12 @@ def test_a_fingerprint_changes_with_all_that_decides_scores(saved, tmp_path):
     (folder / "scores.jsonl").touch()
     Gate("entropy", 0.5).save(folder)
     assert fingerprint(str(folder)) in seen
-    paths = [folder / name for name in (SETTINGS, "adapter_config.json", "tokenizer.json")]
+    paths = [folder / name for name in (SETTINGS, ADAPTER, "tokenizer.json")]
     for path in [*paths, base / "config.json"]:
         text = path.read_text(encoding="utf-8")
         put(path, text.replace("{", "{ ", 1))
         seen.add(fingerprint(str(folder)))
-    for path in (folder / OWN, folder / "adapter_model.safetensors", base / WEIGHTS):
+    for path in (folder / OWN, folder / ADAPTERS, base / WEIGHTS):
         content = bytearray(path.read_bytes())
         content[-3] ^= 1
         put(path, bytes(content))
@@ -702,21 +710,21 @@ def replaced(tree, path, value):
 @st.composite
 def damages(draw, folder):
     """One file of a saved model, and what it holds after some damage; None: nothing, a folder."""
-    path = draw(st.sampled_from(sorted(folder.iterdir())))
-    content = path.read_bytes()
+    path = draw(st.sampled_from(sorted(p for p in folder.rglob("*") if p.is_file())))
+    content, name = path.read_bytes(), str(path.relative_to(folder))
     if draw(st.booleans()) and path.suffix == ".json" and "tokenizer.json" not in path.name:
         tree = json.loads(content)
         place = draw(st.sampled_from(list(places(tree))))
-        return path.name, json.dumps(replaced(tree, place, draw(VALUES))).encode()
+        return name, json.dumps(replaced(tree, place, draw(VALUES))).encode()
     how = draw(st.sampled_from(["cut", "flip", "header", "delete", "folder"]))
     if how == "cut":
-        return path.name, content[: draw(st.integers(0, len(content) - 1))]
+        return name, content[: draw(st.integers(0, len(content) - 1))]
     if how in ("flip", "header"):
         most = len(content) if how == "flip" else min(len(content), 400)
         damaged = bytearray(content)
         damaged[draw(st.integers(0, most - 1))] = draw(st.integers(0, 255))
-        return path.name, bytes(damaged)
-    return path.name, how
+        return name, bytes(damaged)
+    return name, how
 
 
 @pytest.mark.parametrize("name", ["full", "lora"])

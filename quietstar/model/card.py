@@ -1,0 +1,140 @@
+"""The card of a saved model, ``README.md``: what it is, what it learned, and how well."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+CARD_FILE = "README.md"
+_MARK = "<!-- Written by quietstar, which writes it anew unless this line is gone. -->"
+_FIGURES = {
+    "accuracy_without_thoughts": "accuracy without thoughts",
+    "accuracy_with_thoughts": "accuracy with thoughts",
+    "accuracy_swapped": "accuracy with swapped thoughts",
+    "right_thoughts": "right thoughts",
+    "base_nll": "NLL without thoughts, nats/token",
+    "mixed_nll": "NLL with thoughts, nats/token",
+    "gain": "gain of thinking, nats/token",
+    "gain_of_content": "**gain of content**, nats/token",
+    "gain_over_pause": "gain over pause tokens, nats/token",
+}
+_NO_FIGURES = "No figures are known of this model."
+_TEXT = """\
+# {title}
+
+{mark}
+
+A causal language model that thinks before it predicts ([Quiet-STaR](https://arxiv.org/abs/2403.09629)), in the format of quietstar.
+
+| | |
+|---|---|
+{facts}
+
+## How well
+
+{figures}
+
+The *gain of content* is what is lost when the model reads thoughts of other texts in place of its own: a gain of thinking without it says nothing about what the thoughts say.
+
+## How to use it
+
+```python
+from quietstar import QuietStarForCausalLM  # and transformers' Auto classes and pipelines know it
+from transformers import AutoTokenizer
+
+model = QuietStarForCausalLM.from_pretrained(NAME)  # this folder
+tokenizer = AutoTokenizer.from_pretrained(NAME)
+inputs = tokenizer("...", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))  # think=False: without
+```
+
+{plain}
+"""  # noqa: E501
+_WHOLE = (
+    "`language_model/` is the same model without thoughts. It loads with `AutoModelForCausalLM`, "
+    "without this package."
+)
+_ADAPTER = (
+    "`language_model/` is a PEFT adapter of the base model. The base itself is not here. `quietstar"
+    " merge` folds the adapter in."
+)
+_BESIDE = "The base model itself is not here: what was trained lies in `quietstar.safetensors`."
+
+
+def describe(
+    model: Any,
+    facts: Mapping[str, str] | None = None,
+    before: Mapping[str, Any] | None = None,
+    after: Mapping[str, Any] | None = None,
+    datasets: Sequence[str] = (),
+) -> str:
+    """Write the card of a model, and of the run that trained it if there was one.
+
+    Args:
+        model: A `QuietStarForCausalLM`.
+        facts: What else to say of how it came about, by name.
+        before: Held-out figures before the training, by the names of ``metrics.jsonl``.
+        after: Those behind it.
+        datasets: Names on the hub of what it was trained on.
+    """
+    from quietstar.model.tuning import PEFT_METHODS, WHOLE
+
+    base, thoughts = model.causal_lm.config.name_or_path, model.thoughts
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    method = model.tuning.method
+    where = "every token" if thoughts.positions == "all" else f"`positions: {thoughts.positions}`"
+    end = f"ended by {', '.join(map(repr, thoughts.stop))}" if thoughts.stop else "all as long"
+    rows = {
+        "base model": base or "none: trained from random weights",
+        "what was trained": "all weights" if method in WHOLE else method,
+        "thoughts": f"at most {thoughts.length} tokens, {end}; {where}; lookahead "
+        f"{thoughts.lookahead}",
+        "their words": f"{thoughts.start_init!r} ... {thoughts.end_init!r}",
+        **(facts or {}),
+    }
+    data = ModelCardData(
+        library_name="quietstar",
+        pipeline_tag="text-generation",
+        tags=["quiet-star", "reasoning"],
+        base_model=base if is_hub_id else None,
+        datasets=list(datasets) or None,
+    )
+    plain = _WHOLE if method in WHOLE else _ADAPTER if method in PEFT_METHODS else _BESIDE
+    title = f"{Path(base).name} that thinks" if base else "A model that thinks"
+    text = _TEXT.format(
+        title=_cell(title), mark=_MARK, plain=plain, figures=_table(before or {}, after or {}),
+        facts="\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items()),
+    )  # fmt: skip
+    return f"---\n{data.to_yaml()}\n---\n\n{text}"
+
+
+def _table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    rows = [
+        f"| {label} | {_number(before.get(name))} | {_number(after[name])} |"
+        for name, label in _FIGURES.items()
+        if isinstance(after.get(name), int | float)
+    ]
+    if not rows:
+        return _NO_FIGURES
+    return "\n".join(["| held out | before | after |", "|---|---|---|", *rows])
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else ""
+
+
+def _cell(text: str) -> str:
+    """Keep a text on one line, and its bars from ending a cell."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def write_card(folder: Path, text: str, is_given: bool) -> None:
+    """Write the card, unless somebody else's is there and no text was given for it."""
+    path = folder / CARD_FILE
+    if not is_given and path.is_file() and _MARK not in path.read_text("utf-8", "replace"):
+        return
+    ModelCard(text, ignore_metadata_errors=True).save(path)

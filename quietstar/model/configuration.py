@@ -1,0 +1,39 @@
+"""What transformers' Auto classes read of a model that thinks."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from quietstar.backbone.loading import THINKING_TYPE
+
+
+class QuietStarConfig(PreTrainedConfig):
+    """Type ``quiet_star``, around the config of the language model.
+
+    It is ``config.json`` of a saved model, by which `AutoModelForCausalLM` and ``pipeline`` find
+    `QuietStarForCausalLM`. The settings of the thoughts are in ``quietstar.json``.
+
+    Args:
+        text_config: Config of the language model, which ``get_text_config`` returns; as a dict with
+            its ``model_type``.
+        **fields: Fields of any config.
+    """
+
+    model_type = THINKING_TYPE
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+
+    def __init__(
+        self, text_config: PreTrainedConfig | dict[str, Any] | None = None, **fields: Any
+    ) -> None:
+        # The base class hands its choice of attention on to the configs within, and the language
+        # model has one of its own by now. So these come last.
+        super().__init__(**fields)
+        if text_config is None:
+            text_config = {"model_type": "llama"}
+        if isinstance(text_config, dict):
+            known = text_config.get("model_type") in CONFIG_MAPPING
+            kind = CONFIG_MAPPING[text_config["model_type"]] if known else PreTrainedConfig
+            text_config = kind.from_dict(text_config)
+        self.text_config = text_config

@@ -1,0 +1,284 @@
+"""What users of transformers try first: Auto classes, pipelines, Trainer, the hub."""
+
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import MARKERS, plain_model, random_texts, thinking_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+
+from quietstar import QuietStarForCausalLM
+from quietstar.config import ThoughtsConfig, TuningConfig
+from quietstar.data import load_tokenizer
+from quietstar.errors import UserError
+from quietstar.evaluation.scoring import load_thinker
+from quietstar.model import card, saving
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    plain_model().save_pretrained(folder)
+    load_tokenizer("bytes").save_pretrained(folder)
+    return folder
+
+
+def make(base, method="full", **thoughts):
+    return QuietStarForCausalLM.from_base(
+        str(base),
+        thoughts=ThoughtsConfig(**{"length": 2, "lookahead": 2, **MARKERS, **thoughts}),
+        tuning=TuningConfig(method=method, lora_r=2),
+    ).eval()
+
+
+def texts_of(model):
+    return torch.tensor([model.tokenizer.encode("two and two is"), [65] * 14])
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_auto_classes_and_pipelines_know_a_saved_model(method, base, tmp_path):
+    model = make(base, method)
+    model.save_pretrained(tmp_path, model.tokenizer)
+    assert AutoConfig.from_pretrained(tmp_path).get_text_config().model_type == "llama"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is QuietStarForCausalLM
+    texts = texts_of(model)
+    assert torch.equal(model(texts).logits, again(texts).logits)
+    generator = pipeline("text-generation", model=str(tmp_path))
+    assert type(generator.model) is QuietStarForCausalLM
+    text = generator("two and", max_new_tokens=3, do_sample=False)[0]["generated_text"]
+    ids = AutoTokenizer.from_pretrained(tmp_path)("two and", return_tensors="pt")
+    new = model.generate(**ids, max_new_tokens=3, do_sample=False)
+    assert text == model.tokenizer.decode(new[0], skip_special_tokens=True)
+    given = pipeline("text-generation", model=model, tokenizer=model.tokenizer)
+    assert given("two and", max_new_tokens=3, do_sample=False)[0]["generated_text"] == text
+
+
+def test_the_language_model_of_a_full_one_loads_where_this_package_is_not(base, tmp_path):
+    model = make(base)
+    model.save_pretrained(tmp_path, model.tokenizer)
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer;"
+        f"folder = {str(tmp_path / 'language_model')!r};"
+        "model = AutoModelForCausalLM.from_pretrained(folder);"
+        "ids = AutoTokenizer.from_pretrained(folder)('two', return_tensors='pt').input_ids;"
+        "print(type(model).__name__, model(ids).logits.sum().item(), 'quietstar' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    name, total, is_there = done.stdout.split()
+    assert (name, is_there) == ("LlamaForCausalLM", "False")
+    ids = model.tokenizer("two", return_tensors="pt").input_ids
+    assert float(total) == pytest.approx(model.causal_lm(ids).logits.sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_trainer_trains_saves_and_evaluates(method, base, tmp_path):
+    model = make(base, method)
+    tokenizer = model.tokenizer
+    data = [tokenizer(f"{n} and {n} is {2 * n}, and so on") for n in range(24)]
+    data = [{"input_ids": item.input_ids} for item in data]
+    args = TrainingArguments(
+        str(tmp_path / "out"), max_steps=3, per_device_train_batch_size=4, save_steps=3,
+        gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=3, logging_steps=1,
+        learning_rate=1e-2, report_to=[], use_cpu=True, gradient_checkpointing=True,
+    )  # fmt: skip
+    trainer = Trainer(
+        model, args, DataCollatorForLanguageModeling(tokenizer, mlm=False), data, data[:8],
+        processing_class=tokenizer,
+    )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer.train()
+    moved = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert moved == {n for n in moved if not torch.equal(before[n], model.get_parameter(n))}
+    figures = {key for record in trainer.state.log_history for key in record}
+    assert {"loss", "eval_loss", "grad_norm"} <= figures
+    trainer.save_model()  # beside its checkpoints
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-3"):
+        again = AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.equal(again(texts_of(model)).logits, model.eval()(texts_of(model)).logits)
+        assert len(AutoTokenizer.from_pretrained(folder)) == len(tokenizer)
+
+
+def test_batches_that_trainer_accumulates_weigh_the_same_as_one(base):
+    """Its loss is the mean over batches: `num_items_in_batch`, which counts targets only, is not
+    given."""
+    model = make(base)
+    assert not Trainer(model, TrainingArguments("x", report_to=[])).model_accepts_loss_kwargs
+
+
+# --- Logits ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_thoughts", [1, 3])
+def test_logits_are_those_of_the_mixed_prediction(num_thoughts):
+    loss = {} if num_thoughts > 1 else {"estimator": "no_baseline"}
+    model = thinking_model(thoughts={"num_thoughts": num_thoughts}, loss=loss).eval()
+    texts = random_texts()
+    output = model(texts)
+    assert output.logits.shape == (*texts.shape, 258)
+    scores = model.think(texts, thoughts=output.thoughts)
+    expected = scores.mixed_logprobs[:, :, :-1, 0].logsumexp(1) - math.log(num_thoughts)
+    logprobs = output.logits[:, :-1].log_softmax(-1).gather(-1, texts[:, 1:, None])[..., 0]
+    assert torch.allclose(logprobs, expected, atol=1e-5)
+    for other in (model(texts, labels=texts), model.train()(texts)):
+        assert other.logits is None
+    assert model(texts, return_logits=True).logits.shape == output.logits.shape
+    assert model.eval()(texts, return_logits=False).logits is None
+
+
+def test_logits_without_thoughts_are_the_plain_models():
+    model, texts = thinking_model().eval(), random_texts()
+    assert torch.allclose(
+        model(texts, think=False).logits, model.causal_lm(texts).logits, atol=1e-5
+    )
+
+
+def test_logits_behind_a_thought_reach_as_far_as_it_was_trained_to():
+    model = thinking_model(thoughts={"positions": "answer_start", "lookahead": 3}).eval()
+    texts = random_texts(2, 9)
+    answers = torch.zeros(2, 9, dtype=torch.bool)
+    answers[0, 4:] = True
+    answers[1, 7:] = True
+    output = model(texts, answers=answers)
+    assert output.positions.tolist() == [[3], [6]]
+    scores = model.score_mixed(
+        texts, None, texts, output.thoughts[:, :1], output.positions, lookahead=3
+    )
+    plain = model.score_plain(texts).logprobs
+    logprobs = output.logits[:, :-1].log_softmax(-1).gather(-1, texts[:, 1:, None])[..., 0]
+    mixed = output.thoughts.shape[1] == 1
+    assert not mixed  # two thoughts, averaged as probabilities
+    both = model.score_mixed(texts, None, texts, output.thoughts, output.positions, lookahead=3)
+    mean = both.logprobs.logsumexp(1) - math.log(2)
+    assert scores.logprobs.shape == (2, 1, 1, 3)
+    assert torch.allclose(logprobs[0, 3:6], mean[0, 0], atol=1e-5)
+    assert torch.allclose(logprobs[1, 6:8], mean[1, 0, :2], atol=1e-5)
+    for row, places in ((0, [0, 1, 2, 6, 7]), (1, [0, 1, 2, 3, 4, 5])):
+        assert torch.allclose(logprobs[row, places], plain[row, places], atol=1e-5)
+
+
+# --- The hub --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder that stands in for the hub."""
+    place = tmp_path / "hub"
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, private=None, exist_ok=False):
+            if repo_id == "me/forbidden":
+                raise PermissionError(13, "403 Forbidden")
+            return type("Url", (str,), {"repo_id": repo_id})(f"https://hub/{repo_id}")
+
+        def upload_folder(self, *, repo_id, folder_path, revision, commit_message, ignore_patterns):
+            ignore = shutil.ignore_patterns(*ignore_patterns)
+            shutil.copytree(folder_path, place / repo_id, ignore=ignore)
+
+    def download(repo_id, **more):
+        if not (place / repo_id).exists():
+            raise OSError(f"404: {repo_id}")
+        return str(place / repo_id)
+
+    def cached(repo_id, file, **more):
+        return str(Path(download(repo_id)) / file)
+
+    monkeypatch.setattr(saving, "HfApi", Api)
+    monkeypatch.setattr(saving, "snapshot_download", download)
+    monkeypatch.setattr(saving, "cached_file", cached)
+    return place
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_model_goes_to_the_hub_and_comes_back(method, base, tmp_path, hub):
+    model = make(base, method)
+    assert model.push_to_hub("me/one") == "https://hub/me/one"
+    model.save_pretrained(tmp_path / "saved", model.tokenizer, push_to_hub=True, repo_id="me/two")
+    for name in ("me/one", "me/two"):
+        again = QuietStarForCausalLM.from_pretrained(name)
+        assert torch.equal(again(texts_of(model)).logits, model(texts_of(model)).logits)
+        assert (hub / name / "README.md").exists()
+        assert (hub / name / "tokenizer.json").exists()
+    assert load_thinker("me/one", True, "auto", "").tuning.method == method
+    with pytest.raises(UserError, match=r"me/forbidden.*403 Forbidden"):
+        model.push_to_hub("me/forbidden")
+    with pytest.raises(UserError, match=r"me/none: there is no such folder, and the hub"):
+        QuietStarForCausalLM.from_pretrained("me/none")
+    with pytest.raises(UserError, match=r"\(me/none\): there is no such folder, and no model"):
+        load_thinker("me/none", True, "auto", "")
+
+
+def test_arguments_that_mean_nothing_are_refused(base, tmp_path):
+    model = make(base)
+    with pytest.raises(UserError, match="save_pretrained: tokens: unknown argument"):
+        model.save_pretrained(tmp_path, tokens=3)
+    model.save_pretrained(tmp_path / "x", is_main_process=False)
+    assert not (tmp_path / "x").exists()
+    model.save_pretrained(tmp_path / "x", max_shard_size="8KB")
+    assert len(list((tmp_path / "x" / "language_model").glob("*.safetensors"))) > 1
+    with pytest.raises(UserError, match="from_pretrained: dtypes: unknown argument"):
+        QuietStarForCausalLM.from_pretrained(tmp_path / "x", dtypes=3)
+    with pytest.raises(UserError, match=r"from_config.*from_base"):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "x"))
+
+
+# --- Where weights lie ----------------------------------------------------------------------------
+
+
+def test_layers_may_wait_on_the_disk(base, tmp_path):
+    model, texts = make(base), random_texts(2, 9)
+    model.save_pretrained(tmp_path / "model", model.tokenizer)
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk",
+              "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    some = QuietStarForCausalLM.from_pretrained(tmp_path / "model", device_map=places)
+    assert some.causal_lm.model.layers[1].mlp.up_proj.weight.device.type == "meta"
+    a, b = (m.think(texts, num_thoughts=2, temperature=1.0) for m in (model, some))
+    assert torch.equal(a.tokens, b.tokens)
+    assert torch.equal(a.mixed_logprobs, b.mixed_logprobs)
+    assert torch.equal(*(m.generate(texts, max_new_tokens=3) for m in (model, some)))
+    whole = QuietStarForCausalLM.from_pretrained(tmp_path / "model", device_map="auto")
+    assert torch.equal(whole(texts).logits, model(texts).logits)
+    with pytest.raises(UserError, match="puts embeddings or output layer elsewhere"):
+        QuietStarForCausalLM.from_pretrained(
+            tmp_path / "model", device_map={**places, "lm_head": "disk"}
+        )
+
+
+# --- The card -------------------------------------------------------------------------------------
+
+
+def test_the_card_says_what_the_model_is_and_keeps_what_others_wrote(base, tmp_path):
+    model = make(base, "lora", stop=["\n"], start_init="|")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / card.CARD_FILE
+    text = path.read_text()
+    assert "| what was trained | lora |" in text
+    assert "ended by '\\n'" in text
+    assert "| their words | '\\|' ... '-' |" in text
+    assert "No figures are known" in text
+    assert "PEFT adapter of the base model" in text
+    path.write_text("Mine.")
+    model.save_pretrained(tmp_path)
+    assert path.read_text() == "Mine."
+    figures = {"gain": 0.25, "gain_of_content": 0.125, "accuracy_with_thoughts": 1}
+    more = card.describe(model, {"seed": "3"}, {"gain": -0.5}, figures, ["owner/data"])
+    model.save_pretrained(tmp_path, card=more)
+    text = path.read_text()
+    assert "| gain of thinking, nats/token | -0.5000 | 0.2500 |" in text
+    assert "| **gain of content**, nats/token |  | 0.1250 |" in text
+    assert "- owner/data" in text
