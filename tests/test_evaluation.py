@@ -2,16 +2,21 @@
 
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from launching import ROOT, wrap
 from test_generation import slow_step
 from tiny import plain_model, thinking_model
 
+from quietstar import QuietStarForCausalLM
 from quietstar.cli import main as cli
 from quietstar.data import load_tokenizer
-from quietstar.evaluation.controls import GAINS, derangement
+from quietstar.errors import UserError
+from quietstar.evaluation import tasks as tasks_module
+from quietstar.evaluation.controls import CONTROLS, GAINS, derangement, replacement
 from quietstar.evaluation.scoring import GENERIC_TEXT, item_metrics
 from quietstar.evaluation.tasks import (
     TASKS,
@@ -19,12 +24,14 @@ from quietstar.evaluation.tasks import (
     Task,
     answer_batch,
     encode,
+    extract_answer,
     find_candidates,
     find_task,
 )
 from quietstar.model.outputs import MixedScores
 from quietstar.sampling.samplers.rollout import Rollout
 from quietstar.sampling.thoughts import Texts, ThoughtBatch
+from quietstar.system.processes import Processes, join_launch
 
 QUESTIONS = [
     "Two and two?",
@@ -461,7 +468,7 @@ def test_two_items_tell_nothing_however_they_agree(folder, tmp_path):
     write_lines(tmp_path / "two.jsonl", [{"text": "the same long text again"}] * 2)
     name = str(tmp_path / "two.jsonl")
     result, _ = evaluated(folder, tmp_path, tasks=name)
-    assert result["tasks"][name]["verdict"] == "no difference that 2 items can tell"
+    assert result["tasks"][name]["verdict"] == "2 items are too few to say whether thoughts help"
 
 
 def test_finished_items_are_not_scored_again(folder, tmp_path, monkeypatch):
@@ -629,3 +636,197 @@ def test_the_page_shows_names_as_text(folder, tmp_path):
     drawn = json.dumps(figures["task1"])
     for control in ("no thoughts", "swapped thoughts", "shuffled thoughts", "pause tokens"):
         assert f"over {control}" in drawn
+
+
+# --- Choices, generated answers, and several processes --------------------------------------------
+CHOICES = [
+    {"prompt": "Two and two is", "choices": [" four", " five.", " a fish"], "answer": " four"},
+    {"prompt": "A fish is", "choices": [" wet", " a long way off"], "answer": 1},
+    {"prompt": "It", "choices": [" is", " rains", " was", " ends"], "answer": 0},
+]
+
+
+@torch.no_grad()
+def choice_logprob(model, prompt, choice, think):
+    """A choice's log-probability, token by token, with a thought before each or none."""
+    text, total = list(prompt.encode()), 0.0
+    for token in choice.encode():
+        ids = torch.tensor(text)
+        logits = slow_step(model, ids)[1] if think else model.causal_lm(ids[None]).logits[0, -1]
+        total += logits.log_softmax(-1)[token].item()
+        text.append(token)
+    return total
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 16])
+def test_choices_are_those_of_a_slow_loop(folder, tmp_path, batch_size):
+    write_lines(tmp_path / "choices.jsonl", CHOICES)
+    name = str(tmp_path / "choices.jsonl")
+    result, items = evaluated(folder, tmp_path, "--controls", "--batch-size", batch_size,
+                              tasks=name)  # fmt: skip
+    model = QuietStarForCausalLM.from_pretrained(folder / "model")
+    model.causal_lm.set_attn_implementation("eager")
+    for think, variant in ((False, "without_thoughts"), (True, "with_thoughts")):
+        found = {r["item"]: r for r in items if r["variant"] == variant}
+        assert sorted(found) == [0, 1, 2]
+        for number, record in enumerate(CHOICES):
+            totals = torch.tensor(
+                [choice_logprob(model, record["prompt"], c, think) for c in record["choices"]]
+            )
+            answer = record["answer"]
+            gold = answer if isinstance(answer, int) else record["choices"].index(answer)
+            sizes = torch.tensor([len(choice) for choice in record["choices"]])
+            metrics = found[number]["metrics"]
+            expected = {
+                "accuracy": float(totals.argmax() == gold),
+                "accuracy_norm": float((totals / sizes).argmax() == gold),
+                "gold_probability": totals.softmax(0)[gold].item(),
+                "gold_logprob": totals.log_softmax(0)[gold].item(),
+                "nll": -(totals / sizes)[gold].item(),
+            }
+            assert {k: v[0] for k, v in metrics.items()} == pytest.approx(expected, abs=1e-4)
+            assert found[number]["answer"] == record["choices"][gold]
+            assert found[number]["predicted"] == [record["choices"][int(totals.argmax())]]
+    task = result["tasks"][name]
+    assert task["main_metric"] == "accuracy"
+    assert task["n"] == 3
+    assert set(task["controls"]) == {"shuffled", "pause", "generic", "blank", "swapped"}
+
+
+def test_thoughts_before_choices_vote(folder, tmp_path):
+    write_lines(tmp_path / "choices.jsonl", CHOICES)
+    settings = ("--samples", 4, "--thought-temperature", 1, "--positions", "once")
+    name = str(tmp_path / "choices.jsonl")
+    result, items = evaluated(folder, tmp_path, *settings, tasks=name)
+    own = [record for record in items if record["variant"] == "with_thoughts"]
+    for record in own:
+        assert record["answers"] == record["predicted"]
+        assert len(record["answers"]) == 4
+    right = [r["votes"]["maj@1"] for r in own]
+    mean = result["tasks"][name]["with_thoughts"]["votes"]["maj@1"]["mean"]
+    assert mean == pytest.approx(sum(right) / 3)
+    assert mean == pytest.approx(result["tasks"][name]["with_thoughts"]["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"prompt": "a", "choices": [" b"], "answer": 0}, "must list from 2 to"),
+        ({"prompt": "a", "choices": " b", "answer": 0}, "must list from 2 to"),
+        ({"prompt": "a", "choices": [" b", " b"], "answer": 0}, "has a text twice"),
+        ({"prompt": "a", "choices": [" b", 3], "answer": 0}, "field choices must be a text"),
+        ({"prompt": "a", "choices": [" b", " c"], "answer": 2}, "its index from 0 to 1"),
+        ({"prompt": "a", "choices": [" b", " c"], "answer": True}, "its index from 0 to 1"),
+        ({"prompt": "a", "choices": [" b", " c"], "answer": "b"}, "as it is written"),
+        ({"prompt": "a", "choices": [" b", " c"]}, "field answer is missing"),
+        ({"prompt": "a", "answer": " b"}, "has no choices, but other records"),
+    ],
+)
+def test_choices_that_are_none_are_refused(folder, tmp_path, capsys, record, words):
+    write_lines(tmp_path / "choices.jsonl", [*CHOICES, record])
+    assert run(folder, tasks=str(tmp_path / "choices.jsonl")) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_answers_are_extracted_from_generated_texts(folder, tmp_path, capsys):
+    base = plain_model(max_position_embeddings=256, eos_token_id=256)
+    model = thinking_model(base, thoughts={"length": 3}, head={"fixed_weight": 1.0}).eval()
+    model.save_pretrained(folder / "decided", load_tokenizer("bytes"))
+    questions = [{"prompt": f"Say {n}:", "answer": f" {n}"} for n in range(3)]
+    write_lines(tmp_path / "own.jsonl", questions)
+    name = str(tmp_path / "own.jsonl")
+    settings = ("--extract", "(.)", "--temperature", 0, "--votes", 1, "--max-new-tokens", 6)
+    more = {"tasks": name, "model": "decided"}
+    result, items = evaluated(folder, tmp_path, *settings, "--controls", **more)
+    variants = {record["variant"] for record in items}
+    assert variants == {"with_thoughts", "without_thoughts", *CONTROLS}
+    tokenizer = load_tokenizer("bytes")
+    for record in items:
+        ids = torch.tensor([tokenizer.encode(questions[record["item"]]["prompt"])])
+        if record["variant"] in ("with_thoughts", "without_thoughts"):
+            think = record["variant"] == "with_thoughts"
+            new = model.generate(ids, think=think, max_new_tokens=6, do_sample=False)
+            text = tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
+            assert record["chains"] == [text]
+            matches = [c for c in text if c != "\n"]
+            assert record["predicted"] == [matches[-1].strip() if matches else None]
+    chains = {v: [r["chains"] for r in items if r["variant"] == v] for v in variants}
+    assert len({json.dumps(chain) for chain in chains.values()}) > 3
+    ids = torch.tensor([tokenizer.encode(question["prompt"]) for question in questions])
+    swap = replacement("swapped", model.pause_token_id, [])
+    new = model.generate(ids, max_new_tokens=6, do_sample=False, replace_thoughts=swap)
+    texts = tokenizer.batch_decode(new[:, ids.shape[1] :], skip_special_tokens=True)
+    assert chains["swapped"] == [[text] for text in texts]
+    task = result["tasks"][name]
+    assert set(task["with_thoughts"]) >= {"exact_match", "exact_match_ci95"}
+    assert "gain_of_content" in task
+    result, items = evaluated(folder, tmp_path, *settings[:2], "--votes", 4, "--stop", "e",
+                              "--max-new-tokens", 6, "--force", **more)  # fmt: skip
+    assert all("e" not in chain for record in items for chain in record["chains"])
+    assert {"maj@4", "maj@2", "exact_match", "pass@4"} <= set(
+        result["tasks"][name]["with_thoughts"]
+    )
+    assert run(folder, "--extract", "(", tasks=name) == 2
+    assert "must be a regular expression" in capsys.readouterr().err
+    write_lines(tmp_path / "own.jsonl", [{"text": "a text without a prompt"}])
+    assert run(folder, "--extract", "x", tasks=name) == 2
+    assert "behind which nothing is generated" in capsys.readouterr().err
+
+
+def test_the_last_match_is_the_answer_and_patterns_without_end_are_stopped(monkeypatch):
+    assert extract_answer(r"#### (-?\d+)", "#### 3\n#### -14 apples") == "-14"
+    assert extract_answer(r"yes|(no)", "no, yes") == "yes"
+    assert extract_answer(r"\d", "none") is None
+    monkeypatch.setattr(tasks_module, "PATTERN_SECONDS", 0.2)
+    with pytest.raises(UserError, match=r"takes more than 0.2 seconds"):
+        extract_answer("^(a|aa)+$", "a" * 60 + "c")
+
+
+def on_two_processes(folder, *arguments):
+    """Run the command under a launcher; what it printed."""
+    script = ["-m", "quietstar", "eval", *map(str, arguments)]
+    call, environment = wrap("ddp", script)
+    return subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_two_processes_score_the_same_items(folder, tmp_path):
+    write_lines(tmp_path / "choices.jsonl", CHOICES)
+    files = f"gsm8k,commonsense_qa,{tmp_path / 'choices.jsonl'}"
+    call = ["--controls", "--batch-size", 2, "--samples", 2, "--thought-temperature", 1]
+    result, items = evaluated(folder, tmp_path, *call, tasks=files)
+    out = tmp_path / "two.json"
+    more = ["--model", folder / "model", "--data-dir", folder, "--tasks", files, "--out", out]
+    done = on_two_processes(folder, *more, *call, "--device", "cpu")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("figures:") == 1
+    lines = out.with_suffix(".items.jsonl").read_text().splitlines()[1:]
+    two = {(r["task"], r["item"], r["variant"]): r for r in map(json.loads, lines)}
+    assert len(two) == len(lines)
+    assert two == {(r["task"], r["item"], r["variant"]): r for r in items}
+    again = json.loads(out.read_text())
+    assert again["tasks"] == result["tasks"]
+    assert again["environment"]["processes"] == 2
+    # An interrupted file goes on, on any number of processes.
+    path = out.with_suffix(".items.jsonl")
+    path.write_text("".join(line + "\n" for line in path.read_text().splitlines()[:9]))
+    done = on_two_processes(folder, *more, *call, "--device", "cpu")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(out.read_text())["tasks"] == result["tasks"]
+
+
+def test_an_error_on_one_process_ends_all_with_one_line(folder, tmp_path):
+    (tmp_path / "out.json").write_text("mine")
+    more = ["--model", folder / "model", "--data-dir", folder, "--tasks", "gsm8k"]
+    done = on_two_processes(folder, *more, "--out", tmp_path / "out.json", "--device", "cpu")
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("quietstar: error")]
+    assert len(said) == 1
+    assert "out.json" in said[0]
+
+
+def test_two_processes_do_not_share_one_named_gpu(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"\(cuda:1\): is one device, and 2 processes"):
+        join_launch("cuda:1")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert join_launch("cuda:1") == Processes()

@@ -10,6 +10,7 @@ from quietstar.evaluation.runner import majority, vote_metrics
 from quietstar.evaluation.statistics import (
     break_down,
     by_group,
+    correct_for_many,
     difference,
     differences,
     draw_examples,
@@ -263,3 +264,34 @@ def test_gains_by_difficulty_kind_and_place():
 )  # fmt: skip
 def test_kinds_of_tokens(text, kind):
     assert kind_of(text) == kind
+
+
+def test_p_values_are_corrected_for_the_number_of_tests_and_verdicts_follow():
+    def change(p_value):
+        return {"nll": -0.1, "ci95": (-0.2, -0.05), "p_value": p_value}
+
+    gain = {"nll": 0.1, "ci95": (0.05, 0.2), "p_value": 0.001}
+    one = {"n": 50, "main_metric": "nll", "difference": change(0.02), "gain_of_content": gain}
+    two = {"n": 50, "main_metric": "nll", "difference": change(0.01)}
+    three = {"n": 50, "main_metric": "nll", "difference": change(None)}
+    assert "because of what they say" in verdict(one)
+    correct_for_many({"one": one, "two": two, "three": three})
+    assert one["difference"]["p_holm"] == pytest.approx(0.02)
+    assert two["difference"]["p_holm"] == pytest.approx(0.02)
+    assert gain["p_holm"] == pytest.approx(0.003)
+    assert "p_holm" not in three["difference"]
+    assert {task["num_tests"] for task in (one, two, three)} == {3}
+    tasks = {str(n): {**two, "difference": change(0.02)} for n in range(3)}
+    correct_for_many(tasks)
+    assert [task["difference"]["p_holm"] for task in tasks.values()] == pytest.approx([0.06] * 3)
+    assert tasks["0"]["verdict"] == "no difference that 50 items can tell"
+
+
+def test_nothing_is_concluded_from_a_handful_of_items():
+    found = {
+        "n": 19, "main_metric": "accuracy", "truncated": 0,
+        "difference": {"accuracy": 0.9, "ci95": (0.5, 1.0), "p_value": 1e-4, "items_needed": 40},
+    }  # fmt: skip
+    assert verdict(found) == "19 items are too few to say whether thoughts help"
+    assert warnings(found) == []
+    assert "better with thoughts" in verdict(found | {"n": 20})

@@ -18,6 +18,7 @@ import lm_eval
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from quietstar.evaluation.controls import CONTROLS
 from quietstar.evaluation.harness import QuietStarLM
 
 TASKS = {
@@ -223,3 +224,56 @@ def test_a_model_trained_to_think_once_is_scored_so(folder):
     assert score(first + rest) != pytest.approx(score(first + rest, positions="every"), abs=1e-4)
     with pytest.raises(UserError, match=r"positions: 'never' must be one of trained, once, every"):
         QuietStarLM(str(folder / "once"), positions="never", device="cpu")
+
+
+def requests_of(lm, folder):
+    tokenizer = lm.tokenizer
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()][:4]
+    pairs = [(row["text"], ending) for row in rows for ending in (" yes", " no, it is")]
+    return [((a, b), tokenizer.encode(a), tokenizer.encode(b)) for a, b in pairs]
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_controls_of_log_likelihoods_do_not_depend_on_batches(folder, control):
+    def scores(batch_size, control):
+        lm = QuietStarLM(str(folder / "model"), device="cpu", batch_size=batch_size,
+                         control=control)  # fmt: skip
+        replies = lm._loglikelihood_tokens(requests_of(lm, folder), disable_tqdm=True)
+        return torch.tensor([value for value, _ in replies])
+
+    one, many, own = scores(1, control), scores(3, control), scores(3, None)
+    assert torch.allclose(one, many, atol=1e-4)
+    assert ((one - own).abs() > 1e-3).all()
+
+
+def test_pause_tokens_and_swapped_thoughts_are_what_they_say(folder):
+    lm = QuietStarLM(str(folder / "model"), device="cpu", batch_size=1, control="pause")
+    model, requests = lm.thinker, requests_of(lm, folder)
+    paused = [value for value, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True)]
+    for (_, prompt, answer), value in zip(requests, paused, strict=True):
+        ids = torch.tensor([prompt + answer])
+        positions = torch.arange(len(prompt) - 1, len(prompt + answer) - 1)[None]
+        thoughts = torch.full((1, 1, len(answer), 3), model.pause_token_id)
+        scores = model.score_mixed(ids, None, ids, thoughts, positions)
+        assert value == pytest.approx(scores.logprobs.sum().item(), abs=1e-4)
+    swapped = lm._swapped(requests, [[i] for i in range(len(requests))])
+    own = {i: lm._sample(lm._batch(requests, [i]), [i])[0] for i in range(len(requests))}
+    for number, thoughts in swapped.items():
+        donors = [i for i, other in own.items() if torch.equal(other, thoughts)]
+        assert donors
+        assert all(requests[i][1] != requests[number][1] for i in donors)
+    with pytest.raises(UserError, match="needs two contexts"):
+        lm._swapped(requests[:2], [[0, 1]])
+    with pytest.raises(UserError, match="must be one of shuffled"):
+        QuietStarLM(str(folder / "model"), device="cpu", control="nosuch")
+
+
+@pytest.mark.slow
+def test_tasks_of_the_harness_have_controls(folder, tmp_path):
+    out = tmp_path / "out.json"
+    call = ["eval", "--model", folder / "model", "--tasks", "choices", "--include-path", folder,
+            "--controls", "--device", "cpu", "--out", out, "--limit", "3"]  # fmt: skip
+    assert cli.main([str(word) for word in call]) == 0
+    task = json.loads(out.read_text())["tasks"]["choices"]
+    assert set(task["controls"]) == set(CONTROLS)
+    assert "gain_of_content" in task

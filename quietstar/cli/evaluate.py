@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -30,13 +31,14 @@ from quietstar.evaluation.runner import (
     settings_changes,
 )
 from quietstar.evaluation.scoring import POSITIONS, Protocol, fingerprint
-from quietstar.evaluation.statistics import summarise
+from quietstar.evaluation.statistics import correct_for_many, summarise
 from quietstar.evaluation.tasks import TASKS, TEXT_FILES, Item, Task, find_task
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import SETTINGS_FILE
 from quietstar.reports.evaluation import page_mark, task_view, write_page
 from quietstar.sampling.positions import MARKED_RULES
 from quietstar.system.files import write_json
+from quietstar.system.processes import Processes, join_launch
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,8 @@ Tasks: gsm8k and commonsense_qa (the probability of the gold answer, as in the
 paper, and argmax accuracy), gsm8k_solution (the NLL of worked solutions),
 gsm8k_cot (votes over chains of thought), demo (that of the built-in demo),
 FILE.jsonl with prompt and answer, or text, on every line (prompt and answer
-are scored as they are, with nothing between), FILE.txt (held-out text, in spans
+are scored as they are, with nothing between; with choices, too, of which the
+most likely one is chosen), FILE.txt (held-out text, in spans
 of --text-tokens), and those of lm-evaluation-harness by their names.
 """
 MAX_RESULT_BYTES = 2**28
@@ -66,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"--tasks: {', '.join(twice)} is given twice; remove one")
     tasks = [
-        find_task(name, args.separator) or find_harness_task(name, args.include_path)
+        find_task(name, args.separator, args.extract) or find_harness_task(name, args.include_path)
         for name in names
     ]
     protocol = _protocol(args)
@@ -84,12 +87,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scoring = {key: value for key, value in asdict(protocol).items() if key not in FREE_SETTINGS}
     config = {
         "model": args.model, "weights": fingerprint(args.model), "dtype": args.dtype,
-        "data_dir": args.data_dir, "limit": args.limit, "untrained": args.untrained, **scoring,
+        "data_dir": args.data_dir, "limit": args.limit, "untrained": args.untrained,
+        "extract": args.extract, **scoring,
     }  # fmt: skip
     files = {f"the file of {t.name}": (data_dir or Path()) / t.file for t in own if t.file}
-    _check_files(args, config, files)
-    with open_store(args.out_items, config, args.force) as store:
-        result = _evaluate(args, tasks, items, protocol, config, store)
+    processes = join_launch(args.device)
+    if len(own) < len(tasks) and processes.count > 1:
+        raise UserError(
+            "--tasks: those of lm-evaluation-harness run in one process. Leave accelerate launch "
+            "out, or evaluate them apart."
+        )
+    if not processes.is_main:
+        logging.disable(logging.WARNING)  # the main process says it
+    with ExitStack() as stack:
+        stores = [ItemStore(None, config)]  # of a process that writes no file
+
+        def read_finished() -> dict[Any, Any]:
+            _check_files(args, config, files)
+            stores[0] = stack.enter_context(open_store(args.out_items, config, args.force))
+            return stores[0].records
+
+        finished, store = processes.from_main(read_finished), stores[0]
+        store.records = finished
+        result = _evaluate(args, tasks, items, protocol, config, store, processes)
+    if not processes.is_main:
+        return 0
     for name, figures in result["tasks"].items():
         Console().print(task_view(name, figures))
     if args.out is not None:
@@ -113,7 +135,9 @@ def _idle_options(
     own = [task for task in tasks if isinstance(task, Task)]
     is_harness, thinks = len(own) < len(tasks), args.thoughts != "off"
     reads = is_harness or any(task.file not in (None, task.name) for task in own)
-    votes = unless(any(task.kind == "votes" for task in own), "without gsm8k_cot among the tasks")
+    generated = any(task.kind == "votes" for task in own)
+    votes = unless(generated, "without gsm8k_cot or --extract")
+    extracted = any(task.extract is not None for task in own)
     thoughts = unless(thinks, "with --thoughts off")
     separates = any(i.prompt for task in own if task.file == task.name for i in items[task.name])
     has_texts = any(not i.prompt for task in own for i in items[task.name])
@@ -123,6 +147,8 @@ def _idle_options(
         **dict.fromkeys(("--votes", "--temperature", "--max-new-tokens"), votes),
         **dict.fromkeys(("--samples", "--thought-temperature", "--positions"), thoughts),
         **options.idle_thought_filters(thoughts, args.thought_temperature),
+        "--extract": unless(extracted, "without a FILE.jsonl"),
+        "--stop": unless(extracted, "without --extract and a FILE.jsonl"),
         "--generic": unless(bool(args.controls), "without --controls"),
         "--untrained": thoughts or unless(not is_trained, "on a model that was trained to think"),
         "--data-dir": unless(reads, "on tasks without a file there"),
@@ -135,7 +161,7 @@ def _idle_options(
 
 def _evaluate(
     args: argparse.Namespace, tasks: Sequence[Task | HarnessTask], items: Mapping[str, list[Item]],
-    protocol: Protocol, config: dict[str, Any], store: ItemStore,
+    protocol: Protocol, config: dict[str, Any], store: ItemStore, processes: Processes,
 ) -> dict[str, Any]:  # fmt: skip
     """Score what is not yet scored; return the content of ``--out``."""
     remedy = "Set --thoughts off, or --untrained for a baseline of thoughts never trained."
@@ -150,18 +176,22 @@ def _evaluate(
             "before each of their tokens", args.model, rule,
         )  # fmt: skip
     tokenizer = load_tokenizer(args.model, trust_remote_code=False)
-    runner = Runner(model, tokenizer, protocol, store)
-    environment, results = _environment(model), {}
+    runner = Runner(model, tokenizer, protocol, store, processes)
+    environment, results = _environment(model) | {"processes": processes.count}, {}
     for task in tasks:
         if isinstance(task, Task):
             count = len(items[task.name])
             batches = runner.num_batches(task, count)
-            with options.progress(task.name, batches, keep=True) as advance:
+            shown = processes.is_main
+            with options.progress(task.name, batches, keep=True, shown=shown) as advance:
                 num_cut = runner.run(task, items[task.name], advance)
-            results[task.name] = summarise(
-                task, store, protocol.variants, count, num_cut, protocol.seed
-            )
+            if processes.is_main:
+                results[task.name] = summarise(
+                    task, store, protocol.variants, count, num_cut, protocol.seed
+                )
     del runner, model
+    if not processes.is_main:
+        return {}
     harness = {"pretrained": args.model, "dtype": args.dtype, "device": args.device,
                "untrained": args.untrained}  # fmt: skip
     for task in tasks:
@@ -170,6 +200,7 @@ def _evaluate(
             results[task.name] = summarise(task, store, protocol.variants, count, 0, protocol.seed)
     config = {**config, "variants": list(protocol.variants), "batch_size": args.batch_size}
     results = {task.name: results[task.name] for task in tasks}
+    correct_for_many(results)
     return {"tasks": results, "config": config, "environment": environment}
 
 
@@ -233,6 +264,7 @@ def _protocol(args: argparse.Namespace) -> Protocol:
     return Protocol(
         variants=(*variants, *(CONTROLS if args.controls else ())),
         thought_temperature=temperature,
+        stop=args.stop,
         **{name: getattr(args, name) for name in same},
     )
 
@@ -254,6 +286,10 @@ def _parser() -> Parser:
         "before every one of its tokens")  # fmt: skip
     value("--separator", unicode_text, "", "TEXT",
           "text between prompt and answer of FILE.jsonl; default: none")  # fmt: skip
+    value("--extract", options.pattern, None, "REGEX",
+          "generate behind the prompts of FILE.jsonl, and compare the last match in the text (its\n"
+          "first group, if it has one) with the answer")  # fmt: skip
+    value("--stop", unicode_text, None, "TEXT", "text that ends what is generated with --extract")
     value("--include-path", options.folder, None, "DIR",
           "folder with task files of lm-evaluation-harness, as eval/tasks")  # fmt: skip
     value(
@@ -271,10 +307,12 @@ def _parser() -> Parser:
     value("--thought-temperature", options.temperature, None, "T",
           "temperature of thoughts; without it their most likely tokens")  # fmt: skip
     options.add_thought_filters(parser)
-    value("--votes", THOUGHTS, 8, "N", "chains of thought of an item (gsm8k_cot)")
+    value("--votes", THOUGHTS, 8, "N", "chains of thought of an item (gsm8k_cot, or\n"
+          "texts with --extract)")  # fmt: skip
     value("--temperature", options.temperature, 0.9, "T",
           "temperature of the chains; 0 takes the most likely tokens")  # fmt: skip
-    value("--max-new-tokens", TOKENS, 384, "N", "length of a chain, before its final answer")
+    value("--max-new-tokens", TOKENS, 384, "N", "length of a chain, before its final answer, or\n"
+          "of a text with --extract")  # fmt: skip
     value("--text-tokens", whole(2, 10**6, "no model reads more"), 256, "N",
           "tokens that are read of a text, and tokens of a span of FILE.txt")  # fmt: skip
     parser.flag("--untrained", "let a plain model think, as a baseline")

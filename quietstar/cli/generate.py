@@ -223,18 +223,7 @@ def _control(
             tokenizer, model.thoughts.length, args.generic, "--generic"
         )
 
-    def replace(own: Tensor) -> Tensor:
-        if name == SWAPPED:
-            if len(own) < 2:
-                raise UserError(
-                    "--control (swapped): the last batch is a single text, which has no other to "
-                    "swap thoughts with; give another --batch-size"
-                )
-            return own[controls.derangement(len(own), seed=0).to(own.device)]
-        numbers, pause = range(len(own)), model.pause_token_id
-        return controls.make_thoughts(name, own.unsqueeze(2), numbers, pause, generic).squeeze(2)
-
-    return replace
+    return controls.replacement(name, model.pause_token_id, generic)
 
 
 def _generate(model: QuietStarForCausalLM, ids: Tensor, mask: Tensor, **settings: Any) -> Any:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import regex
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -352,11 +353,14 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def progress(task: str, total: int, keep: bool = False) -> Iterator[Callable[[], None]]:
+def progress(
+    task: str, total: int, keep: bool = False, shown: bool = True
+) -> Iterator[Callable[[], None]]:
     """Show a bar on stderr, which stays at the end if ``keep``; yields what advances it."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
                TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=not keep) as bars:
+    with Progress(*columns, console=Console(stderr=True), transient=not keep,
+                  disable=not shown) as bars:  # fmt: skip
         bar = bars.add_task(visible(task).replace("\n", "⏎"), total=total)
         yield lambda: bars.advance(bar)
 
@@ -450,6 +454,15 @@ def load_model(
     except UserError as problem:  # of a part that knows the key of a config only
         raise UserError(str(problem).replace("model.name_or_path (", "--model (")) from problem
     return model.to(find_device(args.device))
+
+
+def pattern(text: str) -> str:
+    """Parse a regular expression."""
+    try:
+        regex.compile(unicode_text(text))
+    except regex.error as problem:
+        raise _wrong(text, f"must be a regular expression ({problem})") from None
+    return text
 
 
 def _wrong(value: str, rule: str) -> argparse.ArgumentTypeError:

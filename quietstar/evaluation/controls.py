@@ -161,6 +161,44 @@ def make_thoughts(
     return same_thought(thoughts, generic if control == GENERIC else [])
 
 
+def replacement(
+    control: str,
+    pause_token_id: int,
+    generic: Sequence[int],
+    group: int = 1,
+    remedy: str = "give another --batch-size",
+) -> Callable[[Tensor], Tensor]:
+    """Return what `QuietStarForCausalLM.generate` reads in place of the model's own thoughts.
+
+    It makes the thoughts of a control of those of a batch, (texts, thoughts, length). Swapped ones
+    are those of another text at the same new token.
+
+    Args:
+        control: One of `CONTROLS`.
+        pause_token_id: The token of pauses.
+        generic: Tokens of the generic text.
+        group: Consecutive texts of the batch that belong to one item; thoughts are swapped between
+            items.
+        remedy: What to do about a batch of a single item, which has no other.
+    """
+
+    def replace(own: Tensor) -> Tensor:
+        if control != SWAPPED:
+            numbers = range(len(own))
+            new = make_thoughts(control, own.unsqueeze(2), numbers, pause_token_id, generic)
+            return new.squeeze(2)
+        if len(own) < 2 * group:
+            raise UserError(
+                "--control (swapped): the last batch is a single text, which has no other to swap "
+                f"thoughts with; {remedy}"
+            )
+        donors = derangement(len(own) // group, seed=0)
+        rows = donors[:, None] * group + torch.arange(group)
+        return own[rows.flatten().to(own.device)]
+
+    return replace
+
+
 def generic_tokens(
     tokenizer: PreTrainedTokenizerBase, length: int, text: str, option: str
 ) -> list[int]:

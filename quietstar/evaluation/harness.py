@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
@@ -21,11 +21,13 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
 from tqdm import tqdm
 
+from quietstar.attention.layout import NO_POSITION
 from quietstar.backbone.devices import find_device
 from quietstar.backbone.run import num_virtual, plain_pass
 from quietstar.data import load_tokenizer
 from quietstar.data.tokenizer import padding_id
 from quietstar.errors import UserError, reason_of
+from quietstar.evaluation import controls
 from quietstar.evaluation.scoring import (
     POSITIONS,
     load_thinker,
@@ -34,7 +36,7 @@ from quietstar.evaluation.scoring import (
     refuse_not_finite,
     thinks_once,
 )
-from quietstar.evaluation.tasks import answer_batch
+from quietstar.evaluation.tasks import AnswerBatch, answer_batch
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,8 @@ _Harness: Any = HFLM  # its decorator hides its type
 
 MOST_AT_ONCE = 2**16
 _OWN_ARGUMENTS = ("pretrained", "thoughts", "num_thoughts", "thought_temperature", "thought_top_p",
-                  "thought_top_k", "seed", "positions", "untrained")  # fmt: skip
+                  "thought_top_k", "seed", "positions", "control", "generic",
+                  "untrained")  # fmt: skip
 
 
 @contextmanager
@@ -80,6 +83,9 @@ class QuietStarLM(_Harness):
         positions: ``trained``: a model trained with ``thoughts.positions: answer_start`` thinks
             once, before a continuation; ``once``: any model does; ``every``: before each of its
             tokens.
+        control: Think the thoughts of a control in place of the model's own (`controls.CONTROLS`);
+            swapped ones are those of another context.
+        generic: Text of the control of that name.
         untrained: Let a plain model think too, with vectors and a head that were never trained.
         device: Device; defaults to a GPU if there is one.
         trust_remote_code: Allow code that comes with a model to run.
@@ -99,6 +105,8 @@ class QuietStarLM(_Harness):
         thought_top_k: int | None = None,
         seed: int = 0,
         positions: str = "trained",
+        control: str | None = None,
+        generic: str = controls.GENERIC_TEXT,
         untrained: bool = False,
         dtype: str | torch.dtype = "auto",
         device: str | None = None,
@@ -110,6 +118,11 @@ class QuietStarLM(_Harness):
             thoughts = "on" if thoughts else "off"
         if thoughts not in ("on", "off"):
             raise UserError(f"thoughts: {thoughts!r} must be on or off")
+        if control is not None and (control not in controls.CONTROLS or thoughts == "off"):
+            raise UserError(
+                f"control: {control!r} must be one of {', '.join(controls.CONTROLS)}, with "
+                "thoughts=on"
+            )
         if positions not in POSITIONS:
             raise UserError(f"positions: {positions!r} must be one of {', '.join(POSITIONS)}")
         known = inspect.signature(_Harness.__init__).parameters
@@ -139,10 +152,15 @@ class QuietStarLM(_Harness):
         self.thought_temperature = thought_temperature
         self.thought_filters = {"top_p": thought_top_p, "top_k": thought_top_k}
         self.thinks_once = thinks_once(self.thinker, positions)
-        self.num_truncated = 0
+        self.num_truncated, self.control = 0, control
+        tokenizer = load_tokenizer(pretrained, **hub)
+        self.generic = []
+        if control == controls.GENERIC:
+            length = self.thinker.thoughts.length
+            self.generic = controls.generic_tokens(tokenizer, length, generic, "generic")
         super().__init__(
             pretrained=self.thinker.causal_lm,
-            tokenizer=load_tokenizer(pretrained, **hub),
+            tokenizer=tokenizer,
             backend="causal",
             **settings,
         )
@@ -179,22 +197,28 @@ class QuietStarLM(_Harness):
         if not isinstance(size, int) or size < 1:
             raise UserError(f"batch_size ({size}): must be a number of at least 1 with thoughts")
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        device, longest = self.thinker.device, self.max_length
+        longest = self.max_length
+        chunks = [order[start : start + size] for start in range(0, len(order), size)]
+        swapped = self._swapped(requests, chunks) if self.control == controls.SWAPPED else None
         with tqdm(total=len(requests), desc="log-likelihoods, thinking",
                   disable=disable_tqdm or self.rank != 0) as bar:  # fmt: skip
-            for start in range(0, len(order), size):
-                chunk = order[start : start + size]
-                texts = [requests[i][1] + requests[i][2] for i in chunk]
-                self.num_truncated += sum(len(text) > longest for text in texts)
-                batch = answer_batch(
-                    [text[-longest:] for text in texts], [len(requests[i][2]) for i in chunk],
-                    padding_id(self.tokenizer), [1] * len(chunk) if self.thinks_once else None,
-                ).to(device)  # fmt: skip
-                thoughts = self.thinker.sample(
-                    batch.ids, positions=batch.thinking, temperature=self.thought_temperature,
-                    sample_ids=torch.tensor(chunk, device=device), **self.thought_filters,
-                    **self.sampling,
-                )  # fmt: skip
+            for chunk in chunks:
+                batch = self._batch(requests, chunk)
+                self.num_truncated += sum(
+                    len(requests[i][1] + requests[i][2]) > longest for i in chunk
+                )
+                if swapped is None:
+                    thoughts = self._sample(batch, chunk)
+                else:
+                    places = batch.thinking.shape[1]
+                    thoughts = torch.stack(
+                        [controls.fit_thoughts(swapped[i], places) for i in chunk]
+                    ).to(batch.ids.device)
+                if self.control in controls.MADE:
+                    pause = self.thinker.pause_token_id
+                    thoughts = controls.make_thoughts(
+                        self.control, thoughts, chunk, pause, self.generic
+                    )
                 scores = predict_thinking(self.thinker, batch, None, thoughts)
                 targets, valid = batch.targets.cpu(), batch.valid.cpu()
                 # Thoughts are averaged as probabilities.
@@ -217,6 +241,43 @@ class QuietStarLM(_Harness):
                            self.num_truncated, longest)  # fmt: skip
         return answers
 
+    def _batch(self, requests: Any, chunk: Sequence[int]) -> AnswerBatch:
+        texts = [(requests[i][1] + requests[i][2])[-self.max_length :] for i in chunk]
+        counts = [len(requests[i][2]) for i in chunk]
+        thinking = [1] * len(chunk) if self.thinks_once else None
+        pad = padding_id(self.tokenizer)
+        return answer_batch(texts, counts, pad, thinking).to(self.thinker.device)
+
+    def _sample(self, batch: AnswerBatch, chunk: Sequence[int]) -> Tensor:
+        return self.thinker.sample(
+            batch.ids, positions=batch.thinking, temperature=self.thought_temperature,
+            sample_ids=torch.tensor(chunk, device=batch.ids.device), **self.thought_filters,
+            **self.sampling,
+        )  # fmt: skip
+
+    def _swapped(self, requests: Any, chunks: Sequence[Sequence[int]]) -> dict[int, Tensor]:
+        """Draw the thoughts of all requests; give each those of a request of another context."""
+        own = {}
+        for chunk in chunks:
+            batch = self._batch(requests, chunk)
+            counts = (batch.thinking != NO_POSITION).sum(1).tolist()
+            thoughts = self._sample(batch, chunk).cpu()
+            own |= {i: x[:, :count] for i, x, count in zip(chunk, thoughts, counts, strict=True)}
+        contexts: dict[tuple[int, ...], list[int]] = {}
+        for number, request in enumerate(requests):
+            contexts.setdefault(tuple(request[1]), []).append(number)
+        if len(contexts) < 2:
+            raise UserError(
+                "control: 'swapped' needs two contexts at least, and all requests have the same. "
+                "Evaluate more items."
+            )
+        groups, donors = list(contexts.values()), controls.derangement(len(contexts), seed=0)
+        return {
+            number: own[groups[donor][place % len(groups[donor])]]
+            for group, donor in zip(groups, donors.tolist(), strict=True)
+            for place, number in enumerate(group)
+        }
+
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **settings: Any
     ) -> Tensor:
@@ -230,6 +291,8 @@ class QuietStarLM(_Harness):
             context, think=self.thinks, thought_temperature=self.thought_temperature,
             thought_top_p=self.thought_filters["top_p"],
             thought_top_k=self.thought_filters["top_k"],
+            replace_thoughts=self.control
+            and controls.replacement(self.control, self.thinker.pause_token_id, self.generic),
             max_length=max_length, pad_token_id=padding_id(self.tokenizer),
             stopping_criteria=stop_sequences_criteria(self.tokenizer, stop, *context.shape[::-1]),
             **self.sampling, **settings,

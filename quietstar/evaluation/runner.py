@@ -12,8 +12,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, field
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,10 +47,13 @@ from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.system.files import append, file_kind, write_whole
 from quietstar.system.inputs import open_input
 from quietstar.system.locks import locked
+from quietstar.system.processes import Processes
 from quietstar.system.signals import held
 
 FINAL_ANSWER = "\nTherefore, the answer (arabic numerals) is"
 ANSWER_TOKENS = 12
+EXACT = "exact_match"
+"""Metric of one answer that a pattern finds in a generated text."""
 STOP = ("Q:", "\n\n\n")
 MAX_SUBSETS = 20_000
 """Up to so many subsets of the votes are all counted; of more, so many are drawn."""
@@ -231,10 +234,13 @@ class Runner:
     tokenizer: PreTrainedTokenizerBase
     protocol: Protocol
     store: ItemStore
+    processes: Processes = field(default_factory=Processes)  # each scores every so many-th batch
 
     def num_batches(self, task: Task, count: int) -> int:
         """Count how often `run` will advance."""
-        return len(self._batches(task, range(count))) * len(self._phases(task))
+        phases = self._phases(task)
+        times = len(phases[0]) if task.kind == "votes" else len(phases)
+        return len(self._batches(task, range(count))) * times
 
     def run(self, task: Task, items: Sequence[Item], advance: Callable[[], object]) -> int:
         """Score all items; returns how many were shortened.
@@ -245,32 +251,66 @@ class Runner:
             UserError: An answer cannot be scored with this tokenizer.
         """
         if task.kind == "votes":
-            for batch in self._batches(task, list(enumerate(items))):
-                for variant in self._phases(task)[0]:
-                    if not self.store.has(task.name, [number for number, _ in batch], [variant]):
-                        self.store.add(self._vote(task, batch, variant))
-                advance()
+            batches = self._batches(task, list(enumerate(items)))
+            self._share(
+                [(batch, variant) for batch in batches for variant in self._phases(task)[0]],
+                lambda work: self.store.has(task.name, [number for number, _ in work[0]], work[1:]),
+                lambda work: self._vote(task, *work),
+                advance,
+            )
             return 0
         once = scoring.thinks_once(self.model, self.protocol.positions)
         encoded = tasks.encode(task, items, self.tokenizer, self.model.max_text_length,
                                self.protocol.text_tokens, once)  # fmt: skip
         candidates = tasks.find_candidates(task, encoded, self.tokenizer)
-        by_length = sorted(encoded, key=lambda one: (-len(one.ids), one.number))
-        can_swap = len(encoded) > 1 or encoded[0].swaps_within
+        units = [list(rows) for _, rows in groupby(encoded, key=lambda one: one.number)]
+        by_length = sorted(units, key=lambda rows: (-max(len(r.ids) for r in rows), rows[0].number))
+        can_swap = len(units) > 1 or encoded[0].swaps_within
         are_answers = all(item.prompt for item in items)
         for phase in self._phases(task):
             variants = [variant for variant in phase if variant != SWAPPED or can_swap]
-            for batch in self._batches(task, by_length):
-                if not self.store.has(task.name, [one.number for one in batch], variants):
-                    self.store.add(
-                        self._score(task, batch, variants, candidates, len(items), are_answers)
-                    )
+            arguments = (variants, candidates, len(items), are_answers)
+            self._share(
+                self._batches(task, by_length),
+                lambda batch, variants=variants: self.store.has(
+                    task.name, [rows[0].number for rows in batch], variants
+                ),
+                lambda batch, arguments=arguments: self._score(
+                    task, [one for rows in batch for one in rows], *arguments
+                ),
+                advance,
+            )
+        return len({one.number for one in encoded if one.num_cut > 0})
+
+    def _share(
+        self,
+        batches: Sequence[Any],
+        is_done: Callable[[Any], bool],
+        score: Callable[[Any], list[dict[str, Any]]],
+        advance: Callable[[], object],
+    ) -> None:
+        """Score the batches that are not done, one on each process at a time.
+
+        All processes keep all records, since thoughts are swapped between any items.
+        """
+        missing = [batch for batch in batches if not is_done(batch)]
+        for _ in range(len(batches) - len(missing)):
+            advance()
+        rank, count = self.processes.rank, self.processes.count
+        for start in range(0, len(missing), count):
+            turn = missing[start : start + count]
+            own = turn[rank] if rank < len(turn) else None
+            made = self.processes.gather(lambda own=own: [] if own is None else score(own))
+            for records in made:
+                self.store.add(records)
+            for _ in turn:
                 advance()
-        return sum(one.num_cut > 0 for one in encoded)
 
     def _phases(self, task: Task) -> list[list[str]]:
         """List variants that are made together; the thoughts to swap with must be there before."""
-        variants = [v for v in self.protocol.variants if task.kind != "votes" or v not in CONTROLS]
+        variants = list(self.protocol.variants)
+        if task.kind == "votes":  # which swaps thoughts as they come
+            return [variants]
         first = [variant for variant in variants if variant != SWAPPED]
         return [first, [SWAPPED]] if SWAPPED in variants else [first]
 
@@ -278,7 +318,14 @@ class Runner:
         size = self.protocol.batch_size
         if task.kind == "votes":
             size = max(1, size // self.protocol.votes)
-        return [items[start : start + size] for start in range(0, len(items), size)]
+        elif items and isinstance(items[0], list):  # choices of one item stay together
+            size = max(1, size // max(len(rows) for rows in items))
+        swaps = task.kind == "votes" and SWAPPED in self.protocol.variants
+        size = max(size, 2) if swaps else size
+        batches = [items[start : start + size] for start in range(0, len(items), size)]
+        if swaps and len(batches) > 1 and len(batches[-1]) < 2:  # no other to swap with
+            batches[-2:] = [[*batches[-2], *batches[-1]]]
+        return batches
 
     def _score(
         self,
@@ -341,17 +388,27 @@ class Runner:
                 given = thoughts[variant]
                 scores = scoring.predict_thinking(self.model, batch, candidates, given, text)
             metrics = scoring.item_metrics(scores, batch, candidates, are_answers)
+            chosen = None
+            if items[0].choice is not None:
+                logprobs = metrics["gold_logprob"]
+                of_choices, chosen = scoring.choice_metrics(items, logprobs)
+                metrics = {"nll": metrics["nll"], **of_choices}
             for name, values in metrics.items():
                 for row in (~values.isfinite().all(1)).nonzero()[:1, 0].tolist():
                     where = f"{task.name}, item {numbers[row]} ({items[row].item.where})"
                     raise scoring.not_finite(f"{where}, {variant}", name, values[row].tolist())
             nll = (-scores.logprobs.cpu().double()).mean(1).tolist()  # (B, P), over thoughts
+            made = []
             for row, one in enumerate(items):
+                if not one.is_answer:
+                    continue
                 predicted = scores.predicted[row, :, : one.num_scored].cpu()
                 record = {
                     "task": task.name, "item": one.number, "variant": variant, "id": one.item.id,
                     "answer": one.item.answer,
-                    "predicted": self.tokenizer.batch_decode(predicted),
+                    "predicted": self.tokenizer.batch_decode(predicted)
+                    if chosen is None
+                    else chosen[row],
                     "metrics": {name: values[row].tolist() for name, values in metrics.items()},
                     "nll": nll[row][: one.num_scored],
                 }  # fmt: skip
@@ -369,12 +426,21 @@ class Runner:
                         self.tokenizer.batch_decode([without_padding(one) for one in some])
                         for some in tokens
                     ]
-                records.append(record)
+                made.append(record)
             if variant == WITH and self._votes(task):
-                answers = self._answers(items, thoughts[WITH])
-                for one, texts, record in zip(items, answers, records[-len(items) :], strict=True):
-                    read = [tasks.read_answer(task, one.item, text) for text in texts]
-                    record |= {"answers": texts, "votes": vote_metrics(read, one.item.answer)}
+                own_rows = [one for one in items if one.is_answer]
+                if chosen is None:
+                    answers = self._answers(items, thoughts[WITH])
+                    read = [
+                        [tasks.read_answer(task, one.item, text) for text in texts]
+                        for one, texts in zip(own_rows, answers, strict=True)
+                    ]
+                else:
+                    answers = read = list(chosen.values())
+                for one, texts, votes, record in zip(own_rows, answers, read, made, strict=True):
+                    votes = vote_metrics(votes, one.item.answer)
+                    record |= {"answers": texts, "votes": votes}
+            records += made
         return records
 
     def _votes(self, task: Task) -> bool:
@@ -430,19 +496,29 @@ class Runner:
             )
         torch.manual_seed(1_000_003 * protocol.seed + batch[0][0])
         prompts = [item.prompt for _, item in batch for _ in range(protocol.votes)]
-        stop = StoppingCriteriaList([StopStringCriteria(self.tokenizer, list(STOP))])
+        texts_of_stop, stop = STOP, None
+        if task.extract is not None:
+            texts_of_stop = () if protocol.stop is None else (protocol.stop,)
+        if texts_of_stop:
+            stop = StoppingCriteriaList([StopStringCriteria(self.tokenizer, list(texts_of_stop))])
         chains = self._continue(prompts, protocol.max_new_tokens, variant, stop)
-        for text in STOP:
+        for text in texts_of_stop:
             chains = [chain.partition(text)[0] for chain in chains]
-        chains = [chain.rstrip() + FINAL_ANSWER for chain in chains]
-        questions = [prompt + chain for prompt, chain in zip(prompts, chains, strict=True)]
-        endings = self._continue(questions, ANSWER_TOKENS, variant, None)
-        chains = [chain + ending for chain, ending in zip(chains, endings, strict=True)]
+        if task.extract is None:
+            chains = [chain.rstrip() + FINAL_ANSWER for chain in chains]
+            questions = [prompt + chain for prompt, chain in zip(prompts, chains, strict=True)]
+            endings = self._continue(questions, ANSWER_TOKENS, variant, None)
+            chains = [chain + ending for chain, ending in zip(chains, endings, strict=True)]
         records = []
         for place, (number, item) in enumerate(batch):
             texts = chains[place * protocol.votes : (place + 1) * protocol.votes]
-            answers = [tasks.read_number(text.rpartition(FINAL_ANSWER)[2]) for text in texts]
-            metrics = vote_metrics(answers, item.answer)
+            if task.extract is None:
+                answers = [tasks.read_number(text.rpartition(FINAL_ANSWER)[2]) for text in texts]
+                metrics = vote_metrics(answers, item.answer)
+            else:
+                answers = [tasks.extract_answer(task.extract, text) for text in texts]
+                metrics = vote_metrics(answers, item.answer.strip())
+                metrics = {EXACT if name == "maj@1" else name: x for name, x in metrics.items()}
             records.append({
                 "task": task.name, "item": number, "variant": variant, "id": item.id,
                 "answer": item.answer, "predicted": answers,
@@ -461,8 +537,18 @@ class Runner:
         decoding: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             decoding = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        replace = None
+        if variant in CONTROLS:
+            generic = controls.generic_tokens(
+                self.tokenizer, self.model.thoughts.length, self.protocol.generic, "--generic"
+            )
+            replace = controls.replacement(
+                variant, self.model.pause_token_id, generic, self.protocol.votes,
+                "evaluate two items at least, or leave --controls out",
+            )  # fmt: skip
         generated = self.model.generate(
-            ids, attention_mask=mask, think=variant == WITH, max_new_tokens=new,
+            ids, attention_mask=mask, think=variant != WITHOUT, max_new_tokens=new,
+            replace_thoughts=replace,
             thought_temperature=self.protocol.thought_temperature,
             thought_top_p=self.protocol.thought_top_p, thought_top_k=self.protocol.thought_top_k,
             seed=self.protocol.seed,
@@ -538,13 +624,14 @@ class HarnessTask:
         model_class: Any = harness.QuietStarLM  # the harness's decorators hide their types
         evaluate: Any = evaluator.simple_evaluate
         metadata: Any = {} if data_dir is None else {"data_dir": data_dir}
-        variants = [variant for variant in (WITHOUT, WITH) if variant in protocol.variants]
+        variants = list(protocol.variants)
         for variant in variants:
             if store.has(self.name, [0], [variant]):
                 continue
             with harness.one_line_errors(f"--tasks ({self.name})"):
                 model = model_class(
-                    thoughts="on" if variant == WITH else "off",
+                    thoughts="off" if variant == WITHOUT else "on",
+                    control=variant if variant in CONTROLS else None, generic=protocol.generic,
                     num_thoughts=protocol.samples,
                     thought_temperature=protocol.thought_temperature,
                     thought_top_p=protocol.thought_top_p, thought_top_k=protocol.thought_top_k,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from quietstar.backbone.run import TextRun, embedding_weight
 from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from quietstar.errors import UserError, reading
 from quietstar.evaluation.controls import GENERIC_TEXT
-from quietstar.evaluation.tasks import AnswerBatch, Candidates
+from quietstar.evaluation.tasks import AnswerBatch, Candidates, EncodedItem
 from quietstar.generation.gates import PROBES_FILE
 from quietstar.model.outputs import MixedScores
 from quietstar.model.quiet_star import QuietStarForCausalLM
@@ -57,6 +59,7 @@ class Protocol:
     text_tokens: int = 256  # tokens that are read of a text without a prompt
     positions: str = "trained"  # where answers are thought about (`POSITIONS`)
     separator: str = ""  # text between prompt and answer of the user's own records
+    stop: str | None = None  # text that ends a generated one, in files of the user's own
     generic: str = GENERIC_TEXT  # what stands in every thought of the control of that name
 
 
@@ -295,6 +298,37 @@ def item_metrics(
     if len(candidates.ids) > candidates.num_answers:  # with an end
         metrics["published_accuracy"] = _sum_logprobs(logits, gold).exp()
     return metrics
+
+
+def choice_metrics(
+    items: Sequence[EncodedItem], logprobs: Float[Tensor, "batch thoughts"]
+) -> tuple[dict[str, Float[Tensor, "batch thoughts"]], dict[int, list[str]]]:
+    """Compute the metrics of items with choices from the log-probability of every choice.
+
+    Returns:
+        In the row of each item's answer ``accuracy``: 1 where the answer is the most likely choice;
+        ``accuracy_norm``: the same by log-probability per byte of the choice, as
+        lm-evaluation-harness's ``acc_norm``; ``gold_probability`` and ``gold_logprob`` of the
+        answer among the choices. And what was chosen by each thought, by that row.
+    """
+    names = ("accuracy", "accuracy_norm", "gold_probability", "gold_logprob")
+    metrics = {name: torch.zeros_like(logprobs) for name in names}
+    chosen = {}
+    for _, rows in groupby(range(len(items)), key=lambda row: items[row].number):
+        rows = list(rows)
+        choices = items[rows[0]].item.choices
+        gold = next(place for place, row in enumerate(rows) if items[row].is_answer)
+        of_item = logprobs[rows]  # (C, K)
+        sizes = of_item.new_tensor([len(choice.encode()) for choice in choices])
+        best = of_item.argmax(0)
+        among = of_item.log_softmax(0)[gold]
+        row = rows[gold]
+        metrics["accuracy"][row] = (best == gold).to(of_item.dtype)
+        by_byte = (of_item / sizes[:, None]).argmax(0)
+        metrics["accuracy_norm"][row] = (by_byte == gold).to(of_item.dtype)
+        metrics["gold_probability"][row], metrics["gold_logprob"][row] = among.exp(), among
+        chosen[row] = [choices[place] for place in best.tolist()]
+    return metrics, chosen
 
 
 def _sum_logprobs(

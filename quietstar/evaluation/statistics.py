@@ -29,6 +29,8 @@ from quietstar.evaluation.tasks import Task
 
 Array = NDArray[np.float64]
 LEVEL = 0.95
+FEW_ITEMS = 20
+"""Of fewer items nothing is concluded."""
 EXAMPLES = 10
 """Items of each kind that a page shows."""
 MOST_GROUPS = 8
@@ -149,6 +151,8 @@ def summarise(
     }
     first = next(iter(values.values()))
     main = task.main_metric if task.main_metric in first else next(iter(first))
+    if "accuracy_norm" in first:  # of choices
+        main = "accuracy"
     summary: dict[str, Any] = {"n": count, "main_metric": main, "truncated": num_cut}
     summary |= {v: means(values[v], main, seed) for v in (WITHOUT, WITH) if v in values}
     for name in LENGTHS:
@@ -246,6 +250,8 @@ def warnings(summary: dict[str, Any]) -> list[str]:
     if change is None:
         return lines
     main, count, needed = summary["main_metric"], summary["n"], change["items_needed"]
+    if count < FEW_ITEMS:  # of which a spread cannot be estimated either
+        return lines
     if needed is not None and needed > count and not is_significant(change):
         lines.append(
             f"{count} items are too few to tell a difference of {change[main]:+.4f} in {main} from "
@@ -254,13 +260,37 @@ def warnings(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
+def correct_for_many(tasks: Mapping[str, dict[str, Any]]) -> None:
+    """Correct the p-values of all tasks for their number, by Holm's method, and judge anew.
+
+    The tests are those of the main metrics, with thoughts against without and against every
+    control. Each gets ``p_holm``, and each task ``num_tests``, their number over all tasks.
+    """
+    tests = [
+        summary[name]
+        for summary in tasks.values()
+        for name in ("difference", *GAINS.values())
+        if name in summary and summary[name]["p_value"] is not None
+    ]
+    highest = 0.0
+    for rank, test in enumerate(sorted(tests, key=lambda test: test["p_value"])):
+        highest = max(highest, min(1.0, (len(tests) - rank) * test["p_value"]))
+        test["p_holm"] = highest
+    for summary in tasks.values():
+        summary["num_tests"] = len(tests)
+        summary["verdict"] = verdict(summary)
+
+
 def is_significant(change: dict[str, Any]) -> bool:
     """Say whether a difference is told from chance: by its interval *and* by its test.
 
-    A bootstrap interval of very few items excludes zero as soon as they agree.
+    A bootstrap interval of very few items excludes zero as soon as they agree. Where many tests
+    were made, the p-value is that corrected for their number.
     """
-    ci95, p_value = change["ci95"], change["p_value"]
-    return ci95 is not None and (ci95[0] > 0 or ci95[1] < 0) and p_value < 0.05
+    ci95, p_value = change["ci95"], change.get("p_holm", change["p_value"])
+    if ci95 is None or p_value is None:
+        return False
+    return (ci95[0] > 0 or ci95[1] < 0) and p_value < 0.05
 
 
 def verdict(summary: dict[str, Any]) -> str:
@@ -268,6 +298,8 @@ def verdict(summary: dict[str, Any]) -> str:
     if "difference" not in summary:
         return ""
     change, main = summary["difference"], summary["main_metric"]
+    if summary["n"] < FEW_ITEMS:
+        return f"{summary['n']} items are too few to say whether thoughts help"
     if not is_significant(change):
         return f"no difference that {summary['n']} items can tell"
     if gain_over(change[main], 0.0, main) < 0:

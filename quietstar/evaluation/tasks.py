@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import regex
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.attention.layout import IGNORE_INDEX, NO_POSITION
+from quietstar.data.marking import PATTERN_SECONDS
 from quietstar.data.synthetic import synthetic_records
 from quietstar.data.tokenizer import check_unicode
 from quietstar.errors import UserError, reading
@@ -26,6 +28,8 @@ TEXT_FILES = (".txt", ".md")
 MIN_CONTEXT = 8
 """Tokens at the beginning of a text that are not scored: there any second pass would help."""
 TEXT_TOKENS = 256
+MOST_CHOICES = 1000
+"""No question has more."""
 MAX_BYTES = 16 * 2**20
 """Most bytes of a text: tokenizers take more than a hundred times as much memory."""
 TOO_LONG = f"more than {MAX_BYTES >> 20} MiB, for which tokenizers take gigabytes; split it"
@@ -41,7 +45,8 @@ class Item:
     prompt: str  # what the model reads first; empty for a plain text
     answer: str  # what is scored, without the task's separator
     where: str  # place of the record, for messages
-    labels: tuple[str, ...] = ()  # answers to choose from, if there are any
+    labels: tuple[str, ...] = ()  # labels to choose from, each a token, if there are any
+    choices: tuple[str, ...] = ()  # whole answers to choose from, of which one is the answer
     tokens: tuple[int, ...] = ()  # a span of a longer text, which stands in for the answer
     groups: Mapping[str, str] = field(default_factory=dict)  # what items are told apart by
 
@@ -62,6 +67,7 @@ class Task:
     candidates: Literal["digits", "labels"] | None = None  # what answers are renormalized over
     end: str = ""  # text behind the answer, which the published accuracy scores too
     separator: str = ""  # text between prompt and answer
+    extract: str | None = None  # pattern of the answer in what is generated; of kind ``votes``
 
     @property
     def main_metric(self) -> str:
@@ -112,6 +118,17 @@ class Task:
                 items.append(self.read(record, number, where))
         if not items:
             raise UserError(f"{self.name}: no items; is the file empty?")
+        with_choices = [bool(item.choices) for item in items]
+        if any(with_choices) and not all(with_choices):
+            raise UserError(
+                f"{items[with_choices.index(False)].where}: has no choices, but other records of "
+                "the file have. Put them into a file of their own."
+            )
+        if self.extract is not None and not all(item.prompt and item.answer for item in items):
+            raise UserError(
+                f"--extract: {self.name} has texts without a prompt, behind which nothing is "
+                "generated. Give them in another evaluation."
+            )
         return items
 
 
@@ -271,8 +288,37 @@ def _own(record: Record, number: int, where: str) -> Item:
     groups = {check_unicode(k, where): check_unicode(str(v), where) for k, v in groups.items()}
     if "text" in record:
         return Item(name, "", _text_field(record, "text", where), where, groups=groups)
-    prompt, answer = (_text_field(record, key, where) for key in ("prompt", "answer"))
-    return Item(name, prompt, answer, where, groups=groups)
+    prompt = _text_field(record, "prompt", where)
+    if "choices" in record:
+        choices = _choices(record, where)
+        answer = _chosen(record, choices, where)
+        return Item(name, prompt, answer, where, choices=choices, groups=groups)
+    return Item(name, prompt, _text_field(record, "answer", where), where, groups=groups)
+
+
+def _choices(record: Record, where: str) -> tuple[str, ...]:
+    choices = record["choices"]
+    if not isinstance(choices, list) or len(choices) < 2 or len(choices) > MOST_CHOICES:
+        raise UserError(
+            f"{where}: field choices must list from 2 to {MOST_CHOICES} texts, such as "
+            f'[" yes", " no"], not {str(choices)[:80]}'
+        )
+    texts = [_text_field({"choices": choice}, "choices", where) for choice in choices]
+    if len(set(texts)) < len(texts):
+        raise UserError(f"{where}: field choices has a text twice. Leave one out.")
+    return tuple(texts)
+
+
+def _chosen(record: Record, choices: Sequence[str], where: str) -> str:
+    answer = _field(record, "answer", where)
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
+        return choices[answer]
+    if isinstance(answer, str) and answer in choices:
+        return answer
+    raise UserError(
+        f"{where}: field answer is {answer!r}, but must be one of the choices as it is written, or "
+        f"its index from 0 to {len(choices) - 1}"
+    )
 
 
 _GSM8K: dict[str, Any] = {
@@ -293,15 +339,33 @@ TASKS = {
 }  # fmt: skip
 
 
-def find_task(name: str, separator: str = "") -> Task | None:
+def find_task(name: str, separator: str = "", extract: str | None = None) -> Task | None:
     """Find a task by its name, or make one of a .jsonl, .txt or .md file; None if there is none.
 
     By default nothing separates prompt and answer of the user's own records: what is scored is
-    exactly the text that the user wrote.
+    exactly the text that the user wrote. With a pattern to ``extract`` answers by, a .jsonl file is
+    answered by generation.
     """
+    if name.endswith(".jsonl") and extract is not None:
+        return Task(name, "votes", _own, name, extract=extract)
     if name.endswith((".jsonl", *TEXT_FILES)):
         return Task(name, "text", _own, name, separator=separator)
     return TASKS.get(name)
+
+
+def extract_answer(pattern: str, text: str) -> str | None:
+    """Find the last match of a pattern in a text: its first group that took part, or all of it."""
+    try:
+        matches = list(regex.finditer(pattern, text, timeout=PATTERN_SECONDS))
+    except TimeoutError:
+        raise UserError(
+            f"--extract ({pattern!r}): takes more than {PATTERN_SECONDS:g} seconds for one text, "
+            "as a pattern does that backtracks without end. Write another one."
+        ) from None
+    if not matches:
+        return None
+    last = matches[-1]
+    return next((group for group in last.groups() if group is not None), last.group()).strip()
 
 
 def read_number(text: str) -> str | None:
@@ -343,6 +407,12 @@ class EncodedItem:
     num_scored: int  # tokens at the end that are scored
     num_thinking: int  # the scored tokens, from the first on, that follow a thought
     num_cut: int  # tokens that were cut off
+    choice: int | None = None  # index of the answer to choose that stands here
+
+    @property
+    def is_answer(self) -> bool:
+        """Say whether what is scored is the answer, not another choice."""
+        return self.choice is None or self.item.choices[self.choice] == self.item.answer
 
     @property
     def scored_ids(self) -> list[int]:
@@ -363,7 +433,7 @@ def encode(
     text_tokens: int = TEXT_TOKENS,
     thinks_once: bool = False,
 ) -> list[EncodedItem]:
-    """Encode all items of a task whose tokens are scored.
+    """Encode all items of a task whose tokens are scored; each choice of one by itself.
 
     A text with a prompt that is longer than ``max_length`` loses its beginning; of one without,
     ``text_tokens`` are read. With ``thinks_once`` only the first token of an answer follows a
@@ -373,8 +443,14 @@ def encode(
         UserError: The tokenizer does not keep an answer apart from its prompt.
     """
     encoded = []
-    for number, item in enumerate(items):
-        prompt, answer = _split(task, item, tokenizer)
+    rows = (
+        (number, item, choice)
+        for number, item in enumerate(items)
+        for choice in (range(len(item.choices)) if item.choices else [None])
+    )
+    for number, item, choice in rows:
+        text = item if choice is None else replace(item, answer=item.choices[choice])
+        prompt, answer = _split(task, text, tokenizer)
         ids = prompt + answer
         if len(ids) < 2:
             raise UserError(f"{item.where}: the text has no token to score; give a longer one")
@@ -388,7 +464,7 @@ def encode(
             cut = max(0, len(ids) - read)
             ids = ids[:read]
             scored = thinking = len(ids) - min(MIN_CONTEXT, len(ids) - 1)
-        encoded.append(EncodedItem(number, item, ids, scored, thinking, cut))
+        encoded.append(EncodedItem(number, item, ids, scored, thinking, cut, choice))
     return encoded
 
 

@@ -31,6 +31,8 @@ from quietstar.reports.pages import plain, probability, signed, signed_range, wr
 
 METRICS = {
     "accuracy": "accuracy (argmax)",
+    "accuracy_norm": "accuracy by byte",
+    "exact_match": "exact match",
     "gold_probability": "P(gold answer)",
     "gold_logprob": "log P(gold answer), nats",
     "published_accuracy": "P, as published",
@@ -63,7 +65,7 @@ def task_view(name: str, task: dict[str, Any]) -> RenderableType:
     for metric, label in metrics.items():
         cells = [plain(variant[metric]) for variant in variants.values()]
         if difference:
-            cells += _comparison(difference, metric)
+            cells += _comparison(difference, metric, main)
         else:
             cells += [plain(variant[f"{metric}_stderr"]) for variant in variants.values()]
         style = "bold" if metric == main else ""
@@ -73,7 +75,7 @@ def task_view(name: str, task: dict[str, Any]) -> RenderableType:
         table = _table(f"{visible(metrics[metric])} with", "", "gain over it", "95% CI", "p")
         for control in (c for c in CONTROLS if c in task["controls"]):
             cells = [plain(task["controls"][control][metric])]
-            cells += _comparison(task[GAINS[control]], metric)
+            cells += _comparison(task[GAINS[control]], metric, main)
             style = "bold" if control == SWAPPED else ""
             table.add_row(CONTROL_NAMES[control], *cells, style=style)
         parts.append(table)
@@ -82,6 +84,9 @@ def task_view(name: str, task: dict[str, Any]) -> RenderableType:
         parts.append(Text(f"  thoughts: {length:.1f} tokens on average, {cut:.1%} cut at the most"))
     for name, vote in task.get(WITH, {}).get("votes", {}).items():
         parts.append(Text(f"  {name} of the sampled thoughts: {_share(vote)}"))
+    if task.get("num_tests", 1) > 1:
+        text = f"  p of {metrics[main]}: corrected for {task['num_tests']} tests (Holm); others not"
+        parts.append(Text(text, style="dim"))
     parts += [Text(f"  note: {line}", style="yellow") for line in task["warnings"]]
     if task["verdict"]:
         parts.append(Text(f"  {name}: {task['verdict']}", style="bold"))
@@ -100,9 +105,11 @@ def _table(first: str, *numbers: str) -> Table:
     return Table(Column(Text(first)), *columns, title_justify="left", box=box.SIMPLE_HEAD)
 
 
-def _comparison(comparison: dict[str, Any], metric: str) -> list[str]:
-    """Format a difference, its interval and its p-value."""
+def _comparison(comparison: dict[str, Any], metric: str, main: str) -> list[str]:
+    """Format a difference, its interval and its p-value; that of the main metric is corrected."""
     bounds, p_value = comparison[f"{metric}_ci95"], comparison[f"{metric}_p_value"]
+    if metric == main:
+        p_value = comparison.get("p_holm", p_value)
     return [signed(comparison[metric]), signed_range(bounds), probability(p_value)]
 
 

@@ -1,0 +1,84 @@
+"""The processes of one launch, which share the work of a command."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+from quietstar.errors import UserError
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=1)
+"""How long a process waits for another one: as long as the slowest piece of work may take."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of ``accelerate launch``; by default there is this one alone.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        count: Number of all.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this one talks to the user and writes files."""
+        return self.rank == 0
+
+    def gather(self, work: Callable[[], T]) -> list[T]:
+        """Does its own piece of work on every process; returns the results of all, by rank.
+
+        Raises:
+            UserError: One of them raised it; it is raised on all, so that none waits for ever.
+        """
+        if self.count == 1:
+            return [work()]
+        from accelerate.utils import gather_object
+
+        result, problem = None, None
+        try:
+            result = work()
+        except UserError as error:
+            problem = str(error)
+        results = gather_object([(result, problem)])
+        for _, problem in results:
+            if problem is not None:
+                raise UserError(problem)
+        return [result for result, _ in results]
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """Does a piece of work on the main process; returns its result on all.
+
+        Raises:
+            UserError: The main process raised it.
+        """
+        return self.gather(lambda: work() if self.is_main else None)[0]  # pyright: ignore
+
+
+def join_launch(device: str | None = None) -> Processes:
+    """Meets the other processes of this launch, if there are any.
+
+    Raises:
+        UserError: All would compute on the one GPU that ``device`` names.
+    """
+    world = os.environ.get("WORLD_SIZE", "")
+    if not world.isdecimal() or int(world) < 2:
+        return Processes()
+    if device is not None and ":" in device:
+        raise UserError(
+            f"--device ({device}): is one device, and {world} processes were launched, of which "
+            "each takes the next. Leave it out."
+        )
+    import torch
+    from accelerate import PartialState
+
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    return Processes(state.process_index, state.num_processes)
