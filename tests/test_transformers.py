@@ -111,11 +111,11 @@ def test_trainer_trains_saves_and_evaluates(method, base, tmp_path):
         assert len(AutoTokenizer.from_pretrained(folder)) == len(tokenizer)
 
 
-def test_batches_that_trainer_accumulates_weigh_the_same_as_one(base):
+def test_batches_that_trainer_accumulates_weigh_the_same_as_one(base, tmp_path):
     """Its loss is the mean over batches: `num_items_in_batch`, which counts targets only, is not
     given."""
     model = make(base)
-    assert not Trainer(model, TrainingArguments("x", report_to=[])).model_accepts_loss_kwargs
+    assert not Trainer(model, TrainingArguments(str(tmp_path), report_to=[])).model_accepts_loss_kwargs
 
 
 # --- Logits ---------------------------------------------------------------------------------------
