@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from quietstar.config import Config as Config
     from quietstar.model import QuietStarForCausalLM as QuietStarForCausalLM
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {"Config": "quietstar.config", "QuietStarForCausalLM": "quietstar.model"}
 

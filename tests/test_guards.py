@@ -27,6 +27,7 @@ HEALTHY = {
     "train": {
         "base_nll": 2.0, "mixed_nll": 1.9, "mixing_weight": 0.1, "entropy": 2.0,
         "distinct_token_ratio": 0.9, "identical_fraction": 0.1, "policy_reward_std": 0.5,
+        "policy_reward": 0.5,
         "no_signal_fraction": 0.1, "thought_length": 8.0, "truncated_fraction": 0.5,
         "thought_logprob": -2.0,
     },
@@ -39,6 +40,7 @@ BAD = {
     "entropy": {"entropy": 0.01},
     "identical_fraction": {"identical_fraction": 0.95},
     "distinct_token_ratio": {"distinct_token_ratio": 0.2},
+    "reward": {"policy_reward": 0.05},
     "reward_std": {"policy_reward_std": 0.004},
     "no_signal_fraction": {"no_signal_fraction": 0.95},
     "mixing_weight": {"mixing_weight": -0.001},
@@ -57,7 +59,8 @@ def fed(state, source, *changes, begin=1):
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_guard_fires_at_its_own_figure_and_no_other_does(name, tmp_path):
-    guard, state = BY_NAME[name], GuardState(run_config(tmp_path))
+    more = {"loss__reward": "prob"} if name == "reward" else {}
+    guard, state = BY_NAME[name], GuardState(run_config(tmp_path, **more))
     ok = 30 if guard.source == "train" else 2
     fired = fed(state, guard.source, *[{}] * ok, *[BAD[name]] * 5)
     at = {"train": ok + 4, "eval": ok + guard.in_a_row - 1}[guard.source]

@@ -112,10 +112,11 @@ def test_trainer_trains_saves_and_evaluates(method, base, tmp_path):
 
 
 def test_batches_that_trainer_accumulates_weigh_the_same_as_one(base, tmp_path):
-    """Its loss is the mean over batches: `num_items_in_batch`, which counts targets only, is not
-    given."""
+    """Its loss is the mean over batches: what it would count are targets alone."""
     model = make(base)
-    assert not Trainer(model, TrainingArguments(str(tmp_path), report_to=[])).model_accepts_loss_kwargs
+    assert not Trainer(
+        model, TrainingArguments(str(tmp_path), report_to=[])
+    ).model_accepts_loss_kwargs
 
 
 # --- Logits ---------------------------------------------------------------------------------------

@@ -145,6 +145,16 @@ GUARDS = (
         unless=_pauses,
     ),
     Guard(
+        "reward", "reward that is a probability, as a share of the stage's first", "train",
+        ("policy_reward",), _share_of_first("policy_reward"), "at most", 0.2, ".0%",
+        "the reward has fallen to {:.0%} of what it was at the start of the stage: thoughts get"
+        " worse",
+        {"lower": ("optim.learning_rate", "loss.policy_weight"),
+         "raise": ("training.global_batch_size", "thoughts.num_thoughts")},
+        unless=lambda config: _pauses(config)
+        or getattr(config.loss, "reward", "") not in ("prob", "mean_prob"),
+    ),
+    Guard(
         "reward_std", "standard deviation of the reward, as a share of the stage's first", "train",
         ("policy_reward_std",), _share_of_first("policy_reward_std"), "at most", 0.01, ".1%",
         "rewards of a position's thoughts differ by {:.1%} of what they did at the start of the"
