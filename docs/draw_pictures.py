@@ -34,6 +34,8 @@ text { font: 15px system-ui, sans-serif; fill: #1b1f24 }
   .box { fill: #2a323b } .soft { fill: #1d4437 } .grid { fill: #262d36 }
 }"""
 PROBLEM = "Mia stands on 4 . She does spin hop bow turn . Now Mia stands on"
+SEED = 4
+"""With it the four thoughts of the picture are of different worth."""
 CHARACTER = 9.1
 """Width of a character of the fixed font, in pixels."""
 
@@ -106,7 +108,7 @@ def draw_thought(words: list[str], thought: list[str], plain: str, thinking: str
     x = middles[-1] - 250
     picture.arrow((middles[-1], 50), (middles[-1], 88), (x + 20, 88), (x + 20, 104))
     inner = picture.tokens(x, 130, ["start", *thought, "end"], "soft")
-    picture.text(x, 165, "the thought: where she stands after each move", "muted small")
+    picture.text(x, 176, "the thought: where she stands after each move", "muted small")
     picture.arrow((inner[-1] + 24, 124), (inner[-1] + 54, 124))
     picture.text(inner[-1] + 60, 130, thinking, "mono bold")
     picture.text(inner[-1] + 60, 152, "with it", "muted small")
@@ -160,8 +162,9 @@ def draw_mixture(rows: dict[str, list[float]], weight: float, truth: int) -> Non
             picture.box(x + 25 * place, 170 - height, 20, max(height, 1), kind)
             bold = "middle bold" if place == truth else "middle muted"
             picture.text(x + 25 * place + 10, 190, str(place), bold)
-        picture.text(x, 216, f"P({truth}) = {chances[truth]:.3f}", "small")
-    picture.text(590, 48, f"mixing weight {weight:.2f}", "muted small")
+        label = f"P({truth}) = {chances[truth]:.3f}"
+        label += f", mixing weight {weight:.2f}" if n == 2 else ""
+        picture.text(x, 216, label, "small")
     picture.save("mixture.svg")
 
 
@@ -222,7 +225,7 @@ def main(run: str, figures: str) -> None:
     weight = model.think(longer, thoughts=own, positions=last).mixing_weight[0, 0, 0, 0].item()
     rows = {"plain": plain, "behind the thought": behind, "mixed": mixed}
     draw_mixture({k: v[places].tolist() for k, v in rows.items()}, weight, truth)
-    several = model.think(longer, num_thoughts=4, temperature=2.5, positions=last, seed=3)
+    several = model.think(longer, num_thoughts=4, temperature=1.5, positions=last, seed=SEED)
     reward = several.thought_logprobs[0, :, 0, 0]
     advantage = leave_one_out(reward[None, None], None)[0, 0]
     texts = tokenizer.batch_decode(several.tokens[0, :, 0])

@@ -23,7 +23,10 @@ def cast_weights(model: nn.Module) -> Iterator[None]:
     """
     casts = []
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    if not getattr(model, "is_gradient_checkpointing", False):
+    is_checkpointed = getattr(model, "is_activation_checkpointing", None)
+    if is_checkpointed is None:  # its older name, which newer versions warn of
+        is_checkpointed = getattr(model, "is_gradient_checkpointing", False)
+    if not is_checkpointed:
         for layer in model.modules():
             weight = layer.weight if type(layer) is nn.Linear else None
             # A sharded weight is of another type, or marked by ZeRO-3; one that a device map keeps

@@ -87,7 +87,8 @@ def work(folder, monkeypatch):
 
 def contents(folder):
     """What must stay as it is, by name."""
-    names = ("own.jsonl", "mine.html", "plan.yaml", "texts.jsonl", *sorted(os.listdir("model")))
+    of_model = (p.relative_to("model") for p in Path("model").rglob("*") if p.is_file())
+    names = ("own.jsonl", "mine.html", "plan.yaml", "texts.jsonl", *sorted(of_model))
     paths = [folder / n if (folder / n).exists() else folder / "model" / n for n in names]
     kept = {path: path.read_bytes() for path in paths if not path.name.startswith("gate.")}
     return kept, (folder / "link.html").is_symlink(), (folder / "pipe").is_fifo()
