@@ -291,8 +291,9 @@ class QuietStarLM(_Harness):
             context, think=self.thinks, thought_temperature=self.thought_temperature,
             thought_top_p=self.thought_filters["top_p"],
             thought_top_k=self.thought_filters["top_k"],
-            replace_thoughts=self.control
-            and controls.replacement(self.control, self.thinker.pause_token_id, self.generic),
+            replace_thoughts=None
+            if self.control is None
+            else controls.replacement(self.control, self.thinker.pause_token_id, self.generic),
             max_length=max_length, pad_token_id=padding_id(self.tokenizer),
             stopping_criteria=stop_sequences_criteria(self.tokenizer, stop, *context.shape[::-1]),
             **self.sampling, **settings,

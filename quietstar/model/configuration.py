@@ -22,7 +22,7 @@ class QuietStarConfig(PreTrainedConfig):
     """
 
     model_type = THINKING_TYPE
-    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}  # pyright: ignore
 
     def __init__(
         self, text_config: PreTrainedConfig | dict[str, Any] | None = None, **fields: Any

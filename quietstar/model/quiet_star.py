@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -126,7 +126,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         tokenizer: PreTrainedTokenizerBase | None = None,
         num_markers: tuple[int, int] = (1, 1),
     ) -> None:
-        base = getattr(language_model, "get_base_model", lambda: language_model)()
+        base: Any = getattr(language_model, "get_base_model", lambda: language_model)()
         super().__init__(QuietStarConfig(base.config, name_or_path=base.config.name_or_path))
         self.all_tied_weights_keys = {}  # those of the language model are its own
         self.tokenizer, self.stop = tokenizer, None
@@ -170,6 +170,12 @@ class QuietStarForCausalLM(PreTrainedModel):
 
     # --- What transformers asks its models --------------------------------------------------------
 
+    if TYPE_CHECKING:  # its decorator hides its type
+
+        def to(self, *arguments: Any, **options: Any) -> QuietStarForCausalLM:  # pyright: ignore
+            """Moves or casts the model, as any module."""
+            ...
+
     config_class = QuietStarConfig
     base_model_prefix = "language_model"
     supports_gradient_checkpointing = True
@@ -191,13 +197,13 @@ class QuietStarForCausalLM(PreTrainedModel):
     @generation_config.setter
     def generation_config(self, value: GenerationConfig | None) -> None:
         if "language_model" in self._modules:  # the base class makes one before there is a model
-            self.causal_lm.generation_config = value
+            self.causal_lm.generation_config = value  # pyright: ignore
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embeddings of the language model."""
         return self.causal_lm.get_input_embeddings()
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Module | None:
         """The output layer of the language model."""
         return self.causal_lm.get_output_embeddings()
 
@@ -430,9 +436,9 @@ class QuietStarForCausalLM(PreTrainedModel):
             model.end_embedding.copy_(vectors[1])
         return model
 
-    save_pretrained = saving.save_pretrained
-    from_pretrained = classmethod(saving.from_pretrained)
-    push_to_hub = saving.push_to_hub
+    save_pretrained: Any = saving.save_pretrained  # pyright: ignore
+    from_pretrained: Any = classmethod(saving.from_pretrained)  # pyright: ignore
+    push_to_hub: Any = saving.push_to_hub  # pyright: ignore
 
     @classmethod
     def _from_config(cls, config: QuietStarConfig, **options: Any) -> QuietStarForCausalLM:
