@@ -277,7 +277,7 @@ def test_the_card_says_what_the_model_is_and_keeps_what_others_wrote(base, tmp_p
     model.save_pretrained(tmp_path)
     assert path.read_text() == "Mine."
     figures = {"gain": 0.25, "gain_of_content": 0.125, "accuracy_with_thoughts": 1}
-    more = card.describe(model, {"seed": "3"}, {"gain": -0.5}, figures, ["owner/data"])
+    more = card.model_card(model, {"seed": "3"}, {"gain": -0.5}, figures, ["owner/data"])
     model.save_pretrained(tmp_path, card=more)
     text = path.read_text()
     assert "| gain of thinking, nats/token | -0.5000 | 0.2500 |" in text

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -39,6 +40,8 @@ from quietstar.errors import UserError, reading, reason_of
 
 logger = logging.getLogger(__name__)
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""Name of a model or a data set on the hub."""
 LANGUAGE_MODEL_FOLDER = "language_model"
 """Where the language model lies in the folder of one that thinks."""
 THINKING_TYPE = "quiet_star"

@@ -181,7 +181,7 @@ def _evaluate(
     for task in tasks:
         if isinstance(task, Task):
             count = len(items[task.name])
-            batches = runner.num_batches(task, count)
+            batches = runner.num_batches(task, items[task.name])
             shown = processes.is_main
             with options.progress(task.name, batches, keep=True, shown=shown) as advance:
                 num_cut = runner.run(task, items[task.name], advance)

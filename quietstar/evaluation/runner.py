@@ -236,11 +236,12 @@ class Runner:
     store: ItemStore
     processes: Processes = field(default_factory=Processes)  # each scores every so many-th batch
 
-    def num_batches(self, task: Task, count: int) -> int:
+    def num_batches(self, task: Task, items: Sequence[Item]) -> int:
         """Count how often `run` will advance."""
         phases = self._phases(task)
         times = len(phases[0]) if task.kind == "votes" else len(phases)
-        return len(self._batches(task, range(count))) * times
+        units = [list(item.choices) or [item.answer] for item in items]  # a row for each choice
+        return len(self._batches(task, units)) * times
 
     def run(self, task: Task, items: Sequence[Item], advance: Callable[[], object]) -> int:
         """Score all items; returns how many were shortened.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+
+from quietstar.backbone.loading import HUB_ID
+from quietstar.model.tuning import PEFT_METHODS, WHOLE
 
 CARD_FILE = "README.md"
 _MARK = "<!-- Written by quietstar, which writes it anew unless this line is gone. -->"
@@ -65,7 +67,7 @@ _ADAPTER = (
 _BESIDE = "The base model itself is not here: what was trained lies in `quietstar.safetensors`."
 
 
-def describe(
+def model_card(
     model: Any,
     facts: Mapping[str, str] | None = None,
     before: Mapping[str, Any] | None = None,
@@ -75,16 +77,15 @@ def describe(
     """Write the card of a model, and of the run that trained it if there was one.
 
     Args:
-        model: A `QuietStarForCausalLM`.
+        model: The `QuietStarForCausalLM` that is saved.
         facts: What else to say of how it came about, by name.
         before: Held-out figures before the training, by the names of ``metrics.jsonl``.
         after: Those behind it.
         datasets: Names on the hub of what it was trained on.
     """
-    from quietstar.model.tuning import PEFT_METHODS, WHOLE
-
     base, thoughts = model.causal_lm.config.name_or_path, model.thoughts
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    is_hub_id = HUB_ID.fullmatch(base) and not Path(base).exists()
+    base = base if is_hub_id else Path(base).name  # a path says nothing to others
     method = model.tuning.method
     where = "every token" if thoughts.positions == "all" else f"`positions: {thoughts.positions}`"
     end = f"ended by {', '.join(map(repr, thoughts.stop))}" if thoughts.stop else "all as long"

@@ -1233,6 +1233,7 @@ class QuietStarForCausalLM(PreTrainedModel):
             places = positions + ahead
             rows, columns = ((positions >= 0) & (places < seq)).nonzero(as_tuple=True)
             places = places[rows, columns]
+            # Anew: a thought further back may have been mixed into these logits already.
             base = head.logits(states.text[rows, places])
             behind = head.logits(states.ahead[ahead, :, rows, columns])
             share = weight[ahead, :, rows, columns, None].to(base.dtype)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from quietstar.backbone.loading import (
+    HUB_ID,
     LANGUAGE_MODEL_FOLDER,
     load_base,
     load_tensors,
@@ -41,7 +41,7 @@ from quietstar.config.schema import Section
 from quietstar.data.tokenizer import load_tokenizer
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.generation.gates import GATE_FILE, PROBES_FILE
-from quietstar.model.card import CARD_FILE, describe, write_card
+from quietstar.model.card import CARD_FILE, model_card, write_card
 from quietstar.model.self_check import check_architecture, use_thinking_attention
 from quietstar.model.tuning import (
     PEFT_METHODS,
@@ -103,7 +103,6 @@ _MOST_UNITS = 2**17
 """Width of a mixing head or an adapter, or virtual tokens: more than the widest model has units."""
 _DAMAGED = "Save the model again, or take another copy of the folder."
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _OF_UPLOADS = {"token", "private", "commit_message", "revision"}
 _OF_DOWNLOADS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
 
@@ -215,7 +214,7 @@ def save_pretrained(  # noqa: D417  (a method of the model, as the next ones)
             self.config.save_pretrained(new)
             content = json.dumps(settings, indent=2, allow_nan=False)
             (new / SETTINGS_FILE).write_text(content + "\n", encoding="utf-8")
-            write_card(new, describe(self) if card is None else card, is_given=card is not None)
+            write_card(new, model_card(self) if card is None else card, is_given=card is not None)
     except UserError:
         raise
     except Exception as problem:  # of many kinds: the tokenizer's is a bare Exception
@@ -391,7 +390,7 @@ def find_folder(name: str | Path, **hub: Any) -> tuple[Path, bool]:
         UserError: It is no folder, and the hub has none of this name.
     """
     path = Path(name).expanduser()
-    if path.exists() or not _HUB_ID.fullmatch(str(name)):
+    if path.exists() or not HUB_ID.fullmatch(str(name)):
         return path, False
     try:
         return Path(snapshot_download(str(name), **hub)), True
@@ -404,7 +403,7 @@ def find_folder(name: str | Path, **hub: Any) -> tuple[Path, bool]:
 
 def find_on_hub(name: str, revision: str | None) -> Path | None:
     """Fetch a model that thinks from the hub; None where the hub has none of this name."""
-    if not _HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name):
         return None
     try:
         settings = cached_file(name, SETTINGS_FILE, revision=revision)

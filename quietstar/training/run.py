@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from quietstar.backbone.loading import HUB_ID
 from quietstar.config import Config
 from quietstar.config.loading import save_config
 from quietstar.distributed import ModelProxy, WrappedModule, build_strategy, from_main_process
 from quietstar.errors import UserError
-from quietstar.model.card import describe as describe_model
+from quietstar.model.card import model_card
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import check_replaceable
 from quietstar.system.signals import Stopped, held, listening, noted
@@ -327,7 +328,7 @@ def finish(job: Job, run: StageRun, seconds: float) -> Path:
     final, weights = output_dir / FINAL_FOLDER, job.strategy.full_weights(run.model)
     with held():
         if reporter.active:
-            card = describe_model(
+            card = model_card(
                 job.model, facts_of(run), *held_out_figures(run), hub_data(run.config)
             )
             job.model.save_pretrained(final, job.tokenizer, state_dict=weights, card=card)
@@ -356,5 +357,4 @@ def facts_of(run: StageRun) -> dict[str, str]:
 def hub_data(config: Config) -> list[str]:
     """Names the data set that a run read from the hub."""
     name = str(config.data.train)
-    is_local = ":" in name or name.count("/") != 1 or Path(name).exists()
-    return [] if is_local else [name]
+    return [name] if HUB_ID.fullmatch(name) and not Path(name).exists() else []
