@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
+from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -25,7 +24,7 @@ from benchmarks.processes import in_fresh_process
 from benchmarks.step import bench_step
 from quietstar.cli.options import whole
 from quietstar.errors import UserError
-from quietstar.system.files import write_json, write_whole
+from quietstar.system.files import write_json
 
 AXES = {
     "S": ("seq_len", (64, 128, 256, 512, 1024)),
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--axes", default="STKAV", help="letters of the sizes to change")
     parser.add_argument("--step-tokens", type=whole(1), metavar="N",
         help="texts a step: N / S, so that all lengths have as many tokens")  # fmt: skip
-    parser.output("--plot", "of all figures", ".html", metavar="FILE.html")
+    parser.output("--plot", "of all figures", ".svg", ".png", metavar="FILE.svg")
     args = parser.read(arguments)
     unknown = set(args.axes) - set(AXES)
     if unknown or not args.axes:
@@ -108,29 +107,24 @@ def growth_table(axis: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 def write_plot(path: Path, found: dict[str, list[dict[str, Any]]]) -> None:
     """Every figure over every size; sizes and seconds logarithmic."""
-    figure = make_subplots(rows=len(FIGURES), cols=len(found), vertical_spacing=0.08)
-    for column, (axis, rows) in enumerate(found.items(), 1):
-        for row, (name, title) in enumerate(FIGURES.items(), 1):
-            figure.add_trace(
-                go.Scatter(
-                    x=[r["value"] for r in rows], y=[r[name] for r in rows],
-                    mode="lines+markers", line={"color": "#0072b2"}, showlegend=False,
-                ),
-                row=row, col=column,
-            )  # fmt: skip
-            scale = "log" if name == "step_seconds" else "linear"
-            values = [r["value"] for r in rows]
-            figure.update_xaxes(type="log", title_text=axis, tickvals=values, row=row, col=column,
-                ticktext=[f"{value:,}" for value in values])  # fmt: skip
-            figure.update_yaxes(type=scale, rangemode="tozero", row=row, col=column)
-            if column == 1:
-                figure.update_yaxes(
-                    title_text=title.replace(" above", "<br>above"), row=row, col=column
-                )
-    figure.update_layout(template="plotly_white", height=260 * len(FIGURES), width=1200,
-        margin={"t": 20, "r": 20})  # fmt: skip
+    figure = Figure(figsize=(2.4 * len(found), 2.6 * len(FIGURES)), layout="constrained")
+    grid = figure.subplots(len(FIGURES), len(found), squeeze=False)
+    for column, (axis, rows) in enumerate(found.items()):
+        values = [row["value"] for row in rows]
+        for axes, (name, title) in zip(grid[:, column], FIGURES.items(), strict=True):
+            axes.plot(values, [row[name] for row in rows], "o-", color="#0072b2")
+            axes.set_xscale("log")
+            axes.set_xticks(values, [f"{value:,}" for value in values], rotation=45)
+            axes.minorticks_off()
+            axes.set_xlabel(axis)
+            if name == "step_seconds":
+                axes.set_yscale("log")
+            else:
+                axes.set_ylim(bottom=0)
+            if column == 0:
+                axes.set_ylabel(title.replace(" above", "\nabove"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, figure.to_html(include_plotlyjs=True))
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -123,8 +123,8 @@ def test_exponents_are_slopes_of_logarithms(tmp_path):
              "peak_mb_above_gradients": 2.0 * v} for v in (1, 2, 4, 8)]  # fmt: skip
     assert sweep.exponent(rows, "step_seconds") == pytest.approx(1.5)
     assert sweep.exponent(rows, "step_over_floor") == pytest.approx(0, abs=1e-9)
-    sweep.write_plot(tmp_path / "x.html", {"T": rows})
-    assert "plotly" in (tmp_path / "x.html").read_text()
+    sweep.write_plot(tmp_path / "x.svg", {"T": rows})
+    assert "</svg>" in (tmp_path / "x.svg").read_text()
     assert run_command(sweep.main, ["--axes", "TX"]) == 2
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from test_report import Page
 from test_stages import staged_config
 from tiny import run_config
 
@@ -77,11 +78,11 @@ def test_what_is_no_finished_run_is_refused_in_one_line(tmp_path, capsys):
     twin = write_run(tmp_path / "twin", 0.1, 0, training__save_steps=7)
     longer = write_run(tmp_path / "longer", 0.1, 0, training__max_steps=30)
     for folders, expected in (
-        ([tmp_path], "has no config.yaml, so it is no run"),
+        ([run, tmp_path], "has no config.yaml, so it is no run"),
         ([run, twin], f"has the settings and the seed (0) of {run}"),
         ([run, longer], "is evaluated up to step 25 of 30"),
     ):
-        assert cli.main(["compare", *map(str, folders)]) == 2
+        assert cli.main(["report", *map(str, folders)]) == 2
         err = capsys.readouterr().err
         assert err.startswith(f"quietstar: error: RUN ({folders[-1]}): {expected}")
         assert err.count("\n") == 1
@@ -90,12 +91,38 @@ def test_what_is_no_finished_run_is_refused_in_one_line(tmp_path, capsys):
 def test_the_command_prints_the_table_and_writes_the_figures(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     runs = [str(write_run(tmp_path / f"demo-{seed}", 0.1, seed)) for seed in (0, 1)]
-    assert cli.main(["compare", *runs, "--json", str(tmp_path / "all.json")]) == 0
+    assert cli.main(["report", *runs, "--json", str(tmp_path / "all.json")]) == 0
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if "gain of content" in line)
     assert row.split()[-4:] == ["+0.0500", "+0.0500", "to", "+0.0500"]
     assert "warnings: none" in out
     assert json.loads((tmp_path / "all.json").read_text()) == compare_runs([*map(Path, runs)])
+
+
+def test_the_page_compares_curves_and_says_which_run_is_best(tmp_path, capsys):
+    runs = [write_run(tmp_path / f"demo-{seed}", 0.1 + seed / 1000, seed) for seed in (0, 1, 2)]
+    runs += [write_run(tmp_path / f"<b>-{seed}", 0.3, seed, thoughts__num_thoughts=3)
+             for seed in (0, 1)]  # fmt: skip
+    out = tmp_path / "page.html"
+    assert cli.main(["report", *map(str, runs), "--out", str(out)]) == 0
+    assert "page: " in capsys.readouterr().out
+    page = Page(out.read_text("utf-8"))
+    assert page.open == []
+    assert page.charts == {"gain_of_content", "gain", "mixed_nll"} - {"gain_of_content"}
+    assert "<b>: gain of content, nats +0.1500, demo: +0.0505; their 95% intervals" in page.text
+    assert "thoughts.num_thoughts: 3" in page.text
+    assert "<b>, seed 1, step 25: +0.3000" in page.texts
+
+
+def test_the_page_of_one_run_is_written_anew(tmp_path, capsys):
+    run = write_run(tmp_path / "run", 0.1, 0)
+    assert cli.main(["report", str(run)]) == 0
+    assert str(run / "report.html") in capsys.readouterr().out
+    assert "Quiet-STaR report" in (run / "report.html").read_text("utf-8")
+    assert cli.main(["report", str(run), "--out", str(tmp_path / "x.html")]) == 2
+    assert "Give more runs" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "give the folder of a run" in capsys.readouterr().err
 
 
 def test_a_real_run_of_several_stages_is_read(tmp_path):

@@ -142,7 +142,7 @@ def test_a_calibrated_gate_keeps_what_it_promises(folder, tmp_path, capsys):
     }  # fmt: skip
     gate = Gate.load(folder / "model")
     assert gate.kind == figures["chosen"]["gate"]
-    assert "plotly" in (tmp_path / "f.html").read_text()
+    assert "</svg>" in (tmp_path / "f.html").read_text()
     capsys.readouterr()
     gated = ("--gate", "calibrated", "--max-new-tokens", 4)
     assert generate(folder, "--prompt", "two and", *gated) == 0

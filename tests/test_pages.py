@@ -11,13 +11,7 @@ from quietstar.reports.evaluation import write_gates, write_page
 from quietstar.reports.run import CHARTS
 from quietstar.reports.run_files import parse_metrics
 
-plotly_script = pages.plotly_script
 METRICS = {"accuracy": 1.0, "gold_probability": 0.5, "nll": -0.3}
-
-
-@pytest.fixture(autouse=True)
-def _light_plotly(monkeypatch):
-    monkeypatch.setattr(pages, "plotly_script", lambda: "/* plotly.js */")
 
 
 def variant(accuracy):
@@ -74,7 +68,12 @@ TASK = {
         "steps of the solution": [item_group("2", 0.1), item_group("10", 0.2)],
         "all alike": [item_group("1", 0.1)],
     },
-    "examples": {"right": [example(1), example(2)], "wrong": [example(3, HOSTILE)]},
+    "examples": {
+        "right": [example(1), example(2)],
+        "wrong": [example(3, HOSTILE)],
+        "helped": [example(4, "9 + 9") | {"is_right": False}],
+        "hurt": [],
+    },
     "warnings": ["2 items were longer than the model takes and were cut"],
     "verdict": "better with thoughts, and because of what they say",
 }
@@ -108,14 +107,15 @@ def test_the_page_of_an_evaluation_answers_first_and_shows_every_figure(tmp_path
     assert page.text.count("16 - 7 = 9 18 ✓ correct 0.1000 0.8000") == 2 * len(RESULT["tasks"])
     assert "18 ✗ wrong correct: 18" in page.text
     # A breakdown of one group says nothing that the whole does not say.
-    assert set(page.figures()) == {"task1", "task1-difficulty", "task1-position", "task2"}
-    assert {f"plot-{name}" for name in page.figures()} <= set(page.ids)
+    assert page.charts == {"task1", "task1-difficulty", "task1-position", "task2"}
+    assert page.text.count("Items that thoughts help and hurt most") == len(RESULT["tasks"])
 
 
 def test_no_text_of_an_evaluation_becomes_markup_or_script(tmp_path):
     page = Page(write_page(tmp_path / "e.html", HOSTILE, RESULT).read_text("utf-8"))
-    assert "<" not in page.scripts[0]
-    assert page.scripts[1:] == ["/* plotly.js */", pages.asset("charts.js")]
+    assert page.scripts == ["\n" + pages.asset("unfold.js")] or page.scripts == [
+        pages.asset("unfold.js")
+    ]
     assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
 
 
@@ -123,14 +123,14 @@ def test_the_page_of_gates_marks_the_chosen_one(tmp_path):
     chosen = {key: GATES[3][key] for key in GATES[3] if key != "tokens_per_second"}
     page = Page(write_gates(tmp_path / "g.html", GATES, chosen).read_text("utf-8"))
     assert page.open == []
-    assert set(page.figures()) == {"nll", "accuracy"}
-    names = [trace["name"] for trace in page.figures()["nll"]["data"]]
-    assert names == ["entropy", "weight", "gain", "always", "never", "chosen (entropy)"]
-    assert page.figures()["nll"]["data"][0]["x"] == [1.8, 5.0]
+    assert page.charts == {"nll", "accuracy"}
+    for name in ("entropy", "weight", "gain", "always", "never", "chosen (entropy)"):
+        assert page.texts.count(name) >= 4  # in the legends of both sizes, beside the table
+    assert "entropy: 2.0889, 1.80 passes/token, 10.0% of tokens think" in page.texts
     assert "Chosen: entropy above 0.5000, 50.0% of tokens think." in page.text
     without_answers = [row | {"accuracy": None} for row in GATES]
     page = Page(write_gates(tmp_path / "h.html", without_answers).read_text("utf-8"))
-    assert set(page.figures()) == {"nll"}
+    assert page.charts == {"nll"}
     assert "Accuracy" not in page.text
 
 
@@ -141,12 +141,10 @@ def test_a_color_means_the_same_on_all_pages():
     groups = figures.draw_groups(
         [{**group("a", 0.1), "gain_of_content": 0.1, "gain_of_content_ci95": None}]
     )
-    drawn = {trace["name"]: trace["marker"]["color"] for trace in groups["data"]}
-    assert drawn == {"gain": "var(--mixed)", "gain of content": "var(--content)"}
+    handles = {line.get_label(): line.get_color() for line in groups.figure.axes[0].lines}
+    assert handles["gain"] == figures.paint("mixed")
+    assert handles["gain of content"] == figures.paint("content")
     assert lines["gain_of_content"] == "content"
-    style = pages.asset("style.css")
-    for color in {*lines.values()}:
-        assert style.count(f"  --{color}:") + style.count(f" --{color}:") >= 2  # light and dark
 
 
 def test_runs_of_earlier_versions_are_read_by_the_names_of_today():
@@ -166,32 +164,23 @@ def test_a_chart_of_one_line_has_no_legend():
     records = parse_metrics(json.dumps(entry))
     by_name = {chart.name: chart for chart in CHARTS}
     for name, has_legend in (("mixing-weight", False), ("gain", True)):
-        layout = figures.draw_curves(by_name[name], records)["layout"]
-        assert layout["showlegend"] is has_legend
+        assert bool(figures.draw_curves(by_name[name], records).figure.legends) is has_legend
 
 
 def test_few_held_out_points_are_not_joined_across_a_training_line():
     entries = [{"kind": "train", "step": n, "mixing_weight": 0.1} for n in range(30)]
     (chart,) = (chart for chart in CHARTS if chart.name == "mixing-weight")
-    for count, mode in ((2, "markers"), (5, "lines+markers")):
+    for count, style in ((2, "None"), (5, "-")):
         held_out = [{"kind": "eval", "step": n, "mixing_weight": 0.1} for n in range(count)]
         records = parse_metrics("\n".join(map(json.dumps, entries + held_out)))
-        assert figures.draw_curves(chart, records)["data"][1]["mode"] == mode
-
-
-@pytest.mark.parametrize(
-    ("span", "most", "steps"),
-    [((0, 1500), 2, [500, 1000]), ((1490, 1760), 1, [1600]), ((6.65, 7.35), 3, [7])],
-)
-def test_numbers_of_steps_stay_away_from_the_next_panel(span, most, steps):
-    assert figures.inner_steps(*map(float, span), most=most) == steps
+        _, marked = figures.draw_curves(chart, records).figure.axes[0].lines
+        assert marked.get_linestyle() == style
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_pages_with_charts_in_a_browser(tmp_path, browser, monkeypatch, scheme, width):  # noqa: F811
-    monkeypatch.setattr(pages, "plotly_script", plotly_script)
+def test_pages_with_charts_in_a_browser(tmp_path, browser, scheme, width):  # noqa: F811
     for name, text in FILES.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     paths = [
@@ -203,9 +192,10 @@ def test_pages_with_charts_in_a_browser(tmp_path, browser, monkeypatch, scheme, 
         errors = []
         page = opened(browser, path, errors, viewport={"width": width, "height": 900},
                       color_scheme=scheme)  # fmt: skip
-        page.wait_for_function(
-            "document.querySelectorAll('.plot:not(.js-plotly-plot)').length == 0"
-        )
+        seen = "all => all.filter(plot => plot.getBoundingClientRect().height > 100).length"
+        count = page.locator(".plot").count()
+        assert page.eval_on_selector_all(".plot .wide", seen) == (count if width == 1280 else 0)
+        assert page.eval_on_selector_all(".plot .narrow", seen) == (0 if width == 1280 else count)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         if width == 1280:
             widths = "all => all.map(box => box.scrollWidth - box.clientWidth)"

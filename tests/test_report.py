@@ -4,7 +4,6 @@ import base64
 import hashlib
 import json
 import math
-import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -17,8 +16,6 @@ from quietstar.reports.run_files import RunFiles, parse_metrics
 
 HOSTILE = "</script><script>alert(1)</script><img src=https://x.example/a onerror=alert(2)>"
 HOSTILE += "{{ 7 * 7 }} \u2028 \ud800 & \" ' <b>"
-PLOTLY_STUB = "/* plotly.js */"
-plotly_script = pages.plotly_script
 VOID = ("meta", "link", "img", "br", "input", "hr")
 
 
@@ -55,13 +52,9 @@ class Page(HTMLParser):
     def text(self):
         return " ".join(" ".join(self.texts).split())
 
-    def figures(self):
-        return json.loads(self.scripts[0])
-
-
-@pytest.fixture(autouse=True)
-def _light_plotly(monkeypatch):
-    monkeypatch.setattr(pages, "plotly_script", lambda: PLOTLY_STUB)
+    @property
+    def charts(self):
+        return {name.removeprefix("plot-") for name in self.ids if name.startswith("plot-")}
 
 
 def train(step, stage, **figures):
@@ -153,6 +146,20 @@ FILES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def as_svg(monkeypatch):
+    """Leaves charts empty, which take a second a page; gives what fills them."""
+    real = figures.as_svg
+    monkeypatch.setattr(figures, "as_svg", lambda plot, name: "<svg></svg>")
+    return real
+
+
+@pytest.fixture
+def charts(monkeypatch, as_svg):
+    """Fills the charts again."""
+    monkeypatch.setattr(figures, "as_svg", as_svg)
+
+
 @pytest.fixture
 def report(tmp_path):
     """Writes the files into a folder, then the report of it; returns the page as parsed."""
@@ -176,13 +183,13 @@ def lines(*records):
 # --- What is shown --------------------------------------------------------------------------------
 
 
-def test_a_full_folder_gives_every_section_and_chart(report):
+def test_a_full_folder_gives_every_section_and_chart(report, charts):
     result = report()
     sections = ["guards", "curves", "controls", "samples", "evaluations", "config"]
     assert [name for name in result.ids if name in sections] == sections
     charts = {chart.name for chart in CHARTS} | {"variants", "differences"}
-    assert set(result.figures()) == charts
-    assert {f"plot-{name}" for name in charts} <= set(result.ids)
+    assert result.charts == charts
+    assert sum(tag == "svg" for tag, _ in result.elements) == 2 * len(charts)  # for phones, too
     assert len(result.ids) == len(set(result.ids))
     assert result.open == []
 
@@ -249,7 +256,7 @@ def test_controls_are_listed_with_seeds_and_intervals(report):
 
 def test_a_folder_of_controls_alone_is_enough(report):
     result = report({k: FILES[k] for k in ("controls.json", "config.yaml")})
-    assert set(result.figures()) == {"variants", "differences"}
+    assert result.charts == {"variants", "differences"}
     assert "curves" not in result.ids
     assert "Over all seeds" in result.text
 
@@ -258,31 +265,46 @@ def drawn(chart, entries):
     return figures.draw_curves(chart, parse_metrics(lines(*entries)["metrics.jsonl"]))
 
 
+def names_in_legend(figure):
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+
+
 def test_every_stage_has_a_panel_with_its_name_and_steps():
-    figure = drawn(CHARTS[0], RECORDS)
-    layout = figure["layout"]
-    assert [note["text"] for note in layout["annotations"]] == ["pretrain", "think"]
-    # Panels of 10 and 20 steps: no panel is under 0.8 of the widest, and 0.06 lies between.
-    assert layout["xaxis"]["domain"] == pytest.approx((0, 0.94 * 0.8 / 1.8))
-    assert layout["xaxis2"]["domain"] == pytest.approx((1 - 0.94 / 1.8, 1))
-    steps = {trace["xaxis"]: trace["x"] for trace in figure["data"]}
-    assert steps == {"x": [0, 10], "x2": [10, 30]}
+    first, second = drawn(CHARTS[0], RECORDS).figure.axes
+    assert (first.get_title(loc="left"), second.get_title(loc="left")) == ("pretrain", "think")
+    ratios = first.get_gridspec().get_width_ratios()
+    assert ratios == [0.5, 1.0]  # one line in the first stage, three in the second
+    steps = [{tuple(line.get_xdata()) for line in axes.lines} for axes in (first, second)]
+    assert steps == [{(0, 10)}, {(10, 30), (20, 30)}]
 
 
 def test_a_figure_stands_once_in_the_legend():
-    figure = drawn(CHARTS[0], RECORDS)
-    listed = [trace["name"] for trace in figure["data"] if trace["showlegend"]]
-    assert sorted(listed) == ["swapped thoughts", "with thoughts", "without thoughts"]
-    assert len(figure["data"]) > 3  # in both panels, and in training
+    figure = drawn(CHARTS[0], RECORDS).figure
+    listed = names_in_legend(figure)
+    assert listed == ["with thoughts", "without thoughts", "swapped thoughts"]
+    assert sum(len(axes.lines) for axes in figure.axes) > 3  # in both panels, and in training
+
+
+def test_held_out_points_say_what_they_are_when_one_points_at_them(report, charts):
+    texts = report().texts
+    assert "step 30: with thoughts 92.0%" in texts
+    assert "step 10: base NLL 2.0000" in texts
+
+
+def test_a_loss_that_falls_from_far_above_does_not_set_the_axis():
+    (chart,) = (chart for chart in CHARTS if chart.name == "nll")
+    falling = [{"kind": "eval", "step": n, "base_nll": 50.0 if n < 3 else 1.0 + 0.01 * n}
+               for n in range(12)]  # fmt: skip
+    low, high = drawn(chart, falling).figure.axes[0].get_ylim()
+    assert 1.0 < low < 1.04 < 1.11 < high < 1.2
 
 
 def test_a_run_without_stages_is_one_panel_without_a_name(report):
     old = [{k: v for k, v in record.items() if k != "stage"} for record in RECORDS]
     result = report(lines(*old))
-    for figure in result.figures().values():
-        assert figure["layout"]["annotations"] == []
-        assert {trace["xaxis"] for trace in figure["data"]} == {"x"}
     assert "Stages" not in result.text
+    (axes,) = drawn(CHARTS[0], old).figure.axes
+    assert axes.get_title(loc="left") == ""
 
 
 def test_a_long_training_line_is_thinned_to_means_of_neighbours():
@@ -293,10 +315,58 @@ def test_a_long_training_line_is_thinned_to_means_of_neighbours():
     assert (middles[-1], means[-1]) == (997, 997.5)  # 1000 = 142 * 7 + 6: the mean of 995 to 1000
 
 
-def test_plotly_accepts_every_figure(report):
-    graph_objects = pytest.importorskip("plotly.graph_objects")
-    for figure in report().figures().values():
-        graph_objects.Figure(figure)  # raises for a key or a value that plotly does not know
+def test_a_page_is_small(report, charts, tmp_path):
+    steps = [train(n, "think", **THINKING, reward=0.1, entropy=1.0) for n in range(3000)]
+    report(FILES | lines(*RECORDS, *steps), name="long")
+    assert (tmp_path / "long" / "report.html").stat().st_size < 1_000_000
+
+
+THOUGHTS = [
+    {"kind": "thoughts", "source": "eval", "stage": "think", "step": step,
+     "samples": [SAMPLE | {"thought": f"thought of step {step}"}]} for step in range(0, 200, 10)
+]  # fmt: skip
+
+
+def test_the_thoughts_in_a_text_are_shown_over_training(report):
+    text = report(FILES | lines(*RECORDS, *THOUGHTS)).text
+    shown = text[text.index("Thoughts over training") :]
+    steps = [n for n in range(0, 200, 10) if f"thought of step {n} ✓ correct 41 ✗ wrong" in shown]
+    assert len(steps) == 12
+    assert (steps[0], steps[-1]) == (0, 190)
+
+
+def test_thoughts_of_one_evaluation_show_no_course(report):
+    damaged = [{**THOUGHTS[0], "step": "x"}, {**THOUGHTS[1], "samples": 3}]
+    assert "Thoughts over training" not in report(lines(*RECORDS, THOUGHTS[0], *damaged)).text
+
+
+@pytest.mark.parametrize(
+    ("figures", "says"),
+    [
+        ({"gain": -0.01, "gain_of_content": 0.2}, "Thoughts do not help: the gain is −0.010 nats"),
+        ({"gain": 0.1}, "gain +0.100 nats/token; the gain of content was not measured."),
+        ({"gain": 0.1, "gain_of_content": 0.001}, "swapped ones gain as much (content +0.001)"),
+        ({"gain": 0.1, "gain_of_content": 0.05}, "swapping them costs 0.050: what they say"),
+        ({"accuracy_with_thoughts": 0.9, "accuracy_without_thoughts": 0.1, "accuracy_swapped": 0.3},
+         "90.0% of the held-out answers are right with thoughts, 10.0% without; with swapped "
+         "thoughts 30.0%, so 75% of the gain is what the thoughts say."),
+        ({"accuracy_with_thoughts": 0.5, "accuracy_without_thoughts": 0.1, "accuracy_swapped": 0.5},
+         "10.0% without, but swapped thoughts help as much: it is not what they say."),
+        ({"base_nll": 1.0}, None),
+    ],
+)  # fmt: skip
+def test_the_page_begins_with_the_result_in_a_sentence(report, figures, says):
+    result = report(
+        lines(evaluation(5, "", base_nll=2.0, mixed_nll=1.9), evaluation(9, "", **figures))
+    )
+    assert ("verdict" in [a.get("class") for _, a in result.elements]) == (says is not None)
+    assert says is None or says in result.text
+
+
+def test_a_difference_that_few_problems_cannot_tell_is_called_so(report):
+    few = {"accuracy": {"with_thoughts": 0.6, "without_thoughts": 0.5, "n": 10}}
+    text = report(FILES | {"results.json": json.dumps(few)}).text
+    assert "a difference that 10 problems cannot tell from chance" in text
 
 
 def test_guards_are_listed_with_figure_threshold_and_where_they_fired(report):
@@ -336,7 +406,7 @@ def test_a_missing_file_leaves_its_section_out(report, file, section):
 
 def test_a_run_without_thoughts_has_only_its_own_charts(report):
     result = report(lines(*RECORDS[:3]))
-    assert set(result.figures()) == {"accuracy", "nll"}
+    assert result.charts == {"accuracy", "nll"}
     assert "Gain" not in result.text
     assert "Swapped thoughts" not in result.text
 
@@ -357,7 +427,7 @@ def test_nulls_and_numbers_that_are_not_finite_count_as_missing(report):
         "samples.json": json.dumps({"samples": [sample]}),
     }
     result = report(files)
-    assert result.scripts == []
+    assert result.charts == set()
     assert "NaN" not in result.text
     assert "Weight" in result.text
 
@@ -372,7 +442,6 @@ def test_nulls_and_numbers_that_are_not_finite_count_as_missing(report):
 def test_a_line_that_is_no_record_is_passed_over(report, end):
     result = report({"metrics.jsonl": FILES["metrics.jsonl"] + end})
     assert "step 30" in result.text
-    assert result.figures()["nll"]["data"][-1]["x"] == [10, 30]
 
 
 def test_a_line_cut_within_a_character_is_passed_over(tmp_path):
@@ -388,11 +457,12 @@ def test_of_two_records_for_one_step_the_last_stays():
 
 
 @pytest.mark.parametrize("kind", ["train", "eval"])
-def test_one_record_is_enough(report, kind):
-    figures = report(lines({"kind": kind, "step": 7, **THINKING})).figures()
-    assert [trace["x"] for trace in figures["gain"]["data"]] == [[7], [7], [7]]
-    assert all("markers" in trace["mode"] for trace in figures["gain"]["data"])
-    low, high = figures["gain"]["layout"]["xaxis"]["range"]
+def test_one_record_is_enough(kind):
+    (chart,) = (chart for chart in CHARTS if chart.name == "gain")
+    (axes,) = drawn(chart, [{"kind": kind, "step": 7, **THINKING}]).figure.axes
+    assert [list(line.get_xdata()) for line in axes.lines] == [[7], [7], [7]]
+    assert all(line.get_marker() for line in axes.lines)
+    low, high = axes.get_xlim()
     assert low < 7 < high
 
 
@@ -423,13 +493,6 @@ def test_a_damaged_file_is_named_in_one_line(report, file, text, problem):
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_plotly_is_said_in_one_line(report, monkeypatch):
-    monkeypatch.setattr(pages, "plotly_script", plotly_script)
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)  # an import of it fails
-    with pytest.raises(UserError, match="pip install plotly"):
-        report()
-
-
 # --- Hostile texts, and no network ----------------------------------------------------------------
 
 
@@ -442,7 +505,7 @@ def hostile(value):
     return HOSTILE if isinstance(value, str) else value
 
 
-def test_no_text_of_a_run_becomes_markup_or_script(report):
+def test_no_text_of_a_run_becomes_markup_or_script(report, charts):
     plain = report()
     records = [record | {"stage": record["stage"] + HOSTILE} for record in RECORDS]
     records.append({"kind": "guard", "step": 9, **dict.fromkeys(("stage", "message"), HOSTILE),
@@ -458,20 +521,32 @@ def test_no_text_of_a_run_becomes_markup_or_script(report):
     result = report(files, name="run <img src=x onerror=alert(3)> & co")
     tags = {tag for tag, _ in result.elements}
     assert tags <= {tag for tag, _ in plain.elements} | {"details", "summary"}
-    assert result.scripts[1:] == plain.scripts[1:]
+    assert result.scripts == plain.scripts
     assert not any(key.startswith("on") for _, found in result.elements for key in found)
     assert result.open == []
-    assert "<" not in result.scripts[0]
     assert "</script><script>alert(1)</script>" in result.text
     assert "{{ 7 * 7 }}" in result.text
 
 
-def test_labels_in_charts_are_shown_as_they_are():
-    drawn = figures.draw_forest([figures.Row(HOSTILE[:50], 0.5, None)], "", "", ".1f")
-    assert "<script>" not in json.dumps(drawn)
-    assert "&lt;script&gt;" in drawn["layout"]["annotations"][0]["text"]
-    assert figures.literal("<a href='x'>\n b", 46) == "&lt;a href='x'&gt; b"
+def test_labels_in_charts_are_shown_as_they_are(as_svg):
+    drawn = figures.draw_forest([figures.Row(HOSTILE[:50] + " $x^2$", 0.5, None)], "", str)
+    page = Page(f"<p>{as_svg(drawn, 'a')}</p>")
+    assert "script" not in {tag for tag, _ in page.elements}
+    assert "<script>alert(1)" in page.text
+    assert "$x^2$" in page.text
+    assert figures.literal("<a href='x'>\n b", 46) == "<a href='x'> b"
     assert len(figures.literal("x" * 80, 46)) == 46
+
+
+def test_a_chart_has_the_colors_and_the_font_of_the_page(as_svg):
+    svg = as_svg(drawn(CHARTS[0], RECORDS), "a")
+    assert "var(--mixed)" in svg
+    assert "var(--muted)" in svg
+    assert "#abc0" not in svg
+    assert "DejaVu" not in svg
+    style = pages.asset("style.css")
+    for name in figures.COLORS:
+        assert style.count(f"--{name}:") == 2, name  # light and dark
 
 
 def test_nothing_is_loaded_from_a_network(report):
@@ -479,30 +554,24 @@ def test_nothing_is_loaded_from_a_network(report):
     for tag, attributes in result.elements:
         assert "src" not in attributes, tag
         assert attributes.get("href", "#").startswith(("#", "data:")), tag
-    for name in ("style.css", "charts.js", "thoughts.js"):
+    for name in ("style.css", "unfold.js", "thoughts.js"):
         source = pages.asset(name)
         assert not any(word in source for word in ("url(", "@import", "fetch(", "://"))
 
 
 def test_the_policy_admits_only_the_scripts_of_the_page(report, monkeypatch):
-    monkeypatch.setattr(pages, "plotly_script", lambda: "let a;\r\nlet b;\rlet c;")
+    asset = pages.asset
+    monkeypatch.setattr(
+        pages, "asset", lambda name: "let a;\r\nlet b;\rlet c;" if ".js" in name else asset(name)
+    )
     result = report()
     policies = [a["content"] for _, a in result.elements if "Content-Security" in str(a)]
     assert len(policies) == 1
     assert policies[0].startswith("default-src 'none';")
-    assert "\r" not in result.scripts[1]
-    for script in result.scripts[1:]:
-        digest = hashlib.sha256(script.encode()).digest()
-        assert f"'sha256-{base64.b64encode(digest).decode()}'" in policies[0]
-
-
-def test_plotly_is_inlined_once_and_cannot_end_its_element(report, monkeypatch):
-    pytest.importorskip("plotly")
-    source = plotly_script()
-    assert "</script" not in source.lower()
-    assert "<!--" not in source
-    monkeypatch.setattr(pages, "plotly_script", lambda: source)
-    assert report().scripts[1] == source
+    (script,) = result.scripts
+    assert "\r" not in script
+    digest = hashlib.sha256(script.encode()).digest()
+    assert f"'sha256-{base64.b64encode(digest).decode()}'" in policies[0]
 
 
 # --- Numbers --------------------------------------------------------------------------------------

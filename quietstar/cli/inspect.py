@@ -28,6 +28,8 @@ MAX_THOUGHTS = 50_000
 """A page of 4,000 tokens has 5 MB."""
 ROWS = 8
 """Tokens in each table."""
+LEAST = 0.0005
+"""Gains in nats that three decimals show."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -113,7 +115,7 @@ def _document_view(document: dict[str, Any]) -> RenderableType:
             others = (f"{row[controls.GAINS[control]]:+.4f}" for control in made)
             table.add_row(name, str(row["tokens"]), f"{row['gain']:+.4f}", shown, *others)
     table.caption = (
-        f"mixing weight {summary['mixing_weight']:.3f}, surprise of thought tokens "
+        f"mixing weight {summary['mixing_weight']:.3f}, mean surprisal of thought tokens "
         f"{summary['entropy']:.2f} nats, distinct tokens {summary['distinct_token_ratio']:.0%}"
     )
     text = Text()
@@ -123,10 +125,13 @@ def _document_view(document: dict[str, Any]) -> RenderableType:
         text.append(visible(token["text"]), style=f"black on {style}" if style else "")
     scored = [record for record in document["tokens"] if "gain" in record]
     ordered = sorted(scored, key=lambda record: record["gain"])
+    gained = [record for record in ordered[: -ROWS - 1 : -1] if record["gain"] >= LEAST]
+    lost = [record for record in ordered[:ROWS] if record["gain"] <= -LEAST]
     return Group(
         Text(visible(document["model"]), style="bold"), table, text, Text(),
-        _token_table("largest gains", ordered[: -ROWS - 1 : -1]),
-        _token_table("largest losses", ordered[:ROWS]),
+        *([_token_table("largest gains", gained)] if gained else []),
+        *([_token_table("largest losses", lost)] if lost else []),
+        _next_table(document["next"]),
     )  # fmt: skip
 
 
@@ -138,13 +143,32 @@ def _token_table(title: str, records: Sequence[dict[str, Any]]) -> Table:
         column.no_wrap = True
     for record in records:
         thought = record["thoughts"][0]
-        token, words = (visible(r["text"]).replace("\n", "⏎") for r in (record, thought))
+        token, words = (_in_line(r["text"]) for r in (record, thought))
         base, mixed = exp(record["base_logprob"]), exp(thought["mixed_logprob"])
         table.add_row(
             str(record["position"]), Text(token), f"{record['gain']:+.3f}", f"{base:.3f}",
             f"{mixed:.3f}", f"{thought['mixing_weight']:.2f}", Text(words, style="dim"),
         )  # fmt: skip
     return table
+
+
+def _next_table(record: dict[str, Any]) -> Table:
+    """Return the thoughts after the last token, with what they predict."""
+    headings = ("most likely next", "p mixed", "weight", "thought")
+    base = record["base_top"][0]
+    title = f"after the last token (base: {_in_line(base['text'])}, p {base['probability']:.3f})"
+    table = options.table(headings, left=("most likely next", "thought"), title=title)
+    for thought in record["thoughts"]:
+        top = thought["mixed_top"][0]
+        table.add_row(
+            Text(_in_line(top["text"])), f"{top['probability']:.3f}",
+            f"{thought['mixing_weight']:.2f}", Text(_in_line(thought["text"]), style="dim"),
+        )  # fmt: skip
+    return table
+
+
+def _in_line(text: str) -> str:
+    return visible(text).replace("\n", "⏎")
 
 
 def _parser() -> Parser:

@@ -37,7 +37,7 @@ COMMANDS = {
     "train": ("train", "Train a model: quietstar train --config FILE [--KEY VALUE ...]"),
     "plan": ("plan", "Estimate the memory of a run: quietstar plan --config FILE"),
     "eval": ("evaluate", "Score tasks with and without thoughts: quietstar eval --model DIR ..."),
-    "compare": ("compare", "Compare runs over their seeds: quietstar compare RUN RUN ..."),
+    "report": ("report", "Write a run's page, or compare runs: quietstar report RUN [RUN ...]"),
     "judge": ("judge", "Compare texts by a judge: quietstar judge --pairs FILE --model DIR ..."),
     "reward-model": (
         "reward_model",
@@ -52,6 +52,8 @@ COMMANDS = {
     "merge": ("merge", "Merge adapters into their base: quietstar merge --model DIR --out DIR"),
 }
 """By name: module of ``quietstar.cli``, with its function if that is not ``main``; a summary."""
+RENAMED = {"compare": "report"}
+"""Commands of earlier versions, by which they are still found."""
 EXTRAS = {"lm_eval": "lm-eval", "pandas": "pandas", "peft": "peft", "reasoning_gym": "tasks",
           "scipy": "eval", "tqdm": "lm-eval"}  # fmt: skip
 """By module: the extra of this package that installs it."""
@@ -190,6 +192,7 @@ def _dispatch(argv: list[str]) -> int | None:
             "there is no command bench: benchmarks are not part of the package; in a checkout run "
             f"python -m benchmarks.{what}"
         )
+    name = RENAMED.get(name, name)
     if name not in COMMANDS:
         given = f"there is no command {name}" if name else "no command is given"
         raise UserError(f"{given}; known: {', '.join(COMMANDS)} (see quietstar --help)")

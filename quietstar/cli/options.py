@@ -281,8 +281,8 @@ def _refuse_members(option: str, path: Path, inputs: Sequence[tuple[str, Path]])
             continue
         folders = [first]
         if (first / SETTINGS_FILE).exists():
-            base = Path(read_settings(first).base_model_name_or_path)
-            folders += [base] if os.path.isdir(base) else []
+            base = read_settings(first).base_model_name_or_path  # empty if it is saved whole
+            folders += [Path(base)] if base and os.path.isdir(base) else []
         for folder in folders:
             members = folder.iterdir()  # links to files elsewhere, in the hub's cache
             if folder.resolve() in path.parents or any(_is_same_file(m, path) for m in members):

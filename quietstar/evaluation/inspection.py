@@ -43,6 +43,11 @@ MOST_FREQUENT = 10
 BINS = (-2.0, -1.0, -0.5, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 """Edges of the histogram of gains, nats; what lies beyond has bins of its own."""
 
+OF_THOUGHT = (
+    *("ids", "texts", "text", "probabilities", "mixing_weight", "thought_top", "mixed_top"),
+)
+"""What there is to say of a thought whose target is not known."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -85,7 +90,7 @@ def windows(length: int, context: int | None) -> Iterator[Window]:
 
 def num_windows(length: int, context: int | None) -> int:
     """Count how often `inspect_text` advances."""
-    return 3 * len(list(windows(length, context)))
+    return 3 * len(list(windows(length, context))) + 1
 
 
 @torch.no_grad()
@@ -100,20 +105,25 @@ def inspect_text(
     """Collect everything that the page shows, as JSON can hold it (docs/inspect.md: the schema).
 
     The text has at least two tokens, the model a lookahead of one; ``name`` is the model's.
-    ``advance`` is called once a window and pass; there are three passes, the last with controls.
+    ``advance`` is called once a window and pass; there are three passes, the last with controls,
+    and then the thought after the last token, which predicts what the text does not have.
 
     Raises:
         UserError: A figure is NaN or infinite, or the tokenizer has no token for the generic text.
     """
     ids = torch.tensor([tokenizer.encode(text)], device=model.device)
-    parts, sampled = list(windows(ids.shape[1], reading.context)), []
-    for window in parts:
+
+    def think(ids: Tensor, window: Window) -> Tensor:
         part, positions = window.read(ids)
-        sampled.append(model.sample(
+        thoughts = model.sample(
             part, num_thoughts=reading.num_thoughts, temperature=reading.temperature,
             positions=positions, seed=reading.seed,
-        ))  # fmt: skip
+        )  # fmt: skip
         advance()
+        return thoughts
+
+    parts = list(windows(ids.shape[1], reading.context))
+    sampled = [think(ids, window) for window in parts]
     own = torch.cat(sampled, dim=2)  # (1, K, S - 1, T)
     others = {}
     if own.shape[2] > 1:  # a single position has no other to swap with
@@ -137,13 +147,30 @@ def inspect_text(
         advance()
         for position, record in enumerate(_token_records(columns, tokenizer), window.first + 1):
             records.append({"position": position, "text": slices[position], **record})
+    # Behind the last token the passes need one more, which no figure of the thought depends on.
+    length = ids.shape[1]
+    start = 0 if reading.context is None else max(0, length + 1 - reading.context)
+    window, longer = Window(start, length - 1, length), torch.cat([ids, ids[:, -1:]], dim=1)
+    thoughts = torch.cat([own, think(longer, window)], dim=2)
+    columns = _figures(model, longer, thoughts, window)
+    _check_finite(name, columns, length)
+    (following,) = _token_records(columns, tokenizer)
+    upcoming = {
+        "position": length,
+        **{key: following[key] for key in ("base_entropy", "base_top")},
+        "thoughts": [
+            {key: thought[key] for key in OF_THOUGHT} for thought in following["thoughts"]
+        ],
+    }
     # Figures are cut to five significant digits.
-    records = json.loads(json.dumps(records), parse_float=lambda x: float(f"{float(x):.5g}"))
+    records, upcoming = json.loads(
+        json.dumps([records, upcoming]), parse_float=lambda x: float(f"{float(x):.5g}")
+    )
     settings = {"thought_length": model.thoughts.length, **asdict(reading)}
     names = {control: CONTROL_NAMES[control] for control in others}
     return {"format": FORMAT, "version": VERSION, "model": name, "settings": settings,
-            "controls": names,
-            "summary": summarise_thoughts(records), "tokens": records}  # fmt: skip
+            "controls": names, "summary": summarise_thoughts(records), "tokens": records,
+            "next": upcoming}  # fmt: skip
 
 
 # --- Figures of a window --------------------------------------------------------------------------

@@ -32,7 +32,9 @@ LEVEL = 0.95
 FEW_ITEMS = 20
 """Of fewer items nothing is concluded."""
 EXAMPLES = 10
-"""Items of each kind that a page shows."""
+"""Items of each kind that a page shows, drawn at random."""
+EXTREMES = 5
+"""Items that a page shows of those that thoughts help or hurt most."""
 MOST_GROUPS = 8
 """Numbers that are groups of their own."""
 MIN_TOKENS = 40
@@ -426,26 +428,39 @@ def _item_groups(
 def draw_examples(
     records: Mapping[str, Sequence[dict[str, Any]]], main: str, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Draw items with prompts at random: `EXAMPLES` that thoughts answer right, and so many wrong.
+    """Show items with prompts: some drawn at random, and those that thoughts change most.
 
     Returns:
-        ``right`` and ``wrong``: of each item ``id``, ``prompt``, ``answer``, first ``thought``,
-        ``predicted`` tokens (each behind the true ones before it), and its main metric ``with`` and
-        ``without`` thoughts. Of several thoughts of an item the first is taken.
+        ``right`` and ``wrong``: up to `EXAMPLES` items drawn at random of those that thoughts
+        answer right, and of the others; ``helped`` and ``hurt``: the `EXTREMES` whose main metric
+        thoughts make better most, and worse. Of each item ``id``, ``prompt``, ``answer``, first
+        ``thought``, ``predicted`` tokens (each behind the true ones before it), ``is_right``, and
+        its main metric ``with`` and ``without`` thoughts. Of several thoughts of an item the first
+        is taken.
     """
-    rng = np.random.default_rng(seed)
-    examples: dict[str, list[dict[str, Any]]] = {"right": [], "wrong": []}
-    for number in rng.permutation(len(records[WITH])).tolist():
-        own, plain = records[WITH][number], records[WITHOUT][number]
-        chosen = examples["right" if own["metrics"].get("accuracy", [0.0])[0] == 1 else "wrong"]
-        if not (own.get("prompt") and own.get("thought_texts")) or len(chosen) == EXAMPLES:
-            continue
-        chosen.append({
-            "id": own["id"], "prompt": own["prompt"], "answer": own["answer"],
-            "thought": own["thought_texts"][0][0], "predicted": (own.get("predicted") or [""])[0],
-            "with": own["metrics"][main][0], "without": float(np.mean(plain["metrics"][main])),
-        })  # fmt: skip
-    return examples if any(examples.values()) else {}
+    items = []
+    for own, plain in zip(records[WITH], records[WITHOUT], strict=True):
+        if own.get("prompt") and own.get("thought_texts"):
+            items.append({
+                "id": own["id"], "prompt": own["prompt"], "answer": own["answer"],
+                "thought": own["thought_texts"][0][0],
+                "predicted": (own.get("predicted") or [""])[0],
+                "is_right": own["metrics"].get("accuracy", [0.0])[0] == 1,
+                "with": own["metrics"][main][0], "without": float(np.mean(plain["metrics"][main])),
+            })  # fmt: skip
+    if not items:
+        return {}
+    order = [items[i] for i in np.random.default_rng(seed).permutation(len(items)).tolist()]
+    gains = sorted(
+        ((gain_over(item["with"], item["without"], main), i) for i, item in enumerate(items)),
+        key=lambda pair: -pair[0],
+    )
+    return {
+        "right": [item for item in order if item["is_right"]][:EXAMPLES],
+        "wrong": [item for item in order if not item["is_right"]][:EXAMPLES],
+        "helped": [items[i] for gain, i in gains[:EXTREMES] if gain > 0],
+        "hurt": [items[i] for gain, i in gains[: -EXTREMES - 1 : -1] if gain < 0],
+    }
 
 
 def _quantiles(values: np.ndarray, label: str) -> list[tuple[str, np.ndarray]]:

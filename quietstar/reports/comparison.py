@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,7 +22,8 @@ from quietstar.errors import ConfigError, UserError, visible
 from quietstar.evaluation.controls import CONTROL_NAMES, GAINS, MADE
 from quietstar.evaluation.statistics import mean_over_seeds
 from quietstar.registry import importing_nothing
-from quietstar.reports.pages import MISSING, percent, plain, signed
+from quietstar.reports.figures import Draw, Points, draw_points, in_both_sizes, literal
+from quietstar.reports.pages import MISSING, percent, plain, signed, write_html
 from quietstar.reports.run_files import RunFiles, series
 from quietstar.training.run_dir import CONFIG_FILE, FREE_ON_RESUME, flat
 from quietstar.training.stages import plan_stages
@@ -39,6 +41,16 @@ FIGURES = {
     "training_seconds": ("training, seconds", lambda value: plain(value, 1)),
 }
 """Rows of the table: what each is called there, and how it is written."""
+CURVES = {
+    "accuracy_with_thoughts": "Accuracy with thoughts",
+    "gain_of_content": "Gain of content",
+    "gain": "Gain from thinking",
+    "mixed_nll": "NLL with thoughts",
+}
+"""Figures that the page draws over the steps of the last stage."""
+LOOKS = (("group-1", "o"), ("group-2", "s"), ("group-3", "^"), ("group-4", "D"), ("group-5", "v"),
+         ("group-6", "P"))  # fmt: skip
+"""Colors and symbols of groups."""
 # More steps or other held-out texts make another run, whatever a resume may change.
 _SAME_RUN = {"training.seed", *FREE_ON_RESUME} - {"training.max_steps", "data.eval_sequences"}
 _SEED_IN_NAME = re.compile(r"[-_. ]?seed[-_. =]?\d+", re.IGNORECASE)
@@ -54,6 +66,7 @@ class Run:
     seed: int
     settings: Mapping[str, str]  # that decide its figures, seed aside
     figures: Mapping[str, float]
+    curves: Mapping[str, tuple[list[int], list[float]]]  # held out, over the last stage's steps
     warnings: frozenset[str]  # names of the guards that fired
 
 
@@ -92,7 +105,12 @@ def read_run(folder: Path) -> Run:
     known = {key: value for key, value in of_last[-1].figures.items() if key in FIGURES}
     figures = {**known, "training_seconds": seconds}
     warnings = frozenset(guard.name for guard in files.fired)
-    return Run(folder, config.training.seed, _settings(config), figures, warnings)
+    first = stages[-1].first_step
+    curves = {}
+    for key in CURVES:
+        steps, values = series(of_last, "eval", key)
+        curves[key] = ([step - first for step in steps], values)
+    return Run(folder, config.training.seed, _settings(config), figures, curves, warnings)
 
 
 def _settings(config: Config) -> dict[str, str]:
@@ -116,7 +134,8 @@ def compare_runs(folders: Sequence[Path]) -> dict[str, Any]:
         ``groups``, each with its ``name``, ``runs``, ``seeds``, the ``settings`` that differ from
         the first group's, ``figures`` (by key: ``n``, ``mean``, its 95 % interval ``ci95`` by
         Student's t over the seeds, and the ``values`` in the order of the seeds) and ``warnings``
-        (by name: in how many of the runs the health check failed).
+        (by name: in how many of the runs the health check failed), and the ``curves`` of each run
+        (by key: steps and values).
 
     Raises:
         UserError: A folder holds no finished run, or two hold the same settings and seed.
@@ -162,8 +181,84 @@ def _group(runs: Sequence[Run], first: Mapping[str, str]) -> dict[str, Any]:
             if settings.get(key) != first.get(key)
         },
         "figures": figures,
+        "curves": [{key: list(curve) for key, curve in run.curves.items()} for run in runs],
         "warnings": dict(Counter(sorted(name for run in runs for name in run.warnings))),
     }
+
+
+def _changes(group: Mapping[str, Any]) -> list[str]:
+    """Name the settings that tell a group from the first one."""
+    changed = [f"{key}: {value}" for key, value in group["settings"].items()]
+    more = len(changed) - MOST_DIFFERENCES
+    return changed[:MOST_DIFFERENCES] + ([f"and {more} more"] if more > 0 else [])
+
+
+def _fired(group: Mapping[str, Any]) -> str:
+    """Name the guards that fired in a group, and in how many of its runs."""
+    count = len(group["seeds"])
+    return ", ".join(f"{name} in {n} of {count}" for name, n in group["warnings"].items())
+
+
+def write_comparison(path: Path, result: Mapping[str, Any]) -> Path:
+    """Write the page of what `compare_runs` found; returns its path."""
+    groups = result["groups"]
+    figures: dict[str, Draw] = {}
+    cards = []
+    for key, title in CURVES.items():
+        kinds = []
+        for group, (color, symbol) in zip(groups, LOOKS, strict=False):
+            for number, (curves, seed) in enumerate(
+                zip(group["curves"], group["seeds"], strict=True)
+            ):
+                steps, values = curves[key]
+                show = FIGURES[key][1]
+                texts = [f"{literal(group['name'], 40)}, seed {seed}, step {step}: {show(value)}"
+                         for step, value in zip(steps, values, strict=True)]  # fmt: skip
+                label = literal(group["name"], 40) if number == 0 else ""
+                if values:
+                    kinds.append(Points(label, steps, values, texts, color, symbol, "-"))
+        if any(len(kind.x) > 1 for kind in kinds):
+            is_share = FIGURES[key][1] is percent
+            unit = "correct answers" if is_share else "nats/token"
+            titles = ("steps of the last stage", unit)
+            figures[key] = partial(draw_points, kinds, titles, is_share)
+            caption = "Held out, a line for each seed."
+            if len(groups) > len(LOOKS):
+                caption += f" The first {len(LOOKS)} runs alone are drawn."
+            cards.append({"name": key, "title": title, "caption": caption})
+    rows = [
+        (label, [(group["name"], group["figures"][key], show) for group in groups
+                 if key in group["figures"]])
+        for key, (label, show) in FIGURES.items()
+    ]  # fmt: skip
+    about = [(group, "; ".join(_changes(group)), _fired(group) or "none") for group in groups]
+    return write_html(
+        path, "comparison.html.j2", figures=in_both_sizes(figures), cards=cards, about=about,
+        verdict=_verdict(groups), rows=[(label, found) for label, found in rows if found],
+    )  # fmt: skip
+
+
+def _verdict(groups: Sequence[Mapping[str, Any]]) -> str:
+    """Say which group is best by the first figure that all have, and whether it stands out."""
+    for key in CURVES:
+        if all(key in group["figures"] for group in groups):
+            break
+    else:
+        return ""
+    label, show = FIGURES[key]
+    order = sorted(groups, key=lambda group: group["figures"][key]["mean"],
+                   reverse=key != "mixed_nll")  # fmt: skip
+    best = order[0]["figures"][key]
+    text = f"{order[0]['name']}: {label} {show(best['mean'])}"
+    if len(order) == 1:
+        return f"{text}."
+    second = order[1]["figures"][key]
+    text += f", {order[1]['name']}: {show(second['mean'])}"
+    if best["ci95"] is None or second["ci95"] is None:
+        return f"{text}; too few seeds to tell them apart."
+    ends = sorted([best["ci95"], second["ci95"]])
+    is_apart = ends[0][1] < ends[1][0]
+    return f"{text}; their 95% intervals {'do not ' if is_apart else ''}overlap."
 
 
 def comparison_view(result: Mapping[str, Any]) -> RenderableType:
@@ -184,11 +279,7 @@ def comparison_view(result: Mapping[str, Any]) -> RenderableType:
             table.add_section()
     lines = []
     for group in groups:
-        changed = [f"{key}: {value}" for key, value in group["settings"].items()]
-        more = len(changed) - MOST_DIFFERENCES
-        changed = changed[:MOST_DIFFERENCES] + ([f"and {more} more"] if more > 0 else [])
-        count = len(group["seeds"])
-        fired = ", ".join(f"{name} in {n} of {count}" for name, n in group["warnings"].items())
+        changed, fired = _changes(group), _fired(group)
         text = f"{group['name']}: seeds {', '.join(map(str, group['seeds']))}"
         text += f"; {', '.join(changed)}" if changed else ""
         lines.append(Text(visible(f"{text}; warnings: {fired or 'none'}")))

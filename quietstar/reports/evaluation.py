@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,16 @@ from quietstar.evaluation.controls import (
 )
 from quietstar.evaluation.runner import FREE_SETTINGS
 from quietstar.evaluation.statistics import LENGTHS
-from quietstar.reports.figures import Figure, Row, draw_forest, draw_groups, make_figure
-from quietstar.reports.pages import plain, probability, signed, signed_range, write_charts
+from quietstar.reports.figures import (
+    Draw,
+    Points,
+    Row,
+    draw_forest,
+    draw_groups,
+    draw_points,
+    in_both_sizes,
+)
+from quietstar.reports.pages import percent, plain, probability, signed, signed_range, write_html
 
 METRICS = {
     "accuracy": "accuracy (argmax)",
@@ -46,6 +55,16 @@ BREAKDOWNS = {
     "kind": ("By kind of token", "What the token's text is made of"),
     "position": ("By position", "Quintiles of the token's index in the text"),
 }
+
+
+EXAMPLES = (
+    ("Thoughts of items drawn at random",
+     "Up to ten that are answered right with the thought, and ten that are not; nobody chose them.",
+     ("right", "wrong")),
+    ("Items that thoughts help and hurt most", "Those with the largest rise and the largest fall.",
+     ("helped", "hurt")),
+)  # fmt: skip
+"""Lists of items: heading, what it shows, and which of the examples."""
 
 
 def metrics_of(task: dict[str, Any]) -> dict[str, str]:
@@ -120,11 +139,8 @@ def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
         path: Path of the page.
         model: Name of the model.
         result: Content of the file that ``--out`` names.
-
-    Raises:
-        UserError: plotly is not installed.
     """
-    figures: dict[str, Figure] = {}
+    figures: dict[str, Draw] = {}
     sections = []
     for number, (name, task) in enumerate(result["tasks"].items(), start=1):
         key, metrics, main, cards = f"task{number}", metrics_of(task), task["main_metric"], []
@@ -137,13 +153,13 @@ def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
                 label += " (gain of content)" if control == SWAPPED else ""
                 color = {SWAPPED: "content", PAUSE: "pause"}.get(control, "other")
                 rows.append(Row(label, gain[main], gain["ci95"], color))
-            figures[key] = draw_forest(rows, f"gain in {metrics[main]}", "", "+.4f")
+            figures[key] = partial(draw_forest, rows, f"gain in {metrics[main]}", signed)
             caption = f"Gain in {metrics[main]}: mean and 95% CI"
             cards.append({"name": key, "title": "What thoughts change", "caption": caption})
         for kind, groups in task.get("breakdown", {}).items():
             if len(groups) > 1:  # one group is the whole
                 title, caption = BREAKDOWNS[kind]
-                figures[f"{key}-{kind}"] = draw_groups(groups)
+                figures[f"{key}-{kind}"] = partial(draw_groups, groups)
                 cards.append({"name": f"{key}-{kind}", "title": title, "caption": caption})
         controls = task.get("controls", {})
         variants = [
@@ -155,17 +171,23 @@ def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
         ]
         variants = [(name, scores) for name, scores in variants if scores]
         lengths = [task[WITH][n] for n in LENGTHS if n in task.get(WITH, {})]
+        drawn = task.get("examples", {})
+        examples = [(heading, text, [(kind, drawn[kind]) for kind in kinds if drawn.get(kind)])
+                    for heading, text, kinds in EXAMPLES]  # fmt: skip
         shown = {name: metrics[name] for name in ("accuracy", main) if name in metrics}
         sections.append({
             "name": name, "task": task, "metrics": metrics, "cards": cards, "shown": shown,
             "variants": variants, "lengths": lengths, "without": WITHOUT, "with": WITH,
+            "examples": [entry for entry in examples if entry[2]],
             "content": GAINS[SWAPPED], "votes": task.get(WITH, {}).get("votes", {}),
         })  # fmt: skip
     facts = [("Model", model)]
     facts += [(key, str(result["environment"][key])) for key in ("dtype", "device", "torch")]
     config = {key: value for key, value in result["config"].items() if value is not None}
-    return write_charts(path, "evaluation.html.j2", figures, facts=facts, tasks=sections,
-                        config=config, mark=page_mark(result["config"]))  # fmt: skip
+    return write_html(
+        path, "evaluation.html.j2", figures=in_both_sizes(figures), facts=facts, tasks=sections,
+        config=config, mark=page_mark(result["config"]),
+    )  # fmt: skip
 
 
 def page_mark(config: Mapping[str, Any]) -> str:
@@ -176,17 +198,17 @@ def page_mark(config: Mapping[str, Any]) -> str:
 
 
 # --- Gates: speed against quality -----------------------------------------------------------------
-GATES = {  # color, symbol, size and dash: color is not all that tells gates apart
-    "entropy": ("var(--gate-entropy)", "circle", 8, "solid"),
-    "weight": ("var(--gate-weight)", "diamond", 8, "dash"),
-    "gain": ("var(--gate-gain)", "square", 8, "dot"),
-    "always": ("var(--mixed)", "star", 12, None),
-    "never": ("var(--base)", "x", 12, None),
-    "chosen": ("var(--ink)", "circle-open", 18, None),
+GATES = {  # color, symbol and line: color is not all that tells gates apart
+    "entropy": ("gate-entropy", "o", "-"),
+    "weight": ("gate-weight", "D", "--"),
+    "gain": ("gate-gain", "s", ":"),
+    "always": ("mixed", "*", ""),
+    "never": ("base", "X", ""),
+    "chosen": ("ink", "o", ""),
 }
 MEASURES = {
-    "nll": ("Negative log-likelihood", "nats/token", ".4f", "Lower is better."),
-    "accuracy": ("Accuracy of answers", "correct answers", ".1%", "Higher is better."),
+    "nll": ("Negative log-likelihood", "nats/token", plain, "Lower is better."),
+    "accuracy": ("Accuracy of answers", "correct answers", percent, "Higher is better."),
 }
 
 
@@ -201,36 +223,30 @@ def write_gates(
         path: Path of the page.
         rows: Figures of every gate and threshold, as ``--json`` writes them.
         chosen: Figures of the saved gate, as ``--json`` writes them; marked if given.
-
-    Raises:
-        UserError: plotly is not installed.
     """
     groups = {kind: [row for row in rows if row["gate"] == kind] for kind in GATES}
     groups["chosen"] = [] if chosen is None else [chosen]
     cards, figures = [], {}
-    for measure, (title, unit, shown, direction) in MEASURES.items():
+    for measure, (title, unit, show, direction) in MEASURES.items():
         if rows[0][measure] is None:
             continue
-        traces: list[Figure] = []
+        kinds = []
         for kind, points in groups.items():
-            color, symbol, size, dash = GATES[kind]
             points.sort(key=lambda point: point["passes_a_token"])
             name = kind if kind != "chosen" or chosen is None else f"chosen ({chosen['gate']})"
-            traces.append({
-                "name": name, "mode": "lines+markers" if dash else "markers",
-                "x": [point["passes_a_token"] for point in points],
-                "y": [point[measure] for point in points],
-                "text": [f"{point['share']:.1%} of tokens think" for point in points],
-                "hovertemplate": f"{name}: %{{y:{shown}}}, %{{x:.2f}} passes/token, %{{text}}"
-                                 "<extra></extra>",
-                "line": {"color": color, "dash": dash},
-                "marker": {"size": size, "symbol": symbol, "color": color,
-                           "line": {"width": 2.5 if kind == "chosen" else 0}},
-            })  # fmt: skip
-        passes = {"title": {"text": "forward passes/token"}, "rangemode": "tozero", "tickangle": 0}
-        values = {"title": {"text": unit}, "tickformat": ".0%" if measure == "accuracy" else ""}
-        traces = [trace for trace in traces if trace["x"]]
-        figures[measure] = make_figure(traces, 400, showlegend=True, xaxis=passes, yaxis=values)
+            x, y = ([point[key] for point in points] for key in ("passes_a_token", measure))
+            texts = [
+                f"{name}: {show(value)}, {passes:.2f} passes/token, {point['share']:.1%} of tokens"
+                " think"
+                for value, passes, point in zip(y, x, points, strict=True)
+            ]
+            if points:
+                kinds.append(Points(name, x, y, texts, *GATES[kind], is_ring=kind == "chosen"))
+        titles, is_share = ("forward passes/token", unit), measure == "accuracy"
+        figures[measure] = partial(draw_points, kinds, titles, is_share)
         caption = f"Against forward passes per token, where fewer is faster. {direction}"
         cards.append({"name": measure, "title": title, "caption": caption})
-    return write_charts(path, "calibration.html.j2", figures, rows=rows, chosen=chosen, cards=cards)
+    return write_html(
+        path, "calibration.html.j2", figures=in_both_sizes(figures), rows=rows, chosen=chosen,
+        cards=cards,
+    )  # fmt: skip

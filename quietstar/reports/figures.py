@@ -1,64 +1,89 @@
-"""Charts as plain data for plotly.js.
+"""Charts as SVG, drawn by matplotlib: they need no script, and take their colors from the page.
 
-Colors are variables of the style sheet, so that one figure serves light and dark, and have one
-meaning on all pages: base, mixed, thought, content, swapped, pause, and other for what is neither.
+Every chart is drawn twice, for screens and for phones, and the style sheet shows the one that fits.
+Colors have one meaning on all pages: base, mixed, thought, content, swapped, pause, and other for
+what is neither.
 """
 
 from __future__ import annotations
 
-import html
-import math
+import io
+import re
 import textwrap
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from quietstar.errors import visible
-from quietstar.reports.pages import percent, plain
+from quietstar.reports.pages import plain
 from quietstar.reports.run_files import Record, find_stages, series
 
-Figure = dict[str, Any]
-
-HEIGHT = 320  # pixels; the page reserves the same
+WIDE, NARROW = 540, 330
+"""Widths in pixels, for screens and for phones."""
+HEIGHT = 270.0
 MAX_POINTS = 150  # of a training line: more hides its course in its noise
 FEW = 5  # held-out points under which the training line tells better what lies between them
-_NARROWEST = 0.8  # of the widest panel, so that a short stage can be read beside a long one
-_GAP = 0.06  # of the width, between panels: half a number on either side
-_CHARACTERS = 48  # of the stages' names side by side, on a phone
 
-# --- The look of all figures ----------------------------------------------------------------------
-_AXIS: Figure = {
-    "title": {"standoff": 8, "font": {"size": 12}}, "automargin": True, "showline": True,
-    "showspikes": False, "gridcolor": "var(--grid)", "zerolinecolor": "var(--edge)",
-    "linecolor": "var(--edge)",
+COLORS = (
+    *("base", "mixed", "thought", "content", "swapped", "pause", "other"),
+    *("gate-entropy", "gate-weight", "gate-gain"),
+    *("group-1", "group-2", "group-3", "group-4", "group-5", "group-6"),
+    *("ink", "muted", "grid", "edge", "band", "card"),
+)
+"""Variables of the style sheet."""
+_PAINTS = {name: f"#abc0{number:02x}" for number, name in enumerate(COLORS)}
+_LOOK: dict[str, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "quietstar", "figure.dpi": 72, "savefig.dpi": 72,
+    "figure.facecolor": "none", "axes.facecolor": "none",
+    "font.size": 12, "axes.titlesize": 12, "axes.labelsize": 12, "legend.fontsize": 12,
+    "xtick.labelsize": 11.5, "ytick.labelsize": 11.5,
+    "text.color": _PAINTS["muted"], "axes.labelcolor": _PAINTS["muted"],
+    "axes.titlecolor": _PAINTS["muted"], "axes.edgecolor": _PAINTS["edge"],
+    "xtick.color": _PAINTS["edge"], "xtick.labelcolor": _PAINTS["muted"],
+    "ytick.color": _PAINTS["edge"], "ytick.labelcolor": _PAINTS["muted"],
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "axes.grid": True, "axes.grid.axis": "y", "grid.color": _PAINTS["grid"], "grid.linewidth": 1,
+    "axes.titlelocation": "left", "legend.frameon": False, "legend.borderaxespad": 0,
+    "legend.handlelength": 1.6, "legend.columnspacing": 1.4,
+    "figure.constrained_layout.use": True, "figure.constrained_layout.w_pad": 0.03,
 }  # fmt: skip
-_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
-_LAYOUT: Figure = {
-    "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
-    "font": {"family": _FONT, "size": 12, "color": "var(--muted)"},
-    "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
-    "hoverlabel": {"bgcolor": "var(--card)", "bordercolor": "var(--line)", "namelength": -1,
-                   "font": {"color": "var(--ink)"}},
-    "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-    "annotationdefaults": {"xref": "paper", "xanchor": "left", "yanchor": "bottom",
-                           "showarrow": False},
-    "xaxis": _AXIS, "yaxis": _AXIS,
-}  # fmt: skip
+
+_NO_XML = re.compile("[\ufffe\uffff]")
 
 
-def make_figure(traces: Sequence[Figure], height: int = HEIGHT, **layout: Any) -> Figure:
-    """Make a figure in the look of the page; the rest of its layout is given as in plotly."""
-    look = {"template": {"layout": _LAYOUT}, "height": height}
-    return {"data": traces, "layout": look | layout}
+def paint(name: str) -> str:
+    """Return what stands for a color of the style sheet until the figure is SVG."""
+    return _PAINTS[name]
 
 
-def error_bars(values: Sequence[float], bounds: Sequence[Any], color: str) -> Figure:
-    """Return the bars from a value to the ends of its interval; none where the interval is None."""
-    ends = [pair or (value, value) for value, pair in zip(values, bounds, strict=True)]
-    above = [high - value for value, (_, high) in zip(values, ends, strict=True)]
-    below = [value - low for value, (low, _) in zip(values, ends, strict=True)]
-    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below,
-            "color": f"var(--{color})", "thickness": 2.5, "width": 5}  # fmt: skip
+@dataclass(frozen=True)
+class Plot:
+    """A drawn chart.
+
+    Attributes:
+        figure: Figure of matplotlib, a pixel for every point.
+        hints: By the group id of a line's markers, a text for each, shown where one points.
+    """
+
+    figure: Figure
+    hints: dict[str, list[str]] = field(default_factory=dict)
+
+    def explain(self, texts: Sequence[str]) -> str:
+        """Take up the texts of a line's markers; returns the group id to give to the line."""
+        group = f"hints-{len(self.hints)}"
+        self.hints[group] = list(texts)
+        return group
+
+
+Draw = Callable[[int], Plot]
+"""Draws a chart for a width."""
 
 
 def padded(low: float, high: float) -> tuple[float, float]:
@@ -68,9 +93,90 @@ def padded(low: float, high: float) -> tuple[float, float]:
 
 
 def literal(text: str, width: int) -> str:
-    """Return a text that plotly, which reads some HTML in texts, shows as it is, in one line."""
-    line = " ".join(visible(text).split())
-    return html.escape(line if len(line) <= width else line[: width - 1] + "…", quote=False)
+    """Return a text as one line of at most so many visible characters."""
+    line = " ".join(_NO_XML.sub("\ufffd", visible(text)).split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def in_both_sizes(figures: Mapping[str, Draw]) -> dict[str, dict[str, str]]:
+    """Draw charts by name, each for screens and for phones, as elements of a page."""
+    sizes = {"wide": WIDE, "narrow": NARROW}
+    return {
+        name: {size: as_svg(draw(width), f"{name}-{size}") for size, width in sizes.items()}
+        for name, draw in figures.items()
+    }
+
+
+# --- SVG ------------------------------------------------------------------------------------------
+_SVG, _LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
+_FAMILY = re.compile(r"font-family: [^;]+; ")
+_FONT = re.compile(r"font: (?:(\d+|bold) )?([\d.]+px) [^;]+")  # as matplotlib before 3.11 writes
+
+
+def as_svg(plot: Plot, name: str) -> str:
+    """Return a chart as an element of an HTML page; ids in it begin with ``name``."""
+    buffer = io.StringIO()
+    with rc_context(_LOOK), warnings.catch_warnings():
+        # Browsers have fonts for the scripts that the measuring one lacks.
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        plot.figure.savefig(buffer, format="svg")
+    root = ElementTree.fromstring(buffer.getvalue())
+    for group in root.iter(f"{_SVG}g"):
+        texts = plot.hints.get(group.get("id", ""), [])
+        markers = list(group.iter(f"{_SVG}use"))
+        if len(texts) == len(markers):  # outside of the axes none is drawn
+            for marker, text in zip(markers, texts, strict=True):
+                ElementTree.SubElement(marker, f"{_SVG}title").text = visible(text)
+    referred = set(re.findall(r"#([\w-]+)[\")]", buffer.getvalue()))
+    for parent in list(root.iter()):
+        for child in list(parent):
+            is_sheet = child.tag == f"{_SVG}defs" and child.find(f"{_SVG}style") is not None
+            if is_sheet or child.tag == f"{_SVG}metadata":
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(_SVG)
+        if (target := element.attrib.pop(_LINK, None)) is not None:
+            element.set("href", f"#{name}-{target[1:]}")
+        if (own := element.attrib.pop("id", None)) in referred:
+            element.set("id", f"{name}-{own}")
+        if (area := element.get("clip-path")) is not None:
+            element.set("clip-path", area.replace("#", f"#{name}-"))
+        if (style := element.get("style")) is not None:
+            for color, stand_in in _PAINTS.items():
+                style = style.replace(stand_in, f"var(--{color})")
+            style = _FONT.sub(r"font-size: \2; font-weight: \1", style)
+            element.set("style", _FAMILY.sub("", style))
+    kept = {"viewBox": root.attrib["viewBox"], "aria-hidden": "true", "focusable": "false"}
+    root.attrib.clear()
+    root.attrib.update(kept)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+# --- Shared parts ---------------------------------------------------------------------------------
+_ROUND = [1, 2, 2.5, 5, 10]
+"""Steps of an axis, times powers of ten."""
+
+
+def _number(value: float, _: int) -> str:
+    return f"{value:.6g}".replace("-", "−")
+
+
+def _percent(value: float, _: int) -> str:
+    return f"{100 * value:.4g}%".replace("-", "−")
+
+
+def _new(width: int, height: float) -> Plot:
+    return Plot(Figure(figsize=(width / 72, height / 72)))
+
+
+def _add_legend(plot: Plot, handles: Sequence[Any], width: int) -> None:
+    """Put a legend above the axes, in columns that fit; the figure grows by its rows."""
+    widest = max(32 + 7 * len(str(handle.get_label())) for handle in handles)
+    columns = max(1, min(len(handles), width // widest))
+    rows = -(-len(handles) // columns)
+    columns = -(-len(handles) // rows)
+    plot.figure.legend(handles=handles, loc="outside upper left", ncols=columns)
+    plot.figure.set_figheight(plot.figure.get_figheight() + rows * 18 / 72)
 
 
 # --- Curves over the steps ------------------------------------------------------------------------
@@ -80,7 +186,7 @@ class Line(NamedTuple):
     key: str  # in metrics.jsonl
     name: str  # in the legend
     color: str
-    symbol: str = "circle"  # of held-out points, so that color is not all that tells lines apart
+    symbol: str = "o"  # of held-out points, so that color is not all that tells lines apart
 
 
 class Chart(NamedTuple):
@@ -92,60 +198,98 @@ class Chart(NamedTuple):
     unit: str
     lines: tuple[Line, ...]
     show: Callable[[float | None], str] = plain
-    from_zero: bool = True  # the axis takes in zero; else the highest training values may leave it
+    is_share: bool = False
+    from_zero: bool = True  # the axis takes in zero; else early values may leave it
 
 
-def draw_curves(chart: Chart, records: Sequence[Record]) -> Figure:
-    """Draw a chart with a panel for every stage; training thin, held-out figures marked."""
-    stages = find_stages(records)
-    panels: dict[str, list[Figure]] = {}
-    for stage in stages:
+def draw_curves(chart: Chart, records: Sequence[Record], width: int = WIDE) -> Plot:
+    """Draw a chart with a panel for every stage; training thin, held-out figures marked.
+
+    A stage with a single line, mostly one before the thinking, has less of the width.
+    """
+    panels = {}
+    for stage in find_stages(records):
         staged = [record for record in records if record.stage == stage]
-        if own := [trace for line in chart.lines for trace in _line_traces(line, staged)]:
+        measured = [(line, series(staged, "train", line.key), series(staged, "eval", line.key))
+                    for line in chart.lines]  # fmt: skip
+        if own := [(line, *both) for line, *both in measured if both[0][0] or both[1][0]]:
             panels[stage] = own
-    traces = [trace for own in panels.values() for trace in own]
-    # The legend lists a figure once, as its last panel shows it.
-    listed = {trace["legendgroup"]: trace for trace in traces if trace["showlegend"]}
-    for trace in traces:
-        trace["showlegend"] = trace is listed.get(trace["legendgroup"])
-    values: Figure = {"title": {"text": chart.unit}, "hoverformat": ".4~f"}
-    if chart.show is percent:
-        values |= {"tickformat": ".0%", "hoverformat": ".1%"}
-    if chart.from_zero:
-        values["rangemode"] = "tozero"
-    else:  # all held-out values, but not the top 2% of the training values
-        tops = [
-            max(t["y"]) if "markers" in t["mode"] else sorted(t["y"])[int(0.98 * (len(t["y"]) - 1))]
-            for t in traces
-        ]
-        values["range"] = padded(min(min(trace["y"]) for trace in traces), max(tops))
-    layout = _place_panels(panels, has_names=len(stages) > 1, has_legend=len(listed) > 1)
-    return make_figure(traces, hovermode="x unified", yaxis=values, **layout)
+    with rc_context(_LOOK):
+        plot = _new(width, HEIGHT if width == WIDE else 0.85 * HEIGHT)
+        most = max(map(len, panels.values()))
+        ratios = [1.0 if len(own) == most else 0.5 for own in panels.values()]
+        (row,) = plot.figure.subplots(
+            1, len(panels), sharey=True, squeeze=False, width_ratios=ratios
+        )
+        handles: dict[str, Any] = {}
+        for axes, (stage, own), ratio in zip(row, panels.items(), ratios, strict=True):
+            for measured in own:
+                handles[measured[0].key] = _draw_line(plot, axes, chart, *measured)
+            steps = [step for _, train, held_out in own for step in (*train[0], *held_out[0])]
+            axes.set_xlim(*padded(float(min(steps)), float(max(steps))))
+            share = ratio / sum(ratios)
+            axes.xaxis.set_major_locator(MaxNLocator(
+                max(1, int(7 * share * width / WIDE)), integer=True, min_n_ticks=1,
+                steps=[1, 2, 5, 10],
+                prune="both" if len(panels) > 1 else None,  # they would meet the neighbor's
+            ))  # fmt: skip
+            axes.xaxis.set_major_formatter(FuncFormatter(_number))
+            axes.set_xlabel("step")
+            if len(find_stages(records)) > 1:
+                room = max(3, int(share * width / 8))
+                axes.set_title(literal(stage, room), parse_math=False)
+                axes.set_facecolor(paint("band"))
+        row[0].set_ylim(*_value_range(chart, list(panels.values())))
+        row[0].set_ylabel(chart.unit)
+        row[0].yaxis.set_major_locator(MaxNLocator(6, steps=_ROUND))
+        row[0].yaxis.set_major_formatter(FuncFormatter(_percent if chart.is_share else _number))
+        if len(handles) > 1:
+            ordered = [handles[line.key] for line in chart.lines if line.key in handles]
+            _add_legend(plot, ordered, width)
+    return plot
 
 
-def _line_traces(line: Line, records: Sequence[Record]) -> list[Figure]:
-    """Return the traces of a figure, training under held out; they are toggled together."""
-    (train, values), held_out = (series(records, kind, line.key) for kind in ("train", "eval"))
-    color, has_both = f"var(--{line.color})", bool(train and held_out[0])
-    traces: list[Figure] = []
-    if train:
-        train, values = thinned(train, values)
-        traces.append({
-            "x": train, "y": values, "legendgroup": line.key, "showlegend": not has_both,
-            "name": f"{line.name}, training" if has_both else line.name,
-            "mode": "lines" if len(train) > 1 else "markers",
-            "line": {"width": 1.25, "color": color}, "marker": {"color": color},
-            "opacity": 0.6 if has_both else 1.0,
-        })  # fmt: skip
+def _draw_line(plot: Plot, axes: Any, chart: Chart, line: Line, train: Any, held_out: Any) -> Any:
+    """Draw a figure of a stage, training under held out; returns what its legend shows."""
+    color, has_both = paint(line.color), bool(train[0] and held_out[0])
+    handle = None
+    if train[0]:
+        steps, values = thinned(*train)
+        (handle,) = axes.plot(
+            steps, values, color=color, label=line.name, linewidth=1.25,
+            alpha=0.6 if has_both else 1.0, marker="" if len(steps) > 1 else ".",
+        )  # fmt: skip
     if held_out[0]:
-        traces.append({
-            "x": held_out[0], "y": held_out[1], "legendgroup": line.key, "showlegend": True,
-            "name": line.name,
-            "mode": "markers" if has_both and len(held_out[0]) < FEW else "lines+markers",
-            "line": {"width": 2.25, "color": color},
-            "marker": {"symbol": line.symbol, "size": 8, "color": color},
-        })  # fmt: skip
-    return traces
+        texts = [f"step {step}: {line.name} {chart.show(value)}"
+                 for step, value in zip(*held_out, strict=True)]  # fmt: skip
+        is_joined = not has_both or len(held_out[0]) >= FEW
+        (handle,) = axes.plot(
+            *held_out, color=color, label=line.name, linewidth=2.25, marker=line.symbol,
+            linestyle="-" if is_joined else "", markersize=6, markeredgewidth=0,
+            gid=plot.explain(texts),
+        )  # fmt: skip
+    return handle
+
+
+def _value_range(chart: Chart, panels: Sequence[Sequence[Any]]) -> tuple[float, float]:
+    """Return the ends of the axis of values.
+
+    Where zero is no part of it, the first third of a stage does not set it either: a loss that
+    falls from far above would press everything else into a few pixels.
+    """
+    values, late = [], []
+    for own in panels:
+        steps = [step for _, *both in own for measured in both for step in measured[0]]
+        settled = min(steps) + (max(steps) - min(steps)) / 3
+        for _, *both in own:
+            for measured in (thinned(*both[0]) if both[0][0] else both[0], both[1]):
+                values += measured[1]
+                late += [v for s, v in zip(*measured, strict=True) if s >= settled]
+    if not chart.from_zero:
+        return padded(min(late), max(late))
+    low, high = min(0.0, *values), max(0.0, *values)
+    below, above = padded(low, high)
+    return (below if low < 0 else 0.0), (above if high > 0 else 0.0)
 
 
 def thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
@@ -154,47 +298,6 @@ def thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[floa
     starts = range(0, len(steps), size)
     middles = [steps[(start + min(start + size, len(steps)) - 1) // 2] for start in starts]
     return middles, [fmean(values[start : start + size]) for start in starts]
-
-
-def _place_panels(panels: Mapping[str, list[Figure]], has_names: bool, has_legend: bool) -> Figure:
-    """Lay panels out side by side, with shades and names; long stages get more of the width."""
-    steps = [[float(step) for trace in own for step in trace["x"]] for own in panels.values()]
-    spans = [padded(min(of_panel), max(of_panel)) for of_panel in steps]
-    lengths = [high - low for low, high in spans]
-    widths = [max(length, _NARROWEST * max(lengths)) for length in lengths]
-    layout: Figure = {"showlegend": has_legend, "annotations": []}
-    if has_names:  # room for the names of the stages, under the legend if there is one
-        layout |= {"legend": {"y": 1.12}, "margin": {"t": 8 if has_legend else 24},
-                   "plot_bgcolor": "var(--band)"}  # fmt: skip
-    left = 0.0
-    for number, (stage, span, width) in enumerate(zip(panels, spans, widths, strict=True), 1):
-        share = width / sum(widths) * (1 - _GAP * (len(panels) - 1))
-        right = min(left + share, 1.0)
-        suffix = str(number) if number > 1 else ""
-        layout[f"xaxis{suffix}"] = axis = {
-            "title": {"text": "step"}, "range": span, "domain": (left, right), "showgrid": False,
-            "zeroline": False, "tickangle": 0, "nticks": 6,
-            "unifiedhovertitle": {"text": "step %{x}"},
-        }  # fmt: skip
-        if len(panels) > 1:  # numbers at the ends of a panel would meet those of the next one
-            axis["tickvals"] = inner_steps(*span, most=max(1, int(5 * share)))
-        for trace in panels[stage]:
-            trace["xaxis"] = f"x{suffix}"
-        if has_names:
-            name = literal(stage, max(3, int(_CHARACTERS * (right - left))))
-            layout["annotations"].append({"text": name, "x": left, "y": 1, "yref": "paper"})
-        left += share + _GAP
-    return layout
-
-
-def inner_steps(low: float, high: float, most: int) -> list[int]:
-    """Return at most so many round steps away from the ends of a range, at least one."""
-    first, last = low + 0.12 * (high - low), high - 0.12 * (high - low)
-    for size in (unit * 10**power for power in range(12) for unit in (1, 2, 5)):
-        steps = range(size * math.ceil(first / size), math.floor(last) + 1, size)
-        if len(steps) <= most:
-            return list(steps) or [round((low + high) / 2)]
-    return []
 
 
 # --- Means with intervals -------------------------------------------------------------------------
@@ -208,64 +311,127 @@ class Row(NamedTuple):
     seeds: Sequence[float] = ()
 
 
-def draw_forest(rows: Sequence[Row], title: str, tickformat: str, hoverformat: str) -> Figure:
-    """Draw rows from top to bottom: intervals as bars, means as dots, seeds as small rings."""
+def draw_forest(
+    rows: Sequence[Row], title: str, show: Callable[[float], str], width: int = WIDE
+) -> Plot:
+    """Draw rows from top to bottom: intervals as bars, means as dots, seeds as small rings.
+
+    Args:
+        rows: What is drawn.
+        title: Title of the axis.
+        show: Formats a mean, which stands at the right of its row.
+        width: Width in pixels.
+    """
     ends = [x for row in rows for x in (row.mean, *(row.bounds or ()), *row.seeds)]
-    traces: list[Figure] = [{
-        "mode": "markers",
-        "x": [x for row in rows for x in row.seeds],
-        "y": [place + 0.22 for place, row in enumerate(rows) for _ in row.seeds],
-        "hovertemplate": f"one seed: %{{x:{hoverformat}}}<extra></extra>",
-        "marker": {"size": 7, "symbol": "circle-open", "color": "var(--base)",
-                   "line": {"width": 1.5}},
-    }]  # fmt: skip
-    labels: list[Figure] = []
-    for place, row in enumerate(rows):
-        traces.append({
-            "mode": "markers", "x": [row.mean], "y": [place],
-            "hovertemplate": f"{literal(row.label, 60)}: %{{x:{hoverformat}}}<extra></extra>",
-            "marker": {"size": 11, "color": f"var(--{row.color})"},
-            "error_x": error_bars([row.mean], [row.bounds], row.color),
-        })  # fmt: skip
-        # At most two lines, which fit a phone.
-        width = 44 if len(row.label) <= 44 else min(44, len(row.label) // 2 + 8)
-        lines = textwrap.wrap(row.label, width, max_lines=2, placeholder=" …")
-        labels.append({
-            "text": "<br>".join(literal(line, 44) for line in lines), "align": "left",
-            "x": 0, "y": place, "yshift": 9,
-            "bgcolor": "var(--card)", "font": {"color": "var(--ink)", "size": 13},
-        })  # fmt: skip
-    row_height = 71 if any("<br>" in label["text"] for label in labels) else 54
-    return make_figure(
-        traces, 64 + row_height * len(rows),
-        showlegend=False,
-        xaxis={"title": {"text": title}, "range": padded(min(0.0, *ends), max(0.0, *ends)),
-               "tickformat": tickformat, "zeroline": True, "tickangle": 0, "nticks": 6},
-        yaxis={"range": [len(rows) - 0.55, -0.75], "visible": False, "fixedrange": True},
-        annotations=labels,
-    )  # fmt: skip
+    columns = width // 8 - 8
+    labels = [textwrap.wrap(literal(row.label, 2 * columns), columns) or [""] for row in rows]
+    height = 40.0 + sum(24 + 16 * len(lines) for lines in labels)
+    with rc_context({**_LOOK, "axes.grid.axis": "x", "axes.spines.left": False}):
+        plot = _new(width, height)
+        axes = plot.figure.subplots()
+        beside = axes.get_yaxis_transform()  # x in parts of the axes, y as the rows count
+        axes.axvline(0, color=paint("edge"), linewidth=1.5)
+        bottom = 0.0
+        for row, lines in zip(rows, labels, strict=True):
+            top, bottom = bottom, bottom + 24 + 16 * len(lines)
+            place = bottom - 10
+            text = {"transform": beside, "va": "top", "color": paint("ink"), "fontsize": 12.5,
+                    "parse_math": False}  # fmt: skip
+            axes.text(0, top + 2, "\n".join(lines), ha="left", **text)
+            axes.text(1, top + 2, show(row.mean), ha="right", weight="bold", **text)
+            if row.seeds:
+                axes.plot(
+                    row.seeds, [place + 6] * len(row.seeds), "o", color=paint("base"),
+                    fillstyle="none", markersize=5, gid=plot.explain(
+                        [f"one seed: {show(value)}" for value in row.seeds]
+                    ),
+                )  # fmt: skip
+            if row.bounds:
+                axes.plot(row.bounds, [place] * 2, color=paint(row.color), linewidth=2.5)
+            axes.plot(
+                [row.mean], [place], "o", color=paint(row.color), markersize=8,
+                gid=plot.explain([f"{literal(row.label, 60)}: {show(row.mean)}"]),
+            )  # fmt: skip
+        axes.set_xlim(*padded(min(0.0, *ends), max(0.0, *ends)))
+        axes.set_ylim(bottom, 0)
+        axes.set_yticks([])
+        axes.set_xlabel(title)
+        axes.xaxis.set_major_locator(MaxNLocator(6 if width == WIDE else 4, steps=_ROUND))
+        axes.xaxis.set_major_formatter(FuncFormatter(_number))
+    return plot
 
 
-def draw_groups(groups: Sequence[Mapping[str, Any]]) -> Figure:
+def draw_groups(groups: Sequence[Mapping[str, Any]], width: int = WIDE) -> Plot:
     """Draw gain and gain of content of groups of tokens, side by side."""
-    traces: list[Figure] = []
-    for key, color, symbol in (("gain", "mixed", "circle"),
-                               ("gain_of_content", "content", "diamond")):  # fmt: skip
-        if key in groups[0]:
-            values = [group[key] for group in groups]
-            bounds = [group[f"{key}_ci95"] for group in groups]
-            traces.append({
-                "mode": "markers", "name": key.replace("_", " "),
-                "x": [f"{literal(group['label'], 30)}<br>n {group['n']}" for group in groups],
-                "y": values,
-                "hovertemplate": "%{x}: %{y:+.4f}<extra></extra>",
-                "marker": {"size": 9, "color": f"var(--{color})", "symbol": symbol},
-                "error_y": error_bars(values, bounds, color),
-            })  # fmt: skip
-    return make_figure(
-        traces,
-        showlegend=True,
-        xaxis={"showgrid": False, "type": "category", "tickangle": 0},
-        yaxis={"title": {"text": "nats/token"}, "zeroline": True},
-        scattermode="group",
-    )
+    with rc_context(_LOOK):
+        plot = _new(width, HEIGHT)
+        axes = plot.figure.subplots()
+        axes.axhline(0, color=paint("edge"), linewidth=1.5)
+        kinds = [kind for kind in (("gain", "mixed", "o"), ("gain_of_content", "content", "D"))
+                 if kind[0] in groups[0]]  # fmt: skip
+        handles = []
+        for number, (key, color, symbol) in enumerate(kinds):
+            places = [place + 0.2 * (number - (len(kinds) - 1) / 2) for place in range(len(groups))]
+            for place, group in zip(places, groups, strict=True):
+                if group[f"{key}_ci95"]:
+                    axes.plot([place] * 2, group[f"{key}_ci95"], color=paint(color), linewidth=2.5)
+            texts = [f"{literal(group['label'], 30)}: {_signed(group[key])}" for group in groups]
+            handles += axes.plot(
+                places, [group[key] for group in groups], symbol, color=paint(color), markersize=7,
+                label=key.replace("_", " "), gid=plot.explain(texts),
+            )  # fmt: skip
+        room = max(6, int(width / 8.5 / len(groups)))
+        names = ["\n".join([*textwrap.wrap(literal(group["label"], 30), room), f"n {group['n']}"])
+                 for group in groups]  # fmt: skip
+        axes.set_xticks(range(len(groups)), names, parse_math=False)
+        axes.set_xlim(-0.5, len(groups) - 0.5)
+        axes.set_ylabel("nats/token")
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=_ROUND))
+        axes.yaxis.set_major_formatter(FuncFormatter(_number))
+        _add_legend(plot, handles, width)
+    return plot
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−")
+
+
+class Points(NamedTuple):
+    """Points of one kind over another measure, in the order in which a line joins them."""
+
+    label: str  # in the legend, which leaves an empty one out
+    x: Sequence[float]
+    y: Sequence[float]
+    texts: Sequence[str]
+    color: str
+    symbol: str = "o"
+    line: str = ""  # in matplotlib's signs; empty joins nothing
+    is_ring: bool = False
+
+
+def draw_points(
+    kinds: Sequence[Points],
+    titles: tuple[str, str],
+    is_share: bool = False,
+    width: int = WIDE,
+) -> Plot:
+    """Draw points of several kinds; ``titles`` are those of the axes, and x begins at zero."""
+    with rc_context(_LOOK):
+        plot = _new(width, 1.2 * HEIGHT)
+        axes = plot.figure.subplots()
+        handles = []
+        for kind in kinds:
+            handles += axes.plot(
+                kind.x, kind.y, color=paint(kind.color), marker=kind.symbol, linestyle=kind.line,
+                markersize=14 if kind.is_ring else 7, label=kind.label,
+                fillstyle="none" if kind.is_ring else "full",
+                markeredgewidth=2.5 if kind.is_ring else 0, gid=plot.explain(kind.texts),
+            )  # fmt: skip
+        axes.set_xlim(left=0)
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=_ROUND))
+        axes.set_xlabel(titles[0])
+        axes.set_ylabel(titles[1])
+        axes.xaxis.set_major_formatter(FuncFormatter(_number))
+        axes.yaxis.set_major_formatter(FuncFormatter(_percent if is_share else _number))
+        _add_legend(plot, [handle for handle in handles if handle.get_label()], width)
+    return plot

@@ -8,7 +8,7 @@ from typing import Any
 
 from quietstar.judging.contest import probability_of_first
 from quietstar.judging.labels import Label, Pair
-from quietstar.reports.pages import percent, percent_range, write_charts
+from quietstar.reports.pages import percent, percent_range, write_html
 
 OF_A_FILE, UNNAMED = ("chosen in the file", "rejected in the file"), ("first text", "second text")
 """Headings of the texts, where no models are compared."""
@@ -55,8 +55,8 @@ def write_judge_page(
         lists.append(("Clearest preferences", clear, clearest))
     caption = "Pairs whose verdict turns with the order: it follows the place, not the text."
     lists.append(("The judge against itself", caption, undecided))
-    return write_charts(
-        path, "judging.html.j2", {}, verdict=_verdict(summary, names), summary=summary,
+    return write_html(
+        path, "judging.html.j2", verdict=_verdict(summary, names), summary=summary,
         names=names or (OF_A_FILE if is_labeled else UNNAMED), is_contest=names is not None,
         lists=[(title, text, len(some), some[:MOST]) for title, text, some in lists],
         config=settings,

@@ -13,7 +13,6 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from quietstar.errors import UserError
 from quietstar.system.files import write_whole
 
 MISSING = "–"
@@ -90,21 +89,6 @@ def asset(name: str) -> str:
     return (resources.files("quietstar.reports") / "templates" / name).read_text(encoding="utf-8")
 
 
-def plotly_script() -> str:
-    """Return the source of plotly.js.
-
-    Raises:
-        UserError: plotly is not installed.
-    """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise UserError(
-            f"a page with charts needs plotly ({error}); install it: pip install plotly"
-        ) from error
-    return get_plotlyjs()
-
-
 def render(template: str, scripts: Sequence[str], **context: Any) -> str:
     """Render a page in which every text is escaped, in HTML and in JSON.
 
@@ -133,14 +117,13 @@ def render(template: str, scripts: Sequence[str], **context: Any) -> str:
     )
 
 
-def write_charts(path: Path, template: str, figures: Mapping[str, Any], **context: Any) -> Path:
+def write_html(path: Path, template: str, **context: Any) -> Path:
     """Write a page whole or not at all, making its folder if necessary; returns its path.
 
     Raises:
-        UserError: plotly is not installed, or the page cannot be written.
+        UserError: The page cannot be written.
     """
-    scripts = [plotly_script(), asset("charts.js")] if figures else []
-    page = render(template, scripts, figures=figures, **context)
+    page = render(template, [asset("unfold.js")], **context)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page)
     return path
@@ -153,5 +136,20 @@ def render_thoughts(documents: Sequence[Mapping[str, Any]]) -> str:
         documents: Results of `quietstar.evaluation.inspection.inspect_text`, of one model or of
             two. They stand in the page as data, which its script turns into text nodes only.
     """
-    title = " and ".join(document["model"] for document in documents)
-    return render("thoughts.html.j2", [asset("thoughts.js")], documents=documents, title=title)
+    tokens, settings = documents[0]["tokens"], documents[0]["settings"]
+    text = " ".join("".join(token["text"] for token in tokens).split())
+    context, many, length, temperature = (
+        settings[key] for key in ("context", "num_thoughts", "thought_length", "temperature")
+    )
+    facts = [
+        ("Models" if documents[1:] else "Model", ", ".join(d["model"] for d in documents)),
+        ("Thoughts", f"{many} at every position" if many > 1 else "one at every position"),
+        ("Length", f"up to {length} tokens"),
+        ("Temperature", "greedy" if temperature is None else f"{temperature:g}"),
+        *([] if temperature is None else [("Seed", str(settings["seed"]))]),
+        *([("Windows of", f"{context} tokens")] if context and context < len(tokens) else []),
+    ]
+    return render(
+        "thoughts.html.j2", [asset("thoughts.js")], documents=documents, facts=facts,
+        text=text if len(text) <= 60 else text[:59].rstrip() + "…",
+    )  # fmt: skip

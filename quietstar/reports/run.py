@@ -10,14 +10,31 @@ from statistics import median
 from typing import Any
 
 from quietstar.config.yaml import parse
-from quietstar.evaluation.controls import BLANK, CONTROL_NAMES, GAINS, GENERIC, SHUFFLED
-from quietstar.reports.figures import Chart, Line, Row, draw_curves, draw_forest
-from quietstar.reports.pages import duration, percent, plain, signed, write_charts
-from quietstar.reports.run_files import MOST_CONFIG_BYTES, Record, Results, RunFiles, series
+from quietstar.evaluation.controls import BLANK, CONTROL_NAMES, GAINS, GENERIC, SHUFFLED, SWAPPED
+from quietstar.reports.figures import (
+    Chart,
+    Draw,
+    Line,
+    Row,
+    draw_curves,
+    draw_forest,
+    in_both_sizes,
+)
+from quietstar.reports.pages import duration, percent, plain, signed, wilson, write_html
+from quietstar.reports.run_files import (
+    MOST_CONFIG_BYTES,
+    Followed,
+    Record,
+    Results,
+    RunFiles,
+    series,
+)
 from quietstar.training.evaluation import ACCURACIES
 from quietstar.training.guards import GUARDS, GuardState
 
-OTHERS = {SHUFFLED: "x", GENERIC: "cross", BLANK: "square-open"}
+MOST_FOLLOWED = 12
+"""Evaluations at which a thought is shown."""
+OTHERS = {SHUFFLED: "X", GENERIC: "P", BLANK: "p"}
 """Controls that share a color, with their symbols."""
 # fmt: off
 CHARTS = (
@@ -26,26 +43,26 @@ CHARTS = (
           "of another one. Pause: one constant token in place of every thought token.",
           "correct answers",
           (Line("accuracy_with_thoughts", "with thoughts", "mixed"),
-           Line("accuracy_without_thoughts", "without thoughts", "base", "square"),
-           Line("accuracy_swapped", "swapped thoughts", "swapped", "diamond"),
-           Line("accuracy_pause", "pause tokens", "pause", "triangle-down"),
+           Line("accuracy_without_thoughts", "without thoughts", "base", "s"),
+           Line("accuracy_swapped", "swapped thoughts", "swapped", "D"),
+           Line("accuracy_pause", "pause tokens", "pause", "v"),
            *(Line(f"accuracy_{name}", CONTROL_NAMES[name], "other", symbol)
-             for name, symbol in OTHERS.items())), percent),
+             for name, symbol in OTHERS.items())), percent, True),
     Chart("right-thoughts", "Correct thoughts",
           "Share of the sampled thoughts that are correct.", "correct thoughts",
-          (Line("right_thoughts", "correct thoughts", "thought", "triangle-up"),), percent),
+          (Line("right_thoughts", "correct thoughts", "thought", "^"),), percent, True),
     Chart("nll", "Negative log-likelihood of the next token",
           "Base: without a thought. Mixed: base and thought together. Thought: its prediction "
-          "alone. Lower is better.", "nats/token",
-          (Line("base_nll", "base NLL", "base", "square"),
+          "alone. Lower is better. Early values may lie beyond the axis.", "nats/token",
+          (Line("base_nll", "base NLL", "base", "s"),
            Line("mixed_nll", "mixed NLL", "mixed"),
-           Line("thought_nll", "thought NLL", "thought", "triangle-up")), from_zero=False),
+           Line("thought_nll", "thought NLL", "thought", "^")), from_zero=False),
     Chart("gain", "Gain from thinking, and cost of swapping the thoughts",
           "Gain: base minus mixed NLL. Gain of content: what is lost with swapped thoughts; only "
           "this part is thinking.", "nats/token",
           (Line("gain", "gain", "mixed"),
-           Line("gain_of_content", "gain of content", "content", "triangle-up"),
-           Line("gain_over_pause", "gain over pause tokens", "pause", "diamond"),
+           Line("gain_of_content", "gain of content", "content", "^"),
+           Line("gain_over_pause", "gain over pause tokens", "pause", "D"),
            *(Line(GAINS[name], f"gain over {CONTROL_NAMES[name]}", "other", symbol)
              for name, symbol in OTHERS.items())), signed),
     Chart("mixing-weight", "Mixing weight",
@@ -56,28 +73,28 @@ CHARTS = (
           "What a thought adds to the log-probability of its targets, and its standard deviation "
           "among the thoughts of one position: if that is zero, REINFORCE has no signal.",
           "nats/thought",
-          (Line("reward", "reward", "thought", "triangle-up"),
-           Line("reward_std", "standard deviation", "other", "diamond"))),
+          (Line("reward", "reward", "thought", "^"),
+           Line("reward_std", "standard deviation", "other", "D"))),
     Chart("entropy", "Entropy of thoughts",
           "Mean entropy of the next-token distribution inside thoughts. Held-out thoughts are "
           "greedy.", "nats/token",
-          (Line("entropy", "entropy", "thought", "triangle-up"),)),
+          (Line("entropy", "entropy", "thought", "^"),)),
     Chart("variety", "Variety of thoughts",
           "Distinct: distinct tokens of a thought over its length. Identical: positions where all "
           "K thoughts coincide.", "share",
-          (Line("distinct_token_ratio", "distinct", "thought", "triangle-up"),
-           Line("identical_fraction", "identical", "other", "square")), percent),
+          (Line("distinct_token_ratio", "distinct", "thought", "^"),
+           Line("identical_fraction", "identical", "other", "s")), percent, True),
     Chart("length", "Length of thoughts",
           "Tokens of a thought where it may end early: the mean, and the length that nine in ten "
           "thoughts do not exceed.", "tokens",
-          (Line("thought_length", "mean", "thought", "triangle-up"),
-           Line("thought_length_p90", "90th percentile", "other", "square")),
+          (Line("thought_length", "mean", "thought", "^"),
+           Line("thought_length_p90", "90th percentile", "other", "s")),
           partial(plain, digits=1)),
     Chart("ends", "Ends of thoughts",
           "Stopped: a stop text or end-of-text ended the thought. Cut: it had all its tokens and "
           "none of them.", "share",
-          (Line("stop_fraction", "stopped", "thought", "triangle-up"),
-           Line("truncated_fraction", "cut", "other", "square")), percent),
+          (Line("stop_fraction", "stopped", "thought", "^"),
+           Line("truncated_fraction", "cut", "other", "s")), percent, True),
 )
 # fmt: on
 IN_TABLE = ("accuracy", "right-thoughts", "nll", "gain", "mixing-weight")
@@ -92,36 +109,39 @@ def write_report(folder: Path) -> Path:
             ``config.yaml``, ``results.json`` and ``samples.json``. What is missing is left out.
 
     Raises:
-        UserError: The folder holds no figures, a file of it is damaged, or plotly is missing.
+        UserError: The folder holds no figures, a file of it is damaged.
     """
     run = RunFiles(folder)
     measured = {key for record in run.records for key in record.figures}
     charts = [chart for chart in CHARTS if any(line.key in measured for line in chart.lines)]
-    figures = {chart.name: draw_curves(chart, run.records) for chart in charts}
-    for name, means, scale, *axis in (
-        ("variants", run.controls.variants, 1, "accuracy", ".0%", ".1%"),
-        ("differences", run.controls.differences, 100,
-         "difference in accuracy, percentage points", "", "+.1f"),
-    ):  # fmt: skip
+    figures: dict[str, Draw] = {
+        chart.name: partial(draw_curves, chart, run.records) for chart in charts
+    }
+    for name, means, axis, digits in (
+        ("variants", run.controls.variants, "accuracy, %", plain),
+        ("differences", run.controls.differences, "difference, percentage points", signed),
+    ):
         rows = [
-            Row(m.label, scale * m.mean, [scale * bound for bound in m.ci95 or ()],
-                seeds=[x for x in m.accuracy if x is not None])
+            Row(m.label, 100 * m.mean, [100 * bound for bound in m.ci95 or ()],
+                seeds=[100 * x for x in m.accuracy if x is not None])
             for m in means
             if m.mean is not None
         ]  # fmt: skip
         if rows:
-            figures[name] = draw_forest(rows, *axis)
+            figures[name] = partial(draw_forest, rows, axis, partial(digits, digits=1))
     evaluations = [record for record in run.records if record.kind == "eval"]
     scored = [record for record in evaluations if "base_nll" in record.figures]
-    return write_charts(
+    return write_html(
         folder / "report.html",
         "run.html.j2",
-        figures,
+        figures=in_both_sizes(figures),
         run=run,
         facts=_facts(run),
         answers=_answers(evaluations, run.results),
         scored=[record for record in scored if "mixed_nll" in record.figures] or scored,
         guards=_guards(run),
+        verdict=_verdict(evaluations, run.results),
+        followed=_followed(run.followed),
         cards=[_card(chart, run.records, measured) for chart in charts],
         evaluations=evaluations,
         columns=[
@@ -161,6 +181,70 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
         "Seeds": "" if run.records else ", ".join(map(str, run.controls.seeds)),
     }
     return [(label, value) for label, value in facts.items() if value]
+
+
+def _verdict(evaluations: Sequence[Record], results: Results) -> str:
+    """Say in a sentence or two what thinking does, as far as the run has measured it."""
+    if not evaluations:
+        return ""
+    figures = evaluations[-1].figures
+    accuracy = {key: figures.get(key) for key in ACCURACIES.values()}
+    accuracy |= {key: results.accuracy[name] for name, key in ACCURACIES.items()
+                 if results.accuracy.get(name) is not None}  # fmt: skip
+    own, without, swapped = (
+        accuracy[f"accuracy_{name}"] for name in ("with_thoughts", "without_thoughts", SWAPPED)
+    )
+    if own is not None and without is not None:
+        text = f"{percent(own)} of the held-out answers are right with thoughts, {percent(without)}"
+        text += " without"
+        n = results.accuracy.get("n")
+        bounds = [wilson(share, n) for share in (own, without)]
+        if own > without and swapped is not None:
+            content = own - swapped
+            if content <= 0:
+                return f"{text}, but swapped thoughts help as much: it is not what they say."
+            part = min(1.0, content / (own - without))
+            text += f"; with swapped thoughts {percent(swapped)}, so {part:.0%} of the gain is"
+            text += " what the thoughts say"
+        known = [pair for pair in bounds if pair is not None]
+        if own > without and len(known) == 2 and known[0][0] <= known[1][1]:
+            text += f" (a difference that {n:.0f} problems cannot tell from chance)"
+        return text + "."
+    gain, content = figures.get("gain"), figures.get("gain_of_content")
+    if gain is None:
+        return ""
+    if gain <= 0:
+        return f"Thoughts do not help: the gain is {signed(gain, 3)} nats/token."
+    if content is None:
+        return f"Thoughts gain {signed(gain, 3)} nats/token; the gain of content was not measured."
+    if content < 0.1 * gain:
+        return (
+            f"Thoughts gain {signed(gain, 3)} nats/token, but swapped ones gain as much (content "
+            f"{signed(content, 3)}): it is not what they say."
+        )
+    return (
+        f"Thoughts gain {signed(gain, 3)} nats/token, and swapping them costs {plain(content, 3)}: "
+        "what they say matters."
+    )
+
+
+def _followed(evaluations: Sequence[Followed]) -> list[dict[str, Any]]:
+    """Return each text whose thought was followed, with what it was at the evaluations.
+
+    At most `MOST_FOLLOWED` evaluations, evenly spaced with the first and the last one, are shown.
+    """
+    places = range(len(evaluations))
+    if len(places) > MOST_FOLLOWED:
+        last = len(places) - 1
+        places = sorted({round(i * last / (MOST_FOLLOWED - 1)) for i in range(MOST_FOLLOWED)})
+    texts: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for place in places:
+        evaluation = evaluations[place]
+        for sample in evaluation.samples:
+            row = {"step": evaluation.step, "stage": evaluation.stage, "sample": sample}
+            texts.setdefault((sample.before, sample.truth), []).append(row)
+    return [{"before": before, "truth": truth, "rows": rows}
+            for (before, truth), rows in texts.items() if len(rows) > 1]  # fmt: skip
 
 
 def _guards(run: RunFiles) -> list[dict[str, Any]]:

@@ -176,6 +176,29 @@ class Sample(Part):
         return self.without_thoughts.prediction.strip() == self.truth.strip()
 
 
+@dataclass(frozen=True)
+class Followed:
+    """Thoughts at an evaluation, in texts that are the same at each."""
+
+    stage: str
+    step: int
+    samples: tuple[Sample, ...]
+
+
+def parse_thoughts(text: str) -> list[Followed]:
+    """Parse the followed thoughts from ``metrics.jsonl``, passing over everything else."""
+    found = []
+    for line in text.split("\n"):
+        with suppress(ValueError, RecursionError):  # of pydantic, too
+            entry = json.loads(line, object_hook=_current)
+            if isinstance(entry, dict) and entry.get("kind") == "thoughts":
+                step = finite(entry.get("step"))
+                samples = Samples.model_validate(entry).samples
+                if samples and step is not None and 0 <= step <= MOST_STEPS:
+                    found.append(Followed(str(entry.get("stage", "")), int(step), samples))
+    return found
+
+
 class Samples(Part):
     """``samples.json``."""
 
@@ -251,6 +274,7 @@ class RunFiles:
         self.name, self.config = folder.resolve().name, read(folder / "config.yaml")
         lines = read(metrics)
         self.records, self.fired = parse_metrics(lines), parse_guards(lines)
+        self.followed = parse_thoughts(lines)
         if not self.records and not controls.exists():
             lack = "no complete record yet" if metrics.exists() else f"no {metrics.name}"
             raise UserError(

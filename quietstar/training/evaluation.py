@@ -49,6 +49,7 @@ Count = tuple[Tensor, Tensor]  # a sum, and of how many
 SAMPLES = 4  # thoughts at every position, at temperature 1, to count the right ones
 RESULTS_FILE, SAMPLES_FILE = "results.json", "samples.json"
 NUM_SAMPLES = 20
+NUM_FOLLOWED = 3  # held-out texts whose thought every evaluation records
 ACCURACIES = {
     "with_thoughts": "accuracy_with_thoughts",
     "without_thoughts": "accuracy_without_thoughts",
@@ -57,12 +58,16 @@ ACCURACIES = {
 """Names in results.json, and in metrics.jsonl."""
 
 
-def evaluate(run: StageRun) -> dict[str, float]:
+def evaluate(run: StageRun) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Computes the held-out figures of docs/metrics.md, in nats a token, over all ranks.
 
     They are those of `ThoughtMetrics` with greedy thoughts, and NLLs, gains and accuracies with the
     controls; accuracies only where texts have answers, ``right_thoughts`` where they have steps. A
     stage without thoughts has ``base_nll`` and ``accuracy_without_thoughts`` only.
+
+    Returns:
+        The figures, and what the main process's first `NUM_FOLLOWED` texts, the same ones each
+        time, have for thoughts (as `collect_samples`).
     """
     accelerator = run.accelerator
     model = ModelProxy(run.model)
@@ -80,6 +85,13 @@ def evaluate(run: StageRun) -> dict[str, float]:
         option = "training.eval_controls (generic): its text"
         length = model.thoughts.length
         generic = generic_tokens(run.reporter.tokenizer, length, GENERIC_TEXT, option)
+    followed: list[dict[str, Any]] = []
+
+    def follow(batch: Batch, thoughts: Thoughts) -> None:
+        rows = range(min(NUM_FOLLOWED - len(followed), len(batch.input_ids)))
+        samples = [_sample(batch, thoughts, row, run.reporter.tokenizer) for row in rows]
+        followed.extend(sample for sample in samples if sample is not None)
+
     with accelerator.autocast(), run.reporter.evaluating(passes * len(batches)) as count:
 
         def advance() -> None:
@@ -87,7 +99,9 @@ def evaluate(run: StageRun) -> dict[str, float]:
             stop_together(accelerator)
 
         if run.stage.thinks:
-            totals = compare(model, batches, advance, counted, gather_object, names, generic)
+            totals = compare(
+                model, batches, advance, counted, gather_object, names, generic, follow
+            )
         else:
             parts = []
             for batch in batches:
@@ -102,7 +116,8 @@ def evaluate(run: StageRun) -> dict[str, float]:
             "gain of content: not available, because a single held-out text has no other to swap "
             "thoughts with; raise data.eval_sequences"
         )
-    return figures({kind: total.reduced(accelerator) for kind, total in totals.items()})
+    result = figures({kind: total.reduced(accelerator) for kind, total in totals.items()})
+    return result, followed
 
 
 def stop_together(accelerator: Accelerator) -> None:
@@ -121,13 +136,14 @@ def compare(
     gather: Callable[[list[TextThoughts]], list[TextThoughts]] = lambda texts: texts,
     names: Sequence[str] = (SWAPPED, PAUSE),
     generic: Sequence[int] = (),
+    follow: Callable[[Batch, Thoughts], object] = lambda batch, thoughts: None,
 ) -> dict[str, ThoughtMetrics]:
     """Scores texts with the model's greedy thoughts (``own``) and with each control of ``names``.
 
     Swapped thoughts are missing where there is nothing to swap with (`plan_swap`). ``advance`` is
     called twice a batch. The first ``counted`` batches count, by default all; the others are only
     read. ``gather`` joins the thoughts of all ranks, to swap them over the whole set. ``generic``
-    are the tokens of the generic text.
+    are the tokens of the generic text. ``follow`` is given each batch with its scored thoughts.
     """
     parts: dict[str, list[ThoughtMetrics]] = {kind: [] for kind in ("own", *names)}
     thoughts_of_batches = []
@@ -135,7 +151,9 @@ def compare(
         positions, text_run = chosen_positions(model, batch), model.run_text(batch.input_ids)
         where = {"positions": positions, "sample_ids": batch.sample_ids, "text": text_run}
         own = model.sample(batch.input_ids, **where)
-        metrics = score_batch(model, batch, own, positions, text_run)
+        scored = _score(model, batch, own, positions, text_run)
+        follow(batch, scored)
+        metrics = _metrics(batch, scored)
         if batch.rationale.shape[1] > 0:
             sampled = model.sample(batch.input_ids, num_thoughts=SAMPLES, temperature=1.0, **where)
             right = right_thoughts(sampled, batch.answers, batch.rationale, positions)
@@ -178,8 +196,21 @@ def score_batch(
     text_run: TextRun | None = None,
 ) -> ThoughtMetrics:
     """Scores a batch with given thoughts (at given positions), behind texts that ran or run now."""
+    return _metrics(batch, _score(model, batch, thoughts, positions, text_run))
+
+
+def _score(
+    model: Thinker,
+    batch: Batch,
+    thoughts: Tensor,
+    positions: Tensor | None,
+    text_run: TextRun | None,
+) -> Thoughts:
     inputs = (batch.input_ids, batch.attention_mask, batch.labels)
-    scored = model.think(*inputs, thoughts=thoughts, positions=positions, text=text_run)
+    return model.think(*inputs, thoughts=thoughts, positions=positions, text=text_run)
+
+
+def _metrics(batch: Batch, scored: Thoughts) -> ThoughtMetrics:
     ids, answers = batch.input_ids, batch.answers
     accuracies = {
         "accuracy_without_thoughts": right_answers(scored.base_predicted[:, None], ids, answers),

@@ -90,8 +90,8 @@ def train(run: StageRun) -> None:
 
 def report_evaluation(run: StageRun) -> None:
     """Evaluates and reports; `thoughts.schedule` goes on, or waits, by what comes out."""
-    figures = evaluate(run)
-    run.reporter.evaluation(run.step, figures)
+    figures, samples = evaluate(run)
+    run.reporter.evaluation(run.step, figures, samples)
     min_gain = run.config.thoughts.schedule_min_gain
     if min_gain is not None and "gain" in figures:
         run.pace.see(figures["gain"], min_gain)

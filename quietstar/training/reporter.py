@@ -14,17 +14,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import Config, ThoughtsConfig
 from quietstar.distributed import from_main_process
 from quietstar.errors import reason_of, visible
-from quietstar.evaluation.controls import CONTROL_NAMES, GAINS, MADE
+from quietstar.evaluation.controls import BLANK, GAINS, GENERIC, PAUSE, SHUFFLED
 from quietstar.model.outputs import QuietStarOutput, without_padding
 from quietstar.system import files
 from quietstar.training.guards import GuardState, Source
@@ -45,9 +50,30 @@ COLUMNS = {
     "accuracy_swapped": ("swapped\nthoughts", ".3f"),
     "right_thoughts": ("thoughts\nright", ".3f"),
 }
-"""Headings and formats in the table of held-out figures."""
+"""Headings and formats of held-out figures."""
+SHORT_NAMES = {PAUSE: "pause", SHUFFLED: "shuffled", GENERIC: "generic", BLANK: "blank"}
+"""Controls as headings."""
+IN_LINE = (
+    ("loss", "loss", ".3f"), ("base", "base_nll", ".3f"), ("thought", "thought_nll", ".3f"),
+    ("mixed", "mixed_nll", ".3f"), ("gain", "gain", "+.4f"), ("reward", "policy_reward", "+.3f"),
+    ("w", "mixing_weight", ".3f"), ("entropy", "entropy", ".3f"), ("lr", "lr", ".1e"),
+)  # fmt: skip
+"""Figures of a step in the line under the bar: name, key and format."""
+DROPPED_FIRST = ("entropy", "w", "mixed", "lr")
 LEFT_OUT = ("base_nll", "mixed_nll", "thought_nll", "gain_over_pause", "mixing_weight")
 """Columns that make room for those of answers."""
+
+
+class _Bars(Progress):
+    """Bars, and below them the figures of the newest step in a line of their own."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """Yield what is drawn, from top to bottom."""
+        yield self.make_tasks_table(self.tasks)
+        if self.figures:
+            yield Text(self.figures, no_wrap=True, overflow="ellipsis")
 
 
 class Reporter:
@@ -86,18 +112,18 @@ class Reporter:
         self._warned: set[str] = set()
         self._guards = GuardState()
         self._step_began = time.perf_counter()
-        self.bar = Progress(
+        self._headings: list[str] = []  # of the held-out figures that were printed last
+        self.bar = _Bars(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}", markup=False),
             console=self.console,
             disable=not (self.active and self.console.is_terminal),
         )
-        self._task = self.bar.add_task(
-            "training", total=self._total, completed=start_step, figures=""
-        )
+        self._task = self.bar.add_task("training", total=self._total, completed=start_step)
 
     def go_on(self, stage: Stage, step: int) -> None:
         """Takes up an earlier run after so many of its steps: drops the records that come again.
@@ -125,7 +151,7 @@ class Reporter:
             for record in (record for record in kept if record["stage"] == stage.name):
                 if record["kind"] == "guard":
                     self._guards.fired.add(record["name"])
-                else:
+                elif record["kind"] != "thoughts":
                     self._guards.see(record["kind"], record["step"], record)
             at = (stage.name, step, "eval")
             return any((r["stage"], r["step"], r["kind"]) == at for r in kept)
@@ -150,6 +176,7 @@ class Reporter:
         self.collapse, self._guards = None, GuardState(stage.config, stage.first_step)
         self._warned.clear()
         self.evaluations.clear()
+        self._headings.clear()
         self.bar.update(self._task, description=visible(stage.name))
         if len(self._names) > 1:
             self.say(f"stage {stage.index + 1} of {len(self._names)}: {stage.name}")
@@ -224,21 +251,26 @@ class Reporter:
             figures["judge_share"] = judged[0] / seconds
             figures["judged_tokens_per_second"] = judged[1] / judged[0]
         self._write("train", step, figures)
-        columns = {"base": "base_nll", "mixed": "mixed_nll", "gain": "gain", "w": "mixing_weight"}
-        text = "  ".join(
-            f"{name} {figures[key]:{'+.4f' if key == 'gain' else '.3f'}}"
-            for name, key in {**columns, "entropy": "entropy"}.items()
-            if key in figures
-        )
-        if "judge_share" in figures:
-            text += f"  reward {figures['policy_reward']:+.3f}"
-        text += f"  {seconds:.1f} s/step"
-        self.bar.update(self._task, figures=text)
+        text = self._line(figures)
+        self.bar.figures = text
         if not self.console.is_terminal and self._is_due(step, max(1, self._total // LOG_LINES)):
             self.say(f"step {step:>5}/{self._total}  {text}")
         self._watch("train", step, figures)
         if self._is_due(step, config.logging.thought_steps):
             self._show_thought(output)
+
+    def _line(self, figures: Mapping[str, float]) -> str:
+        """Says the figures of a step in a line, which fits a terminal as far as it can."""
+        parts = {
+            name: f"{name} {figures[key]:{form}}"
+            for name, key, form in IN_LINE
+            if key in figures and (key != "policy_reward" or "judge_share" in figures)
+        }
+        parts["s/step"] = f"{figures['seconds']:.1f} s/step"
+        for name in DROPPED_FIRST:
+            if self.console.is_terminal and len("  ".join(parts.values())) > self.console.width:
+                parts.pop(name, None)
+        return "  ".join(parts.values())
 
     def _show_thought(self, output: QuietStarOutput) -> None:
         if output.thoughts is None or output.input_ids is None:
@@ -255,19 +287,23 @@ class Reporter:
     @contextmanager
     def evaluating(self, num_batches: int) -> Iterator[Callable[[], None]]:
         """Shows a second bar; yields the function that advances it."""
-        task = self.bar.add_task("evaluating", total=num_batches, figures="")
+        task = self.bar.add_task("evaluating", total=num_batches)
         try:
             yield lambda: self.bar.advance(task)
         finally:
             self.bar.remove_task(task)
 
-    def evaluation(self, step: int, figures: dict[str, float]) -> None:
-        """Reports a held-out evaluation."""
+    def evaluation(
+        self, step: int, figures: dict[str, float], samples: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        """Reports a held-out evaluation, with thoughts in texts that are the same each time."""
         self.evaluations.append((step, figures))
         if not self.active:
             return
         self._write("eval", step, figures)
-        self.console.print(self._table())
+        if samples:
+            self._write("thoughts", step, {}, {"source": "eval", "samples": list(samples)})
+        self._say_evaluation()
         self._watch("eval", step, figures)
         self.report()
 
@@ -295,34 +331,36 @@ class Reporter:
             return False
         return True
 
-    def _table(self) -> Table:
-        """Makes the table of the stage's held-out figures by step."""
-        keys = [key for key in COLUMNS if any(key in figures for _, figures in self.evaluations)]
-        if "accuracy_with_thoughts" in keys:
-            keys = [key for key in keys if key not in LEFT_OUT]
-        title = "held out: NLL in nats a token"
-        if "accuracy_without_thoughts" in keys:
-            title += ", share of answers that are right"
-        table = Table(
-            title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False
-        )
-        for name in ("step", *(COLUMNS[key][0] for key in keys)):
-            table.add_column(name, justify="right", no_wrap=True)
-        for step, figures in self.evaluations:
-            cells = [format(figures[k], COLUMNS[k][1]) if k in figures else "" for k in keys]
-            table.add_row(str(step), *cells)
+    def _say_evaluation(self) -> None:
+        """Prints the newest held-out figures as a line, under headings at the first of a stage."""
         step, figures = self.evaluations[-1]
-        kind, form, names = "gain over", "+.4f", GAINS
-        if "accuracy_with_thoughts" in keys:
-            kind, form, names = "right with", ".3f", {name: f"accuracy_{name}" for name in MADE}
-        others = [n for n in MADE if names[n] in figures and names[n] not in keys]
-        if others:  # too many for columns
-            shown = ", ".join(f"{CONTROL_NAMES[n]} {figures[names[n]]:{form}}" for n in others)
-            table.caption, table.caption_justify = f"step {step}: {kind} {shown}", "left"
-        return table
+        has_answers = "accuracy_with_thoughts" in figures
+        keys = [key for key in COLUMNS if key in figures and not (has_answers and key in LEFT_OUT)]
+        columns = [("step", str(step))]
+        columns += [(COLUMNS[key][0], f"{figures[key]:{COLUMNS[key][1]}}") for key in keys]
+        for control, name in SHORT_NAMES.items():
+            key = f"accuracy_{control}" if has_answers else GAINS[control]
+            if key in figures and key not in keys:
+                kind, form = ("right with", ".3f") if has_answers else ("gain over", "+.4f")
+                columns.append((f"{kind}\n{name}", f"{figures[key]:{form}}"))
+        headings = [heading for heading, _ in columns]
+        if headings != self._headings:
+            self._headings[:] = headings
+            self.say("held out: NLLs and gains in nats/token, answers that are right as shares")
+            for line in range(2):
+                cells = [[*heading.split("\n"), ""][line] for heading in headings]
+                self._print_row(cells, headings, style="dim")
+        self._print_row([cell for _, cell in columns], headings)
+
+    def _print_row(self, cells: Sequence[str], headings: Sequence[str], style: str = "") -> None:
+        """Prints cells under their headings, aligned to the right."""
+        widths = [max(8, *map(len, heading.split("\n"))) for heading in headings]
+        widths[0] = 6
+        row = "  ".join(f"{c:>{width}}" for c, width in zip(cells, widths, strict=True))
+        self.console.print(Text(row, style=style), soft_wrap=True)
 
     def _write(
-        self, kind: str, step: int, figures: Mapping[str, float], texts: Mapping[str, str] = {}
+        self, kind: str, step: int, figures: Mapping[str, float], texts: Mapping[str, Any] = {}
     ) -> None:
         shown = {key: value if math.isfinite(value) else None for key, value in figures.items()}
         record = {"kind": kind, "stage": self.stage.name, "step": step, **texts, **shown}
@@ -331,7 +369,7 @@ class Reporter:
         try:
             files.append(self.path, "".join(self._unwritten))
             self._unwritten.clear()
-            if kind != "guard":
+            if kind in ("train", "eval"):
                 self.accelerator.log({f"{kind}/{k}": v for k, v in figures.items()}, step=step)
         except OSError as problem:
             if not had_failed:
@@ -356,7 +394,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
             record = json.loads(line)
             if (
                 isinstance(record, dict)
-                and record.get("kind") in ("train", "eval", "guard")
+                and record.get("kind") in ("train", "eval", "guard", "thoughts")
                 and type(record.get("step")) is int
                 and (record["kind"] != "guard" or isinstance(record.get("name"), str))
             ):

@@ -7,6 +7,8 @@ const LEVELS = [0.02, 0.1, 0.5, 1.5];
 const small = matchMedia("(max-width: 60rem)"); // there the detail lies over the text
 let chosen = -1;
 let pinned = false;
+const picked = documents.map(() => 0); // the thought whose details are shown
+const end = documents[0].tokens.length; // the index of what comes next
 
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
@@ -34,7 +36,7 @@ function level(gain) {
   return size === 0 ? "z" : (gain > 0 ? "g" : "l") + size;
 }
 
-// --- Summary -------------------------------------------------------------------------------------
+// --- Summary: means over the text ----------------------------------------------------------------
 
 function tile(label, value, color, ...notes) {
   return make("li", { class: "tile " + color }, make("p", { class: "label" }, label), make("p", { class: "value" }, value), make("p", { class: "note" }, ...notes));
@@ -67,6 +69,8 @@ function textBox(doc, which) {
       class: token.gain === undefined ? "z" : level(token.gain), "aria-selected": "false" }, visible(token.text));
     box.append(span);
   });
+  box.append(make("span", { role: "option", id: `t${which}-${end}`, "data-i": end, class: "next",
+    "aria-selected": "false", "aria-label": "what comes next" }, " ▸ " + visible(doc.next.thoughts[0].mixed_top[0].text)));
   box.addEventListener("pointerover", (event) => {
     if (!pinned && event.pointerType === "mouse" && event.target.dataset.i) choose(Number(event.target.dataset.i));
   });
@@ -82,7 +86,7 @@ function textBox(doc, which) {
 }
 
 function keys(event) {
-  const count = documents[0].tokens.length;
+  const count = end + 1;
   const moves = { ArrowRight: chosen + 1, ArrowLeft: chosen - 1, Home: 0, End: count - 1,
     ArrowDown: nextHit(1), ArrowUp: nextHit(-1) };
   if (event.key === "Escape") return small.matches ? hide() : void (pinned = false);
@@ -111,6 +115,8 @@ function choose(index, scroll = false) {
     if (scroll) span.scrollIntoView({ block: "nearest" });
   });
   chosen = index;
+  documents.forEach((doc, which) => { picked[which] = strongestThought(doc, index); });
+  if (pinned) history.replaceState(null, "", "#t" + index);
   detail();
   if (small.matches) { // the sheet must not cover the token that it is about
     const below = byId(`t0-${index}`).getBoundingClientRect().bottom + 8 - byId("detail").getBoundingClientRect().top;
@@ -118,9 +124,40 @@ function choose(index, scroll = false) {
   }
 }
 
+function strongestThought(doc, index) {
+  const thoughts = (doc.tokens[index] ?? doc.next).thoughts ?? [];
+  return thoughts.reduce((best, thought, i) => (thought.gain > thoughts[best].gain ? i : best), 0);
+}
+
 function hide() {
   pinned = false;
   byId("detail").replaceChildren();
+}
+
+// --- Colors --------------------------------------------------------------------------------------
+
+function measured(token, name) {
+  if (token.gain === undefined) return null;
+  if (name === "weight") return token.thoughts.reduce((sum, t) => sum + t.mixing_weight, 0) / token.thoughts.length;
+  return name === "nll" ? -token.base_logprob : token[name];
+}
+
+function color() {
+  const name = byId("measure").value;
+  const isSigned = name === "gain" || name === "gain_of_content";
+  byId("legend").hidden = !isSigned;
+  byId("quintiles").hidden = isSigned;
+  documents.forEach((doc, which) => {
+    const values = doc.tokens.map((token) => measured(token, name));
+    const sorted = values.filter((x) => x !== null).sort((a, b) => a - b);
+    values.forEach((value, index) => {
+      const rank = () => Math.floor(5 * sorted.filter((x) => x < value).length / sorted.length);
+      const kind = value === null ? "z" : isSigned ? level(value) : rank() ? "g" + rank() : "z";
+      const { classList } = byId(`t${which}-${index}`);
+      for (const old of [...classList]) if (/^[glz]\d?$/.test(old)) classList.remove(old);
+      classList.add(kind);
+    });
+  });
 }
 
 // --- Filter --------------------------------------------------------------------------------------
@@ -176,39 +213,72 @@ function topTable(token, thought) {
   return table;
 }
 
-function thoughtView(doc, token, thought, number, count) {
-  const list = make("ol", { class: "chips" }, ...thought.texts.map((text, i) =>
-    make("li", {}, shown(text), percent(thought.probabilities[i]))));
-  const rows = make("table", { class: "chances" }, make("tbody", {},
-    chance("base", token.base_logprob), chance("thought", thought.thought_logprob),
-    chance("mixed", thought.mixed_logprob)));
-  const others = Object.entries(thought.controls).map(([name, logprob]) =>
-    chance(doc.controls[name], logprob, ["swapped", "pause"].includes(name) ? name : "other"));
-  return make("div", { class: "one" },
-    make("h3", {}, count > 1 ? `Thought ${number + 1} of ${count}` : "Thought"), list,
-    make("p", {}, `mixing weight ${thought.mixing_weight.toFixed(3)}, gain ${nats(thought.gain)} nats`),
-    make("h3", {}, "Probability of the text's token"), rows,
-    ...(others.length ? [make("h3", {}, "The same, mixed with other thoughts"),
-      make("table", { class: "chances" }, make("tbody", {}, ...others))] : []),
-    make("h3", {}, "Most likely tokens"), topTable(token, thought));
+// All thoughts of the position, a row each; the details below are of the one that is picked.
+function samples(doc, which, token) {
+  const isNext = token === doc.next;
+  const headings = ["thought", ...(isNext ? ["next"] : ["p", "gain"]), "weight"];
+  const body = make("tbody");
+  token.thoughts.forEach((thought, i) => {
+    const pick = make("button", { type: "button", "aria-pressed": String(i === picked[which]) }, ...thought.texts.map(shown));
+    pick.addEventListener("click", () => { pinned = true; picked[which] = i; detail(); });
+    const top = thought.mixed_top[0];
+    const figures = isNext ? [make("td", {}, shown(top.text), " ", make("span", { class: "p" }, percent(top.probability)))]
+      : [percent(Math.exp(thought.mixed_logprob)), nats(thought.gain)].map((x) => make("td", { class: "number" }, x));
+    body.append(make("tr", {}, make("td", {}, pick), ...figures,
+      make("td", { class: "number" }, thought.mixing_weight.toFixed(2))));
+  });
+  return make("table", { class: "several" }, make("thead", {}, make("tr", {},
+    ...headings.map((name, i) => make("th", { scope: "col", ...(i && name !== "next" ? { class: "number" } : {}) }, name)))), body);
 }
 
-function tokenView(doc, index) {
-  const token = doc.tokens[index];
+function thoughtView(doc, which, token) {
+  const several = token.thoughts.length > 1;
+  const thought = token.thoughts[picked[which]];
+  const list = make("ol", { class: "chips" }, ...thought.texts.map((text, i) =>
+    make("li", {}, shown(text), percent(thought.probabilities[i]))));
+  const parts = [];
+  if (several) parts.push(make("h3", {}, `${token.thoughts.length} thoughts`), samples(doc, which, token));
+  parts.push(make("h3", {}, several ? `Thought ${picked[which] + 1}, token by token` : "Thought"), list);
+  if (token !== doc.next) {
+    const rows = make("table", { class: "chances" }, make("tbody", {},
+      chance("base", token.base_logprob), chance("thought", thought.thought_logprob),
+      chance("mixed", thought.mixed_logprob)));
+    const others = Object.entries(thought.controls).map(([name, logprob]) =>
+      chance(doc.controls[name], logprob, ["swapped", "pause"].includes(name) ? name : "other"));
+    parts.push(make("p", {}, `mixing weight ${thought.mixing_weight.toFixed(3)}, gain ${nats(thought.gain)} nats`),
+      make("h3", {}, "Probability of the text's token"), rows);
+    if (others.length) {
+      parts.push(make("h3", {}, "The same, mixed with other thoughts"),
+        make("table", { class: "chances" }, make("tbody", {}, ...others)));
+    }
+  } else {
+    parts.push(make("p", {}, `mixing weight ${thought.mixing_weight.toFixed(3)}`));
+  }
+  parts.push(make("h3", {}, "Most likely tokens"), topTable(token, thought));
+  return make("div", { class: "one" }, ...parts);
+}
+
+function tokenView(doc, which, index) {
+  const token = doc.tokens[index] ?? doc.next;
   const box = make("div", {});
   if (documents.length > 1) box.append(make("p", { class: "model" }, visible(doc.model)));
+  if (token === doc.next) {
+    box.append(make("h2", {}, `What comes next, token ${token.position}`),
+      make("p", {}, "The text ends here, so there is no gain to measure."), thoughtView(doc, which, token));
+    return box;
+  }
   box.append(make("h2", {}, shown(token.text), ` token ${token.position}`));
   if (token.gain === undefined) {
     box.append(make("p", { class: "hint" }, "The first token is not predicted."));
     return box;
   }
-  box.append(make("p", {}, `Gain ${nats(token.gain)} nats (content ${nats(token.gain_of_content)}); NLL without thought ${(-token.base_logprob).toFixed(3)}`));
-  token.thoughts.forEach((thought, i) => box.append(thoughtView(doc, token, thought, i, token.thoughts.length)));
+  box.append(make("p", {}, `Gain ${nats(token.gain)} nats (content ${nats(token.gain_of_content)}); NLL without thought ${(-token.base_logprob).toFixed(3)}`),
+    thoughtView(doc, which, token));
   return box;
 }
 
 function detail() {
-  const views = documents.map((doc) => tokenView(doc, chosen));
+  const views = documents.map((doc, which) => tokenView(doc, which, chosen));
   byId("detail").replaceChildren(make("div", { class: "columns" }, ...views));
 }
 
@@ -229,7 +299,8 @@ function frequent(doc) {
 
 // Bins differ in width, so each names its range.
 function histogram(doc) {
-  const bins = doc.summary.histogram;
+  const filled = doc.summary.histogram.map((bin) => bin.count > 0);
+  const bins = doc.summary.histogram.slice(filled.indexOf(true), filled.lastIndexOf(true) + 1);
   const most = Math.max(...bins.map((bin) => bin.count));
   const body = make("tbody");
   for (const { low, high, count } of bins) {
@@ -252,9 +323,16 @@ document.querySelector(".reading").classList.toggle("two", documents.length > 1)
 byId("texts").append(...documents.map(textBox));
 byId("frequent").append(make("div", { class: "pair" }, ...documents.map(frequent)));
 byId("histograms").append(make("div", { class: "pair" }, ...documents.map(histogram)));
+byId("measure").addEventListener("change", color);
 byId("mode").addEventListener("change", filter);
 byId("least").addEventListener("input", filter);
 filter();
-const strongest = documents[0].tokens.reduce((best, token, i, all) =>
-  ((token.gain ?? -Infinity) > (all[best].gain ?? -Infinity) ? i : best), 0);
-if (!small.matches) choose(strongest);
+const linked = /^#t(\d+)$/.exec(location.hash);
+if (linked && Number(linked[1]) <= end) {
+  pinned = true;
+  choose(Number(linked[1]), true);
+} else if (!small.matches) {
+  const { tokens } = documents[0];
+  const best = tokens.reduce((soFar, token, i) => ((token.gain ?? -Infinity) > (tokens[soFar].gain ?? -Infinity) ? i : soFar), 0);
+  choose((tokens[best].gain ?? 0) >= LEVELS[1] ? best : end);
+}
