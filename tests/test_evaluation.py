@@ -280,7 +280,7 @@ def test_every_control_scores_the_whole_answer_behind_thoughts_of_any_length(
     assert [(group["label"], group["n"]) for group in hops] == [("0", 2), ("1", 2)]
     metric = [kept[n, "with_thoughts"]["metrics"]["gold_probability"][0] for n in (1, 3)]
     assert hops[1]["with_thoughts"]["gold_probability"] == pytest.approx(sum(metric) / 2)
-    drawn = [one for examples in figures["examples"].values() for one in examples]
+    drawn = [one for kind in ("right", "wrong") for one in figures["examples"][kind]]
     assert sorted(one["prompt"] for one in drawn) == sorted(QUESTIONS)
     assert figures["with_thoughts"]["thought_length"] == 1.5
     assert figures["with_thoughts"]["truncated_fraction"] == 0.25

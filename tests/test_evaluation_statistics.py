@@ -223,14 +223,29 @@ def test_examples_are_drawn_at_random_and_not_chosen():
     own = [float(n % 3 == 0) for n in range(60)]
     records = item_records([{}] * 60, [0.25] * 60, own, own)
     drawn = draw_examples(records, "accuracy", seed=0)
-    assert [len(examples) for examples in drawn.values()] == [10, 10]
-    for kind, examples in drawn.items():
-        numbers = [int(example["id"]) for example in examples]
+    assert {kind: len(examples) for kind, examples in drawn.items()} == {
+        "right": 10, "wrong": 10, "helped": 5, "hurt": 5,
+    }  # fmt: skip
+    for kind in ("right", "wrong"):
+        numbers = [int(example["id"]) for example in drawn[kind]]
         assert all((n % 3 == 0) == (kind == "right") for n in numbers)
         assert numbers != sorted(numbers)
     assert drawn["right"][0]["without"] == 0.25
     assert drawn == draw_examples(records, "accuracy", seed=0)
     assert drawn != draw_examples(records, "accuracy", seed=1)
+
+
+@pytest.mark.parametrize("main", ["accuracy", "nll"])
+def test_the_items_that_thoughts_change_most_are_those_of_the_largest_gains(main):
+    gains = [0.1 * ((7 * n) % 12 - 4) for n in range(12)]  # five fall, the others rise or stay
+    own = [1 + gain * (1 if main == "accuracy" else -1) for gain in gains]
+    records = item_records([{}] * 12, [1.0] * 12, own, own)
+    for variant in records.values():
+        for record in variant:
+            record["metrics"] = {main: record["metrics"]["accuracy"]}
+    drawn = draw_examples(records, main, seed=0)
+    found = [[gains[int(example["id"])] for example in drawn[kind]] for kind in ("helped", "hurt")]
+    assert found == [sorted(gains)[:-6:-1], sorted(gain for gain in gains if gain < 0)]
 
 
 def test_gains_by_difficulty_kind_and_place():

@@ -71,6 +71,26 @@ def test_the_figures_are_those_of_think(temperature, early):
     assert sum(bar["count"] for bar in document["summary"]["histogram"]) == len(gains)
 
 
+@pytest.mark.parametrize("context", [None, 20])
+def test_the_thought_after_the_last_token_is_that_of_a_longer_text(context):
+    model, tokenizer = loaded()
+    text = "a text of some thirty bytes: 3 + 4"
+    reading = Reading(num_thoughts=2, temperature=1.0, seed=5, context=context)
+    found = inspect_text(model, tokenizer, text, "m", reading)["next"]
+    assert found["position"] == len(text)
+    part = text if context is None else text[1 - context :]
+    ids = torch.tensor([tokenizer(part + "?")["input_ids"]])  # whatever comes, it is not read
+    thoughts = model.think(ids, num_thoughts=2, temperature=1.0, seed=5)
+    frame = thoughts.to_frame(tokenizer)
+    last = frame[frame["position"] == ids.shape[1] - 2]
+    for thought, (_, row) in zip(found["thoughts"], last.iterrows(), strict=True):
+        assert thought["ids"] == row["tokens"]
+        assert thought["mixing_weight"] == pytest.approx(row["mixing_weight"], rel=1e-4)
+        assert not {"gain", "mixed_logprob", "controls"} & set(thought)
+    base = model.causal_lm(ids[:, :-1]).logits[0, -1].softmax(-1)
+    assert found["base_top"][0]["id"] == int(base.argmax())
+
+
 def test_controls_are_what_the_model_predicts_with_their_thoughts():
     model, tokenizer = loaded()
     text = "a text of some thirty bytes: 3 + 4"
@@ -209,7 +229,7 @@ def test_the_page_in_a_browser(folder, tmp_path, browser, scheme, width):
     page = opened(browser, out, errors, viewport={"width": width, "height": 800},
                   color_scheme=scheme)  # fmt: skip
     shown = page.eval_on_selector_all("#texts .reader span", "all => all.map(x => x.textContent)")
-    assert len(shown) == len(document["tokens"])
+    assert len(shown) == len(document["tokens"]) + 1  # and what comes next
     assert "<script>alert(1)</script>" in "".join(shown)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.locator("#t0-5").click()
@@ -225,6 +245,14 @@ def test_the_page_in_a_browser(folder, tmp_path, browser, scheme, width):
         assert f"mixing weight {weight:.3f}" in told
     page.keyboard.press("Home")
     assert "is not predicted" in page.locator("#detail").inner_text()
+    page.keyboard.press("End")
+    assert "What comes next" in page.locator("#detail").inner_text()
+    for measure in ("weight", "nll", "gain_of_content", "gain"):
+        page.locator("#measure").select_option(measure)
+        assert page.locator("#quintiles").is_visible() == (measure in ("weight", "nll"))
+    page.goto(page.url.split("#")[0] + "#t4")
+    page.reload()
+    assert "token 4" in page.locator("#detail").inner_text()
     page.locator("#mode").select_option("both")
     least = 0.2
     hits = sum(abs(token.get("gain", 0)) >= least for token in document["tokens"])
@@ -260,7 +288,25 @@ def test_a_page_of_a_single_thought_shows_a_dash_for_what_cannot_be_measured(
     assert cli.main(["inspect", "--model", str(folder / "model"), "--text", "ab", "--out",
                      str(out), "--device", "cpu"]) == 0  # fmt: skip
     page = opened(browser, out, errors)
+    page.locator("#t0-1").click()
     assert "content –" in page.locator("#detail").inner_text()
+    assert errors == []
+    page.close()
+
+
+@pytest.mark.slow
+def test_thoughts_of_one_position_are_rows_of_which_one_is_shown_whole(folder, tmp_path, browser):
+    out, errors = tmp_path / "page.html", []
+    assert cli.main(["inspect", "--model", str(folder / "model"), "--text", "three and four",
+                     "--num-thoughts", "3", "--temperature", "1", "--out", str(out),
+                     "--device", "cpu"]) == 0  # fmt: skip
+    page = opened(browser, out, errors)
+    page.locator("#t0-5").click()
+    rows = page.locator("#detail .several button")
+    assert rows.count() == 3
+    rows.nth(2).click()
+    assert rows.nth(2).get_attribute("aria-pressed") == "true"
+    assert "Thought 3, token by token" in page.locator("#detail").inner_text()
     assert errors == []
     page.close()
 
@@ -268,7 +314,7 @@ def test_a_page_of_a_single_thought_shows_a_dash_for_what_cannot_be_measured(
 # --- Mistakes -------------------------------------------------------------------------------------
 
 
-def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys):
+def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys, monkeypatch):
     def said(*arguments, model="model"):
         command = ["inspect", "--model", str(folder / model), "--device", "cpu"]
         assert cli.main([*command, *map(str, arguments)]) == 2
@@ -276,6 +322,11 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys):
 
     assert "--text: is empty" in said("--text", "  ")
     assert "is a single token" in said("--text", "a")
+    (tmp_path / "old.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)  # the model is saved whole, and its base lies nowhere
+    command = ["inspect", "--model", str(folder / "model"), "--device", "cpu", "--text", "ab"]
+    assert cli.main([*command, "--out", "old.json", "--force"]) == 0
+    capsys.readouterr()
     assert "give either --text TEXT or --text-file" in said()
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     assert "byte 3 is 0xe9, which is no UTF-8" in said("--text-file", tmp_path / "latin")

@@ -322,13 +322,17 @@ def test_a_page_is_small(report, charts, tmp_path):
 
 
 THOUGHTS = [
-    {"kind": "thoughts", "source": "eval", "stage": "think", "step": step,
-     "samples": [SAMPLE | {"thought": f"thought of step {step}"}]} for step in range(0, 200, 10)
-]  # fmt: skip
+    {"stage": "think", "step": step, "samples": [SAMPLE | {"thought": f"thought of step {step}"}]}
+    for step in range(0, 200, 10)
+]
+
+
+def followed(*records):
+    return {"thoughts.jsonl": "".join(json.dumps(record) + "\n" for record in records) + '{"ste'}
 
 
 def test_the_thoughts_in_a_text_are_shown_over_training(report):
-    text = report(FILES | lines(*RECORDS, *THOUGHTS)).text
+    text = report(FILES | followed(*THOUGHTS)).text
     shown = text[text.index("Thoughts over training") :]
     steps = [n for n in range(0, 200, 10) if f"thought of step {n} ✓ correct 41 ✗ wrong" in shown]
     assert len(steps) == 12
@@ -337,7 +341,7 @@ def test_the_thoughts_in_a_text_are_shown_over_training(report):
 
 def test_thoughts_of_one_evaluation_show_no_course(report):
     damaged = [{**THOUGHTS[0], "step": "x"}, {**THOUGHTS[1], "samples": 3}]
-    assert "Thoughts over training" not in report(lines(*RECORDS, THOUGHTS[0], *damaged)).text
+    assert "Thoughts over training" not in report(FILES | followed(THOUGHTS[0], *damaged)).text
 
 
 @pytest.mark.parametrize(

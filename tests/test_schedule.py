@@ -123,8 +123,8 @@ def test_it_waits_for_the_gain_and_remembers_that(tmp_path, monkeypatch):
 
     def pretended(stage_run):
         seen.append(stage_run.step)
-        figures = evaluate(stage_run)
-        return {**figures, "gain": gains.get(stage_run.step, 0.0)}
+        figures, samples = evaluate(stage_run)
+        return {**figures, "gain": gains.get(stage_run.step, 0.0)}, samples
 
     monkeypatch.setattr(loop, "evaluate", pretended)
     points = [{"step": n, "length": 6 - n} for n in (1, 2, 3)]

@@ -319,7 +319,7 @@ def test_a_step_waits_for_the_device_once(tmp_path, monkeypatch):
 
     for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
         monkeypatch.setattr(torch.Tensor, name, counted(name))
-    monkeypatch.setattr(loop, "evaluate", lambda run: {"base_nll": 1.0})
+    monkeypatch.setattr(loop, "evaluate", lambda run: ({"base_nll": 1.0}, []))
     seen = {}
 
     def watched(this):
@@ -359,6 +359,20 @@ def test_too_few_positions_are_refused_with_the_numbers(tmp_path):
     with pytest.raises(UserError, match=rf"data.seq_len \(60\).* 64 positions.*at most {longest}"):
         train(run_config(tmp_path, data__seq_len=60))
     assert not (tmp_path / "run").exists()
+
+
+def test_evaluations_record_the_thoughts_in_the_same_texts(tmp_path):
+    config = run_config(tmp_path, training__max_steps=4, training__eval_steps=2)
+    run_training(config)
+    path = Path(config.training.output_dir) / "thoughts.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["step"] for record in found] == [0, 2, 4]
+    texts = [[sample["before"] for sample in record["samples"]] for record in found]
+    assert texts[0] == texts[1] == texts[2]
+    assert 0 < len(texts[0]) <= 3
+    shutil.rmtree(Path(config.training.output_dir) / "final")
+    run_training(config, resume="auto")  # it is evaluated again, and nothing stands twice
+    assert [json.loads(line) for line in path.read_text().splitlines()] == found
 
 
 def test_an_unsupported_architecture_is_refused_in_one_line(tmp_path, capsys):

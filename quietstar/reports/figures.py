@@ -144,12 +144,16 @@ def as_svg(plot: Plot, name: str) -> str:
         if (style := element.get("style")) is not None:
             for color, stand_in in _PAINTS.items():
                 style = style.replace(stand_in, f"var(--{color})")
-            style = _FONT.sub(r"font-size: \2; font-weight: \1", style)
+            style = _FONT.sub(_font, style)
             element.set("style", _FAMILY.sub("", style))
     kept = {"viewBox": root.attrib["viewBox"], "aria-hidden": "true", "focusable": "false"}
     root.attrib.clear()
     root.attrib.update(kept)
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def _font(match: re.Match[str]) -> str:
+    return f"font-size: {match[2]}" + (f"; font-weight: {match[1]}" if match[1] else "")
 
 
 # --- Shared parts ---------------------------------------------------------------------------------
@@ -289,7 +293,7 @@ def _value_range(chart: Chart, panels: Sequence[Sequence[Any]]) -> tuple[float, 
         return padded(min(late), max(late))
     low, high = min(0.0, *values), max(0.0, *values)
     below, above = padded(low, high)
-    return (below if low < 0 else 0.0), (above if high > 0 else 0.0)
+    return (below if low < 0 else 0.0), (above if high > 0 or low == 0 else 0.0)
 
 
 def thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:

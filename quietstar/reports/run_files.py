@@ -186,12 +186,12 @@ class Followed:
 
 
 def parse_thoughts(text: str) -> list[Followed]:
-    """Parse the followed thoughts from ``metrics.jsonl``, passing over everything else."""
+    """Parse ``thoughts.jsonl``, passing over lines that are half written or something else."""
     found = []
     for line in text.split("\n"):
         with suppress(ValueError, RecursionError):  # of pydantic, too
             entry = json.loads(line, object_hook=_current)
-            if isinstance(entry, dict) and entry.get("kind") == "thoughts":
+            if isinstance(entry, dict):
                 step = finite(entry.get("step"))
                 samples = Samples.model_validate(entry).samples
                 if samples and step is not None and 0 <= step <= MOST_STEPS:
@@ -274,7 +274,7 @@ class RunFiles:
         self.name, self.config = folder.resolve().name, read(folder / "config.yaml")
         lines = read(metrics)
         self.records, self.fired = parse_metrics(lines), parse_guards(lines)
-        self.followed = parse_thoughts(lines)
+        self.followed = parse_thoughts(read(folder / "thoughts.jsonl"))
         if not self.records and not controls.exists():
             lack = "no complete record yet" if metrics.exists() else f"no {metrics.name}"
             raise UserError(

@@ -28,14 +28,14 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import Config, ThoughtsConfig
 from quietstar.distributed import from_main_process
-from quietstar.errors import reason_of, visible
+from quietstar.errors import UserError, reason_of, visible
 from quietstar.evaluation.controls import BLANK, GAINS, GENERIC, PAUSE, SHUFFLED
 from quietstar.model.outputs import QuietStarOutput, without_padding
 from quietstar.system import files
 from quietstar.training.guards import GuardState, Source
 from quietstar.training.stages import Stage
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, THOUGHTS_FILE = "metrics.jsonl", "thoughts.jsonl"
 LOG_LINES = 200  # of steps, about, where there is no terminal to show a bar
 COLUMNS = {
     "base_nll": ("base\nNLL", ".4f"),
@@ -151,7 +151,7 @@ class Reporter:
             for record in (record for record in kept if record["stage"] == stage.name):
                 if record["kind"] == "guard":
                     self._guards.fired.add(record["name"])
-                elif record["kind"] != "thoughts":
+                else:
                     self._guards.see(record["kind"], record["step"], record)
             at = (stage.name, step, "eval")
             return any((r["stage"], r["step"], r["kind"]) == at for r in kept)
@@ -302,7 +302,7 @@ class Reporter:
             return
         self._write("eval", step, figures)
         if samples:
-            self._write("thoughts", step, {}, {"source": "eval", "samples": list(samples)})
+            self._write_thoughts(step, samples)
         self._say_evaluation()
         self._watch("eval", step, figures)
         self.report()
@@ -359,8 +359,26 @@ class Reporter:
         row = "  ".join(f"{c:>{width}}" for c, width in zip(cells, widths, strict=True))
         self.console.print(Text(row, style=style), soft_wrap=True)
 
+    def _write_thoughts(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Adds the thoughts of an evaluation, in the place of those that a resumed run had then."""
+        path, now = self.path.with_name(THOUGHTS_FILE), (self.stage.index, step)
+        record = {"stage": self.stage.name, "step": step, "samples": list(samples)}
+        try:
+            lines = path.read_text("utf-8").splitlines() if path.exists() else []
+            earlier = [line for line in lines if self._is_before(line, now)]
+            files.write_whole(path, "\n".join([*earlier, json.dumps(record), ""]))
+        except (OSError, UserError, UnicodeDecodeError) as problem:
+            self.warn_once("thoughts", f"{path} cannot be written ({reason_of(problem)})")
+
+    def _is_before(self, line: str, now: tuple[int, int]) -> bool:
+        """Returns True for a whole line of an evaluation that came before stage and step."""
+        with suppress(ValueError, RecursionError, KeyError, TypeError):
+            record = json.loads(line)
+            return (self._names.index(record["stage"]), record["step"]) < now
+        return False
+
     def _write(
-        self, kind: str, step: int, figures: Mapping[str, float], texts: Mapping[str, Any] = {}
+        self, kind: str, step: int, figures: Mapping[str, float], texts: Mapping[str, str] = {}
     ) -> None:
         shown = {key: value if math.isfinite(value) else None for key, value in figures.items()}
         record = {"kind": kind, "stage": self.stage.name, "step": step, **texts, **shown}
@@ -369,7 +387,7 @@ class Reporter:
         try:
             files.append(self.path, "".join(self._unwritten))
             self._unwritten.clear()
-            if kind in ("train", "eval"):
+            if kind != "guard":
                 self.accelerator.log({f"{kind}/{k}": v for k, v in figures.items()}, step=step)
         except OSError as problem:
             if not had_failed:
@@ -394,7 +412,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
             record = json.loads(line)
             if (
                 isinstance(record, dict)
-                and record.get("kind") in ("train", "eval", "guard", "thoughts")
+                and record.get("kind") in ("train", "eval", "guard")
                 and type(record.get("step")) is int
                 and (record["kind"] != "guard" or isinstance(record.get("name"), str))
             ):

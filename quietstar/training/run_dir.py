@@ -22,13 +22,20 @@ from quietstar.errors import ConfigError, UserError, reason_of
 from quietstar.registry import importing_nothing
 from quietstar.system import files
 from quietstar.system.locks import locked
-from quietstar.training.reporter import METRICS_FILE, read_metrics
+from quietstar.training.reporter import METRICS_FILE, THOUGHTS_FILE, read_metrics
 
 MARKER_FILE, LOCK_FILE, CONFIG_FILE = "quietstar-run.json", "quietstar.lock", "config.yaml"
 PREEMPTED_FILE = "preempted"
 FINAL_FOLDER, EMA_FOLDER = "final", "ema"
 CHECKPOINTS_FOLDER, TRACKERS_FOLDER = "checkpoints", "tensorboard"
-WRITTEN_FILES = (METRICS_FILE, PREEMPTED_FILE, "results.json", "samples.json", "report.html")
+WRITTEN_FILES = (
+    METRICS_FILE,
+    THOUGHTS_FILE,
+    PREEMPTED_FILE,
+    "results.json",
+    "samples.json",
+    "report.html",
+)
 MARKER_FIELDS = ("version", "host", "pid", "start")
 TENSORBOARD_FOLDER = f"{TRACKERS_FOLDER}/quietstar"
 CHECKPOINT_NAME = re.compile(r"step-\d{6,}(\.partial|\.replaced)?")
