@@ -39,7 +39,7 @@ COLORS = (
 )
 """Variables of the style sheet."""
 _PAINTS = {name: f"#abc0{number:02x}" for number, name in enumerate(COLORS)}
-_LOOK: dict[str, Any] = {
+_LOOK: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "quietstar", "figure.dpi": 72, "savefig.dpi": 72,
     "figure.facecolor": "none", "axes.facecolor": "none",
     "font.size": 12, "axes.titlesize": 12, "axes.labelsize": 12, "legend.fontsize": 12,
