@@ -71,7 +71,7 @@ def preload() -> None:
         "peft",
         "scipy.stats",
         "tensorboard",
-        "plotly.graph_objects",
+        "matplotlib.figure",
         "accelerate",
         "torch.utils.tensorboard",
         "datasets.load",
