@@ -111,6 +111,7 @@ def test_the_page_compares_curves_and_says_which_run_is_best(tmp_path, capsys):
     assert page.charts == {"gain_of_content", "gain", "mixed_nll"} - {"gain_of_content"}
     assert "<b>: gain of content, nats +0.1500, demo: +0.0505; their 95% intervals" in page.text
     assert "thoughts.num_thoughts: 3" in page.text
+    assert "_child" not in page.text  # lines of further seeds stand in no legend
     assert "<b>, seed 1, step 25: +0.3000" in page.texts
 
 

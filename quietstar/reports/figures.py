@@ -425,17 +425,19 @@ def draw_points(
         axes = plot.figure.subplots()
         handles = []
         for kind in kinds:
-            handles += axes.plot(
+            (line,) = axes.plot(
                 kind.x, kind.y, color=paint(kind.color), marker=kind.symbol, linestyle=kind.line,
                 markersize=14 if kind.is_ring else 7, label=kind.label,
                 fillstyle="none" if kind.is_ring else "full",
-                markeredgewidth=2.5 if kind.is_ring else 0, gid=plot.explain(kind.texts),
+                markeredgewidth=2.5 if kind.is_ring else 0, clip_on=False,
+                gid=plot.explain(kind.texts),
             )  # fmt: skip
+            handles += [line] if kind.label else []
         axes.set_xlim(left=0)
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=_ROUND))
         axes.set_xlabel(titles[0])
         axes.set_ylabel(titles[1])
         axes.xaxis.set_major_formatter(FuncFormatter(_number))
         axes.yaxis.set_major_formatter(FuncFormatter(_percent if is_share else _number))
-        _add_legend(plot, [handle for handle in handles if handle.get_label()], width)
+        _add_legend(plot, handles, width)
     return plot
