@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="+", type=existing, metavar="RUN", help="folder of a run")
     parser.output("--out", "page that compares the runs", ".html")
-    parser.output("--json", "all figures, with the value of every seed", ".json")
+    parser.output("--json", "all figures, with the value of every seed")
     args = parser.read(arguments)
     is_written = args.json is not None or args.out is not None
     parser.warn_idle(args, {"--force": None if is_written else "without --out or --json"})

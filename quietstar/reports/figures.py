@@ -211,8 +211,8 @@ def draw_curves(chart: Chart, records: Sequence[Record], width: int = WIDE) -> P
 
     A stage with a single line, mostly one before the thinking, has less of the width.
     """
-    panels = {}
-    for stage in find_stages(records):
+    panels, stages = {}, find_stages(records)
+    for stage in stages:
         staged = [record for record in records if record.stage == stage]
         measured = [(line, series(staged, "train", line.key), series(staged, "eval", line.key))
                     for line in chart.lines]  # fmt: skip
@@ -239,7 +239,7 @@ def draw_curves(chart: Chart, records: Sequence[Record], width: int = WIDE) -> P
             ))  # fmt: skip
             axes.xaxis.set_major_formatter(FuncFormatter(_number))
             axes.set_xlabel("step")
-            if len(find_stages(records)) > 1:
+            if len(stages) > 1:
                 room = max(3, int(share * width / 8))
                 axes.set_title(literal(stage, room), parse_math=False)
                 axes.set_facecolor(paint("band"))

@@ -60,6 +60,8 @@ IN_LINE = (
 )  # fmt: skip
 """Figures of a step in the line under the bar: name, key and format."""
 DROPPED_FIRST = ("entropy", "w", "mixed", "lr")
+PAUSE_AFTER_REPORT = 20
+"""The page is written again when so many times the time has passed that it took."""
 LEFT_OUT = ("base_nll", "mixed_nll", "thought_nll", "gain_over_pause", "mixing_weight")
 """Columns that make room for those of answers."""
 
@@ -79,9 +81,9 @@ class _Bars(Progress):
 class Reporter:
     """Reports a run on the main process; on the others every call does nothing.
 
-    It begins after ``start_step`` steps; ``on_report`` is called with the run folder after every
-    held-out evaluation. A disk that fails does not end the run: what cannot be written is said, and
-    records are kept until they can be.
+    It begins after ``start_step`` steps; ``on_report`` is called with the run folder after held-out
+    evaluations, as far as it takes at most a twentieth of the time. A disk that fails does not end
+    the run: what cannot be written is said, and records are kept until they can be.
 
     Attributes:
         evaluations: Steps and figures of the stage's evaluations in this process.
@@ -111,7 +113,7 @@ class Reporter:
         self._unwritten: list[str] = []
         self._warned: set[str] = set()
         self._guards = GuardState()
-        self._step_began = time.perf_counter()
+        self._step_began, self._report_due = time.perf_counter(), 0.0
         self._headings: list[str] = []  # of the held-out figures that were printed last
         self.bar = _Bars(
             TextColumn("{task.description}", markup=False),
@@ -305,7 +307,11 @@ class Reporter:
             self._write_thoughts(step, samples)
         self._say_evaluation()
         self._watch("eval", step, figures)
-        self.report()
+        began = time.perf_counter()
+        if began >= self._report_due:
+            self.report()
+            now = time.perf_counter()
+            self._report_due = now + PAUSE_AFTER_REPORT * (now - began)
 
     def _watch(self, source: Source, step: int, figures: Mapping[str, float]) -> None:
         """Records and says which guards fire at a record's figures, each once a stage."""
@@ -364,7 +370,8 @@ class Reporter:
         path, now = self.path.with_name(THOUGHTS_FILE), (self.stage.index, step)
         record = {"stage": self.stage.name, "step": step, "samples": list(samples)}
         try:
-            lines = path.read_text("utf-8").splitlines() if path.exists() else []
+            is_there = files.file_kind(path) == "file"
+            lines = path.read_text("utf-8").splitlines() if is_there else []
             earlier = [line for line in lines if self._is_before(line, now)]
             files.write_whole(path, "\n".join([*earlier, json.dumps(record), ""]))
         except (OSError, UserError, UnicodeDecodeError) as problem:

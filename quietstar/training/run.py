@@ -66,7 +66,8 @@ def run_training(
             checkpoint folder, or None for a new run.
         allow_changes: Whether to resume also under settings that make the run another one.
         on_report: Called in the main process with the run folder when its figures have changed:
-            after every held-out evaluation and at the end. The command line writes the page there.
+            after held-out evaluations, as far as it takes at most a twentieth of the time, and at
+            the end. The command line writes the page there.
         more_runs: Whether to keep the processes of the launch connected, for another run in them.
 
     Raises:
