@@ -349,11 +349,13 @@ def test_learned_rules_leave_a_quarter_to_chance_in_training_alone():
 def test_the_expected_mixing_weight_is_that_of_the_head_without_a_thought():
     base = plain_model()
     model = thinking_model(base, thoughts={"positions": "weight", "position_fraction": 0.3})
-    torch.nn.init.normal_(model.mixing_head.last_layer.weight)
+    # Weights of standard deviation 1 saturate the sigmoid: positions with weight 1.0 would tie.
+    torch.nn.init.normal_(model.mixing_head.last_layer.weight, std=0.02)
     texts = random_texts(2, 9)
     states = model.causal_lm.base_model(texts).last_hidden_state
     ahead = text_lookahead(states, 1, None)
     expected = model.mixing_head(ahead, torch.zeros_like(states)[None, None])[0, 0]
+    assert all(len(row.unique()) == len(row) for row in expected)
     chosen_ones = model.choose_positions(texts)
     assert torch.equal(chosen_ones, expected[:, :-1].topk(3).indices.sort(-1).values)
     product = (

@@ -19,8 +19,8 @@ from quietstar import __version__
 from quietstar.cli import options
 from quietstar.cli.options import BATCH, SEED, THOUGHTS, TOKENS, Parser, unicode_text, whole
 from quietstar.data.tokenizer import load_tokenizer
-from quietstar.errors import UserError
-from quietstar.evaluation.controls import CONTROLS, GENERIC_TEXT, WITH, WITHOUT
+from quietstar.errors import UserError, visible
+from quietstar.evaluation.controls import CONTROLS, GENERIC, GENERIC_TEXT, WITH, WITHOUT
 from quietstar.evaluation.runner import (
     FREE_SETTINGS,
     HarnessTask,
@@ -149,7 +149,9 @@ def _idle_options(
         **options.idle_thought_filters(thoughts, args.thought_temperature),
         "--extract": unless(extracted, "without a FILE.jsonl"),
         "--stop": unless(extracted, "without --extract and a FILE.jsonl"),
-        "--generic": unless(bool(args.controls), "without --controls"),
+        "--generic": unless(
+            GENERIC in args.controls, "without --controls" + (" generic" if args.controls else "")
+        ),
         "--untrained": thoughts or unless(not is_trained, "on a model that was trained to think"),
         "--data-dir": unless(reads, "on tasks without a file there"),
         "--include-path": unless(is_harness, "without a task of lm-evaluation-harness"),
@@ -262,11 +264,20 @@ def _protocol(args: argparse.Namespace) -> Protocol:
             "temperature", "max_new_tokens", "text_tokens", "positions", "separator",
             "generic")  # fmt: skip
     return Protocol(
-        variants=(*variants, *(CONTROLS if args.controls else ())),
+        variants=(*variants, *args.controls),
         thought_temperature=temperature,
         stop=args.stop,
         **{name: getattr(args, name) for name in same},
     )
+
+
+def _control_names(text: str) -> tuple[str, ...]:
+    """Parse the names of controls, in whatever order, into the order of `CONTROLS`."""
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in CONTROLS]:
+        rule = f"must be names of {', '.join(CONTROLS)}. Give some of them, or none for all."
+        raise argparse.ArgumentTypeError(f"({visible(unknown[0])}): {rule}")
+    return tuple(name for name in CONTROLS if name in names)
 
 
 def _parser() -> Parser:
@@ -276,8 +287,9 @@ def _parser() -> Parser:
     add("--tasks", required=True, metavar="NAMES",
         help=f"comma-separated: {', '.join(TASKS)}, FILE.jsonl, FILE.txt")  # fmt: skip
     add("--thoughts", choices=("off", "on", "both"), default="both", help="what is scored")
-    parser.flag("--controls", "also score swapped and shuffled thoughts, pause tokens, a generic "
-                "text and blank thoughts")  # fmt: skip
+    add("--controls", type=_control_names, nargs="?", const=CONTROLS, default=(), metavar="NAMES",
+        help="also score controls: swapped, shuffled, pause, generic, blank (comma-separated), or "
+        "without names all of them")  # fmt: skip
     value("--generic", unicode_text, GENERIC_TEXT, "TEXT",
           "text of every thought in the control of that name")  # fmt: skip
     add("--positions", choices=POSITIONS, default="trained",
