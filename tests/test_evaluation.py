@@ -312,6 +312,19 @@ def test_a_generic_text_is_refused_without_tokens_and_idle_without_controls(
     assert "--generic ('')" in capsys.readouterr().err
     assert run(folder, "--generic", "Well,", **settings) == 0
     assert "--generic: has no effect without --controls" in caplog.text
+    assert run(folder, "--controls", "pause", "--generic", "Well,", **settings) == 0
+    assert "--generic: has no effect without --controls generic" in caplog.text
+
+
+def test_some_controls_are_scored_alone_and_others_added(folder, tmp_path):
+    some, _ = evaluated(folder, tmp_path, "--controls", "swapped, pause", tasks="gsm8k")
+    assert some["config"]["variants"] == ["without_thoughts", "with_thoughts", "pause", "swapped"]
+    every, _ = evaluated(folder, tmp_path, "--controls", tasks="gsm8k")
+    for name in ("pause", "swapped"):
+        few, many = (result["tasks"]["gsm8k"]["controls"][name] for result in (some, every))
+        assert few["nll"] == many["nll"]
+    assert list(every["tasks"]["gsm8k"]["controls"]) == list(CONTROLS)
+    assert set(some["tasks"]["gsm8k"]["controls"]) == {"pause", "swapped"}
 
 
 # --- Where answers are thought about --------------------------------------------------------------
@@ -506,6 +519,7 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys):
     assert "set --thought-temperature 1" in said("--samples", 2)
     assert "--limit (0): must be a whole number of at least 1" in said("--limit", 0)
     assert "need thoughts" in said("--controls", "--thoughts", "off")
+    assert "--controls (swaped): must be names of shuffled" in said("--controls", "swaped")
     room = said("--max-new-tokens", 300, tasks="gsm8k_cot")
     assert "--max-new-tokens: 300 leaves no room for a prompt" in room
     assert "set at most 250" in room

@@ -24,6 +24,7 @@ from quietstar.evaluation.calibration import GateResult, try_gate
 from quietstar.generation.gates import GATE_FILE, PROBED, PROBES_FILE, Gate, GateKind, check_gate
 from quietstar.registry import importing_nothing
 from quietstar.system.files import check_output, file_kind, write_json
+from quietstar.system.processes import join_launch
 from quietstar.system.signals import held
 from quietstar.training.run_dir import CONFIG_FILE
 
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = None if args.data is not None else _run_config(args.model)
     parser.check(args, _run_inputs(args.model, run))
     _check_gate(args)
+    processes = join_launch(args.device)
     model = options.load_model(args, True, "Give the folder of a saved one.")
     fixed = model.mixing_head.fixed_weight
     check_gate(args.gate, fixed)
@@ -60,8 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif most is not None and args.seq_len > most:
         raise UserError(f"--seq-len ({args.seq_len}): must be at most {most}, what the model takes")
     batches = _held_out(args, run)
-    with options.progress("thinking", len(batches)) as advance:
-        measured = calibration.measure_tokens(model, batches, advance)
+    with options.progress("thinking", len(batches), shown=processes.is_main) as advance:
+        measured = calibration.measure_tokens(model, batches, advance, processes)
+    if not processes.is_main:
+        return 0
     fitted = measured.where(measured.text % 2 == 0)
     tried = measured.where(measured.text % 2 == 1)
     if len(fitted.text) < 100 or len(tried.text) < 100:

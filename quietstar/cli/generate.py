@@ -23,6 +23,7 @@ from quietstar.generation.generate import ThinkingStreamer, most_tokens
 from quietstar.model.outputs import without_padding
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.system.limits import TooLong, limited
+from quietstar.system.processes import join_launch
 
 HELP = "/reset starts over, /thoughts shows or hides thoughts, /quit ends"
 NEW_TOKENS = 128
@@ -47,29 +48,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prompts = [text]
     if args.prompt is None:
         prompts = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
+    processes = join_launch(args.device)
     model, tokenizer, settings = _load(parser, args)
     console = Console(highlight=False)
-    for start in range(0, len(prompts), args.batch_size):
-        chunk = prompts[start : start + args.batch_size]
-        rows: list[Any] = [tokenizer(prompt)["input_ids"] for prompt in chunk]
+
+    def read(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        rows: list[Any] = [tokenizer(prompt)["input_ids"] for prompt in prompts]
         if not all(rows):
-            empty = chunk[rows.index([])]
+            empty = prompts[rows.index([])]
             raise UserError(f"--prompt ({empty[:80]}): has no token in this model's vocabulary")
-        ids, mask = (x.to(model.device) for x in pad_left(rows, padding_id(tokenizer)))
-        printers = [ConsoleStreamer(tokenizer, console, args.show_thoughts, p) for p in chunk]
-        if args.prompt is not None:
+        ids, mask = pad_left(rows, padding_id(tokenizer))
+        return ids.to(model.device), mask.to(model.device)
+
+    if args.prompt is not None:
+        if processes.is_main:  # a single text is not shared
+            ids, mask = read(prompts)
+            printer = ConsoleStreamer(tokenizer, console, args.show_thoughts, args.prompt)
             try:
-                _generate(model, ids, mask, streamer=printers[0], **settings)
+                _generate(model, ids, mask, streamer=printer, **settings)
             except KeyboardInterrupt:
                 console.print()  # the line that says so is no part of the text
                 raise
-            return 0
+        return 0
+
+    def write(start: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        torch.manual_seed(args.seed + start)  # whichever process draws this batch
+        ids, mask = read(prompts[start : start + args.batch_size])
         out = _generate(model, ids, mask, return_dict_in_generate=True, **settings)
-        for row, printer in enumerate(printers):
+        thoughts = None if out.thoughts is None else out.thoughts.cpu()
+        return ids.cpu(), out.sequences[:, ids.shape[1] :].cpu(), thoughts
+
+    starts = range(0, len(prompts), args.batch_size)
+    for start, (ids, new, thoughts) in zip(starts, processes.share(starts, write), strict=True):
+        if not processes.is_main:
+            continue
+        for row, prompt in enumerate(prompts[start : start + args.batch_size]):
+            printer = ConsoleStreamer(tokenizer, console, args.show_thoughts, prompt)
             printer.put(ids[row])
-            for step, token in enumerate(out.sequences[row, ids.shape[1] :]):
-                if out.thoughts is not None:
-                    printer.think(out.thoughts[row, step][None])
+            for step, token in enumerate(new[row]):
+                if thoughts is not None:
+                    printer.think(thoughts[row, step][None])
                 printer.put(token)
             printer.end()
     return 0

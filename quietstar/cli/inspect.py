@@ -19,6 +19,7 @@ from quietstar.evaluation import controls
 from quietstar.evaluation.inspection import Reading, inspect_text, num_windows
 from quietstar.reports.pages import render_thoughts
 from quietstar.system.files import write_json, write_whole
+from quietstar.system.processes import Processes, join_launch
 
 LEVELS = (0.02, 0.1, 0.5, 1.5)
 """Gains in nats at which the color grows darker."""
@@ -59,10 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--compare ({names[1]}): splits the text into other tokens than {names[0]}; compare "
             "models of one tokenizer"
         )
+    processes = join_launch(args.device)
     documents = [
-        _inspect(name, tokenizer, text, len(ids[0]), args)
+        _inspect(name, tokenizer, text, len(ids[0]), args, processes)
         for name, tokenizer in zip(names, tokenizers, strict=True)
     ]
+    if not processes.is_main:
+        return 0
     if out is None:
         for document in documents:
             Console(highlight=False).print(_document_view(document))
@@ -76,15 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _inspect(
-    name: str, tokenizer: PreTrainedTokenizerBase, text: str, count: int, args: argparse.Namespace
-) -> dict[str, Any]:
+    name: str, tokenizer: PreTrainedTokenizerBase, text: str, count: int, args: argparse.Namespace,
+    processes: Processes,
+) -> dict[str, Any]:  # fmt: skip
     """Return what a model thinks of a text of ``count`` tokens."""
     model = options.load_model(args, True, "quietstar inspect needs a trained one.", name)
     most = model.max_text_length
     context = args.context or most
     if most is not None and context is not None and context > most:
         raise UserError(f"--context ({context}): must be at most {most}, what the model takes")
-    if context is not None and count > context:
+    if context is not None and count > context and processes.is_main:
         Console(stderr=True).print(
             f"the text has {count} tokens: read in windows of {context}, in which every position "
             f"sees at least {context - min(128, context // 2)} tokens before it",
@@ -96,8 +101,9 @@ def _inspect(
     reading = Reading(
         args.num_thoughts, temperature, args.seed, context, args.controls, args.generic
     )
-    with options.progress(name, num_windows(count, context)) as advance:
-        return inspect_text(model, tokenizer, text, name, reading, advance)
+    shown = processes.is_main
+    with options.progress(name, num_windows(count, context), shown=shown) as advance:
+        return inspect_text(model, tokenizer, text, name, reading, advance, processes)
 
 
 def _document_view(document: dict[str, Any]) -> RenderableType:

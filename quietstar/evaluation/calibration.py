@@ -22,6 +22,7 @@ from quietstar.generation.generate import new_decoder, predict_next
 from quietstar.losses.thought_loss import next_token_entropy
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.sampling.thoughts import Sampling
+from quietstar.system.processes import ALONE, Processes
 
 RIDGE = 1e-2
 """Regularization of the probes' fit, relative to the mean variance of the states."""
@@ -48,15 +49,18 @@ class Measured:
 
 @torch.no_grad()
 def measure_tokens(
-    model: QuietStarForCausalLM, batches: Sequence[Batch], advance: Callable[[], object]
+    model: QuietStarForCausalLM,
+    batches: Sequence[Batch],
+    advance: Callable[[], object],
+    processes: Processes = ALONE,
 ) -> Measured:
-    """Think greedily behind every token of the texts.
+    """Think greedily behind every token of the texts, whose batches ``processes`` share.
 
     Raises:
         UserError: A figure is NaN or infinite.
     """
-    parts = []
-    for batch in batches:
+
+    def measure(batch: Batch) -> list[Tensor]:
         batch = batch.to(model.device)
         thoughts = model.think(batch.input_ids, batch.attention_mask)
         states = plain_pass(model.causal_lm, batch.input_ids)
@@ -70,7 +74,11 @@ def measure_tokens(
             thoughts.base_predicted == following,
             thoughts.mixed_predicted[:, 0, :, 0] == following, batch.answers.roll(-1, 1),
         )  # fmt: skip
-        parts.append([column[valid].cpu() for column in columns])
+        return [column[valid].cpu() for column in columns]
+
+    parts = []
+    for part in processes.share(batches, measure):
+        parts.append(part)
         advance()
     joined = [torch.cat(column) for column in zip(*parts, strict=True)]
     joined[1:6] = [column.float() for column in joined[1:6]]

@@ -33,6 +33,7 @@ from quietstar.evaluation.scoring import not_finite
 from quietstar.losses.cross_entropy import chunk_rows
 from quietstar.model.outputs import without_padding
 from quietstar.model.quiet_star import QuietStarForCausalLM
+from quietstar.system.processes import ALONE, Processes
 
 FORMAT, VERSION = "quietstar-thoughts", 2
 TOP = 5
@@ -90,7 +91,7 @@ def windows(length: int, context: int | None) -> Iterator[Window]:
 
 def num_windows(length: int, context: int | None) -> int:
     """Count how often `inspect_text` advances."""
-    return 3 * len(list(windows(length, context))) + 1
+    return 2 * len(list(windows(length, context)))
 
 
 @torch.no_grad()
@@ -101,12 +102,14 @@ def inspect_text(
     name: str,
     reading: Reading,
     advance: Callable[[], object] = lambda: None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Collect everything that the page shows, as JSON can hold it (docs/inspect.md: the schema).
 
     The text has at least two tokens, the model a lookahead of one; ``name`` is the model's.
-    ``advance`` is called once a window and pass; there are three passes, the last with controls,
-    and then the thought after the last token, which predicts what the text does not have.
+    ``advance`` is called once a window and pass: one in which the model thinks, and one in which
+    what it thinks is scored. Then comes the thought after the last token, which predicts what the
+    text does not have. The windows are shared among ``processes``, all of which get the result.
 
     Raises:
         UserError: A figure is NaN or infinite, or the tokenizer has no token for the generic text.
@@ -115,16 +118,16 @@ def inspect_text(
 
     def think(ids: Tensor, window: Window) -> Tensor:
         part, positions = window.read(ids)
-        thoughts = model.sample(
+        return model.sample(
             part, num_thoughts=reading.num_thoughts, temperature=reading.temperature,
             positions=positions, seed=reading.seed,
         )  # fmt: skip
-        advance()
-        return thoughts
 
-    parts = list(windows(ids.shape[1], reading.context))
-    sampled = [think(ids, window) for window in parts]
-    own = torch.cat(sampled, dim=2)  # (1, K, S - 1, T)
+    parts, sampled = list(windows(ids.shape[1], reading.context)), []
+    for thoughts in processes.share(parts, lambda window: think(ids, window).cpu()):
+        sampled.append(thoughts)
+        advance()
+    own = torch.cat(sampled, dim=2).to(ids.device)  # (1, K, S - 1, T)
     others = {}
     if own.shape[2] > 1:  # a single position has no other to swap with
         others[SWAPPED] = swap_positions(own[0], seed=0)[None]
@@ -135,18 +138,23 @@ def inspect_text(
         others[control] = make_thoughts(control, own, [0], model.pause_token_id, generic)
     slices = token_slices(tokenizer, text, ids[0].tolist())
     records: list[dict[str, Any]] = [{"position": 0, "id": int(ids[0, 0]), "text": slices[0]}]
-    for window in parts:
+
+    def score(window: Window) -> list[dict[str, Any]]:
         columns = _figures(model, ids, own, window)
-        advance()
         part, positions = window.read(ids)
         for control, thoughts in others.items():
             there = thoughts[:, :, window.first : window.stop]
             scores = model.score_mixed(part, None, part, there, positions)
             columns[control] = scores.logprobs[0].T  # (P, K), or (P, 1) if all are equal
         _check_finite(name, columns, window.first + 1)
+        return [
+            {"position": position, "text": slices[position], **record}
+            for position, record in enumerate(_token_records(columns, tokenizer), window.first + 1)
+        ]
+
+    for made in processes.share(parts, score):
+        records += made
         advance()
-        for position, record in enumerate(_token_records(columns, tokenizer), window.first + 1):
-            records.append({"position": position, "text": slices[position], **record})
     # Behind the last token the passes need one more, which no figure of the thought depends on.
     length = ids.shape[1]
     start = 0 if reading.context is None else max(0, length + 1 - reading.context)

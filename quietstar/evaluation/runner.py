@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations, groupby
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +47,7 @@ from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.system.files import append, file_kind, write_whole
 from quietstar.system.inputs import open_input
 from quietstar.system.locks import locked
-from quietstar.system.processes import Processes
+from quietstar.system.processes import ALONE, Processes
 from quietstar.system.signals import held
 
 FINAL_ANSWER = "\nTherefore, the answer (arabic numerals) is"
@@ -234,7 +234,7 @@ class Runner:
     tokenizer: PreTrainedTokenizerBase
     protocol: Protocol
     store: ItemStore
-    processes: Processes = field(default_factory=Processes)  # each scores every so many-th batch
+    processes: Processes = ALONE  # each scores every so many-th batch
 
     def num_batches(self, task: Task, items: Sequence[Item]) -> int:
         """Count how often `run` will advance."""
@@ -297,15 +297,9 @@ class Runner:
         missing = [batch for batch in batches if not is_done(batch)]
         for _ in range(len(batches) - len(missing)):
             advance()
-        rank, count = self.processes.rank, self.processes.count
-        for start in range(0, len(missing), count):
-            turn = missing[start : start + count]
-            own = turn[rank] if rank < len(turn) else None
-            made = self.processes.gather(lambda own=own: [] if own is None else score(own))
-            for records in made:
-                self.store.add(records)
-            for _ in turn:
-                advance()
+        for records in self.processes.share(missing, score):
+            self.store.add(records)
+            advance()
 
     def _phases(self, task: Task) -> list[list[str]]:
         """List variants that are made together; the thoughts to swap with must be there before."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
 from quietstar.errors import UserError
 
+S = TypeVar("S")
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)
 """How long a process waits for another one: as long as the slowest piece of work may take."""
@@ -53,6 +54,20 @@ class Processes:
                 raise UserError(problem)
         return [result for result, _ in results]
 
+    def share(self, pieces: Sequence[S], work: Callable[[S], T]) -> Iterator[T]:
+        """Does pieces of work, one on each process at a time; yields all results, in order, on all.
+
+        Results should lie in memory, not on a device of their own process.
+
+        Raises:
+            UserError: As `gather`.
+        """
+        for start in range(0, len(pieces), self.count):
+            turn = pieces[start : start + self.count]
+            own = turn[self.rank : self.rank + 1]
+            for results in self.gather(lambda own=own: [work(piece) for piece in own]):
+                yield from results
+
     def from_main(self, work: Callable[[], T]) -> T:
         """Does a piece of work on the main process; returns its result on all.
 
@@ -60,6 +75,10 @@ class Processes:
             UserError: The main process raised it.
         """
         return self.gather(lambda: work() if self.is_main else None)[0]  # pyright: ignore
+
+
+ALONE = Processes()
+"""This process, which shares its work with no other."""
 
 
 def join_launch(device: str | None = None) -> Processes:
@@ -70,7 +89,7 @@ def join_launch(device: str | None = None) -> Processes:
     """
     world = os.environ.get("WORLD_SIZE", "")
     if not world.isdecimal() or int(world) < 2:
-        return Processes()
+        return ALONE
     if device is not None and ":" in device:
         raise UserError(
             f"--device ({device}): is one device, and {world} processes were launched, of which "
