@@ -14,7 +14,9 @@ from tiny import plain_model, thinking_model
 
 from quietstar import QuietStarForCausalLM
 from quietstar.cli import main as cli
+from quietstar.config import DataConfig
 from quietstar.data import load_tokenizer
+from quietstar.data.encoding import Encoder
 from quietstar.errors import UserError
 from quietstar.evaluation import tasks as tasks_module
 from quietstar.evaluation.controls import CONTROLS, GAINS, derangement, replacement
@@ -794,6 +796,39 @@ def test_the_last_match_is_the_answer_and_patterns_without_end_are_stopped(monke
     monkeypatch.setattr(tasks_module, "PATTERN_SECONDS", 0.2)
     with pytest.raises(UserError, match=r"takes more than 0.2 seconds"):
         extract_answer("^(a|aa)+$", "a" * 60 + "c")
+
+
+def test_questions_are_read_by_fields_and_template_as_in_training(folder, tmp_path, capsys):
+    lines = [{"q": f"What is {n} and 1?", "a": {"text": f"{n + 1}, of course"}} for n in range(4)]
+    write_lines(tmp_path / "raw.jsonl", lines)
+    plain = [
+        {"prompt": f"Q: {line['q']}\nA:", "answer": " " + line["a"]["text"].split(",")[0]}
+        for line in lines
+    ]
+    write_lines(tmp_path / "own.jsonl", plain)
+    call = ("--template", "Q: {question}\\nA: {answer}\\n", "--question-field", "q")
+    call += ("--answer-field", "{{ a.text.split(',')[0] }}")
+    raw, own = str(tmp_path / "raw.jsonl"), str(tmp_path / "own.jsonl")
+    found, _ = evaluated(folder, tmp_path, *call, tasks=raw)
+    expected, _ = evaluated(folder, tmp_path, "--force", tasks=own)
+    assert found["tasks"][raw] == expected["tasks"][own]
+    data = DataConfig(format="qa", template="{question} {answer}")
+    (trained,) = Encoder(load_tokenizer("bytes"), data)(
+        [{"question": plain[0]["prompt"], "answer": "1"}]
+    )
+    (item,) = find_task(own).items(None, 1)
+    assert bytes(trained.ids[trained.answers].tolist()) == item.answer.encode()
+
+    def refused(*options):
+        assert run(folder, *options, tasks=raw) == 2
+        return capsys.readouterr().err
+
+    assert "raw.jsonl, line 1: no field 'question' (its fields: q, a): set --question-field" in (
+        refused("--template", "{question} {answer}")
+    )
+    assert "--template: 'no place' must hold {question}" in refused("--template", "no place")
+    assert "--answer-field ({{ a): must be a field's name or" in refused("--answer-field", "{{ a")
+    assert "--separator: a --template says" in refused("--separator", " ", "--question-field", "q")
 
 
 def on_two_processes(folder, *arguments):

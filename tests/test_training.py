@@ -407,6 +407,37 @@ def test_a_run_with_filtered_thoughts_says_that_its_policy_term_is_biased(tmp_pa
         assert (words in capsys.readouterr().out.replace("\n", " ")) is is_told
 
 
+# --- Trackers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow", "trackio"])
+def test_trackers_get_name_config_and_figures(tracker, tmp_path, monkeypatch):
+    """Offline, into folders of their own; of packages that no extra installs."""
+    pytest.importorskip(tracker)
+    store = tmp_path / "store"
+    store.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(store))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
+    monkeypatch.setenv("TRACKIO_DIR", str(store))
+    logging = {"logging__report_to": [tracker], "logging__run_name": "mine"}
+    train(run_config(tmp_path, training__max_steps=2, **logging))
+    if tracker == "mlflow":
+        import mlflow
+
+        (run,) = mlflow.search_runs(experiment_names=["quietstar"], output_format="list")
+        assert run.info.run_name == "mine"
+        assert {"train/base_nll", "eval/gain"} <= set(run.data.metrics)
+        assert run.data.params["thoughts.length"]
+        return
+    pattern = {"wandb": "**/*.wandb", "trackio": "**/quietstar.db"}[tracker]
+    (file,) = store.glob(pattern)
+    written = b"".join(path.read_bytes() for path in file.parent.glob(f"{file.name}*"))
+    for text in ("mine", "train/base_nll", "eval/gain", "thoughts.length"):
+        assert text.encode() in written, text
+
+
 # --- Optimiser ------------------------------------------------------------------------------------
 
 

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 
 from quietstar import __version__
 from quietstar.cli import options
 from quietstar.cli.options import BATCH, SEED, THOUGHTS, TOKENS, Parser, unicode_text, whole
+from quietstar.config import DataConfig
+from quietstar.data.encoding import split_template
 from quietstar.data.tokenizer import load_tokenizer
 from quietstar.errors import UserError, visible
 from quietstar.evaluation.controls import CONTROLS, GENERIC, GENERIC_TEXT, WITH, WITHOUT
@@ -55,6 +58,8 @@ of --text-tokens), and those of lm-evaluation-harness by their names.
 MAX_RESULT_BYTES = 2**28
 """A larger file is no result of this command."""
 PACKAGES = ("torch", "transformers", "peft", "scipy")
+QUESTION_FIELDS = ("template", "question_field", "answer_field")
+"""Keys of ``data`` in a config that are options here."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,8 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--tasks: names none; known: {', '.join(TASKS)}")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"--tasks: {', '.join(twice)} is given twice; remove one")
+    data = _question_fields(args)
     tasks = [
-        find_task(name, args.separator, args.extract) or find_harness_task(name, args.include_path)
+        find_task(name, args.separator, args.extract, data)
+        or find_harness_task(name, args.include_path)
         for name in names
     ]
     protocol = _protocol(args)
@@ -90,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "data_dir": args.data_dir, "limit": args.limit, "untrained": args.untrained,
         "extract": args.extract, **scoring,
     }  # fmt: skip
+    if data is not None:
+        config |= {key: getattr(data, key) for key in QUESTION_FIELDS}
     files = {f"the file of {t.name}": (data_dir or Path()) / t.file for t in own if t.file}
     processes = join_launch(args.device)
     if len(own) < len(tasks) and processes.count > 1:
@@ -143,12 +152,14 @@ def _idle_options(
     has_texts = any(not i.prompt for task in own for i in items[task.name])
     is_trained = (Path(args.model) / SETTINGS_FILE).exists()
     written = args.out or args.out_items or args.report
+    has_own = any(task.name.endswith(".jsonl") for task in own)
     return {
         **dict.fromkeys(("--votes", "--temperature", "--max-new-tokens"), votes),
         **dict.fromkeys(("--samples", "--thought-temperature", "--positions"), thoughts),
         **options.idle_thought_filters(thoughts, args.thought_temperature),
         "--extract": unless(extracted, "without a FILE.jsonl"),
         "--stop": unless(extracted, "without --extract and a FILE.jsonl"),
+        **dict.fromkeys(map(_option, QUESTION_FIELDS), unless(has_own, "without a FILE.jsonl")),
         "--generic": unless(
             GENERIC in args.controls, "without --controls" + (" generic" if args.controls else "")
         ),
@@ -271,6 +282,31 @@ def _protocol(args: argparse.Namespace) -> Protocol:
     )
 
 
+def _option(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
+def _question_fields(args: argparse.Namespace) -> DataConfig | None:
+    """Read how records become questions and answers, if an option says so."""
+    given = {key: getattr(args, key) for key in QUESTION_FIELDS if getattr(args, key) is not None}
+    if not given:
+        return None
+    if args.separator:
+        raise UserError("--separator: a --template says what separates them; leave one out")
+    if "template" in given:
+        given["template"] = given["template"].replace("\\n", "\n")  # which no shell writes
+    try:
+        data = DataConfig(format="qa", **given)
+        split_template(data.template)
+    except ValidationError as problem:
+        error = problem.errors()[0]
+        key, rule = str(error["loc"][0]), error["msg"].removeprefix("Value error, ")
+        raise UserError(f"{_option(key)} ({given[key]}): {rule}") from problem
+    except UserError as problem:
+        raise UserError(str(problem).replace("data.template", "--template")) from problem
+    return data
+
+
 def _control_names(text: str) -> tuple[str, ...]:
     """Parse the names of controls, in whatever order, into the order of `CONTROLS`."""
     names = [name.strip() for name in text.split(",")]
@@ -298,6 +334,12 @@ def _parser() -> Parser:
         "before every one of its tokens")  # fmt: skip
     value("--separator", unicode_text, "", "TEXT",
           "text between prompt and answer of FILE.jsonl; default: none")  # fmt: skip
+    value("--template", unicode_text, None, "TEXT",
+          "what joins the question and the answer of a record of FILE.jsonl, as data.template in "
+          "training, such as 'Q: {question}\\nA: {answer}'")  # fmt: skip
+    value("--question-field", unicode_text, None, "FIELD",
+          "field of the question there, or a Jinja template of the record's fields")  # fmt: skip
+    value("--answer-field", unicode_text, None, "FIELD", "the same for the answer")
     value("--extract", options.pattern, None, "REGEX",
           "generate behind the prompts of FILE.jsonl, and compare the last match in the text (its\n"
           "first group, if it has one) with the answer")  # fmt: skip

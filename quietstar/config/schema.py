@@ -509,6 +509,8 @@ class LoggingConfig(Section):
     report_to: Texts = ["tensorboard"]
     """Trackers of accelerate (tensorboard, wandb, ...) that get the metrics beside
     metrics.jsonl."""
+    run_name: Text | None = None
+    """Name of the run in wandb, trackio and mlflow; null means that of training.output_dir."""
     logging_steps: Steps = 1
     """Steps between two records of the metrics."""
     thought_steps: StepsOrNone = 25

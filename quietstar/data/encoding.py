@@ -79,6 +79,23 @@ class Encoded:
 EMPTY = Encoded(np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(0, np.bool_))
 
 
+def split_template(template: str) -> tuple[str, str, str]:
+    """Splits ``data.template`` into what stands before an answer, a space, and what stands behind.
+
+    A space before an answer goes with it: most tokenizers join it to the first word, and so whether
+    they do (for a word) or not (for a digit), the answer begins at the same place. Raises
+    `UserError` if the template has no place for a question, and then one for an answer.
+    """
+    before, answer, after = template.partition("{answer}")
+    if not answer or "{question}" not in before or after.strip():
+        raise UserError(
+            f"data.template: {template!r} must hold {{question}}, then {{answer}}, then nothing but"
+            " white space"
+        )
+    opening = before.rstrip(" ")
+    return opening, before[len(opening) :], after
+
+
 class Encoder:
     """Encodes records; an empty record gives no tokens.
 
@@ -98,18 +115,9 @@ class Encoder:
                 "data.loss_on: 'answer' needs records with answers and data.format is 'text':"
                 " set data.loss_on: all, or data.format: qa or chat"
             )
-        before, answer, after = config.template.partition("{answer}")
-        if not answer or "{question}" not in before or after.strip():
-            raise UserError(
-                f"data.template: {config.template!r} must hold {{question}}, then {{answer}}, then"
-                " nothing but white space"
-            )
+        self._before, self._space, self._after = split_template(config.template)
         self._tokenizer, self._format = tokenizer, config.format
         self._fields = {name: name for name in record_fields(config)}
-        # A space before an answer goes with it: most tokenizers join it to the first word, and so
-        # whether they do (for a word) or not (for a digit), the answer begins at the same place.
-        self._before = before.rstrip(" ")
-        self._space, self._after = before[len(self._before) :], after
         self._answers_only = config.loss_on == "answer"
         self._positions_field = config.positions_field
 

@@ -18,7 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.attention.layout import IGNORE_INDEX, NO_POSITION
+from quietstar.config import DataConfig
+from quietstar.data.encoding import split_template
 from quietstar.data.marking import PATTERN_SECONDS
+from quietstar.data.sources import read_record, record_fields
 from quietstar.data.synthetic import synthetic_records
 from quietstar.data.tokenizer import check_unicode
 from quietstar.errors import UserError, reading
@@ -276,16 +279,7 @@ def _demo(record: Record, number: int, where: str) -> Item:
 
 def _own(record: Record, number: int, where: str) -> Item:
     """Read a user's own record: a prompt and an answer, or a text; perhaps groups it is of."""
-    name, groups = str(record.get("id", number)), record.get("groups", {})
-    is_plain = isinstance(groups, Mapping) and all(
-        isinstance(value, str | int | float) for value in groups.values()
-    )
-    if not is_plain:
-        raise UserError(
-            f"{where}: field groups must be an object of texts and numbers, such as "
-            f'{{"hops": 2}}, not {groups!r}'
-        )
-    groups = {check_unicode(k, where): check_unicode(str(v), where) for k, v in groups.items()}
+    name, groups = str(record.get("id", number)), _groups(record, where)
     if "text" in record:
         return Item(name, "", _text_field(record, "text", where), where, groups=groups)
     prompt = _text_field(record, "prompt", where)
@@ -294,6 +288,45 @@ def _own(record: Record, number: int, where: str) -> Item:
         answer = _chosen(record, choices, where)
         return Item(name, prompt, answer, where, choices=choices, groups=groups)
     return Item(name, prompt, _text_field(record, "answer", where), where, groups=groups)
+
+
+def _questions(data: DataConfig, keeps_space: bool) -> Callable[[Record, int, str], Item]:
+    """Make a reader of records that are questions and answers by the rules of training.
+
+    A space before the answer is part of it, as in training, if ``keeps_space``.
+    """
+    opening, space, _ = split_template(data.template)
+    names = record_fields(data)
+
+    def read(record: Record, number: int, where: str) -> Item:
+        try:
+            texts = read_record(record, names, where)
+        except UserError as problem:  # of a part that knows the keys of a config only
+            message = str(problem).replace(", or data.format", "")
+            for name in ("question", "answer"):
+                message = message.replace(f"data.{name}_field", f"--{name}-field")
+            raise UserError(message) from problem
+        question, answer = texts["question"], texts["answer"]
+        if not answer.strip():
+            raise UserError(f"{where}: its answer ({names['answer']}) is empty. Leave it out.")
+        answer = space + answer if keeps_space else answer
+        prompt, groups = opening.replace("{question}", question), _groups(record, where)
+        return Item(str(record.get("id", number)), prompt, answer, where, groups=groups)
+
+    return read
+
+
+def _groups(record: Record, where: str) -> dict[str, str]:
+    groups = record.get("groups", {})
+    is_plain = isinstance(groups, Mapping) and all(
+        isinstance(value, str | int | float) for value in groups.values()
+    )
+    if not is_plain:
+        raise UserError(
+            f"{where}: field groups must be an object of texts and numbers, such as "
+            f'{{"hops": 2}}, not {groups!r}'
+        )
+    return {check_unicode(k, where): check_unicode(str(v), where) for k, v in groups.items()}
 
 
 def _choices(record: Record, where: str) -> tuple[str, ...]:
@@ -339,17 +372,23 @@ TASKS = {
 }  # fmt: skip
 
 
-def find_task(name: str, separator: str = "", extract: str | None = None) -> Task | None:
+def find_task(
+    name: str, separator: str = "", extract: str | None = None, data: DataConfig | None = None
+) -> Task | None:
     """Find a task by its name, or make one of a .jsonl, .txt or .md file; None if there is none.
 
     By default nothing separates prompt and answer of the user's own records: what is scored is
     exactly the text that the user wrote. With a pattern to ``extract`` answers by, a .jsonl file is
-    answered by generation.
+    answered by generation. With ``data``, a .jsonl file holds questions and answers, of which its
+    fields and template make prompts and answers as in training.
     """
+    read = _own if data is None else _questions(data, keeps_space=extract is None)
     if name.endswith(".jsonl") and extract is not None:
-        return Task(name, "votes", _own, name, extract=extract)
-    if name.endswith((".jsonl", *TEXT_FILES)):
-        return Task(name, "text", _own, name, separator=separator)
+        return Task(name, "votes", read, name, extract=extract)
+    if name.endswith(".jsonl"):
+        return Task(name, "text", read, name, separator=separator)
+    if name.endswith(TEXT_FILES):
+        return Task(name, "text", _own, name)
     return TASKS.get(name)
 
 

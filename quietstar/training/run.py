@@ -179,7 +179,9 @@ def _run(
         run_dir.mark(output_dir)
         save_config(config, output_dir / CONFIG_FILE)
     accelerator.wait_for_everyone()
-    accelerator.init_trackers("quietstar", config=flat(config))
+    name = config.logging.run_name or output_dir.resolve().name
+    names = {"wandb": {"name": name}, "trackio": {"name": name}, "mlflow": {"run_name": name}}
+    accelerator.init_trackers("quietstar", flat(config), names)
     steps_done = 0 if start.state is None else start.state.step
     reporter = Reporter(config, accelerator, job.tokenizer, job.stages, steps_done, on_report)
     run: StageRun | None = None

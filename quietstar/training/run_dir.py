@@ -50,7 +50,8 @@ FREE_ON_RESUME = (
     *("training.eval_controls", "training.torch_compile", "training.save_steps"),
     "training.stop_on_collapse",
     *("training.save_total_limit", "training.overwrite_output_dir", "training.output_dir"),
-    *("data.eval_sequences", "logging.report_to", "logging.logging_steps", "logging.thought_steps"),
+    *("data.eval_sequences", "logging.report_to", "logging.run_name", "logging.logging_steps"),
+    "logging.thought_steps",
 )
 """Keys that may change between stop and resume: the run stays the same one, or is prolonged."""
 
