@@ -413,7 +413,6 @@ def test_a_run_with_filtered_thoughts_says_that_its_policy_term_is_biased(tmp_pa
 @pytest.mark.parametrize("tracker", ["wandb", "mlflow", "trackio"])
 def test_trackers_get_name_config_and_figures(tracker, tmp_path, monkeypatch):
     """Offline, into folders of their own; of packages that no extra installs."""
-    pytest.importorskip(tracker)
     store = tmp_path / "store"
     store.mkdir()
     monkeypatch.chdir(tmp_path)
@@ -421,6 +420,7 @@ def test_trackers_get_name_config_and_figures(tracker, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DIR", str(store))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
     monkeypatch.setenv("TRACKIO_DIR", str(store))
+    pytest.importorskip(tracker)  # reads the environment
     logging = {"logging__report_to": [tracker], "logging__run_name": "mine"}
     train(run_config(tmp_path, training__max_steps=2, **logging))
     if tracker == "mlflow":
