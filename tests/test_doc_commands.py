@@ -1,0 +1,177 @@
+"""Every command of README and docs runs as it is typed, in a fresh folder, cut to a few steps."""
+
+import json
+import re
+import shutil
+from glob import glob
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+from test_docs import PAGES, ROOT, blocks, commands, our_arguments
+from tiny import MARKERS, plain_model, run_config
+
+from quietstar.cli import main as cli
+from quietstar.config.loading import save_config
+from quietstar.data import load_tokenizer
+from quietstar.training.run import run_training
+
+OURS = [
+    (page, where, words)
+    for page in PAGES
+    for where, words in commands()
+    if where.startswith(f"{page.relative_to(ROOT)}:") and our_arguments(words) is not None
+]
+FRAGMENTS = "..."
+"""Stands in a command for the rest of the reader's own."""
+ELSEWHERE = {"--thoughts.sampler": "remote_thoughts:Remote", "--tasks": "commonsense_qa_jsonl"}
+"""Needs a server (`test_remote_sampler`) or the harness (`test_harness`), which have own tests."""
+QUESTIONS = [{"prompt": f"What is {n} and 1?", "answer": f" {n + 1}"} for n in range(6)]
+PAIRS = [{**line, "chosen": "yes", "rejected": f"no {n}"} for n, line in enumerate(QUESTIONS)]
+WRITTEN = ("mine.yaml", "student.yaml")
+"""Configs of the reader's own that no page shows."""
+OUTPUTS = ("--out", "--report", "--html")
+SMALL = {
+    "training.max_steps": 2, "training.eval_steps": 0, "training.global_batch_size": 2,
+    "training.micro_batch_size": 2, "training.cpu_threads": 1, "training.mixed_precision": "no",
+    "data.eval_sequences": 2, "logging.thought_steps": 0, "logging.report_to": "[]",
+}  # fmt: skip
+ON_DEMO = {"data.size": 300}
+ON_TINY = {
+    "model.name_or_path": "TINY", "model.dtype": "float32", "data.seq_len": 48,
+    "thoughts.length": 3, "thoughts.lookahead": 2, "thoughts.stop": "[]",
+    "thoughts.num_thoughts": 2, "data.subset": "null",
+}  # fmt: skip
+"""What takes the place of a large model, its texts and its thoughts."""
+
+
+def write_lines(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def cut(arguments):
+    """The command with small settings behind the reader's own, where they are not the point."""
+    name, *words = arguments
+    words = [word.removeprefix("/scratch/") for word in words]
+    given = {word for word in words if word.startswith("--")}
+    if name == "train":
+        config = words[words.index("--config") + 1] if "--config" in words else None
+        is_demo = config in (None, "configs/demo.yaml")
+        small = SMALL | (ON_DEMO if is_demo else ON_TINY)
+        if config in WRITTEN:  # small as it is
+            small = {}
+        if config == "configs/gsm8k_thoughts.yaml":
+            small |= {"data.train": "gsm8k_train.jsonl", "data.eval_fraction": 0.5}
+        own = {"--training.output_dir", "--loss.teacher", "--data.train"} & given
+        if "--training.max_steps" in given:
+            place = words.index("--training.max_steps")
+            del words[place : place + 2]
+        if "--model.name_or_path" in given:
+            del small["model.name_or_path"]
+        if "--controls" in given:
+            words[words.index("--controls") + 1] = "1"
+        small["training.overwrite_output_dir"] = "true"  # of an earlier command
+        return [name, *words, *(
+            word for key, value in small.items() if f"--{key}" not in own
+            for word in (f"--{key}", str(value))
+        )]  # fmt: skip
+    if name == "eval":
+        words += ["--device", "cpu", "--limit", "3"] if "--limit" not in given else []
+        needs_folder = "--data-dir" not in given and words[words.index("--tasks") + 1] == "gsm8k"
+        words += ["--data-dir", "DIR"] if needs_folder else []
+    if name == "plan" and "configs/smollm2_math.yaml" in words:
+        words += ["--model.name_or_path", "TINY"]
+    if name == "calibrate":
+        words += ["--sequences", "80", "--timed-tokens", "3"]
+    if name == "judge" and "--max-new-tokens" not in given and "--compare" in given:
+        words += ["--max-new-tokens", "3"]
+    if name == "report":
+        words = [path for word in words for path in (sorted(glob(word)) or [word])]
+    short = {"--rationale": "4", "--max-new-tokens": "3"}
+    return [name, *(
+        short.get(before, word) for before, word in zip(["", *words[:-1]], words, strict=True)
+    )]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """What a reader has before the first command of a page: models, runs and texts."""
+    folder = tmp_path_factory.mktemp("material")
+    base = plain_model(max_position_embeddings=1024, eos_token_id=256)
+    for name in ("TINY", "JUDGE", "BASE"):
+        base.save_pretrained(folder / name)
+        load_tokenizer("bytes").save_pretrained(folder / name)
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "eval").symlink_to(ROOT / "eval")
+    (folder / "DIR").mkdir()
+    write_lines(folder / "texts.jsonl", [{"text": f"text {n} " * 12} for n in range(40)])
+    shutil.copy(folder / "texts.jsonl", folder / "openstax.jsonl")
+    gsm8k = [{"question": f"{n} and 1?", "answer": f"It is.\n#### {n + 1}"} for n in range(12)]
+    for name in ("gsm8k_test.jsonl", "DIR/gsm8k_test.jsonl", "gsm8k_train.jsonl"):
+        write_lines(folder / name, gsm8k)
+    choices = [{"label": label, "text": label.lower()} for label in "ABC"]
+    question = {"question": {"stem": "which?", "choices": choices}, "answerKey": "B"}
+    write_lines(folder / "DIR/commonsenseqa_validation.jsonl", [question] * 4)
+    for name in ("test.jsonl", "mine.jsonl"):
+        write_lines(folder / name, QUESTIONS)
+    own = [{"problem": line["prompt"], "solution": line["answer"]} for line in QUESTIONS * 4]
+    write_lines(folder / "questions.jsonl", own)
+    write_lines(folder / "pairs.jsonl", PAIRS)
+    write_lines(folder / "preferences.jsonl", PAIRS)
+    for name in ("prompts.jsonl", "others.jsonl"):
+        write_lines(folder / name, [{"prompt": line["prompt"]} for line in QUESTIONS[:3]])
+    data = {"data__train": str(folder / "texts.jsonl"), "data__seq_len": 32}
+    config = run_config(folder, **data, training__max_steps=1)
+    model = {"name_or_path": str(folder / "TINY"), "config": None, "tokenizer": None}
+    config = config.model_copy(update={"model": config.model.model_copy(update=model)})
+    save_config(config, folder / "mine.yaml")
+    tree = yaml.safe_load((folder / "mine.yaml").read_text())
+    tree["training"]["output_dir"] = "runs/own"
+    (folder / "mine.yaml").write_text(yaml.safe_dump(tree))
+    tree["loss"], tree["thoughts"] = {"objective": "distill"}, {"length": 2, **MARKERS}
+    (folder / "student.yaml").write_text(yaml.safe_dump(tree))
+    run_training(config)
+    runs = ["x", "a", "b", "teacher", "fast", "demo_controls/seed-0/own", "demo_controls/seed-0/no"]
+    for name in ("untrained", *(f"runs/{name}" for name in runs)):
+        shutil.copytree(config.training.output_dir, folder / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert not cli.main(cut(["train"]))  # the first command of README: runs/demo
+    return folder
+
+
+def contents():
+    """The files whose content stands in the docs."""
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        yield from re.findall(r"<!-- (\w+\.py) -->\n```python\n(.*?)```", text, re.S)
+        for code in blocks(page, "yaml"):
+            if name := re.match(r"# (\w+\.yaml)\n", code):
+                yield name[1], code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", sorted({page for page, _, _ in OURS}), ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_the_commands_of_a_page_run_one_after_the_other(page, material, tmp_path, monkeypatch):
+    shutil.copytree(material, tmp_path, symlinks=True, dirs_exist_ok=True)
+    for name, code in contents():
+        (tmp_path / name).write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for owner, where, words in OURS:
+        arguments = our_arguments(words)
+        is_elsewhere = any(ELSEWHERE.get(a) == b for a, b in pairwise(words))
+        if owner != page or FRAGMENTS in words or is_elsewhere:
+            continue
+        outputs = [words[i + 1] for i, word in enumerate(words) if word in OUTPUTS]
+        for name in outputs:  # of an earlier example
+            for path in map(Path, glob(f"{name.partition('.')[0]}.*")):
+                path.unlink()
+            shutil.rmtree(name, ignore_errors=True)
+        for seed in "01" if any("$seed" in word for word in words) else "0":
+            typed = [word.replace("$seed", seed) for word in arguments]
+            assert not cli.main(cut(typed)), where
+        assert all(Path(name).exists() for name in outputs), where
