@@ -416,3 +416,18 @@ def test_required_packages_are_at_most_14_and_every_extra_in_an_error_exists():
     package = "".join(file.read_text("utf-8") for file in (ROOT / "quietstar").rglob("*.py"))
     named = set(re.findall(r"quietstar\[([\w-]+)\]", package)) | set(cli.EXTRAS.values())
     assert {"eval", "peft", "tasks"} <= named <= names
+
+
+def test_lines_break_between_words_on_a_terminal_and_stay_whole_in_a_file(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    path = "/a/folder/with/a/long/name/that/no/line/of/forty/holds.yaml"
+    words = ["train", "--config", path]
+    assert cli.main(words) == 2
+    whole = capsys.readouterr().err
+    assert whole.count("\n") == 1
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert cli.main(words) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert " ".join(lines) == whole.strip()
+    assert all(len(line) <= 40 for line in lines if path not in line)
+    assert len(lines) > 2

@@ -10,8 +10,10 @@ import gc
 import logging
 import os
 import re
+import shutil
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Callable
@@ -167,9 +169,16 @@ def launched_rank() -> int:
 
 
 def _print_line(message: str, prefix: str = "") -> None:
-    """Print one line on stderr, whatever characters of the user's files are in the message."""
+    """Print one line on stderr, whatever characters of the user's files are in the message.
+
+    A terminal breaks it between words, a file gets it whole.
+    """
     line = " ".join(part.strip() for part in message.splitlines())
-    sys.stderr.write(f"{prefix}quietstar: {visible(line)}\n")
+    line = f"{prefix}quietstar: {visible(line)}"
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+    sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
 
 

@@ -348,8 +348,13 @@ def read_text(args: argparse.Namespace, option: str, file_option: str, remedy: s
 
 
 def say(line: str) -> None:
-    """Print one line, whatever characters of the user's files are in it."""
-    Console(highlight=False).print(Text(visible(line).replace("\n", "⏎")), soft_wrap=True)
+    """Print one line, whatever characters of the user's files are in it.
+
+    A terminal breaks it between words, a file gets it whole.
+    """
+    console = Console(highlight=False)
+    text = Text(visible(line).replace("\n", "⏎"))
+    console.print(text, soft_wrap=not console.is_terminal)
 
 
 @contextmanager

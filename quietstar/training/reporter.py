@@ -164,7 +164,11 @@ class Reporter:
     def say(self, text: str) -> None:
         """Prints one line, above the progress bar."""
         if self.active:
-            self.console.print(Text(visible(text)), soft_wrap=True)
+            self._print(Text(visible(text)))
+
+    def _print(self, line: Text) -> None:
+        """Prints a line: whole into a file, and on a terminal broken between words."""
+        self.console.print(line, soft_wrap=not self.console.is_terminal)
 
     def warn_once(self, name: str, text: str) -> None:
         """Prints a warning of this name, once a stage."""
@@ -363,7 +367,7 @@ class Reporter:
         widths = [max(8, *map(len, heading.split("\n"))) for heading in headings]
         widths[0] = 6
         row = "  ".join(f"{c:>{width}}" for c, width in zip(cells, widths, strict=True))
-        self.console.print(Text(row, style=style), soft_wrap=True)
+        self._print(Text(row, style=style))
 
     def _write_thoughts(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Adds the thoughts of an evaluation, in the place of those that a resumed run had then."""
