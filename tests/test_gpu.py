@@ -1,10 +1,13 @@
 """What only a CUDA device can show: its kernels, and the same losses as on the CPU."""
 
+import json
+
 import pytest
 import torch
-from tiny import plain_model, random_texts, thinking_model
+from tiny import plain_model, random_texts, run_config, thinking_model, write_texts
 
 from quietstar.attention.kernels import find_kernel
+from quietstar.training.run import run_training
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,3 +46,22 @@ def test_loss_and_gradients_are_those_of_the_cpu(thoughts):
         if name in grads:
             # float32 sums in another order, on kernels that round differently
             torch.testing.assert_close(parameter.grad.cpu(), grads[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["paged_adamw_32bit", "paged_adamw_8bit"])
+def test_paged_moments_train_and_resume(name, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    texts = write_texts(tmp_path / "texts.jsonl")
+    settings = {"data__train": str(texts), "optim__name": name, "training__save_steps": 2}
+    losses = {}
+    for folder, steps in (("whole", [4]), ("parts", [2, 4])):
+        for step in steps:
+            config = run_config(tmp_path, **settings, training__max_steps=step)
+            output = {"output_dir": str(tmp_path / folder)}
+            training = config.training.model_copy(update=output)
+            run_training(config.model_copy(update={"training": training}), resume="auto")
+        lines = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
+        records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
+        losses[folder] = [record["loss"] for record in records]
+    assert losses["parts"] == losses["whole"]
+    assert losses["whole"][-1] < losses["whole"][0]

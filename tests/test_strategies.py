@@ -5,6 +5,7 @@ from unittest.mock import create_autospec
 import pytest
 import torch
 from accelerate import Accelerator
+from pydantic import ValidationError
 from tiny import run_config
 
 from quietstar.distributed import Strategy
@@ -38,6 +39,22 @@ def test_ways_to_tune_that_cannot_work_are_refused(kind, device, method, words, 
                         model__config=None, model__tokenizer=None)  # fmt: skip
     with pytest.raises(UserError, match=words):
         strategy_on(kind, device).check(config)
+
+
+@pytest.mark.parametrize("name", ["paged_adamw_32bit", "paged_adamw_8bit"])
+def test_paged_moments_are_for_one_gpu(name, tmp_path):
+    config = run_config(tmp_path, optim__name=name)
+    for kind, device, where in (
+        (Strategy, "cpu", "on cpu"),
+        (Strategy, "mps", "on mps"),
+        (DeepSpeedStrategy, "cuda", "under deepspeed"),
+        (FSDP2Strategy, "cuda", "under fsdp2"),
+    ):
+        with pytest.raises(UserError, match=rf"optim\.name: {name} keeps .* cannot work {where}"):
+            strategy_on(kind, device).check(config)
+    strategy_on(Strategy, "cuda").check(config)
+    with pytest.raises(ValidationError, match=r"does not go with tuning\.method: galore"):
+        run_config(tmp_path, optim__name=name, tuning__method="galore")
 
 
 def test_others_are_not(tmp_path):

@@ -423,6 +423,9 @@ class DataConfig(Section):
 class OptimConfig(Section):
     """AdamW and its schedule."""
 
+    name: Literal["adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch"
+    """AdamW of torch, or of bitsandbytes (extra qlora) with moments of 32 or 8 bits, in pages that
+    leave a CUDA GPU whose memory is full."""
     learning_rate: LearningRate = 1e-4
     """Learning rate of the base model or its adapters."""
     mixing_head_learning_rate: LearningRate | None = None

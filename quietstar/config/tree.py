@@ -224,6 +224,11 @@ def _model_rules(config: Config) -> Iterator[Broken]:
         yield ("model.name_or_path", "model.config"), (
             f"{state}, but exactly one must be: the weights are pretrained or random. {remedy}."
         )  # fmt: skip
+    if config.tuning.method == "galore" and config.optim.name != "adamw_torch":
+        yield ("optim.name", "tuning.method"), (
+            f"optim.name: {config.optim.name} does not go with tuning.method: galore, which has an"
+            " AdamW of its own. Set optim.name: adamw_torch, or another method."
+        )  # fmt: skip
     if model.config is None:
         return
     if config.tuning.method not in ("full", "galore"):

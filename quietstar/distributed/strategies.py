@@ -130,8 +130,14 @@ class Strategy:
         self._dtype: torch.dtype | None = None
 
     def check(self, config: Config) -> None:
-        """Raises a `UserError` that says why, if the tuning method cannot work."""
+        """Raises a `UserError` that says why, if tuning method or optimizer cannot work."""
         method, device = config.tuning.method, self.accelerator.device.type
+        if config.optim.name != "adamw_torch" and (device != "cuda" or self.refused):
+            where = f"under {self.kind}" if device == "cuda" else f"on {device}"
+            raise UserError(
+                f"optim.name: {config.optim.name} keeps its moments in pages of one CUDA GPU's "
+                f"memory, and cannot work {where}. Set optim.name: adamw_torch."
+            )
         if method in self.refused:
             raise UserError(
                 f"tuning.method: {method} {self.refused[method]} under {self.kind}. "

@@ -23,7 +23,7 @@ from transformers import (
 
 from quietstar.backbone.loading import build_config, drop_dropout, read_config
 from quietstar.backbone.run import decoder_layers
-from quietstar.config import Config, TuningConfig
+from quietstar.config import Config
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.losses.cross_entropy import chunk_rows
 from quietstar.model.learning import resolve_chunk_tokens
@@ -43,6 +43,7 @@ MOST_TOKENS = 10**9
 MOST_OPERATIONS = 100_000
 """Passes through a layer or the output layer that a plan takes; so many take half an hour."""
 _FLOAT = 4  # bytes
+_LEAST_IN_8_BIT = 4096  # weights of a parameter whose moments bitsandbytes keeps in 8 bits
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _estimate_stage(
     return Estimate(
         weights=int(weights * weight_share) + others,  # of which every process has all
         gradients=int(trained * gradient_share),
-        optimizer=int(_optimizer_bytes(model, config.tuning, engine) * optimizer_share),
+        optimizer=int(_optimizer_bytes(model, config, engine) * optimizer_share),
         average=_average_bytes(model, weight_share) * _num_averages(stage.config, reads_start),
         exchange=exchange,
         rollout=rollout.peak,
@@ -266,9 +267,13 @@ def _trace(
     return rollout, learning
 
 
-def _optimizer_bytes(model: nn.Module, tuning: TuningConfig, engine: str) -> int:
-    """Counts AdamW's two moments in the parameters' type; ZeRO adds a float32 copy of weights."""
-    total = 0
+def _optimizer_bytes(model: nn.Module, config: Config, engine: str) -> int:
+    """Counts AdamW's two moments; ZeRO adds a float32 copy of weights.
+
+    They have the parameters' type, or the bits of ``optim.name``; bitsandbytes keeps those of small
+    parameters in 32 bits, and pages that have left the GPU are counted.
+    """
+    total, tuning = 0, config.tuning
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -276,7 +281,11 @@ def _optimizer_bytes(model: nn.Module, tuning: TuningConfig, engine: str) -> int
         if tuning.method == "galore" and is_projected(name, parameter, tuning.galore_rank):
             moments = tuning.galore_rank * max(parameter.shape)
             total += tuning.galore_rank * min(parameter.shape) * parameter.element_size()
-        total += 2 * moments * parameter.element_size()
+        size = parameter.element_size()
+        if config.optim.name != "adamw_torch":
+            is_small = moments < _LEAST_IN_8_BIT or config.optim.name.endswith("32bit")
+            size = _FLOAT if is_small else 1
+        total += 2 * moments * size
         if engine.startswith("zero"):
             total += _FLOAT * parameter.numel()
     return total

@@ -20,8 +20,9 @@ def build_optimizer(
     """Builds AdamW over all parameters that train; biases, norms and the two vectors do not decay.
 
     With ``tuning.method: galore`` the gradients of the layers' matrices are projected to a low rank
-    (Zhao et al. 2024), and so is what AdamW remembers of them. Raises UserError if galore-torch is
-    not installed.
+    (Zhao et al. 2024), and so is what AdamW remembers of them. With ``optim.name: paged_*`` it is
+    the AdamW of bitsandbytes (QLoRA, arXiv 2305.14314, section 3). Raises UserError if the package
+    of either is not installed.
     """
     galore = tuning if tuning is not None and tuning.method == "galore" else None
     by_kind: dict[tuple[Group, bool, bool], list[torch.nn.Parameter]] = {}
@@ -56,6 +57,16 @@ def build_optimizer(
             }
         groups.append(group)
     betas, epsilon = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
+    if config.name != "adamw_torch":
+        try:
+            from bitsandbytes import optim
+        except ImportError as problem:
+            raise UserError(
+                f"optim.name: {config.name} needs bitsandbytes: pip install 'quietstar[qlora]', or "
+                "set optim.name: adamw_torch"
+            ) from problem
+        paged: Any = optim.PagedAdamW8bit if config.name.endswith("8bit") else optim.PagedAdamW32bit
+        return paged(groups, betas=betas, eps=epsilon)
     if galore is None:
         return AdamW(groups, betas=betas, eps=epsilon)
     try:
