@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from rich.text import Text
 from quietstar.cli import options
 from quietstar.cli.options import BATCH, Parser, whole
 from quietstar.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 DESCRIPTION = """Asks a language model which of two candidates is better, in both orders.
 
@@ -58,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     weights = fingerprint(args.model)
     settings = {
         "model": args.model, "weights": weights, "dtype": args.dtype, "pairs": digest,
-        "limit": args.limit, "template": template.digest, "rationale": args.rationale,
-        "chat": args.chat,
+        "limit": args.limit, "template": f"{args.template} {template.digest}",
+        "rationale": args.rationale, "chat": args.chat,
     }  # fmt: skip
     unit = max(UNIT, args.batch_size)
     with open_labels(args.out, args.summary, settings, pairs, unit, args.force) as file:
@@ -139,7 +142,13 @@ def _contest(args: argparse.Namespace) -> tuple[list[Any], str]:
     from quietstar.cli.options import load_model
     from quietstar.data.tokenizer import load_tokenizer
     from quietstar.evaluation.scoring import fingerprint
-    from quietstar.judging.contest import Contestant, read_prompts, write_candidates, writer
+    from quietstar.judging.contest import (
+        Contestant,
+        check_room,
+        read_prompts,
+        write_candidates,
+        writer,
+    )
 
     prompts = read_prompts(Path(args.prompts).expanduser(), args.limit)
     tokenizers: dict[str, Any] = {}
@@ -153,6 +162,8 @@ def _contest(args: argparse.Namespace) -> tuple[list[Any], str]:
         Contestant(name, thinks == "on" and _can_think(name), fingerprint(name))
         for name, thinks in zip(args.compare, args.thoughts, strict=True)
     ]
+    if "off" in args.thoughts and not any(map(_can_think, args.compare)):
+        logger.warning("--thoughts: has no effect on models that do not think; leave it out")
     if contestants[0] == contestants[1] and args.temperature == 0:
         reason = "is the same model twice, and its likeliest texts are the same"
         if args.thoughts[0] != args.thoughts[1]:
@@ -165,6 +176,7 @@ def _contest(args: argparse.Namespace) -> tuple[list[Any], str]:
 
     def load(contestant: Contestant) -> Any:
         model = load_model(args, False, "", contestant.name, "trained")
+        check_room(prompts, model, tokenizers[contestant.name], args.max_new_tokens, contestant)
         return writer(model, tokenizers[contestant.name], contestant.thinks, **sampling)
 
     path = Path(f"{str(args.out).removesuffix('.jsonl')}.candidates.json")

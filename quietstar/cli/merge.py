@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from quietstar.cli.options import Parser, existing, say
+from quietstar.cli.options import Parser, existing, require_trained, say
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -15,7 +15,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.flag("--plain", "write the causal LM alone, which thinks no more: a distilled student")
     args = parser.read(arguments)
 
-    from quietstar.model.merging import merge  # imports torch
+    from quietstar.model.merging import merge  # these import torch
+    from quietstar.training.build import quiet_libraries
 
+    require_trained(args.model)
+    quiet_libraries()
     out = merge(Path(args.model), Path(args.out), args.plain, trust_remote_code=False)
     say(f"the {'plain' if args.plain else 'merged'} model is in {out}")

@@ -461,6 +461,18 @@ def load_model(
     return model.to(find_device(args.device))
 
 
+def require_trained(name: str) -> None:
+    """Refuse a folder of ``--model`` in which no Quiet-STaR model lies."""
+    from quietstar.model.saving import SETTINGS_FILE  # imports torch
+
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not (folder / SETTINGS_FILE).exists():
+        raise UserError(
+            f"--model ({name}): holds no Quiet-STaR model ({SETTINGS_FILE} is missing). Give the "
+            "folder of a saved one, or of the run that trained it."
+        )
+
+
 def pattern(text: str) -> str:
     """Parse a regular expression."""
     try:

@@ -18,6 +18,8 @@ from quietstar.system.files import file_kind
 
 logger = logging.getLogger(__name__)
 
+FEW_PAIRS = 20
+"""Held-out pairs below which a share of them tells nothing."""
 DESCRIPTION = """Trains a reward model on preferences, such as quietstar judge writes.
 
 Every line of --pairs has "prompt", "chosen", "rejected" and perhaps "soft_label"
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     figures = train_reward_model(args.model, out, train, held_out, settings, given)
     if figures is not None:
-        _show(figures, args.model, out)
+        _show(figures, len(train), args.model, out)
     return 0
 
 
@@ -85,17 +87,24 @@ def _split(pairs: list[Any], fraction: float, seed: int, name: str) -> tuple[lis
     )
 
 
-def _show(figures: dict[str, Any], base: str, out: Path) -> None:
+def _show(figures: dict[str, Any], num_trained: int, base: str, out: Path) -> None:
     from quietstar.reports.pages import percent, percent_range
 
     table = options.table(("", "", "95% CI"), ("",))
+    table.add_row("pairs trained on", str(num_trained))
     table.add_row("pairs held out", str(figures["n"]))
+    table.add_row("  of these with a preference", str(figures["n_clear"]))
     agreement = percent(figures["agreement"]), percent_range(figures["agreement_ci95"])
     table.add_row("scores the preferred text higher", *agreement)
     table.add_row("cross-entropy with their labels, nats", f"{figures['cross_entropy']:.4f}")
     table.title = Text("reward model")
     Console().print(table)
     options.say(f"the reward model of {base} is in {out}")
+    if figures["n_clear"] < FEW_PAIRS:
+        logger.warning(
+            "%d pairs held out are too few to say how good it is; give more --pairs, or --eval",
+            figures["n_clear"],
+        )
 
 
 def _parser() -> Parser:

@@ -59,6 +59,7 @@ def _teach(args: argparse.Namespace, config: Config) -> None:
         )
     stage = stages[name]
     quiet_libraries()
+    options.require_trained(args.model)
     # As it was trained: evaluations look ahead by one token alone.
     model = QuietStarForCausalLM.from_pretrained(args.model, dtype=args.dtype)
     model.to(find_device(args.device))
@@ -78,8 +79,8 @@ def _teach(args: argparse.Namespace, config: Config) -> None:
         "thoughts": model.thoughts.model_dump(),
     }  # fmt: skip
     with options.progress("teaching", len(steps) * -(-batch_size // size)) as advance:
-        count = write_teacher(
+        count, new = write_teacher(
             model, data, steps, Path(args.out).expanduser(), batch_size=batch_size,
             micro_batch_size=size, seed=seed, top=args.top, settings=settings, advance=advance,
         )  # fmt: skip
-    options.say(f"predictions for {count} texts are in {args.out}")
+    options.say(f"predictions for {count:,} texts are in {args.out}, {new:,} of them new")

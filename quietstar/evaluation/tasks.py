@@ -282,6 +282,11 @@ def _own(record: Record, number: int, where: str) -> Item:
     name, groups = str(record.get("id", number)), _groups(record, where)
     if "text" in record:
         return Item(name, "", _text_field(record, "text", where), where, groups=groups)
+    if "prompt" not in record:
+        raise UserError(
+            f"{where}: has neither prompt nor text; its fields are {', '.join(record) or 'none'}. "
+            "Say by --question-field and --answer-field which hold question and answer."
+        )
     prompt = _text_field(record, "prompt", where)
     if "choices" in record:
         choices = _choices(record, where)

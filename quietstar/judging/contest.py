@@ -20,6 +20,7 @@ from quietstar.evaluation.runner import settings_changes
 from quietstar.evaluation.scoring import refuse_not_finite
 from quietstar.evaluation.statistics import interval
 from quietstar.evaluation.tasks import parse_object
+from quietstar.generation.generate import most_tokens
 from quietstar.judging.labels import Label, Pair, read_objects
 from quietstar.system.files import file_kind, write_json
 from quietstar.system.inputs import open_input
@@ -60,6 +61,29 @@ def read_prompts(path: Path, limit: int | None) -> list[str]:
     if not prompts:
         raise UserError(f"--prompts ({path}): has no prompts. Give a file with one on every line.")
     return prompts
+
+
+def check_room(
+    prompts: Sequence[str],
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    contestant: Contestant,
+) -> None:
+    """Refuse prompts behind which a contestant cannot write so many tokens.
+
+    Raises:
+        UserError: One is too long for the model.
+    """
+    most = most_tokens(model, thinks=contestant.thinks)
+    for number, prompt in enumerate(prompts, 1):
+        count = len(tokenizer(prompt)["input_ids"])  # pyright: ignore[reportArgumentType]
+        if most is not None and count + max_new_tokens > most:
+            raise UserError(
+                f"--prompts, prompt {number} ({prompt[:40]!r}...): has {count} tokens, "
+                f"and with {max_new_tokens} new ones (--max-new-tokens) there must be at most "
+                f"{most} for {contestant.name}. Shorten it, or leave it out."
+            )
 
 
 def writer(model: Any, tokenizer: PreTrainedTokenizerBase, thinks: bool, **sampling: Any) -> Write:

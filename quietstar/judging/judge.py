@@ -464,7 +464,7 @@ def of_model(name: str) -> Iterator[None]:
     try:
         yield
     except UserError as problem:
-        if str(problem).startswith("--model"):
+        if str(problem).startswith("--"):
             raise
         raise UserError(f"--model ({name}): {problem}") from problem
 

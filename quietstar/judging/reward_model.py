@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from quietstar.backbone.devices import find_device
 from quietstar.data.tokenizer import load_tokenizer, padding_id
@@ -16,6 +18,17 @@ from quietstar.errors import UserError, reading, reason_of
 from quietstar.evaluation.scoring import not_finite
 from quietstar.evaluation.tasks import MAX_BYTES, parse_object
 from quietstar.system.inputs import open_input
+
+
+@contextmanager
+def loaded_in_silence() -> Iterator[None]:
+    """Keep transformers from printing which tensors a model's files have or lack."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 class RewardModel:
@@ -55,9 +68,10 @@ class RewardModel:
             UserError: There is no such classifier, or one without the layer that scores.
         """
         try:
-            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                name, dtype=dtype, trust_remote_code=False, output_loading_info=True
-            )
+            with loaded_in_silence():  # what is missing is an error below
+                loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+                    name, dtype=dtype, trust_remote_code=False, output_loading_info=True
+                )
         except Exception as problem:  # whatever files, formats and the hub may raise
             raise UserError(
                 f"--model ({name}): is no sequence classifier ({reason_of(problem)}). Train one by "

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedTokenizerBase,
+    ProgressCallback,
     Trainer,
     TrainingArguments,
 )
@@ -32,7 +33,7 @@ from quietstar.evaluation.runner import settings_changes
 from quietstar.evaluation.statistics import interval
 from quietstar.evaluation.tasks import MAX_BYTES, parse_object
 from quietstar.judging.labels import read_objects
-from quietstar.judging.reward_model import RewardModel, encode_scored
+from quietstar.judging.reward_model import RewardModel, encode_scored, loaded_in_silence
 from quietstar.system.files import file_kind, remove, whole_folder, write_json
 from quietstar.system.inputs import open_input
 
@@ -196,6 +197,8 @@ def train_reward_model(
     rows: Any = [_encode(x, tokenizer, settings.labels, most) for x in train]
     collate: Any = _Collate(padding_id(tokenizer))
     trainer = _PreferenceTrainer(model, arguments, collate, rows)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Bar)
     trainer.accelerator.wait_for_everyone()  # all have looked at what was there
     if trainer.is_world_process_zero():
         checkpoints.mkdir(parents=True, exist_ok=True)
@@ -240,9 +243,10 @@ def _check_same(checkpoints: Path, settings: Mapping[str, Any], out: Path) -> No
 def _load(base: str, tokenizer: PreTrainedTokenizerBase, settings: RewardTraining) -> Any:
     torch.manual_seed(settings.seed)  # of the new layer
     try:
-        model: Any = AutoModelForSequenceClassification.from_pretrained(
-            base, num_labels=1, dtype=torch.float32, trust_remote_code=False
-        )
+        with loaded_in_silence():  # that the layer which scores is new
+            model: Any = AutoModelForSequenceClassification.from_pretrained(
+                base, num_labels=1, dtype=torch.float32, trust_remote_code=False
+            )
     except Exception as problem:  # whatever files, formats and the hub may raise
         raise UserError(
             f"--model ({base}): cannot be loaded as a sequence classifier "
@@ -263,8 +267,8 @@ def measure_agreement(model: RewardModel, preferences: Sequence[Preference]) -> 
     """Measure a reward model on preferences.
 
     Returns:
-        ``n``, ``agreement`` (the share of pairs whose preferred candidate has the higher score;
-        pairs without a preference are not counted) with ``agreement_ci95``, and ``cross_entropy``
+        ``n``, ``n_clear`` (pairs with a preference), ``agreement`` (the share of these whose
+        preferred candidate has the higher score) with ``agreement_ci95``, and ``cross_entropy``
         with the soft labels, nats.
     """
     prompts = [x.prompt for x in preferences]
@@ -278,6 +282,7 @@ def measure_agreement(model: RewardModel, preferences: Sequence[Preference]) -> 
     agrees = ((margin > 0) == (label > 0.5)).double().where(margin != 0, 0.5)[is_clear].numpy()
     return {
         "n": len(preferences),
+        "n_clear": len(agrees),
         "agreement": float(agrees.mean()) if len(agrees) else None,
         "agreement_ci95": interval(agrees, 0) if len(agrees) else None,
         "cross_entropy": float(F.binary_cross_entropy_with_logits(margin, label.to(margin.dtype))),
@@ -315,6 +320,15 @@ class _Collate:
             "attention_mask": pad_sequence(ones, True, 0),
             "soft_labels": torch.tensor([row["label"] for row in rows]),
         }
+
+
+class _Bar(ProgressCallback):
+    """A progress bar with the newest loss, in place of transformers' lines of figures."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+        """Show the loss in the bar."""
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=logs["loss"])
 
 
 class _PreferenceTrainer(Trainer):

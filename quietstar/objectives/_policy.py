@@ -237,6 +237,13 @@ class PolicyObjective(Objective):
                 f"loss.policy_weight ({loss.policy_weight}) must be 0 with thoughts.sampler: pause:"
                 " thoughts that nobody chose cannot be reinforced. Set it to 0.",
             )
+        if loss.reward == "teacher" and not hasattr(loss, "teacher"):
+            yield (
+                ("loss.reward", "loss.objective"),
+                f"loss.reward (teacher) needs a teacher, and loss.objective: {loss.objective} has"
+                " none. Set loss.objective: distill with loss.student: thinking, or another"
+                " reward.",
+            )
         if thoughts.num_thoughts == 1:
             yield from _problems_of_one_thought(loss)
         may_be_negative = loss.reward not in POSITIVE_REWARDS and ":" not in loss.reward

@@ -301,6 +301,15 @@ def check_thoughts_fit(stage: Stage, model: QuietStarForCausalLM) -> None:
             f"end_init ({markers}) - 1{with_virtual} is more than the model's "
             f"{longest + block + virtual} positions; {remedy}"
         )
+    of_teacher = getattr(config.loss, "teacher_length", None)
+    if of_teacher is not None and longest is not None:
+        most = longest + thoughts.length - config.data.seq_len
+        if getattr(config.loss, "teacher", None) is None and of_teacher > most:
+            raise UserError(
+                f"loss.teacher_length ({of_teacher}): with texts of data.seq_len "
+                f"({config.data.seq_len}) it must be at most {most}, for the model has no more "
+                "positions. Lower it, or data.seq_len."
+            )
     if stage.thinks and longest is not None and config.loss.reward in JUDGED:
         written = config.judge.continuation or thoughts.lookahead
         most = longest + thoughts.lookahead  # text tokens that a thought and true tokens leave

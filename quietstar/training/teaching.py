@@ -131,10 +131,13 @@ def write_teacher(
     top: int,
     settings: dict[str, Any],
     advance: Callable[[], object] = lambda: None,
-) -> int:
-    """Have a model that thinks predict the texts of a run; returns how many the folder holds.
+) -> tuple[int, int]:
+    """Have a model that thinks predict the texts of a run, and keep what it predicts.
 
     Texts that are there already are passed over, so the same call goes on where one was ended.
+
+    Returns:
+        How many texts the folder holds, and how many of them are new.
 
     Args:
         model: Teacher, which thinks by its own settings.
@@ -164,6 +167,8 @@ def write_teacher(
     if file_kind(folder) == "none":
         folder.mkdir(parents=True)
         write_json(folder / SETTINGS_FILE, content)
+    elif not (folder / SETTINGS_FILE).is_file():
+        raise UserError(f"--out ({folder}): holds something else already. Give a new folder.")
     known = TeacherFolder(folder, "--out")
     if changed := [key for key, value in content.items() if known.settings.get(key) != value]:
         raise UserError(
@@ -180,21 +185,23 @@ def write_teacher(
                 Dataset.from_dict(rows, _FEATURES).save_to_disk(str(new))
             part, rows = part + 1, {name: [] for name in _FEATURES}
 
-    for step in steps:
-        for start in range(0, batch_size, micro_batch_size):
-            some = range(start, min(start + micro_batch_size, batch_size))
-            batch = data.batch(step, batch_size, some)
-            texts = zip(batch.input_ids, batch.attention_mask, strict=True)
-            keys = [text_key(ids[mask]) for ids, mask in texts]
-            new = [n for n, key in enumerate(keys) if key not in seen and key not in keys[:n]]
-            if new:
-                _teach(model, batch, new, keys, seed, top, rows)
-                seen.update(keys)
-            advance()
-            if len(rows["key"]) >= TEXTS_OF_A_PART:
-                flush()
-    flush()
-    return len(seen)
+    try:
+        for step in steps:
+            for start in range(0, batch_size, micro_batch_size):
+                some = range(start, min(start + micro_batch_size, batch_size))
+                batch = data.batch(step, batch_size, some)
+                texts = zip(batch.input_ids, batch.attention_mask, strict=True)
+                keys = [text_key(ids[mask]) for ids, mask in texts]
+                new = [n for n, key in enumerate(keys) if key not in seen and key not in keys[:n]]
+                if new:
+                    _teach(model, batch, new, keys, seed, top, rows)
+                    seen.update(keys)
+                advance()
+                if len(rows["key"]) >= TEXTS_OF_A_PART:
+                    flush()
+    finally:  # an interrupt, too, keeps the texts that were taught
+        flush()
+    return len(seen), len(seen) - len(known.rows)
 
 
 def _teach(
