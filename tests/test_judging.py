@@ -850,7 +850,7 @@ def test_a_contest_goes_on_from_the_texts_that_are_written(tmp_path, monkeypatch
     (["--compare", "plain", "nowhere"], "nowhere): cannot be loaded"),
     (["--compare", "plain", "thinks", "--rationale", "600"],
      "judge): --template and --rationale: take"),
-    (["--compare", "plain", "thinks", "--max-new-tokens", "600"], "max_new_tokens"),
+    (["--compare", "plain", "thinks", "--max-new-tokens", "600"], "there must be at most 513"),
 ])  # fmt: skip
 def test_a_contest_that_cannot_be_is_refused(tmp_path, capsys, more, message):
     line = contest(tmp_path)

@@ -464,7 +464,7 @@ def of_model(name: str) -> Iterator[None]:
     try:
         yield
     except UserError as problem:
-        if str(problem).startswith("--"):
+        if str(problem).startswith(("--model", "--template (")):
             raise
         raise UserError(f"--model ({name}): {problem}") from problem
 
