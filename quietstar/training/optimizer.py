@@ -65,8 +65,8 @@ def build_optimizer(
                 f"optim.name: {config.name} needs bitsandbytes: pip install 'quietstar[qlora]', or "
                 "set optim.name: adamw_torch"
             ) from problem
-        paged: Any = optim.PagedAdamW8bit if config.name.endswith("8bit") else optim.PagedAdamW32bit
-        return paged(groups, betas=betas, eps=epsilon)
+        bits = "8bit" if config.name.endswith("8bit") else "32bit"
+        return getattr(optim, f"PagedAdamW{bits}")(groups, betas=betas, eps=epsilon)
     if galore is None:
         return AdamW(groups, betas=betas, eps=epsilon)
     try:
