@@ -29,8 +29,12 @@ OURS = [
 ]
 FRAGMENTS = "..."
 """Stands in a command for the rest of the reader's own."""
-ELSEWHERE = {"--thoughts.sampler": "remote_thoughts:Remote", "--tasks": "commonsense_qa_jsonl"}
-"""Needs a server (`test_remote_sampler`) or the harness (`test_harness`), which have own tests."""
+ELSEWHERE = {
+    "--thoughts.sampler": "remote_thoughts:Remote",
+    "--tasks": "commonsense_qa_jsonl",
+    "--controls": "3",
+}
+"""Have tests of their own: `test_remote_sampler`, `test_harness`, `test_controls`."""
 QUESTIONS = [{"prompt": f"What is {n} and 1?", "answer": f" {n + 1}"} for n in range(6)]
 PAIRS = [{**line, "chosen": "yes", "rejected": f"no {n}"} for n, line in enumerate(QUESTIONS)]
 WRITTEN = ("mine.yaml", "student.yaml")
@@ -73,8 +77,6 @@ def cut(arguments):
             del words[place : place + 2]
         if "--model.name_or_path" in given:
             small.pop("model.name_or_path", None)
-        if "--controls" in given:
-            words[words.index("--controls") + 1] = "1"
         small["training.overwrite_output_dir"] = "true"  # of an earlier command
         return [name, *words, *(
             word for key, value in small.items() if f"--{key}" not in own
