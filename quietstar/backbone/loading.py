@@ -139,7 +139,7 @@ def load_base(
                 hub["device_map"] = device_map
             if is_stored := dtype == "stored":
                 settings.dtype, dtype = None, "auto"  # else transformers would believe the config
-            with _quiet_transformers():
+            with quiet_transformers():
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
                     name_or_path, config=settings, dtype=dtype, weights_only=True,
                     output_loading_info=True, ignore_mismatched_sizes=True,
@@ -156,8 +156,8 @@ def load_base(
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers from reporting what is raised as an error."""
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from reporting which tensors files have or lack, which errors say here."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -228,7 +228,7 @@ def build_config(fields: dict[str, Any], vocab_size: int | None) -> PreTrainedCo
     if vocab_size is not None:
         fields.setdefault("vocab_size", vocab_size)
     what = f"model.config (model_type: {model_type})"
-    with reading(what, "Correct its fields."), _quiet_transformers():
+    with reading(what, "Correct its fields."), quiet_transformers():
         settings = AutoConfig.for_model(model_type, **fields)
         _check_fields(fields, settings, "model.config")
         check_sizes(settings)

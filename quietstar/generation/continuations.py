@@ -56,7 +56,7 @@ def continue_thoughts(
     Where weights are sharded, all ranks must call this together.
 
     Args:
-        model: `QuietStarForCausalLM`.
+        model: The model that writes, a `QuietStarForCausalLM`.
         thoughts: Texts and their thoughts.
         num_tokens: Most tokens of a continuation.
         temperature: Divides the logits; None takes the most likely tokens.

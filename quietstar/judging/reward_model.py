@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from quietstar.backbone.devices import find_device
+from quietstar.backbone.loading import quiet_transformers
 from quietstar.data.tokenizer import load_tokenizer, padding_id
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.evaluation.scoring import not_finite
 from quietstar.evaluation.tasks import MAX_BYTES, parse_object
 from quietstar.system.inputs import open_input
-
-
-@contextmanager
-def loaded_in_silence() -> Iterator[None]:
-    """Keep transformers from printing which tensors a model's files have or lack."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
 
 
 class RewardModel:
@@ -38,7 +26,7 @@ class RewardModel:
 
     Args:
         model: A sequence classifier with one label.
-        tokenizer: Its tokenizer.
+        tokenizer: The tokenizer that the classifier was trained with.
         batch_size: Texts that are run at once.
 
     Raises:
@@ -68,7 +56,7 @@ class RewardModel:
             UserError: There is no such classifier, or one without the layer that scores.
         """
         try:
-            with loaded_in_silence():  # what is missing is an error below
+            with quiet_transformers():  # what is missing is an error below
                 loaded: Any = AutoModelForSequenceClassification.from_pretrained(
                     name, dtype=dtype, trust_remote_code=False, output_loading_info=True
                 )

@@ -27,13 +27,14 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from quietstar.backbone.loading import quiet_transformers
 from quietstar.data.tokenizer import check_unicode, load_tokenizer, padding_id
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.evaluation.runner import settings_changes
 from quietstar.evaluation.statistics import interval
 from quietstar.evaluation.tasks import MAX_BYTES, parse_object
 from quietstar.judging.labels import read_objects
-from quietstar.judging.reward_model import RewardModel, encode_scored, loaded_in_silence
+from quietstar.judging.reward_model import RewardModel, encode_scored
 from quietstar.system.files import file_kind, remove, whole_folder, write_json
 from quietstar.system.inputs import open_input
 
@@ -243,7 +244,7 @@ def _check_same(checkpoints: Path, settings: Mapping[str, Any], out: Path) -> No
 def _load(base: str, tokenizer: PreTrainedTokenizerBase, settings: RewardTraining) -> Any:
     torch.manual_seed(settings.seed)  # of the new layer
     try:
-        with loaded_in_silence():  # that the layer which scores is new
+        with quiet_transformers():  # that the layer which scores is new
             model: Any = AutoModelForSequenceClassification.from_pretrained(
                 base, num_labels=1, dtype=torch.float32, trust_remote_code=False
             )

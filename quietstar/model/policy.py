@@ -29,7 +29,7 @@ class LivePolicy:
     """The model that trains, as the rewards of a step ask it (`ThoughtScores`).
 
     Attributes:
-        model: `QuietStarForCausalLM`.
+        model: The model that trains, a `QuietStarForCausalLM`.
         seed: Seed of the noise of continuations.
     """
 

@@ -60,7 +60,7 @@ class Processes:
         Results should lie in memory, not on a device of their own process.
 
         Raises:
-            UserError: As `gather`.
+            UserError: A piece raised it on one of the processes; it is raised on all.
         """
         for start in range(0, len(pieces), self.count):
             turn = pieces[start : start + self.count]
