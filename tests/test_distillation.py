@@ -18,6 +18,7 @@ from tiny import (
     write_texts,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from quietstar import QuietStarForCausalLM
@@ -51,6 +52,32 @@ def head_of(softcap=None, seed=0):
 def random(*shape, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers in the largest tensor that an operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+def test_a_frozen_head_is_not_copied_for_each_row():
+    """As torch does where a slice with several dimensions is multiplied by a frozen matrix."""
+    linear = nn.Linear(8, 1000, bias=False).requires_grad_(False)
+    head, states = OutputHead(linear, linear.weight, None), torch.randn(3, 4, 6, 2, 8)
+    few, largest = states[:, :, 1:3], LargestTensor()
+    candidates = torch.arange(900)
+    with torch.no_grad(), largest:
+        logits = head.logits(few)
+        head.candidate_logits(few, candidates)
+    assert largest.numel == logits.numel() == 48 * 1000
+    torch.testing.assert_close(logits, few @ linear.weight.T)
+    assert head.logits(states[:0]).shape == (0, 4, 6, 2, 1000)
 
 
 def soft_targets(logits, top):

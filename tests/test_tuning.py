@@ -112,6 +112,22 @@ def test_parameters_are_unfrozen_beside_and_saved(method, base_folder, tmp_path)
     assert torch.equal(model.score_plain(texts).logprobs, loaded.score_plain(texts).logprobs)
 
 
+def test_the_mlp_of_a_prefix_trains_and_is_folded_when_saved(base_folder, tmp_path):
+    """What is loaded is a prefix like any other, bit for bit, and trains on as one."""
+    model = make(base_folder, "prefix", encoder_hidden_size=5)
+    losses = train(model, 20)
+    assert losses[-1] < losses[0]
+    model.eval().save_pretrained(tmp_path)
+    loaded = QuietStarForCausalLM.from_pretrained(tmp_path, trainable=True)
+    assert loaded.tuning.encoder_hidden_size is None
+    names = {n.rsplit("virtual_tokens.")[-1] for n, p in loaded.named_parameters()
+             if p.requires_grad and n.startswith("language_model.")}  # fmt: skip
+    assert names == {"keys", "values"}
+    texts = random_texts(2, 9)
+    assert torch.equal(model.score_plain(texts).logprobs, loaded.score_plain(texts).logprobs)
+    assert train(loaded, 3)
+
+
 def test_a_pattern_that_fits_nothing_is_named(base_folder):
     with pytest.raises(UserError, match=r"tuning.unfreeze: 'layers.77.\*' fits no parameter"):
         make(base_folder, "lora", unfreeze=["layers.77.*"])
@@ -132,11 +148,18 @@ def test_4bit_gradients_still_flow_after_a_rollout(base_folder):
 # --- Virtual tokens against other ways to compute them --------------------------------------------
 
 
+VIRTUAL = {
+    "prompt": {"method": "prompt", "num_virtual_tokens": 3},
+    "prefix": {"method": "prefix", "num_virtual_tokens": 3},
+    "mlp": {"method": "prefix", "num_virtual_tokens": 3, "encoder_hidden_size": 5},
+}
+
+
 def tuned(method):
     base = plain_model(num_attention_heads=4, num_key_value_heads=2, dtype=torch.float64)
     use_thinking_attention(base)
     oracle = copy.deepcopy(base)
-    apply_tuning(base, TuningConfig(method=method, num_virtual_tokens=3))
+    apply_tuning(base, TuningConfig(**VIRTUAL[method]))
     base.to(torch.float64)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -154,15 +177,15 @@ def through_oracle(base, oracle, method, embeddings):
         return out.last_hidden_state[:, 3:]
     cache = DynamicCache()
     for index, layer in enumerate(base.model.layers):
-        learned = layer.self_attn.virtual_tokens
-        cache.update(learned.keys[None], learned.values[None], index)
+        keys, values = layer.self_attn.virtual_tokens()
+        cache.update(keys[None], values[None], index)
     positions = torch.arange(3, 3 + embeddings.shape[1])[None]
     out = oracle.model(inputs_embeds=embeddings, past_key_values=cache, position_ids=positions)
     return out.last_hidden_state
 
 
 @pytest.mark.parametrize("chosen", [None, torch.tensor([[1, 4, -1]])])
-@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("method", VIRTUAL)
 def test_texts_and_thoughts_see_the_virtual_tokens(method, chosen):
     from quietstar.backbone.run import plain_pass, run_text
     from quietstar.backbone.teacher_forced import embed_blocks, teacher_forced
@@ -198,19 +221,18 @@ def test_texts_and_thoughts_see_the_virtual_tokens(method, chosen):
                 torch.testing.assert_close(ahead, block[3:])
 
 
-@pytest.mark.parametrize("method", ["prompt", "prefix"])
-def test_gradients_reach_the_virtual_tokens(method):
+@pytest.mark.parametrize(("method", "count"), [("prompt", 1), ("prefix", 4), ("mlp", 7)])
+def test_gradients_reach_the_virtual_tokens(method, count):
     model = QuietStarForCausalLM.from_base(
         plain_model(), tokenizer=load_tokenizer("bytes"),
-        thoughts=ThoughtsConfig(length=2, lookahead=2),
-        tuning=TuningConfig(method=method, num_virtual_tokens=3),
+        thoughts=ThoughtsConfig(length=2, lookahead=2), tuning=TuningConfig(**VIRTUAL[method]),
     )  # fmt: skip
     texts = random_texts(2, 9)
     for think in (True, False):
         model.zero_grad()
         model(texts, think=think).loss.backward()
         learned = [p for n, p in model.named_parameters() if "virtual_tokens" in n]
-        assert len(learned) == (1 if method == "prompt" else 4)
+        assert len(learned) == count
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in learned)
 
 

@@ -84,10 +84,9 @@ class TextPass:
     def attend(self, layer, q, k, v, rules):  # noqa: D102  (see Pass)
         virtual = getattr(layer, VIRTUAL_TOKENS, None)
         if virtual is not None:  # its learned keys and values replace those of the first tokens
-            count = virtual.keys.shape[1]
             k, v = (
-                torch.cat([new.to(x.dtype).expand(len(x), -1, -1, -1), x[:, :, count:]], 2)
-                for x, new in ((k, virtual.keys), (v, virtual.values))
+                torch.cat([new.to(x.dtype).expand(len(x), -1, -1, -1), x[:, :, new.shape[1] :]], 2)
+                for x, new in zip((k, v), virtual(), strict=True)
             )
         if self.keys is not None:
             self.keys[id(layer)] = (k, v)

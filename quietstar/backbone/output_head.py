@@ -41,7 +41,7 @@ class OutputHead:
 
     def logits(self, states: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocab"]:
         """Logits in float32 or wider over the whole vocabulary."""
-        return self._finished(self.module(states.to(self.weight.dtype)))
+        return self._finished(self.module(self._rows(states)), states)
 
     def candidate_logits(
         self, states: Float[Tensor, "*rows width"], candidates: Int[Tensor, " candidates"]
@@ -50,11 +50,19 @@ class OutputHead:
         if type(self.module) is not torch.nn.Linear:
             return self.logits(states)[..., candidates]
         bias = None if self.bias is None else self.bias[candidates]
-        few = F.linear(states.to(self.weight.dtype), self.weight[candidates], bias)
-        return self._finished(few)
+        few = F.linear(self._rows(states), self.weight[candidates], bias)
+        return self._finished(few, states)
 
-    def _finished(self, products: Tensor) -> Tensor:
-        logits = at_least_float32(products)
+    def _rows(self, states: Tensor) -> Tensor:
+        """One row for each state.
+
+        With more dimensions and a frozen weight, torch may copy the whole weight once for each
+        index of the leading ones (where `states` is a slice), which is gigabytes.
+        """
+        return states.to(self.weight.dtype).reshape(-1, states.shape[-1])
+
+    def _finished(self, products: Tensor, states: Tensor) -> Tensor:
+        logits = at_least_float32(products).view(*states.shape[:-1], products.shape[-1])
         logits = logits if self.scale == 1.0 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 

@@ -17,6 +17,7 @@ _METHODS = {
     "tuning.lora_target_modules": (*_LORA, "ia3"),
     "tuning.adapter_size": ("houlsby", "mlp_adapter"),
     "tuning.num_virtual_tokens": ("prompt", "prefix"),
+    "tuning.encoder_hidden_size": ("prefix",),
     "tuning.galore_rank": ("galore",),
     "tuning.galore_update_proj_gap": ("galore",),
     "tuning.galore_scale": ("galore",),

@@ -219,6 +219,9 @@ class TuningConfig(Section):
     """Width of bottleneck adapters (houlsby, mlp_adapter)."""
     num_virtual_tokens: Tokens = 16
     """Number of virtual tokens before every text (prompt, prefix)."""
+    encoder_hidden_size: Width | None = None
+    """Width of the MLP that makes the keys and values of a prefix while they train; null trains
+    them themselves (prefix)."""
     galore_rank: Width = 128
     """Rank of the gradients (galore)."""
     galore_update_proj_gap: Steps = 200

@@ -47,6 +47,7 @@ from quietstar.model.tuning import (
     PEFT_METHODS,
     WHOLE,
     apply_tuning,
+    fold_prefix,
     load_adapters,
     quantization,
     unfreeze,
@@ -76,7 +77,7 @@ _NEW_IN_2 = {"sampler", "positions", "position_fraction"}
 """Settings of thoughts that format 1 had not."""
 _NEWER = {
     "stop", "train_markers", "top_p", "top_k", "position_count", "scoring_model", "pattern",
-    "fixed_weight", "schedule", "schedule_type", "schedule_min_gain",
+    "fixed_weight", "schedule", "schedule_type", "schedule_min_gain", "encoder_hidden_size",
 }  # fmt: skip
 """Settings that are newer than their format, and were what their defaults are."""
 _WRITTEN = (
@@ -194,6 +195,9 @@ def save_pretrained(  # noqa: D417  (a method of the model, as the next ones)
     }
     beside = names_beside(self)
     own = {n: x.detach().contiguous() for n, x in all_weights.items() if n in beside}
+    if self.tuning.encoder_hidden_size is not None:  # a prefix loads without what made it
+        own = fold_prefix(self, own)
+        settings["tuning"]["encoder_hidden_size"] = None
     try:
         with whole_folder(path) as new:
             _keep_others(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -279,7 +280,7 @@ def _add_virtual_tokens(model: PreTrainedModel, tuning: TuningConfig) -> None:
     """Give the model learned virtual tokens, as its child ``virtual_tokens``.
 
     With ``prompt`` their embeddings (n, embedding) train; with ``prefix`` their keys and values
-    (Hkv, n, head size) in every layer, as children of the attention.
+    (Hkv, n, head size) in every layer, as children of the attention, or an MLP that makes them.
     """
     weight, count = embedding_weight(model), tuning.num_virtual_tokens
     generator = torch.Generator().manual_seed(0)
@@ -299,14 +300,108 @@ def _add_virtual_tokens(model: PreTrainedModel, tuning: TuningConfig) -> None:
             "made from a latent; set tuning.method: prompt or lora"
         )
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    encoder, width = None, tuning.encoder_hidden_size
+    if width is not None:
+        encoder = PrefixEncoder(count, start.shape[1], width).to(weight.device)
+        virtual.add_module("encoder", encoder)
     for layer in decoder_layers(model):
         attention = find_attention(layer)
         assert attention is not None, "all layers attend"
         size = getattr(attention, "head_dim", None)
         shape = (heads, count, size or config.hidden_size // config.num_attention_heads)
+        prefix = Prefix(shape) if encoder is None else EncodedPrefix(shape, encoder)
         device = next(attention.parameters()).device
-        virtual = nn.Module()
-        attention.add_module(VIRTUAL_TOKENS, virtual)
-        for name in ("keys", "values"):
-            start = torch.randn(shape, device=device) * 0.02
-            virtual.register_parameter(name, nn.Parameter(start))
+        attention.add_module(VIRTUAL_TOKENS, prefix.to(device))
+
+
+_PREFIX_STD = 0.02
+"""Standard deviation of the keys and values that a prefix begins with."""
+
+
+class Prefix(nn.Module):
+    """Learned keys and values of the virtual tokens in one layer.
+
+    Args:
+        shape: (Hkv, n, head size).
+    """
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.keys = nn.Parameter(torch.randn(shape) * _PREFIX_STD)
+        self.values = nn.Parameter(torch.randn(shape) * _PREFIX_STD)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, (Hkv, n, head size) each."""
+        return self.keys, self.values
+
+
+class PrefixEncoder(nn.Module):
+    """What the layers share of the MLP that makes a prefix (Li & Liang 2021, section 4.3).
+
+    Its output layer lies in pieces in the layers of the model (`EncodedPrefix`).
+
+    Args:
+        count: Number of virtual tokens, n.
+        embedding: Width of their embeddings.
+        width: Width of the MLP, w.
+    """
+
+    def __init__(self, count: int, embedding: int, width: int) -> None:
+        super().__init__()
+        self.embeddings = nn.Parameter(torch.randn(count, embedding))
+        self.hidden = nn.Linear(embedding, width)
+
+    def forward(self) -> Float[Tensor, "virtual width"]:
+        """Hidden states of the virtual tokens, (n, w)."""
+        return torch.tanh(self.hidden(self.embeddings))
+
+
+class EncodedPrefix(nn.Module):
+    """Keys and values of the virtual tokens in one layer, made by an MLP.
+
+    Args:
+        shape: (Hkv, n, head size).
+        encoder: What the layers share; it is no child of this one.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], encoder: PrefixEncoder) -> None:
+        super().__init__()
+        self.shape, self._encoder = shape, (encoder,)
+        width = encoder.hidden.out_features
+        self.output = nn.Linear(width, 2 * shape[0] * shape[2])
+        # The hidden states' root mean square is about one half at the start.
+        nn.init.normal_(self.output.weight, std=2 * _PREFIX_STD / width**0.5)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, (Hkv, n, head size) each."""
+        heads, count, size = self.shape
+        return self.split(self.output(self._encoder[0]()))
+
+    def split(self, made: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values from the output of the MLP, (n, 2 * Hkv * head size)."""
+        heads, count, size = self.shape
+        keys, values = made.view(count, 2, heads, size).permute(1, 2, 0, 3)
+        return keys.contiguous(), values.contiguous()
+
+
+def fold_prefix(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put the keys and values of a prefix in the place of the MLP that makes them.
+
+    Args:
+        model: Model with an `EncodedPrefix` in every layer; its own weights may be sharded.
+        tensors: Whole weights by their names in the model.
+    """
+    modules = dict(model.named_modules())
+    encoder = next(name for name, m in modules.items() if isinstance(m, PrefixEncoder))
+    made = {name: x for name, x in tensors.items() if f"{VIRTUAL_TOKENS}." not in name}
+    embeddings, *hidden = (
+        tensors[f"{encoder}.{part}"] for part in ("embeddings", "hidden.weight", "hidden.bias")
+    )
+    for name, module in modules.items():
+        if isinstance(module, EncodedPrefix):
+            output = (tensors[f"{name}.output.{part}"] for part in ("weight", "bias"))
+            states = torch.tanh(nn.functional.linear(embeddings, *hidden))
+            both = module.split(nn.functional.linear(states, *output))
+            made[f"{name}.keys"], made[f"{name}.values"] = both
+    return made
