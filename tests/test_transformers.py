@@ -1,5 +1,6 @@
 """What users of transformers try first: Auto classes, pipelines, Trainer, the hub."""
 
+import json
 import math
 import shutil
 import subprocess
@@ -20,9 +21,12 @@ from transformers import (
 )
 
 from quietstar import QuietStarForCausalLM
+from quietstar.backbone.loading import fill_device
+from quietstar.cli.main import main as quietstar
 from quietstar.config import ThoughtsConfig, TuningConfig
 from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
+from quietstar.evaluation import scoring
 from quietstar.evaluation.scoring import load_thinker
 from quietstar.model import card, saving
 
@@ -254,10 +258,68 @@ def test_layers_may_wait_on_the_disk(base, tmp_path):
     assert torch.equal(*(m.generate(texts, max_new_tokens=3) for m in (model, some)))
     whole = QuietStarForCausalLM.from_pretrained(tmp_path / "model", device_map="auto")
     assert torch.equal(whole(texts).logits, model(texts).logits)
+    assert not any(p.device.type == "meta" for p in whole.parameters())
     with pytest.raises(UserError, match="puts embeddings or output layer elsewhere"):
         QuietStarForCausalLM.from_pretrained(
             tmp_path / "model", device_map={**places, "lm_head": "disk"}
         )
+
+
+def test_one_device_takes_what_thoughts_read_and_the_layers_that_fit(base):
+    """Also where the output layer has weights of its own, which transformers' map moves away."""
+    config = AutoConfig.from_pretrained(base, tie_word_embeddings=False, num_hidden_layers=5)
+    config.dtype = torch.bfloat16
+    whole = AutoModelForCausalLM.from_config(config)
+    layer = sum(p.numel() for p in whole.model.layers[0].parameters())
+    others = sum(p.numel() for p in whole.parameters()) - 5 * layer
+
+    def places(device, memory):  # in numbers of layers
+        room = {0: 2 * others + 2 * device * layer, "cpu": 2 * memory * layer}
+        mapped = fill_device(config, "auto", room)
+        layers = [mapped.pop(f"model.layers.{n}") for n in range(5)]
+        assert set(mapped) == {"model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"}
+        assert set(mapped.values()) == {0}
+        return layers
+
+    assert places(3, 9) == [0, 0, "cpu", "cpu", "cpu"]  # one waits for its turn
+    assert places(3, 2) == [0, 0, "cpu", "cpu", "disk"]
+    assert places(0, 0) == ["disk"] * 5
+    assert fill_device(config, "auto", {0: 2 * others + 10 * layer, "cpu": 0}) == {"": 0}
+    assert fill_device(config, torch.float32, {0: "1MB", "cpu": "1GiB"}) == {"": 0}
+    assert fill_device(config, torch.float32, {"cpu": 4 * others + 8 * layer})["lm_head"] == "cpu"
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora", "prefix"])
+def test_commands_run_models_whose_layers_wait_on_the_disk(
+    tuning, base, tmp_path, monkeypatch, capsys
+):
+    model = make(base, tuning)
+    model.save_pretrained(tmp_path / "model", model.tokenizer)
+    layer, texts = model.causal_lm.model.layers[0], tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"{n} of them"}) + "\n" for n in range(3)))
+    monkeypatch.chdir(tmp_path)
+    added = ("lora", "virtual")
+    size = sum(p.numel() * 4 for n, p in layer.named_parameters() if not any(a in n for a in added))
+    call = ["eval", "--model", "model", "--tasks", str(texts), "--out"]
+    assert quietstar([*call, "whole.json"]) == 0
+    embedded = sum(p.numel() * 4 for p in model.causal_lm.parameters()) - 2 * size
+    monkeypatch.setattr(
+        "quietstar.backbone.devices.get_max_memory", lambda: {"cpu": (embedded + size) * 5 // 4}
+    )
+    loaded, load = [], scoring.load_thinker
+    monkeypatch.setattr(
+        scoring, "load_thinker", lambda *a, **kw: loaded.append(load(*a, **kw)) or loaded[-1]
+    )
+    assert quietstar([*call, "map.json", "--device-map", "auto"]) == 0
+    assert any(p.device.type == "meta" for p in loaded[0].causal_lm.model.layers[1].parameters())
+    a, b = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "map"))
+    assert a["tasks"] == b["tasks"]
+
+
+def test_adapters_that_read_weights_do_not_load_beside_layers_on_the_disk(base, tmp_path):
+    make(base, "dora").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"device_map: DoRA reads .* Merge the adapters"):
+        QuietStarForCausalLM.from_pretrained(tmp_path, device_map="auto", max_memory={"cpu": 9})
 
 
 # --- The card -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from accelerate.utils import get_max_memory
 
 from quietstar.errors import UserError, reason_of
 
@@ -29,6 +30,25 @@ def find_device(name: str | None = None) -> str:
     except Exception as problem:
         raise _refusal(name, reason_of(problem)) from None
     return name
+
+
+_SHARE_OF_WEIGHTS = 0.8
+"""What weights may take of free memory; the rest is for keys, values and activations."""
+
+
+def free_memory(name: str | None = None) -> dict[int | str, int]:
+    """Bytes that weights may take on a device, and in the memory of the machine (``cpu``).
+
+    Args:
+        name: As in `find_device`.
+    """
+    device = torch.device(find_device(name))
+    place: int | str = device.type
+    if device.type in ("cuda", "xpu"):
+        current = torch.accelerator.current_device_index
+        place = current() if device.index is None else device.index
+    free = get_max_memory()
+    return {key: int(free[key] * _SHARE_OF_WEIGHTS) for key in (place, "cpu") if key in free}
 
 
 def _refusal(name: str, reason: str) -> UserError:

@@ -7,13 +7,14 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -35,7 +36,8 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from quietstar.backbone.run import embedding_weight
+from quietstar.backbone.devices import free_memory
+from quietstar.backbone.run import decoder_layers, embedding_weight
 from quietstar.errors import UserError, reading, reason_of
 
 logger = logging.getLogger(__name__)
@@ -83,6 +85,7 @@ def load_base(
     is_exact: bool = False,
     trust_remote_code: bool = False,
     device_map: Any = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
     **hub: Any,
 ) -> PreTrainedModel:
     """Load a causal LM with dropout off, or build one with random weights.
@@ -99,7 +102,10 @@ def load_base(
         quantization: How transformers shall quantize the weights, None for not at all.
         is_exact: Whether tensors that are no part of the model are an error, not a warning.
         trust_remote_code: Whether code that comes with the model may run.
-        device_map: Where the weights go, as in transformers; None for memory.
+        device_map: Where the weights go, as in transformers; None for memory; "auto" fills one
+            device, and leaves the other layers in memory or on disk until it needs them.
+        max_memory: With "auto", bytes that weights may take on the device ("cuda:0", 0), in memory
+            ("cpu"); None for most of what is free.
         **hub: ``revision``.
 
     Raises:
@@ -135,6 +141,8 @@ def load_base(
                     GenerationConfig.from_pretrained(name_or_path)
             if quantization is not None:
                 hub["quantization_config"] = quantization
+            if device_map == "auto":
+                device_map = fill_device(settings, dtype, max_memory)
             if device_map is not None:
                 hub["device_map"] = device_map
             if is_stored := dtype == "stored":
@@ -294,6 +302,54 @@ def check_sizes(settings: PreTrainedConfig) -> None:
 def _meta_model(settings: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+
+
+def fill_device(
+    settings: PreTrainedConfig,
+    dtype: torch.dtype | str,
+    max_memory: Mapping[int | str, int | str] | None = None,
+) -> dict[str, int | str]:
+    """Map a model onto one device: all but its layers, and as many of these as fit.
+
+    The other layers go to memory, and what that cannot hold to disk. (transformers' own map may
+    move embeddings or output layer away, which thoughts read themselves.)
+
+    Args:
+        settings: Config of the model.
+        dtype: Of its weights; "auto" and "stored" for that of the config.
+        max_memory: Bytes for weights on the device and in memory ("cpu"), as numbers or as in
+            "10GiB"; None for most of what is free.
+    """
+    free = {
+        place: size if isinstance(size, int) else convert_file_size_to_int(size)
+        for place, size in (max_memory or free_memory()).items()
+    }
+    device = next((place for place in free if place != "cpu"), "cpu")
+    dtype = dtype if isinstance(dtype, torch.dtype) else settings.dtype or torch.float32
+    model = _meta_model(settings)
+    layers = decoder_layers(model, remedy="device_map: cpu")
+    sizes = [sum(p.numel() for p in layer.parameters()) * dtype.itemsize for layer in layers]
+    room = free[device] - (sum(p.numel() for p in model.parameters()) * dtype.itemsize - sum(sizes))
+    if sum(sizes) <= room:
+        return {"": device}
+    root = next(name for name, module in model.named_modules() if module is layers)
+    places = {}
+    tensors = (model.named_parameters, model.named_buffers)
+    for name in (name for named in tensors for name, _ in named(remove_duplicate=False)):
+        module = name.rpartition(".")[0]
+        if not name.startswith(f"{root}."):
+            places[name if f"{root}.".startswith(f"{module}.") else module] = device
+    room -= max(sizes)  # for the layer that computes, if it waits elsewhere
+    memory = 0 if device == "cpu" else free.get("cpu", 0)
+    for index, size in enumerate(sizes):
+        if size <= room:
+            place, room = device, room - size
+        elif size <= memory:
+            place, memory = "cpu", memory - size
+        else:
+            place = "disk"
+        places[f"{root}.{index}"] = place
+    return places
 
 
 def _check_memory(settings: PreTrainedConfig, dtype: torch.dtype | str) -> None:

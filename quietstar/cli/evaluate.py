@@ -206,7 +206,7 @@ def _evaluate(
     if not processes.is_main:
         return {}
     harness = {"pretrained": args.model, "dtype": args.dtype, "device": args.device,
-               "untrained": args.untrained}  # fmt: skip
+               "device_map": args.device_map, "untrained": args.untrained}  # fmt: skip
     for task in tasks:
         if isinstance(task, HarnessTask):
             count = task.run(harness, protocol, args.limit, args.data_dir, store)

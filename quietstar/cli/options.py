@@ -379,7 +379,7 @@ def table(headings: Sequence[str], left: Sequence[str], title: str | None = None
 
 
 def add_model(parser: argparse.ArgumentParser, meaning: str = "a saved Quiet-STaR model") -> None:
-    """Add ``--model``, ``--ema``, ``--dtype`` and ``--device``; `Parser.read` reads ``--ema``."""
+    """Add the options of `load_model`; `Parser.read` reads ``--ema``."""
     add = parser.add_argument
     add("--model", type=existing, required=True, metavar="DIR",
         help=f"folder of {meaning}, or of the run that trained it")  # fmt: skip
@@ -388,6 +388,8 @@ def add_model(parser: argparse.ArgumentParser, meaning: str = "a saved Quiet-STa
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", default="auto", choices=dtypes, help="precision of the weights")
     add("--device", type=device, metavar="NAME", help="default: a GPU if there is one")
+    add("--device-map", choices=("auto",), help="auto: layers that do not fit on the device wait "
+        "in memory, or on disk, until it needs them")  # fmt: skip
 
 
 def find_models(args: argparse.Namespace) -> None:
@@ -451,14 +453,24 @@ def load_model(
     from quietstar.training.build import quiet_libraries
 
     quiet_libraries()
-    name = name or str(args.model)
+    name, places = name or str(args.model), placement(args)
     try:
         model = load_thinker(
-            name, needs_training, args.dtype, remedy, positions, trust_remote_code=False
+            name, needs_training, args.dtype, remedy, positions, places, trust_remote_code=False
         )
     except UserError as problem:  # of a part that knows the key of a config only
         raise UserError(str(problem).replace("model.name_or_path (", "--model (")) from problem
-    return model.to(find_device(args.device))
+    return model if places else model.to(find_device(args.device))
+
+
+def placement(args: argparse.Namespace) -> dict[str, Any]:
+    """Say to `from_pretrained` where ``--device-map`` puts the weights; nothing without it."""
+    from quietstar.backbone.devices import free_memory  # imports torch
+
+    device_map = getattr(args, "device_map", None)  # which quietstar judge has not
+    if device_map is None:
+        return {}
+    return {"device_map": device_map, "max_memory": free_memory(args.device)}
 
 
 def require_trained(name: str) -> None:

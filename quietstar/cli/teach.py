@@ -61,8 +61,10 @@ def _teach(args: argparse.Namespace, config: Config) -> None:
     quiet_libraries()
     options.require_trained(args.model)
     # As it was trained: evaluations look ahead by one token alone.
-    model = QuietStarForCausalLM.from_pretrained(args.model, dtype=args.dtype)
-    model.to(find_device(args.device))
+    places = options.placement(args)
+    model = QuietStarForCausalLM.from_pretrained(args.model, dtype=args.dtype, **places)
+    if not places:
+        model.to(find_device(args.device))
     tokenizer, seed = load_tokenizer(args.model), config.training.seed
     data, _, _ = build_data(stage.config.data, tokenizer, seed, model.thoughts)
     most, longest = stage.config.data.seq_len, model.max_text_length

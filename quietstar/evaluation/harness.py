@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from quietstar.attention.layout import NO_POSITION
-from quietstar.backbone.devices import find_device
+from quietstar.backbone.devices import find_device, free_memory
 from quietstar.backbone.run import num_virtual, plain_pass
 from quietstar.data import load_tokenizer
 from quietstar.data.tokenizer import padding_id
@@ -46,7 +46,7 @@ _Harness: Any = HFLM  # its decorator hides its type
 MOST_AT_ONCE = 2**16
 _OWN_ARGUMENTS = ("pretrained", "thoughts", "num_thoughts", "thought_temperature", "thought_top_p",
                   "thought_top_k", "seed", "positions", "control", "generic",
-                  "untrained")  # fmt: skip
+                  "untrained", "device_map")  # fmt: skip
 
 
 @contextmanager
@@ -88,6 +88,7 @@ class QuietStarLM(_Harness):
         generic: Text of the control of that name.
         untrained: Let a plain model think too, with vectors and a head that were never trained.
         device: Device; defaults to a GPU if there is one.
+        device_map: ``auto`` lets layers that do not fit there wait in memory, or on disk.
         trust_remote_code: Allow code that comes with a model to run.
         **settings: Settings of ``HFLM``: ``batch_size``, ``max_length``, ...
 
@@ -110,6 +111,7 @@ class QuietStarLM(_Harness):
         untrained: bool = False,
         dtype: str | torch.dtype = "auto",
         device: str | None = None,
+        device_map: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
         **settings: Any,
@@ -144,10 +146,23 @@ class QuietStarLM(_Harness):
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         remedy = "Set thoughts=off, or untrained=true for a baseline of thoughts never trained."
         needs_training = self.thinks and not untrained
-        self.thinker = load_thinker(pretrained, needs_training, dtype, remedy, positions, **hub)
         # The harness asks for "cuda" where nobody asked for anything.
         on_gpu = torch.cuda.is_available() or not str(device).startswith("cuda")
-        self.thinker.to(find_device(device if on_gpu else None))
+        device = device if on_gpu else None
+        if device_map not in (None, "auto"):
+            raise UserError(f"device_map: {device_map!r} must be auto. Leave it out, or set it so.")
+        places = {"device_map": device_map, "max_memory": free_memory(device)}
+        self.thinker = load_thinker(
+            pretrained,
+            needs_training,
+            dtype,
+            remedy,
+            positions,
+            places if device_map else {},
+            **hub,
+        )
+        if device_map is None:
+            self.thinker.to(find_device(device))
         self.sampling: dict[str, Any] = {"num_thoughts": num_thoughts, "seed": seed}
         self.thought_temperature = thought_temperature
         self.thought_filters = {"top_p": thought_top_p, "top_k": thought_top_k}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -69,13 +69,15 @@ def load_thinker(
     dtype: str | torch.dtype,
     remedy: str,
     positions: str = "every",
+    placement: Mapping[str, Any] | None = None,
     **hub: Any,
 ) -> QuietStarForCausalLM:
     """Load a saved Quiet-STaR model, or a plain one with vectors and head never trained.
 
     One token is predicted behind each thought, so its lookahead is 1; but a model that thinks once
     about an answer (`thinks_once`) predicts with this thought as many tokens as it was trained to.
-    ``hub`` may hold ``revision`` and ``trust_remote_code``.
+    ``placement`` may hold ``device_map`` and ``max_memory``, ``hub`` may hold ``revision`` and
+    ``trust_remote_code``.
 
     Raises:
         UserError: There is no such model, or it is plain where a trained one is needed; ``remedy``
@@ -92,13 +94,13 @@ def load_thinker(
             )
         if found is not None:
             path, _ = found, hub.pop("revision", None)
-    name = str(path) if path.exists() else name
+    name, places = str(path) if path.exists() else name, placement or {}
     if (path / "final" / SETTINGS_FILE).exists() and not (path / SETTINGS_FILE).exists():
         raise UserError(
             f"--model ({name}): is the folder of a run; its model is in {path / 'final'}"
         )
     if (path / SETTINGS_FILE).exists():
-        model = QuietStarForCausalLM.from_pretrained(name, dtype=dtype, **hub)
+        model = QuietStarForCausalLM.from_pretrained(name, dtype=dtype, **places, **hub)
         _check_tokenizer(path, model, **hub)
     elif needs_training:
         raise UserError(
@@ -106,7 +108,7 @@ def load_thinker(
             f"for. {remedy}"
         )
     else:
-        model = QuietStarForCausalLM.from_base(name, dtype=dtype, **hub)
+        model = QuietStarForCausalLM.from_base(name, dtype=dtype, **places, **hub)
     if positions == "once":
         model.configure(model.thoughts.model_copy(update={"positions": "answer_start"}))
     if not thinks_once(model, positions):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -387,6 +387,8 @@ class QuietStarForCausalLM(PreTrainedModel):
         tuning: TuningConfig | None = None,
         dtype: torch.dtype | str = torch.float32,
         trust_remote_code: bool = False,
+        device_map: Any = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
         **hub: Any,
     ) -> QuietStarForCausalLM:
         """Turn a plain causal LM into one that thinks.
@@ -400,6 +402,8 @@ class QuietStarForCausalLM(PreTrainedModel):
             tuning: Way to tune the base model.
             dtype: Type of the weights; float32 trains safely with small learning rates.
             trust_remote_code: Whether code that comes with the model may run.
+            device_map: Where the weights go; this and ``max_memory`` as in `from_pretrained`.
+            max_memory: Bytes that weights may take, with a ``device_map`` of "auto".
             **hub: ``revision``.
 
         Raises:
@@ -410,7 +414,10 @@ class QuietStarForCausalLM(PreTrainedModel):
         hub["trust_remote_code"] = trust_remote_code
         if isinstance(name_or_path, str):
             tokenizer = tokenizer or load_tokenizer(name_or_path, **hub)
-            base = load_base(name_or_path, dtype=dtype, quantization=quantization(tuning), **hub)
+            base = load_base(
+                name_or_path, dtype=dtype, quantization=quantization(tuning),
+                device_map=device_map, max_memory=max_memory, **hub,
+            )  # fmt: skip
         else:
             base = name_or_path
             drop_dropout_layers(base)

@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -350,6 +351,7 @@ def from_pretrained(  # noqa: D417
     trainable: bool = False,
     trust_remote_code: bool | None = False,
     device_map: Any = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
     config: Any = None,
     **hub: Any,
 ) -> Model:
@@ -362,7 +364,10 @@ def from_pretrained(  # noqa: D417
         trust_remote_code: Whether code that the folder or its base names may run: that of the base,
             and a sampler of one's own in a module that is not imported yet.
         device_map: Where the language model's weights go, as transformers takes it: onto one
-            device, or some of them to memory or disk until that device needs them.
+            device, or some of them to memory or disk until that device needs them. "auto" fills
+            one device with layers, and does this with the rest.
+        max_memory: With "auto", bytes that weights may take on the device (0 for the first GPU) and
+            in memory ("cpu"), also as in "10GiB"; by default four fifths of what is free.
         config: What an Auto class read of the folder; the folder is read here.
         **hub: ``revision`` (of a folder on the hub, or of the base of an adapter in a local one;
             by default the one trained on), ``token``, ``cache_dir``, ``local_files_only``,
@@ -382,7 +387,7 @@ def from_pretrained(  # noqa: D417
         hub.pop("revision", None)
     hub |= {"trust_remote_code": bool(trust_remote_code)}
     if device_map is not None:
-        hub["device_map"] = device_map
+        hub |= {"device_map": device_map, "max_memory": max_memory}
     settings = read_settings(path)
     return load(cls, path, settings, dtype=dtype or "auto", trainable=trainable, **hub)
 

@@ -176,9 +176,23 @@ def load_adapters(
                 f"{path}: {name} ({value}): must be left out: quietstar makes no such adapters. "
                 "Take another copy of the folder."
             )
+    waits = any(p.is_meta for p in model.parameters())  # layers that a device map keeps elsewhere
+    if waits and method == "dora":
+        raise UserError(
+            "device_map: DoRA reads the weights of the layers that wait elsewhere. Merge the "
+            "adapters (quietstar merge), and load what this writes."
+        )
+    placed = vars(model).pop("hf_device_map", None)  # PEFT would place what waits elsewhere again
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tensors that are missing, which is an error below
         tuned = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    if placed is not None:
+        vars(model)["hf_device_map"] = placed
+    if waits:  # PEFT put their adapters where the weights are: nowhere
+        device = embedding_weight(model).device
+        names = {name: name.replace(".default", "") for name in tuned.state_dict()}
+        here = {n: weights[saved].to(device) for n, saved in names.items() if saved in weights}
+        tuned.load_state_dict(here, strict=False, assign=True)
     expected = peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
     if missing := sorted(expected.keys() - weights.keys()):
         raise UserError(
@@ -249,7 +263,7 @@ def _add_bottlenecks(model: PreTrainedModel, tuning: TuningConfig) -> None:
 
     They are children of the sub-layers named ``adapter``, in float32.
     """
-    width = model.config.get_text_config().hidden_size
+    width, device = model.config.get_text_config().hidden_size, embedding_weight(model).device
     for layer in decoder_layers(model):
         children = dict(layer.named_children())
         parts = [next((children[name] for name in _MLP_NAMES if name in children), None)]
@@ -262,7 +276,6 @@ def _add_bottlenecks(model: PreTrainedModel, tuning: TuningConfig) -> None:
                     f"{type(model).__name__} (it has {', '.join(children)}); set "
                     "tuning.method: lora"
                 )
-            device = next(part.parameters()).device
             part.add_module("adapter", Bottleneck(width, tuning.adapter_size).to(device))
             part.register_forward_hook(_apply_adapter)
 
@@ -310,8 +323,7 @@ def _add_virtual_tokens(model: PreTrainedModel, tuning: TuningConfig) -> None:
         size = getattr(attention, "head_dim", None)
         shape = (heads, count, size or config.hidden_size // config.num_attention_heads)
         prefix = Prefix(shape) if encoder is None else EncodedPrefix(shape, encoder)
-        device = next(attention.parameters()).device
-        attention.add_module(VIRTUAL_TOKENS, prefix.to(device))
+        attention.add_module(VIRTUAL_TOKENS, prefix.to(weight.device))
 
 
 _PREFIX_STD = 0.02
@@ -375,7 +387,6 @@ class EncodedPrefix(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Keys and values, (Hkv, n, head size) each."""
-        heads, count, size = self.shape
         return self.split(self.output(self._encoder[0]()))
 
     def split(self, made: Tensor) -> tuple[Tensor, Tensor]:
