@@ -82,6 +82,13 @@ def test_each_problem_is_a_line_with_the_prefix(capsys):
     assert all(line.startswith("quietstar: error: ") for line in lines)
 
 
+def test_warnings_are_lines_like_errors(runs, capsys):
+    assert cli.main(["train", "--loss.objective", "next_token", "--loss.reward", "prob"]) is None
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("quietstar: warning: ") for line in lines)
+    assert any("loss.reward" in line for line in lines)
+
+
 def test_a_wrong_config_fails_before_transformers_is_imported():
     code = (
         "import sys; from quietstar.cli.main import main;"

@@ -16,7 +16,8 @@ import tempfile
 import textwrap
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 from quietstar import __version__
@@ -85,7 +86,7 @@ def run_command(
     # bitsandbytes warns at its import about kernels that it can do without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        with signals.listening():
+        with signals.listening(), _warnings_in_lines():
             code = command(arguments)
             sys.stdout.flush()
             return code
@@ -180,6 +181,25 @@ def _print_line(message: str, prefix: str = "") -> None:
         line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
+
+
+class _Lines(logging.Handler):
+    """Prints what this package logs as `_print_line` does."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record as one line."""
+        _print_line(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+@contextmanager
+def _warnings_in_lines() -> Iterator[None]:
+    """Inside, warnings of this package are lines like its errors."""
+    logger, lines = logging.getLogger("quietstar"), _Lines(logging.WARNING)
+    logger.addHandler(lines)
+    try:
+        yield
+    finally:
+        logger.removeHandler(lines)
 
 
 def _dispatch(argv: list[str]) -> int | None:
