@@ -11,7 +11,7 @@ from tiny import run_config
 from quietstar.cli import main as cli
 from quietstar.config.loading import save_config
 from quietstar.errors import UserError
-from quietstar.reports.comparison import compare_runs
+from quietstar.reports.comparison import compare_runs, write_comparison
 from quietstar.training.run import run_training
 
 
@@ -109,10 +109,26 @@ def test_the_page_compares_curves_and_says_which_run_is_best(tmp_path, capsys):
     page = Page(out.read_text("utf-8"))
     assert page.open == []
     assert page.charts == {"gain_of_content", "gain", "mixed_nll"} - {"gain_of_content"}
-    assert "<b>: gain of content, nats +0.1500, demo: +0.0505; their 95% intervals" in page.text
+    assert "<b>: gain of content, nats +0.1500; demo: gain of content, nats +0.0505;" in page.text
     assert "thoughts.num_thoughts: 3" in page.text
     assert "_child" not in page.text  # lines of further seeds stand in no legend
     assert "<b>, seed 1, step 25: +0.3000" in page.texts
+
+
+def test_a_run_that_does_not_think_is_compared_by_what_it_has(tmp_path):
+    plain = write_run(tmp_path / "plain", 0.1, 0, loss__objective="next_token")
+    metrics = [
+        {"kind": "eval", "stage": "train", "step": step, "accuracy_without_thoughts": 0.7,
+         "base_nll": 1.25}
+        for step in (0, 25)
+    ]  # fmt: skip
+    (plain / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics))
+    result = compare_runs([write_run(tmp_path / "thinks", 0.1, 0), plain])
+    page = Page(write_comparison(tmp_path / "page.html", result).read_text("utf-8"))
+    verdict = "plain: NLL without thoughts 1.2500; thinks: NLL with thoughts 1.5000; too few seeds"
+    assert verdict in page.text
+    assert "Held out, a line for each seed. plain: without thoughts." in page.text
+    assert "plain, seed 0, step 25: 1.2500" in page.texts
 
 
 def test_the_page_of_one_run_is_written_anew(tmp_path, capsys):

@@ -93,10 +93,13 @@ GATES = [
 def test_the_page_of_an_evaluation_answers_first_and_shows_every_figure(tmp_path):
     page = Page(write_page(tmp_path / "new" / "e.html", HOSTILE, RESULT).read_text("utf-8"))
     assert page.open == []
-    assert "better with thoughts, and because of what they say 128 items. Note: 2" in page.text
+    assert "because of what they say accuracy (argmax): 41.0% with" in page.text
+    assert "41.0% with thoughts, 30.0% without, 31.0% with swapped thoughts. 128" in page.text
+    assert "128 items; below each figure is its 95% interval. Note: 2" in page.text
+    assert "Swapped thoughts each item with the thought of another 0.3100" in page.text
     assert "Gain in P(gold answer): mean and 95% CI" in page.text
-    assert "With thoughts 0.4100 95% CI 0.3900 to 0.4400 0.2050 95% CI" in page.text
-    assert "With − without +0.1100 95% CI +0.0500 to +0.1700 p < 0.001 +0.0550" in page.text
+    assert "With thoughts 0.4100 0.3900 to 0.4400 0.2050 0.1850" in page.text
+    assert "With − without +0.1100 +0.0500 to +0.1700 p < 0.001 +0.0550" in page.text
     assert "controls yes" in page.text
     assert "data_dir" not in page.text
     votes = "8 sampled thoughts of an item vote: maj@8 0.5000 (0.4000 to 0.6000), pass@8 0.7500."
@@ -127,7 +130,11 @@ def test_the_page_of_gates_marks_the_chosen_one(tmp_path):
     for name in ("entropy", "weight", "gain", "always", "never", "chosen (entropy)"):
         assert page.texts.count(name) >= 4  # in the legends of both sizes, beside the table
     assert "entropy: 2.0889, 1.80 passes/token, 10.0% of tokens think" in page.texts
-    assert "Chosen: entropy above 0.5000, 50.0% of tokens think." in page.text
+    assert "Chosen: entropy above 0.5000." in page.text
+    assert (
+        "Thinking at 50.0% of the tokens takes 1.8 times fewer passes; right answers: 25.6%, "
+        "31.1% thinking always, 20.0% thinking never." in page.text
+    )
     without_answers = [row | {"accuracy": None} for row in GATES]
     page = Page(write_gates(tmp_path / "h.html", without_answers).read_text("utf-8"))
     assert page.charts == {"nll"}

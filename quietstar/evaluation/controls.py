@@ -38,6 +38,14 @@ CONTROL_NAMES = {
     SWAPPED: "swapped thoughts", SHUFFLED: "shuffled thoughts", PAUSE: "pause tokens",
     GENERIC: "a generic text", BLANK: "blank thoughts",
 }  # fmt: skip
+CONTROL_NOTES = {
+    SWAPPED: "each item with the thought of another",
+    SHUFFLED: "the thought's tokens in another order",
+    PAUSE: "one constant token in place of every thought token",
+    GENERIC: "the same text in place of every thought",
+    BLANK: "start and end of a thought, and nothing between",
+}  # fmt: skip
+"""What each control is, in a few words."""
 GENERIC_TEXT = " I will work through this carefully and then give the answer."
 LOWER_IS_BETTER = ("nll",)
 

@@ -42,12 +42,14 @@ FIGURES = {
 }
 """Rows of the table: what each is called there, and how it is written."""
 CURVES = {
-    "accuracy_with_thoughts": "Accuracy with thoughts",
+    "accuracy_with_thoughts": "Right answers",
     "gain_of_content": "Gain of content",
     "gain": "Gain from thinking",
-    "mixed_nll": "NLL with thoughts",
+    "mixed_nll": "NLL of the next token",
 }
 """Figures that the page draws over the steps of the last stage."""
+_OF_PLAIN_RUNS = {"accuracy_with_thoughts": "accuracy_without_thoughts", "mixed_nll": "base_nll"}
+"""What a run that does not think has in their place."""
 LOOKS = (("group-1", "o"), ("group-2", "s"), ("group-3", "^"), ("group-4", "D"), ("group-5", "v"),
          ("group-6", "P"))  # fmt: skip
 """Colors and symbols of groups."""
@@ -107,7 +109,7 @@ def read_run(folder: Path) -> Run:
     warnings = frozenset(guard.name for guard in files.fired)
     first = stages[-1].first_step
     curves = {}
-    for key in CURVES:
+    for key in (*CURVES, *_OF_PLAIN_RUNS.values()):
         steps, values = series(of_last, "eval", key)
         curves[key] = ([step - first for step in steps], values)
     return Run(folder, config.training.seed, _settings(config), figures, curves, warnings)
@@ -187,8 +189,9 @@ def _group(runs: Sequence[Run], first: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _changes(group: Mapping[str, Any]) -> list[str]:
-    """Name the settings that tell a group from the first one."""
-    changed = [f"{key}: {value}" for key, value in group["settings"].items()]
+    """Name the settings that tell a group from the first one; not those of stages it has not."""
+    changed = [f"{key}: {value}" for key, value in group["settings"].items()
+               if value or not key.startswith("stages.")]  # fmt: skip
     more = len(changed) - MOST_DIFFERENCES
     return changed[:MOST_DIFFERENCES] + ([f"and {more} more"] if more > 0 else [])
 
@@ -206,11 +209,12 @@ def write_comparison(path: Path, result: Mapping[str, Any]) -> Path:
     cards = []
     for key, title in CURVES.items():
         kinds = []
+        plain_runs = [group["name"] for group in groups if _figure(group, key) not in (None, key)]
         for group, (color, symbol) in zip(groups, LOOKS, strict=False):
             for number, (curves, seed) in enumerate(
                 zip(group["curves"], group["seeds"], strict=True)
             ):
-                steps, values = curves[key]
+                steps, values = curves[_figure(group, key) or key]
                 show = FIGURES[key][1]
                 texts = [f"{literal(group['name'], 40)}, seed {seed}, step {step}: {show(value)}"
                          for step, value in zip(steps, values, strict=True)]  # fmt: skip
@@ -223,6 +227,8 @@ def write_comparison(path: Path, result: Mapping[str, Any]) -> Path:
             titles = ("steps of the last stage", unit)
             figures[key] = partial(draw_points, kinds, titles, is_share)
             caption = "Held out, a line for each seed."
+            if plain_runs:
+                caption += f" {', '.join(plain_runs)}: without thoughts."
             if len(groups) > len(LOOKS):
                 caption += f" The first {len(LOOKS)} runs alone are drawn."
             cards.append({"name": key, "title": title, "caption": caption})
@@ -238,22 +244,33 @@ def write_comparison(path: Path, result: Mapping[str, Any]) -> Path:
     )  # fmt: skip
 
 
+def _figure(group: Mapping[str, Any], key: str) -> str | None:
+    """Return the figure of a group that goes by ``key``: its own, or that of a plain run."""
+    return next((k for k in (key, _OF_PLAIN_RUNS.get(key)) if k in group["figures"]), None)
+
+
 def _verdict(groups: Sequence[Mapping[str, Any]]) -> str:
     """Say which group is best by the first figure that all have, and whether it stands out."""
     for key in CURVES:
-        if all(key in group["figures"] for group in groups):
+        if all(_figure(group, key) for group in groups):
             break
     else:
-        return ""
-    label, show = FIGURES[key]
-    order = sorted(groups, key=lambda group: group["figures"][key]["mean"],
-                   reverse=key != "mixed_nll")  # fmt: skip
-    best = order[0]["figures"][key]
-    text = f"{order[0]['name']}: {label} {show(best['mean'])}"
+        return "These runs have no held-out figure in common."
+
+    def found(group: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+        """The figure, and the sentence about it."""
+        name = _figure(group, key)
+        assert name is not None, "all groups have one"
+        label, show = FIGURES[name]
+        figure = group["figures"][name]
+        return figure, f"{group['name']}: {label} {show(figure['mean'])}"
+
+    order = sorted(map(found, groups), key=lambda pair: pair[0]["mean"], reverse=key != "mixed_nll")
+    best, text = order[0]
     if len(order) == 1:
         return f"{text}."
-    second = order[1]["figures"][key]
-    text += f", {order[1]['name']}: {show(second['mean'])}"
+    second, more = order[1]
+    text += f"; {more}"
     if best["ci95"] is None or second["ci95"] is None:
         return f"{text}; too few seeds to tell them apart."
     ends = sorted([best["ci95"], second["ci95"]])

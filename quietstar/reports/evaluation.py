@@ -17,6 +17,7 @@ from rich.text import Text
 from quietstar.errors import visible
 from quietstar.evaluation.controls import (
     CONTROL_NAMES,
+    CONTROL_NOTES,
     CONTROLS,
     GAINS,
     PAUSE,
@@ -163,20 +164,21 @@ def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
                 cards.append({"name": f"{key}-{kind}", "title": title, "caption": caption})
         controls = task.get("controls", {})
         variants = [
-            ("With thoughts", task.get(WITH)),
-            ("Without thoughts", task.get(WITHOUT)),
-            *((CONTROL_NAMES[control].capitalize(), controls.get(control)) for control in CONTROLS),
-            ("With − without", task.get("difference")),
-            ("Gain of content", task.get(GAINS[SWAPPED])),
+            ("With thoughts", "", task.get(WITH)),
+            ("Without thoughts", "", task.get(WITHOUT)),
+            *((CONTROL_NAMES[c].capitalize(), CONTROL_NOTES[c], controls.get(c)) for c in CONTROLS),
+            ("With − without", "", task.get("difference")),
+            ("Gain of content", "with − swapped thoughts", task.get(GAINS[SWAPPED])),
         ]
-        variants = [(name, scores) for name, scores in variants if scores]
+        variants = [entry for entry in variants if entry[-1]]
         lengths = [task[WITH][n] for n in LENGTHS if n in task.get(WITH, {})]
         drawn = task.get("examples", {})
         examples = [(heading, text, [(kind, drawn[kind]) for kind in kinds if drawn.get(kind)])
                     for heading, text, kinds in EXAMPLES]  # fmt: skip
         shown = {name: metrics[name] for name in ("accuracy", main) if name in metrics}
         sections.append({
-            "name": name, "task": task, "metrics": metrics, "cards": cards, "shown": shown,
+            "name": name, "task": task, "answer": _answer(task, metrics), "metrics": metrics,
+            "cards": cards, "shown": shown,
             "variants": variants, "lengths": lengths, "without": WITHOUT, "with": WITH,
             "examples": [entry for entry in examples if entry[2]],
             "content": GAINS[SWAPPED], "votes": task.get(WITH, {}).get("votes", {}),
@@ -188,6 +190,23 @@ def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
         path, "evaluation.html.j2", figures=in_both_sizes(figures), facts=facts, tasks=sections,
         config=config, mark=page_mark(result["config"]),
     )  # fmt: skip
+
+
+_SHARES = ("accuracy", "exact_match")
+"""Metrics that are shares of items which are right, clearest first."""
+
+
+def _answer(task: Mapping[str, Any], metrics: Mapping[str, str]) -> str:
+    """Say in figures what thoughts change: the share of right items, or else the main metric."""
+    metric = next((name for name in _SHARES if name in metrics), task["main_metric"])
+    show = percent if metric in _SHARES else plain
+    known = [
+        ("with thoughts", task.get(WITH)),
+        ("without", task.get(WITHOUT)),
+        ("with swapped thoughts", task.get("controls", {}).get(SWAPPED)),
+    ]
+    parts = [f"{show(scores[metric])} {name}" for name, scores in known if scores]
+    return f"{metrics[metric]}: {', '.join(parts)}."
 
 
 def page_mark(config: Mapping[str, Any]) -> str:
@@ -248,5 +267,21 @@ def write_gates(
         cards.append({"name": measure, "title": title, "caption": caption})
     return write_html(
         path, "calibration.html.j2", figures=in_both_sizes(figures), rows=rows, chosen=chosen,
-        cards=cards,
+        cards=cards, verdict=_gates_verdict(rows, chosen),
     )  # fmt: skip
+
+
+def _gates_verdict(rows: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | None) -> str:
+    """Say what thinking everywhere gains, and what is left of it with the chosen gate."""
+    measure = "nll" if rows[0]["accuracy"] is None else "accuracy"
+    name, show = ("NLL", plain) if measure == "nll" else ("right answers", percent)
+    ends = {row["gate"]: row for row in rows if row["gate"] in ("always", "never")}
+    parts = [f"{show(row[measure])} thinking {gate}" for gate, row in ends.items()]
+    if chosen is None:
+        return f"{name}: {', '.join(parts)}."
+    always = ends.get("always", chosen)["passes_a_token"]
+    faster = always / chosen["passes_a_token"]
+    return (
+        f"Thinking at {percent(chosen['share'])} of the tokens takes {faster:.1f} times fewer "
+        f"passes; {name}: {show(chosen[measure])}, {', '.join(parts)}."
+    )

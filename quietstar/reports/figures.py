@@ -413,6 +413,10 @@ class Points(NamedTuple):
     is_ring: bool = False
 
 
+_MARKER_SIZES = {"*": 13, "X": 9}
+"""Of symbols that look smaller than others of their size."""
+
+
 def draw_points(
     kinds: Sequence[Points],
     titles: tuple[str, str],
@@ -427,13 +431,17 @@ def draw_points(
         for kind in kinds:
             (line,) = axes.plot(
                 kind.x, kind.y, color=paint(kind.color), marker=kind.symbol, linestyle=kind.line,
-                markersize=14 if kind.is_ring else 7, label=kind.label,
+                markersize=_MARKER_SIZES.get(kind.symbol, 7) * (2 if kind.is_ring else 1),
+                label=kind.label,
                 fillstyle="none" if kind.is_ring else "full",
                 markeredgewidth=2.5 if kind.is_ring else 0, clip_on=False,
                 gid=plot.explain(kind.texts),
             )  # fmt: skip
             handles += [line] if kind.label else []
         axes.set_xlim(left=0)
+        if is_share:  # no axis goes on where no share can be
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -0.004), min(max(high, 0.02), 1.004))
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=_ROUND))
         axes.set_xlabel(titles[0])
         axes.set_ylabel(titles[1])

@@ -10,7 +10,15 @@ from statistics import median
 from typing import Any
 
 from quietstar.config.yaml import parse
-from quietstar.evaluation.controls import BLANK, CONTROL_NAMES, GAINS, GENERIC, SHUFFLED, SWAPPED
+from quietstar.evaluation.controls import (
+    BLANK,
+    CONTROL_NAMES,
+    CONTROL_NOTES,
+    GAINS,
+    GENERIC,
+    SHUFFLED,
+    SWAPPED,
+)
 from quietstar.reports.figures import (
     Chart,
     Draw,
@@ -138,6 +146,7 @@ def write_report(folder: Path) -> Path:
         run=run,
         facts=_facts(run),
         answers=_answers(evaluations, run.results),
+        control_notes={f"accuracy_{control}": note for control, note in CONTROL_NOTES.items()},
         scored=[record for record in scored if "mixed_nll" in record.figures] or scored,
         guards=_guards(run),
         verdict=_verdict(evaluations, run.results),
