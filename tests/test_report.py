@@ -202,7 +202,7 @@ def test_the_key_figures_stand_at_the_top(report):
         "31.2%",
         "12.0%",
         "33.0%",
-        "3.0% → 88.0%",
+        "88.0% share of the sampled thoughts 3.0% before training",
         "500 held-out problems",
     ):
         assert figure in top
@@ -216,14 +216,15 @@ def test_accuracy_comes_from_the_last_evaluation_without_results(report):
     text = report({"metrics.jsonl": FILES["metrics.jsonl"]}).text
     assert "Answers to held-out problems, step 30" in text
     assert "92.0%" in text
-    assert "3.0% → 88.0%" in text
+    assert "3.0% before training" in text
 
 
 def test_the_gain_of_content_stands_beside_the_gain_even_if_not_measured(report):
     figures = {"base_nll": 2.0, "mixed_nll": 1.9, "gain": 0.1}
     text = report(lines({"kind": "eval", "step": 5, **figures})).text
     assert (
-        "step 5 Base NLL 2.000 Mixed NLL 1.900 Gain from thinking +0.100 base minus mixed "
+        "step 5 Base NLL 2.000 without thoughts Mixed NLL 1.900 with thoughts "
+        "Gain from thinking +0.100 base minus mixed "
         "Gain of content – not measured Guards" in text
     )
     assert "Gain of content – not measured" in text
