@@ -16,6 +16,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from quietstar import registry
 from quietstar.config import Config
 from quietstar.config.loading import load_config
 from quietstar.errors import ConfigError, UserError, visible
@@ -24,11 +25,12 @@ from quietstar.evaluation.statistics import mean_over_seeds
 from quietstar.registry import importing_nothing
 from quietstar.reports.figures import Draw, Points, draw_points, in_both_sizes, literal
 from quietstar.reports.pages import MISSING, percent, plain, signed, write_html
-from quietstar.reports.run_files import RunFiles, series
+from quietstar.reports.run_files import Record, RunFiles, series
 from quietstar.training.run_dir import CONFIG_FILE, FREE_ON_RESUME, flat
-from quietstar.training.stages import plan_stages
+from quietstar.training.stages import Stage, plan_stages
 
 FIGURES = {
+    "accuracy": ("right answers, as trained", percent),
     "accuracy_without_thoughts": ("right without thoughts", percent),
     "accuracy_with_thoughts": ("right with thoughts", percent),
     **{f"accuracy_{name}": (f"right with {text}", percent) for name, text in CONTROL_NAMES.items()},
@@ -69,6 +71,7 @@ class Run:
     settings: Mapping[str, str]  # that decide its figures, seed aside
     figures: Mapping[str, float]
     curves: Mapping[str, tuple[list[int], list[float]]]  # held out, over the last stage's steps
+    ends: Sequence[Mapping[str, Any]]  # right answers at the ends of stages (`_stage_ends`)
     warnings: frozenset[str]  # names of the guards that fired
 
 
@@ -112,7 +115,32 @@ def read_run(folder: Path) -> Run:
     for key in (*CURVES, *_OF_PLAIN_RUNS.values()):
         steps, values = series(of_last, "eval", key)
         curves[key] = ([step - first for step in steps], values)
-    return Run(folder, config.training.seed, _settings(config), figures, curves, warnings)
+    ends = _stage_ends(files.records, stages)
+    if ends and ends[-1]["stage"] == stages[-1].name:
+        figures["accuracy"] = ends[-1]["accuracy"]
+    return Run(folder, config.training.seed, _settings(config), figures, curves, ends, warnings)
+
+
+def _stage_ends(records: Sequence[Record], stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """Return the right answers at the end of each stage, and the tokens of thought that they cost.
+
+    A stage that learns to do without thoughts (a plain student's too) is scored without them.
+    """
+    ends = []
+    for stage in stages:
+        loss, of_stage = stage.config.loss, [r for r in records if r.stage == stage.name]
+        with importing_nothing():
+            student = registry.find("loss.objective", loss.objective)(loss).student
+        thinks = stage.thinks and student != "plain"
+        key = "accuracy_with_thoughts" if thinks else "accuracy_without_thoughts"
+        shares, tokens = series(of_stage, "eval", key)[1], 0.0
+        if thinks:
+            measured = (series(of_stage, "train", n)[1] for n in ("thought_length", "length_limit"))
+            longest = float(stage.config.thoughts.length)
+            tokens = next((values[-1] for values in measured if values), longest)
+        if shares:
+            ends.append({"stage": stage.name, "thought_tokens": tokens, "accuracy": shares[-1]})
+    return ends
 
 
 def _settings(config: Config) -> dict[str, str]:
@@ -136,8 +164,9 @@ def compare_runs(folders: Sequence[Path]) -> dict[str, Any]:
         ``groups``, each with its ``name``, ``runs``, ``seeds``, the ``settings`` that differ from
         the first group's, ``figures`` (by key: ``n``, ``mean``, its 95 % interval ``ci95`` by
         Student's t over the seeds, and the ``values`` in the order of the seeds) and ``warnings``
-        (by name: in how many of the runs the health check failed), and the ``curves`` of each run
-        (by key: steps and values).
+        (by name: in how many of the runs the health check failed), and of each run the ``curves``
+        (by key: steps and values) and the ``ends`` of its stages (``stage``, ``thought_tokens``,
+        ``accuracy``).
 
     Raises:
         UserError: A folder holds no finished run, or two hold the same settings and seed.
@@ -177,21 +206,46 @@ def _group(runs: Sequence[Run], first: Mapping[str, str]) -> dict[str, Any]:
         "name": name,
         "runs": [str(run.folder) for run in runs],
         "seeds": [run.seed for run in runs],
-        "settings": {
-            key: settings.get(key, "")
-            for key in {**first, **settings}
-            if settings.get(key) != first.get(key)
-        },
+        "settings": _differences(settings, first),
         "figures": figures,
+        "ends": [list(run.ends) for run in runs],
         "curves": [{key: list(curve) for key, curve in run.curves.items()} for run in runs],
         "warnings": dict(Counter(sorted(name for run in runs for name in run.warnings))),
     }
 
 
+_OF_STAGE = re.compile(r"stages\.([^.]+)\.(.+)")
+
+
+def _differences(settings: Mapping[str, str], first: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings that differ from the first group's, and "" for those that are missing.
+
+    Where runs have other stages, these are named, and the last ones are compared.
+    """
+    stages = [list(dict.fromkeys(m[1] for m in map(_OF_STAGE.fullmatch, x) if m))
+              for x in (settings, first)]  # fmt: skip
+    if stages[0] != stages[1]:
+        last = [
+            {key: value for key, value in given.items() if not _OF_STAGE.fullmatch(key)}
+            | {
+                m[2]: given[m[0]]
+                for m in map(_OF_STAGE.fullmatch, given)
+                if m and m[1] == names[-1]
+            }
+            for given, names in zip((settings, first), stages, strict=True)
+        ]
+        named = {"stages": ", ".join(stages[0]) or "one"}
+        return named | _differences(*last)
+    return {
+        key: settings.get(key, "")
+        for key in {**first, **settings}
+        if settings.get(key) != first.get(key)
+    }
+
+
 def _changes(group: Mapping[str, Any]) -> list[str]:
-    """Name the settings that tell a group from the first one; not those of stages it has not."""
-    changed = [f"{key}: {value}" for key, value in group["settings"].items()
-               if value or not key.startswith("stages.")]  # fmt: skip
+    """Name the settings that tell a group from the first one."""
+    changed = [f"{key}: {value}" for key, value in group["settings"].items()]
     more = len(changed) - MOST_DIFFERENCES
     return changed[:MOST_DIFFERENCES] + ([f"and {more} more"] if more > 0 else [])
 
@@ -232,6 +286,11 @@ def write_comparison(path: Path, result: Mapping[str, Any]) -> Path:
             if len(groups) > len(LOOKS):
                 caption += f" The first {len(LOOKS)} runs alone are drawn."
             cards.append({"name": key, "title": title, "caption": caption})
+    if draw := _against_cost(groups):
+        figures["cost"] = draw
+        caption = "At the end of each stage, over the tokens of a thought; fewer are faster."
+        cards.insert(0, {"name": "cost", "title": "Right answers against their cost",
+                         "caption": caption})  # fmt: skip
     rows = [
         (label, [(group["name"], group["figures"][key], show) for group in groups
                  if key in group["figures"]])
@@ -244,6 +303,26 @@ def write_comparison(path: Path, result: Mapping[str, Any]) -> Path:
     )  # fmt: skip
 
 
+def _against_cost(groups: Sequence[Mapping[str, Any]]) -> Draw | None:
+    """Draw the ends of all stages, unless all cost the same."""
+    kinds, costs = [], set()
+    for group, (color, symbol) in zip(groups, LOOKS, strict=False):
+        for number, (ends, seed) in enumerate(zip(group["ends"], group["seeds"], strict=True)):
+            name = literal(group["name"], 40)
+            tokens = [end["thought_tokens"] for end in ends]
+            shares = [end["accuracy"] for end in ends]
+            texts = [f"{name}, seed {seed}, {literal(end['stage'], 40)}: "
+                     f"{percent(end['accuracy'])}, {end['thought_tokens']:.0f} tokens of thought"
+                     for end in ends]  # fmt: skip
+            if ends:
+                kinds.append(
+                    Points(name if number == 0 else "", tokens, shares, texts, color, symbol)
+                )
+            costs.update(tokens)
+    titles = ("tokens of a thought", "correct answers")
+    return partial(draw_points, kinds, titles, True) if len(costs) > 1 else None
+
+
 def _figure(group: Mapping[str, Any], key: str) -> str | None:
     """Return the figure of a group that goes by ``key``: its own, or that of a plain run."""
     return next((k for k in (key, _OF_PLAIN_RUNS.get(key)) if k in group["figures"]), None)
@@ -251,7 +330,7 @@ def _figure(group: Mapping[str, Any], key: str) -> str | None:
 
 def _verdict(groups: Sequence[Mapping[str, Any]]) -> str:
     """Say which group is best by the first figure that all have, and whether it stands out."""
-    for key in CURVES:
+    for key in ("accuracy", *CURVES):
         if all(_figure(group, key) for group in groups):
             break
     else:
