@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_training import assert_same_weights, timeless
-from tiny import read_metrics, run_config
+from tiny import plain_model, read_metrics, run_config
 
 from quietstar.cli import main as cli
+from quietstar.data import byte_tokenizer
 from quietstar.errors import Preempted, UserError
 from quietstar.training import checkpoint, loop
 from quietstar.training.checkpoint import (
@@ -361,3 +362,38 @@ def test_a_pickled_schedule_of_an_older_version_is_never_read(tmp_path):
     run_training(config, resume="auto")
     assert not (tmp_path / "ran").exists()
     assert timeless(read_metrics(folder)) == wanted
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_the_model_of_a_checkpoint_is_taken_where_a_model_is_asked_for(tuning, tmp_path, capsys):
+    """It is bit for bit the one that the run saves at its end; the run goes on beside it."""
+    more = {}
+    if tuning == "lora":
+        plain_model().save_pretrained(tmp_path / "base")
+        byte_tokenizer().save_pretrained(tmp_path / "base")
+        more = {"model__config": None, "model__tokenizer": None, "tuning__method": "lora",
+                "model__name_or_path": str(tmp_path / "base")}  # fmt: skip
+    config, folder = saved_run(tmp_path, **more)
+    capsys.readouterr()
+    call = ["generate", "--max-new-tokens", "3", "--prompt", "2 + 3", "--model"]
+    texts = []
+    for model in (folder / "checkpoints/step-000006", folder, folder / "checkpoints/step-000002"):
+        assert cli.main([*call, str(model)]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    exported = folder / "models" / "step-000006"
+    a, b = (load_file(f / "quietstar.safetensors") for f in (exported, folder / "final"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    before = (exported / "quietstar.json").stat().st_mtime_ns
+    assert cli.main([*call, str(folder / "checkpoints/step-000006")]) == 0
+    assert (exported / "quietstar.json").stat().st_mtime_ns == before  # written once
+    run_training(config, resume="auto")
+    flip = folder / "checkpoints" / "step-000004" / "trainable.safetensors"
+    flip.write_bytes(flip.read_bytes()[:-1] + b"x")
+    assert cli.main([*call, str(folder / "checkpoints/step-000004")]) == 2
+    assert "step-000004): is damaged: trainable.safetensors" in capsys.readouterr().err
+    assert cli.main([*call, str(folder / "checkpoint")]) == 2
+    assert f"there is no such folder. Did you mean {folder / 'checkpoints'}?" in (
+        capsys.readouterr().err
+    )

@@ -121,6 +121,8 @@ def material(tmp_path_factory):
     write_lines(folder / "DIR/commonsenseqa_validation.jsonl", [question] * 4)
     for name in ("test.jsonl", "mine.jsonl"):
         write_lines(folder / name, QUESTIONS)
+    choices = [{**line, "choices": [" yes", line["answer"]]} for line in QUESTIONS]
+    write_lines(folder / "choices.jsonl", choices)
     own = [{"problem": line["prompt"], "solution": line["answer"]} for line in QUESTIONS * 4]
     write_lines(folder / "questions.jsonl", own)
     write_lines(folder / "pairs.jsonl", PAIRS)
@@ -138,7 +140,7 @@ def material(tmp_path_factory):
     tree["loss"], tree["thoughts"] = {"objective": "distill"}, {"length": 2, **MARKERS}
     (folder / "student.yaml").write_text(yaml.safe_dump(tree))
     run_training(config)
-    runs = ["x", "a", "b", "teacher", "fast", "demo_controls/seed-0/own"]
+    runs = ["x", "a", "b", "mine", "teacher", "fast", "demo_controls/seed-0/own"]
     for name in ("untrained", *(f"runs/{name}" for name in runs)):
         shutil.copytree(config.training.output_dir, folder / name)
     with pytest.MonkeyPatch.context() as patch:

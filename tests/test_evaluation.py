@@ -20,9 +20,10 @@ from quietstar.data.encoding import Encoder
 from quietstar.errors import UserError
 from quietstar.evaluation import tasks as tasks_module
 from quietstar.evaluation.controls import CONTROLS, GAINS, derangement, replacement
-from quietstar.evaluation.scoring import GENERIC_TEXT, item_metrics
+from quietstar.evaluation.scoring import GENERIC_TEXT, choice_metrics, item_metrics
 from quietstar.evaluation.tasks import (
     TASKS,
+    EncodedItem,
     Item,
     Task,
     answer_batch,
@@ -707,6 +708,16 @@ def test_choices_are_those_of_a_slow_loop(folder, tmp_path, batch_size):
     assert task["main_metric"] == "accuracy"
     assert task["n"] == 3
     assert set(task["controls"]) == {"shuffled", "pause", "generic", "blank", "swapped"}
+
+
+def test_no_order_decides_between_equally_likely_choices():
+    """As where a model knows the words of none, and takes all for the same token."""
+    item = Item("n", "It", " b", "here", choices=(" a", " b", " c"))
+    items = [EncodedItem(0, item, [1, 2], 1, 1, 0, choice) for choice in range(3)]
+    logprobs = torch.tensor([[-1.0, -1.0, -3.0], [-1.0, -2.0, -1.0], [-2.0, -2.0, -1.5]])
+    metrics, _ = choice_metrics(items, logprobs)
+    assert metrics["accuracy"][1].tolist() == [0.5, 0.0, 1.0]
+    assert metrics["accuracy_norm"][1].tolist() == [0.5, 0.0, 1.0]
 
 
 def test_thoughts_before_choices_vote(folder, tmp_path):

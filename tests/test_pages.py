@@ -93,7 +93,7 @@ GATES = [
 def test_the_page_of_an_evaluation_answers_first_and_shows_every_figure(tmp_path):
     page = Page(write_page(tmp_path / "new" / "e.html", HOSTILE, RESULT).read_text("utf-8"))
     assert page.open == []
-    assert "because of what they say accuracy (argmax): 41.0% with" in page.text
+    assert "what they say (by P(gold answer)) accuracy (argmax): 41.0% with" in page.text
     assert "41.0% with thoughts, 30.0% without, 31.0% with swapped thoughts. 128" in page.text
     assert "128 items; below each figure is its 95% interval. Note: 2" in page.text
     assert "Swapped thoughts each item with the thought of another 0.3100" in page.text

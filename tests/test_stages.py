@@ -300,3 +300,20 @@ def test_a_thought_shorter_than_the_steps_is_said(tmp_path, num_steps, count):
     lines = notices(stage, held_out)
     assert len(lines) == count
     assert all("thoughts.length (2): shorter than the steps to an answer" in x for x in lines)
+
+
+def test_own_parts_of_later_stages_are_tried_before_the_first_step(tmp_path, monkeypatch):
+    """And what they are tried on changes nothing."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "late_rewards.py").write_text(
+        "def short(thoughts, scores):\n    return scores.mixed.sum((1, 2))\n\n\n"
+        "def as_built_in(thoughts, scores):\n    from quietstar.rewards import thought\n"
+        "    return thought.thought(thoughts, scores)\n"
+    )
+    bad = staged_config(tmp_path / "bad", loss__reward="late_rewards:short")
+    with pytest.raises(UserError, match=r"late_rewards:short\): it returned a tensor of shape"):
+        run_training(bad)
+    assert not (tmp_path / "bad" / "metrics.jsonl").exists()
+    own = run_training(staged_config(tmp_path / "own", loss__reward="late_rewards:as_built_in"))
+    built_in = run_training(staged_config(tmp_path / "built_in", loss__reward="thought"))
+    assert same(weights(own.parent), weights(built_in.parent))

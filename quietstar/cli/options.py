@@ -12,6 +12,7 @@ import math
 import os
 import re
 import sys
+import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -405,15 +406,37 @@ def find_models(args: argparse.Namespace) -> None:
 
 
 def _trained_model(name: str) -> str:
-    """Return the model in the folder of a run, and any other name as it is."""
-    if not Path(name).is_dir():
+    """Return the model in the folder of a run or of a checkpoint, and any other name as it is."""
+    folder = Path(name)
+    if not folder.exists() and "/" in name and folder.parent.is_dir():  # no name on the hub
+        others = [str(path) for path in folder.parent.iterdir() if path.is_dir()]
+        near = difflib.get_close_matches(name, others, 1)
+        hint = f" Did you mean {near[0]}?" if near else " Give the folder of a model or of a run."
+        raise UserError(f"--model ({name}): there is no such folder.{hint}")
+    if not folder.is_dir():
         return name
+    if (folder / "trainer_state.json").exists():
+        return _model_of_checkpoint(folder)
     from quietstar.model.saving import SETTINGS_FILE  # imports torch
     from quietstar.training.run_dir import FINAL_FOLDER
 
     inside = Path(name) / FINAL_FOLDER
     is_run = (inside / SETTINGS_FILE).exists() and not (Path(name) / SETTINGS_FILE).exists()
     return str(inside) if is_run else name
+
+
+def _model_of_checkpoint(folder: Path) -> str:
+    """Return the folder of a checkpoint's model, which the first process of a launch writes."""
+    from quietstar.training.build import quiet_libraries  # imports torch
+    from quietstar.training.export import export_checkpoint, exported, is_checkpoint
+
+    if not is_checkpoint(folder):
+        return str(folder)
+    quiet_libraries()
+    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+    while rank != "0" and exported(folder) is None:
+        time.sleep(1)
+    return str(export_checkpoint(folder))
 
 
 def _averaged_model(name: str) -> str:

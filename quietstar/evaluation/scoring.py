@@ -308,7 +308,8 @@ def choice_metrics(
     """Compute the metrics of items with choices from the log-probability of every choice.
 
     Returns:
-        In the row of each item's answer ``accuracy``: 1 where the answer is the most likely choice;
+        In the row of each item's answer ``accuracy``: 1 where the answer is the most likely choice
+        (1/n where it is one of n such choices);
         ``accuracy_norm``: the same by log-probability per byte of the choice, as
         lm-evaluation-harness's ``acc_norm``; ``gold_probability`` and ``gold_logprob`` of the
         answer among the choices. And what was chosen by each thought, by that row.
@@ -325,12 +326,17 @@ def choice_metrics(
         best = of_item.argmax(0)
         among = of_item.log_softmax(0)[gold]
         row = rows[gold]
-        metrics["accuracy"][row] = (best == gold).to(of_item.dtype)
-        by_byte = (of_item / sizes[:, None]).argmax(0)
-        metrics["accuracy_norm"][row] = (by_byte == gold).to(of_item.dtype)
+        metrics["accuracy"][row] = _share_of_best(of_item)[gold]
+        metrics["accuracy_norm"][row] = _share_of_best(of_item / sizes[:, None])[gold]
         metrics["gold_probability"][row], metrics["gold_logprob"][row] = among.exp(), among
         chosen[row] = [choices[place] for place in best.tolist()]
     return metrics, chosen
+
+
+def _share_of_best(scores: Float[Tensor, "choices thoughts"]) -> Float[Tensor, "choices thoughts"]:
+    """Share one point among the choices with the highest score, so that no order decides."""
+    best = (scores == scores.amax(0)).to(scores.dtype)
+    return best / best.sum(0)
 
 
 def _sum_logprobs(

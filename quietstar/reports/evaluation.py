@@ -109,7 +109,7 @@ def task_view(name: str, task: dict[str, Any]) -> RenderableType:
         parts.append(Text(text, style="dim"))
     parts += [Text(f"  note: {line}", style="yellow") for line in task["warnings"]]
     if task["verdict"]:
-        parts.append(Text(f"  {name}: {task['verdict']}", style="bold"))
+        parts.append(Text(f"  {name}, by {metrics[main]}: {task['verdict']}", style="bold"))
     return Group(*parts)
 
 
@@ -178,7 +178,7 @@ def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
         shown = {name: metrics[name] for name in ("accuracy", main) if name in metrics}
         sections.append({
             "name": name, "task": task, "answer": _answer(task, metrics), "metrics": metrics,
-            "cards": cards, "shown": shown,
+            "main": main, "cards": cards, "shown": shown,
             "variants": variants, "lengths": lengths, "without": WITHOUT, "with": WITH,
             "examples": [entry for entry in examples if entry[2]],
             "content": GAINS[SWAPPED], "votes": task.get(WITH, {}).get("votes", {}),

@@ -45,7 +45,7 @@ from quietstar.training.loop import leave, train
 from quietstar.training.optimizer import build_optimizer
 from quietstar.training.reporter import Reporter
 from quietstar.training.run_dir import CONFIG_FILE, EMA_FOLDER, FINAL_FOLDER, PREEMPTED_FILE, flat
-from quietstar.training.schedule import Pace
+from quietstar.training.schedule import Pace, scheduled
 from quietstar.training.stages import Stage, begin_stage, plan_stages, stage_at
 from quietstar.training.state import StageRun
 from quietstar.training.teaching import TeacherFolder
@@ -174,6 +174,7 @@ def _run(
         checkpoint = start.checkpoint
         check_world(checkpoint, strategy)
     job = set_up(config, strategy, checkpoint)
+    try_own_parts(job)
     if accelerator.is_main_process and not start.goes_on:
         run_dir.clear(output_dir)
         run_dir.mark(output_dir)
@@ -231,6 +232,35 @@ def _run(
         if run is None:
             raise
         leave(run, stop)
+
+
+def try_own_parts(job: Job) -> None:
+    """Tries the user's own parts of later stages on a text, so that a mistake costs no steps.
+
+    Those of the first stage are tried by its first step. Left out are weights that no process holds
+    whole, and stages whose losses need another model's predictions.
+
+    Raises:
+        UserError: A reward, an objective or a sampler does not do what such parts must.
+    """
+    if job.strategy.kind != "replicated":
+        return
+    model, device = job.model, job.strategy.accelerator.device
+    for stage in job.stages[1:]:
+        loss, thoughts = stage.config.loss, stage.config.thoughts
+        names = (loss.reward, loss.objective, thoughts.sampler)
+        if not stage.thinks or not any(":" in name for name in names):
+            continue
+        model.to(device).configure(scheduled(thoughts, 0), loss)
+        objective = model.objective
+        if objective.student is not None or objective.reads_reference(loss.reward):
+            continue
+        texts = next(job.data[stage.index][1].batches(1)).to(device)
+        with torch.random.fork_rng(devices=[]):
+            model.train()(
+                texts.input_ids, texts.attention_mask, texts.labels, answers=texts.answers,
+                marked=texts.marked, sample_ids=texts.sample_ids,
+            )  # fmt: skip
 
 
 def build_stage(

@@ -28,6 +28,8 @@ MARKER_FILE, LOCK_FILE, CONFIG_FILE = "quietstar-run.json", "quietstar.lock", "c
 PREEMPTED_FILE = "preempted"
 FINAL_FOLDER, EMA_FOLDER = "final", "ema"
 CHECKPOINTS_FOLDER, TRACKERS_FOLDER = "checkpoints", "tensorboard"
+MODELS_FOLDER = "models"
+"""Models of checkpoints, written where a command is given one (`quietstar.training.export`)."""
 WRITTEN_FILES = (
     METRICS_FILE,
     THOUGHTS_FILE,
@@ -203,7 +205,7 @@ def clear(output_dir: Path) -> None:
                 f"training.overwrite_output_dir: {path} of the earlier run cannot be deleted "
                 f"({reason}). Remove it, or give another training.output_dir."
             )
-    for name in (CHECKPOINTS_FOLDER, TRACKERS_FOLDER):
+    for name in (CHECKPOINTS_FOLDER, MODELS_FOLDER, TRACKERS_FOLDER):
         with suppress(OSError):  # others' files in it
             (output_dir / name).rmdir()
 
@@ -213,8 +215,8 @@ def _written(output_dir: Path) -> list[Path]:
     folders = (FINAL_FOLDER, EMA_FOLDER, TENSORBOARD_FOLDER)
     paths = [output_dir / name for name in (*WRITTEN_FILES, *folders)]
     paths += [path for path in _entries(output_dir) if UNFINISHED_NAME.fullmatch(path.name)]
-    checkpoints = _entries(output_dir / CHECKPOINTS_FOLDER)
-    return paths + [path for path in checkpoints if CHECKPOINT_NAME.fullmatch(path.name)]
+    of_steps = [*_entries(output_dir / CHECKPOINTS_FOLDER), *_entries(output_dir / MODELS_FOLDER)]
+    return paths + [path for path in of_steps if CHECKPOINT_NAME.fullmatch(path.name)]
 
 
 def recover(output_dir: Path) -> None:
