@@ -325,11 +325,12 @@ def fill_device(
         for place, size in (max_memory or free_memory()).items()
     }
     device = next((place for place in free if place != "cpu"), "cpu")
-    dtype = dtype if isinstance(dtype, torch.dtype) else settings.dtype or torch.float32
+    stored = dtype if isinstance(dtype, torch.dtype) else settings.dtype or torch.float32
+    size_of_one = (getattr(torch, stored) if isinstance(stored, str) else stored).itemsize
     model = _meta_model(settings)
     layers = decoder_layers(model, remedy="device_map: cpu")
-    sizes = [sum(p.numel() for p in layer.parameters()) * dtype.itemsize for layer in layers]
-    room = free[device] - (sum(p.numel() for p in model.parameters()) * dtype.itemsize - sum(sizes))
+    sizes = [sum(p.numel() for p in layer.parameters()) * size_of_one for layer in layers]
+    room = free[device] - (sum(p.numel() for p in model.parameters()) * size_of_one - sum(sizes))
     if sum(sizes) <= room:
         return {"": device}
     root = next(name for name, module in model.named_modules() if module is layers)
