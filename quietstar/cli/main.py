@@ -23,6 +23,7 @@ from importlib import import_module
 from quietstar import __version__
 from quietstar.errors import ConfigError, Preempted, UserError, reason_of, visible
 from quietstar.system import signals
+from quietstar.system.processes import launched_rank
 from quietstar.system.signals import Stopped
 
 EXIT_USER_ERROR = 2
@@ -161,12 +162,6 @@ def _report_fault(fault: Exception) -> str:
     except OSError as problem:
         path = f"nowhere ({reason_of(problem)})"
     return f"a fault of quietstar, not of yours ({name}). Report it with its traceback: {path}"
-
-
-def launched_rank() -> int:
-    """Return the rank of this process; 0 outside a launch, whatever RANK an environment has."""
-    rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    return int(rank) if rank.isdecimal() and world.isdecimal() and int(world) > 1 else 0
 
 
 def _print_line(message: str, prefix: str = "") -> None:

@@ -28,6 +28,7 @@ from rich.text import Text
 
 from quietstar.errors import UserError, reason_of, visible
 from quietstar.system.files import PARTIAL, check_output, file_kind
+from quietstar.system.processes import launched_rank
 
 if TYPE_CHECKING:
     from quietstar.model.quiet_star import QuietStarForCausalLM
@@ -400,19 +401,19 @@ def find_models(args: argparse.Namespace) -> None:
     for name in ("model", "compare"):
         value = getattr(args, name, None)
         if isinstance(value, str):
-            setattr(args, name, _trained_model(value))
+            setattr(args, name, _trained_model(value, name))
         elif value is not None:
-            setattr(args, name, [_trained_model(model) for model in value])
+            setattr(args, name, [_trained_model(model, name) for model in value])
 
 
-def _trained_model(name: str) -> str:
+def _trained_model(name: str, option: str) -> str:
     """Return the model in the folder of a run or of a checkpoint, and any other name as it is."""
     folder = Path(name)
     if not folder.exists() and "/" in name and folder.parent.is_dir():  # no name on the hub
         others = [str(path) for path in folder.parent.iterdir() if path.is_dir()]
         near = difflib.get_close_matches(name, others, 1)
         hint = f" Did you mean {near[0]}?" if near else " Give the folder of a model or of a run."
-        raise UserError(f"--model ({name}): there is no such folder.{hint}")
+        raise UserError(f"--{option} ({name}): there is no such folder.{hint}")
     if not folder.is_dir():
         return name
     if (folder / "trainer_state.json").exists():
@@ -433,8 +434,7 @@ def _model_of_checkpoint(folder: Path) -> str:
     if not is_checkpoint(folder):
         return str(folder)
     quiet_libraries()
-    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
-    while rank != "0" and exported(folder) is None:
+    while launched_rank() > 0 and exported(folder) is None:
         time.sleep(1)
     return str(export_checkpoint(folder))
 

@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 from textwrap import fill
 
-from quietstar.cli.main import launched_rank
 from quietstar.cli.options import DEFAULT_CONFIG, Parser, whole
 from quietstar.config import SECTIONS, Config, fields, keys_of
 from quietstar.config.loading import load_config, shipped_configs
 from quietstar.config.messages import default_text, type_text
 from quietstar.errors import ConfigError, UserError
+from quietstar.system.processes import launched_rank
 
 DESCRIPTION = """Trains a model. On many processes: accelerate launch train.py, same options.
 

@@ -81,6 +81,12 @@ ALONE = Processes()
 """This process, which shares its work with no other."""
 
 
+def launched_rank() -> int:
+    """Return the rank of this process; 0 outside a launch, whatever RANK an environment has."""
+    rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return int(rank) if rank.isdecimal() and world.isdecimal() and int(world) > 1 else 0
+
+
 def join_launch(device: str | None = None) -> Processes:
     """Meets the other processes of this launch, if there are any.
 
