@@ -244,8 +244,8 @@ def _differences(settings: Mapping[str, str], first: Mapping[str, str]) -> dict[
 
 
 def _changes(group: Mapping[str, Any]) -> list[str]:
-    """Name the settings that tell a group from the first one."""
-    changed = [f"{key}: {value}" for key, value in group["settings"].items()]
+    """Name the settings that tell a group from the first one, but for those that it has not."""
+    changed = [f"{key}: {value}" for key, value in group["settings"].items() if value]
     more = len(changed) - MOST_DIFFERENCES
     return changed[:MOST_DIFFERENCES] + ([f"and {more} more"] if more > 0 else [])
 
