@@ -10,6 +10,7 @@ from quietstar.evaluation.runner import majority, vote_metrics
 from quietstar.evaluation.statistics import (
     break_down,
     by_group,
+    choose_main_metric,
     correct_for_many,
     difference,
     differences,
@@ -310,3 +311,18 @@ def test_nothing_is_concluded_from_a_handful_of_items():
     assert verdict(found) == "19 items are too few to say whether thoughts help"
     assert warnings(found) == []
     assert "better with thoughts" in verdict(found | {"n": 20})
+
+
+@pytest.mark.parametrize(("share", "decides"), [(0.4, "gold_probability"), (4e-4, "nll")])
+def test_the_probability_of_answers_decides_unless_none_is_left(share, decides):
+    """Where the NLL may say the opposite, of a model that is sure of its wrong answers."""
+    answers = {"nll": column([2.0, 3.0]), "gold_probability": column([0.0, share])}
+    values = {"without_thoughts": answers | {"gold_probability": column([0.0, 0.0])},
+              "with_thoughts": answers}  # fmt: skip
+    assert choose_main_metric("nll", values) == decides
+    assert choose_main_metric("gold_probability", values) == "gold_probability"
+    assert choose_main_metric("nll", {"with_thoughts": {"nll": column([1.0])}}) == "nll"
+    of_choices = {
+        "with_thoughts": answers | {"accuracy": column([1, 0]), "accuracy_norm": column([1, 0])}
+    }
+    assert choose_main_metric("nll", of_choices) == "accuracy"

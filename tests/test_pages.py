@@ -132,8 +132,8 @@ def test_the_page_of_gates_marks_the_chosen_one(tmp_path):
     assert "entropy: 2.0889, 1.80 passes/token, 10.0% of tokens think" in page.texts
     assert "Chosen: entropy above 0.5000." in page.text
     assert (
-        "Thinking at 50.0% of the tokens takes 1.8 times fewer passes; right answers: 25.6%, "
-        "31.1% thinking always, 20.0% thinking never." in page.text
+        "Thinking at 50.0% of the tokens takes 1.8 times fewer passes than always; right answers: "
+        "25.6% (31.1% thinking always, 20.0% thinking never)." in page.text
     )
     without_answers = [row | {"accuracy": None} for row in GATES]
     page = Page(write_gates(tmp_path / "h.html", without_answers).read_text("utf-8"))

@@ -151,10 +151,7 @@ def summarise(
         }
         for variant, rows in records.items()
     }
-    first = next(iter(values.values()))
-    main = task.main_metric if task.main_metric in first else next(iter(first))
-    if "accuracy_norm" in first:  # of choices
-        main = "accuracy"
+    main = choose_main_metric(task.main_metric, values)
     summary: dict[str, Any] = {"n": count, "main_metric": main, "truncated": num_cut}
     summary |= {v: means(values[v], main, seed) for v in (WITHOUT, WITH) if v in values}
     for name in LENGTHS:
@@ -189,6 +186,27 @@ def summarise(
         )
     summary["verdict"] = verdict(summary)
     return summary
+
+
+_LEAST_PROBABILITY = 1e-3
+"""Mean P(gold answer) that some variant must reach to decide."""
+
+
+def choose_main_metric(of_task: str, values: Mapping[str, Mapping[str, Array]]) -> str:
+    """Choose what verdicts and warnings are about, of the metrics of every variant.
+
+    The accuracy of choices; of other answers the probability, though a task would have their NLL,
+    which punishes a model that is sure of a wrong answer more than it rewards right ones. But of
+    the probability of a long answer nothing is left.
+    """
+    first = next(iter(values.values()))
+    main = of_task if of_task in first else next(iter(first))
+    if "accuracy_norm" in first:  # of choices
+        return "accuracy"
+    if main == "nll" and "gold_probability" in first:
+        shares = [metrics["gold_probability"].mean() for metrics in values.values()]
+        main = "gold_probability" if max(shares) >= _LEAST_PROBABILITY else main
+    return main
 
 
 def means(values: dict[str, Array], main: str, seed: int = 0) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from quietstar.training.run_dir import CONFIG_FILE, FREE_ON_RESUME, flat
 from quietstar.training.stages import Stage, plan_stages
 
 FIGURES = {
-    "accuracy": ("right answers, as trained", percent),
+    "accuracy": ("right answers at the end", percent),
     "accuracy_without_thoughts": ("right without thoughts", percent),
     "accuracy_with_thoughts": ("right with thoughts", percent),
     **{f"accuracy_{name}": (f"right with {text}", percent) for name, text in CONTROL_NAMES.items()},

@@ -278,10 +278,10 @@ def _gates_verdict(rows: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] 
     ends = {row["gate"]: row for row in rows if row["gate"] in ("always", "never")}
     parts = [f"{show(row[measure])} thinking {gate}" for gate, row in ends.items()]
     if chosen is None:
-        return f"{name}: {', '.join(parts)}."
+        return f"{name[0].upper()}{name[1:]}: {', '.join(parts)}."
     always = ends.get("always", chosen)["passes_a_token"]
     faster = always / chosen["passes_a_token"]
     return (
         f"Thinking at {percent(chosen['share'])} of the tokens takes {faster:.1f} times fewer "
-        f"passes; {name}: {show(chosen[measure])}, {', '.join(parts)}."
+        f"passes than always; {name}: {show(chosen[measure])} ({', '.join(parts)})."
     )
