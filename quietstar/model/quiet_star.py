@@ -1465,11 +1465,12 @@ def check_figures(x: object, shape: torch.Size, device: torch.device, name: str)
         UserError: No tensor, another shape, type or device, a gradient, or a figure that is not
             finite.
     """
+    axes = ", ".join(("batch", "positions", "thoughts", "lookahead")[: len(shape)])
     if not isinstance(x, Tensor) or x.shape != shape:
         what = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise UserError(
             f"{name}: it returned {what}, but must return a tensor of shape {tuple(shape)} "
-            "(batch, positions, thoughts, and lookahead for true tokens). Mend its last line."
+            f"({axes}). Mend its last line."
         )
     if not x.is_floating_point() or x.device != device:
         raise UserError(
