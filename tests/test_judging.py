@@ -847,7 +847,7 @@ def test_a_contest_goes_on_from_the_texts_that_are_written(tmp_path, monkeypatch
     ([], "--pairs or --compare: must be given"),
     (["--compare", "plain", "plain"], "its likeliest texts are the same"),
     (["--compare", "plain", "plain", "--thoughts", "on", "off"], "and does not think"),
-    (["--compare", "plain", "nowhere"], "nowhere): cannot be loaded"),
+    (["--compare", "plain", "nowhere"], "nowhere): there is no such folder"),
     (["--compare", "plain", "thinks", "--rationale", "600"],
      "judge): --template and --rationale: take"),
     (["--compare", "plain", "thinks", "--max-new-tokens", "600"], "there must be at most 513"),
