@@ -322,7 +322,7 @@ def _add_virtual_tokens(model: PreTrainedModel, tuning: TuningConfig) -> None:
         assert attention is not None, "all layers attend"
         size = getattr(attention, "head_dim", None)
         shape = (heads, count, size or config.hidden_size // config.num_attention_heads)
-        prefix = Prefix(shape) if encoder is None else EncodedPrefix(shape, encoder)
+        prefix = LearnedPrefix(shape) if encoder is None else EncodedPrefix(shape, encoder)
         attention.add_module(VIRTUAL_TOKENS, prefix.to(weight.device))
 
 
@@ -330,7 +330,7 @@ _PREFIX_STD = 0.02
 """Standard deviation of the keys and values that a prefix begins with."""
 
 
-class Prefix(nn.Module):
+class LearnedPrefix(nn.Module):
     """Learned keys and values of the virtual tokens in one layer.
 
     Args:
@@ -409,10 +409,10 @@ def fold_prefix(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tenso
     embeddings, *hidden = (
         tensors[f"{encoder}.{part}"] for part in ("embeddings", "hidden.weight", "hidden.bias")
     )
+    states = torch.tanh(nn.functional.linear(embeddings, *hidden))
     for name, module in modules.items():
         if isinstance(module, EncodedPrefix):
             output = (tensors[f"{name}.output.{part}"] for part in ("weight", "bias"))
-            states = torch.tanh(nn.functional.linear(embeddings, *hidden))
             both = module.split(nn.functional.linear(states, *output))
             made[f"{name}.keys"], made[f"{name}.values"] = both
     return made
