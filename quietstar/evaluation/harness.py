@@ -151,15 +151,11 @@ class QuietStarLM(_Harness):
         device = device if on_gpu else None
         if device_map not in (None, "auto"):
             raise UserError(f"device_map: {device_map!r} must be auto. Leave it out, or set it so.")
-        places = {"device_map": device_map, "max_memory": free_memory(device)}
+        places = {} if device_map is None else {
+            "device_map": device_map, "max_memory": free_memory(device)
+        }  # fmt: skip
         self.thinker = load_thinker(
-            pretrained,
-            needs_training,
-            dtype,
-            remedy,
-            positions,
-            places if device_map else {},
-            **hub,
+            pretrained, needs_training, dtype, remedy, positions, places, **hub
         )
         if device_map is None:
             self.thinker.to(find_device(device))

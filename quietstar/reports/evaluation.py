@@ -178,7 +178,7 @@ def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
         shown = {name: metrics[name] for name in ("accuracy", main) if name in metrics}
         sections.append({
             "name": name, "task": task, "answer": _answer(task, metrics), "metrics": metrics,
-            "main": main, "cards": cards, "shown": shown,
+            "cards": cards, "shown": shown,
             "variants": variants, "lengths": lengths, "without": WITHOUT, "with": WITH,
             "examples": [entry for entry in examples if entry[2]],
             "content": GAINS[SWAPPED], "votes": task.get(WITH, {}).get("votes", {}),
