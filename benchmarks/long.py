@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from benchmarks.measure import environment, peak_mb
 from benchmarks.models import load_plain, make_thinker
 from benchmarks.options import add_machine, report_result, run, settings_of
-from quietstar.backbone.devices import find_device
+from quietstar.backbone.devices import find_device, keep_freed_memory
 from quietstar.backbone.output_head import find_output_head
 from quietstar.cli.options import Parser, whole
 from quietstar.config import loss_config
@@ -36,7 +36,7 @@ from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.sampling.rollout import sample_thoughts
 from quietstar.sampling.stopping import StopTexts
 from quietstar.sampling.thoughts import Sampling, Texts, ThoughtBatch
-from quietstar.training.build import keep_freed_memory, quiet_libraries
+from quietstar.training.build import quiet_libraries
 
 PARTS = ("equal", "ragged", "learn", "step")
 

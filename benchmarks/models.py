@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.floor import Sizes
+from quietstar.backbone.devices import keep_freed_memory
 from quietstar.backbone.loading import load_base
 from quietstar.config import MixingHeadConfig, ThoughtsConfig, loss_config
 from quietstar.errors import UserError
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.self_check import use_thinking_attention
-from quietstar.training.build import keep_freed_memory
 
 MODELS: dict[str, dict[str, Any]] = {
     "mistral-tiny": {

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from benchmarks import decode, judging, long, rollout, step, sweep, tuning
+from quietstar.backbone.devices import keep_freed_memory
 from quietstar.cli.main import run_command
-from quietstar.training.build import keep_freed_memory
 
 
 @pytest.mark.slow
@@ -90,8 +90,8 @@ def test_freed_memory_is_kept_unless_the_environment_rules(monkeypatch):
             asked.append((parameter, value))
             return 1
 
-    monkeypatch.setattr("quietstar.training.build.ctypes.CDLL", lambda _: Library())
-    monkeypatch.setattr("quietstar.training.build.sys.platform", "linux")
+    monkeypatch.setattr("quietstar.backbone.devices.ctypes.CDLL", lambda _: Library())
+    monkeypatch.setattr("quietstar.backbone.devices.sys.platform", "linux")
     for name in [name for name in os.environ if name.startswith("MALLOC_")]:
         monkeypatch.delenv(name)
     assert keep_freed_memory()

@@ -1,10 +1,14 @@
 """Every command of README and docs runs as it is typed, in a fresh folder, cut to a few steps.
 
 One that stands on several pages runs on the first; runs and texts that an earlier page made lie in
-the folder of each.
+the folder of each. Where a page shows the output of a command, the command prints it, but for
+figures, and for thoughts and verdicts of a model that these few steps have not taught anything.
+With the folder of a run of README's first command in QUIETSTAR_DEMO these are compared, too.
 """
 
+import doctest
 import json
+import os
 import re
 import shutil
 from glob import glob
@@ -13,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_docs import PAGES, ROOT, blocks, commands, our_arguments
+from test_docs import PAGES, ROOT, blocks, commands, our_arguments, shown_outputs
 from tiny import MARKERS, plain_model, run_config
 
 from quietstar.cli import main as cli
@@ -27,6 +31,12 @@ OURS = [
     for where, words in commands()
     if where.startswith(f"{page.relative_to(ROOT)}:") and our_arguments(words) is not None
 ]
+SHOWN = {where: output for where, (_, output) in shown_outputs().items()}
+DEMO = os.environ.get("QUIETSTAR_DEMO")
+FIGURE = r"(?:< )?[+−-]?\d[\d,.]*%?"
+BOX = "[\u2500-\u257f]+"
+LEARNED = [] if DEMO else [r"⟨.*?⟩ \S+", r"(?<= by P\(gold answer\): )\w.*", r"; one step in .*"]
+"""What a model says and does after its training."""
 FRAGMENTS = "..."
 """Stands in a command for the rest of the reader's own."""
 ELSEWHERE = {
@@ -52,6 +62,22 @@ ON_TINY = {
     "thoughts.num_thoughts": 2, "data.subset": "null",
 }  # fmt: skip
 """What takes the place of a large model, its texts and its thoughts."""
+
+
+def comparable(text):
+    """The text without what differs among machines and trainings."""
+    for pattern in (BOX, *LEARNED):
+        text = re.sub(pattern, "", text)
+    return re.sub(FIGURE, "0", text)
+
+
+def check_output(expected, printed, where):
+    """Compare what a page shows, where ``...`` stands for anything, with what was printed."""
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    expected, printed = comparable(expected), comparable(printed)
+    assert doctest.OutputChecker().check_output(expected, printed, flags), (
+        f"{where} shows\n{expected}\nand prints\n{printed}"
+    )
 
 
 def write_lines(path, lines):
@@ -83,7 +109,8 @@ def cut(arguments):
             for word in (f"--{key}", str(value))
         )]  # fmt: skip
     if name == "eval":
-        words += ["--device", "cpu", "--limit", "3"] if "--limit" not in given else []
+        limit = "64" if "demo" in words else "3"
+        words += ["--device", "cpu", "--limit", limit] if "--limit" not in given else []
         needs_folder = "--data-dir" not in given and words[words.index("--tasks") + 1] == "gsm8k"
         words += ["--data-dir", "DIR"] if needs_folder else []
     if name == "plan" and "configs/smollm2_math.yaml" in words:
@@ -94,9 +121,10 @@ def cut(arguments):
         words += ["--max-new-tokens", "3"]
     if name == "report":
         words = [path for word in words for path in (sorted(glob(word)) or [word])]
-    short = {"--rationale": "4", "--max-new-tokens": "3"}
+    most = {"--rationale": 4, "--max-new-tokens": 3}
     return [name, *(
-        short.get(before, word) for before, word in zip(["", *words[:-1]], words, strict=True)
+        str(min(most[before], int(word))) if before in most else word
+        for before, word in zip(["", *words[:-1]], words, strict=True)
     )]  # fmt: skip
 
 
@@ -145,7 +173,10 @@ def material(tmp_path_factory):
         shutil.copytree(config.training.output_dir, folder / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert not cli.main(cut(["train"]))  # the first command of README: runs/demo
+        if DEMO:
+            shutil.copytree(DEMO, "runs/demo")
+        else:
+            assert not cli.main(cut(["train"]))  # the first command of README: runs/demo
     return folder
 
 
@@ -163,24 +194,35 @@ def contents():
 @pytest.mark.parametrize(
     "page", sorted({page for page, _, _ in OURS}), ids=lambda page: str(page.relative_to(ROOT))
 )
-def test_the_commands_of_a_page_run_one_after_the_other(page, material, tmp_path, monkeypatch):
+def test_the_commands_of_a_page_run_one_after_the_other(
+    page, material, tmp_path, monkeypatch, capsys
+):
     shutil.copytree(material, tmp_path, symlinks=True, dirs_exist_ok=True)
     for name, code in contents():
         (tmp_path / name).write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "80")
     for number, (owner, where, words) in enumerate(OURS):
         arguments = our_arguments(words)
         is_elsewhere = any(ELSEWHERE.get(a) == b for a, b in pairwise(words))
         is_again = any(words == earlier for _, _, earlier in OURS[:number])
-        if owner != page or FRAGMENTS in words or is_elsewhere or is_again:
+        if owner != page or FRAGMENTS in words or is_elsewhere:
             continue
-        outputs = [words[i + 1] for i, word in enumerate(words) if word in OUTPUTS]
-        for name in outputs:  # of an earlier example
+        if is_again and where not in SHOWN:
+            continue
+        files = [words[i + 1] for i, word in enumerate(words) if word in OUTPUTS]
+        for name in files:  # of an earlier example
             for path in map(Path, glob(f"{name.partition('.')[0]}.*")):
                 path.unlink()
             shutil.rmtree(name, ignore_errors=True)
         for seed in "01" if any("$seed" in word for word in words) else "0":
             typed = [word.replace("$seed", seed) for word in arguments]
+            capsys.readouterr()
             assert not cli.main(cut(typed)), where
-        assert all(Path(name).exists() for name in outputs), where
+        assert all(Path(name).exists() for name in files), where
+        if DEMO and arguments[0] == "train":  # into the folder of README's first command
+            shutil.rmtree("runs/demo")
+            shutil.copytree(DEMO, "runs/demo")
+        if where in SHOWN:
+            check_output(SHOWN[where], capsys.readouterr().out, where)

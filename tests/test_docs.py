@@ -32,18 +32,32 @@ def blocks(page, language):
     return re.findall(rf"^ *```{language}\n(.*?)^ *```", page.read_text("utf-8"), re.M | re.S)
 
 
+def typed(page, block):
+    """Every command of a block of shell: where it stands, and its words."""
+    for line in block.replace("\\\n", " ").splitlines():
+        for part in re.split(r"\s+(?:&&|\|)\s+|;\s+", line.strip()):
+            words = shlex.split(part, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                words = words[1:]
+            if words:
+                yield f"{page.relative_to(ROOT)}: {part[:70]}", words
+
+
 def commands():
-    """Every command of every page: where it stands, and its words."""
-    found = []
+    """Every command of every page."""
+    return [c for page in PAGES for block in blocks(page, "bash") for c in typed(page, block)]
+
+
+def shown_outputs():
+    """What pages show as output, by where its command stands: the last one of the block before."""
+    found = {}
+    code = r"((?:(?! *```).*\n)*?) *```\n"
     for page in PAGES:
-        for block in blocks(page, "bash"):
-            for line in block.replace("\\\n", " ").splitlines():
-                for part in re.split(r"\s+(?:&&|\|)\s+|;\s+", line.strip()):
-                    words = shlex.split(part, comments=True)
-                    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-                        words = words[1:]
-                    if words:
-                        found.append((f"{page.relative_to(ROOT)}: {part[:70]}", words))
+        text = page.read_text("utf-8")
+        for block, output in re.findall(rf"^ *```bash\n{code}\n *```text\n{code}", text, re.M):
+            (*_, (where, words)) = typed(page, block)
+            assert where not in found, where
+            found[where] = words, output
     return found
 
 

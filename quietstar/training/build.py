@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from quietstar.backbone.compiling import check_compile, compile_layers
+from quietstar.backbone.devices import keep_freed_memory
 from quietstar.backbone.loading import load_base, stored_dtypes
 from quietstar.backbone.run import num_virtual
 from quietstar.config import Config
@@ -197,22 +196,6 @@ def use_cpu_threads(threads: int | None) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(threads or max(1, (cores or 1) // processes))
         keep_freed_memory()
-
-
-def keep_freed_memory() -> bool:
-    """Lets glibc keep large freed blocks for the next ones; returns True if it does.
-
-    By default it gives blocks of megabytes back at once, and gets them again page by page: on two
-    cores 11 % of a training step (docs/performance.md). A ``MALLOC_`` variable in the environment
-    takes precedence.
-    """
-    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is None:
-        return False
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
-    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
 
 
 def hub_options(config: Config) -> dict[str, Any]:
