@@ -218,6 +218,14 @@ def test_help_lists_every_key_with_type_default_and_bounds_in_80_columns():
     assert "number > 0 and < 1; default 0.05" in words
 
 
+def test_help_has_the_defaults_of_the_objective_that_is_named(capsys):
+    assert not cli.main(["train", "--loss.objective", "distill", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "those of distill" in words
+    assert re.search(r"--loss.reference .{0,300}default base\)", words)
+    assert "--loss.form" not in words
+
+
 def test_help_and_version_of_the_command(capsys):
     assert not cli.main(["--help"])
     assert "train" in capsys.readouterr().out

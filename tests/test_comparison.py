@@ -115,6 +115,24 @@ def test_the_page_compares_curves_and_says_which_run_is_best(tmp_path, capsys):
     assert "<b>, seed 1, step 25: +0.3000" in page.texts
 
 
+@pytest.mark.parametrize(
+    ("seeds", "spread", "rest"),
+    [
+        (2, 0.1, "too few seeds to tell them apart."),
+        (2, 0.001, "their 95% intervals do not overlap."),
+        (3, 0.1, "their 95% intervals overlap."),
+    ],
+)
+def test_the_verdict_needs_three_seeds_to_say_that_intervals_overlap(tmp_path, seeds, spread, rest):
+    runs = [
+        write_run(tmp_path / f"{name}-{seed}", gain + spread * seed, seed, **settings)
+        for name, gain, settings in (("a", 0.1, {}), ("b", 0.3, {"thoughts__num_thoughts": 3}))
+        for seed in range(seeds)
+    ]
+    page = Page(write_comparison(tmp_path / "page.html", compare_runs(runs)).read_text("utf-8"))
+    assert rest in page.text
+
+
 def test_a_run_that_does_not_think_is_compared_by_what_it_has(tmp_path):
     plain = write_run(tmp_path / "plain", 0.1, 0, loss__objective="next_token")
     metrics = [
@@ -129,6 +147,22 @@ def test_a_run_that_does_not_think_is_compared_by_what_it_has(tmp_path):
     assert verdict in page.text
     assert "Held out, a line for each seed. plain: without thoughts." in page.text
     assert "plain, seed 0, step 25: 1.2500" in page.texts
+
+
+def test_a_student_is_compared_without_thoughts(tmp_path):
+    student = write_run(tmp_path / "student", 0.1, 0, loss__objective="distill")
+    metrics = [
+        {"kind": "eval", "stage": "train", "step": step, "base_nll": 1.25, "mixed_nll": 0.5,
+         "accuracy_without_thoughts": 0.25, "accuracy_with_thoughts": 0.75}
+        for step in (0, 25)
+    ]  # fmt: skip
+    (student / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics))
+    result = compare_runs([student])
+    page = Page(write_comparison(tmp_path / "page.html", result).read_text("utf-8"))
+    assert "student: right answers at the end 25.0%" in page.text
+    assert "student, seed 0, step 25: 25.0%" in page.texts
+    assert "student, seed 0, step 25: 1.2500" in page.texts
+    assert not any("step 25: 75.0%" in t or "step 25: 0.5000" in t for t in page.texts)
 
 
 def test_the_page_of_one_run_is_written_anew(tmp_path, capsys):

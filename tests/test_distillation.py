@@ -33,6 +33,7 @@ from quietstar.losses.cross_entropy import Segment, SoftTargets, divergence_from
 from quietstar.losses.distillation import nearest_thought
 from quietstar.losses.mixture import Mixture, mixture_objective
 from quietstar.losses.weights import ThoughtWeights
+from quietstar.objectives.fast_rl import FastRl
 from quietstar.training import teaching
 from quietstar.training.run import run_training
 from quietstar.training.teaching import TeacherFolder
@@ -301,10 +302,19 @@ def test_the_two_forms_of_fast_rl():
     ids = torch.arange(2)
     first, again = (model(texts, teacher=teacher, sample_ids=ids) for _ in range(2))
     assert torch.equal(first.loss, again.loss)
-    # -log p^(1/3) of any token is at most that of the least likely one.
-    cool = (model.causal_lm(texts).logits / 3).log_softmax(-1)[:, :-1]
-    most = -(reward.clamp(min=0) * cool.min(-1).values).sum() / count
-    assert 0 < first.loss <= most
+    drawn = []
+
+    class Watched(FastRl):
+        def student_loss(self, rows):
+            drawn.append(rows.drawn)
+            return super().student_loss(rows)
+
+    model.objective = Watched(model.objective.settings)
+    assert torch.equal(model(texts, teacher=teacher, sample_ids=ids).loss, first.loss)
+    cool = (model.causal_lm(texts).logits / 3).log_softmax(-1)
+    logprobs = cool.gather(2, drawn[0].view(*texts.shape, 1))[:, :-1, 0]
+    expected = -(reward.clamp(min=0) * logprobs).sum() / count
+    torch.testing.assert_close(first.loss, expected, rtol=1e-4, atol=1e-6)
     other = model(texts, teacher=teacher, sample_ids=ids, seed=1)
     assert other.loss != first.loss
 
@@ -343,6 +353,17 @@ def test_a_run_asks_its_teacher(tmp_path, reference):
         assert record["divergence"] >= -1e-6
         assert record["teacher_tokens"] > 0
         assert record["thought_tokens_per_second"] > 0
+
+
+def test_each_reference_teaches_with_weights_of_its_own(tmp_path):
+    nlls = {}
+    for reference in ("base", "current", "ema"):
+        changes = {**DISTILLED, "loss__reference": reference, "training__ema_decay": 0.5}
+        folder = run(tmp_path / reference, **changes)
+        nlls[reference] = [record["teacher_nll"] for record in records(folder)]
+    first, *_, last = zip(*nlls.values(), strict=True)
+    assert max(first) - min(first) < 1e-6  # all the same model before the first update
+    assert min(abs(a - b) for a, b in itertools.combinations(last, 2)) > 1e-4
 
 
 def test_a_student_comes_closer_to_its_teacher():
@@ -487,8 +508,12 @@ def test_a_teacher_of_other_texts_is_refused(tmp_path):
     _, config = stored(tmp_path)
     assert teach(tmp_path) == 0
     other = {**config, "loss__teacher": str(tmp_path / "taught"), "data__seq_len": 10}
-    with pytest.raises(UserError, match=r"has no predictions for 8 of 8 texts"):
+    with pytest.raises(UserError, match=r"32 texts, but for 8 of the 8 of step 1 there are none"):
         run(tmp_path / "other", **other)
+    assert not (tmp_path / "other" / "run").exists()
+    longer = {**config, "loss__teacher": str(tmp_path / "taught"), "training__max_steps": 7}
+    with pytest.raises(UserError, match=r"of step 5 there are none. Write them by quietstar teach"):
+        run(tmp_path / "longer", **longer)
     with pytest.raises(UserError, match=r"teacher.json is missing"):
         run(tmp_path / "none", **{**config, "loss__teacher": str(tmp_path)})
 
@@ -497,7 +522,26 @@ def test_another_teacher_does_not_write_into_the_folder(tmp_path, capsys):
     stored(tmp_path)
     assert teach(tmp_path) == 0
     assert teach(tmp_path, "--training.seed", "1") == 2
-    assert "is of another teacher (seed differs)" in capsys.readouterr().err
+    assert "was written with other settings (seed 0, now 1)" in capsys.readouterr().err
+    assert teach(tmp_path, "--thoughts.length", "1") == 0
+    assert "--thoughts.length: has no effect on the teacher" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"format_version": 1}'])
+def test_a_damaged_teacher_is_told_in_one_line(tmp_path, content):
+    (tmp_path / "teacher.json").write_text(content)
+    with pytest.raises(UserError, match=r"^loss.teacher .*Write a new one by quietstar teach\.$"):
+        run(tmp_path / "student", **DISTILLED, loss__teacher=str(tmp_path))
+
+
+def test_a_student_that_never_thought_is_scored_without_thoughts(tmp_path):
+    _, config = stored(tmp_path)
+    assert teach(tmp_path) == 0
+    folder = run(tmp_path / "student", **config, loss__teacher=str(tmp_path / "taught"))
+    assert all("base_nll" in r and "gain" not in r for r in read_metrics(folder, "eval"))
+    card = (folder / "final" / "README.md").read_text("utf-8")
+    assert "learned to predict without thoughts" in card
+    assert "think=False)[0]" in card
 
 
 @pytest.mark.parametrize("tuning", [{}, {"method": "lora", "lora_r": 2}])

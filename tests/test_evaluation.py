@@ -10,11 +10,12 @@ import pytest
 import torch
 from launching import ROOT, wrap
 from test_generation import slow_step
-from tiny import plain_model, thinking_model
+from tiny import plain_model, run_config, thinking_model
 
 from quietstar import QuietStarForCausalLM
 from quietstar.cli import main as cli
 from quietstar.config import DataConfig
+from quietstar.config.loading import save_config
 from quietstar.data import load_tokenizer
 from quietstar.data.encoding import Encoder
 from quietstar.errors import UserError
@@ -823,6 +824,13 @@ def test_questions_are_read_by_fields_and_template_as_in_training(folder, tmp_pa
     found, _ = evaluated(folder, tmp_path, *call, tasks=raw)
     expected, _ = evaluated(folder, tmp_path, "--force", tasks=own)
     assert found["tasks"][raw] == expected["tasks"][own]
+    config = run_config(
+        tmp_path, data__format="qa", data__template="Q: {question}\nA: {answer}\n",
+        data__question_field="q", data__answer_field="{{ a.text }}",
+    )  # fmt: skip
+    save_config(config, tmp_path / "train.yaml")
+    call = ("--config", tmp_path / "train.yaml", "--answer-field", call[-1], "--force")
+    assert evaluated(folder, tmp_path, *call, tasks=raw)[0]["tasks"][raw] == found["tasks"][raw]
     data = DataConfig(format="qa", template="{question} {answer}")
     (trained,) = Encoder(load_tokenizer("bytes"), data)(
         [{"question": plain[0]["prompt"], "answer": "1"}]
@@ -839,6 +847,10 @@ def test_questions_are_read_by_fields_and_template_as_in_training(folder, tmp_pa
     )
     assert "--template: 'no place' must hold {question}" in refused("--template", "no place")
     assert "--answer-field ({{ a): must be a field's name or" in refused("--answer-field", "{{ a")
+    save_config(run_config(tmp_path), tmp_path / "text.yaml")
+    assert "has data.format: text, whose records have no question" in refused(
+        "--config", tmp_path / "text.yaml"
+    )
     assert "--separator: a --template says" in refused("--separator", " ", "--question-field", "q")
 
 

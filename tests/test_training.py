@@ -614,3 +614,10 @@ def test_resuming_under_other_settings_is_refused_and_names_them(tmp_path):
     longer = run_config(tmp_path, **(settings | {"training__max_steps": 3}))
     folder = train(longer, resume="auto")
     assert load_config(folder / "config.yaml").training.max_steps == 3
+
+
+@pytest.mark.parametrize(("reward", "is_shown"), [("prob", True), ("thought", False)])
+def test_the_line_of_a_step_has_a_reward_that_is_no_gain(tmp_path, capsys, reward, is_shown):
+    train(run_config(tmp_path, loss__reward=reward, training__max_steps=1))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("step "))
+    assert ("  reward +" in line or "  reward -" in line) is is_shown

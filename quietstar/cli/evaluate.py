@@ -20,6 +20,7 @@ from quietstar import __version__
 from quietstar.cli import options
 from quietstar.cli.options import BATCH, SEED, THOUGHTS, TOKENS, Parser, unicode_text, whole
 from quietstar.config import DataConfig
+from quietstar.config.loading import load_config
 from quietstar.data.encoding import split_template
 from quietstar.data.tokenizer import load_tokenizer
 from quietstar.errors import UserError, visible
@@ -159,7 +160,9 @@ def _idle_options(
         **options.idle_thought_filters(thoughts, args.thought_temperature),
         "--extract": unless(extracted, "without a FILE.jsonl"),
         "--stop": unless(extracted, "without --extract and a FILE.jsonl"),
-        **dict.fromkeys(map(_option, QUESTION_FIELDS), unless(has_own, "without a FILE.jsonl")),
+        **dict.fromkeys(
+            ("--config", *map(_option, QUESTION_FIELDS)), unless(has_own, "without a FILE.jsonl")
+        ),
         "--generic": unless(
             GENERIC in args.controls, "without --controls" + (" generic" if args.controls else "")
         ),
@@ -289,12 +292,20 @@ def _option(key: str) -> str:
 def _question_fields(args: argparse.Namespace) -> DataConfig | None:
     """Read how records become questions and answers, if an option says so."""
     given = {key: getattr(args, key) for key in QUESTION_FIELDS if getattr(args, key) is not None}
-    if not given:
+    if not given and args.config is None:
         return None
     if args.separator:
         raise UserError("--separator: a --template says what separates them; leave one out")
     if "template" in given:
         given["template"] = given["template"].replace("\\n", "\n")  # which no shell writes
+    if args.config is not None:
+        trained = list(load_config(args.config).stage_configs().values())[-1].data
+        if trained.format != "qa":
+            raise UserError(
+                f"--config ({args.config}): has data.format: {trained.format}, whose records have "
+                "no question and answer. Leave it out."
+            )
+        given = {key: getattr(trained, key) for key in QUESTION_FIELDS} | given
     try:
         data = DataConfig(format="qa", **given)
         split_template(data.template)
@@ -334,6 +345,14 @@ def _parser() -> Parser:
         "before every one of its tokens")  # fmt: skip
     value("--separator", unicode_text, "", "TEXT",
           "text between prompt and answer of FILE.jsonl; default: none")  # fmt: skip
+    value(
+        "--config",
+        str,
+        None,
+        "FILE",
+        "config of a training, whose data section says how records of FILE.jsonl become questions "
+        "and answers (template, question_field, answer_field), as far as these do not:",
+    )
     value("--template", unicode_text, None, "TEXT",
           "what joins the question and the answer of a record of FILE.jsonl, as data.template in "
           "training, such as 'Q: {question}\\nA: {answer}'")  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,12 +14,14 @@ from quietstar.config import Config
 from quietstar.config.loading import load_config
 from quietstar.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 DESCRIPTION = """Has a model that thinks predict the texts of a run, and keeps what it predicts.
 
 Students learn it with loss.objective: distill (or fast_rl) and loss.teacher: DIR,
 in runs with the same data section, seed and steps, and a model with the same
-tokenizer. The same command goes on where one was ended. Keys of the config may be
-given as for quietstar train.
+tokenizer. The same command goes on where one was ended. Keys of the config that say
+which texts are read may be given as for quietstar train.
 """
 
 
@@ -35,6 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
           "most likely tokens that are kept of each prediction")  # fmt: skip
     args, overrides = parser.parse_known_args(arguments)
     config = load_config(args.config, overrides)
+    for key in sorted({word[2:].partition("=")[0] for word in overrides if word[:2] == "--"}):
+        name = re.sub(r"^stages\.[^.]+\.", "", key)
+        if name.partition(".")[0] in ("thoughts", "loss", "mixing_head", "optim"):
+            remedy = "set --top" if name == "loss.top_tokens" else "leave it out"
+            logger.warning(
+                "--%s: has no effect on the teacher, which thinks as it was saved; %s", key, remedy
+            )
     options.find_models(args)
     _teach(args, config)
     return 0

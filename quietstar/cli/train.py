@@ -4,12 +4,15 @@ import argparse
 import logging
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from textwrap import fill
 
+from quietstar import registry
 from quietstar.cli.options import DEFAULT_CONFIG, Parser, whole
-from quietstar.config import SECTIONS, Config, fields, keys_of
+from quietstar.config import SECTIONS, Config, fields
 from quietstar.config.loading import load_config, shipped_configs
 from quietstar.config.messages import default_text, type_text
+from quietstar.config.tree import loss_class
 from quietstar.errors import ConfigError, UserError
 from quietstar.system.processes import launched_rank
 
@@ -44,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     )  # fmt: skip
     value("--controls", whole(1, 1000), None, "SEEDS",
           "compare the last stage with its controls, with this many seeds")  # fmt: skip
+    parser.objective = _named_objective(arguments or ())
     # DeepSpeed's launcher adds it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     args, overrides = parser.parse_known_args(arguments)
@@ -92,15 +96,35 @@ def _true_or_false(text: str) -> bool:
     return text == "true"
 
 
+def _named_objective(arguments: Sequence[str]) -> str | None:
+    """Find the built-in objective that the command line names."""
+    words = [part for word in arguments for part in word.split("=", 1)]
+    named = dict(pairwise(words)).get("--loss.objective")
+    return named if named in registry.choices("loss.objective") else None
+
+
 class _TrainParser(Parser):
+    objective: str | None = None
+    """The one whose keys and defaults are listed; None lists those of all."""
+
     def format_help(self) -> str:
         """List the keys of the config, which the config's own reader parses."""
+        listed = dict(fields())
+        about = "Defaults are those of quiet_star. Add --loss.objective NAME for those of another."
+        if self.objective is not None:
+            own = loss_class(self.objective).model_json_schema()["properties"]
+            listed = {k: v for k, v in listed.items() if not k.startswith("loss.")}
+            listed |= {f"loss.{name}": field for name, field in own.items()}
+            about = f"These keys, and their defaults, are those of {self.objective}."
         for section in SECTIONS:
             description = Config.model_fields[section].annotation.__doc__ or ""
+            if section == "loss":
+                description = f"{description.rstrip()} {about}"
             group = self.add_argument_group(section, fill(description, 76))
-            for key in keys_of(section):
-                description = fields()[key].get("description", "")
-                text = f"{description} ({type_text(key)}; default {default_text(key)})"
+            for key in (key for key in listed if key.startswith(f"{section}.")):
+                description = listed[key].get("description", "")
+                default = default_text(listed[key])
+                text = f"{description} ({type_text(key)}; default {default})"
                 group.add_argument(f"--{key}", help=text.replace("%", "%%"), metavar="")
         self.add_argument_group("stages", fill(Config.model_fields["stages"].description or "", 76))
         return super().format_help()

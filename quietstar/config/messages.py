@@ -116,9 +116,9 @@ def shortened(text: str, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def default_text(key: str) -> str:
-    """Returns the default of a key as YAML."""
-    value = fields()[key].get("default")
+def default_text(field: Mapping[str, Any]) -> str:
+    """Returns the default of a key, given its JSON schema, as YAML."""
+    value = field.get("default")
     if isinstance(value, float):
         return f"{value:g}"  # 1e-05, not 1.0e-05
     return shown_value(value).strip("'") if isinstance(value, str) else shown_value(value)
@@ -141,13 +141,13 @@ def field_message(key: str, error: Mapping[str, Any]) -> str:
     if meant := closest(str(value), key_words(key)):
         return message + did_you_mean(meant)
     if value is None and "null" not in types:
-        return f"{message}; leave the key out to get its default, {default_text(key)}"
+        return f"{message}; leave the key out to get its default, {default_text(fields()[key])}"
     if isinstance(value, str) and types & {"integer", "number", "boolean"} and fits(value, types):
         return f"{message}; write it without quotes"
     if error["type"] == "list_type":
         return f"{message}; write it as [a, b]"
     description = " ".join(fields()[key].get("description", "").split()).rstrip(".")
-    return f"{message}; default {default_text(key)} ({description})"
+    return f"{message}; default {default_text(fields()[key])} ({description})"
 
 
 def _reason_of_bound(key: str, value: Any) -> str | None:

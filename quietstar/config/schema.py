@@ -107,8 +107,8 @@ def _check_schedule(points: list[dict[str, int]]) -> list[dict[str, int]]:
     for point in points:
         if point.keys() <= {"step"} or "step" not in point:
             raise ValueError("must hold points such as {step: 100, length: 4, lookahead: 2}")
-        if not all(point[key] for key in point.keys() - {"step"}):
-            raise ValueError("must hold lengths and lookaheads of at least 1")
+        if not all(point[key] >= 1 for key in point.keys() - {"step"}) or point["step"] < 0:
+            raise ValueError("must hold lengths and lookaheads of at least 1, and steps from 0 on")
     steps = [point["step"] for point in points]
     if any(later <= earlier for earlier, later in pairwise(steps)):
         raise ValueError("must hold points in the order of their steps, each once")
@@ -137,7 +137,7 @@ Schedule = Annotated[
     list[
         dict[
             Literal["step", "length", "lookahead"],
-            Annotated[int, _between(0, 2**20, "no run has as many")],
+            Annotated[int, _between(-(2**20), 2**20, "no run has as many")],
         ]
     ],
     AfterValidator(_check_schedule),

@@ -30,7 +30,7 @@ _TEXT = """\
 
 {mark}
 
-A causal language model that thinks before it predicts ([Quiet-STaR](https://arxiv.org/abs/2403.09629)), in the format of quietstar.
+{about}, in the format of quietstar.
 
 | | |
 |---|---|
@@ -51,11 +51,25 @@ from transformers import AutoTokenizer
 model = QuietStarForCausalLM.from_pretrained(NAME)  # this folder
 tokenizer = AutoTokenizer.from_pretrained(NAME)
 inputs = tokenizer("...", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))  # think=False: without
+{call}
 ```
 
 {plain}
 """  # noqa: E501
+_THINKS = (
+    "A causal language model that thinks before it predicts "
+    "([Quiet-STaR](https://arxiv.org/abs/2403.09629))",
+    "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))  # think=False: "
+    "without",
+)
+_STUDENT = (
+    "A causal language model that has learned to predict without thoughts what it, or its teacher, "
+    "predicted with them (distilled after [Quiet-STaR](https://arxiv.org/abs/2403.09629)). Its own "
+    "thoughts are no longer trained: use it with `think=False`, or as the plain model that "
+    "`quietstar merge --plain` writes",
+    "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32, think=False)[0]))",
+)
+"""What a model is, and how it is called."""
 _WHOLE = (
     "`language_model/` is the same model without thoughts. It loads with `AutoModelForCausalLM`, "
     "without this package."
@@ -105,9 +119,13 @@ def model_card(
         datasets=list(datasets) or None,
     )
     plain = _WHOLE if method in WHOLE else _ADAPTER if method in PEFT_METHODS else _BESIDE
-    title = f"{Path(base).name} that thinks" if base else "A model that thinks"
+    is_student = model.objective.student == "plain"
+    kind = "taught by thoughts" if is_student else "that thinks"
+    title = f"{Path(base).name} {kind}" if base else f"A model {kind}"
+    about, call = _STUDENT if is_student else _THINKS
     text = _TEXT.format(
-        title=_cell(title), mark=_MARK, plain=plain, figures=_table(before or {}, after or {}),
+        title=_cell(title), about=about, call=call, mark=_MARK, plain=plain,
+        figures=_table(before or {}, after or {}),
         facts="\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items()),
     )  # fmt: skip
     return f"---\n{data.to_yaml()}\n---\n\n{text}"

@@ -688,10 +688,10 @@ class QuietStarForCausalLM(PreTrainedModel):
             ok = own.shape == others.shape and (not on_host(own) or torch.equal(own, others))
         if not ok:
             raise UserError(
-                "teacher: it thought at other positions, or looked ahead by another number of "
+                "loss.teacher: it thought at other positions, or looked ahead by another number of "
                 f"tokens ({teacher.lookahead}), than the student (thoughts.lookahead "
-                f"{self.thoughts.lookahead}). Teach with the student's thoughts.positions and "
-                "lookahead, or set loss.student: plain."
+                f"{self.thoughts.lookahead}). Teach with the student's thoughts.positions; a "
+                "teacher at all positions looks ahead by 1 token. Or set loss.student: plain."
             )
 
     def _check_ratio(self, batch: ThoughtBatch) -> None:

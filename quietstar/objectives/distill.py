@@ -97,7 +97,7 @@ class Distill(PolicyObjective):
     @staticmethod
     def unused(loss: Any) -> Iterable[tuple[str, str]]:
         """Name what a plain student does not read."""
-        yield from unread_with_a_folder(loss)
+        yield from unread_with_a_folder(loss, "top_tokens")
         if loss.student == "plain":
             for name in _OF_THOUGHTS:
                 yield f"loss.{name}", "with loss.student: plain"

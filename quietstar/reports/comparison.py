@@ -73,6 +73,7 @@ class Run:
     curves: Mapping[str, tuple[list[int], list[float]]]  # held out, over the last stage's steps
     ends: Sequence[Mapping[str, Any]]  # right answers at the ends of stages (`_stage_ends`)
     warnings: frozenset[str]  # names of the guards that fired
+    is_plain: bool  # its last stage trained the model without thoughts
 
 
 def read_run(folder: Path) -> Run:
@@ -118,7 +119,16 @@ def read_run(folder: Path) -> Run:
     ends = _stage_ends(files.records, stages)
     if ends and ends[-1]["stage"] == stages[-1].name:
         figures["accuracy"] = ends[-1]["accuracy"]
-    return Run(folder, config.training.seed, _settings(config), figures, curves, ends, warnings)
+    return Run(folder, config.training.seed, _settings(config), figures, curves, ends, warnings,
+               _is_plain(stages[-1]))  # fmt: skip
+
+
+def _is_plain(stage: Stage) -> bool:
+    """Return True if a stage trains the model without thoughts, such as a plain student."""
+    loss = stage.config.loss
+    with importing_nothing():
+        student = registry.find("loss.objective", loss.objective)(loss).student
+    return not stage.thinks or student == "plain"
 
 
 def _stage_ends(records: Sequence[Record], stages: Sequence[Stage]) -> list[dict[str, Any]]:
@@ -128,10 +138,8 @@ def _stage_ends(records: Sequence[Record], stages: Sequence[Stage]) -> list[dict
     """
     ends = []
     for stage in stages:
-        loss, of_stage = stage.config.loss, [r for r in records if r.stage == stage.name]
-        with importing_nothing():
-            student = registry.find("loss.objective", loss.objective)(loss).student
-        thinks = stage.thinks and student != "plain"
+        of_stage = [r for r in records if r.stage == stage.name]
+        thinks = not _is_plain(stage)
         key = "accuracy_with_thoughts" if thinks else "accuracy_without_thoughts"
         shares, tokens = series(of_stage, "eval", key)[1], 0.0
         if thinks:
@@ -161,12 +169,12 @@ def compare_runs(folders: Sequence[Path]) -> dict[str, Any]:
     """Compare finished runs; those that differ in their seed alone are a group.
 
     Returns:
-        ``groups``, each with its ``name``, ``runs``, ``seeds``, the ``settings`` that differ from
-        the first group's, ``figures`` (by key: ``n``, ``mean``, its 95 % interval ``ci95`` by
-        Student's t over the seeds, and the ``values`` in the order of the seeds) and ``warnings``
-        (by name: in how many of the runs the health check failed), and of each run the ``curves``
-        (by key: steps and values) and the ``ends`` of its stages (``stage``, ``thought_tokens``,
-        ``accuracy``).
+        ``groups``, each with its ``name``, ``runs``, ``seeds``, whether it ``is_plain`` (its last
+        stage trained without thoughts), the ``settings`` that differ from the first group's,
+        ``figures`` (by key: ``n``, ``mean``, its 95 % interval ``ci95`` by Student's t over the
+        seeds, and the ``values`` in the order of the seeds) and ``warnings`` (by name: in how many
+        of the runs the health check failed), and of each run the ``curves`` (by key: steps and
+        values) and the ``ends`` of its stages (``stage``, ``thought_tokens``, ``accuracy``).
 
     Raises:
         UserError: A folder holds no finished run, or two hold the same settings and seed.
@@ -206,6 +214,7 @@ def _group(runs: Sequence[Run], first: Mapping[str, str]) -> dict[str, Any]:
         "name": name,
         "runs": [str(run.folder) for run in runs],
         "seeds": [run.seed for run in runs],
+        "is_plain": runs[0].is_plain,
         "settings": _differences(settings, first),
         "figures": figures,
         "ends": [list(run.ends) for run in runs],
@@ -324,8 +333,11 @@ def _against_cost(groups: Sequence[Mapping[str, Any]]) -> Draw | None:
 
 
 def _figure(group: Mapping[str, Any], key: str) -> str | None:
-    """Return the figure of a group that goes by ``key``: its own, or that of a plain run."""
-    return next((k for k in (key, _OF_PLAIN_RUNS.get(key)) if k in group["figures"]), None)
+    """Return the figure of a group that goes by ``key``: with thoughts, or that of a plain run."""
+    names = [key, _OF_PLAIN_RUNS.get(key)]
+    if group["is_plain"]:  # a student is scored with thoughts, too
+        names.reverse()
+    return next((name for name in names if name in group["figures"]), None)
 
 
 def _verdict(groups: Sequence[Mapping[str, Any]]) -> str:
@@ -350,11 +362,13 @@ def _verdict(groups: Sequence[Mapping[str, Any]]) -> str:
         return f"{text}."
     second, more = order[1]
     text += f"; {more}"
-    if best["ci95"] is None or second["ci95"] is None:
-        return f"{text}; too few seeds to tell them apart."
-    ends = sorted([best["ci95"], second["ci95"]])
-    is_apart = ends[0][1] < ends[1][0]
-    return f"{text}; their 95% intervals {'do not ' if is_apart else ''}overlap."
+    if best["ci95"] is not None and second["ci95"] is not None:
+        ends = sorted([best["ci95"], second["ci95"]])
+        if ends[0][1] < ends[1][0]:
+            return f"{text}; their 95% intervals do not overlap."
+        if min(best["n"], second["n"]) > 2:  # that of two is wider than most differences
+            return f"{text}; their 95% intervals overlap."
+    return f"{text}; too few seeds to tell them apart."
 
 
 def comparison_view(result: Mapping[str, Any]) -> RenderableType:

@@ -335,6 +335,11 @@ def describe(model: QuietStarForCausalLM, stage: Stage) -> str:
     if thoughts.sampler == "pause":
         what += " (constant pause tokens)"
     objective = f"{what}, lookahead {thoughts.lookahead}" if stage.thinks else "no thoughts"
+    if model.objective.student == "plain":
+        teacher = getattr(config.loss, "teacher", None)
+        objective = f"no thoughts; its teacher's predictions are in {teacher}"
+        if teacher is None:
+            objective = f"no thoughts; its teacher has {what}"
     return (
         f"{name}: {total / 1e6:.1f}M parameters, {trainable / 1e6:.2f}M train "
         f"({config.tuning.method}); {objective}"
@@ -346,6 +351,11 @@ def notices(stage: Stage, eval_data: EvalData) -> list[str]:
     if not stage.thinks:
         return []
     thoughts, lines = stage.config.thoughts, []
+    if thoughts.schedule and thoughts.schedule[0]["step"] > stage.config.training.max_steps:
+        lines.append(
+            f"notice: thoughts.schedule: begins at step {thoughts.schedule[0]['step']}, after the "
+            f"{stage.config.training.max_steps} of the stage"
+        )
     filters = {"top_p": thoughts.top_p if thoughts.top_p != 1 else None, "top_k": thoughts.top_k}
     given = [f"thoughts.{key} ({x})" for key, x in filters.items() if x is not None]
     if given and thoughts.sampler != "pause":

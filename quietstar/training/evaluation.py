@@ -79,7 +79,7 @@ def evaluate(run: StageRun) -> tuple[dict[str, float], list[dict[str, Any]]]:
         # Strategies need as many forward passes on every rank: what is read again does not count.
         batches, counted = [*own, *own[: most - len(own)]], len(own)
     batches = [batch.to(accelerator.device) for batch in batches]
-    passes = 2 if run.stage.thinks else 1
+    passes = 2 if run.stage.has_thoughts else 1
     names, generic = run.config.training.eval_controls, []
     if GENERIC in names:
         option = "training.eval_controls (generic): its text"
@@ -98,7 +98,7 @@ def evaluate(run: StageRun) -> tuple[dict[str, float], list[dict[str, Any]]]:
             count()
             stop_together(accelerator)
 
-        if run.stage.thinks:
+        if run.stage.has_thoughts:
             totals = compare(
                 model, batches, advance, counted, gather_object, names, generic, follow
             )
@@ -111,7 +111,7 @@ def evaluate(run: StageRun) -> tuple[dict[str, float], list[dict[str, Any]]]:
                 parts.append(scores.metrics.joined(accuracy))
                 advance()
             totals = {"own": reduce(add, parts[:counted])}
-    if run.stage.thinks and SWAPPED in names and SWAPPED not in totals:
+    if run.stage.has_thoughts and SWAPPED in names and SWAPPED not in totals:
         run.reporter.say(
             "gain of content: not available, because a single held-out text has no other to swap "
             "thoughts with; raise data.eval_sequences"
@@ -308,7 +308,7 @@ def write_results(run: StageRun, tokenizer: PreTrainedTokenizerBase, seconds: fl
     To be called on all processes at the end of the last stage, with the time of the whole run.
     """
     contents: dict[str, dict[str, Any]] = {}
-    if run.stage.thinks:
+    if run.stage.has_thoughts:
         contents[SAMPLES_FILE] = {"samples": collect_samples(run, tokenizer)}
     if not run.accelerator.is_main_process:
         return

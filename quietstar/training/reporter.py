@@ -267,10 +267,11 @@ class Reporter:
 
     def _line(self, figures: Mapping[str, float]) -> str:
         """Says the figures of a step in a line, which fits a terminal as far as it can."""
+        is_gain = self.stage.config.loss.reward in ("thought", "mixed")
         parts = {
             name: f"{name} {figures[key]:{form}}"
             for name, key, form in IN_LINE
-            if key in figures and (key != "policy_reward" or "judge_share" in figures)
+            if key in figures and (key != "policy_reward" or not is_gain)
         }
         parts["s/step"] = f"{figures['seconds']:.1f} s/step"
         for name in DROPPED_FIRST:

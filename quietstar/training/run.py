@@ -175,6 +175,8 @@ def _run(
         check_world(checkpoint, strategy)
     job = set_up(config, strategy, checkpoint)
     try_own_parts(job)
+    steps_done = 0 if start.state is None else start.state.step
+    check_teachers(job, steps_done)
     if accelerator.is_main_process and not start.goes_on:
         run_dir.clear(output_dir)
         run_dir.mark(output_dir)
@@ -183,7 +185,6 @@ def _run(
     name = config.logging.run_name or output_dir.resolve().name
     names = {"wandb": {"name": name}, "trackio": {"name": name}, "mlflow": {"run_name": name}}
     accelerator.init_trackers("quietstar", flat(config), names)
-    steps_done = 0 if start.state is None else start.state.step
     reporter = Reporter(config, accelerator, job.tokenizer, job.stages, steps_done, on_report)
     run: StageRun | None = None
     try:
@@ -263,6 +264,20 @@ def try_own_parts(job: Job) -> None:
             )  # fmt: skip
 
 
+def check_teachers(job: Job, steps_done: int) -> None:
+    """Looks for the predictions that stages learn from, so that what is missing costs no steps.
+
+    Raises:
+        UserError: They are not there, of another tokenizer, or not of the texts of the run.
+    """
+    for stage in job.stages:
+        steps = range(max(stage.first_step, steps_done), stage.last_step)
+        teacher = open_teacher(job.model, stage) if steps else None
+        if teacher is not None and not stage.config.data.streaming:  # which is read once, in order
+            batch_size = stage.config.training.global_batch_size
+            teacher.check(job.data[stage.index][0], steps, batch_size)
+
+
 def build_stage(
     job: Job, stage: Stage, reporter: Reporter, checkpoint: Path | None, previous: StageRun | None
 ) -> StageRun:
@@ -338,7 +353,7 @@ def open_teacher(model: QuietStarForCausalLM, stage: Stage) -> TeacherFolder | N
         UserError: They are of another tokenizer, or cannot be read.
     """
     name = getattr(stage.config.loss, "teacher", None)
-    if name is None or model.objective.student is None:
+    if name is None:
         return None
     teacher = TeacherFolder(Path(name), "loss.teacher")
     if (size := teacher.settings["vocab_size"]) != model.vocab_size:

@@ -29,6 +29,17 @@ class Stage:
         """True if the objective needs thoughts."""
         return self.config.loss.thinks
 
+    @property
+    def has_thoughts(self) -> bool:
+        """True if held-out thoughts say something, as those of a model that never thought do not.
+
+        That is a student without thoughts whose teacher's predictions lie on disk.
+        """
+        loss = self.config.loss
+        is_taught = getattr(loss, "teacher", None) is not None
+        is_plain = is_taught and getattr(loss, "student", "plain") == "plain"
+        return self.thinks and not (is_plain and self.starts_thinking)
+
 
 def plan_stages(config: Config) -> list[Stage]:
     """Returns the stages of a config in order."""

@@ -17,6 +17,7 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset, Features, Sequence, Value
+from pydantic import BaseModel
 from torch import Tensor
 
 from quietstar.attention.layout import NO_POSITION
@@ -29,12 +30,23 @@ from quietstar.system.files import file_kind, whole_folder, write_json
 SETTINGS_FILE, PART, PARTS = "teacher.json", "part-{:06d}", "part-" + 6 * "[0-9]"
 FORMAT_VERSION = 1
 TEXTS_OF_A_PART = 1024
+_CHECKED_STEPS = 32
 _ARRAYS = {"positions": "int32", "tokens": "int32", "logprobs": "float32", "rest": "float32",
            "true_logprobs": "float32"}  # fmt: skip
 _FEATURES = Features(
     {"key": Value("string")} | {name: Sequence(Value(kind)) for name, kind in _ARRAYS.items()}
 )
-_DAMAGED = "Write it again by quietstar teach."
+_DAMAGED = "Write a new one by quietstar teach."
+
+
+class _Settings(BaseModel):
+    """What a student reads of ``teacher.json``."""
+
+    format_version: int
+    vocab_size: int
+    top_tokens: int
+    lookahead: int
+    positions: str
 
 
 def text_key(tokens: Tensor) -> str:
@@ -67,10 +79,11 @@ class TeacherFolder:
             )
         with reading(self._where, _DAMAGED):
             self.settings = json.loads(path.read_text(encoding="utf-8"))
-            if self.settings["format_version"] > FORMAT_VERSION:
+            version = _Settings.model_validate(self.settings).format_version
+            if version > FORMAT_VERSION:
                 raise UserError(
-                    f"{self._where}: is of a newer format ({self.settings['format_version']}) than"
-                    f" this quietstar reads ({FORMAT_VERSION}). Upgrade quietstar."
+                    f"{self._where}: is of a newer format ({version}) than this quietstar reads "
+                    f"({FORMAT_VERSION}). Upgrade quietstar."
                 )
             datasets.disable_progress_bars()
             parts = sorted(folder.glob(PARTS))
@@ -80,20 +93,37 @@ class TeacherFolder:
             keys = [] if self._table is None else self._table["key"]
             self.rows = {key: index for index, key in enumerate(keys)}
 
+    def check(self, data: TrainData, steps: range, batch_size: int) -> None:
+        """Refuse a run before its first step if texts of these steps were not taught.
+
+        Looked at are the last step, and up to `_CHECKED_STEPS` others, evenly spaced: an
+        interrupted teacher lacks the texts from some step on, and one of other texts lacks all.
+        """
+        apart = -(-len(steps) // _CHECKED_STEPS)
+        for step in reversed(steps[::-1][::apart]):
+            self._keys(data.batch(step, batch_size, range(batch_size)), step)
+
+    def _keys(self, batch: Batch, step: int | None = None) -> list[str]:
+        """Return the keys of a batch's texts, all of which the teacher has read."""
+        texts = zip(batch.input_ids, batch.attention_mask, strict=True)
+        keys = [text_key(ids[mask]) for ids, mask in texts]
+        if missing := [n for n, key in enumerate(keys) if key not in self.rows]:
+            where = "this step" if step is None else f"step {step + 1}"
+            raise UserError(
+                f"{self._where}: has predictions for {len(self.rows):,} texts, but for "
+                f"{len(missing)} of the {len(keys)} of {where} there are none. Write them by "
+                f"quietstar teach --out {self._folder} with the data section, seed and steps of "
+                "this run; what is there already is kept."
+            )
+        return keys
+
     def find(self, batch: Batch) -> TeacherTargets:
         """Return the predictions for the texts of a batch; both are on the host.
 
         Raises:
             UserError: The teacher has not read one of them.
         """
-        texts = zip(batch.input_ids, batch.attention_mask, strict=True)
-        keys = [text_key(ids[mask]) for ids, mask in texts]
-        if missing := [n for n, key in enumerate(keys) if key not in self.rows]:
-            raise UserError(
-                f"{self._where}: has no predictions for {len(missing)} of {len(keys)} texts of"
-                " this step. Write them by quietstar teach with the data section, seed and steps"
-                " of this run."
-            )
+        keys = self._keys(batch)
         assert self._table is not None, "a text was found"
         table = self._table.with_format("numpy")
         rows = [table[self.rows[key]] for key in keys]
@@ -170,9 +200,13 @@ def write_teacher(
     elif not (folder / SETTINGS_FILE).is_file():
         raise UserError(f"--out ({folder}): holds something else already. Give a new folder.")
     known = TeacherFolder(folder, "--out")
-    if changed := [key for key, value in content.items() if known.settings.get(key) != value]:
+    changed = {key: known.settings.get(key) for key in content}
+    if changed := {key: was for key, was in changed.items() if was != content[key]}:
+        short = "top_tokens", "lookahead", "positions", "seed", "vocab_size"
+        how = [f"{key} {was}, now {content[key]}" if key in short else key
+               for key, was in changed.items()]  # fmt: skip
         raise UserError(
-            f"--out ({folder}): is of another teacher ({', '.join(changed)} differs). Give a new"
+            f"--out ({folder}): was written with other settings ({'; '.join(how)}). Give a new"
             " folder."
         )
     seen, part = set(known.rows), known.num_parts
