@@ -82,7 +82,8 @@ def _verdict(summary: Mapping[str, Any], names: tuple[str, str] | None) -> str:
     same = summary["same_slot"]
     bias = ""
     if same is not None:
-        bias = f" In {percent(same)} of the pairs it gives the same number in both orders."
+        bias = f" In {percent(same)} of the pairs it gives the same number in both orders"
+        bias += ": it follows the place more than the text." if same > 0.5 else "."
     if names is not None:
         low, high = summary["win_rate_ci"] or (0.0, 1.0)
         rate = f"{percent(summary['win_rate'])} (95% CI {percent_range((low, high))})"
