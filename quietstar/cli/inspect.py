@@ -120,9 +120,9 @@ def _document_view(document: dict[str, Any]) -> RenderableType:
             shown = "not available" if content is None else f"{content:+.4f}"
             others = (f"{row[controls.GAINS[control]]:+.4f}" for control in made)
             table.add_row(name, str(row["tokens"]), f"{row['gain']:+.4f}", shown, *others)
-    table.caption = (
-        f"mixing weight {summary['mixing_weight']:.3f}, mean surprisal of thought tokens "
-        f"{summary['entropy']:.2f} nats, distinct tokens {summary['distinct_token_ratio']:.0%}"
+    about = (
+        f"mixing weight {summary['mixing_weight']:.3f}; thought tokens: {summary['entropy']:.2f} "
+        f"nats of surprisal, {summary['distinct_token_ratio']:.0%} distinct"
     )
     text = Text()
     for token in document["tokens"]:  # blue where thoughts gain, orange where they lose
@@ -134,7 +134,8 @@ def _document_view(document: dict[str, Any]) -> RenderableType:
     gained = [record for record in ordered[: -ROWS - 1 : -1] if record["gain"] >= LEAST]
     lost = [record for record in ordered[:ROWS] if record["gain"] <= -LEAST]
     return Group(
-        Text(visible(document["model"]), style="bold"), table, text, Text(),
+        Text(visible(document["model"]), style="bold"), table, Text(about, style="dim"), Text(),
+        text, Text(),
         *([_token_table("largest gains", gained)] if gained else []),
         *([_token_table("largest losses", lost)] if lost else []),
         _next_table(document["next"]),
@@ -158,19 +159,19 @@ def _token_table(title: str, records: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def _next_table(record: dict[str, Any]) -> Table:
+def _next_table(record: dict[str, Any]) -> RenderableType:
     """Return the thoughts after the last token, with what they predict."""
     headings = ("most likely next", "p mixed", "weight", "thought")
     base = record["base_top"][0]
     title = f"after the last token (base: {_in_line(base['text'])}, p {base['probability']:.3f})"
-    table = options.table(headings, left=("most likely next", "thought"), title=title)
+    table = options.table(headings, left=("most likely next", "thought"))
     for thought in record["thoughts"]:
         top = thought["mixed_top"][0]
         table.add_row(
             Text(_in_line(top["text"])), f"{top['probability']:.3f}",
             f"{thought['mixing_weight']:.2f}", Text(_in_line(thought["text"]), style="dim"),
         )  # fmt: skip
-    return table
+    return Group(Text(title, style="italic"), table)  # a table breaks a title at its own width
 
 
 def _in_line(text: str) -> str:
