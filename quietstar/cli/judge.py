@@ -38,7 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.read(arguments)
     _check_use(parser, args)
     # These import torch, after the command line is known to be valid.
-    from quietstar.backbone.devices import keep_freed_memory
     from quietstar.evaluation.scoring import fingerprint
     from quietstar.judging import Judge, VerdictCache, load_template
     from quietstar.judging.contest import summarize_contest
@@ -50,7 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.summary is None:
         args.summary = f"{args.out.removesuffix('.jsonl')}.judge.json"
     quiet_libraries()
-    keep_freed_memory()
     _check_judge(args, template)
     if args.compare is None:
         pairs, digest = read_pairs(Path(args.pairs).expanduser(), args.limit)

@@ -471,12 +471,11 @@ def load_model(
     Code that comes with a model never runs. If ``needs_training``, a plain causal LM is refused
     with a `UserError` that ends in the remedy. ``positions`` are those of `load_thinker`.
     """
-    from quietstar.backbone.devices import find_device, keep_freed_memory
+    from quietstar.backbone.devices import find_device
     from quietstar.evaluation.scoring import load_thinker
     from quietstar.training.build import quiet_libraries
 
     quiet_libraries()
-    keep_freed_memory()
     name, places = name or str(args.model), placement(args)
     try:
         model = load_thinker(

@@ -38,7 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             " folder."
         )
     # These import torch, after the command line is known to be valid.
-    from quietstar.backbone.devices import keep_freed_memory
     from quietstar.evaluation.scoring import fingerprint
     from quietstar.judging.reward_training import (
         RewardTraining,
@@ -56,7 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         train, held_out = _split(train, args.eval_fraction, args.seed, args.pairs)
     quiet_libraries()
-    keep_freed_memory()
     settings = RewardTraining(
         labels=args.labels, epochs=args.epochs, batch_size=args.batch_size,
         learning_rate=args.learning_rate, lora_r=args.lora_r, max_length=args.max_length,

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _teach(args: argparse.Namespace, config: Config) -> None:
     # These import torch, after command line and config are known to be valid.
-    from quietstar.backbone.devices import find_device, keep_freed_memory
+    from quietstar.backbone.devices import find_device
     from quietstar.data import build_data, load_tokenizer
     from quietstar.evaluation.scoring import fingerprint
     from quietstar.model.quiet_star import QuietStarForCausalLM
@@ -70,7 +70,6 @@ def _teach(args: argparse.Namespace, config: Config) -> None:
         )
     stage = stages[name]
     quiet_libraries()
-    keep_freed_memory()
     options.require_trained(args.model)
     # As it was trained: evaluations look ahead by one token alone.
     places = options.placement(args)
