@@ -10,6 +10,7 @@ import doctest
 import json
 import os
 import re
+import runpy
 import shutil
 from glob import glob
 from itertools import pairwise
@@ -25,18 +26,29 @@ from quietstar.config.loading import save_config
 from quietstar.data import load_tokenizer
 from quietstar.training.run import run_training
 
+
+def is_script(words):
+    """Whether it is a file of the page itself."""
+    return len(words) == 2 and words[0] == "python" and words[1].endswith(".py")
+
+
 OURS = [
     (page, where, words)
     for page in PAGES
     for where, words in commands()
-    if where.startswith(f"{page.relative_to(ROOT)}:") and our_arguments(words) is not None
+    if where.startswith(f"{page.relative_to(ROOT)}:")
+    and (our_arguments(words) is not None or is_script(words))
 ]
 SHOWN = {where: output for where, (_, output) in shown_outputs().items()}
 DEMO = os.environ.get("QUIETSTAR_DEMO")
 FIGURE = r"(?:< )?[+−-]?\d[\d,.]*%?"
 BOX = "[\u2500-\u257f]+"
-LEARNED = [] if DEMO else [r"⟨.*?⟩ \S+", r"(?<= by P\(gold answer\): )\w.*", r"; one step in .*"]
-"""What a model says and does after its training."""
+LEARNED = (
+    r"⟨.*?⟩ \S+",  # a thought and what follows
+    r"(?<= by P\(gold answer\): )\w.*",  # the verdict
+    r"(?s)\n *note: .*?(?=\n +\w+, by |\Z)",  # what to do about a gain that is none
+)
+"""What a model says, and what is said of it, after its training."""
 FRAGMENTS = "..."
 """Stands in a command for the rest of the reader's own."""
 ELSEWHERE = {
@@ -66,7 +78,7 @@ ON_TINY = {
 
 def comparable(text):
     """The text without what differs among machines and trainings."""
-    for pattern in (BOX, *LEARNED):
+    for pattern in (BOX, *(() if DEMO else LEARNED)):
         text = re.sub(pattern, "", text)
     return re.sub(FIGURE, "0", text)
 
@@ -202,9 +214,12 @@ def test_the_commands_of_a_page_run_one_after_the_other(
         (tmp_path / name).write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", "100")
     for number, (owner, where, words) in enumerate(OURS):
         arguments = our_arguments(words)
+        if owner == page and is_script(words):
+            runpy.run_path(words[1])
+            continue
         is_elsewhere = any(ELSEWHERE.get(a) == b for a, b in pairwise(words))
         is_again = any(words == earlier for _, _, earlier in OURS[:number])
         if owner != page or FRAGMENTS in words or is_elsewhere:
