@@ -21,5 +21,9 @@ if [[ -n ${NUM_PROCESSES:-} ]]; then
   processes=(--num_processes "$NUM_PROCESSES")
 elif command -v nvidia-smi >/dev/null; then
   processes=(--num_processes "$(nvidia-smi --list-gpus | wc -l)")
+elif [[ $strategy != *_cpu ]]; then
+  echo "launch/node.sh: found no GPU (there is no nvidia-smi). launch/cpu.sh runs on CPUs;" \
+    "NUM_PROCESSES=2 launch/node.sh ... starts anyway." >&2
+  exit 2
 fi
 exec accelerate launch --config_file "$file" "${processes[@]}" train.py --config "$config" "$@"

@@ -385,6 +385,12 @@ def test_the_model_of_a_checkpoint_is_taken_where_a_model_is_asked_for(tuning, t
     a, b = (load_file(f / "quietstar.safetensors") for f in (exported, folder / "final"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+    shutil.move(folder / "final", tmp_path / "kept")  # as if the run had been interrupted
+    assert cli.main([*call, str(folder)]) == 0
+    said = capsys.readouterr()
+    assert said.out == texts[0]
+    assert "is a run without a final model; its newest checkpoint is taken" in said.err
+    shutil.move(tmp_path / "kept", folder / "final")
     before = (exported / "quietstar.json").stat().st_mtime_ns
     assert cli.main([*call, str(folder / "checkpoints/step-000006")]) == 0
     assert (exported / "quietstar.json").stat().st_mtime_ns == before  # written once

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,13 @@ def test_trainer_trains_saves_and_evaluates(method, base, tmp_path):
     assert moved == {n for n in moved if not torch.equal(before[n], model.get_parameter(n))}
     figures = {key for record in trainer.state.log_history for key in record}
     assert {"loss", "eval_loss", "grad_norm"} <= figures
+    assert trainer.predict(data[:8]).metrics["test_loss"] > 0
     trainer.save_model()  # beside its checkpoints
+    saved, are_frozen = tmp_path / "out", method == "lora"
+    with nullcontext() if not are_frozen else pytest.warns(UserWarning, match="trainable=True"):
+        AutoModelForCausalLM.from_pretrained(saved).train()
+    further = AutoModelForCausalLM.from_pretrained(saved, trainable=True).train()
+    assert {name for name, p in further.named_parameters() if p.requires_grad} == moved
     for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-3"):
         again = AutoModelForCausalLM.from_pretrained(folder)
         assert torch.equal(again(texts_of(model)).logits, model.eval()(texts_of(model)).logits)

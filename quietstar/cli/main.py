@@ -6,6 +6,7 @@ is known to be valid.
 """
 
 import atexit
+import difflib
 import gc
 import logging
 import os
@@ -219,6 +220,8 @@ def _dispatch(argv: list[str]) -> int | None:
     name = RENAMED.get(name, name)
     if name not in COMMANDS:
         given = f"there is no command {name}" if name else "no command is given"
+        near = difflib.get_close_matches(name or "", COMMANDS, 1)
+        given += f" (did you mean {near[0]}?)" if near else ""
         raise UserError(f"{given}; known: {', '.join(COMMANDS)} (see quietstar --help)")
     module, _, function = COMMANDS[name][0].partition(":")
     return getattr(import_module(f"quietstar.cli.{module}"), function or "main")(arguments)

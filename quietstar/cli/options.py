@@ -419,11 +419,26 @@ def _trained_model(name: str, option: str) -> str:
     if (folder / "trainer_state.json").exists():
         return _model_of_checkpoint(folder)
     from quietstar.model.saving import SETTINGS_FILE  # imports torch
-    from quietstar.training.run_dir import FINAL_FOLDER
+    from quietstar.training.run_dir import CHECKPOINTS_FOLDER, FINAL_FOLDER, MARKER_FILE
 
-    inside = Path(name) / FINAL_FOLDER
-    is_run = (inside / SETTINGS_FILE).exists() and not (Path(name) / SETTINGS_FILE).exists()
-    return str(inside) if is_run else name
+    inside = folder / FINAL_FOLDER
+    if (folder / SETTINGS_FILE).exists():
+        return name
+    if (inside / SETTINGS_FILE).exists():
+        return str(inside)
+    if not (folder / MARKER_FILE).exists():
+        return name
+    from quietstar.training.checkpoint import list_checkpoints
+
+    if not (checkpoints := list_checkpoints(folder)):
+        raise UserError(
+            f"--{option} ({name}): is a run that has left no model in {FINAL_FOLDER}/ and nothing "
+            f"in {CHECKPOINTS_FOLDER}/. Finish it with --resume auto."
+        )
+    if launched_rank() == 0:
+        logger.warning("--%s (%s): is a run without a final model; its newest checkpoint is taken "
+                       "(%s)", option, name, checkpoints[-1])  # fmt: skip
+    return _model_of_checkpoint(checkpoints[-1])
 
 
 def _model_of_checkpoint(folder: Path) -> str:

@@ -70,7 +70,10 @@ def read_record(raw: object, fields: Mapping[str, str], where: str) -> Record:
     or a template fails.
     """
     if not isinstance(raw, Mapping):
-        raise UserError(f"{where}: a record must be an object with fields, not {_kind(raw)}")
+        raise UserError(
+            f"{where}: a record must be an object with fields, not {_kind(raw)}. Write "
+            '{"text": ...} on every line.'
+        )
     record: Record = {}
     for name, field in fields.items():
         if is_template(field):

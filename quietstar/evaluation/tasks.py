@@ -175,8 +175,10 @@ def read_lines(path: Path, task: str) -> Iterator[tuple[Record, str]]:
     with reading(task, "Check the name."):
         path = path.expanduser()
         if not path.exists():
-            hint = "" if own else f". Give the folder that holds {path.name} as --data-dir"
-            raise UserError(f"--tasks ({task}): there is no file {path}{hint}.")
+            hint = (
+                "Check the name" if own else f"Give the folder that holds {path.name} as --data-dir"
+            )
+            raise UserError(f"--tasks ({task}): there is no file {path}. {hint}.")
         file = open_input(path)
     with file:
         for number in itertools.count(1):

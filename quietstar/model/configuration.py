@@ -22,6 +22,10 @@ class QuietStarConfig(PreTrainedConfig):
     """
 
     model_type = THINKING_TYPE
+    # Of the output, what Trainer's evaluation can neither pad nor gather.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "metrics", "thoughts", "input_ids", "positions", "drawn",
+    ]  # fmt: skip
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}  # pyright: ignore
 
     def __init__(

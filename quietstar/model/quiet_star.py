@@ -154,6 +154,7 @@ class QuietStarForCausalLM(PreTrainedModel):
                 module.support_avx512bf16_for_cpu = False  # pyright: ignore
         head = find_output_head(self.causal_lm)
         self.mixing_head = MixingHead(head.weight.shape[1], mixing_head).to(device)
+        self.has_frozen_adapters = False  # of a saved model that was loaded for use
         self.texts_seen = 0  # keys the noise of texts that come without an index
         # Most block tokens that learn at once (`quietstar.model.learning`); None: all, with an
         # ordinary graph, as engines that shard the weights need it.
@@ -206,6 +207,15 @@ class QuietStarForCausalLM(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module | None:
         """The output layer of the language model."""
         return self.causal_lm.get_output_embeddings()
+
+    def train(self, mode: bool = True) -> QuietStarForCausalLM:
+        """Sets the mode, and warns if adapters were loaded for use and would not train."""
+        if mode and self.has_frozen_adapters:
+            warnings.warn(
+                "The adapters of this model are frozen: markers and mixing head alone would train. "
+                "Load it by from_pretrained(..., trainable=True).", stacklevel=2,
+            )  # fmt: skip
+        return super().train(mode)
 
     def tie_weights(self, *arguments: Any, **options: Any) -> None:
         """Ties what the language model ties."""
@@ -411,6 +421,11 @@ class QuietStarForCausalLM(PreTrainedModel):
                 tokenizer does not fit it.
         """
         thoughts, tuning = thoughts or ThoughtsConfig(), tuning or TuningConfig()
+        if not isinstance(tuning, TuningConfig):
+            raise UserError(
+                f"tuning ({tuning!r}): must be a TuningConfig. Give one, such as "
+                'TuningConfig(method="lora") of quietstar.config.'
+            )
         hub["trust_remote_code"] = trust_remote_code
         if isinstance(name_or_path, str):
             tokenizer = tokenizer or load_tokenizer(name_or_path, **hub)
@@ -869,10 +884,11 @@ class QuietStarForCausalLM(PreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
     ) -> Int[Tensor, "batch seq"]:
         """Give the labels with padding ignored; token ids and labels must be in the vocabulary."""
-        if input_ids.ndim != 2 or not input_ids.numel():
+        if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
+            given = "None" if input_ids is None else f"of shape {tuple(input_ids.shape)}"
             raise UserError(
-                f"input_ids of shape {tuple(input_ids.shape)}: must be (texts, tokens), with one "
-                "at least. Leave empty texts out."
+                f"input_ids {given}: must be (texts, tokens), with one at least. Leave empty texts "
+                "out."
             )
         self._check_ids(input_ids, "input_ids", ignored=False)
         if labels is not None:

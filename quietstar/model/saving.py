@@ -482,6 +482,7 @@ def load(
         model.load_state_dict(own, strict=False)
     if not trainable and tuning.method not in WHOLE:
         tuned.requires_grad_(False)
+        model.has_frozen_adapters = True
     return model.eval()
 
 

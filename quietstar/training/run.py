@@ -399,6 +399,7 @@ def facts_of(run: StageRun) -> dict[str, str]:
         "steps": f"{steps}, learning rate {config.optim.learning_rate:g}",
         "thoughts a position": str(config.thoughts.num_thoughts),
         "seed": str(config.training.seed),
+        "held out": f"{len(run.eval_data)} texts",
     }
 
 
