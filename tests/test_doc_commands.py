@@ -121,7 +121,7 @@ def cut(arguments):
             for word in (f"--{key}", str(value))
         )]  # fmt: skip
     if name == "eval":
-        limit = "64" if "demo" in words else "3"
+        limit = "64" if {"demo", "questions.yaml"} & {*words} else "3"
         words += ["--device", "cpu", "--limit", limit] if "--limit" not in given else []
         needs_folder = "--data-dir" not in given and words[words.index("--tasks") + 1] == "gsm8k"
         words += ["--data-dir", "DIR"] if needs_folder else []
