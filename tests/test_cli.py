@@ -118,7 +118,7 @@ def test_train_hands_over_config_overrides_and_resume(runs, tmp_path):
     ("arguments", "expected"),
     [
         ([], "no command is given"),
-        (["trian"], "there is no command trian; known: train"),
+        (["trian"], "there is no command trian (did you mean train?); known: train"),
         (["bench", "step"], "there is no command bench"),
         (["bench", "sweep", "--axes", "S"], "in a checkout run python -m benchmarks.sweep"),
         (["train", "--config"], "--config: has no value; write --config FILE"),
