@@ -345,14 +345,9 @@ def _parser() -> Parser:
         "before every one of its tokens")  # fmt: skip
     value("--separator", unicode_text, "", "TEXT",
           "text between prompt and answer of FILE.jsonl; default: none")  # fmt: skip
-    value(
-        "--config",
-        str,
-        None,
-        "FILE",
-        "config of a training, whose data section says how records of FILE.jsonl become questions "
-        "and answers (template, question_field, answer_field), as far as these do not:",
-    )
+    value("--config", str, None, "FILE",
+          "config of a training, whose data section says how records of FILE.jsonl become "
+          "questions and answers, where the next three options do not")  # fmt: skip
     value("--template", unicode_text, None, "TEXT",
           "what joins the question and the answer of a record of FILE.jsonl, as data.template in "
           "training, such as 'Q: {question}\\nA: {answer}'")  # fmt: skip
