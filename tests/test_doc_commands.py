@@ -39,7 +39,7 @@ OURS = [
     if where.startswith(f"{page.relative_to(ROOT)}:")
     and (our_arguments(words) is not None or is_script(words))
 ]
-SHOWN = {where: output for where, (_, output) in shown_outputs().items()}
+SHOWN = shown_outputs()
 DEMO = os.environ.get("QUIETSTAR_DEMO")
 FIGURE = r"(?:< )?[+−-]?\d[\d,.]*%?"
 BOX = "[\u2500-\u257f]+"

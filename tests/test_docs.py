@@ -55,9 +55,9 @@ def shown_outputs():
     for page in PAGES:
         text = page.read_text("utf-8")
         for block, output in re.findall(rf"^ *```bash\n{code}\n *```text\n{code}", text, re.M):
-            (*_, (where, words)) = typed(page, block)
+            (*_, (where, _)) = typed(page, block)
             assert where not in found, where
-            found[where] = words, output
+            found[where] = output
     return found
 
 

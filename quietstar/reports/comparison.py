@@ -16,7 +16,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from quietstar import registry
 from quietstar.config import Config
 from quietstar.config.loading import load_config
 from quietstar.errors import ConfigError, UserError, visible
@@ -125,10 +124,8 @@ def read_run(folder: Path) -> Run:
 
 def _is_plain(stage: Stage) -> bool:
     """Return True if a stage trains the model without thoughts, such as a plain student."""
-    loss = stage.config.loss
     with importing_nothing():
-        student = registry.find("loss.objective", loss.objective)(loss).student
-    return not stage.thinks or student == "plain"
+        return not stage.thinks or stage.student == "plain"
 
 
 def _stage_ends(records: Sequence[Record], stages: Sequence[Stage]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quietstar import registry
 from quietstar.config import Config
 from quietstar.model.quiet_star import QuietStarForCausalLM
 
@@ -30,15 +31,20 @@ class Stage:
         return self.config.loss.thinks
 
     @property
+    def student(self) -> str | None:
+        """Who learns from a teacher: ``plain`` or ``thinking``; None where nobody does."""
+        loss = self.config.loss
+        return registry.find("loss.objective", loss.objective)(loss).student
+
+    @property
     def has_thoughts(self) -> bool:
         """True if held-out thoughts say something, as those of a model that never thought do not.
 
         That is a student without thoughts whose teacher's predictions lie on disk.
         """
-        loss = self.config.loss
-        is_taught = getattr(loss, "teacher", None) is not None
-        is_plain = is_taught and getattr(loss, "student", "plain") == "plain"
-        return self.thinks and not (is_plain and self.starts_thinking)
+        is_stored = getattr(self.config.loss, "teacher", None) is not None
+        never_thinks = is_stored and self.student == "plain" and self.starts_thinking
+        return self.thinks and not never_thinks
 
 
 def plan_stages(config: Config) -> list[Stage]:

@@ -96,8 +96,8 @@ class TeacherFolder:
     def check(self, data: TrainData, steps: range, batch_size: int) -> None:
         """Refuse a run before its first step if texts of these steps were not taught.
 
-        Looked at are the last step, and up to `_CHECKED_STEPS` others, evenly spaced: an
-        interrupted teacher lacks the texts from some step on, and one of other texts lacks all.
+        It looks at up to `_CHECKED_STEPS` of them, evenly spaced back from the last: an interrupted
+        teacher lacks the texts from some step on, and one of other texts lacks all.
         """
         apart = -(-len(steps) // _CHECKED_STEPS)
         for step in reversed(steps[::-1][::apart]):
