@@ -523,7 +523,9 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys):
     assert "set --thought-temperature 1" in said("--samples", 2)
     assert "--limit (0): must be a whole number of at least 1" in said("--limit", 0)
     assert "need thoughts" in said("--controls", "--thoughts", "off")
-    assert "--controls (swaped): must be names of shuffled" in said("--controls", "swaped")
+    assert "--controls (swaped): no such control; did you mean swapped?" in said(
+        "--controls", "swaped"
+    )
     room = said("--max-new-tokens", 300, tasks="gsm8k_cot")
     assert "--max-new-tokens: 300 leaves no room for a prompt" in room
     assert "set at most 250" in room
@@ -554,8 +556,9 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys):
     write_lines(tmp_path / "half.jsonl", [{"text": "a\ud800b"}])
     assert "character 1 is no Unicode character" in said(tasks=str(tmp_path / "half.jsonl"))
     gone = said(tasks=str(tmp_path / "gone.jsonl"))
-    assert "there is no file" in gone
+    assert "there is no such file; check the name" in gone
     assert "--data-dir" not in gone
+    assert "did you mean short.jsonl?" in said(tasks=str(tmp_path / "shorts.jsonl"))
     assert "(/nowhere): there is no such folder" in said(model="/nowhere")
 
 

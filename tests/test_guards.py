@@ -110,6 +110,12 @@ def test_figures_that_are_missing_or_no_number_fire_nothing(tmp_path):
     assert fed(GuardState(), "eval", {}, {"mixed_nll": float("nan")}) == [[], ["divergence"]]
 
 
+def test_a_base_prediction_that_nothing_depends_on_may_be_unlearned():
+    worse = BAD["divergence"] | {"mixing_weight": 1.0}
+    assert fed(GuardState(), "eval", {}, worse) == [[], []]
+    assert fed(GuardState(), "eval", {}, worse | {"mixed_nll": 3.0}) == [[], ["divergence"]]
+
+
 def test_remedies_are_keys_that_exist_and_have_an_effect(tmp_path):
     known = fields()
     for guard in GUARDS:

@@ -21,6 +21,7 @@ from quietstar.cli import options
 from quietstar.cli.options import BATCH, SEED, THOUGHTS, TOKENS, Parser, unicode_text, whole
 from quietstar.config import DataConfig
 from quietstar.config.loading import load_config
+from quietstar.config.messages import closest, did_you_mean
 from quietstar.data.encoding import split_template
 from quietstar.data.tokenizer import load_tokenizer
 from quietstar.errors import UserError, visible
@@ -322,8 +323,9 @@ def _control_names(text: str) -> tuple[str, ...]:
     """Parse the names of controls, in whatever order, into the order of `CONTROLS`."""
     names = [name.strip() for name in text.split(",")]
     if unknown := [name for name in names if name not in CONTROLS]:
-        rule = f"must be names of {', '.join(CONTROLS)}. Give some of them, or none for all."
-        raise argparse.ArgumentTypeError(f"({visible(unknown[0])}): {rule}")
+        rule = f"; choose from {', '.join(CONTROLS)}, or give --controls alone for all of them"
+        hint = did_you_mean(closest(unknown[0], CONTROLS)) or rule
+        raise argparse.ArgumentTypeError(f"({visible(unknown[0])}): no such control{hint}")
     return tuple(name for name in CONTROLS if name in names)
 
 

@@ -23,7 +23,14 @@ from pydantic import ValidationError
 from quietstar import registry
 from quietstar.config import messages
 from quietstar.config.effects import keys_without_effect
-from quietstar.config.messages import closest, did_you_mean, key_types, shortened, shown_value
+from quietstar.config.messages import (
+    closest,
+    did_you_mean,
+    did_you_mean_file,
+    key_types,
+    shortened,
+    shown_value,
+)
 from quietstar.config.schema import GYM, MOST_LEVELS, SYNTHETIC
 from quietstar.config.tree import (
     SECTIONS,
@@ -203,7 +210,7 @@ def resolve_config_file(
         raise ConfigError([f"{given}: {name} is a folder{hint}"])
     if kind is not None:
         raise ConfigError([f"{given}: {name} is a pipe, a socket or a device; give a YAML file"])
-    hint = did_you_mean(closest(short, list(shipped)))
+    hint = did_you_mean(closest(short, list(shipped))) or did_you_mean_file(path)
     names = ", ".join(shipped) or "none"
     message = f"there is no file {shortened(str(name), 200)}"
     raise ConfigError([f"{given}: {message}{hint or f'; shipped configs: {names}'}"])

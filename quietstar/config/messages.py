@@ -1,14 +1,20 @@
 """Words for keys, values and problems: types, defaults, and which name was probably meant."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from difflib import SequenceMatcher
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from quietstar.config.tree import fields
 from quietstar.config.yaml import YamlProblem, dump, parse
 
 SIMILAR = 75.0  # least similarity, of 100, of a "did you mean": lets through one or two typos
+SIMILAR_NAME = 60.0  # the same for names of files and tasks, which are mistaken more freely
+MOST_NAMES = 1000  # of a folder or of a record's fields that are looked at for a suggestion
 LONGEST_NAME = 100  # nobody mistypes a longer one, and to compare it would take long
 
 # Types as YAML gives them: their names in JSON schemas, and in messages.
@@ -53,6 +59,18 @@ def closest(
 def did_you_mean(meant: str | None) -> str:
     """Returns the end of an error message; empty without a candidate."""
     return "" if meant is None else f"; did you mean {meant}?"
+
+
+def did_you_mean_file(path: Path) -> str:
+    """Returns the end of an error message: the file beside a missing one that is most like it.
+
+    Names are compared without their suffixes, which would make any two JSONL files alike.
+    """
+    names: list[str] = []
+    with suppress(OSError), os.scandir(path.parent) as entries:
+        names = sorted(entry.name for entry in islice(entries, MOST_NAMES))
+    stem = closest(path.stem, [Path(name).stem for name in names], SIMILAR_NAME)
+    return did_you_mean(closest(path.name, [n for n in names if Path(n).stem == stem], 0.0))
 
 
 def _members(key: str) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ characters the model thinks, these are `positions`, and `where` is the record's 
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
@@ -23,7 +22,14 @@ from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from quietstar.config import DataConfig
-from quietstar.config.messages import closest, did_you_mean, shortened
+from quietstar.config.messages import (
+    MOST_NAMES,
+    SIMILAR_NAME,
+    closest,
+    did_you_mean,
+    did_you_mean_file,
+    shortened,
+)
 from quietstar.config.schema import GYM, SYNTHETIC, is_template
 from quietstar.data.synthetic import chain_sum_steps, import_reasoning_gym, synthetic_records
 from quietstar.data.tokenizer import check_unicode, first_line
@@ -38,8 +44,6 @@ IN_MEMORY_BYTES = 64 * 2**20
 # of one long file can be held out. Where no blank line comes, a line's end does at four times it.
 TEXT_DOCUMENT_CHARS = 32_000
 MESSAGE_FIELDS = ("role", "content")
-SIMILAR_NAME = 60.0  # least similarity, of 100, of a file or task that is suggested
-MOST_NAMES = 1000  # of a folder or of a record's fields that are looked at for a suggestion
 # A tokenizer takes about 100 bytes of memory for a character, and where there is no more it ends
 # the process without a word.
 MOST_CHARACTERS = 10_000_000
@@ -347,18 +351,10 @@ def open_source(
     if is_local:
         return _open_local(label, path, config)
     if path.suffix in READERS or path.is_absolute() or value.startswith((".", "~")):
-        raise UserError(f"{label}: no such file or folder{_suggest_neighbor(path)}")
+        raise UserError(f"{label}: no such file or folder{did_you_mean_file(path)}")
     if value.count("/") > 1:
         raise UserError(f"{label}: no such file or folder, and a hub id has at most one '/'")
     return _open_hub(label, value, config)
-
-
-def _suggest_neighbor(path: Path) -> str:
-    """Returns `; did you mean X?` for the file beside a missing path that is most like it."""
-    names: list[str] = []
-    with suppress(OSError), os.scandir(path.parent) as entries:
-        names = sorted(entry.name for entry in islice(entries, MOST_NAMES))
-    return did_you_mean(closest(path.name, names, SIMILAR_NAME))
 
 
 def _open_local(label: str, path: Path, config: DataConfig) -> Source:
@@ -442,7 +438,7 @@ def _open_hub(label: str, value: str, config: DataConfig) -> Source:
         raise UserError(
             f"{label}: no such file or folder here, and not to be had as a hub data set (split"
             f" {split!r}, subset {config.subset!r}: {first_line(error)}): check the path, or the id"
-            f" and the connection{_suggest_neighbor(Path(name))}"
+            f" and the connection{did_you_mean_file(Path(name))}"
         ) from error
     fields = record_fields(config)
     if config.streaming:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.attention.layout import IGNORE_INDEX, NO_POSITION
 from quietstar.config import DataConfig
+from quietstar.config.messages import did_you_mean_file
 from quietstar.data.encoding import split_template
 from quietstar.data.marking import PATTERN_SECONDS
 from quietstar.data.sources import read_record, record_fields
@@ -175,10 +176,13 @@ def read_lines(path: Path, task: str) -> Iterator[tuple[Record, str]]:
     with reading(task, "Check the name."):
         path = path.expanduser()
         if not path.exists():
-            hint = (
-                "Check the name" if own else f"Give the folder that holds {path.name} as --data-dir"
+            if own:
+                meant = did_you_mean_file(path) or "; check the name"
+                raise UserError(f"--tasks ({task}): there is no such file{meant}")
+            raise UserError(
+                f"--tasks ({task}): there is no file {path}. Give the folder that holds "
+                f"{path.name} as --data-dir."
             )
-            raise UserError(f"--tasks ({task}): there is no file {path}. {hint}.")
         file = open_input(path)
     with file:
         for number in itertools.count(1):
@@ -287,7 +291,8 @@ def _own(record: Record, number: int, where: str) -> Item:
     if "prompt" not in record:
         raise UserError(
             f"{where}: has neither prompt nor text; its fields are {', '.join(record) or 'none'}. "
-            "Say by --question-field and --answer-field which hold question and answer."
+            "Say by --question-field and --answer-field which hold question and answer, or by "
+            "--config FILE that they are those of a training."
         )
     prompt = _text_field(record, "prompt", where)
     if "choices" in record:

@@ -98,8 +98,12 @@ def _compares_no_thoughts(config: Config) -> bool:
 
 
 def _rise(now: Figures, first: Figures) -> float:
-    """Return how far a held-out NLL has risen, the worse of both; NaN is the worst."""
-    rises = [now[key] - first[key] for key in ("mixed_nll", "base_nll") if key in now]
+    """Return how far a held-out NLL has risen, the worse of both; NaN is the worst.
+
+    With a mixing weight of 1 nothing depends on the base prediction, which may be unlearned.
+    """
+    keys = ("mixed_nll", "base_nll") if now.get("mixing_weight", 0.0) < 1 else ("mixed_nll",)
+    rises = [now[key] - first[key] for key in keys if key in now]
     return max(rises, key=lambda rise: (math.isnan(rise), rise))
 
 
@@ -198,7 +202,9 @@ GUARDS = (
         is_collapse=False,
     ),
     Guard(
-        "divergence", "rise of the mixed or the base NLL since the stage began, nats/token", "eval",
+        "divergence",
+        "rise of the mixed or the base NLL (with a mixing weight of 1 the mixed one alone) "
+        "since the stage began, nats/token", "eval",
         ("base_nll",), _rise, "at least", 1.0, "+.3f",
         "a held-out NLL has risen by {:.3f} nats a token since the stage began: training diverges",
         {"lower": ("optim.learning_rate", "optim.max_grad_norm")},

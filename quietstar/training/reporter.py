@@ -293,7 +293,9 @@ class Reporter:
 
     @contextmanager
     def evaluating(self, num_batches: int) -> Iterator[Callable[[], None]]:
-        """Shows a second bar; yields the function that advances it."""
+        """Shows a second bar, or says what takes so long; yields the function that advances it."""
+        if not self.console.is_terminal:
+            self.say(f"evaluating on held-out texts, {num_batches} micro-batches")
         task = self.bar.add_task("evaluating", total=num_batches)
         try:
             yield lambda: self.bar.advance(task)
