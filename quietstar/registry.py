@@ -58,10 +58,15 @@ def choices(key: str) -> list[str]:
 
 
 def check(key: str, name: str) -> None:
-    """Refuse a name that stands for nothing, as `find` does; a built-in part is not imported."""
-    known = choices(key)
+    """Refuse a name that stands for nothing, as `find` does; a built-in part is not imported.
+
+    Nor is one of the user's own while nothing may be imported: to read a run's config, only its
+    objective has to be known.
+    """
+    known, kind_has_settings = choices(key), KINDS[key].base is not None
     if ":" in name:
-        find(key, name)
+        if _Imports.are_allowed or kind_has_settings:
+            find(key, name)
     elif name not in known:
         near = get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -85,9 +90,14 @@ def find(key: str, name: str) -> Any:
         attribute = name if kind.method is None else "".join(word.capitalize() for word in words)
         return getattr(importlib.import_module(f"{kind.package}.{name}"), attribute)
     module, _, attribute = name.partition(":")
-    if not re.fullmatch(r"\w+(\.\w+)*", module) or not attribute.isidentifier():
+    if (
+        not re.fullmatch(r"\w+(\.\w+)*", module)
+        or module.endswith(".py")
+        or not attribute.isidentifier()
+    ):
         raise UserError(
-            f"{key} ({name}): a part of your own is written module:name, such as my_module:mine."
+            f"{key} ({name}): a part of your own is written module:name, such as my_module:mine, "
+            "without .py."
         )
     part = _import_part(key, name, module, attribute)
     called = part if kind.method is None else getattr(part, kind.method, None)
@@ -144,7 +154,8 @@ def _import_part(key: str, name: str, module: str, attribute: str) -> Any:
     if not _Imports.are_allowed and module not in sys.modules:
         raise UserError(
             f"{key} ({name}): names code, which is not run because a file of a folder says so. "
-            f"Name it on the command line or in a config of your own, or import {module} first."
+            f"Name it on the command line or in a config of your own, or import {module} first "
+            "(quietstar report has --trust-code for it)."
         )
     here = str(Path.cwd())
     if here not in sys.path:
@@ -164,9 +175,9 @@ def _import_part(key: str, name: str, module: str, attribute: str) -> Any:
             "into the working directory or on PYTHONPATH, and mend what fails in it."
         ) from problem
     where = getattr(loaded, "__file__", None) or module
-    raise UserError(
-        f"{key} ({name}): {where} defines no {attribute}. Define it, or correct the name."
-    )
+    near = get_close_matches(attribute, vars(loaded), 1)
+    hint = f"; did you mean {near[0]}?" if near else ". Define it, or correct the name."
+    raise UserError(f"{key} ({name}): {where} defines no {attribute}{hint}")
 
 
 @contextlib.contextmanager

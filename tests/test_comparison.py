@@ -63,6 +63,37 @@ def test_warnings_are_those_that_the_runs_gave(tmp_path):
     assert group["warnings"] == {"divergence": 1, "entropy": 2}
 
 
+def test_a_run_with_code_of_the_users_own_is_compared_without_running_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = write_run(tmp_path / "brief", 0.1, 0)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("reward: mixed", "reward: gone:brevity"))
+    (group,) = compare_runs([run])["groups"]
+    assert group["figures"]["gain"]["mean"] == 0.1
+    (run / "config.yaml").write_text(config.replace("objective: quiet_star", "objective: own:Mine"))
+    (tmp_path / "own.py").write_text(
+        "from quietstar.objectives.quiet_star import QuietStar\nclass Mine(QuietStar): pass\n"
+    )
+    with pytest.raises(UserError, match=r"own:Mine.*names code.*--trust-code"):
+        compare_runs([run])
+    (group,) = compare_runs([run], trust_code=True)["groups"]
+    assert group["figures"]["gain"]["mean"] == 0.1
+
+
+def test_the_page_shows_thoughts_of_each_run(tmp_path):
+    runs = [
+        write_run(tmp_path / "a", 0.1, 0),
+        write_run(tmp_path / "b", 0.2, 0, thoughts__num_thoughts=3),
+    ]
+    for run, thought in zip(runs, ("much where", ". . ."), strict=True):
+        entry = {"stage": "train", "step": 25, "samples": [{"before": "now", "thought": thought}]}
+        (run / "thoughts.jsonl").write_text(json.dumps(entry) + "\n")
+    page = Page(write_comparison(tmp_path / "page.html", compare_runs(runs)).read_text("utf-8"))
+    assert "a now much where" in page.text
+    assert "b now . . ." in page.text
+
+
 def test_models_that_lie_in_folders_of_the_seed_are_the_same_setting(tmp_path):
     runs = [
         write_run(tmp_path / f"seed-{seed}" / "full", 0.1, seed,

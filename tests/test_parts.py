@@ -94,7 +94,9 @@ def test_all_three_train_from_the_command_line(modules, monkeypatch):
 
 WRONG = {
     "no module": ("nowhere:brevity", "module nowhere cannot be imported"),
-    "no such name": ("wrong:missing", r"wrong\.py defines no missing"),
+    "no such name": ("wrong:missing", r"wrong\.py defines no missing. Define it"),
+    "a misspelt name": ("wrong:shapes", r"wrong\.py defines no shapes; did you mean shape\?"),
+    "a file": ("wrong.py:shape", r"such as my_module:mine, without \.py"),
     "other arguments": ("wrong:three", r"called as three\(thoughts, scores\)"),
     "another shape": ("wrong:shape", r"tensor of shape \(.*must return a tensor of shape"),
     "no tensor": ("wrong:number", "it returned float"),

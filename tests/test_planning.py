@@ -158,6 +158,16 @@ def test_the_command_prints_the_sum_and_says_whether_it_fits(tmp_path, capsys):
     assert "does not fit into 0.0001 GiB" in capsys.readouterr().out
 
 
+def test_a_plan_says_where_the_texts_are_not_there(tmp_path, capsys):
+    save_config(planned(tmp_path), tmp_path / "config.yaml")
+    gone = str(tmp_path / "gone.jsonl")
+    call = ["plan", "--config", str(tmp_path / "config.yaml"), "--data.train", gone]
+    assert cli.main(call) is None  # they may lie on the machine that is planned for
+    captured = capsys.readouterr()
+    assert f"warning: data.train: {gone}: no such file or folder" in captured.err
+    assert "GiB" in captured.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

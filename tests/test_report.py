@@ -224,7 +224,7 @@ def test_the_gain_of_content_stands_beside_the_gain_even_if_not_measured(report)
     text = report(lines({"kind": "eval", "step": 5, **figures})).text
     assert (
         "step 5 Base NLL 2.000 without thoughts Mixed NLL 1.900 with thoughts "
-        "Gain from thinking +0.100 base minus mixed "
+        "Gain of thinking +0.100 base minus mixed "
         "Gain of content – not measured Guards" in text
     )
     assert "Gain of content – not measured" in text
@@ -390,7 +390,7 @@ def test_guards_are_listed_with_figure_threshold_and_where_they_fired(report):
 def test_a_figure_beyond_its_threshold_is_not_called_fine_though_no_guard_fired(report):
     records = [train(step, "a", entropy=0.01) for step in range(5)]
     text = report(lines(*records)).text
-    assert "0.010 at most 0.05 beyond the threshold" in text
+    assert "0.010 at most 0.05 beyond the threshold, not for long enough to warn" in text
     assert "None of 1 fired" in text
     assert "fine" not in text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 GPU_GIB = (16, 24, 40, 48, 80, 141)
 """Memory of common GPUs."""
 EXIT_DOES_NOT_FIT = 1
+logger = logging.getLogger(__name__)
 _GIB, _MIB = 2**30, 2**20
 
 
@@ -70,11 +72,20 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         inputs |= {f"{key} ({name})": Path(name) for key, name in named.items() if name}
     parser.check(args, inputs)
 
+    from quietstar.data.sources import find_local
     from quietstar.training.build import check_batch, quiet_libraries
     from quietstar.training.memory_plan import estimate_run  # imports torch
 
     quiet_libraries()
     check_batch(config, args.processes)
+    for stage in config.stage_configs().values():
+        for key, name in (("data.train", stage.data.train), ("data.eval", stage.data.eval)):
+            if name is None:
+                continue
+            try:  # the texts are not read, and may lie on the machine that is planned for
+                find_local(name, key)
+            except UserError as problem:
+                logger.warning("%s", problem)
     estimate = estimate_run(config, engine, args.processes)
     console = Console(highlight=False)
     console.print(_table(estimate, f"memory of each of {args.processes} processes, {engine}"))

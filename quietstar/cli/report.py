@@ -22,9 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=existing, metavar="RUN", help="folder of a run")
     parser.output("--out", "page that compares the runs", ".html")
     parser.output("--json", "all figures, with the value of every seed")
+    parser.add_argument("--trust-code", action="store_true",
+                        help="import the objectives of your own that the runs name")  # fmt: skip
     args = parser.read(arguments)
     is_written = args.json is not None or args.out is not None
-    parser.warn_idle(args, {"--force": None if is_written else "without --out or --json"})
+    is_compared = len(args.runs) > 1 or args.json is not None
+    parser.warn_idle(args, {"--force": None if is_written else "without --out or --json",
+                            "--trust-code": None if is_compared else "on one run"})  # fmt: skip
     if len(args.runs) == 1 and args.out is not None:
         raise UserError(
             f"--out ({args.out}): compares runs, and there is one, whose page lies in its folder. "
@@ -41,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.say(f"report: {write_report(folders[0])}")
         if args.json is None:
             return 0
-    result = compare_runs(folders)
+    result = compare_runs(folders, args.trust_code)
     Console(highlight=False).print(comparison_view(result))
     if args.json is not None:
         write_json(args.json, result)

@@ -442,9 +442,9 @@ def _data_rules(config: Config) -> Iterator[Broken]:
     data = config.data
     if data.train is None:
         yield ("data.train",), (
-            "data.train is not set, but it must name the text to train on. Pass --data.train with a"
-            " .jsonl, .json, .txt or .parquet file, a folder, a hub data set id,"
-            " reasoning_gym:<task> or synthetic:<task>."
+            "not set, but it must name the text to train on. Pass --data.train with a .jsonl,"
+            " .json, .txt or .parquet file, a folder, a hub data set id, reasoning_gym:<task> or"
+            " synthetic:<task>."
         )  # fmt: skip
     before, placeholder, after = data.template.rpartition("{answer}")
     if not placeholder or after.strip() or "{answer}" in before or "{question}" not in before:

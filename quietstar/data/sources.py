@@ -340,6 +340,19 @@ def open_source(
     label = f"{key}: {value}"
     if value.startswith((GYM, SYNTHETIC)):
         return _open_generated(label, value, config, seed, size or config.size, key == "data.eval")
+    path = find_local(value, key)
+    return _open_hub(label, value, config) if path is None else _open_local(label, path, config)
+
+
+def find_local(value: str, key: str) -> Path | None:
+    """Returns the file or folder that a config key names; None for generated data and a hub id.
+
+    Raises:
+        UserError: Nothing is there, and the name can be no hub id.
+    """
+    if value.startswith((GYM, SYNTHETIC)):
+        return None
+    label = f"{key}: {value}"
     with reading(label, "Give another file or folder."):
         path = Path(value).expanduser()
         try:
@@ -349,12 +362,12 @@ def open_source(
         else:
             is_local = True
     if is_local:
-        return _open_local(label, path, config)
+        return path
     if path.suffix in READERS or path.is_absolute() or value.startswith((".", "~")):
         raise UserError(f"{label}: no such file or folder{did_you_mean_file(path)}")
     if value.count("/") > 1:
         raise UserError(f"{label}: no such file or folder, and a hub id has at most one '/'")
-    return _open_hub(label, value, config)
+    return None
 
 
 def _open_local(label: str, path: Path, config: DataConfig) -> Source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,18 +35,21 @@ FIGURES = {
     "accuracy_with_thoughts": ("right with thoughts", percent),
     **{f"accuracy_{name}": (f"right with {text}", percent) for name, text in CONTROL_NAMES.items()},
     "right_thoughts": ("right thoughts", percent),
+    "thought_length": ("tokens of a thought", lambda value: plain(value, 1)),
+    "distinct_token_ratio": ("variety of thoughts", lambda value: plain(value, 2)),
+    "entropy": ("entropy of thoughts, nats/token", lambda value: plain(value, 2)),
     "base_nll": ("NLL without thoughts", plain),
     "mixed_nll": ("NLL with thoughts", plain),
     "gain": ("gain of thinking, nats", signed),
     "gain_of_content": ("gain of content, nats", signed),
     **{GAINS[name]: (f"gain over {CONTROL_NAMES[name]}, nats", signed) for name in MADE},
-    "training_seconds": ("training, seconds", lambda value: plain(value, 1)),
+    "training_seconds": ("training steps, seconds", lambda value: plain(value, 1)),
 }
 """Rows of the table: what each is called there, and how it is written."""
 CURVES = {
     "accuracy_with_thoughts": "Right answers",
     "gain_of_content": "Gain of content",
-    "gain": "Gain from thinking",
+    "gain": "Gain of thinking",
     "mixed_nll": "NLL of the next token",
 }
 """Figures that the page draws over the steps of the last stage."""
@@ -57,6 +61,8 @@ LOOKS = (("group-1", "o"), ("group-2", "s"), ("group-3", "^"), ("group-4", "D"),
 # More steps or other held-out texts make another run, whatever a resume may change.
 _SAME_RUN = {"training.seed", *FREE_ON_RESUME} - {"training.max_steps", "data.eval_sequences"}
 _SEED_IN_NAME = re.compile(r"[-_. ]?seed[-_. =]?\d+", re.IGNORECASE)
+MOST_THOUGHTS = 3
+"""Thoughts of a group that the page shows."""
 MOST_DIFFERENCES = 6
 """Settings that are named to tell a group from the first one."""
 
@@ -72,6 +78,7 @@ class Run:
     curves: Mapping[str, tuple[list[int], list[float]]]  # held out, over the last stage's steps
     ends: Sequence[Mapping[str, Any]]  # right answers at the ends of stages (`_stage_ends`)
     warnings: frozenset[str]  # names of the guards that fired
+    thoughts: Sequence[Mapping[str, str]]  # of the last evaluation (text `before`, `thought`)
     is_plain: bool  # its last stage trained the model without thoughts
 
 
@@ -90,8 +97,7 @@ def read_run(folder: Path) -> Run:
             "(training.output_dir), such as runs/x, or those in FOLDER_controls/seed-0."
         )
     try:
-        with importing_nothing():
-            config = load_config(folder / CONFIG_FILE)
+        config = load_config(folder / CONFIG_FILE)
     except ConfigError as error:
         raise UserError(f"RUN ({folder}): {error.problems[0]}") from error
     files, stages = RunFiles(folder), plan_stages(config)
@@ -118,14 +124,17 @@ def read_run(folder: Path) -> Run:
     ends = _stage_ends(files.records, stages)
     if ends and ends[-1]["stage"] == stages[-1].name:
         figures["accuracy"] = ends[-1]["accuracy"]
+    is_plain = _is_plain(stages[-1])
+    followed = [one for one in files.followed if one.stage == stages[-1].name and not is_plain]
+    samples = followed[-1].samples if followed else ()
+    thoughts = [{"before": one.before, "thought": one.thought} for one in samples]
     return Run(folder, config.training.seed, _settings(config), figures, curves, ends, warnings,
-               _is_plain(stages[-1]))  # fmt: skip
+               thoughts, is_plain)  # fmt: skip
 
 
 def _is_plain(stage: Stage) -> bool:
     """Return True if a stage trains the model without thoughts, such as a plain student."""
-    with importing_nothing():
-        return not stage.thinks or stage.student == "plain"
+    return not stage.thinks or stage.student == "plain"
 
 
 def _stage_ends(records: Sequence[Record], stages: Sequence[Stage]) -> list[dict[str, Any]]:
@@ -162,23 +171,29 @@ def _settings(config: Config) -> dict[str, str]:
     return settings
 
 
-def compare_runs(folders: Sequence[Path]) -> dict[str, Any]:
+def compare_runs(folders: Sequence[Path], trust_code: bool = False) -> dict[str, Any]:
     """Compare finished runs; those that differ in their seed alone are a group.
+
+    Args:
+        folders: Of the runs.
+        trust_code: Import what their configs name; only objectives of the user's own need it.
 
     Returns:
         ``groups``, each with its ``name``, ``runs``, ``seeds``, whether it ``is_plain`` (its last
         stage trained without thoughts), the ``settings`` that differ from the first group's,
         ``figures`` (by key: ``n``, ``mean``, its 95 % interval ``ci95`` by Student's t over the
         seeds, and the ``values`` in the order of the seeds) and ``warnings`` (by name: in how many
-        of the runs the health check failed), and of each run the ``curves`` (by key: steps and
-        values) and the ``ends`` of its stages (``stage``, ``thought_tokens``, ``accuracy``).
+        of the runs the health check failed), some ``thoughts`` of its first run (the text
+        ``before``, the ``thought``), and of each run the ``curves`` (by key: steps and values) and
+        the ``ends`` of its stages (``stage``, ``thought_tokens``, ``accuracy``).
 
     Raises:
         UserError: A folder holds no finished run, or two hold the same settings and seed.
     """
     groups: defaultdict[tuple[tuple[str, str], ...], list[Run]] = defaultdict(list)
     for folder in folders:
-        run = read_run(folder)
+        with nullcontext() if trust_code else importing_nothing():
+            run = read_run(folder)
         group = groups[tuple(sorted(run.settings.items()))]
         if twin := next((other for other in group if other.seed == run.seed), None):
             raise UserError(
@@ -216,6 +231,7 @@ def _group(runs: Sequence[Run], first: Mapping[str, str]) -> dict[str, Any]:
         "figures": figures,
         "ends": [list(run.ends) for run in runs],
         "curves": [{key: list(curve) for key, curve in run.curves.items()} for run in runs],
+        "thoughts": list(runs[0].thoughts[:MOST_THOUGHTS]),
         "warnings": dict(Counter(sorted(name for run in runs for name in run.warnings))),
     }
 
@@ -250,8 +266,18 @@ def _differences(settings: Mapping[str, str], first: Mapping[str, str]) -> dict[
 
 
 def _changes(group: Mapping[str, Any]) -> list[str]:
-    """Name the settings that tell a group from the first one, but for those that it has not."""
-    changed = [f"{key}: {value}" for key, value in group["settings"].items() if value]
+    """Name the settings that tell a group from the first one, but for those that it has not.
+
+    One that several stages share is named once.
+    """
+    named = [(_OF_STAGE.fullmatch(key), key, value) for key, value in group["settings"].items()]
+    times = Counter((match[2], value) for match, _, value in named if match)
+    texts = [
+        f"{match[2] if match and times[match[2], value] > 1 else key}: {value}"
+        for match, key, value in named
+        if value
+    ]
+    changed = list(dict.fromkeys(texts))
     more = len(changed) - MOST_DIFFERENCES
     return changed[:MOST_DIFFERENCES] + ([f"and {more} more"] if more > 0 else [])
 
@@ -300,17 +326,28 @@ def write_comparison(path: Path, result: Mapping[str, Any]) -> Path:
     rows = [
         (label, [(group["name"], group["figures"][key], show) for group in groups
                  if key in group["figures"]])
-        for key, (label, show) in FIGURES.items()
+        for key, (label, show) in _figures(groups).items()
     ]  # fmt: skip
     about = [(group, "; ".join(_changes(group)), _fired(group) or "none") for group in groups]
     return write_html(
         path, "comparison.html.j2", figures=in_both_sizes(figures), cards=cards, about=about,
-        verdict=_verdict(groups), rows=[(label, found) for label, found in rows if found],
+        verdict=_verdict(groups),
+        thoughts=[(group["name"], group["thoughts"]) for group in groups if group["thoughts"]],
+        rows=[(label, found) for label, found in rows if found],
     )  # fmt: skip
 
 
+def _figures(groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, Any]]:
+    """Return the rows of the table, without those that repeat another row."""
+    is_repeated = not any(group["is_plain"] for group in groups)  # all answers are with thoughts
+    return {key: row for key, row in FIGURES.items() if key != "accuracy" or not is_repeated}
+
+
 def _against_cost(groups: Sequence[Mapping[str, Any]]) -> Draw | None:
-    """Draw the ends of all stages, unless all cost the same."""
+    """Draw the ends of all stages, unless all that count cost the same.
+
+    The last stage of a run counts, and earlier ones that think, such as those of a curriculum.
+    """
     kinds, costs = [], set()
     for group, (color, symbol) in zip(groups, LOOKS, strict=False):
         for number, (ends, seed) in enumerate(zip(group["ends"], group["seeds"], strict=True)):
@@ -324,7 +361,7 @@ def _against_cost(groups: Sequence[Mapping[str, Any]]) -> Draw | None:
                 kinds.append(
                     Points(name if number == 0 else "", tokens, shares, texts, color, symbol)
                 )
-            costs.update(tokens)
+            costs.update(tokens[-1:], filter(None, tokens))
     titles = ("tokens of a thought", "correct answers")
     return partial(draw_points, kinds, titles, True) if len(costs) > 1 else None
 
@@ -376,7 +413,7 @@ def comparison_view(result: Mapping[str, Any]) -> RenderableType:
     for heading in ("figure", "runs", "seeds", "mean", "95% CI"):
         left = heading in ("figure", "runs")
         table.add_column(heading, justify="left" if left else "right", no_wrap=not left)
-    for key, (label, show) in FIGURES.items():
+    for key, (label, show) in _figures(groups).items():
         rows = [(group, group["figures"][key]) for group in groups if key in group["figures"]]
         for place, (group, figure) in enumerate(rows):
             interval = MISSING if figure["ci95"] is None else " to ".join(map(show, figure["ci95"]))

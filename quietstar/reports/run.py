@@ -65,7 +65,7 @@ CHARTS = (
           (Line("base_nll", "base NLL", "base", "s"),
            Line("mixed_nll", "mixed NLL", "mixed"),
            Line("thought_nll", "thought NLL", "thought", "^")), from_zero=False),
-    Chart("gain", "Gain from thinking, and cost of swapping the thoughts",
+    Chart("gain", "Gain of thinking, and cost of swapping the thoughts",
           "Gain: base minus mixed NLL. Gain of content: what is lost with swapped thoughts; only "
           "this part is thinking.", "nats/token",
           (Line("gain", "gain", "mixed"),
