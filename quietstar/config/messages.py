@@ -69,6 +69,8 @@ def did_you_mean_file(path: Path) -> str:
     names: list[str] = []
     with suppress(OSError), os.scandir(path.parent) as entries:
         names = sorted(entry.name for entry in islice(entries, MOST_NAMES))
+    if path.suffix:  # a folder is not meant
+        names = [name for name in names if Path(name).suffix]
     stem = closest(path.stem, [Path(name).stem for name in names], SIMILAR_NAME)
     return did_you_mean(closest(path.name, [n for n in names if Path(n).stem == stem], 0.0))
 
