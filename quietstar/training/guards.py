@@ -102,8 +102,10 @@ def _rise(now: Figures, first: Figures) -> float:
 
     With a mixing weight of 1 nothing depends on the base prediction, which may be unlearned.
     """
-    keys = ("mixed_nll", "base_nll") if now.get("mixing_weight", 0.0) < 1 else ("mixed_nll",)
-    rises = [now[key] - first[key] for key in keys if key in now]
+    keys = [key for key in ("mixed_nll", "base_nll") if key in now]
+    if now.get("mixing_weight", 0.0) >= 1:
+        keys = keys[:1]
+    rises = [now[key] - first[key] for key in keys]
     return max(rises, key=lambda rise: (math.isnan(rise), rise))
 
 
