@@ -25,6 +25,7 @@ from quietstar.training.checkpoint import (
     list_checkpoints,
     write_manifest,
 )
+from quietstar.training.export import export_checkpoint
 from quietstar.training.run import run_training
 
 TWO_STEPS = {"training__max_steps": 2, "training__save_steps": 1}
@@ -148,6 +149,21 @@ def state(**fields):
 def saved(tmp_path_factory):
     """A run of two steps with a checkpoint after each."""
     return run_training(run_config(tmp_path_factory.mktemp("saved"), **TWO_STEPS)).parent
+
+
+@pytest.mark.parametrize("key", ["reward: thought", "sampler: rollout"])
+def test_the_model_of_a_checkpoint_runs_no_code_that_its_run_names(
+    saved, tmp_path, monkeypatch, key
+):
+    newest = list_checkpoints(shutil.copytree(saved, tmp_path / "run"))[-1]
+    config = tmp_path / "run" / "config.yaml"
+    assert key in config.read_text()
+    config.write_text(config.read_text().replace(key, f"{key.split()[0]} of_a_folder:part"))
+    monkeypatch.chdir(tmp_path)
+    Path("of_a_folder.py").write_text("open('it_ran', 'w')\n")
+    with pytest.raises(UserError, match="names code, which is not run"):
+        export_checkpoint(newest)
+    assert not Path("it_ran").exists()
 
 
 @pytest.mark.parametrize(

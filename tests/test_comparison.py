@@ -68,14 +68,18 @@ def test_a_run_with_code_of_the_users_own_is_compared_without_running_it(tmp_pat
     monkeypatch.syspath_prepend(str(tmp_path))
     run = write_run(tmp_path / "brief", 0.1, 0)
     config = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(config.replace("reward: mixed", "reward: gone:brevity"))
+    assert "reward: thought" in config
+    assert "objective: quiet_star" in config
+    (run / "config.yaml").write_text(config.replace("reward: thought", "reward: gone:brevity"))
     (group,) = compare_runs([run])["groups"]
     assert group["figures"]["gain"]["mean"] == 0.1
-    (run / "config.yaml").write_text(config.replace("objective: quiet_star", "objective: own:Mine"))
-    (tmp_path / "own.py").write_text(
+    (run / "config.yaml").write_text(
+        config.replace("objective: quiet_star", "objective: of_a_run:Mine")
+    )
+    (tmp_path / "of_a_run.py").write_text(
         "from quietstar.objectives.quiet_star import QuietStar\nclass Mine(QuietStar): pass\n"
     )
-    with pytest.raises(UserError, match=r"own:Mine.*names code.*--trust-code"):
+    with pytest.raises(UserError, match=r"of_a_run:Mine.*names code.*--trust-code"):
         compare_runs([run])
     (group,) = compare_runs([run], trust_code=True)["groups"]
     assert group["figures"]["gain"]["mean"] == 0.1

@@ -56,17 +56,17 @@ def export_checkpoint(folder: Path) -> Path:
             f"--model ({folder}): holds shards ({state.strategy}), which only the run itself puts "
             f"together. Train on with --resume auto, and give {run}."
         )
-    with importing_nothing():
+    with importing_nothing():  # not by the model, either
         config = load_config(run / CONFIG_FILE)
-    stages = plan_stages(config)
-    named = {stage.name: stage for stage in stages}
-    stage = named.get(state.stage) or stage_at(stages, state.step)
-    settings = next((stage for stage in stages if stage.thinks), stages[0]).config
-    tokenizer = find_tokenizer(config)
-    model = build_model(settings, tokenizer)
-    place = state.schedule_place
-    place = state.step - stage.first_step if place is None else place
-    model.configure(scheduled(stage.config.thoughts, place))
+        stages = plan_stages(config)
+        named = {stage.name: stage for stage in stages}
+        stage = named.get(state.stage) or stage_at(stages, state.step)
+        settings = next((stage for stage in stages if stage.thinks), stages[0]).config
+        tokenizer = find_tokenizer(config)
+        model = build_model(settings, tokenizer)
+        place = state.schedule_place
+        place = state.step - stage.first_step if place is None else place
+        model.configure(scheduled(stage.config.thoughts, place))
     with reading(f"--model ({folder})", "Give another checkpoint."):
         weights, there = load_file(folder / WEIGHTS_FILE), dict(model.named_parameters())
         for name, weight in weights.items():
