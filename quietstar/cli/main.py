@@ -42,7 +42,7 @@ COMMANDS = {
     "train": ("train", "Train a model: quietstar train --config FILE [--KEY VALUE ...]"),
     "plan": ("plan", "Estimate the memory of a run: quietstar plan --config FILE"),
     "eval": ("evaluate", "Score tasks with and without thoughts: quietstar eval --model DIR ..."),
-    "report": ("report", "Write a run's page, or compare runs: quietstar report RUN [RUN ...]"),
+    "report": ("report", "Write a run's page, or compare runs, or evaluations"),
     "judge": ("judge", "Compare texts by a judge: quietstar judge --pairs FILE --model DIR ..."),
     "reward-model": (
         "reward_model",

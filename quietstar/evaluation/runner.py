@@ -149,6 +149,45 @@ def open_store(path: Path | None, settings: Mapping[str, Any], force: bool) -> I
             raise
 
 
+Records = dict[tuple[str, int, str], dict[str, Any]]
+"""Records of finished items, by task, number and variant."""
+
+
+def _parse_items(data: bytes, where: str, remedy: str) -> tuple[dict[str, Any], Records]:
+    """Parse the whole lines of a file of items into its settings and its records.
+
+    Raises:
+        UserError: A line is none of an evaluation's, or contradicts another.
+    """
+    settings, records, scored, shapes = {}, {}, {}, {}
+    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), 1):
+        with reading(f"{where}, line {number}", remedy):
+            record = tasks.parse_object(line)
+            if number == 1:
+                settings = _Header.model_validate(record).settings
+                continue
+            checked = _Line.model_validate(record)
+            checked.check(scored, shapes)
+            records[checked.task, checked.item, checked.variant] = record
+    return settings, records
+
+
+def read_items(path: Path, where: str, remedy: str) -> tuple[dict[str, Any], Records]:
+    """Read the settings and the records of a file of items.
+
+    Args:
+        path: Path of the file.
+        where: What an error blames, such as ``RUN (a.json)``.
+        remedy: What the user can do, as a sentence.
+
+    Raises:
+        UserError: It cannot be read, or is no file of items.
+    """
+    with reading(where, remedy), open_input(path) as file:
+        data = file.read()
+    return _parse_items(data[: data.rfind(b"\n") + 1] or data, where, remedy)
+
+
 class ItemStore:
     """Records of finished items, in memory and, with a path, in a JSONL file that only grows.
 
@@ -161,7 +200,7 @@ class ItemStore:
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any], force: bool = False) -> None:
         self.path = path
-        self.records: dict[tuple[str, int, str], dict[str, Any]] = {}  # by task, item, variant
+        self.records: Records = {}
         self._header = json.dumps({"settings": settings}) + "\n"
         self._is_begun = path is not None and not force and file_kind(path) != "none"
         if path is None or not self._is_begun:
@@ -175,17 +214,7 @@ class ItemStore:
             self._is_begun = False
             return
         whole = data[: data.rfind(b"\n") + 1]
-        lines = whole.split(b"\n")[:-1] or [data]
-        previous, scored, shapes = {}, {}, {}
-        for number, line in enumerate(lines, 1):
-            with reading(f"{where}, line {number}", remedy):
-                record = tasks.parse_object(line)
-                if number == 1:
-                    previous = _Header.model_validate(record).settings
-                    continue
-                checked = _Line.model_validate(record)
-                checked.check(scored, shapes)
-                self.records[checked.task, checked.item, checked.variant] = record
+        previous, self.records = _parse_items(whole or data, where, remedy)
         with reading(f"{where}, line 1", remedy):
             changes = settings_changes(previous, settings)
         if changes:

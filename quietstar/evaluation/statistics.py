@@ -51,16 +51,18 @@ def difference(after: Array, before: Array, seed: int) -> dict[str, Any]:
         ``value``: mean of after minus before; ``ci95``: its bootstrap interval (bias-corrected and
         accelerated), None for one item; ``p_value``: by the exact McNemar test for metrics that are
         0 or 1, else by a paired permutation test; ``test``: the name of that; ``items_needed``.
+        For the McNemar test also ``gained`` and ``lost``: items that are 1 after alone, and before
+        alone.
     """
     a, b = after.mean(1), before.mean(1)
     gaps = a - b
-    p_value, test = 1.0, "permutation, paired"
+    p_value, test, counts = 1.0, "permutation, paired", {}
     if len(gaps) < 2:
         p_value, test = None, "none"
     elif np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all():
-        test, gained, lost = "McNemar, exact", int((a > b).sum()), int((a < b).sum())
-        if gained + lost:
-            p_value = float(stats.binomtest(gained, gained + lost, 0.5).pvalue)
+        test, counts = "McNemar, exact", {"gained": int((a > b).sum()), "lost": int((a < b).sum())}
+        if changed := sum(counts.values()):
+            p_value = float(stats.binomtest(counts["gained"], changed, 0.5).pvalue)
     elif np.abs(gaps).max() >= 1e-12:
         result = stats.permutation_test(
             (a, b), lambda x, y, axis: (x - y).mean(axis), permutation_type="samples",
@@ -68,7 +70,7 @@ def difference(after: Array, before: Array, seed: int) -> dict[str, Any]:
         )  # fmt: skip
         p_value = float(result.pvalue)
     return {"value": float(gaps.mean()), "ci95": bootstrap_interval(gaps, seed), "p_value": p_value,
-            "test": test, "items_needed": items_needed(gaps)}  # fmt: skip
+            "test": test, "items_needed": items_needed(gaps), **counts}  # fmt: skip
 
 
 def bootstrap_interval(values: Array, seed: int) -> tuple[float, float] | None:
@@ -227,7 +229,7 @@ def means(values: dict[str, Array], main: str, seed: int = 0) -> dict[str, Any]:
         if count > 1:
             figures[f"{name}_stderr"] = float(of_items.std(ddof=1) / math.sqrt(count))
         figures[f"{name}_ci95"] = interval(of_items, seed)
-        if num_samples > 1:
+        if value.shape[1] > 1:  # votes have one value for all samples of an item
             within = float(value.var(1, ddof=1).mean())
             between = float(of_items.var(ddof=1)) - within / num_samples if count > 1 else 0.0
             spread[name] = {"stdev_between_items": math.sqrt(max(between, 0.0)),
@@ -292,13 +294,18 @@ def correct_for_many(tasks: Mapping[str, dict[str, Any]]) -> None:
         for name in ("difference", *GAINS.values())
         if name in summary and summary[name]["p_value"] is not None
     ]
+    holm(tests)
+    for summary in tasks.values():
+        summary["num_tests"] = len(tests)
+        summary["verdict"] = verdict(summary)
+
+
+def holm(tests: Sequence[dict[str, Any]]) -> None:
+    """Give every test the ``p_holm`` that its ``p_value`` is among so many (Holm 1979)."""
     highest = 0.0
     for rank, test in enumerate(sorted(tests, key=lambda test: test["p_value"])):
         highest = max(highest, min(1.0, (len(tests) - rank) * test["p_value"]))
         test["p_holm"] = highest
-    for summary in tasks.values():
-        summary["num_tests"] = len(tests)
-        summary["verdict"] = verdict(summary)
 
 
 def is_significant(change: dict[str, Any]) -> bool:
@@ -426,12 +433,17 @@ def by_group(
                 figures[gain] |= {name: float(gaps.mean()), f"{name}_ci95": bounds}
         return figures
 
-    return {name: [compare(*part) for part in _item_groups(of_items, name)] for name in names}
+    return {name: [compare(*part) for part in item_groups(of_items, name)] for name in names}
 
 
-def _item_groups(
+def item_groups(
     of_items: Sequence[Mapping[str, str]], name: str
 ) -> list[tuple[str, NDArray[np.bool_]]]:
+    """Split items by what their ``groups`` say under a name; numbers in order, many in quintiles.
+
+    Returns:
+        Labels, each with a mask of the items that it holds for.
+    """
     labels = np.array([groups.get(name, "none") for groups in of_items])
     distinct = sorted(set(labels.tolist()))
     try:

@@ -79,7 +79,7 @@ def task_view(name: str, task: dict[str, Any]) -> RenderableType:
     metrics, main, difference = metrics_of(task), task["main_metric"], task.get("difference")
     variants = {h: task[key] for h, key in (("without", WITHOUT), ("with", WITH)) if key in task}
     headings = ("difference", "95% CI", "p") if difference else ("std. error",)
-    table = _table("metric", *variants, *headings)
+    table = figures_table("metric", *variants, *headings)
     name = visible(name).replace("\n", "⏎")
     table.title = Text(f"{name}, {task['n']} item{'s' if task['n'] != 1 else ''}")
     for metric, label in metrics.items():
@@ -92,7 +92,7 @@ def task_view(name: str, task: dict[str, Any]) -> RenderableType:
         table.add_row(Text(visible(label)), *cells, style=style)
     parts: list[RenderableType] = [table]
     for metric in (m for m in metrics if "controls" in task and m in (main, *OF_ANSWERS)):
-        table = _table(f"{visible(metrics[metric])} with", "", "gain over it", "95% CI", "p")
+        table = figures_table(f"{visible(metrics[metric])} with", "", "gain over it", "95% CI", "p")
         for control in (c for c in CONTROLS if c in task["controls"]):
             cells = [plain(task["controls"][control][metric])]
             cells += _comparison(task[GAINS[control]], metric, main)
@@ -120,7 +120,8 @@ def _share(vote: Mapping[str, Any]) -> str:
     return f"{vote['mean']:.3f}{shown}"
 
 
-def _table(first: str, *numbers: str) -> Table:
+def figures_table(first: str, *numbers: str) -> Table:
+    """Make a table of the terminal: a column of names, and columns of numbers."""
     columns = [Column(heading, justify="right", no_wrap=True) for heading in numbers]
     return Table(Column(Text(first)), *columns, title_justify="left", box=box.SIMPLE_HEAD)
 

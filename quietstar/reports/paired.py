@@ -1,0 +1,365 @@
+"""Evaluations of several models compared item by item, each with the first of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from quietstar.errors import UserError, reading, visible
+from quietstar.evaluation.controls import WITH, WITHOUT, gain_over
+from quietstar.evaluation.runner import Records, read_items, settings_changes
+from quietstar.evaluation.statistics import (
+    FEW_ITEMS,
+    LENGTHS,
+    Array,
+    choose_main_metric,
+    differences,
+    holm,
+    is_significant,
+    item_groups,
+    means,
+)
+from quietstar.reports.evaluation import METRICS, figures_table
+from quietstar.reports.figures import Row, draw_forest, in_both_sizes
+from quietstar.reports.pages import MISSING, plain, probability, signed, signed_range, write_html
+from quietstar.system.inputs import open_input, parse_json
+
+OF_TOKENS = ("nll", "token_accuracy")
+"""Metrics that are means over tokens, of which two tokenizers make different ones."""
+IN_GROUPS = ("accuracy", "exact_match")
+"""Metrics that groups of items are shown by, beside the main one."""
+SEED = 0
+"""Of resampling."""
+_EXPECTED = ("model", "weights", "data_dir")
+"""Settings that differ between evaluations of several models."""
+_REMEDY = "Give files that quietstar eval --out has written."
+_VOTES = re.compile(r"(maj|pass)@(\d+)")
+
+
+class _Task(BaseModel):
+    main_metric: str
+
+
+class _Result(BaseModel):
+    """A file that ``quietstar eval --out`` writes, as far as it is read here."""
+
+    tasks: dict[str, _Task]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``quietstar eval --out FILE.json`` has written, and the items beside it."""
+
+    path: Path
+    settings: Mapping[str, Any]
+    main_metrics: Mapping[str, str]  # by task
+    records: Records
+
+    def variant(self, task: str) -> str:
+        """Return what the model is judged by: with its thoughts, if they were scored."""
+        thinks = any(name == task and how == WITH for name, _, how in self.records)
+        return WITH if thinks else WITHOUT
+
+    def of_task(self, task: str) -> dict[int, dict[str, Any]]:
+        """Return the records of a task's items, by their numbers."""
+        variant = self.variant(task)
+        return {number: record for (name, number, how), record in self.records.items()
+                if (name, how) == (task, variant)}  # fmt: skip
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Read an evaluation and its items.
+
+    Raises:
+        UserError: It is none, or its items are not beside it or are those of another one.
+    """
+    where = f"RUN ({path})"
+    with reading(where, _REMEDY), open_input(path) as file:
+        result = _Result.model_validate(parse_json(file.read().decode()))
+    items = path.with_suffix(".items.jsonl")
+    if not items.exists():
+        raise UserError(
+            f"{where}: has no {items.name} beside it, and evaluations are compared item by item. "
+            "Put the file that --out-items named there, or evaluate again."
+        )
+    settings, records = read_items(items, f"{where}, {items.name}", _REMEDY)
+    if changes := settings_changes(settings, result.config):
+        raise UserError(
+            f"{where}: the items beside it were made with another {changes}. Evaluate again with "
+            "--force."
+        )
+    main_metrics = {name: task.main_metric for name, task in result.tasks.items()}
+    return Evaluation(path, settings, main_metrics, records)
+
+
+def compare_evaluations(paths: Sequence[Path]) -> dict[str, Any]:
+    """Compare evaluations item by item, each with the first of them.
+
+    A model that thinks is judged with its thoughts, others without. Items are those that all
+    evaluations have; tasks of the same name are compared, or whatever the only task of each is
+    called (such as files that put the same questions into different prompts). Figures of tokens
+    are left out where tokenizers split answers differently.
+
+    Args:
+        paths: Files that ``quietstar eval --out`` has written, at least two.
+
+    Returns:
+        ``tasks``: for each its number of items ``n``, ``main_metric``, a list of ``evaluations``
+        (``name``, ``file``, ``model``, ``variant``, the ``settings`` that differ from the first's,
+        ``scores`` as ``quietstar eval`` writes them, and but for the first the ``difference``: the
+        evaluation minus the first, and the ``verdict``), and ``groups``, the means within groups of
+        items; ``num_tests``.
+
+    Raises:
+        UserError: They have no task or no item in common, or their items have other answers.
+    """
+    evaluations = [read_evaluation(path) for path in paths]
+    names = _names(paths)
+    only = [next(iter(one.main_metrics)) for one in evaluations if len(one.main_metrics) == 1]
+    if len(only) == len(evaluations):
+        shared = {only[0]: only}
+    else:
+        shared = {name: [name] * len(evaluations) for name in evaluations[0].main_metrics
+                  if all(name in one.main_metrics for one in evaluations)}  # fmt: skip
+    if not shared:
+        raise UserError(
+            f"RUN ({paths[0]}): shares no task with all others. Give evaluations of the same tasks."
+        )
+    tasks = {name: _compare_task(evaluations, names, of_each) for name, of_each in shared.items()}
+    tests = [
+        row["difference"]
+        for task in tasks.values()
+        for row in task["evaluations"][1:]
+        if row["difference"]["p_value"] is not None
+    ]
+    holm(tests)
+    for task in tasks.values():
+        for row in task["evaluations"][1:]:
+            row["verdict"] = _verdict(row["difference"], task["main_metric"], task["n"])
+    return {"tasks": tasks, "num_tests": len(tests)}
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Return the names of files, or their paths where two have one name."""
+    stems = [path.stem for path in paths]
+    return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
+
+
+def _compare_task(
+    evaluations: Sequence[Evaluation], names: Sequence[str], tasks: Sequence[str]
+) -> dict[str, Any]:
+    """Compare evaluations on a task, which each may call by a name of its own."""
+    found = [one.of_task(task) for one, task in zip(evaluations, tasks, strict=True)]
+    numbers = sorted(set.intersection(*(set(records) for records in found)))
+    if not numbers:
+        raise UserError(
+            f"RUN ({evaluations[0].path}): shares no item of {tasks[0]} with all others. "
+            "Evaluate them with the same --limit."
+        )
+    rows = [[records[number] for number in numbers] for records in found]
+    for one, records in zip(evaluations[1:], rows[1:], strict=True):
+        for number, first, record in zip(numbers, rows[0], records, strict=True):
+            if (before := first.get("answer")) != (now := record.get("answer")):
+                raise UserError(
+                    f"RUN ({one.path}): item {number} has the answer {str(now)[:40]!r}, "
+                    f"and in {evaluations[0].path} {str(before)[:40]!r}. Give evaluations of the "
+                    "same items in the same order."
+                )
+    values = _values(rows)
+    if not values[0]:
+        raise UserError(
+            f"RUN ({evaluations[0].path}): shares no metric of {tasks[0]} with all others. "
+            "Give evaluations of the same kind."
+        )
+    by_name = dict(zip(names, values, strict=True))
+    main = choose_main_metric(evaluations[0].main_metrics[tasks[0]], by_name)
+    summaries = []
+    for place, (one, task, records) in enumerate(zip(evaluations, tasks, rows, strict=True)):
+        row: dict[str, Any] = {
+            "name": names[place], "file": str(one.path),
+            "model": str(one.settings.get("model")), "variant": one.variant(task),
+            "settings": _unlike(one.settings, evaluations[0].settings),
+            "scores": means(values[place], main, SEED),
+        }  # fmt: skip
+        for name in LENGTHS:
+            if lengths := [record[name] for record in records if name in record]:
+                row[name] = float(np.mean(lengths))
+        if place:
+            row["difference"] = differences(values[place], values[0], main, SEED)
+        summaries.append(row)
+    return {"n": len(numbers), "main_metric": main, "evaluations": summaries,
+            "groups": _groups(evaluations, tasks, numbers, values, main)}  # fmt: skip
+
+
+def _unlike(settings: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings in which an evaluation differs from the first, but for its model."""
+    names = dict.fromkeys((*first, *settings))
+    return {
+        name: str(settings.get(name))
+        for name in names
+        if name not in _EXPECTED and settings.get(name) != first.get(name)
+    }
+
+
+def _values(rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Array]]:
+    """Return the metrics that all evaluations have, (items, samples), of each of them."""
+    metrics = [name for name in rows[0][0]["metrics"]
+               if all(name in records[0]["metrics"] for records in rows)]  # fmt: skip
+    tokens = [[len(record.get("nll", ())) for record in records] for records in rows]
+    if any(counts != tokens[0] for counts in tokens):
+        metrics = [name for name in metrics if name not in OF_TOKENS]
+    values = [{name: np.array([record["metrics"][name] for record in records])
+               for name in metrics} for records in rows]  # fmt: skip
+    votes = [set(records[0].get("votes", ())) for records in rows]
+    largest: dict[str, int] = {}  # of the votes that all have, those of the most thoughts
+    for match in filter(None, map(_VOTES.fullmatch, sorted(set.intersection(*votes)))):
+        largest[match[1]] = max(largest.get(match[1], 0), int(match[2]))
+    for kind, count in largest.items():
+        name = f"{kind}@{count}"
+        for of_one, records in zip(values, rows, strict=True):
+            of_one.setdefault(name, np.array([[record["votes"][name]] for record in records]))
+    return values
+
+
+def _groups(
+    evaluations: Sequence[Evaluation], tasks: Sequence[str], numbers: Sequence[int],
+    values: Sequence[Mapping[str, Array]], main: str,
+) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    """Return the means of every evaluation within groups of items.
+
+    What group an item is in stands in the records without thoughts, which one of the evaluations
+    must have.
+    """
+    for one, task in zip(evaluations, tasks, strict=True):
+        if all((task, number, WITHOUT) in one.records for number in numbers):
+            of_items = [one.records[task, number, WITHOUT].get("groups", {}) for number in numbers]
+            break
+    else:
+        return {}
+    metrics = [name for name in dict.fromkeys((*IN_GROUPS, main)) if name in values[0]]
+    return {
+        name: [
+            {"label": label, "n": int(chosen.sum()),
+             **{metric: [float(of_one[metric][chosen].mean()) for of_one in values]
+                for metric in metrics}}
+            for label, chosen in item_groups(of_items, name)
+        ]
+        for name in dict.fromkeys(name for groups in of_items for name in groups)
+    }  # fmt: skip
+
+
+def _verdict(difference: Mapping[str, Any], main: str, count: int) -> str:
+    """Say whether an evaluation is better than the first one, by the main metric."""
+    if count < FEW_ITEMS:
+        return f"{count} items are too few to tell"
+    if not is_significant(dict(difference)):
+        return f"no difference that {count} items can tell"
+    return "better" if gain_over(difference[main], 0.0, main) > 0 else "worse"
+
+
+# --- What is shown --------------------------------------------------------------------------------
+def _metrics(task: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metrics of a task, the main one first, and what they are called."""
+    scores, main = task["evaluations"][0]["scores"], task["main_metric"]
+    names = sorted((m for m in scores if f"{m}_stderr" in scores), key=lambda m: m != main)
+    return {name: METRICS.get(name) or name for name in names}
+
+
+def _bounds(scores: Mapping[str, Any], metric: str) -> str:
+    """Format the interval of a metric."""
+    bounds = scores[f"{metric}_ci95"]
+    return MISSING if bounds is None else " to ".join(map(plain, bounds))
+
+
+def _p_value(difference: Mapping[str, Any], metric: str, main: str) -> float | None:
+    """Return the p-value of a metric; that of the main one is corrected for the number of tests."""
+    p_value = difference[f"{metric}_p_value"]
+    return difference.get("p_holm", p_value) if metric == main else p_value
+
+
+def paired_view(result: Mapping[str, Any]) -> RenderableType:
+    """Show the result of `compare_evaluations`: a row for each metric and evaluation, verdicts."""
+    parts: list[RenderableType] = []
+    for name, task in result["tasks"].items():
+        first, main = task["evaluations"][0]["name"], task["main_metric"]
+        parts.append(Text(f"{visible(name)}, {task['n']} items", style="italic"))
+        for metric, label in _metrics(task).items():
+            table = figures_table(visible(label), "", "minus the first", "95% CI", "p")
+            for row in task["evaluations"]:
+                scores, change = row["scores"], row.get("difference")
+                cells = [plain(scores[metric])]
+                if change is not None:
+                    cells += [signed(change[metric]), signed_range(change[f"{metric}_ci95"]),
+                              probability(_p_value(change, metric, main))]  # fmt: skip
+                style = "bold" if metric == main else ""
+                table.add_row(Text(visible(row["name"])), *cells, style=style)
+            parts.append(table)
+        if result["num_tests"] > 1:
+            note = f"p of {METRICS.get(main) or main}: corrected for {result['num_tests']} tests"
+            parts.append(Text(f"  {visible(note)} (Holm); others not", style="dim"))
+        parts.append(Text(f"  by {visible(METRICS.get(main) or main)}:"))
+        for row in task["evaluations"][1:]:
+            text = f"{row['name']} against {first}: {row['verdict']}{_changed(row['difference'])}"
+            parts.append(Text(f"  {visible(text)}", style="bold"))
+            if row["settings"]:
+                text = f"{row['name']}: {_listed(row['settings'])}, unlike the first"
+                parts.append(Text(f"  note: {visible(text)}", style="yellow"))
+    return Group(*parts)
+
+
+def _changed(difference: Mapping[str, Any]) -> str:
+    """Say how many items are right in one evaluation alone, where a metric says what is right."""
+    for metric in IN_GROUPS:
+        if f"{metric}_gained" in difference:
+            gained, lost = (difference[f"{metric}_{key}"] for key in ("gained", "lost"))
+            return f" ({gained} items right here alone, {lost} there)"
+    return ""
+
+
+def _listed(settings: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value[:80]}" for name, value in settings.items())
+
+
+def write_paired(path: Path, result: Mapping[str, Any]) -> Path:
+    """Write the page of what `compare_evaluations` found; returns its path."""
+    figures, sections = {}, []
+    for number, (name, task) in enumerate(result["tasks"].items(), start=1):
+        main, metrics = task["main_metric"], _metrics(task)
+        first, *others = task["evaluations"]
+        rows = [
+            Row(row["name"], row["difference"][main], row["difference"]["ci95"]) for row in others
+        ]
+        title = f"{metrics[main]}, minus {first['name']}"
+        figures[f"task{number}"] = partial(draw_forest, rows, title, signed)
+        cells = [
+            (row, [(plain(row["scores"][m]), _bounds(row["scores"], m)) for m in metrics])
+            for row in task["evaluations"]
+        ]
+        gaps = [
+            (row, [(signed(row["difference"][m]), signed_range(row["difference"][f"{m}_ci95"]),
+                    _p_value(row["difference"], m, main)) for m in metrics])
+            for row in others
+        ]  # fmt: skip
+        sections.append({
+            "name": name, "task": task, "metrics": metrics, "first": first["name"],
+            "cells": cells, "gaps": gaps, "lengths": LENGTHS,
+            "notes": {
+                row["name"]: (_changed(row["difference"]), _listed(row["settings"]))
+                for row in others
+            },
+            "card": {"name": f"task{number}", "title": "What changes",
+                     "caption": f"{title}: mean and 95% CI"},
+            "grouped": {m: metrics[m] for m in dict.fromkeys((*IN_GROUPS, main)) if m in metrics},
+        })  # fmt: skip
+    return write_html(path, "paired.html.j2", figures=in_both_sizes(figures), tasks=sections,
+                      num_tests=result["num_tests"])  # fmt: skip
