@@ -53,6 +53,21 @@ def test_runs_that_differ_in_their_seed_are_a_group_with_an_interval(tmp_path):
     assert one["figures"]["gain"]["ci95"] is None
 
 
+def test_the_reward_in_training_is_a_curve_of_means(tmp_path):
+    run = write_run(tmp_path / "run", 0.1, 0, training__max_steps=25)
+    lines = [{"stage": "train", "kind": "train", "step": step, "policy_reward": step % 3 / 4}
+             for step in range(1, 26)]  # fmt: skip
+    last = (run / "metrics.jsonl").read_text().splitlines()[-1]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + last)
+    (group,) = compare_runs([run])["groups"]
+    steps, values = group["curves"][0]["policy_reward"]
+    assert steps == [3, 6, 9, 12, 15, 18, 21, 24]
+    assert values == [pytest.approx(0.25)] * 8
+    page = Page(write_comparison(tmp_path / "page.html", compare_runs([run])).read_text("utf-8"))
+    assert "Reward of the objective" in page.text
+    assert "In training, smoothed" in page.text
+
+
 def test_warnings_are_those_that_the_runs_gave(tmp_path):
     runs = [
         write_run(tmp_path / "a", 0.1, 0, guards=["entropy"]),

@@ -83,7 +83,16 @@ RECORDS = [
     train(10, "pretrain", loss=2.0, base_nll=2.0, seconds=0.5, lr=0.1),
     evaluation(10, "pretrain", base_nll=2.0, accuracy_without_thoughts=0.3),
     evaluation(10, "think", **(THINKING | {"right_thoughts": 0.03, "gain_of_content": 0.0})),
-    train(20, "think", **THINKING, reward=0.1, reward_spread=0.2, entropy=1.0, distinct=0.9),
+    train(
+        20,
+        "think",
+        **THINKING,
+        reward=0.1,
+        reward_spread=0.2,
+        entropy=1.0,
+        distinct=0.9,
+        policy_reward=0.6,
+    ),
     train(
         30,
         "think",
@@ -192,6 +201,14 @@ def test_a_full_folder_gives_every_section_and_chart(report, charts):
     assert sum(tag == "svg" for tag, _ in result.elements) == 2 * len(charts)  # for phones, too
     assert len(result.ids) == len(set(result.ids))
     assert result.open == []
+
+
+def test_the_reward_of_an_objective_is_drawn_where_it_is_not_that_in_nats(report):
+    for reward, is_drawn in ((0.5, False), (0.6, True)):
+        steps = [train(step, "think", reward=0.5, policy_reward=reward) for step in range(1, 4)]
+        charts = report(lines(*steps), name=f"run-{reward}").charts
+        assert ("objective-reward" in charts) == is_drawn
+        assert "reward" in charts
 
 
 def test_the_key_figures_stand_at_the_top(report):

@@ -53,6 +53,10 @@ CURVES = {
     "mixed_nll": "NLL of the next token",
 }
 """Figures that the page draws over the steps of the last stage."""
+REWARD = "policy_reward"
+"""What the objective was given, drawn over the steps of the last stage, too."""
+REWARD_POINTS = 10
+"""Points of that curve: means over as many steps as it takes, because single steps vary."""
 _OF_PLAIN_RUNS = {"accuracy_with_thoughts": "accuracy_without_thoughts", "mixed_nll": "base_nll"}
 """What a run that does not think has in their place."""
 LOOKS = (("group-1", "o"), ("group-2", "s"), ("group-3", "^"), ("group-4", "D"), ("group-5", "v"),
@@ -121,6 +125,8 @@ def read_run(folder: Path) -> Run:
     for key in (*CURVES, *_OF_PLAIN_RUNS.values()):
         steps, values = series(of_last, "eval", key)
         curves[key] = ([step - first for step in steps], values)
+    of_stage = [record for record in files.records if record.stage == stages[-1].name]
+    curves[REWARD] = _smooth(*series(of_stage, "train", REWARD), first)
     ends = _stage_ends(files.records, stages)
     if ends and ends[-1]["stage"] == stages[-1].name:
         figures["accuracy"] = ends[-1]["accuracy"]
@@ -130,6 +136,16 @@ def read_run(folder: Path) -> Run:
     thoughts = [{"before": one.before, "thought": one.thought} for one in samples]
     return Run(folder, config.training.seed, _settings(config), figures, curves, ends, warnings,
                thoughts, is_plain)  # fmt: skip
+
+
+def _smooth(
+    steps: Sequence[int], values: Sequence[float], first: int
+) -> tuple[list[int], list[float]]:
+    """Return means over equal numbers of steps, each at its last one, counted from ``first``."""
+    size = -(-len(steps) // REWARD_POINTS) or 1
+    places = range(0, len(steps) - size + 1, size)
+    return ([steps[i + size - 1] - first for i in places],
+            [fmean(values[i : i + size]) for i in places])  # fmt: skip
 
 
 def _is_plain(stage: Stage) -> bool:
@@ -184,7 +200,8 @@ def compare_runs(folders: Sequence[Path], trust_code: bool = False) -> dict[str,
         ``figures`` (by key: ``n``, ``mean``, its 95 % interval ``ci95`` by Student's t over the
         seeds, and the ``values`` in the order of the seeds) and ``warnings`` (by name: in how many
         of the runs the health check failed), some ``thoughts`` of its first run (the text
-        ``before``, the ``thought``), and of each run the ``curves`` (by key: steps and values) and
+        ``before``, the ``thought``), and of each run the ``curves`` (by key: steps and values; held
+        out, and in training the smoothed ``policy_reward``) and
         the ``ends`` of its stages (``stage``, ``thought_tokens``, ``accuracy``).
 
     Raises:
@@ -293,27 +310,28 @@ def write_comparison(path: Path, result: Mapping[str, Any]) -> Path:
     groups = result["groups"]
     figures: dict[str, Draw] = {}
     cards = []
-    for key, title in CURVES.items():
-        kinds = []
+    for key, title in {**CURVES, REWARD: "Reward of the objective"}.items():
+        kinds, show = [], FIGURES[key][1] if key in FIGURES else plain
         plain_runs = [group["name"] for group in groups if _figure(group, key) not in (None, key)]
         for group, (color, symbol) in zip(groups, LOOKS, strict=False):
             for number, (curves, seed) in enumerate(
                 zip(group["curves"], group["seeds"], strict=True)
             ):
                 steps, values = curves[_figure(group, key) or key]
-                show = FIGURES[key][1]
                 texts = [f"{literal(group['name'], 40)}, seed {seed}, step {step}: {show(value)}"
                          for step, value in zip(steps, values, strict=True)]  # fmt: skip
                 label = literal(group["name"], 40) if number == 0 else ""
                 if values:
                     kinds.append(Points(label, steps, values, texts, color, symbol, "-"))
         if any(len(kind.x) > 1 for kind in kinds):
-            is_share = FIGURES[key][1] is percent
-            unit = "correct answers" if is_share else "nats/token"
+            is_share = show is percent
+            unit = "correct answers" if is_share else "reward" if key == REWARD else "nats/token"
             titles = ("steps of the last stage", unit)
             figures[key] = partial(draw_points, kinds, titles, is_share)
             caption = "Held out, a line for each seed."
-            if plain_runs:
+            if key == REWARD:
+                caption = "In training, smoothed; a line for each seed, in units of loss.reward."
+            elif plain_runs:
                 caption += f" {', '.join(plain_runs)}: without thoughts."
             if len(groups) > len(LOOKS):
                 caption += f" The first {len(LOOKS)} runs alone are drawn."

@@ -44,6 +44,8 @@ MOST_FOLLOWED = 12
 """Evaluations at which a thought is shown."""
 OTHERS = {SHUFFLED: "X", GENERIC: "P", BLANK: "p"}
 """Controls that share a color, with their symbols."""
+OBJECTIVE_REWARD = "objective-reward"
+"""Chart of what an objective is given, where that is not the reward in nats."""
 # fmt: off
 CHARTS = (
     Chart("accuracy", "Accuracy",
@@ -83,6 +85,11 @@ CHARTS = (
           "nats/thought",
           (Line("reward", "reward", "thought", "^"),
            Line("reward_std", "standard deviation", "other", "D"))),
+    Chart(OBJECTIVE_REWARD, "Reward of the objective",
+          "What loss.reward gives a thought, in its own units: the mean, and its standard "
+          "deviation among the thoughts of one position.", "reward",
+          (Line("policy_reward", "reward", "thought", "^"),
+           Line("policy_reward_std", "standard deviation", "other", "D"))),
     Chart("entropy", "Entropy of thoughts",
           "Mean entropy of the next-token distribution inside thoughts. Held-out thoughts are "
           "greedy.", "nats/token",
@@ -121,7 +128,17 @@ def write_report(folder: Path) -> Path:
     """
     run = RunFiles(folder)
     measured = {key for record in run.records for key in record.figures}
-    charts = [chart for chart in CHARTS if any(line.key in measured for line in chart.lines)]
+    repeats = all(  # with loss.reward thought or mixed both are the same
+        r.figures["policy_reward"] == r.figures.get("reward")
+        for r in run.records
+        if "policy_reward" in r.figures
+    )
+    charts = [
+        chart
+        for chart in CHARTS
+        if any(line.key in measured for line in chart.lines)
+        and not (chart.name == OBJECTIVE_REWARD and repeats)
+    ]
     figures: dict[str, Draw] = {
         chart.name: partial(draw_curves, chart, run.records) for chart in charts
     }
