@@ -85,7 +85,7 @@ def task_view(name: str, task: dict[str, Any]) -> RenderableType:
     for metric, label in metrics.items():
         cells = [plain(variant[metric]) for variant in variants.values()]
         if difference:
-            cells += _comparison(difference, metric, main)
+            cells += comparison_cells(difference, metric, main)
         else:
             cells += [plain(variant[f"{metric}_stderr"]) for variant in variants.values()]
         style = "bold" if metric == main else ""
@@ -95,7 +95,7 @@ def task_view(name: str, task: dict[str, Any]) -> RenderableType:
         table = figures_table(f"{visible(metrics[metric])} with", "", "gain over it", "95% CI", "p")
         for control in (c for c in CONTROLS if c in task["controls"]):
             cells = [plain(task["controls"][control][metric])]
-            cells += _comparison(task[GAINS[control]], metric, main)
+            cells += comparison_cells(task[GAINS[control]], metric, main)
             style = "bold" if control == SWAPPED else ""
             table.add_row(CONTROL_NAMES[control], *cells, style=style)
         parts.append(table)
@@ -126,7 +126,7 @@ def figures_table(first: str, *numbers: str) -> Table:
     return Table(Column(Text(first)), *columns, title_justify="left", box=box.SIMPLE_HEAD)
 
 
-def _comparison(comparison: dict[str, Any], metric: str, main: str) -> list[str]:
+def comparison_cells(comparison: Mapping[str, Any], metric: str, main: str) -> list[str]:
     """Format a difference, its interval and its p-value; that of the main metric is corrected."""
     bounds, p_value = comparison[f"{metric}_ci95"], comparison[f"{metric}_p_value"]
     if metric == main:

@@ -28,9 +28,9 @@ from quietstar.evaluation.statistics import (
     item_groups,
     means,
 )
-from quietstar.reports.evaluation import METRICS, figures_table
+from quietstar.reports.evaluation import METRICS, comparison_cells, figures_table
 from quietstar.reports.figures import Row, draw_forest, in_both_sizes
-from quietstar.reports.pages import MISSING, plain, probability, signed, signed_range, write_html
+from quietstar.reports.pages import MISSING, plain, signed, write_html
 from quietstar.system.inputs import open_input, parse_json
 
 OF_TOKENS = ("nll", "token_accuracy")
@@ -281,12 +281,6 @@ def _bounds(scores: Mapping[str, Any], metric: str) -> str:
     return MISSING if bounds is None else " to ".join(map(plain, bounds))
 
 
-def _p_value(difference: Mapping[str, Any], metric: str, main: str) -> float | None:
-    """Return the p-value of a metric; that of the main one is corrected for the number of tests."""
-    p_value = difference[f"{metric}_p_value"]
-    return difference.get("p_holm", p_value) if metric == main else p_value
-
-
 def paired_view(result: Mapping[str, Any]) -> RenderableType:
     """Show the result of `compare_evaluations`: a row for each metric and evaluation, verdicts."""
     parts: list[RenderableType] = []
@@ -299,8 +293,7 @@ def paired_view(result: Mapping[str, Any]) -> RenderableType:
                 scores, change = row["scores"], row.get("difference")
                 cells = [plain(scores[metric])]
                 if change is not None:
-                    cells += [signed(change[metric]), signed_range(change[f"{metric}_ci95"]),
-                              probability(_p_value(change, metric, main))]  # fmt: skip
+                    cells += comparison_cells(change, metric, main)
                 style = "bold" if metric == main else ""
                 table.add_row(Text(visible(row["name"])), *cells, style=style)
             parts.append(table)
@@ -346,10 +339,9 @@ def write_paired(path: Path, result: Mapping[str, Any]) -> Path:
             for row in task["evaluations"]
         ]
         gaps = [
-            (row, [(signed(row["difference"][m]), signed_range(row["difference"][f"{m}_ci95"]),
-                    _p_value(row["difference"], m, main)) for m in metrics])
+            (row, [comparison_cells(row["difference"], metric, main) for metric in metrics])
             for row in others
-        ]  # fmt: skip
+        ]
         sections.append({
             "name": name, "task": task, "metrics": metrics, "first": first["name"],
             "cells": cells, "gaps": gaps, "lengths": LENGTHS,
