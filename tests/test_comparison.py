@@ -61,7 +61,7 @@ def test_the_reward_in_training_is_a_curve_of_means(tmp_path):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + last)
     (group,) = compare_runs([run])["groups"]
     steps, values = group["curves"][0]["policy_reward"]
-    assert steps == [3, 6, 9, 12, 15, 18, 21, 24]
+    assert steps == [4, 7, 10, 13, 16, 19, 22, 25]
     assert values == [pytest.approx(0.25)] * 8
     page = Page(write_comparison(tmp_path / "page.html", compare_runs([run])).read_text("utf-8"))
     assert "Reward of the objective" in page.text

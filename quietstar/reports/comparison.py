@@ -141,9 +141,12 @@ def read_run(folder: Path) -> Run:
 def _smooth(
     steps: Sequence[int], values: Sequence[float], first: int
 ) -> tuple[list[int], list[float]]:
-    """Return means over equal numbers of steps, each at its last one, counted from ``first``."""
+    """Return means over equal numbers of steps, each at its last one, counted from ``first``.
+
+    Steps left over are the first ones: a collapse at the end of training must show.
+    """
     size = -(-len(steps) // REWARD_POINTS) or 1
-    places = range(0, len(steps) - size + 1, size)
+    places = range(len(steps) % size, len(steps), size)
     return ([steps[i + size - 1] - first for i in places],
             [fmean(values[i : i + size]) for i in places])  # fmt: skip
 
