@@ -320,7 +320,10 @@ def _questions(data: DataConfig, keeps_space: bool) -> Callable[[Record, int, st
             raise UserError(message) from problem
         question, answer = texts["question"], texts["answer"]
         if not answer.strip():
-            raise UserError(f"{where}: its answer ({names['answer']}) is empty. Leave it out.")
+            raise UserError(
+                f"{where}: its answer ({names['answer']}) is empty. Leave the record out, or name "
+                "another field or template by --answer-field."
+            )
         answer = space + answer if keeps_space else answer
         prompt, groups = opening.replace("{question}", question), _groups(record, where)
         return Item(str(record.get("id", number)), prompt, answer, where, groups=groups)
