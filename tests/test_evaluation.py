@@ -850,6 +850,15 @@ def test_questions_are_read_by_fields_and_template_as_in_training(folder, tmp_pa
     )
     assert "--template: 'no place' must hold {question}" in refused("--template", "no place")
     assert "--answer-field ({{ a): must be a field's name or" in refused("--answer-field", "{{ a")
+    # A template that leaves items out of training does so here too: the error says the way out.
+    short = run_config(
+        tmp_path, data__format="qa", data__question_field="q",
+        data__answer_field="{% if q|length < 9 %}{{ a.text }}{% endif %}",
+    )  # fmt: skip
+    save_config(short, tmp_path / "short.yaml")
+    assert "Leave the record out, or name another field or template by --answer-field" in (
+        refused("--config", tmp_path / "short.yaml")
+    )
     save_config(run_config(tmp_path), tmp_path / "text.yaml")
     assert "has data.format: text, whose records have no question" in refused(
         "--config", tmp_path / "text.yaml"
