@@ -1,8 +1,11 @@
 """Answers and the thoughts before them, on hand-made cases."""
 
+import pytest
 import torch
 
+from quietstar.attention.layout import IGNORE_INDEX
 from quietstar.training.evaluation import (
+    gold_probabilities,
     place_before_answer,
     right_answers,
     right_thoughts,
@@ -34,6 +37,22 @@ def test_a_text_without_answer_does_not_count():
 def test_every_thought_of_a_position_counts():
     predicted = torch.tensor([[[9, 3, 4, 9], [9, 3, 3, 9]], [[9, 5, 9, 9], [9, 9, 9, 9]]])
     assert shares(right_answers(predicted, IDS, ANSWERS)) == [2, 4]
+
+
+def test_the_probability_of_an_answer_is_that_of_all_its_tokens():
+    logprobs = torch.tensor([[[0.9, 0.5, 0.5, 0.9]], [[0.9, 0.1, 0.9, 0.9]]]).log()
+    total, count = gold_probabilities(logprobs, IDS, ANSWERS)
+    assert (float(total), int(count)) == (pytest.approx(0.25 + 0.1), 2)
+    both = torch.cat([logprobs, torch.zeros_like(logprobs)], dim=1)  # of two thoughts
+    total, count = gold_probabilities(both, IDS, ANSWERS)
+    assert (float(total), int(count)) == (pytest.approx(0.25 + 0.1 + 2), 4)
+
+
+def test_an_answer_that_is_no_target_or_not_there_has_no_probability():
+    labels, none = IDS.clone(), ANSWERS.clone()
+    labels[0, 2], none[1] = IGNORE_INDEX, False
+    total, count = gold_probabilities(torch.zeros(2, 1, 4), labels, none)
+    assert (float(total), int(count)) == (0, 0)
 
 
 def test_the_thought_before_the_answer():

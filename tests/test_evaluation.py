@@ -10,7 +10,7 @@ import pytest
 import torch
 from launching import ROOT, wrap
 from test_generation import slow_step
-from tiny import plain_model, run_config, thinking_model
+from tiny import plain_model, read_metrics, run_config, thinking_model
 
 from quietstar import QuietStarForCausalLM
 from quietstar.cli import main as cli
@@ -37,6 +37,7 @@ from quietstar.model.outputs import MixedScores
 from quietstar.sampling.samplers.rollout import Rollout
 from quietstar.sampling.thoughts import Texts, ThoughtBatch
 from quietstar.system.processes import Processes, join_launch
+from quietstar.training.run import run_training
 
 QUESTIONS = [
     "Two and two?",
@@ -358,6 +359,29 @@ def test_a_model_trained_to_think_once_is_evaluated_so(folder, tmp_path):
         assert thought[1:] != pytest.approx(every[1:], abs=1e-5)
     own = [r["thoughts"] for r in runs["trained"] if r["variant"] == "with_thoughts"]
     assert all(len(sample) == 1 for thoughts in own for sample in thoughts)
+
+
+def test_a_run_and_the_command_measure_one_probability_of_the_answer(tmp_path):
+    rows = [{"question": q, "answer": n} for q, n in zip(QUESTIONS, NUMBERS, strict=True)]
+    write_lines(tmp_path / "own.jsonl", rows)
+    file = str(tmp_path / "own.jsonl")
+    config = run_config(
+        tmp_path, data__train=file, data__eval=file, data__format="qa", data__loss_on="answer",
+        data__short_texts="pad", data__seq_len=56, data__template="{question} {answer}",
+        thoughts__positions="answer_start", thoughts__lookahead=3, mixing_head__fixed_weight=0.5,
+        training__max_steps=1, training__eval_controls=["swapped", "pause"],
+    )  # fmt: skip
+    final = run_training(config)
+    record = read_metrics(final.parent, "eval")[-1]
+    config_file = tmp_path / "run/config.yaml"
+    more = ("--config", config_file, "--controls", "pause")
+    result, _ = evaluated(final.parent, tmp_path, *more, tasks=file, model="final")
+    figures = result["tasks"][file]
+    sides = {"with_thoughts": figures["with_thoughts"], "pause": figures["controls"]["pause"],
+             "without_thoughts": figures["without_thoughts"]}  # fmt: skip
+    for name, of_command in sides.items():
+        of_run = record[f"gold_probability_{name}"]
+        assert 0 < of_run == pytest.approx(of_command["gold_probability"], rel=1e-4)
 
 
 def test_the_answers_behind_sampled_thoughts_vote(folder, tmp_path, capsys):

@@ -32,7 +32,8 @@ HEALTHY = {
         "thought_logprob": -2.0,
     },
     "eval": {"base_nll": 2.0, "mixed_nll": 1.9, "thought_nll": 2.5, "gain": 0.1,
-             "gain_of_content": 0.05},
+             "gain_of_content": 0.05, "gold_probability_without_thoughts": 0.1,
+             "gold_probability_with_thoughts": 0.3, "gold_probability_swapped": 0.2},
 }  # fmt: skip
 BAD = {
     "thought_length": {"thought_length": 1.9},
@@ -46,6 +47,7 @@ BAD = {
     "mixing_weight": {"mixing_weight": -0.001},
     "thought_nll": {"thought_nll": 3.1},
     "gain_of_content": {"gain_of_content": -0.001},
+    "content_of_answers": {"gold_probability_swapped": 0.31},
     "divergence": {"base_nll": 3.1, "thought_nll": 3.1},
 }
 BY_NAME = {guard.name: guard for guard in GUARDS}
@@ -59,8 +61,11 @@ def fed(state, source, *changes, begin=1):
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_guard_fires_at_its_own_figure_and_no_other_does(name, tmp_path):
-    more = {"loss__reward": "prob"} if name == "reward" else {}
-    guard, state = BY_NAME[name], GuardState(run_config(tmp_path, **more))
+    more = {
+        "reward": {"loss__reward": "prob"},
+        "content_of_answers": {"thoughts__positions": "answer_start", "data__format": "qa"},
+    }
+    guard, state = BY_NAME[name], GuardState(run_config(tmp_path, **more.get(name, {})))
     ok = 30 if guard.source == "train" else 2
     fired = fed(state, guard.source, *[{}] * ok, *[BAD[name]] * 5)
     at = {"train": ok + 4, "eval": ok + guard.in_a_row - 1}[guard.source]

@@ -18,7 +18,7 @@ from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
 from quietstar.losses import thought_loss
 from quietstar.losses.thought_loss import next_token_entropy
-from quietstar.model.outputs import predict_everywhere
+from quietstar.model.outputs import of_nearest_thought
 from quietstar.sampling.positions import choose_positions, count_positions, most_positions
 from quietstar.sampling.rollout import sample_thoughts
 from quietstar.sampling.thoughts import Sampling
@@ -399,7 +399,7 @@ def test_all_is_no_choice():
 
 
 def test_the_next_token_is_predicted_by_the_nearest_thought_that_reaches_it():
-    predicted = predict_everywhere(
+    predicted = of_nearest_thought(
         torch.tensor([[10, 11, 12, 13, 14]]),
         torch.tensor([[[[20, 21, 22], [30, 31, 32], [40, 41, 42]]]]),
         torch.tensor([[0, 2, -1]]),

@@ -76,6 +76,9 @@ THINKING = {
     "accuracy_without_thoughts": 0.31,
     "accuracy_with_thoughts": 0.92,
     "accuracy_exchanged": 0.12,
+    "gold_probability_without_thoughts": 0.2,
+    "gold_probability_with_thoughts": 0.8,
+    "gold_probability_swapped": 0.1,
     "right_thoughts": 0.88,
 }
 RECORDS = [

@@ -143,6 +143,10 @@ def test_answers_are_thought_about_and_counted(tmp_path):
     assert all(whole)  # the space and all digits, as accuracies count them
     wanted = sum(sample["correct"] for sample in samples) / 4
     assert after["accuracy_with_thoughts"] == wanted
+    for kind in ("with_thoughts", "without_thoughts"):
+        wanted = sum(sample[kind]["probability"] for sample in samples) / 4
+        assert 0 < after[f"gold_probability_{kind}"] == pytest.approx(wanted)
+    assert {"gold_probability_swapped", "gold_probability_pause"} <= after.keys()
     assert len(samples) == 4
 
 

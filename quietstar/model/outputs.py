@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.generic import ModelOutput
@@ -202,6 +202,8 @@ class Thoughts:
         thought_logprobs: The same by the thought's own prediction.
         mixed_logprobs: The same by the mixed prediction.
         valid: Where there is a true token to predict; elsewhere log-probabilities are 0.
+        text_logprobs: Log-probability of the true next token without thoughts, after every text
+            position.
         base_predicted: Most likely next token without the thought, after every text position.
         mixed_predicted: Most likely x_{i+a} with it.
         metrics: Figures of the batch.
@@ -215,6 +217,7 @@ class Thoughts:
     thought_logprobs: Float[Tensor, "batch thoughts positions lookahead"]
     mixed_logprobs: Float[Tensor, "batch thoughts positions lookahead"]
     valid: Bool[Tensor, "batch positions lookahead"]
+    text_logprobs: Float[Tensor, "batch seq"]
     base_predicted: Int[Tensor, "batch seq"]
     mixed_predicted: Int[Tensor, "batch thoughts positions lookahead"]
     metrics: ThoughtMetrics
@@ -237,6 +240,7 @@ class Thoughts:
             thought_logprobs=public(scored.thought_logprobs),
             mixed_logprobs=public(scored.mixed_logprobs),
             valid=scored.valid.permute(1, 2, 0),
+            text_logprobs=scored.text_logprobs,
             base_predicted=scored.base_predicted,
             mixed_predicted=public(scored.mixed_predicted),
             metrics=metrics,
@@ -245,10 +249,11 @@ class Thoughts:
 
     def next_predicted(self) -> Int[Tensor, "batch thoughts seq"]:
         """Most likely next token after every text position, thoughts considered."""
-        mixed = self.mixed_predicted
-        if self.positions is None:
-            return mixed[..., 0]
-        return predict_everywhere(self.base_predicted, mixed, self.positions)
+        return of_nearest_thought(self.base_predicted, self.mixed_predicted, self.positions)
+
+    def next_logprobs(self) -> Float[Tensor, "batch thoughts seq"]:
+        """Log-probability of the true next token there, 0 where there is none."""
+        return of_nearest_thought(self.text_logprobs, self.mixed_logprobs, self.positions)
 
     def to_frame(self, tokenizer: PreTrainedTokenizerBase | None = None) -> DataFrame:
         """A pandas frame with a row for every thought and true token that it looks ahead to.
@@ -285,29 +290,31 @@ def without_padding(tokens: Sequence[int]) -> list[int]:
     return [token for token in tokens if token != NO_TOKEN]
 
 
-def predict_everywhere(
-    base: Int[Tensor, "batch seq"],
-    mixed: Int[Tensor, "batch thoughts positions lookahead"],
-    positions: Int[Tensor, "batch positions"],
-) -> Int[Tensor, "batch thoughts seq"]:
-    """Next tokens of a whole text from thoughts at chosen positions.
+def of_nearest_thought(
+    text: Shaped[Tensor, "batch seq"],
+    mixed: Shaped[Tensor, "batch thoughts positions lookahead"],
+    positions: Int[Tensor, "batch positions"] | None,
+) -> Shaped[Tensor, "batch thoughts seq"]:
+    """Returns what is known of the token behind every position of a text.
 
-    By the thought there, else by the latest one whose lookahead reaches as far, else without.
+    From the thought there, else from the latest one whose lookahead reaches as far, else without.
 
     Args:
-        base: Most likely next token without thoughts.
-        mixed: Most likely x_{i+a} with them.
-        positions: Positions of the thoughts, -1 behind the last.
+        text: What is known of the next token without thoughts.
+        mixed: What is known of x_{i+a} with them.
+        positions: Positions of the thoughts, -1 behind the last; None for all.
     """
-    num_thoughts, lookahead, last = mixed.shape[1], mixed.shape[-1], base.shape[-1]
-    predicted = base.unsqueeze(1).expand(-1, num_thoughts, -1)
-    predicted = torch.nn.functional.pad(predicted, (0, 1))  # takes what lies at no position
+    if positions is None:
+        return mixed[..., 0]
+    num_thoughts, lookahead, last = mixed.shape[1], mixed.shape[-1], text.shape[-1]
+    known = text.unsqueeze(1).expand(-1, num_thoughts, -1)
+    known = torch.nn.functional.pad(known, (0, 1))  # takes what lies at no position
     for ahead in reversed(range(lookahead)):  # nearer thoughts overwrite
         index = positions + ahead
         index = index.where((positions >= 0) & (index < last), last)
         index = index.unsqueeze(1).expand(-1, num_thoughts, -1)
-        predicted = predicted.scatter(-1, index, mixed[..., ahead])
-    return predicted[..., :last]
+        known = known.scatter(-1, index, mixed[..., ahead])
+    return known[..., :last]
 
 
 def plain_metrics(nll: Tensor, valid: Tensor) -> ThoughtMetrics:

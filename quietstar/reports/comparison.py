@@ -34,6 +34,12 @@ FIGURES = {
     "accuracy_without_thoughts": ("right without thoughts", percent),
     "accuracy_with_thoughts": ("right with thoughts", percent),
     **{f"accuracy_{name}": (f"right with {text}", percent) for name, text in CONTROL_NAMES.items()},
+    "gold_probability_without_thoughts": ("P(gold answer) without thoughts", plain),
+    "gold_probability_with_thoughts": ("P(gold answer) with thoughts", plain),
+    **{
+        f"gold_probability_{name}": (f"P(gold answer) with {text}", plain)
+        for name, text in CONTROL_NAMES.items()
+    },
     "right_thoughts": ("right thoughts", percent),
     "thought_length": ("tokens of a thought", lambda value: plain(value, 1)),
     "distinct_token_ratio": ("variety of thoughts", lambda value: plain(value, 2)),

@@ -58,6 +58,14 @@ CHARTS = (
            Line("accuracy_pause", "pause tokens", "pause", "v"),
            *(Line(f"accuracy_{name}", CONTROL_NAMES[name], "other", symbol)
              for name, symbol in OTHERS.items())), percent, True),
+    Chart("probability", "P(gold answer)",
+          "Mean probability of the whole correct answer of held-out problems.", "probability",
+          (Line("gold_probability_with_thoughts", "with thoughts", "mixed"),
+           Line("gold_probability_without_thoughts", "without thoughts", "base", "s"),
+           Line("gold_probability_swapped", "swapped thoughts", "swapped", "D"),
+           Line("gold_probability_pause", "pause tokens", "pause", "v"),
+           *(Line(f"gold_probability_{name}", CONTROL_NAMES[name], "other", symbol)
+             for name, symbol in OTHERS.items())), partial(plain, digits=3), True),
     Chart("right-thoughts", "Correct thoughts",
           "Share of the sampled thoughts that are correct.", "correct thoughts",
           (Line("right_thoughts", "correct thoughts", "thought", "^"),), percent, True),
@@ -112,7 +120,7 @@ CHARTS = (
            Line("truncated_fraction", "cut", "other", "s")), percent, True),
 )
 # fmt: on
-IN_TABLE = ("accuracy", "right-thoughts", "nll", "gain", "mixing-weight")
+IN_TABLE = ("accuracy", "probability", "right-thoughts", "nll", "gain", "mixing-weight")
 """Charts whose figures are columns of the table of held-out evaluations."""
 
 
@@ -165,6 +173,7 @@ def write_report(folder: Path) -> Path:
         answers=_answers(evaluations, run.results),
         control_notes={f"accuracy_{control}": note for control, note in CONTROL_NOTES.items()},
         scored=[record for record in scored if "mixed_nll" in record.figures] or scored,
+        thinks_once=bool(run.plan) and run.plan[-1].config.thoughts.positions == "answer_start",
         guards=_guards(run),
         verdict=_verdict(evaluations, run.results),
         followed=_followed(run.followed),

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from quietstar.attention.layout import IGNORE_INDEX
 from quietstar.backbone.run import TextRun
 from quietstar.data import Batch
 from quietstar.distributed import ModelProxy
@@ -50,20 +51,24 @@ SAMPLES = 4  # thoughts at every position, at temperature 1, to count the right 
 RESULTS_FILE, SAMPLES_FILE = "results.json", "samples.json"
 NUM_SAMPLES = 20
 NUM_FOLLOWED = 3  # held-out texts whose thought every evaluation records
-ACCURACIES = {
-    "with_thoughts": "accuracy_with_thoughts",
-    "without_thoughts": "accuracy_without_thoughts",
-    **{f"{name}_thoughts": f"accuracy_{name}" for name in (SWAPPED, *MADE)},
-}
-"""Names in results.json, and in metrics.jsonl."""
+ACCURACIES, PROBABILITIES = (
+    {
+        "with_thoughts": f"{figure}_with_thoughts",
+        "without_thoughts": f"{figure}_without_thoughts",
+        **{f"{name}_thoughts": f"{figure}_{name}" for name in (SWAPPED, *MADE)},
+    }
+    for figure in ("accuracy", "gold_probability")
+)
+"""Names in results.json, and in metrics.jsonl: right answers, and P(gold answer)."""
 
 
 def evaluate(run: StageRun) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Computes the held-out figures of docs/metrics.md, in nats a token, over all ranks.
 
-    They are those of `ThoughtMetrics` with greedy thoughts, and NLLs, gains and accuracies with the
-    controls; accuracies only where texts have answers, ``right_thoughts`` where they have steps. A
-    stage without thoughts has ``base_nll`` and ``accuracy_without_thoughts`` only.
+    They are those of `ThoughtMetrics` with greedy thoughts, and NLLs, gains, accuracies and
+    probabilities of the answers with the controls; the latter two only where texts have answers,
+    ``right_thoughts`` where they have steps. A stage without thoughts has ``base_nll`` and the
+    figures of answers without thoughts only.
 
     Returns:
         The figures, and what the main process's first `NUM_FOLLOWED` texts, the same ones each
@@ -106,9 +111,9 @@ def evaluate(run: StageRun) -> tuple[dict[str, float], list[dict[str, Any]]]:
             parts = []
             for batch in batches:
                 scores = model.score_plain(batch.input_ids, batch.attention_mask, batch.labels)
-                right = right_answers(scores.predicted[:, None], batch.input_ids, batch.answers)
-                accuracy = ThoughtMetrics({"accuracy_without_thoughts": right})
-                parts.append(scores.metrics.joined(accuracy))
+                predicted, logprobs = scores.predicted[:, None], scores.logprobs[:, None]
+                plain = _answer_metrics(batch, "without", predicted, logprobs)
+                parts.append(scores.metrics.joined(plain))
                 advance()
             totals = {"own": reduce(add, parts[:counted])}
     if run.stage.has_thoughts and SWAPPED in names and SWAPPED not in totals:
@@ -211,12 +216,24 @@ def _score(
 
 
 def _metrics(batch: Batch, scored: Thoughts) -> ThoughtMetrics:
+    predicted, logprobs = scored.base_predicted[:, None], scored.text_logprobs[:, None]
+    base = _answer_metrics(batch, "without", predicted, logprobs)
+    mixed = _answer_metrics(batch, "with", scored.next_predicted(), scored.next_logprobs())
+    return scored.metrics.joined(base).joined(mixed)
+
+
+def _answer_metrics(
+    batch: Batch,
+    kind: str,
+    predicted: Int[Tensor, "batch thoughts seq"],
+    logprobs: Float[Tensor, "batch thoughts seq"],
+) -> ThoughtMetrics:
+    """Scores the answers of a batch by the most likely next tokens and those of the true ones."""
     ids, answers = batch.input_ids, batch.answers
-    accuracies = {
-        "accuracy_without_thoughts": right_answers(scored.base_predicted[:, None], ids, answers),
-        "accuracy_with_thoughts": right_answers(scored.next_predicted(), ids, answers),
-    }
-    return scored.metrics.joined(ThoughtMetrics(accuracies))
+    return ThoughtMetrics({
+        f"accuracy_{kind}_thoughts": right_answers(predicted, ids, answers),
+        f"gold_probability_{kind}_thoughts": gold_probabilities(logprobs, batch.labels, answers),
+    })  # fmt: skip
 
 
 def _text_thoughts(batch: Batch, thoughts: Tensor, positions: Tensor | None) -> list[TextThoughts]:
@@ -235,8 +252,9 @@ def figures(totals: Mapping[str, ThoughtMetrics]) -> dict[str, float]:
         control = totals[kind].means()
         result[f"{kind}_mixed_nll"] = control["mixed_nll"]
         result[f"{kind}_thought_nll"] = control["thought_nll"]
-        if "accuracy_with_thoughts" in control:
-            result[f"accuracy_{kind}"] = control["accuracy_with_thoughts"]
+        for figure in ("accuracy", "gold_probability"):
+            if f"{figure}_with_thoughts" in control:
+                result[f"{figure}_{kind}"] = control[f"{figure}_with_thoughts"]
         result[GAINS[kind]] = gain_over(result["mixed_nll"], control["mixed_nll"])
     return result
 
@@ -255,6 +273,23 @@ def right_answers(
     has_answer = answers[:, 1:].any(-1, keepdim=True)  # (B, 1)
     right = ~wrong.any(-1) & has_answer
     return right.sum(), has_answer.sum() * predicted.shape[1]
+
+
+def gold_probabilities(
+    logprobs: Float[Tensor, "batch thoughts seq"],
+    labels: Int[Tensor, "batch seq"],
+    answers: Bool[Tensor, "batch seq"],
+) -> Count:
+    """Adds up the probabilities of whole answers, and counts the answers.
+
+    At i ``logprobs`` holds the log-probability of the true token i + 1. Answers of which a part has
+    no label, because `data.min_context` leaves it out, do not count.
+    """
+    answers = answers[:, 1:]
+    is_whole = ~(answers & (labels[:, 1:] == IGNORE_INDEX)).any(-1, keepdim=True)
+    counted = is_whole & answers.any(-1, keepdim=True)  # (B, 1)
+    total = logprobs[..., :-1].float().where(answers[:, None], 0.0).sum(-1)
+    return total.exp().where(counted, 0.0).sum(), counted.sum() * logprobs.shape[1]
 
 
 def place_before_answer(
@@ -317,6 +352,8 @@ def write_results(run: StageRun, tokenizer: PreTrainedTokenizerBase, seconds: fl
     accuracy = {name: after[key] for name, key in ACCURACIES.items() if key in after}
     if accuracy:
         results["accuracy"] = {**accuracy, "n": len(run.eval_data)}
+        probabilities = {n: after[key] for n, key in PROBABILITIES.items() if key in after}
+        results["gold_probability"] = probabilities
     if "right_thoughts" in after:
         right = {"before": before.get("right_thoughts"), "after": after["right_thoughts"]}
         results["right_thoughts"] = right
@@ -364,16 +401,8 @@ def _sample(
     truth = ids[position + 1 : end + 1]
     base = thoughts.base_predicted[row, position:end]
     mixed = thoughts.next_predicted()[row, 0, position:end]
-    logprobs = torch.zeros(2, dtype=torch.double)  # of the truth, without and with thoughts
-    for predicting in range(position, end):
-        latest, ahead = predicting, 0
-        if positions is not None:
-            latest = int(((positions >= 0) & (positions <= predicting)).sum()) - 1
-            ahead = predicting - int(positions[latest])
-        if latest >= 0 and ahead < thoughts.base_logprobs.shape[-1]:  # a thought reaches as far
-            logprobs[0] += float(thoughts.base_logprobs[row, latest, ahead])
-            logprobs[1] += float(thoughts.mixed_logprobs[row, 0, latest, ahead])
-    without, with_thoughts = logprobs.exp().tolist()
+    of_truth = (thoughts.text_logprobs[row], thoughts.next_logprobs()[row, 0])
+    without, with_thoughts = (x[position:end].sum().exp().item() for x in of_truth)
     tokens, rationale = thoughts.tokens[row, 0, place], batch.rationale[row]
     rationale = rationale[rationale >= 0]
     is_right = None

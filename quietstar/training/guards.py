@@ -92,6 +92,11 @@ def _pauses(config: Config) -> bool:
     return config.thoughts.sampler == "pause"
 
 
+def _thinks_once(config: Config) -> bool:
+    """Return True with one thought for a whole answer, of which an NLL is about the first token."""
+    return config.thoughts.positions == "answer_start"
+
+
 def _compares_no_thoughts(config: Config) -> bool:
     estimator = getattr(config.loss, "estimator", "leave_one_out")
     return _pauses(config) or estimator in ("no_baseline", "running_mean")
@@ -201,7 +206,26 @@ GUARDS = (
         {"raise": ("loss.policy_weight", "thoughts.num_thoughts", "data.min_context"),
          "change": ("thoughts.start_init",)},
         in_a_row=2, condition=(lambda now: now["gain"] > 0, " with a gain above 0"),
-        is_collapse=False,
+        unless=_thinks_once, is_collapse=False,
+    ),
+    Guard(
+        "content_of_answers", "what swapped thoughts cost of P(gold answer)", "eval",
+        ("gold_probability_with_thoughts", "gold_probability_without_thoughts",
+         "gold_probability_swapped"),
+        lambda now, first: (
+            now["gold_probability_with_thoughts"] - now["gold_probability_swapped"]
+        ), "at most", 0.0, "+.4f",
+        "thoughts make the answer likelier, but swapped ones as much (they cost {:+.4f} of its"
+        " probability): what helps is not what thoughts say",
+        {"raise": ("loss.policy_weight", "thoughts.num_thoughts"),
+         "change": ("thoughts.start_init",)},
+        in_a_row=2,
+        condition=(
+            lambda now: now["gold_probability_with_thoughts"]
+            > now["gold_probability_without_thoughts"],
+            " with a probability above that without thoughts",
+        ),
+        unless=lambda config: not _thinks_once(config), is_collapse=False,
     ),
     Guard(
         "divergence",

@@ -45,6 +45,9 @@ COLUMNS = {
     "gain_of_content": ("gain of\ncontent", "+.4f"),
     "gain_over_pause": ("over\npause", "+.4f"),
     "mixing_weight": ("mixing\nweight", ".4f"),
+    "gold_probability_without_thoughts": ("P(gold)\nwithout", ".3f"),
+    "gold_probability_with_thoughts": ("P(gold)\nwith", ".3f"),
+    "gold_probability_swapped": ("swapped\nthoughts", ".3f"),
     "accuracy_without_thoughts": ("right\nwithout", ".3f"),
     "accuracy_with_thoughts": ("right\nwith", ".3f"),
     "accuracy_swapped": ("swapped\nthoughts", ".3f"),
@@ -64,6 +67,10 @@ PAUSE_AFTER_REPORT = 20
 """The page is written again when so many times the time has passed that it took."""
 LEFT_OUT = ("base_nll", "mixed_nll", "thought_nll", "gain_over_pause", "mixing_weight")
 """Columns that make room for those of answers."""
+OF_A_TOKEN = ("gain", "gain_of_content")
+OF_ANSWERS = tuple(key for key in COLUMNS if key.startswith("gold_probability"))
+"""Columns of which a table has the ones or the others: with one thought for a whole answer, the
+first are about its first token alone, which may be just a space."""
 
 
 class _Bars(Progress):
@@ -348,7 +355,10 @@ class Reporter:
         """Prints the newest held-out figures as a line, under headings at the first of a stage."""
         step, figures = self.evaluations[-1]
         has_answers = "accuracy_with_thoughts" in figures
-        keys = [key for key in COLUMNS if key in figures and not (has_answers and key in LEFT_OUT)]
+        left_out = {*LEFT_OUT} if has_answers else set[str]()
+        thinks_once = self.stage.config.thoughts.positions == "answer_start"
+        left_out |= {*(OF_A_TOKEN if thinks_once else OF_ANSWERS)}
+        keys = [key for key in COLUMNS if key in figures and key not in left_out]
         columns = [("step", str(step))]
         columns += [(COLUMNS[key][0], f"{figures[key]:{COLUMNS[key][1]}}") for key in keys]
         for control, name in SHORT_NAMES.items():
@@ -359,7 +369,10 @@ class Reporter:
         headings = [heading for heading, _ in columns]
         if headings != self._headings:
             self._headings[:] = headings
-            self.say("held out: NLLs and gains in nats/token, answers that are right as shares")
+            said = "NLLs and gains in nats/token, answers that are right as shares"
+            if thinks_once:
+                said = "probability of the whole answer, and answers that are right as shares"
+            self.say(f"held out: {said}")
             for line in range(2):
                 cells = [[*heading.split("\n"), ""][line] for heading in headings]
                 self._print_row(cells, headings, style="dim")
