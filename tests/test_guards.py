@@ -50,6 +50,9 @@ BAD = {
     "content_of_answers": {"gold_probability_swapped": 0.31},
     "divergence": {"base_nll": 3.1, "thought_nll": 3.1},
 }
+ONCE = {"thoughts__positions": "answer_start", "data__format": "qa"}
+WATCHED_WITH = {"reward": {"loss__reward": "prob"}, "content_of_answers": ONCE}
+"""Settings without which a guard is not watched."""
 BY_NAME = {guard.name: guard for guard in GUARDS}
 
 
@@ -61,11 +64,7 @@ def fed(state, source, *changes, begin=1):
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_guard_fires_at_its_own_figure_and_no_other_does(name, tmp_path):
-    more = {
-        "reward": {"loss__reward": "prob"},
-        "content_of_answers": {"thoughts__positions": "answer_start", "data__format": "qa"},
-    }
-    guard, state = BY_NAME[name], GuardState(run_config(tmp_path, **more.get(name, {})))
+    guard, state = BY_NAME[name], GuardState(run_config(tmp_path, **WATCHED_WITH.get(name, {})))
     ok = 30 if guard.source == "train" else 2
     fired = fed(state, guard.source, *[{}] * ok, *[BAD[name]] * 5)
     at = {"train": ok + 4, "eval": ok + guard.in_a_row - 1}[guard.source]
@@ -74,7 +73,8 @@ def test_a_guard_fires_at_its_own_figure_and_no_other_does(name, tmp_path):
 
 def test_one_odd_step_or_evaluation_does_not_warn(tmp_path):
     for guard in GUARDS:
-        state, odd = GuardState(run_config(tmp_path)), BAD[guard.name]
+        config = run_config(tmp_path, **WATCHED_WITH.get(guard.name, {}))
+        state, odd = GuardState(config), BAD[guard.name]
         if guard.source == "train" or guard.in_a_row > 1:
             assert fed(state, guard.source, *[{}] * 30, odd, {}, {}, odd, {}) == [[]] * 35
 
@@ -91,6 +91,57 @@ def test_the_first_steps_and_the_evaluation_before_them_are_silent(tmp_path):
 def test_thoughts_without_content_need_a_gain_to_be_told(tmp_path):
     state = GuardState(run_config(tmp_path))
     assert fed(state, "eval", *[BAD["gain_of_content"] | {"gain": -0.1}] * 5) == [[]] * 5
+
+
+def test_content_is_watched_in_what_evaluations_measure_of_it(tmp_path):
+    """With one thought before an answer in its probability, unless that is too small."""
+    once = run_config(tmp_path, **ONCE)
+    assert fed(GuardState(once), "eval", *[BAD["gain_of_content"]] * 5) == [[]] * 5
+    bad = BAD["content_of_answers"]
+    assert fed(GuardState(run_config(tmp_path)), "eval", *[bad] * 5) == [[]] * 5
+    no_gain = bad | {"gold_probability_without_thoughts": 0.3}
+    assert fed(GuardState(once), "eval", *[no_gain] * 5) == [[]] * 5
+    small = {key: 1e-3 * x for key, x in HEALTHY["eval"].items() if key.startswith("gold_")}
+    small |= {"gold_probability_swapped": 4e-4}
+    assert fed(GuardState(once), "eval", *[small] * 5) == [[]] * 5
+
+
+def test_pause_tokens_have_no_content_to_watch(tmp_path):
+    bad = BAD["gain_of_content"] | BAD["content_of_answers"]
+    for more in ({}, ONCE):
+        settings = {"thoughts__sampler": "pause", "loss__policy_weight": 0.0, **more}
+        config = run_config(tmp_path, **settings)
+        assert fed(GuardState(config), "eval", *[bad] * 5) == [[]] * 5
+
+
+def held_out(made, capsys, **figures):
+    """What is printed of a held-out evaluation: the legend and the two lines of headings."""
+    made.evaluation(0, figures)
+    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[:3]]
+
+
+def test_a_table_of_held_out_figures_has_those_that_say_most(tmp_path, capsys):
+    answers = {"accuracy_without_thoughts": 0.1, "accuracy_with_thoughts": 0.4}
+    figures = HEALTHY["eval"] | answers | {"accuracy_swapped": 0.2}
+    once = run_config(tmp_path, **ONCE)
+    assert held_out(make_reporter(tmp_path, once), capsys, **figures) == [
+        "held out: probability of the answer, answers that are right as shares",
+        "step P(gold) P(gold) P(gold) right right swapped",
+        "without with swapped without with thoughts",
+    ]
+    of_tokens = [
+        "held out: NLLs and gains in nats/token, answers that are right as shares",
+        "step gain of gain of right right swapped",
+        "thinking content without with thoughts",
+    ]
+    assert held_out(make_reporter(tmp_path), capsys, **figures) == of_tokens
+    long = {key: 1e-9 for key in figures if key.startswith("gold_")}
+    assert held_out(make_reporter(tmp_path, once), capsys, **(figures | long)) == of_tokens
+    plain = {"base_nll": 2.0, "gold_probability_without_thoughts": 0.1,
+             "accuracy_without_thoughts": 0.1}  # fmt: skip
+    assert held_out(make_reporter(tmp_path, once), capsys, **plain)[1:] == [
+        "step base right", "NLL without",
+    ]  # fmt: skip
 
 
 def test_a_fixed_mixing_weight_is_not_watched(tmp_path):

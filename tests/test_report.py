@@ -415,6 +415,32 @@ def test_a_figure_beyond_its_threshold_is_not_called_fine_though_no_guard_fired(
     assert "fine" not in text
 
 
+ONCE = """\
+model: {name_or_path: tiny-llama}
+data: {train: texts.jsonl, format: qa}
+thoughts: {positions: answer_start}
+training: {output_dir: run}
+"""
+
+
+def test_one_thought_before_an_answer_is_told_by_the_answer(report):
+    records = [evaluation(step, "train", **THINKING) for step in (0, 30)]
+    fired = {"kind": "guard", "stage": "train", "step": 30, "name": "gain_of_content"}
+    files = {**lines(*records, {**fired, "message": "An earlier version said so."})}
+    text = report({**files, "config.yaml": ONCE}, name="once").text
+    tiles = "P(gold answer), mean over held-out problems, step 30"
+    assert f"{tiles} With thoughts 0.800 Without thoughts 0.200 Swapped thoughts 0.100" in text
+    assert "Next tokens of held-out data" not in text
+    assert text.count("of the first token of each answer alone") == 2
+    assert "An earlier version said so." in text
+    for heading in ("right, with thoughts", "P(gold), with thoughts", "P(gold), swapped thoughts"):
+        assert heading in text
+    other = report({**files, "config.yaml": ONCE.replace("answer_start", "all")}, name="all").text
+    assert "Next tokens of held-out data, nats/token, step 30" in other
+    assert tiles not in other
+    assert "of the first token of each answer alone" not in other
+
+
 # --- What is left out -----------------------------------------------------------------------------
 
 

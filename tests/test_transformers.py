@@ -352,3 +352,7 @@ def test_the_card_says_what_the_model_is_and_keeps_what_others_wrote(base, tmp_p
     assert "| gain of thinking, nats/token | -0.5000 | 0.2500 |" in text
     assert "| **gain of content**, nats/token |  | 0.1250 |" in text
     assert "- owner/data" in text
+    model.configure(model.thoughts.model_copy(update={"positions": "answer_start"}))
+    text = card.model_card(model, after=figures)
+    assert "| gain of thinking, nats/token, first token of an answer |  | 0.2500 |" in text
+    assert "| accuracy with thoughts |  | 1.0000 |" in text

@@ -48,6 +48,8 @@ CONTROL_NOTES = {
 """What each control is, in a few words."""
 GENERIC_TEXT = " I will work through this carefully and then give the answer."
 LOWER_IS_BETTER = ("nll",)
+LEAST_PROBABILITY = 1e-3
+"""Mean P(gold answer) that must be reached to decide: of that of a long answer nothing is left."""
 
 Value = TypeVar("Value", float, Tensor)
 

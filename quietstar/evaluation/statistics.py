@@ -18,6 +18,7 @@ from quietstar.evaluation.controls import (
     CONTROL_NAMES,
     CONTROLS,
     GAINS,
+    LEAST_PROBABILITY,
     LOWER_IS_BETTER,
     SWAPPED,
     WITH,
@@ -190,10 +191,6 @@ def summarise(
     return summary
 
 
-_LEAST_PROBABILITY = 1e-3
-"""Mean P(gold answer) that some variant must reach to decide."""
-
-
 def choose_main_metric(of_task: str, values: Mapping[str, Mapping[str, Array]]) -> str:
     """Choose what verdicts and warnings are about, of the metrics of every variant.
 
@@ -207,7 +204,7 @@ def choose_main_metric(of_task: str, values: Mapping[str, Mapping[str, Array]]) 
         return "accuracy"
     if main == "nll" and "gold_probability" in first:
         shares = [metrics["gold_probability"].mean() for metrics in values.values()]
-        main = "gold_probability" if max(shares) >= _LEAST_PROBABILITY else main
+        main = "gold_probability" if max(shares) >= LEAST_PROBABILITY else main
     return main
 
 

@@ -27,6 +27,8 @@ _FIGURES = {
     "gain_of_content": "**gain of content**, nats/token",
     "gain_over_pause": "gain over pause tokens, nats/token",
 }
+_OF_NEXT_TOKENS = ("base_nll", "mixed_nll", "gain", "gain_of_content", "gain_over_pause")
+"""Figures that with one thought for a whole answer are about its first token alone."""
 _NO_FIGURES = "No figures are known of this model."
 _TEXT = """\
 # {title}
@@ -128,15 +130,17 @@ def model_card(
     about, call = _STUDENT if is_student else _THINKS
     text = _TEXT.format(
         title=_cell(title), about=about, call=call, mark=_MARK, plain=plain,
-        figures=_table(before or {}, after or {}),
+        figures=_table(before or {}, after or {}, thoughts.positions == "answer_start"),
         facts="\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items()),
     )  # fmt: skip
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
 
 
-def _table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+def _table(before: Mapping[str, Any], after: Mapping[str, Any], thinks_once: bool) -> str:
+    note = ", first token of an answer" if thinks_once else ""
     rows = [
-        f"| {label} | {_number(before.get(name))} | {_number(after[name])} |"
+        f"| {label}{note if name in _OF_NEXT_TOKENS else ''} | {_number(before.get(name))} "
+        f"| {_number(after[name])} |"
         for name, label in _FIGURES.items()
         if isinstance(after.get(name), int | float)
     ]

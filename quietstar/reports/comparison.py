@@ -54,6 +54,7 @@ FIGURES = {
 """Rows of the table: what each is called there, and how it is written."""
 CURVES = {
     "accuracy_with_thoughts": "Right answers",
+    "gold_probability_with_thoughts": "P(gold answer)",
     "gain_of_content": "Gain of content",
     "gain": "Gain of thinking",
     "mixed_nll": "NLL of the next token",
@@ -63,7 +64,11 @@ REWARD = "policy_reward"
 """What the objective was given, drawn over the steps of the last stage, too."""
 REWARD_POINTS = 10
 """Points of that curve: means over as many steps as it takes, because single steps vary."""
-_OF_PLAIN_RUNS = {"accuracy_with_thoughts": "accuracy_without_thoughts", "mixed_nll": "base_nll"}
+_OF_PLAIN_RUNS = {
+    "accuracy_with_thoughts": "accuracy_without_thoughts",
+    "gold_probability_with_thoughts": "gold_probability_without_thoughts",
+    "mixed_nll": "base_nll",
+}
 """What a run that does not think has in their place."""
 LOOKS = (("group-1", "o"), ("group-2", "s"), ("group-3", "^"), ("group-4", "D"), ("group-5", "v"),
          ("group-6", "P"))  # fmt: skip

@@ -38,7 +38,7 @@ from quietstar.reports.run_files import (
     series,
 )
 from quietstar.training.evaluation import ACCURACIES
-from quietstar.training.guards import GUARDS, GuardState
+from quietstar.training.guards import GUARDS, GuardState, measures_answers
 
 MOST_FOLLOWED = 12
 """Evaluations at which a thought is shown."""
@@ -65,7 +65,7 @@ CHARTS = (
            Line("gold_probability_swapped", "swapped thoughts", "swapped", "D"),
            Line("gold_probability_pause", "pause tokens", "pause", "v"),
            *(Line(f"gold_probability_{name}", CONTROL_NAMES[name], "other", symbol)
-             for name, symbol in OTHERS.items())), partial(plain, digits=3), True),
+             for name, symbol in OTHERS.items())), partial(plain, digits=3)),
     Chart("right-thoughts", "Correct thoughts",
           "Share of the sampled thoughts that are correct.", "correct thoughts",
           (Line("right_thoughts", "correct thoughts", "thought", "^"),), percent, True),
@@ -120,8 +120,12 @@ CHARTS = (
            Line("truncated_fraction", "cut", "other", "s")), percent, True),
 )
 # fmt: on
-IN_TABLE = ("accuracy", "probability", "right-thoughts", "nll", "gain", "mixing-weight")
-"""Charts whose figures are columns of the table of held-out evaluations."""
+IN_TABLE = ("accuracy", "right-thoughts", "nll", "gain", "mixing-weight")
+IN_TABLE_OF_ANSWERS = ("accuracy", "probability", "right-thoughts", "mixing-weight")
+"""Charts whose figures are columns of the table of held-out evaluations: in general, and where
+these say most of the probability of answers (`measures_answers`)."""
+HEADING_BEGINS = {"accuracy": "right, ", "probability": "P(gold), "}
+"""What sets columns apart whose lines go by the same names."""
 
 
 def write_report(folder: Path) -> Path:
@@ -164,6 +168,13 @@ def write_report(folder: Path) -> Path:
             figures[name] = partial(draw_forest, rows, axis, partial(digits, digits=1))
     evaluations = [record for record in run.records if record.kind == "eval"]
     scored = [record for record in evaluations if "base_nll" in record.figures]
+    configs = {stage.name: stage.config for stage in run.plan}
+    of_answers = any(
+        record.stage in configs and measures_answers(configs[record.stage], record.figures)
+        for record in scored[-1:]
+    )
+    in_table = IN_TABLE_OF_ANSWERS if of_answers else IN_TABLE
+    (probability,) = (chart for chart in CHARTS if chart.name == "probability")
     return write_html(
         folder / "report.html",
         "run.html.j2",
@@ -173,17 +184,23 @@ def write_report(folder: Path) -> Path:
         answers=_answers(evaluations, run.results),
         control_notes={f"accuracy_{control}": note for control, note in CONTROL_NOTES.items()},
         scored=[record for record in scored if "mixed_nll" in record.figures] or scored,
-        thinks_once=bool(run.plan) and run.plan[-1].config.thoughts.positions == "answer_start",
+        probabilities=[
+            (line, scored[-1].figures[line.key])
+            for line in probability.lines
+            if line.key in scored[-1].figures
+        ]
+        if of_answers
+        else [],
         guards=_guards(run),
         verdict=_verdict(evaluations, run.results),
         followed=_followed(run.followed),
-        cards=[_card(chart, run.records, measured) for chart in charts],
+        cards=[_card(chart, run.records, measured, of_answers) for chart in charts],
         evaluations=evaluations,
         columns=[
-            (line.key, line.name, chart.show)
+            (line.key, f"{HEADING_BEGINS.get(chart.name, '')}{line.name}", chart.show)
             for chart in CHARTS
             for line in chart.lines
-            if chart.name in IN_TABLE and any(line.key in e.figures for e in evaluations)
+            if chart.name in in_table and any(line.key in e.figures for e in evaluations)
         ],
     )
 
@@ -297,6 +314,11 @@ def _guards(run: RunFiles) -> list[dict[str, Any]]:
             state for state in states.values()
             if state.value(guard) is not None and state.watches(guard)
         ]  # fmt: skip
+        # What fired under an earlier version's rules is not lost.
+        measured = measured or [
+            state for state in states.values() if state.value(guard) is not None
+            and any(fired.name == guard.name for fired in run.fired)
+        ]  # fmt: skip
         if measured:
             rows.append({
                 "name": guard.name, "title": guard.title, "threshold": guard.threshold,
@@ -329,9 +351,13 @@ def _answers(evaluations: Sequence[Record], results: Results) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _card(chart: Chart, records: Sequence[Record], measured: set[str]) -> dict[str, str]:
+def _card(
+    chart: Chart, records: Sequence[Record], measured: set[str], of_answers: bool
+) -> dict[str, str]:
     """Heading, caption and description of a chart; the newest values are for screen readers."""
     caption = chart.caption
+    if of_answers and chart.name in ("nll", "gain"):
+        caption += " Here of the first token of each answer alone, which may be just a space."
     if chart.name == "gain" and "gain_of_content" not in measured:
         caption += " The gain of content was not measured here."
     parts = [chart.title + " over the steps"]

@@ -51,15 +51,12 @@ SAMPLES = 4  # thoughts at every position, at temperature 1, to count the right 
 RESULTS_FILE, SAMPLES_FILE = "results.json", "samples.json"
 NUM_SAMPLES = 20
 NUM_FOLLOWED = 3  # held-out texts whose thought every evaluation records
-ACCURACIES, PROBABILITIES = (
-    {
-        "with_thoughts": f"{figure}_with_thoughts",
-        "without_thoughts": f"{figure}_without_thoughts",
-        **{f"{name}_thoughts": f"{figure}_{name}" for name in (SWAPPED, *MADE)},
-    }
-    for figure in ("accuracy", "gold_probability")
-)
-"""Names in results.json, and in metrics.jsonl: right answers, and P(gold answer)."""
+ACCURACIES = {
+    "with_thoughts": "accuracy_with_thoughts",
+    "without_thoughts": "accuracy_without_thoughts",
+    **{f"{name}_thoughts": f"accuracy_{name}" for name in (SWAPPED, *MADE)},
+}
+"""Names in results.json, and in metrics.jsonl."""
 
 
 def evaluate(run: StageRun) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -228,7 +225,7 @@ def _answer_metrics(
     predicted: Int[Tensor, "batch thoughts seq"],
     logprobs: Float[Tensor, "batch thoughts seq"],
 ) -> ThoughtMetrics:
-    """Scores the answers of a batch by the most likely next tokens and those of the true ones."""
+    """Scores answers by the most likely next tokens and the log-probabilities of the true ones."""
     ids, answers = batch.input_ids, batch.answers
     return ThoughtMetrics({
         f"accuracy_{kind}_thoughts": right_answers(predicted, ids, answers),
@@ -352,8 +349,6 @@ def write_results(run: StageRun, tokenizer: PreTrainedTokenizerBase, seconds: fl
     accuracy = {name: after[key] for name, key in ACCURACIES.items() if key in after}
     if accuracy:
         results["accuracy"] = {**accuracy, "n": len(run.eval_data)}
-        probabilities = {n: after[key] for n, key in PROBABILITIES.items() if key in after}
-        results["gold_probability"] = probabilities
     if "right_thoughts" in after:
         right = {"before": before.get("right_thoughts"), "after": after["right_thoughts"]}
         results["right_thoughts"] = right

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
 from quietstar.config import Config
 from quietstar.config.effects import keys_without_effect
+from quietstar.evaluation.controls import LEAST_PROBABILITY
 
 Figures = Mapping[str, float]
 Source = Literal["train", "eval"]
@@ -93,8 +94,21 @@ def _pauses(config: Config) -> bool:
 
 
 def _thinks_once(config: Config) -> bool:
-    """Return True with one thought for a whole answer, of which an NLL is about the first token."""
     return config.thoughts.positions == "answer_start"
+
+
+def measures_answers(config: Config, figures: Figures) -> bool:
+    """Return True where the probability of answers says more than the NLL of next tokens.
+
+    With one thought for a whole answer, NLLs and gains are about its first token alone, which may
+    be just a space. But of the probability of a long answer nothing is left.
+    """
+    probabilities = [x for key, x in figures.items() if key.startswith("gold_probability_")]
+    return _thinks_once(config) and "gain" in figures and _is_left(probabilities)
+
+
+def _is_left(probabilities: Iterable[float]) -> bool:
+    return max(probabilities, default=0.0) >= LEAST_PROBABILITY
 
 
 def _compares_no_thoughts(config: Config) -> bool:
@@ -206,26 +220,27 @@ GUARDS = (
         {"raise": ("loss.policy_weight", "thoughts.num_thoughts", "data.min_context"),
          "change": ("thoughts.start_init",)},
         in_a_row=2, condition=(lambda now: now["gain"] > 0, " with a gain above 0"),
-        unless=_thinks_once, is_collapse=False,
+        unless=lambda config: _pauses(config) or _thinks_once(config), is_collapse=False,
     ),
     Guard(
-        "content_of_answers", "what swapped thoughts cost of P(gold answer)", "eval",
+        "content_of_answers", "P(gold answer) with thoughts minus that with swapped ones", "eval",
         ("gold_probability_with_thoughts", "gold_probability_without_thoughts",
          "gold_probability_swapped"),
         lambda now, first: (
             now["gold_probability_with_thoughts"] - now["gold_probability_swapped"]
         ), "at most", 0.0, "+.4f",
-        "thoughts make the answer likelier, but swapped ones as much (they cost {:+.4f} of its"
-        " probability): what helps is not what thoughts say",
+        "thoughts make the answer likelier, but swapped ones as much (P(gold answer) changes by"
+        " {:+.4f} with the model's own): what helps is not what thoughts say",
         {"raise": ("loss.policy_weight", "thoughts.num_thoughts"),
          "change": ("thoughts.start_init",)},
         in_a_row=2,
         condition=(
             lambda now: now["gold_probability_with_thoughts"]
-            > now["gold_probability_without_thoughts"],
-            " with a probability above that without thoughts",
+            > now["gold_probability_without_thoughts"]
+            and _is_left([now["gold_probability_with_thoughts"]]),
+            f" with one of {LEAST_PROBABILITY:g} or more, above that without thoughts",
         ),
-        unless=lambda config: not _thinks_once(config), is_collapse=False,
+        unless=lambda config: _pauses(config) or not _thinks_once(config), is_collapse=False,
     ),
     Guard(
         "divergence",

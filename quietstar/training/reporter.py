@@ -32,7 +32,7 @@ from quietstar.errors import UserError, reason_of, visible
 from quietstar.evaluation.controls import BLANK, GAINS, GENERIC, PAUSE, SHUFFLED
 from quietstar.model.outputs import QuietStarOutput, without_padding
 from quietstar.system import files
-from quietstar.training.guards import GuardState, Source
+from quietstar.training.guards import GuardState, Source, measures_answers
 from quietstar.training.stages import Stage
 
 METRICS_FILE, THOUGHTS_FILE = "metrics.jsonl", "thoughts.jsonl"
@@ -47,7 +47,7 @@ COLUMNS = {
     "mixing_weight": ("mixing\nweight", ".4f"),
     "gold_probability_without_thoughts": ("P(gold)\nwithout", ".3f"),
     "gold_probability_with_thoughts": ("P(gold)\nwith", ".3f"),
-    "gold_probability_swapped": ("swapped\nthoughts", ".3f"),
+    "gold_probability_swapped": ("P(gold)\nswapped", ".3f"),
     "accuracy_without_thoughts": ("right\nwithout", ".3f"),
     "accuracy_with_thoughts": ("right\nwith", ".3f"),
     "accuracy_swapped": ("swapped\nthoughts", ".3f"),
@@ -67,10 +67,9 @@ PAUSE_AFTER_REPORT = 20
 """The page is written again when so many times the time has passed that it took."""
 LEFT_OUT = ("base_nll", "mixed_nll", "thought_nll", "gain_over_pause", "mixing_weight")
 """Columns that make room for those of answers."""
-OF_A_TOKEN = ("gain", "gain_of_content")
+OF_NEXT_TOKENS = ("gain", "gain_of_content")
 OF_ANSWERS = tuple(key for key in COLUMNS if key.startswith("gold_probability"))
-"""Columns of which a table has the ones or the others: with one thought for a whole answer, the
-first are about its first token alone, which may be just a space."""
+"""Columns of which a table has the ones or the others (`measures_answers`)."""
 
 
 class _Bars(Progress):
@@ -356,8 +355,8 @@ class Reporter:
         step, figures = self.evaluations[-1]
         has_answers = "accuracy_with_thoughts" in figures
         left_out = {*LEFT_OUT} if has_answers else set[str]()
-        thinks_once = self.stage.config.thoughts.positions == "answer_start"
-        left_out |= {*(OF_A_TOKEN if thinks_once else OF_ANSWERS)}
+        of_answers = measures_answers(self.stage.config, figures)
+        left_out |= {*(OF_NEXT_TOKENS if of_answers else OF_ANSWERS)}
         keys = [key for key in COLUMNS if key in figures and key not in left_out]
         columns = [("step", str(step))]
         columns += [(COLUMNS[key][0], f"{figures[key]:{COLUMNS[key][1]}}") for key in keys]
@@ -369,10 +368,8 @@ class Reporter:
         headings = [heading for heading, _ in columns]
         if headings != self._headings:
             self._headings[:] = headings
-            said = "NLLs and gains in nats/token, answers that are right as shares"
-            if thinks_once:
-                said = "probability of the whole answer, and answers that are right as shares"
-            self.say(f"held out: {said}")
+            first = "probability of the answer" if of_answers else "NLLs and gains in nats/token"
+            self.say(f"held out: {first}, answers that are right as shares")
             for line in range(2):
                 cells = [[*heading.split("\n"), ""][line] for heading in headings]
                 self._print_row(cells, headings, style="dim")
