@@ -408,8 +408,9 @@ def test_a_thinking_student_learns_in_shorter_thoughts(tmp_path):
     )
     for ours, theirs in zip(records(parts), records(whole), strict=True):
         assert ours["divergence"] == pytest.approx(theirs["divergence"], rel=1e-4, abs=1e-6)
-        # All places have A targets, but the last ones.
-        assert -ours["policy_reward"] > 0.5 * ours["divergence"]
+        if ours["step"] > 1:  # before, student and teacher agree up to rounding
+            # All places have A targets, but the last ones.
+            assert -ours["policy_reward"] > 0.5 * ours["divergence"] > 0
     saved = json.loads((whole / "final" / "quietstar.json").read_text())
     assert saved["thoughts"]["length"] == 2
 
