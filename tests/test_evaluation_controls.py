@@ -237,7 +237,8 @@ def test_controls_do_not_depend_on_how_texts_are_batched(tmp_path):
         record = read_metrics(folder / "run", "eval")[0]
         figures.append({key: x for key, x in record.items() if isinstance(x, float)})
     assert set(GAINS.values()) <= figures[0].keys()
-    assert figures[0] == pytest.approx(figures[1], rel=1e-5, abs=1e-6)
+    # Gains are differences of NLLs of five nats, which float32 rounds to some 1e-6.
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5, abs=1e-5)
 
 
 def test_only_what_is_asked_for_is_evaluated(tmp_path):
