@@ -122,8 +122,8 @@ CHARTS = (
 # fmt: on
 IN_TABLE = ("accuracy", "right-thoughts", "nll", "gain", "mixing-weight")
 IN_TABLE_OF_ANSWERS = ("accuracy", "probability", "right-thoughts", "mixing-weight")
-"""Charts whose figures are columns of the table of held-out evaluations: in general, and where
-these say most of the probability of answers (`measures_answers`)."""
+"""Charts whose figures are columns of the table of held-out evaluations: in general, and where the
+probability of answers says more (`measures_answers`)."""
 HEADING_BEGINS = {"accuracy": "right, ", "probability": "P(gold), "}
 """What sets columns apart whose lines go by the same names."""
 
