@@ -277,10 +277,10 @@ def gold_probabilities(
     labels: Int[Tensor, "batch seq"],
     answers: Bool[Tensor, "batch seq"],
 ) -> Count:
-    """Adds up the probabilities of whole answers, and counts the answers.
+    """Adds up the texts' probabilities of all their answer tokens, and counts the texts.
 
-    At i ``logprobs`` holds the log-probability of the true token i + 1. Answers of which a part has
-    no label, because `data.min_context` leaves it out, do not count.
+    At i ``logprobs`` holds the log-probability of the true token i + 1. Texts without an answer do
+    not count, nor do those with an answer token that has no label (`data.min_context`).
     """
     answers = answers[:, 1:]
     is_whole = ~(answers & (labels[:, 1:] == IGNORE_INDEX)).any(-1, keepdim=True)

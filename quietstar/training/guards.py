@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
@@ -103,12 +103,9 @@ def measures_answers(config: Config, figures: Figures) -> bool:
     With one thought for a whole answer, NLLs and gains are about its first token alone, which may
     be just a space. But of the probability of a long answer nothing is left.
     """
-    probabilities = [x for key, x in figures.items() if key.startswith("gold_probability_")]
-    return _thinks_once(config) and "gain" in figures and _is_left(probabilities)
-
-
-def _is_left(probabilities: Iterable[float]) -> bool:
-    return max(probabilities, default=0.0) >= LEAST_PROBABILITY
+    probabilities = (x for key, x in figures.items() if key.startswith("gold_probability_"))
+    is_large = max(probabilities, default=0.0) >= LEAST_PROBABILITY
+    return _thinks_once(config) and "gain" in figures and is_large
 
 
 def _compares_no_thoughts(config: Config) -> bool:
@@ -235,9 +232,8 @@ GUARDS = (
          "change": ("thoughts.start_init",)},
         in_a_row=2,
         condition=(
-            lambda now: now["gold_probability_with_thoughts"]
-            > now["gold_probability_without_thoughts"]
-            and _is_left([now["gold_probability_with_thoughts"]]),
+            lambda now: now["gold_probability_with_thoughts"] >= LEAST_PROBABILITY
+            and now["gold_probability_with_thoughts"] > now["gold_probability_without_thoughts"],
             f" with one of {LEAST_PROBABILITY:g} or more, above that without thoughts",
         ),
         unless=lambda config: _pauses(config) or not _thinks_once(config), is_collapse=False,
