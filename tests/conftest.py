@@ -1,5 +1,6 @@
 """Fixtures: tiny models with deterministic weights."""
 
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +16,7 @@ from quietstar.config.tree import loss_class
 from quietstar.data import byte_tokenizer
 
 torch.set_num_threads(1)  # the models are so small that a second thread only costs
+os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start, too
 transformers_logging.set_verbosity_error()
 
 

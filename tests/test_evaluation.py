@@ -503,7 +503,8 @@ def test_another_batch_size_may_go_on(folder, tmp_path):
     for name, task in whole["tasks"].items():
         for key, value in again["tasks"][name]["controls"]["swapped"].items():
             if not key.endswith("_ci95"):  # which resampling rounds otherwise
-                assert value == pytest.approx(task["controls"]["swapped"][key]), key
+                # The batch's size decides how float32 rounds log-probabilities.
+                assert value == pytest.approx(task["controls"]["swapped"][key], rel=1e-5), key
 
 
 def test_two_items_tell_nothing_however_they_agree(folder, tmp_path):

@@ -14,9 +14,14 @@ from quietstar.system.processes import Processes
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = """
+import atexit
+import os
 import sys
+import torch
 from quietstar.cli.main import main
 
+# Called last of all: an open process group may abort the interpreter's end.
+atexit.register(lambda: torch.distributed.is_initialized() and os._exit(9))
 model, out, texts, text, prompts = sys.argv[1:]
 drawn = ["--seed", "3", "--temperature", "0.8"]
 for call in (

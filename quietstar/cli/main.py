@@ -24,7 +24,7 @@ from importlib import import_module
 from quietstar import __version__
 from quietstar.errors import ConfigError, Preempted, UserError, reason_of, visible
 from quietstar.system import signals
-from quietstar.system.processes import launched_rank
+from quietstar.system.processes import launched_rank, leave_launch
 from quietstar.system.signals import Stopped
 
 EXIT_USER_ERROR = 2
@@ -91,6 +91,7 @@ def run_command(
         with signals.listening(), _warnings_in_lines():
             code = command(arguments)
             sys.stdout.flush()
+            atexit.register(leave_launch)  # not now: the caller may run another command
             return code
     except UserError as error:
         code = EXIT_USER_ERROR

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -107,3 +108,14 @@ def join_launch(device: str | None = None) -> Processes:
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     state = PartialState(cpu=on_cpu, timeout=PATIENCE)
     return Processes(state.process_index, state.num_processes)
+
+
+def leave_launch() -> None:
+    """Closes this process's connections to the others of its launch, if it has any.
+
+    To be called before the interpreter is taken down: then gloo's threads may still let go of
+    tensors and abort the process, and its launcher takes work that was done for a failure.
+    """
+    distributed = sys.modules.get("torch.distributed")  # without it nothing is connected
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
