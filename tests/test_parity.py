@@ -186,10 +186,10 @@ def _gradient(parameter: torch.nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def check(comparison: Comparison) -> None:
+def check(comparison: Comparison, gradient_tolerance: float = GRADIENT_TOLERANCE) -> None:
     wrong = {name: e for name, e in comparison.forward.items() if not e < TOLERANCE}
     assert not wrong, wrong
-    wrong = {name: e for name, e in comparison.gradient.items() if not e < GRADIENT_TOLERANCE}
+    wrong = {name: e for name, e in comparison.gradient.items() if not e < gradient_tolerance}
     assert not wrong, wrong
 
 
