@@ -113,8 +113,8 @@ def join_launch(device: str | None = None) -> Processes:
 def leave_launch() -> None:
     """Closes this process's connections to the others of its launch, if it has any.
 
-    To be called before the interpreter is taken down: then gloo's threads may still let go of
-    tensors and abort the process, and its launcher takes work that was done for a failure.
+    Call it before the interpreter shuts down. During the shutdown gloo's threads may still release
+    tensors and abort the process, and the launcher then reports finished work as a failure.
     """
     distributed = sys.modules.get("torch.distributed")  # without it nothing is connected
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
