@@ -135,7 +135,7 @@ def test_the_page_says_who_is_better_and_what_differs(tmp_path):
     )  # fmt: skip
     result = compare_evaluations([first, second])
     page = Page(write_paired(tmp_path / "page.html", result).read_text("utf-8"))
-    assert "thinks against plain: better (24 items right here alone, 0 there)" in page.text
+    assert "thinks against plain: better (right only in thinks: 24, only in plain: 0)" in page.text
     assert "thinks was evaluated with dtype bfloat16, unlike plain" in page.text
     assert "with thoughts, 4.0 tokens of thought" in page.text
     assert "By steps" in page.text
@@ -147,7 +147,7 @@ def test_the_command_prints_writes_and_never_replaces_what_it_reads(tmp_path, ca
     out = tmp_path / "both.json"
     assert cli.main(["report", str(first), str(second), "--json", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "thinks against plain: better (24 items right here alone, 0 there)" in printed
+    assert "thinks against plain: better (right only in thinks: 24, only in plain: 0)" in printed
     assert "note: thinks: dtype bfloat16, unlike the first" in printed
     assert json.loads(out.read_text())["tasks"]["sums.jsonl"]["n"] == 30
     for target in (first, first.with_suffix(".items.jsonl")):

@@ -202,11 +202,11 @@ def _warnings_in_lines() -> Iterator[None]:
 def _dispatch(argv: list[str]) -> int | None:
     name, *arguments = argv or [""]
     if name in ("-h", "--help"):
-        commands = "".join(f"  {name:11}{text}\n" for name, (_, text) in COMMANDS.items())
+        commands = "".join(f"  {name:13}{text}\n" for name, (_, text) in COMMANDS.items())
         sys.stdout.write(
             "usage: quietstar COMMAND ...   (quietstar COMMAND --help says more)\n\n"
             "Quiet-STaR for any Hugging Face causal language model.\n\n"
-            f"{commands}  --version  Print the version.\n"
+            f"{commands}  --version    Print the version.\n"
         )
         return None
     if name == "--version":

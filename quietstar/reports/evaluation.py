@@ -101,7 +101,9 @@ def task_view(name: str, task: dict[str, Any]) -> RenderableType:
         parts.append(table)
     if WITH in task and "thought_length" in task[WITH]:
         length, cut = (task[WITH][name] for name in LENGTHS)
-        parts.append(Text(f"  thoughts: {length:.1f} tokens on average, {cut:.1%} cut at the most"))
+        parts.append(
+            Text(f"  thoughts: {length:.1f} tokens on average, {cut:.1%} cut at the limit")
+        )
     for name, vote in task.get(WITH, {}).get("votes", {}).items():
         parts.append(Text(f"  {name} of the sampled thoughts: {_share(vote)}"))
     if task.get("num_tests", 1) > 1:

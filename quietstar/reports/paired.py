@@ -302,7 +302,7 @@ def paired_view(result: Mapping[str, Any]) -> RenderableType:
             parts.append(Text(f"  {visible(note)} (Holm); others not", style="dim"))
         parts.append(Text(f"  by {visible(METRICS.get(main) or main)}:"))
         for row in task["evaluations"][1:]:
-            text = f"{row['name']} against {first}: {row['verdict']}{_changed(row['difference'])}"
+            text = f"{row['name']} against {first}: {row['verdict']}{_changed(row, first)}"
             parts.append(Text(f"  {visible(text)}", style="bold"))
             if row["settings"]:
                 text = f"{row['name']}: {_listed(row['settings'])}, unlike the first"
@@ -310,12 +310,13 @@ def paired_view(result: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def _changed(difference: Mapping[str, Any]) -> str:
-    """Say how many items are right in one evaluation alone, where a metric says what is right."""
+def _changed(row: Mapping[str, Any], first: str) -> str:
+    """Say how many items are right in one evaluation only, where a metric says what is right."""
+    difference = row["difference"]
     for metric in IN_GROUPS:
         if f"{metric}_gained" in difference:
             gained, lost = (difference[f"{metric}_{key}"] for key in ("gained", "lost"))
-            return f" ({gained} items right here alone, {lost} there)"
+            return f" (right only in {row['name']}: {gained}, only in {first}: {lost})"
     return ""
 
 
@@ -346,7 +347,7 @@ def write_paired(path: Path, result: Mapping[str, Any]) -> Path:
             "name": name, "task": task, "metrics": metrics, "first": first["name"],
             "cells": cells, "gaps": gaps, "lengths": LENGTHS,
             "notes": {
-                row["name"]: (_changed(row["difference"]), _listed(row["settings"]))
+                row["name"]: (_changed(row, first["name"]), _listed(row["settings"]))
                 for row in others
             },
             "card": {"name": f"task{number}", "title": "What changes",

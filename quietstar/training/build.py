@@ -315,7 +315,8 @@ def describe(model: QuietStarForCausalLM, stage: Stage) -> str:
     if thoughts.position_count is not None:
         fraction = f"before up to {thoughts.position_count} tokens of a text"
     most = "up to " if model.may_end_early else ""
-    what = f"{thoughts.num_thoughts} thoughts of {most}{thoughts.length} tokens "
+    plural = "s" if thoughts.num_thoughts != 1 else ""
+    what = f"{thoughts.num_thoughts} thought{plural} of {most}{thoughts.length} tokens "
     what += {
         "all": "at every position",
         "every": f"{fraction}, evenly spaced",

@@ -301,7 +301,7 @@ class Reporter:
     def evaluating(self, num_batches: int) -> Iterator[Callable[[], None]]:
         """Shows a second bar, or says what takes so long; yields the function that advances it."""
         if not self.console.is_terminal:
-            self.say(f"evaluating on held-out texts, {num_batches} micro-batches")
+            self.say(f"evaluating on held-out texts (micro-batches: {num_batches})")
         task = self.bar.add_task("evaluating", total=num_batches)
         try:
             yield lambda: self.bar.advance(task)
