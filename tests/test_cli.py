@@ -127,7 +127,12 @@ def test_train_hands_over_config_overrides_and_resume(runs, tmp_path):
         (["train", "--controls", "0"], "--controls (0): must be a whole number of at least 1"),
         (["train", "--resume", "runs/no/such"], "--resume (runs/no/such): there is no such folder"),
         (["merge", "--model", "a"], "--out: must be given (see quietstar merge --help)"),
-        (["merge", "a", "--out", "b", "--model", "c"], "a: belongs to no option"),
+        (["merge", "a", "--out", "b", "--model", "c"], "a: belongs to no option (see"),
+        (["eval", "--model=m", "--tasks=gsm8k", "--force", "a"], "a: belongs to no option (see"),
+        (
+            ["eval", "--model=m", "--tasks=gsm8k", "--controls", "swapped", "blank"],
+            "blank: belongs to no option; --controls takes one value: join a list by commas",
+        ),
         (["generate", "--modl", "a"], "--modl: unknown option; did you mean --model?"),
         (["generate", "--show-thoughts=1"], "--show-thoughts: takes no value"),
         (["eval", "--thoughts", "maybe"], "--thoughts (maybe): must be one of off, on, both"),

@@ -104,7 +104,12 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"{name}: unknown option; {remedy}")
         args, unknown = self.parse_known_args(arguments)
         if unknown:
-            self.error(f"{unknown[0]}: belongs to no option")
+            words = list(sys.argv[1:] if arguments is None else arguments)
+            before = [word for word in words[: words.index(unknown[0])] if word.startswith("--")]
+            option = before[-1].partition("=")[0] if before else None
+            takes_value = option is not None and self._option_string_actions[option].nargs != 0
+            remedy = f"; {option} takes one value: join a list by commas, quote spaces"
+            self.error(f"{unknown[0]}: belongs to no option{remedy if takes_value else ''}")
         find_models(args)
         self.check(args)
         return args
