@@ -108,7 +108,7 @@ class Parser(argparse.ArgumentParser):
             before = [word for word in words[: words.index(unknown[0])] if word.startswith("--")]
             option = before[-1].partition("=")[0] if before else None
             takes_value = option is not None and self._option_string_actions[option].nargs != 0
-            remedy = f"; {option} takes one value: join a list by commas, quote spaces"
+            remedy = f"; {option} takes one value: join a list by commas, quote one with spaces"
             self.error(f"{unknown[0]}: belongs to no option{remedy if takes_value else ''}")
         find_models(args)
         self.check(args)
