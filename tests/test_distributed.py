@@ -91,7 +91,7 @@ def save_plain(model, folder):
 
 @pytest.fixture(scope="module", params=["full", "lora"])
 def runs(request, tmp_path_factory):
-    """Ten steps: in two stages with full tuning, in one stage with LoRA on a saved model."""
+    """Ten steps: stages with full tuning; one with LoRA on a saved model, without a mixing head."""
     runs = Runs(request.param, tmp_path_factory.mktemp(request.param))
     # So large a decay shows in the losses whether every matrix decays, sharded or not.
     judge = runs.folder / "judge"
@@ -103,7 +103,8 @@ def runs(request, tmp_path_factory):
         base = runs.folder / "base"
         save_plain(plain_model(), base)
         more = {"training__max_steps": 10, "tuning__method": "lora", "model__config": None,
-                "model__name_or_path": str(base), "model__tokenizer": None}  # fmt: skip
+                "model__name_or_path": str(base), "model__tokenizer": None,
+                "mixing_head__fixed_weight": 0.5}  # fmt: skip
     config = run_config(
         runs.folder, training__micro_batch_size=2, training__save_steps=5, training__eval_steps=5,
         training__ema_decay=0.8,

@@ -833,6 +833,8 @@ def test_the_last_match_is_the_answer_and_patterns_without_end_are_stopped(monke
     assert extract_answer(r"#### (-?\d+)", "#### 3\n#### -14 apples") == "-14"
     assert extract_answer(r"yes|(no)", "no, yes") == "yes"
     assert extract_answer(r"\d", "none") is None
+    assert extract_answer(r".+", "$18,000, 1,250,000.50") == "$18000, 1250000.50"
+    assert extract_answer(r".+", "1,2,3 and 1,2345 and 12,34") == "1,2,3 and 1,2345 and 12,34"
     monkeypatch.setattr(tasks_module, "PATTERN_SECONDS", 0.2)
     with pytest.raises(UserError, match=r"takes more than 0.2 seconds"):
         extract_answer("^(a|aa)+$", "a" * 60 + "c")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import random_texts, run_config, thinking_model, write_texts
 
 from quietstar import QuietStarForCausalLM
@@ -36,7 +37,7 @@ def test_training_heeds_it_and_the_warm_up_comes_before_it():
     output = model(texts, sample_ids=torch.arange(2))
     assert output.metrics.means()["mixing_weight"] == pytest.approx(0.7)
     output.loss.backward()
-    assert all(p.grad is not None and not p.grad.any() for p in model.mixing_head.parameters())
+    assert all(p.grad is None for p in model.mixing_head.parameters())
     warm = model(texts, sample_ids=torch.arange(2), fixed_mixing_weight=0.0)
     assert warm.metrics.means()["mixing_weight"] == 0
 
@@ -65,14 +66,17 @@ def test_it_is_saved_and_folders_without_it_ask_the_head(tmp_path):
     assert len(weights.unique()) > 10
 
 
-def test_a_run_keeps_it(tmp_path):
+def test_a_run_keeps_it_and_trains_no_head(tmp_path):
     settings = {"mixing_head__fixed_weight": 0.25, "mixing_head__warmup_steps": 2,
-                "mixing_head__warmup_weight": 0.75}  # fmt: skip
+                "mixing_head__warmup_weight": 0.75, "training__save_steps": 3}  # fmt: skip
     run_training(run_config(tmp_path, **settings))
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     weights = [(line["kind"], line["mixing_weight"]) for line in lines]
     train = [("train", 0.75), ("train", 0.75), ("train", 0.25)]
     assert weights == [("eval", 0.25), *train, ("eval", 0.25)]
+    trained = load_file(tmp_path / "run" / "checkpoints" / "step-000003" / "trainable.safetensors")
+    assert "start_embedding" in trained
+    assert not any(name.startswith("mixing_head.") for name in trained)
 
 
 @pytest.mark.parametrize("rule", ["weight", "weighted_entropy"])

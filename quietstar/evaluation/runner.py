@@ -541,7 +541,7 @@ class Runner:
                 metrics = vote_metrics(answers, item.answer)
             else:
                 answers = [tasks.extract_answer(task.extract, text) for text in texts]
-                metrics = vote_metrics(answers, item.answer.strip())
+                metrics = vote_metrics(answers, tasks.without_separators(item.answer.strip()))
                 metrics = {EXACT if name == "maj@1" else name: x for name, x in metrics.items()}
             records.append({
                 "task": task.name, "item": number, "variant": variant, "id": item.id,

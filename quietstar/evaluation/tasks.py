@@ -408,7 +408,10 @@ def find_task(
 
 
 def extract_answer(pattern: str, text: str) -> str | None:
-    """Find the last match of a pattern in a text: its first group that took part, or all of it."""
+    """Find the last match of a pattern in a text: its first group that took part, or all of it.
+
+    Whole numbers lose their thousands separators, as the answer that it is compared with does.
+    """
     try:
         matches = list(regex.finditer(pattern, text, timeout=PATTERN_SECONDS))
     except TimeoutError:
@@ -419,7 +422,14 @@ def extract_answer(pattern: str, text: str) -> str | None:
     if not matches:
         return None
     last = matches[-1]
-    return next((group for group in last.groups() if group is not None), last.group()).strip()
+    found = next((group for group in last.groups() if group is not None), last.group())
+    return without_separators(found.strip())
+
+
+def without_separators(text: str) -> str:
+    """Take the commas out of whole numbers in groups of three digits: 18,000 becomes 18000."""
+    grouped = r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!,?\d)"
+    return re.sub(grouped, lambda number: number[0].replace(",", ""), text)
 
 
 def read_number(text: str) -> str | None:

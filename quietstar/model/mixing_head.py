@@ -18,7 +18,7 @@ class MixingHead(nn.Module):
 
     The first layer is kept in two halves, so that its text half runs once per text token and not
     once per thought and lookahead. The last layer starts at zero: every weight starts at
-    ``initial_weight``.
+    ``initial_weight``. With ``fixed_weight`` nothing reads the layers, and they do not train.
 
     Args:
         width: D of the final states.
@@ -44,6 +44,12 @@ class MixingHead(nn.Module):
             share = max(bias - self.floor, 1e-6) / (1 - self.floor)
             bias = math.log(share / (1 - share))
         nn.init.constant_(self.last_layer.bias, bias)
+        self.requires_grad_(self.trains)
+
+    @property
+    def trains(self) -> bool:
+        """True if something learns from the head's output, and not from a constant."""
+        return self.fixed_weight is None
 
     def forward(
         self,
@@ -58,6 +64,9 @@ class MixingHead(nn.Module):
             thought_states: Those from the end token on.
             fixed: Constant in place of the weight; by default ``fixed_weight``, if there is one.
         """
+        if self.fixed_weight is not None:
+            constant = self.fixed_weight if fixed is None else fixed
+            return torch.full_like(at_least_float32(thought_states[..., 0].detach()), constant)
         rows = text.rows
         if not torch.is_autocast_enabled(rows.device.type):  # weights of a bfloat16 model
             dtype = self.text_layer.weight.dtype
@@ -66,9 +75,9 @@ class MixingHead(nn.Module):
         hidden = torch.relu(by_text.unsqueeze(1) + self.thought_layer(thought_states))
         hidden = torch.relu(self.middle_layer(hidden))
         weight = at_least_float32(self.last_layer(hidden).squeeze(-1))
-        fixed = self.fixed_weight if fixed is None else fixed
         if fixed is not None:
-            # The head stays in the graph, with gradient zero: DDP wants every parameter used.
+            # A warm-up keeps the head in the graph, with gradient zero: DDP wants every parameter
+            # that trains used.
             return weight * 0.0 + fixed
         if not self.sigmoid:
             return weight

@@ -65,9 +65,9 @@ def stage_at(stages: Sequence[Stage], step: int) -> Stage:
 def begin_stage(model: QuietStarForCausalLM, stage: Stage) -> None:
     """Gives the model the stage's settings; without thoughts only the language model trains."""
     model.configure(stage.config.thoughts, stage.config.loss)
-    markers = ("start_embedding", "end_embedding")
     learns_to_think = stage.thinks and model.objective.student != "plain"
     for name, parameter in model.named_parameters():
         if not name.startswith("language_model."):
-            trains = name not in markers or stage.config.thoughts.train_markers
+            of_head = name.startswith("mixing_head.")
+            trains = model.mixing_head.trains if of_head else stage.config.thoughts.train_markers
             parameter.requires_grad_(learns_to_think and trains)
