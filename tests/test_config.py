@@ -456,6 +456,11 @@ def test_an_override_below_a_mapping_keeps_its_other_entries():
         (["--learning_rate=1"], "--learning_rate: unknown key; did you mean --optim.learning_rate"),
         (["--lr", "1"], "--lr: unknown key; did you mean --optim.learning_rate?"),
         (["--optim.lr", "1"], "--optim.lr: renamed; write --optim.learning_rate"),
+        (
+            ["--training.eval_controls", "[swaped]"],
+            "training.eval_controls.0: 'swaped' must be 'swapped', "
+            "'shuffled', 'pause', 'generic' or 'blank'; did you mean swapped?",
+        ),
         (["--thoughts.lenght=8"], "--thoughts.lenght: unknown key; did you mean --thoughts.length"),
         (["--thoughts.length.x", "8"], "--thoughts.length.x: unknown key"),
         (["--xyzzy"], "--xyzzy: unknown key"),

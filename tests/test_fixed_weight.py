@@ -79,6 +79,16 @@ def test_a_run_keeps_it_and_trains_no_head(tmp_path):
     assert not any(name.startswith("mixing_head.") for name in trained)
 
 
+def test_a_checkpoint_whose_head_trained_is_refused(tmp_path):
+    settings = {"training__save_steps": 2, "training__max_steps": 2}
+    run_training(run_config(tmp_path, **settings))
+    fixed = run_config(
+        tmp_path, **settings | {"training__max_steps": 4}, mixing_head__fixed_weight=0.5
+    )
+    with pytest.raises(UserError, match="holds a mixing head that trains, which none does with"):
+        run_training(fixed, resume="auto", allow_changes=True)
+
+
 @pytest.mark.parametrize("rule", ["weight", "weighted_entropy"])
 def test_rules_that_ask_the_head_are_refused(rule):
     with pytest.raises(UserError, match=rf"thoughts.positions \({rule}\): asks the mixing head"):

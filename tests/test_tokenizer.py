@@ -60,6 +60,8 @@ def test_a_folder_without_tokenizer_is_refused_in_one_line(tmp_path):
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
     assert "'bytes'" in str(caught.value)
+    with pytest.raises(UserError, match=r"^model.tokenizer \(.*none\): .*there is no such folder"):
+        load_tokenizer(str(tmp_path / "none"), what="model.tokenizer")
 
 
 def test_a_tokenizer_with_ids_beyond_the_embedding_is_refused():

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from difflib import SequenceMatcher
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,8 @@ def field_message(key: str, error: Mapping[str, Any]) -> str:
     if why := _reason_of_bound(key, value):
         rule = f"{rule}: {why}"
     message = f"{shown_value(value)} {rule}"
-    if meant := closest(str(value), key_words(key)):
+    of_items = [m.get("items", {}).get("enum", []) for m in _members(key)]
+    if meant := closest(str(value), [*key_words(key), *chain.from_iterable(of_items)]):
         return message + did_you_mean(meant)
     if value is None and "null" not in types:
         return f"{message}; leave the key out to get its default, {default_text(fields()[key])}"

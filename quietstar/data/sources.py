@@ -364,7 +364,8 @@ def find_local(value: str, key: str) -> Path | None:
     if is_local:
         return path
     if path.suffix in READERS or path.is_absolute() or value.startswith((".", "~")):
-        raise UserError(f"{label}: no such file or folder{did_you_mean_file(path)}")
+        hint = did_you_mean_file(path) or ". Check the path."
+        raise UserError(f"{label}: no such file or folder{hint}")
     if value.count("/") > 1:
         raise UserError(f"{label}: no such file or folder, and a hub id has at most one '/'")
     return None

@@ -80,7 +80,7 @@ def _built_in(**parts: Any) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(
-    name: str, *, trust_remote_code: bool = False, **hub_kwargs: Any
+    name: str, *, trust_remote_code: bool = False, what: str = "tokenizer", **hub_kwargs: Any
 ) -> PreTrainedTokenizerBase:
     """Loads a tokenizer and gives it a padding token where it has none.
 
@@ -90,6 +90,7 @@ def load_tokenizer(
         name: `bytes` for the built-in byte-level tokenizer, `synthetic:<task>` for the words of
             a synthetic task, else a folder or a hub id.
         trust_remote_code: Whether code that comes with a tokenizer may run.
+        what: What an error message begins with, such as the config key that names it.
         **hub_kwargs: Arguments of `AutoTokenizer.from_pretrained` (revision, token, ...).
     """
     if name == BYTES:
@@ -111,9 +112,11 @@ def load_tokenizer(
         if "trust_remote_code" in str(error):
             reason = "it needs Python code of its own, which is not run"
             remedy = "If you trust it, train with model.trust_remote_code: true."
+        elif not (path := Path(name)).exists() and (path.is_absolute() or name[0] in ".~"):
+            reason = "there is no such folder"
         else:
             reason = reason_of(error)
-        raise UserError(f"tokenizer ({name}): cannot be loaded ({reason}). {remedy}") from error
+        raise UserError(f"{what} ({name}): cannot be loaded ({reason}). {remedy}") from error
     if tokenizer.eos_token_id is None:
         logger.warning(
             "tokenizer %r has no end-of-text token: the end of texts is not learned", name

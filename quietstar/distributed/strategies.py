@@ -169,6 +169,12 @@ class Strategy:
             parameters = dict(model.named_parameters())
             weights = load_file(Path(folder) / WEIGHTS_FILE)
             if unknown := sorted(weights.keys() - set(names)):
+                if group_of(unknown[0]) == "mixing_head":
+                    raise UserError(
+                        f"--resume ({folder}): holds a mixing head that trains, which none does "
+                        "with mixing_head.fixed_weight. Set it to null, or go on with the version "
+                        "of quietstar that began the run; --model takes the checkpoint as it is."
+                    )
                 raise ValueError(f"the run does not train its tensor {unknown[0]}")
             for name in names:
                 there, here = weights[name].shape, parameters[name].shape

@@ -205,9 +205,8 @@ def hub_options(config: Config) -> dict[str, Any]:
 
 def find_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """Loads the tokenizer that the config names, or the model's own."""
-    name = config.model.tokenizer or config.model.name_or_path
-    assert name is not None, "the config was validated"
-    return load_tokenizer(name, **hub_options(config))
+    key = "tokenizer" if config.model.tokenizer else "name_or_path"
+    return load_tokenizer(getattr(config.model, key), what=f"model.{key}", **hub_options(config))
 
 
 def build_model(
