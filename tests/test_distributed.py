@@ -91,7 +91,7 @@ def save_plain(model, folder):
 
 @pytest.fixture(scope="module", params=["full", "lora"])
 def runs(request, tmp_path_factory):
-    """Ten steps: stages with full tuning; one with LoRA on a saved model, without a mixing head."""
+    """Ten steps: in stages with full tuning, or with LoRA on a saved model and a fixed weight."""
     runs = Runs(request.param, tmp_path_factory.mktemp(request.param))
     # So large a decay shows in the losses whether every matrix decays, sharded or not.
     judge = runs.folder / "judge"

@@ -206,8 +206,9 @@ class TuningConfig(Section):
     """Train all weights of the base model, or a small addition to frozen ones: low-rank adapters
     (plain, rank-stabilized, with magnitudes, on 4-bit weights), scales (ia3), bottleneck adapters
     (after attention and MLP, or MLP only), virtual tokens (prompt: their embeddings; prefix: their
-    keys and values in every layer); galore: all weights by low-rank gradients. So do the mixing
-    head (but with mixing_head.fixed_weight) and the two embeddings (thoughts.train_markers)."""
+    keys and values in every layer); galore: all weights by low-rank gradients. The mixing head
+    trains too, unless mixing_head.fixed_weight is set, and so do the two embeddings, unless
+    thoughts.train_markers is false."""
     lora_r: Width = 16
     """Rank of the adapters."""
     lora_alpha: Scale = 32.0

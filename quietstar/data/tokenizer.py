@@ -112,7 +112,9 @@ def load_tokenizer(
         if "trust_remote_code" in str(error):
             reason = "it needs Python code of its own, which is not run"
             remedy = "If you trust it, train with model.trust_remote_code: true."
-        elif not (path := Path(name)).exists() and (path.is_absolute() or name[0] in ".~"):
+        elif not (path := Path(name)).exists() and (
+            path.is_absolute() or name.startswith((".", "~"))
+        ):
             reason = "there is no such folder"
         else:
             reason = reason_of(error)

@@ -48,7 +48,7 @@ class MixingHead(nn.Module):
 
     @property
     def trains(self) -> bool:
-        """True if something learns from the head's output, and not from a constant."""
+        """True unless a constant replaces the head's output."""
         return self.fixed_weight is None
 
     def forward(

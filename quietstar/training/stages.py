@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from quietstar import registry
 from quietstar.config import Config
+from quietstar.distributed import group_of
 from quietstar.model.quiet_star import QuietStarForCausalLM
 
 
@@ -66,8 +67,10 @@ def begin_stage(model: QuietStarForCausalLM, stage: Stage) -> None:
     """Gives the model the stage's settings; without thoughts only the language model trains."""
     model.configure(stage.config.thoughts, stage.config.loss)
     learns_to_think = stage.thinks and model.objective.student != "plain"
+    trains = {
+        "mixing_head": model.mixing_head.trains,
+        "embeddings": stage.config.thoughts.train_markers,
+    }
     for name, parameter in model.named_parameters():
-        if not name.startswith("language_model."):
-            of_head = name.startswith("mixing_head.")
-            trains = model.mixing_head.trains if of_head else stage.config.thoughts.train_markers
-            parameter.requires_grad_(learns_to_think and trains)
+        if (group := group_of(name)) != "language_model":
+            parameter.requires_grad_(learns_to_think and trains[group])
