@@ -1,21 +1,21 @@
 """Quiet-STaR for any Hugging Face causal language model (arXiv 2403.09629).
 
-The public names load on first use, so that ``import quietstar.config`` needs no torch. Where
-transformers is imported already, its Auto classes know of models that think from here on, and else
-with the first use of ``QuietStarForCausalLM``.
+The public names load on first use, so that ``import quietstar`` needs no torch. transformers' Auto
+classes know models that think, whichever of the two packages is imported first.
 """
 
-import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from wrapt import register_post_import_hook
+
 if TYPE_CHECKING:
     from quietstar.config import Config as Config
-    from quietstar.model import QuietStarForCausalLM as QuietStarForCausalLM
+    from quietstar.model.quiet_star import QuietStarForCausalLM as QuietStarForCausalLM
 
 __version__ = "0.2.0"
 
-_PUBLIC = {"Config": "quietstar.config", "QuietStarForCausalLM": "quietstar.model"}
+_PUBLIC = {"Config": "quietstar.config", "QuietStarForCausalLM": "quietstar.model.quiet_star"}
 
 __all__ = ["Config", "QuietStarForCausalLM", "__version__"]
 
@@ -30,5 +30,7 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-if "transformers" in sys.modules:
-    import_module("quietstar.model")
+register_post_import_hook(
+    lambda _: import_module("quietstar.model.configuration"),
+    "transformers.models.auto.configuration_auto",
+)

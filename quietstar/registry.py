@@ -6,6 +6,7 @@ wherever Python finds modules and in the working directory.
 """
 
 import contextlib
+import contextvars
 import importlib
 import importlib.util
 import inspect
@@ -47,6 +48,7 @@ KINDS = {
     ),
 }
 """Config key -> what may be named there."""
+TRUST_REMEDY = "If you trust it: --trust-remote-code, or in training model.trust_remote_code: true."
 
 
 def choices(key: str) -> list[str]:
@@ -60,12 +62,12 @@ def choices(key: str) -> list[str]:
 def check(key: str, name: str) -> None:
     """Refuse a name that stands for nothing, as `find` does; a built-in part is not imported.
 
-    Nor is one of the user's own while nothing may be imported: to read a run's config, only its
+    Nor is one of the user's own while nothing is trusted: to read a run's config, only its
     objective has to be known.
     """
     known, kind_has_settings = choices(key), KINDS[key].base is not None
     if ":" in name:
-        if _Imports.are_allowed or kind_has_settings:
+        if code_is_trusted() or kind_has_settings:
             find(key, name)
     elif name not in known:
         near = get_close_matches(name, known, 1)
@@ -133,25 +135,30 @@ def find(key: str, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def importing_nothing() -> Iterator[None]:
-    """Find only what is imported already: for configs that lie in a folder, and name code."""
-    before = _Imports.are_allowed
-    _Imports.are_allowed = False
+def trusting_nothing() -> Iterator[None]:
+    """Read what lies in a folder, which may be anybody's: nothing it says lets code run.
+
+    `find` takes only modules that are imported already, and a config that is loaded inside has
+    ``model.trust_remote_code`` off. Only the user's command line, config, or call turns it on.
+    """
+    token = _is_trusted.set(False)
     try:
         yield
     finally:
-        _Imports.are_allowed = before
+        _is_trusted.reset(token)
 
 
-class _Imports:
-    """Whether `find` may import modules of the user's."""
+def code_is_trusted() -> bool:
+    """Tell whether what is read now is the user's own and may name code (`trusting_nothing`)."""
+    return _is_trusted.get()
 
-    are_allowed = True
+
+_is_trusted = contextvars.ContextVar("code_is_trusted", default=True)
 
 
 def _import_part(key: str, name: str, module: str, attribute: str) -> Any:
     """Import a module of the user's, which may do and raise anything, and take a name of it."""
-    if not _Imports.are_allowed and module not in sys.modules:
+    if not code_is_trusted() and module not in sys.modules:
         raise UserError(
             f"{key} ({name}): names code, which is not run because a file of a folder says so. "
             f"Name it on the command line or in a config of your own, or import {module} first "

@@ -410,7 +410,15 @@ def test_the_model_of_a_checkpoint_is_taken_where_a_model_is_asked_for(tuning, t
     before = (exported / "quietstar.json").stat().st_mtime_ns
     assert cli.main([*call, str(folder / "checkpoints/step-000006")]) == 0
     assert (exported / "quietstar.json").stat().st_mtime_ns == before  # written once
-    run_training(config, resume="auto")
+    earlier, newest = (folder / "checkpoints" / name for name in ("step-000002", "step-000006"))
+    shutil.copy(earlier / "trainable.safetensors", newest)
+    write_manifest(newest)
+    os.utime(newest / MANIFEST_FILE, (1, 1))  # an older one than the model that was exported
+    assert cli.main([*call, str(newest)]) == 0
+    b = load_file(exported / "quietstar.safetensors")
+    c = load_file(folder / "models/step-000002/quietstar.safetensors")
+    assert all(torch.equal(b[name], c[name]) for name in c)  # written again
+    run_training(config, resume=str(folder / "checkpoints/step-000004"))
     flip = folder / "checkpoints" / "step-000004" / "trainable.safetensors"
     flip.write_bytes(flip.read_bytes()[:-1] + b"x")
     assert cli.main([*call, str(folder / "checkpoints/step-000004")]) == 2

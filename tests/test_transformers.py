@@ -71,6 +71,22 @@ def test_auto_classes_and_pipelines_know_a_saved_model(method, base, tmp_path):
     assert given("two and", max_new_tokens=3, do_sample=False)[0]["generated_text"] == text
 
 
+@pytest.mark.parametrize("first", ["quietstar", "transformers"])
+def test_auto_classes_know_a_saved_model_whichever_package_is_imported_first(first, base, tmp_path):
+    model = make(base)
+    model.save_pretrained(tmp_path, model.tokenizer)
+    code = f"""
+import sys
+import {first}
+assert "torch" not in sys.modules or {first!r} != "quietstar"
+import quietstar
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout == "QuietStarForCausalLM\n", run.stderr
+
+
 def test_the_language_model_of_a_full_one_loads_where_this_package_is_not(base, tmp_path):
     model = make(base)
     model.save_pretrained(tmp_path, model.tokenizer)

@@ -38,7 +38,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from quietstar.backbone.devices import free_memory
 from quietstar.backbone.run import decoder_layers, embedding_weight
+from quietstar.config.schema import THINKING_TYPE
 from quietstar.errors import UserError, reading, reason_of
+from quietstar.registry import TRUST_REMEDY
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +48,6 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 """Name of a model or a data set on the hub."""
 LANGUAGE_MODEL_FOLDER = "language_model"
 """Where the language model lies in the folder of one that thinks."""
-THINKING_TYPE = "quiet_star"
-"""Its ``model_type``."""
 _REMEDY = "Give a folder with config.json and safetensors weights, or a hub id you can reach."
 _CODE_OR_WEIGHTS = (
     "auto_map", "quantization_config", "attn_implementation", "experts_implementation",
@@ -202,7 +202,7 @@ def read_config(
         if "auto_map" in fields and not is_known and not trust_remote_code:
             raise UserError(
                 f"{key}: needs Python code of its own (auto_map in config.json), which is not run. "
-                "If you trust it, train with model.trust_remote_code: true."
+                f"{TRUST_REMEDY}"
             )
         # transformers would load an adapter's base, and whatever file the adapter names.
         if find_adapter_config_file(name_or_path, **hub) is not None:

@@ -22,7 +22,7 @@ from quietstar.errors import UserError
 from quietstar.evaluation import calibration
 from quietstar.evaluation.calibration import GateResult, try_gate
 from quietstar.generation.gates import GATE_FILE, PROBED, PROBES_FILE, Gate, GateKind, check_gate
-from quietstar.registry import importing_nothing
+from quietstar.registry import trusting_nothing
 from quietstar.system.files import check_output, file_kind, write_json
 from quietstar.system.processes import join_launch
 from quietstar.system.signals import held
@@ -153,7 +153,7 @@ def _run_config(model: str) -> Config | None:
     """Read the config of the last stage of the run that a model is from, if there is one."""
     if not _run_file(model).exists():
         return None
-    with importing_nothing():
+    with trusting_nothing():
         return list(load_config(_run_file(model)).stage_configs().values())[-1]
 
 
@@ -183,7 +183,9 @@ def _held_out(args: argparse.Namespace, run: Config | None) -> list[Batch]:
         )
     data = data.model_copy(update={"eval_sequences": args.sequences})
     try:
-        _, held, _ = build_data(data, load_tokenizer(args.model, trust_remote_code=False), seed)
+        _, held, _ = build_data(
+            data, load_tokenizer(args.model, trust_remote_code=args.trust_remote_code), seed
+        )
         return list(held.batches(args.batch_size))
     except UserError as problem:  # of a part that knows the key of a config only
         raise UserError(str(problem).replace("data.train: ", "--data: ")) from problem

@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own = [task for task in tasks if isinstance(task, Task)]
     tokenizer = None
     if any(task.file is not None and task.file.endswith(TEXT_FILES) for task in own):
-        tokenizer = load_tokenizer(args.model, trust_remote_code=False)
+        tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     data_dir = None if args.data_dir is None else Path(args.data_dir)
     items = {  # fails early
         task.name: task.items(data_dir, args.limit, tokenizer, args.text_tokens) for task in own
@@ -192,7 +192,7 @@ def _evaluate(
             "--model (%s): was trained with thoughts.positions: %s, but answers are thought about "
             "before each of their tokens", args.model, rule,
         )  # fmt: skip
-    tokenizer = load_tokenizer(args.model, trust_remote_code=False)
+    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     runner = Runner(model, tokenizer, protocol, store, processes)
     environment, results = _environment(model) | {"processes": processes.count}, {}
     for task in tasks:

@@ -216,7 +216,7 @@ def _load(
     if args.control == SHUFFLED and model.thoughts.length < 2:
         raise UserError("--control (shuffled): thoughts of one token cannot be shuffled")
     torch.manual_seed(args.seed)
-    tokenizer = load_tokenizer(args.model, trust_remote_code=False)
+    tokenizer = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     sampling: dict[str, Any] = {"do_sample": False}
     if args.temperature > 0:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p,

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out: Path | None = args.out
     options.check_greedy("--num-thoughts", args.num_thoughts, args.temperature, "--temperature")
     names = [args.model] if args.compare is None else [args.model, args.compare]
-    tokenizers = [load_tokenizer(name, trust_remote_code=False) for name in names]
+    tokenizers = [load_tokenizer(name, trust_remote_code=args.trust_remote_code) for name in names]
     ids: list[Any] = [tokenizer(text)["input_ids"] for tokenizer in tokenizers]
     if len(ids[0]) < 2:
         raise UserError("--text: is a single token; give a text of at least two")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from quietstar.cli.options import Parser, existing, require_trained, say
+from quietstar.cli.options import Parser, add_trust, existing, require_trained, say
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -12,6 +12,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser("quietstar merge", summary)
     for option, what in (("--model", "folder of a saved model"), ("--out", "new folder")):
         parser.add_argument(option, type=existing, required=True, metavar="DIR", help=what)
+    add_trust(parser)
     parser.flag("--plain", "write the causal LM alone, which thinks no more: a distilled student")
     args = parser.read(arguments)
 
@@ -20,5 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     require_trained(args.model)
     quiet_libraries()
-    out = merge(Path(args.model), Path(args.out), args.plain, trust_remote_code=False)
+    out = merge(
+        Path(args.model), Path(args.out), args.plain, trust_remote_code=args.trust_remote_code
+    )
     say(f"the {'plain' if args.plain else 'merged'} model is in {out}")

@@ -395,23 +395,31 @@ def add_model(parser: argparse.ArgumentParser, meaning: str = "a saved Quiet-STa
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", default="auto", choices=dtypes, help="precision of the weights")
     add("--device", type=device, metavar="NAME", help="default: a GPU if there is one")
+    add_trust(parser)
     add("--device-map", choices=("auto",), help="auto: layers that do not fit on the device wait "
         "in memory, or on disk, until it needs them")  # fmt: skip
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add ``--trust-remote-code``, without which no code that comes with a model runs."""
+    parser.add_argument("--trust-remote-code", action="store_true",
+        help="run Python code that the model or its base names")  # fmt: skip
+
+
 def find_models(args: argparse.Namespace) -> None:
     """Replace the folders of runs in ``--model`` and ``--compare`` by those of their models."""
+    trust = getattr(args, "trust_remote_code", False)  # of `add_trust`
     if getattr(args, "ema", False):  # of `add_model`
         args.model = _averaged_model(args.model)
     for name in ("model", "compare"):
         value = getattr(args, name, None)
         if isinstance(value, str):
-            setattr(args, name, _trained_model(value, name))
+            setattr(args, name, _trained_model(value, name, trust))
         elif value is not None:
-            setattr(args, name, [_trained_model(model, name) for model in value])
+            setattr(args, name, [_trained_model(model, name, trust) for model in value])
 
 
-def _trained_model(name: str, option: str) -> str:
+def _trained_model(name: str, option: str, trust: bool) -> str:
     """Return the model in the folder of a run or of a checkpoint, and any other name as it is."""
     folder = Path(name)
     if not folder.exists() and "/" in name and folder.parent.is_dir():  # no name on the hub
@@ -422,7 +430,7 @@ def _trained_model(name: str, option: str) -> str:
     if not folder.is_dir():
         return name
     if (folder / "trainer_state.json").exists():
-        return _model_of_checkpoint(folder)
+        return _model_of_checkpoint(folder, trust)
     from quietstar.model.saving import SETTINGS_FILE  # imports torch
     from quietstar.training.run_dir import CHECKPOINTS_FOLDER, FINAL_FOLDER, MARKER_FILE
 
@@ -443,10 +451,10 @@ def _trained_model(name: str, option: str) -> str:
     if launched_rank() == 0:
         logger.warning("--%s (%s): is a run without a final model; its newest checkpoint is taken "
                        "(%s)", option, name, checkpoints[-1])  # fmt: skip
-    return _model_of_checkpoint(checkpoints[-1])
+    return _model_of_checkpoint(checkpoints[-1], trust)
 
 
-def _model_of_checkpoint(folder: Path) -> str:
+def _model_of_checkpoint(folder: Path, trust: bool) -> str:
     """Return the folder of a checkpoint's model, which the first process of a launch writes."""
     from quietstar.training.build import quiet_libraries  # imports torch
     from quietstar.training.export import export_checkpoint, exported, is_checkpoint
@@ -456,7 +464,7 @@ def _model_of_checkpoint(folder: Path) -> str:
     quiet_libraries()
     while launched_rank() > 0 and exported(folder) is None:
         time.sleep(1)
-    return str(export_checkpoint(folder))
+    return str(export_checkpoint(folder, trust))
 
 
 def _averaged_model(name: str) -> str:
@@ -488,8 +496,8 @@ def load_model(
 ) -> QuietStarForCausalLM:
     """Load the model of the options of `add_model`, or another one, onto its device.
 
-    Code that comes with a model never runs. If ``needs_training``, a plain causal LM is refused
-    with a `UserError` that ends in the remedy. ``positions`` are those of `load_thinker`.
+    If ``needs_training``, a plain causal LM is refused with a `UserError` that ends in the remedy.
+    ``positions`` are those of `load_thinker`.
     """
     from quietstar.backbone.devices import find_device
     from quietstar.evaluation.scoring import load_thinker
@@ -499,8 +507,9 @@ def load_model(
     name, places = name or str(args.model), placement(args)
     try:
         model = load_thinker(
-            name, needs_training, args.dtype, remedy, positions, places, trust_remote_code=False
-        )
+            name, needs_training, args.dtype, remedy, positions, places,
+            trust_remote_code=getattr(args, "trust_remote_code", False),
+        )  # fmt: skip
     except UserError as problem:  # of a part that knows the key of a config only
         raise UserError(str(problem).replace("model.name_or_path (", "--model (")) from problem
     return model if places else model.to(find_device(args.device))

@@ -73,10 +73,13 @@ def _teach(args: argparse.Namespace, config: Config) -> None:
     options.require_trained(args.model)
     # As it was trained: evaluations look ahead by one token alone.
     places = options.placement(args)
-    model = QuietStarForCausalLM.from_pretrained(args.model, dtype=args.dtype, **places)
+    trust = args.trust_remote_code
+    model = QuietStarForCausalLM.from_pretrained(
+        args.model, dtype=args.dtype, trust_remote_code=trust, **places
+    )
     if not places:
         model.to(find_device(args.device))
-    tokenizer, seed = load_tokenizer(args.model), config.training.seed
+    tokenizer, seed = load_tokenizer(args.model, trust_remote_code=trust), config.training.seed
     data, _, _ = build_data(stage.config.data, tokenizer, seed, model.thoughts)
     most, longest = stage.config.data.seq_len, model.max_text_length
     if longest is not None and most > longest:

@@ -155,6 +155,8 @@ def load_config(
             keys = {k.partition(".")[2]: v for k, v in given.items() if k.startswith("loss.")}
             own = {key: value for key, value in keys.items() if key in known}
             sections["loss"] = loss_config(**own).model_dump()
+    if not registry.code_is_trusted():
+        tree.setdefault("model", {})["trust_remote_code"] = False
     return Config.model_validate(tree)
 
 

@@ -162,6 +162,8 @@ Tokens = Annotated[int, _between(1, 2**20, "no memory holds what training needs 
 Sequences = Annotated[int, _between(1, 2**20, "no machine runs as many in one step")]
 Width = Annotated[int, _between(1, 2**17, "no layer of a model is as wide")]
 
+THINKING_TYPE = "quiet_star"
+"""``model_type`` of a saved model that thinks."""
 SYNTHETIC = "synthetic:"
 GYM = "reasoning_gym:"
 

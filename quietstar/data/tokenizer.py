@@ -15,6 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from quietstar.config.schema import SYNTHETIC
 from quietstar.data.synthetic import VOCABULARY, check_task
 from quietstar.errors import UserError, reason_of
+from quietstar.registry import TRUST_REMEDY
 
 BYTES = "bytes"
 EOS_TOKEN = "<|endoftext|>"
@@ -111,7 +112,7 @@ def load_tokenizer(
         remedy = f"Give a folder that holds one, a hub id you can reach, or {BYTES!r}."
         if "trust_remote_code" in str(error):
             reason = "it needs Python code of its own, which is not run"
-            remedy = "If you trust it, train with model.trust_remote_code: true."
+            remedy = TRUST_REMEDY
         elif not (path := Path(name)).exists() and (
             path.is_absolute() or name.startswith((".", "~"))
         ):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, ClassVar
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+# Not from `transformers` itself: this may be imported in the middle of an import of its modules.
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
-from quietstar.backbone.loading import THINKING_TYPE
+from quietstar.config.schema import THINKING_TYPE
 
 
 class QuietStarConfig(PreTrainedConfig):
@@ -31,6 +34,7 @@ class QuietStarConfig(PreTrainedConfig):
     def __init__(
         self, text_config: PreTrainedConfig | dict[str, Any] | None = None, **fields: Any
     ) -> None:
+        import_module("quietstar.model.quiet_star")  # Auto classes make a config, then want a model
         # The base class hands its choice of attention on to the configs within, and the language
         # model has one of its own by now. So these come last.
         super().__init__(**fields)
@@ -41,3 +45,6 @@ class QuietStarConfig(PreTrainedConfig):
             kind = CONFIG_MAPPING[text_config["model_type"]] if known else PreTrainedConfig
             text_config = kind.from_dict(text_config)
         self.text_config = text_config
+
+
+AutoConfig.register(QuietStarConfig.model_type, QuietStarConfig)

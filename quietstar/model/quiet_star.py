@@ -13,7 +13,6 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
@@ -1530,5 +1529,4 @@ def target_labels(
     return labels.where(real, IGNORE_INDEX)
 
 
-AutoConfig.register(QuietStarConfig.model_type, QuietStarConfig)
 AutoModelForCausalLM.register(QuietStarConfig, QuietStarForCausalLM)

@@ -464,7 +464,10 @@ def load(
         # A scoring model is compared by the tokenizer, where the model was saved with one.
         is_compared = thoughts.scoring_model is not None and any(folder.glob("tokenizer*.json"))
         needs_tokens = thoughts.stop or is_compared or not thoughts.train_markers
-        tokenizer = load_tokenizer(str(folder)) if needs_tokens else None
+        trust = hub.get("trust_remote_code", False)
+        tokenizer = None
+        if needs_tokens:
+            tokenizer = load_tokenizer(str(folder), trust_remote_code=trust)
         # The number of vectors is that of the file: earlier versions had one for any text.
         markers = [own[name] for name in ("start_embedding", "end_embedding") if name in own]
         counts = tuple(len(x) if x.ndim == 2 else 1 for x in markers)
@@ -518,8 +521,8 @@ def _check_sampler(folder: Path, sampler: str, is_trusted: bool) -> None:
     if ":" in sampler and not is_trusted and module not in sys.modules:
         raise UserError(
             f"{folder / SETTINGS_FILE}: thoughts.sampler ({sampler}): names code, which is not run "
-            f"because a folder says so. Import {module} first, or load the model with "
-            "trust_remote_code=True."
+            f"because a folder says so. Import {module} first, or allow it: trust_remote_code=True,"
+            " or --trust-remote-code."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -10,13 +11,16 @@ from safetensors.torch import load_file
 from quietstar.config.loading import load_config
 from quietstar.distributed.strategies import WEIGHTS_FILE
 from quietstar.errors import UserError, reading
-from quietstar.model.saving import SETTINGS_FILE
-from quietstar.registry import importing_nothing
+from quietstar.registry import trusting_nothing
+from quietstar.system import files
 from quietstar.training.build import build_model, find_tokenizer
 from quietstar.training.checkpoint import MANIFEST_FILE, STATE_FILE, find_damage, read_state
 from quietstar.training.run_dir import CHECKPOINT_NAME, CONFIG_FILE, MODELS_FOLDER
 from quietstar.training.schedule import scheduled
 from quietstar.training.stages import plan_stages, stage_at
+
+SOURCE_FILE = "checkpoint.sha256"
+"""Says in the folder of an exported model which checkpoint it is from."""
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -26,19 +30,30 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def exported(folder: Path) -> Path | None:
-    """Return the model that was written of a checkpoint as it is; None if there is none."""
+    """Return the model that was written of this very checkpoint and config; None if none was."""
     model = _place(folder)
-    settings, manifest = model / SETTINGS_FILE, folder / MANIFEST_FILE
-    if not settings.is_file() or settings.stat().st_mtime < manifest.stat().st_mtime:
+    if files.file_kind(model / SOURCE_FILE) != "file":
         return None
-    return model
+    return model if (model / SOURCE_FILE).read_bytes() == _source(folder) else None
+
+
+def _source(folder: Path) -> bytes:
+    """Hash what a checkpoint's model is made of: its manifest, and the config of its run."""
+    run = folder.resolve().parent.parent
+    content = (folder / MANIFEST_FILE).read_bytes() + (run / CONFIG_FILE).read_bytes()
+    return hashlib.sha256(content).hexdigest().encode()
 
 
 @torch.no_grad()
-def export_checkpoint(folder: Path) -> Path:
+def export_checkpoint(folder: Path, trust_remote_code: bool = False) -> Path:
     """Write the model of a checkpoint into its run's folder (``models/step-000100``).
 
     What the run does not train comes from where the run took it.
+
+    Args:
+        folder: The checkpoint.
+        trust_remote_code: Whether code that comes with the base model may run; what the run's own
+            config says of it does not count.
 
     Returns:
         The folder of the model; one that was written before is taken as it is.
@@ -56,8 +71,11 @@ def export_checkpoint(folder: Path) -> Path:
             f"--model ({folder}): holds shards ({state.strategy}), which only the run itself puts "
             f"together. Train on with --resume auto, and give {run}."
         )
-    with importing_nothing():  # not by the model, either
+    source = _source(folder)
+    with trusting_nothing():  # not by the model, either
         config = load_config(run / CONFIG_FILE)
+        trusted = config.model.model_copy(update={"trust_remote_code": trust_remote_code})
+        config = config.model_copy(update={"model": trusted})
         stages = plan_stages(config)
         named = {stage.name: stage for stage in stages}
         stage = named.get(state.stage) or stage_at(stages, state.step)
@@ -74,6 +92,7 @@ def export_checkpoint(folder: Path) -> Path:
                 raise ValueError(f"its tensor {name} does not fit the model of {CONFIG_FILE}")
             there[name].copy_(weight)
     model.eval().save_pretrained(_place(folder), tokenizer)
+    files.write_whole(_place(folder) / SOURCE_FILE, source)
     return _place(folder)
 
 

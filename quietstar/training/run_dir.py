@@ -19,7 +19,7 @@ import quietstar
 from quietstar.config import Config
 from quietstar.config.loading import load_config
 from quietstar.errors import ConfigError, UserError, reason_of
-from quietstar.registry import importing_nothing
+from quietstar.registry import trusting_nothing
 from quietstar.system import files
 from quietstar.system.locks import locked
 from quietstar.training.reporter import METRICS_FILE, THOUGHTS_FILE, read_metrics
@@ -128,7 +128,7 @@ def _is_marked(output_dir: Path) -> bool:
 def _is_earlier_version(output_dir: Path) -> bool:
     """Returns True for the folder of a run of version 0.1.0 that can be gone on with."""
     try:
-        with importing_nothing():
+        with trusting_nothing():
             load_config(output_dir / CONFIG_FILE)
     except (UserError, OSError):
         return False
@@ -252,14 +252,15 @@ def check_same_run(output_dir: Path, config: Config, allow_changes: bool = False
             "run. Restore it, or insist with --allow-changes."
         )
     try:
-        with importing_nothing():
+        with trusting_nothing():
             before = flat(load_config(path))
     except ConfigError as error:
         raise UserError(f"--resume: {error.problems[0]}") from error
     now, last_stage = flat(config), list(config.stage_configs())[-1]
     changes, binding = [], []
     for key in {**before, **now}:
-        if before.get(key) == now.get(key):
+        # Trust is the user's of today: what the folder says of it never counts.
+        if before.get(key) == now.get(key) or key.endswith("model.trust_remote_code"):
             continue
         changes.append(f"{key} was {before.get(key)}, is {now.get(key)}")
         stage, name = last_stage, key

@@ -1,0 +1,129 @@
+"""Code that comes with a model runs because the user says so, never because a folder does."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from tiny import plain_model, run_config, write_texts
+
+from quietstar.cli.main import main as quietstar
+from quietstar.config.loading import save_config
+from quietstar.data import byte_tokenizer
+
+MODEL = """
+import os, pathlib
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+if "CANARY" in os.environ:
+    pathlib.Path(os.environ["CANARY"]).touch()
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+class MineTokenizer(PreTrainedTokenizerFast): ...
+"""
+GENERATE = ["generate", "--prompt", "2 + 3", "--max-new-tokens", "2"]
+
+
+def edit(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def in_a_process(*arguments):
+    call = [sys.executable, "-m", "quietstar", *map(str, arguments)]
+    return subprocess.run(call, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory):
+    """Folders of a finished run whose model needs code of its own, and which was trained so."""
+    home = tmp_path_factory.mktemp("theirs")
+    os.environ["HF_MODULES_CACHE"] = str(home / "modules")
+    base = home / "base"
+    plain_model().save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    (base / "mine.py").write_text(MODEL)
+    edit(base / "config.json", model_type="mine", architectures=["MineForCausalLM"],
+         auto_map={"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"})  # fmt: skip
+    edit(base / "tokenizer_config.json", tokenizer_class="MineTokenizer",
+         auto_map={"AutoTokenizer": [None, "mine.MineTokenizer"]})  # fmt: skip
+    config = run_config(
+        home, model__config=None, model__tokenizer=None, model__name_or_path=str(base),
+        training__max_steps=1, training__save_steps=1,
+    )  # fmt: skip
+    save_config(config, home / "own.yaml")
+    train = ["train", "--config", home / "own.yaml"]
+    refused = in_a_process(*train)
+    assert refused.returncode == 2
+    assert "If you trust it: --trust-remote-code" in refused.stderr
+    trained = in_a_process(*train, "--model.trust_remote_code", "true")
+    assert trained.returncode == 0, trained.stderr
+    checkpoint = home / "run" / "checkpoints" / "step-000001"
+    exported = in_a_process(*GENERATE, "--model", checkpoint, "--trust-remote-code")
+    assert exported.returncode == 0, exported.stderr
+    for name, lacking in {
+        "final": (),
+        "models": ["final"],
+        "checkpoints": ["final", "models"],
+    }.items():
+        shutil.copytree(home / "run", home / name)
+        for part in lacking:
+            shutil.rmtree(home / name / part)
+    assert yaml.safe_load((home / "final" / "config.yaml").read_text())["model"][
+        "trust_remote_code"
+    ]
+    return home
+
+
+@pytest.mark.parametrize("shape", ["final", "models", "checkpoints"])
+def test_no_command_runs_code_of_a_strangers_run(strangers, shape, tmp_path, monkeypatch, capsys):
+    canary = tmp_path / "canary"
+    monkeypatch.setenv("CANARY", str(canary))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "questions.jsonl").write_text('{"question": "1 + 1 =", "answer": "2"}\n')
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1 + 1 ="}\n')
+    pair = {"prompt": "1 + 1 =", "chosen": "2", "rejected": "3"}
+    (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 4)
+    run, base, texts = (
+        str(strangers / shape),
+        str(strangers / "base"),
+        write_texts(tmp_path / "t.jsonl"),
+    )
+    own = ["--config", str(strangers / "own.yaml"), "--data.train", texts]
+    commands = [
+        GENERATE,
+        ["chat"],
+        ["eval", "--tasks", "questions.jsonl", "--out", "eval"],
+        ["inspect", "--text", "two and two"],
+        ["calibrate", "--data", texts],
+        ["merge", "--out", "merged"],
+        ["teach", *own, "--out", "teacher"],
+        ["judge", "--pairs", "pairs.jsonl"],
+        ["judge", "--prompts", "prompts.jsonl", "--compare", run, run],
+        ["reward-model", "--pairs", "pairs.jsonl", "--out", "reward"],
+        ["lm-eval", "run", "--model", "quietstar", "--model_args", f"pretrained={run}", "--tasks", "x"],
+        ["train", *own, "--model.name_or_path", run],
+        ["train", *own, "--model.name_or_path", base, "--thoughts.scoring_model", run],
+        ["plan", *own, "--model.name_or_path", run],
+        ["report", run],
+        ["report", run, run],
+    ]  # fmt: skip
+    for command in commands:
+        takes_model = command[0] not in ("report", "train", "plan", "lm-eval")
+        for model in [run, base] if takes_model else [None]:
+            line = [*command, "--model", model] if model else command
+            code = quietstar(line)
+            said = capsys.readouterr()
+            assert command == ["report", run] or code not in (0, 70), (line, code, said.err)
+            assert "Traceback" not in said.err, line
+            assert not canary.exists(), line
+
+
+def test_the_user_may_trust_a_run(strangers, tmp_path):
+    for shape in ("final", "models", "checkpoints"):
+        done = in_a_process(*GENERATE, "--model", strangers / shape, "--trust-remote-code")
+        assert done.returncode == 0, done.stderr
