@@ -46,8 +46,8 @@ def strangers(tmp_path_factory):
     plain_model().save_pretrained(base)
     byte_tokenizer().save_pretrained(base)
     (base / "mine.py").write_text(MODEL)
-    edit(base / "config.json", model_type="mine", architectures=["MineForCausalLM"],
-         auto_map={"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"})  # fmt: skip
+    code = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}
+    edit(base / "config.json", model_type="mine", architectures=["MineForCausalLM"], auto_map=code)
     edit(base / "tokenizer_config.json", tokenizer_class="MineTokenizer",
          auto_map={"AutoTokenizer": [None, "mine.MineTokenizer"]})  # fmt: skip
     config = run_config(
@@ -105,7 +105,8 @@ def test_no_command_runs_code_of_a_strangers_run(strangers, shape, tmp_path, mon
         ["judge", "--pairs", "pairs.jsonl"],
         ["judge", "--prompts", "prompts.jsonl", "--compare", run, run],
         ["reward-model", "--pairs", "pairs.jsonl", "--out", "reward"],
-        ["lm-eval", "run", "--model", "quietstar", "--model_args", f"pretrained={run}", "--tasks", "x"],
+        ["lm-eval", "run", "--model", "quietstar", "--tasks", "x", "--model_args",
+         f"pretrained={run}"],
         ["train", *own, "--model.name_or_path", run],
         ["train", *own, "--model.name_or_path", base, "--thoughts.scoring_model", run],
         ["plan", *own, "--model.name_or_path", run],
