@@ -471,7 +471,7 @@ def test_figures_that_are_not_finite_are_an_error(work, overflowing, capsys, cal
 def test_a_template_that_fails_or_never_ends_is_one_line(
     work, tmp_path, capsys, monkeypatch, template, words
 ):
-    monkeypatch.setattr("quietstar.cli.generate.TEMPLATE_SECONDS", 1.0)
+    monkeypatch.setattr("quietstar.system.limits.SECONDS", 3.0)
     call = ["chat", "--model", str(with_template(tmp_path / "model", template))]
     assert cli.main(call) == 2
     err = capsys.readouterr().err
