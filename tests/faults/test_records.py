@@ -488,6 +488,9 @@ def fails(thoughts, scores):
 def counts(thoughts, scores):
     return thoughts.lengths
 
+def leaves(thoughts, scores):
+    raise SystemExit(0)
+
 def elsewhere(thoughts, scores):
     return scores.mixed.sum(-1).to("meta")
 
@@ -527,6 +530,7 @@ class Beyond:
     [
         ("loss.reward", "fails", r"it raised \w+ \(.*\) in line 7 of .*wrong_parts.py"),
         ("loss.reward", "counts", "a tensor of torch.int64 on cpu, but must return one of float32"),
+        ("loss.reward", "leaves", r"it raised SystemExit \(0\) in line 13 of .*wrong_parts.py"),
         ("loss.reward", "elsewhere", "on meta, but must return one of float32 on cpu"),
         ("loss.objective", "Alone", "derived from quietstar.objectives.Objective"),
         (
