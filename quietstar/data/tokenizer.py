@@ -15,6 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from quietstar.config.schema import SYNTHETIC
 from quietstar.data.synthetic import VOCABULARY, check_task
 from quietstar.errors import UserError, reason_of
+from quietstar.system.inputs import check_folder
 
 BYTES = "bytes"
 EOS_TOKEN = "<|endoftext|>"
@@ -98,6 +99,7 @@ def load_tokenizer(
     if name.startswith(SYNTHETIC):
         check_task(f"model.tokenizer: {name}", name.removeprefix(SYNTHETIC))
         return word_tokenizer()
+    check_folder(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code, **hub_kwargs

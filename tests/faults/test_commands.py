@@ -405,6 +405,8 @@ def test_a_full_disk_keeps_the_finished_items_and_the_same_command_goes_on(tmp_p
     "change",
     [{"item": -1}, {"item": 1.5}, {"metrics": {}}, {"metrics": {"nll": ["x"]}},
      {"metrics": {"nll": [1.0, 2.0]}}, {"metrics": {"acc": [1.0]}}, {"metrics": {"nll": [1e999]}},
+     {"metrics": {"nll": [1e308]}}, {"metrics": {"nll": [-9.0]}}, {"nll": [1e308]}, {"nll": [-9.0]},
+     {"item": 0},
      {"nll": [1.0], "tokens": ["a", "b"]}, {"thoughts": [[[1, 2], [3]]]}, {"thoughts": [[[-2]]]}],
 )  # fmt: skip
 def test_a_changed_record_is_told_of(tmp_path, change):
