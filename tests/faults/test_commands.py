@@ -482,6 +482,21 @@ def test_a_template_that_fails_or_never_ends_is_one_line(
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
+def test_a_tokenizer_that_panics_over_a_text_is_one_line(work, tmp_path, capsys):
+    model = with_template(tmp_path / "model", "")
+    for path in model.rglob("tokenizer.json"):
+        content = json.loads(path.read_text())
+        pattern = {"Regex": "(x+x+)+y"}  # which backtracks until the library gives up
+        content["pre_tokenizer"] = {
+            "type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False
+        }  # fmt: skip
+        path.write_text(json.dumps(content))
+    assert cli.main(["generate", "--model", str(model), "--prompt", "x" * 40]) == 2
+    err = capsys.readouterr().err
+    check(2, err)
+    assert "a tokenizer fails over a text (Onig: Regex search error" in err
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [
