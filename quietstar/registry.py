@@ -198,7 +198,7 @@ def running(key: str, name: str) -> Iterator[None]:
         yield
     except (UserError, MemoryError):
         raise
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         if ":" not in name or "OutOfMemory" in type(problem).__name__:
             raise
         file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)

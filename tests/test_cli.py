@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -175,25 +176,52 @@ def test_a_fault_of_ours_is_one_line_that_names_a_file_with_the_traceback(
     path.unlink()
 
 
+def fail(error, *arguments, **options):
+    raise error
+
+
+RAISED = fail.__code__.co_firstlineno + 1
+
+
 @pytest.mark.parametrize(
     ("error", "code", "told"),
     [
         (OSError(28, "No space left on device", "/runs/x"), 2, "/runs/x: No space left on device"),
+        (OSError(28, "No space left on device"), 74, "standard output or a file: No space left"),
         (MemoryError(), 2, "out of memory: it does not fit into memory. Lower"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "out of m"),
         (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:123"), 2, "another process"),
         (BrokenPipeError(32, "Broken pipe"), 141, None),
+        (SystemExit(0), 2, f"line {RAISED} of {__file__} ended the command before its work"),
+        (type("PanicException", (BaseException,), {})("Onig"), 2, "a tokenizer fails over a text"),
     ],
 )
 def test_what_the_machine_lacks_is_said(runs, monkeypatch, capfd, error, code, told):
-    def fail(config, resume, allow_changes, on_report):
-        raise error
-
-    monkeypatch.setattr(sys.modules["quietstar.training.run"], "run_training", fail)
+    monkeypatch.setattr(sys.modules["quietstar.training.run"], "run_training", partial(fail, error))
     monkeypatch.setattr("os.dup2", lambda *descriptors: None)
     assert cli.main(["train"]) == code
     err = capfd.readouterr().err
     assert err == "" if told is None else err.startswith(f"quietstar: error: {told}")
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("train --config nosuch 2>&-", 2),
+        ("train --config nosuch 2>/dev/full", 2),
+        ("train --config nosuch 0<&- 1>&- 2>&-", 2),
+        ("train --help >/dev/full", 74),
+        ("--version >/dev/full", 74),
+        ("--version >&-", 0),
+    ],
+)
+def test_exit_codes_stay_the_same_where_nothing_can_be_printed(command, code):
+    line = f"{sys.executable} -m quietstar {command}"
+    result = subprocess.run(["sh", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == code
+    told = "" if code != 74 else "quietstar: error: standard output or a file: No space left on dev"
+    assert result.stderr.startswith(told)
+    assert result.stderr.count("\n") == bool(told)
 
 
 def test_an_interrupt_ends_with_exit_code_130(runs, monkeypatch):

@@ -212,9 +212,11 @@ def test_a_pattern_that_is_none_is_refused(pattern, reason, write):
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ answer", "{% if a %}b", "{{ a | nosuch }}", "{{ " + "(" * 9000]
+    "template",
+    ["{{ answer", "{% if a %}b", "{{ a | nosuch }}", "{{ " + "(" * 9000, "{{ 9 ** (9 ** 9) }}"],
 )
-def test_a_template_that_is_none_is_refused(template, write):
+def test_a_template_that_is_none_is_refused(template, write, monkeypatch):
+    monkeypatch.setattr("quietstar.system.limits.SECONDS", 0.5)
     problem = only_problem_of(write(VALID_YAML), "--data.answer_field", template)
     words = r"data.answer_field: .* must be a field's name or a Jinja template \(.+\)"
     assert re.search(words, problem), problem

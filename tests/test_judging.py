@@ -535,7 +535,7 @@ def test_built_in_templates_hold_what_they_are_given(name):
     ],
 )  # fmt: skip
 def test_wrong_templates_end_in_one_line(tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr("quietstar.judging.prompts.TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr("quietstar.system.limits.SECONDS", 0.2)
     path = tmp_path / "mine.j2"
     path.write_text(TEMPLATE.replace(*change))
     with pytest.raises(UserError, match=message) as caught:

@@ -41,6 +41,7 @@ from quietstar.backbone.run import decoder_layers, embedding_weight
 from quietstar.config.schema import THINKING_TYPE
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.registry import TRUST_REMEDY
+from quietstar.system.inputs import check_folder
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +178,7 @@ def quiet_transformers() -> Iterator[None]:
 def within(name_or_path: str) -> str:
     """Return the folder of the language model in that of a model that thinks; else the name."""
     folder = Path(name_or_path).expanduser()
+    check_folder(folder)
     with suppress(OSError, ValueError):  # which are refused where the folder is read
         fields = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         if isinstance(fields, dict) and fields.get("model_type") == THINKING_TYPE:

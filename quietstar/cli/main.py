@@ -5,6 +5,7 @@ line that says so and names a file with the traceback. Nothing here imports torc
 is known to be valid.
 """
 
+import argparse
 import atexit
 import difflib
 import gc
@@ -18,8 +19,9 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from typing import Any, TextIO
 
 from quietstar import __version__
 from quietstar.errors import ConfigError, Preempted, UserError, reason_of, visible
@@ -29,6 +31,7 @@ from quietstar.system.signals import Stopped
 
 EXIT_USER_ERROR = 2
 EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
+EXIT_IO = 74  # EX_IOERR
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: to be tried again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -85,11 +88,15 @@ def run_command(
 
     The hint is what to say after "interrupted".
     """
+    _open_closed_streams()
     # bitsandbytes warns at its import about kernels that it can do without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         with signals.listening(), _warnings_in_lines():
-            code = command(arguments)
+            try:
+                code = command(arguments)
+            except SystemExit as stop:
+                code = _code_of(stop)
             sys.stdout.flush()
             atexit.register(leave_launch)  # not now: the caller may run another command
             return code
@@ -105,19 +112,18 @@ def run_command(
         asked = signals.requested() or ("SIGTERM" if isinstance(stop, Preempted) else "SIGINT")
         return EXIT_INTERRUPTED if asked == "SIGINT" else EXIT_PREEMPTED
     except BrokenPipeError:  # as in `quietstar generate ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         return EXIT_BROKEN_PIPE
-    except SystemExit as stop:  # argparse, after --help
-        if stop.code:
-            raise
-        return None
-    except Exception as fault:
+    except BaseException as fault:
         if (name := signals.requested()) is not None:  # a library made another error of the stop
             if launched_rank() == 0:
                 _print_line(f"{'interrupted' if name == 'SIGINT' else f'{name} asked for an end'}")
             return EXIT_INTERRUPTED if name == "SIGINT" else EXIT_PREEMPTED
         problem = _explain(fault)
         code = EXIT_USER_ERROR if problem else EXIT_FAULT
+        if isinstance(fault, OSError) and fault.strerror and fault.filename is None:
+            code = EXIT_IO
+            _discard(sys.stdout)
         problems = [problem or _report_fault(fault)]
     # Most errors strike every rank. Rank 0 prints at once, and when it exits, the launcher ends the
     # others while they wait here. A rank that outlives the wait is alone with its error.
@@ -129,7 +135,39 @@ def run_command(
     return code
 
 
-def _explain(fault: Exception) -> str | None:
+def _open_closed_streams() -> None:
+    """Lead streams that the caller closed nowhere; the next file would get their number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+
+
+def _discard(stream: TextIO) -> None:
+    """Lead a stream nowhere that takes no more; at its exit Python would fail over the rest."""
+    with suppress(OSError):  # it is a file's in a terminal, and an object's in a notebook
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _code_of(stop: SystemExit) -> Any:
+    """Return the exit code of argparse, which ends so after its help; nothing else may.
+
+    Raises:
+        UserError: Some other code called ``sys.exit``, as a part of the user's own could.
+    """
+    last = traceback.extract_tb(stop.__traceback__)[-1]
+    if last.filename == argparse.__file__:
+        return stop.code
+    raise UserError(
+        f"line {last.lineno} of {last.filename} ended the command before its work was done "
+        f"(SystemExit: {stop.code}). Remove that call."
+    ) from stop
+
+
+def _explain(fault: BaseException) -> str | None:
     """Say what the system or the machine lacks, if that is what an exception is about."""
     text, kind = str(fault), type(fault).__name__
     if isinstance(fault, ModuleNotFoundError):
@@ -143,8 +181,13 @@ def _explain(fault: Exception) -> str | None:
             "the length of the texts; quietstar plan predicts what a run needs."
         )
     if isinstance(fault, OSError) and fault.strerror:
-        name = fault.filename if isinstance(fault.filename, str) else "a file"
+        name = fault.filename if isinstance(fault.filename, str) else "standard output or a file"
         return f"{name}: {fault.strerror}. Free or mend what it lies on, then start again."
+    if kind == "PanicException":  # of a library in Rust
+        return (
+            f"a tokenizer fails over a text ({reason_of(fault)}). Use another tokenizer, or leave "
+            "the text out."
+        )
     if kind.startswith("Dist") or _CONNECTION_LOST.search(text):
         return (
             "another process of this launch has ended, so this one cannot go on; its own message, "
@@ -153,7 +196,7 @@ def _explain(fault: Exception) -> str | None:
     return None
 
 
-def _report_fault(fault: Exception) -> str:
+def _report_fault(fault: BaseException) -> str:
     """Write the traceback into a new file; return the line that names it."""
     name = f"{type(fault).__name__}: {reason_of(fault)[:160]}"
     try:
@@ -176,8 +219,11 @@ def _print_line(message: str, prefix: str = "") -> None:
     if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns
         line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    try:
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+    except OSError:  # nobody can be told, but for the exit code
+        _discard(sys.stderr)
 
 
 class _Lines(logging.Handler):

@@ -85,6 +85,10 @@ class Parser(argparse.ArgumentParser):
             if reason and getattr(args, name) != self.get_default(name):
                 logger.warning("%s: has no effect %s; leave it out", option, reason)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help; unlike argparse, fail where it cannot be written."""
+        (file or sys.stdout).write(message)
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Parse as argparse does, but refuse an option with a value that is given twice."""
         given = [word.partition("=")[0] for word in (sys.argv[1:] if args is None else args)]

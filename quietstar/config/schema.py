@@ -7,13 +7,16 @@ and the default. `quietstar.config.tree` puts the sections together and adds ``l
 import math
 import os
 import re
+from functools import cache
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from jinja2 import Environment, TemplateSyntaxError
+from jinja2 import StrictUndefined, Template
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from quietstar.errors import reason_of
+from quietstar.system.limits import limited
 
 MOST_CHARACTERS = 10_000  # of a text in a config
 MOST_LEVELS = 20  # of a mapping within a mapping
@@ -91,12 +94,25 @@ def is_template(field: str) -> bool:
     return "{{" in field or "{%" in field
 
 
+@cache
+def compile_field(template: str) -> Template:
+    """Compile a template of a record's fields, which has no way to files or to code."""
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        # Null is empty, as in a field that is named.
+        finalize=lambda value: "" if value is None else value,
+    )
+    return environment.from_string(template)
+
+
 def _check_field(field: str) -> str:
-    """Refuse a Jinja template that cannot be parsed."""
+    """Refuse a Jinja template that cannot be compiled, which computes its constants."""
     if is_template(field):
         try:
-            Environment().from_string(field)
-        except (TemplateSyntaxError, RecursionError) as problem:
+            with limited():
+                compile_field(field)
+        except Exception as problem:
             reason = reason_of(problem).rstrip(".")
             raise ValueError(f"must be a field's name or a Jinja template ({reason})") from None
     return field

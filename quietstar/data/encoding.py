@@ -27,12 +27,8 @@ from quietstar.data.sources import (
     read_record,
     record_fields,
 )
-from quietstar.data.tokenizer import first_line
-from quietstar.errors import UserError
-from quietstar.system.limits import TooLong, limited
-
-CHAT_SECONDS = 30.0
-"""Time that a chat template gets for a chat: real ones take milliseconds a message."""
+from quietstar.errors import UserError, reason_of
+from quietstar.system.limits import limited
 
 Segment = tuple[str, bool]  # a piece of text, and whether it is (part of) an answer
 
@@ -164,16 +160,7 @@ class Encoder:
         if self._format == "text":
             return [(record["text"], False)]
         if self._format == "chat":
-            messages = record["messages"]
-            try:
-                with limited(CHAT_SECONDS):
-                    return self._chat_segments(messages)
-            except TooLong:
-                raise UserError(
-                    f"the tokenizer's chat template takes more than {CHAT_SECONDS:g} seconds for a"
-                    f" chat of {len(messages):,} messages: split the chat, or give the tokenizer"
-                    " another template"
-                ) from None
+            return self._chat_segments(record["messages"])
         prompt = self._before.replace("{question}", record["question"])
         return [(prompt, False), (self._space + record["answer"], True), (self._after, False)]
 
@@ -187,11 +174,12 @@ class Encoder:
         def render(count: int, prompt: bool = False) -> str:
             apply: Callable[..., Any] = self._tokenizer.apply_chat_template
             try:
-                text = apply(messages[:count], tokenize=False, add_generation_prompt=prompt)
+                with limited():
+                    text = apply(messages[:count], tokenize=False, add_generation_prompt=prompt)
             except Exception as error:  # a template may do anything that data allow
                 roles = ", ".join(message["role"] for message in messages[:count]) or "none"
                 raise UserError(
-                    f"the tokenizer's chat template refuses a chat ({first_line(error)}; roles:"
+                    f"the tokenizer's chat template refuses a chat ({reason_of(error)}; roles:"
                     f" {roles}): correct the record, or set data.loss_on: all if the chat opens"
                     " with the assistant"
                 ) from error

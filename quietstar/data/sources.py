@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,8 +18,6 @@ import pyarrow.parquet
 from datasets import Dataset, Features, List, load_dataset
 from datasets.features import Value
 from datasets.fingerprint import Hasher
-from jinja2 import StrictUndefined, Template
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from quietstar.config import DataConfig
 from quietstar.config.messages import (
@@ -30,11 +28,12 @@ from quietstar.config.messages import (
     did_you_mean_file,
     shortened,
 )
-from quietstar.config.schema import GYM, SYNTHETIC, is_template
+from quietstar.config.schema import GYM, SYNTHETIC, compile_field, is_template
 from quietstar.data.synthetic import chain_sum_steps, import_reasoning_gym, synthetic_records
-from quietstar.data.tokenizer import check_unicode, first_line
+from quietstar.data.tokenizer import check_unicode
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.system.inputs import open_input, parse_json
+from quietstar.system.limits import limited
 
 Record = dict[str, Any]
 
@@ -104,24 +103,14 @@ def read_record(raw: object, fields: Mapping[str, str], where: str) -> Record:
     return record
 
 
-@cache
-def _compile(template: str) -> Template:
-    # Null is empty, as in a field that is named. A template has no way to files or to code.
-    environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-        finalize=lambda value: "" if value is None else value,
-    )
-    return environment.from_string(template)
-
-
 def _render(template: str, raw: Mapping[str, Any], where: str, name: str) -> str:
     try:
-        return _compile(template).render(raw)
+        with limited():
+            return compile_field(template).render(raw)
     except Exception as error:  # a template may do anything that data allow
         names = shortened(", ".join(map(str, islice(raw, MOST_NAMES))) or "none", 200)
         raise UserError(
-            f"{where}: the template of data.{name}_field fails ({first_line(error)}; the record's"
+            f"{where}: the template of data.{name}_field fails ({reason_of(error)}; the record's"
             f" fields: {names}): correct the template, or the record"
         ) from error
 
@@ -449,9 +438,10 @@ def _open_hub(label: str, value: str, config: DataConfig) -> Source:
     try:
         data: Any = load_dataset(name, config.subset, split=split, streaming=config.streaming)
     except Exception as error:  # offline, no such set, no such subset, a broken script, ...
+        reason = str(error).partition("\n")[0][:200]
         raise UserError(
             f"{label}: no such file or folder here, and not to be had as a hub data set (split"
-            f" {split!r}, subset {config.subset!r}: {first_line(error)}): check the path, or the id"
+            f" {split!r}, subset {config.subset!r}: {reason}): check the path, or the id"
             f" and the connection{did_you_mean_file(Path(name))}"
         ) from error
     fields = record_fields(config)

@@ -16,6 +16,7 @@ from quietstar.config.schema import SYNTHETIC
 from quietstar.data.synthetic import VOCABULARY, check_task
 from quietstar.errors import UserError, reason_of
 from quietstar.registry import TRUST_REMEDY
+from quietstar.system.inputs import check_folder
 
 BYTES = "bytes"
 EOS_TOKEN = "<|endoftext|>"
@@ -99,6 +100,7 @@ def load_tokenizer(
     if name.startswith(SYNTHETIC):
         check_task(f"model.tokenizer: {name}", name.removeprefix(SYNTHETIC))
         return word_tokenizer()
+    check_folder(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code, **hub_kwargs
@@ -178,9 +180,3 @@ def pad_left(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, short enough to stand inside another."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(" .:")[:200]

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Int
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
@@ -43,7 +43,7 @@ from quietstar.evaluation.controls import (
 from quietstar.evaluation.scoring import Protocol
 from quietstar.evaluation.tasks import TASKS, Candidates, EncodedItem, Item, Task
 from quietstar.model.outputs import without_padding
-from quietstar.model.quiet_star import QuietStarForCausalLM
+from quietstar.model.quiet_star import ROUNDING, QuietStarForCausalLM
 from quietstar.system.files import append, file_kind, write_whole
 from quietstar.system.inputs import open_input
 from quietstar.system.locks import locked
@@ -70,6 +70,17 @@ class _Header(BaseModel):
     settings: dict[str, Any]
 
 
+MOST = 1e30
+"""Largest metric of an item: squares and sums of such numbers are still finite."""
+RANGES = {"nll": (-ROUNDING, MOST), "gold_logprob": (-MOST, ROUNDING)} | dict.fromkeys(
+    ("gold_probability", "accuracy", "accuracy_norm", "token_accuracy", "published_accuracy"),
+    (-ROUNDING, 1 + ROUNDING),
+)
+"""Least and largest values of metrics; others, as of the harness, have a range of their own."""
+Value = Annotated[float, Field(ge=-MOST, le=MOST, allow_inf_nan=False)]
+Nll = Annotated[float, Field(ge=-ROUNDING, le=MOST, allow_inf_nan=False)]
+
+
 class _Line(BaseModel):
     """A finished item in one variant, as far as figures are made of it."""
 
@@ -77,22 +88,20 @@ class _Line(BaseModel):
     task: str
     item: NonNegativeInt
     variant: str
-    metrics: Annotated[
-        dict[str, Annotated[list[FiniteFloat], Field(min_length=1)]], Field(min_length=1)
-    ]
-    nll: list[FiniteFloat] = []
+    metrics: Annotated[dict[str, Annotated[list[Value], Field(min_length=1)]], Field(min_length=1)]
+    nll: list[Nll] = []
     tokens: list[str] = []
     position: NonNegativeInt = 0
     thoughts: list[list[list[Annotated[int, Field(ge=NO_TOKEN)]]]] = []
-    votes: dict[str, FiniteFloat] = {}
+    votes: dict[str, Value] = {}
     groups: dict[str, str] = {}
     id: str = ""
     answer: str = ""
     prompt: str = ""
     predicted: list[Any] = []
     thought_texts: list[Annotated[list[str], Field(min_length=1)]] = []
-    thought_length: FiniteFloat | None = None
-    truncated_fraction: FiniteFloat | None = None
+    thought_length: Value | None = None
+    truncated_fraction: Value | None = None
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -106,6 +115,9 @@ class _Line(BaseModel):
         Raises:
             ValueError: One of the lines was changed.
         """
+        for name, (low, high) in RANGES.items():
+            if not all(low <= value <= high for value in self.metrics.get(name, ())):
+                raise ValueError(f"its metric {name} is not from {low:g} to {high:g}")
         if len({len(texts) for texts in self.thoughts}) > 1 or (
             len({len(tokens) for texts in self.thoughts for tokens in texts}) > 1
         ):
@@ -168,7 +180,9 @@ def _parse_items(data: bytes, where: str, remedy: str) -> tuple[dict[str, Any], 
                 continue
             checked = _Line.model_validate(record)
             checked.check(scored, shapes)
-            records[checked.task, checked.item, checked.variant] = record
+            key = checked.task, checked.item, checked.variant
+            if records.setdefault(key, record) is not record:
+                raise ValueError(f"item {checked.item} stands twice as {checked.variant}")
     return settings, records
 
 

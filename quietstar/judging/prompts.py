@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from quietstar.data.tokenizer import check_unicode
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.evaluation.tasks import read_document
-from quietstar.system.limits import TooLong, limited
+from quietstar.system.limits import limited
 
 Kind = Literal["pair", "rating"]
 TEMPLATES = ("continuation", "answer", "summary")
@@ -35,7 +35,6 @@ LABELS: dict[Kind, tuple[str, ...]] = {
     "pair": ("1", "2"),
     "rating": ("1", "2", "3", "4", "5", "6", "7", "8", "9", "10"),
 }
-TEMPLATE_SECONDS = 5.0
 BEHIND_RATIONALE = "\n\n"
 """Text between a rationale and the ending."""
 
@@ -101,16 +100,11 @@ class Template:
     def _limited(self) -> Iterator[None]:
         """Turn whatever the template does wrong, loops without end included, into one line."""
         where, remedy = f"--template ({self.name})", "Correct the template."
-        try:
-            with reading(where, remedy), limited(TEMPLATE_SECONDS):
-                try:
-                    yield
-                except TemplateSyntaxError as problem:
-                    raise ValueError(f"line {problem.lineno}: {problem.message}") from problem
-        except TooLong as problem:
-            raise UserError(
-                f"{where}: takes more than {TEMPLATE_SECONDS:g} seconds. {remedy}"
-            ) from problem
+        with reading(where, remedy), limited():
+            try:
+                yield
+            except TemplateSyntaxError as problem:
+                raise ValueError(f"line {problem.lineno}: {problem.message}") from problem
 
     @property
     def digest(self) -> str:
@@ -182,12 +176,10 @@ class Prompts:
         failure, tokenizer = "the chat template of the judge's tokenizer fails", self.tokenizer
         turns = [{"role": "user", "content": text.strip()}]
         try:
-            with limited(TEMPLATE_SECONDS):  # a template is a program, and may loop for ever
+            with limited():
                 chat = tokenizer.apply_chat_template(
                     turns, tokenize=False, add_generation_prompt=True
                 )
-        except TooLong as problem:
-            raise UserError(f"{failure} (it takes more than {TEMPLATE_SECONDS:g} s)") from problem
         except Exception as problem:  # whatever a program may raise
             raise UserError(f"{failure} ({reason_of(problem)}). Set --chat off.") from problem
         if not isinstance(chat, str) or text.strip() not in chat:

@@ -16,7 +16,7 @@ from quietstar.data.tokenizer import load_tokenizer, padding_id
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.evaluation.scoring import not_finite
 from quietstar.evaluation.tasks import MAX_BYTES, parse_object
-from quietstar.system.inputs import open_input
+from quietstar.system.inputs import check_folder, open_input
 
 
 class RewardModel:
@@ -55,6 +55,7 @@ class RewardModel:
         Raises:
             UserError: There is no such classifier, or one without the layer that scores.
         """
+        check_folder(name)
         try:
             with quiet_transformers():  # what is missing is an error below
                 loaded: Any = AutoModelForSequenceClassification.from_pretrained(

@@ -54,6 +54,7 @@ from quietstar.model.tuning import (
     unfreeze,
 )
 from quietstar.system.files import file_kind, whole_folder
+from quietstar.system.inputs import check_folder
 
 SETTINGS_FILE = "quietstar.json"
 WEIGHTS_FILE = "quietstar.safetensors"
@@ -556,6 +557,7 @@ def read_settings(folder: Path) -> Settings:
         UserError: There is none, a damaged one, or one of a newer format.
     """
     path = folder / SETTINGS_FILE
+    check_folder(folder)
     with reading(str(path), _DAMAGED):
         if not path.exists():
             if (folder / "final" / SETTINGS_FILE).exists():
@@ -568,8 +570,6 @@ def read_settings(folder: Path) -> Settings:
                 f"{folder}: no Quiet-STaR model lies here ({SETTINGS_FILE} is missing). For a "
                 "plain model use QuietStarForCausalLM.from_base."
             )
-        if not path.is_file():
-            raise UserError(f"{path}: is no regular file. {_DAMAGED}")
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("it holds no JSON object")

@@ -4,8 +4,11 @@ import errno
 import json
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
+
+from quietstar.errors import UserError
 
 NOT_REGULAR = "it is a pipe, a socket or a device, and no regular file"
 
@@ -32,6 +35,19 @@ def _check_regular(status: os.stat_result, path: str | Path) -> None:
         raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, NOT_REGULAR, str(path))
+
+
+def check_folder(folder: str | Path) -> None:
+    """Refuse a folder in whose files, or those of its subfolders, a library could wait for ever.
+
+    Raises:
+        UserError: One of them is a pipe, a socket or a device.
+    """
+    place = Path(folder)
+    for path in (*place.glob("*"), *place.glob("*/*")) if os.path.isdir(place) else ():
+        with suppress(OSError):  # a link that leads nowhere, or a folder that is closed to us
+            if not (stat.S_ISREG(mode := path.stat().st_mode) or stat.S_ISDIR(mode)):
+                raise UserError(f"{path}: cannot be read ({NOT_REGULAR}). Remove or replace it.")
 
 
 def parse_json(text: str, numbers_only: bool = True) -> Any:

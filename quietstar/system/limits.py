@@ -1,44 +1,99 @@
-"""Bounds on programs that come with data: a chat template may loop for ever, or fill the memory."""
+"""Limits of programs that come with data: a template may loop for ever, or fill the memory."""
 
+import ctypes
+import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from functools import cache
 from types import FrameType
 from typing import NoReturn
 
+SECONDS = 10.0
+"""Time that a limited block may take; a real template takes microseconds a message."""
 MORE_BYTES = 2**30
-"""Memory that a limited block may take besides what is in use when it is entered."""
+"""Memory that it may take on top of what is in use when it is entered."""
 
 
-class TooLong(BaseException):
+class _TooLong(BaseException):
     """The time is over. No `Exception`: jinja catches those while it compiles, and goes on."""
 
 
 @contextmanager
-def limited(seconds: float) -> Iterator[None]:
-    """Raise `TooLong` or `MemoryError` in a block that takes more time, or `MORE_BYTES`.
+def limited() -> Iterator[None]:
+    """Raise `TimeoutError` or `MemoryError` in a block that takes more than `SECONDS` or memory.
 
-    Outside the main thread, which alone may set handlers, nothing is limited; memory is limited on
-    Linux alone.
+    Memory is limited in the main thread and on Linux alone: what other threads allocate meanwhile
+    would count. Blocks do not nest.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    is_main = threading.current_thread() is threading.main_thread()
+    try:
+        with _main_limits() if is_main else _thread_limit():
+            yield
+    except _TooLong:
+        raise TimeoutError(f"it takes more than {SECONDS:g} seconds") from None
 
+
+@contextmanager
+def _main_limits() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise TooLong
+        raise _TooLong
 
     before, memory = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
     with suppress(OSError, ValueError):  # no /proc elsewhere; a limit may be lower already
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        descriptor = os.open("/proc/self/statm", os.O_RDONLY)  # for every record, so not by Path
+        used = int(os.read(descriptor, 20).split()[0]) * resource.getpagesize()
+        os.close(descriptor)
         resource.setrlimit(resource.RLIMIT_AS, (used + MORE_BYTES, memory[1]))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, memory)
+
+
+@contextmanager
+def _thread_limit() -> Iterator[None]:
+    """Limit the time where no signal arrives; a single call into C is not interrupted."""
+    _start_watch(os.getpid())
+    ident = threading.get_ident()
+    _deadlines[ident] = time.monotonic() + SECONDS
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        resource.setrlimit(resource.RLIMIT_AS, memory)
+        with _watching:
+            del _deadlines[ident]
+            _throw(ident, None)  # it may have been thrown, and not have arrived
+
+
+_deadlines: dict[int, float] = {}
+"""By thread: when its limited block must have ended."""
+_watching = threading.Lock()
+
+
+@cache
+def _start_watch(pid: int) -> None:
+    """Start the thread that looks at the deadlines, once in each process."""
+    threading.Thread(target=_watch, name="limits", daemon=True).start()
+
+
+def _watch() -> None:
+    while True:
+        time.sleep(SECONDS / 10)
+        with _watching:
+            for ident, deadline in list(_deadlines.items()):
+                if time.monotonic() > deadline:
+                    _throw(ident, _TooLong)
+
+
+def _throw(ident: int, kind: type[BaseException] | None) -> None:
+    """Raise in another thread at its next step; None takes back what was not raised yet."""
+    raised = None if kind is None else ctypes.py_object(kind)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), raised)

@@ -405,6 +405,8 @@ def test_a_full_disk_keeps_the_finished_items_and_the_same_command_goes_on(tmp_p
     "change",
     [{"item": -1}, {"item": 1.5}, {"metrics": {}}, {"metrics": {"nll": ["x"]}},
      {"metrics": {"nll": [1.0, 2.0]}}, {"metrics": {"acc": [1.0]}}, {"metrics": {"nll": [1e999]}},
+     {"metrics": {"nll": [1e308]}}, {"metrics": {"nll": [-9.0]}}, {"nll": [1e308]}, {"nll": [-9.0]},
+     {"item": 0},
      {"nll": [1.0], "tokens": ["a", "b"]}, {"thoughts": [[[1, 2], [3]]]}, {"thoughts": [[[-2]]]}],
 )  # fmt: skip
 def test_a_changed_record_is_told_of(tmp_path, change):
@@ -471,13 +473,28 @@ def test_figures_that_are_not_finite_are_an_error(work, overflowing, capsys, cal
 def test_a_template_that_fails_or_never_ends_is_one_line(
     work, tmp_path, capsys, monkeypatch, template, words
 ):
-    monkeypatch.setattr("quietstar.cli.generate.TEMPLATE_SECONDS", 1.0)
+    monkeypatch.setattr("quietstar.system.limits.SECONDS", 3.0)
     call = ["chat", "--model", str(with_template(tmp_path / "model", template))]
     assert cli.main(call) == 2
     err = capsys.readouterr().err
     check(2, err)
     assert words in err
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+def test_a_tokenizer_that_panics_over_a_text_is_one_line(work, tmp_path, capsys):
+    model = with_template(tmp_path / "model", "")
+    for path in model.rglob("tokenizer.json"):
+        content = json.loads(path.read_text())
+        pattern = {"Regex": "(x+x+)+y"}  # which backtracks until the library gives up
+        content["pre_tokenizer"] = {
+            "type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False
+        }  # fmt: skip
+        path.write_text(json.dumps(content))
+    assert cli.main(["generate", "--model", str(model), "--prompt", "x" * 40]) == 2
+    err = capsys.readouterr().err
+    check(2, err)
+    assert "a tokenizer fails over a text (Onig: Regex search error" in err
 
 
 @pytest.mark.parametrize(

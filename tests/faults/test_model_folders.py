@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
 from quietstar.evaluation.scoring import fingerprint, load_thinker
 from quietstar.generation.gates import Gate, Probe
+from quietstar.judging.reward_model import RewardModel
 from quietstar.model.merging import merge
 
 WEIGHTS, OWN, SETTINGS = "model.safetensors", "quietstar.safetensors", "quietstar.json"
@@ -189,6 +191,31 @@ def test_a_damaged_file_is_refused(name, kind, saved, tmp_path):
             {"cut": content[: len(content) // 2], "empty": b"", "binary": b"\x80\0"}[kind]
         )
     refused(lambda: load(folder), str(folder))
+
+
+@pytest.mark.parametrize(
+    ("call", "model"),
+    [(load, "full"), (load, "lora"), (lambda folder: load_base(str(folder)), "plain"),
+     (lambda folder: load_tokenizer(str(folder)), "plain"),
+     (lambda folder: RewardModel.load(str(folder)), "plain")],
+    ids=["full", "lora", "base", "tokenizer", "reward-model"],
+)  # fmt: skip
+def test_a_pipe_among_the_files_of_a_model_is_told_at_once(call, model, saved, tmp_path):
+    def stop(number, frame):
+        raise AssertionError("it waits for the pipe")
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    try:
+        for number, path in enumerate(sorted((saved / model).rglob("*.*"))):
+            folder = linked(saved / model, tmp_path / str(number))
+            pipe = folder / path.relative_to(saved / model)
+            pipe.unlink()
+            os.mkfifo(pipe)
+            refused(lambda folder=folder: call(folder), f"{pipe}: ", "a pipe, a socket or a device")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow
@@ -21,6 +22,7 @@ from quietstar.errors import UserError
 from quietstar.sampling.positions import choose_positions, count_positions
 
 TOKENIZER = byte_tokenizer()
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
 @pytest.fixture(autouse=True)
@@ -330,13 +332,13 @@ def test_a_chat_template_that_fails_in_any_way_is_one_line(template, tmp_path):
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-         "takes more than 1 seconds for a chat of 2 messages: split the chat"),
+        (ENDLESS,
+         r"refuses a chat \(it takes more than 3 seconds; roles: user, assistant\)"),
         ("{{ 'x' * 20000000 }}", "makes 20,000,000 characters of a chat"),
     ],
 )  # fmt: skip
 def test_a_chat_template_without_end_is_one_line(template, words, tmp_path, monkeypatch):
-    monkeypatch.setattr("quietstar.data.encoding.CHAT_SECONDS", 1.0)
+    monkeypatch.setattr("quietstar.system.limits.SECONDS", 3.0)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     path = tmp_path / "x.jsonl"
@@ -344,6 +346,33 @@ def test_a_chat_template_without_end_is_one_line(template, words, tmp_path, monk
     path.write_text(json.dumps({"messages": chat}) + "\n")
     with pytest.raises(UserError, match=words):
         build_data(DataConfig(train=str(path), format="chat"), tokenizer, 0)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (ENDLESS, "it takes more than 0.5 seconds"),
+        ("{{ 9 ** (9 ** n) }}", "it takes more than 0.5 seconds"),
+        ("{{ text * 2000000000 }}", "it does not fit into memory"),
+    ],
+)
+def test_a_template_of_a_field_without_end_is_one_line(template, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr("quietstar.system.limits.SECONDS", 0.5)
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"text": "ab", "n": 9}) + "\n")
+    message = error_of(path, text_field="{{ text }}" + template)
+    assert f"{path}, line 1: the template of data.text_field fails ({reason}" in message
+
+
+def test_a_template_without_end_is_one_line_in_a_thread_that_reads_ahead(monkeypatch):
+    monkeypatch.setattr("quietstar.system.limits.SECONDS", 0.5)
+    fields = {"text": "{{ text }}" + ENDLESS}
+    with ThreadPoolExecutor(1) as executor:
+        for _ in range(2):
+            reading = executor.submit(sources.read_record, {"text": "ab"}, fields, "here")
+            with pytest.raises(UserError, match=r"takes more than 0\.5 seconds"):
+                reading.result()
+        assert executor.submit(sources.read_record, {"text": "ab"}, {"text": "text"}, "").result()
 
 
 def test_texts_without_a_target_are_refused(tmp_path):
@@ -459,6 +488,9 @@ def fails(thoughts, scores):
 def counts(thoughts, scores):
     return thoughts.lengths
 
+def leaves(thoughts, scores):
+    raise SystemExit(0)
+
 def elsewhere(thoughts, scores):
     return scores.mixed.sum(-1).to("meta")
 
@@ -498,6 +530,7 @@ class Beyond:
     [
         ("loss.reward", "fails", r"it raised \w+ \(.*\) in line 7 of .*wrong_parts.py"),
         ("loss.reward", "counts", "a tensor of torch.int64 on cpu, but must return one of float32"),
+        ("loss.reward", "leaves", r"it raised SystemExit \(0\) in line 13 of .*wrong_parts.py"),
         ("loss.reward", "elsewhere", "on meta, but must return one of float32 on cpu"),
         ("loss.objective", "Alone", "derived from quietstar.objectives.Objective"),
         (
