@@ -27,12 +27,14 @@ from pydantic import (
 )
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from quietstar.distributed import Strategy
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.system import files
+from quietstar.system.processes import is_connection_lost
 from quietstar.system.signals import held
 from quietstar.training.ema import WeightAverage
 from quietstar.training.run_dir import CHECKPOINT_NAME, CHECKPOINTS_FOLDER
@@ -137,8 +139,11 @@ def save_checkpoint(run: StageRun) -> Path:
                 files.write_json(partial / STATE_FILE, state, indent=None)
                 write_manifest(partial)
                 files.publish(partial, final)
-        except (OSError, RuntimeError, SafetensorError, UserError) as problem:
-            files.remove(partial)
+        except (OSError, RuntimeError, SafetensorError, UserError, CheckpointException) as problem:
+            if accelerator.is_main_process:  # others may be writing into it
+                files.remove(partial)
+            if is_connection_lost(problem):  # another rank failed, and says why
+                raise
             raise UserError(_describe_failure(run, final, problem)) from problem
         if accelerator.is_main_process:
             drop_old(output_dir, run.config.training.save_total_limit)

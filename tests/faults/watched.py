@@ -1,5 +1,12 @@
-"""``train.py`` with a signal at a chosen moment: FAULTS_STRIKE holds arguments of `strike`."""
+"""``train.py`` with a fault in it, which the environment describes.
 
+FAULTS_STRIKE holds arguments of `strike`; FAULTS_RANK_N more arguments of the command on rank N, and
+FAULTS_BYTES_N the size beyond which that rank can write no file.
+"""
+
+import json
+import os
+import resource
 import sys
 
 from watching import strike_by_environment
@@ -8,4 +15,8 @@ from quietstar.cli.main import main
 
 if __name__ == "__main__":
     strike_by_environment()
-    sys.exit(main(["train", *sys.argv[1:]]))
+    rank = os.environ.get("RANK", "0")
+    if size := os.environ.get(f"FAULTS_BYTES_{rank}"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
+    more = json.loads(os.environ.get(f"FAULTS_RANK_{rank}", "[]"))
+    sys.exit(main(["train", *sys.argv[1:], *more]))
