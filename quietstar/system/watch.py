@@ -6,6 +6,7 @@ Rank 0 looks at the beats of all others, and these look at those of rank 0.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import socket
@@ -44,8 +45,17 @@ class _Watch:
         keeper = "the launcher of the first machine" if of_launcher else "rank 0"
         self.names = {STORE: f"{keeper} (its store at {host}:{port})"}
         self.silence = dict.fromkeys([STORE, *(range(1, count) if rank == 0 else [0])], 0.0)
-        for work in (self._beat, self._judge):
-            threading.Thread(target=work, daemon=True).start()
+        works = (self._beat, self._judge)
+        self.threads = [threading.Thread(target=work, daemon=True) for work in works]
+        for thread in self.threads:
+            thread.start()
+        # A thread inside torch would abort the interpreter's end.
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        self.has_left.set()
+        for thread in self.threads:
+            thread.join(5.0)
 
     def _beat(self) -> None:
         seen = dict.fromkeys(self.silence, 0)
@@ -74,8 +84,8 @@ class _Watch:
             who = ", ".join(self.names.get(rank, f"rank {rank}") for rank in silent[:8])
             if longest >= limit:
                 logger.error(
-                    "%s: silent for %.0f s (training.rank_timeout), so the launch ends. See whether "
-                    "it hangs, and start again with --resume auto.", who, longest,
+                    "%s: silent for %.0f s (training.rank_timeout), so the launch ends. See what "
+                    "stopped it, and start again with --resume auto.", who, longest,
                 )  # fmt: skip
                 os._exit(EXIT_SILENT)
             if longest < min(WORD_SECONDS, self.seconds / 2):
@@ -108,7 +118,7 @@ def leave() -> None:
     """Watch no more, and tell the others that this rank's silence is its end."""
     global _watch
     if _watch is not None:
-        _watch.has_left.set()
+        _watch.stop()
         with suppress(RuntimeError):
             _watch.store.add(f"beats/{_watch.rank}", LEFT)
         _watch = None

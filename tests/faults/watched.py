@@ -1,7 +1,7 @@
 """``train.py`` with a fault in it, which the environment describes.
 
-FAULTS_STRIKE holds arguments of `strike`; FAULTS_RANK_N more arguments of the command on rank N, and
-FAULTS_BYTES_N the size beyond which that rank can write no file.
+FAULTS_STRIKE holds arguments of `strike`, FAULTS_RANK_N more arguments of the command on rank
+N, and FAULTS_BYTES_N the size beyond which that rank can write no file.
 """
 
 import json
