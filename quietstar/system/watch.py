@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Watch:
-    def __init__(self, rank: int, count: int, seconds: float) -> None:
+    def __init__(self, rank: int, count: int, seconds: int) -> None:
         from torch.distributed import PrefixStore, TCPStore
 
         self.rank, self.seconds, self.has_left = rank, seconds, threading.Event()
@@ -56,6 +56,11 @@ class _Watch:
         self.has_left.set()
         for thread in self.threads:
             thread.join(5.0)
+
+    def leave(self) -> None:
+        self.stop()
+        with suppress(RuntimeError):
+            self.store.add(f"beats/{self.rank}", LEFT)
 
     def _beat(self) -> None:
         seen = dict.fromkeys(self.silence, 0)
@@ -101,7 +106,7 @@ class _Watch:
 _watch: _Watch | None = None
 
 
-def watch(rank: int, count: int, seconds: float = RANK_TIMEOUT) -> None:
+def watch(rank: int, count: int, seconds: int = RANK_TIMEOUT) -> None:
     """End this process, with a line, once another rank has been silent for so long.
 
     A word is said of it after a minute. Only processes that have stopped or lie on a machine that
@@ -118,9 +123,7 @@ def leave() -> None:
     """Watch no more, and tell the others that this rank's silence is its end."""
     global _watch
     if _watch is not None:
-        _watch.stop()
-        with suppress(RuntimeError):
-            _watch.store.add(f"beats/{_watch.rank}", LEFT)
+        _watch.leave()
         _watch = None
 
 

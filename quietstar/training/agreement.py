@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from huggingface_hub import try_to_load_from_cache
 
 from quietstar.backbone.loading import HUB_ID
@@ -19,6 +17,7 @@ from quietstar.data import DataReport, EvalData, TrainData
 from quietstar.data.batches import FIRST_SAMPLES
 from quietstar.errors import UserError
 from quietstar.system.inputs import open_input
+from quietstar.system.processes import Processes
 from quietstar.training.run_dir import flat, inputs_of
 
 BLOCK, MOST_BLOCKS = 2**20, 1024
@@ -31,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_agreement(
-    config: Config, accelerator: Accelerator, data: Sequence[tuple[TrainData, EvalData, DataReport]]
+    config: Config, processes: Processes, data: Sequence[tuple[TrainData, EvalData, DataReport]]
 ) -> None:
     """Compares config, texts and files of all ranks, in one exchange.
 
@@ -41,7 +40,7 @@ def check_agreement(
     Raises:
         UserError: On all ranks, if two of them differ.
     """
-    if accelerator.num_processes == 1:
+    if processes.count == 1:
         return
     facts, digests = flat(config), {}
     for (stage, stage_config), (train, held_out, report) in zip(
@@ -62,7 +61,7 @@ def check_agreement(
         count = "a stream" if report.documents is None else f"{report.documents:,} documents"
         facts[f"the texts of {prefix}data"] = f"{count}, {digest.hexdigest()}"
     facts |= {f"the version of {name}": version(name) for name in VERSIONS}
-    ranks = gather_object([facts])
+    ranks = processes.gather(lambda: facts)
     differences = []
     for key in dict.fromkeys(key for one in ranks for key in one):
         values = [one.get(key, "absent") for one in ranks]
@@ -73,7 +72,7 @@ def check_agreement(
         text = f"{key} is {first} on rank 0 and {second} on rank {other}"
         if not key.startswith("the version of"):
             differences.append(text)
-        elif accelerator.is_main_process:
+        elif processes.is_main:
             logger.warning("%s: they may compute different numbers", text)
     if differences:
         more = len(differences) - MOST_SHOWN

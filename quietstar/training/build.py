@@ -36,6 +36,7 @@ from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import SETTINGS_FILE
 from quietstar.model.tuning import quantization
+from quietstar.system.processes import Processes
 from quietstar.system.watch import watch
 from quietstar.training.agreement import check_agreement
 from quietstar.training.run_dir import TRACKERS_FOLDER
@@ -131,7 +132,8 @@ def set_up(config: Config, strategy: Strategy, checkpoint: Path | None = None) -
         build_data(stage.config.data, reader, seed, stage.config.thoughts if stage.thinks else None)
         for stage in stages
     ]
-    check_agreement(config, accelerator, data)
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
+    check_agreement(config, processes, data)
     settings = next((stage for stage in stages if stage.thinks), stages[0]).config
     model = build_model(settings, tokenizer, strategy)
     if checkpoint is not None:

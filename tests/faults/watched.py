@@ -1,7 +1,8 @@
 """``train.py`` with a fault in it, which the environment describes.
 
 FAULTS_STRIKE holds arguments of `strike`, FAULTS_RANK_N more arguments of the command on rank
-N, and FAULTS_BYTES_N the size beyond which that rank can write no file.
+N, FAULTS_FOLDER_N the folder in which it works, and FAULTS_BYTES_N the size beyond which it can
+write no file.
 """
 
 import json
@@ -18,5 +19,7 @@ if __name__ == "__main__":
     rank = os.environ.get("RANK", "0")
     if size := os.environ.get(f"FAULTS_BYTES_{rank}"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
+    if folder := os.environ.get(f"FAULTS_FOLDER_{rank}"):
+        os.chdir(folder)
     more = json.loads(os.environ.get(f"FAULTS_RANK_{rank}", "[]"))
     sys.exit(main(["train", *sys.argv[1:], *more]))
