@@ -10,6 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
+import quietstar
 from quietstar.backbone.loading import HUB_ID
 from quietstar.config import Config
 from quietstar.config.messages import shortened
@@ -24,7 +25,6 @@ BLOCK, MOST_BLOCKS = 2**20, 1024
 """Bytes of a block of a file, and blocks that are read of one input: all of it up to a gigabyte."""
 ENDINGS = {".jsonl", ".json", ".txt", ".parquet", ".safetensors", ".model", ".j2", ".jinja"}
 """Of the files of a folder that are data, weights, settings or tokenizers."""
-VERSIONS = ("quietstar", "torch", "transformers", "tokenizers")
 MOST_SHOWN = 4
 logger = logging.getLogger(__name__)
 
@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 def check_agreement(
     config: Config, processes: Processes, data: Sequence[tuple[TrainData, EvalData, DataReport]]
 ) -> None:
-    """Compares config, texts and files of all ranks, in one exchange.
+    """Compares the ranks' configs, texts and files, in one exchange.
 
-    Of files that a gigabyte cannot hold, evenly spaced parts are compared; of a model on the hub
-    its commit; of texts from anywhere those of the evaluations and of the first batch.
+    Files of more than a gigabyte are compared by evenly spaced parts, models on the hub by their
+    commit, and texts from anywhere by those of the evaluations and the first ones of training.
 
     Raises:
         UserError: On all ranks, if two of them differ.
@@ -52,15 +52,15 @@ def check_agreement(
                 digests[name] = digest_input(Path(name).expanduser(), stage_config.model.revision)
             facts[f"the content of {prefix}{key}"] = digests[name]
         digest = hashlib.blake2b(digest_size=6)
-        for text in (
-            *held_out.samples,
-            *train.samples.read(0, FIRST_SAMPLES, range(FIRST_SAMPLES)),
-        ):
+        first = train.samples.read(0, FIRST_SAMPLES, range(FIRST_SAMPLES))
+        for text in (*held_out.samples, *first):
             for part in (text.ids, text.targets, text.marked):
                 digest.update(part.tobytes())
         count = "a stream" if report.documents is None else f"{report.documents:,} documents"
         facts[f"the texts of {prefix}data"] = f"{count}, {digest.hexdigest()}"
-    facts |= {f"the version of {name}": version(name) for name in VERSIONS}
+    versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+    versions["quietstar"] = quietstar.__version__
+    facts |= {f"the version of {name}": number for name, number in versions.items()}
     ranks = processes.gather(lambda: facts)
     differences = []
     for key in dict.fromkeys(key for one in ranks for key in one):
@@ -68,7 +68,7 @@ def check_agreement(
         other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
         if other is None:
             continue
-        first, second = shortened(values[0]), shortened(values[other])
+        first, second = (shortened(value, 200) for value in (values[0], values[other]))
         text = f"{key} is {first} on rank 0 and {second} on rank {other}"
         if not key.startswith("the version of"):
             differences.append(text)

@@ -105,8 +105,8 @@ def test_a_rank_that_is_stopped_ends_all_and_is_named(start, rank):
     name = f"rank {rank} (process {ranks[rank].pid} on "
     lines = [line for line in told.splitlines() if line.startswith("quietstar: ")]
     assert f"warning: waiting for {name}" in lines[0]
-    assert f"error: {name}" in lines[1]
-    assert "silent for 10 s (training.rank_timeout), so the launch ends" in lines[1]
+    assert f"error: the launch ends: {name}" in lines[1]
+    assert ", silent for 10 s (training.rank_timeout). See what stopped it" in lines[1]
 
 
 def launch_with_faults(strategy, folder, **faults):
