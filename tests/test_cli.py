@@ -393,6 +393,16 @@ def test_an_error_is_one_line_whatever_is_in_it(capsys):
     assert not set(printed) & set("\x1b\x07\u202e\u2028\udcff")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_file_that_cannot_be_written_is_named_though_the_system_does_not(capsys):
+    def fill(arguments):
+        Path("/dev/full").write_text("x" * 100_000)
+
+    assert cli.run_command(fill, []) == 2
+    said = "quietstar: error: /dev/full: No space left on device. Free"
+    assert capsys.readouterr().err.startswith(said)
+
+
 def test_options_stand_among_the_keys_of_a_config(runs, capsys):
     negative = ["--optim.learning_rate", "-5e-3", "--config", "demo", "--data.train", "- a b"]
     assert cli.main(["train", *negative]) == 2

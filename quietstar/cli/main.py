@@ -9,9 +9,9 @@ import argparse
 import atexit
 import difflib
 import gc
+import io
 import logging
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -26,8 +26,9 @@ from typing import Any, TextIO
 from quietstar import __version__
 from quietstar.errors import ConfigError, Preempted, UserError, reason_of, visible
 from quietstar.system import signals
-from quietstar.system.processes import launched_rank, leave_launch
+from quietstar.system.processes import is_connection_lost, launched_rank, leave_launch
 from quietstar.system.signals import Stopped
+from quietstar.system.watch import first_failure
 
 EXIT_USER_ERROR = 2
 EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h
@@ -65,7 +66,6 @@ RENAMED = {"compare": "report"}
 EXTRAS = {"lm_eval": "lm-eval", "pandas": "pandas", "peft": "peft", "reasoning_gym": "tasks",
           "scipy": "eval", "tqdm": "lm-eval"}  # fmt: skip
 """By module: the extra of this package that installs it."""
-_CONNECTION_LOST = re.compile(r"(?i)connection (closed|reset) by peer|socket closed|broken pipe")
 RESUME_HINTS = {
     "train": "; start again with --resume auto",
     "eval": "; the same command continues from the finished items, if it has --out",
@@ -103,34 +103,33 @@ def run_command(
     except UserError as error:
         code = EXIT_USER_ERROR
         problems = error.problems if isinstance(error, ConfigError) else [str(error)]
+        told = first_failure("; ".join(problems))
     except (Preempted, KeyboardInterrupt) as stop:
-        if launched_rank() == 0:
-            name = stop.signal if isinstance(stop, Stopped) else "SIGINT"
-            word = "interrupted" if name == "SIGINT" else f"{name} asked for an end"
-            is_told = isinstance(stop, Preempted)
-            _print_line(str(stop) if is_told else f"{word}{resume_hint}")
-        asked = signals.requested() or ("SIGTERM" if isinstance(stop, Preempted) else "SIGINT")
-        return EXIT_INTERRUPTED if asked == "SIGINT" else EXIT_PREEMPTED
+        told = None if isinstance(stop, Preempted) else first_failure()
+        if told is None:
+            return _end_as_asked(stop, resume_hint)
+        code, problems = EXIT_USER_ERROR, []  # the launcher's signal, after another rank's error
     except BrokenPipeError:  # as in `quietstar generate ... | head`
         _discard(sys.stdout)
         return EXIT_BROKEN_PIPE
     except BaseException as fault:
-        if (name := signals.requested()) is not None:  # a library made another error of the stop
-            if launched_rank() == 0:
-                _print_line(f"{'interrupted' if name == 'SIGINT' else f'{name} asked for an end'}")
-            return EXIT_INTERRUPTED if name == "SIGINT" else EXIT_PREEMPTED
-        problem = _explain(fault)
+        told = first_failure()
+        if told is None and (name := signals.requested()) is not None:  # a library's error of it
+            return _end_as_asked(Stopped(name))
+        problem = told or _explain(fault)
         code = EXIT_USER_ERROR if problem else EXIT_FAULT
         if isinstance(fault, OSError) and fault.strerror and fault.filename is None:
             code = EXIT_IO
             _discard(sys.stdout)
         problems = [problem or _report_fault(fault)]
+        if not is_connection_lost(fault):
+            told = first_failure(problems[0])
     # Most errors strike every rank. Rank 0 prints at once, and when it exits, the launcher ends the
     # others while they wait here. A rank that outlives the wait is alone with its error.
     rank = launched_rank()
     if rank > 0:
         time.sleep(SECONDS_FOR_RANK_0)
-    for problem in problems:
+    for problem in problems if told is None else [told]:
         _print_line(f"error: {problem}", f"[rank {rank}] " if rank > 0 else "")
     return code
 
@@ -167,6 +166,16 @@ def _code_of(stop: SystemExit) -> Any:
     ) from stop
 
 
+def _end_as_asked(stop: BaseException, resume_hint: str = "") -> int:
+    """Say on rank 0 what asked for the end; return the exit code."""
+    if launched_rank() == 0:
+        name = stop.signal if isinstance(stop, Stopped) else "SIGINT"
+        word = "interrupted" if name == "SIGINT" else f"{name} asked for an end"
+        _print_line(str(stop) if isinstance(stop, Preempted) else f"{word}{resume_hint}")
+    asked = signals.requested() or ("SIGTERM" if isinstance(stop, Preempted) else "SIGINT")
+    return EXIT_INTERRUPTED if asked == "SIGINT" else EXIT_PREEMPTED
+
+
 def _explain(fault: BaseException) -> str | None:
     """Say what the system or the machine lacks, if that is what an exception is about."""
     text, kind = str(fault), type(fault).__name__
@@ -181,19 +190,34 @@ def _explain(fault: BaseException) -> str | None:
             "the length of the texts; quietstar plan predicts what a run needs."
         )
     if isinstance(fault, OSError) and fault.strerror:
-        name = fault.filename if isinstance(fault.filename, str) else "standard output or a file"
-        return f"{name}: {fault.strerror}. Free or mend what it lies on, then start again."
+        return (
+            f"{_file_of(fault)}: {fault.strerror}. Free or mend what it lies on, then start again."
+        )
     if kind == "PanicException":  # of a library in Rust
         return (
             f"a tokenizer fails over a text ({reason_of(fault)}). Use another tokenizer, or leave "
             "the text out."
         )
-    if kind.startswith("Dist") or _CONNECTION_LOST.search(text):
+    if is_connection_lost(fault):
         return (
-            "another process of this launch has ended, so this one cannot go on; its own message, "
-            "or that of the launcher, says why. Start again with --resume auto."
+            "another process of this launch has ended or hangs, so this one cannot go on; its own "
+            "message, or that of the launcher, says why. Start again with --resume auto."
         )
     return None
+
+
+def _file_of(fault: OSError) -> str:
+    """Name the file that a system call failed on; a failed write alone names none.
+
+    The innermost function that has a file open at the time is the one that writes.
+    """
+    if isinstance(fault.filename, str):
+        return fault.filename
+    frames = [frame for frame, _ in traceback.walk_tb(fault.__traceback__)]
+    for value in (value for frame in reversed(frames) for value in frame.f_locals.values()):
+        if isinstance(value, io.IOBase) and isinstance(name := getattr(value, "name", None), str):
+            return name
+    return "standard output or a file"
 
 
 def _report_fault(fault: BaseException) -> str:

@@ -522,6 +522,12 @@ class TrainingConfig(Section):
     stop_on_collapse: bool = False
     """End the run, with a checkpoint and an error, when a guard of collapse or divergence fires
     (docs/metrics.md); by default guards only warn."""
+    rank_timeout: Annotated[
+        int,
+        _between(10, 10**6, "a rank is silent for a moment now and then, and nobody waits weeks"),
+    ] = 600
+    """Seconds for which a process of a launch may be silent (stopped, or on a machine that is)
+    before the launch ends."""
     output_dir: Name = "runs/default"
     """Folder of the run."""
     overwrite_output_dir: bool = False

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import RNG_STATE_NAME, broadcast_object_list, extract_model_from_parallel
+from accelerate.utils import RNG_STATE_NAME, extract_model_from_parallel
 from accelerate.utils import load as load_pickle
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from quietstar.backbone.loading import require_finite
 from quietstar.config import Config, ThoughtsConfig
 from quietstar.errors import UserError, reason_of
 from quietstar.model.quiet_star import QuietStarForCausalLM
+from quietstar.system.processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -340,16 +341,7 @@ class Strategy:
 
 def from_main_process(accelerator: Accelerator, call: Callable[[], T]) -> T:
     """Calls a function on the main process; all return its result or raise its `UserError`."""
-    results: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            results = [call()]
-        except UserError as error:
-            results = [error]
-    broadcast_object_list(results)
-    if isinstance(results[0], UserError):
-        raise results[0]
-    return results[0]
+    return Processes(accelerator.process_index, accelerator.num_processes).from_main(call)
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:

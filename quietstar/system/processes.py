@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,15 @@ from datetime import timedelta
 from typing import TypeVar
 
 from quietstar.errors import UserError
+from quietstar.system import watch
 
 S = TypeVar("S")
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)
-"""How long a process waits for another one: as long as the slowest piece of work may take."""
+"""How long a process waits for one that works: as long as the slowest piece of work may take."""
+_CONNECTION_LOST = re.compile(
+    r"(?i)connection (closed|reset) by peer|socket closed|broken pipe|timed out waiting \d+ms"
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,11 @@ def launched_rank() -> int:
     return int(rank) if rank.isdecimal() and world.isdecimal() and int(world) > 1 else 0
 
 
+def is_connection_lost(problem: BaseException) -> bool:
+    """Return whether an exchange failed because another process of the launch is not there."""
+    return type(problem).__name__.startswith("Dist") or bool(_CONNECTION_LOST.search(str(problem)))
+
+
 def join_launch(device: str | None = None) -> Processes:
     """Meets the other processes of this launch, if there are any.
 
@@ -107,6 +117,7 @@ def join_launch(device: str | None = None) -> Processes:
 
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    watch.watch(state.process_index, state.num_processes)
     return Processes(state.process_index, state.num_processes)
 
 
@@ -116,6 +127,7 @@ def leave_launch() -> None:
     Call it before the interpreter shuts down. During the shutdown gloo's threads may still release
     tensors and abort the process, and the launcher then reports finished work as a failure.
     """
+    watch.leave()
     distributed = sys.modules.get("torch.distributed")  # without it nothing is connected
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,17 @@ from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import SETTINGS_FILE
 from quietstar.model.tuning import quantization
+from quietstar.system.processes import Processes
+from quietstar.system.watch import watch
+from quietstar.training.agreement import check_agreement
 from quietstar.training.run_dir import TRACKERS_FOLDER
 from quietstar.training.schedule import scheduled
 from quietstar.training.stages import Stage, plan_stages
 
 logger = logging.getLogger(__name__)
 
+HANGS = 6
+"""After so many times training.rank_timeout a rank that lives, but comes to no exchange, hangs."""
 JUDGED = {"judge", "reward_model"}
 """Rewards that need the section ``judge``."""
 
@@ -80,12 +86,13 @@ def build_accelerator(config: Config) -> Accelerator:
             f"logging.report_to: {missing[0]!r} is not available (here are: "
             f"{', '.join(sorted(available)) or 'none'}); {remedy}, or leave it out"
         )
-    handlers = []
+    patience = timedelta(seconds=HANGS * config.training.rank_timeout)
+    backend = None
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.cuda.is_available():
         # Without it every rank believes it is alone, and all write the same files.
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        backend = "gloo"
     elif wants_fsdp() and torch.cuda.is_available():
-        handlers.append(InitProcessGroupKwargs(backend="cpu:gloo,cuda:nccl"))  # saving is on CPUs
+        backend = "cpu:gloo,cuda:nccl"  # saving is on CPUs
     use_cpu_threads(config.training.cpu_threads)
     output_dir = Path(config.training.output_dir)
     folders = ProjectConfiguration(str(output_dir), str(output_dir / TRACKERS_FOLDER))
@@ -94,7 +101,7 @@ def build_accelerator(config: Config) -> Accelerator:
             mixed_precision=config.training.mixed_precision,
             log_with=list(config.logging.report_to) or None,
             project_config=folders,
-            kwargs_handlers=handlers,
+            kwargs_handlers=[InitProcessGroupKwargs(backend, timeout=patience)],
         )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
@@ -103,6 +110,7 @@ def build_accelerator(config: Config) -> Accelerator:
             "training would run the same data on each. On CPUs launch with torchrun and "
             "ACCELERATE_USE_CPU=true."
         )
+    watch(accelerator.process_index, launched, config.training.rank_timeout)
     return accelerator
 
 
@@ -124,6 +132,8 @@ def set_up(config: Config, strategy: Strategy, checkpoint: Path | None = None) -
         build_data(stage.config.data, reader, seed, stage.config.thoughts if stage.thinks else None)
         for stage in stages
     ]
+    processes = Processes(accelerator.process_index, accelerator.num_processes)
+    check_agreement(config, processes, data)
     settings = next((stage for stage in stages if stage.thinks), stages[0]).config
     model = build_model(settings, tokenizer, strategy)
     if checkpoint is not None:

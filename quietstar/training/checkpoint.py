@@ -27,12 +27,14 @@ from pydantic import (
 )
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from quietstar.distributed import Strategy
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.system import files
+from quietstar.system.processes import is_connection_lost
 from quietstar.system.signals import held
 from quietstar.training.ema import WeightAverage
 from quietstar.training.run_dir import CHECKPOINT_NAME, CHECKPOINTS_FOLDER
@@ -137,9 +139,15 @@ def save_checkpoint(run: StageRun) -> Path:
                 files.write_json(partial / STATE_FILE, state, indent=None)
                 write_manifest(partial)
                 files.publish(partial, final)
-        except (OSError, RuntimeError, SafetensorError, UserError) as problem:
-            files.remove(partial)
-            raise UserError(_describe_failure(run, final, problem)) from problem
+        except (OSError, RuntimeError, SafetensorError, UserError, CheckpointException) as problem:
+            if accelerator.is_main_process:  # others may be writing into it
+                files.remove(partial)
+            rank, cause = accelerator.process_index, problem
+            if isinstance(problem, CheckpointException):  # torch's, on all ranks
+                rank, (cause, _) = next(iter(problem.failures.items()))
+            if is_connection_lost(cause):  # another rank has failed, and says why
+                raise cause from None
+            raise UserError(_describe_failure(run, final, cause, rank)) from problem
         if accelerator.is_main_process:
             drop_old(output_dir, run.config.training.save_total_limit)
         accelerator.wait_for_everyone()
@@ -147,7 +155,7 @@ def save_checkpoint(run: StageRun) -> Path:
     return final
 
 
-def _describe_failure(run: StageRun, final: Path, problem: Exception) -> str:
+def _describe_failure(run: StageRun, final: Path, problem: BaseException, rank: int) -> str:
     tensors: list[Tensor] = [p for p in run.model.parameters() if p.requires_grad]
     tensors += [value for average in run.averages for value in average.values.values()]
     for parts in run.optimizer.state.values():
@@ -156,8 +164,9 @@ def _describe_failure(run: StageRun, final: Path, problem: Exception) -> str:
     free = shutil.disk_usage(next(f for f in final.parents if f.exists())).free
     whole = list_checkpoints(final.parent.parent)
     earlier = f"{whole[-1]} is whole" if whole else "there is no earlier one"
+    who = f" by rank {rank}" if run.accelerator.num_processes > 1 else ""
     return (
-        f"{final}: cannot be written ({reason_of(problem)[:200]}): it needs about "
+        f"{final}: cannot be written{who} ({reason_of(problem)[:200]}): it needs about "
         f"{needed / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free; {earlier}. Free some "
         "space and go on with --resume auto."
     )

@@ -20,6 +20,7 @@ from quietstar.errors import UserError
 from quietstar.model.card import model_card
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import check_replaceable
+from quietstar.system.processes import leave_launch
 from quietstar.system.signals import Stopped, held, listening, noted
 from quietstar.training import run_dir
 from quietstar.training.build import (
@@ -86,7 +87,7 @@ def run_training(
     for tracker in accelerator.trackers:
         tracker.finish()
     if not more_runs:
-        accelerator.state.destroy_process_group()
+        leave_launch()
     return final
 
 

@@ -50,7 +50,7 @@ FREE_ON_RESUME = (
     *("training.max_steps", "training.micro_batch_size", "training.cpu_threads"),
     *("training.learn_chunk_tokens", "training.gradient_checkpointing", "training.eval_steps"),
     *("training.eval_controls", "training.torch_compile", "training.save_steps"),
-    "training.stop_on_collapse",
+    *("training.stop_on_collapse", "training.rank_timeout"),
     *("training.save_total_limit", "training.overwrite_output_dir", "training.output_dir"),
     *("data.eval_sequences", "logging.report_to", "logging.run_name", "logging.logging_steps"),
     "logging.thought_steps",
@@ -144,21 +144,27 @@ def check_inputs(output_dir: Path, config: Config) -> None:
     """Raises UserError if the run reads what it would delete or replace."""
     written = [Path(os.path.realpath(path)) for path in _written(output_dir) if path.exists()]
     for stage, stage_config in config.stage_configs().items():
-        data, model = stage_config.data, stage_config.model
-        for key, name in (
-            *(("data.train", data.train), ("data.eval", data.eval)),
-            *(("model.name_or_path", model.name_or_path), ("model.tokenizer", model.tokenizer)),
-            ("thoughts.scoring_model", stage_config.thoughts.scoring_model),
-            ("judge.model", stage_config.judge.model),
-            ("loss.teacher", getattr(stage_config.loss, "teacher", None)),
-        ):
-            path = None if name is None else Path(os.path.realpath(name))
-            if place := next((p for p in written if path and path.is_relative_to(p)), None):
+        for key, name in inputs_of(stage_config):
+            path = Path(os.path.realpath(name))
+            if place := next((p for p in written if path.is_relative_to(p)), None):
                 prefix = f"stages.{stage}." if config.stages else ""
                 raise UserError(
                     f"{prefix}{key} ({name}): lies in what this run replaces ({place}). Move it "
                     "to another place, or give another training.output_dir."
                 )
+
+
+def inputs_of(config: Config) -> list[tuple[str, str]]:
+    """Returns the keys that name what a stage reads, with their values."""
+    data, model = config.data, config.model
+    named = [
+        *(("data.train", data.train), ("data.eval", data.eval)),
+        *(("model.name_or_path", model.name_or_path), ("model.tokenizer", model.tokenizer)),
+        ("thoughts.scoring_model", config.thoughts.scoring_model),
+        *(("judge.model", config.judge.model), ("judge.template", config.judge.template)),
+        ("loss.teacher", getattr(config.loss, "teacher", None)),
+    ]
+    return [(key, name) for key, name in named if name is not None]
 
 
 def hold(output_dir: Path) -> AbstractContextManager[None]:

@@ -1,5 +1,6 @@
 """Launches of several processes: the death or the mistake of one ends all, and is named."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,8 +9,8 @@ from contextlib import suppress
 
 import psutil
 import pytest
-from launching import ROOT, command, marked
-from tiny import read_metrics, run_config
+from launching import ROOT, command, marked, wrap
+from tiny import read_metrics, run_config, write_texts
 
 from quietstar.config.loading import save_config
 
@@ -34,8 +35,9 @@ def start(tmp_path):
     """Starts a launch of many steps; returns it once it has done some of them."""
     launched = []
 
-    def begin(strategy):
-        save_config(run_config(tmp_path, training__max_steps=10_000), tmp_path / "config.yaml")
+    def begin(strategy, **changes):
+        config = run_config(tmp_path, training__max_steps=10_000, **changes)
+        save_config(config, tmp_path / "config.yaml")
         call, environment = command(strategy, tmp_path / "config.yaml", tmp_path / "run")
         process = subprocess.Popen(
             call, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -86,3 +88,67 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path, start, ran
     step = int((tmp_path / "run" / "preempted").read_text())
     assert (tmp_path / "run" / "checkpoints" / f"step-{step:06d}" / "manifest.json").exists()
     assert read_metrics(tmp_path / "run", "train")[-1]["step"] == step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_stopped_ends_all_and_is_named(start, rank):
+    process = start("ddp", training__rank_timeout=10)
+    ranks = ranks_of(process)
+    began = time.monotonic()
+    ranks[rank].suspend()
+    ranks[1 - rank].wait(SECONDS)
+    assert 8 < time.monotonic() - began < 30
+    ranks[rank].resume()  # or the launcher waits half a minute before it kills it
+    _, told = process.communicate(timeout=SECONDS)
+    assert process.returncode != 0
+    name = f"rank {rank} (process {ranks[rank].pid} on "
+    lines = [line for line in told.splitlines() if line.startswith("quietstar: ")]
+    assert f"warning: waiting for {name}" in lines[0]
+    assert f"error: the launch ends: {name}" in lines[1]
+    assert ", silent for 10 s (training.rank_timeout). See what stopped it" in lines[1]
+
+
+def launch_with_faults(strategy, folder, **faults):
+    """Run ``config.yaml`` of a folder, with faults as `watched` describes; return how it ended."""
+    script = [str(ROOT / "tests" / "faults" / "watched.py"), "--config", f"{folder}/config.yaml"]
+    call, environment = wrap(strategy, script)
+    environment |= {"PYTHONPATH": str(ROOT), **faults}
+    return subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [marked(name) for name in ("ddp", "fsdp2", "zero2")])
+def test_ranks_that_differ_are_told_before_anything_is_written(tmp_path, strategy):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_texts(tmp_path / name / "texts.jsonl", count=40 - (name == "two"))
+    config = run_config(tmp_path, data__train="texts.jsonl")
+    save_config(config, tmp_path / "config.yaml")
+    changes = {"training.seed": 1, "optim.learning_rate": 0.5, "training.max_steps": 9}
+    more = [part for key, value in changes.items() for part in (f"--{key}", str(value))]
+    folders = {f"FAULTS_FOLDER_{n}": str(tmp_path / name) for n, name in enumerate(("one", "two"))}
+    done = launch_with_faults(strategy, tmp_path, FAULTS_RANK_1=json.dumps(more), **folders)
+    assert done.returncode != 0
+    line = next(line for line in done.stderr.splitlines() if line.startswith("quietstar: error:"))
+    assert "optim.learning_rate is 0.01 on rank 0 and 0.5 on rank 1" in line
+    assert "training.max_steps is 3 on rank 0 and 9 on rank 1" in line
+    assert "training.seed is 0 on rank 0 and 1 on rank 1" in line
+    assert "the content of data.train is 1,428 bytes, " in line
+    assert "exitcode  : 2" in done.stderr or "exitcode: 2" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "one", "two"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [marked("ddp"), marked("fsdp2")])
+def test_a_full_disk_of_one_rank_is_the_reason_on_all(tmp_path, strategy):
+    config = run_config(tmp_path, training__save_steps=1)
+    save_config(config, tmp_path / "config.yaml")
+    size = "8000" if strategy == "ddp" else "20000"  # less than the random state, or than shards
+    done = launch_with_faults(strategy, tmp_path, FAULTS_BYTES_1=size)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if "quietstar: error: " in line]
+    assert lines
+    for line in lines:
+        assert "/checkpoints/step-000001: cannot be written by rank 1 (" in line
+        assert "gloo" not in line
