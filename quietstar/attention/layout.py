@@ -36,6 +36,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
@@ -189,3 +190,11 @@ def on_host(x: Tensor) -> bool:
 def has_content(x: Tensor) -> bool:
     """Whether there is something to read: not where a run is only planned."""
     return x.device.type != "meta" and not isinstance(x, FakeTensor)
+
+
+def to_device(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """Copy numbers of the host to a device, without waiting for what it does."""
+    x = torch.tensor(numbers)
+    if device.type == "cuda" and has_content(x):  # else large copies wait
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)

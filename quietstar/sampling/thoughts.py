@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
@@ -77,6 +78,8 @@ class Texts:
         run: Keys, values and states of the texts, where the model has run them already.
         marked: Whether to think before a token, by ``thoughts.positions`` pattern and field; None
             where that is not known.
+        places: Positions at which to think, in the host's memory; None where the host does not know
+            them, or they are all.
     """
 
     input_ids: Int[Tensor, "batch seq"]
@@ -85,6 +88,7 @@ class Texts:
     sample_ids: Int[Tensor, " batch"]
     run: TextRun | None = None
     marked: Bool[Tensor, "batch seq"] | None = None
+    places: Int[np.ndarray, "batch positions"] | None = None
 
 
 @dataclass(frozen=True)
