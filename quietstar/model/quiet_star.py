@@ -26,6 +26,7 @@ from quietstar.attention.layout import (
     IGNORE_INDEX,
     NO_POSITION,
     NO_TOKEN,
+    OnHost,
     early_ends,
     has_content,
     lookahead_states,
@@ -844,14 +845,17 @@ class QuietStarForCausalLM(PreTrainedModel):
         fixed_mixing_weight: float | None = None,
         lookahead: int | None = None,
         text: TextRun | None = None,
-        may_end_early: bool = True,
+        ends: tuple[Tensor | None, OnHost | None] | None = None,
     ) -> tuple[ThoughtStates, Tensor]:
-        """Run thoughts (length, thoughts, batch, positions); their states and mixing weight."""
+        """Run thoughts (length, thoughts, batch, positions); their states and mixing weight.
+
+        ``ends`` are the lengths of the thoughts, None if all are whole, and what the host knows.
+        """
         text = run_text(self.causal_lm, input_ids) if text is None else text
+        lengths, known = (early_ends(thoughts), None) if ends is None else ends
         inputs = embed_blocks(
             self.causal_lm, self.start_vectors, self.end_vectors, input_ids, thoughts,
-            lookahead or self.thoughts.lookahead, positions,
-            early_ends(thoughts) if may_end_early else None,
+            lookahead or self.thoughts.lookahead, positions, lengths, known,
         )  # fmt: skip
         states = teacher_forced(self.causal_lm, text, inputs)
         ahead = text_lookahead(states.text, states.ahead.shape[0], positions)
