@@ -247,20 +247,20 @@ def _check(tensors, *dtypes, bias=None) -> None:
 HALF = (torch.bfloat16, torch.float16)
 
 
-def _flash(q, k, v, dropout, causal, *, return_debug_mask, scale):
+def _flash(q, k, v, dropout=0.0, causal=False, *, return_debug_mask=False, scale=None):
     _check((q, k, v), *HALF)
     out, lse, _ = _attention(q, k, v, causal, scale, None)
     out = out.transpose(1, 2).contiguous().transpose(1, 2)
     return out, lse, None, None, q.shape[2], k.shape[2], torch.zeros(2), torch.zeros(()), out[:0]
 
 
-def _flash_backward(grad, q, k, v, out, lse, *rest, scale):
-    _check((grad, q, k, v, out), *HALF)
+def _flash_backward(grad, q, k, v, out, lse, *rest, scale=None):
+    _check((q, k, v, grad, out), *HALF)
     assert lse.shape == q.shape[:3] and lse.is_contiguous(), "a log-sum-exp for every query"
     return _attention_backward(grad, q, k, v, out, lse, rest[5], scale, None)
 
 
-def _efficient(q, k, v, bias, wants_lse, dropout, causal, *, scale):
+def _efficient(q, k, v, bias, wants_lse, dropout=0.0, causal=False, *, scale=None):
     _check((q, k, v), *HALF, torch.float32, bias=bias)
     assert q.shape[1] == k.shape[1], "this kernel knows no grouped heads"
     out, lse, _ = _attention(q, k, v, causal, scale, bias)
@@ -269,9 +269,9 @@ def _efficient(q, k, v, bias, wants_lse, dropout, causal, *, scale):
 
 
 def _efficient_backward(
-    grad, q, k, v, bias, out, lse, seed, offset, dropout, wanted, causal, *, scale
+    grad, q, k, v, bias, out, lse, seed, offset, dropout, wanted, causal=False, *, scale=None
 ):
-    _check((grad, q, k, v, out), *HALF, torch.float32, bias=bias)
+    _check((q, k, v, grad, out), *HALF, torch.float32, bias=bias)
     assert lse.shape[-1] % 32 == 0 and lse.is_contiguous(), "rows are padded to 32"
     lse = lse[..., : q.shape[2]]
     return *_attention_backward(grad, q, k, v, out, lse, causal, scale, bias), None
