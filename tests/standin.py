@@ -63,8 +63,8 @@ class StandIn:
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(x, device=...) copies, as it does
         self._contexts = [
-            mock.patch.object(torch.cuda, "is_available", lambda: True),
-            mock.patch.object(torch.cuda, "_lazy_init", lambda: None),
+            mock.patch.object(torch.cuda, "is_available", return_value=True),
+            mock.patch.object(torch.cuda, "_lazy_init"),
             mock.patch.object(torch.Tensor, "pin_memory", lambda x: x), _Devices(), _Runs(self),
         ]  # fmt: skip
         for context in self._contexts:
@@ -171,7 +171,9 @@ class _Runs(TorchDispatchMode):
         result = KERNELS.get(name, func)(*given, **more)
         if not is_here:
             return result
-        return tree_map_only(torch.Tensor, lambda x: known[id(x)] if id(x) in known else OnDevice(x), result)
+        return tree_map_only(
+            torch.Tensor, lambda x: known[id(x)] if id(x) in known else OnDevice(x), result
+        )
 
 
 def _place() -> str:
@@ -179,7 +181,7 @@ def _place() -> str:
     frame = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_filename.startswith(PACKAGE):
-            return f"{frame.f_code.co_filename[len(PACKAGE):]} {frame.f_code.co_name}"
+            return f"{frame.f_code.co_filename[len(PACKAGE) :]} {frame.f_code.co_name}"
         frame = frame.f_back
     return "elsewhere"
 
@@ -240,8 +242,8 @@ def _check(tensors, *dtypes, bias=None) -> None:
     assert all(x.stride(-1) == 1 for x in tensors), "the head size must be contiguous"
     if bias is not None:
         shape = (*tensors[0].shape[:3], tensors[1].shape[2])
-        assert bias.dtype == tensors[0].dtype and bias.shape == shape, "a bias for every head"
-        assert bias.stride(-1) == 1 and bias.stride(-2) % 8 == 0, "rows of the bias are aligned"
+        assert (bias.dtype, bias.shape) == (tensors[0].dtype, shape), "a bias for every head"
+        assert (bias.stride(-1), bias.stride(-2) % 8) == (1, 0), "rows of the bias are aligned"
 
 
 HALF = (torch.bfloat16, torch.float16)
@@ -256,7 +258,8 @@ def _flash(q, k, v, dropout=0.0, causal=False, *, return_debug_mask=False, scale
 
 def _flash_backward(grad, q, k, v, out, lse, *rest, scale=None):
     _check((q, k, v, grad, out), *HALF)
-    assert lse.shape == q.shape[:3] and lse.is_contiguous(), "a log-sum-exp for every query"
+    assert lse.shape == q.shape[:3], "a log-sum-exp for every query"
+    assert lse.is_contiguous(), "the kernel reads it as a whole"
     return _attention_backward(grad, q, k, v, out, lse, rest[5], scale, None)
 
 
@@ -272,7 +275,8 @@ def _efficient_backward(
     grad, q, k, v, bias, out, lse, seed, offset, dropout, wanted, causal=False, *, scale=None
 ):
     _check((q, k, v, grad, out), *HALF, torch.float32, bias=bias)
-    assert lse.shape[-1] % 32 == 0 and lse.is_contiguous(), "rows are padded to 32"
+    assert lse.shape[-1] % 32 == 0, "rows are padded to 32"
+    assert lse.is_contiguous(), "the kernel reads it as a whole"
     lse = lse[..., : q.shape[2]]
     return *_attention_backward(grad, q, k, v, out, lse, causal, scale, bias), None
 

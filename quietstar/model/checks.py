@@ -2,7 +2,7 @@
 
 On the host a check raises at once. On a device it would have to wait, and torch's own assertions
 there leave a process that cannot even save a checkpoint. So a failure is noted: `void_if_failed`
-makes the loss NaN, with a gradient of zero, and `raise_failed` says why where somebody waits anyway.
+makes the loss NaN, and `raise_failed` says why where somebody waits anyway.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def expect(ok: Bool[Tensor, ""], message: str) -> None:
 
 
 def void_if_failed(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """Make a loss NaN, with a gradient of zero, if a check of its device has failed."""
+    """Make a loss NaN if a check of its device has failed."""
     failed = [x for (_, device), x in _failed.items() if device == loss.device]
     return loss.masked_fill(torch.stack(failed).any(), math.nan) if failed else loss
 

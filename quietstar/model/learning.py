@@ -297,8 +297,8 @@ class _Groups:
         )
         tokens, targets = self.tokens[..., texts, places], self.targets[:, texts, places]
         loss, results = thought_loss(
-            policy, ahead, text, weight, tokens, targets, self.base_nll[:, texts, places], self.head,
-            replace(step.terms, weigh=weigh), self.num_items, self.weights.accumulator,
+            policy, ahead, text, weight, tokens, targets, self.base_nll[:, texts, places],
+            self.head, replace(step.terms, weigh=weigh), self.num_items, self.weights.accumulator,
             _token_rows(known, tokens, targets), drawn=drawn, reference=reference,
             soft=None if step.soft is None else step.soft.part((slice(None), texts, places)),
         )  # fmt: skip

@@ -930,7 +930,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         )
 
     def _check_thoughts(self, tokens: Tensor, name: str = "thoughts") -> None:
-        """Refuse tokens (..., length) outside the vocabulary, or behind the end of their thought."""
+        """Refuse tokens (..., length) outside the vocabulary, or after the end of a thought."""
         vocab_size = self.causal_lm.config.get_text_config().vocab_size
         is_token = tokens != NO_TOKEN
         wrong = is_token & ((tokens < 0) | (tokens >= vocab_size))
@@ -1201,7 +1201,9 @@ class QuietStarForCausalLM(PreTrainedModel):
             thought_top_p, thought_top_k,
         )  # fmt: skip
         others = (streamer, arguments, replace_thoughts, thoughts)
-        return generate(self, inputs, sampling, think, *others)
+        output = generate(self, inputs, sampling, think, *others)
+        raise_failed()
+        return output
 
     @torch.no_grad()
     def score_plain(

@@ -35,18 +35,17 @@ def thought_noise(
     seed: int,
     sample_ids: Int[Tensor, " batch"],
     num_thoughts: int,
-    length: int,
+    tokens: range,
     positions: Int[Tensor, "batch positions"],
 ) -> Iterator[Float[Tensor, "thoughts batch positions"]]:
-    """Yield `keyed_uniform` of the tokens 0 .. length - 1, which are made many at a time.
+    """Yield `keyed_uniform` of one token after the other, which are made many at a time.
 
     A GPU takes as long for one token's numbers as for thousands.
     """
     most = _NUMBERS_AT_ONCE.get(positions.device.type, 2**20)
     size = max(1, most // max(1, num_thoughts * positions.numel()))
-    for first in range(0, length, size):
-        tokens = range(first, min(first + size, length))
-        yield from _uniform(seed, sample_ids, num_thoughts, tokens, positions)
+    for n in range(0, len(tokens), size):
+        yield from _uniform(seed, sample_ids, num_thoughts, tokens[n : n + size], positions)
 
 
 def _uniform(

@@ -73,7 +73,7 @@ def sample_thoughts(
     num_thoughts, length, stop = sampling.num_thoughts, sampling.thought_length, sampling.stop
     steps = _Steps(model, start, input_ids, num_thoughts, length, positions, text)
     thoughts: list[Tensor] = []
-    keys = (sampling.seed, sample_ids, num_thoughts, length, steps.positions)
+    keys = (sampling.seed, sample_ids, num_thoughts, range(length), steps.positions)
     state = input_ids.new_zeros(num_thoughts, *steps.positions.shape)
     if stop is not None:  # nothing waits for thoughts that only pad
         state = state.masked_fill(steps.positions < 0, stop.ended)
@@ -212,7 +212,7 @@ class _LiveThoughts:
         # Where nothing ends early every thought has all tokens, also what only pads.
         fill = 0 if stop is None else NO_TOKEN
         tokens = self.positions.new_full((length, num_thoughts * count), fill)
-        keys = (sampling.seed, self.sample_ids, num_thoughts, length, self.positions)
+        keys = (sampling.seed, self.sample_ids, num_thoughts, range(length), self.positions)
         with cast_weights(self.model.base_model):
             states = self._run(self.start.expand(rows, -1, -1))
             self.cache.repeat(num_thoughts)
