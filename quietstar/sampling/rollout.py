@@ -232,7 +232,9 @@ class _LiveThoughts:
                     state = stop.step(state, last).where(last >= 0, state)
                 tokens[index, ids] = last
                 is_due = (index + 1) % LOOK_EVERY == 0
-                if stop is None or not (is_due or on_host(state)) or index + 1 == length:
+                if stop is None or not has_content(state) or index + 1 == length:
+                    continue
+                if not (is_due or on_host(state)):
                     continue
                 is_alive = state != stop.ended
                 all_ended = ~is_alive.any()
