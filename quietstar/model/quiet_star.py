@@ -29,6 +29,7 @@ from quietstar.attention.layout import (
     NO_TOKEN,
     OnHost,
     early_ends,
+    has_content,
     lookahead_states,
     on_host,
     text_lookahead,
@@ -1387,8 +1388,9 @@ def given_thoughts(
     check_logprobs(thoughts, "thoughts.sampling_logprobs")
     batch = replace(thoughts, input_ids=ids, labels=texts.labels, answer_mask=texts.answer_mask)
     is_everywhere = thoughts.everywhere
-    if is_everywhere is None and positions.shape == ids.shape:  # of a user's own making
-        is_everywhere = torch.equal(positions, torch.arange(ids.shape[1]).to(ids).expand_as(ids))
+    if is_everywhere is None and positions.shape == ids.shape and has_content(ids):
+        seq = torch.arange(ids.shape[1], device=ids.device)  # a user's own making: waits to see
+        is_everywhere = bool((positions == seq).all())
     if is_everywhere:
         return None, batch
     return positions.where(positions >= 0, NO_POSITION), batch
