@@ -48,7 +48,7 @@ def precision(dtype: str, device: str) -> contextlib.AbstractContextManager:
     """Autocast, or nothing."""
     if dtype == "float32":
         return contextlib.nullcontext()
-    return torch.autocast(device, torch.bfloat16)
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
 def seconds(run: Callable[[], None], repeats: int) -> float:
@@ -75,7 +75,7 @@ def in_turn(
 
 def peak_mb(run: Callable[[], object], device: str) -> float:
     """Most memory above that before the first of two runs: resident, or the GPU's allocated."""
-    if device == "cuda":
+    if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()

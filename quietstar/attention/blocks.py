@@ -22,7 +22,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from quietstar.attention.kernels import Kernel
-from quietstar.attention.layout import has_content, on_host
+from quietstar.attention.layout import on_host, to_device
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values, or output and log-sum-exp."""
@@ -289,7 +289,9 @@ class SelectedBlocks:
         self.positions = self._prefix.positions
 
     def position_ids(self, device):  # noqa: D102  (see Blocks)
-        offset = _offsets(self.num_start, self.block_length, self.num_thoughts, device)
+        index = torch.arange(1, self.block_length + 1, device=device)
+        rest = index[self.num_start :].repeat(self.num_thoughts)
+        offset = torch.cat([index[: self.num_start], rest])  # (R,)
         return (self.positions.unsqueeze(-1) + offset).reshape(1, -1)
 
     def to_rows(self, start, rest):  # noqa: D102
@@ -329,14 +331,6 @@ class SelectedBlocks:
         return self.positions.repeat_interleave(self.num_thoughts, 1)
 
 
-def _offsets(
-    num_start: int, block_length: int, num_thoughts: int, device: torch.device
-) -> Int[Tensor, " tokens"]:
-    """From a position to those of its tokens: what opens its thoughts, then (k w)."""
-    index = torch.arange(1, block_length + 1, device=device)
-    return torch.cat([index[:num_start], index[num_start:].repeat(num_thoughts)])
-
-
 class PackedBlocks:
     """Long blocks at a few positions, end to end in one row: nothing that only pads is run.
 
@@ -351,7 +345,7 @@ class PackedBlocks:
             ``block_length`` in all.
         num_thoughts: Thoughts at each position, K.
         block_length: Tokens of a block, W.
-        text_length: S, virtual tokens included.
+        device: Where the rows are; positions and lengths are on the host.
         num_start: Tokens that open a block, M.
     """
 
@@ -359,23 +353,18 @@ class PackedBlocks:
 
     def __init__(
         self,
-        positions: Int[Tensor, "batch positions"],
-        lengths: Int[Tensor, "thoughts batch positions"] | None,
+        positions: Int[np.ndarray, "batch positions"],
+        lengths: Int[np.ndarray, "thoughts batch positions"] | None,
         num_thoughts: int,
         block_length: int,
-        text_length: int,
+        device: torch.device,
         num_start: int = 1,
     ) -> None:
-        self.num_thoughts, self.block_length = num_thoughts, block_length
-        self.num_start, self.positions = num_start, positions
-        device, rest = positions.device, block_length - num_start
-        # On the host, where rows are laid out; of a run that is only planned, the largest.
-        places = np.full(positions.shape, text_length - 1)
-        own = np.full((*positions.shape, num_thoughts), rest)
-        if has_content(positions):
-            places = positions.cpu().numpy().copy()
-            if lengths is not None:
-                own = lengths.permute(1, 2, 0).cpu().numpy()
+        self.num_thoughts, self.num_start = num_thoughts, num_start
+        places, rest = positions.copy(), block_length - num_start
+        own = np.full((*places.shape, num_thoughts), rest)
+        if lengths is not None:
+            own = lengths.transpose(1, 2, 0)
         if (places < 0).all():  # a pass has one token at least
             places[0, 0] = 0
         own = np.where(places[..., None] < 0, 0, own)
@@ -383,10 +372,11 @@ class PackedBlocks:
         is_real = (np.arange(rest) < own[..., None]).reshape(*places.shape, -1)
         is_real = np.concatenate([opens, is_real], -1)
         real = np.flatnonzero(is_real)
-        self._grid, self._real = is_real.shape, torch.tensor(real, device=device)
         row_of = np.zeros(is_real.size, dtype=np.int64)
         row_of[real] = np.arange(len(real))
-        self._row_of = torch.tensor(row_of, device=device)
+        offset = np.arange(1, block_length + 1)
+        offset = np.concatenate([offset[:num_start], np.tile(offset[num_start:], num_thoughts)])
+        ids = (places.clip(min=0)[..., None] + offset).ravel()[real]
         self.spans: list[tuple[int, slice, int]] = []
         """Of every position: its text, its tokens in the row, and the end of the keys it sees."""
         self.sequences: list[tuple[int, np.ndarray, int]] = []
@@ -402,12 +392,20 @@ class PackedBlocks:
                 begin += length
             self.spans.append((text, slice(first, stop), int(places[text, place]) + 1))
             first = stop
-        self.buckets = [Bucket(part, device) for part in _by_length(self.sequences)]
+        buckets = [_lay_out(part) for part in _by_length(self.sequences)]
+        # Copied at once, for a device takes as long for a few numbers.
+        parts = [real, row_of, ids, *(index for _, *indices in buckets for index in indices)]
+        sizes = [len(part) for part in parts]
+        self._grid = is_real.shape
+        self._real, self._row_of, self._ids, *indices = to_device(
+            np.concatenate(parts), device
+        ).split(sizes)
+        self.buckets = [
+            Bucket(shape, *indices[3 * n : 3 * n + 3]) for n, (shape, *_) in enumerate(buckets)
+        ]
 
     def position_ids(self, device):  # noqa: D102  (see Blocks)
-        offset = _offsets(self.num_start, self.block_length, self.num_thoughts, device)
-        places = self.positions.clamp(min=0).unsqueeze(-1) + offset
-        return places.flatten()[self._real].unsqueeze(0)
+        return self._ids.unsqueeze(0)
 
     def to_rows(self, start, rest):  # noqa: D102
         rest = rest.permute(2, 3, 1, 0, 4).flatten(2, 3)  # (B, P, (k w), width)
@@ -447,44 +445,52 @@ class PackedBlocks:
         return dq, dk, dv
 
 
+@dataclass(frozen=True)
 class Bucket:
     """Blocks of about equal length, padded to the longest, for one call of a causal kernel.
 
-    Args:
-        sequences: Some of `PackedBlocks.sequences`.
-        device: Where the rows are.
+    Attributes:
+        shape: Blocks, and tokens of the longest.
+        index: Token in the row of every place.
+        given: Places of the tokens that are a block's own to give.
+        rows: Tokens in the row at these places.
     """
 
-    def __init__(
-        self, sequences: Sequence[tuple[int, np.ndarray, int]], device: torch.device
-    ) -> None:
-        longest = max(len(tokens) for _, tokens, _ in sequences)
-        index = np.stack([np.pad(t, (0, longest - len(t)), "edge") for _, t, _ in sequences])
-        place = np.arange(longest)
-        gives = np.stack([(place >= first) & (place < len(t)) for _, t, first in sequences])
-        self._shape, given = index.shape, np.flatnonzero(gives)
-        self._index = torch.tensor(index.ravel(), device=device)
-        self._given = torch.tensor(given, device=device)
-        self._rows = torch.tensor(index.ravel()[given], device=device)
+    shape: tuple[int, int]
+    index: Int[Tensor, " places"]
+    given: Int[Tensor, " given"]
+    rows: Int[Tensor, " given"]
 
     def gather(self, x: Shaped[Tensor, "1 H L *rest"]) -> Shaped[Tensor, "n H W *rest"]:
         """Block by block; tokens repeat where a block ends early."""
-        return x[0].index_select(1, self._index).unflatten(1, self._shape).transpose(0, 1)
+        return x[0].index_select(1, self.index).unflatten(1, self.shape).transpose(0, 1)
 
     def gather_once(self, x: Shaped[Tensor, "1 H L *rest"]) -> Shaped[Tensor, "n H W *rest"]:
         """The same of gradients: every token once, zeros elsewhere."""
-        parts = x.new_zeros(x.shape[1], self._index.shape[0], *x.shape[3:])
-        parts[:, self._given] = x[0].index_select(1, self._rows)
-        return parts.unflatten(1, self._shape).transpose(0, 1)
+        parts = x.new_zeros(x.shape[1], self.index.shape[0], *x.shape[3:])
+        parts[:, self.given] = x[0].index_select(1, self.rows)
+        return parts.unflatten(1, self.shape).transpose(0, 1)
 
     def write(self, whole: Shaped[Tensor, "1 H L *rest"], x: Shaped[Tensor, "n H W *rest"]) -> None:
         """Put every token back to its place."""
         parts = x.transpose(0, 1).flatten(1, 2)
-        whole[0, :, self._rows] = parts[:, self._given].to(whole.dtype)
+        whole[0, :, self.rows] = parts[:, self.given].to(whole.dtype)
 
     def add(self, whole: Shaped[Tensor, "1 H L *rest"], x: Shaped[Tensor, "n H W *rest"]) -> None:
         """Add up what all blocks say of a token."""
-        whole[0].index_add_(1, self._index, x.transpose(0, 1).flatten(1, 2))
+        whole[0].index_add_(1, self.index, x.transpose(0, 1).flatten(1, 2))
+
+
+def _lay_out(
+    sequences: Sequence[tuple[int, np.ndarray, int]],
+) -> tuple[tuple[int, int], np.ndarray, np.ndarray, np.ndarray]:
+    """What a `Bucket` of some of `PackedBlocks.sequences` needs, on the host."""
+    longest = max(len(tokens) for _, tokens, _ in sequences)
+    index = np.stack([np.pad(t, (0, longest - len(t)), "edge") for _, t, _ in sequences])
+    place = np.arange(longest)
+    gives = np.stack([(place >= first) & (place < len(t)) for _, t, first in sequences])
+    given = np.flatnonzero(gives)
+    return (len(sequences), longest), index.ravel(), given, index.ravel()[given]
 
 
 def _by_length(

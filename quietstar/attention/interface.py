@@ -142,11 +142,16 @@ def _score_rules(query: Tensor, scaling: float | None, keywords: dict[str, Any])
     )
 
 
-_running: contextvars.ContextVar[Pass | None] = contextvars.ContextVar("_running", default=None)
+WHOLE_TEXTS = "whole texts"
+"""In place of a pass: an ordinary causal LM, whose texts have no padding that anything sees."""
+
+_running: contextvars.ContextVar[Pass | str | None] = contextvars.ContextVar(
+    "_running", default=None
+)
 
 
 @contextmanager
-def thought_pass_scope(thought_pass: Pass) -> Iterator[None]:
+def thought_pass_scope(thought_pass: Pass | str) -> Iterator[None]:
     """Inside, the model builds no attention mask: the pass knows who sees whom."""
     token = _running.set(thought_pass)
     try:
@@ -156,8 +161,14 @@ def thought_pass_scope(thought_pass: Pass) -> Iterator[None]:
 
 
 def thinking_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Mask function for transformers' interface: none in a pass, torch's own otherwise."""
-    return sdpa_mask(*args, **kwargs) if _running.get() is None else None
+    """Mask function for transformers' interface: none in a pass, torch's own otherwise.
+
+    Whether there is padding in whole texts it need not ask, which would wait for a device.
+    """
+    running = _running.get()
+    if running == WHOLE_TEXTS:
+        kwargs = kwargs | {"attention_mask": None}
+    return sdpa_mask(*args, **kwargs) if running in (None, WHOLE_TEXTS) else None
 
 
 AttentionInterface.register(ATTENTION_NAME, thinking_attention)

@@ -36,6 +36,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
@@ -189,3 +190,54 @@ def on_host(x: Tensor) -> bool:
 def has_content(x: Tensor) -> bool:
     """Whether there is something to read: not where a run is only planned."""
     return x.device.type != "meta" and not isinstance(x, FakeTensor)
+
+
+def to_device(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """Copy numbers of the host to a device, without waiting for what it does."""
+    x = torch.tensor(numbers)
+    if device.type == "cuda" and has_content(x):  # else large copies wait
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class OnHost:
+    """Positions and lengths of thoughts in the host's memory, where rows of blocks are laid out.
+
+    Attributes:
+        positions: As in `quietstar.sampling.thoughts.ThoughtBatch`; None for all.
+        lengths: Tokens of each thought; None where all have the whole length.
+    """
+
+    positions: Int[np.ndarray, "batch positions"] | None
+    lengths: Int[np.ndarray, "thoughts batch positions"] | None
+
+    @classmethod
+    def read(
+        cls,
+        positions: Int[Tensor, "batch positions"] | None,
+        lengths: Int[Tensor, "thoughts batch positions"] | None,
+        places: Int[np.ndarray, "batch positions"] | None = None,
+    ) -> OnHost | None:
+        """Read what is not known there as ``places``, in one transfer, which waits for a device.
+
+        None where a run is only planned.
+        """
+        unknown = [x for x in (None if places is not None or positions is None else positions[None],
+                               lengths) if x is not None]  # fmt: skip
+        if not unknown:
+            return cls(places, None)
+        if not all(has_content(x) for x in unknown):
+            return None
+        rows = torch.cat(unknown).cpu().numpy()
+        if places is None and positions is not None:
+            places, rows = rows[0], rows[1:]
+        return cls(places, None if lengths is None else rows)
+
+    def part(self, texts: slice, places: slice) -> OnHost:
+        """Of some texts and some of their positions."""
+        positions, lengths = self.positions, self.lengths
+        return OnHost(
+            None if positions is None else positions[texts, places],
+            None if lengths is None else lengths[:, texts, places],
+        )

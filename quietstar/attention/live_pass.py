@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
 from quietstar.attention.block_attention import inner_dtype
 from quietstar.attention.dense import ScoreRules, softcapped
 from quietstar.attention.kernels import at_least_float32
-from quietstar.attention.layout import has_content
+from quietstar.attention.layout import to_device
 from quietstar.attention.passes import Pair, TextKeys
 
 _ROOM = 32
@@ -32,12 +32,12 @@ class LiveCache:
 
     Args:
         text: Of each layer, (B, Hkv, S, .), as far as any row sees them.
-        owners: Text of each row.
-        places: Last text token that each row sees; virtual tokens before the text count.
+        owners: Text of each row, on the host.
+        places: Last text token that each row sees, likewise; virtual tokens before the text count.
     """
 
     def __init__(
-        self, text: TextKeys, owners: Int[Tensor, " rows"], places: Int[Tensor, " rows"]
+        self, text: TextKeys, owners: Int[np.ndarray, " rows"], places: Int[np.ndarray, " rows"]
     ) -> None:
         self.text = {
             layer: tuple(x.detach().to(inner_dtype(x)) for x in pair)
@@ -45,39 +45,44 @@ class LiveCache:
         }
         self.own: TextKeys = {}
         self.length = 0  # tokens of every thought so far, those that open it included
-        self.owners, self.places = owners, places
+        self._owners, self._places = owners, places
         self._lay_out()
 
     def _lay_out(self) -> None:
         """Give every row a slot among those of its text."""
-        num_texts = next(iter(self.text.values()))[0].shape[0]
-        is_owner = F.one_hot(self.owners, num_texts)  # (N, B)
-        rank = (is_owner.cumsum(0) * is_owner).sum(1) - 1
-        most = is_owner.sum(0).max()
-        # A device is waited for, as it just was where rows have left.
-        self.num_slots = int(most) if has_content(most) else -(-len(is_owner) // num_texts)
-        self.slots = self.owners * self.num_slots + rank
-        slot_places = self.places.new_zeros(num_texts * self.num_slots)
-        slot_places[self.slots] = self.places
-        self.slot_places = slot_places.view(num_texts, self.num_slots)
+        owners, text_k = self._owners, next(iter(self.text.values()))[0]
+        order = np.argsort(owners, kind="stable")
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order)) - np.searchsorted(owners[order], owners[order])
+        self.num_slots = int(rank.max()) + 1
+        slots = owners * self.num_slots + rank
+        slot_places = np.zeros(len(text_k) * self.num_slots, dtype=np.int64)
+        slot_places[slots] = self._places
+        # Copied at once, for a device takes as long for a few numbers.
+        parts = to_device(np.concatenate([slots, self._places, slot_places]), text_k.device)
+        self.slots, self.places, slot_places = parts.split([len(slots)] * 2 + [len(slot_places)])
+        self.slot_places = slot_places.view(len(text_k), self.num_slots)
         self.hidden: dict[int | None, Tensor] = {}  # by window, of the current pass
 
     def repeat(self, times: int) -> None:
         """Let every row become so many, in the order (times, rows)."""
         for layer, pair in self.own.items():
             self.own[layer] = tuple(x.repeat(times, 1, 1, 1) for x in pair)  # pyright: ignore
-        self.owners, self.places = self.owners.repeat(times), self.places.repeat(times)
+        self._owners, self._places = np.tile(self._owners, times), np.tile(self._places, times)
         self._lay_out()
 
-    def move(self, sources: Int[Tensor, " moved"], targets: Int[Tensor, " moved"], n: int) -> None:
+    def move(
+        self, sources: Int[np.ndarray, " moved"], targets: Int[np.ndarray, " moved"], n: int
+    ) -> None:
         """Let some rows take the places of others, and forget all but the first ``n``."""
+        moved = to_device(np.stack([sources, targets]), self.slots.device)
         for layer, pair in self.own.items():
-            for x in pair:
-                x[targets, :, : self.length] = x[sources, :, : self.length]
+            for x in pair if len(sources) else ():
+                x[moved[1], :, : self.length] = x[moved[0], :, : self.length]
             self.own[layer] = (pair[0][:n], pair[1][:n])
-        for x in (self.owners, self.places):
+        for x in (self._owners, self._places):
             x[targets] = x[sources]
-        self.owners, self.places = self.owners[:n], self.places[:n]
+        self._owners, self._places = self._owners[:n], self._places[:n]
         self._lay_out()
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> Pair:

@@ -9,13 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from quietstar.attention.interface import thought_pass_scope
+from quietstar.attention.interface import WHOLE_TEXTS, thought_pass_scope
 from quietstar.attention.passes import VIRTUAL_TOKENS, Pass, TextKeys, TextPass
 from quietstar.errors import UserError
 
@@ -88,13 +88,10 @@ def run_backbone(
         position_ids: Position of every token.
         thought_pass: Who attends to whom.
     """
-    # A mask of ones: without one, transformers compares the positions of each row on the host to
-    # find packed sequences.
-    everything = torch.ones(position_ids.shape, dtype=torch.bool, device=position_ids.device)
     with thought_pass_scope(thought_pass):
         output = model.base_model(
             inputs_embeds=embeddings,
-            attention_mask=everything,
+            attention_mask=_whole(position_ids),
             position_ids=position_ids,
             use_cache=False,
             thought_pass=thought_pass,
@@ -142,7 +139,16 @@ def plain_pass(
     """
     if num_virtual(model):
         return _text_states(model, input_ids, TextPass())
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    with thought_pass_scope(WHOLE_TEXTS):
+        output = model.base_model(
+            input_ids=input_ids, attention_mask=_whole(input_ids), use_cache=False
+        )
+    return output.last_hidden_state
+
+
+def _whole(rows: Int[Tensor, "rows seq"]) -> Bool[Tensor, "rows seq"]:
+    """A mask of ones: without one transformers compares positions on the host to find packing."""
+    return torch.ones(rows.shape, dtype=torch.bool, device=rows.device)
 
 
 def _text_states(model: PreTrainedModel, input_ids: Tensor, text_pass: TextPass) -> Tensor:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.attention.blocks import ContiguousBlocks, PackedBlocks, SelectedBlocks
-from quietstar.attention.layout import lookahead_targets, shifted
+from quietstar.attention.layout import NO_POSITION, OnHost, lookahead_targets, shifted
 from quietstar.attention.passes import BlockPass, TextKeys
 from quietstar.backbone.run import TextRun, embed_sparsely, num_virtual, run_backbone
 
@@ -49,6 +50,8 @@ class BlockInputs:
         positions: Positions of the thoughts, ascending, -1 behind the last; None for contiguous
             ones.
         lengths: Tokens of each thought; None where all have the whole length.
+        on_host: Positions and lengths as the host knows them; None where a pass is to read them,
+            which waits for a device, if it needs them.
     """
 
     start: Float[Tensor, "start embedding"]
@@ -57,6 +60,7 @@ class BlockInputs:
     true: Float[Tensor, "true batch positions embedding"]
     positions: Int[Tensor, "batch positions"] | None
     lengths: Int[Tensor, "thoughts batch positions"] | None = None
+    on_host: OnHost | None = None
 
 
 def embed_blocks(
@@ -68,6 +72,7 @@ def embed_blocks(
     lookahead: int,
     positions: Int[Tensor, "batch positions"] | None = None,
     lengths: Int[Tensor, "thoughts batch positions"] | None = None,
+    on_host: OnHost | None = None,
 ) -> BlockInputs:
     """Embed the blocks behind ``positions`` (ascending; all by default) of texts.
 
@@ -77,7 +82,7 @@ def embed_blocks(
     true = lookahead_targets(input_ids, lookahead, positions)[:-1].clamp(min=0)
     thoughts = thoughts if lengths is None else thoughts.clamp(min=0)
     thought, true = embed_sparsely(model, thoughts), embed_sparsely(model, true)
-    return BlockInputs(start, end, thought, true, positions, lengths)
+    return BlockInputs(start, end, thought, true, positions, lengths, on_host)
 
 
 def is_packed(positions: Tensor | None, block_length: int) -> bool:
@@ -118,13 +123,12 @@ def block_pass(
             batch_size, num_thoughts, block_length, virtual + first, count, num_start
         )
     else:
-        sizes = (num_thoughts, block_length, next(iter(keys.values()))[0].shape[2], num_start)
-        places = shifted(inputs.positions, virtual)
-        if is_packed(places, block_length):
-            tokens = None if inputs.lengths is None else inputs.lengths + behind
-            blocks = PackedBlocks(places, tokens, *sizes)
+        seen = next(iter(keys.values()))[0].shape[2]
+        if is_packed(inputs.positions, block_length):
+            blocks = _packed(inputs, virtual, seen, behind)
         else:
-            blocks = SelectedBlocks(places, *sizes)
+            places = shifted(inputs.positions, virtual)
+            blocks = SelectedBlocks(places, num_thoughts, block_length, seen, num_start)
     grid = (-1, *thought.shape[1:])
     start = inputs.start.to(thought.dtype)[:, None, None].expand(-1, *thought.shape[2:])
     end = inputs.end.to(thought.dtype)[:, None, None, None].expand(grid)
@@ -149,6 +153,24 @@ def block_pass(
         a = torch.arange(len(ahead), device=rest.device).view(-1, 1, 1, 1)
         ahead = _take(rest, inputs.lengths + first_ahead + a)
     return policy, ahead
+
+
+def _packed(inputs: BlockInputs, virtual: int, seen: int, behind: int) -> PackedBlocks:
+    """Lay out long blocks; of a run that is only planned, the largest."""
+    positions, thought = inputs.positions, inputs.thought
+    assert positions is not None, "blocks at chosen positions"
+    known = inputs.on_host or OnHost.read(positions, inputs.lengths)
+    if known is None or known.positions is None:
+        known = OnHost(np.full(positions.shape, seen - virtual - 1), None)
+    places = np.where(known.positions < 0, NO_POSITION, known.positions + virtual)
+    return PackedBlocks(
+        places,
+        None if known.lengths is None else known.lengths + behind,
+        thought.shape[1],
+        len(inputs.start) + len(thought) + behind,
+        thought.device,
+        len(inputs.start),
+    )
 
 
 def _take(

@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Int
 from torch import Tensor
 
-from quietstar.attention.layout import NO_TOKEN, on_host
+from quietstar.attention.layout import NO_TOKEN, on_host, to_device
 from quietstar.backbone.casting import cast_weights
 from quietstar.errors import UserError
 from quietstar.generation.generate import most_tokens, next_logits
 from quietstar.sampling.decoding import Decoder
-from quietstar.sampling.noise import keyed_uniform
-from quietstar.sampling.rollout import sample_logits
+from quietstar.sampling.noise import thought_noise
+from quietstar.sampling.rollout import LOOK_EVERY, sample_logits
 from quietstar.sampling.thoughts import Sampling, ThoughtBatch
 
 CACHED_TOKENS = 2**15
@@ -84,12 +85,14 @@ def continue_thoughts(
         rows = max(1, CACHED_TOKENS // (columns * num_thoughts))
         groups.append(where[start : start + rows])
         start += rows
-    passes = torch.tensor(len(groups), device=positions.device)
+    passes = len(groups)
     if model.passes_together:
-        torch.distributed.all_reduce(passes, torch.distributed.ReduceOp.MAX)
+        most = torch.tensor(passes, device=positions.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        passes = int(most)
     sampling = Sampling(num_thoughts, length, temperature, seed)
     with cast_weights(model.causal_lm.base_model):
-        for index in range(int(passes)):
+        for index in range(passes):
             # A rank without texts left runs its first one, since weights are gathered from all.
             rows = groups[index] if index < len(groups) else where.new_zeros(1, 2)
             tokens = _continue(model, thoughts, rows, num_tokens, sampling)
@@ -126,19 +129,21 @@ def _continue(
     plain = decoder.without_thoughts(num_thoughts) if is_mixed else None
     states = newest.states.repeat_interleave(num_thoughts, 0)
     base = newest.logits.repeat_interleave(num_thoughts, 0)
-    stops = torch.tensor(_end_tokens(model), device=text.device)
+    stops = to_device(np.array(_end_tokens(model), dtype=np.int64), text.device)
+    keys = (sampling.seed, thoughts.sample_ids[text], num_thoughts)
+    places = range(sampling.thought_length, sampling.thought_length + num_tokens)
     is_open = torch.ones_like(states[:, 0], dtype=torch.bool)
     written: list[Tensor] = []
-    for index in range(num_tokens):
+    for index, noise in enumerate(thought_noise(*keys, places, positions[:, None])):
         logits = next_logits(model, states, base, ahead)[:, : model.output_head.vocab_size]
-        keys = (sampling.seed, thoughts.sample_ids[text], num_thoughts)
-        noise = keyed_uniform(*keys, sampling.thought_length + index, positions[:, None])
         noise = rearrange(noise, "k r 1 -> (r k) 1")
         tokens = sample_logits(logits, noise, sampling)[:, 0]
         is_open = is_open & ~torch.isin(tokens, stops)
         written.append(tokens.where(is_open, NO_TOKEN))
-        is_last = index + 1 == num_tokens
-        if is_last or (on_host(is_open) and not model.passes_together and not is_open.any()):
+        if index + 1 == num_tokens:
+            break
+        is_due = on_host(is_open) or (index + 1) % LOOK_EVERY == 0
+        if is_due and not model.passes_together and not is_open.any():
             break
         if plain is not None:
             appended = plain.append(tokens, opens=False)

@@ -197,11 +197,14 @@ def predict_next(
     states, base = appended.states, appended.logits
     if gate.kind == "never":
         return base, tokens.new_empty(len(tokens), 0, sampling.thought_length)
-    rows = gate.decide(states, base).nonzero().squeeze(1)
+    if gate.kind == "always":  # nobody waits to hear which rows these are
+        rows, some = torch.arange(len(tokens), device=tokens.device), None
+    else:
+        rows = gate.decide(states, base).nonzero().squeeze(1)
+        some = None if len(rows) == len(tokens) else rows
     none = tokens.new_full((len(tokens), sampling.num_thoughts, sampling.thought_length), -1)
     if not len(rows):
         return base, none
-    some = None if len(rows) == len(tokens) else rows
     ahead, thoughts = decoder.think(appended, some)
     if replace is not None:
         other = replace(thoughts).expand(-1, sampling.num_thoughts, -1)

@@ -34,7 +34,6 @@ from quietstar.attention.layout import (
     IGNORE_INDEX,
     NO_TOKEN,
     TextLookahead,
-    has_content,
     lookahead_states,
     lookahead_targets,
     text_lookahead,
@@ -203,7 +202,7 @@ def loss_from_states(
     num_items: Tensor | int | None = None,
     positions: Int[Tensor, "batch positions"] | None = None,
     num_thought_items: Tensor | int | None = None,
-    skips_padding: bool = False,
+    rows: Int[Tensor, " rows"] | None = None,
     drawn: Float[Tensor, "length thoughts batch positions"] | None = None,
     reference: Float[Tensor, "length thoughts batch positions"] | None = None,
     soft: SoftTargets | None = None,
@@ -213,8 +212,7 @@ def loss_from_states(
     Differentiable in the states, the mixing weight and the head. Labels are IGNORE_INDEX where a
     token is no target; without ``positions`` there are thoughts at all. N is ``num_items``, by
     default the valid targets of this batch; M is ``num_thought_items``, by default the positions of
-    this batch with a target. ``skips_padding``, ``drawn``, ``reference`` and ``soft`` as in
-    `thought_loss`.
+    this batch with a target. ``rows``, ``drawn``, ``reference`` and ``soft`` as in `thought_loss`.
     """
     lookahead = mixing_weight.shape[0]
     targets = lookahead_targets(labels, lookahead, positions)  # (A, B, P)
@@ -225,7 +223,7 @@ def loss_from_states(
     base_nll = lookahead_states(base.nll.view(labels.shape), lookahead, positions)
     loss, results = thought_loss(
         states.policy, states.ahead, text, mixing_weight, thoughts, targets, base_nll, head, terms,
-        count_thought_items(targets, num_thought_items), skips_padding=skips_padding, drawn=drawn,
+        count_thought_items(targets, num_thought_items), rows=rows, drawn=drawn,
         reference=reference, soft=soft,
     )  # fmt: skip
     return text_loss + loss, score(results, base, thoughts, labels, targets, positions)
@@ -251,7 +249,7 @@ def thought_loss(
     terms: LossTerms,
     num_items: Tensor,
     accumulator: HeadGradients | None = None,
-    skips_padding: bool = False,
+    rows: Int[Tensor, " rows"] | None = None,
     drawn: Float[Tensor, "length thoughts batch positions"] | None = None,
     reference: Float[Tensor, "length thoughts batch positions"] | None = None,
     soft: SoftTargets | None = None,
@@ -261,10 +259,10 @@ def thought_loss(
     ``policy_states`` predict the thought tokens; ``ahead_states`` (from the end token on) and the
     text's own predict the targets. ``base_nll`` is the NLL of these without a thought;
     ``num_items`` is M of the whole step; ``accumulator`` is as in `objective`. ``thoughts`` that
-    end early are padded with `NO_TOKEN`; with ``skips_padding`` there are so many of these places
-    that to find them pays, for which a device must be waited for. ``drawn`` and ``reference`` are
-    log-probabilities of the thought tokens, by the policy that drew them and by another. ``soft``
-    are a teacher's distributions of the targets, (lookahead, batch, positions, top).
+    end early are padded with `NO_TOKEN`; ``rows`` are those of the flat thoughts that have a token,
+    and by default all run. ``drawn`` and ``reference`` are log-probabilities of the thought tokens,
+    by the policy that drew them and by another. ``soft`` are a teacher's distributions of the
+    targets, (lookahead, batch, positions, top).
     """
     counts = (targets != IGNORE_INDEX).any(0) & (thoughts != NO_TOKEN)
     tokens = thoughts.where(counts, IGNORE_INDEX).flatten()
@@ -300,12 +298,10 @@ def thought_loss(
         if terms.entropy_weight > 0:
             bonus = (-terms.entropy_weight * scale).expand(thoughts.shape).flatten()
             bonus = bonus.to(coefficients.dtype).where(tokens != IGNORE_INDEX, 0.0)
-    rows = None
     by_drawer = None if drawn is None else drawn.flatten()
     by_reference = None if reference is None or terms.kl_weight == 0 else reference.flatten()
     scale = scale.expand(thoughts.shape).flatten()
-    if skips_padding and has_content(tokens):
-        rows = (tokens != IGNORE_INDEX).nonzero().squeeze(1)
+    if rows is not None:
         policy, tokens, scale = policy[rows], tokens[rows], scale[rows]
         coefficients, bonus, by_drawer, by_reference = (
             x if x is None else x[rows] for x in (coefficients, bonus, by_drawer, by_reference)

@@ -27,12 +27,13 @@ from torch import Tensor
 from quietstar.attention.kernels import at_least_float32
 from quietstar.attention.layout import (
     IGNORE_INDEX,
+    OnHost,
     early_ends,
-    has_content,
     lookahead_states,
     lookahead_targets,
     on_host,
     text_lookahead,
+    to_device,
 )
 from quietstar.backbone.output_head import OutputHead
 from quietstar.backbone.run import TextRun, num_virtual, recomputing
@@ -98,6 +99,7 @@ class Step:
         running: As in `ThoughtScores`.
         seed: Seed of the step's noise.
         teacher: What a teacher predicts behind these positions; None without one.
+        places: The positions in the host's memory; None where it does not know them.
     """
 
     thoughts: ThoughtBatch
@@ -110,6 +112,7 @@ class Step:
     running: Tensor | None = None
     seed: int = 0
     teacher: TeacherTargets | None = None
+    places: np.ndarray | None = None
 
     @property
     def soft(self) -> SoftTargets | None:
@@ -146,17 +149,24 @@ def learn(model: Any, text: TextRun, step: Step) -> tuple[Tensor, ScoredThoughts
     """
     batch = step.thoughts
     tokens, labels = batch.token_major(), batch.labels
+    lengths = early_ends(tokens) if step.may_end_early else None
+    known = None
+    if step.positions is not None or lengths is not None:
+        is_read = lengths is not None or is_packed(step.positions, model.block_length)
+        if is_read or on_host(tokens):  # else nothing is laid out by what the host knows
+            known = OnHost.read(step.positions, lengths, step.places)
+    targets = lookahead_targets(labels, model.thoughts.lookahead, step.positions)
     if model.learn_chunk_tokens is None or not torch.is_grad_enabled():
         states, weight = model.states_with(
             batch.input_ids, tokens, step.positions, step.fixed_mixing_weight, text=text,
-            may_end_early=step.may_end_early,
+            ends=(lengths, known),
         )  # fmt: skip
         return loss_from_states(
             states, weight, tokens, labels, model.output_head, step.terms, step.num_items,
-            step.positions, step.num_thought_items, skips_padding=step.may_end_early,
+            step.positions, step.num_thought_items, _token_rows(known, tokens, targets),
             drawn=step.drawn, reference=step.reference, soft=step.soft,
         )  # fmt: skip
-    work = _Groups(model, text, step, tokens)
+    work = _Groups(model, text, step, tokens, targets, lengths, known)
     inputs = [*(source.x for source in work.sources), *work.weights.parameters]
     loss = WithGradients.apply(work.run, *inputs)
     results = ThoughtResults(**work.results)  # pyright: ignore[reportArgumentType]
@@ -167,12 +177,14 @@ def learn(model: Any, text: TextRun, step: Step) -> tuple[Tensor, ScoredThoughts
 class _Groups:
     """The groups of a step, and what they give."""
 
-    def __init__(self, model: Any, text: TextRun, step: Step, tokens: Tensor) -> None:
-        self.lengths = early_ends(tokens) if step.may_end_early else None
+    def __init__(
+        self, model: Any, text: TextRun, step: Step, tokens: Tensor, targets: Tensor,
+        lengths: Tensor | None, known: OnHost | None,
+    ) -> None:  # fmt: skip
+        self.targets, self.lengths, self.known = targets, lengths, known
         self.model, self.step, self.tokens, self.head = model, step, tokens, model.output_head
         batch, positions, lookahead = step.thoughts, step.positions, model.thoughts.lookahead
         self.weights = _Weights(model, self.head)
-        self.targets = lookahead_targets(batch.labels, lookahead, positions)
         self.num_items = count_thought_items(self.targets, step.num_thought_items)
         self.text_loss, self.base, _ = next_token_loss(
             text.states, batch.labels, self.head, step.num_items, step.terms.scoring,
@@ -218,8 +230,8 @@ class _Groups:
         self.num_tokens = np.full(shape, each)
         if not is_packed(self.step.positions, self.block_length):
             return groups(*shape, max(1, most // each))
-        if self.lengths is not None and has_content(self.lengths):
-            self.num_tokens = self.num_start + (self.lengths + behind).sum(0).cpu().numpy()
+        if self.known is not None and self.known.lengths is not None:
+            self.num_tokens = self.num_start + (self.known.lengths + behind).sum(0)
         return packed_groups(self.num_tokens.tolist(), most)
 
     def _group(self, texts: slice, places: slice) -> Tensor:
@@ -256,12 +268,13 @@ class _Groups:
         model, step, lookahead = self.model, self.step, len(self.targets)
         text_length = step.thoughts.input_ids.shape[1]
         positions = None if step.positions is None else step.positions[texts, places]
+        known = None if self.known is None else self.known.part(texts, places)
         end, state_index = text_length, (texts,)  # of the text tokens that the group can see
         if positions is None:
             end = places.stop
             state_index = (texts, slice(places.start, places.stop + lookahead - 1))
-        elif on_host(positions):  # all are below zero where no text has one
-            end = max(1, int(positions.max()) + 1)
+        elif known is not None and known.positions is not None:
+            end = max(1, int(known.positions.max()) + 1)  # below zero where no text has one
         block_index = (..., texts, places, slice(None))
         key_index = (texts, slice(None), slice(0, num_virtual(model.causal_lm) + end))
         indices = [..., ..., block_index, block_index, state_index]
@@ -269,7 +282,7 @@ class _Groups:
         reads = [(s, i, s.part(i)) for s, i in zip(self.sources, indices, strict=True)]
         start, end_token, thought, true, text_states, *keys = (part for _, _, part in reads)
         lengths = None if self.lengths is None else self.lengths[:, texts, places]
-        inputs = BlockInputs(start, end_token, thought, true, positions, lengths)
+        inputs = BlockInputs(start, end_token, thought, true, positions, lengths, known)
         pairs = zip(keys[::2], keys[1::2], strict=True)
         policy, ahead = block_pass(
             model.causal_lm, inputs, dict(zip(self.layers, pairs, strict=True)), text_length,
@@ -282,14 +295,27 @@ class _Groups:
         drawn, reference = (
             None if x is None else x[..., texts, places] for x in (step.drawn, step.reference)
         )
+        tokens, targets = self.tokens[..., texts, places], self.targets[:, texts, places]
         loss, results = thought_loss(
-            policy, ahead, text, weight, self.tokens[..., texts, places],
-            self.targets[:, texts, places], self.base_nll[:, texts, places], self.head,
-            replace(step.terms, weigh=weigh), self.num_items, self.weights.accumulator,
-            skips_padding=lengths is not None, drawn=drawn, reference=reference,
+            policy, ahead, text, weight, tokens, targets, self.base_nll[:, texts, places],
+            self.head, replace(step.terms, weigh=weigh), self.num_items, self.weights.accumulator,
+            _token_rows(known, tokens, targets), drawn=drawn, reference=reference,
             soft=None if step.soft is None else step.soft.part((slice(None), texts, places)),
         )  # fmt: skip
         return reads, loss, results
+
+
+def _token_rows(known: OnHost | None, tokens: Tensor, targets: Tensor) -> Tensor | None:
+    """Rows of flat thoughts that have a token, and a target where the host sees it; None for all.
+
+    Thoughts that end early have so many others that to leave these out pays.
+    """
+    if known is None or known.lengths is None:
+        return None
+    is_token = np.arange(len(tokens))[:, None, None, None] < known.lengths
+    if on_host(targets):
+        is_token &= (targets != IGNORE_INDEX).any(0).numpy()
+    return to_device(np.flatnonzero(is_token), tokens.device)
 
 
 # --- Sums over groups -----------------------------------------------------------------------------

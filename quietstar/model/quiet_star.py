@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
@@ -25,11 +26,13 @@ from quietstar.attention.layout import (
     IGNORE_INDEX,
     NO_POSITION,
     NO_TOKEN,
+    OnHost,
     early_ends,
     has_content,
     lookahead_states,
     on_host,
     text_lookahead,
+    to_device,
 )
 from quietstar.backbone.loading import drop_dropout_layers, load_base
 from quietstar.backbone.output_head import OutputHead, find_output_head
@@ -59,6 +62,7 @@ from quietstar.losses.thought_loss import (
 )
 from quietstar.losses.weights import LossTerms, ThoughtScores, ThoughtWeights, Weigh
 from quietstar.model import saving
+from quietstar.model.checks import expect, raise_failed, void_if_failed
 from quietstar.model.configuration import QuietStarConfig
 from quietstar.model.learning import Step, learn
 from quietstar.model.mixing_head import MixingHead
@@ -489,6 +493,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         reference_text: Float[Tensor, "batch seq"] | None = None,
         running: Float[Tensor, " 2"] | None = None,
         teacher: TeacherTargets | None = None,
+        places: Int[np.ndarray, "batch positions"] | None = None,
         return_logits: bool | None = None,
     ) -> QuietStarOutput:
         """Sample thoughts where ``thoughts.positions`` says, and compute the loss.
@@ -518,6 +523,8 @@ class QuietStarForCausalLM(PreTrainedModel):
             running: As in `ThoughtScores`.
             teacher: What `teach` said of these texts, for objectives with a teacher; by default
                 the model teaches itself, as it is.
+            places: Where to think, as `quietstar.sampling.positions.choose_positions` says of these
+                texts on the host: rules of answers and marks need not wait for a device then.
             return_logits: Whether the output has the logits of the next tokens, which take memory
                 for the whole vocabulary at every token; by default in eval mode without labels.
 
@@ -536,7 +543,7 @@ class QuietStarForCausalLM(PreTrainedModel):
             loss, result, valid = next_token_loss(states, labels, head, num_items_in_batch)
             metrics = plain_metrics(result.nll, valid)
             logits = head.logits(states.detach()) if return_logits else None
-            return QuietStarOutput(loss, logits, metrics, input_ids=input_ids)
+            return QuietStarOutput(void_if_failed(loss), logits, metrics, input_ids=input_ids)
         self._check_length(input_ids)
         if sample_ids is None:
             first = self.texts_seen if self.training else 0
@@ -547,14 +554,14 @@ class QuietStarForCausalLM(PreTrainedModel):
             if teacher is None:
                 teacher = self.teach(
                     input_ids, labels=labels, answers=answers, marked=marked,
-                    sample_ids=sample_ids, seed=seed,
+                    sample_ids=sample_ids, seed=seed, places=places,
                 )  # fmt: skip
             self._check_teacher(teacher, labels)
             if self.objective.student == "plain":
                 return self._learn_plainly(input_ids, labels, teacher, num_items_in_batch, seed,
                                            sample_ids)  # fmt: skip
         run = run_text(self.causal_lm, input_ids)
-        texts = Texts(input_ids, labels, answers, sample_ids, run, marked)
+        texts = Texts(input_ids, labels, answers, sample_ids, run, marked, places)
         check_texts(texts)
         if thoughts is None:
             positions = self._choose(texts, seed, explore=True)
@@ -583,9 +590,10 @@ class QuietStarForCausalLM(PreTrainedModel):
         may_end_early = thoughts is not None or self.may_end_early
         step = Step(
             batch, positions, terms, num_items_in_batch, num_thought_items, fixed_mixing_weight,
-            may_end_early, running, seed, teacher,
+            may_end_early, running, seed, teacher, places,
         )  # fmt: skip
         loss, scored = learn(self, run, step)
+        loss = void_if_failed(loss)
         metrics, tokens = self._metrics(scored), batch.tokens.transpose(1, 2)
         if batch.sampling_logprobs is None:
             drawn = rearrange(scored.logprobs, "t k b p -> b p k t")
@@ -640,7 +648,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         sums = {n: (x.where(counts, 0.0).sum(), counts.sum()) for n, x in figures.items()}
         sums["teacher_tokens"] = (teacher.num_tokens, counts.sum())
         metrics = plain_metrics(base.nll, valid).joined(ThoughtMetrics(sums))
-        return QuietStarOutput(loss + more, metrics=metrics, input_ids=input_ids)
+        return QuietStarOutput(void_if_failed(loss + more), metrics=metrics, input_ids=input_ids)
 
     @torch.no_grad()
     def teach(
@@ -655,6 +663,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         seed: int = 0,
         length: int | None = None,
         top: int | None = None,
+        places: Int[np.ndarray, "batch positions"] | None = None,
     ) -> TeacherTargets:
         """Predict the true tokens behind thoughts, drawn as in training, for a student to learn.
 
@@ -673,7 +682,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         batch = self.draw(
             input_ids, attention_mask, labels, answers=answers, marked=marked, length=length,
             num_thoughts=spec.num_thoughts, temperature=spec.temperature, top_p=spec.top_p,
-            top_k=spec.top_k, sample_ids=sample_ids, seed=seed, text=text,
+            top_k=spec.top_k, sample_ids=sample_ids, seed=seed, text=text, places=places,
         )  # fmt: skip
         positions = None if spec.positions == "all" else batch.positions
         is_next_enough = positions is None and self.objective.student != "thinking"
@@ -699,14 +708,14 @@ class QuietStarForCausalLM(PreTrainedModel):
         own, others = positions, teacher.positions
         ok = (own is None) == (others is None) and teacher.lookahead == self.thoughts.lookahead
         if ok and own is not None and others is not None:
-            ok = own.shape == others.shape and (not on_host(own) or torch.equal(own, others))
-        if not ok:
-            raise UserError(
-                "loss.teacher: it thought at other positions, or looked ahead by another number of "
-                f"tokens ({teacher.lookahead}), than the student (thoughts.lookahead "
-                f"{self.thoughts.lookahead}). Teach with the student's thoughts.positions; a "
-                "teacher at all positions looks ahead by 1 token. Or set loss.student: plain."
-            )
+            ok = own.shape == others.shape
+        expect(
+            (own == others).all() if ok and own is not None else torch.tensor(ok),
+            "loss.teacher: it thought at other positions, or looked ahead by another number of "
+            f"tokens ({teacher.lookahead}), than the student (thoughts.lookahead "
+            f"{self.thoughts.lookahead}). Teach with the student's thoughts.positions; a teacher "
+            "at all positions looks ahead by 1 token. Or set loss.student: plain.",
+        )
 
     def _check_ratio(self, batch: ThoughtBatch) -> None:
         """Refuse ratios of probabilities at different temperatures."""
@@ -787,6 +796,8 @@ class QuietStarForCausalLM(PreTrainedModel):
     @torch.no_grad()
     def _choose(self, texts: Texts, seed: int, explore: bool) -> Tensor | None:
         """Choose where to think; None for all positions."""
+        if texts.places is not None:
+            return to_device(texts.places, texts.input_ids.device)
         rule, score = self.thoughts.positions, None
         if rule in SCORED_RULES:
             states, head = None if texts.run is None else texts.run.states, self.output_head
@@ -843,14 +854,17 @@ class QuietStarForCausalLM(PreTrainedModel):
         fixed_mixing_weight: float | None = None,
         lookahead: int | None = None,
         text: TextRun | None = None,
-        may_end_early: bool = True,
+        ends: tuple[Tensor | None, OnHost | None] | None = None,
     ) -> tuple[ThoughtStates, Tensor]:
-        """Run thoughts (length, thoughts, batch, positions); their states and mixing weight."""
+        """Run thoughts (length, thoughts, batch, positions); their states and mixing weight.
+
+        ``ends`` are the lengths of the thoughts, None if all are whole, and what the host knows.
+        """
         text = run_text(self.causal_lm, input_ids) if text is None else text
+        lengths, known = (early_ends(thoughts), None) if ends is None else ends
         inputs = embed_blocks(
             self.causal_lm, self.start_vectors, self.end_vectors, input_ids, thoughts,
-            lookahead or self.thoughts.lookahead, positions,
-            early_ends(thoughts) if may_end_early else None,
+            lookahead or self.thoughts.lookahead, positions, lengths, known,
         )  # fmt: skip
         states = teacher_forced(self.causal_lm, text, inputs)
         ahead = text_lookahead(states.text, states.ahead.shape[0], positions)
@@ -900,7 +914,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         return target_labels(input_ids, attention_mask, labels)
 
     def _check_ids(self, ids: Tensor, name: str, ignored: bool) -> None:
-        """Refuse ids outside the vocabulary; beyond the host it is only asserted, without a sync.
+        """Refuse ids outside the vocabulary.
 
         A negative label would count as token 0, one that is too large reads foreign memory.
         """
@@ -908,41 +922,29 @@ class QuietStarForCausalLM(PreTrainedModel):
         wrong = (ids < 0) | (ids >= vocab_size)
         if ignored:
             wrong &= ids != IGNORE_INDEX
-        if on_host(ids):
-            if wrong.any():
-                also = f" or {IGNORE_INDEX}, which is no target" if ignored else ""
-                raise UserError(
-                    f"{name} ({ids[wrong][0].item()}): must be a token id from 0 to "
-                    f"{vocab_size - 1}{also}. Use the tokenizer of this model."
-                )
-        elif ids.device.type != "meta":
-            torch._assert_async(~wrong.any(), f"{name} outside the vocabulary")  # pyright: ignore
+        also = f" or {IGNORE_INDEX}, which is no target" if ignored else ""
+        expect(
+            ~wrong.any(),
+            f"{name}{_first(ids, wrong)}: must be a token id from 0 to {vocab_size - 1}{also}. Use "
+            "the tokenizer of this model.",
+        )
 
     def _check_thoughts(self, tokens: Tensor, name: str = "thoughts") -> None:
-        """Refuse tokens (..., length) outside the vocabulary, or behind the end of their thought.
-
-        Beyond the host this is only asserted, without a sync.
-        """
+        """Refuse tokens (..., length) outside the vocabulary, or after the end of a thought."""
         vocab_size = self.causal_lm.config.get_text_config().vocab_size
         is_token = tokens != NO_TOKEN
         wrong = is_token & ((tokens < 0) | (tokens >= vocab_size))
         late = is_token[..., 1:] & ~is_token[..., :-1]
-        if not on_host(tokens):
-            if tokens.device.type != "meta":
-                ok = ~(wrong.any() | late.any())
-                torch._assert_async(ok, f"{name}: outside the vocabulary")  # pyright: ignore
-            return
-        if wrong.any():
-            raise UserError(
-                f"{name} ({tokens[wrong][0].item()}): must be token ids from 0 to "
-                f"{vocab_size - 1}, and {NO_TOKEN} behind the end of a thought. Use the tokenizer "
-                "of this model."
-            )
-        if late.any():
-            raise UserError(
-                f"{name}: {NO_TOKEN} stands before a token, but a thought ends at its first "
-                f"{NO_TOKEN}. Put the tokens of each thought first."
-            )
+        expect(
+            ~wrong.any(),
+            f"{name}{_first(tokens, wrong)}: must be token ids from 0 to {vocab_size - 1}, and "
+            f"{NO_TOKEN} behind the end of a thought. Use the tokenizer of this model.",
+        )
+        expect(
+            ~late.any(),
+            f"{name}: {NO_TOKEN} stands before a token, but a thought ends at its first "
+            f"{NO_TOKEN}. Put the tokens of each thought first.",
+        )
 
     def _check_given(self, thoughts: Tensor, input_ids: Tensor, positions: Tensor | None) -> None:
         """Refuse given thoughts that do not fit the texts or the model."""
@@ -1042,6 +1044,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         _, scored = loss_from_states(
             states, weight, tokens, labels, head, terms, positions=positions
         )
+        raise_failed()
         return Thoughts.from_scored(scored, self._metrics(scored))
 
     @torch.no_grad()
@@ -1069,6 +1072,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         length = self.thoughts.length
         sampling = Sampling(num_thoughts, length, temperature, seed, self.stop, top_p, top_k)
         batch = self._sample(texts, positions, sampling)
+        raise_failed()
         return batch.tokens.transpose(1, 2)
 
     @torch.no_grad()
@@ -1089,6 +1093,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         seed: int = 0,
         text: TextRun | None = None,
         length: int | None = None,
+        places: Int[np.ndarray, "batch positions"] | None = None,
     ) -> ThoughtBatch:
         """Draw thoughts that `forward` can learn from; arguments as in `sample` and `forward`.
 
@@ -1096,6 +1101,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         ``thoughts.length`` tokens.
         """
         texts = self._texts(input_ids, attention_mask, labels, sample_ids, answers, marked, text)
+        texts = replace(texts, places=places)
         if positions is not None:
             check_positions(positions, input_ids)
         elif self.thoughts.positions != "all":
@@ -1195,7 +1201,9 @@ class QuietStarForCausalLM(PreTrainedModel):
             thought_top_p, thought_top_k,
         )  # fmt: skip
         others = (streamer, arguments, replace_thoughts, thoughts)
-        return generate(self, inputs, sampling, think, *others)
+        output = generate(self, inputs, sampling, think, *others)
+        raise_failed()
+        return output
 
     @torch.no_grad()
     def score_plain(
@@ -1217,6 +1225,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         metrics = plain_metrics(result.nll, valid)
         few = None if candidates is None else self.output_head.candidate_logits(states, candidates)
         logprobs, predicted = -result.nll.view(shape), result.predicted.view(shape)
+        raise_failed()
         return PlainScores(logprobs, predicted, valid, metrics, few)
 
     @torch.no_grad()
@@ -1263,6 +1272,7 @@ class QuietStarForCausalLM(PreTrainedModel):
             if len(mixed) > 1:
                 mixed = mixed.log_softmax(-1).logsumexp(0, keepdim=True) - math.log(len(mixed))
             logits[rows, places] = mixed[0]
+        raise_failed()
         return logits
 
     @torch.no_grad()
@@ -1327,6 +1337,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         assert result.predicted is not None, "it was asked for"
         order = "a k b p ... -> b k p a ..."
         logprobs, predicted = rearrange(-result.mixed, order), rearrange(result.predicted, order)
+        raise_failed()
         few = None if few is None else rearrange(few, order)
         if lookahead is None:
             few = None if few is None else few[..., 0, :]
@@ -1368,13 +1379,18 @@ def given_thoughts(
             f"{tuple(positions.shape)} with tokens {tuple(thoughts.tokens.shape)} do not fit "
             f"input_ids {tuple(ids.shape)}. Give the texts that they were sampled for."
         )
-    if on_host(ids) and not torch.equal(thoughts.input_ids, ids):
-        raise UserError("thoughts of other texts than input_ids. Give those texts.")
+    expect(
+        (thoughts.input_ids == ids).all(),
+        "thoughts of other texts than input_ids. Give those texts.",
+    )
     check_lengths(thoughts, "thoughts")
     check_logprobs(thoughts, "thoughts.sampling_logprobs")
     batch = replace(thoughts, input_ids=ids, labels=texts.labels, answer_mask=texts.answer_mask)
-    everywhere = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-    if positions.shape == ids.shape and on_host(ids) and torch.equal(positions, everywhere):
+    is_everywhere = thoughts.everywhere
+    if is_everywhere is None and positions.shape == ids.shape and has_content(ids):
+        seq = torch.arange(ids.shape[1], device=ids.device)  # a user's own making: waits to see
+        is_everywhere = bool((positions == seq).all())
+    if is_everywhere:
         return None, batch
     return positions.where(positions >= 0, NO_POSITION), batch
 
@@ -1399,11 +1415,11 @@ def check_texts(texts: Any) -> None:
 
 
 def check_positions(positions: Tensor, input_ids: Tensor) -> None:
-    """Refuse positions that no texts have; beyond the host their content is only asserted.
+    """Refuse positions that no texts have.
 
     Raises:
-        UserError: Another shape or type than (batch, positions) of integers; or, on the host, not
-            ascending, with -1 behind the last, inside the texts.
+        UserError: Another shape or type than (batch, positions) of integers; or not ascending, with
+            -1 behind the last, inside the texts.
     """
     shape, batch_size = positions.shape, input_ids.shape[0]
     if positions.dtype != torch.long or len(shape) != 2 or shape[0] != batch_size or not shape[1]:
@@ -1414,24 +1430,22 @@ def check_positions(positions: Tensor, input_ids: Tensor) -> None:
     before, after = positions[:, :-1], positions[:, 1:]
     follows = ((before >= 0) & (after > before)) | (after == NO_POSITION)
     ok = follows.all() & (positions < input_ids.shape[1]).all() & (positions >= NO_POSITION).all()
-    if on_host(positions):
-        if not ok:
-            raise UserError(
-                f"positions: must ascend from 0 to {input_ids.shape[1] - 1} in every text, each "
-                f"once, with {NO_POSITION} behind the last. Sort them."
-            )
-    elif positions.device.type != "meta" and has_content(positions):
-        torch._assert_async(ok, "positions outside the texts, or in disorder")  # pyright: ignore
+    expect(
+        ok,
+        f"positions: must ascend from 0 to {input_ids.shape[1] - 1} in every text, each once, with "
+        f"{NO_POSITION} behind the last. Sort them.",
+    )
 
 
 def check_lengths(thoughts: ThoughtBatch, name: str) -> None:
-    """Refuse lengths that the tokens do not have, where the host can see them."""
-    tokens, lengths = thoughts.tokens, thoughts.lengths
-    if on_host(tokens) and not torch.equal(lengths, (tokens != NO_TOKEN).sum(-1)):
-        raise UserError(
-            f"{name} have other lengths than tokens before the first {NO_TOKEN}. Make them with "
-            "ThoughtBatch.of_texts(texts, positions, tokens, lengths)."
-        )
+    """Refuse lengths that the tokens do not have."""
+    counted = (thoughts.tokens != NO_TOKEN).sum(-1)
+    is_shape = thoughts.lengths.shape == counted.shape
+    expect(
+        (thoughts.lengths == counted).all() if is_shape else torch.tensor(False),
+        f"{name} have other lengths than tokens before the first {NO_TOKEN}. Make them with "
+        "ThoughtBatch.of_texts(texts, positions, tokens, lengths).",
+    )
 
 
 def check_objective(objective: Objective, name: str) -> None:
@@ -1460,12 +1474,11 @@ def check_logprobs(thoughts: Any, name: str) -> None:
             f"floating-point numbers of the tokens' shape {tuple(tokens.shape)} on "
             f"{tokens.device}. Give one for each token, or None."
         )
-    real = x[tokens >= 0] if on_host(x) else x.new_zeros(1)
-    if not ((real <= ROUNDING) & real.isfinite()).all():
-        raise UserError(
-            f"{name} are above 0 or not finite at some tokens, but those of tokens that were drawn "
-            "are neither. Give natural logarithms of probabilities, or None."
-        )
+    expect(
+        ((x <= ROUNDING) & x.isfinite() | (tokens < 0)).all(),
+        f"{name} are above 0 or not finite at some tokens, but those of tokens that were drawn are "
+        "neither. Give natural logarithms of probabilities, or None.",
+    )
 
 
 def token_major(thoughts: Int[Tensor, "batch thoughts positions length"]) -> Tensor:
@@ -1497,13 +1510,15 @@ def check_figures(x: object, shape: torch.Size, device: torch.device, name: str)
             f"{name}: it returned a tensor with a gradient, but rewards and weights are constants "
             "of the loss. Call detach() on it."
         )
-    finite = x.isfinite().all()
-    message = f"{name}: it returned figures that are not finite. Bound them, or mask them by valid."
-    if on_host(x):
-        if not finite:
-            raise UserError(message)
-    elif x.device.type != "meta":
-        torch._assert_async(finite, message)  # pyright: ignore  (no host sync)
+    expect(
+        x.isfinite().all(),
+        f"{name}: it returned figures that are not finite. Bound them, or mask them by valid.",
+    )
+
+
+def _first(x: Tensor, wrong: Tensor) -> str:
+    """The first wrong one in brackets, where the host sees it."""
+    return f" ({x[wrong][0].item()})" if on_host(x) and wrong.any() else ""
 
 
 def target_labels(
@@ -1520,12 +1535,10 @@ def target_labels(
     if attention_mask is None:
         return labels
     real = attention_mask.bool()
-    padded_right = (real[:, 1:] <= real[:, :-1]).all()
-    message = "texts must be padded on the right (tokenizer.padding_side = 'right')"
-    if real.device.type != "cpu":
-        torch._assert_async(padded_right, message)  # pyright: ignore  (no host sync)
-    elif not padded_right:
-        raise UserError(message)
+    expect(
+        (real[:, 1:] <= real[:, :-1]).all(),
+        "texts must be padded on the right (tokenizer.padding_side = 'right')",
+    )
     return labels.where(real, IGNORE_INDEX)
 
 

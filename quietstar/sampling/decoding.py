@@ -9,8 +9,10 @@ number. Letters as in `quietstar.attention.layout`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,7 +23,7 @@ from quietstar.attention.decode_pass import DecodeCache, DecodePass
 from quietstar.attention.layout import NO_TOKEN, on_host
 from quietstar.backbone.output_head import OutputHead
 from quietstar.backbone.run import embedding_weight, num_virtual, run_backbone, run_text
-from quietstar.sampling.noise import keyed_uniform
+from quietstar.sampling.noise import thought_noise
 from quietstar.sampling.rollout import LOOK_EVERY, sample_logits, sample_rows
 from quietstar.sampling.stopping import StopTexts
 from quietstar.sampling.thoughts import Sampling
@@ -106,14 +108,15 @@ class Decoder:
         assert first is not None, "append with opens"
         if rows is not None:
             cache, first, sample_ids = cache.select_rows(rows), first[rows], sample_ids[rows]
-        thoughts = [self._draw(cache, first, 0, sample_ids)]
+        noise = self._noise(cache, sample_ids)
+        thoughts = [self._draw(first, 0, next(noise))]
         length = self.sampling.thought_length
         if self.sampling.stop is not None and self.constant is None:
-            return self._think_to_the_end(self.sampling.stop, cache, thoughts[0], sample_ids)
+            return self._think_to_the_end(self.sampling.stop, cache, thoughts[0], noise)
         before = len(self.start) - 1  # a thought's token n has the place before + n in its block
         for index in range(1, length):
             states = self._run(cache, self.embed(thoughts[-1]), False, before + index)
-            thoughts.append(self._draw(cache, states, index, sample_ids))
+            thoughts.append(self._draw(states, index, next(noise)))
         embedded = self.embed(thoughts[-1]).unsqueeze(2)  # (B, K, 1, embedding)
         end = self.end.expand(*embedded.shape[:2], -1, -1)
         last = torch.cat([embedded, end], dim=2).flatten(1, 2)
@@ -162,7 +165,7 @@ class Decoder:
         return other
 
     def _think_to_the_end(
-        self, stop: StopTexts, cache: DecodeCache, first: Tensor, sample_ids: Tensor
+        self, stop: StopTexts, cache: DecodeCache, first: Tensor, noise: Iterator[Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Go on with thoughts of one token, each until it has ended; results as of `think`.
 
@@ -193,12 +196,12 @@ class Decoder:
                 if not len(left):
                     break
                 if 2 * len(left) <= len(rows):
-                    cache, sample_ids, rows = cache.select_rows(left), sample_ids[left], rows[left]
+                    cache, rows = cache.select_rows(left), rows[left]
                     state, closing, ended, states, last = (
                         x[left] for x in (state, closing, ended, states, last)
                     )
             if index < length:
-                last = self._draw(cache, states, index, sample_ids).where(~ended, NO_TOKEN)
+                last = self._draw(states, index, next(noise)[rows]).where(~ended, NO_TOKEN)
                 state = stop.step(state, last).where(~ended, stop.ended)
                 thoughts[rows, :, index] = last
         assert ahead is not None, "a thought has a token"
@@ -216,26 +219,30 @@ class Decoder:
         places = places if thoughts == 1 else places.repeat(1, thoughts)
         return run_backbone(self.model, embedded, places, step)
 
+    def _noise(self, cache: DecodeCache, sample_ids: Tensor) -> Iterator[Tensor]:
+        """The noise of one token after the other, (B, K), as training would have it here."""
+        sampling, shape = self.sampling, (len(sample_ids), self.sampling.num_thoughts)
+        if self.constant is not None or sampling.temperature is None:  # which need none
+            return repeat(torch.empty(shape, device=sample_ids.device))
+        place = (cache.length - 1 - cache.first - self.virtual)[:, None]  # (B, 1)
+        tokens = range(sampling.thought_length)
+        noise = thought_noise(sampling.seed, sample_ids, sampling.num_thoughts, tokens, place)
+        return (x[..., 0].T for x in noise)  # (K, B, 1) -> (B, K)
+
     def _draw(
-        self, cache: DecodeCache, x: Tensor, index: int, sample_ids: Tensor
+        self, x: Tensor, index: int, noise: Float[Tensor, "rows thoughts"]
     ) -> Int[Tensor, "rows thoughts"]:
-        """The next token of every thought, by the noise that training would use here.
+        """The next token of every thought.
 
         From states (B, K, D); the first token from logits (B, V), for all thoughts see the same.
         """
-        sampling, shape = self.sampling, (len(sample_ids), self.sampling.num_thoughts)
         if self.constant is not None:
-            return sample_ids.new_full(shape, self.constant)
-        noise = torch.empty(shape, device=sample_ids.device)  # greedy thoughts need none
-        if sampling.temperature is not None:
-            place = (cache.length - 1 - cache.first - self.virtual)[:, None]  # (B, 1)
-            keys = (sampling.seed, sample_ids, sampling.num_thoughts, index, place)
-            noise = keyed_uniform(*keys)[..., 0].T  # (K, B, 1) -> (B, K)
+            return torch.full_like(noise, self.constant, dtype=torch.long)
         if index == 0:
             logits = x[:, : self.head.vocab_size].clone()
-            return sample_logits(logits, noise, sampling)
-        noise = noise.flatten().unsqueeze(1)
-        return sample_rows(x.flatten(0, 1), self.head, noise, sampling).view(shape)
+            return sample_logits(logits, noise, self.sampling)
+        flat = noise.flatten().unsqueeze(1)
+        return sample_rows(x.flatten(0, 1), self.head, flat, self.sampling).view(noise.shape)
 
 
 def _aligned_text(

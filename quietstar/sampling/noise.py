@@ -7,6 +7,8 @@ therefore change nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 # splitmix64 (Steele, Lea, Flood 2014): the increment and the two multipliers, as signed integers.
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+_NUMBERS_AT_ONCE = {"cpu": 2**16}  # 512 KiB of keys, which stay in its cache
 _BLOCK = 64  # vocabulary entries summed together; the inverse looks into one block only
 
 
@@ -25,17 +28,42 @@ def keyed_uniform(
     positions: Int[Tensor, "batch positions"],
 ) -> Float[Tensor, "thoughts batch positions"]:
     """Uniform numbers in (0, 1) for token ``token`` of every thought at these positions."""
+    return _uniform(seed, sample_ids, num_thoughts, range(token, token + 1), positions)[0]
+
+
+def thought_noise(
+    seed: int,
+    sample_ids: Int[Tensor, " batch"],
+    num_thoughts: int,
+    tokens: range,
+    positions: Int[Tensor, "batch positions"],
+) -> Iterator[Float[Tensor, "thoughts batch positions"]]:
+    """Yield `keyed_uniform` of one token after the other, which are made many at a time.
+
+    A GPU takes as long for one token's numbers as for thousands.
+    """
+    most = _NUMBERS_AT_ONCE.get(positions.device.type, 2**20)
+    size = max(1, most // max(1, num_thoughts * positions.numel()))
+    for n in range(0, len(tokens), size):
+        yield from _uniform(seed, sample_ids, num_thoughts, tokens[n : n + size], positions)
+
+
+def _uniform(
+    seed: int, sample_ids: Tensor, num_thoughts: int, tokens: range, positions: Tensor
+) -> Float[Tensor, "tokens thoughts batch positions"]:
     device = sample_ids.device
-    key = _mix(sample_ids.long() + _mix(torch.tensor(seed, device=device)))
-    key = _mix(key + _mix(torch.tensor(token, device=device) + 1))
-    key = _mix(key + torch.arange(num_thoughts, device=device)[:, None])  # (K, B)
-    key = _mix(key[..., None] + positions)  # (K, B, P)
+    # Seed and tokens are mixed on the host: a number of it, and a copy, keep nobody waiting.
+    of_tokens = _mix(torch.arange(tokens.start, tokens.stop) + 1).to(device, non_blocking=True)
+    key = _mix(sample_ids.long() + _mix(torch.tensor(seed)))
+    key = _mix(key + of_tokens[:, None, None])  # (tokens, 1, B)
+    key = _mix(key + torch.arange(num_thoughts, device=device)[:, None])  # (tokens, K, B)
+    key = _mix(key[..., None] + positions)  # (tokens, K, B, P)
     # At the largest 24-bit numbers the half rounds away in float32: keep 1.0 out.
     return ((_shift(key, 40).float() + 0.5) * 2.0**-24).clamp(max=1 - 2.0**-24)
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = x * 1 + _GAMMA
+    x = x + _GAMMA
     x = (x ^ _shift(x, 30)) * _MULTIPLIERS[0]
     x = (x ^ _shift(x, 27)) * _MULTIPLIERS[1]
     return x ^ _shift(x, 31)

@@ -11,18 +11,19 @@ thought.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
-from quietstar.attention.layout import NO_TOKEN, has_content, on_host, shifted
+from quietstar.attention.layout import NO_TOKEN, has_content, on_host, shifted, to_device
 from quietstar.attention.live_pass import LiveCache, LiveStep
 from quietstar.attention.passes import RolloutCache, RolloutStep
 from quietstar.backbone.casting import cast_weights
 from quietstar.backbone.output_head import OutputHead
 from quietstar.backbone.run import TextRun, embedding_weight, num_virtual, run_backbone, run_text
-from quietstar.sampling.noise import keyed_uniform, sample_inverse_cdf
+from quietstar.sampling.noise import sample_inverse_cdf, thought_noise
 from quietstar.sampling.thoughts import Sampling
 
 LOOK_EVERY = 8
@@ -44,6 +45,7 @@ def sample_thoughts(
     positions: Int[Tensor, "batch positions"] | None = None,
     text: TextRun | None = None,
     passes_together: bool = False,
+    places: Int[np.ndarray, "batch positions"] | None = None,
 ) -> Int[Tensor, "length thoughts batch positions"]:
     """Sample thoughts at every position of the texts, or at chosen ones.
 
@@ -60,20 +62,23 @@ def sample_thoughts(
         text: Of `run_text`, where the texts were run already.
         passes_together: Whether all processes must run as many passes as the longest thought of any
             of them needs.
+        places: The positions in the host's memory, where they are known there: else long thoughts
+            wait for the device to read them.
     """
     if positions is not None and sampling.thought_length >= LIVE_FROM:
-        live = _LiveThoughts(model, head, start, input_ids, sample_ids, sampling, positions, text)
+        live = _LiveThoughts(
+            model, head, start, input_ids, sample_ids, sampling, positions, text, places
+        )
         return live.sample(passes_together)
     num_thoughts, length, stop = sampling.num_thoughts, sampling.thought_length, sampling.stop
     steps = _Steps(model, start, input_ids, num_thoughts, length, positions, text)
     thoughts: list[Tensor] = []
-    state = torch.zeros(num_thoughts, *steps.positions.shape, dtype=torch.long).to(input_ids.device)
+    keys = (sampling.seed, sample_ids, num_thoughts, range(length), steps.positions)
+    state = input_ids.new_zeros(num_thoughts, *steps.positions.shape)
     if stop is not None:  # nothing waits for thoughts that only pad
         state = state.masked_fill(steps.positions < 0, stop.ended)
     with cast_weights(model.base_model):
-        for index in range(length):
-            keys = (sampling.seed, sample_ids, num_thoughts, index, steps.positions)
-            noise = keyed_uniform(*keys)  # (K, B, P)
+        for index, noise in enumerate(thought_noise(*keys)):  # (K, B, P)
             states = steps.run(thoughts[-1].clamp(min=0)) if thoughts else steps.open()
             states = states.flatten(0, 1)
             # Behind the start tokens all thoughts of a position draw from one distribution.
@@ -85,11 +90,10 @@ def sample_thoughts(
                 state = stop.step(state, tokens).where(tokens >= 0, state)
             thoughts.append(tokens)
             is_due = (on_host(state) and not passes_together) or (index + 1) % LOOK_EVERY == 0
-            if stop is not None and is_due and has_content(state):
-                all_ended = (state == stop.ended).all().int()
-                if passes_together:
-                    torch.distributed.all_reduce(all_ended, torch.distributed.ReduceOp.MIN)
-                if all_ended.item():
+            is_last = index + 1 == length
+            if stop is not None and is_due and not is_last and has_content(state):
+                all_ended = (state == stop.ended).all()
+                if _everywhere(all_ended, passes_together).item():
                     break
     missing = [torch.full_like(thoughts[-1], NO_TOKEN)] * (length - len(thoughts))
     return torch.stack([*thoughts, *missing])
@@ -183,38 +187,40 @@ class _LiveThoughts:
         sampling: Sampling,
         positions: Tensor,
         text: TextRun | None,
+        places: np.ndarray | None,
     ) -> None:
         self.model, self.head, self.sampling = model, head, sampling
         self.sample_ids, self.positions = sample_ids, positions
         self.start = start.to(embedding_weight(model).dtype)
         keys, virtual = (text or run_text(model, input_ids)).keys, num_virtual(model)
-        flat = torch.arange(positions.numel(), device=positions.device)
-        if has_content(positions):  # else only planned, for the most that may be
-            flat = (positions.flatten() >= 0).nonzero().squeeze(1)
-            flat = flat if len(flat) else flat.new_zeros(1)  # a pass has one row at least
-        last = positions.flatten()[flat].clamp(min=0) + virtual
-        if on_host(last):
-            stop = int(last.max()) + 1
-            keys = {layer: (k[:, :, :stop], v[:, :, :stop]) for layer, (k, v) in keys.items()}
-        self.cache = LiveCache(keys, flat // positions.shape[1], last)
-        self.ids = flat  # of each row, its thought in the order (k b p)
+        if not has_content(positions):  # only planned: the most that may be
+            places = np.full(positions.shape, input_ids.shape[1] - 1)
+        elif places is None:
+            places = positions.cpu().numpy()
+        # Of each row, its thought in the order (k b p). A pass has one row at least.
+        self.first = np.flatnonzero(places >= 0) if (places >= 0).any() else np.zeros(1, np.int64)
+        last = places.flatten()[self.first].clip(min=0) + virtual
+        stop = int(last.max()) + 1
+        keys = {layer: (k[:, :, :stop], v[:, :, :stop]) for layer, (k, v) in keys.items()}
+        self.cache = LiveCache(keys, self.first // positions.shape[1], last)
 
     def sample(self, passes_together: bool) -> Int[Tensor, "length thoughts batch positions"]:
         """Draw all thoughts."""
         sampling, shape = self.sampling, (self.sampling.num_thoughts, *self.positions.shape)
-        num_thoughts, stop, count = shape[0], sampling.stop, self.positions.numel()
+        num_thoughts, length, stop = shape[0], sampling.thought_length, sampling.stop
+        count, rows, device = self.positions.numel(), len(self.first), self.positions.device
         # Where nothing ends early every thought has all tokens, also what only pads.
         fill = 0 if stop is None else NO_TOKEN
-        tokens = self.ids.new_full((sampling.thought_length, num_thoughts * count), fill)
+        tokens = self.positions.new_full((length, num_thoughts * count), fill)
+        keys = (sampling.seed, self.sample_ids, num_thoughts, range(length), self.positions)
         with cast_weights(self.model.base_model):
-            states = self._run(self.start.expand(len(self.ids), -1, -1))
-            first, rows = self.ids, len(self.ids)
+            states = self._run(self.start.expand(rows, -1, -1))
             self.cache.repeat(num_thoughts)
-            self.ids = torch.cat([first + n * count for n in range(num_thoughts)])
-            last = state = torch.zeros_like(self.ids)
-            for index in range(sampling.thought_length):
-                keys = (sampling.seed, self.sample_ids, num_thoughts, index, self.positions)
-                noise = keyed_uniform(*keys).flatten()[self.ids]
+            ids = np.arange(num_thoughts)[:, None] * count + self.first
+            ids = to_device(ids.flatten(), device)
+            last = state = torch.zeros_like(ids)
+            for index, noise in enumerate(thought_noise(*keys)):
+                noise = noise.flatten()[ids]
                 if index == 0:  # all thoughts of a position draw from one distribution
                     noise = noise.view(num_thoughts, rows).T.contiguous()
                 else:
@@ -224,19 +230,24 @@ class _LiveThoughts:
                 if stop is not None:
                     last = last.where(state != stop.ended, NO_TOKEN)
                     state = stop.step(state, last).where(last >= 0, state)
-                tokens[index, self.ids] = last
-                if stop is None or not has_content(state):
-                    continue
+                tokens[index, ids] = last
                 is_due = (index + 1) % LOOK_EVERY == 0
-                if is_due or on_host(state):
-                    keep = self._drop_ended(state != stop.ended)
-                    last, state = last[keep], state[keep]
-                if is_due or (on_host(state) and not passes_together):
-                    all_ended = (state == stop.ended).all().int()
-                    if passes_together:
-                        torch.distributed.all_reduce(all_ended, torch.distributed.ReduceOp.MIN)
-                    if all_ended.item():
-                        break
+                if stop is None or not has_content(state) or index + 1 == length:
+                    continue
+                if not (is_due or on_host(state)):
+                    continue
+                is_alive = state != stop.ended
+                all_ended = ~is_alive.any()
+                is_due = is_due or not passes_together
+                if is_due:
+                    all_ended = _everywhere(all_ended, passes_together)
+                # The one time that the host waits.
+                *alive, ends = torch.cat([is_alive, all_ended[None]]).tolist()
+                if ends and is_due:
+                    break
+                keep = self._drop_ended(np.array(alive))
+                if keep is not None:
+                    ids, last, state = ids[keep], last[keep], state[keep]
         return tokens.view(-1, *shape).where(self.positions >= 0, fill)
 
     def _run(self, embedded: Tensor) -> Float[Tensor, "rows width"]:
@@ -247,25 +258,30 @@ class _LiveThoughts:
         self.cache.length += embedded.shape[1]
         return states[:, -1]
 
-    def _drop_ended(self, is_alive: Bool[Tensor, " rows"]) -> Int[Tensor, " left"]:
-        """Let thoughts that have ended leave; which rows are left, one at least, in their order.
+    def _drop_ended(self, is_alive: Bool[np.ndarray, " rows"]) -> Int[Tensor, " left"] | None:
+        """Let thoughts that have ended leave; which rows are left, in their order; None for all.
 
-        Rows from the end fill the gaps: caches are not copied.
+        One stays at least. Rows from the end fill the gaps: caches are not copied.
         """
-        left = is_alive.nonzero().squeeze(1)
-        if len(left) == len(is_alive):
-            return left
-        if not len(left):
-            left = left.new_zeros(1)
-        rows = torch.arange(len(is_alive), device=left.device)
-        is_alive = torch.zeros_like(is_alive).index_fill_(0, left, True)
-        sources = left[left >= len(left)]
-        targets = rows[: len(left)][~is_alive[: len(left)]]
+        if is_alive.all():
+            return None
+        if not is_alive.any():
+            is_alive[0] = True
+        left = np.flatnonzero(is_alive)
+        rows = np.arange(len(left))
+        sources, targets = left[left >= len(left)], np.flatnonzero(~is_alive[: len(left)])
         self.cache.move(sources, targets, len(left))
         rows[targets] = sources
-        rows = rows[: len(left)]
-        self.ids = self.ids[rows]
-        return rows
+        return to_device(rows, self.positions.device)
+
+
+def _everywhere(all_ended: Bool[Tensor, ""], passes_together: bool) -> Bool[Tensor, ""]:
+    """Whether all thoughts have ended: of all processes, where these must run as many passes."""
+    if not passes_together:
+        return all_ended
+    count = all_ended.int()
+    torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MIN)
+    return count.bool()
 
 
 def sample_rows(states: Tensor, head: OutputHead, noise: Tensor, sampling: Sampling) -> Tensor:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
@@ -77,6 +78,8 @@ class Texts:
         run: Keys, values and states of the texts, where the model has run them already.
         marked: Whether to think before a token, by ``thoughts.positions`` pattern and field; None
             where that is not known.
+        places: Positions at which to think, in the host's memory; None where the host does not know
+            them, or they are all.
     """
 
     input_ids: Int[Tensor, "batch seq"]
@@ -85,6 +88,7 @@ class Texts:
     sample_ids: Int[Tensor, " batch"]
     run: TextRun | None = None
     marked: Bool[Tensor, "batch seq"] | None = None
+    places: Int[np.ndarray, "batch positions"] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ class ThoughtBatch:
             objective is to say it.
         reward: What a ``loss.reward`` that asks the model said of each thought: its first update of
             a step writes here what the later ones keep. None for other rewards.
+        everywhere: Whether the positions are all of the text; None where that is not known.
     """
 
     input_ids: Int[Tensor, "batch seq"]
@@ -119,6 +124,7 @@ class ThoughtBatch:
     reference_text: Float[Tensor, "batch seq"] | None = None
     advantage: Float[Tensor, "batch positions thoughts"] | None = None
     reward: Float[Tensor, "batch positions thoughts"] | None = None
+    everywhere: bool | None = None
 
     @classmethod
     def of_texts(
@@ -137,6 +143,7 @@ class ThoughtBatch:
         Raises:
             UserError: Lengths that do not fit the tokens.
         """
+        everywhere = None if positions is not None else True
         if positions is None:
             seq = torch.arange(texts.input_ids.shape[1], device=texts.input_ids.device)
             positions = seq.expand(texts.input_ids.shape)
@@ -152,7 +159,7 @@ class ThoughtBatch:
             tokens = tokens.where(place < lengths.unsqueeze(-1), NO_TOKEN)
         return cls(
             texts.input_ids, texts.labels, texts.answer_mask, texts.sample_ids, positions,
-            tokens, lengths, sampling_logprobs,
+            tokens, lengths, sampling_logprobs, everywhere=everywhere,
         )  # fmt: skip
 
     def part(self, texts: slice, places: slice) -> ThoughtBatch:

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from quietstar.attention.layout import IGNORE_INDEX
 from quietstar.config import ThoughtsConfig
 from quietstar.data import Batch, TrainData
-from quietstar.sampling.positions import count_positions
+from quietstar.sampling.positions import SCORED_RULES, choose_positions, count_positions
 from quietstar.training.state import StageRun
 
 T = TypeVar("T")
@@ -98,6 +100,23 @@ def count_thinking(batch: Batch, thoughts: ThoughtsConfig) -> Tensor:
         thoughts.positions, thoughts.position_fraction, batch.labels, batch.answers,
         thoughts.lookahead, marked=batch.marked, count=thoughts.position_count,
     )  # fmt: skip
+
+
+def choose_places(
+    batch: Batch, thoughts: ThoughtsConfig, seed: int
+) -> Int[np.ndarray, "batch positions"] | None:
+    """Chooses on the host where a batch thinks, which then waits for no device.
+
+    None for all positions, or where the model's own predictions choose.
+    """
+    if thoughts.positions in SCORED_RULES:
+        return None
+    chosen = choose_positions(
+        thoughts.positions, thoughts.position_fraction, batch.labels,
+        count=thoughts.position_count, answers=batch.answers, marked=batch.marked,
+        sample_ids=batch.sample_ids, seed=seed,
+    )  # fmt: skip
+    return None if chosen is None else chosen.numpy()
 
 
 def prefetched(read: Callable[[int], T], steps: range) -> Generator[T, None, None]:

@@ -17,11 +17,12 @@ from quietstar.data import Batch
 from quietstar.distributed import ModelProxy, from_main_process
 from quietstar.errors import Preempted, UserError
 from quietstar.losses.distillation import TeacherTargets
+from quietstar.model.checks import forget, raise_failed
 from quietstar.model.outputs import QuietStarOutput, ThoughtMetrics
 from quietstar.sampling.thoughts import ThoughtBatch
 from quietstar.system import files
 from quietstar.system.signals import Stopped, acknowledge, held, requested
-from quietstar.training.batches import StepBatches, count_thinking, read_ahead
+from quietstar.training.batches import StepBatches, choose_places, count_thinking, read_ahead
 from quietstar.training.checkpoint import check_finite, checkpoint_folder, save_checkpoint
 from quietstar.training.evaluation import evaluate
 from quietstar.training.optimizer import set_learning_rates
@@ -231,11 +232,11 @@ def accumulate_gradients(
         if run.stage.thinks and run.objective.student is not None:
             teacher = ask_teacher(run, batch, on_host)
         elif drawn is None and run.reference is not None and run.stage.thinks:
-            given, by_reference = consult_reference(run, batch)
+            given, by_reference = consult_reference(run, batch, on_host)
         with run.strategy.accumulate(run.model, last):
             output = run.model(
                 "forward",
-                **describe_texts(run, batch),
+                **describe_texts(run, batch, on_host),
                 num_items_in_batch=num_items,
                 num_thought_items=num_thought_items,
                 fixed_mixing_weight=head.warmup_weight if step < head.warmup_steps else None,
@@ -263,10 +264,12 @@ def accumulate_gradients(
     return output, sums, kept
 
 
-def describe_texts(run: StageRun, batch: Batch) -> dict[str, Any]:
+def describe_texts(run: StageRun, batch: Batch, on_host: Batch) -> dict[str, Any]:
     """Returns what the methods of the model that think about texts are given of these."""
     names = ("input_ids", "attention_mask", "labels", "answers", "marked", "sample_ids")
-    return {name: getattr(batch, name) for name in names} | {"seed": run.config.training.seed}
+    seed, thoughts = run.config.training.seed, ModelProxy(run.model).thoughts
+    places = choose_places(on_host, thoughts, seed) if run.stage.thinks else None
+    return {name: getattr(batch, name) for name in names} | {"seed": seed, "places": places}
 
 
 def ask_teacher(run: StageRun, batch: Batch, on_host: Batch) -> TeacherTargets | None:
@@ -276,11 +279,13 @@ def ask_teacher(run: StageRun, batch: Batch, on_host: Batch) -> TeacherTargets |
     if run.reference is None:
         return None
     with run.reference.applied(run.model):
-        return run.model("teach", **describe_texts(run, batch))
+        return run.model("teach", **describe_texts(run, batch, on_host))
 
 
 @torch.no_grad()
-def consult_reference(run: StageRun, batch: Batch) -> tuple[ThoughtBatch | None, Tensor | None]:
+def consult_reference(
+    run: StageRun, batch: Batch, on_host: Batch
+) -> tuple[ThoughtBatch | None, Tensor | None]:
     """Has the reference score the texts, and their thoughts if it is compared with in these.
 
     Returns:
@@ -291,7 +296,7 @@ def consult_reference(run: StageRun, batch: Batch) -> tuple[ThoughtBatch | None,
     if run.objective.kl_weight > 0 or run.objective.needs_log_ratio:
         thoughts = run.model(
             "draw",
-            **describe_texts(run, batch),
+            **describe_texts(run, batch, on_host),
             num_thoughts=spec.num_thoughts,
             temperature=spec.temperature,
             top_p=spec.top_p,
@@ -345,13 +350,18 @@ class StepCheck:
 
     def __call__(self, norms: Mapping[str, Tensor], *, stepped: bool = False) -> None:
         """Raises UserError if the loss or the total gradient norm is not finite."""
-        on_device = [norm.to(self._sums.device, torch.float32) for norm in norms.values()]
+        # Norms of groups without a gradient are numbers of the host.
+        device = self._sums.device
+        on_device = [norm.to(device, torch.float32, non_blocking=True) for norm in norms.values()]
         # The only place of a step that waits for the device.
         on_host = torch.stack([*self._sums, *on_device]).tolist()
         self.loss, stops, positions, text_tokens, *values = on_host
         self.num_positions, self.num_text_tokens = int(positions), int(text_tokens)
         self.stop_requested, self.norms = stops > 0, dict(zip(norms, values, strict=True))
         read = {"loss": self.loss, "gradient norm": self.norms.get("total", 0.0)}
+        if not math.isfinite(self.loss):
+            raise_failed()  # says more, if it was a check on the device
+        forget()
         bad = [f"{name} {value}" for name, value in read.items() if not math.isfinite(value)]
         if bad:
             when = "after the step, whose weights are not saved" if stepped else "before the step"

@@ -20,6 +20,6 @@ class Rollout:
         """Draw thoughts (`quietstar.sampling.rollout.sample_thoughts`)."""
         tokens = sample_thoughts(
             model.causal_lm, model.output_head, model.start_vectors, texts.input_ids,
-            texts.sample_ids, spec, positions, texts.run, model.passes_together,
+            texts.sample_ids, spec, positions, texts.run, model.passes_together, texts.places,
         )  # fmt: skip
         return ThoughtBatch.of_texts(texts, positions, rearrange(tokens, "t k b p -> b p k t"))
