@@ -39,6 +39,7 @@ from quietstar.training.checkpoint import (
     load_checkpoint,
     read_state,
 )
+from quietstar.training.costs import describe_evaluations, with_eval_sequences
 from quietstar.training.ema import START_NAME, WeightAverage
 from quietstar.training.evaluation import held_out_figures, write_results
 from quietstar.training.loop import leave, train
@@ -55,7 +56,7 @@ def run_training(
     config: Config,
     resume: str | None = None,
     allow_changes: bool = False,
-    on_report: Callable[[Path], object] | None = None,
+    on_report: Callable[[Path, str], object] | None = None,
     more_runs: bool = False,
 ) -> Path:
     """Trains as ``config`` says; returns the folder of the final model.
@@ -65,8 +66,8 @@ def run_training(
         resume: ``auto`` (newest checkpoint of the run folder, a new run if there is none), a
             checkpoint folder, or None for a new run.
         allow_changes: Whether to resume also under settings that make the run another one.
-        on_report: Called in the main process with the run folder when its figures have changed:
-            after held-out evaluations, as far as it takes at most a twentieth of the time, and at
+        on_report: Called in the main process with the run folder and how far the run is, in words:
+            after steps and held-out evaluations, as long as it takes at most 3% of the time, and at
             the end. The command line writes the page there.
         more_runs: Whether to keep the processes of the launch connected, for another run in them.
 
@@ -82,7 +83,7 @@ def run_training(
             return find_start(config, resume, allow_changes, stack)
 
         start = from_main_process(accelerator, begin)
-        final = _run(config, accelerator, start, resume, on_report)
+        final = _run(start.config, accelerator, start, resume, on_report)
     for tracker in accelerator.trackers:
         tracker.finish()
     if not more_runs:
@@ -94,6 +95,7 @@ def run_training(
 class Start:
     """What a run begins with: a checkpoint or none, and what is to be said about it."""
 
+    config: Config  # with the number of held-out texts
     checkpoint: Path | None
     state: TrainerState | None  # of the checkpoint
     goes_on: bool  # the folder's own run, not another in a new folder
@@ -124,7 +126,8 @@ def find_start(config: Config, resume: str | None, allow_changes: bool, stack: E
     has_config = (output_dir / CONFIG_FILE).exists()
     key = f"training.output_dir ({output_dir})"
     if is_own or (resume == "auto" and is_run and has_config):
-        remarks = remarks + run_dir.check_same_run(output_dir, config, allow_changes)
+        config, changes = run_dir.check_same_run(output_dir, config, allow_changes)
+        remarks = remarks + changes
     if is_own:  # else it is refused or deleted
         averages = config.training.ema_decay is not None
         for name in (FINAL_FOLDER, EMA_FOLDER) if averages else (FINAL_FOLDER,):
@@ -157,7 +160,7 @@ def find_start(config: Config, resume: str | None, allow_changes: bool, stack: E
             f"training.max_steps: the run has {total} steps, but {checkpoint} is after "
             f"{state.step}. Set at least as many, or give an earlier checkpoint."
         )
-    return Start(checkpoint, state, is_own, remarks)
+    return Start(with_eval_sequences(config), checkpoint, state, is_own, remarks)
 
 
 def _run(
@@ -165,7 +168,7 @@ def _run(
     accelerator: Accelerator,
     start: Start,
     resume: str | None,
-    on_report: Callable[[Path], object] | None,
+    on_report: Callable[[Path, str], object] | None,
 ) -> Path:
     """Sets up, trains all stages and saves, in a folder whose lock is held."""
     began, output_dir, checkpoint = time.perf_counter(), Path(config.training.output_dir), None
@@ -188,7 +191,7 @@ def _run(
     reporter = Reporter(config, accelerator, job.tokenizer, job.stages, steps_done, on_report)
     run: StageRun | None = None
     try:
-        with reporter.bar, ExitStack() as together:
+        with reporter, ExitStack() as together:
             first, total = stage_at(job.stages, steps_done), job.stages[-1].last_step
             if start.state is not None:  # a stage that was stopped before its first step
                 first = next((s for s in job.stages if s.name == start.state.stage
@@ -330,9 +333,9 @@ def build_stage(
                 "this step"
             )
     train_data, eval_data, report = job.data[stage.index]
-    reporter.begin_stage(
-        stage, [report.summary(), describe(job.model, stage), *notices(stage, eval_data)]
-    )
+    lines = [report.summary(), describe(job.model, stage)]
+    lines += describe_evaluations(stage, len(eval_data))
+    reporter.begin_stage(stage, [*lines, *notices(stage, eval_data)])
     prepared.train()
     run = StageRun(stage, strategy, prepared, optimizer, train_data, eval_data, reporter,
                    job.model.objective, steps_done, ema=ema, reference=reference,
@@ -380,8 +383,9 @@ def finish(job: Job, run: StageRun, seconds: float) -> Path:
                 job.model, facts_of(run), *held_out_figures(run), hub_data(run.config)
             )
             job.model.save_pretrained(final, job.tokenizer, state_dict=weights, card=card)
-    write_results(run, job.tokenizer, seconds)
-    if reporter.report():
+    if reporter.active:
+        write_results(run, seconds)
+    if reporter.report("finished"):
         report = f"; report: {output_dir / 'report.html'}"
     average = f", its average in {output_dir / EMA_FOLDER}" if run.ema else ""
     reporter.say(f"the model is in {final}{average}; the figures are in {reporter.path}{report}")

@@ -22,6 +22,7 @@ from quietstar.errors import ConfigError, UserError, reason_of
 from quietstar.registry import importing_nothing
 from quietstar.system import files
 from quietstar.system.locks import locked
+from quietstar.training.costs import with_eval_sequences
 from quietstar.training.reporter import METRICS_FILE, THOUGHTS_FILE, read_metrics
 
 MARKER_FILE, LOCK_FILE, CONFIG_FILE = "quietstar-run.json", "quietstar.lock", "config.yaml"
@@ -237,8 +238,10 @@ def _entries(folder: Path) -> list[Path]:
 
 
 # --- Whether it is the same run -------------------------------------------------------------------
-def check_same_run(output_dir: Path, config: Config, allow_changes: bool = False) -> list[str]:
-    """Returns a line for each changed key.
+def check_same_run(
+    output_dir: Path, config: Config, allow_changes: bool = False
+) -> tuple[Config, list[str]]:
+    """Returns the config with the held-out texts of the run, and a line for each changed key.
 
     Raises:
         UserError: The run would be another one with the changes, or its settings are lost.
@@ -246,17 +249,18 @@ def check_same_run(output_dir: Path, config: Config, allow_changes: bool = False
     path = output_dir / CONFIG_FILE
     if not path.exists():
         if allow_changes:
-            return [f"{path} is missing, so changes of settings are not noticed"]
+            return config, [f"{path} is missing, so changes of settings are not noticed"]
         raise UserError(
             f"--resume: {path} is missing, so nobody knows whether these are the settings of the "
             "run. Restore it, or insist with --allow-changes."
         )
     try:
         with importing_nothing():
-            before = flat(load_config(path))
+            earlier = load_config(path)
     except ConfigError as error:
         raise UserError(f"--resume: {error.problems[0]}") from error
-    now, last_stage = flat(config), list(config.stage_configs())[-1]
+    config = with_eval_sequences(config, earlier)
+    before, now, last_stage = flat(earlier), flat(config), list(config.stage_configs())[-1]
     changes, binding = [], []
     for key in {**before, **now}:
         if before.get(key) == now.get(key):
@@ -278,7 +282,7 @@ def check_same_run(output_dir: Path, config: Config, allow_changes: bool = False
             f"of {path}, start a new run in another folder, replace this one with "
             "--training.overwrite_output_dir true, or insist with --allow-changes true."
         )
-    return changes
+    return config, changes
 
 
 def flat(config: Config) -> dict[str, str]:
