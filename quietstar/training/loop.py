@@ -185,10 +185,10 @@ def leave(run: StageRun, stop: Stopped) -> NoReturn:
         raise Preempted(f"{stop.signal} asked for an end before the first step; start again")
     if run.saved_step != run.step:
         save_checkpoint(run)
-    run.reporter.report("stopped")
     output_dir = Path(run.config.training.output_dir)
     if run.accelerator.is_main_process and requested() != "SIGINT":
         files.write_whole(output_dir / PREEMPTED_FILE, f"{run.step}\n")
+    run.reporter.report("stopped")
     raise Preempted(
         f"{stop.signal} asked for an end; step {run.step} is saved in "
         f"{checkpoint_folder(output_dir, run.step)}, --resume auto goes on from there"
