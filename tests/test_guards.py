@@ -271,10 +271,10 @@ def test_a_run_may_end_at_its_collapse_and_go_on(tmp_path, monkeypatch):
     config = run_config(tmp_path, training__max_steps=6, training__stop_on_collapse=True)
     pages = []
     with pytest.raises(UserError, match=r"training.stop_on_collapse: step 3: entropy: ") as error:
-        run_training(config, on_report=pages.append)
+        run_training(config, on_report=lambda folder, status: pages.append(status))
     assert "\n" not in str(error.value)
     assert "step-000003" in str(error.value)
-    assert len(pages) == 2
+    assert pages[-1] == "stopped, step 3 of 6"
     assert [r["step"] for r in read_metrics(tmp_path / "run", "guard")] == [3]
     assert not (tmp_path / "run" / "final").exists()
     run_training(config, resume="auto")

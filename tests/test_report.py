@@ -10,9 +10,10 @@ import pytest
 
 from quietstar.errors import UserError
 from quietstar.reports import figures, pages, write_report
-from quietstar.reports.pages import duration, percent, signed, wilson
+from quietstar.reports.pages import percent, signed, wilson
 from quietstar.reports.run import CHARTS
 from quietstar.reports.run_files import RunFiles, parse_metrics
+from quietstar.training.costs import duration
 
 HOSTILE = "</script><script>alert(1)</script><img src=https://x.example/a onerror=alert(2)>"
 HOSTILE += "{{ 7 * 7 }} \u2028 \ud800 & \" ' <b>"

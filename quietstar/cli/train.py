@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from itertools import pairwise
 from textwrap import fill
 
-from quietstar import registry
+from quietstar import __version__, registry
+from quietstar.cli import options
 from quietstar.cli.options import DEFAULT_CONFIG, Parser, whole
 from quietstar.config import SECTIONS, Config, fields
-from quietstar.config.loading import load_config, shipped_configs
+from quietstar.config.loading import load_config, resolve_config_file, shipped_configs
 from quietstar.config.messages import default_text, type_text
+from quietstar.config.schema import TrainingConfig
 from quietstar.config.tree import loss_class
+from quietstar.config.yaml import YamlProblem, parse
 from quietstar.errors import ConfigError, UserError
 from quietstar.system.processes import launched_rank
 
@@ -55,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         raise UserError("--resume: does not go with --controls, which always goes on; leave it out")
     if launched_rank() > 0:
         logging.getLogger("quietstar.config").setLevel(logging.ERROR)  # rank 0 warns
+    else:
+        _announce(args.config, overrides)
     problems: list[str] = []
     if args.resume not in (None, "auto") and not os.path.exists(args.resume):
         problems.append(
@@ -84,6 +89,22 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     return None
 
 
+def _announce(config: str, overrides: Sequence[str]) -> None:
+    """Say what will be trained, before the config is checked, which imports torch."""
+    given = _given(overrides)
+    try:
+        path, name = resolve_config_file(config)
+        written = parse(path.read_text(encoding="utf-8"))
+    except (ConfigError, YamlProblem, OSError, ValueError):  # to be told by `load_config`
+        return
+    keys = ("model.name_or_path", "data.train", "training.output_dir")
+    model, data, folder = (given.get(f"--{key}") or written.text(key) for key in keys)
+    options.say(
+        f"quietstar {__version__}: training {model or 'a model with random weights'} on "
+        f"{data or 'nothing'} into {folder or TrainingConfig().output_dir}, as {name} says"
+    )
+
+
 def _filled(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("(): must not be empty")
@@ -96,10 +117,14 @@ def _true_or_false(text: str) -> bool:
     return text == "true"
 
 
+def _given(arguments: Sequence[str]) -> dict[str, str]:
+    """Pair each word of the command line with the next, so that options have their values."""
+    return dict(pairwise(part for word in arguments for part in word.split("=", 1)))
+
+
 def _named_objective(arguments: Sequence[str]) -> str | None:
     """Find the built-in objective that the command line names."""
-    words = [part for word in arguments for part in word.split("=", 1)]
-    named = dict(pairwise(words)).get("--loss.objective")
+    named = _given(arguments).get("--loss.objective")
     return named if named in registry.choices("loss.objective") else None
 
 

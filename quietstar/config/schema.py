@@ -391,8 +391,9 @@ class DataConfig(Section):
         float, Field(gt=0, lt=1, json_schema_extra={"why": "training needs the rest"})
     ] = 0.05
     """Share of data.train held out when data.eval is null."""
-    eval_sequences: Annotated[int, _between(1, 10**6, "an evaluation would take days")] = 64
-    """Largest number of sequences in an evaluation."""
+    eval_sequences: Annotated[int, _between(1, 10**6, "it would take days")] | None = None
+    """Largest number of sequences in an evaluation; null chooses 16 to 512 (64 of raw text), so
+    that evaluations take less time than the training between them (64 of a stream's head)."""
     format: Literal["text", "qa", "chat"] = "text"
     """Records are raw text, questions with answers (joined by data.template), or chats (through the
     tokenizer's chat template)."""

@@ -42,6 +42,13 @@ class Document(NamedTuple):
     lines: dict[str, int]
     repeated: list[tuple[str, int]]
 
+    def text(self, key: str) -> str:
+        """Returns the text at a dotted key; empty where there is none."""
+        value = self.data
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value if isinstance(value, str) else ""
+
 
 def _construct_int(constructor: SafeConstructor, node: ScalarNode) -> int:
     line = node.start_mark.line + 1

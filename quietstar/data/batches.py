@@ -26,6 +26,7 @@ from quietstar.errors import UserError
 IGNORED = -100  # the label of what is no target, as in torch's cross entropy
 FIRST_SAMPLES = 16  # of a stream that has none with a target, the rest will not be read
 ESTIMATE_DOCUMENTS = 256  # tokenized to estimate the figures of a table that is not counted
+EVAL_SEQUENCES = 64  # of an evaluation, where neither a config nor a run says
 WIDTH_MULTIPLE = 8  # of a batch: products on GPUs are faster with it
 
 
@@ -94,12 +95,14 @@ class DataReport:
         if self.documents is None:
             return f"{self.source}: a stream; {held_out}"
         about = "" if self.exact else "about "
-        return (
-            f"{self.source}: {self.documents:,} documents, {about}{self.tokens:,} tokens,"
-            f" {self.sequences:,} sequences an epoch, {held_out}; {about}{self.padded:,} padded,"
-            f" {about}{self.truncated:,} truncated, {self.skipped_short:,} short ones skipped,"
-            f" {self.dropped_empty:,} empty ones dropped"
-        )
+        counts = {f"{about}%s padded": self.padded, f"{about}%s truncated": self.truncated,
+                  "%s short ones skipped": self.skipped_short,
+                  "%s empty ones dropped": self.dropped_empty}  # fmt: skip
+        return ", ".join([
+            f"{self.source}: {self.documents:,} documents, {about}{self.tokens:,} tokens",
+            f"{self.sequences:,} sequences an epoch, {held_out}",
+            *(text % f"{count:,}" for text, count in counts.items() if count),
+        ])  # fmt: skip
 
 
 # --- Samples --------------------------------------------------------------------------------------
@@ -356,6 +359,8 @@ def build_data(
     """
     if config.train is None:
         raise UserError("data.train: is not set: give a file, a folder, a hub id or a task")
+    if config.eval_sequences is None:
+        config = config.model_copy(update={"eval_sequences": EVAL_SEQUENCES})
     encoder = Encoder(tokenizer, config)
     source = open_source(config.train, config, seed)
     held_out = None

@@ -58,14 +58,6 @@ def probability(value: float | None) -> str:
     return MISSING if value is None else ("< 0.001" if value < 0.001 else f"{value:.3f}")
 
 
-def duration(seconds: float) -> str:
-    """Format ``5025`` as ``1 h 24 min``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def wilson(share: float, n: float | None) -> tuple[float, float] | None:
     """Return the 95% score interval of a share of ``n`` (Wilson 1927); None if there is none."""
     if n is None or n < 1 or not 0 <= share <= 1:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from quietstar.config.yaml import parse
+from quietstar.config.yaml import Document, YamlProblem, parse
 from quietstar.evaluation.controls import (
     BLANK,
     CONTROL_NAMES,
@@ -28,7 +28,7 @@ from quietstar.reports.figures import (
     draw_forest,
     in_both_sizes,
 )
-from quietstar.reports.pages import duration, percent, plain, signed, wilson, write_html
+from quietstar.reports.pages import percent, plain, signed, wilson, write_html
 from quietstar.reports.run_files import (
     MOST_CONFIG_BYTES,
     Followed,
@@ -37,6 +37,7 @@ from quietstar.reports.run_files import (
     RunFiles,
     series,
 )
+from quietstar.training.costs import duration
 from quietstar.training.evaluation import ACCURACIES
 from quietstar.training.guards import GUARDS, GuardState, measures_answers
 
@@ -128,12 +129,13 @@ HEADING_BEGINS = {"accuracy": "right, ", "probability": "P(gold), "}
 """What sets columns apart whose lines go by the same names."""
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, status: str = "") -> Path:
     """Write ``report.html``, which opens without a network, into a run folder; returns its path.
 
     Args:
         folder: Run folder with ``metrics.jsonl`` or ``controls.json`` or both, and any of
             ``config.yaml``, ``results.json`` and ``samples.json``. What is missing is left out.
+        status: How far the run is, as the run itself knows it; by default what the files say.
 
     Raises:
         UserError: The folder holds no figures, a file of it is damaged.
@@ -180,6 +182,7 @@ def write_report(folder: Path) -> Path:
         "run.html.j2",
         figures=in_both_sizes(figures),
         run=run,
+        status=status or _status(run),
         facts=_facts(run),
         answers=_answers(evaluations, run.results),
         control_notes={f"accuracy_{control}": note for control, note in CONTROL_NOTES.items()},
@@ -207,25 +210,17 @@ def write_report(folder: Path) -> Path:
 
 def _facts(run: RunFiles) -> list[tuple[str, str]]:
     """Describe the run in a few words."""
-    config: Any = None
+    config = Document(None, {}, [])
     if len(run.config) <= MOST_CONFIG_BYTES:
-        with suppress(Exception):  # a page without these facts says more than none
-            config = parse(run.config).data
-
-    def setting(section: str, key: str) -> str:
-        tree = config
-        for part in (section, key):
-            tree = tree.get(part) if isinstance(tree, dict) else None
-        return tree if isinstance(tree, str) else ""
-
+        with suppress(YamlProblem):  # a page without these facts says more than none
+            config = parse(run.config)
     last_stage = run.stages[-1] if run.stages else ""
     last = [record for record in run.records if record.stage == last_stage]
     seconds = series(last, "train", "seconds")[1]
     facts = {
-        "Model": setting("model", "name_or_path"),
-        "Data": setting("data", "train"),
+        "Model": config.text("model.name_or_path"),
+        "Data": config.text("data.train"),
         "Stages": " → ".join(filter(None, run.stages)),
-        "Steps": str(run.records[-1].step) if run.records else "",
         "Time": "" if run.results.seconds is None else duration(run.results.seconds),
         f"Step time, {last_stage}" if len(run.stages) > 1 else "Step time": (
             f"{median(seconds):.2g} s" if seconds else ""
@@ -233,6 +228,16 @@ def _facts(run: RunFiles) -> list[tuple[str, str]]:
         "Seeds": "" if run.records else ", ".join(map(str, run.controls.seeds)),
     }
     return [(label, value) for label, value in facts.items() if value]
+
+
+def _status(run: RunFiles) -> str:
+    """Say how far a run is."""
+    if not run.records:
+        return ""
+    step, total = run.records[-1].step, run.plan[-1].last_step if run.plan else 0
+    if step < total:
+        return f"not finished, step {step} of {total}"
+    return f"{step} steps" if run.results.seconds is None else f"finished, step {step} of {step}"
 
 
 def _verdict(evaluations: Sequence[Record], results: Results) -> str:

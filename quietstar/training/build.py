@@ -30,7 +30,7 @@ from quietstar.config import Config
 from quietstar.data import DataReport, EvalData, TrainData, build_data, load_tokenizer
 from quietstar.distributed import Strategy, wants_fsdp
 from quietstar.distributed.strategies import WEIGHTS_FILE
-from quietstar.errors import UserError, reading
+from quietstar.errors import UserError, reading, visible
 from quietstar.judging.critic import load_critic
 from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
@@ -124,16 +124,20 @@ def set_up(config: Config, strategy: Strategy, checkpoint: Path | None = None) -
         check_batch(stage.config, accelerator.num_processes)
     check_compile(config.training.torch_compile, strategy.sharded)
     set_seed(seed)
+    say = partial(print, flush=True) if accelerator.is_main_process else lambda text: None
     tokenizer = find_tokenizer(config)
     # The thread that reads ahead has a tokenizer of its own: Rust's cannot be used by two at once.
     reader = copy.deepcopy(tokenizer)
-    # One seed, so that what is held out is held out in every stage.
-    data = [
-        build_data(stage.config.data, reader, seed, stage.config.thoughts if stage.thinks else None)
-        for stage in stages
-    ]
+    data: list[tuple[TrainData, EvalData, DataReport]] = []
+    for stage in stages:
+        of_stage = f" of stage {stage.name}" if len(stages) > 1 else ""
+        say(visible(f"reading the data{of_stage} ({stage.config.data.train})"))
+        thoughts = stage.config.thoughts if stage.thinks else None
+        # One seed, so that what is held out is held out in every stage.
+        data.append(build_data(stage.config.data, reader, seed, thoughts))
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     check_agreement(config, processes, data)
+    say("loading the model")
     settings = next((stage for stage in stages if stage.thinks), stages[0]).config
     model = build_model(settings, tokenizer, strategy)
     if checkpoint is not None:

@@ -37,6 +37,7 @@ from quietstar.model.quiet_star import QuietStarForCausalLM, marker_tokens
 from quietstar.model.tuning import PEFT_METHODS, WHOLE
 from quietstar.system import files
 from quietstar.training.build import build_accelerator
+from quietstar.training.costs import with_eval_sequences
 from quietstar.training.evaluation import RESULTS_FILE, chosen_positions, score_batch
 from quietstar.training.reporter import METRICS_FILE, read_metrics
 from quietstar.training.run import run_training
@@ -63,7 +64,7 @@ TRAINED = ("full", *PLAIN, "pause", "no_reinforce")
 
 
 def run_controls(
-    config: Config, num_seeds: int, on_report: Callable[[Path], object] | None = None
+    config: Config, num_seeds: int, on_report: Callable[[Path, str], object] | None = None
 ) -> Path:
     """Trains all variants for every seed and compares them; returns the folder of the comparison.
 
@@ -75,6 +76,7 @@ def run_controls(
     Raises:
         UserError: The last stage does not think, its texts have no answers, or training fails.
     """
+    config = with_eval_sequences(config)  # the same texts for all variants, whatever they cost
     stage = list(config.stage_configs().values())[-1]
     check_comparable(config, stage)
     root = Path(f"{config.training.output_dir}_controls")
@@ -133,7 +135,7 @@ def run_controls(
                 table.add_row(row["label"], f"{row['mean']:.3f}", interval)
             Console().print(table)
             if on_report is not None:
-                on_report(root)
+                on_report(root, "")
         accelerator.wait_for_everyone()
     accelerator.end_training()
     return root
@@ -254,7 +256,7 @@ def _is_finished(folder: Path, config: Config) -> bool:
     """
     if not (folder / RESULTS_FILE).exists():
         return False
-    changes = check_same_run(folder, config)
+    _, changes = check_same_run(folder, config)
     if longer := [change for change in changes if "training.max_steps was" in change]:
         raise UserError(
             f"--controls: {folder} is finished, and its {'; '.join(longer)}. "

@@ -42,12 +42,12 @@ from quietstar.model.outputs import ThoughtMetrics, Thoughts, without_padding
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.system import files
 from quietstar.system.signals import acknowledge, requested
+from quietstar.training.costs import SAMPLES
 from quietstar.training.reporter import read_metrics
 from quietstar.training.state import StageRun
 
 Thinker = QuietStarForCausalLM | ModelProxy  # as it is, or behind its strategy's wrapper
 Count = tuple[Tensor, Tensor]  # a sum, and of how many
-SAMPLES = 4  # thoughts at every position, at temperature 1, to count the right ones
 RESULTS_FILE, SAMPLES_FILE = "results.json", "samples.json"
 NUM_SAMPLES = 20
 NUM_FOLLOWED = 3  # held-out texts whose thought every evaluation records
@@ -68,8 +68,8 @@ def evaluate(run: StageRun) -> tuple[dict[str, float], list[dict[str, Any]]]:
     figures of answers without thoughts only.
 
     Returns:
-        The figures, and what the main process's first `NUM_FOLLOWED` texts, the same ones each
-        time, have for thoughts (as `collect_samples`).
+        The figures, and a thought in each of the first `NUM_SAMPLES` texts that have targets: the
+        one before the answer, or at a random place without one.
     """
     accelerator = run.accelerator
     model = ModelProxy(run.model)
@@ -87,14 +87,16 @@ def evaluate(run: StageRun) -> tuple[dict[str, float], list[dict[str, Any]]]:
         option = "training.eval_controls (generic): its text"
         length = model.thoughts.length
         generic = generic_tokens(run.reporter.tokenizer, length, GENERIC_TEXT, option)
-    followed: list[dict[str, Any]] = []
+    samples: list[tuple[int, dict[str, Any]]] = []
 
     def follow(batch: Batch, thoughts: Thoughts) -> None:
-        rows = range(min(NUM_FOLLOWED - len(followed), len(batch.input_ids)))
-        samples = [_sample(batch, thoughts, row, run.reporter.tokenizer) for row in rows]
-        followed.extend(sample for sample in samples if sample is not None)
+        for row, number in enumerate(batch.sample_ids.tolist()):
+            if number < NUM_SAMPLES:
+                sample = _sample(batch, thoughts, row, run.reporter.tokenizer)
+                samples.extend([(number, sample)] if sample else [])
 
-    with accelerator.autocast(), run.reporter.evaluating(passes * len(batches)) as count:
+    parts = passes * len(batches)
+    with accelerator.autocast(), run.reporter.evaluating(len(run.eval_data), parts) as count:
 
         def advance() -> None:
             count()
@@ -119,7 +121,8 @@ def evaluate(run: StageRun) -> tuple[dict[str, float], list[dict[str, Any]]]:
             "thoughts with; raise data.eval_sequences"
         )
     result = figures({kind: total.reduced(accelerator) for kind, total in totals.items()})
-    return result, followed
+    by_text = dict(gather_object(samples))  # what two ranks have read is the same
+    return result, [by_text[number] for number in sorted(by_text)]
 
 
 def stop_together(accelerator: Accelerator) -> None:
@@ -334,16 +337,11 @@ def held_out_figures(run: StageRun) -> tuple[dict[str, Any], dict[str, Any]]:
     return of_stage[0], of_stage[-1]
 
 
-def write_results(run: StageRun, tokenizer: PreTrainedTokenizerBase, seconds: float) -> None:
+def write_results(run: StageRun, seconds: float) -> None:
     """Writes both files, with the last stage's held-out figures at its start and end.
 
-    To be called on all processes at the end of the last stage, with the time of the whole run.
+    To be called on the main process at the end of the last stage, with the time of the whole run.
     """
-    contents: dict[str, dict[str, Any]] = {}
-    if run.stage.has_thoughts:
-        contents[SAMPLES_FILE] = {"samples": collect_samples(run, tokenizer)}
-    if not run.accelerator.is_main_process:
-        return
     before, after = held_out_figures(run)
     results: dict[str, Any] = {"held_out": {"before": before, "after": after}}
     accuracy = {name: after[key] for name, key in ACCURACIES.items() if key in after}
@@ -352,26 +350,10 @@ def write_results(run: StageRun, tokenizer: PreTrainedTokenizerBase, seconds: fl
     if "right_thoughts" in after:
         right = {"before": before.get("right_thoughts"), "after": after["right_thoughts"]}
         results["right_thoughts"] = right
-    contents[RESULTS_FILE] = {**results, "seconds": round(seconds, 1)}
-    for name, content in contents.items():
-        files.write_json(run.reporter.path.parent / name, content)
-
-
-@torch.no_grad()
-def collect_samples(run: StageRun, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Shows thoughts in held-out texts: before the answer, or at a random place without one."""
-    model = ModelProxy(run.model)
-    samples: list[dict[str, Any] | None] = []
-    for batch in run.eval_data.batches(run.config.training.micro_batch_size):
-        if len(samples) >= NUM_SAMPLES:
-            break
-        batch = batch.to(run.accelerator.device)
-        with run.accelerator.autocast():
-            inputs = (batch.input_ids, batch.attention_mask, batch.labels)
-            positions = chosen_positions(model, batch)
-            thoughts = model.think(*inputs, positions=positions, sample_ids=batch.sample_ids)
-        samples += [_sample(batch, thoughts, row, tokenizer) for row in range(len(batch.input_ids))]
-    return [sample for sample in samples[:NUM_SAMPLES] if sample is not None]
+    folder = run.reporter.path.parent
+    if run.stage.has_thoughts:
+        files.write_json(folder / SAMPLES_FILE, {"samples": run.samples})
+    files.write_json(folder / RESULTS_FILE, {**results, "seconds": round(seconds, 1)})
 
 
 def _sample(

@@ -24,7 +24,7 @@ from quietstar.system import files
 from quietstar.system.signals import Stopped, acknowledge, held, requested
 from quietstar.training.batches import StepBatches, choose_places, count_thinking, read_ahead
 from quietstar.training.checkpoint import check_finite, checkpoint_folder, save_checkpoint
-from quietstar.training.evaluation import evaluate
+from quietstar.training.evaluation import NUM_FOLLOWED, evaluate
 from quietstar.training.optimizer import set_learning_rates
 from quietstar.training.run_dir import PREEMPTED_FILE
 from quietstar.training.schedule import scheduled
@@ -77,6 +77,7 @@ def train(run: StageRun) -> None:
                 )
             if check.stop_requested:
                 raise acknowledge()
+            run.reporter.refresh()
             check_idle_texts(run, first + done, check.num_positions)
             if settings.eval_steps and done % settings.eval_steps == 0 and not last:
                 check_finite(run, "it is not evaluated")
@@ -91,8 +92,8 @@ def train(run: StageRun) -> None:
 
 def report_evaluation(run: StageRun) -> None:
     """Evaluates and reports; `thoughts.schedule` goes on, or waits, by what comes out."""
-    figures, samples = evaluate(run)
-    run.reporter.evaluation(run.step, figures, samples)
+    figures, run.samples = evaluate(run)
+    run.reporter.evaluation(run.step, figures, run.samples[:NUM_FOLLOWED])
     min_gain = run.config.thoughts.schedule_min_gain
     if min_gain is not None and "gain" in figures:
         run.pace.see(figures["gain"], min_gain)
@@ -171,7 +172,6 @@ def end_if_collapsed(run: StageRun) -> None:
         return
     if run.saved_step != run.step:
         save_checkpoint(run)
-    run.reporter.report()
     folder = checkpoint_folder(Path(run.config.training.output_dir), run.step)
     raise UserError(
         f"training.stop_on_collapse: step {run.step}: {collapse} The step is saved in {folder}: "
@@ -189,6 +189,7 @@ def leave(run: StageRun, stop: Stopped) -> NoReturn:
     output_dir = Path(run.config.training.output_dir)
     if run.accelerator.is_main_process and requested() != "SIGINT":
         files.write_whole(output_dir / PREEMPTED_FILE, f"{run.step}\n")
+    run.reporter.report("stopped")
     raise Preempted(
         f"{stop.signal} asked for an end; step {run.step} is saved in "
         f"{checkpoint_folder(output_dir, run.step)}, --resume auto goes on from there"

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -32,6 +34,8 @@ from quietstar.errors import UserError, reason_of, visible
 from quietstar.evaluation.controls import BLANK, GAINS, GENERIC, PAUSE, SHUFFLED
 from quietstar.model.outputs import QuietStarOutput, without_padding
 from quietstar.system import files
+from quietstar.system.signals import Stopped
+from quietstar.training.costs import TimeLeft, duration
 from quietstar.training.guards import GuardState, Source, measures_answers
 from quietstar.training.stages import Stage
 
@@ -63,13 +67,22 @@ IN_LINE = (
 )  # fmt: skip
 """Figures of a step in the line under the bar: name, key and format."""
 DROPPED_FIRST = ("entropy", "w", "mixed", "lr")
-PAUSE_AFTER_REPORT = 20
-"""The page is written again when so many times the time has passed that it took."""
+PAUSE_AFTER_REPORT = 30
+"""The page is written again after this many times the time that it took: at most 3% of the run."""
 LEFT_OUT = ("base_nll", "mixed_nll", "thought_nll", "gain_over_pause", "mixing_weight")
 """Columns that make room for those of answers."""
 OF_NEXT_TOKENS = ("gain", "gain_of_content")
 OF_ANSWERS = tuple(key for key in COLUMNS if key.startswith("gold_probability"))
 """Columns of which a table has the ones or the others (`measures_answers`)."""
+
+
+class _Left(ProgressColumn):
+    """Time to the end of a task; rich's own estimate forgets what is older than 30 seconds."""
+
+    def render(self, task: Task) -> Text:
+        """Show the seconds that the task's function ``left`` returns."""
+        seconds = task.fields["left"]()
+        return Text("-:--:--" if seconds is None else str(timedelta(seconds=round(seconds))))
 
 
 class _Bars(Progress):
@@ -87,9 +100,10 @@ class _Bars(Progress):
 class Reporter:
     """Reports a run on the main process; on the others every call does nothing.
 
-    It begins after ``start_step`` steps; ``on_report`` is called with the run folder after held-out
-    evaluations, as far as it takes at most a twentieth of the time. A disk that fails does not end
-    the run: what cannot be written is said, and records are kept until they can be.
+    It begins after ``start_step`` steps, and is a context: inside, there is a bar on a terminal.
+    ``on_report`` is called with the run folder and a sentence on how far the run is, after reported
+    steps and held-out evaluations, as long as it takes at most 3% of the time. A disk that fails
+    does not end the run: what cannot be written is said, and records are kept until they can be.
 
     Attributes:
         evaluations: Steps and figures of the stage's evaluations in this process.
@@ -105,7 +119,7 @@ class Reporter:
         tokenizer: PreTrainedTokenizerBase,
         stages: Sequence[Stage],
         start_step: int = 0,
-        on_report: Callable[[Path], object] | None = None,
+        on_report: Callable[[Path, str], object] | None = None,
     ) -> None:
         self.accelerator, self.tokenizer, self.on_report = accelerator, tokenizer, on_report
         self.stage, self._names = stages[0], [stage.name for stage in stages]
@@ -119,7 +133,10 @@ class Reporter:
         self._unwritten: list[str] = []
         self._warned: set[str] = set()
         self._guards = GuardState()
+        self._step, self._evaluated, self._time_left = start_step, -1, TimeLeft(stages)
         self._step_began, self._report_due = time.perf_counter(), 0.0
+        self._last_event = self._step_began  # the end of a step or an evaluation
+        self._is_page_old = False
         self._headings: list[str] = []  # of the held-out figures that were printed last
         self.bar = _Bars(
             TextColumn("{task.description}", markup=False),
@@ -127,11 +144,35 @@ class Reporter:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("ETA"),
-            TimeRemainingColumn(),
+            _Left(),
             console=self.console,
             disable=not (self.active and self.console.is_terminal),
         )
-        self._task = self.bar.add_task("training", total=self._total, completed=start_step)
+        self._task = self.bar.add_task(
+            "training", total=self._total, completed=start_step, left=self.seconds_left
+        )
+
+    def __enter__(self) -> Reporter:
+        """Show the bar."""
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Hide the bar; the page of a run that fails says that it has stopped."""
+        self.bar.stop()
+        if kind is not None and not issubclass(kind, Stopped):  # which saves before it reports
+            self.report("stopped")
+
+    def _take_time(self) -> float:
+        """Return the seconds since the last step or evaluation ended, and start the next ones."""
+        before, self._last_event = self._last_event, time.perf_counter()
+        return self._last_event - before
+
+    def seconds_left(self) -> float | None:
+        """Return the predicted time to the end of the run; None before anything was timed."""
+        done = self._step - self.stage.first_step
+        left = self._time_left(self.stage.index, done, self._evaluated)
+        return None if left is None else max(0.0, left - (time.perf_counter() - self._last_event))
 
     def go_on(self, stage: Stage, step: int) -> None:
         """Takes up an earlier run after so many of its steps: drops the records that come again.
@@ -166,6 +207,7 @@ class Reporter:
 
         # All processes have to know, since they evaluate together.
         self.has_evaluation = from_main_process(self.accelerator, take_up)
+        self._evaluated = step - stage.first_step - (not self.has_evaluation)
 
     def say(self, text: str) -> None:
         """Prints one line, above the progress bar."""
@@ -184,7 +226,8 @@ class Reporter:
 
     def begin_stage(self, stage: Stage, lines: Sequence[str]) -> None:
         """Says what begins; figures belong to this stage from now on."""
-        self.stage = stage
+        self.stage, self._evaluated = stage, -1
+        self._last_event = time.perf_counter()
         self.collapse, self._guards = None, GuardState(stage.config, stage.first_step)
         self._warned.clear()
         self.evaluations.clear()
@@ -227,6 +270,8 @@ class Reporter:
         by which the step thought, where they are not those of the stage.
         """
         self.bar.advance(self._task)
+        self._step = step
+        self._time_left.times["step", self.stage.index].append(self._take_time())
         if not self.active or not self.is_step_due(step):
             return
         assert output.metrics is not None, "a training step has metrics"
@@ -266,7 +311,9 @@ class Reporter:
         text = self._line(figures)
         self.bar.figures = text
         if not self.console.is_terminal and self._is_due(step, max(1, self._total // LOG_LINES)):
-            self.say(f"step {step:>5}/{self._total}  {text}")
+            left = self.seconds_left()
+            left = "" if left is None or step == self._total else f"  {duration(left)} left"
+            self.say(f"step {step:>5}/{self._total}  {text}{left}")
         self._watch("train", step, figures)
         if self._is_due(step, config.logging.thought_steps):
             self._show_thought(output)
@@ -298,13 +345,28 @@ class Reporter:
         self.say(f"thought after {before!r}: {thought!r}")
 
     @contextmanager
-    def evaluating(self, num_batches: int) -> Iterator[Callable[[], None]]:
-        """Shows a second bar, or says what takes so long; yields the function that advances it."""
+    def evaluating(self, num_texts: int, num_parts: int) -> Iterator[Callable[[], None]]:
+        """Shows a second bar, or says what takes so long; yields what is called after each part."""
+        began, done = time.perf_counter(), 0
+        times = self._time_left.times["evaluation", self.stage.index]
         if not self.console.is_terminal:
-            self.say(f"evaluating on held-out texts (micro-batches: {num_batches})")
-        task = self.bar.add_task("evaluating", total=num_batches)
+            about = f", about {duration(times[-1])}" if times else ""
+            self.say(f"evaluating on {num_texts} held-out texts{about}")
+
+        def advance() -> None:
+            nonlocal done
+            if done > 0:
+                times.pop()
+            done += 1  # from the first part on, its time predicts that of the others
+            times.append((time.perf_counter() - began) * num_parts / done)
+            self.bar.advance(task)
+
+        def left() -> float | None:
+            return max(0.0, times[-1] - (time.perf_counter() - began)) if times else None
+
+        task = self.bar.add_task("evaluating", total=num_parts, left=left)
         try:
-            yield lambda: self.bar.advance(task)
+            yield advance
         finally:
             self.bar.remove_task(task)
 
@@ -313,6 +375,8 @@ class Reporter:
     ) -> None:
         """Reports a held-out evaluation, with thoughts in texts that are the same each time."""
         self.evaluations.append((step, figures))
+        self._evaluated = step - self.stage.first_step
+        self._take_time()
         if not self.active:
             return
         self._write("eval", step, figures)
@@ -320,11 +384,7 @@ class Reporter:
             self._write_thoughts(step, samples)
         self._say_evaluation()
         self._watch("eval", step, figures)
-        began = time.perf_counter()
-        if began >= self._report_due:
-            self.report()
-            now = time.perf_counter()
-            self._report_due = now + PAUSE_AFTER_REPORT * (now - began)
+        self.refresh()
 
     def _watch(self, source: Source, step: int, figures: Mapping[str, float]) -> None:
         """Records and says which guards fire at a record's figures, each once a stage."""
@@ -339,12 +399,29 @@ class Reporter:
             if guard.is_collapse and self.collapse is None:
                 self.collapse = f"{guard.name}: {message}"
 
-    def report(self) -> bool:
-        """Has the page written; returns False if it could not be, which ends no run."""
+    def refresh(self) -> None:
+        """Has the page written if there is something new and that has not just taken long."""
+        began = time.perf_counter()
+        if self._is_page_old and began >= self._report_due:
+            self.report()
+            now = time.perf_counter()
+            self._report_due = now + PAUSE_AFTER_REPORT * (now - began)
+
+    def report(self, state: str = "running") -> bool:
+        """Has the page written; returns False if it could not be, which ends no run.
+
+        The state is running, stopped or finished.
+        """
         if not self.active or self.on_report is None:
             return False
+        parts = [f"{state}, step {self._step} of {self._total}"]
+        if state == "running":
+            if (left := self.seconds_left()) is not None:
+                parts.append(f"about {duration(left)} left")
+            parts.append(f"as of {time.strftime('%Y-%m-%d %H:%M')}")
         try:
-            self.on_report(self.path.parent)
+            self.on_report(self.path.parent, ", ".join(parts))
+            self._is_page_old = False
         except Exception as problem:
             self.say(f"warning: the report is not written: {reason_of(problem)}")
             return False
@@ -406,7 +483,7 @@ class Reporter:
     ) -> None:
         shown = {key: value if math.isfinite(value) else None for key, value in figures.items()}
         record = {"kind": kind, "stage": self.stage.name, "step": step, **texts, **shown}
-        had_failed = bool(self._unwritten)
+        had_failed, self._is_page_old = bool(self._unwritten), True
         self._unwritten.append(json.dumps(record) + "\n")
         try:
             files.append(self.path, "".join(self._unwritten))

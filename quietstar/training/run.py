@@ -40,6 +40,7 @@ from quietstar.training.checkpoint import (
     load_checkpoint,
     read_state,
 )
+from quietstar.training.costs import describe_evaluations, with_eval_sequences
 from quietstar.training.ema import START_NAME, WeightAverage
 from quietstar.training.evaluation import held_out_figures, write_results
 from quietstar.training.loop import leave, train
@@ -56,7 +57,7 @@ def run_training(
     config: Config,
     resume: str | None = None,
     allow_changes: bool = False,
-    on_report: Callable[[Path], object] | None = None,
+    on_report: Callable[[Path, str], object] | None = None,
     more_runs: bool = False,
 ) -> Path:
     """Trains as ``config`` says; returns the folder of the final model.
@@ -66,8 +67,8 @@ def run_training(
         resume: ``auto`` (newest checkpoint of the run folder, a new run if there is none), a
             checkpoint folder, or None for a new run.
         allow_changes: Whether to resume also under settings that make the run another one.
-        on_report: Called in the main process with the run folder when its figures have changed:
-            after held-out evaluations, as far as it takes at most a twentieth of the time, and at
+        on_report: Called in the main process with the run folder and how far the run is, in words:
+            after steps and held-out evaluations, as long as it takes at most 3% of the time, and at
             the end. The command line writes the page there.
         more_runs: Whether to keep the processes of the launch connected, for another run in them.
 
@@ -83,6 +84,7 @@ def run_training(
             return find_start(config, resume, allow_changes, stack)
 
         start = from_main_process(accelerator, begin)
+        config = with_eval_sequences(config, start.held_out)
         final = _run(config, accelerator, start, resume, on_report)
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -99,6 +101,7 @@ class Start:
     state: TrainerState | None  # of the checkpoint
     goes_on: bool  # the folder's own run, not another in a new folder
     remarks: list[str]
+    held_out: dict[str, int | None]  # texts of each stage in the run that goes on
 
 
 def find_start(config: Config, resume: str | None, allow_changes: bool, stack: ExitStack) -> Start:
@@ -120,12 +123,13 @@ def find_start(config: Config, resume: str | None, allow_changes: bool, stack: E
     if is_run:
         run_dir.recover(output_dir)
         is_run = run_dir.has_steps(output_dir)  # else nothing is lost by beginning anew
-    checkpoint, remarks = find_checkpoint(output_dir, resume)
+    (checkpoint, remarks), held_out = find_checkpoint(output_dir, resume), {}
     is_own = checkpoint is not None and output_dir.resolve() in checkpoint.resolve().parents
     has_config = (output_dir / CONFIG_FILE).exists()
     key = f"training.output_dir ({output_dir})"
     if is_own or (resume == "auto" and is_run and has_config):
-        remarks = remarks + run_dir.check_same_run(output_dir, config, allow_changes)
+        held_out, changes = run_dir.check_same_run(output_dir, config, allow_changes)
+        remarks = remarks + changes
     if is_own:  # else it is refused or deleted
         averages = config.training.ema_decay is not None
         for name in (FINAL_FOLDER, EMA_FOLDER) if averages else (FINAL_FOLDER,):
@@ -158,7 +162,7 @@ def find_start(config: Config, resume: str | None, allow_changes: bool, stack: E
             f"training.max_steps: the run has {total} steps, but {checkpoint} is after "
             f"{state.step}. Set at least as many, or give an earlier checkpoint."
         )
-    return Start(checkpoint, state, is_own, remarks)
+    return Start(checkpoint, state, is_own, remarks, held_out)
 
 
 def _run(
@@ -166,7 +170,7 @@ def _run(
     accelerator: Accelerator,
     start: Start,
     resume: str | None,
-    on_report: Callable[[Path], object] | None,
+    on_report: Callable[[Path, str], object] | None,
 ) -> Path:
     """Sets up, trains all stages and saves, in a folder whose lock is held."""
     began, output_dir, checkpoint = time.perf_counter(), Path(config.training.output_dir), None
@@ -189,7 +193,7 @@ def _run(
     reporter = Reporter(config, accelerator, job.tokenizer, job.stages, steps_done, on_report)
     run: StageRun | None = None
     try:
-        with reporter.bar, ExitStack() as together:
+        with reporter, ExitStack() as together:
             first, total = stage_at(job.stages, steps_done), job.stages[-1].last_step
             if start.state is not None:  # a stage that was stopped before its first step
                 first = next((s for s in job.stages if s.name == start.state.stage
@@ -331,9 +335,9 @@ def build_stage(
                 "this step"
             )
     train_data, eval_data, report = job.data[stage.index]
-    reporter.begin_stage(
-        stage, [report.summary(), describe(job.model, stage), *notices(stage, eval_data)]
-    )
+    lines = [report.summary(), describe(job.model, stage)]
+    lines += describe_evaluations(stage, len(eval_data))
+    reporter.begin_stage(stage, [*lines, *notices(stage, eval_data)])
     prepared.train()
     run = StageRun(stage, strategy, prepared, optimizer, train_data, eval_data, reporter,
                    job.model.objective, steps_done, ema=ema, reference=reference,
@@ -381,8 +385,9 @@ def finish(job: Job, run: StageRun, seconds: float) -> Path:
                 job.model, facts_of(run), *held_out_figures(run), hub_data(run.config)
             )
             job.model.save_pretrained(final, job.tokenizer, state_dict=weights, card=card)
-    write_results(run, job.tokenizer, seconds)
-    if reporter.report():
+    if reporter.active:
+        write_results(run, seconds)
+    if reporter.report("finished"):
         report = f"; report: {output_dir / 'report.html'}"
     average = f", its average in {output_dir / EMA_FOLDER}" if run.ema else ""
     reporter.say(f"the model is in {final}{average}; the figures are in {reporter.path}{report}")

@@ -22,6 +22,7 @@ from quietstar.errors import ConfigError, UserError, reason_of
 from quietstar.registry import trusting_nothing
 from quietstar.system import files
 from quietstar.system.locks import locked
+from quietstar.training.costs import with_eval_sequences
 from quietstar.training.reporter import METRICS_FILE, THOUGHTS_FILE, read_metrics
 
 MARKER_FILE, LOCK_FILE, CONFIG_FILE = "quietstar-run.json", "quietstar.lock", "config.yaml"
@@ -243,8 +244,10 @@ def _entries(folder: Path) -> list[Path]:
 
 
 # --- Whether it is the same run -------------------------------------------------------------------
-def check_same_run(output_dir: Path, config: Config, allow_changes: bool = False) -> list[str]:
-    """Returns a line for each changed key.
+def check_same_run(
+    output_dir: Path, config: Config, allow_changes: bool = False
+) -> tuple[dict[str, int | None], list[str]]:
+    """Returns how many texts each stage of the run holds out, and a line for each changed key.
 
     Raises:
         UserError: The run would be another one with the changes, or its settings are lost.
@@ -252,17 +255,21 @@ def check_same_run(output_dir: Path, config: Config, allow_changes: bool = False
     path = output_dir / CONFIG_FILE
     if not path.exists():
         if allow_changes:
-            return [f"{path} is missing, so changes of settings are not noticed"]
+            return {}, [f"{path} is missing, so changes of settings are not noticed"]
         raise UserError(
             f"--resume: {path} is missing, so nobody knows whether these are the settings of the "
             "run. Restore it, or insist with --allow-changes."
         )
     try:
         with trusting_nothing():
-            before = flat(load_config(path))
+            earlier = load_config(path)
+            before = flat(earlier)
+            held_out = {
+                name: stage.data.eval_sequences for name, stage in earlier.stage_configs().items()
+            }
     except ConfigError as error:
         raise UserError(f"--resume: {error.problems[0]}") from error
-    now, last_stage = flat(config), list(config.stage_configs())[-1]
+    now, last_stage = flat(with_eval_sequences(config, held_out)), list(config.stage_configs())[-1]
     changes, binding = [], []
     for key in {**before, **now}:
         # Trust is the user's of today: what the folder says of it never counts.
@@ -285,7 +292,7 @@ def check_same_run(output_dir: Path, config: Config, allow_changes: bool = False
             f"of {path}, start a new run in another folder, replace this one with "
             "--training.overwrite_output_dir true, or insist with --allow-changes true."
         )
-    return changes
+    return held_out, changes
 
 
 def flat(config: Config) -> dict[str, str]:

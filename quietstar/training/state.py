@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -34,6 +35,7 @@ class StageRun:
     objective: Objective
     steps_done: int  # of the stage
     saved_step: int | None = None  # of the run, whose state is in a checkpoint of this folder
+    samples: list[dict[str, Any]] = field(default_factory=list)  # of the newest evaluation
     idle_texts: int = 0  # the last ones, which all had no position to think at
     ema: WeightAverage | None = None  # of the weights that train in the stage
     reference: WeightAverage | None = None  # what thoughts are compared with, if anything is

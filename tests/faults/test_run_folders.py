@@ -412,7 +412,7 @@ def test_the_words_of_libraries_about_a_full_disk_are_plain():
 
 
 def test_a_report_that_fails_ends_no_run(tmp_path, capsys):
-    def fail(folder):
+    def fail(folder, status):
         raise RuntimeError("no page\x1b[2J")
 
     run_training(run_config(tmp_path), on_report=fail)
