@@ -8,6 +8,7 @@ is known to be valid.
 import atexit
 import difflib
 import gc
+import json
 import logging
 import os
 import re
@@ -18,7 +19,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 
 from quietstar import __version__
@@ -126,7 +127,16 @@ def run_command(
         time.sleep(SECONDS_FOR_RANK_0)
     for problem in problems:
         _print_line(f"error: {problem}", f"[rank {rank}] " if rank > 0 else "")
+    _tell_launcher(problems)
     return code
+
+
+def _tell_launcher(problems: list[str]) -> None:
+    """Leave an error where torchrun looks for it, and prints it below its own traceback."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        error = {"message": visible("; ".join(problems)), "timestamp": int(time.time())}
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump(error, file)
 
 
 def _explain(fault: Exception) -> str | None:
