@@ -71,6 +71,19 @@ def test_a_script_that_starts_it_goes_on_after_a_mistake(tmp_path):
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "code 2")
 
 
+def test_the_launcher_learns_the_error_that_it_reports_last(tmp_path, monkeypatch):
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    assert cli.main(["train", "--xyzzy", "1", "--yzzyx", "2"]) == 2
+    failure = ProcessFailure(0, 1234, 2, str(path))
+    report = str(ChildFailedError("train.py", {0: failure})).splitlines()
+    line = report[-2]  # the last one is a rule
+    assert line.strip().startswith("traceback : command line: --xyzzy: unknown key")
+    assert "--yzzyx" in line
+
+
 def test_each_problem_is_a_line_with_the_prefix(capsys):
     assert (
         cli.main(

@@ -11,7 +11,7 @@ from tiny import run_config
 from quietstar.cli import main as cli
 from quietstar.config.loading import save_config
 from quietstar.errors import UserError
-from quietstar.reports.comparison import compare_runs, write_comparison
+from quietstar.reports.comparison import CURVES, UNITS, compare_runs, write_comparison
 from quietstar.training.run import run_training
 
 
@@ -197,6 +197,7 @@ def test_a_run_that_does_not_think_is_compared_by_what_it_has(tmp_path):
     assert verdict in page.text
     assert "Held out, a line for each seed. plain: without thoughts." in page.text
     assert "plain, seed 0, step 25: 1.2500" in page.texts
+    assert CURVES.keys() - UNITS.keys() == {"gain_of_content", "gain", "mixed_nll"}  # nats/token
 
 
 def test_a_student_is_compared_without_thoughts(tmp_path):

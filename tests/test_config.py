@@ -11,8 +11,10 @@ from pydantic import ValidationError
 
 from quietstar.config import Config, cross_field_problems, fields
 from quietstar.config.loading import (
+    FOREIGN,
     RENAMED,
     load_config,
+    read_sections,
     resolve_config_file,
     save_config,
     shipped_configs,
@@ -341,6 +343,11 @@ def test_yaml_numbers_and_words_are_read_as_people_write_them(write):
         ),
         (VALID_YAML + "xyzzy: 1", "x.yaml:3: xyzzy: unknown section"),
         (
+            VALID_YAML + "gradient_accumulation_steps: 4",
+            "x.yaml:3: gradient_accumulation_steps: unknown section; here it is "
+            "training.global_batch_size (all texts of a step",
+        ),
+        (
             VALID_YAML + "training: {lr: 1}",
             "x.yaml:3: training.lr: unknown key; did you mean optim.learning_rate?",
         ),
@@ -390,6 +397,27 @@ def test_yaml_numbers_and_words_are_read_as_people_write_them(write):
 )
 def test_a_fault_in_the_file_is_one_line_with_its_place(write, text, expected):
     assert only_problem_of(write(text)).startswith(expected)
+
+
+def test_foreign_names_lead_to_keys_that_exist_and_are_none_themselves():
+    keys = fields()
+    assert {key for key in FOREIGN.values() if key not in keys} == {"resume"}  # of the command line
+    assert FOREIGN.keys().isdisjoint(key.partition(".")[2] for key in keys)
+
+
+def test_a_section_of_another_type_is_named():
+    with pytest.raises(ConfigError) as error:
+        read_sections("from_base", {"tuning": "lora", "thoughts": None})
+    assert error.value.problems == [
+        "from_base: tuning: must be a mapping of keys, such as tuning.method, or a TuningConfig of "
+        "quietstar.config, but is a str"
+    ]
+
+
+def test_a_misspelt_part_is_all_that_is_said_of_it(write):
+    text = VALID_YAML + "loss: {objective: verifree, reward: probb}\n"
+    problem = only_problem_of(write(text))
+    assert problem.startswith("x.yaml:3: loss.reward: probb: there is none of this name")
 
 
 def test_a_missing_file_or_a_folder_says_what_was_meant(write):
@@ -458,6 +486,13 @@ def test_an_override_below_a_mapping_keeps_its_other_entries():
         (["--learning_rate=1"], "--learning_rate: unknown key; did you mean --optim.learning_rate"),
         (["--lr", "1"], "--lr: unknown key; did you mean --optim.learning_rate?"),
         (["--optim.lr", "1"], "--optim.lr: renamed; write --optim.learning_rate"),
+        (["--num_train_epochs", "3"], "--num_train_epochs: unknown key; here it is --training.max"),
+        (
+            ["--training.bf16"],
+            "--training.bf16: unknown key; here it is --training.mixed_precision "
+            "(bf16 or no; there is no fp16)",
+        ),
+        (["--beta", "0.1"], "--beta: unknown key; here it is --loss.kl_weight"),
         (
             ["--training.eval_controls", "[swaped]"],
             "training.eval_controls.0: 'swaped' must be 'swapped', "

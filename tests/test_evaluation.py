@@ -469,6 +469,24 @@ def test_a_text_file_is_read_in_spans_and_its_thoughts_are_swapped_within_each(f
     assert alone == pytest.approx(kept[0] - kept[1], abs=1e-5)
 
 
+def test_an_untrained_model_thinks_as_the_config_says(folder, tmp_path):
+    (tmp_path / "held.txt").write_text("words of a text " * 6, encoding="utf-8")
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "model: {name_or_path: x}\ndata: {train: x}\n"
+        "thoughts: {length: 3, end_init: x}\nmixing_head: {fixed_weight: 0.0}\n"
+    )
+    arguments = ("--text-tokens", 40, "--untrained")
+    options = {"model": "plain", "tasks": str(tmp_path / "held.txt")}
+    result, _ = evaluated(folder, tmp_path, *arguments, "--config", config, **options)
+    (task,) = result["tasks"].values()
+    assert result["config"]["thinks"]["thoughts"]["length"] == 3
+    assert task["difference"]["nll"] == pytest.approx(0, abs=1e-6)  # the thought counts nothing
+    result, _ = evaluated(folder, tmp_path, *arguments, "--force", **options)
+    (task,) = result["tasks"].values()
+    assert abs(task["difference"]["nll"]) > 1e-4
+
+
 # --- Interrupted ----------------------------------------------------------------------------------
 
 

@@ -123,6 +123,17 @@ def test_the_verdict_says_it_in_words(gain, content, words):
     assert words in verdict(lower)
 
 
+@pytest.mark.parametrize(("share", "says"), [(0.0, "no answer is right"), (0.01, "better with")])
+def test_nothing_is_claimed_where_no_answer_is_right(share, says):
+    found = {
+        "n": 50, "main_metric": "gold_probability",
+        "difference": {"gold_probability": 0.01, "ci95": (0.005, 0.02), "p_value": 0.001},
+        "with_thoughts": {"gold_probability": 0.02, "accuracy": share},
+        "without_thoughts": {"gold_probability": 0.01, "accuracy": 0.0},
+    }  # fmt: skip
+    assert says in verdict(found)
+
+
 def test_a_gain_is_positive_where_own_thoughts_are_better_whatever_the_metric():
     own, control = column([0.2, 0.4, 0.1]), column([0.5, 0.5, 0.5])
     values = ({"nll": own, "accuracy": own}, {"nll": control, "accuracy": control})

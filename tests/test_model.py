@@ -145,6 +145,36 @@ def test_adapters_train_on_only_when_asked_for(base_folder, tmp_path):
         assert all(p.requires_grad == trainable for p in adapters)
 
 
+def test_sections_may_be_given_as_mappings(base_folder):
+    model = QuietStarForCausalLM.from_base(
+        str(base_folder), thoughts={"length": 3}, loss={"objective": "rlp"}, mixing_head={}
+    )
+    assert model.thoughts == ThoughtsConfig(length=3)
+    assert type(model.objective).__name__ == "Rlp"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"thoughts": {"lenght": 3}}, "from_base: thoughts.lenght: unknown key; did you mean "
+         "thoughts.length?"),
+        ({"thoughts": {"length": "3"}}, "from_base: thoughts.length: '3' must be a valid integer; "
+         "write it without quotes"),
+        ({"thoughts": {"length": object}}, "from_base: thoughts.length: <class 'object'> must be a "
+         "valid integer"),
+        ({"loss": {"reward": "prop"}}, "from_base: loss.reward: prop: there is none of this name; "
+         "did you mean prob?"),
+        ({"lenght": 3}, "from_base: lenght: unknown argument; did you mean thoughts.length?"),
+        ({"num_generations": 3}, "from_base: num_generations: unknown argument; here it is "
+         "thoughts.num_thoughts"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_of_from_base_are_named(base_folder, arguments, expected):
+    with pytest.raises(UserError) as error:
+        QuietStarForCausalLM.from_base(str(base_folder), **arguments)
+    assert str(error.value).startswith(expected)
+
+
 def test_a_plain_folder_is_refused_with_the_way_to_load_it(base_folder):
     with pytest.raises(UserError, match="from_base") as error:
         QuietStarForCausalLM.from_pretrained(base_folder)

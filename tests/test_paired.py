@@ -141,6 +141,13 @@ def test_the_page_says_who_is_better_and_what_differs(tmp_path):
     assert "By steps" in page.text
 
 
+def test_settings_of_thoughts_are_no_difference_to_a_model_without_them(tmp_path):
+    first = write_evaluation(tmp_path / "plain.json", [0] * 30, samples=1)
+    settings = {"samples": 2, "generic": "Hm.", "seed": 1}
+    second = write_evaluation(tmp_path / "thinks.json", [1] * 30, variant=WITH, **settings)
+    assert one_task([first, second])["evaluations"][1]["settings"] == {"seed": "1"}
+
+
 def test_the_command_prints_writes_and_never_replaces_what_it_reads(tmp_path, capsys):
     first = write_evaluation(tmp_path / "plain.json", [0] * 30)
     second = write_evaluation(tmp_path / "thinks.json", [1] * 24 + [0] * 6, dtype="bfloat16")

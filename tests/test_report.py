@@ -373,6 +373,10 @@ def test_thoughts_of_one_evaluation_show_no_course(report):
         ({"gain": 0.1}, "gain +0.100 nats/token; the gain of content was not measured."),
         ({"gain": 0.1, "gain_of_content": 0.001}, "swapped ones gain as much (content +0.001)"),
         ({"gain": 0.1, "gain_of_content": 0.05}, "swapping them costs 0.050: what they say"),
+        ({"gain": 0.139, "gain_of_content": 0.509},
+         "Thoughts gain +0.139 nats/token, and swapped ones lose 0.370: what they say matters."),
+        ({"accuracy_with_thoughts": 0.5, "accuracy_without_thoughts": 0.3, "accuracy_swapped": 0.1},
+         "30.0% without; with swapped thoughts 10.0%, fewer than without: what the thoughts say"),
         ({"accuracy_with_thoughts": 0.9, "accuracy_without_thoughts": 0.1, "accuracy_swapped": 0.3},
          "90.0% of the held-out answers are right with thoughts, 10.0% without; with swapped "
          "thoughts 30.0%, so 75% of the gain is what the thoughts say."),
@@ -390,9 +394,18 @@ def test_the_page_begins_with_the_result_in_a_sentence(report, figures, says):
 
 
 def test_a_difference_that_few_problems_cannot_tell_is_called_so(report):
-    few = {"accuracy": {"with_thoughts": 0.6, "without_thoughts": 0.5, "n": 10}}
+    few = {"accuracy": {"with_thoughts": 0.6, "without_thoughts": 0.5, "n": 30}}
     text = report(FILES | {"results.json": json.dumps(few)}).text
-    assert "a difference that 10 problems cannot tell from chance" in text
+    assert "a difference that 30 problems cannot tell from chance" in text
+
+
+def test_a_share_of_very_few_problems_is_a_count_and_no_result(report):
+    answers = {"accuracy_with_thoughts": 0.0, "accuracy_without_thoughts": 0.5}
+    text = report(lines(evaluation(5, "", num_answers=2.0, base_nll=2.0, **answers))).text
+    assert "2 held-out problems are too few to say whether thoughts help." in text
+    assert "Answers to 2 held-out problems, step 5 With thoughts 0 of 2" in text
+    assert "Without thoughts 1 of 2" in text
+    assert "There are 2 of them, too few to tell." in text
 
 
 def test_guards_are_listed_with_figure_threshold_and_where_they_fired(report):
@@ -412,8 +425,10 @@ def test_a_figure_beyond_its_threshold_is_not_called_fine_though_no_guard_fired(
     records = [train(step, "a", entropy=0.01) for step in range(5)]
     text = report(lines(*records)).text
     assert "0.010 at most 0.05 beyond the threshold, not for long enough to warn" in text
-    assert "None of 1 fired" in text
+    assert "None of 1 fired, 1 beyond the threshold" in text
     assert "fine" not in text
+    text = report(lines(train(2, "a", truncated_fraction=1.0))).text  # one record judges nothing
+    assert "100% at least 90% beyond the threshold, not for long enough to warn" in text
 
 
 ONCE = """\

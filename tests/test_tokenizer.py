@@ -57,9 +57,12 @@ def test_a_missing_pad_token_becomes_eos_without_a_new_row(tmp_path):
 
 def test_a_folder_without_tokenizer_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot be loaded") as caught:
-        load_tokenizer(str(tmp_path))
+        load_tokenizer(str(tmp_path), what="model.tokenizer")
     assert "\n" not in str(caught.value)
     assert "'bytes'" in str(caught.value)
+    with pytest.raises(UserError, match="its tokenizer cannot be loaded") as caught:
+        load_tokenizer(str(tmp_path), what="model.name_or_path")
+    assert "bytes" not in str(caught.value)  # which is no model
     with pytest.raises(UserError, match=r"^model.tokenizer \(.*none\): .*there is no such folder"):
         load_tokenizer(str(tmp_path / "none"), what="model.tokenizer")
 

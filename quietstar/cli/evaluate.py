@@ -19,7 +19,7 @@ from rich.console import Console
 from quietstar import __version__
 from quietstar.cli import options
 from quietstar.cli.options import BATCH, SEED, THOUGHTS, TOKENS, Parser, unicode_text, whole
-from quietstar.config import DataConfig
+from quietstar.config import Config, DataConfig
 from quietstar.config.loading import load_config
 from quietstar.config.messages import closest, did_you_mean
 from quietstar.data.encoding import split_template
@@ -75,7 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--tasks: names none; known: {', '.join(TASKS)}")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"--tasks: {', '.join(twice)} is given twice; remove one")
-    data = _question_fields(args)
+    trained = None
+    if args.config is not None:
+        trained = list(load_config(args.config).stage_configs().values())[-1]
+    data = _question_fields(args, trained)
     tasks = [
         find_task(name, args.separator, args.extract, data)
         or find_harness_task(name, args.include_path)
@@ -101,6 +104,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     if data is not None:
         config |= {key: getattr(data, key) for key in QUESTION_FIELDS}
+    sections = None
+    if trained is not None and args.untrained:
+        sections = {"thoughts": trained.thoughts, "mixing_head": trained.mixing_head}
+        config["thinks"] = {name: section.model_dump() for name, section in sections.items()}
+        if len(own) < len(tasks):
+            raise UserError(
+                "--config: with --untrained says how the model thinks, which tasks of "
+                "lm-evaluation-harness do not read. Evaluate them apart, without it."
+            )
     files = {f"the file of {t.name}": (data_dir or Path()) / t.file for t in own if t.file}
     processes = join_launch(args.device)
     if len(own) < len(tasks) and processes.count > 1:
@@ -120,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         finished, store = processes.from_main(read_finished), stores[0]
         store.records = finished
-        result = _evaluate(args, tasks, items, protocol, config, store, processes)
+        result = _evaluate(args, tasks, items, protocol, config, store, processes, sections)
     if not processes.is_main:
         return 0
     for name, figures in result["tasks"].items():
@@ -161,9 +173,8 @@ def _idle_options(
         **options.idle_thought_filters(thoughts, args.thought_temperature),
         "--extract": unless(extracted, "without a FILE.jsonl"),
         "--stop": unless(extracted, "without --extract and a FILE.jsonl"),
-        **dict.fromkeys(
-            ("--config", *map(_option, QUESTION_FIELDS)), unless(has_own, "without a FILE.jsonl")
-        ),
+        **dict.fromkeys(map(_option, QUESTION_FIELDS), unless(has_own, "without a FILE.jsonl")),
+        "--config": unless(has_own or args.untrained, "without a FILE.jsonl or --untrained"),
         "--generic": unless(
             GENERIC in args.controls, "without --controls" + (" generic" if args.controls else "")
         ),
@@ -179,11 +190,14 @@ def _idle_options(
 def _evaluate(
     args: argparse.Namespace, tasks: Sequence[Task | HarnessTask], items: Mapping[str, list[Item]],
     protocol: Protocol, config: dict[str, Any], store: ItemStore, processes: Processes,
+    sections: Mapping[str, Any] | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Score what is not yet scored; return the content of ``--out``."""
     remedy = "Set --thoughts off, or --untrained for a baseline of thoughts never trained."
     needs_training = WITH in protocol.variants and not args.untrained
-    model = options.load_model(args, needs_training, remedy, positions=protocol.positions)
+    model = options.load_model(
+        args, needs_training, remedy, positions=protocol.positions, sections=sections
+    )
     if "shuffled" in protocol.variants and model.thoughts.length < 2:
         raise UserError("--controls: thoughts of one token cannot be shuffled; leave it out")
     rule, is_trained = model.thoughts.positions, protocol.positions == "trained"
@@ -290,23 +304,23 @@ def _option(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
-def _question_fields(args: argparse.Namespace) -> DataConfig | None:
-    """Read how records become questions and answers, if an option says so."""
+def _question_fields(args: argparse.Namespace, trained: Config | None) -> DataConfig | None:
+    """Read how records become questions and answers, if an option or ``--config`` says so."""
     given = {key: getattr(args, key) for key in QUESTION_FIELDS if getattr(args, key) is not None}
-    if not given and args.config is None:
+    has_questions = trained is not None and trained.data.format == "qa"
+    if not given and (trained is None or (args.untrained and not has_questions)):
         return None
     if args.separator:
         raise UserError("--separator: a --template says what separates them; leave one out")
     if "template" in given:
         given["template"] = given["template"].replace("\\n", "\n")  # which no shell writes
-    if args.config is not None:
-        trained = list(load_config(args.config).stage_configs().values())[-1].data
-        if trained.format != "qa":
-            raise UserError(
-                f"--config ({args.config}): has data.format: {trained.format}, whose records have "
-                "no question and answer. Leave it out."
-            )
-        given = {key: getattr(trained, key) for key in QUESTION_FIELDS} | given
+    if trained is not None and not has_questions and not args.untrained:
+        raise UserError(
+            f"--config ({args.config}): has data.format: {trained.data.format}, whose records have "
+            "no question and answer. Leave it out."
+        )
+    if trained is not None and has_questions:
+        given = {key: getattr(trained.data, key) for key in QUESTION_FIELDS} | given
     try:
         data = DataConfig(format="qa", **given)
         split_template(data.template)
@@ -349,7 +363,8 @@ def _parser() -> Parser:
           "text between prompt and answer of FILE.jsonl; default: none")  # fmt: skip
     value("--config", str, None, "FILE",
           "config of a training, whose data section says how records of FILE.jsonl become "
-          "questions and answers, where the next three options do not")  # fmt: skip
+          "questions and answers, where the next three options do not; with --untrained, "
+          "also how the model thinks (thoughts and mixing_head)")  # fmt: skip
     value("--template", unicode_text, None, "TEXT",
           "what joins the question and the answer of a record of FILE.jsonl, as data.template in "
           "training, such as 'Q: {question}\\nA: {answer}'")  # fmt: skip

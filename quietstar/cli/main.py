@@ -10,6 +10,7 @@ import atexit
 import difflib
 import gc
 import io
+import json
 import logging
 import os
 import shutil
@@ -129,8 +130,10 @@ def run_command(
     rank = launched_rank()
     if rank > 0:
         time.sleep(SECONDS_FOR_RANK_0)
-    for problem in problems if told is None else [told]:
+    problems = problems if told is None else [told]
+    for problem in problems:
         _print_line(f"error: {problem}", f"[rank {rank}] " if rank > 0 else "")
+    _tell_launcher(problems)
     return code
 
 
@@ -174,6 +177,14 @@ def _end_as_asked(stop: BaseException, resume_hint: str = "") -> int:
         _print_line(str(stop) if isinstance(stop, Preempted) else f"{word}{resume_hint}")
     asked = signals.requested() or ("SIGTERM" if isinstance(stop, Preempted) else "SIGINT")
     return EXIT_INTERRUPTED if asked == "SIGINT" else EXIT_PREEMPTED
+
+
+def _tell_launcher(problems: list[str]) -> None:
+    """Leave an error where torchrun looks for it, and prints it below its own traceback."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        error = {"message": visible("; ".join(problems)), "timestamp": int(time.time())}
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump(error, file)
 
 
 def _explain(fault: BaseException) -> str | None:

@@ -497,11 +497,12 @@ def load_model(
     remedy: str,
     name: str | None = None,
     positions: str = "every",
+    sections: Mapping[str, Any] | None = None,
 ) -> QuietStarForCausalLM:
     """Load the model of the options of `add_model`, or another one, onto its device.
 
     If ``needs_training``, a plain causal LM is refused with a `UserError` that ends in the remedy.
-    ``positions`` are those of `load_thinker`.
+    ``positions`` and ``sections`` are those of `load_thinker`.
     """
     from quietstar.backbone.devices import find_device
     from quietstar.evaluation.scoring import load_thinker
@@ -511,7 +512,7 @@ def load_model(
     name, places = name or str(args.model), placement(args)
     try:
         model = load_thinker(
-            name, needs_training, args.dtype, remedy, positions, places,
+            name, needs_training, args.dtype, remedy, positions, places, sections,
             trust_remote_code=getattr(args, "trust_remote_code", False),
         )  # fmt: skip
     except UserError as problem:  # of a part that knows the key of a config only

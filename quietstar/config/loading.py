@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,6 +94,45 @@ RENAMED = {"training.objective": "loss.objective"} | {
     for old, new in names.items()
 }
 """Keys of earlier versions, and their names of today."""
+_FOREIGN = {
+    "training.max_steps": "num_train_epochs num_epochs epochs",
+    "training.global_batch_size": "gradient_accumulation_steps generation_batch_size"
+    " steps_per_generation train_batch_size per_gpu_batch_size",
+    "training.micro_batch_size": "per_device_train_batch_size per_device_eval_batch_size",
+    "training.mixed_precision": "bf16 fp16",
+    "training.inner_epochs": "num_iterations num_ppo_epochs",
+    "training.eval_steps": "eval_strategy evaluation_strategy",
+    "training.save_steps": "save_strategy",
+    "optim.warmup_steps": "warmup_ratio",
+    "thoughts.num_thoughts": "num_generations",
+    "thoughts.length": "max_completion_length max_new_tokens",
+    "data.seq_len": "max_seq_length max_length max_prompt_length block_size",
+    "data.train": "train_file train_dataset dataset dataset_name",
+    "data.eval": "validation_file eval_dataset",
+    "data.subset": "dataset_config dataset_config_name",
+    "loss.reward": "reward_func reward_funcs",
+    "loss.kl_weight": "beta kl_coef",
+    "loss.clip_low": "epsilon cliprange",
+    "loss.clip_high": "epsilon_high",
+    "loss.scaling": "scale_rewards",
+    "loss.token_weighting": "loss_type",
+    "tuning.method": "use_peft load_in_4bit",
+    "tuning.lora_target_modules": "target_modules",
+    "model.dtype": "torch_dtype",
+    "resume": "resume_from_checkpoint",
+}
+FOREIGN = {name: key for key, names in _FOREIGN.items() for name in names.split()}
+"""Names of transformers, TRL and PEFT, and the key that decides the same here."""
+_UNLIKE = {
+    "training.max_steps": "runs are counted in steps of training.global_batch_size texts",
+    "training.global_batch_size": "all texts of a step, in as many passes of at most"
+    " training.micro_batch_size as it takes",
+    "training.mixed_precision": "bf16 or no; there is no fp16",
+    "optim.warmup_steps": "a number of steps",
+    "training.eval_steps": "0 evaluates only at start and end",
+    "training.save_steps": "0 saves only the final model",
+}
+"""What a foreign name's key means, where its name alone does not tell."""
 
 
 def load_config(
@@ -158,6 +197,49 @@ def load_config(
     if not registry.code_is_trusted():
         tree.setdefault("model", {})["trust_remote_code"] = False
     return Config.model_validate(tree)
+
+
+def read_sections(
+    source: str, sections: Mapping[str, Any], unknown: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Validates sections of a config that Python code gives, as those of a file.
+
+    Args:
+        source: What messages begin with, such as the name of a function.
+        sections: By name, an instance, a mapping of keys (``{"length": 4}``), or None for defaults.
+        unknown: Arguments beside them that the function does not take.
+
+    Raises:
+        ConfigError: With everything that is wrong with the mappings.
+    """
+    reader, kinds = _Reader(), {name: Config.model_fields[name].annotation for name in sections}
+    reader.file = source
+    mappings = {name: {} if given is None else given for name, given in sections.items()}
+    for name in unknown:
+        keys = [key for section in sections for key in keys_of(section)]
+        reader.problems.append(
+            f"{source}: {name}: {reader._unknown(name, candidates=keys, kind='argument')}"
+        )
+    for name, given in [*mappings.items()]:
+        if isinstance(given, Mapping):
+            reader._read_section("", name, dict(given))
+            continue
+        del mappings[name]
+        if not isinstance(given, kinds[name]):  # pyright: ignore[reportArgumentType]
+            reader.problems.append(
+                f"{source}: {name}: must be a mapping of keys, such as {keys_of(name)[0]}, or a "
+                f"{kinds[name].__name__} of quietstar.config, but is a {type(given).__name__}"  # pyright: ignore
+            )
+    # Rules between keys hold for those of the mappings.
+    others = {key for key in fields() if key.partition(".")[0] not in mappings}
+    reader.problems += _find_problems(reader.settings[""], reader.misspelt | others, source)
+    if reader.problems:
+        raise ConfigError(shortened(problem, LONGEST_PROBLEM) for problem in reader.problems)
+    trees, make = _nested(reader.settings[""]), {**kinds, "loss": loss_config}
+    return {
+        name: make[name](**trees.get(name, {})) if name in mappings else given  # pyright: ignore
+        for name, given in sections.items()
+    }
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -405,10 +487,8 @@ class _Reader:
             self.misspelt.add(section)
             self._report(shown, f"unknown section; write `{parent}:` and `{name}:` below it")
         elif section not in SECTIONS:
-            suggests = len(self.problems) < MOST_SUGGESTIONS
-            meant = closest(str(section), list(Config.model_fields)) if suggests else None
-            self.misspelt.update(keys_of(meant) if meant else ())
-            self._report(shown, f"unknown section{did_you_mean(meant)}")
+            names = [*Config.model_fields, *fields()]
+            self._report(shown, self._unknown(str(section), candidates=names, kind="section"))
 
     def _source(self, key: str) -> str:
         """Returns file and line of a key, or of the section that it stands in."""
@@ -418,18 +498,26 @@ class _Reader:
     def _report(self, name: str, message: str, source: str | None = None) -> None:
         self.problems.append(f"{source or self._source(name)}: {shortened(name, 100)}: {message}")
 
-    def _unknown(self, name: str, before: str = "", candidates: Iterable[str] = ()) -> str:
+    def _unknown(
+        self, name: str, before: str = "", candidates: Iterable[str] = (), kind: str = "key"
+    ) -> str:
         """Says which key replaces an unknown one, or which of the candidates was meant."""
-        renamed = meant = RENAMED.get(name)
-        if not renamed and len(self.problems) < MOST_SUGGESTIONS:
-            meant = closest(name, [*(candidates or fields()), *RENAMED], by_leaf=True)
+        known = [*(candidates or fields())]
+        renamed, foreign = RENAMED.get(name), FOREIGN.get(name.rpartition(".")[2])
+        meant = renamed or (foreign := foreign if foreign in known else None)
+        if not meant and len(self.problems) < MOST_SUGGESTIONS:
+            meant = closest(name, [*known, *RENAMED], by_leaf=True)
         meant = RENAMED.get(meant, meant) if meant else None
-        self.misspelt.update([meant] if meant else [])
+        self.misspelt.update((keys_of(meant) or [meant]) if meant else [])
         if renamed:
             return f"renamed; write {before}{renamed}"
+        if foreign:
+            note = f" ({_UNLIKE[foreign]})" if foreign in _UNLIKE else ""
+            return f"unknown {kind}; here it is {before}{foreign}{note}"
         if meant is None:
-            return "unknown key; quietstar train --help lists all"
-        return "unknown key" + did_you_mean(f"{before}{meant}")
+            lists = "quietstar train --help lists all" if kind != "argument" else "leave it out"
+            return f"unknown {kind}; {lists}"
+        return f"unknown {kind}{did_you_mean(f'{before}{meant}')}"
 
     def read_overrides(self, arguments: Sequence[str]) -> None:
         """Takes over ``--key value``, ``--key=value`` and bare ``--flag``; the last one counts."""

@@ -9,6 +9,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml.error import YAMLError
+
 from quietstar.config.tree import fields
 from quietstar.config.yaml import YamlProblem, dump, parse
 
@@ -124,7 +126,10 @@ def fits(text: str, types: set[str]) -> bool:
 
 def shown_value(value: Any) -> str:
     """Returns a value as YAML on one line, cut when long."""
-    text = " ".join(dump(value, one_line=True).removesuffix("...\n").split())
+    try:
+        text = " ".join(dump(value, one_line=True).removesuffix("...\n").split())
+    except YAMLError:  # Python code may give any object
+        text = repr(value)
     if isinstance(value, str) and not text.startswith(("'", '"')):
         text = f"'{text}'"
     return shortened(text)

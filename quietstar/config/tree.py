@@ -394,14 +394,15 @@ def _part_rules(config: Config) -> Iterator[Broken]:
         "loss.reward": config.loss.reward,
         "thoughts.sampler": config.thoughts.sampler,
     }
+    unknown: set[str] = set()
     for key, name in named.items():
         try:
             registry.check(key, name)
         except UserError as problem:
+            unknown.add(key)
             yield (key,), str(problem).replace(f"{key} ({name}): ", f"{name}: ", 1)
-        else:
-            if key == "loss.objective":
-                yield from _problems_of_objective(config)
+    if "loss.objective" not in unknown:  # a rule about a part that does not exist would mislead
+        yield from (one for one in _problems_of_objective(config) if unknown.isdisjoint(one[0]))
 
 
 def _judge_rules(config: Config) -> Iterator[Broken]:

@@ -111,17 +111,22 @@ def load_tokenizer(
         # part are no `Exception`.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        remedy = f"Give a folder that holds one, a hub id you can reach, or {BYTES!r}."
+        owner, remedy = "", "Give a folder that holds one, or a hub id you can reach."
+        if what == "model.tokenizer":
+            remedy = f"Give a folder that holds one, a hub id you can reach, or {BYTES!r}."
+        elif what == "model.name_or_path":
+            owner = "its tokenizer "
+            remedy = "Give a folder with model and tokenizer, or a hub id you can reach."
         if "trust_remote_code" in str(error):
             reason = "it needs Python code of its own, which is not run"
             remedy = TRUST_REMEDY
         elif not (path := Path(name)).exists() and (
             path.is_absolute() or name.startswith((".", "~"))
         ):
-            reason = "there is no such folder"
+            owner, reason = "", "there is no such folder"
         else:
             reason = reason_of(error)
-        raise UserError(f"{what} ({name}): cannot be loaded ({reason}). {remedy}") from error
+        raise UserError(f"{what} ({name}): {owner}cannot be loaded ({reason}). {remedy}") from error
     if tokenizer.eos_token_id is None:
         logger.warning(
             "tokenizer %r has no end-of-text token: the end of texts is not learned", name

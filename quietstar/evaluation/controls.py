@@ -50,6 +50,8 @@ GENERIC_TEXT = " I will work through this carefully and then give the answer."
 LOWER_IS_BETTER = ("nll",)
 LEAST_PROBABILITY = 1e-3
 """Mean P(gold answer) that must be reached to decide: of that of a long answer nothing is left."""
+FEW_ITEMS = 20
+"""Minimum number of items for a verdict."""
 
 Value = TypeVar("Value", float, Tensor)
 

@@ -70,14 +70,15 @@ def load_thinker(
     remedy: str,
     positions: str = "every",
     placement: Mapping[str, Any] | None = None,
+    sections: Mapping[str, Any] | None = None,
     **hub: Any,
 ) -> QuietStarForCausalLM:
     """Load a saved Quiet-STaR model, or a plain one with vectors and head never trained.
 
     One token is predicted behind each thought, so its lookahead is 1; but a model that thinks once
     about an answer (`thinks_once`) predicts with this thought as many tokens as it was trained to.
-    ``placement`` may hold ``device_map`` and ``max_memory``, ``hub`` may hold ``revision`` and
-    ``trust_remote_code``.
+    ``placement`` may hold ``device_map`` and ``max_memory``, ``sections`` those of a config that a
+    plain model thinks by, ``hub`` may hold ``revision`` and ``trust_remote_code``.
 
     Raises:
         UserError: There is no such model, or it is plain where a trained one is needed; ``remedy``
@@ -108,7 +109,8 @@ def load_thinker(
             f"for. {remedy}"
         )
     else:
-        model = QuietStarForCausalLM.from_base(name, dtype=dtype, **places, **hub)
+        given = sections or {}
+        model = QuietStarForCausalLM.from_base(name, dtype=dtype, **given, **places, **hub)
     if positions == "once":
         model.configure(model.thoughts.model_copy(update={"positions": "answer_start"}))
     if not thinks_once(model, positions):

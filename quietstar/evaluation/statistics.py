@@ -17,6 +17,7 @@ from scipy import stats
 from quietstar.evaluation.controls import (
     CONTROL_NAMES,
     CONTROLS,
+    FEW_ITEMS,
     GAINS,
     LEAST_PROBABILITY,
     LOWER_IS_BETTER,
@@ -30,8 +31,6 @@ from quietstar.evaluation.tasks import Task
 
 Array = NDArray[np.float64]
 LEVEL = 0.95
-FEW_ITEMS = 20
-"""Of fewer items nothing is concluded."""
 EXAMPLES = 10
 """Items of each kind that a page shows, drawn at random."""
 EXTREMES = 5
@@ -40,6 +39,8 @@ MOST_GROUPS = 8
 """Numbers that are groups of their own."""
 MIN_TOKENS = 40
 """Fewest tokens of a task for which a breakdown is made."""
+SHARES = ("accuracy", "exact_match")
+"""Metrics that are shares of items which are right, clearest first."""
 LENGTHS = ("thought_length", "truncated_fraction")
 """Figures of thoughts that may end early."""
 KINDS = ("digits", "words", "punctuation", "white space")
@@ -317,6 +318,16 @@ def is_significant(change: dict[str, Any]) -> bool:
     return (ci95[0] > 0 or ci95[1] < 0) and p_value < 0.05
 
 
+def none_is_right(*scores: Mapping[str, Any]) -> bool:
+    """Say whether not one answer is right in any of several evaluations of the same items.
+
+    Whole texts never are, so those without a gold answer do not count.
+    """
+    return all(
+        "gold_probability" in s and not any(s.get(name, 0.0) for name in SHARES) for s in scores
+    )
+
+
 def verdict(summary: dict[str, Any]) -> str:
     """Answer in a sentence: do the thoughts help, and is it what they say?"""
     if "difference" not in summary:
@@ -326,6 +337,8 @@ def verdict(summary: dict[str, Any]) -> str:
         return f"{summary['n']} items are too few to say whether thoughts help"
     if not is_significant(change):
         return f"no difference that {summary['n']} items can tell"
+    if none_is_right(*(summary.get(variant, {}) for variant in (WITH, WITHOUT))):
+        return "it changes, but no answer is right, with thoughts or without"
     if gain_over(change[main], 0.0, main) < 0:
         return "thoughts make it worse"
     gains = {control: summary[GAINS[control]] for control in CONTROLS if GAINS[control] in summary}

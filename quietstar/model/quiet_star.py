@@ -46,6 +46,7 @@ from quietstar.backbone.run import (
 )
 from quietstar.backbone.teacher_forced import ThoughtStates, embed_blocks, teacher_forced
 from quietstar.config import LossConfig, MixingHeadConfig, ThoughtsConfig, TuningConfig, loss_config
+from quietstar.config.loading import read_sections
 from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from quietstar.errors import UserError
 from quietstar.generation.gates import Gate
@@ -394,10 +395,10 @@ class QuietStarForCausalLM(PreTrainedModel):
         name_or_path: str | PreTrainedModel,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        thoughts: ThoughtsConfig | None = None,
-        mixing_head: MixingHeadConfig | None = None,
-        loss: LossConfig | None = None,
-        tuning: TuningConfig | None = None,
+        thoughts: ThoughtsConfig | Mapping[str, Any] | None = None,
+        mixing_head: MixingHeadConfig | Mapping[str, Any] | None = None,
+        loss: LossConfig | Mapping[str, Any] | None = None,
+        tuning: TuningConfig | Mapping[str, Any] | None = None,
         dtype: torch.dtype | str = torch.float32,
         trust_remote_code: bool = False,
         device_map: Any = None,
@@ -405,6 +406,9 @@ class QuietStarForCausalLM(PreTrainedModel):
         **hub: Any,
     ) -> QuietStarForCausalLM:
         """Turn a plain causal LM into one that thinks.
+
+        The sections of a config (``thoughts``, ``mixing_head``, ``loss``, ``tuning``) are given as
+        their classes or as mappings of their keys, such as ``thoughts={"length": 4}``.
 
         Args:
             name_or_path: Hub id, folder, or a loaded model.
@@ -417,23 +421,20 @@ class QuietStarForCausalLM(PreTrainedModel):
             trust_remote_code: Whether code that comes with the model may run.
             device_map: Where the weights go; this and ``max_memory`` as in `from_pretrained`.
             max_memory: Bytes that weights may take, with a ``device_map`` of "auto".
-            **hub: ``revision``.
+            **hub: Options of downloads, as in `from_pretrained`.
 
         Raises:
-            UserError: The model cannot be loaded or its architecture is not supported, or the
-                tokenizer does not fit it.
+            UserError: A section or an argument is wrong, the model cannot be loaded or its
+                architecture is not supported, or the tokenizer does not fit it.
         """
-        thoughts, tuning = thoughts or ThoughtsConfig(), tuning or TuningConfig()
-        if not isinstance(tuning, TuningConfig):
-            raise UserError(
-                f"tuning ({tuning!r}): must be a TuningConfig. Give one, such as "
-                'TuningConfig(method="lora") of quietstar.config.'
-            )
+        given = {"thoughts": thoughts, "mixing_head": mixing_head, "loss": loss, "tuning": tuning}
+        unknown = sorted(hub.keys() - saving.OF_DOWNLOADS)
+        sections = read_sections("from_base", given, unknown)
         hub["trust_remote_code"] = trust_remote_code
         if isinstance(name_or_path, str):
-            tokenizer = tokenizer or load_tokenizer(name_or_path, **hub)
+            tokenizer = tokenizer or load_tokenizer(name_or_path, what="model.name_or_path", **hub)
             base = load_base(
-                name_or_path, dtype=dtype, quantization=quantization(tuning),
+                name_or_path, dtype=dtype, quantization=quantization(sections["tuning"]),
                 device_map=device_map, max_memory=max_memory, **hub,
             )  # fmt: skip
         else:
@@ -443,15 +444,15 @@ class QuietStarForCausalLM(PreTrainedModel):
         check_architecture(base)
         check_tokenizer_fits(tokenizer, embedding_weight(base).shape[0])
         use_thinking_attention(base)
-        start, end = marker_tokens(tokenizer, thoughts)
+        start, end = marker_tokens(tokenizer, sections["thoughts"])
         model = cls(
-            apply_tuning(base, tuning),
-            thoughts,
-            mixing_head or MixingHeadConfig(),
-            loss,
+            apply_tuning(base, sections["tuning"]),
+            sections["thoughts"],
+            sections["mixing_head"],
+            sections["loss"],
             len(tokenizer),
             start[0],
-            tuning,
+            sections["tuning"],
             tokenizer,
             (len(start), len(end)),
         )

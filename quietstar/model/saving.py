@@ -107,7 +107,7 @@ _MOST_UNITS = 2**17
 _DAMAGED = "Save the model again, or take another copy of the folder."
 
 _OF_UPLOADS = {"token", "private", "commit_message", "revision"}
-_OF_DOWNLOADS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
+OF_DOWNLOADS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -381,7 +381,7 @@ def from_pretrained(  # noqa: D417
     for name in ("_from_auto", "adapter_kwargs", "code_revision", "weights_only"):  # Auto classes'
         hub.pop(name, None)
     hub = {name: value for name, value in hub.items() if value not in (None, False)}
-    if unknown := sorted(hub.keys() - _OF_DOWNLOADS):
+    if unknown := sorted(hub.keys() - OF_DOWNLOADS):
         raise UserError(f"from_pretrained: {unknown[0]}: unknown argument. Leave it out.")
     path, on_hub = find_folder(folder, **hub)
     if on_hub:

@@ -62,6 +62,12 @@ CURVES = {
 """Figures that the page draws over the steps of the last stage."""
 REWARD = "policy_reward"
 """What the objective was given, drawn over the steps of the last stage, too."""
+UNITS = {
+    "accuracy_with_thoughts": "correct answers",
+    "gold_probability_with_thoughts": "probability",
+    REWARD: "reward",
+}
+"""Of the curves that are not in nats a token."""
 REWARD_POINTS = 10
 """Points of that curve: means over as many steps as it takes, because single steps vary."""
 _OF_PLAIN_RUNS = {
@@ -339,8 +345,7 @@ def write_comparison(path: Path, result: Mapping[str, Any]) -> Path:
                     kinds.append(Points(label, steps, values, texts, color, symbol, "-"))
         if any(len(kind.x) > 1 for kind in kinds):
             is_share = show is percent
-            unit = "correct answers" if is_share else "reward" if key == REWARD else "nats/token"
-            titles = ("steps of the last stage", unit)
+            titles = ("steps of the last stage", UNITS.get(key, "nats/token"))
             figures[key] = partial(draw_points, kinds, titles, is_share)
             caption = "Held out, a line for each seed."
             if key == REWARD:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quietstar.judging.contest import probability_of_first
+from quietstar.judging.judge import LEAST_MASS
 from quietstar.judging.labels import Label, Pair
 from quietstar.reports.pages import percent, percent_range, write_html
 
@@ -14,6 +15,8 @@ OF_A_FILE, UNNAMED = ("chosen in the file", "rejected in the file"), ("first tex
 """Headings of the texts, where no models are compared."""
 MOST = 20
 """Pairs that a list of the page shows."""
+CLEAR = 0.55
+"""Minimum probability of a preference that is shown as clear."""
 
 
 def write_judge_page(
@@ -36,20 +39,22 @@ def write_judge_page(
     """
     rows = [_row(label, pair) for label, pair in zip(labels, pairs, strict=True)]
     judged = [row for row in rows if not row["is_equal"]]
-    clearest = sorted(judged, key=lambda row: -abs(row["first"] - 0.5))
+    decided = [row for row in judged if max(row["first"], 1 - row["first"]) >= CLEAR]
+    clearest = sorted(decided, key=lambda row: -abs(row["first"] - 0.5))
     undecided = sorted(
         (row for row in judged if row["is_contradiction"]),
         key=lambda row: -min(abs(p - 0.5) for p in row["orders"]),
     )
     is_labeled = any(row["is_labeled"] for row in judged)
-    lists, clear = [], "The pairs with the largest probability, averaged over both orders."
+    lists = []
+    clear = f"Pairs with a probability of {CLEAR:.0%} or more, averaged over both orders."
     if names is not None:
         for name, is_first in zip(names, (True, False), strict=True):
             some = [row for row in clearest if (row["first"] > 0.5) == is_first]
             lists.append((f"Clearest for {name}", clear, some))
     elif is_labeled:
         some = [row for row in clearest if row["is_labeled"] and row["first"] < 0.5]
-        caption = "Pairs in which it prefers what the file says was rejected, the clearest first."
+        caption = "Pairs in which it clearly prefers what the file says was rejected."
         lists.append(("The judge against the file", caption, some))
     else:
         lists.append(("Clearest preferences", clear, clearest))
@@ -79,11 +84,13 @@ def _row(label: Label, pair: Pair) -> dict[str, Any]:
 
 def _verdict(summary: Mapping[str, Any], names: tuple[str, str] | None) -> str:
     """Say the result in a sentence or two."""
-    same = summary["same_slot"]
+    same, mass = summary["same_slot"], summary["mass"]
     bias = ""
     if same is not None:
         bias = f" In {percent(same)} of the pairs it gives the same number in both orders"
         bias += ": it follows the place more than the text." if same > 0.5 else "."
+    if mass is not None and mass < LEAST_MASS:
+        bias += f" Its verdicts say little: {100 * mass:.3g} % of its probability is on 1 and 2."
     if names is not None:
         low, high = summary["win_rate_ci"] or (0.0, 1.0)
         rate = f"{percent(summary['win_rate'])} (95% CI {percent_range((low, high))})"

@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from quietstar.evaluation.controls import FEW_ITEMS
 from quietstar.system.files import write_whole
 
 MISSING = "–"
@@ -28,14 +29,28 @@ def signed(value: float | None, digits: int = 4) -> str:
     return MISSING if value is None else f"{value:+.{digits}f}".replace("-", "−")
 
 
-def signed_range(bounds: Sequence[float] | None) -> str:
+def signed_range(bounds: Sequence[float] | None, digits: int = 4) -> str:
     """Format an interval of signed numbers as ``−0.0120 to +0.0340``."""
-    return MISSING if bounds is None else " to ".join(map(signed, bounds))
+    return MISSING if bounds is None else " to ".join(signed(bound, digits) for bound in bounds)
+
+
+def decimals(comparison: Mapping[str, Any], metric: str) -> int:
+    """Return the decimals of a metric and its difference: none told from chance reads 0.0000."""
+    change, p_value = abs(comparison[metric]), comparison[f"{metric}_p_value"]
+    is_lost = 0 < change < 0.00005 and p_value is not None and p_value < 0.05
+    return 1 - math.floor(math.log10(change)) if is_lost else 4
 
 
 def percent(share: float | None) -> str:
     """Format ``0.924`` as ``92.4%``."""
     return MISSING if share is None else f"{plain(100 * share, 1)}%"
+
+
+def share_of(share: float | None, n: float | None) -> str:
+    """Format a share of ``n`` items as a percentage, or ``3 of 8`` where they are few."""
+    if share is None or n is None or n >= FEW_ITEMS:
+        return percent(share)
+    return f"{plain(share * n, 0 if abs(share * n - round(share * n)) < 0.01 else 1)} of {n:.0f}"
 
 
 def percent_range(bounds: Sequence[float] | None) -> str:
@@ -97,8 +112,8 @@ def render(template: str, scripts: Sequence[str], **context: Any) -> str:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
-    for show in (plain, signed, signed_range, percent, percent_range, points, points_range,
-                 probability, wilson, shown_text):  # fmt: skip
+    for show in (plain, signed, signed_range, percent, percent_range, share_of, points,
+                 points_range, probability, wilson, shown_text):  # fmt: skip
         environment.filters[show.__name__] = show
     # A browser takes the hash of a script after it has made all line ends \n.
     sources = [script.replace("\r\n", "\n").replace("\r", "\n") for script in scripts]

@@ -15,11 +15,11 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from quietstar.errors import UserError, reading, visible
-from quietstar.evaluation.controls import WITH, WITHOUT, gain_over
+from quietstar.evaluation.controls import FEW_ITEMS, WITH, WITHOUT, gain_over
 from quietstar.evaluation.runner import Records, read_items, settings_changes
 from quietstar.evaluation.statistics import (
-    FEW_ITEMS,
     LENGTHS,
+    SHARES,
     Array,
     choose_main_metric,
     differences,
@@ -27,20 +27,22 @@ from quietstar.evaluation.statistics import (
     is_significant,
     item_groups,
     means,
+    none_is_right,
 )
 from quietstar.reports.evaluation import METRICS, comparison_cells, figures_table
 from quietstar.reports.figures import Row, draw_forest, in_both_sizes
-from quietstar.reports.pages import MISSING, plain, signed, write_html
+from quietstar.reports.pages import MISSING, decimals, plain, signed, write_html
 from quietstar.system.inputs import open_input, parse_json
 
 OF_TOKENS = ("nll", "token_accuracy")
 """Metrics that are means over tokens, of which two tokenizers make different ones."""
-IN_GROUPS = ("accuracy", "exact_match")
-"""Metrics that groups of items are shown by, beside the main one."""
 SEED = 0
 """Of resampling."""
-_EXPECTED = ("model", "weights", "data_dir")
-"""Settings that differ between evaluations of several models."""
+_EXPECTED = ("model", "weights", "data_dir", "generic")
+"""Settings that differ between evaluations of several models, or are of controls only."""
+_OF_THOUGHTS = ("samples", "thought_temperature", "thought_top_p", "thought_top_k", "positions",
+                "untrained")  # fmt: skip
+"""Settings that count where both evaluations think."""
 _REMEDY = "Give files that quietstar eval --out has written."
 _VOTES = re.compile(r"(maj|pass)@(\d+)")
 
@@ -145,7 +147,7 @@ def compare_evaluations(paths: Sequence[Path]) -> dict[str, Any]:
     holm(tests)
     for task in tasks.values():
         for row in task["evaluations"][1:]:
-            row["verdict"] = _verdict(row["difference"], task["main_metric"], task["n"])
+            row["verdict"] = _verdict(row, task["evaluations"][0], task["main_metric"], task["n"])
     return {"tasks": tasks, "num_tests": len(tests)}
 
 
@@ -183,12 +185,12 @@ def _compare_task(
         )
     by_name = dict(zip(names, values, strict=True))
     main = choose_main_metric(evaluations[0].main_metrics[tasks[0]], by_name)
-    summaries = []
+    summaries, thinks = [], evaluations[0].variant(tasks[0])
     for place, (one, task, records) in enumerate(zip(evaluations, tasks, rows, strict=True)):
         row: dict[str, Any] = {
             "name": names[place], "file": str(one.path),
             "model": str(one.settings.get("model")), "variant": one.variant(task),
-            "settings": _unlike(one.settings, evaluations[0].settings),
+            "settings": _unlike(one, evaluations[0], thinks=one.variant(task) == thinks == WITH),
             "scores": means(values[place], main, SEED),
         }  # fmt: skip
         for name in LENGTHS:
@@ -201,13 +203,14 @@ def _compare_task(
             "groups": _groups(evaluations, tasks, numbers, values, main)}  # fmt: skip
 
 
-def _unlike(settings: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, str]:
+def _unlike(one: Evaluation, first: Evaluation, thinks: bool) -> dict[str, str]:
     """Return the settings in which an evaluation differs from the first, but for its model."""
-    names = dict.fromkeys((*first, *settings))
+    settings, before = one.settings, first.settings
+    idle = _EXPECTED if thinks else (*_EXPECTED, *_OF_THOUGHTS)
     return {
         name: str(settings.get(name))
-        for name in names
-        if name not in _EXPECTED and settings.get(name) != first.get(name)
+        for name in dict.fromkeys((*before, *settings))
+        if name not in idle and settings.get(name) != before.get(name)
     }
 
 
@@ -246,7 +249,7 @@ def _groups(
             break
     else:
         return {}
-    metrics = [name for name in dict.fromkeys((*IN_GROUPS, main)) if name in values[0]]
+    metrics = [name for name in dict.fromkeys((*SHARES, main)) if name in values[0]]
     return {
         name: [
             {"label": label, "n": int(chosen.sum()),
@@ -258,12 +261,15 @@ def _groups(
     }  # fmt: skip
 
 
-def _verdict(difference: Mapping[str, Any], main: str, count: int) -> str:
+def _verdict(row: Mapping[str, Any], first: Mapping[str, Any], main: str, count: int) -> str:
     """Say whether an evaluation is better than the first one, by the main metric."""
+    difference = row["difference"]
     if count < FEW_ITEMS:
         return f"{count} items are too few to tell"
-    if not is_significant(dict(difference)):
+    if not is_significant(difference):
         return f"no difference that {count} items can tell"
+    if none_is_right(row["scores"], first["scores"]):
+        return "it changes, but no answer is right in either"
     return "better" if gain_over(difference[main], 0.0, main) > 0 else "worse"
 
 
@@ -275,10 +281,15 @@ def _metrics(task: Mapping[str, Any]) -> dict[str, str]:
     return {name: METRICS.get(name) or name for name in names}
 
 
-def _bounds(scores: Mapping[str, Any], metric: str) -> str:
+def _digits(task: Mapping[str, Any], metric: str) -> int:
+    """Return the decimals that show every difference of a metric which is no chance."""
+    return max(decimals(row["difference"], metric) for row in task["evaluations"][1:])
+
+
+def _bounds(scores: Mapping[str, Any], metric: str, digits: int) -> str:
     """Format the interval of a metric."""
     bounds = scores[f"{metric}_ci95"]
-    return MISSING if bounds is None else " to ".join(map(plain, bounds))
+    return MISSING if bounds is None else " to ".join(plain(bound, digits) for bound in bounds)
 
 
 def paired_view(result: Mapping[str, Any]) -> RenderableType:
@@ -291,7 +302,7 @@ def paired_view(result: Mapping[str, Any]) -> RenderableType:
             table = figures_table(visible(label), "", "minus the first", "95% CI", "p")
             for row in task["evaluations"]:
                 scores, change = row["scores"], row.get("difference")
-                cells = [plain(scores[metric])]
+                cells = [plain(scores[metric], _digits(task, metric))]
                 if change is not None:
                     cells += comparison_cells(change, metric, main)
                 style = "bold" if metric == main else ""
@@ -313,7 +324,7 @@ def paired_view(result: Mapping[str, Any]) -> RenderableType:
 def _changed(row: Mapping[str, Any], first: str) -> str:
     """Say how many items are right in one evaluation only, where a metric says what is right."""
     difference = row["difference"]
-    for metric in IN_GROUPS:
+    for metric in SHARES:
         if f"{metric}_gained" in difference:
             gained, lost = (difference[f"{metric}_{key}"] for key in ("gained", "lost"))
             return f" (right only in {row['name']}: {gained}, only in {first}: {lost})"
@@ -334,11 +345,14 @@ def write_paired(path: Path, result: Mapping[str, Any]) -> Path:
             Row(row["name"], row["difference"][main], row["difference"]["ci95"]) for row in others
         ]
         title = f"{metrics[main]}, minus {first['name']}"
-        figures[f"task{number}"] = partial(draw_forest, rows, title, signed)
+        digits = {metric: _digits(task, metric) for metric in metrics}
+        show = partial(signed, digits=digits[main])
+        figures[f"task{number}"] = partial(draw_forest, rows, title, show)
         cells = [
-            (row, [(plain(row["scores"][m]), _bounds(row["scores"], m)) for m in metrics])
+            (row, [(plain(row["scores"][m], digits[m]), _bounds(row["scores"], m, digits[m]))
+                   for m in metrics])
             for row in task["evaluations"]
-        ]
+        ]  # fmt: skip
         gaps = [
             (row, [comparison_cells(row["difference"], metric, main) for metric in metrics])
             for row in others
@@ -352,7 +366,7 @@ def write_paired(path: Path, result: Mapping[str, Any]) -> Path:
             },
             "card": {"name": f"task{number}", "title": "What changes",
                      "caption": f"{title}: mean and 95% CI"},
-            "grouped": {m: metrics[m] for m in dict.fromkeys((*IN_GROUPS, main)) if m in metrics},
+            "grouped": {m: metrics[m] for m in dict.fromkeys((*SHARES, main)) if m in metrics},
         })  # fmt: skip
     return write_html(path, "paired.html.j2", figures=in_both_sizes(figures), tasks=sections,
                       num_tests=result["num_tests"])  # fmt: skip

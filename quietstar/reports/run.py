@@ -14,6 +14,7 @@ from quietstar.evaluation.controls import (
     BLANK,
     CONTROL_NAMES,
     CONTROL_NOTES,
+    FEW_ITEMS,
     GAINS,
     GENERIC,
     SHUFFLED,
@@ -75,10 +76,11 @@ CHARTS = (
           "alone. Lower is better. Early values may lie beyond the axis.", "nats/token",
           (Line("base_nll", "base NLL", "base", "s"),
            Line("mixed_nll", "mixed NLL", "mixed"),
+           Line("swapped_mixed_nll", "mixed NLL, swapped thoughts", "swapped", "D"),
            Line("thought_nll", "thought NLL", "thought", "^")), from_zero=False),
     Chart("gain", "Gain of thinking, and cost of swapping the thoughts",
-          "Gain: base minus mixed NLL. Gain of content: what is lost with swapped thoughts; only "
-          "this part is thinking.", "nats/token",
+          "Gain: base minus mixed NLL. Gain of content: what is lost with swapped thoughts, more "
+          "than the gain where those do harm.", "nats/token",
           (Line("gain", "gain", "mixed"),
            Line("gain_of_content", "gain of content", "content", "^"),
            Line("gain_over_pause", "gain over pause tokens", "pause", "D"),
@@ -176,6 +178,7 @@ def write_report(folder: Path, status: str = "") -> Path:
         for record in scored[-1:]
     )
     in_table = IN_TABLE_OF_ANSWERS if of_answers else IN_TABLE
+    answers = _answers(evaluations, run.results)
     (probability,) = (chart for chart in CHARTS if chart.name == "probability")
     return write_html(
         folder / "report.html",
@@ -184,7 +187,7 @@ def write_report(folder: Path, status: str = "") -> Path:
         run=run,
         status=status or _status(run),
         facts=_facts(run),
-        answers=_answers(evaluations, run.results),
+        answers=answers,
         control_notes={f"accuracy_{control}": note for control, note in CONTROL_NOTES.items()},
         scored=[record for record in scored if "mixed_nll" in record.figures] or scored,
         probabilities=[
@@ -197,7 +200,7 @@ def write_report(folder: Path, status: str = "") -> Path:
         guards=_guards(run),
         verdict=_verdict(evaluations, run.results),
         followed=_followed(run.followed),
-        cards=[_card(chart, run.records, measured, of_answers) for chart in charts],
+        cards=[_card(c, run.records, measured, of_answers, answers["n"]) for c in charts],
         evaluations=evaluations,
         columns=[
             (line.key, f"{HEADING_BEGINS.get(chart.name, '')}{line.name}", chart.show)
@@ -252,18 +255,21 @@ def _verdict(evaluations: Sequence[Record], results: Results) -> str:
         accuracy[f"accuracy_{name}"] for name in ("with_thoughts", "without_thoughts", SWAPPED)
     )
     if own is not None and without is not None:
+        n = results.accuracy.get("n") or figures.get("num_answers")
+        if n is not None and n < FEW_ITEMS:
+            return f"{n:.0f} held-out problems are too few to say whether thoughts help."
         text = f"{percent(own)} of the held-out answers are right with thoughts, {percent(without)}"
         text += " without"
-        n = results.accuracy.get("n")
-        bounds = [wilson(share, n) for share in (own, without)]
         if own > without and swapped is not None:
-            content = own - swapped
-            if content <= 0:
+            if own <= swapped:
                 return f"{text}, but swapped thoughts help as much: it is not what they say."
-            part = min(1.0, content / (own - without))
-            text += f"; with swapped thoughts {percent(swapped)}, so {part:.0%} of the gain is"
-            text += " what the thoughts say"
-        known = [pair for pair in bounds if pair is not None]
+            text += f"; with swapped thoughts {percent(swapped)}, "
+            if swapped < without:  # which do harm, so that content is more than the gain
+                text += "fewer than without: what the thoughts say matters"
+            else:
+                part = (own - swapped) / (own - without)
+                text += f"so {part:.0%} of the gain is what the thoughts say"
+        known = [pair for pair in (wilson(own, n), wilson(without, n)) if pair is not None]
         if own > without and len(known) == 2 and known[0][0] <= known[1][1]:
             text += f" (a difference that {n:.0f} problems cannot tell from chance)"
         return text + "."
@@ -279,10 +285,10 @@ def _verdict(evaluations: Sequence[Record], results: Results) -> str:
             f"Thoughts gain {signed(gain, 3)} nats/token, but swapped ones gain as much (content "
             f"{signed(content, 3)}): it is not what they say."
         )
-    return (
-        f"Thoughts gain {signed(gain, 3)} nats/token, and swapping them costs {plain(content, 3)}: "
-        "what they say matters."
-    )
+    text = f"Thoughts gain {signed(gain, 3)} nats/token"
+    if content > gain:  # swapped ones do harm, which is no part of the gain
+        return f"{text}, and swapped ones lose {plain(content - gain, 3)}: what they say matters."
+    return f"{text}, of which swapping them costs {plain(content, 3)}: what they say matters."
 
 
 def _followed(evaluations: Sequence[Followed]) -> list[dict[str, Any]]:
@@ -328,7 +334,7 @@ def _guards(run: RunFiles) -> list[dict[str, Any]]:
             rows.append({
                 "name": guard.name, "title": guard.title, "threshold": guard.threshold,
                 "now": format(measured[-1].value(guard), guard.form).replace("-", "−"),
-                "is_bad": measured[-1].is_bad(guard),
+                "is_bad": measured[-1].is_beyond(guard),
                 "fired": [fired for fired in run.fired if fired.name == guard.name],
             })  # fmt: skip
     return rows
@@ -342,7 +348,8 @@ def _answers(evaluations: Sequence[Record], results: Results) -> dict[str, Any]:
         n = None
         for record in evaluations:
             if record.figures.keys() & figures:
-                step, figures = record.step, {key: record.figures.get(key) for key in figures}
+                step, n = record.step, record.figures.get("num_answers")
+                figures = {key: record.figures.get(key) for key in figures}
     own, without = figures["accuracy_with_thoughts"], figures["accuracy_without_thoughts"]
     before, after = map(results.right_thoughts.get, ("before", "after"))
     if before is None and after is None:
@@ -357,7 +364,7 @@ def _answers(evaluations: Sequence[Record], results: Results) -> dict[str, Any]:
 
 
 def _card(
-    chart: Chart, records: Sequence[Record], measured: set[str], of_answers: bool
+    chart: Chart, records: Sequence[Record], measured: set[str], of_answers: bool, n: float | None
 ) -> dict[str, str]:
     """Heading, caption and description of a chart; the newest values are for screen readers."""
     caption = chart.caption
@@ -365,6 +372,8 @@ def _card(
         caption += " Here of the first token of each answer alone, which may be just a space."
     if chart.name == "gain" and "gain_of_content" not in measured:
         caption += " The gain of content was not measured here."
+    if chart.name in ("accuracy", "probability") and n is not None and n < FEW_ITEMS:
+        caption += f" There are {n:.0f} of them, too few to tell."
     parts = [chart.title + " over the steps"]
     for line in chart.lines:
         kind = "eval" if series(records, "eval", line.key)[1] else "train"

@@ -121,6 +121,8 @@ def evaluate(run: StageRun) -> tuple[dict[str, float], list[dict[str, Any]]]:
             "thoughts with; raise data.eval_sequences"
         )
     result = figures({kind: total.reduced(accelerator) for kind, total in totals.items()})
+    if "accuracy_without_thoughts" in result:
+        result["num_answers"] = float(len(run.eval_data))
     by_text = dict(gather_object(samples))  # what two ranks have read is the same
     return result, [by_text[number] for number in sorted(by_text)]
 

@@ -302,15 +302,16 @@ class GuardState:
         """Return True where a guard's figure means something in the stage."""
         return self.config is None or not guard.unless(self.config)
 
-    def is_bad(self, guard: Guard) -> bool:
-        """Return True where a guard's figure now is judged, and beyond its limit."""
-        if not self.watches(guard):
-            return False
-        fewest = min(len(self._now.get((guard.source, key), ())) for key in guard.keys)
-        if fewest < FEWEST[guard.source]:
-            return False
+    def is_beyond(self, guard: Guard) -> bool:
+        """Return True where a guard's figure now is beyond its limit, be it of too few records."""
         value, now = self.value(guard), self._figures(self._now, guard)
-        return value is not None and guard.condition[0](now) and guard.is_bad(value)
+        is_watched = value is not None and self.watches(guard) and guard.condition[0](now)
+        return is_watched and guard.is_bad(value)
+
+    def is_bad(self, guard: Guard) -> bool:
+        """Return True where it is beyond its limit in enough records to be judged."""
+        fewest = min(len(self._now.get((guard.source, key), ())) for key in guard.keys)
+        return fewest >= FEWEST[guard.source] and self.is_beyond(guard)
 
     @staticmethod
     def _figures(series: Mapping[tuple[Source, str], Any], guard: Guard) -> dict[str, float]:
