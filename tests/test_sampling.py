@@ -6,8 +6,8 @@ from tiny import BYTES_VOCAB, plain_model, random_texts, thinking_model
 
 from quietstar.backbone.output_head import find_output_head
 from quietstar.errors import UserError
-from quietstar.sampling import rollout
-from quietstar.sampling.noise import keyed_uniform, sample_inverse_cdf
+from quietstar.sampling import noise, rollout
+from quietstar.sampling.noise import keyed_uniform, sample_inverse_cdf, thought_noise
 from quietstar.sampling.rollout import sample_logits, sample_thoughts
 from quietstar.sampling.thoughts import Sampling
 
@@ -181,6 +181,19 @@ def test_keyed_numbers_are_uniform():
     assert numbers.var() == pytest.approx(1 / 12, abs=1e-3)
     counts = torch.histc(numbers, 20, 0, 1)
     assert ((counts - 5000) ** 2 / 5000).sum() < 19 + 4 * 38**0.5
+
+
+def test_noise_of_many_tokens_is_that_of_each(monkeypatch):
+    ids, positions = torch.tensor([0, 5]), torch.tensor([[1, 9], [0, -1]])
+    for most in (1, 24, 2**16):  # a token, three tokens and all at a time
+        monkeypatch.setitem(noise._NUMBERS_AT_ONCE, "cpu", most)
+        found = list(thought_noise(7, ids, 2, range(2, 9), positions))
+        for token, numbers in zip(range(2, 9), found, strict=True):
+            assert torch.equal(numbers, keyed_uniform(7, ids, 2, token, positions))
+    # As recorded: a run that is resumed, or whose machine differs, draws the same.
+    assert (found[1] * 2**24).int().flatten().tolist() == [
+        6247906, 10592516, 10980478, 11555110, 14267252, 2565032, 3505095, 14072952,
+    ]  # fmt: skip
 
 
 def test_the_largest_keyed_number_is_below_one():
