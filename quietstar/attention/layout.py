@@ -34,13 +34,17 @@ only meets tokens of position i. Nothing else is ever computed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+Part = TypeVar("Part")
 
 IGNORE_INDEX = -100
 """Label of a token that is no target (the convention of transformers)."""
@@ -189,3 +193,11 @@ def on_host(x: Tensor) -> bool:
 def has_content(x: Tensor) -> bool:
     """Whether there is something to read: not where a run is only planned."""
     return x.device.type != "meta" and not isinstance(x, FakeTensor)
+
+
+def worth_running(parts: Sequence[Part], x: Tensor) -> Sequence[Part]:
+    """Return the parts of a loop to run: all, or the first and last where ``x`` is only planned.
+
+    Those between need the memory of these two.
+    """
+    return parts if has_content(x) else [*parts[:1], *parts[1:][-1:]]

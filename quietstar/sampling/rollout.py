@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
-from quietstar.attention.layout import NO_TOKEN, has_content, on_host, shifted
+from quietstar.attention.layout import NO_TOKEN, has_content, on_host, shifted, worth_running
 from quietstar.attention.live_pass import LiveCache, LiveStep
 from quietstar.attention.passes import RolloutCache, RolloutStep
 from quietstar.backbone.casting import cast_weights
@@ -71,7 +71,8 @@ def sample_thoughts(
     if stop is not None:  # nothing waits for thoughts that only pad
         state = state.masked_fill(steps.positions < 0, stop.ended)
     with cast_weights(model.base_model):
-        for index in range(length):
+        for index in worth_running(range(length), input_ids):
+            steps.index = index and len(start) + index - 1
             keys = (sampling.seed, sample_ids, num_thoughts, index, steps.positions)
             noise = keyed_uniform(*keys)  # (K, B, P)
             states = steps.run(thoughts[-1].clamp(min=0)) if thoughts else steps.open()
@@ -212,12 +213,13 @@ class _LiveThoughts:
             self.cache.repeat(num_thoughts)
             self.ids = torch.cat([first + n * count for n in range(num_thoughts)])
             last = state = torch.zeros_like(self.ids)
-            for index in range(sampling.thought_length):
+            for index in worth_running(range(sampling.thought_length), tokens):
                 keys = (sampling.seed, self.sample_ids, num_thoughts, index, self.positions)
                 noise = keyed_uniform(*keys).flatten()[self.ids]
                 if index == 0:  # all thoughts of a position draw from one distribution
                     noise = noise.view(num_thoughts, rows).T.contiguous()
                 else:
+                    self.cache.length = len(self.start) + index - 1
                     embedded = self.model.get_input_embeddings()(last.clamp(min=0))
                     states, noise = self._run(embedded.unsqueeze(1)), noise.unsqueeze(1)
                 last = sample_rows(states, self.head, noise, sampling).T.flatten()
@@ -275,7 +277,7 @@ def sample_rows(states: Tensor, head: OutputHead, noise: Tensor, sampling: Sampl
     # Made beforehand: small tensors that stay, between chunks that go, would keep the memory of
     # these from being used again.
     tokens = torch.empty(noise.shape, dtype=torch.long, device=noise.device)
-    for start in range(0, states.shape[0], chunk):
+    for start in worth_running(range(0, states.shape[0], chunk), states):
         rows = slice(start, start + chunk)
         tokens[rows] = sample_logits(
             head.logits(states[rows])[:, :vocab_size], noise[rows], sampling
