@@ -13,6 +13,7 @@ from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
 from quietstar.model import learning
 from quietstar.model.learning import resolve_chunk_tokens
+from quietstar.training import memory_plan
 from quietstar.training.build import build_model
 from quietstar.training.memory_plan import (
     PROGRAM,
@@ -106,7 +107,38 @@ def test_a_number_of_positions_and_marks_everywhere_are_planned(tmp_path):
     one = needed(thoughts__positions="one_random")
     assert one.learning < few.learning < 0.6 * whole.learning
     assert one.cache < few.cache < whole.cache
-    assert needed(thoughts__positions="pattern", thoughts__pattern="^") == whole
+    everywhere = needed(thoughts__positions="pattern", thoughts__pattern="^").learning
+    assert few.learning < everywhere  # the texts are not there
+
+
+def test_a_plan_counts_the_thoughts_and_the_length_that_the_data_have(tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"question": "one and two", "answer": "three"}\n' * 40)
+    answers = {"data__format": "qa", "data__template": "{question} {answer}", "data__seq_len": 64,
+               "data__short_texts": "pad"}  # fmt: skip
+
+    def needed(rule, **changes):
+        config = planned(tmp_path, data__train=str(texts), thoughts__positions=rule, **changes)
+        return estimate_run(config, "single", 1).learning
+
+    first = needed("answer_start", **answers)
+    assert first == needed("random", thoughts__position_count=1, **answers)
+    assert first < needed("answer", **answers) < needed("all", **answers)
+    assert needed("all", **answers) == needed("all", **{**answers, "data__seq_len": 24})
+
+
+def test_few_layers_tell_what_many_need(tmp_path, monkeypatch):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 9}
+    plain_model(**sizes).save_pretrained(tmp_path / "base")
+    load_tokenizer("bytes").save_pretrained(tmp_path / "base")
+    for changes in ({}, {"tuning__method": "lora"}):
+        config = planned(tmp_path, **changes)
+        few = estimate_run(config, "single", 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(memory_plan, "TRACED_LAYERS", 9)
+            whole = estimate_run(config, "single", 1)
+        assert few.step == pytest.approx(whole.step, rel=0.05)
+        assert few.weights == whole.weights
 
 
 def test_the_weights_of_a_scoring_model_are_planned_on_every_process(tmp_path):
@@ -164,7 +196,8 @@ def test_a_plan_says_where_the_texts_are_not_there(tmp_path, capsys):
     call = ["plan", "--config", str(tmp_path / "config.yaml"), "--data.train", gone]
     assert cli.main(call) is None  # they may lie on the machine that is planned for
     captured = capsys.readouterr()
-    assert f"warning: data.train: {gone}: no such file or folder" in captured.err
+    assert f"(data.train: {gone}: no such file or folder" in captured.err
+    assert f"launch: launch/single.sh {tmp_path / 'config.yaml'} --data.train" in captured.out
     assert "GiB" in captured.out
 
 

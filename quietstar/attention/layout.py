@@ -34,7 +34,9 @@ only meets tokens of position i. Nothing else is ever computed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +44,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+Part = TypeVar("Part")
 
 IGNORE_INDEX = -100
 """Label of a token that is no target (the convention of transformers)."""
@@ -241,3 +245,11 @@ class OnHost:
             None if positions is None else positions[texts, places],
             None if lengths is None else lengths[:, texts, places],
         )
+
+
+def worth_running(parts: Sequence[Part], x: Tensor) -> Sequence[Part]:
+    """Return the parts of a loop to run: all, or the first and last where ``x`` is only planned.
+
+    Those between need the memory of these two.
+    """
+    return parts if has_content(x) else [*parts[:1], *parts[1:][-1:]]

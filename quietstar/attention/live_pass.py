@@ -90,11 +90,13 @@ class LiveCache:
         stop = self.length + k.shape[2]
         pair = self.own.get(layer)
         if pair is None or pair[0].shape[2] < stop:
-            room = max(stop, _ROOM if pair is None else 2 * pair[0].shape[2])
+            room = _ROOM if pair is None else pair[0].shape[2]
+            while room < stop:
+                room *= 2
             grown = [x.new_empty(*x.shape[:2], room, x.shape[3], dtype=inner_dtype(x))
                      for x in (k, v)]  # fmt: skip
             for new, old in zip(grown, pair or (), strict=False):
-                new[:, :, : self.length] = old[:, :, : self.length]
+                new[:, :, : old.shape[2]] = old
             pair = self.own[layer] = (grown[0], grown[1])
         for cache, new in zip(pair, (k, v), strict=True):
             cache[:, :, self.length : stop] = new

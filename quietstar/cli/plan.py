@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 ENGINES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 GPU_GIB = (16, 24, 40, 48, 80, 141)
 """Memory of common GPUs."""
+MOST_ON_A_NODE = 8
 EXIT_DOES_NOT_FIT = 1
-logger = logging.getLogger(__name__)
 _GIB, _MIB = 2**30, 2**20
 
 
@@ -72,20 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         inputs |= {f"{key} ({name})": Path(name) for key, name in named.items() if name}
     parser.check(args, inputs)
 
-    from quietstar.data.sources import find_local
     from quietstar.training.build import check_batch, quiet_libraries
     from quietstar.training.memory_plan import estimate_run  # imports torch
 
     quiet_libraries()
     check_batch(config, args.processes)
-    for stage in config.stage_configs().values():
-        for key, name in (("data.train", stage.data.train), ("data.eval", stage.data.eval)):
-            if name is None:
-                continue
-            try:  # the texts are not read, and may lie on the machine that is planned for
-                find_local(name, key)
-            except UserError as problem:
-                logger.warning("%s", problem)
     estimate = estimate_run(config, engine, args.processes)
     console = Console(highlight=False)
     console.print(_table(estimate, f"memory of each of {args.processes} processes, {engine}"))
@@ -97,10 +88,25 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     if args.memory is not None:
         verdict = f"{'fits' if fits else 'does not fit'} into {args.memory:g} GiB"
     console.print(f"{gib:.1f} GiB: {verdict}")
-    totals = {"total": estimate.total, "total_on_cpu": estimate.total_on_cpu}
+    command = [args.config, *(["--preset", args.preset] if args.preset else []), *overrides]
+    console.print(
+        f"launch: {_launcher(engine, args.processes)} {shlex.join(command)}", soft_wrap=True
+    )
+    totals = {"total": estimate.total, "total_on_cpu": estimate.total_on_cpu,
+              "resident": estimate.resident}  # fmt: skip
     if args.json is not None:
         write_json(args.json, {**asdict(estimate), **totals})
     return None if fits else EXIT_DOES_NOT_FIT
+
+
+def _launcher(engine: str, processes: int) -> str:
+    """Return the command that launches such a run, up to its config."""
+    if engine == "single":
+        return "launch/single.sh"
+    if processes <= MOST_ON_A_NODE:
+        return f"launch/node.sh {engine}"
+    nodes = f"--nodes {-(-processes // MOST_ON_A_NODE)} --gpus-per-node {MOST_ON_A_NODE}"
+    return f"sbatch {nodes} launch/slurm.sh {engine}"
 
 
 def _table(estimate: Estimate, title: str) -> Table:
@@ -125,5 +131,6 @@ def _table(estimate: Estimate, title: str) -> Table:
     table.add_section()
     total = f"{estimate.total / _MIB:,.0f}"
     table.add_row("total, above the imported process", total, style="bold")
-    table.add_row("on a CPU, with what a run loads besides", f"{estimate.total_on_cpu / _MIB:,.0f}")
+    resident = f"{estimate.resident / _MIB:,.0f}"
+    table.add_row("the whole process on a CPU, with libraries and heap", resident)
     return table

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from quietstar.attention.kernels import at_least_float32
-from quietstar.attention.layout import IGNORE_INDEX, on_host
+from quietstar.attention.layout import IGNORE_INDEX, on_host, worth_running
 from quietstar.backbone.output_head import OutputHead
 
 _CHUNK_ELEMENTS, _LEAST_ROWS = 2**23, 96
@@ -260,7 +260,7 @@ def _fused_segment(
         torch.empty_like(targets) if segment.wants_predicted else None,
         None if segment.soft is None else torch.empty_like(targets, dtype=dtype),
     )
-    for rows in _chunks(len(targets), head.num_logits):
+    for rows in worth_running(_chunks(len(targets), head.num_logits), targets):
         _fused_chunk(segment, rows, products, result, grad)
     return result, grad
 

@@ -34,6 +34,7 @@ from quietstar.attention.layout import (
     on_host,
     text_lookahead,
     to_device,
+    worth_running,
 )
 from quietstar.backbone.output_head import OutputHead
 from quietstar.backbone.run import TextRun, num_virtual, recomputing
@@ -215,7 +216,7 @@ class _Groups:
                 parts.append((texts, slice(places.start, stop)))
         total = self.text_loss.new_zeros(())
         # Without any target, one position gives the results their shapes.
-        for texts, places in parts or [(slice(0, 1), slice(0, 1))]:
+        for texts, places in worth_running(parts or [(slice(0, 1), slice(0, 1))], self.targets):
             total = total + self._group(texts, places)
         sums = (None if s.grad is None else s.grad.to(s.x.dtype) for s in self.sources)
         return total, [*sums, *self.weights.totals(self.head)]
@@ -232,13 +233,16 @@ class _Groups:
             return groups(*shape, max(1, most // each))
         if self.known is not None and self.known.lengths is not None:
             self.num_tokens = self.num_start + (self.known.lengths + behind).sum(0)
+        elif self.lengths is not None:
+            # Only planned: thoughts that end early fill their groups.
+            most = round(most / each) * each
         return packed_groups(self.num_tokens.tolist(), most)
 
     def _group(self, texts: slice, places: slice) -> Tensor:
         """Forward and backward of one group; its loss."""
         # The thoughts of one position learn together: where these are too many tokens, layers keep
         # what they are given only.
-        is_large = self.num_tokens[texts, places].sum() > self.model.learn_chunk_tokens
+        is_large = self.num_tokens[texts, places].max() > self.model.learn_chunk_tokens
         memory = recomputing(self.model.causal_lm) if is_large else nullcontext()
         with torch.enable_grad(), memory:  # forward of an autograd function runs without
             reads, loss, results = self._forward(texts, places)

@@ -17,7 +17,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
-from quietstar.attention.layout import NO_TOKEN, has_content, on_host, shifted, to_device
+from quietstar.attention.layout import (
+    NO_TOKEN,
+    has_content,
+    on_host,
+    shifted,
+    to_device,
+    worth_running,
+)
 from quietstar.attention.live_pass import LiveCache, LiveStep
 from quietstar.attention.passes import RolloutCache, RolloutStep
 from quietstar.backbone.casting import cast_weights
@@ -78,7 +85,9 @@ def sample_thoughts(
     if stop is not None:  # nothing waits for thoughts that only pad
         state = state.masked_fill(steps.positions < 0, stop.ended)
     with cast_weights(model.base_model):
-        for index, noise in enumerate(thought_noise(*keys)):  # (K, B, P)
+        indices = worth_running(range(length), input_ids)
+        for index, noise in zip(indices, thought_noise(*keys), strict=False):  # (K, B, P)
+            steps.index = index and len(start) + index - 1
             states = steps.run(thoughts[-1].clamp(min=0)) if thoughts else steps.open()
             states = states.flatten(0, 1)
             # Behind the start tokens all thoughts of a position draw from one distribution.
@@ -219,11 +228,13 @@ class _LiveThoughts:
             ids = np.arange(num_thoughts)[:, None] * count + self.first
             ids = to_device(ids.flatten(), device)
             last = state = torch.zeros_like(ids)
-            for index, noise in enumerate(thought_noise(*keys)):
+            indices = worth_running(range(length), tokens)
+            for index, noise in zip(indices, thought_noise(*keys), strict=False):
                 noise = noise.flatten()[ids]
                 if index == 0:  # all thoughts of a position draw from one distribution
                     noise = noise.view(num_thoughts, rows).T.contiguous()
                 else:
+                    self.cache.length = len(self.start) + index - 1
                     embedded = self.model.get_input_embeddings()(last.clamp(min=0))
                     states, noise = self._run(embedded.unsqueeze(1)), noise.unsqueeze(1)
                 last = sample_rows(states, self.head, noise, sampling).T.flatten()
@@ -291,7 +302,7 @@ def sample_rows(states: Tensor, head: OutputHead, noise: Tensor, sampling: Sampl
     # Made beforehand: small tensors that stay, between chunks that go, would keep the memory of
     # these from being used again.
     tokens = torch.empty(noise.shape, dtype=torch.long, device=noise.device)
-    for start in range(0, states.shape[0], chunk):
+    for start in worth_running(range(0, states.shape[0], chunk), states):
         rows = slice(start, start + chunk)
         tokens[rows] = sample_logits(
             head.logits(states[rows])[:, :vocab_size], noise[rows], sampling

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,24 +25,36 @@ from transformers import (
 from quietstar.backbone.loading import build_config, drop_dropout, read_config
 from quietstar.backbone.run import decoder_layers
 from quietstar.config import Config
+from quietstar.data import build_data
+from quietstar.data.sources import find_local
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.losses.cross_entropy import chunk_rows
 from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.scoring_model import blamed
 from quietstar.sampling.positions import ANSWER_RULES, MARKED_RULES, most_positions
+from quietstar.training.batches import count_thinking
 from quietstar.training.build import find_tokenizer, hub_options, teach_thinking
 from quietstar.training.optimizer import is_projected
 from quietstar.training.stages import Stage, begin_stage, plan_stages
 
+logger = logging.getLogger(__name__)
+
 SHARDED = ("zero3", "fsdp2")  # engines that shard the weights
+LIBRARIES = 480 * 2**20
+"""Resident bytes of a process that has imported everything (torch 2.13)."""
 PROGRAM = 175 * 2**20
 """Bytes that a run loads into the machine's memory besides: texts, tokenizer, loggers, kernels.
 Measured: 174 and 176 MiB in two runs of SmolLM2-135M."""
+HEAP = 1.07
+"""What glibc's heap holds over what a step has alive: 1.04 to 1.07 when the allocations of steps
+of a 0.5B model with texts and thoughts of varying length are replayed."""
 MOST_LAYERS = 2_000
-MOST_TOKENS = 10**9
-MOST_OPERATIONS = 100_000
-"""Passes through a layer or the output layer that a plan takes; so many take half an hour."""
+TRACED_LAYERS = 2
+"""Layers of the smaller of two models that are traced, whole periods of unlike layers; memory is a
+straight line in their number."""
+SAMPLED_TEXTS = 128
+"""Texts of the data that say how long texts are, and how many thoughts they have."""
 _FLOAT = 4  # bytes
 _LEAST_IN_8_BIT = 4096  # weights of a parameter whose moments bitsandbytes keeps in 8 bits
 
@@ -73,8 +86,13 @@ class Estimate:
 
     @property
     def total_on_cpu(self) -> int:
-        """The same where the machine's memory also holds the program."""
-        return self.total + PROGRAM
+        """The same where the machine's memory also holds the program, and the heap has holes."""
+        return self.total + int((HEAP - 1) * self.step) + PROGRAM
+
+    @property
+    def resident(self) -> int:
+        """Resident memory of a whole process on a CPU."""
+        return self.total_on_cpu + LIBRARIES
 
 
 def estimate_run(config: Config, engine: str, processes: int) -> Estimate:
@@ -112,11 +130,7 @@ def estimate_run(config: Config, engine: str, processes: int) -> Estimate:
 def _estimate_stage(
     stage: Stage, tokenizer: PreTrainedTokenizerBase, engine: str, processes: int
 ) -> Estimate:
-    config = stage.config
-    if config.thoughts.positions in (*ANSWER_RULES, *MARKED_RULES):
-        # An answer may be as long as the text, and marks may be everywhere.
-        thoughts = config.thoughts.model_copy(update={"positions": "all"})
-        config = config.model_copy(update={"thoughts": thoughts})
+    config = _as_the_data_are(stage, tokenizer)
     model = model_without_weights(config, tokenizer)
     objective, loss = model.objective, config.loss
     reads_start = objective.reference == "base" and objective.reads_reference(loss.reward)
@@ -127,15 +141,17 @@ def _estimate_stage(
     config = config.model_copy(update={"loss": loss.model_copy(update=alone)})
     device = "cpu" if engine == "single" and not torch.cuda.is_available() else "cuda"
     sharded, training = engine in SHARDED, config.training
-    model.learn_chunk_tokens = resolve_chunk_tokens(
+    chunk_tokens = resolve_chunk_tokens(
         training.learn_chunk_tokens, device, sharded, training.gradient_checkpointing
     )
-    _check_work(model, config)
-    begin_stage(model, dataclasses.replace(stage, config=config))
+    stage = dataclasses.replace(stage, config=config)
+    begin_stage(model, stage)
     weight_share = 1 / processes if sharded else 1.0
     gradient_share = 1 / processes if engine in (*SHARDED, "zero2") else 1.0
     optimizer_share = 1 / processes if engine not in ("single", "ddp") else 1.0
-    rollout, learning = _trace(model, config, stage.thinks, gradient_share)
+    rollout, learning, learning_gradients = _peaks(
+        model, tokenizer, stage, chunk_tokens, gradient_share
+    )
     weights, others = num_bytes(model.parameters()), num_bytes(_scoring_weights(model))
     others += _judge_bytes(config)
     trained = num_bytes(p for p in model.parameters() if p.requires_grad)
@@ -149,20 +165,54 @@ def _estimate_stage(
         weights=int(weights * weight_share) + others,  # of which every process has all
         gradients=int(trained * gradient_share),
         optimizer=int(_optimizer_bytes(model, config, engine) * optimizer_share),
-        average=_average_bytes(model, weight_share) * _num_averages(stage.config, reads_start),
+        average=_average_bytes(model, weight_share) * _num_averages(config, reads_start),
         exchange=exchange,
-        rollout=rollout.peak,
-        learning=learning.peak - learning.peak_gradients,
-        learning_gradients=learning.peak_gradients,
+        rollout=rollout,
+        learning=learning - learning_gradients,
+        learning_gradients=learning_gradients,
         cache=_cache_bytes(model, config) if stage.thinks else 0,
         logits=chunk_rows(model.vocab_size) * model.vocab_size * _FLOAT,
     )
 
 
+def _as_the_data_are(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> Config:
+    """Replaces what only the data know, how long texts are and where they think, by a sample's.
+
+    Data that lie elsewhere are assumed to fill ``data.seq_len`` and to have one answer a text, or
+    marks everywhere.
+    """
+    config, thoughts = stage.config, stage.config.thoughts
+    named, rule, data = config.data.train, thoughts.positions, config.data
+    width, count = data.seq_len, 1 if rule == "answer_start" else data.seq_len - 1
+    try:
+        if named is None or (find_local(named, "data.train") is None and ":" not in named):
+            raise UserError("data.train is not on this machine.")
+        lazily = {"streaming": True, "eval": None, "eval_sequences": 16, "size": SAMPLED_TEXTS}
+        train_data, _, _ = build_data(
+            data.model_copy(update=lazily), tokenizer, config.training.seed,
+            thoughts if stage.thinks else None,
+        )  # fmt: skip
+        texts = train_data.batch(0, SAMPLED_TEXTS)
+        width, count = texts.input_ids.shape[1], max(1, int(count_thinking(texts, thoughts).max()))
+    except UserError as problem:
+        logger.warning(
+            "%s: planned for texts of data.seq_len (%d) tokens, with at most %d thoughts each (%s)",
+            stage.name, width, count if stage.thinks else 0, problem,
+        )  # fmt: skip
+    config = config.model_copy(update={"data": data.model_copy(update={"seq_len": width})})
+    if rule in (*ANSWER_RULES, *MARKED_RULES):
+        chosen = {"positions": "random", "position_count": count}
+        config = config.model_copy(update={"thoughts": thoughts.model_copy(update=chosen)})
+    return config
+
+
 def model_without_weights(
-    config: Config, tokenizer: PreTrainedTokenizerBase
+    config: Config, tokenizer: PreTrainedTokenizerBase, num_layers: int | None = None
 ) -> QuietStarForCausalLM:
-    """Builds the model as a run does, on the meta device; UserError if its config is unreadable."""
+    """Builds the model as a run does, on the meta device; UserError if its config is unreadable.
+
+    With ``num_layers``, only the first layers of the base.
+    """
     name = config.model.name_or_path
     what = "model.config" if name is None else f"model.name_or_path ({name})"
     with reading(what, "Give the config of a causal language model."):
@@ -170,6 +220,11 @@ def model_without_weights(
             settings = build_config(dict(config.model.config or {}), len(tokenizer))
         else:
             settings = read_config(name, **hub_options(config))
+    if num_layers is not None:
+        fields = settings.get_text_config()
+        for key, value in _by_layer(fields).items():
+            setattr(fields, key, value[:num_layers])
+        fields.num_hidden_layers = num_layers
     base = _lm_without_weights(what, settings, config)
     model = teach_thinking(base, config, tokenizer).train()
     if model.scoring_model is not None:
@@ -211,25 +266,35 @@ def _judge_bytes(config: Config) -> int:
     return sum(path.stat().st_size for path in Path(judge.model).glob("*.safetensors"))
 
 
-def _check_work(model: QuietStarForCausalLM, config: Config) -> None:
-    """Refuse sizes at which a plan would take hours: each group of tokens is gone through."""
-    thoughts, training, seq_len = config.thoughts, config.training, config.data.seq_len
-    rows = training.micro_batch_size * (seq_len - 1) * thoughts.num_thoughts
-    if thoughts.positions != "all":
-        rows = training.micro_batch_size * _most_positions(config) * thoughts.num_thoughts
-    tokens = rows * (thoughts.length + thoughts.lookahead)
-    groups = tokens // model.learn_chunk_tokens if model.learn_chunk_tokens else 1
-    layers = len(decoder_layers(model.causal_lm))
-    chunks = tokens // chunk_rows(model.vocab_size)
-    operations = layers * (thoughts.length + groups) + chunks
-    if operations > MOST_OPERATIONS or tokens > MOST_TOKENS:
-        raise UserError(
-            f"data.seq_len ({seq_len}), training.micro_batch_size ({training.micro_batch_size}), "
-            f"thoughts.num_thoughts ({thoughts.num_thoughts}), length ({thoughts.length}) and "
-            f"lookahead ({thoughts.lookahead}): a micro-batch has {tokens:,} tokens of thoughts, "
-            f"and no plan is made of more than {MOST_TOKENS:,}, or of more than {MOST_OPERATIONS:,}"
-            " layers and chunks. Set them lower."
-        )
+def _by_layer(fields: PreTrainedConfig) -> dict[str, list[Any]]:
+    """Lists the settings that say something of every layer."""
+    count = fields.num_hidden_layers
+    return {k: v for k, v in vars(fields).items() if isinstance(v, list) and len(v) == count}
+
+
+def _peaks(
+    model: QuietStarForCausalLM, tokenizer: PreTrainedTokenizerBase, stage: Stage,
+    chunk_tokens: int | None, gradient_share: float,
+) -> tuple[int, int, int]:  # fmt: skip
+    """Peaks of rollout and learning, and the gradients at the latter, from few layers if many."""
+    config, fields = stage.config, model.causal_lm.config.get_text_config()
+    lists, total = _by_layer(fields).values(), fields.num_hidden_layers
+    period = next(n for n in range(1, total + 1) if all(v[n:] == v[:-n] for v in lists))
+    few = period * -(-TRACED_LAYERS // period)
+    whole = 2 * few >= total or bool(config.tuning.unfreeze)
+    found = []
+    for count in (None,) if whole else (few, 2 * few):
+        part = model if count is None else model_without_weights(config, tokenizer, count)
+        part.learn_chunk_tokens = chunk_tokens
+        begin_stage(part, stage)
+        rollout, learning = _trace(part, config, stage.thinks, gradient_share)
+        found.append((rollout.peak, learning.peak, learning.peak_gradients))
+    if whole:
+        return found[0]
+    rollout, learning, gradients = (
+        a + (b - a) * (total - few) // few for a, b in zip(*found, strict=True)
+    )
+    return rollout, learning, gradients
 
 
 def _trace(
