@@ -357,10 +357,10 @@ def build_data(
     the seed. Where ``thoughts`` are at positions that the data mark, batches have the marks. A
     `UserError` says what to do if the data cannot be read or used.
     """
-    if config.train is None:
-        raise UserError("data.train: is not set: give a file, a folder, a hub id or a task")
     if config.eval_sequences is None:
         config = config.model_copy(update={"eval_sequences": EVAL_SEQUENCES})
+    if config.train is None:
+        raise UserError("data.train: is not set: give a file, a folder, a hub id or a task")
     encoder = Encoder(tokenizer, config)
     source = open_source(config.train, config, seed)
     held_out = None
