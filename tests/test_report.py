@@ -427,7 +427,7 @@ def test_a_figure_beyond_its_threshold_is_not_called_fine_though_no_guard_fired(
     assert "0.010 at most 0.05 beyond the threshold, not for long enough to warn" in text
     assert "None of 1 fired, 1 beyond the threshold" in text
     assert "fine" not in text
-    text = report(lines(train(2, "a", truncated_fraction=1.0))).text  # one record judges nothing
+    text = report(lines(train(2, "a", truncated_fraction=1.0)), name="few").text
     assert "100% at least 90% beyond the threshold, not for long enough to warn" in text
 
 

@@ -305,8 +305,9 @@ class GuardState:
     def is_beyond(self, guard: Guard) -> bool:
         """Return True where a guard's figure now is beyond its limit, be it of too few records."""
         value, now = self.value(guard), self._figures(self._now, guard)
-        is_watched = value is not None and self.watches(guard) and guard.condition[0](now)
-        return is_watched and guard.is_bad(value)
+        if value is None or not self.watches(guard):
+            return False
+        return guard.condition[0](now) and guard.is_bad(value)
 
     def is_bad(self, guard: Guard) -> bool:
         """Return True where it is beyond its limit in enough records to be judged."""
