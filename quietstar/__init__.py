@@ -4,10 +4,10 @@ The public names load on first use, so that ``import quietstar`` needs no torch.
 classes know models that think, whichever of the two packages is imported first.
 """
 
+import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
-
-from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
     from quietstar.config import Config as Config
@@ -30,7 +30,29 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-register_post_import_hook(
-    lambda _: import_module("quietstar.model.configuration"),
-    "transformers.models.auto.configuration_auto",
-)
+_AUTO_CLASSES = "transformers.models.auto.configuration_auto"
+
+
+class _Registration:
+    """Finds transformers' Auto classes as Python does, and registers ours once they are loaded."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != _AUTO_CLASSES:
+            return None
+        sys.meta_path.remove(cls)  # pyright: ignore[reportArgumentType]
+        spec: Any = find_spec(name)
+        load = spec.loader.exec_module
+
+        def load_and_register(module: Any) -> None:
+            load(module)
+            import_module("quietstar.model.configuration")
+
+        spec.loader.exec_module = load_and_register
+        return spec
+
+
+if _AUTO_CLASSES in sys.modules:
+    import_module("quietstar.model.configuration")
+else:
+    sys.meta_path.insert(0, _Registration)  # pyright: ignore[reportArgumentType]

@@ -200,7 +200,7 @@ RAISED = fail.__code__.co_firstlineno + 1
     ("error", "code", "told"),
     [
         (OSError(28, "No space left on device", "/runs/x"), 2, "/runs/x: No space left on device"),
-        (OSError(28, "No space left on device"), 74, "standard output or a file: No space left"),
+        (OSError(28, "No space left on device"), 74, "<stdout>: No space left on device"),
         (MemoryError(), 2, "out of memory: it does not fit into memory. Lower"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "out of m"),
         (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:123"), 2, "another process"),
@@ -232,7 +232,7 @@ def test_exit_codes_stay_the_same_where_nothing_can_be_printed(command, code):
     line = f"{sys.executable} -m quietstar {command}"
     result = subprocess.run(["sh", "-c", line], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == code
-    told = "" if code != 74 else "quietstar: error: standard output or a file: No space left on dev"
+    told = "" if code != 74 else "quietstar: error: <stdout>: No space left on device"
     assert result.stderr.startswith(told)
     assert result.stderr.count("\n") == bool(told)
 

@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import Any, TextIO
+from typing import Any
 
 from quietstar import __version__
 from quietstar.errors import ConfigError, Preempted, UserError, reason_of, visible
@@ -37,6 +37,8 @@ EXIT_IO = 74  # EX_IOERR
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: to be tried again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+STDOUT = "<stdout>"
+"""Name of the standard output as a file."""
 SECONDS_FOR_RANK_0 = 10.0
 """How long other ranks leave an error to rank 0 before they print it themselves."""
 # The interpreter's last collections walk through half a million objects of torch and transformers:
@@ -119,7 +121,7 @@ def run_command(
             return _end_as_asked(Stopped(name))
         problem = told or _explain(fault)
         code = EXIT_USER_ERROR if problem else EXIT_FAULT
-        if isinstance(fault, OSError) and fault.strerror and fault.filename is None:
+        if isinstance(fault, OSError) and fault.strerror and _file_of(fault) == STDOUT:
             code = EXIT_IO
             _discard(sys.stdout)
         problems = [problem or _report_fault(fault)]
@@ -148,7 +150,7 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
-def _discard(stream: TextIO) -> None:
+def _discard(stream: Any) -> None:
     """Lead a stream nowhere that takes no more; at its exit Python would fail over the rest."""
     with suppress(OSError):  # it is a file's in a terminal, and an object's in a notebook
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -228,7 +230,7 @@ def _file_of(fault: OSError) -> str:
     for value in (value for frame in reversed(frames) for value in frame.f_locals.values()):
         if isinstance(value, io.IOBase) and isinstance(name := getattr(value, "name", None), str):
             return name
-    return "standard output or a file"
+    return STDOUT  # flushed at the end
 
 
 def _report_fault(fault: BaseException) -> str:
