@@ -23,9 +23,10 @@ from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
 from quietstar.judging import Judge, Template, VerdictCache, load_template, scoring
 from quietstar.judging.cache import Verdict
+from quietstar.judging.judge import LEAST_MASS
 from quietstar.judging.labels import Label, Pair, summarize_labels
 from quietstar.judging.prompts import TEMPLATES, Prompts
-from quietstar.reports.judging import CLEAR
+from quietstar.reports.judging import CLEAR, write_judge_page
 
 ENDING = "Best="
 TEMPLATE = """
@@ -628,6 +629,22 @@ def test_the_summary_counts_the_slots():
     assert summary["agreement"] == 0.75
 
 
+@pytest.mark.parametrize(("mass", "is_little"), [(0.5, False), (0.001, True)])
+def test_the_page_lists_clear_preferences_and_warns_of_little_mass(mass, is_little, tmp_path):
+    pairs, labels = [], []
+    for text, p in (("undecided", 0.5), ("decided", 0.7)):
+        pairs.append(Pair("p", text, "b", False, "here"))
+        labels.append(Label(prompt="p", chosen=text, rejected="b", soft_label=p, margin=0.0,
+                            probabilities=[p, p], mass=[mass, mass], rationales=[],
+                            is_cut=False))  # fmt: skip
+    settings = {"model": "m", "template_name": "t"}
+    summary = summarize_labels(labels, pairs)
+    path = write_judge_page(tmp_path / "page.html", labels, pairs, summary, settings)
+    page = path.read_text(encoding="utf-8")
+    assert ("decided" in page, "undecided" in page) == (True, False)
+    assert ("Its verdicts say little: 0.1 % of its probability" in page) == is_little
+
+
 @pytest.mark.parametrize("left", [0, 2, 3, 4])
 def test_an_interrupted_file_goes_on_to_the_same(folder, tmp_path, monkeypatch, left):
     monkeypatch.setattr("quietstar.cli.judge.UNIT", 2)
@@ -815,7 +832,7 @@ def test_two_models_are_compared_by_what_they_write(tmp_path, capsys):
     assert texts[0][0] == load_tokenizer("bytes").decode(own[0, ids.shape[1] :])
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert ("Clearest for" in page) == any(max(rate, 1 - rate) >= CLEAR for rate in rates)
-    assert "Its verdicts say little" in page  # random weights put little on the two numbers
+    assert ("Its verdicts say little" in page) == (summary["mass"] < LEAST_MASS)
 
 
 def test_a_model_is_compared_with_itself_without_thoughts(tmp_path):

@@ -20,6 +20,8 @@ if __name__ == "__main__":
     if size := os.environ.get(f"FAULTS_BYTES_{rank}"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), int(size)))
     if folder := os.environ.get(f"FAULTS_FOLDER_{rank}"):
+        if file := os.environ.get(of_deepspeed := "ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+            os.environ[of_deepspeed] = os.path.abspath(file)
         os.chdir(folder)
     more = json.loads(os.environ.get(f"FAULTS_RANK_{rank}", "[]"))
     sys.exit(main(["train", *sys.argv[1:], *more]))
