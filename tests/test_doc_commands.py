@@ -41,7 +41,7 @@ OURS = [
 ]
 SHOWN = shown_outputs()
 DEMO = os.environ.get("QUIETSTAR_DEMO")
-FIGURE = r"(?:< )?[+−-]?\d[\d,.]*%?"
+FIGURE = r"(?:< )?[+−-]?\d[\d,.]*(?:e[+−-]\d+)?%?(?: (?:s|min) left)?"
 BOX = "[\u2500-\u257f]+"
 LEARNED = (
     r"⟨.*?⟩ \S+",  # a thought and what follows
@@ -80,7 +80,7 @@ def comparable(text):
     """The text without what differs among machines and trainings."""
     for pattern in (BOX, *(() if DEMO else LEARNED)):
         text = re.sub(pattern, "", text)
-    return re.sub(FIGURE, "0", text)
+    return re.sub(FIGURE, "0", text.replace(" --model.name_or_path TINY", ""))
 
 
 def check_output(expected, printed, where):

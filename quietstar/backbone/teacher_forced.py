@@ -161,11 +161,12 @@ def _packed(inputs: BlockInputs, virtual: int, seen: int, behind: int) -> Packed
     assert positions is not None, "blocks at chosen positions"
     known = inputs.on_host or OnHost.read(positions, inputs.lengths)
     if known is None or known.positions is None:
-        known = OnHost(np.full(positions.shape, seen - virtual - 1), None)
-    places = np.where(known.positions < 0, NO_POSITION, known.positions + virtual)
+        known, at = None, np.full(positions.shape, seen - virtual - 1)
+    else:
+        at = known.positions
     return PackedBlocks(
-        places,
-        None if known.lengths is None else known.lengths + behind,
+        np.where(at < 0, NO_POSITION, at + virtual),
+        None if known is None or known.lengths is None else known.lengths + behind,
         thought.shape[1],
         len(inputs.start) + len(thought) + behind,
         thought.device,

@@ -38,7 +38,6 @@ from quietstar.reports.figures import (
     in_both_sizes,
 )
 from quietstar.reports.pages import (
-    decimals,
     percent,
     plain,
     probability,
@@ -92,8 +91,7 @@ def task_view(name: str, task: dict[str, Any]) -> RenderableType:
     name = visible(name).replace("\n", "⏎")
     table.title = Text(f"{name}, {task['n']} item{'s' if task['n'] != 1 else ''}")
     for metric, label in metrics.items():
-        digits = decimals(difference, metric) if difference else 4
-        cells = [plain(variant[metric], digits) for variant in variants.values()]
+        cells = [plain(variant[metric]) for variant in variants.values()]
         if difference:
             cells += comparison_cells(difference, metric, main)
         else:
@@ -104,9 +102,8 @@ def task_view(name: str, task: dict[str, Any]) -> RenderableType:
     for metric in (m for m in metrics if "controls" in task and m in (main, *OF_ANSWERS)):
         table = figures_table(f"{visible(metrics[metric])} with", "", "gain over it", "95% CI", "p")
         for control in (c for c in CONTROLS if c in task["controls"]):
-            gain = task[GAINS[control]]
-            cells = [plain(task["controls"][control][metric], decimals(gain, metric))]
-            cells += comparison_cells(gain, metric, main)
+            cells = [plain(task["controls"][control][metric])]
+            cells += comparison_cells(task[GAINS[control]], metric, main)
             style = "bold" if control == SWAPPED else ""
             table.add_row(CONTROL_NAMES[control], *cells, style=style)
         parts.append(table)
@@ -144,8 +141,7 @@ def comparison_cells(comparison: Mapping[str, Any], metric: str, main: str) -> l
     bounds, p_value = comparison[f"{metric}_ci95"], comparison[f"{metric}_p_value"]
     if metric == main:
         p_value = comparison.get("p_holm", p_value)
-    digits = decimals(comparison, metric)
-    return [signed(comparison[metric], digits), signed_range(bounds, digits), probability(p_value)]
+    return [signed(comparison[metric]), signed_range(bounds), probability(p_value)]
 
 
 def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
@@ -169,8 +165,7 @@ def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
                 label += " (gain of content)" if control == SWAPPED else ""
                 color = {SWAPPED: "content", PAUSE: "pause"}.get(control, "other")
                 rows.append(Row(label, gain[main], gain["ci95"], color))
-            show = partial(signed, digits=decimals(task["difference"], main))
-            figures[key] = partial(draw_forest, rows, f"gain in {metrics[main]}", show)
+            figures[key] = partial(draw_forest, rows, f"gain in {metrics[main]}", signed)
             caption = f"Gain in {metrics[main]}: mean and 95% CI"
             cards.append({"name": key, "title": "What thoughts change", "caption": caption})
         for kind, groups in task.get("breakdown", {}).items():
@@ -192,11 +187,9 @@ def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
         examples = [(heading, text, [(kind, drawn[kind]) for kind in kinds if drawn.get(kind)])
                     for heading, text, kinds in EXAMPLES]  # fmt: skip
         shown = {name: metrics[name] for name in ("accuracy", main) if name in metrics}
-        changes = [task[c] for c in ("difference", *GAINS.values()) if c in task]
-        digits = {m: max((decimals(c, m) for c in changes), default=4) for m in metrics}
         sections.append({
             "name": name, "task": task, "answer": _answer(task, metrics), "metrics": metrics,
-            "digits": digits, "cards": cards, "shown": shown,
+            "cards": cards, "shown": shown,
             "variants": variants, "lengths": lengths, "without": WITHOUT, "with": WITH,
             "examples": [entry for entry in examples if entry[2]],
             "content": GAINS[SWAPPED], "votes": task.get(WITH, {}).get("votes", {}),

@@ -26,19 +26,17 @@ def plain(value: float | None, digits: int = 4) -> str:
 
 def signed(value: float | None, digits: int = 4) -> str:
     """Format a number with its sign."""
-    return MISSING if value is None else f"{value:+.{digits}f}".replace("-", "−")
+    if value is None:
+        return MISSING
+    text = f"{value:+.{digits}f}"
+    if value and not float(text):  # what is no chance must not read as zero
+        text = f"{value:+.2g}"
+    return text.replace("-", "−")
 
 
-def signed_range(bounds: Sequence[float] | None, digits: int = 4) -> str:
+def signed_range(bounds: Sequence[float] | None) -> str:
     """Format an interval of signed numbers as ``−0.0120 to +0.0340``."""
-    return MISSING if bounds is None else " to ".join(signed(bound, digits) for bound in bounds)
-
-
-def decimals(comparison: Mapping[str, Any], metric: str) -> int:
-    """Return the decimals of a metric and its difference: none told from chance reads 0.0000."""
-    change, p_value = abs(comparison[metric]), comparison[f"{metric}_p_value"]
-    is_lost = 0 < change < 0.00005 and p_value is not None and p_value < 0.05
-    return 1 - math.floor(math.log10(change)) if is_lost else 4
+    return MISSING if bounds is None else " to ".join(map(signed, bounds))
 
 
 def percent(share: float | None) -> str:

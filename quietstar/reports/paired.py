@@ -31,7 +31,7 @@ from quietstar.evaluation.statistics import (
 )
 from quietstar.reports.evaluation import METRICS, comparison_cells, figures_table
 from quietstar.reports.figures import Row, draw_forest, in_both_sizes
-from quietstar.reports.pages import MISSING, decimals, plain, signed, write_html
+from quietstar.reports.pages import MISSING, plain, signed, write_html
 from quietstar.system.inputs import open_input, parse_json
 
 OF_TOKENS = ("nll", "token_accuracy")
@@ -281,15 +281,10 @@ def _metrics(task: Mapping[str, Any]) -> dict[str, str]:
     return {name: METRICS.get(name) or name for name in names}
 
 
-def _digits(task: Mapping[str, Any], metric: str) -> int:
-    """Return the decimals that show every difference of a metric which is no chance."""
-    return max(decimals(row["difference"], metric) for row in task["evaluations"][1:])
-
-
-def _bounds(scores: Mapping[str, Any], metric: str, digits: int) -> str:
+def _bounds(scores: Mapping[str, Any], metric: str) -> str:
     """Format the interval of a metric."""
     bounds = scores[f"{metric}_ci95"]
-    return MISSING if bounds is None else " to ".join(plain(bound, digits) for bound in bounds)
+    return MISSING if bounds is None else " to ".join(map(plain, bounds))
 
 
 def paired_view(result: Mapping[str, Any]) -> RenderableType:
@@ -302,7 +297,7 @@ def paired_view(result: Mapping[str, Any]) -> RenderableType:
             table = figures_table(visible(label), "", "minus the first", "95% CI", "p")
             for row in task["evaluations"]:
                 scores, change = row["scores"], row.get("difference")
-                cells = [plain(scores[metric], _digits(task, metric))]
+                cells = [plain(scores[metric])]
                 if change is not None:
                     cells += comparison_cells(change, metric, main)
                 style = "bold" if metric == main else ""
@@ -345,14 +340,11 @@ def write_paired(path: Path, result: Mapping[str, Any]) -> Path:
             Row(row["name"], row["difference"][main], row["difference"]["ci95"]) for row in others
         ]
         title = f"{metrics[main]}, minus {first['name']}"
-        digits = {metric: _digits(task, metric) for metric in metrics}
-        show = partial(signed, digits=digits[main])
-        figures[f"task{number}"] = partial(draw_forest, rows, title, show)
+        figures[f"task{number}"] = partial(draw_forest, rows, title, signed)
         cells = [
-            (row, [(plain(row["scores"][m], digits[m]), _bounds(row["scores"], m, digits[m]))
-                   for m in metrics])
+            (row, [(plain(row["scores"][m]), _bounds(row["scores"], m)) for m in metrics])
             for row in task["evaluations"]
-        ]  # fmt: skip
+        ]
         gaps = [
             (row, [comparison_cells(row["difference"], metric, main) for metric in metrics])
             for row in others
