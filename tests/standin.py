@@ -65,6 +65,7 @@ class StandIn:
         self._contexts = [
             mock.patch.object(torch.cuda, "is_available", return_value=True),
             mock.patch.object(torch.cuda, "_lazy_init"),
+            mock.patch.object(torch.accelerator, "empty_cache"),
             mock.patch.object(torch.Tensor, "pin_memory", lambda x: x), _Devices(), _Runs(self),
         ]  # fmt: skip
         for context in self._contexts:

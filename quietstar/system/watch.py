@@ -74,7 +74,11 @@ class _Watch:
             for rank in self.silence:
                 self.silence[rank] += 1
             longest = max(self.silence.values())
-            silent = [r for r, s in self.silence.items() if s > longest - 2 * BEAT_SECONDS]
+            silent = [
+                r
+                for r, s in self.silence.items()
+                if s > max(longest / 2, longest - 2 * BEAT_SECONDS)
+            ]
             silent = [STORE] if STORE in silent else silent  # without it no beat is seen
             who = ", ".join(self.names.get(rank, f"rank {rank}") for rank in silent[:8])
             about = f"{who}, silent for {longest} s"
