@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from itertools import combinations, groupby
 from pathlib import Path
 from typing import Annotated, Any
@@ -655,13 +657,11 @@ class HarnessTask:
             UserError: The task has no metric of single items.
         """
         from lm_eval import evaluator
-        from lm_eval.tasks import TaskManager
 
         from quietstar.evaluation import harness
 
         model_class: Any = harness.QuietStarLM  # the harness's decorators hide their types
         evaluate: Any = evaluator.simple_evaluate
-        metadata: Any = {} if data_dir is None else {"data_dir": data_dir}
         variants = list(protocol.variants)
         for variant in variants:
             if store.has(self.name, [0], [variant]):
@@ -678,8 +678,7 @@ class HarnessTask:
                 )  # fmt: skip
                 results = evaluate(
                     model=model, tasks=[self.name], limit=limit, log_samples=True,
-                    bootstrap_iters=0,
-                    task_manager=TaskManager(include_path=self.include, metadata=metadata),
+                    bootstrap_iters=0, task_manager=_index_tasks(self.include, data_dir),
                 )  # fmt: skip
             samples = [
                 sample
@@ -710,19 +709,25 @@ class HarnessTask:
         return sum(key[0] == self.name and key[2] == variants[-1] for key in store.records)
 
 
+@cache
+def _index_tasks(include: str | None, data_dir: str | None = None) -> Any:
+    """Read the harness's thousands of task files, which takes many seconds, once."""
+    from lm_eval.tasks import TaskManager
+
+    metadata: dict[str, Any] = {} if data_dir is None else {"data_dir": data_dir}
+    return TaskManager(include_path=include, metadata=metadata)
+
+
 def find_harness_task(name: str, include: str | None) -> HarnessTask:
     """Find a task of the harness by its name.
 
     Raises:
         UserError: The harness has no such task, or is not installed.
     """
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        known = []
-    else:
+    known = []
+    if find_spec("lm_eval") is not None:
         with reading(f"--include-path ({include})", "Mend its task files."):
-            known = list(TaskManager(include_path=include).all_tasks)
+            known = list(_index_tasks(include).all_tasks)
     if name in known:
         return HarnessTask(name, include)
     meant = did_you_mean(closest(name, [*TASKS, *known]))

@@ -74,11 +74,8 @@ class _Watch:
             for rank in self.silence:
                 self.silence[rank] += 1
             longest = max(self.silence.values())
-            silent = [
-                r
-                for r, s in self.silence.items()
-                if s > max(longest / 2, longest - 2 * BEAT_SECONDS)
-            ]
+            least = max(longest / 2, longest - 2 * BEAT_SECONDS)
+            silent = [rank for rank, seconds in self.silence.items() if seconds > least]
             silent = [STORE] if STORE in silent else silent  # without it no beat is seen
             who = ", ".join(self.names.get(rank, f"rank {rank}") for rank in silent[:8])
             about = f"{who}, silent for {longest} s"
