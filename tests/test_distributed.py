@@ -23,7 +23,7 @@ from quietstar.config.loading import save_config
 from quietstar.data import load_tokenizer
 
 MODEL = "language_model/model.safetensors"
-STRATEGIES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+STRATEGIES = ["ddp", "fsdp2", "zero2", "zero3"]  # zero1 is a part of zero2
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=str)
@@ -205,7 +205,7 @@ def test_fsdp2_in_bfloat16_follows_one_process(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [marked(strategy) for strategy in ("fsdp2", "zero2")])
+@pytest.mark.parametrize("strategy", [marked("fsdp2")])
 def test_the_script_for_cpus_starts_two_processes(strategy, tmp_path):
     call = ["bash", "launch/cpu.sh", strategy, "configs/tiny.yaml", "--training.max_steps", "2"]
     call += ["--training.save_steps", "2", "--training.output_dir", str(tmp_path / "run")]
