@@ -145,7 +145,7 @@ def test_a_rank_is_silent_when_it_beats_no_more_and_not_when_it_has_left(
     monkeypatch.setattr(watch, "_watch", one)
     time.sleep(4)
     assert not exits
-    watch.leave()
+    watch.stop_watching()
     time.sleep(4)
     assert not exits
     assert not caplog.records

@@ -127,7 +127,7 @@ def leave_launch() -> None:
     Call it before the interpreter shuts down. During the shutdown gloo's threads may still release
     tensors and abort the process, and the launcher then reports finished work as a failure.
     """
-    watch.leave()
+    watch.stop_watching()
     distributed = sys.modules.get("torch.distributed")  # without it nothing is connected
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

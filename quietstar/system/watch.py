@@ -105,7 +105,7 @@ def watch(rank: int, count: int, seconds: int = 600) -> None:
         _watch = _Watch(rank, count, seconds)
 
 
-def leave() -> None:
+def stop_watching() -> None:
     """Watch no more, and tell the others that this rank's silence is its end."""
     global _watch
     if _watch is not None:

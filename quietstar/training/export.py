@@ -51,7 +51,7 @@ def export_checkpoint(folder: Path, trust_remote_code: bool = False) -> Path:
     What the run does not train comes from where the run took it.
 
     Args:
-        folder: The checkpoint.
+        folder: The checkpoint (``RUN/checkpoints/step-000100``).
         trust_remote_code: Whether code that comes with the base model may run; what the run's own
             config says of it does not count.
 
