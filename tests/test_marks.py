@@ -356,7 +356,7 @@ def test_a_scoring_model_that_cannot_serve_leaves_an_earlier_run_as_it_was(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [marked(strategy) for strategy in ("ddp", "fsdp2", "zero3")])
+@pytest.mark.parametrize("strategy", [marked(strategy) for strategy in ("fsdp2", "zero3")])
 def test_two_ranks_think_where_one_process_does(strategy, tmp_path):
     config = scored_config(tmp_path)
     save_config(config, tmp_path / "config.yaml")

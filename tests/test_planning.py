@@ -31,10 +31,11 @@ def planned(tmp_path, **changes):
     """A run whose model is large enough that activations matter; its vocabulary has a padding."""
     folder = tmp_path / "base"
     if not folder.exists():
-        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
         plain_model(**sizes, pad_token_id=257).save_pretrained(folder)
         load_tokenizer("bytes").save_pretrained(folder)
     changes.setdefault("data__train", "unread.jsonl")
+    changes.setdefault("training__global_batch_size", 4)
     model = {"model__name_or_path": str(folder), "model__config": None, "model__tokenizer": None}
     return run_config(tmp_path, training__micro_batch_size=4, **model, **changes)
 
@@ -82,7 +83,7 @@ def test_fake_tensors_take_what_real_ones_take(tmp_path, monkeypatch, changes):
     # As on a GPU: a CPU reads the targets and leaves trailing positions out, fake tensors cannot;
     # and its compiled loops need less.
     monkeypatch.setattr(learning, "on_host", lambda _: False)
-    config = planned(tmp_path, **changes)
+    config = planned(tmp_path, training__global_batch_size=8, **changes)  # gradients accumulate
     estimate = estimate_run(config, "single", 1)
     assert estimate.learning + estimate.learning_gradients == pytest.approx(
         real_peak(config), rel=0.02
@@ -159,7 +160,7 @@ def test_the_weights_of_a_scoring_model_are_planned_on_every_process(tmp_path):
 
 
 def test_engines_cut_what_they_say(tmp_path):
-    config = planned(tmp_path)
+    config = planned(tmp_path, training__global_batch_size=8)
     one = estimate_run(config, "single", 1)
     model = model_without_weights(config, load_tokenizer("bytes"))
     assert one.weights == num_bytes(model.parameters())
@@ -209,7 +210,7 @@ def test_a_plan_says_where_the_texts_are_not_there(tmp_path, capsys):
         (["--memory", "nan"], "--memory (nan): must be a number above 0"),
         (["--processes", "1.5"], "--processes (1.5): must be a whole number"),
         (["--engine", "single", "--processes", "2"], "--engine (single): is one process, not 2"),
-        (["--processes", "9"], "training.global_batch_size (8) must be at least"),
+        (["--processes", "9"], "training.global_batch_size (4) must be at least"),
         (["--thoughts.lenght", "3"], "did you mean --thoughts.length"),
         (["--resume", "auto"], "--resume: belongs to quietstar train, not to a plan"),
         (["--tuning.method", "qlora"], "qlora cannot be planned"),

@@ -202,9 +202,24 @@ def test_the_page_follows_the_steps_and_costs_little(tmp_path, clock):
         end_step(made, step)
         made.refresh()
     assert 3 <= len(said) <= 5
-    assert said[0].startswith("running, step 1 of 99, about ")
+    assert said[0].startswith("running, step 9 of 99, about ")  # none in the first seconds
     assert said[0].endswith(" left, as of now")
     assert not made.report("finished") or said[-1] == "finished, step 90 of 99"
+
+
+def test_a_page_stays_as_it_was_where_a_run_fails_before_its_first_record(tmp_path):
+    said = []
+
+    def fail(steps):
+        with make_reporter(tmp_path, 9, lambda folder, status: said.append(status)) as made:
+            for step in range(1, steps + 1):
+                end_step(made, step)
+            raise UserError("no checkpoint")
+
+    for steps in (0, 1):
+        with pytest.raises(UserError, match="no checkpoint"):
+            fail(steps)
+        assert said == ["stopped, step 1 of 9"] * steps
 
 
 def test_a_page_is_there_before_the_first_evaluation_after_a_step_and_says_how_it_ended(

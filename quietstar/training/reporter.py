@@ -69,6 +69,7 @@ IN_LINE = (
 DROPPED_FIRST = ("entropy", "w", "mixed", "lr")
 PAUSE_AFTER_REPORT = 30
 """The page is written again after this many times the time that it took: at most 3% of the run."""
+SECONDS_OF_REPORT = 0.3  # until one has been timed
 LEFT_OUT = ("base_nll", "mixed_nll", "thought_nll", "gain_over_pause", "mixing_weight")
 """Columns that make room for those of answers."""
 OF_NEXT_TOKENS = ("gain", "gain_of_content")
@@ -134,9 +135,10 @@ class Reporter:
         self._warned: set[str] = set()
         self._guards = GuardState()
         self._step, self._evaluated, self._time_left = start_step, -1, TimeLeft(stages)
-        self._step_began, self._report_due = time.perf_counter(), 0.0
+        self._step_began = time.perf_counter()
         self._last_event = self._step_began  # the end of a step or an evaluation
-        self._is_page_old = False
+        self._report_due = self._step_began + PAUSE_AFTER_REPORT * SECONDS_OF_REPORT
+        self._num_records = self._num_reported = 0  # of this process, and in the page
         self._headings: list[str] = []  # of the held-out figures that were printed last
         self.bar = _Bars(
             TextColumn("{task.description}", markup=False),
@@ -160,7 +162,8 @@ class Reporter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Hide the bar; the page of a run that fails says that it has stopped."""
         self.bar.stop()
-        if kind is not None and not issubclass(kind, Stopped):  # which saves before it reports
+        failed = kind is not None and not issubclass(kind, Stopped)  # which saves before it reports
+        if failed and self._num_records > 0:  # else nothing has been done in the folder
             self.report("stopped")
 
     def _take_time(self) -> float:
@@ -402,7 +405,7 @@ class Reporter:
     def refresh(self) -> None:
         """Has the page written if there is something new and that has not just taken long."""
         began = time.perf_counter()
-        if self._is_page_old and began >= self._report_due:
+        if self._num_records > self._num_reported and began >= self._report_due:
             self.report()
             now = time.perf_counter()
             self._report_due = now + PAUSE_AFTER_REPORT * (now - began)
@@ -421,7 +424,7 @@ class Reporter:
             parts.append(f"as of {time.strftime('%Y-%m-%d %H:%M')}")
         try:
             self.on_report(self.path.parent, ", ".join(parts))
-            self._is_page_old = False
+            self._num_reported = self._num_records
         except Exception as problem:
             self.say(f"warning: the report is not written: {reason_of(problem)}")
             return False
@@ -483,7 +486,8 @@ class Reporter:
     ) -> None:
         shown = {key: value if math.isfinite(value) else None for key, value in figures.items()}
         record = {"kind": kind, "stage": self.stage.name, "step": step, **texts, **shown}
-        had_failed, self._is_page_old = bool(self._unwritten), True
+        had_failed = bool(self._unwritten)
+        self._num_records += 1
         self._unwritten.append(json.dumps(record) + "\n")
         try:
             files.append(self.path, "".join(self._unwritten))
