@@ -18,6 +18,7 @@ def on_files(files, config):
     """Adds the pages that lie beside ``docs``."""
     for source, name in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](")
+        text = text.replace('"docs/pictures/', '"../pictures/')
         for other, page in PAGES.items():
             text = text.replace(f"]({other}", f"]({page}")
         files.append(File.generated(config, name, content=_without_files(text)))
