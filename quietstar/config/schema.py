@@ -388,7 +388,7 @@ class DataConfig(Section):
     eval: Name | None = None
     """Held-out text, given like data.train; null holds out a share of data.train."""
     eval_fraction: Annotated[
-        float, Field(gt=0, lt=1, json_schema_extra={"why": "training needs the rest"})
+        float, Field(gt=0, le=0.9, json_schema_extra={"why": "training needs the rest"})
     ] = 0.05
     """Share of data.train held out when data.eval is null."""
     eval_sequences: Annotated[int, _between(1, 10**6, "it would take days")] | None = None

@@ -61,7 +61,7 @@ class _Watch:
                 self.silence[STORE] = 0
                 for rank in (rank for rank in seen if rank != STORE):
                     beats = self.store.add(f"beats/{rank}", 0)  # reads them
-                    if beats and rank not in self.names:
+                    if rank not in self.names and self.store.check([f"who/{rank}"]):
                         self.names[rank] = f"rank {rank} ({self.store.get(f'who/{rank}').decode()})"
                     if beats != seen[rank] or beats >= LEFT:
                         seen[rank], self.silence[rank] = beats, 0
