@@ -164,7 +164,8 @@ def material(tmp_path_factory):
     choices = [{**line, "choices": [" yes", line["answer"]]} for line in QUESTIONS]
     write_lines(folder / "choices.jsonl", choices)
     own = [{"problem": line["prompt"], "solution": line["answer"]} for line in QUESTIONS * 4]
-    write_lines(folder / "questions.jsonl", own)
+    for name in ("questions.jsonl", "held_out.jsonl"):
+        write_lines(folder / name, own)
     write_lines(folder / "pairs.jsonl", PAIRS)
     write_lines(folder / "preferences.jsonl", PAIRS)
     for name in ("prompts.jsonl", "others.jsonl"):
