@@ -334,6 +334,13 @@ def test_numbers_out_of_range_are_refused_in_one_line_at_once(command, option, v
     assert line.endswith(". Give another value.")
 
 
+@pytest.mark.parametrize("command", ["merge", "eval", "teach", "inspect", "train"])
+def test_a_nul_character_is_refused_in_one_line(command, capsys):
+    assert cli.main([command, "--model", "a", "--out", "a\0b"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("quietstar: error: ")
+
+
 OUTPUTS = [
     ("inspect", "--out"),
     ("calibrate", "--plot"),

@@ -91,7 +91,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Parse as argparse does, but refuse an option with a value that is given twice."""
-        given = [word.partition("=")[0] for word in (sys.argv[1:] if args is None else args)]
+        words = sys.argv[1:] if args is None else args
+        if nul := next((word for word in words if "\0" in word), None):
+            raise UserError(f"{visible(nul)}: must not hold a NUL character; leave it out")
+        given = [word.partition("=")[0] for word in words]
         for option, action in self._option_string_actions.items():
             if action.nargs != 0 and given.count(option) > 1:
                 raise UserError(f"{option}: is given {given.count(option)} times; give it once")
