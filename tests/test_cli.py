@@ -261,7 +261,7 @@ def test_help_lists_every_key_with_type_default_and_bounds_in_80_columns():
         assert " ".join(field["description"].split()[:3]) in words
     assert "integer >= 1 and <= 1048576; default 8" in words
     assert "number >= 0 and < 1; default 0.05" not in words
-    assert "number > 0 and < 1; default 0.05" in words
+    assert "number > 0 and <= 0.9; default 0.05" in words
 
 
 def test_help_has_the_defaults_of_the_objective_that_is_named(capsys):

@@ -138,9 +138,15 @@ class Config(Section):
             kind = loss_class(objective) if isinstance(objective, str) else LossConfig
         except UserError:  # a rule says so
             kind = LossConfig
-        # Settings of another objective may stand here for another stage of the run.
-        known = kind.model_fields.keys() | {k for k in value if f"loss.{k}" not in fields()}
-        return kind.model_validate({k: v for k, v in value.items() if k in known})
+        # Settings of another objective may be here for another stage of the run: valid, but unused.
+        unused = {k for k in value if k not in kind.model_fields and f"loss.{k}" in fields()}
+        if unused:
+            declared = {}
+            for other in map(loss_class, registry.choices("loss.objective")):
+                declared |= {k: (f.annotation, f) for k, f in other.model_fields.items()}
+            extra = {k: declared[k] for k in unused if k in declared}
+            create_model("LossConfig", __base__=kind, **extra).model_validate(value)
+        return kind.model_validate({k: v for k, v in value.items() if k not in unused})
 
     @model_validator(mode="after")
     def _check_rules(self) -> "Config":

@@ -400,6 +400,14 @@ def test_a_setting_without_effect_is_named_in_one_line(change, words, tmp_path, 
     assert "x.yaml" in record.getMessage()
 
 
+def test_a_wrong_value_of_another_objective_is_refused(tmp_path):
+    tree = with_value("loss.teacher_length", float("inf"))
+    path = written({**tree, "loss": {**tree["loss"], "objective": "quiet_star"}}, tmp_path)
+    problem = only_problem_of(path)
+    assert "loss.teacher_length" in problem
+    assert "must be a valid integer" in problem
+
+
 def test_defaults_and_the_config_of_a_run_are_silent(tmp_path, caplog):
     tree = {**VALID, "tuning": {"lora_r": 8}}
     config = load_config(written(tree, tmp_path))
@@ -445,7 +453,7 @@ def test_a_key_that_one_stage_reads_is_silent_and_one_of_a_stage_is_not(tmp_path
         (["--model.config" + ".a" * 100, "8"], "has more than 20 dots"),
         (["--" + "x" * 100_000, "8"], "unknown key"),
         (["--resume", "x" * 300], "there is no such folder"),
-        (["--resume", "a\0b"], "there is no such folder"),
+        (["--resume", "a\0b"], "must not hold a NUL character"),
         (["--training.seed", "9" * 5000], "a whole number of more than 100 digits"),
         (["--data.task_options", "[" * 3000], "is no valid YAML: it is nested too deeply"),
         (["--data.train", "\udcff"], "data.train: "),
