@@ -165,7 +165,8 @@ def test_the_first_rank_that_fails_is_the_reason_on_the_others(two_watches, monk
 
 def test_a_store_that_is_gone_ends_a_launch_that_nobody_can_watch(two_watches, caplog):
     (zero, _), exits = two_watches
-    zero.store = SimpleNamespace(add=lambda key, n: time.sleep(8))  # as one that is stopped
+    hang = SimpleNamespace(add=lambda key, n: zero.has_left.wait(), check=lambda keys: False)
+    zero.store = hang
     time.sleep(5)
     assert 2 in exits
     said = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
