@@ -56,6 +56,9 @@ FILE.jsonl with prompt and answer, or text, on every line (prompt and answer
 are scored as they are, with nothing between; with choices, too, of which the
 most likely one is chosen), FILE.txt (held-out text, in spans
 of --text-tokens), and those of lm-evaluation-harness by their names.
+
+quietstar eval lm-eval ARGS is the harness's own command, which knows the model
+quietstar: quietstar eval lm-eval run --model quietstar --model_args pretrained=DIR ...
 """
 MAX_RESULT_BYTES = 2**28
 """A larger file is no result of this command."""
@@ -66,8 +69,11 @@ QUESTION_FIELDS = ("template", "question_field", "answer_field")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate, print tables, write files; a wrong option, file or model raises `UserError`."""
-    if any(argument.partition("=")[0] == "--overwrite" for argument in arguments or ()):
-        raise UserError("--overwrite: is now called --force, as in all commands. Write --force.")
+    if arguments and arguments[0] == "lm-eval":
+        from quietstar.cli.lm_eval import run_harness
+
+        run_harness(arguments[1:])
+        return 0
     parser = _parser()
     args = parser.read(arguments)
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]

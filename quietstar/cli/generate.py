@@ -1,8 +1,8 @@
-"""``quietstar generate`` and ``quietstar chat``: text with thoughts before its tokens."""
+"""``quietstar generate``: continue prompts, chat, or show what a model thinks in a text."""
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -10,15 +10,15 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from quietstar.cli import options
-from quietstar.cli.options import BATCH, SEED, THOUGHTS, TOKENS, Parser, number
+from quietstar.cli import inspect, options
+from quietstar.cli.options import BATCH, SEED, THOUGHTS, TOKENS, Parser, number, whole
 from quietstar.data.tokenizer import check_unicode, load_tokenizer, pad_left, padding_id
 from quietstar.errors import UserError, reason_of, visible
 from quietstar.evaluation import controls
 from quietstar.evaluation.controls import CONTROLS, GENERIC, GENERIC_TEXT, SHUFFLED, SWAPPED
 from quietstar.evaluation.scoring import POSITIONS, refuse_not_finite
 from quietstar.evaluation.tasks import MAX_BYTES
-from quietstar.generation.gates import PROBED, Gate, GateKind
+from quietstar.generation.gates import Gate
 from quietstar.generation.generate import ThinkingStreamer, most_tokens
 from quietstar.model.outputs import without_padding
 from quietstar.model.quiet_star import QuietStarForCausalLM
@@ -27,21 +27,35 @@ from quietstar.system.processes import join_launch
 
 HELP = "/reset starts over, /thoughts shows or hides thoughts, /quit ends"
 NEW_TOKENS = 128
+MODES = ("--prompt", "--prompts", "--chat", "--inspect", "--inspect-file")
+OF_INSPECTION = ("--out", "--compare", "--controls", "--context", "--force")
+OF_GENERATION = ("--max-new-tokens", "--show-thoughts", "--no-thoughts", "--positions", "--gate",
+                 "--control", "--thought-top-p", "--thought-top-k", "--temperature",
+                 "--top-p")  # fmt: skip
 OPEN, CLOSE = "⟨", "⟩"
 _HALF = "\N{REPLACEMENT CHARACTER}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Generate and print; a wrong option, file or model raises `UserError`."""
-    parser = Parser("quietstar generate", "Continues a text, thinking before new tokens.")
-    _add_generation(parser)
-    value = parser.value
-    value("--prompt", str, None, "TEXT", "text to continue")
-    value("--prompts", str, None, "FILE", "one prompt per line, UTF-8; blank lines are skipped")
-    value("--batch-size", BATCH, 8, None, "prompts of a file at once")
+    parser = _parser()
     args = parser.read(arguments)
-    if args.prompt is not None:
-        parser.warn_idle(args, {"--batch-size": "on a single prompt"})
+    values = vars(args)
+    modes = [m for m in MODES if values[m[2:].replace("-", "_")] not in (None, False)]
+    if len(modes) != 1:
+        given = f"{' and '.join(modes)} do not go together" if modes else "there is nothing to do"
+        raise UserError(f"{given}; give one of {', '.join(MODES)}")
+    reads = modes[0].startswith("--inspect")
+    parser.warn_idle(args, {
+        "--batch-size": None if args.prompts else "without --prompts",
+        "--system": None if args.chat else "without --chat",
+        **dict.fromkeys(OF_INSPECTION, None if reads else "without --inspect"),
+        **dict.fromkeys(OF_GENERATION, "with --inspect" if reads else None),
+    })  # fmt: skip
+    if reads:
+        return inspect.main(parser, args)
+    if args.chat:
+        return _chat(parser, args)
     text = options.read_text(args, "--prompt", "--prompts", "give a text to continue")
     prompts = [text]
     if args.prompt is None:
@@ -91,17 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def chat(arguments: Sequence[str] | None = None) -> int:
-    """Answer turns from the terminal; a wrong option, model or template raises `UserError`."""
-    parser = Parser("quietstar chat", "Talks with a model, which thinks before its tokens.")
-    _add_generation(parser)
-    parser.value("--system", options.unicode_text, None, "TEXT", "text of the system's turn")
-    args = parser.read(arguments)
+def _chat(parser: Parser, args: argparse.Namespace) -> int:
+    """Answer turns from the terminal; a wrong model or template raises `UserError`."""
     model, tokenizer, settings = _load(parser, args)
     if tokenizer.chat_template is None:
         raise UserError(
-            f"--model ({args.model}): has a tokenizer without a chat template; use quietstar "
-            "generate"
+            f"--model ({args.model}): has a tokenizer without a chat template; use --prompt"
         )
     opening = [] if args.system is None else [{"role": "system", "content": args.system}]
     question = [{"role": "user", "content": "?"}]
@@ -148,10 +157,28 @@ def chat(arguments: Sequence[str] | None = None) -> int:
             turns = [*asked, {"role": "assistant", "content": answer}]
 
 
-def _add_generation(parser: Parser) -> None:
-    """Add the options that both commands have: model, thoughts and sampling."""
+def _parser() -> Parser:
+    parser = Parser(
+        "quietstar generate",
+        "Continues prompts, thinking before new tokens (--prompt, --prompts), talks (--chat), or\n"
+        "shows the thoughts before every token of a text and what they gain (--inspect).",
+    )
     options.add_model(parser)
     value = parser.value
+    value("--prompt", str, None, "TEXT", "text to continue")
+    value("--prompts", str, None, "FILE", "one prompt per line, UTF-8; blank lines are skipped")
+    value("--batch-size", BATCH, 8, "N", "prompts of a file at once")
+    parser.flag("--chat", "talk, by the tokenizer's chat template")
+    value("--system", options.unicode_text, None, "TEXT", "text of the system's turn of a chat")
+    value("--inspect", str, None, "TEXT", "text whose thoughts are shown")
+    value("--inspect-file", str, None, "FILE", "file with such a text, UTF-8")
+    parser.output("--out", "page (.html) of the thoughts, or their figures (.json)",
+                  ".html", ".json")  # fmt: skip
+    value("--compare", options.existing, None, "DIR", "a second model that reads the text")
+    parser.flag("--controls", "also score shuffled and blank thoughts, pause tokens, and a generic "
+                "text in the inspected one")  # fmt: skip
+    value("--context", whole(2, 10**6, "no model reads more"), None, "N",
+          "tokens of an inspected text read at once; default: all the model takes")  # fmt: skip
     value("--max-new-tokens", TOKENS, None, "N",
           f"length of the answer (default: {NEW_TOKENS}, or what fits into the model)")  # fmt: skip
     parser.flag("--show-thoughts", "print them dim, before their token")
@@ -163,11 +190,11 @@ def _add_generation(parser: Parser) -> None:
         "token",
     )  # fmt: skip
     value("--gate", str, None, "GATE",
-          "which tokens think: calibrated, entropy:NATS, weight:W or gain:NATS")  # fmt: skip
+          "think where the plain prediction has more entropy: entropy:NATS")  # fmt: skip
     parser.add_argument("--control", choices=CONTROLS,
                         help="read other thoughts in place of the model's own")  # fmt: skip
     value("--generic", options.unicode_text, GENERIC_TEXT, "TEXT",
-          "text of every thought with --control generic")  # fmt: skip
+          "text of every thought of the generic control")  # fmt: skip
     value("--num-thoughts", THOUGHTS, 1, "K",
           "thoughts before each token, whose predictions are averaged")  # fmt: skip
     value("--thought-temperature", options.temperature, None, "T",
@@ -177,7 +204,8 @@ def _add_generation(parser: Parser) -> None:
           "temperature of the text; 0 takes the most likely tokens")  # fmt: skip
     value("--top-p", number(0.0, 1.0, above=True), 1.0, "P",
           "sample from the most likely tokens that reach this probability")  # fmt: skip
-    value("--seed", SEED, 0, None, "seed of text and thoughts")
+    value("--seed", SEED, 0, "N", "seed of text and thoughts")
+    return parser
 
 
 def _load(
@@ -257,17 +285,15 @@ def _generate(model: QuietStarForCausalLM, ids: Tensor, mask: Tensor, **settings
 def _gate(args: argparse.Namespace) -> bool | Gate:
     if args.gate is None:
         return not args.no_thoughts
-    if args.gate == "calibrated":
-        return Gate.load(args.model)
     kind, _, threshold = args.gate.partition(":")
     try:
-        value = number(-1e6, 1e6)(threshold)
+        if kind != "entropy":
+            raise argparse.ArgumentTypeError
+        return Gate("entropy", number(0, 1e6)(threshold))
     except argparse.ArgumentTypeError:
         raise UserError(
-            f"--gate ({args.gate}): must be calibrated, or a kind and a threshold, as entropy:1.5"
+            f"--gate ({args.gate}): must be entropy and a threshold in nats, as in entropy:1.5"
         ) from None
-    probes = Gate.load(args.model).probes if kind in PROBED else {}
-    return Gate(cast(GateKind, kind), value, probes)
 
 
 def _chat_ids(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
@@ -284,7 +310,7 @@ def _chat_ids(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
     if not ids:
         raise UserError(
             "the chat template of the tokenizer gives an empty text, but must write the turns. "
-            "Mend it, or use quietstar generate."
+            "Mend it, or use --prompt."
         )
     return ids
 

@@ -1,4 +1,4 @@
-"""``quietstar inspect``: the thoughts before every token of a text, as a page, JSON or colors."""
+"""``quietstar generate --inspect``: what a model thinks before every token of a given text."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from quietstar.cli import options
-from quietstar.cli.options import SEED, THOUGHTS, Parser, unicode_text, whole
+from quietstar.cli.options import Parser
 from quietstar.data.tokenizer import load_tokenizer
 from quietstar.errors import UserError, visible
 from quietstar.evaluation import controls
@@ -33,23 +33,23 @@ LEAST = 0.0005
 """Gains in nats that three decimals show."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(parser: Parser, args: argparse.Namespace) -> int:
     """Read the text with one model, or two; a wrong option, file or model raises `UserError`."""
-    parser = _parser()
-    args = parser.read(arguments)
     parser.warn_idle(args, {
         "--generic": None if args.controls else "without --controls",
-        "--seed": None if args.temperature else "where thoughts are the most likely ones",
+        "--seed": None if args.thought_temperature else "where thoughts are the most likely ones",
         "--force": None if args.out else "without --out",
     })  # fmt: skip
-    text = options.read_text(args, "--text", "--text-file", "give a text of at least two tokens")
+    remedy = "give a text of at least two tokens"
+    text = options.read_text(args, "--inspect", "--inspect-file", remedy)
     out: Path | None = args.out
-    options.check_greedy("--num-thoughts", args.num_thoughts, args.temperature, "--temperature")
+    temperature = args.thought_temperature
+    options.check_greedy("--num-thoughts", args.num_thoughts, temperature, "--thought-temperature")
     names = [args.model] if args.compare is None else [args.model, args.compare]
     tokenizers = [load_tokenizer(name, trust_remote_code=args.trust_remote_code) for name in names]
     ids: list[Any] = [tokenizer(text)["input_ids"] for tokenizer in tokenizers]
     if len(ids[0]) < 2:
-        raise UserError("--text: is a single token; give a text of at least two")
+        raise UserError("--inspect: is a single token; give a text of at least two")
     if len(ids[0]) * args.num_thoughts > MAX_THOUGHTS:
         raise UserError(
             f"--num-thoughts ({args.num_thoughts}): {len(ids[0])} tokens would have more than "
@@ -84,7 +84,7 @@ def _inspect(
     processes: Processes,
 ) -> dict[str, Any]:  # fmt: skip
     """Return what a model thinks of a text of ``count`` tokens."""
-    model = options.load_model(args, True, "quietstar inspect needs a trained one.", name)
+    model = options.load_model(args, True, "Give the folder of a trained one.", name)
     most = model.max_text_length
     context = args.context or most
     if most is not None and context is not None and context > most:
@@ -97,7 +97,7 @@ def _inspect(
         )
     if args.controls and model.thoughts.length < 2:
         raise UserError("--controls: thoughts of one token cannot be shuffled; leave it out")
-    temperature = args.temperature or None
+    temperature = args.thought_temperature or None
     reading = Reading(
         args.num_thoughts, temperature, args.seed, context, args.controls, args.generic
     )
@@ -176,29 +176,3 @@ def _next_table(record: dict[str, Any]) -> RenderableType:
 
 def _in_line(text: str) -> str:
     return visible(text).replace("\n", "⏎")
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        "quietstar inspect",
-        "Shows what a model thinks before every token of a text, and what it gains;\n"
-        "without --out in the terminal.",
-    )
-    options.add_model(parser)
-    value = parser.value
-    value("--text", str, None, "TEXT", "text to read")
-    value("--text-file", str, None, "FILE", "file with the text, UTF-8")
-    parser.output("--out", "page (.html) or its figures (.json)", ".html", ".json")
-    value("--compare", options.existing, None, "DIR", "a second model, side by side")
-    value("--num-thoughts", THOUGHTS, 1, "K", "thoughts before every token")
-    value("--temperature", options.temperature, None, "T",
-          "temperature of thoughts; without it their most likely tokens")  # fmt: skip
-    value("--seed", SEED, 0, None, "seed of sampled thoughts")
-    parser.flag(
-        "--controls", "also score shuffled and blank thoughts, pause tokens, a generic text"
-    )
-    value("--generic", unicode_text, controls.GENERIC_TEXT, "TEXT",
-          "text of every thought in the control of that name")  # fmt: skip
-    value("--context", whole(2, 10**6, "no model reads more"), None, "N",
-          "tokens that are read at once; default: what the model takes")  # fmt: skip
-    return parser

@@ -47,7 +47,6 @@ atexit.register(gc.freeze)
 
 COMMANDS = {
     "train": ("train", "Train a model: quietstar train --config FILE [--KEY VALUE ...]"),
-    "plan": ("plan", "Estimate the memory of a run: quietstar plan --config FILE"),
     "eval": ("evaluate", "Score tasks with and without thoughts: quietstar eval --model DIR ..."),
     "report": ("report", "Write a run's page, or compare runs, or evaluations"),
     "judge": ("judge", "Compare texts by a judge: quietstar judge --pairs FILE --model DIR ..."),
@@ -56,16 +55,24 @@ COMMANDS = {
         "Train a reward model: quietstar reward-model --pairs FILE --model DIR ...",
     ),
     "teach": ("teach", "Keep what a model that thinks predicts: quietstar teach --model DIR ..."),
-    "lm-eval": ("lm_eval", "Run lm-evaluation-harness: quietstar lm-eval run --model quietstar"),
-    "generate": ("generate", "Continue a prompt: quietstar generate --model DIR --prompt TEXT"),
-    "chat": ("generate:chat", "Talk with a model that thinks: quietstar chat --model DIR"),
-    "inspect": ("inspect", "Show the thoughts in a text: quietstar inspect --model DIR ..."),
-    "calibrate": ("calibrate", "Find where thinking pays: quietstar calibrate --model DIR"),
-    "merge": ("merge", "Merge adapters into their base: quietstar merge --model DIR --out DIR"),
+    "generate": (
+        "generate",
+        "Continue a prompt, chat, or show thoughts: quietstar generate --model DIR ...",
+    ),
+    "export": ("export", "Merge adapters into their base: quietstar export --model DIR --out DIR"),
 }
-"""By name: module of ``quietstar.cli``, with its function if that is not ``main``; a summary."""
-RENAMED = {"compare": "report"}
-"""Commands of earlier versions, by which they are still found."""
+"""By name: module of ``quietstar.cli``; a summary."""
+RENAMED = {
+    "compare": "report",
+    "plan": "train --plan",
+    "lm-eval": "eval lm-eval",
+    "chat": "generate --chat",
+    "inspect": "generate --inspect TEXT",
+    "merge": "export",
+    "calibrate": "eval --tasks FILE.txt (its table of gates), then generate --gate entropy:NATS",
+    "bench": "python -m benchmarks.step (in a checkout)",
+}
+"""Commands of earlier versions, and what took their place."""
 EXTRAS = {"lm_eval": "lm-eval", "pandas": "pandas", "peft": "peft", "reasoning_gym": "tasks",
           "scipy": "eval", "tqdm": "lm-eval"}  # fmt: skip
 """By module: the extra of this package that installs it."""
@@ -200,7 +207,7 @@ def _explain(fault: BaseException) -> str | None:
     if isinstance(fault, MemoryError) or "OutOfMemory" in kind or "can't allocate memory" in text:
         return (
             f"out of memory: {reason_of(fault)}. Lower training.micro_batch_size, --batch-size or "
-            "the length of the texts; quietstar plan predicts what a run needs."
+            "the length of the texts; quietstar train --plan predicts what a run needs."
         )
     if isinstance(fault, OSError) and fault.strerror:
         return (
@@ -295,17 +302,12 @@ def _dispatch(argv: list[str]) -> int | None:
     if name == "--version":
         sys.stdout.write(f"quietstar {__version__}\n")
         return None
-    if name == "bench":
-        what = arguments[0] if arguments and not arguments[0].startswith("-") else "step"
-        raise UserError(
-            "there is no command bench: benchmarks are not part of the package; in a checkout run "
-            f"python -m benchmarks.{what}"
-        )
-    name = RENAMED.get(name, name)
+    if name in RENAMED:
+        instead = RENAMED[name] if name == "bench" else f"quietstar {RENAMED[name]}"
+        raise UserError(f"{name}: is no command any more; instead: {instead}")
     if name not in COMMANDS:
         given = f"there is no command {name}" if name else "no command is given"
         near = difflib.get_close_matches(name or "", COMMANDS, 1)
         given += f" (did you mean {near[0]}?)" if near else ""
         raise UserError(f"{given}; known: {', '.join(COMMANDS)} (see quietstar --help)")
-    module, _, function = COMMANDS[name][0].partition(":")
-    return getattr(import_module(f"quietstar.cli.{module}"), function or "main")(arguments)
+    return import_module(f"quietstar.cli.{COMMANDS[name][0]}").main(arguments)

@@ -1,7 +1,8 @@
-"""``quietstar plan``: the memory that a run will need, before it runs."""
+"""``quietstar train --plan``: the memory that a run will need, before it runs."""
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from quietstar.cli.options import DEFAULT_CONFIG, Parser, number, whole
+from quietstar.cli.options import Parser, number, whole
 from quietstar.config.loading import load_config, resolve_config_file
 from quietstar.errors import UserError
 from quietstar.system.files import write_json
@@ -27,33 +28,20 @@ EXIT_DOES_NOT_FIT = 1
 _GIB, _MIB = 2**30, 2**20
 
 
-def main(arguments: Sequence[str] | None = None) -> int | None:
-    """Print the table; return an exit code that says whether the run fits ``--memory``."""
-    parser = Parser(
-        "quietstar plan",
-        "Prints the memory that each process of a run will need, from shapes alone; the\n"
-        "exit code is 1 if that is more than --memory. Keys are those of quietstar train.",
-        "quietstar plan [--config FILE] [--preset FILE] [--engine NAME] [--processes N] "
-        "[--memory GIB] [--json FILE] [--force] [--KEY VALUE ...]",
-    )
-    value = parser.value
-    value("--config", str, DEFAULT_CONFIG, "FILE", "YAML file or shipped config")
-    value("--preset", str, None, "FILE", "YAML file of an objective, or one that is shipped")
-    engines = "default: single, or ddp with several processes"
+def add_options(parser: Parser) -> None:
+    """Add ``--plan`` and what belongs to it."""
+    parser.flag("--plan", "only say what memory each process needs; exit 1 if above --memory")
+    engines = "of --plan; default: single, or ddp"
     parser.add_argument("--engine", choices=ENGINES, help=engines)
-    value("--processes", whole(1, 2**20, "no cluster has more"), 1, "N", "GPUs of the run")
-    value(
-        "--memory",
-        number(0.0, 1e6, "GiB of one GPU", above=True),
-        None,
-        "GIB",
-        "of each GPU, to compare with",
-    )
-    parser.output("--json", "all figures")
-    args, overrides = parser.parse_known_args(arguments)
-    for option in ("--resume", "--controls", "--allow-changes"):
-        if any(word.partition("=")[0] == option for word in overrides):
-            raise UserError(f"{option}: belongs to quietstar train, not to a plan. Leave it out.")
+    value, gib = parser.value, number(0.0, 1e6, "GiB of one GPU", above=True)
+    most = whole(1, 2**20, "no cluster has more")
+    value("--processes", most, 1, "N", "of --plan: GPUs of the run")
+    value("--memory", gib, None, "GIB", "of --plan: what each GPU has")
+    parser.output("--json", "of --plan: file for its numbers")
+
+
+def plan(parser: Parser, args: argparse.Namespace, overrides: Sequence[str]) -> int | None:
+    """Print the table; return an exit code that says whether the run fits ``--memory``."""
     parser.warn_idle(args, {"--force": None if args.json else "without --json"})
     engine = args.engine or ("single" if args.processes == 1 else "ddp")
     if engine == "single" and args.processes > 1:

@@ -1,4 +1,4 @@
-"""``quietstar train``: a run from a config file and keys on the command line."""
+"""``quietstar train``: a run from a config file and keys on the command line, or its plan."""
 
 import argparse
 import logging
@@ -8,7 +8,7 @@ from itertools import pairwise
 from textwrap import fill
 
 from quietstar import __version__, registry
-from quietstar.cli import options
+from quietstar.cli import options, plan
 from quietstar.cli.options import DEFAULT_CONFIG, Parser, whole
 from quietstar.config import SECTIONS, Config, fields
 from quietstar.config.loading import load_config, resolve_config_file, shipped_configs
@@ -21,10 +21,10 @@ from quietstar.system.processes import launched_rank
 
 DESCRIPTION = """Trains a model. On many processes: accelerate launch train.py, same options.
 
-The keys below go into the config file, by section, or on the command line,
-which wins. Lists are written [a, b], no value is null, and a bare flag is true.
-Single entries of a mapping: --model.config.hidden_size 64. Keys of a stage:
---stages.NAME.KEY; without stages.NAME a key holds in all stages.
+Keys go into the config file, by section, or on the command line, which wins.
+--help SECTION explains one section, --help all explains all of them.
+Lists are [a, b], no value is null, a bare flag is true. Entries of a mapping:
+--model.config.hidden_size 64. Keys of one stage: --stages.NAME.KEY.
 """
 
 
@@ -33,27 +33,35 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     parser = _TrainParser(
         "quietstar train",
         DESCRIPTION,
-        "quietstar train [--config FILE] [--preset FILE]\n"
-        "                       [--resume auto|PATH] [--KEY VALUE ...]",
+        "quietstar train [--config FILE] [--preset FILE] [--resume auto|PATH]\n"
+        "                       [--plan] [--KEY VALUE ...]",
     )
     value = parser.value
     value("--config", _filled, DEFAULT_CONFIG, "FILE",
-          f"YAML file, or one that is shipped: {', '.join(shipped_configs())}")  # fmt: skip
+          f"YAML file, or one of {', '.join(shipped_configs())}")  # fmt: skip
     value("--preset", _filled, None, "FILE",
-          "YAML file of an objective, for all stages that think, or one that is shipped: "
-          f"{', '.join(shipped_configs('objectives'))}")  # fmt: skip
-    value("--resume", _filled, None, "auto|PATH",
-          "continue from the newest checkpoint of the run, or from this one")  # fmt: skip
+          f"objective of all stages that think: one of {', '.join(shipped_configs('objectives'))},"
+          " or a YAML file")  # fmt: skip
+    value("--resume", _filled, None, "auto|PATH", "go on from the newest checkpoint, or this one")
     parser.add_argument(
         "--allow-changes", type=_true_or_false, nargs="?", const=True, default=False,
-        metavar="true", help="resume also under settings that make it another run",
+        metavar="true", help="resume under settings that make it another run",
     )  # fmt: skip
     value("--controls", whole(1, 1000), None, "SEEDS",
-          "compare the last stage with its controls, with this many seeds")  # fmt: skip
+          "compare the last stage with its controls")  # fmt: skip
+    plan.add_options(parser)
     parser.objective = _named_objective(arguments or ())
+    parser.section = _asked_section(arguments or ())
     # DeepSpeed's launcher adds it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     args, overrides = parser.parse_known_args(arguments)
+    if args.plan:
+        for option in ("--resume", "--controls", "--allow-changes"):
+            if getattr(args, option[2:].replace("-", "_")):
+                raise UserError(f"{option}: does not go with --plan. Leave it out.")
+        return plan.plan(parser, args, overrides)
+    of_plan = ("--engine", "--processes", "--memory", "--json", "--force")
+    parser.warn_idle(args, dict.fromkeys(of_plan, "without --plan"))
     if args.controls is not None and args.resume is not None:
         raise UserError("--resume: does not go with --controls, which always goes on; leave it out")
     if launched_rank() > 0:
@@ -129,11 +137,18 @@ def _named_objective(arguments: Sequence[str]) -> str | None:
 
 
 class _TrainParser(Parser):
+    """Lists the keys of the config, which the config's own reader parses.
+
+    Attributes:
+        objective: The one whose keys and defaults are listed; None lists those of all.
+        section: The one that is explained; all of them, or with None only the names of its keys.
+    """
+
     objective: str | None = None
-    """The one whose keys and defaults are listed; None lists those of all."""
+    section: str | None = None
 
     def format_help(self) -> str:
-        """List the keys of the config, which the config's own reader parses."""
+        """Name the keys by section, or explain those of one."""
         listed = dict(fields())
         about = "Defaults are those of quiet_star. Add --loss.objective NAME for those of another."
         if self.objective is not None:
@@ -141,7 +156,16 @@ class _TrainParser(Parser):
             listed = {k: v for k, v in listed.items() if not k.startswith("loss.")}
             listed |= {f"loss.{name}": field for name, field in own.items()}
             about = f"These keys, and their defaults, are those of {self.objective}."
-        for section in SECTIONS:
+        if self.section is None:
+            lines = []
+            for section in SECTIONS:
+                names = ", ".join(
+                    k.partition(".")[2] for k in listed if k.startswith(f"{section}.")
+                )
+                indents = {"initial_indent": f"  {section:<12}", "subsequent_indent": " " * 14}
+                lines.append(fill(names, 78, break_on_hyphens=False, **indents))
+            return "\n".join([super().format_help(), "keys, as --SECTION.KEY:", *lines, ""])
+        for section in SECTIONS if self.section == "all" else (self.section,):
             description = Config.model_fields[section].annotation.__doc__ or ""
             if section == "loss":
                 description = f"{description.rstrip()} {about}"
@@ -151,5 +175,16 @@ class _TrainParser(Parser):
                 default = default_text(listed[key])
                 text = f"{description} ({type_text(key)}; default {default})"
                 group.add_argument(f"--{key}", help=text.replace("%", "%%"), metavar="")
-        self.add_argument_group("stages", fill(Config.model_fields["stages"].description or "", 76))
-        return super().format_help()
+        text = super().format_help()
+        return text if self.section == "all" else text[text.index(f"\n{self.section}:") + 1 :]
+
+
+def _asked_section(arguments: Sequence[str]) -> str | None:
+    """Return the word after ``--help``: a section, ``all``, or None."""
+    for word, following in pairwise([*arguments, "--"]):
+        if word in ("-h", "--help") and not following.startswith("-"):
+            known = ", ".join(SECTIONS)
+            if following not in (*SECTIONS, "all"):
+                raise UserError(f"--help ({following}): is no section; give one of {known}, or all")
+            return following
+    return None

@@ -1,6 +1,6 @@
 """The model class for lm-evaluation-harness: all its tasks run with and without thoughts.
 
-Importing this module registers the name ``quietstar``, as ``quietstar lm-eval run`` does. Without
+Importing this module registers the name ``quietstar``, as ``quietstar eval lm-eval`` does. Without
 thoughts everything is the harness's own ``hf`` class on the same weights.
 """
 
@@ -64,7 +64,7 @@ def one_line_errors(what: str) -> Iterator[None]:
         kind = type(problem).__name__
         raise UserError(
             f"{what}: lm-evaluation-harness fails ({kind}: {reason_of(problem)}). Mend the task, "
-            "its data or the arguments; quietstar lm-eval run --help lists them."
+            "its data or the arguments; quietstar eval lm-eval run --help lists them."
         ) from problem
 
 

@@ -44,6 +44,7 @@ from quietstar.evaluation.controls import (
 )
 from quietstar.evaluation.scoring import Protocol
 from quietstar.evaluation.tasks import TASKS, Candidates, EncodedItem, Item, Task
+from quietstar.losses.thought_loss import next_token_entropy
 from quietstar.model.outputs import without_padding
 from quietstar.model.quiet_star import ROUNDING, QuietStarForCausalLM
 from quietstar.system.files import append, file_kind, write_whole
@@ -93,6 +94,7 @@ class _Line(BaseModel):
     metrics: Annotated[dict[str, Annotated[list[Value], Field(min_length=1)]], Field(min_length=1)]
     nll: list[Nll] = []
     tokens: list[str] = []
+    entropy: list[Value] = []
     position: NonNegativeInt = 0
     thoughts: list[list[list[Annotated[int, Field(ge=NO_TOKEN)]]]] = []
     votes: dict[str, Value] = {}
@@ -126,6 +128,8 @@ class _Line(BaseModel):
             raise ValueError("its thoughts differ in length")
         if self.tokens and len(self.tokens) != len(self.nll):
             raise ValueError("its tokens and their NLL differ in number")
+        if self.entropy and len(self.entropy) != len(self.nll):
+            raise ValueError("its tokens and their entropy differ in number")
         if scored.setdefault((self.task, self.item), len(self.nll)) != len(self.nll):
             raise ValueError("its variants differ in their number of tokens")
         if shapes.setdefault((self.task, self.variant), self.shape) != self.shape:
@@ -390,6 +394,11 @@ class Runner:
         own = batch.thinking[:, None, :, None]  # (B, 1, P, 1)
         with torch.no_grad():
             text = run_text(self.model.causal_lm, batch.ids) if {*variants} - {WITHOUT} else None
+        entropy: list[list[float]] = []
+        if task.kind == "text" and text is not None:  # each token has a thought of its own
+            places = batch.positions.clamp(min=0).unsqueeze(-1)  # (B, P, 1)
+            states = text.states.take_along_dim(places, 1)
+            entropy = next_token_entropy(states, self.model.output_head).tolist()
         if {WITH, SHUFFLED, PAUSE} & {*variants}:
             own = self.model.sample(
                 batch.ids, num_thoughts=self.protocol.samples, positions=batch.thinking,
@@ -456,6 +465,8 @@ class Runner:
                     record["tokens"] = self.tokenizer.batch_decode([[i] for i in one.scored_ids])
                     record["position"] = len(one.ids) - one.num_scored
                     record["groups"] = dict(one.item.groups)
+                    if entropy:
+                        record["entropy"] = entropy[row][: one.num_scored]
                 if variant == WITH:
                     record["prompt"] = one.item.prompt
                     tokens = thoughts[WITH][row, :, : one.num_thinking].tolist()
@@ -703,7 +714,7 @@ class HarnessTask:
             if not records or not records[0]["metrics"]:
                 raise UserError(
                     f"--tasks: {self.name} has no metric of single items, so nothing can be "
-                    "paired; run it with quietstar lm-eval"
+                    "paired; run it with quietstar eval lm-eval"
                 )
             store.add(records)
         return sum(key[0] == self.name and key[2] == variants[-1] for key in store.records)

@@ -24,7 +24,6 @@ from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from quietstar.errors import UserError, reading
 from quietstar.evaluation.controls import GENERIC_TEXT
 from quietstar.evaluation.tasks import AnswerBatch, Candidates, EncodedItem
-from quietstar.generation.gates import PROBES_FILE
 from quietstar.model.outputs import MixedScores
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import SETTINGS_FILE, TOKENIZER_FILES, find_on_hub, read_settings
@@ -37,6 +36,8 @@ _DECISIVE = (
     "*.safetensors", "*.bin", "*.index.json", "*config.json", SETTINGS_FILE, *TOKENIZER_FILES
 )  # fmt: skip
 """Files that decide scores: weights, configs, the tokenizer and its chat template."""
+OLD_GATE = "gate.safetensors"
+"""What earlier versions left beside a model, of no weight for its scores."""
 _PIECE, _PIECES, _WHOLLY_HASHED = 2**20, 4096, 8 * 2**30
 """A file larger than the last is hashed in pieces, so that this takes less time than to load it."""
 NO_CANDIDATE = -1  # index of a true token that is no candidate, and where there is no token
@@ -158,7 +159,7 @@ def _add_files(folder: Path, digest: Any) -> None:
     """Hash names and contents, of very large files only pieces that lie close together."""
     for path in sorted(folder.iterdir()):
         is_decisive = any(fnmatchcase(path.name, pattern) for pattern in _DECISIVE)
-        if not is_decisive or path.name == PROBES_FILE or not path.is_file():
+        if not is_decisive or path.name == OLD_GATE or not path.is_file():
             continue
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())

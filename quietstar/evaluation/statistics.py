@@ -43,6 +43,8 @@ SHARES = ("accuracy", "exact_match")
 """Metrics that are shares of items which are right, clearest first."""
 LENGTHS = ("thought_length", "truncated_fraction")
 """Figures of thoughts that may end early."""
+GATE_SHARES = (0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
+"""Shares of the tokens that think, of a table of gates (`quietstar.generation.gates`)."""
 KINDS = ("digits", "words", "punctuation", "white space")
 
 
@@ -182,6 +184,8 @@ def summarise(
         summary["breakdown"] = break_down(records, seed)
         summary["groups"] = by_group(records, values, seed)
         summary["examples"] = draw_examples(records, main, seed)
+        if all("entropy" in record for record in records[WITHOUT]):
+            summary["gates"] = sweep_entropy(records)
     summary["warnings"] = warnings(summary)
     if SWAPPED in variants and SWAPPED not in records and tokens_are_scored:
         summary["warnings"].append(
@@ -407,6 +411,33 @@ def break_down(
         return figures
 
     return {name: [group(*part) for part in parts] for name, parts in groups.items()}
+
+
+def sweep_entropy(records: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, float]]:
+    """Compute what thinking gives where the entropy of the plain prediction is high alone.
+
+    Teacher-forced, a thought changes one prediction and nothing else: no other pass is needed.
+
+    Returns:
+        For some shares of the tokens, from none to all of them: ``share`` that thinks, ``entropy``
+        above which these are (nats), ``nll`` of all tokens (nats a token), and ``passes`` of the
+        model a token.
+    """
+    base, mixed, entropy = (
+        np.concatenate([record[name] for record in records[variant]])
+        for variant, name in ((WITHOUT, "nll"), (WITH, "nll"), (WITHOUT, "entropy"))
+    )
+    length = len(records[WITH][0]["thoughts"][0][0])
+    rows = []
+    for share in GATE_SHARES:
+        threshold = 0.0 if share == 1 else float(np.quantile(entropy, 1 - share))
+        thinks = (entropy > threshold) | (share == 1)
+        rows.append({
+            "share": float(thinks.mean()), "entropy": threshold,
+            "nll": float(np.where(thinks, mixed, base).mean()),
+            "passes": 1 + length * float(thinks.mean()),
+        })  # fmt: skip
+    return rows
 
 
 # --- Items: groups of them, and some drawn at random ----------------------------------------------

@@ -549,7 +549,7 @@ def _split(
             f"{item.where}: the tokenizer joins the end of the prompt and the answer "
             f"{item.answer!r} into one token (around {around}), so the answer cannot be scored "
             "alone; move a blank at the end of the prompt to the beginning of the answer, set "
-            "--separator, choose another model, or score the task with quietstar lm-eval"
+            "--separator, choose another model, or score the task with quietstar eval lm-eval"
         )
     answer = whole[len(prompt) :]
     while task.separator and len(answer) > 1 and not str(tokenizer.decode(answer[:1])).strip():

@@ -23,7 +23,7 @@ from transformers.utils.generic import ModelOutput
 from quietstar.attention.layout import NO_TOKEN, text_lookahead
 from quietstar.backbone.run import num_virtual
 from quietstar.errors import UserError
-from quietstar.generation.gates import Gate, check_gate
+from quietstar.generation.gates import Gate
 from quietstar.sampling.decoding import Decoder
 from quietstar.sampling.thoughts import Sampling
 
@@ -62,15 +62,14 @@ def generate(
     """Generate texts; arguments and result are those of `QuietStarForCausalLM.generate`.
 
     Raises:
-        UserError: Beams were asked for, a text leaves no room, the gate asks for a mixing weight
-            that is fixed, or thoughts are given where the model thinks more than once.
+        UserError: Beams were asked for, a text leaves no room, or thoughts are given where the
+            model thinks more than once.
     """
     if isinstance(think, Gate):
         gate = think
     else:  # as the model was trained
         once = model.thoughts.positions == "answer_start"
         gate = Gate(("once" if once else "always") if think else "never")
-    check_gate(gate.kind, model.mixing_head.fixed_weight)
     if given is not None:
         _check_given(model, given, gate, len(inputs))
 
@@ -200,7 +199,7 @@ def predict_next(
     if gate.kind == "always":  # nobody waits to hear which rows these are
         rows, some = torch.arange(len(tokens), device=tokens.device), None
     else:
-        rows = gate.decide(states, base).nonzero().squeeze(1)
+        rows = gate.decide(base).nonzero().squeeze(1)
         some = None if len(rows) == len(tokens) else rows
     none = tokens.new_full((len(tokens), sampling.num_thoughts, sampling.thought_length), -1)
     if not len(rows):

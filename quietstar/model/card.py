@@ -71,7 +71,7 @@ _STUDENT = (
     "A causal language model that has learned to predict without thoughts what it, or its teacher, "
     "predicted with them (distilled after [Quiet-STaR](https://arxiv.org/abs/2403.09629)). Its own "
     "thoughts are no longer trained: use it with `think=False`, or as the plain model that "
-    "`quietstar merge --plain` writes",
+    "`quietstar export --plain` writes",
     "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32, think=False)[0]))",
 )
 """What a model is, and how it is called."""

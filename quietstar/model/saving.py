@@ -41,7 +41,6 @@ from quietstar.config.messages import shown_value
 from quietstar.config.schema import Section
 from quietstar.data.tokenizer import load_tokenizer
 from quietstar.errors import UserError, reading, reason_of
-from quietstar.generation.gates import GATE_FILE, PROBES_FILE
 from quietstar.model.card import CARD_FILE, model_card, write_card
 from quietstar.model.self_check import check_architecture, use_thinking_attention
 from quietstar.model.tuning import (
@@ -83,8 +82,8 @@ _NEWER = {
 }  # fmt: skip
 """Settings that are newer than their format, and were what their defaults are."""
 _WRITTEN = (
-    SETTINGS_FILE, WEIGHTS_FILE, LANGUAGE_MODEL_FOLDER, GATE_FILE, PROBES_FILE, "config.json",
-    "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+    SETTINGS_FILE, WEIGHTS_FILE, LANGUAGE_MODEL_FOLDER, "gate.json", "gate.safetensors",
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
     "adapter_*.json", "adapter_*.safetensors",
 )  # fmt: skip
 """Files of a saved model, of any format: none of an earlier one may stay beside a new one."""

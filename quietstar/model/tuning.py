@@ -180,7 +180,7 @@ def load_adapters(
     if waits and method == "dora":
         raise UserError(
             "device_map: DoRA reads the weights of the layers that wait elsewhere. Merge the "
-            "adapters (quietstar merge), and load what this writes."
+            "adapters (quietstar export), and load what this writes."
         )
     placed = vars(model).pop("hf_device_map", None)  # PEFT would place what waits elsewhere again
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Pages: a run's ``report.html``, thoughts in a text, an evaluation, the gates of generation."""
+"""Pages: a run's ``report.html``, thoughts in a text, an evaluation."""
 
 import logging
 

@@ -1,10 +1,10 @@
-"""The figures of ``quietstar eval``, in the terminal and as a page; the page of ``calibrate``."""
+"""The figures of ``quietstar eval``, in the terminal and as a page."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,12 @@ from quietstar.evaluation.runner import FREE_SETTINGS
 from quietstar.evaluation.statistics import LENGTHS, SHARES
 from quietstar.reports.figures import (
     Draw,
-    Points,
     Row,
     draw_forest,
     draw_groups,
-    draw_points,
     in_both_sizes,
 )
 from quietstar.reports.pages import (
-    percent,
     plain,
     probability,
     share_of,
@@ -112,6 +109,12 @@ def task_view(name: str, task: dict[str, Any]) -> RenderableType:
         parts.append(
             Text(f"  thoughts: {length:.1f} tokens on average, {cut:.1%} cut at the limit")
         )
+    if "gates" in task:
+        table = figures_table("think where the entropy is above", "tokens", "NLL", "passes/token")
+        for row in task["gates"]:
+            cells = [f"{row['share']:.1%}", plain(row["nll"]), f"{row['passes']:.2f}"]
+            table.add_row(f"{row['entropy']:.3f} nats", *cells)
+        parts.append(table)
     for name, vote in task.get(WITH, {}).get("votes", {}).items():
         parts.append(Text(f"  {name} of the sampled thoughts: {_share(vote)}"))
     if task.get("num_tests", 1) > 1:
@@ -221,74 +224,3 @@ def page_mark(config: Mapping[str, Any]) -> str:
     decisive = {key: value for key, value in config.items() if key not in FREE_SETTINGS}
     content = json.dumps(decisive, sort_keys=True)
     return f"quietstar-evaluation-{hashlib.sha256(content.encode()).hexdigest()}"
-
-
-# --- Gates: speed against quality -----------------------------------------------------------------
-GATES = {  # color, symbol and line: color is not all that tells gates apart
-    "entropy": ("gate-entropy", "o", "-"),
-    "weight": ("gate-weight", "D", "--"),
-    "gain": ("gate-gain", "s", ":"),
-    "always": ("mixed", "*", ""),
-    "never": ("base", "X", ""),
-    "chosen": ("ink", "o", ""),
-}
-MEASURES = {
-    "nll": ("Negative log-likelihood", "nats/token", plain, "Lower is better."),
-    "accuracy": ("Accuracy of answers", "correct answers", percent, "Higher is better."),
-}
-
-
-def write_gates(
-    path: Path, rows: Sequence[dict[str, Any]], chosen: dict[str, Any] | None = None
-) -> Path:
-    """Write the page of ``quietstar calibrate``; returns its path.
-
-    A measure is drawn over the forward passes, which are exact, unlike a few timed tokens.
-
-    Args:
-        path: Path of the page.
-        rows: Figures of every gate and threshold, as ``--json`` writes them.
-        chosen: Figures of the saved gate, as ``--json`` writes them; marked if given.
-    """
-    groups = {kind: [row for row in rows if row["gate"] == kind] for kind in GATES}
-    groups["chosen"] = [] if chosen is None else [chosen]
-    cards, figures = [], {}
-    for measure, (title, unit, show, direction) in MEASURES.items():
-        if rows[0][measure] is None:
-            continue
-        kinds = []
-        for kind, points in groups.items():
-            points.sort(key=lambda point: point["passes_a_token"])
-            name = kind if kind != "chosen" or chosen is None else f"chosen ({chosen['gate']})"
-            x, y = ([point[key] for point in points] for key in ("passes_a_token", measure))
-            texts = [
-                f"{name}: {show(value)}, {passes:.2f} passes/token, {point['share']:.1%} of tokens"
-                " think"
-                for value, passes, point in zip(y, x, points, strict=True)
-            ]
-            if points:
-                kinds.append(Points(name, x, y, texts, *GATES[kind], is_ring=kind == "chosen"))
-        titles, is_share = ("forward passes/token", unit), measure == "accuracy"
-        figures[measure] = partial(draw_points, kinds, titles, is_share)
-        caption = f"Against forward passes per token, where fewer is faster. {direction}"
-        cards.append({"name": measure, "title": title, "caption": caption})
-    return write_html(
-        path, "calibration.html.j2", figures=in_both_sizes(figures), rows=rows, chosen=chosen,
-        cards=cards, verdict=_gates_verdict(rows, chosen),
-    )  # fmt: skip
-
-
-def _gates_verdict(rows: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any] | None) -> str:
-    """Say what thinking everywhere gains, and what is left of it with the chosen gate."""
-    measure = "nll" if rows[0]["accuracy"] is None else "accuracy"
-    name, show = ("NLL", plain) if measure == "nll" else ("right answers", percent)
-    ends = {row["gate"]: row for row in rows if row["gate"] in ("always", "never")}
-    parts = [f"{show(row[measure])} thinking {gate}" for gate, row in ends.items()]
-    if chosen is None:
-        return f"{name[0].upper()}{name[1:]}: {', '.join(parts)}."
-    always = ends.get("always", chosen)["passes_a_token"]
-    faster = always / chosen["passes_a_token"]
-    return (
-        f"Thinking at {percent(chosen['share'])} of the tokens takes {faster:.1f} times fewer "
-        f"passes than always; {name}: {show(chosen[measure])} ({', '.join(parts)})."
-    )

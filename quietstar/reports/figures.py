@@ -33,7 +33,6 @@ FEW = 5  # held-out points under which the training line tells better what lies 
 
 COLORS = (
     *("base", "mixed", "thought", "content", "swapped", "pause", "other"),
-    *("gate-entropy", "gate-weight", "gate-gain"),
     *("group-1", "group-2", "group-3", "group-4", "group-5", "group-6"),
     *("ink", "muted", "grid", "edge", "band", "card"),
 )
@@ -410,7 +409,6 @@ class Points(NamedTuple):
     color: str
     symbol: str = "o"
     line: str = ""  # in matplotlib's signs; empty joins nothing
-    is_ring: bool = False
 
 
 _MARKER_SIZES = {"*": 13, "X": 9}
@@ -431,11 +429,8 @@ def draw_points(
         for kind in kinds:
             (line,) = axes.plot(
                 kind.x, kind.y, color=paint(kind.color), marker=kind.symbol, linestyle=kind.line,
-                markersize=_MARKER_SIZES.get(kind.symbol, 7) * (2 if kind.is_ring else 1),
-                label=kind.label,
-                fillstyle="none" if kind.is_ring else "full",
-                markeredgewidth=2.5 if kind.is_ring else 0, clip_on=False,
-                gid=plot.explain(kind.texts),
+                markersize=_MARKER_SIZES.get(kind.symbol, 7), label=kind.label,
+                markeredgewidth=0, clip_on=False, gid=plot.explain(kind.texts),
             )  # fmt: skip
             handles += [line] if kind.label else []
         axes.set_xlim(left=0)

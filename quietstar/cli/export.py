@@ -1,4 +1,4 @@
-"""``quietstar merge``: adapters merged into the weights of their base."""
+"""``quietstar export``: adapters merged into the weights of their base."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from quietstar.cli.options import Parser, add_trust, existing, require_trained, 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the merged model into a new folder; raises `UserError` where that cannot be done."""
     summary = "Writes a saved model with its adapters merged into its weights."
-    parser = Parser("quietstar merge", summary)
+    parser = Parser("quietstar export", summary)
     for option, what in (("--model", "folder of a saved model"), ("--out", "new folder")):
         parser.add_argument(option, type=existing, required=True, metavar="DIR", help=what)
     add_trust(parser)
