@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quietstar.config import Config as Config
     from quietstar.model.quiet_star import QuietStarForCausalLM as QuietStarForCausalLM
+    from quietstar.trainer import QuietStarConfig as QuietStarConfig
+    from quietstar.trainer import QuietStarTrainer as QuietStarTrainer
 
 __version__ = "0.2.0"
 
-_PUBLIC = {"Config": "quietstar.config", "QuietStarForCausalLM": "quietstar.model.quiet_star"}
+_PUBLIC = {
+    "Config": "quietstar.config",
+    "QuietStarConfig": "quietstar.trainer",
+    "QuietStarForCausalLM": "quietstar.model.quiet_star",
+    "QuietStarTrainer": "quietstar.trainer",
+}
 
-__all__ = ["Config", "QuietStarForCausalLM", "__version__"]
+__all__ = ["Config", "QuietStarConfig", "QuietStarForCausalLM", "QuietStarTrainer", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -59,6 +59,33 @@ def choices(key: str) -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(paths) if m.name[0] != "_")
 
 
+def weighted_parts(name: str) -> list[tuple[float, str]]:
+    """Split a sum such as ``0.2*my_rewards:brevity + thought`` into weights and names.
+
+    Raises:
+        UserError: A weight is no number.
+    """
+    parts = []
+    for term in name.split("+"):
+        weight, star, part = term.rpartition("*")
+        try:
+            parts.append((float(weight) if star else 1.0, part.strip()))
+        except ValueError:
+            raise UserError(
+                f"loss.reward ({name}): {weight.strip()!r} must be a number, as in "
+                "0.2*my_rewards:brevity + my_rewards:correct. Correct it."
+            ) from None
+    return parts
+
+
+def reads_texts(function: Any) -> bool:
+    """Tell whether a reward is a function of texts, with TRL's signature, and not of tensors."""
+    try:
+        return "completions" in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+
+
 def check(key: str, name: str) -> None:
     """Refuse a name that stands for nothing, as `find` does; a built-in part is not imported.
 
@@ -66,7 +93,10 @@ def check(key: str, name: str) -> None:
     objective has to be known.
     """
     known, kind_has_settings = choices(key), KINDS[key].base is not None
-    if ":" in name:
+    if key == "loss.reward" and ("+" in name or "*" in name):
+        for _, part in weighted_parts(name):
+            check(key, part)
+    elif ":" in name:
         if code_is_trusted() or kind_has_settings:
             find(key, name)
     elif name not in known:
@@ -124,6 +154,8 @@ def find(key: str, name: str) -> Any:
         raise UserError(
             f"{key} ({name}): its parameters are not known. Write a function that calls it."
         ) from None
+    if key == "loss.reward" and reads_texts(called):
+        return part
     try:
         signature.bind(*((None,) * is_method), *kind.parameters)
     except TypeError:

@@ -56,8 +56,9 @@ LONGEST_PROBLEM = 1000  # characters of its line, for values may be long
 MOST_STAGES = 100
 MOST_SUGGESTIONS = 20  # problems with a "did you mean", which takes a while to find
 
-COMMAND_LINE = "command line"
-"""Source of a problem, in the place of a file and its line."""
+COMMAND_LINE, PYTHON = "command line", "QuietStarConfig"
+"""Sources of a problem, in the place of a file and its line."""
+GIVEN = (COMMAND_LINE, PYTHON)
 
 _OPTIONS = (
     "config",
@@ -139,6 +140,7 @@ def load_config(
     config_file: str | Path | None,
     overrides: Sequence[str] = (),
     preset: str | Path | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> Config:
     """Reads a config file (see `resolve_config_file`; None for the defaults), then overrides.
 
@@ -147,7 +149,8 @@ def load_config(
 
     Overrides are arguments of the command line, such as ``["--thoughts.length", "8"]``; they
     replace what the file says, and below a mapping they set single entries
-    (``--model.config.hidden_size 64``). Settings that change nothing are warned of, but not those
+    (``--model.config.hidden_size 64``). Values by key that Python code gives go the same way as
+    ``given``. Settings that change nothing are warned of, but not those
     of a run folder, whose config has all keys.
 
     Raises:
@@ -163,12 +166,13 @@ def load_config(
     if preset is not None:
         reader.read_preset(preset)
     reader.read_overrides(overrides)
+    reader.read_given(given or {})
     base, *stages = reader.settings
     merged: dict[str, Settings] = {}
     for prefix in stages or [base]:
         settings = merged[prefix] = {**reader.settings[base], **reader.settings[prefix]}
         for key, setting in reader.settings[base].items():  # the command line goes over any file
-            if setting.source == COMMAND_LINE and settings[key].source != COMMAND_LINE:
+            if setting.source in GIVEN and settings[key].source not in GIVEN:
                 settings[key] = setting
         problems = _find_problems(settings, reader.misspelt, reader.file)
         reader.problems += [problem for problem in problems if problem not in reader.problems]
@@ -545,6 +549,15 @@ class _Reader:
                 )
             texts[name] = text
 
+    def read_given(self, given: Mapping[str, Any]) -> None:
+        """Takes over values by key."""
+        _add_settings(value for key, value in given.items() if key == "loss.objective")
+        for key, value in given.items():
+            if key in fields():
+                self.settings[""][key] = Setting(value, PYTHON)
+            else:
+                self._report(key, self._unknown(key), PYTHON)
+
     def _override(self, name: str, text: str | None) -> str | None:
         """Takes over one flag, or says what is wrong with it."""
         prefix = next((p for p in self.settings if p and name.startswith(p)), "")
@@ -653,7 +666,7 @@ def _find_problems(settings: Settings, misspelt: set[str], file: str) -> list[st
     for keys, message in between.problems:
         if (invalid | misspelt).isdisjoint(keys):
             # Blame the key from the command line, if there is one, else the one to change.
-            given = [k for k in keys if k in settings and settings[k].source == COMMAND_LINE]
+            given = [k for k in keys if k in settings and settings[k].source in GIVEN]
             key = (given or keys)[0]
             setting = settings.get(key, Setting(None, file))
             shown = f"{setting.prefix}{key}"

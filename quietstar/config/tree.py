@@ -412,9 +412,12 @@ def _part_rules(config: Config) -> Iterator[Broken]:
 
 
 def _judge_rules(config: Config) -> Iterator[Broken]:
-    judge, reward = config.judge, config.loss.reward
-    if reward not in ("judge", "reward_model"):
+    judge = config.judge
+    try:
+        rewards = {part for _, part in registry.weighted_parts(config.loss.reward)}
+    except UserError:  # another rule says so
         return
+    reward = next((name for name in ("judge", "reward_model") if name in rewards), None)
     if reward == "reward_model" and judge.model is None:
         yield ("judge.model", "loss.reward"), (
             "judge.model (null) must be set with loss.reward: reward_model. Name the folder of a"

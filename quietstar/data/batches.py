@@ -4,10 +4,12 @@ The sample at a row of a step depends on the seed and on step * batch_size + row
 the same for every cut of its batches into micro-batches and ranks, and after every resume.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import islice, zip_longest
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from quietstar.config import DataConfig, ThoughtsConfig
 from quietstar.config.schema import SYNTHETIC
 from quietstar.data.encoding import Documents, Encoded, Encoder, all_too_short, chunks, prepare
 from quietstar.data.marking import PatternMarker
-from quietstar.data.sources import Record, Source, is_empty, open_source
+from quietstar.data.sources import WHOLE, Record, Source, is_empty, open_source
 from quietstar.data.tokenizer import padding_id
 from quietstar.errors import UserError
 
@@ -163,6 +165,14 @@ class MapSamples:
             samples.append(cut(document, self._config, self._seed, index))
         return samples
 
+    def record(self, index: int) -> dict[str, Any] | None:
+        """Returns the raw record of the sample of this index, where it was kept and is one."""
+        documents, (epoch, place) = self._documents, divmod(index, len(self._documents))
+        records, rows = documents.records, documents.rows
+        if records is None or rows is None or WHOLE not in records.column_names:
+            return None
+        return json.loads(records[int(rows[self._order(epoch)[place]])][WHOLE])
+
 
 class StreamSamples:
     """Samples of a stream: index i is the i-th behind the held-out head, over and over again.
@@ -281,6 +291,25 @@ class TrainData:
         width = batch_width(samples, self.seq_len)
         return collate(samples, [first + row for row in rows], width, self.pad_id)
 
+    def records(self, sample_ids: Sequence[int]) -> list[dict[str, Any]]:
+        """Returns the raw records of samples by their index in the run, for rewards that read them.
+
+        Raises:
+            UserError: A sample is not one record: the data are a stream, or texts in one piece.
+        """
+        found = []
+        for index in sample_ids:
+            samples = self.samples
+            record = None if isinstance(samples, StreamSamples) else samples.record(index)
+            if record is None:
+                raise UserError(
+                    "loss.reward: reads fields of records, but a sequence is none of these with"
+                    " data.streaming, or with data.spans: concatenate. Turn these off, or name a"
+                    " reward that reads the texts alone."
+                )
+            found.append(record)
+        return found
+
 
 @dataclass(frozen=True)
 class EvalData:
@@ -349,8 +378,9 @@ def build_data(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     thoughts: ThoughtsConfig | None = None,
+    whole: bool = False,
 ) -> tuple[TrainData, EvalData, DataReport]:
-    """Opens the data of a run.
+    """Opens the data of a run; ``whole`` keeps the raw records for `TrainData.records`.
 
     Without `data.eval`, a random share of the documents is held out (of a stream, its head); a
     document never is in both parts. Order, spans, held-out part and generated problems depend on
@@ -362,7 +392,7 @@ def build_data(
     if config.train is None:
         raise UserError("data.train: is not set: give a file, a folder, a hub id or a task")
     encoder = Encoder(tokenizer, config)
-    source = open_source(config.train, config, seed)
+    source = open_source(config.train, config, seed, whole=whole)
     held_out = None
     if config.eval is None and config.train.startswith(SYNTHETIC):
         config = config.model_copy(update={"eval": config.train})  # its own held-out problems

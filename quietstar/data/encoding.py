@@ -347,12 +347,16 @@ class Documents:
         lengths: Tokens of every document; an empty one has none.
         dropped: Number of empty documents that were left out, 0 where they are tokenized on demand.
         skipped: Number of documents or chunks that were left out as too short.
+        records: The records that the documents are made of.
+        rows: Row of each document there; None for chunks, which are of several.
     """
 
     table: Dataset
     lengths: Int[np.ndarray, " documents"] | None = None
     dropped: int = 0
     skipped: int = 0
+    records: Dataset | None = None
+    rows: Int[np.ndarray, " documents"] | None = None
 
     def __len__(self) -> int:
         """Returns the number of documents."""
@@ -375,8 +379,9 @@ class Documents:
     ) -> "Documents":
         """Returns the documents at these indices, of which others were dropped and skipped."""
         lengths = None if self.lengths is None else self.lengths[indices]
-        table = self.table.select(indices)
-        return Documents(table, lengths, self.dropped + dropped, self.skipped + skipped)
+        rows = None if self.rows is None else self.rows[indices]
+        counts = (self.dropped + dropped, self.skipped + skipped)
+        return Documents(self.table.select(indices), lengths, *counts, self.records, rows)
 
     def join(self, config: DataConfig, label: str) -> "Documents":
         """Joins the documents, a thousand at a time, into chunks, where `spans` asks for it."""
@@ -415,8 +420,9 @@ def prepare(source: Source, config: DataConfig, encoder: Encoder) -> Documents:
         rows = zip(*batch.values(), strict=True)
         return _columns(encoder([dict(zip(batch, row, strict=True)) for row in rows]))
 
+    rows = {"records": records, "rows": np.arange(len(records))}
     if not (joined or skip) and records.data.nbytes > EXACT_BYTES:
-        return Documents(records.with_transform(encode))
+        return Documents(records.with_transform(encode), **rows)
     row_bytes = max(1, records.data.nbytes // len(records))
     table, lengths = _map(records, encode, max(1, min(BATCH_ROWS, BATCH_BYTES // row_bytes)))
     filled = lengths > 0
@@ -426,7 +432,8 @@ def prepare(source: Source, config: DataConfig, encoder: Encoder) -> Documents:
     if not long_enough.any():
         raise all_too_short(source.label, config.seq_len, int(lengths.max()))
     dropped, skipped = int((~filled).sum()), int((filled & ~long_enough).sum())
-    return Documents(table, lengths).select(np.flatnonzero(filled & long_enough), dropped, skipped)
+    documents = Documents(table, lengths, **rows)
+    return documents.select(np.flatnonzero(filled & long_enough), dropped, skipped)
 
 
 def all_too_short(label: str, seq_len: int, longest: int) -> UserError:

@@ -3,6 +3,7 @@
 A record is a dict with canonical fields, checked as it is read: `text`; or `question` and `answer`,
 perhaps `rationale`; or `messages` (dicts with `role` and `content`). Where records say at which
 characters the model thinks, these are `positions`, and `where` is the record's place in its file.
+Where rewards read the raw record, `record` is its JSON.
 """
 
 import json
@@ -51,18 +52,22 @@ MOST_LIST_BYTES = 2**30  # of a .json file that is one list, which is parsed as 
 PARQUET_ROWS = 256  # decoded at once
 RECORDS_VERSION = 1  # to be raised when `read_record` makes other records of the same rows
 MEND = "Mend the file, write it again, or leave it out."
+WHOLE = "record"  # canonical field of the whole raw record
 
 
 # --- Records --------------------------------------------------------------------------------------
-def record_fields(config: DataConfig) -> dict[str, str]:
-    """Returns the canonical fields of the config's format with their names in raw records."""
+def record_fields(config: DataConfig, whole: bool = False) -> dict[str, str]:
+    """Returns the canonical fields of the config's format with their names in raw records.
+
+    With ``whole`` among them one for the whole raw record.
+    """
     names = {"text": ["text"], "chat": ["messages"], "qa": ["question", "answer"]}[config.format]
     fields = {name: getattr(config, f"{name}_field") for name in names}
     if config.format == "qa" and config.rationale_field is not None:
         fields["rationale"] = config.rationale_field
     if config.positions_field is not None:
         fields["positions"] = config.positions_field
-    return fields
+    return fields | ({WHOLE: ""} if whole else {})
 
 
 def read_record(raw: object, fields: Mapping[str, str], where: str) -> Record:
@@ -79,6 +84,9 @@ def read_record(raw: object, fields: Mapping[str, str], where: str) -> Record:
         )
     record: Record = {}
     for name, field in fields.items():
+        if name == WHOLE:
+            record[name] = json.dumps(raw, ensure_ascii=False, default=str)
+            continue
         if is_template(field):
             text = _render(field, raw, where, name)
             record[name] = check_unicode(text, f"{where}: data.{name}_field")
@@ -117,7 +125,8 @@ def _render(template: str, raw: Mapping[str, Any], where: str, name: str) -> str
 
 def count_characters(record: Record) -> int:
     """Counts the characters of all texts in a canonical record."""
-    texts = [text for name, text in record.items() if isinstance(text, str) and name != "where"]
+    apart = ("where", WHOLE)
+    texts = [text for name, text in record.items() if isinstance(text, str) and name not in apart]
     texts += [message["content"] for message in record.get("messages", ())]
     return sum(map(len, texts))
 
@@ -311,7 +320,12 @@ class Source:
 
 
 def open_source(
-    value: str, config: DataConfig, seed: int, key: str = "data.train", size: int | None = None
+    value: str,
+    config: DataConfig,
+    seed: int,
+    key: str = "data.train",
+    size: int | None = None,
+    whole: bool = False,
 ) -> Source:
     """Finds out what a name means and opens it.
 
@@ -322,15 +336,19 @@ def open_source(
         seed: Seed of generated problems; problem i of seed s is problem 0 of seed s + i.
         key: Config key that named it.
         size: Number of generated problems, instead of `config.size`.
+        whole: Whether records keep the raw ones that they are made of.
 
     Raises:
         UserError: If there is no such data, or it is empty or malformed.
     """
     label = f"{key}: {value}"
     if value.startswith((GYM, SYNTHETIC)):
-        return _open_generated(label, value, config, seed, size or config.size, key == "data.eval")
-    path = find_local(value, key)
-    return _open_hub(label, value, config) if path is None else _open_local(label, path, config)
+        held_out, size = key == "data.eval", size or config.size
+        return _open_generated(label, value, config, seed, size, held_out, whole)
+    path, fields = find_local(value, key), record_fields(config, whole)
+    if path is None:
+        return _open_hub(label, value, config, fields)
+    return _open_local(label, path, config, fields)
 
 
 def find_local(value: str, key: str) -> Path | None:
@@ -360,7 +378,7 @@ def find_local(value: str, key: str) -> Path | None:
     return None
 
 
-def _open_local(label: str, path: Path, config: DataConfig) -> Source:
+def _open_local(label: str, path: Path, config: DataConfig, fields: Mapping[str, str]) -> Source:
     """Opens a file, or the readable files of a folder and its subfolders, sorted."""
     try:
         is_folder = path.is_dir()
@@ -383,7 +401,6 @@ def _open_local(label: str, path: Path, config: DataConfig) -> Source:
     if not stats:
         raise UserError(f"{label}: is empty (0 bytes): give a file with at least one record")
     stamps = [(status.st_size, status.st_mtime_ns) for status in stats.values()]
-    fields = record_fields(config)
     arguments = {"names": list(stats), "fields": fields, "stamps": (stamps,)}
     rows = partial(_read_files, **arguments)
     if next(rows(), None) is None:
@@ -431,7 +448,7 @@ def _find_files(folder: Path) -> list[Path]:
     return sorted(paths)
 
 
-def _open_hub(label: str, value: str, config: DataConfig) -> Source:
+def _open_hub(label: str, value: str, config: DataConfig, fields: Mapping[str, str]) -> Source:
     """Opens a hub data set; a table's columns are renamed, and copied only through templates."""
     name, _, split = value.partition(":")
     split = split or config.split
@@ -444,7 +461,6 @@ def _open_hub(label: str, value: str, config: DataConfig) -> Source:
             f" {split!r}, subset {config.subset!r}: {reason}): check the path, or the id"
             f" and the connection{did_you_mean_file(Path(name))}"
         ) from error
-    fields = record_fields(config)
     if config.streaming:
 
         def rows() -> Iterator[Record]:
@@ -456,7 +472,7 @@ def _open_hub(label: str, value: str, config: DataConfig) -> Source:
     if len(data) == 0:
         raise UserError(f"{label}: holds no record: choose another split or subset")
     for name, field in fields.items():
-        if is_template(field):
+        if is_template(field) or name == WHOLE:
             continue
         if field not in data.column_names:
             raise missing_field(field, data.column_names, label, name)
@@ -464,7 +480,7 @@ def _open_hub(label: str, value: str, config: DataConfig) -> Source:
         is_text = isinstance(kind, Value) and kind.dtype in ("string", "large_string", "null")
         if name not in ("messages", "positions") and not is_text:
             raise UserError(f"{label}: field {field!r} must hold strings, not {kind}")
-    if any(map(is_template, fields.values())):
+    if any(map(is_template, fields.values())) or WHOLE in fields:
 
         def read(raw: Mapping[str, Any], number: int) -> Record:
             return read_record(raw, fields, f"{label}, record {number + 1}")
@@ -484,7 +500,13 @@ def _open_hub(label: str, value: str, config: DataConfig) -> Source:
 
 
 def _open_generated(
-    label: str, value: str, config: DataConfig, seed: int, size: int, held_out: bool
+    label: str,
+    value: str,
+    config: DataConfig,
+    seed: int,
+    size: int,
+    held_out: bool,
+    whole: bool,
 ) -> Source:
     """Opens the problems of a synthetic task or of reasoning_gym, in the config's format."""
     if config.rationale_field not in (None, "rationale"):
@@ -520,7 +542,7 @@ def _open_generated(
                 f" reasoning, but those of {label} have none (known: chain_sum): leave it out"
             )
         problems = partial(iter, dataset)
-    names = list(record_fields(config))
+    names = list(record_fields(config, whole))
 
     def rows() -> Iterator[Record]:
         for problem in _checked(
@@ -533,6 +555,7 @@ def _open_generated(
                 "answer": answer,
                 "text": f"{question}{separator}{answer}" if answer else "",
                 "messages": [{"role": role, "content": content} for role, content in turns],
+                WHOLE: json.dumps(dict(problem), ensure_ascii=False, default=str),
             }
             if "rationale" in names:
                 forms["rationale"] = problem.get("rationale") or chain_sum_steps(question)

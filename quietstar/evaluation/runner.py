@@ -395,7 +395,7 @@ class Runner:
         with torch.no_grad():
             text = run_text(self.model.causal_lm, batch.ids) if {*variants} - {WITHOUT} else None
         entropy: list[list[float]] = []
-        if task.kind == "text" and text is not None:  # each token has a thought of its own
+        if text is not None and not are_answers:  # each token has a thought of its own
             places = batch.positions.clamp(min=0).unsqueeze(-1)  # (B, P, 1)
             states = text.states.take_along_dim(places, 1)
             entropy = next_token_entropy(states, self.model.output_head).tolist()

@@ -76,6 +76,14 @@ class Policy(Protocol):
         """Ask the judge of the run."""
         ...
 
+    def records(self, thoughts: Any) -> list[dict[str, Any]]:
+        """Return the raw record of each text."""
+        ...
+
+    def decode(self, thoughts: Any) -> list[list[str]]:
+        """Return the texts of thoughts, by entry as those of `continuations`."""
+        ...
+
 
 @dataclass(frozen=True)
 class ThoughtScores:
@@ -96,7 +104,7 @@ class ThoughtScores:
         running: Means of the rewards and of their standard deviations in a group, over earlier
             steps; None in the first step, and for objectives that do not ask for them.
         divergence: KL(teacher || mixed) of each target; None without a teacher.
-        policy: What `logprob`, `continuations` and `judge` ask; None outside of a training step.
+        policy: What methods such as `continuations` ask; None outside of a training step.
     """
 
     base: Float[Tensor, "batch positions lookahead"]
@@ -171,6 +179,27 @@ class ThoughtScores:
             UserError: There is no judge, it cannot judge these texts, or a reward without the mark.
         """
         return self._ask("judge").judge(prompts, candidates)
+
+    def records(self, thoughts: Any) -> list[dict[str, Any]]:
+        """Return the raw record that each text of the batch was made of, with all its fields.
+
+        A reward that calls this is marked with `quietstar.rewards.asks_policy`.
+
+        Args:
+            thoughts: The `ThoughtBatch` that the reward is given.
+
+        Raises:
+            UserError: The texts are not one record each, or a reward without the mark.
+        """
+        return self._ask("records").records(thoughts)
+
+    def decode(self, thoughts: Any) -> list[list[str]]:
+        """Return the texts of the thoughts: for every position with some, in order, K of them.
+
+        These are the entries of `continuations`. A reward that calls this is marked with
+        `quietstar.rewards.asks_policy`.
+        """
+        return self._ask("decode").decode(thoughts)
 
     def _ask(self, name: str) -> Policy:
         if self.policy is None:

@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConf
 from quietstar.config.schema import THINKING_TYPE
 
 
-class QuietStarConfig(PreTrainedConfig):
+class QuietStarModelConfig(PreTrainedConfig):
     """Type ``quiet_star``, around the config of the language model.
 
     It is ``config.json`` of a saved model, by which `AutoModelForCausalLM` and ``pipeline`` find
@@ -47,4 +47,4 @@ class QuietStarConfig(PreTrainedConfig):
         self.text_config = text_config
 
 
-AutoConfig.register(QuietStarConfig.model_type, QuietStarConfig)
+AutoConfig.register(QuietStarModelConfig.model_type, QuietStarModelConfig)

@@ -94,6 +94,20 @@ class LivePolicy:
             )
         return self.model.judge(prompts, candidates)
 
+    def records(self, thoughts: ThoughtBatch) -> list[dict[str, Any]]:
+        """Return the raw record of each text."""
+        if self.model.records is None:
+            raise UserError(
+                "scores.records: the model knows no records. In your own loop set model.records to "
+                "a function from the sample_ids of texts to their records."
+            )
+        return self.model.records(thoughts.sample_ids.tolist())
+
+    def decode(self, thoughts: ThoughtBatch) -> list[list[str]]:
+        """Return the texts of thoughts, by entry."""
+        text, place = (thoughts.positions >= 0).nonzero().T
+        return self.model.decode_thoughts(thoughts.tokens[text, place])
+
     def _tokenizer(self, name: str) -> Any:
         if self.model.tokenizer is None:
             raise UserError(f"scores.{name}: the model has no tokenizer. Give it one (tokenizer=).")

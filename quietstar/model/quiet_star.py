@@ -64,7 +64,7 @@ from quietstar.losses.thought_loss import (
 from quietstar.losses.weights import LossTerms, ThoughtScores, ThoughtWeights, Weigh
 from quietstar.model import saving
 from quietstar.model.checks import expect, raise_failed, void_if_failed
-from quietstar.model.configuration import QuietStarConfig
+from quietstar.model.configuration import QuietStarModelConfig
 from quietstar.model.learning import Step, learn
 from quietstar.model.mixing_head import MixingHead
 from quietstar.model.outputs import (
@@ -75,12 +75,14 @@ from quietstar.model.outputs import (
     Thoughts,
     plain_metrics,
     thought_metrics,
+    without_padding,
 )
 from quietstar.model.policy import LivePolicy
 from quietstar.model.scoring_model import ScoringModel
 from quietstar.model.self_check import check_architecture, use_thinking_attention
 from quietstar.model.tuning import apply_tuning, quantization
 from quietstar.objectives import Objective
+from quietstar.rewards import find_reward
 from quietstar.sampling.noise import keyed_uniform
 from quietstar.sampling.positions import (
     ENTROPY_RULES,
@@ -131,12 +133,14 @@ class QuietStarForCausalLM(PreTrainedModel):
         num_markers: tuple[int, int] = (1, 1),
     ) -> None:
         base: Any = getattr(language_model, "get_base_model", lambda: language_model)()
-        super().__init__(QuietStarConfig(base.config, name_or_path=base.config.name_or_path))
+        super().__init__(QuietStarModelConfig(base.config, name_or_path=base.config.name_or_path))
         self.all_tied_weights_keys = {}  # those of the language model are its own
         self.tokenizer, self.stop = tokenizer, None
         self._markers: tuple[Tensor, Tensor] | None = None  # tokens, of markers that do not train
         self.scoring_model: ScoringModel | None = None  # not a module: see the class
         self.judge: Any = None  # a `quietstar.judging.Critic`, which rewards may ask
+        # From the sample_ids of texts to the records that they are made of, for rewards.
+        self.records: Callable[[list[int]], list[dict[str, Any]]] | None = None
         self.language_model = language_model
         self.tuning = tuning or TuningConfig()
         self.mixing_head_config = mixing_head
@@ -181,7 +185,7 @@ class QuietStarForCausalLM(PreTrainedModel):
             """Moves or casts the model, as any module."""
             ...
 
-    config_class = QuietStarConfig
+    config_class = QuietStarModelConfig
     base_model_prefix = "language_model"
     supports_gradient_checkpointing = True
     output_modalities = ("text",)
@@ -333,7 +337,7 @@ class QuietStarForCausalLM(PreTrainedModel):
             with registry.running("loss.objective", loss.objective):
                 self.objective = registry.find("loss.objective", loss.objective)(loss)
             check_objective(self.objective, f"loss.objective ({loss.objective})")
-            self.reward, self.reward_name = registry.find("loss.reward", loss.reward), loss.reward
+            self.reward, self.reward_name = find_reward(loss.reward), loss.reward
 
     def _find_ends(self, texts: Sequence[str]) -> StopTexts | None:
         if not texts:
@@ -467,7 +471,7 @@ class QuietStarForCausalLM(PreTrainedModel):
     push_to_hub: Any = saving.push_to_hub  # pyright: ignore
 
     @classmethod
-    def _from_config(cls, config: QuietStarConfig, **options: Any) -> QuietStarForCausalLM:
+    def _from_config(cls, config: QuietStarModelConfig, **options: Any) -> QuietStarForCausalLM:
         """Builds a model with random weights; for ``AutoModelForCausalLM.from_config``."""
         raise UserError(
             "AutoModelForCausalLM.from_config: a config alone says nothing of thoughts. Build the "
@@ -991,6 +995,23 @@ class QuietStarForCausalLM(PreTrainedModel):
         """Run texts once, for calls of `sample` and `think` that look at the same ones."""
         self._check_ids(input_ids, "input_ids", ignored=False)
         return run_text(self.causal_lm, input_ids)
+
+    def decode_thoughts(self, tokens: Int[Tensor, "*thoughts length"]) -> Any:
+        """Return the texts of thoughts, in nested lists of the shape of ``thoughts``.
+
+        Args:
+            tokens: As `think`, `sample` and `generate` give them; -1 follows the last of each.
+
+        Raises:
+            UserError: The model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UserError("decode_thoughts: the model has no tokenizer. Give it one (tokenizer=)")
+        rows = [without_padding(row) for row in tokens.flatten(0, -2).tolist()]
+        texts: Any = self.tokenizer.batch_decode(rows)
+        for size in reversed(tokens.shape[1:-1]):
+            texts = [texts[start : start + size] for start in range(0, len(texts), size)]
+        return texts
 
     @torch.no_grad()
     def think(
@@ -1543,4 +1564,4 @@ def target_labels(
     return labels.where(real, IGNORE_INDEX)
 
 
-AutoModelForCausalLM.register(QuietStarConfig, QuietStarForCausalLM)
+AutoModelForCausalLM.register(QuietStarModelConfig, QuietStarForCausalLM)

@@ -36,6 +36,8 @@ from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import SETTINGS_FILE
 from quietstar.model.tuning import quantization
+from quietstar.registry import weighted_parts
+from quietstar.rewards import reads_records
 from quietstar.system.processes import Processes
 from quietstar.system.watch import watch
 from quietstar.training.agreement import check_agreement
@@ -134,7 +136,8 @@ def set_up(config: Config, strategy: Strategy, checkpoint: Path | None = None) -
         say(visible(f"reading the data{of_stage} ({stage.config.data.train})"))
         thoughts = stage.config.thoughts if stage.thinks else None
         # One seed, so that what is held out is held out in every stage.
-        data.append(build_data(stage.config.data, reader, seed, thoughts))
+        whole = stage.thinks and reads_records(stage.config.loss.reward)
+        data.append(build_data(stage.config.data, reader, seed, thoughts, whole))
     processes = Processes(accelerator.process_index, accelerator.num_processes)
     check_agreement(config, processes, data)
     say("loading the model")
@@ -160,7 +163,8 @@ def set_up(config: Config, strategy: Strategy, checkpoint: Path | None = None) -
             model.configure(thoughts)
             assert model.scoring_model is not None, "it was configured"
             model.scoring_model.load(model)  # what is wrong with it is said before the first step
-    rewards = {stage.config.loss.reward for stage in stages if stage.thinks}
+    named = [stage.config.loss.reward for stage in stages if stage.thinks]
+    rewards = {part for name in named for _, part in weighted_parts(name)}
     if rewards >= JUDGED:
         raise UserError(
             "judge.model: cannot be both a judge and a reward model, but the stages of this run "
@@ -306,7 +310,8 @@ def check_thoughts_fit(stage: Stage, model: QuietStarForCausalLM) -> None:
                 f"({config.data.seq_len}) it must be at most {most}, for the model has no more "
                 "positions. Lower it, or data.seq_len."
             )
-    if stage.thinks and longest is not None and config.loss.reward in JUDGED:
+    judged = JUDGED & {part for _, part in weighted_parts(config.loss.reward)}
+    if stage.thinks and longest is not None and judged:
         written = config.judge.continuation or thoughts.lookahead
         most = longest + thoughts.lookahead  # text tokens that a thought and true tokens leave
         if config.data.seq_len - 1 + written > most:

@@ -253,6 +253,7 @@ def try_own_parts(job: Job) -> None:
         return
     model, device = job.model, job.strategy.accelerator.device
     for stage in job.stages[1:]:
+        model.records = job.data[stage.index][0].records
         loss, thoughts = stage.config.loss, stage.config.thoughts
         names = (loss.reward, loss.objective, thoughts.sampler)
         if not stage.thinks or not any(":" in name for name in names):
@@ -335,6 +336,7 @@ def build_stage(
                 "this step"
             )
     train_data, eval_data, report = job.data[stage.index]
+    job.model.records = train_data.records
     lines = [report.summary(), describe(job.model, stage)]
     lines += describe_evaluations(stage, len(eval_data))
     reporter.begin_stage(stage, [*lines, *notices(stage, eval_data)])
