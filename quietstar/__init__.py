@@ -9,13 +9,13 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from quietstar.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from quietstar.config import Config as Config
     from quietstar.model.quiet_star import QuietStarForCausalLM as QuietStarForCausalLM
     from quietstar.trainer import QuietStarConfig as QuietStarConfig
     from quietstar.trainer import QuietStarTrainer as QuietStarTrainer
-
-__version__ = "0.2.0"
 
 _PUBLIC = {
     "Config": "quietstar.config",

@@ -226,6 +226,8 @@ class Evaluation:
         """Return a row for every task and variant, with the means of its metrics."""
         import pandas as pd
 
+        from quietstar.evaluation.controls import WITH, WITHOUT
+
         rows = []
         for name, task in self.tasks.items():
             plain = {key: task[key] for key in (WITHOUT, WITH) if key in task}

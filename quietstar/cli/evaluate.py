@@ -16,7 +16,6 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 
-from quietstar import __version__
 from quietstar.cli import options
 from quietstar.cli.options import BATCH, SEED, THOUGHTS, TOKENS, Parser, unicode_text, whole
 from quietstar.config import Config, DataConfig
@@ -44,6 +43,7 @@ from quietstar.reports.evaluation import page_mark, task_view, write_page
 from quietstar.sampling.positions import MARKED_RULES
 from quietstar.system.files import write_json
 from quietstar.system.processes import Processes, join_launch
+from quietstar.version import __version__
 
 logger = logging.getLogger(__name__)
 

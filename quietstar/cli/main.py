@@ -24,12 +24,12 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
 
-from quietstar import __version__
 from quietstar.errors import ConfigError, Preempted, UserError, reason_of, visible
 from quietstar.system import signals
 from quietstar.system.processes import is_connection_lost, launched_rank, leave_launch
 from quietstar.system.signals import Stopped
 from quietstar.system.watch import first_failure
+from quietstar.version import __version__
 
 EXIT_USER_ERROR = 2
 EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from textwrap import fill
 
-from quietstar import __version__, registry
+from quietstar import registry
 from quietstar.cli import options, plan
 from quietstar.cli.options import DEFAULT_CONFIG, Parser, whole
 from quietstar.config import SECTIONS, Config, fields
@@ -18,6 +18,7 @@ from quietstar.config.tree import loss_class
 from quietstar.config.yaml import YamlProblem, parse
 from quietstar.errors import ConfigError, UserError
 from quietstar.system.processes import launched_rank
+from quietstar.version import __version__
 
 DESCRIPTION = """Trains a model. On many processes: accelerate launch train.py, same options.
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-import quietstar
 from quietstar.backbone.loading import HUB_ID
 from quietstar.config import Config
 from quietstar.config.messages import shortened
@@ -20,6 +19,7 @@ from quietstar.errors import UserError
 from quietstar.system.inputs import open_input
 from quietstar.system.processes import Processes
 from quietstar.training.run_dir import flat, inputs_of
+from quietstar.version import __version__
 
 BLOCK, MOST_BLOCKS = 2**20, 1024
 """Bytes of a block of a file, and blocks that are read of one input: all of it up to a gigabyte."""
@@ -59,7 +59,7 @@ def check_agreement(
         count = "a stream" if report.documents is None else f"{report.documents:,} documents"
         facts[f"the texts of {prefix}data"] = f"{count}, {digest.hexdigest()}"
     versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
-    versions["quietstar"] = quietstar.__version__
+    versions["quietstar"] = __version__
     facts |= {f"the version of {name}": number for name, number in versions.items()}
     ranks = processes.gather(lambda: facts)
     differences = []

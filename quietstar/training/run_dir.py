@@ -15,7 +15,6 @@ import time
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
-import quietstar
 from quietstar.config import Config
 from quietstar.config.loading import load_config
 from quietstar.errors import ConfigError, UserError, reason_of
@@ -24,6 +23,7 @@ from quietstar.system import files
 from quietstar.system.locks import locked
 from quietstar.training.costs import with_eval_sequences
 from quietstar.training.reporter import METRICS_FILE, THOUGHTS_FILE, read_metrics
+from quietstar.version import __version__
 
 MARKER_FILE, LOCK_FILE, CONFIG_FILE = "quietstar-run.json", "quietstar.lock", "config.yaml"
 PREEMPTED_FILE = "preempted"
@@ -195,7 +195,7 @@ def drop_unused(output_dir: Path) -> None:
 def mark(output_dir: Path) -> None:
     """Says in the marker who works here now."""
     began = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    content = {"version": quietstar.__version__, "host": socket.gethostname(), "pid": os.getpid(),
+    content = {"version": __version__, "host": socket.gethostname(), "pid": os.getpid(),
                "start": began}  # fmt: skip
     files.write_json(output_dir / MARKER_FILE, content)
 
