@@ -9,9 +9,6 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
-import math
-import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from quietstar.config import SECTIONS, Config, fields
 from quietstar.config.loading import FOREIGN, load_config
+from quietstar.config.starting import COUNTED, counted, default_of, format_of
 from quietstar.errors import ConfigError, UserError
 from quietstar.system.files import write_whole
 from quietstar.system.processes import launched_rank, leave_launch
@@ -35,10 +33,6 @@ if TYPE_CHECKING:
 RewardFunction = str | Callable[..., Any]
 GIVEN = "quietstar_given"
 """Module of reward functions that no module has under their name, such as lambdas."""
-_COUNTED = (
-    "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16",
-)  # fmt: skip
-"""Arguments of transformers that need the data or the launch to become keys."""
 
 
 class QuietStarConfig:
@@ -62,7 +56,7 @@ class QuietStarConfig:
         self.config, self.settings, self.counted = config, {}, {}
         problems = []
         for name, value in settings.items():
-            if name in _COUNTED:
+            if name in COUNTED:
                 self.counted[name] = value
             elif name in SECTIONS and isinstance(value, Mapping):
                 self.settings |= {f"{name}.{key}": entry for key, entry in value.items()}
@@ -131,7 +125,7 @@ class QuietStarTrainer:
             )
         args = args or QuietStarConfig()
         settings = {"model.name_or_path": str(model), **args.settings}
-        output_dir = settings.get("training.output_dir", _default("training.output_dir"))
+        output_dir = settings.get("training.output_dir", default_of("training.output_dir"))
         folder = Path(f"{output_dir}-data")
         columns: set[str] = set()
         if isinstance(eval_dataset, str | Path):
@@ -145,8 +139,8 @@ class QuietStarTrainer:
             settings["data.train"], columns, count = _write_records(
                 train_dataset, folder, "data.train"
             )
-        settings |= _counted(args.counted, settings, count)
-        settings = _format(columns, formatting) | settings
+        settings |= counted(args.counted, settings, count)
+        settings = format_of(columns, formatting) | settings
         if reward_funcs is not None:
             one = isinstance(reward_funcs, str) or callable(reward_funcs)
             rewards: list[Any] = [reward_funcs] if one else list(reward_funcs)
@@ -260,10 +254,6 @@ def evaluate(
 
 
 # --- From arguments to keys -----------------------------------------------------------------------
-def _default(key: str) -> Any:
-    return fields()[key]["default"]
-
-
 def _write_records(data: Iterable[Any], folder: Path, key: str) -> tuple[str, set[str], int]:
     """Write records to a file that is named by their content, on the main process.
 
@@ -281,63 +271,6 @@ def _write_records(data: Iterable[Any], folder: Path, key: str) -> tuple[str, se
     while not path.exists():
         time.sleep(0.1)
     return str(path), set.intersection(*(set(row) for row in rows)), len(rows)
-
-
-def _format(columns: set[str], template: str | None) -> dict[str, Any]:
-    """Choose format and fields by what records have, or by the names in a template."""
-    if template is not None:
-        names = re.findall(r"\{(\w+)\}", template)
-        if len(names) < 2 or (columns and not columns >= set(names)):
-            raise UserError(
-                f"formatting ({template!r}): must name fields of the records in braces, the answer "
-                f"last (they have {', '.join(sorted(columns)) or 'none'})"
-            )
-        head, _, tail = template.rpartition("{" + names[-1] + "}")
-        # What precedes the answer is one template of the record's fields.
-        body = head.rstrip(" \n")
-        question = re.sub(r"\{(\w+)\}", r"{{ \1 }}", re.sub(r"(\{\{|\{%)", r"{{ '\1' }}", body))
-        return {
-            "data.format": "qa", "data.question_field": question, "data.answer_field": names[-1],
-            "data.template": "{question}" + head[len(body) :] + "{answer}" + tail,
-        }  # fmt: skip
-    if "messages" in columns:
-        return {"data.format": "chat"}
-    for question, answer in (("question", "answer"), ("prompt", "completion")):
-        if columns >= {question, answer}:
-            names = {"data.question_field": question, "data.answer_field": answer}
-            return {"data.format": "qa", **names}
-    return {}
-
-
-def _counted(
-    given: Mapping[str, Any], settings: Mapping[str, Any], count: int | None
-) -> dict[str, Any]:
-    """Turn epochs, batch sizes of a device, and accumulation into keys."""
-    found: dict[str, Any] = {}
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = given.get("per_device_train_batch_size")
-    if micro is not None:
-        found["training.micro_batch_size"] = micro
-    if micro is not None or "gradient_accumulation_steps" in given:
-        micro = micro or settings.get("training.micro_batch_size")
-        micro = micro or _default("training.micro_batch_size")
-        found["training.global_batch_size"] = (
-            micro * given.get("gradient_accumulation_steps", 1) * processes
-        )
-    if "bf16" in given:
-        found["training.mixed_precision"] = "bf16" if given["bf16"] else "no"
-    if "num_train_epochs" in given:
-        if count is None:
-            raise UserError(
-                "num_train_epochs: needs a train_dataset of records, whose number is known. Set "
-                "max_steps."
-            )
-        size = (settings | found).get("training.global_batch_size")
-        size = size or _default("training.global_batch_size")
-        held_out = settings.get("data.eval_fraction", _default("data.eval_fraction"))
-        trained = count if settings.get("data.eval") else count - max(1, round(held_out * count))
-        found["training.max_steps"] = math.ceil(given["num_train_epochs"] * trained / size)
-    return found
 
 
 def _reward(functions: Sequence[RewardFunction], weights: Sequence[float] | None) -> str:

@@ -46,6 +46,7 @@ SECONDS_FOR_RANK_0 = 10.0
 atexit.register(gc.freeze)
 
 COMMANDS = {
+    "init": ("init", "Write a config for your records: quietstar init --data FILE"),
     "train": ("train", "Train a model: quietstar train --config FILE [--KEY VALUE ...]"),
     "eval": ("evaluate", "Score tasks with and without thoughts: quietstar eval --model DIR ..."),
     "report": ("report", "Write a run's page, or compare runs, or evaluations"),

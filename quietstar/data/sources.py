@@ -267,14 +267,15 @@ def _read_parquet(file: BinaryIO, path: Path, fields: Mapping[str, str]) -> RawR
     with reading(f"{path}: is no parquet file or a damaged one", "Write it again, or rename it."):
         table = pyarrow.parquet.ParquetFile(file)
         present = list(table.schema_arrow.names)
-    named = {name: field for name, field in fields.items() if not is_template(field)}
+    named = {n: field for n, field in fields.items() if n != WHOLE and not is_template(field)}
     for name, field in named.items():
         if field not in present:
             raise missing_field(field, present, str(path), name)
         if present.count(field) > 1:
             raise UserError(f"{path}: field {field!r} stands twice: rename one of them")
     number = 0
-    columns = list(named.values()) if len(named) == len(fields) else None  # a template reads any
+    # A template reads any, as does a reward.
+    columns = list(named.values()) if len(named) == len(fields) else None
     for batch in table.iter_batches(PARQUET_ROWS, columns=columns):
         for raw in batch.to_pylist():
             number += 1
@@ -288,6 +289,27 @@ READERS: dict[str, Callable[[BinaryIO, Path, Mapping[str, str]], RawRecords]] = 
     ".parquet": _read_parquet,
 }
 ENDINGS = f"{', '.join(list(READERS)[:-1])} or {list(READERS)[-1]}"
+
+
+def raw_records(value: str, key: str) -> Iterator[Mapping[str, Any]]:
+    """Yields the raw records of a file or folder, with all their fields.
+
+    Raises:
+        UserError: There is none, or it is malformed.
+    """
+    path = find_local(value, key)
+    if path is None:
+        raise UserError(f"{key} ({value}): is no file or folder here. Give one.")
+    fields = {"text": "text", WHOLE: ""}
+    for file in _find_files(path) if path.is_dir() else [path]:
+        if file.suffix not in READERS:
+            raise UserError(f"{key} ({file}): must end in {ENDINGS}. Convert the file.")
+        shown = {WHOLE: ""} if file.suffix == ".parquet" else fields
+        with reading(str(file), MEND), open_input(file) as opened:
+            for raw, where in READERS[file.suffix](opened, file, shown):
+                if not isinstance(raw, Mapping):
+                    raise UserError(f"{where}: a record must be an object with fields.")
+                yield raw
 
 
 def _read_files(names: list[str], fields: dict[str, str], stamps: Any) -> Iterator[Record]:
