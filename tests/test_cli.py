@@ -14,7 +14,7 @@ import quietstar.reports  # noqa: F401  (before `runs` replaces what it imports)
 from quietstar import __version__
 from quietstar.cli import main as cli
 from quietstar.cli.options import Parser
-from quietstar.config import fields
+from quietstar.config import SECTIONS, fields
 from quietstar.config.loading import load_config
 from quietstar.config.messages import type_text
 from quietstar.errors import UserError
@@ -133,15 +133,13 @@ def test_train_hands_over_config_overrides_and_resume(runs, tmp_path):
     [
         ([], "no command is given"),
         (["trian"], "there is no command trian (did you mean train?); known: train"),
-        (["bench", "step"], "there is no command bench"),
-        (["bench", "sweep", "--axes", "S"], "in a checkout run python -m benchmarks.sweep"),
         (["train", "--config"], "--config: has no value; write --config FILE"),
         (["train", "--resume", "--training.overwrite_output_dir"], "--resume: has no value"),
         (["train", "--allow-changes", "maybe"], "--allow-changes (maybe): must be true or false"),
         (["train", "--controls", "0"], "--controls (0): must be a whole number of at least 1"),
         (["train", "--resume", "runs/no/such"], "--resume (runs/no/such): there is no such folder"),
-        (["merge", "--model", "a"], "--out: must be given (see quietstar merge --help)"),
-        (["merge", "a", "--out", "b", "--model", "c"], "a: belongs to no option (see"),
+        (["export", "--model", "a"], "--out: must be given (see quietstar export --help)"),
+        (["export", "a", "--out", "b", "--model", "c"], "a: belongs to no option (see"),
         (["eval", "--model=m", "--tasks=gsm8k", "--force", "a"], "a: belongs to no option (see"),
         (
             ["eval", "--model=m", "--tasks=gsm8k", "--controls", "swapped", "blank"],
@@ -149,6 +147,13 @@ def test_train_hands_over_config_overrides_and_resume(runs, tmp_path):
         ),
         (["generate", "--modl", "a"], "--modl: unknown option; did you mean --model?"),
         (["generate", "--show-thoughts=1"], "--show-thoughts: takes no value"),
+        (["generate", "--model", "m"], "there is nothing to do; give one of --prompt, --prompts"),
+        (
+            ["generate", "--model", "m", "--chat", "--prompt", "a"],
+            "--prompt and --chat do not go together; give one of",
+        ),
+        (["train", "--plan", "--resume", "auto"], "--resume: does not go with --plan"),
+        (["train", "--help", "nosuch"], "--help (nosuch): is no section; give one of model, "),
         (["eval", "--thoughts", "maybe"], "--thoughts (maybe): must be one of off, on, both"),
         (["train", "--config", "no_such_file"], "--config: there is no file no_such_file"),
     ],
@@ -157,6 +162,16 @@ def test_a_mistake_in_the_command_ends_with_exit_code_2(arguments, expected, run
     assert cli.main(arguments) == 2
     assert expected in capsys.readouterr().err
     assert not runs
+
+
+@pytest.mark.parametrize(("old", "new"), cli.RENAMED.items())
+def test_an_old_command_is_one_line_that_names_the_new_one(old, new, capsys):
+    assert cli.main([old, "--model", "m"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"quietstar: error: {old}: is no command any more; instead: ")
+    assert line.endswith(new)
+    assert old not in cli.COMMANDS
+    assert new.split()[0] in cli.COMMANDS or new.startswith("python -m benchmarks.step")
 
 
 def test_mistakes_found_by_the_loop_end_the_same_way(runs, monkeypatch, capsys):
@@ -245,15 +260,36 @@ def test_an_interrupt_ends_with_exit_code_130(runs, monkeypatch):
     assert cli.main(["train"]) == 130
 
 
-def test_help_lists_every_key_with_type_default_and_bounds_in_80_columns():
+def test_help_is_a_screen_that_names_every_key_and_no_value():
     result = run_train_py("--help", COLUMNS="80")
     assert result.returncode == 0
     assert result.stdout.isascii()
     lines = [line.rstrip() for line in result.stdout.splitlines()]
+    assert len(lines) <= 60
     assert max(map(len, lines)) <= 80
-    starts = {line.split()[0] for line in lines if line.startswith("  --")}
-    options = {"--config", "--preset", "--resume", "--allow-changes", "--controls"}
-    assert starts == {f"--{key}" for key in fields()} | options
+    _, _, named = result.stdout.partition("keys, as --SECTION.KEY:")
+    found, section = set(), ""
+    for word in named.replace(",", " ").split():
+        if word in SECTIONS and f"\n  {word} " in named:
+            section = word
+        else:
+            found.add(f"{section}.{word}")
+    assert found == set(fields())
+
+
+def explained(text):
+    """Options that a help explains, one a line."""
+    return {line.split()[0] for line in text.splitlines() if line.startswith("  --")}
+
+
+def test_help_of_all_explains_every_key_with_type_default_and_bounds_in_80_columns():
+    result = run_train_py("--help", "all", COLUMNS="80")
+    assert result.returncode == 0
+    assert result.stdout.isascii()
+    assert max(len(line.rstrip()) for line in result.stdout.splitlines()) <= 80
+    options = {"--config", "--preset", "--resume", "--allow-changes", "--controls", "--plan",
+               "--engine", "--processes", "--memory", "--json", "--force"}  # fmt: skip
+    assert explained(result.stdout) == {f"--{key}" for key in fields()} | options
     words = " ".join(result.stdout.split())
     for key, field in fields().items():
         assert f"--{key} " in words
@@ -264,8 +300,15 @@ def test_help_lists_every_key_with_type_default_and_bounds_in_80_columns():
     assert "number > 0 and <= 0.9; default 0.05" in words
 
 
+@pytest.mark.parametrize("section", SECTIONS)
+def test_help_of_a_section_explains_its_keys_and_no_other(section, capsys):
+    assert not cli.main(["train", "--help", section])
+    own = {f"--{key}" for key in fields() if key.startswith(f"{section}.")}
+    assert explained(capsys.readouterr().out) == own
+
+
 def test_help_has_the_defaults_of_the_objective_that_is_named(capsys):
-    assert not cli.main(["train", "--loss.objective", "distill", "--help"])
+    assert not cli.main(["train", "--loss.objective", "distill", "--help", "loss"])
     words = " ".join(capsys.readouterr().out.split())
     assert "those of distill" in words
     assert re.search(r"--loss.reference .{0,300}default base\)", words)
@@ -294,23 +337,15 @@ NUMBERS = [
     ("generate", "--num-thoughts", str(10**6)),
     ("generate", "--max-new-tokens", "9" * 5000),
     ("generate", "--batch-size", "0"),
-    ("inspect", "--temperature", "-1"),
-    ("inspect", "--temperature", "inf"),
-    ("inspect", "--num-thoughts", "1.5"),
-    ("inspect", "--context", "1"),
+    ("generate", "--num-thoughts", "1.5"),
+    ("generate", "--context", "1"),
     ("eval", "--limit", "0"),
     ("eval", "--seed", "-3"),
     ("eval", "--votes", "x"),
-    ("calibrate", "--sequences", "-3"),
-    ("calibrate", "--batch-size", "0"),
-    ("calibrate", "--seq-len", "1"),
-    ("calibrate", "--timed-tokens", "-5"),
-    ("calibrate", "--speed", "1"),
-    ("calibrate", "--quality", "nan"),
-    ("plan", "--memory", "nan"),
-    ("plan", "--processes", "1.5"),
-    ("plan", "--processes", "\u0663"),
-    ("plan", "--memory", "1e308"),
+    ("train", "--memory", "nan"),
+    ("train", "--processes", "1.5"),
+    ("train", "--processes", "\u0663"),
+    ("train", "--memory", "1e308"),
     ("generate", "--temperature", "1e-30"),
     ("generate", "--temperature", "1_0"),
     ("generate", "--seed", "\u0663"),
@@ -319,10 +354,7 @@ NUMBERS = [
     ("eval", "--limit", str(10**8)),
     ("eval", "--text-tokens", "1"),
     ("eval", "--thought-temperature", "1e308"),
-    ("inspect", "--context", str(10**9)),
-    ("calibrate", "--quality", "1e308"),
-    ("calibrate", "--speed", "inf"),
-    ("calibrate", "--timed-tokens", str(10**9)),
+    ("generate", "--context", str(10**9)),
 ]
 
 
@@ -334,7 +366,7 @@ def test_numbers_out_of_range_are_refused_in_one_line_at_once(command, option, v
     assert line.endswith(". Give another value.")
 
 
-@pytest.mark.parametrize("command", ["merge", "eval", "teach", "inspect", "train"])
+@pytest.mark.parametrize("command", ["export", "eval", "teach", "generate", "train"])
 def test_a_nul_character_is_refused_in_one_line(command, capsys):
     assert cli.main([command, "--model", "a", "--out", "a\0b"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -342,19 +374,13 @@ def test_a_nul_character_is_refused_in_one_line(command, capsys):
 
 
 OUTPUTS = [
-    ("inspect", "--out"),
-    ("calibrate", "--plot"),
-    ("calibrate", "--json"),
-    ("plan", "--json"),
+    (["generate", "--model", "none", "--inspect", "a text"], "--out"),
+    (["train", "--plan"], "--json"),
 ]
-OTHERS = {"inspect": ["--model", "none", "--text", "a text"], "calibrate": ["--model", "none"],
-          "plan": []}  # fmt: skip
 
 
-@pytest.mark.parametrize(("command", "option"), OUTPUTS)
-def test_files_that_cannot_be_written_are_refused_before_the_work(
-    command, option, tmp_path, capsys
-):
+@pytest.mark.parametrize(("call", "option"), OUTPUTS)
+def test_files_that_cannot_be_written_are_refused_before_the_work(call, option, tmp_path, capsys):
     mine = tmp_path / "mine.html"
     mine.write_text("years of work")
     (tmp_path / "link.html").symlink_to(mine)
@@ -371,11 +397,11 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(
         f"{tmp_path}/x.html.partial": "must",
     }
     for path, words in bad.items():
-        assert cli.main([command, *OTHERS[command], option, path]) == 2
+        assert cli.main([*call, option, path]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"quietstar: error: {option} ({path}): {words}")
     for path in list(bad)[1:4]:
-        assert cli.main([command, *OTHERS[command], option, path, "--force"]) == 2
+        assert cli.main([*call, option, path, "--force"]) == 2
     assert mine.read_text() == "years of work"
     assert (tmp_path / "link.html").is_symlink()
 
@@ -436,7 +462,7 @@ def test_options_stand_among_the_keys_of_a_config(runs, capsys):
     ("module", "extra", "arguments"),
     [
         ("scipy", "eval", ["eval", "--help"]),
-        ("lm_eval", "lm-eval", ["lm-eval", "ls"]),
+        ("lm_eval", "lm-eval", ["eval", "lm-eval", "ls"]),
     ],
 )
 def test_a_missing_package_is_one_line_that_names_its_extra(module, extra, arguments):

@@ -1,19 +1,17 @@
-"""``quietstar generate``, ``chat`` and ``calibrate`` as a user runs them."""
+"""``quietstar generate`` as a user runs it: prompts, a chat, a gate."""
 
 import json
 import shutil
 
 import pytest
 import torch
-from tiny import plain_model, thinking_model, write_texts
+from tiny import plain_model, thinking_model
 
 from quietstar import QuietStarForCausalLM
 from quietstar.cli import main as cli
 from quietstar.cli.generate import thought_text
 from quietstar.data import load_tokenizer
 from quietstar.errors import visible
-from quietstar.evaluation.calibration import Measured, fit_probes, threshold_at, try_gate
-from quietstar.generation.gates import Gate
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
 
@@ -94,14 +92,14 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys):
         assert generate(folder, *arguments, **more) == 2
         return capsys.readouterr().err
 
-    assert "give either --prompt TEXT or --prompts FILE" in said()
+    assert "there is nothing to do; give one of --prompt" in said()
     assert "--prompt: is empty" in said("--prompt", " ")
     assert "is no Quiet-STaR model" in said("--prompt", "a", model="plain")
     assert "Set --no-thoughts" in said("--prompt", "a", model="plain")
     assert "does not go with" in said("--prompt", "a", "--no-thoughts", "--show-thoughts")
-    assert "holds no gate" in said("--prompt", "a", "--gate", "calibrated")
-    assert "there is no gate 'often'" in said("--prompt", "a", "--gate", "often:1")
-    assert "must be calibrated, or a kind" in said("--prompt", "a", "--gate", "entropy")
+    for gate in ("calibrated", "often:1", "entropy", "entropy:-1", "entropy:x"):
+        told = f"--gate ({gate}): must be entropy and a threshold in nats, as in entropy:1.5"
+        assert told in said("--prompt", "a", "--gate", gate)
     assert "at most" in said("--prompt", "a" * 100, "--max-new-tokens", 99)
     assert "is no Unicode character but half of a surrogate pair; is the text UTF-8" in said(
         "--prompt", "a\udcffb"
@@ -114,84 +112,36 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys):
 def test_chat_answers_turn_by_turn(folder, capsys, monkeypatch):
     said = iter(["hello", "a\udcffb", "/thoughts", "again", "/reset", "x" * 300, "hello", "/quit"])
     monkeypatch.setattr("builtins.input", lambda *_: next(said))
-    arguments = ["chat", "--model", str(folder / "chat"), "--device", "cpu",
-                 "--max-new-tokens", "4"]  # fmt: skip
-    assert cli.main(arguments) == 0
+    assert generate(folder, "--chat", "--max-new-tokens", 4, model="chat") == 0
     printed = capsys.readouterr().out
     assert printed.count("⟨") >= 4  # thoughts of the later answers alone
     assert "/reset starts over" in printed.splitlines()[0]
     assert "fewer than" in printed  # the turn that is too long, after which the talk goes on
-    assert cli.main(["chat", "--model", str(folder / "model"), "--device", "cpu"]) == 2
-    assert "without a chat template; use quietstar generate" in capsys.readouterr().err
+    assert generate(folder, "--chat") == 2
+    assert "without a chat template; use --prompt" in capsys.readouterr().err
 
 
-# --- Calibration ----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("mode", "idle", "reason"),
+    [
+        (("--prompt", "two"), ("--system", "be kind"), "--system: has no effect without --chat"),
+        (("--prompt", "two"), ("--batch-size", 2), "--batch-size: has no effect without --prompts"),
+        (("--prompt", "two"), ("--context", 9), "--context: has no effect without --inspect"),
+        (("--inspect", "two"), ("--gate", "entropy:1"), "--gate: has no effect with --inspect"),
+        (("--inspect", "two"), ("--temperature", 1), "--temperature: has no effect with --inspect"),
+    ],
+)
+def test_an_option_of_another_mode_is_warned_of(folder, capsys, mode, idle, reason):
+    few = ("--max-new-tokens", 1) if mode[0] == "--prompt" else ()
+    assert generate(folder, *mode, *few, *idle) == 0
+    assert f"quietstar: warning: {reason}; leave it out\n" in capsys.readouterr().err
 
 
-def test_a_calibrated_gate_keeps_what_it_promises(folder, tmp_path, capsys):
-    data = write_texts(tmp_path / "texts.jsonl")
-    arguments = ["calibrate", "--model", str(folder / "model"), "--data", data, "--device", "cpu",
-                 "--seq-len", "16", "--timed-tokens", "8", "--json", str(tmp_path / "f.json"),
-                 "--plot", str(tmp_path / "f.html")]  # fmt: skip
-    assert cli.main([*arguments, "--speed", "2"]) == 0
-    figures = json.loads((tmp_path / "f.json").read_text())
-    assert 4 / figures["chosen"]["passes_a_token"] >= 2
-    kinds = [row["gate"] for row in figures["rows"]]
-    assert {kind: kinds.count(kind) for kind in ("entropy", "weight", "gain")} == {
-        "entropy": 5, "weight": 5, "gain": 5,
-    }  # fmt: skip
-    gate = Gate.load(folder / "model")
-    assert gate.kind == figures["chosen"]["gate"]
-    assert "</svg>" in (tmp_path / "f.html").read_text()
-    capsys.readouterr()
-    gated = ("--gate", "calibrated", "--max-new-tokens", 4)
-    assert generate(folder, "--prompt", "two and", *gated) == 0
-    arguments.append("--force")
-    assert cli.main([*arguments, "--speed", "9"]) == 2
-    assert "never thinks is 4 times faster" in capsys.readouterr().err
-    assert cli.main([*arguments, "--speed", "2", "--quality", "1"]) == 2
-    assert "does not go with --quality" in capsys.readouterr().err
-
-
-def measured(count=400, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    states = torch.randn(count, 6, generator=generator)
-    gain = states[:, 0].clamp(min=0)
-    base = torch.full((count,), 2.0)
-    right = torch.ones(count, dtype=torch.bool)
-    return Measured(
-        text=torch.arange(count) // 10, states=states, entropy=states[:, 1], weight=states[:, 2],
-        base_nll=base, mixed_nll=base - gain, base_right=gain == 0, mixed_right=right,
-        answer=torch.arange(count) % 10 == 9,
-    )  # fmt: skip
-
-
-def test_probes_find_where_thinking_pays():
-    found = measured()
-    probes = fit_probes(found)
-    weight = probes["gain"].weight
-    assert weight[0] > 5 * weight[1:].abs().max()
-    assert torch.allclose(probes["weight"](found.states), found.weight, atol=0.05)
-
-
-def test_what_a_gate_gives_is_what_its_tokens_give():
-    found = measured()
-    scores = found.states[:, 0]
-    gate = Gate("entropy", threshold_at(scores, 0.25))
-    setting = try_gate(gate, found, scores, thought_length=4)
-    assert setting.think_fraction == pytest.approx(0.25)
-    assert setting.passes == pytest.approx(2.0)
-    thinks = scores > gate.threshold
-    assert setting.nll == pytest.approx(torch.where(thinks, found.mixed_nll, 2.0).mean().item())
-    answers = found.where(found.answer)
-    right = answers.base_right | (answers.states[:, 0] > gate.threshold)
-    assert setting.accuracy == pytest.approx(right.double().mean().item())
-    assert (
-        try_gate(Gate("entropy", threshold_at(scores, 1.0)), found, scores, 4).think_fraction == 1
-    )
-    assert (
-        try_gate(Gate("entropy", threshold_at(scores, 0.0)), found, scores, 4).think_fraction == 0
-    )
+def test_a_gate_thinks_above_its_threshold_alone(folder, capsys):
+    shown = ("--prompt", "two", "--max-new-tokens", 3, "--show-thoughts")
+    for nats, thoughts in ((0, 3), (1000, 0)):
+        assert generate(folder, *shown, "--gate", f"entropy:{nats}") == 0
+        assert capsys.readouterr().out.count("⟨") == thoughts
 
 
 # --- What a folder may bring ----------------------------------------------------------------------
@@ -213,16 +163,24 @@ def test_a_chat_template_that_fails_is_told_in_one_line(folder, tmp_path, capsys
     path = tmp_path / "chat" / "tokenizer_config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({**settings, "chat_template": template}))
-    call = ["chat", "--model", str(tmp_path / "chat"), "--device", "cpu", "--system", "be kind"]
-    assert cli.main(call) == 2
+    assert generate(tmp_path, "--chat", "--system", "be kind", model="chat") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
 
 
 @pytest.mark.parametrize(
-    "command", ["generate", "chat", "inspect", "eval", "calibrate", "merge", "judge"]
+    "call",
+    [
+        ["generate", "--prompt", "a", "--no-thoughts"],
+        ["generate", "--chat", "--no-thoughts"],
+        ["generate", "--inspect", "some text"],
+        ["eval", "--tasks", "demo", "--untrained"],
+        ["export", "--out", "out"],
+        ["judge", "--pairs", "pairs.jsonl", "--out", "o.jsonl"],
+    ],
+    ids=lambda call: " ".join(call[:2]),
 )
-def test_code_in_a_model_folder_is_refused_not_asked_for(folder, tmp_path, monkeypatch, command):
+def test_code_in_a_model_folder_is_refused_not_asked_for(folder, tmp_path, monkeypatch, call):
     asked = []
     monkeypatch.setattr("builtins.input", lambda *question: asked.append(question) or "y")
     shutil.copytree(folder / "chat", tmp_path / "model")
@@ -239,13 +197,9 @@ def test_code_in_a_model_folder_is_refused_not_asked_for(folder, tmp_path, monke
             entry = ["evil.Evil", None] if kind == "AutoTokenizer" else "evil.Evil"
             more = {"auto_map": {kind: entry, "AutoConfig": "evil.Evil"}, "model_type": "evil"}
             path.write_text(json.dumps({**settings, **more}))
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text('{"prompt": "a", "candidates": ["b", "c"]}')
-    options = {"generate": ["--prompt", "a", "--no-thoughts"], "inspect": ["--text", "some text"],
-               "chat": ["--no-thoughts"], "eval": ["--tasks", "demo", "--untrained"],
-               "calibrate": [], "merge": ["--out", str(tmp_path / "out")],
-               "judge": ["--pairs", str(pairs), "--out", str(tmp_path / "o.jsonl")]}  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "candidates": ["b", "c"]}')
+    monkeypatch.chdir(tmp_path)
     for name in ("model", "plain"):
-        assert cli.main([command, "--model", str(tmp_path / name), *options[command]]) == 2
+        assert cli.main([*call, "--model", name]) == 2
         assert not asked
         assert not (tmp_path / "canary").exists()

@@ -559,7 +559,7 @@ def test_a_student_is_saved_as_a_plain_model(tmp_path, tuning):
             parameter.data = torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(tmp_path / "saved", byte_tokenizer())
     saved, out = str(tmp_path / "saved"), str(tmp_path / "plain")
-    assert quietstar(["merge", "--model", saved, "--out", out, "--plain"]) in (None, 0)
+    assert quietstar(["export", "--model", saved, "--out", out, "--plain"]) in (None, 0)
     assert not list((tmp_path / "plain").glob("quietstar*"))
     plain, texts = AutoModelForCausalLM.from_pretrained(out), random_texts()
     with torch.no_grad():

@@ -384,7 +384,7 @@ def finished(tmp_path_factory):
 
 
 def test_commands_take_the_average_of_a_run(finished, tmp_path, capsys):
-    line = ["inspect", "--text", "1 plus 2 is 3"]
+    line = ["generate", "--inspect", "1 plus 2 is 3"]
     for name, model in (
         ("average", [str(finished), "--ema"]),
         ("same", [str(finished / "ema")]),

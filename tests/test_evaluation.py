@@ -469,6 +469,37 @@ def test_a_text_file_is_read_in_spans_and_its_thoughts_are_swapped_within_each(f
     assert alone == pytest.approx(kept[0] - kept[1], abs=1e-5)
 
 
+def test_texts_have_a_table_of_gates_by_the_entropy_of_the_plain_model(
+    folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "100")
+    (tmp_path / "held.txt").write_text("words of a text " * 6, encoding="utf-8")
+    page, name = tmp_path / "page.html", str(tmp_path / "held.txt")
+    options = ("--text-tokens", 40, "--report", page)
+    result, items = evaluated(folder, tmp_path, *options, tasks=name)
+    model = QuietStarForCausalLM.from_pretrained(folder / "model")
+    for record in items:
+        if record["variant"] == "with_thoughts":
+            assert "entropy" not in record
+            continue
+        text = ("words of a text " * 6).encode()[40 * record["item"] :][:40]
+        with torch.no_grad():
+            logprobs = model.causal_lm(torch.tensor([list(text)])).logits[0].log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)[-len(record["nll"]) - 1 : -1]
+        assert record["entropy"] == pytest.approx(entropy.tolist(), rel=1e-4)
+    gates = result["tasks"][name]["gates"]
+    nll = [x for r in items if r["variant"] == "with_thoughts" for x in r["nll"]]
+    assert gates[-1]["nll"] == pytest.approx(sum(nll) / len(nll))
+    assert (gates[0]["passes"], gates[-1]["passes"]) == (1, 4)
+    printed = capsys.readouterr().out
+    assert "think where the entropy is above" in printed
+    for gate in gates:
+        assert f"{gate['entropy']:.3f} nats" in printed
+    assert f"--gate entropy:{gates[3]['entropy']:.2f}" in page.read_text(encoding="utf-8")
+    result, _ = evaluated(folder, tmp_path, "--force", tasks="gsm8k")
+    assert "gates" not in result["tasks"]["gsm8k"]
+
+
 def test_an_untrained_model_thinks_as_the_config_says(folder, tmp_path):
     (tmp_path / "held.txt").write_text("words of a text " * 6, encoding="utf-8")
     config = tmp_path / "c.yaml"

@@ -19,6 +19,7 @@ from quietstar.evaluation.statistics import (
     items_needed,
     kind_of,
     means,
+    sweep_entropy,
     verdict,
     warnings,
 )
@@ -282,6 +283,22 @@ def test_gains_by_difficulty_kind_and_place():
     for group in found["kind"]:
         assert group["gain_ci95"][0] < group["gain"] < group["gain_ci95"][1]
     assert sum(group["n"] for group in found["position"]) == 500
+
+
+def test_gates_by_entropy_give_what_their_tokens_give():
+    plain = [{"nll": [1.0, 2.0], "entropy": [0.4, 0.1]}, {"nll": [3.0, 4.0], "entropy": [0.3, 0.2]}]
+    thought = [[[7] * 5] * 2]  # one thought before each token, of five tokens
+    mixed = [{"nll": [0.5, 2.5], "thoughts": thought}, {"nll": [1.0, 5.0], "thoughts": thought}]
+    rows = sweep_entropy({"without_thoughts": plain, "with_thoughts": mixed})
+    none, *few, quarter, half, every = (tuple(row.values()) for row in rows)
+    assert list(rows[0]) == ["share", "entropy", "nll", "passes"]
+    assert none == pytest.approx((0.0, 0.4, 10 / 4, 1.0))
+    assert quarter == pytest.approx((0.25, 0.325, 9.5 / 4, 2.25))  # the first token alone
+    assert half == pytest.approx((0.5, 0.25, 7.5 / 4, 3.5))  # and the third
+    assert every == pytest.approx((1.0, 0.0, 9 / 4, 6.0))
+    assert [row[0] for row in few] == [0.25] * 3  # a share that four tokens do not have
+    entropies = [row["entropy"] for row in rows]
+    assert entropies == sorted(entropies, reverse=True)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import random_texts, run_config, thinking_model, write_texts
+from tiny import random_texts, run_config, thinking_model
 
 from quietstar import QuietStarForCausalLM
-from quietstar.cli import main as cli
 from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
-from quietstar.generation.gates import Gate, Probe
 from quietstar.training.run import run_training
 
 
@@ -93,20 +91,3 @@ def test_a_checkpoint_whose_head_trained_is_refused(tmp_path):
 def test_rules_that_ask_the_head_are_refused(rule):
     with pytest.raises(UserError, match=rf"thoughts.positions \({rule}\): asks the mixing head"):
         make(1.0, positions=rule)
-
-
-def test_a_gate_by_mixing_weight_is_refused(tmp_path, capsys):
-    model = make(1.0)
-    gate = Gate("weight", 0.1, {"weight": Probe(torch.zeros(16), torch.tensor(0.0))})
-    with pytest.raises(UserError, match="gate: weight asks the mixing head"):
-        model.generate(random_texts(), think=gate, max_new_tokens=1)
-    model.save_pretrained(tmp_path / "model", load_tokenizer("bytes"))
-    texts = write_texts(tmp_path / "texts.jsonl")
-    call = ["calibrate", "--model", str(tmp_path / "model"), "--data", texts,
-            "--seq-len", "32", "--sequences", "16", "--timed-tokens", "3"]  # fmt: skip
-    assert cli.main([*call, "--gate", "weight"]) == 2
-    assert "gate: weight asks the mixing head" in capsys.readouterr().err
-    assert cli.main(call) == 0
-    gates = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()}
-    assert {"entropy", "gain"} <= gates
-    assert "weight" not in gates

@@ -17,7 +17,7 @@ from quietstar.config import ThoughtsConfig, TuningConfig
 from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
 from quietstar.evaluation.controls import CONTROLS
-from quietstar.generation.gates import Gate, Probe
+from quietstar.generation.gates import Gate
 from quietstar.generation.generate import most_tokens
 from quietstar.model.merging import merge
 
@@ -251,15 +251,8 @@ def test_a_merged_model_generates_the_same(tmp_path):
 # --- Gates ----------------------------------------------------------------------------------------
 
 
-def probes(model, seed=3):
-    width = model.mixing_head.text_layer.in_features
-    weight = torch.randn(width, generator=torch.Generator().manual_seed(seed))
-    return {"gain": Probe(weight, torch.tensor(0.1))}
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
-@pytest.mark.parametrize("kind", ["entropy", "gain"])
-def test_some_texts_of_a_batch_think_and_others_do_not(name, kind):
+def test_some_texts_of_a_batch_think_and_others_do_not(name):
     """Every token is that of the slow way with a thought where the gate asks for one."""
     model = build(name)
     model.configure(ThoughtsConfig(length=LENGTH))
@@ -267,8 +260,7 @@ def test_some_texts_of_a_batch_think_and_others_do_not(name, kind):
     model.eval()
     always = generated(model, batch, mask)
     every = torch.stack(always.logits).log_softmax(-1)
-    threshold = -(every.exp() * every).sum(-1).median().item() if kind == "entropy" else 0.0
-    gate = Gate(kind, threshold, probes(model))
+    gate = Gate("entropy", -(every.exp() * every).sum(-1).median().item())
     out = generated(model, batch, mask, think=gate)
     slow = copy.deepcopy(model)
     slow.causal_lm.set_attn_implementation("eager")
@@ -277,8 +269,8 @@ def test_some_texts_of_a_batch_think_and_others_do_not(name, kind):
         text = prompt
         for new in range(NEW):
             with torch.no_grad():
-                states, base = _run(slow, _embed(slow, text))
-                thinks = bool(gate.decide(states[-1:], base[-1:].float()))
+                _, base = _run(slow, _embed(slow, text))
+                thinks = bool(gate.decide(base[-1:].float()))
                 thought, logits = slow_step(slow, text)
             thought_somewhere.append(thinks)
             assert out.thoughts[row, new, 0].tolist() == (
@@ -293,31 +285,19 @@ def test_some_texts_of_a_batch_think_and_others_do_not(name, kind):
 def test_gates_at_their_ends_are_always_and_never():
     model = thinking_model(thoughts={"length": LENGTH}).eval()
     _, batch, mask = left_padded([5, 3])
-    for kind in ("entropy", "gain"):
-        for threshold, think in ((-1e9, True), (1e9, False)):
-            gate = Gate(kind, threshold, probes(model))
-            mine = generated(model, batch, mask, think=gate)
-            assert torch.equal(mine.sequences, generated(model, batch, mask, think=think).sequences)
-            assert bool((mine.thoughts == -1).all()) is not think
+    for threshold, think in ((-1e9, True), (1e9, False)):
+        mine = generated(model, batch, mask, think=Gate("entropy", threshold))
+        assert torch.equal(mine.sequences, generated(model, batch, mask, think=think).sequences)
+        assert bool((mine.thoughts == -1).all()) is not think
 
 
-def test_a_saved_gate_is_the_same_and_a_damaged_one_is_told(tmp_path):
-    model = thinking_model().eval()
-    gate = Gate("gain", 0.25, probes(model))
-    gate.save(tmp_path, share=0.5)
-    loaded = Gate.load(tmp_path)
-    states = torch.randn(4, gate.probes["gain"].weight.shape[0])
-    assert torch.equal(loaded.score(states, states), gate.score(states, states))
-    assert (loaded.kind, loaded.threshold) == ("gain", 0.25)
-    (tmp_path / "gate.json").write_text("{")
-    with pytest.raises(UserError, match="Run quietstar calibrate again"):
-        Gate.load(tmp_path)
-    with pytest.raises(UserError, match="holds no gate"):
-        Gate.load(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="needs a probe"):
-        Gate("weight")
-    with pytest.raises(UserError, match="no gate 'sometimes'"):
-        Gate("sometimes")
+def test_a_gate_asks_for_the_entropy_in_nats_and_knows_its_kinds():
+    logits = torch.tensor([[0.0, 0.0, float("-inf")], [0.0, -30.0, -30.0]])  # ln 2, and about 0
+    for threshold, expected in ((0.69, [True, False]), (0.70, [False, False]), (-1, [True, True])):
+        assert Gate("entropy", threshold).decide(logits).tolist() == expected
+    for kind in ("sometimes", "gain"):
+        with pytest.raises(UserError, match=f"there is no gate '{kind}'; known: always, never, on"):
+            Gate(kind)
 
 
 # --- Thoughts of a control in place of the model's own --------------------------------------------

@@ -200,8 +200,8 @@ def test_tasks_of_the_harness_are_paired_item_by_item(folder, tmp_path):
 def test_the_command_knows_the_model(folder, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["quietstar"])
     cli.main(
-        ["lm-eval", "run", "--model", "quietstar", "--tasks", "choices", "--batch_size", "4",
-         "--model_args", f"pretrained={folder / 'model'},thoughts=on",
+        ["eval", "lm-eval", "run", "--model", "quietstar", "--tasks", "choices",
+         "--batch_size", "4", "--model_args", f"pretrained={folder / 'model'},thoughts=on",
          "--include_path", str(folder)]
     )  # fmt: skip
     assert "|choices|" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""``quietstar inspect``: figures of `think`, a page in a browser, texts that want to break it."""
+"""``quietstar generate --inspect``: figures of `think`, a page, texts that want to break it."""
 
 import json
 import math
@@ -164,8 +164,8 @@ def test_a_text_longer_than_the_model_is_read_in_windows(folder, capsys, tmp_pat
         want = thoughts.base_logprobs[0, first + position - window.first, 0].item()
         assert got == pytest.approx(want, rel=1e-4, abs=1e-5)
     (tmp_path / "long.txt").write_text(text)
-    assert cli.main(["inspect", "--model", str(folder / "model"), "--device", "cpu",
-                     "--text-file", str(tmp_path / "long.txt")]) == 0  # fmt: skip
+    assert cli.main(["generate", "--model", str(folder / "model"), "--device", "cpu",
+                     "--inspect-file", str(tmp_path / "long.txt")]) == 0  # fmt: skip
     assert "read in windows of" in capsys.readouterr().err
 
 
@@ -221,8 +221,8 @@ def test_the_page_in_a_browser(folder, tmp_path, browser, scheme, width):
     out, errors = tmp_path / "page.html", []
     text = NASTY + " so it goes on and on, 3 + 4 = 7"
     (tmp_path / "text.txt").write_bytes(text.encode())
-    shared = ["inspect", "--model", str(folder / "model"), "--device", "cpu",
-              "--text-file", str(tmp_path / "text.txt")]  # fmt: skip
+    shared = ["generate", "--model", str(folder / "model"), "--device", "cpu",
+              "--inspect-file", str(tmp_path / "text.txt")]  # fmt: skip
     assert cli.main([*shared, "--out", str(out)]) == 0
     assert cli.main([*shared, "--out", str(tmp_path / "page.json")]) == 0
     document = json.loads((tmp_path / "page.json").read_text())
@@ -268,8 +268,8 @@ def test_the_page_in_a_browser(folder, tmp_path, browser, scheme, width):
 @pytest.mark.slow
 def test_two_models_stand_side_by_side(folder, tmp_path, browser):
     out, errors = tmp_path / "page.html", []
-    assert cli.main(["inspect", "--model", str(folder / "model"), "--compare",
-                     str(folder / "other"), "--text", "three and four", "--out", str(out),
+    assert cli.main(["generate", "--model", str(folder / "model"), "--compare",
+                     str(folder / "other"), "--inspect", "three and four", "--out", str(out),
                      "--device", "cpu"]) == 0  # fmt: skip
     page = opened(browser, out, errors)
     assert page.locator("#texts .reader").count() == 2
@@ -285,7 +285,7 @@ def test_a_page_of_a_single_thought_shows_a_dash_for_what_cannot_be_measured(
     folder, tmp_path, browser
 ):
     out, errors = tmp_path / "page.html", []
-    assert cli.main(["inspect", "--model", str(folder / "model"), "--text", "ab", "--out",
+    assert cli.main(["generate", "--model", str(folder / "model"), "--inspect", "ab", "--out",
                      str(out), "--device", "cpu"]) == 0  # fmt: skip
     page = opened(browser, out, errors)
     page.locator("#t0-1").click()
@@ -297,8 +297,8 @@ def test_a_page_of_a_single_thought_shows_a_dash_for_what_cannot_be_measured(
 @pytest.mark.slow
 def test_thoughts_of_one_position_are_rows_of_which_one_is_shown_whole(folder, tmp_path, browser):
     out, errors = tmp_path / "page.html", []
-    assert cli.main(["inspect", "--model", str(folder / "model"), "--text", "three and four",
-                     "--num-thoughts", "3", "--temperature", "1", "--out", str(out),
+    assert cli.main(["generate", "--model", str(folder / "model"), "--inspect", "three and four",
+                     "--num-thoughts", "3", "--thought-temperature", "1", "--out", str(out),
                      "--device", "cpu"]) == 0  # fmt: skip
     page = opened(browser, out, errors)
     page.locator("#t0-5").click()
@@ -316,26 +316,27 @@ def test_thoughts_of_one_position_are_rows_of_which_one_is_shown_whole(folder, t
 
 def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys, monkeypatch):
     def said(*arguments, model="model"):
-        command = ["inspect", "--model", str(folder / model), "--device", "cpu"]
+        command = ["generate", "--model", str(folder / model), "--device", "cpu"]
         assert cli.main([*command, *map(str, arguments)]) == 2
         return capsys.readouterr().err
 
-    assert "--text: is empty" in said("--text", "  ")
-    assert "is a single token" in said("--text", "a")
+    assert "--inspect: is empty" in said("--inspect", "  ")
+    assert "is a single token" in said("--inspect", "a")
     (tmp_path / "old.json").write_text("{}")
     monkeypatch.chdir(tmp_path)  # the model is saved whole, and its base lies nowhere
-    command = ["inspect", "--model", str(folder / "model"), "--device", "cpu", "--text", "ab"]
+    command = ["generate", "--model", str(folder / "model"), "--device", "cpu", "--inspect", "ab"]
     assert cli.main([*command, "--out", "old.json", "--force"]) == 0
     capsys.readouterr()
-    assert "give either --text TEXT or --text-file" in said()
+    both = said("--inspect", "ab", "--inspect-file", "old.json")
+    assert "--inspect and --inspect-file do not go together" in both
     (tmp_path / "latin").write_bytes(b"caf\xe9")
-    assert "byte 3 is 0xe9, which is no UTF-8" in said("--text-file", tmp_path / "latin")
-    assert "cannot be read" in said("--text-file", tmp_path / "none")
-    assert "is no Quiet-STaR model" in said("--text", "some text", model="plain")
-    assert "must end in .html" in said("--text", "abc", "--out", tmp_path / "x.pdf")
+    assert "byte 3 is 0xe9, which is no UTF-8" in said("--inspect-file", tmp_path / "latin")
+    assert "cannot be read" in said("--inspect-file", tmp_path / "none")
+    assert "is no Quiet-STaR model" in said("--inspect", "some text", model="plain")
+    assert "must end in .html" in said("--inspect", "abc", "--out", tmp_path / "x.pdf")
     (tmp_path / "x.html").write_text("mine")
-    assert "exists. Give another name, or --force" in said("--text", "abc", "--out",
+    assert "exists. Give another name, or --force" in said("--inspect", "abc", "--out",
                                                            tmp_path / "x.html")  # fmt: skip
     assert (tmp_path / "x.html").read_text() == "mine"
-    assert "greedy thoughts are all identical" in said("--text", "abc", "--num-thoughts", 2)
-    assert "at most 155" in said("--text", "abc", "--context", 156)
+    assert "greedy thoughts are all identical" in said("--inspect", "abc", "--num-thoughts", 2)
+    assert "at most 155" in said("--inspect", "abc", "--context", 156)

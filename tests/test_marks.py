@@ -284,7 +284,7 @@ def test_a_run_thinks_there_and_its_model_can_be_used(tmp_path, changes, caplog)
         marker = PatternMarker(model.thoughts.pattern, load_tokenizer(str(folder / "final")))
         marks = torch.from_numpy(marker(ids[0].tolist()))[None]
         assert model.choose_positions(ids, marked=marks).tolist() == [[-1]]
-    assert cli.main(["inspect", "--model", str(folder / "final"), "--text", "abcd", "--out",
+    assert cli.main(["generate", "--model", str(folder / "final"), "--inspect", "abcd", "--out",
                      str(tmp_path / "page.json")]) == 0  # fmt: skip
     task = tmp_path / "task.jsonl"
     task.write_text('{"prompt": "abc", "answer": "d"}\n{"prompt": "bc", "answer": "e"}\n')

@@ -1,4 +1,4 @@
-"""The pages of an evaluation and of gates, and all pages in a browser."""
+"""The page of an evaluation, and all pages with charts in a browser."""
 
 import json
 
@@ -7,7 +7,7 @@ from test_inspection import browser, opened  # noqa: F401  (browser is a fixture
 from test_report import FILES, HOSTILE, Page
 
 from quietstar.reports import figures, pages, write_report
-from quietstar.reports.evaluation import write_gates, write_page
+from quietstar.reports.evaluation import write_page
 from quietstar.reports.run import CHARTS
 from quietstar.reports.run_files import parse_metrics
 
@@ -59,6 +59,15 @@ TASK = {
     "gain_of_content": difference(0.1, 0.04, 0.16, 0.002),
     "gain_over_shuffled": difference(0.02, -0.02, 0.06, 0.3),
     "gain_over_pause": difference(0.09, 0.03, 0.15, 0.004),
+    "gates": [
+        {
+            "share": share,
+            "entropy": 3.0 - 3 * share,
+            "nll": 2.1 - share / 9,
+            "passes": 1 + 8 * share,
+        }
+        for share in (0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
+    ],
     "breakdown": {
         "difficulty": [group("0 to 1", 0.1), group("1 to 9", 0.3)],
         "kind": [group("digits", 0.2)],
@@ -82,12 +91,6 @@ RESULT = {
     "environment": {"dtype": "float32", "device": "cpu", "torch": "2.9"},
     "config": {"seed": 0, "data_dir": None, "controls": True},
 }
-GATES = [
-    {"gate": gate, "threshold": share, "share": share, "nll": 2.1 - share / 9,
-     "accuracy": 0.2 + share / 9, "passes_a_token": 1 + 8 * share, "tokens_per_second": 90.0}
-    for gate, share in [("always", 1.0), ("never", 0.0), ("entropy", 0.1), ("entropy", 0.5),
-                        ("weight", 0.2), ("gain", 0.3)]
-]  # fmt: skip
 
 
 def test_the_page_of_an_evaluation_answers_first_and_shows_every_figure(tmp_path):
@@ -131,23 +134,14 @@ def test_no_text_of_an_evaluation_becomes_markup_or_script(tmp_path):
     assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
 
 
-def test_the_page_of_gates_marks_the_chosen_one(tmp_path):
-    chosen = {key: GATES[3][key] for key in GATES[3] if key != "tokens_per_second"}
-    page = Page(write_gates(tmp_path / "g.html", GATES, chosen).read_text("utf-8"))
-    assert page.open == []
-    assert page.charts == {"nll", "accuracy"}
-    for name in ("entropy", "weight", "gain", "always", "never", "chosen (entropy)"):
-        assert page.texts.count(name) >= 4  # in the legends of both sizes, beside the table
-    assert "entropy: 2.0889, 1.80 passes/token, 10.0% of tokens think" in page.texts
-    assert "Chosen: entropy above 0.5000." in page.text
-    assert (
-        "Thinking at 50.0% of the tokens takes 1.8 times fewer passes than always; right answers: "
-        "25.6% (31.1% thinking always, 20.0% thinking never)." in page.text
-    )
-    without_answers = [row | {"accuracy": None} for row in GATES]
-    page = Page(write_gates(tmp_path / "h.html", without_answers).read_text("utf-8"))
-    assert page.charts == {"nll"}
-    assert "Accuracy" not in page.text
+def test_the_page_of_texts_has_a_table_of_gates_and_a_command(tmp_path):
+    page = Page(write_page(tmp_path / "e.html", "m", RESULT).read_text("utf-8"))
+    assert "quietstar generate --gate entropy:2.70 ." in page.text
+    assert "Threshold, nats Tokens that think NLL, nats/token Passes per token" in page.text
+    assert "2.2500 25.0% 2.0722 3.00" in page.text
+    task = {name: value for name, value in TASK.items() if name != "gates"}
+    page = Page(write_page(tmp_path / "f.html", "m", RESULT | {"tasks": {"t": task}}).read_text())
+    assert "entropy" not in page.text
 
 
 def test_a_color_means_the_same_on_all_pages():
@@ -202,7 +196,6 @@ def test_pages_with_charts_in_a_browser(tmp_path, browser, scheme, width):  # no
     paths = [
         write_report(tmp_path),
         write_page(tmp_path / "e.html", "model", RESULT),
-        write_gates(tmp_path / "g.html", GATES, GATES[3]),
     ]
     for path in paths:
         errors = []

@@ -1,4 +1,4 @@
-"""`quietstar plan`: fake tensors take the memory that real ones do."""
+"""`quietstar train --plan`: fake tensors take the memory that real ones do."""
 
 import json
 
@@ -181,7 +181,7 @@ def test_engines_cut_what_they_say(tmp_path):
 def test_the_command_prints_the_sum_and_says_whether_it_fits(tmp_path, capsys):
     save_config(planned(tmp_path), tmp_path / "config.yaml")
     written = str(tmp_path / "plan.json")
-    call = ["plan", "--config", str(tmp_path / "config.yaml"), "--json", written]
+    call = ["train", "--plan", "--config", str(tmp_path / "config.yaml"), "--json", written]
     assert cli.main([*call, "--memory", "1"]) is None
     said = capsys.readouterr().out
     assert "fits into 1 GiB" in said
@@ -191,10 +191,21 @@ def test_the_command_prints_the_sum_and_says_whether_it_fits(tmp_path, capsys):
     assert "does not fit into 0.0001 GiB" in capsys.readouterr().out
 
 
+def test_options_of_a_plan_are_warned_of_without_one(tmp_path, monkeypatch, capsys):
+    config = run_config(tmp_path)
+    save_config(config, tmp_path / "config.yaml")
+    monkeypatch.setattr("quietstar.training.run.run_training", lambda *given, **more: None)
+    of_plan = ["--engine", "zero2", "--processes", "2", "--memory", "9", "--json", "p.json"]
+    assert cli.main(["train", "--config", str(tmp_path / "config.yaml"), *of_plan]) is None
+    told = capsys.readouterr().err
+    for option in of_plan[::2]:
+        assert f"quietstar: warning: {option}: has no effect without --plan; leave it out" in told
+
+
 def test_a_plan_says_where_the_texts_are_not_there(tmp_path, capsys):
     save_config(planned(tmp_path), tmp_path / "config.yaml")
     gone = str(tmp_path / "gone.jsonl")
-    call = ["plan", "--config", str(tmp_path / "config.yaml"), "--data.train", gone]
+    call = ["train", "--plan", "--config", str(tmp_path / "config.yaml"), "--data.train", gone]
     assert cli.main(call) is None  # they may lie on the machine that is planned for
     captured = capsys.readouterr()
     assert f"(data.train: {gone}: no such file or folder" in captured.err
@@ -212,13 +223,14 @@ def test_a_plan_says_where_the_texts_are_not_there(tmp_path, capsys):
         (["--engine", "single", "--processes", "2"], "--engine (single): is one process, not 2"),
         (["--processes", "9"], "training.global_batch_size (4) must be at least"),
         (["--thoughts.lenght", "3"], "did you mean --thoughts.length"),
-        (["--resume", "auto"], "--resume: belongs to quietstar train, not to a plan"),
+        (["--resume", "auto"], "--resume: does not go with --plan. Leave it out."),
+        (["--controls", "2"], "--controls: does not go with --plan. Leave it out."),
         (["--tuning.method", "qlora"], "qlora cannot be planned"),
     ],
 )
 def test_a_wrong_plan_is_refused_in_one_line(tmp_path, capsys, arguments, words):
     save_config(planned(tmp_path), tmp_path / "config.yaml")
-    assert cli.main(["plan", "--config", str(tmp_path / "config.yaml"), *arguments]) == 2
+    assert cli.main(["train", "--plan", "--config", str(tmp_path / "config.yaml"), *arguments]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1
     assert words in lines[0]

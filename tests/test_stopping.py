@@ -254,7 +254,7 @@ def test_a_run_with_them_is_the_same_however_it_is_cut_and_all_commands_read_its
     own = [json.loads(line) for line in items if '"with_thoughts"' in line]
     texts = [text for record in own for some in record["thought_texts"] for text in some]
     assert min(map(len, texts)) < LENGTH
-    assert cli.main(["inspect", "--model", final, "--text", "one and two", "--temperature", "1",
+    assert cli.main(["generate", "--model", final, "--inspect", "one and two", *sampled,
                      "--out", str(page)]) == 0  # fmt: skip
     thoughts = [k for t in json.loads(page.read_text())["tokens"][1:] for k in t["thoughts"]]
     assert len({len(thought["ids"]) for thought in thoughts}) > 1
