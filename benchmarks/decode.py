@@ -76,13 +76,13 @@ def bench_decode(args: argparse.Namespace) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Coin(Gate):
-    """A gate that decides as it was drawn before, whatever the states."""
+    """A gate that decides as it was drawn before, whatever the prediction."""
 
     draws: Iterator[Tensor]  # which texts think, (batch,), for every new token
 
-    def decide(self, states: Tensor, logits: Tensor) -> Tensor:
+    def decide(self, logits: Tensor) -> Tensor:
         """Return the next draw."""
-        return next(self.draws).to(states.device)
+        return next(self.draws).to(logits.device)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.memory``: what a run takes, beside what ``quietstar plan`` says.
+"""``python -m benchmarks.memory``: what a run takes, beside what ``quietstar train --plan`` says.
 
 The run is the real one, cut to a few steps, in a fresh process: load, evaluate, train, save. On a
 CPU glibc maps every block apart in it: its heap, full of holes, would hold several times what is
@@ -64,7 +64,7 @@ def _parser() -> Parser:
 
 def measure_run(config_file: str, overrides: list[str]) -> float:
     """Most MiB that the run takes, in this process: on a GPU of the GPU's, else resident ones."""
-    import_module("datasets")  # as `quietstar plan` counts: above the imported process
+    import_module("datasets")  # as `quietstar train --plan` counts: above the imported process
     with PeakMemory() as memory:
         run_training(load_config(config_file, overrides))
     if torch.cuda.is_available():

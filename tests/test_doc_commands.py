@@ -101,7 +101,9 @@ def cut(arguments):
     name, *words = arguments
     words = [word.removeprefix("/scratch/") for word in words]
     given = {word for word in words if word.startswith("--")}
-    if name == "train":
+    if "--plan" in given:
+        words += ["--model.name_or_path", "TINY"] if "configs/smollm2_math.yaml" in words else []
+    elif name == "train":
         config = words[words.index("--config") + 1] if "--config" in words else None
         is_demo = config in (None, "configs/demo.yaml")
         small = SMALL | (ON_DEMO if is_demo else ON_TINY)
@@ -125,10 +127,6 @@ def cut(arguments):
         words += ["--device", "cpu", "--limit", limit] if "--limit" not in given else []
         needs_folder = "--data-dir" not in given and words[words.index("--tasks") + 1] == "gsm8k"
         words += ["--data-dir", "DIR"] if needs_folder else []
-    if name == "plan" and "configs/smollm2_math.yaml" in words:
-        words += ["--model.name_or_path", "TINY"]
-    if name == "calibrate":
-        words += ["--sequences", "80", "--timed-tokens", "3"]
     if name == "judge" and "--max-new-tokens" not in given and "--compare" in given:
         words += ["--max-new-tokens", "3"]
     if name == "report":
@@ -237,7 +235,8 @@ def test_the_commands_of_a_page_run_one_after_the_other(
             capsys.readouterr()
             assert not cli.main(cut(typed)), where
         assert all(Path(name).exists() for name in files), where
-        if DEMO and arguments[0] == "train":  # into the folder of README's first command
+        is_trained = arguments[0] == "train" and "--plan" not in arguments
+        if DEMO and is_trained:  # into the folder of README's first command
             shutil.rmtree("runs/demo")
             shutil.copytree(DEMO, "runs/demo")
         if where in SHOWN:
