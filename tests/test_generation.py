@@ -485,7 +485,7 @@ def test_the_command_thinks_as_the_model_was_trained(tmp_path, capsys, caplog):
     # The model has 128 positions: 128 tokens behind a prompt never fit, and are no default.
     assert count(new=()) == 1
     assert most_tokens(model, thinks=True) == 128 - (1 + LENGTH + 1) + 1
-    assert count("--gate", "entropy:-1", "--positions", "every") == 4
+    assert count("--gate", "entropy:0", "--positions", "every") == 4
     anywhere = ONCE | {"positions": "one_random"}
     model = thinking_model(base, thoughts=anywhere)
     model.save_pretrained(tmp_path / "model", load_tokenizer("bytes"))
