@@ -150,19 +150,14 @@ WRITERS: dict[str, list[str]] = {
     "inspect json": material.command("inspect", "--out", "out/o.json"),
     "inspect html": material.command("inspect", "--out", "out/o.html"),
     "plan": material.command("plan", "--json", "out/p.json"),
-    "calibrate": material.command("calibrate", "--json", "out/c.json", "--plot", "out/c.html",
-                                  model="out/full"),
-    "merge": material.command("merge", out="out/merged"),
-}  # fmt: skip
+    "export": material.command("export", out="out/merged"),
+}
 
 
 def write_on(name: str, good: Path, disk: Path, place: Path, free: int) -> dict[str, Any]:
     """Run a command that writes into ``out`` with so many free bytes."""
     work = material.copy(good, place)
     (work / "out").symlink_to(disk)
-    shutil.copytree(good / "full", disk / "full")
-    if name == "calibrate":
-        (disk / "full" / "gate.json").write_text('{"kind": "entropy", "threshold": 1.0}\n')
     if name == "eval again":  # an evaluation of fewer items, to go on with
         for path in good.glob("figures*"):
             shutil.copy(path, disk / path.name.replace("figures", "f"))
@@ -174,7 +169,7 @@ def write_on(name: str, good: Path, disk: Path, place: Path, free: int) -> dict[
     filler.unlink()
     after = snapshot(disk)
     wrong = sound(outcome)
-    grows = ("f.items.jsonl", "f.json", "full/gate.*", *LOCKS)
+    grows = ("f.items.jsonl", "f.json", *LOCKS)
     for path, text in before.items():
         if after.get(path) != text and not _fits(path, grows):
             wrong.append(f"{path} is changed or gone")
@@ -190,9 +185,7 @@ def write_on(name: str, good: Path, disk: Path, place: Path, free: int) -> dict[
     if (disk / "merged").exists() and outcome.code != 0 and any((disk / "merged").iterdir()):
         wrong.append("merged holds something")
     if outcome.code != 0:
-        # Of several files of figures the first may be there by now.
-        more = ["--force"] if name == "calibrate" else []
-        again = Child([*line, *more], work, as_root=True).wait(120)
+        again = Child(line, work, as_root=True).wait(120)
         if again.code != 0:
             wrong.append(f"cannot go on: {how_ended(again)}")
     return _record(outcome, disk, free, wrong, used)

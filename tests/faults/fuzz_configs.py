@@ -19,7 +19,7 @@ from spoiling import (
 
 def config_lines(rng: random.Random, run: str, *more: str) -> list[str]:
     """Return a command line of train or plan with a config."""
-    return ["plan" if run == "plan" else "train", "--config", "new.yaml", *more]
+    return command("plan" if run == "plan" else "train", *more)
 
 
 def set_key(text: str, key: str, value: str) -> str:
@@ -110,8 +110,7 @@ def _huge(rng: random.Random, work: Path, run: str) -> Case:
     if key in ("data.size",):
         more += ["--data.train", rng.choice(("synthetic:moves", "reasoning_gym:chain_sum"))]
     if key.startswith("tuning."):
-        method = {"lora_r": "lora", "adapter_size": "houlsby", "num_virtual_tokens": "prefix",
-                  "galore_rank": "galore"}[key.partition(".")[2]]  # fmt: skip
+        method = {"lora_r": "lora", "adapter_size": "houlsby", "galore_rank": "galore"}
         base = [
             "--model.config",
             "null",
@@ -120,7 +119,7 @@ def _huge(rng: random.Random, work: Path, run: str) -> Case:
             "--model.tokenizer",
             "null",
         ]
-        more += ["--tuning.method", method, *base]
+        more += ["--tuning.method", method.get(key.partition(".")[2], "prefix"), *base]
     must = key in ("thoughts.length", "thoughts.lookahead", "thoughts.num_thoughts", "data.seq_len",
                    "data.min_context", "mixing_head.hidden_size", "data.size")  # fmt: skip
     refuse = True if must and int(value) >= 10**9 and run != "plan" else None
@@ -128,12 +127,12 @@ def _huge(rng: random.Random, work: Path, run: str) -> Case:
                 codes=(1,) if run == "plan" else ())  # fmt: skip
 
 
-@generator("train/seed", "calibrate/seed", "eval/seed", "generate/seed", "inspect/seed")
+@generator("train/seed", "eval/seed", "generate/seed", "inspect/seed")
 def _seed(rng: random.Random, work: Path, run: str) -> Case:
     value = rng.choice((-1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64, 10**30))
     option = "--training.seed" if run == "train" else "--seed"
     more = ["--thought-temperature", "1"] if run in ("eval", "generate") else []
-    refuse = True if value < 0 or value >= 2**64 or run == "calibrate" else None
+    refuse = True if value < 0 or value >= 2**64 else None
     return Case(f"seed {value}", command(run, *more, option, str(value)), refuse,
                 several=run == "train")  # fmt: skip
 

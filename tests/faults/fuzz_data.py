@@ -22,7 +22,7 @@ from spoiling import (
 FORMATS = {"texts.jsonl": "text", "qa.jsonl": "qa", "chats.jsonl": "chat", "text.txt": "text"}
 
 
-@generator("train/data", "eval/data", "calibrate/data", "generate/data", "inspect/data")
+@generator("train/data", "eval/data", "generate/data", "inspect/data")
 def _data(rng: random.Random, work: Path, run: str) -> Case:
     """A file of texts, or of items, that is no such file, or holds something else."""
     if run == "train":
@@ -40,14 +40,12 @@ def _data(rng: random.Random, work: Path, run: str) -> Case:
         option = (
             {"prompts": name, "prompt": None}
             if run == "generate"
-            else {"text_file": name, "text": None}
+            else {"inspect_file": name, "inspect": None}
         )
         line = command(run, **option)
     else:
-        name = rng.choice(
-            ("items.jsonl", "text.txt") if run == "eval" else ("texts.jsonl", "text.txt")
-        )
-        line = command(run, **({"tasks": name} if run == "eval" else {"data": name}))
+        name = rng.choice(("items.jsonl", "text.txt"))
+        line = command(run, tasks=name)
     path = work / name
     several, refuse = run == "train", None
     kind = rng.random()

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from cases import Case
-from fuzz_models import QS, writes_of
+from fuzz_models import QS
 from material import COMMANDS, command
 from spoiling import (
     ESCAPES,
@@ -57,6 +57,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
             "entropy:",
             "entropy:x",
             "entropy:nan",
+            "entropy:-1",
             "gain:1",
             ":",
             "entropy:1:2",
@@ -109,26 +110,15 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "inspect": {
         "--num-thoughts": (*COUNTS, "4", "10000000"),
-        "--temperature": NUMBERS,
+        "--thought-temperature": NUMBERS,
         "--model": MODELS,
         "--context": (*COUNTS, "1", "100000"),
         "--compare": MODELS,
-        "--text": ("", " ", "x"),
-        "--text-file": ("texts.jsonl", "nosuch"),
+        "--inspect": ("", " ", "x"),
+        "--inspect-file": ("texts.jsonl", "nosuch"),
         "--dtype": WORDS,
     },
-    "calibrate": {
-        "--data": ("", " ", "nosuch.jsonl", "user_notes.txt", "run", "owner/nosuch"),
-        "--gate": WORDS,
-        "--speed": (*NUMBERS, "1", "1000"),
-        "--quality": NUMBERS,
-        "--seq-len": (*COUNTS, "1"),
-        "--sequences": (*COUNTS, "1"),
-        "--batch-size": COUNTS,
-        "--timed-tokens": (*COUNTS, "1", "2"),
-        "--model": MODELS,
-    },
-    "merge": {
+    "export": {
         "--model": (*MODELS, "full", "plain"),
         "--out": (
             "",
@@ -217,8 +207,8 @@ def _options(rng: random.Random, work: Path, run: str) -> Case:
         place = line.index(option)
         line[place + 1] = value
     else:
-        if run == "inspect" and option == "--text-file":
-            line = command(run, text=None)
+        if run == "inspect" and option == "--inspect-file":
+            line = command(run, inspect=None)
         line += [f"{option}={value}"] if rng.random() < 0.3 else [option, value]
     refuse: bool | None = True
     if (run, option, value) in RIGHT or (option == "--device" and value in ("cpu:7", "meta", "3")):
@@ -226,14 +216,14 @@ def _options(rng: random.Random, work: Path, run: str) -> Case:
     if value == "+-1":
         refuse = True
     if (option, value) in (
-        ("--text", "x"),
+        ("--inspect", "x"),
         ("--model", "full"),
-        ("--text-file", "texts.jsonl"),
+        ("--inspect-file", "texts.jsonl"),
         ("--model.tokenizer", "run"),
         ("--controls", "100000"),
     ):
         refuse = None
-    if run == "merge" and (option, value) == ("--model", "full"):
+    if run == "export" and (option, value) == ("--model", "full"):
         refuse = True
     if run == "train" and option == "--config" and value == "/dev/null":
         refuse = True
@@ -249,7 +239,6 @@ def _options(rng: random.Random, work: Path, run: str) -> Case:
         refuse,
         stdin,
         several=several,
-        writes=writes_of(run),
         codes=(1,) if run == "plan" else (),
     )
 
@@ -302,7 +291,7 @@ def _line(rng: random.Random, work: Path, run: str) -> Case:
         None if run == "lm-eval" else refuse,
         stdin,
         several=several,
-        writes=writes_of(run) + (("run/*",) if run == "resume" else ()),
+        writes=("run/*",) if run == "resume" else (),
         codes=(1,) if run == "plan" else (),
     )
 
@@ -310,7 +299,6 @@ def _line(rng: random.Random, work: Path, run: str) -> Case:
 OUTPUTS = {
     "eval": (("--out", ".json"), ("--out-items", ".jsonl"), ("--report", ".html")),
     "inspect": (("--out", ".json"), ("--out", ".html")),
-    "calibrate": (("--json", ".json"), ("--plot", ".html")),
     "plan": (("--json", ".json"),),
 }
 
@@ -398,8 +386,7 @@ def _output(rng: random.Random, work: Path, run: str) -> Case:
     elif kind == "markup":
         value, refuse = rng.choice(("a[b]x[/b]", "a[/x]", "[link=x]", "[draft]")) + suffix, False
     elif kind == "input":
-        value = {"eval": "items.jsonl", "inspect": "full/config.json", "calibrate": "texts.jsonl",
-                 "plan": "new.yaml"}[run]  # fmt: skip
+        value = {"eval": "items.jsonl", "inspect": "full/config.json", "plan": "new.yaml"}[run]
     elif kind == "twin":
         other = [o for o, _ in OUTPUTS[run] if o != option]
         if not other:
@@ -414,7 +401,7 @@ def _output(rng: random.Random, work: Path, run: str) -> Case:
     elif kind == "slash":
         value, refuse = "fresh/", None
     return Case(f"{option} {kind}", command(run, option, value, *more), refuse, as_root=as_root,
-                writes=writes_of(run), several=run == "plan")  # fmt: skip
+                several=run == "plan")  # fmt: skip
 
 
 @generator("eval/items")
@@ -481,7 +468,7 @@ def _good(rng: random.Random, work: Path, run: str) -> Case:
     """What works, so that a refusal means something."""
     stdin = b"hello\n/thoughts\n/reset\n/quit\n" if run == "chat" else b""
     return Case("nothing wrong", command(run), False, stdin,
-                writes=writes_of(run) + (("run/*",) if run == "resume" else ()))  # fmt: skip
+                writes=("run/*",) if run == "resume" else ())  # fmt: skip
 
 
 @generator("chat/talk")
@@ -542,7 +529,6 @@ def _talk(rng: random.Random, work: Path, run: str) -> Case:
     "generate/terminal",
     "plan/terminal",
     "resume/terminal",
-    "calibrate/terminal",
 )
 def _terminal(rng: random.Random, work: Path, run: str) -> Case:
     """Texts of files on a real terminal."""
@@ -582,20 +568,17 @@ def _terminal(rng: random.Random, work: Path, run: str) -> Case:
         if kind == 3:
             line += ["--report", f"r{text}.html".replace("/", "_")]
     elif run == "inspect":
-        line = command(run, text=f"two {text} two")
+        line = command(run, inspect=f"two {text} two")
         if kind == 3:
             line += ["--out", f"o{text}.json".replace("/", "_")]
-    elif run == "generate":
-        line = command(run, prompt=f"two {text} two")
     else:
-        line = command(run, data=f"d{text}.jsonl")
-    more = ("run/*",) if run == "resume" else ()
+        line = command(run, prompt=f"two {text} two")
     return Case(
         f"terminal {kind}: {text!r}",
         line,
         refuse,
         several=True,
         terminal=True,
-        writes=writes_of(run) + more,
+        writes=("run/*",) if run == "resume" else (),
         codes=(1,) if run == "plan" else (),
     )

@@ -1,4 +1,4 @@
-"""Malformed model folders, adapters and gates."""
+"""Malformed model folders and adapters."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ from cases import Case
 from material import command
 from spoiling import (
     ESCAPES,
-    ODD_VALUES,
     generator,
     odd_json,
     replace_entry,
     spoil_bytes,
     spoil_json,
     spoil_tensors,
-    write_tensors,
 )
 
-READERS = ("generate", "chat", "eval", "inspect", "calibrate", "merge", "lm-eval", "train", "plan")
+READERS = ("generate", "chat", "eval", "inspect", "export", "lm-eval", "train", "plan")
 MODEL_COMMANDS = tuple(f"{name}/model" for name in READERS)
 
 
@@ -38,7 +36,7 @@ def with_model(run: str, name: str) -> tuple[list[str], bytes]:
 
 
 def folder_for(rng: random.Random, run: str) -> str:
-    if run == "merge":
+    if run == "export":
         return "lora"
     return rng.choice(("full", "full", "lora")) if run not in ("train", "plan") else "plain"
 
@@ -66,13 +64,12 @@ def is_for_others(path: Path) -> bool:
 def _model_files(rng: random.Random, work: Path, run: str) -> Case:
     """Files of a model folder that are missing, cut or something else."""
     name = folder_for(rng, run)
-    beside = ("gate.json", "README.md")
-    files = (p for p in (work / name).rglob("*") if p.is_file() and p.name not in beside)
+    files = (p for p in (work / name).rglob("*") if p.is_file() and p.name != "README.md")
     path = rng.choice(sorted(files))
     vital = (
         path.name in VITAL
         and not is_for_others(path)
-        and not (run in ("plan", "merge") and "tokenizer" in path.name)
+        and not (run in ("plan", "export") and "tokenizer" in path.name)
     )
     kind = rng.random()
     refuse: bool | None = None
@@ -96,7 +93,7 @@ def _model_files(rng: random.Random, work: Path, run: str) -> Case:
         refuse = None  # shapes come from config.json
     line, stdin = with_model(run, name)
     return Case(f"{name}/{what}", line, refuse, stdin, several=run in ("train", "plan"),
-                writes=writes_of(run), codes=(1,) if run == "plan" else ())  # fmt: skip
+                codes=(1,) if run == "plan" else ())  # fmt: skip
 
 
 @generator(*(f"{name}/model-entries" for name in READERS))
@@ -129,7 +126,7 @@ def _model_entries(rng: random.Random, work: Path, run: str) -> Case:
     if run in ("train", "plan") and path.name in ("quietstar.json",):
         refuse = None
     return Case(f"{name}/{what}", line, refuse, stdin, several=run in ("train", "plan"),
-                writes=writes_of(run), codes=(1,) if run == "plan" else ())  # fmt: skip
+                codes=(1,) if run == "plan" else ())  # fmt: skip
 
 
 def _entries(file: str, key: str, values: tuple[Any, ...], refuse: bool | None) -> list[Any]:
@@ -192,7 +189,7 @@ LORA_ENTRIES = [
 ]  # fmt: skip
 
 
-@generator(*(f"{n}/base-model" for n in ("generate", "eval", "merge", "inspect", "calibrate")))
+@generator(*(f"{n}/base-model" for n in ("generate", "eval", "export", "inspect")))
 def _base_model(rng: random.Random, work: Path, run: str) -> Case:
     """Adapters whose base is wrong, gone or another one."""
     path = work / "lora" / QS
@@ -213,43 +210,4 @@ def _base_model(rng: random.Random, work: Path, run: str) -> Case:
             tree[key] = value
     path.write_text(json.dumps(tree))
     line, stdin = with_model(run, "lora")
-    return Case(f"lora/{QS}: {what}", line, refuse, stdin, writes=writes_of(run))
-
-
-def writes_of(run: str) -> tuple[str, ...]:
-    return {"calibrate": ("full/gate.*", "lora/gate.*")}.get(run, ())
-
-
-@generator("generate/gate")
-def _gate(rng: random.Random, work: Path, run: str) -> Case:
-    """A gate beside the model that is none."""
-    gate = {"kind": "entropy", "threshold": 1.0}
-    path = work / "full" / "gate.json"
-    path.write_text(json.dumps(gate))
-    width = 4 * 16
-    header = {
-        f"{n}.{p}": {"dtype": "F32", "shape": [16] if p == "weight" else [], "data_offsets": o}
-        for n, p, o in (("gain", "weight", [0, width]), ("gain", "bias", [width, width + 4]))
-    }
-    write_tensors(path.with_suffix(".safetensors"), header, b"\0" * (width + 4))
-    kind = rng.randrange(6)
-    refuse: bool | None = None
-    if kind == 0:
-        what = replace_entry(rng, rng.choice((path, path.with_suffix(".safetensors"))))
-        refuse = True
-    elif kind == 1:
-        what = spoil_bytes(rng, path)
-    elif kind == 2:
-        what, refuse = spoil_tensors(rng, path.with_suffix(".safetensors"))
-    elif kind == 3:
-        what, refuse = odd_json(rng, path), None
-        refuse = True if "digits" not in what else None
-    else:
-        gate[rng.choice(("kind", "threshold"))] = rng.choice(ODD_VALUES)
-        path.write_text(json.dumps(gate))
-        what = repr(gate)
-        right = gate["kind"] in ("entropy",) and isinstance(gate["threshold"], int | float)
-        refuse = None if right and not isinstance(gate["threshold"], bool) else True
-    if "bias transposed" in what or "bias one number" in what:
-        refuse = None
-    return Case(f"gate: {what}", command("generate", "--gate", "calibrated"), refuse)
+    return Case(f"lora/{QS}: {what}", line, refuse, stdin)

@@ -84,7 +84,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 # --- Pickles --------------------------------------------------------------------------------------
 def _pickle_cases() -> None:
-    for run in ("generate", "chat", "eval", "inspect", "calibrate", "lm-eval", "train", "plan"):
+    for run in ("generate", "chat", "eval", "inspect", "lm-eval", "train", "plan"):
         for kind in (bare_pickle, torch_pickle):
 
             def model(rng: random.Random, work: Path, run: str = run, kind: Any = kind) -> Case:
@@ -104,7 +104,7 @@ def _pickle_cases() -> None:
                 )
 
             CASES[f"pickle/{run}-model-{kind.__name__}"] = model
-    for run in ("generate", "merge", "eval"):
+    for run in ("generate", "export", "eval"):
         for kind in (bare_pickle, torch_pickle):
 
             def adapter(rng: random.Random, work: Path, run: str = run, kind: Any = kind) -> Case:
@@ -153,8 +153,7 @@ def _code_cases() -> None:
         "chat",
         "eval",
         "inspect",
-        "calibrate",
-        "merge",
+        "export",
         "lm-eval",
         "train",
         "plan",
@@ -166,7 +165,7 @@ def _code_cases() -> None:
                     rng: random.Random, work: Path, run: str = run, file: str = file,
                     terminal: bool = terminal,
                 ) -> Case:  # fmt: skip
-                    name = "plain" if run in ("train", "plan", "merge") else "full"
+                    name = "plain" if run in ("train", "plan", "export") else "full"
                     folder = work / name
                     changes: dict[str, Any] = {"auto_map": auto_map}
                     if file == "config.json":
@@ -178,7 +177,7 @@ def _code_cases() -> None:
                         folder = folder / "language_model"
                     edit(folder / file, **changes)
                     (folder / "evil.py").write_text(EVIL_MODEL)
-                    line, _ = with_model(run, "lora" if run == "merge" else name)
+                    line, _ = with_model(run, "lora" if run == "export" else name)
                     # Whoever reads no code takes an ordinary tokenizer, and that is right, too.
                     refuse = None if file.startswith("tokenizer") else True
                     return Case(f"auto_map in {file}", line, refuse, b"y\ny\ny\n/quit\n",
@@ -199,16 +198,6 @@ def _(rng: random.Random, work: Path) -> Case:
     edit(path, thoughts={**thoughts, "sampler": "evil:Sampler"})
     (work / "evil.py").write_text(EVIL + "class Sampler: pass\n")
     return Case("thoughts.sampler", command("generate"), True, canary=CANARY)
-
-
-@case("code/objective-named-by-a-run-of-a-model")
-def _(rng: random.Random, work: Path) -> Case:
-    path = work / "run" / "config.yaml"
-    text = path.read_text()
-    path.write_text(text.replace("objective: quiet_star", "objective: evil:Evil"))
-    (work / "evil.py").write_text(EVIL + "class Evil: pass\n")
-    line = command("calibrate", model="run/final", data=None)
-    return Case("loss.objective of a run folder", line, True, canary=CANARY, several=True)
 
 
 @case("code/objective-named-by-a-run-resumed")
@@ -434,12 +423,6 @@ def _(rng: random.Random, work: Path) -> Case:
     return Case("links where a file is written", command("inspect", "--out", "o.json"), None)
 
 
-@case("leave/gate-that-is-a-link")
-def _(rng: random.Random, work: Path) -> Case:
-    (work / "full" / "gate.json").symlink_to("../user_notes.txt")
-    return Case("gate.json is a link", command("calibrate"), None, writes=("full/gate.*",))
-
-
 @case("leave/base-of-an-adapter-upward")
 def _(rng: random.Random, work: Path) -> Case:
     outside = _outside(work)
@@ -477,7 +460,7 @@ def _texts(work: Path, text: str) -> None:
 
 def _page_cases() -> None:
     for terminal in (False, True):
-        for run in ("train", "eval", "inspect", "calibrate", "generate"):
+        for run in ("train", "eval", "inspect", "generate"):
 
             def make(
                 rng: random.Random, work: Path, run: str = run, terminal: bool = terminal,
@@ -505,12 +488,10 @@ def _page_cases() -> None:
                     )
                 elif run == "inspect":
                     shutil.copytree(work / "full", work / f"m{name}")
-                    options = {"text": text[:100], "model": f"m{name}"}
+                    options = {"inspect": text[:100], "model": f"m{name}"}
                     line = command(
                         "inspect", *([] if terminal else ["--out", "page.html"]), **options
                     )
-                elif run == "calibrate":
-                    line = command("calibrate", "--plot", "page.html")
                 else:
                     line = command("generate", "--show-thoughts", prompt=text[:100])
                 return Case(
@@ -519,7 +500,6 @@ def _page_cases() -> None:
                     False,
                     several=True,
                     terminal=terminal,
-                    writes=("full/gate.*",),
                 )
 
             CASES[f"text/{run}-{'terminal' if terminal else 'pipe'}"] = make
@@ -537,7 +517,7 @@ def _(rng: random.Random, work: Path) -> Case:
             token["content"] = HOSTILE
     tree["added_tokens"] = [{**token, "special": False} for token in tree["added_tokens"]]
     path.write_text(json.dumps(tree))
-    return Case("tokens", command("inspect", text=f"two {HOSTILE} two"), None, terminal=True)
+    return Case("tokens", command("inspect", inspect=f"two {HOSTILE} two"), None, terminal=True)
 
 
 @case("text/entries-of-a-model")
@@ -593,8 +573,11 @@ def _(rng: random.Random, work: Path) -> Case:
 def check_pages(good: Path, base: Path) -> list[dict[str, Any]]:
     """Compare the elements of pages of hostile texts with those of harmless ones."""
     records = []
-    for run, page in (("train", "new/report.html"), ("eval", "page.html"), ("inspect", "page.html"),
-                      ("calibrate", "page.html")):  # fmt: skip
+    for run, page in (
+        ("train", "new/report.html"),
+        ("eval", "page.html"),
+        ("inspect", "page.html"),
+    ):
         found = []
         for text in ("a harmless text", HOSTILE):
             place = Path(forking.new_place("page-"))

@@ -54,18 +54,16 @@ metric_list: [{metric: acc}]
 COMMANDS: dict[str, list[str]] = {
     "train": ["train", "--config", "new.yaml"],
     "resume": ["train", "--config", "longer.yaml", "--resume", "auto"],
-    "plan": ["plan", "--config", "new.yaml"],
+    "plan": ["train", "--plan", "--config", "new.yaml"],
     "eval": ["eval", "--model", "full", "--tasks", "items.jsonl", "--limit", "3"],
     "generate": ["generate", "--model", "full", "--prompt", "two and", "--max-new-tokens", "2"],
-    "chat": ["chat", "--model", "full", "--max-new-tokens", "2"],
-    "inspect": ["inspect", "--model", "full", "--text", "two plus two is four"],
-    "calibrate": ["calibrate", "--model", "full", "--data", "texts.jsonl", "--sequences", "24",
-                  "--seq-len", "24", "--timed-tokens", "4"],
-    "merge": ["merge", "--model", "lora", "--out", "merged"],
-    "lm-eval": ["lm-eval", "run", "--model", "quietstar", "--model_args", "pretrained=full",
+    "chat": ["generate", "--chat", "--model", "full", "--max-new-tokens", "2"],
+    "inspect": ["generate", "--model", "full", "--inspect", "two plus two is four"],
+    "export": ["export", "--model", "lora", "--out", "merged"],
+    "lm-eval": ["eval", "lm-eval", "run", "--model", "quietstar", "--model_args", "pretrained=full",
                 "--tasks", "own", "--include_path", "harness", "--limit", "2"],
 }  # fmt: skip
-"""Command lines that work in a folder of this material."""
+"""Command lines that work in a folder of this material, by what is done."""
 
 
 def command(name: str, *more: str, **options: str | None) -> list[str]:

@@ -36,27 +36,26 @@ GENERATION = (*COMMON, "--max-new-tokens", "--gate", "--control", "--num-thought
               "--thought-temperature", "--thought-top-p", "--thought-top-k", "--temperature",
               "--top-p", "--seed")  # fmt: skip
 COMMANDS = {
-    "generate": (["--model", "model", "--prompt", "two and", "--max-new-tokens", "2"],
-                 (*GENERATION, "--prompt", "--prompts", "--batch-size", "--show-thoughts")),
-    "chat": (["--model", "model", "--max-new-tokens", "2"], (*GENERATION, "--system")),
-    "inspect": (["--model", "model", "--text", "two and"],
-                (*COMMON, "--text", "--text-file", "--out", "--compare", "--num-thoughts",
-                 "--temperature", "--seed", "--context", "--controls", "--force")),
-    "eval": (["--model", "model", "--tasks", "own.jsonl", "--thoughts", "off"],
+    "generate": (["generate", "--model", "model", "--prompt", "two and", "--max-new-tokens", "2"],
+                 (*GENERATION, "--prompt", "--prompts", "--batch-size", "--show-thoughts",
+                  "--chat", "--inspect")),
+    "chat": (["generate", "--chat", "--model", "model", "--max-new-tokens", "2"],
+             (*GENERATION, "--system")),
+    "inspect": (["generate", "--model", "model", "--inspect", "two and"],
+                (*COMMON, "--inspect", "--inspect-file", "--out", "--compare", "--num-thoughts",
+                 "--thought-temperature", "--seed", "--context", "--controls", "--force")),
+    "eval": (["eval", "--model", "model", "--tasks", "own.jsonl", "--thoughts", "off"],
              (*COMMON, "--tasks", "--thoughts", "--positions", "--separator", "--include-path",
               "--data-dir", "--limit", "--batch-size", "--seed", "--samples",
               "--thought-temperature", "--thought-top-p", "--thought-top-k", "--votes",
               "--temperature", "--max-new-tokens", "--text-tokens", "--out", "--out-items",
-              "--report", "--controls", "--overwrite")),
-    "calibrate": (["--model", "model", "--data", "texts.jsonl", "--sequences", "8"],
-                  (*COMMON, "--data", "--gate", "--speed", "--quality", "--seq-len", "--sequences",
-                   "--batch-size", "--timed-tokens", "--json", "--plot")),
-    "plan": (["--config", "plan.yaml"],
+              "--report", "--controls")),
+    "plan": (["train", "--plan", "--config", "plan.yaml"],
              ("--config", "--engine", "--processes", "--memory", "--json", "--thoughts.length",
               "--data.seq_len", "--model.config.num_hidden_layers")),
 }  # fmt: skip
-"""By command: a line that works, and the options that are spoilt."""
-READ = {"--prompt": "--prompts", "--text": "--text-file"}
+"""By what is done: a line that works, and the options that are spoilt."""
+READ = {"--prompt": "--prompts", "--inspect": "--inspect-file"}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +89,7 @@ def contents(folder):
     of_model = (p.relative_to("model") for p in Path("model").rglob("*") if p.is_file())
     names = ("own.jsonl", "mine.html", "plan.yaml", "texts.jsonl", *sorted(of_model))
     paths = [folder / n if (folder / n).exists() else folder / "model" / n for n in names]
-    kept = {path: path.read_bytes() for path in paths if not path.name.startswith("gate.")}
+    kept = {path: path.read_bytes() for path in paths}
     return kept, (folder / "link.html").is_symlink(), (folder / "pipe").is_fifo()
 
 
@@ -114,12 +113,12 @@ def test_whatever_is_given_ends_in_one_line_and_changes_no_file(command, work, c
                     max_size=2))  # fmt: skip
     def ends(given):
         before, present = contents(work), set(work.rglob("*"))
-        call = [command, *line]
+        call = list(line)
         for option, value in given:
             if option in READ.values():  # in place of the text itself
                 text = next(name for name, other in READ.items() if other == option)
                 call = [word for word in call if word not in (text, "two and")]
-            if option in ("--show-thoughts", "--force", "--controls"):
+            if option in ("--chat", "--show-thoughts", "--force", "--controls"):
                 call = [*call, option]
                 continue
             if option in call:  # in place of its value
@@ -154,7 +153,7 @@ def test_whatever_is_given_ends_in_one_line_and_changes_no_file(command, work, c
 )  # fmt: skip
 def test_a_plan_of_absurd_sizes_ends_at_once(work, capsys, arguments, words):
     start = time.monotonic()
-    assert cli.main(["plan", "--config", "plan.yaml", *arguments]) == 2
+    assert cli.main(["train", "--plan", "--config", "plan.yaml", *arguments]) == 2
     assert time.monotonic() - start < 20
     err = capsys.readouterr().err
     check(2, err)
@@ -178,13 +177,16 @@ def test_a_plan_of_absurd_sizes_ends_at_once(work, capsys, arguments, words):
          "--votes --temperature --max-new-tokens --samples --untrained --data-dir --include-path "
          "--text-tokens --force"),
         ("eval --separator x", ""),
+        ("generate --system x --context 9", "--system --context"),
+        ("chat --batch-size 2 --out x.html", "--batch-size --out"),
         ("inspect --seed 5 --force", "--seed --force"),
+        ("inspect --gate entropy:1 --temperature 1", "--gate --temperature"),
         ("plan --force --processes 1", "--force"),
     ],
 )  # fmt: skip
 def test_an_option_without_effect_is_warned_of(work, caplog, call, idle):
     command, *more = call.split()
-    assert cli.main([command, *COMMANDS[command][0], *more]) in (None, 0)
+    assert cli.main([*COMMANDS[command][0], *more]) in (None, 0)
     said = [r.getMessage() for r in caplog.records if "has no effect" in r.getMessage()]
     assert " ".join(line.partition(":")[0] for line in said) == idle
 
@@ -254,7 +256,7 @@ def test_a_file_of_the_user_is_never_cut(work, tmp_path, capsys, content):
 
 @pytest.mark.parametrize(
     ("command", "option"),
-    [("generate", "--prompts"), ("inspect", "--text-file"), ("eval", "--tasks")],
+    [("generate", "--prompts"), ("generate", "--inspect-file"), ("eval", "--tasks")],
 )
 def test_only_text_files_of_a_sensible_size_are_read(work, tmp_path, capsys, command, option):
     os.mkfifo(tmp_path / "pipe.txt")
@@ -317,8 +319,6 @@ def test_the_same_evaluation_goes_on_and_another_is_refused(work, tmp_path, caps
     assert evaluation(work, tmp_path, "--seed", "1", "--force") == 0
     assert json.loads((tmp_path / "o.json").read_text())["config"]["seed"] == 1
     assert page != (tmp_path / "o.html").read_bytes()
-    assert evaluation(work, tmp_path, "--overwrite") == 2
-    assert "Write --force." in capsys.readouterr().err
 
 
 def test_a_second_process_is_told_who_writes_the_items(tmp_path):
@@ -438,8 +438,7 @@ def overflowing(folder):
     [["eval", "--tasks", "own.jsonl", "--out", "nan.json"],
      ["generate", "--prompt", "two and", "--max-new-tokens", "4"],
      ["generate", "--prompt", "two", "--temperature", "1", "--max-new-tokens", "4"],
-     ["inspect", "--text", "two and", "--out", "nan.html"],
-     ["calibrate", "--data", "texts.jsonl", "--seq-len", "16"]],
+     ["generate", "--inspect", "two and", "--out", "nan.html"]],
     ids=" ".join,
 )  # fmt: skip
 def test_figures_that_are_not_finite_are_an_error(work, overflowing, capsys, call):
@@ -453,7 +452,6 @@ def test_figures_that_are_not_finite_are_an_error(work, overflowing, capsys, cal
     assert not [
         name for name in os.listdir(work) if name.startswith("nan.") and not name.endswith(".lock")
     ]
-    assert not (overflowing / "gate.json").exists()
 
 
 # --- Chat templates -------------------------------------------------------------------------------
@@ -474,7 +472,7 @@ def test_a_template_that_fails_or_never_ends_is_one_line(
     work, tmp_path, capsys, monkeypatch, template, words
 ):
     monkeypatch.setattr("quietstar.system.limits.SECONDS", 3.0)
-    call = ["chat", "--model", str(with_template(tmp_path / "model", template))]
+    call = ["generate", "--chat", "--model", str(with_template(tmp_path / "model", template))]
     assert cli.main(call) == 2
     err = capsys.readouterr().err
     check(2, err)
@@ -508,7 +506,7 @@ def test_a_tokenizer_that_panics_over_a_text_is_one_line(work, tmp_path, capsys)
 def test_a_template_without_system_turns_refuses_the_option(
     work, tmp_path, capsys, template, words
 ):
-    call = ["chat", "--model", str(with_template(tmp_path / "model", template))]
+    call = ["generate", "--chat", "--model", str(with_template(tmp_path / "model", template))]
     assert cli.main(call) == 0
     capsys.readouterr()
     assert cli.main([*call, "--system", "be kind"]) == 2
@@ -525,30 +523,6 @@ def with_template(path, template):
     return path
 
 
-# --- Calibration ----------------------------------------------------------------------------------
-def test_only_a_gate_of_ours_is_replaced(work, tmp_path, capsys):
-    model = with_template(tmp_path / "model", TEMPLATE)
-    call = ["calibrate", "--model", str(model), "--data", "texts.jsonl", "--seq-len", "16",
-            "--sequences", "20", "--timed-tokens", "4"]  # fmt: skip
-    (model / "gate.json").write_text('{"gates": "of the city"}')
-    assert cli.main(call) == 2
-    err = capsys.readouterr().err
-    check(2, err)
-    assert "gate.json): exists" in err
-    assert (model / "gate.json").read_text() == '{"gates": "of the city"}'
-    assert cli.main([*call, "--force"]) == 0
-    assert cli.main(call) == 0
-    (model / "gate.safetensors").write_bytes(b"mine")
-    assert cli.main(call) == 2
-    assert (model / "gate.safetensors").read_bytes() == b"mine"
-    capsys.readouterr()
-    assert cli.main([*call, "--force", "--json", str(model / "gate.json")]) == 2
-    assert "lies in" in capsys.readouterr().err
-    (model / "gate.json").unlink()
-    assert cli.main([*call, "--force", "--json", str(model / "gate.json")]) == 2
-    assert "is where the gate is saved" in capsys.readouterr().err
-
-
 # --- Files that are written -----------------------------------------------------------------------
 def test_force_replaces_nothing_that_is_read(work, tmp_path, capsys):
     base, lora = str(tmp_path / "base"), str(tmp_path / "lora")
@@ -560,10 +534,9 @@ def test_force_replaces_nothing_that_is_read(work, tmp_path, capsys):
     (tmp_path / "run" / "final" / "config.json").unlink()
     (tmp_path / "run" / "final" / "config.json").symlink_to(tmp_path / "cache" / "config.json")
     data = str(tmp_path / "mine.jsonl")
-    save_config(run_config(tmp_path, data__train=data), tmp_path / "run" / "config.yaml")
     evaluate, model = ["eval", "--tasks", "own.jsonl", "--model"], str(tmp_path / "run" / "final")
-    inspect = ["inspect", "--text", "two and", "--model"]
-    plan = ["plan", "--config", "plan.yaml"]
+    inspect = ["generate", "--inspect", "two and", "--model"]
+    plan = ["train", "--plan", "--config", "plan.yaml"]
     calls = [
         [*evaluate, model, "--out", f"{model}/quietstar.json"],
         [*evaluate, model, "--out-items", f"{model}/language_model/model.safetensors"],
@@ -572,9 +545,6 @@ def test_force_replaces_nothing_that_is_read(work, tmp_path, capsys):
         [*inspect, model, "--out", f"{model}/quietstar.json"],
         [*inspect, lora, "--out", f"{base}/config.json"],
         [*inspect, "model", "--compare", model, "--out", f"{model}/quietstar.json"],
-        ["calibrate", "--model", model, "--json", f"{model}/language_model/model.safetensors"],
-        ["calibrate", "--model", model, "--json", str(tmp_path / "run" / "config.yaml")],
-        ["calibrate", "--model", model, "--json", data],
         [*plan, "--model.tokenizer", model, "--json", f"{model}/tokenizer.json"],
         [*plan, "--data.train", data, "--json", data],
     ]  # fmt: skip
@@ -603,13 +573,14 @@ def test_no_name_of_a_file_is_markup_or_moves_the_cursor(work, tmp_path, capsys)
 
 # --- Signals --------------------------------------------------------------------------------------
 CALLS = {
-    "eval": ["--tasks", "demo.jsonl", "--out", "stopped.json", "--batch-size", "1"],
-    "generate": ["--prompts", "prompts.txt", "--batch-size", "1", "--max-new-tokens", "110"],
-    "inspect": ["--text", "two and " * 2000, "--out", "stopped.html"],
-    "calibrate": ["--data", "texts.jsonl", "--timed-tokens", "100000"],
-    "chat": [],
-    "plan": ["--training.learn_chunk_tokens", "20", "--training.micro_batch_size", "8"],
-}
+    "eval": ["eval", "--tasks", "demo.jsonl", "--out", "stopped.json", "--batch-size", "1"],
+    "generate": ["generate", "--prompts", "prompts.txt", "--batch-size", "1",
+                 "--max-new-tokens", "110"],
+    "inspect": ["generate", "--inspect", "two and " * 2000, "--out", "stopped.html"],
+    "chat": ["generate", "--chat"],
+    "plan": ["train", "--plan", "--training.learn_chunk_tokens", "20",
+             "--training.micro_batch_size", "8"],
+}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -631,11 +602,11 @@ def test_a_signal_ends_a_command_soon_and_leaves_nothing_half_written(folder, co
         "    print('loaded', flush=True)\n"
         "    return model\n"
         "options.load_model = told\n"
-        "if sys.argv[1] == 'plan': print('loaded', flush=True)\n"
+        "if '--plan' in sys.argv: print('loaded', flush=True)\n"
         "sys.exit(main.main(sys.argv[1:]))"
     )
     before = set(os.listdir(folder))
-    call = [sys.executable, "-c", start, command, *model, *CALLS[command]]
+    call = [sys.executable, "-c", start, *CALLS[command], *model]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(call, cwd=folder, text=True, env=environment, **pipes) as process:
@@ -674,7 +645,7 @@ def test_a_signal_ends_a_command_soon_and_leaves_nothing_half_written(folder, co
 def test_errors_of_the_harness_are_one_line(work, monkeypatch, capsys, arguments, words):
     pytest.importorskip("lm_eval")
     monkeypatch.setattr("sys.argv", ["quietstar"])
-    assert cli.main(["lm-eval", *arguments]) == 2
+    assert cli.main(["eval", "lm-eval", *arguments]) == 2
     said = capsys.readouterr().err.splitlines()  # with lines of the harness's own log
     (problem,) = [line for line in said if line.startswith("quietstar: error: ")]
     assert words in problem

@@ -96,25 +96,24 @@ def test_no_command_runs_code_of_a_strangers_run(strangers, shape, tmp_path, mon
     own = ["--config", str(strangers / "own.yaml"), "--data.train", texts]
     commands = [
         GENERATE,
-        ["chat"],
+        ["generate", "--chat"],
         ["eval", "--tasks", "questions.jsonl", "--out", "eval"],
-        ["inspect", "--text", "two and two"],
-        ["calibrate", "--data", texts],
-        ["merge", "--out", "merged"],
+        ["generate", "--inspect", "two and two"],
+        ["export", "--out", "merged"],
         ["teach", *own, "--out", "teacher"],
         ["judge", "--pairs", "pairs.jsonl"],
         ["judge", "--prompts", "prompts.jsonl", "--compare", run, run],
         ["reward-model", "--pairs", "pairs.jsonl", "--out", "reward"],
-        ["lm-eval", "run", "--model", "quietstar", "--tasks", "x", "--model_args",
+        ["eval", "lm-eval", "run", "--model", "quietstar", "--tasks", "x", "--model_args",
          f"pretrained={run}"],
         ["train", *own, "--model.name_or_path", run],
         ["train", *own, "--model.name_or_path", base, "--thoughts.scoring_model", run],
-        ["plan", *own, "--model.name_or_path", run],
+        ["train", "--plan", *own, "--model.name_or_path", run],
         ["report", run],
         ["report", run, run],
     ]  # fmt: skip
     for command in commands:
-        takes_model = command[0] not in ("report", "train", "plan", "lm-eval")
+        takes_model = command[0] not in ("report", "train") and "lm-eval" not in command
         models = [run] if shape != "final" else [run, base]  # which is the same for all
         for model in models if takes_model else [None]:
             line = [*command, "--model", model] if model else command
