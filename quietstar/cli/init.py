@@ -131,14 +131,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = {"num_train_epochs": args.num_train_epochs,
              "per_device_train_batch_size": args.per_device_train_batch_size,
              "gradient_accumulation_steps": args.gradient_accumulation_steps}  # fmt: skip
-    keys = counted(given, {}, count)
+    keys = {key.partition(".")[2]: n for key, n in counted(given, {}, count).items()}
     seq_len, longest = _lengths(args.model, records, answer)
     quoted = {name: json.dumps(text, ensure_ascii=False) for name, text in (
         ("model", args.model), ("data", args.data), ("question", question),
         ("answer_field", answer), ("output_dir", f"runs/{Path(args.out).stem}"))}  # fmt: skip
     text = (ANSWERS if kind == "qa" else TEXTS).format(
         **quoted, format=kind, count=f"{count:,}", epochs=args.num_train_epochs, answer=longest,
-        seq_len=seq_len, warmup=min(10, keys["training.max_steps"] // 10), **{key.partition(".")[2]: number for key, number in keys.items()},
+        seq_len=seq_len, warmup=min(10, keys["max_steps"] // 10), **keys,
     )  # fmt: skip
     write_whole(Path(args.out), text)
     load_config(args.out)  # what it says is right
