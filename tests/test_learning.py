@@ -7,6 +7,7 @@ from tiny import plain_model, random_texts, thinking_model
 from quietstar.attention import passes
 from quietstar.attention.layout import IGNORE_INDEX
 from quietstar.backbone.run import embed_sparsely
+from quietstar.model import quiet_star
 
 WIDE = torch.float64
 # Its norms keep float64 (those of llama are float32 in any model): gradients agree to 1e-9.
@@ -182,3 +183,19 @@ def test_texts_without_a_target_teach_nothing(positions, block_tokens):
     output.loss.backward()
     assert output.loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_texts_of_more_tokens_than_learn_at_once_keep_no_activations(monkeypatch):
+    model, sizes, run_text = make_model(), [], quiet_star.run_text
+
+    def counted(*arguments):
+        hooks = (lambda tensor: sizes.append(tensor.nbytes) or tensor, lambda tensor: tensor)
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            return run_text(*arguments)
+
+    monkeypatch.setattr(quiet_star, "run_text", counted)
+    run(model, 27)  # as many as the texts have
+    whole = sum(sizes)
+    sizes.clear()
+    run(model, 26)
+    assert 0 < sum(sizes) < 0.1 * whole

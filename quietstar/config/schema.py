@@ -492,9 +492,9 @@ class TrainingConfig(Section):
         Annotated[int, _between(1, 10**9, "no memory holds as many")] | Literal["auto"] | None
     ) = "auto"
     """Most tokens of thoughts that learn at once, forward and backward, before the next ones: fewer
-    take less memory, at no cost until matrix products get small. null: all at once. auto: 5120
-    (4096 with gradient checkpointing), 16384 on a GPU; null under ZeRO-3 and FSDP2, which cannot
-    do it in groups."""
+    take less memory, at no cost until matrix products get small. Texts of more tokens in all are
+    recomputed in the backward pass. null: all at once. auto: 5120 (4096 with gradient
+    checkpointing), 16384 on a GPU; null under ZeRO-3 and FSDP2, which cannot do it in groups."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     torch_compile: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ from quietstar.backbone.run import (
     embedding_weight,
     num_virtual,
     plain_pass,
+    recomputing,
     run_text,
 )
 from quietstar.backbone.teacher_forced import ThoughtStates, embed_blocks, teacher_forced
@@ -164,8 +166,9 @@ class QuietStarForCausalLM(PreTrainedModel):
         self.mixing_head = MixingHead(head.weight.shape[1], mixing_head).to(device)
         self.has_frozen_adapters = False  # of a saved model that was loaded for use
         self.texts_seen = 0  # keys the noise of texts that come without an index
-        # Most block tokens that learn at once (`quietstar.model.learning`); None: all, with an
-        # ordinary graph, as engines that shard the weights need it.
+        # Most block tokens that learn at once (`quietstar.model.learning`), and text tokens whose
+        # activations are kept; None: all, with an ordinary graph, as engines that shard the weights
+        # need it.
         self.learn_chunk_tokens: int | None = None
         # Whether every pass gathers weights from other processes, which then must run as many.
         self.passes_together = False
@@ -565,7 +568,10 @@ class QuietStarForCausalLM(PreTrainedModel):
             if self.objective.student == "plain":
                 return self._learn_plainly(input_ids, labels, teacher, num_items_in_batch, seed,
                                            sample_ids)  # fmt: skip
-        run = run_text(self.causal_lm, input_ids)
+        # Else the graph of long texts would take more memory than what thoughts learn at once.
+        is_large = input_ids.numel() > (self.learn_chunk_tokens or math.inf)
+        with recomputing(self.causal_lm) if is_large else nullcontext():
+            run = run_text(self.causal_lm, input_ids)
         texts = Texts(input_ids, labels, answers, sample_ids, run, marked, places)
         check_texts(texts)
         if thoughts is None:
