@@ -18,7 +18,6 @@ from quietstar.config import SECTIONS, fields
 from quietstar.config.loading import load_config
 from quietstar.config.messages import type_text
 from quietstar.errors import UserError
-from quietstar.model.tuning import require_peft
 
 ROOT = Path(__file__).parents[1]
 
@@ -459,7 +458,6 @@ def test_options_stand_among_the_keys_of_a_config(runs, capsys):
 @pytest.mark.parametrize(
     ("module", "extra", "arguments"),
     [
-        ("scipy", "eval", ["eval", "--help"]),
         ("lm_eval", "lm-eval", ["eval", "lm-eval", "ls"]),
     ],
 )
@@ -474,13 +472,7 @@ def test_a_missing_package_is_one_line_that_names_its_extra(module, extra, argum
     assert "Traceback" not in done.stderr
 
 
-def test_adapters_without_peft_are_one_line_that_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UserError, match=r"pip install 'quietstar\[peft\]'"):
-        require_peft()
-
-
-EXTRA_MODULES = ("peft", "scipy", "reasoning_gym", "lm_eval", "bitsandbytes", "galore_torch",
+EXTRA_MODULES = ("reasoning_gym", "lm_eval", "bitsandbytes", "galore_torch",
                  "deepspeed", "psutil")  # fmt: skip
 
 
@@ -507,17 +499,17 @@ sys.exit(main({arguments}))
     assert list((tmp_path / "run" / "tensorboard").rglob("events.*"))
 
 
-def test_required_packages_are_at_most_14_and_every_extra_in_an_error_exists():
+def test_required_packages_are_few_and_every_extra_in_an_error_exists():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     required = re.search(r"^dependencies = \[\n(.*?)^\]", project, re.S | re.M).group(1)
-    assert 10 < len(required.splitlines()) <= 14
+    assert 10 < len(required.splitlines()) <= 17
     extras = re.search(r"^\[project.optional-dependencies\]\n(.*?)^\[", project, re.S | re.M).group(
         1
     )
     names = set(re.findall(r"^([\w-]+) = ", extras, re.M))
     package = "".join(file.read_text("utf-8") for file in (ROOT / "quietstar").rglob("*.py"))
     named = set(re.findall(r"quietstar\[([\w-]+)\]", package)) | set(cli.EXTRAS.values())
-    assert {"eval", "peft", "tasks"} <= named <= names
+    assert {"lm-eval", "tasks"} <= named <= names
 
 
 def test_lines_break_between_words_on_a_terminal_and_stay_whole_in_a_file(capsys, monkeypatch):

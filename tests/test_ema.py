@@ -407,7 +407,9 @@ def test_commands_take_the_average_of_a_run(finished, tmp_path, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("command", ["generate --inspect ab", "generate --prompt a", "eval --tasks x"])
+@pytest.mark.parametrize(
+    "command", ["generate --inspect ab", "generate --prompt a", "eval --tasks x"]
+)
 def test_where_there_is_none_a_line_says_what_to_do(finished, tmp_path, capsys, command):
     (tmp_path / "run" / "final").mkdir(parents=True)
     for folder, words in (

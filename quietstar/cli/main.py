@@ -74,8 +74,7 @@ RENAMED = {
     "bench": "python -m benchmarks.step (in a checkout)",
 }
 """Commands of earlier versions, and what took their place."""
-EXTRAS = {"lm_eval": "lm-eval", "pandas": "pandas", "peft": "peft", "reasoning_gym": "tasks",
-          "scipy": "eval", "tqdm": "lm-eval"}  # fmt: skip
+EXTRAS = {"lm_eval": "lm-eval", "reasoning_gym": "tasks", "tqdm": "lm-eval"}
 """By module: the extra of this package that installs it."""
 RESUME_HINTS = {
     "train": "; start again with --resume auto",

@@ -67,25 +67,11 @@ def unfreeze(model: nn.Module, patterns: list[str]) -> None:
             parameter.requires_grad_(True)
 
 
-def require_peft() -> Any:
-    """Import PEFT, which is an extra.
-
-    Raises:
-        UserError: It is not installed.
-    """
-    try:
-        import peft
-    except ImportError as problem:
-        raise UserError(
-            f"tuning.method: adapters need PEFT ({problem}): pip install 'quietstar[peft]', or set "
-            "another method"
-        ) from problem
-    return peft
-
-
 def _add_peft(model: PreTrainedModel, tuning: TuningConfig) -> nn.Module:
     """The PEFT model of the method around ``model``."""
-    peft, wanted = require_peft(), tuning.lora_target_modules
+    import peft  # which takes seconds
+
+    wanted = tuning.lora_target_modules
     kinds = ("Conv1D", "Linear4bit")  # beside which adapters can sit too
     linear = [
         name
@@ -147,7 +133,9 @@ def load_adapters(
     Raises:
         UserError: Files that are missing, damaged or not ours, or that do not fit the base.
     """
-    peft, path = require_peft(), folder / "adapter_config.json"
+    import peft
+
+    path = folder / "adapter_config.json"
     weights = load_tensors(folder / "adapter_model.safetensors")
     if not path.is_file():
         raise UserError(f"{path}: is missing, or no regular file. Save the model again.")
