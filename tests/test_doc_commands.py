@@ -122,6 +122,8 @@ def cut(arguments):
             word for key, value in small.items() if f"--{key}" not in own
             for word in (f"--{key}", str(value))
         )]  # fmt: skip
+    if name == "init":
+        words += ["--model", "TINY"]
     if name == "eval":
         limit = "64" if {"demo", "questions.yaml"} & {*words} else "3"
         words += ["--device", "cpu", "--limit", limit] if "--limit" not in given else []
@@ -162,7 +164,7 @@ def material(tmp_path_factory):
     choices = [{**line, "choices": [" yes", line["answer"]]} for line in QUESTIONS]
     write_lines(folder / "choices.jsonl", choices)
     own = [{"problem": line["prompt"], "solution": line["answer"]} for line in QUESTIONS * 4]
-    for name in ("questions.jsonl", "held_out.jsonl"):
+    for name in ("questions.jsonl", "problems.jsonl", "held_out.jsonl"):
         write_lines(folder / name, own)
     write_lines(folder / "pairs.jsonl", PAIRS)
     write_lines(folder / "preferences.jsonl", PAIRS)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 from architectures import SUPPORTED
+from tiny import plain_model
 
 from quietstar.config.loading import load_config
+from quietstar.data import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -78,11 +80,18 @@ def test_the_python_example_compiles():
         compile(block, "README.md", "exec")
 
 
-def test_the_reward_is_that_of_the_tested_tutorial_in_ten_lines():
-    tutorial = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    (reward,) = (block for block in code_blocks("python") if "def brevity" in block)
-    assert reward in tutorial
-    assert len(reward.strip().splitlines()) <= 10
+def test_the_trainer_of_the_example_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain_model(max_position_embeddings=128, eos_token_id=256).save_pretrained("model")
+    load_tokenizer("bytes").save_pretrained("model")
+    (code,) = (block for block in code_blocks("python") if "QuietStarTrainer(" in block)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "model")
+    small = "max_steps=1, per_device_train_batch_size=2, short_texts='pad', seq_len=32"
+    code = code.replace("length=48", f"length=3, {small}")
+    records = [{"question": f"{n} and 1 is", "answer": str(n + 1)} for n in range(9)]
+    exec(compile(code, "README.md", "exec"), {"dataset": records, "__name__": "example"})
+    assert (tmp_path / "runs").exists()
 
 
 def test_the_generate_command_fits_the_demo_as_typed():
