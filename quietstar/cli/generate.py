@@ -289,7 +289,7 @@ def _gate(args: argparse.Namespace) -> bool | Gate:
     try:
         if kind != "entropy":
             raise argparse.ArgumentTypeError
-        return Gate("entropy", number(0, 1e6)(threshold))
+        return Gate("entropy", number(0.0, 1e6)(threshold))
     except argparse.ArgumentTypeError:
         raise UserError(
             f"--gate ({args.gate}): must be entropy and a threshold in nats, as in entropy:1.5"

@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.output("--out", "config to write; default: the data's name with .yaml", ".yaml")
     value("--question-field", options.unicode_text, None, "NAME", "field of the question")
     value("--answer-field", options.unicode_text, None, "NAME", "field of the answer")
-    value("--num-train-epochs", number(0, 1e6, above=True), 1.0, "X", "passes over the records")
+    value("--num-train-epochs", number(0.0, 1e6, above=True), 1.0, "X", "passes over the records")
     value("--per-device-train-batch-size", whole(1, 2**16), 8, "N", "texts at once")
     value("--gradient-accumulation-steps", whole(1, 2**16), 1, "N", "times in a step")
     args = parser.read(arguments)
