@@ -114,7 +114,7 @@ class QuietStarTrainer:
         eval_dataset: Any = None,
         *,
         reward_funcs: RewardFunction | Sequence[RewardFunction] | None = None,
-        reward_weights: Sequence[float] | None = None,
+        reward_weights: Sequence[int | float] | None = None,
         formatting: str | None = None,
     ) -> None:
         """Make the config of the run, and the files of its records."""
@@ -273,7 +273,7 @@ def _write_records(data: Iterable[Any], folder: Path, key: str) -> tuple[str, se
     return str(path), set.intersection(*(set(row) for row in rows)), len(rows)
 
 
-def _reward(functions: Sequence[RewardFunction], weights: Sequence[float] | None) -> str:
+def _reward(functions: Sequence[RewardFunction], weights: Sequence[int | float] | None) -> str:
     """Name one reward or several with weights, as ``loss.reward`` does."""
     if weights is not None and len(weights) != len(functions):
         raise UserError(

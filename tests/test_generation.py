@@ -293,7 +293,11 @@ def test_gates_at_their_ends_are_always_and_never():
 
 def test_a_gate_asks_for_the_entropy_in_nats_and_knows_its_kinds():
     logits = torch.tensor([[0.0, 0.0, float("-inf")], [0.0, -30.0, -30.0]])  # ln 2, and about 0
-    for threshold, expected in ((0.69, [True, False]), (0.70, [False, False]), (-1, [True, True])):
+    for threshold, expected in (
+        (0.69, [True, False]),
+        (0.70, [False, False]),
+        (-1.0, [True, True]),
+    ):
         assert Gate("entropy", threshold).decide(logits).tolist() == expected
     for kind in ("sometimes", "gain"):
         with pytest.raises(UserError, match=f"there is no gate '{kind}'; known: always, never, on"):

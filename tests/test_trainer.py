@@ -135,7 +135,7 @@ def test_epochs_and_accumulation_are_counted(work):
 
 def test_a_template_names_the_fields_of_a_question(work):
     found = format_of({"a", "b", "c"}, "{a}, {b}:\n{c}.")
-    assert found["data.template"] == "{question}\n{answer}."
+    assert found["data.template"] == "{question}\n{answer}"
     data = QuietStarTrainer(
         "m", args(), [{"a": "{{ x }}", "b": "{%", "c": "3"}] * 3, formatting="{a}, {b}:\n{c}."
     ).config.data

@@ -30,12 +30,13 @@ def format_of(columns: set[str], template: str | None) -> dict[str, Any]:
                 f"last (they have {', '.join(sorted(columns)) or 'none'})"
             )
         head, _, tail = template.rpartition("{" + names[-1] + "}")
-        # What precedes the answer is one template of the record's fields.
-        body = head.rstrip(" \n")
-        question = re.sub(r"\{(\w+)\}", r"{{ \1 }}", re.sub(r"(\{\{|\{%)", r"{{ '\1' }}", body))
+        # What precedes the answer is one template of the record's fields, and so is what closes it.
+        body, end = head.rstrip(" \n"), tail.rstrip()
+        answer = names[-1] if not end else "{{ " + names[-1] + " }}" + _literal(end)
         return {
-            "data.format": "qa", "data.question_field": question, "data.answer_field": names[-1],
-            "data.template": "{question}" + head[len(body) :] + "{answer}" + tail,
+            "data.format": "qa", "data.answer_field": answer,
+            "data.question_field": re.sub(r"\{(\w+)\}", r"{{ \1 }}", _literal(body)),
+            "data.template": "{question}" + head[len(body) :] + "{answer}" + tail[len(end) :],
         }  # fmt: skip
     if "messages" in columns:
         return {"data.format": "chat"}
@@ -44,6 +45,11 @@ def format_of(columns: set[str], template: str | None) -> dict[str, Any]:
             names = {"data.question_field": question, "data.answer_field": answer}
             return {"data.format": "qa", **names}
     return {}
+
+
+def _literal(text: str) -> str:
+    """Keep Jinja from reading what is text."""
+    return re.sub(r"(\{\{|\{%)", r"{{ '\1' }}", text)
 
 
 def counted(
