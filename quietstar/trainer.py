@@ -142,8 +142,8 @@ class QuietStarTrainer:
         settings |= counted(args.counted, settings, count)
         settings = format_of(columns, formatting) | settings
         if reward_funcs is not None:
-            one = isinstance(reward_funcs, str) or callable(reward_funcs)
-            rewards: list[Any] = [reward_funcs] if one else list(reward_funcs)
+            several = isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str)
+            rewards: Any = reward_funcs if several else [reward_funcs]
             settings["loss.reward"] = _reward(rewards, reward_weights)
         self.config: Config = load_config(args.config, given=settings)
 

@@ -75,7 +75,7 @@ def counted(
                 "num_train_epochs: needs a train_dataset of records, whose number is known. Set "
                 "max_steps."
             )
-        size = (settings | found).get("training.global_batch_size")
+        size = {**settings, **found}.get("training.global_batch_size")
         size = size or default_of("training.global_batch_size")
         held_out = settings.get("data.eval_fraction", default_of("data.eval_fraction"))
         trained = count if settings.get("data.eval") else count - max(1, round(held_out * count))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from fnmatch import fnmatchcase
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,7 @@ def unfreeze(model: nn.Module, patterns: list[str]) -> None:
 
 def _add_peft(model: PreTrainedModel, tuning: TuningConfig) -> nn.Module:
     """The PEFT model of the method around ``model``."""
-    import peft  # which takes seconds
-
+    peft: Any = import_module("peft")  # which takes seconds
     wanted = tuning.lora_target_modules
     kinds = ("Conv1D", "Linear4bit")  # beside which adapters can sit too
     linear = [
@@ -133,8 +133,7 @@ def load_adapters(
     Raises:
         UserError: Files that are missing, damaged or not ours, or that do not fit the base.
     """
-    import peft
-
+    peft: Any = import_module("peft")
     path = folder / "adapter_config.json"
     weights = load_tensors(folder / "adapter_model.safetensors")
     if not path.is_file():

@@ -74,10 +74,12 @@ def find_reward(name: str) -> Reward:
                 total = total + weight * reward(thoughts, scores)
         return total
 
-    rewards = [reward for *_, reward in made]
-    weighted.asks_policy = any(getattr(reward, "asks_policy", False) for reward in rewards)
-    weighted.reads_thought = any(getattr(reward, "reads_thought", True) for reward in rewards)
-    return weighted
+    rewards, total = [reward for *_, reward in made], weighted
+    if any(getattr(reward, "asks_policy", False) for reward in rewards):
+        total = asks_policy(total)
+    if not any(getattr(reward, "reads_thought", True) for reward in rewards):
+        total = without_thought(total)
+    return total
 
 
 def reads_records(name: str) -> bool:
