@@ -30,9 +30,9 @@ _GIB, _MIB = 2**30, 2**20
 
 def add_options(parser: Parser) -> None:
     """Add ``--plan`` and what belongs to it."""
-    parser.flag("--plan", "only say what memory each process needs; exit 1 if above --memory")
-    engines = "of --plan; default: single, or ddp"
-    parser.add_argument("--engine", choices=ENGINES, help=engines)
+    parser.flag("--plan", "say what memory a run needs; exit 1 if above --memory")
+    engines = f"of --plan: {', '.join(ENGINES)}"
+    parser.add_argument("--engine", choices=ENGINES, metavar="NAME", help=engines)
     value, gib = parser.value, number(0.0, 1e6, "GiB of one GPU", above=True)
     most = whole(1, 2**20, "no cluster has more")
     value("--processes", most, 1, "N", "of --plan: GPUs of the run")

@@ -11,7 +11,7 @@ from quietstar import registry
 from quietstar.cli import options, plan
 from quietstar.cli.options import DEFAULT_CONFIG, Parser, whole
 from quietstar.config import SECTIONS, Config, fields
-from quietstar.config.loading import load_config, resolve_config_file, shipped_configs
+from quietstar.config.loading import load_config, resolve_config_file
 from quietstar.config.messages import default_text, type_text
 from quietstar.config.schema import TrainingConfig
 from quietstar.config.tree import loss_class
@@ -39,14 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     )
     value = parser.value
     value("--config", _filled, DEFAULT_CONFIG, "FILE",
-          f"YAML file, or one of {', '.join(shipped_configs())}")  # fmt: skip
+          "YAML file, or a name in configs/")  # fmt: skip
     value("--preset", _filled, None, "FILE",
-          f"objective of all stages that think: one of {', '.join(shipped_configs('objectives'))},"
-          " or a YAML file")  # fmt: skip
+          "objective of stages that think: file, or a name in "
+          "configs/objectives/")  # fmt: skip
     value("--resume", _filled, None, "auto|PATH", "go on from the newest checkpoint, or this one")
     parser.add_argument(
         "--allow-changes", type=_true_or_false, nargs="?", const=True, default=False,
-        metavar="true", help="resume under settings that make it another run",
+        metavar="true", help="resume as another run",
     )  # fmt: skip
     value("--controls", whole(1, 1000), None, "SEEDS",
           "compare the last stage with its controls")  # fmt: skip
