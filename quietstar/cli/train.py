@@ -164,7 +164,7 @@ class _TrainParser(Parser):
                     k.partition(".")[2] for k in listed if k.startswith(f"{section}.")
                 )
                 first, rest = f"  {section:<12}", " " * 14
-                lines.append(fill(names, 78, initial_indent=first, subsequent_indent=rest))
+                lines.append(fill(names, 80, initial_indent=first, subsequent_indent=rest))
             return "\n".join([super().format_help(), "keys, as --SECTION.KEY:", *lines, ""])
         for section in SECTIONS if self.section == "all" else (self.section,):
             description = Config.model_fields[section].annotation.__doc__ or ""
