@@ -87,7 +87,7 @@ def test_the_trainer_of_the_example_trains(tmp_path, monkeypatch):
     (code,) = (block for block in code_blocks("python") if "QuietStarTrainer(" in block)
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "model")
-    small = "max_steps=1, per_device_train_batch_size=2, short_texts='pad', seq_len=32"
+    small = "max_steps=1, per_device_train_batch_size=2, seq_len=32, mixed_precision='no'"
     code = code.replace("length=48", f"length=3, {small}")
     records = [{"question": f"{n} and 1 is", "answer": str(n + 1)} for n in range(9)]
     exec(compile(code, "README.md", "exec"), {"dataset": records, "__name__": "example"})

@@ -41,7 +41,7 @@ def args(**more):
     settings = {
         "positions": "answer_start", "length": 3, "lookahead": 3, "max_steps": 2, "seq_len": 40,
         "per_device_train_batch_size": 4, "short_texts": "pad", "warmup_steps": 0,
-        "output_dir": "runs/x", "eval_sequences": 4, "report_to": [], "thought_steps": 0,
+        "output_dir": "runs/x", "mixed_precision": "no", "eval_sequences": 4, "report_to": [], "thought_steps": 0,
     }  # fmt: skip
     return QuietStarConfig(**settings | more)
 
@@ -183,6 +183,7 @@ def test_init_writes_a_config_that_trains(work, capsys, record, kind):
     config = load_config("mine.yaml")
     assert (config.data.format, config.training.max_steps) == (kind, 5)
     small = ["--training.max_steps", "1", "--thoughts.length", "4", "--optim.warmup_steps", "0"]
+    small += ["--training.mixed_precision", "no"]  # one for all runs of a process
     assert cli.main(["train", "--config", "mine.yaml", *small]) in (None, 0)
     assert cli.main(call) == 2
     assert "mine.yaml): exists" in capsys.readouterr().err
