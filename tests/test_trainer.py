@@ -41,7 +41,8 @@ def args(**more):
     settings = {
         "positions": "answer_start", "length": 3, "lookahead": 3, "max_steps": 2, "seq_len": 40,
         "per_device_train_batch_size": 4, "short_texts": "pad", "warmup_steps": 0,
-        "output_dir": "runs/x", "mixed_precision": "no", "eval_sequences": 4, "report_to": [], "thought_steps": 0,
+        "output_dir": "runs/x", "mixed_precision": "no", "eval_sequences": 4, "report_to": [],
+        "thought_steps": 0,
     }  # fmt: skip
     return QuietStarConfig(**settings | more)
 
