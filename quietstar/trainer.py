@@ -9,12 +9,14 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ from quietstar.config.loading import FOREIGN, load_config
 from quietstar.config.starting import COUNTED, counted, default_of, format_of
 from quietstar.errors import ConfigError, UserError
 from quietstar.system.files import write_whole
-from quietstar.system.processes import launched_rank, leave_launch
+from quietstar.system.processes import leave_launch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -165,18 +167,35 @@ class QuietStarTrainer:
 
     def evaluate(
         self, tasks: str | None = None, controls: bool | Sequence[str] = True, **options: Any
-    ) -> Evaluation:
+    ) -> EvalResult:
         """Score tasks with the trained model, with thoughts, without, and with others' thoughts.
 
         Args:
             tasks: As ``quietstar eval --tasks``; by default the records of ``eval_dataset``.
             controls: Whether to score controls, or which.
             options: Further options of ``quietstar eval``, such as ``limit=100``.
+
+        Returns:
+            On the main process of a launch; on the others without tasks.
         """
+        from quietstar.cli.evaluate import main
+
         tasks = tasks or self.config.data.eval
         if tasks is None:
             raise UserError("tasks: names nothing, and there is no eval_dataset. Give one of them.")
-        return evaluate(Path(self.config.training.output_dir), tasks, controls, **options)
+        run = Path(self.config.training.output_dir)
+        line = ["--model", str(run), "--tasks", tasks]
+        if tasks.endswith(".jsonl"):
+            line += ["--config", str(run / "config.yaml")]
+        if controls:
+            line += ["--controls", *([] if controls is True else [",".join(controls)])]
+        for name, value in options.items():
+            option = f"--{name.replace('_', '-')}"
+            line += [option] if value is True else [option, str(value)]
+        with TemporaryDirectory() as folder:
+            out = Path(folder, "result.json")
+            main([*line, "--out", str(out)])
+            return EvalResult(json.loads(out.read_text())["tasks"] if out.exists() else {})
 
 
 @dataclass(frozen=True)
@@ -211,7 +230,7 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvalResult:
     """What ``quietstar eval`` finds: ``tasks`` by name, as in its ``--out`` file."""
 
     tasks: dict[str, Any]
@@ -231,31 +250,9 @@ class Evaluation:
         return pd.DataFrame(rows)
 
 
-def evaluate(
-    model: str | Path, tasks: str, controls: bool | Sequence[str] = True, **options: Any
-) -> Evaluation:
-    """Score tasks as ``quietstar eval`` does; see `QuietStarTrainer.evaluate`."""
-    from tempfile import TemporaryDirectory
-
-    from quietstar.cli.evaluate import main
-
-    with TemporaryDirectory() as folder:
-        line = ["--model", str(model), "--tasks", tasks, "--out", f"{folder}/result.json"]
-        config = Path(model, "config.yaml")
-        if config.exists() and tasks.endswith(".jsonl"):
-            line += ["--config", str(config)]
-        if controls:
-            line += ["--controls", *([] if controls is True else [",".join(controls)])]
-        for name, value in options.items():
-            option = f"--{name.replace('_', '-')}"
-            line += [option] if value is True else [option, str(value)]
-        main(line)
-        return Evaluation(json.loads(Path(folder, "result.json").read_text())["tasks"])
-
-
 # --- From arguments to keys -----------------------------------------------------------------------
 def _write_records(data: Iterable[Any], folder: Path, key: str) -> tuple[str, set[str], int]:
-    """Write records to a file that is named by their content, on the main process.
+    """Write records to a file that is named by their content, on one process of each machine.
 
     Returns the name, the names of fields that all records have, and the number of records.
     """
@@ -265,7 +262,7 @@ def _write_records(data: Iterable[Any], folder: Path, key: str) -> tuple[str, se
     text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     path = folder / f"{key.partition('.')[2]}-{digest}.jsonl"
-    if launched_rank() == 0 and not path.exists():
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)
     while not path.exists():

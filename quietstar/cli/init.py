@@ -51,14 +51,6 @@ data:
   loss_on: answer
   short_texts: pad
   seq_len: {seq_len}
-optim:
-  learning_rate: 3.0e-4
-  warmup_steps: {warmup}
-training:
-  max_steps: {max_steps} # {epochs:g} epochs of {count} records
-  global_batch_size: {global_batch_size}
-  micro_batch_size: {micro_batch_size}
-  output_dir: {output_dir}
 """
 TEXTS = """\
 # Thinks within your texts, before a random quarter of the tokens, as Quiet-STaR does.
@@ -80,6 +72,8 @@ data:
   format: {format}
   short_texts: pad
   seq_len: {seq_len}
+"""
+TRAINING = """\
 optim:
   learning_rate: 3.0e-4
   warmup_steps: {warmup}
@@ -136,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quoted = {name: json.dumps(text, ensure_ascii=False) for name, text in (
         ("model", args.model), ("data", args.data), ("question", question),
         ("answer_field", answer), ("output_dir", f"runs/{Path(args.out).stem}"))}  # fmt: skip
-    text = (ANSWERS if kind == "qa" else TEXTS).format(
+    text = ((ANSWERS if kind == "qa" else TEXTS) + TRAINING).format(
         **quoted, format=kind, count=f"{count:,}", epochs=args.num_train_epochs, answer=longest,
         seq_len=seq_len, warmup=min(10, keys["max_steps"] // 10), **keys,
     )  # fmt: skip

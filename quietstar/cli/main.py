@@ -88,7 +88,8 @@ RESUME_HINTS = {
 def main(argv: list[str] | None = None) -> int | None:
     """Run a subcommand on ``argv`` (default: the process's); return its exit code, if any."""
     argv = sys.argv[1:] if argv is None else argv
-    return run_command(_dispatch, argv, RESUME_HINTS.get((argv or [""])[0], ""))
+    hint = "" if argv[1:2] == ["lm-eval"] else RESUME_HINTS.get((argv or [""])[0], "")
+    return run_command(_dispatch, argv, hint)
 
 
 def run_command(

@@ -570,6 +570,7 @@ class QuietStarForCausalLM(PreTrainedModel):
                                            sample_ids)  # fmt: skip
         # Else the graph of long texts would take more memory than what thoughts learn at once.
         is_large = input_ids.numel() > (self.learn_chunk_tokens or math.inf)
+        is_large = is_large and torch.is_grad_enabled()
         with recomputing(self.causal_lm) if is_large else nullcontext():
             run = run_text(self.causal_lm, input_ids)
         texts = Texts(input_ids, labels, answers, sample_ids, run, marked, places)
