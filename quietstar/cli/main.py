@@ -41,6 +41,8 @@ STDOUT = "<stdout>"
 """Name of the standard output as a file."""
 SECONDS_FOR_RANK_0 = 10.0
 """How long other ranks leave an error to rank 0 before they print it themselves."""
+SECONDS_FOR_WORD = 2.0
+"""How long other ranks outlive a stop, so that the launcher kills rank 0 after its line."""
 # The interpreter's last collections walk through half a million objects of torch and transformers:
 # over a second that a scheduler waits after its signal. What is frozen is not looked at.
 atexit.register(gc.freeze)
@@ -185,6 +187,8 @@ def _end_as_asked(stop: BaseException, resume_hint: str = "") -> int:
         name = stop.signal if isinstance(stop, Stopped) else "SIGINT"
         word = "interrupted" if name == "SIGINT" else f"{name} asked for an end"
         _print_line(str(stop) if isinstance(stop, Preempted) else f"{word}{resume_hint}")
+    elif isinstance(stop, Preempted):
+        time.sleep(SECONDS_FOR_WORD)
     asked = signals.requested() or ("SIGTERM" if isinstance(stop, Preempted) else "SIGINT")
     return EXIT_INTERRUPTED if asked == "SIGINT" else EXIT_PREEMPTED
 

@@ -190,6 +190,7 @@ def leave(run: StageRun, stop: Stopped) -> NoReturn:
     if run.accelerator.is_main_process and requested() != "SIGINT":
         files.write_whole(output_dir / PREEMPTED_FILE, f"{run.step}\n")
     run.reporter.report("stopped")
+    run.accelerator.wait_for_everyone()  # a launcher kills rank 0 once another has left
     raise Preempted(
         f"{stop.signal} asked for an end; step {run.step} is saved in "
         f"{checkpoint_folder(output_dir, run.step)}, --resume auto goes on from there"
