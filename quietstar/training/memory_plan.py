@@ -43,12 +43,13 @@ logger = logging.getLogger(__name__)
 SHARDED = ("zero3", "fsdp2")  # engines that shard the weights
 LIBRARIES = 480 * 2**20
 """Resident bytes of a process that has imported everything (torch 2.13)."""
-PROGRAM = 175 * 2**20
-"""Bytes that a run loads into the machine's memory besides: texts, tokenizer, loggers, kernels.
-Measured: 174 and 176 MiB in two runs of SmolLM2-135M."""
+PROGRAM, PROGRAM_BY_TOKEN = 53 * 2**20, 2560
+"""Bytes that a run loads into the machine's memory besides (texts, loggers, kernels), and for each
+token of the vocabulary (tokenizer, texts of tokens). Measured: 175 MiB at 49k, 430 at 152k."""
 HEAP = 1.07
 """What glibc's heap holds over what a step has alive: 1.04 to 1.07 when the allocations of steps
-of a 0.5B model with texts and thoughts of varying length are replayed."""
+of a 0.5B model with texts and thoughts of varying length are replayed. Around layers that
+recompute it may be much more (docs/scaling.md)."""
 MOST_LAYERS = 2_000
 TRACED_LAYERS = 2
 """Layers of the smaller of two models that are traced, whole periods of unlike layers; memory is a
@@ -73,6 +74,7 @@ class Estimate:
     learning_gradients: int  # those gradients
     cache: int  # keys and values of a rollout, a part of `rollout`
     logits: int  # logits of one chunk of the cross entropy, a part of `learning`
+    program: int  # texts, tokenizer and the like in the machine's memory
 
     @property
     def step(self) -> int:
@@ -87,7 +89,7 @@ class Estimate:
     @property
     def total_on_cpu(self) -> int:
         """The same where the machine's memory also holds the program, and the heap has holes."""
-        return self.total + int((HEAP - 1) * self.step) + PROGRAM
+        return self.total + int((HEAP - 1) * self.step) + self.program
 
     @property
     def resident(self) -> int:
@@ -172,6 +174,7 @@ def _estimate_stage(
         learning_gradients=learning_gradients,
         cache=_cache_bytes(model, config) if stage.thinks else 0,
         logits=chunk_rows(model.vocab_size) * model.vocab_size * _FLOAT,
+        program=PROGRAM + PROGRAM_BY_TOKEN * model.vocab_size,
     )
 
 
