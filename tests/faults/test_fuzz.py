@@ -2,7 +2,7 @@
 
 from forking import runs_alone
 
-COUNT = 40
+COUNT = 30
 
 
 def test_malformed_inputs_are_refused_in_a_line_and_lose_nothing():
