@@ -45,7 +45,8 @@ LIBRARIES = 480 * 2**20
 """Resident bytes of a process that has imported everything (torch 2.13)."""
 PROGRAM, PROGRAM_BY_TOKEN = 53 * 2**20, 2560
 """Bytes that a run loads into the machine's memory besides (texts, loggers, kernels), and for each
-token of the vocabulary (tokenizer, texts of tokens). Measured: 175 MiB at 49k, 430 at 152k."""
+token of the vocabulary (tokenizer, texts of tokens): a line through 175 MiB at 49k (SmolLM2-135M)
+and 430 at 152k (Qwen2.5-Coder-0.5B)."""
 HEAP = 1.07
 """What glibc's heap holds over what a step has alive: 1.04 to 1.07 when the allocations of steps
 of a 0.5B model with texts and thoughts of varying length are replayed. Around layers that
