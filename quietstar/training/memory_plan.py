@@ -32,6 +32,7 @@ from quietstar.losses.cross_entropy import chunk_rows
 from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.scoring_model import blamed
+from quietstar.model.tuning import WHOLE
 from quietstar.sampling.positions import ANSWER_RULES, MARKED_RULES, most_positions
 from quietstar.training.batches import count_thinking
 from quietstar.training.build import find_tokenizer, hub_options, teach_thinking
@@ -47,10 +48,10 @@ PROGRAM, PROGRAM_BY_TOKEN = 53 * 2**20, 2560
 """Bytes that a run loads into the machine's memory besides (texts, loggers, kernels), and for each
 token of the vocabulary (tokenizer, texts of tokens): a line through 175 MiB at 49k (SmolLM2-135M)
 and 430 at 152k (Qwen2.5-Coder-0.5B)."""
-HEAP = 1.07
-"""What glibc's heap holds over what a step has alive: 1.04 to 1.07 when the allocations of steps
-of a 0.5B model with texts and thoughts of varying length are replayed. Around layers that
-recompute it may be much more (docs/scaling.md)."""
+HEAP_OF_ALL, HEAP_OF_FEW = 1.25, 1.7
+"""What glibc's heap takes for what a step has alive, since it keeps what is freed and the holes
+between what stays: where all weights train, and beside frozen ones, whose small activations stay
+between large ones that go. Measured in two and in four runs (docs/scaling.md)."""
 MOST_LAYERS = 2_000
 TRACED_LAYERS = 2
 """Layers of the smaller of two models that are traced, whole periods of unlike layers; memory is a
@@ -76,6 +77,7 @@ class Estimate:
     cache: int  # keys and values of a rollout, a part of `rollout`
     logits: int  # logits of one chunk of the cross entropy, a part of `learning`
     program: int  # texts, tokenizer and the like in the machine's memory
+    heap: float  # memory of a CPU that a step takes, over what it has alive
 
     @property
     def step(self) -> int:
@@ -90,7 +92,7 @@ class Estimate:
     @property
     def total_on_cpu(self) -> int:
         """The same where the machine's memory also holds the program, and the heap has holes."""
-        return self.total + int((HEAP - 1) * self.step) + self.program
+        return self.total + int((self.heap - 1) * self.step) + self.program
 
     @property
     def resident(self) -> int:
@@ -176,6 +178,7 @@ def _estimate_stage(
         cache=_cache_bytes(model, config) if stage.thinks else 0,
         logits=chunk_rows(model.vocab_size) * model.vocab_size * _FLOAT,
         program=PROGRAM + PROGRAM_BY_TOKEN * model.vocab_size,
+        heap=HEAP_OF_ALL if config.tuning.method in WHOLE else HEAP_OF_FEW,
     )
 
 
