@@ -102,7 +102,7 @@ def run_reference(
         reached=table(lookahead).bool(),
         valid=table(lookahead).bool(),
     )
-    terms = dict.fromkeys(("base", "mixed", "thought", "draft", "policy"), torch.zeros(()))
+    terms = dict.fromkeys(("base", "mixed", "thought", "policy"), torch.zeros(()))
     num_items = 0
     for b in range(batch_size):
         text = input_ids[b, : lengths[b]]
@@ -127,7 +127,6 @@ def run_reference(
         loss.base_weight * terms["base"] / num_items
         + loss.mixed_weight * terms["mixed"] / (lookahead * pairs)
         + loss.thought_weight * terms["thought"] / (lookahead * pairs)
-        + loss.draft_weight * terms["draft"] / positions
         + loss.policy_weight * terms["policy"] / pairs
     )
     return r
@@ -154,8 +153,6 @@ def _add_position(
         # Of the block (start, the thought, end, true tokens): the last token of start, and of end.
         first = i + (len(start) if start.ndim == 2 else 1)
         end = first + len(thought) + (len(end) if end.ndim == 2 else 1)
-        if 1 in valid and k == 0:  # at the start vector all thoughts are the same
-            terms["draft"] = terms["draft"] - logits[first].log_softmax(-1)[text[i + 1]]
         before = slice(first, first + len(thought))
         logprobs = _policy(r, k, place, states[before], logits[before], thought)
         block = (states[end:], logits[end:])
@@ -256,14 +253,12 @@ def mixing_weight(model: QuietStarForCausalLM, text: Tensor, thought: Tensor) ->
     hidden = p["middle_layer.weight"] @ hidden.clamp(min=0) + p["middle_layer.bias"]
     weight = p["last_layer.weight"][0] @ hidden.clamp(min=0) + p["last_layer.bias"][0]
     config = model.mixing_head_config
-    if config.activation == "none":
+    if config.initial_weight == 0:
         return weight
     return config.floor + (1 - config.floor) / (1 + torch.exp(-weight))
 
 
 def _policy_temperature(model: QuietStarForCausalLM) -> float:
-    if model.objective.settings.policy_temperature is not None:
-        return model.objective.settings.policy_temperature
     return 3.0 if model.objective.settings.estimator == "paper" else model.thoughts.temperature
 
 

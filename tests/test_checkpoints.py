@@ -62,8 +62,7 @@ def test_a_flipped_byte_is_found_and_the_checkpoint_before_is_used(tmp_path, cap
 def test_a_run_with_projected_gradients_resumes_bit_for_bit(tmp_path):
     """The projections are of step 0, and stay for a thousand."""
     pytest.importorskip("galore_torch")
-    galore = {"tuning__method": "galore", "tuning__galore_rank": 4,
-              "tuning__galore_update_proj_gap": 1000}  # fmt: skip
+    galore = {"tuning__method": "galore", "tuning__options": {"rank": 4, "update_proj_gap": 1000}}
     config, folder = saved_run(tmp_path, **galore)
     shutil.copytree(folder, whole := tmp_path / "whole")
     for name in ("checkpoints/step-000004", "checkpoints/step-000006", "final"):

@@ -27,8 +27,8 @@ def runs(monkeypatch):
     """Puts a recorder in the place of the training loop."""
     calls = []
     module = types.ModuleType("quietstar.training.run")
-    module.run_training = lambda config, resume, allow_changes, on_report: calls.append(
-        (config, resume)
+    module.run_training = lambda config, resume, allow_changes, overwrite, on_report: calls.append(
+        (config, resume, *["overwrite"] * overwrite)
     )
     monkeypatch.setitem(sys.modules, "quietstar.training", types.ModuleType("quietstar.training"))
     monkeypatch.setitem(sys.modules, "quietstar.training.run", module)
@@ -118,13 +118,15 @@ def test_train_without_config_runs_the_demo(runs):
 
 def test_train_hands_over_config_overrides_and_resume(runs, tmp_path):
     arguments = ["--config=smollm2_math", "--data.train", "x.txt", "--resume", "auto"]
-    assert (
-        cli.main(["train", *arguments, "--training.overwrite_output_dir", "--local_rank=0"]) is None
-    )
-    overrides = ["--data.train=x.txt", "--training.overwrite_output_dir=true"]
+    assert cli.main(["train", *arguments, "--training.torch_compile", "--local_rank=0"]) is None
+    overrides = ["--data.train=x.txt", "--training.torch_compile=true"]
     assert runs == [(load_config("smollm2_math", overrides), "auto")]
     assert cli.main(["train", f"--resume={tmp_path}"]) is None
     assert runs[1][1] == str(tmp_path)
+    assert cli.main(["train", "--overwrite"]) is None
+    assert runs[2] == (load_config("demo"), None, "overwrite")
+    assert cli.main(["train", "--overwrite=false"]) is None
+    assert runs[3] == (load_config("demo"), None)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def test_train_hands_over_config_overrides_and_resume(runs, tmp_path):
         ([], "no command is given"),
         (["trian"], "there is no command trian (did you mean train?); known: "),
         (["train", "--config"], "--config: has no value; write --config FILE"),
-        (["train", "--resume", "--training.overwrite_output_dir"], "--resume: has no value"),
+        (["train", "--resume", "--overwrite"], "--resume: has no value"),
         (["train", "--allow-changes", "maybe"], "--allow-changes (maybe): must be true or false"),
         (["train", "--controls", "0"], "--controls (0): must be a whole number of at least 1"),
         (["train", "--resume", "runs/no/such"], "--resume (runs/no/such): there is no such folder"),
@@ -174,7 +176,7 @@ def test_an_old_command_is_one_line_that_names_the_new_one(old, new, capsys):
 
 
 def test_mistakes_found_by_the_loop_end_the_same_way(runs, monkeypatch, capsys):
-    def fail(config, resume, allow_changes, on_report):
+    def fail(config, resume, allow_changes, overwrite, on_report):
         raise UserError("runs/tiny already holds a run")
 
     monkeypatch.setattr(sys.modules["quietstar.training.run"], "run_training", fail)
@@ -185,7 +187,7 @@ def test_mistakes_found_by_the_loop_end_the_same_way(runs, monkeypatch, capsys):
 def test_a_fault_of_ours_is_one_line_that_names_a_file_with_the_traceback(
     runs, monkeypatch, capsys
 ):
-    def fail(config, resume, allow_changes, on_report):
+    def fail(config, resume, allow_changes, overwrite, on_report):
         raise ValueError("a fault of\nthe program\x1b[2J")
 
     monkeypatch.setattr(sys.modules["quietstar.training.run"], "run_training", fail)
@@ -252,7 +254,7 @@ def test_exit_codes_stay_the_same_where_nothing_can_be_printed(command, code):
 
 
 def test_an_interrupt_ends_with_exit_code_130(runs, monkeypatch):
-    def interrupt(config, resume, allow_changes, on_report):
+    def interrupt(config, resume, allow_changes, overwrite, on_report):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["quietstar.training.run"], "run_training", interrupt)
@@ -284,8 +286,8 @@ def test_help_of_all_explains_every_key_with_type_default_and_bounds_in_80_colum
     assert result.returncode == 0
     assert result.stdout.isascii()
     assert max(len(line.rstrip()) for line in result.stdout.splitlines()) <= 80
-    options = {"--config", "--preset", "--resume", "--allow-changes", "--controls", "--plan",
-               "--engine", "--processes", "--memory", "--json", "--force"}  # fmt: skip
+    options = {"--config", "--preset", "--resume", "--allow-changes", "--overwrite", "--controls",
+               "--plan", "--engine", "--processes", "--memory", "--json", "--force"}  # fmt: skip
     assert explained(result.stdout) == {f"--{key}" for key in fields()} | options
     words = " ".join(result.stdout.split())
     for key, field in fields().items():
@@ -477,7 +479,7 @@ EXTRA_MODULES = ("reasoning_gym", "lm_eval", "bitsandbytes", "galore_torch",
 
 
 def test_the_demo_needs_required_packages_only(tmp_path):
-    arguments = ["train", "--training.max_steps", "1", "--data.size", "100"]
+    arguments = ["train", "--training.max_steps", "1", "--data.task_options.size", "100"]
     arguments += ["--data.eval_sequences", "8", "--training.output_dir", str(tmp_path / "run")]
     code = f"""
 import sys

@@ -1,5 +1,6 @@
 """The config: bounds, cross-field rules, YAML, overrides, and errors that come all at once."""
 
+import json
 import pickle
 import re
 import subprocess
@@ -7,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from quietstar.config import Config, cross_field_problems, fields
+from quietstar.config.earlier import DROPPED, RENAMED, REPLACED
 from quietstar.config.loading import (
     FOREIGN,
-    RENAMED,
     load_config,
     read_sections,
     resolve_config_file,
@@ -89,8 +91,8 @@ def test_config_is_frozen_and_forbids_unknown_keys():
         ("optim.learning_rate", "0.1"),
         ("optim.learning_rate", True),
         ("optim.learning_rate", float("inf")),
-        ("optim.adam_beta2", 1),
-        ("training.overwrite_output_dir", 1),
+        ("optim.betas", [0.9, 1]),
+        ("training.torch_compile", 1),
         ("training.mixed_precision", False),
         ("data.eval_fraction", 1.0),
         ("mixing_head.floor", 1.0),
@@ -144,27 +146,15 @@ RULES = [
     ),
     ("thoughts.lookahead", r"seq_len \(4\)", {"data": {"train": "x", "seq_len": 4}}),
     ("data.min_context", r"no token is a target", {"data": {"train": "x", "min_context": 256}}),
-    ("mixing_head.initial_weight", "above 0", {"mixing_head": {"initial_weight": 0}}),
-    ("mixing_head.initial_weight", "must be 0", {"mixing_head": {"activation": "none"}}),
     (
-        "mixing_head.floor",
-        "must be 0",
-        {"mixing_head": {"activation": "none", "initial_weight": 0, "floor": 0.1}},
+        "mixing_head.initial_weight",
+        "above mixing_head.floor",
+        {"mixing_head": {"initial_weight": 0, "floor": 0.1}},
     ),
     (
         "loss.base_weight",
         "nothing to learn",
         {"loss": {f"{name}_weight": 0 for name in ("base", "mixed", "thought", "policy")}},
-    ),
-    (
-        "thoughts.position_count",
-        r"\(3\) cannot be set beside thoughts.position_fraction \(0.5\)",
-        {"thoughts": {"position_count": 3, "position_fraction": 0.5}},
-    ),
-    (
-        "thoughts.scoring_model",
-        "must be null with thoughts.positions: weight",
-        {"thoughts": {"positions": "weight", "scoring_model": "small"}},
     ),
     ("thoughts.pattern", "must be set", {"thoughts": {"positions": "pattern"}}),
     *(
@@ -229,11 +219,10 @@ def test_a_template_that_is_none_is_refused(template, write, monkeypatch):
     [
         {"thoughts": {"num_thoughts": 1}, "loss": {"policy_weight": 0}},
         {"thoughts": {"num_thoughts": 1}, "loss": {"estimator": "no_baseline"}},
-        {"mixing_head": {"activation": "none", "initial_weight": 0}},
+        {"mixing_head": {"initial_weight": 0}},
         {"data": {"train": "x", "format": "chat", "loss_on": "answer"}},
         {"training": {"global_batch_size": 8, "micro_batch_size": 3}},
-        {"thoughts": {"positions": "every", "position_count": 3}},
-        {"thoughts": {"positions": "top_entropy", "scoring_model": "small"}},
+        {"thoughts": {"positions": "every", "position_fraction": 3}},
         *(
             {"thoughts": {"positions": "pattern", "pattern": pattern}}
             for pattern in ("^", "$", r"\b", r"=\s*(\d+)", r"(?=\d)", ".")
@@ -291,7 +280,7 @@ def test_numbers_and_nested_values_survive_a_round_trip(tmp_path):
     tree = {
         "model": {"config": {"model_type": "llama", **options}, "tokenizer": "bytes"},
         "data": {"train": "x"},
-        "optim": {"learning_rate": 1e-7, "adam_epsilon": 1e-12},
+        "optim": {"learning_rate": 1e-7, "weight_decay": 1e-12},
     }
     config = Config.model_validate(tree)
     save_config(config, tmp_path / "config.yaml")
@@ -444,13 +433,9 @@ def test_an_empty_file_leaves_only_what_must_be_set(write):
         (["--thoughts.length", "9"], "thoughts.length", 9),
         (["--thoughts.length=9"], "thoughts.length", 9),
         (["--thoughts.length=9", "--thoughts.length", "10"], "thoughts.length", 10),
-        (["--training.overwrite_output_dir"], "training.overwrite_output_dir", True),
-        (
-            ["--training.overwrite_output_dir", "--training.seed", "1"],
-            "training.overwrite_output_dir",
-            True,
-        ),
-        (["--training.overwrite_output_dir", "false"], "training.overwrite_output_dir", False),
+        (["--training.torch_compile"], "training.torch_compile", True),
+        (["--training.torch_compile", "--training.seed", "1"], "training.torch_compile", True),
+        (["--training.torch_compile", "false"], "training.torch_compile", False),
         (["--optim.learning_rate", "1e-3"], "optim.learning_rate", 1e-3),
         (["--optim.learning_rate", "1"], "optim.learning_rate", 1.0),
         (["--logging.report_to", "[wandb, tensorboard]"], "logging.report_to", None),
@@ -477,6 +462,10 @@ def test_an_override_below_a_mapping_keeps_its_other_entries():
     config = load_config("tiny", ["--model.config.hidden_size", "32"])
     before = load_config("tiny").model.config
     assert config.model.config == {**before, "hidden_size": 32}
+    before, config = load_config("demo"), load_config("demo", ["--data.task_options.size", "300"])
+    for name, stage in before.stage_configs().items():
+        options = {**stage.data.task_options, "size": 300}
+        assert config.stage_configs()[name].data.task_options == options
 
 
 @pytest.mark.parametrize(
@@ -539,19 +528,19 @@ def test_all_faults_are_reported_at_once(write):
         "  lookahead: 0\n"  # out of bounds
         "  num_thoughts: 1\n"  # cross-field
         "optim: {learning_rate: fast}\n"  # type
-        "mixing_head: {activation: none}\n"  # cross-field
+        "mixing_head: {initial_weight: 0.1, floor: 0.2}\n"  # cross-field
         "loss: {estimator: papre}\n"  # no such choice, so the rule on num_thoughts waits
     )
-    arguments = ["--training.max_stepz", "1", "--data.size", "x"]
+    arguments = ["--training.max_stepz", "1", "--data.seq_len", "x"]
     keys = [problem.split(": ")[:2] for problem in problems_of(name, *arguments)]
     assert keys == [
         ["x.yaml:3", "thoughts.lenght"],
         ["command line", "--training.max_stepz"],
         ["x.yaml:4", "thoughts.lookahead"],
         ["x.yaml:8", "loss.estimator"],
-        ["command line", "data.size"],
+        ["command line", "data.seq_len"],
         ["x.yaml:6", "optim.learning_rate"],
-        ["x.yaml", "mixing_head.initial_weight"],
+        ["x.yaml:7", "mixing_head.initial_weight"],
         ["x.yaml", "data.train"],
     ]
 
@@ -640,6 +629,161 @@ def test_the_config_of_an_old_run_folder_is_translated(write, caplog):
 def test_old_keys_of_any_other_file_are_errors(write):
     problems = problems_of(write(OLD_RUN, "config.yaml"))
     assert len([problem for problem in problems if ": renamed; write " in problem]) == 7
+
+
+@pytest.mark.parametrize("key", sorted(REPLACED | DROPPED))
+def test_a_key_that_is_gone_is_one_line_that_says_what_to_write(key, write):
+    assert key not in fields()
+    section, name = key.split(".")
+    tree = {**VALID, section: {**VALID.get(section, {}), name: 1}}
+    if key in REPLACED:
+        assert REPLACED[key].partition(":")[0] in fields()
+        words = f"is gone; write {REPLACED[key]}"
+    else:
+        words = f"is gone: {DROPPED[key][1]}; leave it out"
+    assert only_problem_of(write(json.dumps(tree))) == f"x.yaml:1: {key}: {words}"
+    assert only_problem_of(write(VALID_YAML), f"--{key}", "1").endswith(f"--{key}: {words}")
+
+
+AT_DEFAULT = """
+model: {revision: null}
+tuning: {adapter_size: 64, num_virtual_tokens: 16, encoder_hidden_size: null, galore_rank: 128,
+         galore_update_proj_gap: 200, galore_scale: 0.25}
+thoughts: {position_count: null, scoring_model: null, schedule_type: stepped,
+           schedule_min_gain: null}
+mixing_head: {activation: sigmoid, hidden_size: null}
+loss: {draft_weight: 0.0, length_weight: 0.0, policy_temperature: null}
+judge: {chat: auto, temperature: 1.0, stop: [], batch_size: 16, dtype: auto, device: null,
+        cache: null}
+data: {messages_field: messages, short_texts: pad, split: train, subset: null, size: 10000}
+optim: {adam_beta1: 0.9, adam_beta2: 0.999, adam_epsilon: 1.0e-08}
+training: {overwrite_output_dir: false}
+logging: {run_name: null}
+"""
+"""What version 0.2.0 wrote into every run folder, of keys that are gone."""
+
+
+def in_a_run(tree, path="run/config.yaml"):
+    """The config of a run folder that an earlier version wrote."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    (Path(path).parent / "checkpoints").mkdir(exist_ok=True)
+    Path(path).write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return load_config(path)
+
+
+def test_a_run_folder_with_the_keys_of_0_2_at_default_is_what_it_was(write, caplog):
+    old = yaml.safe_load(AT_DEFAULT)
+    known = {f"{section}.{name}" for section, body in old.items() for name in body}
+    later = {"loss.form", "loss.top_tokens"}  # of other objectives
+    earlier = {"optim.eps", "optim.beta1", "optim.beta2", "training.overwrite"}
+    earlier |= {"tuning.virtual_tokens", "tuning.galore_update_every"}
+    assert known == (REPLACED | DROPPED).keys() - later - earlier
+    tree = {section: {**body, **VALID.get(section, {})} for section, body in old.items()}
+    assert in_a_run(tree) == load_config(write(VALID_YAML))
+    assert "is gone" not in caplog.text
+    for more in (
+        {"objective": "distill", "top_tokens": 64},
+        {"objective": "fast_rl", "form": "paper", "policy_temperature": 3.0},
+        {"objective": "quiet_star", "estimator": "paper", "policy_temperature": 3.0},
+    ):
+        loss = {name: more[name] for name in more if f"loss.{name}" in fields()}
+        assert in_a_run({**VALID, "loss": more}) == in_a_run(
+            {**VALID, "loss": loss}, "x/config.yaml"
+        )
+    assert "is gone" not in caplog.text
+
+
+MOVED = [
+    ({"thoughts": {"position_count": 3}}, {"thoughts": {"position_fraction": 3}}),
+    ({"thoughts": {"position_count": 1}}, {"thoughts": {"position_fraction": 1e-4}}),
+    (
+        {"tuning": {"method": "prefix", "num_virtual_tokens": 4, "encoder_hidden_size": 5,
+                    "adapter_size": 3}},
+        {"tuning": {"method": "prefix",
+                    "options": {"num_virtual_tokens": 4, "encoder_hidden_size": 5}}},
+    ),
+    ({"tuning": {"method": "houlsby", "adapter_size": 3}},
+     {"tuning": {"method": "houlsby", "options": {"adapter_size": 3}}}),
+    (
+        {"tuning": {"method": "galore", "galore_rank": 4, "galore_update_proj_gap": 9,
+                    "galore_scale": 0.5}},
+        {"tuning": {"method": "galore",
+                    "options": {"rank": 4, "update_proj_gap": 9, "scale": 0.5}}},
+    ),
+    ({"optim": {"adam_beta1": 0.8, "adam_beta2": 0.99}}, {"optim": {"betas": [0.8, 0.99]}}),
+    ({"optim": {"beta2": 0.99}}, {"optim": {"betas": [0.9, 0.99]}}),
+    (
+        {"data": {"train": "synthetic:moves", "size": 50, "task_options": {"num_steps": 2}},
+         "stages": {"a": {"data": {"task_options": {"num_steps": 3}}},
+                    "b": {"data": {"size": 20, "seq_len": 40}}}},
+        {"data": {"train": "synthetic:moves", "task_options": {"size": 50, "num_steps": 2}},
+         "stages": {"a": {"data": {"task_options": {"size": 50, "num_steps": 3}}},
+                    "b": {"data": {"task_options": {"size": 20, "num_steps": 2}, "seq_len": 40}}}},
+    ),
+    ({"data": {"train": "owner/name", "eval": "owner/name:test", "subset": "main"}},
+     {"data": {"train": "owner/name:main:train", "eval": "owner/name:main:test"}}),
+    ({"data": {"train": "owner/name", "eval": "x.jsonl", "split": "first"}},
+     {"data": {"train": "owner/name:first", "eval": "x.jsonl"}}),
+    ({"model": {"name_or_path": "owner/name", "tokenizer": "bytes", "revision": "abc"}},
+     {"model": {"name_or_path": "owner/name@abc", "tokenizer": "bytes"}}),
+    ({"model": {"name_or_path": "./here", "revision": "abc"}},
+     {"model": {"name_or_path": "./here"}}),
+    ({"mixing_head": {"activation": "none", "initial_weight": 0, "hidden_size": 8}},
+     {"mixing_head": {"initial_weight": 0}}),
+]  # fmt: skip
+"""Sections of a run of version 0.2.0, and what they are today."""
+
+
+@pytest.mark.parametrize(("old", "new"), MOVED, ids=str)
+def test_what_a_run_of_0_2_says_by_keys_that_are_gone_moves(old, new, write, caplog):
+    write("")
+    found = in_a_run(VALID | old)
+    assert "is gone" not in caplog.text
+    assert found == in_a_run(VALID | new, "new/config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("thoughts.scoring_model", "small"),
+        ("thoughts.schedule_type", "linear"),
+        ("thoughts.schedule_min_gain", 0.9),
+        ("loss.draft_weight", 0.2),
+        ("loss.length_weight", -0.001),
+        ("loss.policy_temperature", 2.0),
+        ("data.messages_field", "turns"),
+        ("data.short_texts", "skip"),
+        ("judge.stop", ["x"]),
+        ("judge.temperature", 0.5),
+        ("optim.adam_epsilon", 1e-12),
+        ("logging.run_name", "mine"),
+    ],
+)
+def test_what_a_run_cannot_keep_is_a_warning(key, value, write, caplog):
+    write("")
+    section, name = key.split(".")
+    tree = {**VALID, section: {**VALID.get(section, {}), name: value}}
+    assert in_a_run(tree) == in_a_run(VALID, "new/config.yaml")
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"run/config.yaml: {key} (")
+    assert f"is gone; {DROPPED[key][1]}" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        {"tuning": 3}, {"tuning": "adapter_size"},
+        {"tuning": {"method": "houlsby", "adapter_size": []}},
+        {"thoughts": {"position_count": "x"}}, {"optim": {"adam_beta1": "x"}}, {"optim": []},
+        {"data": {"train": "synthetic:moves", "size": 3, "task_options": "x"}},
+        {"data": {"train": 3, "split": ["x"]}}, {"loss": 3, "training": {"objective": "x"}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_damaged_keys_of_a_run_folder_are_lines_too(old, write):
+    write("")
+    with pytest.raises(ConfigError):
+        in_a_run(VALID | old)
 
 
 def test_a_fault_in_an_old_run_folder_keeps_its_line(write):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_parity import build
-from tiny import plain_model, random_texts, thinking_model
+from tiny import plain_model, random_texts, thinking_model, tuning_by
 
 from quietstar.attention.layout import text_lookahead
 from quietstar.config import ThoughtsConfig
@@ -81,7 +81,7 @@ def test_a_continuation_is_drawn_from_what_training_learns(name):
 @pytest.mark.parametrize("changes", [
     {"head": {"fixed_weight": 1.0}},
     {"head": {"fixed_weight": 0.3}},
-    {"tuning": {"method": "prefix", "num_virtual_tokens": 3}},
+    {"tuning": tuning_by("prefix")},
     {"tuning": {"method": "lora"}},
 ], ids=["thought alone", "fixed", "prefix", "lora"])  # fmt: skip
 def test_it_follows_the_head_and_the_adapters(changes):

@@ -149,7 +149,7 @@ def judged_config(folder, judge, **changes):
     settings = {
         "loss__reward": "judge", "judge__model": judge, "judge__template": str(template),
         "judge__continuation": 3, "thoughts__positions": "random", "data__seq_len": 16,
-        "thoughts__position_count": 2,
+        "thoughts__position_fraction": 2,
     }  # fmt: skip
     return run_config(folder, **{**settings, **changes})
 

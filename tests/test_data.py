@@ -305,31 +305,6 @@ def test_bos_stands_at_the_start_of_a_document_if_the_tokenizer_adds_it(tokenize
     assert record.targets.tolist() == [False, False, False, True, True]
 
 
-def test_skip_leaves_short_texts_out_and_counts_them(tmp_path, tokenizer):
-    texts = ["short", *numbered(6, 16), "", "also"]
-    config = DataConfig(train=text_file(tmp_path, texts), seq_len=16, short_texts="skip")
-    data, _, report = build_data(config, tokenizer, 0)
-    assert (report.skipped_short, report.dropped_empty, report.padded) == (2, 1, 0)
-    assert (report.documents, report.held_out_documents) == (5, 1)
-    assert report.tokens == 5 * 17
-    assert report.exact
-    assert data.batch(0, 8).attention_mask.all()
-
-
-def test_a_stream_skips_short_texts_too(tmp_path, tokenizer):
-    texts = ["A", "B" * 20, "C", "D" * 20, "E", "F" * 20]
-    config = DataConfig(
-        train=text_file(tmp_path, texts),
-        seq_len=16,
-        short_texts="skip",
-        streaming=True,
-        eval_sequences=1,
-    )
-    data, held_out, _ = build_data(config, tokenizer, 0)
-    assert decode(next(held_out.batches(1)))[0] == "B"
-    assert [decode(data.batch(step, 1))[0] for step in range(3)] == ["D", "F", "D"]
-
-
 def test_joined_documents_are_separated_by_eos_and_cut_without_loss(tmp_path, tokenizer):
     config = DataConfig(
         train=text_file(tmp_path, ["abc", "de", "fghijk"]),
@@ -347,8 +322,6 @@ def test_joined_documents_are_separated_by_eos_and_cut_without_loss(tmp_path, to
         (107, EOS, PAD, PAD),
     }
     assert (report.sequences, report.padded, report.tokens) == (4, 1, 14)
-    skipping = config.model_copy(update={"short_texts": "skip"})
-    assert build_data(skipping, tokenizer, 0)[2].sequences == 3
 
 
 def test_chunks_keep_targets_beside_their_tokens():
@@ -610,13 +583,18 @@ def test_a_table_of_the_hub_is_used_by_its_columns(tmp_path, tokenizer, monkeypa
         return table.to_iterable_dataset() if streaming else table
 
     monkeypatch.setattr(sources_module, "load_dataset", load)
-    config = DataConfig(train="owner/name", subset="en", text_field="body", seq_len=16)
+    config = DataConfig(train="owner/name:en:train", text_field="body", seq_len=16)
     assert build_data(config, tokenizer, 0)[2].documents == 8
     stream = config.model_copy(
         update={"streaming": True, "train": "owner/name:test", "eval_sequences": 2}
     )
     assert decode(build_data(stream, tokenizer, 0)[0].batch(0, 1)) == "CCCCC"
-    assert calls == [("owner/name", "en", "train", False), ("owner/name", "en", "test", True)]
+    assert calls == [("owner/name", "en", "train", False), ("owner/name", None, "test", True)]
+    for name in ("owner/name:", "owner/name::test", "owner/name:a:b:c"):
+        message = error_of(config.model_copy(update={"train": name}), tokenizer)
+        assert message == (
+            f"data.train: {name}: must be owner/name, owner/name:split, or owner/name:subset:split"
+        )
     message = error_of(config.model_copy(update={"text_field": "text"}), tokenizer)
     assert "no field 'text' (its fields: id, body): set data.text_field" in message
     message = error_of(config.model_copy(update={"text_field": "id"}), tokenizer)
@@ -640,7 +618,6 @@ TEMPLATES = {
     "question_field": CHOICES,
     "answer_field": "{{ answer.split('####')[-1].strip().replace(',', '') }}{{ note }}",
     "template": "{question} {answer}",
-    "short_texts": "pad",
     "seq_len": 64,
 }
 
@@ -705,10 +682,9 @@ def test_generated_problems_are_questions_with_answers(tokenizer, streaming):
         train="reasoning_gym:chain_sum",
         format="qa",
         loss_on="answer",
-        size=20,
         eval_sequences=4,
         streaming=streaming,
-        task_options={"max_terms": 3, "max_digits": 1},
+        task_options={"size": 20, "max_terms": 3, "max_digits": 1},
     )
     data, held_out, _ = build_data(config, tokenizer, 0)
     batch = data.batch(0, 8)
@@ -739,7 +715,7 @@ def test_problems_of_a_named_evaluation_are_not_those_trained_on(tokenizer):
         train="reasoning_gym:base_conversion",
         eval="reasoning_gym:base_conversion",
         format="qa",
-        size=30,
+        task_options={"size": 30},
         eval_sequences=10,
         seq_len=512,
     )
@@ -825,21 +801,6 @@ def test_a_folder_without_data_and_text_files_for_questions_are_refused(tmp_path
     (tmp_path / "a.txt").write_text("text")
     config = DataConfig(train=str(tmp_path / "a.txt"), format="qa")
     assert "set data.format: text" in error_of(config, tokenizer)
-
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
-@pytest.mark.parametrize("spans", ["random", "concatenate"])
-def test_no_text_long_enough_says_what_to_set(tmp_path, tokenizer, streaming, spans):
-    config = DataConfig(
-        train=text_file(tmp_path, ["abc", "abcde"]),
-        seq_len=64,
-        short_texts="skip",
-        streaming=streaming,
-        spans=spans,
-    )
-    message = error_of(config, tokenizer)
-    assert "no text has data.seq_len (64) tokens" in message
-    assert "data.short_texts: pad" in message
 
 
 def test_a_stream_that_its_head_uses_up_says_what_to_set(tmp_path, tokenizer):

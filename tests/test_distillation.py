@@ -33,7 +33,6 @@ from quietstar.losses.cross_entropy import Segment, SoftTargets, divergence_from
 from quietstar.losses.distillation import nearest_thought
 from quietstar.losses.mixture import Mixture, mixture_objective
 from quietstar.losses.weights import ThoughtWeights
-from quietstar.objectives.fast_rl import FastRl
 from quietstar.training import teaching
 from quietstar.training.run import run_training
 from quietstar.training.teaching import TeacherFolder
@@ -209,9 +208,9 @@ def student(**loss):
 
 @pytest.mark.parametrize("positions", ["all", "random"])
 def test_a_teacher_averages_its_mixed_predictions(positions):
-    model, texts = student(top_tokens=5), random_texts()
+    model, texts = student(), random_texts()
     model.configure(model.thoughts.model_copy(update={"positions": positions}))
-    result = model.teach(texts, seed=3)
+    result = model.teach(texts, seed=3, top=5)
     drawn = model.draw(texts, num_thoughts=3, temperature=1.0, seed=3)
     assert int(result.num_tokens) == int((drawn.positions >= 0).sum()) * 3 * model.thoughts.length
     given = {"thoughts": drawn.tokens.transpose(1, 2)}
@@ -241,10 +240,10 @@ def test_the_nearest_thought_teaches():
 
 @pytest.mark.parametrize("positions", ["all", "random"])
 def test_a_student_learns_the_divergence_from_the_text_alone(positions):
-    model, texts = student(top_tokens=4), random_texts()
+    model, texts = student(), random_texts()
     thoughts = {"positions": positions, "position_fraction": 0.4}
     model.configure(model.thoughts.model_copy(update=thoughts))
-    teacher = model.teach(texts, seed=2)
+    teacher = model.teach(texts, seed=2, top=4)
     output = model(texts, seed=2, teacher=teacher)
     output.loss.backward()
     names = [n for n, p in model.named_parameters() if p.grad is not None]
@@ -284,7 +283,7 @@ def test_without_a_teacher_a_student_has_itself():
     assert torch.equal(given.loss, alone.loss)
 
 
-def test_the_two_forms_of_fast_rl():
+def test_fast_rl_weighs_the_true_token_by_the_reward():
     model, texts = student(), random_texts()
     teacher = model.teach(texts, seed=2)
     logprobs = model.causal_lm(texts).logits.log_softmax(-1)[:, :-1]
@@ -298,31 +297,10 @@ def test_the_two_forms_of_fast_rl():
     figures = paper.metrics.means()
     assert figures["student_reward"] == pytest.approx(float(reward.mean()), rel=1e-3, abs=1e-6)
 
-    model.configure(loss=loss_config(objective="fast_rl", form="code"))
-    ids = torch.arange(2)
-    first, again = (model(texts, teacher=teacher, sample_ids=ids) for _ in range(2))
-    assert torch.equal(first.loss, again.loss)
-    drawn = []
-
-    class Watched(FastRl):
-        def student_loss(self, rows):
-            drawn.append(rows.drawn)
-            return super().student_loss(rows)
-
-    model.objective = Watched(model.objective.settings)
-    assert torch.equal(model(texts, teacher=teacher, sample_ids=ids).loss, first.loss)
-    cool = (model.causal_lm(texts).logits / 3).log_softmax(-1)
-    logprobs = cool.gather(2, drawn[0].view(*texts.shape, 1))[:, :-1, 0]
-    expected = -(reward.clamp(min=0) * logprobs).sum() / count
-    torch.testing.assert_close(first.loss, expected, rtol=1e-4, atol=1e-6)
-    other = model(texts, teacher=teacher, sample_ids=ids, seed=1)
-    assert other.loss != first.loss
-
 
 # --- Runs -----------------------------------------------------------------------------------------
 DISTILLED = {
     "loss__objective": "distill",
-    "loss__top_tokens": 8,
     "thoughts__positions": "random",
     "training__max_steps": 4,
 }
@@ -393,8 +371,6 @@ def test_micro_batches_change_nothing(tmp_path):
 @pytest.mark.parametrize("objective_of", ["distill", "fast_rl"])
 def test_a_run_resumes_bit_for_bit(tmp_path, objective_of):
     more = {**DISTILLED, "loss__objective": objective_of, "training__save_steps": 2}
-    more |= {"loss__form": "code"} if objective_of == "fast_rl" else {}
-    more.pop("loss__top_tokens")
     whole = run(tmp_path / "whole", **more)
     part = run(tmp_path / "part", str(whole / "checkpoints" / "step-000002"), **more)
     assert same(weights(part), weights(whole))
@@ -454,7 +430,7 @@ def test_a_stored_teacher_says_what_a_live_one_says(tmp_path):
     student_run = run(tmp_path / "stored", **config, loss__teacher=str(tmp_path / "taught"))
     model = QuietStarForCausalLM.from_pretrained(folder)
     # A run makes its vectors and mixing head anew: the live teacher is the saved model itself.
-    model.configure(loss=loss_config(objective="distill", top_tokens=8))
+    model.configure(loss=loss_config(objective="distill"))
     settings = run_config(tmp_path, **config)
     data, _, _ = build_data(settings.data, byte_tokenizer(), 0, model.thoughts)
     batch = data.batch(0, 8)

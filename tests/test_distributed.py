@@ -58,7 +58,7 @@ stages:
   learns_to_do_without:
     thoughts: {{length: 4, positions: random, start_init: ab, schedule: [{{step: 1, length: 2}}]}}
     training: {{max_steps: 2}}
-    loss: {{objective: distill, top_tokens: 8}}
+    loss: {{objective: distill}}
 """
 """Thoughts end early: ranks want to end their rollouts after different numbers of tokens. The long
 ones at a few positions leave the batch then, are packed to learn from, and rewarded by what a judge

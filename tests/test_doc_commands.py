@@ -67,11 +67,11 @@ SMALL = {
     "training.micro_batch_size": 2, "training.cpu_threads": 1, "training.mixed_precision": "no",
     "data.eval_sequences": 2, "logging.thought_steps": 0, "logging.report_to": "[]",
 }  # fmt: skip
-ON_DEMO = {"data.size": 300}
+ON_DEMO = {"data.task_options.size": 300}
 ON_TINY = {
     "model.name_or_path": "TINY", "model.dtype": "float32", "data.seq_len": 48,
     "thoughts.length": 3, "thoughts.lookahead": 2, "thoughts.stop": "[]",
-    "thoughts.num_thoughts": 2, "data.subset": "null",
+    "thoughts.num_thoughts": 2,
 }  # fmt: skip
 """What takes the place of a large model, its texts and its thoughts."""
 
@@ -117,8 +117,7 @@ def cut(arguments):
             del words[place : place + 2]
         if "--model.name_or_path" in given:
             small.pop("model.name_or_path", None)
-        small["training.overwrite_output_dir"] = "true"  # of an earlier command
-        return [name, *words, *(
+        return [name, *words, "--overwrite", *(  # the run of an earlier command
             word for key, value in small.items() if f"--{key}" not in own
             for word in (f"--{key}", str(value))
         )]  # fmt: skip

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import plain_model, random_texts, randomise_own_weights, thinking_model, tuning_by
 
 from quietstar import QuietStarForCausalLM
 from quietstar.config.loading import load_config
-from quietstar.errors import ConfigError
+from quietstar.data import load_tokenizer
+from quietstar.errors import ConfigError, UserError
+from quietstar.model.mixing_head import MixingHead
 from quietstar.training.run import run_training
 
 SAVED = Path(__file__).with_name("saved_by_0.1.0")
@@ -53,6 +56,77 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, caplog):
         )
     }
     assert losses["now"] == pytest.approx(losses["before"], rel=1e-4)
+
+
+def of_0_2(folder, model, **changes):
+    """Saves a model, and has its settings say what version 0.2.0 said."""
+    model.save_pretrained(folder, load_tokenizer("bytes"))
+    path = folder / "quietstar.json"
+    settings = json.loads(path.read_text())
+    settings["thoughts"] |= {"position_count": None, "scoring_model": None,
+                             "schedule_type": "stepped", "schedule_min_gain": None}  # fmt: skip
+    settings["mixing_head"] |= {"activation": "sigmoid", "hidden_size": None}
+    options = settings["tuning"].pop("options")
+    settings["tuning"] |= {
+        "adapter_size": 64, "num_virtual_tokens": 16, "encoder_hidden_size": None,
+        "galore_rank": 128, "galore_update_proj_gap": 200, "galore_scale": 0.25, **options,
+    }  # fmt: skip
+    for section, values in changes.items():
+        settings[section] |= values
+    path.write_text(json.dumps(settings))
+    return folder
+
+
+def thinks_alike(model, loaded):
+    texts = random_texts(2, 9)
+    ours, theirs = (m.eval().think(texts, num_thoughts=2, seed=3) for m in (model, loaded))
+    assert torch.equal(ours.tokens, theirs.tokens)
+    assert torch.equal(ours.mixed_logprobs, theirs.mixed_logprobs)
+
+
+@pytest.mark.parametrize("method", ["full", "prompt", "prefix", "houlsby"])
+def test_a_model_that_0_2_saved_thinks_what_it_thought(method, tmp_path):
+    plain_model().save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    model = thinking_model(base, tuning=tuning_by(method), thoughts={"positions": "random"})
+    randomise_own_weights(model)
+    schedule = {"position_count": 3, "schedule_type": "linear", "schedule_min_gain": 0.9}
+    loaded = QuietStarForCausalLM.from_pretrained(of_0_2(tmp_path / "m", model, thoughts=schedule))
+    thinks_alike(model, loaded)
+    assert loaded.thoughts.position_fraction == 3
+    assert loaded.tuning.method_options == model.tuning.method_options
+
+
+@pytest.mark.parametrize(
+    ("hidden", "initial_weight", "activation"),
+    [(8, 0.12, "sigmoid"), (None, 0.0, "none"), (40, 0.0, "none")],
+)
+def test_a_head_of_0_2_keeps_its_width_and_its_last_layer(
+    hidden, initial_weight, activation, tmp_path
+):
+    model = thinking_model(head={"initial_weight": initial_weight})
+    if hidden is not None:
+        model.mixing_head = MixingHead(16, model.mixing_head_config, hidden)
+    randomise_own_weights(model)
+    head = {"activation": activation, "hidden_size": hidden}
+    folder = of_0_2(tmp_path / "m", model, mixing_head=head)
+    loaded = QuietStarForCausalLM.from_pretrained(folder)
+    thinks_alike(model, loaded)
+    assert loaded.mixing_head.sigmoid == (activation == "sigmoid")
+    loaded.save_pretrained(tmp_path / "again", load_tokenizer("bytes"))
+    thinks_alike(model, QuietStarForCausalLM.from_pretrained(tmp_path / "again"))
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [("thoughts", {"scoring_model": "small"}), ("mixing_head", {"activation": "no\nsuch"})],
+)
+def test_a_model_that_asks_for_what_is_gone_is_refused_in_one_line(section, values, tmp_path):
+    folder = of_0_2(tmp_path / "m", thinking_model(), **{section: values})
+    ((name, _),) = values.items()
+    with pytest.raises(UserError, match=rf"quietstar.json: {section}.{name} \(.*is gone") as caught:
+        QuietStarForCausalLM.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_config_of_ones_own_by_old_names_is_refused_with_the_new_ones(tmp_path):

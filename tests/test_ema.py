@@ -340,8 +340,7 @@ def test_a_folder_of_something_else_is_not_replaced_and_an_earlier_one_goes(tmp_
     longer = run_config(tmp_path, **{**AVERAGED, "training__max_steps": 3})
     with pytest.raises(UserError, match=r"ema: already holds something that is no saved model"):
         run_training(longer, resume="auto")
-    changes = {"training__max_steps": 1, "training__overwrite_output_dir": True}
-    train(run_config(tmp_path, **changes))
+    run_training(run_config(tmp_path, training__max_steps=1), overwrite=True)
     assert not (folder / "ema").exists()
 
 

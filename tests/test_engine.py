@@ -289,7 +289,7 @@ def test_attention_dropout_is_an_error():
 
 @torch.no_grad()
 def test_with_zero_mixing_weight_the_mixed_prediction_is_that_of_the_plain_model(make_model):
-    model = make_model(mixing_head=MixingHeadConfig(activation="none", initial_weight=0.0))
+    model = make_model(mixing_head=MixingHeadConfig(initial_weight=0.0))
     torch.nn.init.zeros_(model.mixing_head.last_layer.weight)
     torch.nn.init.zeros_(model.mixing_head.last_layer.bias)
     plain = copy.deepcopy(model.causal_lm)

@@ -367,7 +367,7 @@ def test_a_run_and_the_command_measure_one_probability_of_the_answer(tmp_path):
     file = str(tmp_path / "own.jsonl")
     config = run_config(
         tmp_path, data__train=file, data__eval=file, data__format="qa", data__loss_on="answer",
-        data__short_texts="pad", data__seq_len=56, data__template="{question} {answer}",
+        data__seq_len=56, data__template="{question} {answer}",
         thoughts__positions="answer_start", thoughts__lookahead=3, mixing_head__fixed_weight=0.5,
         training__max_steps=1, training__eval_controls=["swapped", "pause"],
     )  # fmt: skip

@@ -14,6 +14,7 @@ from tiny import (
     read_metrics,
     run_config,
     thinking_model,
+    tuning_by,
 )
 
 from quietstar.backbone.output_head import find_output_head
@@ -151,9 +152,7 @@ def test_a_run_with_it_is_that_of_the_rollout(tmp_path):
 
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_virtual_tokens_are_refused(method):
-    model = thinking_model(
-        thoughts={"sampler": "generate"}, tuning={"method": method, "num_virtual_tokens": 3}
-    )
+    model = thinking_model(thoughts={"sampler": "generate"}, tuning=tuning_by(method))
     with pytest.raises(UserError, match=r"thoughts.sampler \(generate\): does not know the virtua"):
         model(random_texts(1))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from reference import _embed, _run, mixing_weight
 from test_parity import build
-from tiny import GPT2, LLAMA, plain_model, random_texts, thinking_model
+from tiny import GPT2, LLAMA, plain_model, random_texts, thinking_model, tuning_by
 from transformers import TextStreamer
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
@@ -107,8 +107,7 @@ LONG = STOP | {"length": 12, "start_init": "ab", "end_init": "xyz"}  # texts are
 def test_generation_thinks_what_think_thinks(method, temperature, num_thoughts, thoughts):
     """Also with virtual tokens, several thoughts, sampled ones (noise is keyed), early ends."""
     torch.manual_seed(0)  # adapters and virtual tokens do not depend on the tests before
-    model = thinking_model(thoughts={"length": LENGTH} | thoughts,
-                           tuning={"method": method, "num_virtual_tokens": 3})  # fmt: skip
+    model = thinking_model(thoughts={"length": LENGTH} | thoughts, tuning=tuning_by(method))
     prompts, batch, mask = left_padded([5, 2, 8])
     out = generated(model.eval(), batch, mask, num_thoughts=num_thoughts,
                     thought_temperature=temperature, seed=3)  # fmt: skip
@@ -419,9 +418,7 @@ def test_a_model_that_thinks_before_answers_does_so_once(name, num_thoughts):
 @pytest.mark.parametrize("num_thoughts", [1, 2])
 @pytest.mark.parametrize("method", ["full", "prompt", "prefix"])
 def test_an_answer_follows_its_thought_wherever_that_ends(method, num_thoughts, thoughts):
-    model = thinking_model(
-        thoughts=ONCE | thoughts, tuning={"method": method, "num_virtual_tokens": 3}
-    ).eval()
+    model = thinking_model(thoughts=ONCE | thoughts, tuning=tuning_by(method)).eval()
     prompts, batch, mask = left_padded([5, 2, 8])
     out = generated(model, batch, mask, num_thoughts=num_thoughts, thought_temperature=1.0, seed=3)
     assert (out.thoughts[:, 0] == -1).any() == bool(thoughts)

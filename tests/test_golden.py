@@ -13,7 +13,7 @@ from tiny import plain_model, random_texts, thinking_model
 GOLDEN = Path(__file__).with_name("golden.json")
 SETTINGS = {
     "all positions": ({}, {}),
-    "all terms": ({}, {"draft_weight": 0.2, "entropy_weight": 0.1, "policy_weight": 2.0}),
+    "all terms": ({}, {"entropy_weight": 0.1, "policy_weight": 2.0}),
     "paper": ({}, {"estimator": "paper", "reward": "mixed", "thought_weight": 0.0}),
     "entropy": ({"positions": "entropy", "position_fraction": 0.4}, {}),
     "random": ({"positions": "random", "position_fraction": 0.4, "num_thoughts": 3}, {}),

@@ -21,7 +21,7 @@ STARCODER = {
     "max_position_embeddings": 64,
     "sliding_window": None,
 }
-SETTINGS = {"draft_weight": 0.3, "policy_weight": 0.5, "entropy_weight": 0.1}
+SETTINGS = {"policy_weight": 0.5, "entropy_weight": 0.1}
 
 
 @pytest.fixture(params=["flash", "dense"])
@@ -143,7 +143,7 @@ def test_bfloat16_autocast_gives_gradients_close_to_those_of_all_at_once():
 
 
 def test_without_gradient_the_loss_is_that_of_the_likelihoods():
-    model = make_model(loss={"draft_weight": 0.3, "policy_weight": 0.0})
+    model = make_model(loss={"policy_weight": 0.0})
     whole, _ = run(model, 50)
     with torch.no_grad():
         output = model(random_texts(3, 9), sample_ids=torch.tensor([4, 0, 7]))

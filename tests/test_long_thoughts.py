@@ -13,7 +13,7 @@ from test_parity import (
     gradient_errors,
     relative_error,
 )
-from tiny import plain_model, thinking_model
+from tiny import plain_model, thinking_model, tuning_by
 
 from quietstar.attention.layout import NO_TOKEN
 from quietstar.attention.live_pass import LiveStep
@@ -112,7 +112,7 @@ def test_tuned_models_run_packed_blocks_as_padded_ones(method, monkeypatch):
     model = thinking_model(
         plain_model(max_position_embeddings=128),
         thoughts={"length": 50, "lookahead": 3, "start_init": "ab", "end_init": "xyz"},
-        tuning={"method": method, "lora_r": 2, "num_virtual_tokens": 3},
+        tuning=tuning_by(method),
     )
     thoughts, mask = ragged(model, FEW)
     figures = []

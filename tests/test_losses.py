@@ -20,7 +20,6 @@ from quietstar.config import loss_config
 from quietstar.losses import cross_entropy
 from quietstar.losses.cross_entropy import HeadGradients, Segment, objective
 from quietstar.model.outputs import thought_metrics
-from quietstar.objectives.quiet_star import QuietStar
 
 IGNORE = -100
 HEADS = {
@@ -438,18 +437,6 @@ def test_mixing_passes_gradcheck(softcap):
     )
 
 
-def test_the_draft_term_scores_the_next_token_at_the_start_vector():
-    config = loss_config(base_weight=0, mixed_weight=0, thought_weight=0, policy_weight=0,
-                        draft_weight=2.0)  # fmt: skip
-    case = make_case()
-    loss, _ = case.loss(config)
-    logprobs = plain_logits(case.head, case.policy[0, 0], case.head.weight, None).log_softmax(-1)
-    targets = case.labels[:, 1:]
-    picked = logprobs[:, :-1].gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    valid = targets != IGNORE
-    assert_same(loss, -2.0 * picked[valid].sum() / thought_items(case), 1e-5)
-
-
 # --- By hand --------------------------------------------------------------------------------------
 
 
@@ -615,27 +602,3 @@ def test_padding_of_a_text_changes_neither_its_thoughts_nor_its_loss():
     assert torch.equal(plain.thoughts, other.thoughts[:, :, :8])
     assert other.loss.item() == pytest.approx(plain.loss.item(), rel=1e-5)
     assert other.metrics.means() == pytest.approx(plain.metrics.means(), rel=1e-4)
-
-
-# --- drafts -------------------------------------------------------------------------------------
-
-
-def test_the_draft_loss_is_the_nll_of_the_next_token_at_the_start_vector():
-    weights = {name: 0.0 for name in QuietStar.Settings.model_fields if name.endswith("_weight")}
-    model = thinking_model(loss={**weights, "draft_weight": 2.0})
-    input_ids = random_texts(2, 6)
-    attention_mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
-    loss = model(input_ids, attention_mask).loss
-    embed = model.causal_lm.get_input_embeddings()
-    nll, count = 0.0, 0
-    for text, real in zip(input_ids, attention_mask.bool(), strict=True):
-        text = text[real]
-        for place in range(len(text) - 1):
-            rows = torch.cat([embed(text[: place + 1]), model.start_embedding[None]])[None]
-            logits = model.causal_lm(inputs_embeds=rows).logits[0, -1]
-            nll = nll - logits.log_softmax(-1)[text[place + 1]]
-            count += 1
-    torch.testing.assert_close(loss, 2.0 * nll / count)
-    loss.backward()
-    assert model.start_embedding.grad.abs().sum() > 0
-    assert model.end_embedding.grad is None or model.end_embedding.grad.abs().sum() == 0

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 from launching import launch, marked
-from safetensors.torch import load_file
 from test_data import SlowTokenizer, error_of, write_jsonl
-from test_training import SUMS, snapshot, timeless, train
+from test_training import SUMS, timeless, train
 from tiny import plain_model, read_metrics, run_config, thinking_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -31,8 +30,7 @@ from quietstar.data import (
 )
 from quietstar.data.encoding import Encoded, Encoder, chunks
 from quietstar.errors import UserError
-from quietstar.model.scoring_model import ScoringModel
-from quietstar.training import loop, run
+from quietstar.training import loop
 from quietstar.training.state import StageRun
 
 PATTERN = ThoughtsConfig(positions="pattern", pattern="x+")
@@ -257,7 +255,7 @@ def records_with_marks(path, count=40):
         {"thoughts__positions": "pattern", "thoughts__pattern": "[a-c]+"},
         {"thoughts__positions": "field", "data__positions_field": "at"},
         {"thoughts__positions": "one_random"},
-        {"thoughts__positions": "top_entropy", "thoughts__position_count": 2},
+        {"thoughts__positions": "top_entropy", "thoughts__position_fraction": 2},
     ],
     ids=lambda changes: changes["thoughts__positions"],
 )
@@ -271,7 +269,7 @@ def test_a_run_thinks_there_and_its_model_can_be_used(tmp_path, changes, caplog)
     per_text = [record["positions_per_text"] for record in records]
     if changes["thoughts__positions"] == "one_random":
         assert per_text == [1, 1]
-    elif "thoughts__position_count" in changes:
+    elif "thoughts__position_fraction" in changes:
         assert per_text == [2, 2]
     else:
         assert all(0 < number < 11 for number in per_text)
@@ -305,54 +303,14 @@ def test_a_run_with_answers_thinks_where_a_pattern_matches(tmp_path):
     assert len(samples) == 4
 
 
-def scored_config(tmp_path, **changes):
-    """Thinks where a smaller model is unsure, then where a pattern matches."""
-    folder = tmp_path / "small"
-    plain_model(hidden_size=8, num_hidden_layers=1, seed=5).save_pretrained(folder)
-    load_tokenizer("bytes").save_pretrained(folder)
-    scored = {"positions": "top_entropy", "position_count": 3, "scoring_model": str(folder)}
+def scored_config(tmp_path):
+    """Thinks where the model is unsure, then where a pattern matches."""
+    scored = {"positions": "top_entropy", "position_fraction": 3}
     pattern = {"positions": "pattern", "pattern": "[aeiou]"}
-    config = run_config(tmp_path, training__micro_batch_size=3, loss__policy_weight=1.0, **changes)
+    config = run_config(tmp_path, training__micro_batch_size=3, loss__policy_weight=1.0)
     stages = {"scored": {"thoughts": scored, "training": {"max_steps": 2}},
               "pattern": {"thoughts": pattern, "training": {"max_steps": 2}}}  # fmt: skip
     return Config.model_validate(config.model_dump() | {"stages": stages})
-
-
-def test_a_run_has_a_scoring_model_in_no_optimizer_and_no_file(tmp_path, monkeypatch):
-    config = scored_config(tmp_path, training__save_steps=2)
-    sizes, places = [], []
-    build = run.build_optimizer
-    monkeypatch.setattr(run, "build_optimizer", lambda model, *rest: sizes.append(
-        (sum(p.numel() for p in model.parameters()), model.scoring_model)) or build(model, *rest)
-    )  # fmt: skip
-    choose = ScoringModel.run
-    monkeypatch.setattr(ScoringModel, "run", lambda self, ids, thinker: places.append(
-        self.lm is not None) or choose(self, ids, thinker)
-    )  # fmt: skip
-    folder = train(config)
-    (with_scorer, scorer), (without, none) = sizes
-    assert with_scorer == without == sum(p.numel() for p in thinking_model().parameters())
-    assert none is None
-    assert scorer.name == str(tmp_path / "small")
-    assert all(places)  # it was loaded before the first step
-    assert len(places) > 4
-    plain = {name for name, _ in thinking_model().named_parameters()}
-    for file in folder.rglob("*.safetensors"):
-        assert {name.removeprefix("language_model.") for name in load_file(file)} <= plain | {
-            name.removeprefix("language_model.") for name in plain
-        }
-
-
-def test_a_scoring_model_that_cannot_serve_leaves_an_earlier_run_as_it_was(tmp_path):
-    folder = train(run_config(tmp_path))
-    before = snapshot(folder)
-    config = scored_config(tmp_path, training__overwrite_output_dir=True)
-    plain_model(vocab_size=300).save_pretrained(tmp_path / "small")
-    (tmp_path / "small" / "tokenizer.json").unlink()
-    (tmp_path / "small" / "tokenizer_config.json").unlink()
-    with pytest.raises(UserError, match="has another vocabulary"):
-        train(config)
-    assert snapshot(folder) == before
 
 
 @pytest.mark.slow

@@ -357,14 +357,13 @@ def test_positions_whose_rewards_differ_little_are_dropped():
     assert weigh("rlp", REWARD, min_signal=0.5).advantage[0, 1].any()  # nothing to compare with
 
 
-def test_lengths_and_divergences_are_part_of_the_reward():
-    lengths = torch.tensor([[[1, 2, 3], [4, 4, 4]]])
+def test_divergences_are_part_of_the_reward():
     ratio = torch.tensor([[[0.0, 1.0, -1.0], [0.5, 0.5, 0.5]]])
     weights = weigh(
-        "rlp", REWARD, estimator="no_baseline", length_weight=-0.1, reward_kl_weight=2.0,
-        reference="base", thoughts={"lengths": lengths, "log_ratio": ratio},
+        "rlp", REWARD, estimator="no_baseline", reward_kl_weight=2.0, reference="base",
+        thoughts={"log_ratio": ratio},
     )  # fmt: skip
-    expected = REWARD - 0.1 * lengths - 2 * ratio
+    expected = REWARD - 2 * ratio
     torch.testing.assert_close(weights.advantage, expected)
     torch.testing.assert_close(weights.reward, expected)
 

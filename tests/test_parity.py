@@ -28,7 +28,6 @@ LOSS = loss_config(
     base_weight=0.5,
     mixed_weight=0.7,
     thought_weight=0.3,
-    draft_weight=0.2,
     policy_weight=1.0,
     reward="thought",
 )

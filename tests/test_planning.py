@@ -75,7 +75,7 @@ def real_peak(config):
         {"training__learn_chunk_tokens": 100},
         {"training__learn_chunk_tokens": None},
         {"thoughts__stop": ["e"], "thoughts__length": 6},
-        {"thoughts__positions": "top_entropy", "thoughts__position_count": 9},
+        {"thoughts__positions": "top_entropy", "thoughts__position_fraction": 9},
         {"thoughts__positions": "random", "thoughts__length": 44, "data__seq_len": 12},
     ],
     ids=str,
@@ -105,7 +105,7 @@ def test_a_number_of_positions_and_marks_everywhere_are_planned(tmp_path):
         return estimate_run(planned(tmp_path, **changes), "single", 1)
 
     whole = needed()
-    few = needed(thoughts__positions="every", thoughts__position_count=3)
+    few = needed(thoughts__positions="every", thoughts__position_fraction=3)
     one = needed(thoughts__positions="one_random")
     assert one.learning < few.learning < 0.6 * whole.learning
     assert one.cache < few.cache < whole.cache
@@ -116,15 +116,14 @@ def test_a_number_of_positions_and_marks_everywhere_are_planned(tmp_path):
 def test_a_plan_counts_the_thoughts_and_the_length_that_the_data_have(tmp_path):
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"question": "one and two", "answer": "three"}\n' * 40)
-    answers = {"data__format": "qa", "data__template": "{question} {answer}", "data__seq_len": 64,
-               "data__short_texts": "pad"}  # fmt: skip
+    answers = {"data__format": "qa", "data__template": "{question} {answer}", "data__seq_len": 64}
 
     def needed(rule, **changes):
         config = planned(tmp_path, data__train=str(texts), thoughts__positions=rule, **changes)
         return estimate_run(config, "single", 1).learning
 
     first = needed("answer_start", **answers)
-    assert first == needed("random", thoughts__position_count=1, **answers)
+    assert first == needed("one_random", **answers)
     assert first < needed("answer", **answers) < needed("all", **answers)
     assert needed("all", **answers) == needed("all", **{**answers, "data__seq_len": 24})
 
@@ -141,23 +140,6 @@ def test_few_layers_tell_what_many_need(tmp_path, monkeypatch):
             whole = estimate_run(config, "single", 1)
         assert few.step == pytest.approx(whole.step, rel=0.05)
         assert few.weights == whole.weights
-
-
-def test_the_weights_of_a_scoring_model_are_planned_on_every_process(tmp_path):
-    small = plain_model(hidden_size=8)
-    small.save_pretrained(tmp_path / "small")
-    changes = {"thoughts__positions": "entropy", "thoughts__position_count": 3}
-    config = planned(tmp_path, **changes)
-    scored = planned(tmp_path, **changes, thoughts__scoring_model=str(tmp_path / "small"))
-    for engine in ("single", "zero3"):
-        without, with_it = (estimate_run(c, engine, 2) for c in (config, scored))
-        assert with_it.weights - without.weights == num_bytes(small.parameters())
-        assert with_it.optimizer == without.optimizer
-    few = pytest.approx(without.learning, rel=0.05)
-    assert with_it.learning == few
-    scored = planned(tmp_path, **changes, thoughts__scoring_model=str(tmp_path / "none"))
-    with pytest.raises(UserError, match=r"thoughts.scoring_model \(.*none\)"):
-        estimate_run(scored, "single", 1)
 
 
 def test_engines_cut_what_they_say(tmp_path):

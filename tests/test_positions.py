@@ -1,21 +1,14 @@
 """Thoughts at chosen positions: which, and exactly what the full computation says there."""
 
-import json
-import shutil
-
 import pytest
 import torch
 from states_loss import quiet_star_loss
 from tiny import LLAMA, plain_model, random_texts, thinking_model
-from transformers import AutoModelForCausalLM
 
-from quietstar import QuietStarForCausalLM
 from quietstar.attention import blocks, passes
 from quietstar.attention.layout import IGNORE_INDEX, NO_TOKEN, text_lookahead
 from quietstar.backbone.teacher_forced import ThoughtStates
 from quietstar.config import loss_config
-from quietstar.data import load_tokenizer
-from quietstar.errors import UserError
 from quietstar.losses import thought_loss
 from quietstar.losses.thought_loss import next_token_entropy
 from quietstar.model.outputs import of_nearest_thought
@@ -83,7 +76,7 @@ def test_chosen_states_are_those_of_the_full_pass(path, early):
 
 def test_gradients_are_those_of_the_full_computation_restricted_to_the_chosen(path, early):
     model, texts, thoughts = model_and_inputs(early=early)
-    config = loss_config(draft_weight=0.3, policy_weight=0.5, entropy_weight=0.1)
+    config = loss_config(policy_weight=0.5, entropy_weight=0.1)
     full, some = both(model, texts, thoughts)
     restricted = ThoughtStates(full.text, at(full.policy, 3), at(full.ahead, 3))
     losses, gradients = [], []
@@ -153,7 +146,7 @@ NAMED = ["one_random", "answer", "answer_start", "pattern", "field"]
 @pytest.mark.parametrize(
     ("rule", "amount"),
     [(rule, {"position_fraction": 0.4}) for rule in COUNTED + NAMED]
-    + [(rule, {"position_count": 2}) for rule in COUNTED],
+    + [(rule, {"position_fraction": 2.0}) for rule in COUNTED],
     ids=str,
 )
 def test_a_batch_and_its_texts_alone_give_the_same_loss(rule, amount):
@@ -165,8 +158,7 @@ def test_a_batch_and_its_texts_alone_give_the_same_loss(rule, amount):
     answers = torch.zeros_like(texts, dtype=torch.bool)
     answers[0, 4:6] = answers[1, 3] = answers[2, 8] = True
     marked = answers.roll(-1, 1)
-    count = amount.get("position_count")
-    counts = count_positions(rule, 0.4, labels, answers, marked=marked, count=count)
+    counts = count_positions(rule, amount["position_fraction"], labels, answers, marked=marked)
     together = {"num_items_in_batch": 21, "num_thought_items": counts.sum()}
 
     def run(rows):
@@ -195,31 +187,28 @@ def test_every_takes_evenly_spaced_candidates():
 
 
 def test_every_takes_a_number_of_them_from_equal_parts():
-    assert choose_positions("every", 0.25, LABELS, count=3).tolist() == [[0, 2, 5], [0, 1, 2]]
-    chosen = choose_positions("every", 0.25, LABELS, count=6).tolist()
+    assert choose_positions("every", 3.0, LABELS).tolist() == [[0, 2, 5], [0, 1, 2]]
+    chosen = choose_positions("every", 6.0, LABELS).tolist()
     assert chosen == [[0, 1, 2, 4, 5, 6], [0, 1, 2, 3, -1, -1]]
     labels = torch.full((1, 2**18 + 1), 7)  # float32 could not count these
-    assert choose_positions("every", 0.25, labels, count=2**17)[0].diff().unique().tolist() == [2]
+    assert choose_positions("every", 2.0**17, labels)[0].diff().unique().tolist() == [2]
 
 
 @pytest.mark.parametrize("rule", COUNTED)
-@pytest.mark.parametrize("count", [1, 3, 100])
+@pytest.mark.parametrize("count", [2.0, 3.0, 100.0])
 def test_a_number_of_positions_is_that_of_every_text_with_as_many_candidates(rule, count):
     score = torch.rand(LABELS.shape, generator=torch.Generator().manual_seed(0))
-    chosen = choose_positions(rule, 0.25, LABELS, count=count, score=score, explore=True)
+    chosen = choose_positions(rule, count, LABELS, score=score, explore=True)
     assert (chosen >= 0).sum(-1).tolist() == [min(count, 8), min(count, 4)]
-    assert count_positions(rule, 0.25, LABELS, count=count).tolist() == [min(count, 8),
-                                                                         min(count, 4)]  # fmt: skip
-    assert chosen.shape[1] == most_positions(rule, 0.25, 9, count) == min(count, 8)
+    assert count_positions(rule, count, LABELS).tolist() == [min(count, 8), min(count, 4)]
+    assert chosen.shape[1] == most_positions(rule, count, 9) == min(count, 8)
 
 
 def test_one_random_is_what_random_takes_first():
     labels, ids = torch.full((50, 9), 7), torch.arange(100, 150)
     one = choose_positions("one_random", 0.25, labels, sample_ids=ids, seed=3)
     assert one.shape == (50, 1)
-    assert torch.equal(
-        one, choose_positions("random", 0.5, labels, count=1, sample_ids=ids, seed=3)
-    )
+    assert torch.equal(one, choose_positions("random", 0.1, labels, sample_ids=ids, seed=3))
     assert torch.equal(
         one[7:9], choose_positions("one_random", 0.5, labels[:2], sample_ids=ids[7:9], seed=3)
     )
@@ -232,7 +221,7 @@ def test_one_random_is_what_random_takes_first():
 def test_top_entropy_is_that_of_the_sixteen_most_likely_tokens(monkeypatch, fields):
     monkeypatch.setattr(thought_loss, "chunk_rows", lambda _: 4)
     base = plain_model(fields)
-    model = thinking_model(base, thoughts={"positions": "top_entropy", "position_count": 3})
+    model = thinking_model(base, thoughts={"positions": "top_entropy", "position_fraction": 3})
     texts = random_texts(2, 9)
     logits = model.causal_lm(texts).logits.topk(16).values
     entropy = torch.distributions.Categorical(logits=logits).entropy()
@@ -255,71 +244,6 @@ def test_marked_tokens_are_thought_before(rule):
     model = thinking_model(plain_model(), thoughts={"positions": rule})
     with pytest.raises(ValueError, match=rf"thoughts.positions {rule} .* pass marked \(batch, seq"):
         model(random_texts(1, 9))
-
-
-# --- A scoring model ------------------------------------------------------------------------------
-@pytest.fixture
-def scorer(tmp_path):
-    """Saves a smaller model and its tokenizer; returns the folder."""
-    small = plain_model(hidden_size=8, num_hidden_layers=1, vocab_size=260, seed=5)  # padded
-    small.save_pretrained(tmp_path / "small")
-    load_tokenizer("bytes").save_pretrained(tmp_path / "small")
-    return tmp_path / "small"
-
-
-@pytest.mark.parametrize("rule", ["entropy", "top_entropy"])
-def test_a_smaller_model_says_where_to_think_and_is_no_part_of_the_other(rule, scorer, tmp_path):
-    thoughts = {"positions": rule, "position_count": 3, "scoring_model": str(scorer)}
-    model = thinking_model(plain_model(), thoughts=thoughts).train()
-    texts = random_texts(2, 9)
-    names, trained = list(model.state_dict()), [name for name, _ in model.named_parameters()]
-    chosen = model.choose_positions(texts)
-    small = AutoModelForCausalLM.from_pretrained(scorer, dtype=torch.float32)
-    logits = small(texts).logits
-    logits = logits.topk(16).values if rule == "top_entropy" else logits
-    entropy = torch.distributions.Categorical(logits=logits).entropy()
-    assert torch.equal(chosen, entropy[:, :-1].topk(3).indices.sort(-1).values)
-    output = model(texts)
-    output.loss.backward()
-    assert torch.equal(output.positions, chosen)
-    assert list(model.state_dict()) == names
-    assert [name for name, _ in model.named_parameters()] == trained
-    assert all(p.grad is None and not p.requires_grad for p in model.scoring_model.lm.parameters())
-    assert not model.scoring_model.lm.training
-    half = thinking_model(plain_model(dtype=torch.bfloat16), thoughts=thoughts)
-    assert half.scoring_model.load(half).dtype == torch.bfloat16
-
-    model.save_pretrained(tmp_path / "saved", load_tokenizer("bytes"))
-    saved = json.loads((tmp_path / "saved" / "quietstar.json").read_text())
-    assert saved["thoughts"]["scoring_model"] == str(scorer)
-    loaded = QuietStarForCausalLM.from_pretrained(tmp_path / "saved")
-    assert torch.equal(loaded.choose_positions(texts), chosen)
-    shutil.rmtree(scorer)
-    loaded = QuietStarForCausalLM.from_pretrained(tmp_path / "saved")
-    assert loaded.generate(texts, max_new_tokens=2).shape[1] == 11
-    with pytest.raises(UserError, match=r"thoughts.scoring_model \(.*small\)"):
-        loaded.choose_positions(texts)
-
-
-@pytest.mark.parametrize("with_tokenizer", [True, False])
-def test_a_scoring_model_with_other_tokens_is_refused(with_tokenizer, tmp_path):
-    plain_model(vocab_size=300, hidden_size=8).save_pretrained(tmp_path / "small")
-    if with_tokenizer:
-        load_tokenizer("synthetic:sums").save_pretrained(tmp_path / "small")
-    thoughts = {"positions": "entropy", "scoring_model": str(tmp_path / "small")}
-    model = thinking_model(plain_model(), thoughts=thoughts)
-    words = r"thoughts.scoring_model \(.*\): has another vocabulary \(300 tokens\) .*\(258\)"
-    with pytest.raises(UserError, match=words):
-        model.choose_positions(random_texts(1, 9))
-
-
-def test_a_scoring_model_that_cannot_serve_is_refused(scorer):
-    thoughts = {"positions": "entropy", "scoring_model": str(scorer)}
-    base = plain_model(max_position_embeddings=128)
-    with pytest.raises(UserError, match=r"small\): reads at most 64 tokens, but a text has 70"):
-        thinking_model(base, thoughts=thoughts).choose_positions(random_texts(1, 70))
-    with pytest.raises(UserError, match=r"is not read by thoughts\.positions: weight"):
-        thinking_model(plain_model(), thoughts={**thoughts, "positions": "weight"})
 
 
 def test_entropy_takes_the_hardest_in_the_order_of_the_text():

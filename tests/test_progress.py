@@ -243,9 +243,9 @@ def test_a_page_is_there_before_the_first_evaluation_after_a_step_and_says_how_i
         raise UserError("no more")
 
     monkeypatch.setattr(loop, "check_idle_texts", fail)
-    again = run_config(tmp_path, training__overwrite_output_dir=True)
+    again = run_config(tmp_path)
     with pytest.raises(UserError, match="no more"):
-        run_training(again, on_report=write, more_runs=True)
+        run_training(again, overwrite=True, on_report=write, more_runs=True)
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Stopped, step 1 of 3." in page
     page = write_report(tmp_path / "run").read_text(encoding="utf-8")

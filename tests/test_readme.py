@@ -33,7 +33,14 @@ def test_the_main_command_trains_and_saves_a_model(tmp_path):
     output = tmp_path / "run"
     command = [accelerate, "launch", ROOT / "train.py", "--training.output_dir", output]
     # The main job itself, with few steps; what it reaches is in README's table.
-    command += ["--training.max_steps", "2", "--data.size", "300", "--data.eval_sequences", "16"]
+    command += [
+        "--training.max_steps",
+        "2",
+        "--data.task_options.size",
+        "300",
+        "--data.eval_sequences",
+        "16",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (output / "final" / "quietstar.safetensors").exists()

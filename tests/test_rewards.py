@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import random_texts, thinking_model
+from tiny import end_early, random_texts, thinking_model
 
 from quietstar import registry
 from quietstar.losses.weights import ThoughtScores
@@ -42,6 +42,19 @@ def reward(name, reference=None):
 ])  # fmt: skip
 def test_rewards_are_their_formulas(name, reference, expected):
     torch.testing.assert_close(reward(name, reference), torch.tensor([expected]))
+
+
+def test_the_length_of_a_thought_counts_in_a_sum():
+    means = {}
+    for name in ("thought", "length", "thought + -0.5*length"):
+        model = end_early(thinking_model(loss={"reward": name, "policy_weight": 1.0}))
+        output = model(random_texts(), sample_ids=torch.arange(2))
+        means[name] = output.metrics.means()["policy_reward"]
+    lengths = output.drawn.lengths[:, :-1].float()  # nothing follows the last token
+    assert 1 < lengths.mean() < 2
+    assert means["length"] == pytest.approx(float(lengths.mean()))
+    expected = means["thought"] - 0.5 * means["length"]
+    assert means["thought + -0.5*length"] == pytest.approx(expected)
 
 
 def test_positions_without_a_target_earn_nothing(monkeypatch):

@@ -10,10 +10,8 @@ from tiny import read_metrics, run_config
 
 from quietstar.config import ThoughtsConfig
 from quietstar.errors import UserError
-from quietstar.training import loop
-from quietstar.training.checkpoint import read_state
 from quietstar.training.run import run_training
-from quietstar.training.schedule import Pace, scheduled
+from quietstar.training.schedule import scheduled
 
 POINTS = [{"step": 2, "length": 3}, {"step": 3, "length": 2, "lookahead": 1}]
 SHORTER = {
@@ -40,36 +38,18 @@ def thoughts_at(step, **changes):
     return thoughts.length, thoughts.lookahead
 
 
-@pytest.mark.parametrize(
-    ("kind", "wanted"),
-    [
-        ("stepped", [(16, 8), (16, 8), (8, 8), (8, 8), (2, 4), (2, 4)]),
-        ("linear", [(16, 8), (12, 8), (8, 8), (5, 6), (2, 4), (2, 4)]),
-    ],
-)
-def test_points_say_lengths_and_lookaheads(kind, wanted):
+def test_points_say_lengths_and_lookaheads():
     points = [{"step": 2, "length": 8}, {"step": 4, "length": 2, "lookahead": 4}]
-    given = {"length": 16, "lookahead": 8, "schedule": points, "schedule_type": kind}
+    given = {"length": 16, "lookahead": 8, "schedule": points}
+    wanted = [(16, 8), (16, 8), (8, 8), (8, 8), (2, 4), (2, 4)]
     assert [thoughts_at(step, **given) for step in range(6)] == wanted
 
 
-@pytest.mark.parametrize("kind", ["stepped", "linear"])
-def test_a_schedule_may_begin_lower(kind):
+def test_a_schedule_may_begin_lower():
     points = [{"step": 0, "length": 2}, {"step": 4, "length": 6}]
-    given = {"length": 8, "lookahead": 1, "schedule": points, "schedule_type": kind}
+    given = {"length": 8, "lookahead": 1, "schedule": points}
     assert thoughts_at(0, **given) == (2, 1)
     assert thoughts_at(4, **given) == thoughts_at(100, **given) == (6, 1)
-
-
-def test_a_pace_waits_below_a_share_of_the_best_gain():
-    pace, places = Pace(), []
-    for gain in (-0.1, 0.2, 0.4, 0.1, 0.35):
-        places.append(pace.next_place)
-        pace.place = pace.next_place
-        pace.see(gain, 0.5)
-    # No gain yet at first, and too little of it behind the fourth step.
-    assert places == [0, 0, 1, 2, 2]
-    assert (pace.next_place, pace.best_gain) == (3, 0.4)
 
 
 def test_a_run_thinks_as_scheduled_and_saves_its_last_thoughts(tmp_path):
@@ -116,37 +96,6 @@ def test_a_run_resumes_bit_for_bit(tmp_path, stop):
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_it_waits_for_the_gain_and_remembers_that(tmp_path, monkeypatch):
-    gains = {1: 0.1, 2: 1.0, 3: 0.2, 4: 0.9, 5: 0.9, 6: 0.9}
-    evaluate = loop.evaluate
-    seen = []
-
-    def pretended(stage_run):
-        seen.append(stage_run.step)
-        figures, samples = evaluate(stage_run)
-        return {**figures, "gain": gains.get(stage_run.step, 0.0)}, samples
-
-    monkeypatch.setattr(loop, "evaluate", pretended)
-    points = [{"step": n, "length": 6 - n} for n in (1, 2, 3)]
-    given = {
-        "thoughts__length": 6,
-        "thoughts__schedule": points,
-        "thoughts__schedule_min_gain": 0.5,
-        "training__eval_steps": 1,
-        "training__max_steps": 6,
-        "training__save_steps": 1,
-        "training__save_total_limit": 9,
-    }
-    whole = run(tmp_path / "whole", **given)
-    wanted = [6, 5, 4, 4, 3, 3]  # waits behind the third step
-    assert [length for length, _ in limits(whole)] == wanted
-    state = read_state(whole / "checkpoints" / "step-000003")
-    assert (state.schedule_place, state.schedule_waits, state.best_gain) == (2, True, 1.0)
-    checkpoint = whole / "checkpoints" / "step-000003"
-    part = run(tmp_path / "part", resume=str(checkpoint), **given)
-    assert [length for length, _ in limits(part)] == wanted[3:]
-
-
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
@@ -156,7 +105,6 @@ def test_it_waits_for_the_gain_and_remembers_that(tmp_path, monkeypatch):
         ({"thoughts__schedule": POINTS[::-1]}, "in the order of their steps"),
         ({"thoughts__schedule": [{"step": 1, "length": 9}]}, r"thoughts.length \(2\) must be at"),
         ({"thoughts__schedule": [{"step": 1, "lookahead": 9}]}, r"lookahead \(2\) must be at"),
-        ({"thoughts__schedule": POINTS[:0], "thoughts__schedule_min_gain": 0.5}, "eval_steps"),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path, changes, problem):

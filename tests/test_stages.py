@@ -29,10 +29,9 @@ def staged_config(folder, **changes):
             "format": "qa",
             "template": "{question} {answer}",
             "rationale_field": "rationale",
-            "size": 64,
             "seq_len": 20,
             "eval_sequences": 8,
-            "task_options": {"num_steps": 2},
+            "task_options": {"size": 64, "num_steps": 2},
         },
         "thoughts": {"length": 2, "lookahead": 1, "start_init": "—", "end_init": "—"},
         "optim": {"learning_rate": 0.01, "warmup_steps": 0},
@@ -294,7 +293,7 @@ def test_mistakes_in_overrides_of_stages_are_named(tmp_path, flags, expected):
 
 @pytest.mark.parametrize(("num_steps", "count"), [(2, 0), (5, 1)])
 def test_a_thought_shorter_than_the_steps_is_said(tmp_path, num_steps, count):
-    config = staged_config(tmp_path, data__task_options={"num_steps": num_steps})
+    config = staged_config(tmp_path, data__task_options={"size": 64, "num_steps": num_steps})
     stage = plan_stages(config)[-1]
     _, held_out, _ = build_data(stage.config.data, load_tokenizer("synthetic:moves"), 0)
     lines = notices(stage, held_out)

@@ -84,8 +84,8 @@ def test_one_token_a_word():
 def test_batches_mark_answers_and_carry_steps():
     config = DataConfig(
         train="synthetic:moves", format="qa", template="{question} {answer}",
-        rationale_field="rationale", seq_len=26, size=50, eval_sequences=8,
-        task_options={"aside_share": 1.0, "worked_share": 1.0},
+        rationale_field="rationale", seq_len=26, eval_sequences=8,
+        task_options={"size": 50, "aside_share": 1.0, "worked_share": 1.0},
     )  # fmt: skip
     tokenizer = load_tokenizer("synthetic:moves")
     train, held_out, _ = build_data(config, tokenizer, 0)
@@ -136,8 +136,8 @@ def test_asides_of_sums_work_out_the_answer_or_chatter():
 def test_problems_of_reasoning_gym_carry_steps_where_they_are_asked_for():
     config = DataConfig(
         train="reasoning_gym:chain_sum", format="qa", template="{question} {answer}",
-        rationale_field="rationale", seq_len=160, size=20, eval_sequences=4,
-        task_options={"max_terms": 4, "max_digits": 1},
+        rationale_field="rationale", seq_len=160, eval_sequences=4,
+        task_options={"size": 20, "max_terms": 4, "max_digits": 1},
     )  # fmt: skip
     batch = build_data(config, load_tokenizer("bytes"), 0)[0].batch(0, 2)
     assert (batch.rationale >= 0).any(1).all()

@@ -40,7 +40,7 @@ def work(tmp_path, monkeypatch):
 def args(**more):
     settings = {
         "positions": "answer_start", "length": 3, "lookahead": 3, "max_steps": 2, "seq_len": 40,
-        "per_device_train_batch_size": 4, "short_texts": "pad", "warmup_steps": 0,
+        "per_device_train_batch_size": 4, "warmup_steps": 0,
         "output_dir": "runs/x", "mixed_precision": "no", "eval_sequences": 4, "report_to": [],
         "thought_steps": 0,
     }  # fmt: skip
@@ -118,11 +118,11 @@ def test_what_a_reward_does_wrong_is_one_line(work, reward, words):
 
 
 def test_names_are_found_in_their_sections():
-    found = QuietStarConfig(length=8, num_generations=4, beta=0.1, judge={"temperature": 0.5},
+    found = QuietStarConfig(length=8, num_generations=4, beta=0.1, judge={"continuation": 5},
                             **{"data.seq_len": 64}).settings  # fmt: skip
     assert found == {
         "thoughts.length": 8, "thoughts.num_thoughts": 4, "loss.kl_weight": 0.1,
-        "judge.temperature": 0.5, "data.seq_len": 64,
+        "judge.continuation": 5, "data.seq_len": 64,
     }  # fmt: skip
     with pytest.raises(ConfigError, match="QuietStarConfig: lenght: unknown key; did you mean tho"):
         load_config(None, given=QuietStarConfig(lenght=3).settings)
@@ -150,7 +150,7 @@ def test_a_template_names_the_fields_of_a_question(work):
 def test_the_record_of_a_sample_is_that_of_its_text(work):
     (work / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     config = DataConfig(train="q.jsonl", format="qa", question_field="q", answer_field="a",
-                        short_texts="pad", seq_len=40, template="{question} {answer}")  # fmt: skip
+                        seq_len=40, template="{question} {answer}")  # fmt: skip
     tokenizer = load_tokenizer("bytes")
     data, _, _ = build_data(config, tokenizer, 3, whole=True)
     for step in (0, 5, 9):  # over epochs

@@ -38,15 +38,15 @@ from quietstar.model.outputs import ThoughtMetrics
 from quietstar.training import build, loop, run
 from quietstar.training.evaluation import compare, figures
 from quietstar.training.optimizer import build_optimizer, learning_rate_factor
-from quietstar.training.run import run_training
+from quietstar.training.run import hub_data, run_training
 
 ROOT = Path(__file__).parents[1]
 CLOCK = ("seconds", "text_tokens_per_second", "thought_tokens_per_second", "peak_memory_mb")
 
 
-def train(config, resume=None):
+def train(config, resume=None, overwrite=False):
     """Run a config; returns the run folder."""
-    return run_training(config, resume=resume).parent
+    return run_training(config, resume=resume, overwrite=overwrite).parent
 
 
 def without(records, keys):
@@ -92,8 +92,7 @@ SUMS = {
     "data__format": "qa",
     "data__template": "{question} {answer}",
     "data__rationale_field": "rationale",
-    "data__size": 50,
-    "data__task_options": {"min_terms": 3, "max_terms": 3},
+    "data__task_options": {"size": 50, "min_terms": 3, "max_terms": 3},
     "data__seq_len": 28,
     "thoughts__length": 14,
 }
@@ -228,7 +227,7 @@ def test_a_folder_with_another_run_is_refused_untouched_and_overwritten_only_if_
     with pytest.raises(UserError, match="already holds a run"):
         train(run_config(tmp_path, training__max_steps=1))
     assert snapshot(folder) == before
-    train(run_config(tmp_path, training__max_steps=1, training__overwrite_output_dir=True))
+    train(run_config(tmp_path, training__max_steps=1), overwrite=True)
     assert [r["step"] for r in read_metrics(folder)] == [0, 1, 1]
     assert not (folder / "checkpoints").exists()
 
@@ -237,11 +236,7 @@ def test_a_failed_setup_leaves_an_overwritable_run_as_it_was(tmp_path):
     folder = train(run_config(tmp_path, training__max_steps=1))
     before = snapshot(folder)
     with pytest.raises(UserError):
-        train(
-            run_config(
-                tmp_path, training__overwrite_output_dir=True, data__train=str(tmp_path / "no.txt")
-            )
-        )
+        train(run_config(tmp_path, data__train=str(tmp_path / "no.txt")), overwrite=True)
     assert snapshot(folder) == before
 
 
@@ -404,11 +399,34 @@ def test_a_run_with_filtered_thoughts_says_that_its_policy_term_is_biased(tmp_pa
     for filters, is_told in (({}, False), ({"thoughts__top_p": 1.0}, False),
                              ({"thoughts__top_p": 0.9, "thoughts__top_k": 3}, True)):  # fmt: skip
         config = run_config(tmp_path, training__max_steps=1, **filters)
-        config = config.model_copy(update={"training": config.training.model_copy(
-            update={"overwrite_output_dir": True})})  # fmt: skip
-        run_training(config)
+        run_training(config, overwrite=True)
         words = "thoughts.top_p (0.9) and thoughts.top_k (3): thought tokens are drawn from a trunc"
         assert (words in capsys.readouterr().out.replace("\n", " ")) is is_told
+
+
+def test_the_revision_behind_a_name_is_what_is_read(tmp_path, monkeypatch):
+    seen = []
+
+    def load(name, *_, revision, **__):
+        seen.append((name, revision))
+        raise UserError("not here")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(build, "load_tokenizer", load)
+    monkeypatch.setattr(build, "load_base", load)
+    for name in ("owner/name@v1", "gpt2@v1", "owner/name", "here@v1"):
+        (tmp_path / "here@v1").mkdir(exist_ok=True)
+        config = run_config(
+            tmp_path, model__config=None, model__tokenizer=None, model__name_or_path=name
+        )
+        with pytest.raises(UserError, match="not here"):
+            build.find_tokenizer(config)
+        with pytest.raises(UserError, match="not here"):
+            build.build_model(config, load_tokenizer("bytes"))
+    expected = [("owner/name", "v1"), ("gpt2", "v1"), ("owner/name", None), ("here@v1", None)]
+    assert seen == [one for one in expected for _ in range(2)]
+    named = run_config(tmp_path, data__train="owner/name:main:train")
+    assert hub_data(named) == ["owner/name"]
 
 
 # --- Trackers -------------------------------------------------------------------------------------
@@ -425,8 +443,8 @@ def test_trackers_get_name_config_and_figures(tracker, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
     monkeypatch.setenv("TRACKIO_DIR", str(store))
     pytest.importorskip(tracker)  # reads the environment
-    logging = {"logging__report_to": [tracker], "logging__run_name": "mine"}
-    train(run_config(tmp_path, training__max_steps=2, **logging))
+    own = {"logging__report_to": [tracker], "training__output_dir": str(tmp_path / "mine")}
+    train(run_config(tmp_path, training__max_steps=2, **own))
     if tracker == "mlflow":
         import mlflow
 
@@ -592,11 +610,9 @@ def test_overwriting_spares_a_folder_that_no_run_wrote(tmp_path):
     output = tmp_path / "mine"
     (output / "final").mkdir(parents=True)
     (output / "final" / "thesis.txt").write_text("years of work")
-    config = run_config(
-        tmp_path, training__overwrite_output_dir=True, training__output_dir=str(output)
-    )
+    config = run_config(tmp_path, training__output_dir=str(output))
     with pytest.raises(UserError, match=r"holds final but no quietstar-run\.json"):
-        train(config)
+        train(config, overwrite=True)
     assert (output / "final" / "thesis.txt").read_text() == "years of work"
 
 

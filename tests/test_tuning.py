@@ -20,7 +20,9 @@ from quietstar.training.optimizer import build_optimizer
 ON_CPU = ("full", "lora", "rslora", "dora", "ia3", "houlsby", "mlp_adapter", "prompt", "prefix")
 METHODS = (*ON_CPU, "qlora", "galore")
 ADDED = ("lora_", "ia3_", ".adapter.", "virtual_tokens")
-SMALL = {"lora_r": 2, "adapter_size": 3, "num_virtual_tokens": 4, "galore_rank": 4}
+OPTIONS = {"houlsby": {"adapter_size": 3}, "mlp_adapter": {"adapter_size": 3},
+           "prompt": {"num_virtual_tokens": 4}, "prefix": {"num_virtual_tokens": 4},
+           "galore": {"rank": 4}}  # fmt: skip
 # 4-bit layers want sizes that are multiples of their block.
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 SHAPES = {"llama": {**LLAMA, **WIDE}, "gpt2": {**GPT2, "n_embd": 64}}
@@ -38,12 +40,14 @@ def base_folder(request, tmp_path_factory):
     return folder
 
 
-def make(folder, method, **more):
+def make(folder, method, unfreeze=(), **options):
     model = QuietStarForCausalLM.from_base(
         str(folder),
         thoughts=ThoughtsConfig(length=2, lookahead=2),
         loss=loss_config(policy_weight=1.0),
-        tuning=TuningConfig(method=method, **SMALL, **more),
+        tuning=TuningConfig(
+            method=method, lora_r=2, unfreeze=[*unfreeze], options=OPTIONS.get(method, {}) | options
+        ),
     )
     randomise_own_weights(model)
     return model
@@ -119,7 +123,7 @@ def test_the_mlp_of_a_prefix_trains_and_is_folded_when_saved(base_folder, tmp_pa
     assert losses[-1] < losses[0]
     model.eval().save_pretrained(tmp_path)
     loaded = QuietStarForCausalLM.from_pretrained(tmp_path, trainable=True)
-    assert loaded.tuning.encoder_hidden_size is None
+    assert loaded.tuning.options == {"num_virtual_tokens": 4}
     names = {n.rsplit("virtual_tokens.")[-1] for n, p in loaded.named_parameters()
              if p.requires_grad and n.startswith("language_model.")}  # fmt: skip
     assert names == {"keys", "values"}
@@ -149,9 +153,9 @@ def test_4bit_gradients_still_flow_after_a_rollout(base_folder):
 
 
 VIRTUAL = {
-    "prompt": {"method": "prompt", "num_virtual_tokens": 3},
-    "prefix": {"method": "prefix", "num_virtual_tokens": 3},
-    "mlp": {"method": "prefix", "num_virtual_tokens": 3, "encoder_hidden_size": 5},
+    "prompt": {"method": "prompt", "options": {"num_virtual_tokens": 3}},
+    "prefix": {"method": "prefix", "options": {"num_virtual_tokens": 3}},
+    "mlp": {"method": "prefix", "options": {"num_virtual_tokens": 3, "encoder_hidden_size": 5}},
 }
 
 

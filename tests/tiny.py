@@ -71,6 +71,12 @@ def thinking_model(
     return model
 
 
+def tuning_by(method):
+    """Settings of a method, with three virtual tokens where it has any."""
+    options = {"num_virtual_tokens": 3} if method in ("prompt", "prefix") else {}
+    return {"method": method, "lora_r": 2, "options": options}
+
+
 @torch.no_grad()
 def randomise_own_weights(model, seed=1):
     generator = torch.Generator().manual_seed(seed)

@@ -49,6 +49,15 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 """Name of a model or a data set on the hub."""
 LANGUAGE_MODEL_FOLDER = "language_model"
 """Where the language model lies in the folder of one that thinks."""
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Split ``owner/name@revision`` of the hub; a folder's name stays whole."""
+    hub_id, _, revision = name.rpartition("@")
+    is_id = HUB_ID.fullmatch(hub_id) or re.fullmatch(r"[\w.-]+", hub_id)  # gpt2 has no owner
+    return (hub_id, revision) if is_id and revision and not Path(name).exists() else (name, None)
+
+
 _REMEDY = "Give a folder with config.json and safetensors weights, or a hub id you can reach."
 _CODE_OR_WEIGHTS = (
     "auto_map", "quantization_config", "attn_implementation", "experts_implementation",

@@ -49,7 +49,6 @@ data:
   answer_field: {answer_field}
   template: "Question: {{question}}\\nAnswer: {{answer}}"
   loss_on: answer
-  short_texts: pad
   seq_len: {seq_len}
 """
 TEXTS = """\
@@ -70,7 +69,6 @@ loss:
 data:
   train: {data}
   format: {format}
-  short_texts: pad
   seq_len: {seq_len}
 """
 TRAINING = """\

@@ -54,7 +54,6 @@ def plan(parser: Parser, args: argparse.Namespace, overrides: Sequence[str]) -> 
         named = {"model.name_or_path": stage.model.name_or_path,
                  "model.tokenizer": stage.model.tokenizer, "data.train": stage.data.train,
                  "data.eval": stage.data.eval,
-                 "thoughts.scoring_model": stage.thoughts.scoring_model,
                  "judge.model": stage.judge.model,
                  "loss.teacher": getattr(stage.loss, "teacher", None)}  # fmt: skip
         inputs |= {f"{key} ({name})": Path(name) for key, name in named.items() if name}

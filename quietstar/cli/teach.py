@@ -42,9 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for key in sorted({word[2:].partition("=")[0] for word in overrides if word[:2] == "--"}):
         name = re.sub(r"^stages\.[^.]+\.", "", key)
         if name.partition(".")[0] in ("thoughts", "loss", "mixing_head", "optim"):
-            remedy = "set --top" if name == "loss.top_tokens" else "leave it out"
             logger.warning(
-                "--%s: has no effect on the teacher, which thinks as it was saved; %s", key, remedy
+                "--%s: has no effect on the teacher, which thinks as it was saved; leave it out",
+                key,
             )
     options.find_models(args)
     _teach(args, config)

@@ -48,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         "--allow-changes", type=_true_or_false, nargs="?", const=True, default=False,
         metavar="true", help="resume as another run",
     )  # fmt: skip
+    parser.add_argument(
+        "--overwrite", type=_true_or_false, nargs="?", const=True, default=False, metavar="true",
+        help="replace a run in the same folder",
+    )  # fmt: skip
     value("--controls", whole(1, 1000), None, "SEEDS",
           "compare the last stage with its controls")  # fmt: skip
     plan.add_options(parser)
@@ -57,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     args, overrides = parser.parse_known_args(arguments)
     if args.plan:
-        for option in ("--resume", "--controls", "--allow-changes"):
+        for option in ("--resume", "--controls", "--allow-changes", "--overwrite"):
             if getattr(args, option[2:].replace("-", "_")):
                 raise UserError(f"{option}: does not go with --plan. Leave it out.")
         return plan.plan(parser, args, overrides)
@@ -93,7 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     from quietstar.training.run import run_training  # imports torch
 
     run_training(
-        config, resume=args.resume, allow_changes=args.allow_changes, on_report=write_report
+        config,
+        resume=args.resume,
+        allow_changes=args.allow_changes,
+        overwrite=args.overwrite,
+        on_report=write_report,
     )
     return None
 

@@ -15,12 +15,6 @@ _METHODS = {
     "tuning.lora_r": _LORA,
     "tuning.lora_alpha": _LORA,
     "tuning.lora_target_modules": (*_LORA, "ia3"),
-    "tuning.adapter_size": ("houlsby", "mlp_adapter"),
-    "tuning.num_virtual_tokens": ("prompt", "prefix"),
-    "tuning.encoder_hidden_size": ("prefix",),
-    "tuning.galore_rank": ("galore",),
-    "tuning.galore_update_proj_gap": ("galore",),
-    "tuning.galore_scale": ("galore",),
 }
 """Methods that read a key."""
 _FORMATS = {
@@ -28,24 +22,23 @@ _FORMATS = {
     "data.question_field": "qa",
     "data.answer_field": "qa",
     "data.template": "qa",
-    "data.messages_field": "chat",
 }
 """Format of records that reads a key."""
 _OF_THOUGHTS = (
     *("thoughts.num_thoughts", "thoughts.temperature", "thoughts.top_p", "thoughts.top_k"),
-    *("thoughts.schedule", "thoughts.schedule_type", "thoughts.schedule_min_gain"),
-    *("loss.reward", "logging.thought_steps", "training.eval_controls"),
+    *("thoughts.schedule", "loss.reward", "logging.thought_steps", "training.eval_controls"),
     *("mixing_head.warmup_steps", "mixing_head.warmup_weight", "data.rationale_field"),
     "data.positions_field",
     *("optim.mixing_head_learning_rate", "optim.embedding_learning_rate"),
     "training.inner_epochs",
 )
 """Keys that only a stage that thinks reads; what is saved with a model is not among them."""
-_OF_A_JUDGE = ("mode", "template", "rationale", "chat", "cache")
+_OF_A_JUDGE = ("mode", "template", "rationale")
 """Keys of the section judge that a reward model does not read."""
 _OF_THE_HEAD = (
-    *("mixing_head.activation", "mixing_head.initial_weight", "mixing_head.hidden_size"),
-    *("mixing_head.floor", "optim.mixing_head_learning_rate"),
+    "mixing_head.initial_weight",
+    "mixing_head.floor",
+    "optim.mixing_head_learning_rate",
 )
 """Keys that change nothing where the head's output is not read."""
 
@@ -81,16 +74,10 @@ def _thoughts(config: Config) -> Idle:
     rule = f"with thoughts.positions: {thoughts.positions}"
     if thoughts.positions in ("all", "one_random", "answer", "answer_start", "pattern", "field"):
         yield "thoughts.position_fraction", rule
-        yield "thoughts.position_count", rule
-    elif thoughts.position_count is not None:
-        yield "thoughts.position_fraction", "with thoughts.position_count"
     if thoughts.positions != "pattern":
         yield "thoughts.pattern", rule
     if thoughts.positions != "field":
         yield "data.positions_field", rule
-    if not thoughts.schedule:
-        for key in ("thoughts.schedule_type", "thoughts.schedule_min_gain"):
-            yield key, "without thoughts.schedule"
     if thoughts.sampler == "pause":
         yield "thoughts.stop", "with thoughts.sampler: pause, whose thoughts have all their tokens"
         for key in ("thoughts.top_p", "thoughts.top_k"):
@@ -112,25 +99,17 @@ def _judge(config: Config) -> Idle:
             yield key, "with loss.reward: reward_model"
         elif reward not in ("judge", "reward_model") and ":" not in reward:
             yield key, f"with loss.reward: {reward}, which asks no judge"
-    if config.judge.model is None:
-        for name in ("dtype", "device", "cache"):
-            yield f"judge.{name}", "with judge.model: null, where the model's own base judges"
 
 
 def _sources(config: Config) -> Idle:
-    data, model = config.data, config.model
+    data = config.data
     named = [name for name in (data.train, data.eval) if name is not None]
     generated = [name for name in named if name.startswith((GYM, SYNTHETIC))]
     others = [name for name in named if name not in generated]
-    if not any(map(_is_on_hub, others)):
-        yield "data.split", "without a hub data set in data.train or data.eval"
-        yield "data.subset", "without a hub data set in data.train or data.eval"
     if not generated:
         yield "data.task_options", "without a reasoning_gym or synthetic task"
-    if data.train not in generated:
-        yield "data.size", "without a reasoning_gym or synthetic task in data.train"
     if not others:
-        for key in ("text_field", "question_field", "answer_field", "messages_field"):
+        for key in ("text_field", "question_field", "answer_field"):
             yield f"data.{key}", "with generated problems, whose fields are known"
     if data.eval is not None:
         yield "data.eval_fraction", "with data.eval"
@@ -138,12 +117,10 @@ def _sources(config: Config) -> Idle:
         yield "data.eval_fraction", "with data.streaming, which holds out data.eval_sequences"
     elif (data.train or "").startswith(SYNTHETIC):
         yield "data.eval_fraction", "with a synthetic task, which has held-out problems of its own"
-    names = [name for name in (model.name_or_path, model.tokenizer) if name is not None]
-    if not any(name != "bytes" and _is_on_hub(name) for name in names):
-        yield "model.revision", "without a model or tokenizer of the hub"
 
 
-def _is_on_hub(name: str) -> bool:
+def is_on_hub(name: str) -> bool:
+    """Tell whether a name can be that of something on the hub."""
     is_local = name.startswith((".", "/", SYNTHETIC)) or os.path.exists(name)
     return not is_local and Path(name).suffix not in (".jsonl", ".json", ".txt", ".parquet")
 

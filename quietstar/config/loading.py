@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from quietstar import registry
 from quietstar.config import messages
+from quietstar.config.earlier import DROPPED, RENAMED, REPLACED, migrate
 from quietstar.config.effects import keys_without_effect
 from quietstar.config.messages import (
     closest,
@@ -31,7 +32,7 @@ from quietstar.config.messages import (
     shortened,
     shown_value,
 )
-from quietstar.config.schema import GYM, MOST_LEVELS, SYNTHETIC
+from quietstar.config.schema import MOST_LEVELS
 from quietstar.config.tree import (
     SECTIONS,
     Config,
@@ -69,32 +70,6 @@ _OPTIONS = (
 )  # flags of the command line beside the keys
 _FLAG = re.compile(r"--[A-Za-z_][^=\s]*(=.*)?", re.DOTALL)  # `---` and `-1` are values
 
-# fmt: off
-_RENAMED = {
-    "tuning": {"lora_rank": "lora_r", "lora_targets": "lora_target_modules",
-               "virtual_tokens": "num_virtual_tokens",
-               "galore_update_every": "galore_update_proj_gap"},
-    "thoughts": {"source": "sampler", "share": "position_fraction"},
-    "data": {"steps_field": "rationale_field"},
-    "optim": {"lr": "learning_rate", "mixing_head_lr": "mixing_head_learning_rate",
-              "embedding_lr": "embedding_learning_rate", "beta1": "adam_beta1",
-              "beta2": "adam_beta2", "eps": "adam_epsilon", "schedule": "lr_scheduler_type",
-              "clip_norm": "max_grad_norm"},
-    "training": {"steps": "max_steps", "batch_size": "global_batch_size",
-                 "precision": "mixed_precision", "block_tokens": "learn_chunk_tokens",
-                 "activation_checkpointing": "gradient_checkpointing", "compile": "torch_compile",
-                 "eval_every": "eval_steps", "save_every": "save_steps",
-                 "keep_checkpoints": "save_total_limit", "overwrite": "overwrite_output_dir"},
-    "logging": {"trackers": "report_to", "log_every": "logging_steps",
-                "thought_every": "thought_steps"},
-}
-# fmt: on
-RENAMED = {"training.objective": "loss.objective"} | {
-    f"{section}.{old}": f"{section}.{new}"
-    for section, names in _RENAMED.items()
-    for old, new in names.items()
-}
-"""Keys of earlier versions, and their names of today."""
 _FOREIGN = {
     "training.max_steps": "num_train_epochs num_epochs epochs",
     "training.global_batch_size": "gradient_accumulation_steps generation_batch_size"
@@ -110,7 +85,6 @@ _FOREIGN = {
     "data.seq_len": "max_seq_length max_length max_prompt_length block_size",
     "data.train": "train_file train_dataset dataset dataset_name",
     "data.eval": "validation_file eval_dataset",
-    "data.subset": "dataset_config dataset_config_name",
     "loss.reward": "reward_func reward_funcs",
     "loss.kl_weight": "beta kl_coef",
     "loss.clip_low": "epsilon cliprange",
@@ -304,30 +278,6 @@ def resolve_config_file(
     raise ConfigError([f"{given}: {message}{hint or f'; shipped configs: {names}'}"])
 
 
-def _migrate(parts: Iterable[Any]) -> dict[str, str]:
-    """Gives sections of an earlier version today's keys, in place; returns old and new names."""
-    renamed: dict[str, str] = {}
-    trees = [part for part in parts if isinstance(part, dict)]
-    for tree in trees:
-        for section, body in list(tree.items()):
-            for name in list(body) if isinstance(body, dict) else []:
-                key = f"{section}.{name}"
-                if key in RENAMED:
-                    renamed[key] = RENAMED[key]
-                    new_section, _, new_name = RENAMED[key].partition(".")
-                    tree[new_section] = target = tree.get(new_section) or {}
-                    target[new_name] = body.pop(name)
-    for tree in trees:
-        if isinstance(tree.get("thoughts"), dict) and tree["thoughts"].get("sampler") == "sampled":
-            tree["thoughts"]["sampler"] = "rollout"
-    data = [tree["data"] for tree in trees if isinstance(tree.get("data"), dict)]
-    if any(str(part.get("train")).startswith((GYM, SYNTHETIC)) for part in data):
-        for part in data:  # generated problems called their reasoning `steps`
-            if part.get("rationale_field") == "steps":
-                part["rationale_field"] = "rationale"
-    return renamed
-
-
 class Setting(NamedTuple):
     """A value of plain data, and where it comes from."""
 
@@ -448,13 +398,15 @@ class _Reader:
             parts |= {f"stages.{name}.": sections for name, sections in stages.items()}
         beside = any((path.parent / name).exists() for name in RUN_CONTENTS)
         self.in_run = path.name == "config.yaml" and beside
-        if self.in_run and (renamed := _migrate(parts.values())):
+        if self.in_run:
+            renamed, lost = migrate(parts.values())
             self.lines |= {new: self.lines[o] for o, new in renamed.items() if o in self.lines}
-            names = ", ".join(f"{old} -> {new}" for old, new in renamed.items())
-            logger.warning(
-                "%s: translated %d keys of an earlier version: %s",
-                visible(self.file), len(renamed), names,
-            )  # fmt: skip
+            self.warnings += [f"{self.file}: {line}" for line in lost]
+            if renamed:
+                names = ", ".join(f"{old} -> {new}" for old, new in renamed.items())
+                self.warnings.append(
+                    f"{self.file}: translated {len(renamed)} keys of an earlier version: {names}"
+                )
         losses = [part.get("loss") for part in parts.values() if isinstance(part, dict)]
         _add_settings(loss.get("objective") for loss in losses if isinstance(loss, dict))
         for prefix, sections in parts.items():
@@ -509,16 +461,21 @@ class _Reader:
         known = [*(candidates or fields())]
         renamed, foreign = RENAMED.get(name), FOREIGN.get(name.rpartition(".")[2])
         meant = renamed or (foreign := foreign if foreign in known else None)
-        if not meant and len(self.problems) < MOST_SUGGESTIONS:
+        is_gone = name in REPLACED or name in DROPPED
+        if not meant and not is_gone and len(self.problems) < MOST_SUGGESTIONS:
             meant = closest(name, [*known, *RENAMED], by_leaf=True)
         meant = RENAMED.get(meant, meant) if meant else None
         self.misspelt.update((keys_of(meant) or [meant]) if meant else [])
         if renamed:
             return f"renamed; write {before}{renamed}"
+        if name in REPLACED:
+            return f"is gone; write {REPLACED[name]}"
+        if name in DROPPED:
+            return f"is gone: {DROPPED[name][1]}; leave it out"
         if foreign:
             note = f" ({_UNLIKE[foreign]})" if foreign in _UNLIKE else ""
             return f"unknown {kind}; here it is {before}{foreign}{note}"
-        if meant is None:
+        if not meant:
             lists = "quietstar train --help lists all" if kind != "argument" else "leave it out"
             return f"unknown {kind}; {lists}"
         return f"unknown {kind}{did_you_mean(f'{before}{meant}')}"
@@ -591,11 +548,13 @@ class _Reader:
         if not text.strip() and (value is None or not text):
             null = ", or null" if "null" in key_types(key) else ""
             return f"{name}: has no value; write --{name} VALUE{null}"
-        settings = self.settings[prefix]
-        if path:
-            before = settings.get(key) or self.settings[""].get(key)
-            value = _with_entry(before.value if before else None, path, value)
-        settings[key] = Setting(value, COMMAND_LINE, prefix)
+        prefixes = [prefix]
+        if path and not prefix:  # an entry of a mapping is one of those of the stages, too
+            prefixes += [stage for stage, own in self.settings.items() if stage and key in own]
+        for one in prefixes:
+            before = self.settings[one].get(key) or self.settings[""].get(key)
+            new = _with_entry(before.value if before else None, path, value) if path else value
+            self.settings[one][key] = Setting(new, COMMAND_LINE, one)
         return None
 
 

@@ -131,6 +131,13 @@ def _check_schedule(points: list[dict[str, int]]) -> list[dict[str, int]]:
     return points
 
 
+def _check_fraction_or_number(value: float) -> float:
+    """Refuse a number of positions that is not whole."""
+    if value > 1 and value != int(value):
+        raise ValueError("must be a share of at most 1, or a whole number of positions")
+    return value
+
+
 def _check_once(names: list[str]) -> list[str]:
     """Refuse a name that stands in a list twice."""
     if len(set(names)) < len(names):
@@ -157,6 +164,11 @@ Schedule = Annotated[
         ]
     ],
     AfterValidator(_check_schedule),
+]
+FractionOrNumber = Annotated[
+    float,
+    _between(1e-4, 2**20, "no sequence has as many"),
+    AfterValidator(_check_fraction_or_number),
 ]
 StageName = Annotated[str, Field(pattern=r"^[\w-]{1,100}$")]
 
@@ -196,7 +208,8 @@ class ModelConfig(Section):
     """The base model: pretrained (name_or_path), or with random weights (config)."""
 
     name_or_path: Name | None = None
-    """Hub id or folder of the pretrained model (or set model.config instead)."""
+    """Hub id (owner/name, or owner/name@revision) or folder of the pretrained model (or set
+    model.config instead)."""
     config: PlainData | None = None
     """Inline architecture for a model with random weights: model_type and fields of its
     transformers config."""
@@ -204,12 +217,43 @@ class ModelConfig(Section):
     """Folder or hub id of the tokenizer, `bytes` for the built-in byte-level one, or
     `synthetic:<task>` for that task's words; null means the model's own, and model.config needs
     one."""
-    revision: Text | None = None
-    """Branch, tag or commit of a model from the hub."""
     trust_remote_code: bool = False
     """Run the model code that comes with a model from the hub."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the weights in memory; training.mixed_precision is that of the arithmetic."""
+
+
+class BottleneckOptions(Section):
+    """Of houlsby and mlp_adapter."""
+
+    adapter_size: Width = 64
+
+
+class PromptOptions(Section):
+    """Of prompt."""
+
+    num_virtual_tokens: Tokens = 16
+
+
+class PrefixOptions(PromptOptions):
+    """Of prefix."""
+
+    encoder_hidden_size: Width | None = None
+
+
+class GaloreOptions(Section):
+    """Of galore."""
+
+    rank: Width = 128
+    update_proj_gap: Steps = 200
+    scale: Scale = 0.25
+
+
+TUNING_OPTIONS: dict[str, type[Section]] = {
+    "houlsby": BottleneckOptions, "mlp_adapter": BottleneckOptions, "prompt": PromptOptions,
+    "prefix": PrefixOptions, "galore": GaloreOptions,
+}  # fmt: skip
+"""What ``tuning.options`` may hold by ``tuning.method``; nothing with the others."""
 
 
 class TuningConfig(Section):
@@ -234,22 +278,23 @@ class TuningConfig(Section):
     lora_target_modules: Annotated[Texts, Field(min_length=1)] | None = None
     """Names of the layers that get adapters; null means all linear layers of the decoder (ia3:
     keys, values and the MLP's output)."""
-    adapter_size: Width = 64
-    """Width of bottleneck adapters (houlsby, mlp_adapter)."""
-    num_virtual_tokens: Tokens = 16
-    """Number of virtual tokens before every text (prompt, prefix)."""
-    encoder_hidden_size: Width | None = None
-    """Width of the MLP that makes the keys and values of a prefix while they train; null trains
-    them themselves (prefix)."""
-    galore_rank: Width = 128
-    """Rank of the gradients (galore)."""
-    galore_update_proj_gap: Steps = 200
-    """Steps between two updates of the projection (galore)."""
-    galore_scale: Scale = 0.25
-    """Scale of the update (galore)."""
+    options: PlainData = {}
+    """Settings of some methods: adapter_size (64) of houlsby and mlp_adapter; num_virtual_tokens
+    (16) of prompt and prefix; encoder_hidden_size of prefix, the width of an MLP that makes its
+    keys and values while they train (null: none); rank (128), update_proj_gap (200), and scale
+    (0.25) of galore."""
     unfreeze: Texts = []
     """Parameters of the base model that train beside what the method adds, by the end of their
     names; * matches anything: layers.29.*, embed_tokens.weight."""
+
+    @property
+    def method_options(self) -> Any:
+        """The method's options, with their defaults.
+
+        Raises:
+            pydantic.ValidationError: The method has none of this name, or of this value.
+        """
+        return TUNING_OPTIONS.get(self.method, Section).model_validate(self.options)
 
 
 class ThoughtsConfig(Section):
@@ -267,20 +312,14 @@ class ThoughtsConfig(Section):
     ] = "all"
     # fmt: on
     """Where the text thinks: before all tokens; before a share or number of them
-    (thoughts.position_fraction, thoughts.position_count) that is evenly spaced (every), random,
+    (thoughts.position_fraction) that is evenly spaced (every), random,
     hardest to predict (entropy; top_entropy: among the 16 most likely tokens), given most weight by
     the mixing head, or highest in the product of both; before one random token (one_random); before
     the tokens of an answer, or its first one; or where thoughts.pattern or data.positions_field
     says."""
-    position_fraction: Annotated[float, _between(1e-4, 1, "it is a share of all")] = 0.25
-    """Share of the targets that get a thought, for rules that take a share; every n-th is a share
-    of 1/n."""
-    position_count: Annotated[int, _between(1, 2**20, "no sequence has as many")] | None = None
-    """Number of the targets of a text that get a thought, in place of a share of them; a text with
-    fewer targets thinks before all."""
-    scoring_model: Name | None = None
-    """Folder or hub id of a smaller causal LM with the same tokenizer, whose entropy is used by
-    positions entropy and top_entropy; null means the model's own."""
+    position_fraction: FractionOrNumber = 0.25
+    """Share of a text's targets that get a thought, for rules that take one (every n-th is a share
+    of 1/n); above 1 their number, which a text with fewer targets does not reach."""
     pattern: Pattern | None = None
     """Regular expression of Python for positions pattern, in which ^ and $ match at every line: the
     model thinks before the token with the first character of each match, or of its group 1."""
@@ -298,12 +337,6 @@ class ThoughtsConfig(Section):
     """Length and lookahead by steps of the stage, as [{step: 100, length: 4, lookahead: 2}]: they
     begin as thoughts.length and thoughts.lookahead, which bound them, and what a point leaves out
     stays as it is. The model is saved with those of its last step."""
-    schedule_type: Literal["stepped", "linear"] = "stepped"
-    """Lengths and lookaheads change at the points of thoughts.schedule, or from each to the next in
-    equal steps, rounded."""
-    schedule_min_gain: Fraction | None = None
-    """Share of the stage's best held-out gain of thinking below which thoughts.schedule waits: it
-    goes on behind an evaluation that reaches it; null never waits."""
     temperature: Temperature = 1.0
     """Temperature at which thought tokens are sampled in training."""
     top_p: Annotated[float, _above_zero(1.0, "it is a share of a whole")] | None = None
@@ -326,13 +359,9 @@ class ThoughtsConfig(Section):
 class MixingHeadConfig(Section):
     """The mixing head: how far the thought's prediction replaces the base prediction."""
 
-    activation: Literal["sigmoid", "none"] = "sigmoid"
-    """Last layer of the head: sigmoid keeps the mixing weight in (0, 1); none is the paper's
-    unbounded head."""
     initial_weight: BelowOne = 0.12
-    """Mixing weight at the start of training, above 0 with sigmoid and 0 with activation none."""
-    hidden_size: Width | None = None
-    """Width of the head's hidden layers; null means the model's width."""
+    """Mixing weight at the start of training. The head ends in a sigmoid, which keeps the weight
+    in (0, 1); with 0 it has none and is the paper's unbounded head."""
     floor: BelowOne = 0.0
     """Lower bound of the mixing weight, so that it cannot collapse to 0 while thoughts are still
     useless (saved with the head)."""
@@ -360,31 +389,18 @@ class JudgeConfig(Section):
     """What a causal LM is asked: continuation, answer, summary, or a Jinja file of yours."""
     rationale: Annotated[int, _between(0, 10**5, "no judge writes more")] = 0
     """Most tokens of a rationale before each verdict; 0 asks for none."""
-    chat: Literal["auto", "on", "off"] = "auto"
-    """Ask through the chat template of the judge's tokenizer; auto: if it has one."""
     continuation: Tokens | None = None
     """Most tokens that the model writes behind a thought, which are judged; null means
     thoughts.lookahead."""
-    temperature: Temperature = 1.0
-    """Temperature at which they are sampled."""
-    stop: Texts = []
-    """Texts before which a continuation ends, as the line break behind an answer."""
-    batch_size: Sequences = 16
-    """Texts that the judge reads at once."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the judge's weights; auto means as they were saved."""
-    device: Text | None = None
-    """Device of the judge, as cuda:1 or cpu; null means where the model trains."""
-    cache: Name | None = None
-    """Folder that keeps the verdicts of a causal LM for other runs; null means none."""
 
 
 class DataConfig(Section):
     """The text to train on, and how it is cut into sequences."""
 
     train: Name | None = None
-    """Training text, required: a .jsonl, .json, .txt or .parquet file, a folder of them, a hub data
-    set id, reasoning_gym:<task>, or synthetic:<task>."""
+    """Training text, required: a .jsonl, .json, .txt or .parquet file, a folder of them, a data set
+    of the hub (its id, with id:split or id:subset:split another split than train), or
+    reasoning_gym:<task> or synthetic:<task>."""
     eval: Name | None = None
     """Held-out text, given like data.train; null holds out a share of data.train."""
     eval_fraction: Annotated[
@@ -395,8 +411,8 @@ class DataConfig(Section):
     """Largest number of sequences in an evaluation; null chooses 16 to 512 (64 of raw text), so
     that evaluations take less time than the training between them (64 of a stream's head)."""
     format: Literal["text", "qa", "chat"] = "text"
-    """Records are raw text, questions with answers (joined by data.template), or chats (through the
-    tokenizer's chat template)."""
+    """Records are raw text, questions with answers (joined by data.template), or chats (their field
+    messages, through the tokenizer's chat template)."""
     text_field: FieldOrTemplate = "text"
     """Field of a record with the text (format text), or a Jinja template that makes it of the
     record's fields, such as '{{ title }}: {{ body }}'."""
@@ -405,8 +421,6 @@ class DataConfig(Section):
     answer_field: FieldOrTemplate = "answer"
     """Field of a record with the answer (format qa), or a Jinja template of its fields, such as
     "{{ answer.split('####')[-1].strip() }}"."""
-    messages_field: Text = "messages"
-    """Field of a record with the messages (format chat)."""
     rationale_field: FieldOrTemplate | None = None
     """Field of a record with the gold reasoning that leads to its answer (format qa), or a Jinja
     template of its fields; evaluations compare thoughts with it, and it is never trained on."""
@@ -429,18 +443,10 @@ class DataConfig(Section):
     """First tokens of a sequence that are no targets. A pretrained model predicts badly from the
     very first token, which serves as an attention sink, and any thought improves on that; a few
     more tokens keep this effect out of the gain."""
-    short_texts: Literal["pad", "skip"] = "pad"
-    """What happens to a text shorter than seq_len."""
-    split: Text = "train"
-    """Split of a hub data set."""
-    subset: Text | None = None
-    """Subset (configuration) of a hub data set."""
     streaming: bool = False
     """Read a hub data set while training instead of downloading it first."""
-    size: Annotated[int, _between(1, 10**7, "they would fill the memory")] = 10000
-    """Number of generated problems of a reasoning_gym or synthetic task."""
     task_options: PlainData = {}
-    """Options of the reasoning_gym or synthetic task."""
+    """Options of the reasoning_gym or synthetic task; size is the number of problems (10,000)."""
 
 
 class OptimConfig(Section):
@@ -457,12 +463,8 @@ class OptimConfig(Section):
     """Learning rate of the start and end embeddings; null means optim.learning_rate."""
     weight_decay: Annotated[float, _between(0, 100, "weights would decay at once")] = 0.001
     """Decoupled weight decay."""
-    adam_beta1: BelowOne = 0.9
-    """Decay of the running mean of gradients."""
-    adam_beta2: BelowOne = 0.999
-    """Decay of the running mean of squared gradients."""
-    adam_epsilon: Annotated[float, _above_zero(1.0, "no weight would move")] = 1e-8
-    """Term in AdamW's denominator."""
+    betas: Annotated[list[BelowOne], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """Decay of AdamW's running means of gradients and of squared gradients."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or falling to 0 at the last step."""
     warmup_steps: StepsOrNone = 20
@@ -531,8 +533,6 @@ class TrainingConfig(Section):
     before the launch ends."""
     output_dir: Name = "runs/default"
     """Folder of the run."""
-    overwrite_output_dir: bool = False
-    """Start a new run in a folder that already holds one, which is an error otherwise."""
 
 
 class LoggingConfig(Section):
@@ -541,8 +541,6 @@ class LoggingConfig(Section):
     report_to: Texts = ["tensorboard"]
     """Trackers of accelerate (tensorboard, wandb, ...) that get the metrics beside
     metrics.jsonl."""
-    run_name: Text | None = None
-    """Name of the run in wandb, trackio and mlflow; null means that of training.output_dir."""
     logging_steps: Steps = 1
     """Steps between two records of the metrics."""
     thought_steps: StepsOrNone = 25

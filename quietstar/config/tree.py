@@ -9,14 +9,20 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from typing import Any
 
-from pydantic import Field, SerializeAsAny, create_model, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from quietstar import registry
 from quietstar.config import schema
-from quietstar.config.schema import Section, Text
+from quietstar.config.schema import TUNING_OPTIONS, Section, Text
 from quietstar.errors import UserError, reason_of
 
-DEFAULT_FRACTION = schema.ThoughtsConfig.model_fields["position_fraction"].default
 MOST_TOKEN_BYTES = 2**36
 """Of the ids of one micro-batch's thoughts, whose states need a thousand times as much."""
 
@@ -235,6 +241,7 @@ def _model_rules(config: Config) -> Iterator[Broken]:
             f"optim.name: {config.optim.name} does not go with tuning.method: galore, which has an"
             " AdamW of its own. Set optim.name: adamw_torch, or another method."
         )  # fmt: skip
+    yield from _tuning_rules(config.tuning)
     if model.config is None:
         return
     if config.tuning.method not in ("full", "galore"):
@@ -254,6 +261,23 @@ def _model_rules(config: Config) -> Iterator[Broken]:
         )  # fmt: skip
 
 
+def _tuning_rules(tuning: schema.TuningConfig) -> Iterator[Broken]:
+    known = TUNING_OPTIONS.get(tuning.method, Section).model_fields
+    for name, value in tuning.options.items():
+        shown = f"tuning.options.{name} ({value!r})"
+        if name not in known:
+            yield ("tuning.options", "tuning.method"), (
+                f"{shown} is none of tuning.method: {tuning.method}, which has"
+                f" {', '.join(known) or 'no options'}. Leave it out."
+            )  # fmt: skip
+            continue
+        try:
+            TUNING_OPTIONS[tuning.method].model_validate({name: value})
+        except ValidationError as problem:
+            reason = problem.errors()[0]["msg"]
+            yield ("tuning.options", "tuning.method"), f"{shown}: {reason}. Correct it."
+
+
 def _thought_rules(config: Config) -> Iterator[Broken]:
     thoughts, data = config.thoughts, config.data
     try:
@@ -269,12 +293,6 @@ def _thought_rules(config: Config) -> Iterator[Broken]:
                 " because memory is planned for it. Raise it: the schedule may begin lower, at"
                 " step 0."
             )  # fmt: skip
-    if thoughts.schedule_min_gain is not None and config.training.eval_steps == 0:
-        yield ("training.eval_steps", "thoughts.schedule_min_gain"), (
-            f"training.eval_steps (0) must be above 0 with thoughts.schedule_min_gain"
-            f" ({thoughts.schedule_min_gain}), which waits for what evaluations say. Set it, or"
-            " leave schedule_min_gain out."
-        )  # fmt: skip
     if thoughts.length == 1 and "shuffled" in config.training.eval_controls:
         yield ("training.eval_controls", "thoughts.length"), (
             "training.eval_controls (shuffled) needs thoughts.length of at least 2: a single token"
@@ -286,8 +304,8 @@ def _thought_rules(config: Config) -> Iterator[Broken]:
             f"data.min_context ({data.min_context}) must be smaller than data.seq_len"
             f" ({data.seq_len}), or no token is a target. Lower it."
         )  # fmt: skip
-    share = max(1, int(data.seq_len * thoughts.position_fraction))
-    places = min(data.seq_len, thoughts.position_count or share)
+    share = thoughts.position_fraction
+    places = min(data.seq_len, max(1, int(share if share > 1 else data.seq_len * share)))
     if thoughts.positions in ("one_random", "answer_start"):
         places = 1
     elif thoughts.positions in ("all", "answer", "pattern", "field"):
@@ -324,18 +342,6 @@ def _position_rules(config: Config) -> Iterator[Broken]:
                 f" {thoughts.positions} and data.format: chat: only then are the assistant's tokens"
                 " known. Set it to answer."
             )  # fmt: skip
-    if thoughts.position_count is not None and thoughts.position_fraction != DEFAULT_FRACTION:
-        yield ("thoughts.position_count", "thoughts.position_fraction"), (
-            f"thoughts.position_count ({thoughts.position_count}) cannot be set beside"
-            f" thoughts.position_fraction ({thoughts.position_fraction}): a text thinks at a number"
-            " of positions or at a share of them. Leave one of them out."
-        )  # fmt: skip
-    if thoughts.scoring_model is not None and thoughts.positions not in ("entropy", "top_entropy"):
-        yield ("thoughts.scoring_model", "thoughts.positions"), (
-            f"thoughts.scoring_model ({thoughts.scoring_model}) must be null with"
-            f" thoughts.positions: {thoughts.positions}, which reads no entropy of another model."
-            " Leave it out, or set thoughts.positions: entropy or top_entropy."
-        )  # fmt: skip
     if thoughts.positions == "pattern" and thoughts.pattern is None:
         yield ("thoughts.pattern", "thoughts.positions"), (
             "thoughts.pattern (null) must be set with thoughts.positions: pattern, which thinks"
@@ -363,28 +369,10 @@ def _matches_anywhere(pattern: str) -> bool:
 
 def _mixing_head_rules(config: Config) -> Iterator[Broken]:
     head = config.mixing_head
-    weight = ("mixing_head.initial_weight", "mixing_head.activation")
-    if head.activation == "sigmoid" and head.initial_weight == 0:
-        yield weight, (
-            "mixing_head.initial_weight (0) must be above 0 with mixing_head.activation: sigmoid,"
-            " which never reaches 0. Set a small value such as 0.12, or mixing_head.activation:"
-            " none."
-        )  # fmt: skip
-    elif head.activation == "sigmoid" and head.initial_weight <= head.floor:
+    if head.initial_weight <= head.floor and head.floor > 0:
         yield ("mixing_head.initial_weight", "mixing_head.floor"), (
             f"mixing_head.initial_weight ({head.initial_weight}) must be above mixing_head.floor"
             f" ({head.floor}), the lower bound of the weight. Raise it, or lower the floor."
-        )  # fmt: skip
-    if head.activation == "none" and head.initial_weight != 0:
-        yield weight, (
-            f"mixing_head.initial_weight ({head.initial_weight}) must be 0 with"
-            " mixing_head.activation: none, the paper's head, which is zero at the start."
-            " Set it to 0, or mixing_head.activation: sigmoid."
-        )  # fmt: skip
-    if head.activation == "none" and head.floor != 0:
-        yield ("mixing_head.floor", "mixing_head.activation"), (
-            f"mixing_head.floor ({head.floor}) must be 0 with mixing_head.activation: none, whose"
-            " output has no bounds. Set it to 0, or mixing_head.activation: sigmoid."
         )  # fmt: skip
     if head.fixed_weight is not None and config.thoughts.positions in _LEARNED_RULES:
         yield ("thoughts.positions", "mixing_head.fixed_weight"), (

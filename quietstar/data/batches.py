@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.config import DataConfig, ThoughtsConfig
 from quietstar.config.schema import SYNTHETIC
-from quietstar.data.encoding import Documents, Encoded, Encoder, all_too_short, chunks, prepare
+from quietstar.data.encoding import Documents, Encoded, Encoder, chunks, prepare
 from quietstar.data.marking import PatternMarker
-from quietstar.data.sources import WHOLE, Record, Source, is_empty, open_source
+from quietstar.data.sources import WHOLE, Record, Source, is_empty, num_problems, open_source
 from quietstar.data.tokenizer import padding_id
 from quietstar.errors import UserError
 
@@ -66,12 +66,11 @@ class DataReport:
 
     Attributes:
         source: Key and value that named the data.
-        documents: Documents to train on, without those dropped or skipped; None for a stream.
+        documents: Documents to train on, without those dropped; None for a stream.
         held_out_documents: Documents kept from training, or read from `data.eval`.
         eval_sequences: Sequences of an evaluation.
         sequences: Sequences of an epoch; None for a stream.
         dropped_empty: Records without text or answer, in both parts.
-        skipped_short: Texts (in both parts) or last chunks shorter than a sequence, skipped.
         padded: Sequences of an epoch that need padding.
         truncated: Question/answer or chat records longer than a sequence.
         tokens: Tokens of the documents.
@@ -85,7 +84,6 @@ class DataReport:
     eval_sequences: int
     sequences: int | None = None
     dropped_empty: int = 0
-    skipped_short: int = 0
     padded: int | None = None
     truncated: int | None = None
     tokens: int | None = None
@@ -98,7 +96,6 @@ class DataReport:
             return f"{self.source}: a stream; {held_out}"
         about = "" if self.exact else "about "
         counts = {f"{about}%s padded": self.padded, f"{about}%s truncated": self.truncated,
-                  "%s short ones skipped": self.skipped_short,
                   "%s empty ones dropped": self.dropped_empty}  # fmt: skip
         return ", ".join([
             f"{self.source}: {self.documents:,} documents, {about}{self.tokens:,} tokens",
@@ -225,11 +222,10 @@ class StreamSamples:
         return samples
 
     def _endless(self) -> Iterator[Record | Encoded]:
-        as_records = self._config.spans == "random" and self._config.short_texts == "pad"
         while True:
             item = None
             records = self._records(self._head)
-            for item in records if as_records else self._sequences(records):
+            for item in records if self._config.spans == "random" else self._sequences(records):
                 yield item
             if item is None:
                 raise self._nothing_left()
@@ -243,16 +239,11 @@ class StreamSamples:
         """Encodes records: documents to cut spans from, or joined chunks."""
         encoded = (self._encoder([record])[0] for record in records)
         documents = (document for document in encoded if len(document))
-        if self._config.spans == "concatenate":
-            documents = chunks(documents, self._config.seq_len)
-        shortest = self._config.seq_len if self._config.short_texts == "skip" else 1
-        return (document for document in documents if len(document) >= shortest)
+        joined = self._config.spans == "concatenate"
+        return chunks(documents, self._config.seq_len) if joined else documents
 
     def _nothing_left(self) -> UserError:
-        label, rest = self._source.label, self._records(self._head)
-        longest = max((len(self._encoder([record])[0]) for record in rest), default=0)
-        if longest:
-            return all_too_short(label, self._config.seq_len, longest)
+        label = self._source.label
         if self._head == 0:
             return UserError(f"{label}: every record is empty: give text to learn from")
         return UserError(
@@ -398,7 +389,7 @@ def build_data(
         config = config.model_copy(update={"eval": config.train})  # its own held-out problems
     if config.eval is not None:
         # Seeds of generated problems overlap when they are close: start behind the training ones.
-        behind, size = seed + config.size, config.eval_sequences
+        behind, size = seed + num_problems(config), config.eval_sequences
         held_out = open_source(config.eval, config, behind, "data.eval", size)
     if source.table is None:
         samples = StreamSamples(source, encoder, config, seed)
@@ -423,7 +414,7 @@ def build_data(
             eval_samples, eval_count = held_out_samples(apart, config, seed, source.label)
         else:
             eval_samples, eval_count = evaluate_on(held_out, config, encoder, seed)
-        sequences = documents.join(config, source.label)
+        sequences = documents.join(config)
         samples = MapSamples(sequences, config, seed)
         lengths, scale = sequences.lengths, 1.0
         if lengths is None:  # estimated from a few: to tokenize all of them would take long
@@ -441,7 +432,6 @@ def build_data(
             eval_sequences=len(eval_samples),
             sequences=len(sequences),
             dropped_empty=sequences.dropped,
-            skipped_short=sequences.skipped,
             padded=int((lengths < config.seq_len).sum() * scale),
             truncated=0 if config.format == "text" else longer,
             tokens=int(lengths.sum() * scale),
@@ -514,7 +504,7 @@ def held_out_samples(
     One sequence of every held-out document, in random order; while there are too few and raw
     text is left, further disjoint spans of the same documents. Returns the number of documents too.
     """
-    joined = documents.join(config, label)
+    joined = documents.join(config)
     seq_len, limit = config.seq_len, config.eval_sequences
     spans = []
     for place in keyed_rng(seed, EVAL_ORDER).permutation(len(joined))[:limit].tolist():

@@ -346,7 +346,6 @@ class Documents:
         table: Rows with the columns `ENCODED`.
         lengths: Tokens of every document; an empty one has none.
         dropped: Number of empty documents that were left out, 0 where they are tokenized on demand.
-        skipped: Number of documents or chunks that were left out as too short.
         records: The records that the documents are made of.
         rows: Row of each document there; None for chunks, which are of several.
     """
@@ -354,7 +353,6 @@ class Documents:
     table: Dataset
     lengths: Int[np.ndarray, " documents"] | None = None
     dropped: int = 0
-    skipped: int = 0
     records: Dataset | None = None
     rows: Int[np.ndarray, " documents"] | None = None
 
@@ -374,16 +372,14 @@ class Documents:
             np.asarray(row["marked"], np.bool_),
         )
 
-    def select(
-        self, indices: Int[np.ndarray, " chosen"], dropped: int = 0, skipped: int = 0
-    ) -> "Documents":
-        """Returns the documents at these indices, of which others were dropped and skipped."""
+    def select(self, indices: Int[np.ndarray, " chosen"], dropped: int = 0) -> "Documents":
+        """Returns the documents at these indices, where others were dropped."""
         lengths = None if self.lengths is None else self.lengths[indices]
         rows = None if self.rows is None else self.rows[indices]
-        counts = (self.dropped + dropped, self.skipped + skipped)
-        return Documents(self.table.select(indices), lengths, *counts, self.records, rows)
+        table, dropped = self.table.select(indices), self.dropped + dropped
+        return Documents(table, lengths, dropped, self.records, rows)
 
-    def join(self, config: DataConfig, label: str) -> "Documents":
+    def join(self, config: DataConfig) -> "Documents":
         """Joins the documents, a thousand at a time, into chunks, where `spans` asks for it."""
         if config.spans == "random":
             return self
@@ -401,47 +397,28 @@ class Documents:
             return _columns(chunks(documents, config.seq_len))
 
         table, lengths = _map(self.table, join)
-        joined = Documents(table, lengths, self.dropped, self.skipped)
-        if config.short_texts == "pad":
-            return joined
-        whole = np.flatnonzero(lengths == config.seq_len)
-        if len(whole) == 0:
-            raise all_too_short(label, config.seq_len, int(lengths.max()))
-        return joined.select(whole, skipped=len(table) - len(whole))
+        return Documents(table, lengths, self.dropped)
 
 
 def prepare(source: Source, config: DataConfig, encoder: Encoder) -> Documents:
     """Makes documents of a source's table; raises `UserError` if none is left."""
     records = source.table
     assert records is not None, "a stream has no table"
-    joined, skip = config.spans == "concatenate", config.short_texts == "skip"
 
     def encode(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         rows = zip(*batch.values(), strict=True)
         return _columns(encoder([dict(zip(batch, row, strict=True)) for row in rows]))
 
     rows = {"records": records, "rows": np.arange(len(records))}
-    if not (joined or skip) and records.data.nbytes > EXACT_BYTES:
+    if config.spans == "random" and records.data.nbytes > EXACT_BYTES:
         return Documents(records.with_transform(encode), **rows)
     row_bytes = max(1, records.data.nbytes // len(records))
     table, lengths = _map(records, encode, max(1, min(BATCH_ROWS, BATCH_BYTES // row_bytes)))
     filled = lengths > 0
-    long_enough = lengths >= (config.seq_len if skip and not joined else 1)
     if not filled.any():
         raise UserError(f"{source.label}: every record is empty: give text to learn from")
-    if not long_enough.any():
-        raise all_too_short(source.label, config.seq_len, int(lengths.max()))
-    dropped, skipped = int((~filled).sum()), int((filled & ~long_enough).sum())
     documents = Documents(table, lengths, **rows)
-    return documents.select(np.flatnonzero(filled & long_enough), dropped, skipped)
-
-
-def all_too_short(label: str, seq_len: int, longest: int) -> UserError:
-    """Builds the error for data of which `short_texts: skip` leaves nothing."""
-    return UserError(
-        f"{label}: no text has data.seq_len ({seq_len}) tokens (the longest has {longest}) and"
-        " data.short_texts is 'skip': lower data.seq_len, or set data.short_texts: pad"
-    )
+    return documents.select(np.flatnonzero(filled), int((~filled).sum()))
 
 
 def _columns(documents: Iterable[Encoded]) -> dict[str, list[Any]]:

@@ -52,6 +52,7 @@ MOST_LIST_BYTES = 2**30  # of a .json file that is one list, which is parsed as 
 PARQUET_ROWS = 256  # decoded at once
 RECORDS_VERSION = 1  # to be raised when `read_record` makes other records of the same rows
 MEND = "Mend the file, write it again, or leave it out."
+MOST_PROBLEMS = 10**7  # more would fill the memory
 WHOLE = "record"  # canonical field of the whole raw record
 
 
@@ -61,8 +62,11 @@ def record_fields(config: DataConfig, whole: bool = False) -> dict[str, str]:
 
     With ``whole`` among them one for the whole raw record.
     """
-    names = {"text": ["text"], "chat": ["messages"], "qa": ["question", "answer"]}[config.format]
-    fields = {name: getattr(config, f"{name}_field") for name in names}
+    fields = {
+        "text": {"text": config.text_field},
+        "chat": {"messages": "messages"},
+        "qa": {"question": config.question_field, "answer": config.answer_field},
+    }[config.format]
     if config.format == "qa" and config.rationale_field is not None:
         fields["rationale"] = config.rationale_field
     if config.positions_field is not None:
@@ -352,12 +356,12 @@ def open_source(
     """Finds out what a name means and opens it.
 
     Args:
-        value: A file or folder, a hub id (`owner/name`, or `owner/name:split`),
+        value: A file or folder, a hub id (`owner/name`, `:split` or `:subset:split` after it),
             `reasoning_gym:<task>` or `synthetic:<task>` (as data.eval its held-out problems).
         config: Fields, format and options of the records.
         seed: Seed of generated problems; problem i of seed s is problem 0 of seed s + i.
         key: Config key that named it.
-        size: Number of generated problems, instead of `config.size`.
+        size: Number of generated problems, instead of `num_problems`.
         whole: Whether records keep the raw ones that they are made of.
 
     Raises:
@@ -365,12 +369,27 @@ def open_source(
     """
     label = f"{key}: {value}"
     if value.startswith((GYM, SYNTHETIC)):
-        held_out, size = key == "data.eval", size or config.size
+        held_out, size = key == "data.eval", size or num_problems(config)
         return _open_generated(label, value, config, seed, size, held_out, whole)
     path, fields = find_local(value, key), record_fields(config, whole)
     if path is None:
         return _open_hub(label, value, config, fields)
     return _open_local(label, path, config, fields)
+
+
+def num_problems(config: DataConfig) -> int:
+    """Returns the number of generated problems, the option ``size`` of all tasks.
+
+    Raises:
+        UserError: It is no number of problems.
+    """
+    size = config.task_options.get("size", 10_000)
+    if type(size) is not int or not 1 <= size <= MOST_PROBLEMS:
+        raise UserError(
+            f"data.task_options: size: {size!r} must be a number from 1 to {MOST_PROBLEMS:,}; "
+            "correct it or leave it out"
+        )
+    return size
 
 
 def find_local(value: str, key: str) -> Path | None:
@@ -472,15 +491,20 @@ def _find_files(folder: Path) -> list[Path]:
 
 def _open_hub(label: str, value: str, config: DataConfig, fields: Mapping[str, str]) -> Source:
     """Opens a hub data set; a table's columns are renamed, and copied only through templates."""
-    name, _, split = value.partition(":")
-    split = split or config.split
+    name, *parts = value.split(":")
+    if len(parts) > 2 or not all((name, *parts)):
+        raise UserError(
+            f"{label}: must be owner/name, owner/name:split, or owner/name:subset:split"
+        )
+    split = parts[-1] if parts else "train"
+    subset = parts[0] if len(parts) > 1 else None
     try:
-        data: Any = load_dataset(name, config.subset, split=split, streaming=config.streaming)
+        data: Any = load_dataset(name, subset, split=split, streaming=config.streaming)
     except Exception as error:  # offline, no such set, no such subset, a broken script, ...
         reason = str(error).partition("\n")[0][:200]
         raise UserError(
             f"{label}: no such file or folder here, and not to be had as a hub data set (split"
-            f" {split!r}, subset {config.subset!r}: {reason}): check the path, or the id"
+            f" {split!r}, subset {subset!r}: {reason}): check the path, or the id"
             f" and the connection{did_you_mean_file(Path(name))}"
         ) from error
     if config.streaming:
@@ -542,9 +566,10 @@ def _open_generated(
             " leave it out, or set thoughts.positions: pattern"
         )
     task = value.partition(":")[2]
+    options = {k: v for k, v in config.task_options.items() if k != "size"}
     if value.startswith(SYNTHETIC):
         separator = " "
-        problems = synthetic_records(label, task, config.task_options, size, seed, held_out)
+        problems = synthetic_records(label, task, options, size, seed, held_out)
         if config.format == "chat":
             raise UserError(f"{label}: holds no chats: set data.format: qa or text")
     else:
@@ -555,7 +580,7 @@ def _open_generated(
             hint = did_you_mean(closest(task, tasks, SIMILAR_NAME))
             raise UserError(f"{label}: reasoning_gym has no task {task!r}{hint}")
         try:
-            dataset = gym.create_dataset(task, size=size, seed=seed, **config.task_options)
+            dataset = gym.create_dataset(task, size=size, seed=seed, **options)
         except Exception as error:  # tasks check little, and fail in many ways
             raise _refused_options(config, task, error) from error
         if config.rationale_field is not None and task != "chain_sum":

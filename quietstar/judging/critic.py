@@ -10,12 +10,9 @@ from typing import Any, Literal
 
 import torch
 
-from quietstar.backbone.devices import find_device
 from quietstar.config import JudgeConfig
 from quietstar.errors import UserError
-from quietstar.evaluation.scoring import fingerprint
 from quietstar.generation.continuations import Writing
-from quietstar.judging.cache import VerdictCache
 from quietstar.judging.judge import Judge, of_model
 from quietstar.judging.prompts import Kind
 from quietstar.judging.reward_model import RewardModel, is_classifier
@@ -142,25 +139,16 @@ def load_critic(
         UserError: A model or template that cannot be used.
     """
     num_tokens = lookahead if settings.continuation is None else settings.continuation
-    writing = Writing(num_tokens, settings.temperature, tuple(settings.stop))
+    writing = Writing(num_tokens)
     kind: Kind = "pair" if settings.mode == "pairs" else "rating"
-    place = settings.device or str(device)
-    if settings.device is not None:
-        try:
-            find_device(settings.device)
-        except UserError as problem:
-            raise UserError(f"judge.device ({settings.device}): {problem}") from problem
+    place = str(device)
     with naming_keys():
         if reward == "reward_model":
             assert settings.model is not None, "the config was validated"
-            scorer = RewardModel.load(
-                settings.model, dtype=settings.dtype, device=place, batch_size=settings.batch_size
-            )
-            return Critic(scorer, writing)
+            return Critic(RewardModel.load(settings.model, device=place), writing)
         given: dict[str, Any] = {
-            "template": settings.template, "rationale_tokens": settings.rationale,
-            "chat": {"auto": None, "on": True, "off": False}[settings.chat],
-            "batch_size": settings.batch_size,
+            "template": settings.template,
+            "rationale_tokens": settings.rationale,
         }  # fmt: skip
         if settings.model is None:
             if thinker.passes_together:
@@ -172,15 +160,12 @@ def load_critic(
             judge = Judge(base, thinker.tokenizer, **given)
             judge.check(kind)
             return Critic(judge, writing, settings.mode, base.disable_adapter)
-        if settings.cache is not None:
-            given["cache"] = VerdictCache(settings.cache)
-            given["fingerprint"] = fingerprint(settings.model)
         if is_classifier(settings.model):
             raise UserError(
                 f"judge.model ({settings.model}): is a sequence classifier, and loss.reward: judge "
                 "asks a causal LM. Set loss.reward: reward_model."
             )
-        judge = Judge.load(settings.model, dtype=settings.dtype, device=place, **given)
+        judge = Judge.load(settings.model, device=place, **given)
         with of_model(settings.model):
             judge.check(kind)
         return Critic(judge, writing, settings.mode)

@@ -81,7 +81,6 @@ class StudentRows:
         teacher_nll: NLL of the true tokens by the teacher.
         num_items: Targets of the texts of the whole step, by which sums are divided.
         head: From states to logits.
-        drawn: Tokens drawn from the student's predictions; None where the objective reads none.
     """
 
     states: Float[Tensor, "rows width"]
@@ -91,7 +90,6 @@ class StudentRows:
     teacher_nll: Float[Tensor, " rows"]
     num_items: Float[Tensor, ""]
     head: OutputHead
-    drawn: Int[Tensor, " rows"] | None = None
 
     @property
     def scale(self) -> Float[Tensor, " rows"]:
@@ -102,11 +100,10 @@ class StudentRows:
         self,
         tokens: Int[Tensor, " rows"],
         weights: Float[Tensor, " rows"],
-        temperature: float = 1.0,
     ) -> Float[Tensor, ""]:
         """Sum weight * -log p(token) by the student over the rows that have a target."""
         tokens = tokens.where(self.targets != IGNORE_INDEX, IGNORE_INDEX)
-        segment = Segment(self.states, tokens, weights, temperature=temperature)
+        segment = Segment(self.states, tokens, weights)
         return objective([segment], self.head)[0]
 
     def divergence_loss(

@@ -9,7 +9,7 @@ of arXiv 2403.09629, sections 4.3 and 4.4):
     base     sum_i                   -log p_base(x_{i+1})             / N
     mixed    sum_{a,k,i}  u(i,k,a) * -log p_mixed(x_{i+a})            / (A K M)
     thought  sum_{a,k,i}  v(i,k,a) * -log p_thought(x_{i+a})          / (A K M)
-    draft    sum_i                   -log p(x_{i+1} | x_<=i, start)   / M   (ours)
+
     policy   sum_{k,i}    g(i,k)   * -sum_t s(t) / L                  / (K M)
 
 An objective may sum over the lookahead where there is a division by A (`target_weighting`), and
@@ -317,11 +317,6 @@ def thought_loss(
         policy, tokens, coefficients, surrogate, bonus, terms.policy_temperature,
         sampled_only=True, wants_entropy=terms.entropy_weight > 0,
     )]  # fmt: skip
-    if terms.draft_weight > 0:
-        # The states at the start vector are the same for all thoughts of a position.
-        next_targets = targets[0].flatten()
-        coefficients = _filled(next_targets, terms.draft_weight, num_items, policy_states)
-        segments.append(Segment(policy_states[0, 0].flatten(0, 1), next_targets, coefficients))
     rest, results = objective(segments, head, accumulator)
     nll, entropy, *_ = results[0]
     if rows is not None:

@@ -245,13 +245,11 @@ class Student(Protocol):
         nll: NLL of these by the student.
         teacher_nll: NLL of these by the teacher.
         scale: Weight of each row in a mean over the targets of the whole step.
-        drawn: Tokens drawn from the student's predictions, if the objective asks for them.
     """
 
     targets: Tensor
     nll: Tensor
     teacher_nll: Tensor
-    drawn: Tensor | None
 
     @property
     def scale(self) -> Tensor:
@@ -287,7 +285,6 @@ class LossTerms:
         needs_log_ratio: Whether the objective reads `ThoughtScores.log_ratio`.
         weighs_at_once: Whether ``weigh`` is called once, with all scores at hand.
         base_weight: Weight of the base prediction's NLL.
-        draft_weight: Weight of the NLL of the next true token as first thought token.
         entropy_weight: Weight of a bonus on the entropy of thought tokens.
         needs_thought: Whether the thought's own prediction is read by reward or objective.
         scoring: Whether the thought's own prediction and the most likely tokens are computed for
@@ -304,7 +301,6 @@ class LossTerms:
     needs_log_ratio: bool = False
     weighs_at_once: bool = False
     base_weight: float = 1.0
-    draft_weight: float = 0.0
     entropy_weight: float = 0.0
     needs_thought: bool = True
     scoring: bool = False

@@ -14,7 +14,7 @@ from quietstar.config import MixingHeadConfig
 
 
 class MixingHead(nn.Module):
-    """MLP over [text state, thought state]: 2D -> D -> D -> 1, ReLU.
+    """MLP over [text state, thought state]: 2D -> H -> H -> 1, ReLU.
 
     The first layer is kept in two halves, so that its text half runs once per text token and not
     once per thought and lookahead. The last layer starts at zero: every weight starts at
@@ -22,17 +22,18 @@ class MixingHead(nn.Module):
 
     Args:
         width: D of the final states.
-        config: Activation, initial weight, hidden size, floor and fixed weight.
+        config: Initial weight, floor and fixed weight.
+        hidden: H; by default D.
     """
 
-    def __init__(self, width: int, config: MixingHeadConfig) -> None:
+    def __init__(self, width: int, config: MixingHeadConfig, hidden: int | None = None) -> None:
         super().__init__()
-        hidden = config.hidden_size or width
+        hidden = hidden or width
         self.text_layer = nn.Linear(width, hidden)
         self.thought_layer = nn.Linear(width, hidden, bias=False)
         self.middle_layer = nn.Linear(hidden, hidden)
         self.last_layer = nn.Linear(hidden, 1)
-        self.sigmoid = config.activation == "sigmoid"
+        self.sigmoid = config.initial_weight > 0
         self.floor, self.fixed_weight = config.floor, config.fixed_weight
         # Two halves of one layer of 2D inputs: the bound that the whole would have.
         bound = 1 / math.sqrt(2 * width)

@@ -80,19 +80,15 @@ from quietstar.model.outputs import (
     without_padding,
 )
 from quietstar.model.policy import LivePolicy
-from quietstar.model.scoring_model import ScoringModel
 from quietstar.model.self_check import check_architecture, use_thinking_attention
 from quietstar.model.tuning import apply_tuning, quantization
 from quietstar.objectives import Objective
 from quietstar.rewards import find_reward
-from quietstar.sampling.noise import keyed_uniform
 from quietstar.sampling.positions import (
-    ENTROPY_RULES,
     LEARNED_RULES,
     SCORED_RULES,
     choose_positions,
 )
-from quietstar.sampling.rollout import sample_rows
 from quietstar.sampling.stopping import StopTexts
 from quietstar.sampling.thoughts import Sampling, Texts, ThoughtBatch
 
@@ -139,7 +135,6 @@ class QuietStarForCausalLM(PreTrainedModel):
         self.all_tied_weights_keys = {}  # those of the language model are its own
         self.tokenizer, self.stop = tokenizer, None
         self._markers: tuple[Tensor, Tensor] | None = None  # tokens, of markers that do not train
-        self.scoring_model: ScoringModel | None = None  # not a module: see the class
         self.judge: Any = None  # a `quietstar.judging.Critic`, which rewards may ask
         # From the sample_ids of texts to the records that they are made of, for rewards.
         self.records: Callable[[list[int]], list[dict[str, Any]]] | None = None
@@ -324,14 +319,6 @@ class QuietStarForCausalLM(PreTrainedModel):
                 for vectors in self._marker_parameters:
                     vectors.requires_grad_(thoughts.train_markers)
             self._markers = None if thoughts.train_markers else self._find_markers(thoughts)
-            name = thoughts.scoring_model
-            if name is not None and thoughts.positions not in ENTROPY_RULES:
-                raise UserError(
-                    f"thoughts.scoring_model ({name}): is not read by thoughts.positions: "
-                    f"{thoughts.positions}. Leave it out, or think by {' or '.join(ENTROPY_RULES)}."
-                )
-            if name != (None if self.scoring_model is None else self.scoring_model.name):
-                self.scoring_model = None if name is None else ScoringModel(name)
             self.thoughts = thoughts
             with registry.running("thoughts.sampler", thoughts.sampler):
                 self.sampler = registry.find("thoughts.sampler", thoughts.sampler)()
@@ -647,12 +634,6 @@ class QuietStarForCausalLM(PreTrainedModel):
         )
         nll = base.nll.view(labels.shape)
         rows = student_rows(states, nll, labels, teacher, head, num_items)
-        if self.objective.draws_tokens:
-            positions = torch.arange(labels.shape[1], device=labels.device).expand(labels.shape)
-            noise = keyed_uniform(seed, sample_ids, 1, -1, positions)[0]  # not that of a thought
-            few = lookahead_states(noise, teacher.lookahead, teacher.positions).flatten()
-            drawn = sample_rows(rows.states.detach(), head, few[:, None], Sampling(1, 1, 1.0))
-            rows = replace(rows, drawn=drawn[:, 0])
         with registry.running("loss.objective", self.objective_name):
             more, figures = self.objective.student_loss(rows)
         counts = rows.targets != IGNORE_INDEX
@@ -686,10 +667,8 @@ class QuietStarForCausalLM(PreTrainedModel):
         settings = self.objective.settings
         if length is None:
             length = getattr(settings, "teacher_length", None) or self.thoughts.length
-        if top is None:
-            top = getattr(settings, "top_tokens", 1)
+        most = self.objective.top_tokens if top is None else top
         assert isinstance(length, int), "an objective's setting is one"
-        assert isinstance(top, int), "as is this one"
         spec, text = self.thoughts, self.run_text(input_ids)
         batch = self.draw(
             input_ids, attention_mask, labels, answers=answers, marked=marked, length=length,
@@ -704,7 +683,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         )
         drawn = (batch.lengths * (batch.positions >= 0).unsqueeze(-1)).sum()
         head = self.output_head
-        return teacher_targets(states, weight, batch.labels, head, positions, top, drawn)
+        return teacher_targets(states, weight, batch.labels, head, positions, most, drawn)
 
     def _check_teacher(self, teacher: TeacherTargets, labels: Tensor) -> None:
         """Refuse predictions of other texts."""
@@ -734,9 +713,9 @@ class QuietStarForCausalLM(PreTrainedModel):
         own, drawn = self.policy_temperature, self.thoughts.temperature
         if batch.sampling_logprobs is not None and own != drawn:
             raise UserError(
-                f"loss.policy_temperature ({own}): must be thoughts.temperature ({drawn}) where "
+                f"thoughts.temperature ({drawn}): must be that of the policy term ({own}) where "
                 "thoughts come with their log-probabilities: ratios compare with the policy that "
-                "drew them. Set it so, and another loss.estimator than paper, or leave "
+                "drew them. Set another loss.estimator than paper, or leave "
                 "sampling_logprobs out."
             )
 
@@ -813,8 +792,6 @@ class QuietStarForCausalLM(PreTrainedModel):
         rule, score = self.thoughts.positions, None
         if rule in SCORED_RULES:
             states, head = None if texts.run is None else texts.run.states, self.output_head
-            if self.scoring_model is not None:
-                states, head = self.scoring_model.run(texts.input_ids, self)
             assert states is not None, "the text ran"
             score = torch.ones_like(states[..., 0])
             if rule in LEARNED_RULES:
@@ -825,7 +802,7 @@ class QuietStarForCausalLM(PreTrainedModel):
                 score = score * next_token_entropy(states, head, top)
         return choose_positions(
             rule, self.thoughts.position_fraction, texts.labels,
-            count=self.thoughts.position_count, answers=texts.answer_mask, marked=texts.marked,
+            answers=texts.answer_mask, marked=texts.marked,
             score=score, sample_ids=texts.sample_ids, seed=seed, explore=explore,
         )  # fmt: skip
 
@@ -1165,7 +1142,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         if sample_ids is None:
             sample_ids = torch.arange(input_ids.shape[0], device=input_ids.device)
         run = None
-        if self.thoughts.positions in SCORED_RULES and self.scoring_model is None:
+        if self.thoughts.positions in SCORED_RULES:
             run = run_text(self.causal_lm, input_ids)
         texts = Texts(input_ids, labels, answers, sample_ids, run, marked)
         return self._choose(texts, seed, explore=False)

@@ -37,11 +37,13 @@ from quietstar.backbone.loading import (
 from quietstar.backbone.output_head import find_output_head
 from quietstar.backbone.run import embedding_weight
 from quietstar.config import MixingHeadConfig, ThoughtsConfig, TuningConfig
+from quietstar.config.earlier import migrate
 from quietstar.config.messages import shown_value
 from quietstar.config.schema import Section
 from quietstar.data.tokenizer import load_tokenizer
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.model.card import CARD_FILE, model_card, write_card
+from quietstar.model.mixing_head import MixingHead
 from quietstar.model.self_check import check_architecture, use_thinking_attention
 from quietstar.model.tuning import (
     PEFT_METHODS,
@@ -63,22 +65,11 @@ the language model lay in the folder itself."""
 LANGUAGE_MODEL = "language_model."
 _TODAYS_NAMES = 3
 """The first format with the names of today."""
-_OLD_NAMES = {
-    "thoughts": {"source": "sampler", "share": "position_fraction"},
-    "tuning": {
-        "lora_rank": "lora_r",
-        "lora_targets": "lora_target_modules",
-        "virtual_tokens": "num_virtual_tokens",
-        "galore_update_every": "galore_update_proj_gap",
-    },
-}
-
-_OLD_SAMPLERS = {"sampled": "rollout"}
 _NEW_IN_2 = {"sampler", "positions", "position_fraction"}
 """Settings of thoughts that format 1 had not."""
 _NEWER = {
-    "stop", "train_markers", "top_p", "top_k", "position_count", "scoring_model", "pattern",
-    "fixed_weight", "schedule", "schedule_type", "schedule_min_gain", "encoder_hidden_size",
+    "stop", "train_markers", "top_p", "top_k", "pattern",
+    "fixed_weight", "schedule", "options",
 }  # fmt: skip
 """Settings that are newer than their format, and were what their defaults are."""
 _WRITTEN = (
@@ -102,7 +93,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 """Files of a tokenizer, which stay where a model is saved without one."""
 _MOST_UNITS = 2**17
-"""Width of a mixing head or an adapter, or virtual tokens: more than the widest model has units."""
+"""Width of an adapter, or virtual tokens: more than the widest model has units."""
 _DAMAGED = "Save the model again, or take another copy of the folder."
 
 _OF_UPLOADS = {"token", "private", "commit_message", "revision"}
@@ -196,9 +187,10 @@ def save_pretrained(  # noqa: D417  (a method of the model, as the next ones)
     }
     beside = names_beside(self)
     own = {n: x.detach().contiguous() for n, x in all_weights.items() if n in beside}
-    if self.tuning.encoder_hidden_size is not None:  # a prefix loads without what made it
+    if self.tuning.options.get("encoder_hidden_size") is not None:
+        # A prefix loads without what made it.
         own = fold_prefix(self, own)
-        settings["tuning"]["encoder_hidden_size"] = None
+        del settings["tuning"]["options"]["encoder_hidden_size"]
     try:
         with whole_folder(path) as new:
             _keep_others(
@@ -461,9 +453,7 @@ def load(
             tuned = apply_tuning(base, tuning)
         sizes = (settings.vocab_size, settings.pause_token_id)
         thoughts = settings.thoughts
-        # A scoring model is compared by the tokenizer, where the model was saved with one.
-        is_compared = thoughts.scoring_model is not None and any(folder.glob("tokenizer*.json"))
-        needs_tokens = thoughts.stop or is_compared or not thoughts.train_markers
+        needs_tokens = thoughts.stop or not thoughts.train_markers
         trust = hub.get("trust_remote_code", False)
         tokenizer = None
         if needs_tokens:
@@ -475,6 +465,12 @@ def load(
             tuned, thoughts, settings.mixing_head, None, *sizes, tuning, tokenizer,
             counts if len(counts) == 2 else (1, 1),  # what is missing is refused below
         )  # fmt: skip
+        width = len(own.get("mixing_head.text_layer.bias", ())) or None
+        if width is not None and width != model.mixing_head.text_layer.out_features:  # up to 0.2.0
+            head = model.mixing_head.text_layer
+            model.mixing_head = MixingHead(head.in_features, settings.mixing_head, width).to(
+                head.weight.device
+            )
         model.texts_seen = settings.texts_seen
         missing, unknown = names_beside(model) - own.keys(), own.keys() - names_beside(model)
         if missing or unknown:
@@ -536,16 +532,11 @@ def _check_fits(base: PreTrainedModel, folder: Path, settings: Settings) -> None
                 f"{folder / SETTINGS_FILE}: {name} ({getattr(settings, name)}): must be at most "
                 f"{most}, as the language model has {rows} tokens. {_DAMAGED}"
             )
-    sizes = {
-        "mixing_head.hidden_size": settings.mixing_head.hidden_size or 0,
-        "tuning.adapter_size": settings.tuning.adapter_size,
-        "tuning.num_virtual_tokens": settings.tuning.num_virtual_tokens,
-    }
-    for name, size in sizes.items():
-        if size > _MOST_UNITS:
+    for name, size in settings.tuning.options.items():
+        if isinstance(size, int) and size > _MOST_UNITS:
             raise UserError(
-                f"{folder / SETTINGS_FILE}: {name} ({size}): must be at most {_MOST_UNITS}, or "
-                f"memory could not hold it. {_DAMAGED}"
+                f"{folder / SETTINGS_FILE}: tuning.options.{name} ({size}): must be at most "
+                f"{_MOST_UNITS}, or memory could not hold it. {_DAMAGED}"
             )
 
 
@@ -580,8 +571,15 @@ def read_settings(folder: Path) -> Settings:
             )
         if isinstance(version, int) and version < _TODAYS_NAMES:
             content = _in_todays_names(content, folder)
+        if isinstance(thoughts := content.get("thoughts"), dict):
+            for name in ("schedule_type", "schedule_min_gain"):  # a saved model has no schedule
+                thoughts.pop(name, None)
+        _, lost = migrate([content])
+        if lost:
+            raise UserError(f"{path}: {lost[0]}. Load it with the version that saved it.")
         try:
             settings = Settings.model_validate(content)
+            settings.tuning.method_options  # noqa: B018  (validates them)
         except ValidationError as problem:
             first = problem.errors()[0]
             key = ".".join(map(str, first["loc"]))
@@ -600,11 +598,6 @@ def _in_todays_names(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     if content["format_version"] == 1:  # knew full tuning and LoRA only
         is_lora = (folder / "adapter_config.json").exists()
         content["tuning"] = TuningConfig(method="lora" if is_lora else "full").model_dump()
-    for section, names in _OLD_NAMES.items():
-        content[section] = {names.get(k, k): v for k, v in content[section].items()}
     if content["format_version"] == 1:
         content["thoughts"] = ThoughtsConfig().model_dump(include=_NEW_IN_2) | content["thoughts"]
-    sampler = content["thoughts"].get("sampler")
-    if sampler in _OLD_SAMPLERS:
-        content["thoughts"]["sampler"] = _OLD_SAMPLERS[sampler]
     return content

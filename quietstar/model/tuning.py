@@ -263,7 +263,9 @@ def _add_bottlenecks(model: PreTrainedModel, tuning: TuningConfig) -> None:
                     f"{type(model).__name__} (it has {', '.join(children)}); set "
                     "tuning.method: lora"
                 )
-            part.add_module("adapter", Bottleneck(width, tuning.adapter_size).to(device))
+            part.add_module(
+                "adapter", Bottleneck(width, tuning.method_options.adapter_size).to(device)
+            )
             part.register_forward_hook(_apply_adapter)
 
 
@@ -282,7 +284,8 @@ def _add_virtual_tokens(model: PreTrainedModel, tuning: TuningConfig) -> None:
     With ``prompt`` their embeddings (n, embedding) train; with ``prefix`` their keys and values
     (Hkv, n, head size) in every layer, as children of the attention, or an MLP that makes them.
     """
-    weight, count = embedding_weight(model), tuning.num_virtual_tokens
+    options, weight = tuning.method_options, embedding_weight(model)
+    count = options.num_virtual_tokens
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(weight.shape[0], (count,), generator=generator)
     start = weight.detach()[chosen.to(weight.device)]  # as Lester et al.: of real tokens
@@ -300,7 +303,7 @@ def _add_virtual_tokens(model: PreTrainedModel, tuning: TuningConfig) -> None:
             "made from a latent; set tuning.method: prompt or lora"
         )
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    encoder, width = None, tuning.encoder_hidden_size
+    encoder, width = None, options.encoder_hidden_size
     if width is not None:
         encoder = PrefixEncoder(count, start.shape[1], width).to(weight.device)
         virtual.add_module("encoder", encoder)

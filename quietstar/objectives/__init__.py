@@ -30,14 +30,12 @@ class Objective:
     student: Literal["plain", "thinking"] | None = None
     """Who learns from a thinking teacher: the model without thoughts (`student_loss`), or with its
     own (`weigh`, with ``scores.divergence``). None: there is no teacher."""
-    draws_tokens: bool = False
-    """Whether `student_loss` reads ``drawn``."""
+    top_tokens: int = 1
+    """Most likely tokens of each of the teacher's predictions that are kept one by one."""
     needs_thought: bool = True
     """Whether `weigh` weighs or reads the thought's own prediction."""
     base_weight: float = 0.0
     """Weight of the NLL of all next tokens without a thought."""
-    draft_weight: float = 0.0
-    """Weight of the NLL of the next true token as the first thought token."""
     entropy_weight: float = 0.0
     """Weight of a bonus on the entropy of thought tokens."""
     token_weighting: str = "constant"
@@ -95,7 +93,6 @@ class Objective:
             needs_log_ratio=self.needs_log_ratio,
             weighs_at_once=weighs_at_once,
             base_weight=self.base_weight,
-            draft_weight=self.draft_weight,
             entropy_weight=self.entropy_weight,
             needs_thought=self.needs_thought or reward_reads_thought,
         )

@@ -25,9 +25,7 @@ from quietstar.config.schema import (
     ClipHigh,
     ClipLow,
     LossWeight,
-    PerToken,
     ShareOfMean,
-    Temperature,
 )
 from quietstar.losses.estimators import ESTIMATORS, GROUPED
 from quietstar.losses.weights import ThoughtScores, ThoughtWeights
@@ -68,11 +66,6 @@ class PolicySettings(Section):
         default="sum",
         description="True tokens behind a thought count their mean over thoughts.lookahead, or"
         " their sum (the likelihood of the whole answer).",
-    )
-    draft_weight: LossWeight = Field(
-        default=0.0,
-        description="Weight of the NLL of the next true token as the first thought token: thoughts"
-        " begin as drafts of what follows, which gives REINFORCE something to improve.",
     )
     policy_weight: LossWeight = Field(
         default=1.0, description="Weight of the REINFORCE term on the thought tokens."
@@ -122,10 +115,6 @@ class PolicySettings(Section):
         " divergences: the model itself as it is, its moving average (training.ema_decay), or the"
         " weights at the start of the stage.",
     )
-    length_weight: PerToken = Field(
-        default=0.0,
-        description="Added to the reward for every token of a thought; below 0 for short thoughts.",
-    )
     entropy_weight: LossWeight = Field(
         default=0.0, description="Weight of a bonus on the entropy of the thought tokens."
     )
@@ -133,11 +122,6 @@ class PolicySettings(Section):
         default=0.0,
         description="Drop positions whose thoughts' rewards have a standard deviation below this"
         " share of its running mean over earlier steps.",
-    )
-    policy_temperature: Temperature | None = Field(
-        default=None,
-        description="Temperature inside the log-probability of the policy term; null means"
-        " thoughts.temperature, and 3.0 with estimator paper.",
     )
 
 
@@ -161,7 +145,7 @@ class PolicyObjective(Objective):
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)
         for name in (
-            *("base_weight", "draft_weight", "entropy_weight", "token_weighting"),
+            *("base_weight", "entropy_weight", "token_weighting"),
             *("target_weighting", "clip_low", "clip_high", "kl_weight", "reference"),
         ):
             setattr(self, name, getattr(settings, name))
@@ -192,11 +176,8 @@ class PolicyObjective(Objective):
         return ThoughtWeights(advantage, mixed, thought, reward)
 
     def shaped(self, reward: Tensor, scores: ThoughtScores) -> Tensor:
-        """Add what depends on the thought itself: its length, its divergence from the reference."""
+        """Subtract the thought's divergence from the reference."""
         settings = self.settings
-        if settings.length_weight != 0:
-            assert scores.lengths is not None, "the model gives lengths"
-            reward = reward + settings.length_weight * scores.lengths
         if settings.reward_kl_weight > 0:
             assert scores.log_ratio is not None, "the model was given a reference"
             reward = reward - settings.reward_kl_weight * scores.log_ratio
@@ -217,9 +198,7 @@ class PolicyObjective(Objective):
         return reward.std(-1, keepdim=True) >= self.settings.min_signal * scores.running[1]
 
     def policy_temperature(self, sampling_temperature: float) -> float:
-        """Take the configured temperature, the paper's, or that of the sampling."""
-        if self.settings.policy_temperature is not None:
-            return self.settings.policy_temperature
+        """Take the paper's temperature with its estimator, else that of the sampling."""
         paper = self.settings.estimator == "paper"
         return PAPER_POLICY_TEMPERATURE if paper else sampling_temperature
 
@@ -272,7 +251,7 @@ class PolicyObjective(Objective):
             )
         yield from _problems_of_the_ratio(config)
         names = [name for name in type(loss).model_fields if name.endswith("_weight")]
-        names = [n for n in names if n not in ("reward_kl_weight", "length_weight")]
+        names = [n for n in names if n != "reward_kl_weight"]
         if not any(getattr(loss, name) for name in names):
             keys = tuple(f"loss.{name}" for name in names)
             yield (
@@ -286,8 +265,8 @@ class PolicyObjective(Objective):
         """Name what only one term reads, without it."""
         if loss.policy_weight == 0:
             for name in (
-                *("estimator", "policy_temperature", "scaling", "token_weighting", "clip_low"),
-                *("clip_high", "length_weight", "reward_kl_weight"),
+                *("estimator", "scaling", "token_weighting", "clip_low", "clip_high"),
+                "reward_kl_weight",
             ):
                 yield f"loss.{name}", "with loss.policy_weight: 0"
             if loss.thought_weighting != "reward":
@@ -332,7 +311,7 @@ def _problems_of_one_thought(loss: Any) -> Iterable[tuple[tuple[str, ...], str]]
 
 def _problems_of_the_ratio(config: Any) -> Iterable[tuple[tuple[str, ...], str]]:
     """Check that probabilities now and when thoughts were drawn are of one distribution."""
-    thoughts, loss, epochs = config.thoughts, config.loss, config.training.inner_epochs
+    loss, epochs = config.loss, config.training.inner_epochs
     if loss.policy_weight == 0:
         return
     if epochs > 1 and loss.estimator == "paper":
@@ -341,14 +320,6 @@ def _problems_of_the_ratio(config: Any) -> Iterable[tuple[tuple[str, ...], str]]
             f"training.inner_epochs ({epochs}) must be 1 with loss.estimator: paper, whose policy"
             f" term is at temperature {PAPER_POLICY_TEMPERATURE}: its ratios are of another policy"
             " than the one that drew the thoughts. Set it to 1, or another estimator.",
-        )
-    own = loss.policy_temperature
-    if epochs > 1 and own is not None and own != thoughts.temperature:
-        yield (
-            ("loss.policy_temperature", "training.inner_epochs"),
-            f"loss.policy_temperature ({own}) must be thoughts.temperature"
-            f" ({thoughts.temperature}) with training.inner_epochs ({epochs}): ratios compare with"
-            " the policy that drew the thoughts. Leave it out, or set training.inner_epochs: 1.",
         )
 
 

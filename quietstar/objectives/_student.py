@@ -30,10 +30,10 @@ def has_weights_of_its_own(settings: Any) -> bool:
     return settings.teacher is None and settings.reference != "current"
 
 
-def unread_with_a_folder(loss: Any, *more: str) -> Iterable[tuple[str, str]]:
-    """Name what is not read where the teacher's predictions are on disk, and ``more`` of it."""
+def unread_with_a_folder(loss: Any) -> Iterable[tuple[str, str]]:
+    """Name what is not read where the teacher's predictions are on disk."""
     if loss.teacher is not None:
-        for name in ("reference", "teacher_length", *more):
+        for name in ("reference", "teacher_length"):
             yield f"loss.{name}", "with loss.teacher, whose predictions are there already"
 
 

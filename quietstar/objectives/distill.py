@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from quietstar.config.schema import LossWeight, Tokens
+from quietstar.config.schema import LossWeight
 from quietstar.losses.weights import Student, ThoughtScores, ThoughtWeights
 from quietstar.objectives._policy import PolicyObjective, settings_with
 from quietstar.objectives._student import (
@@ -26,10 +26,9 @@ from quietstar.objectives._student import (
 
 _Base: Any = settings_with(reward="teacher", reference="base")
 _OF_THOUGHTS = (
-    *("mixed_weight", "thought_weight", "thought_weighting", "target_weighting", "draft_weight"),
+    *("mixed_weight", "thought_weight", "thought_weighting", "target_weighting"),
     *("policy_weight", "estimator", "scaling", "token_weighting", "clip_low", "clip_high"),
-    *("kl_weight", "reward_kl_weight", "length_weight", "entropy_weight", "min_signal"),
-    *("policy_temperature", "reward"),
+    *("kl_weight", "reward_kl_weight", "entropy_weight", "min_signal", "reward"),
 )
 
 
@@ -41,11 +40,6 @@ class DistillSettings(StudentSettings, _Base):
         description="Who learns: the model without thoughts (plain), or with thoughts of its own,"
         " such as shorter ones (thinking).",
     )
-    top_tokens: Tokens = Field(
-        default=64,
-        description="Most likely tokens of each of the teacher's predictions that are learned one"
-        " by one; all others count as one.",
-    )
     distill_weight: LossWeight = Field(
         default=1.0, description="Weight of the divergence from the teacher."
     )
@@ -55,6 +49,7 @@ class Distill(PolicyObjective):
     """The divergence from the teacher; a thinking student's thoughts are reinforced by it too."""
 
     Settings = DistillSettings
+    top_tokens = 64
 
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)
@@ -97,7 +92,7 @@ class Distill(PolicyObjective):
     @staticmethod
     def unused(loss: Any) -> Iterable[tuple[str, str]]:
         """Name what a plain student does not read."""
-        yield from unread_with_a_folder(loss, "top_tokens")
+        yield from unread_with_a_folder(loss)
         if loss.student == "plain":
             for name in _OF_THOUGHTS:
                 yield f"loss.{name}", "with loss.student: plain"

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from quietstar.config.schema import LossWeight, Temperature
+from quietstar.config.schema import LossWeight
 from quietstar.losses.weights import Student, ThoughtScores, ThoughtWeights
 from quietstar.objectives import Objective
 from quietstar.objectives._student import (
@@ -32,23 +32,14 @@ from quietstar.objectives._student import (
 
 
 class FastRlSettings(StudentSettings):
-    """Which of the two forms, by which teacher."""
+    """Which weights teach, and how much."""
 
-    form: Literal["paper", "code"] = Field(
-        default="paper",
-        description="What is reinforced: the true token by a reward of either sign (paper), or a"
-        " token drawn from the model by rewards above 0 (code).",
-    )
     reference: Literal["current", "ema", "base"] = Field(
         default="base",
         description="Weights that teach: the model itself as it is, its moving average"
         " (training.ema_decay), or the weights at the start of the stage.",
     )
     policy_weight: LossWeight = Field(default=1.0, description="Weight of the policy term.")
-    policy_temperature: Temperature = Field(
-        default=3.0,
-        description="Temperature inside the log-probability of a drawn token (form: code).",
-    )
     base_weight: LossWeight = Field(
         default=0.0, description="Weight of the NLL of all next tokens."
     )
@@ -63,17 +54,11 @@ class FastRl(Objective):
     def __init__(self, settings: Any) -> None:
         super().__init__(settings)
         self.base_weight, self.reference = settings.base_weight, settings.reference
-        self.draws_tokens = settings.form == "code"
 
     def student_loss(self, rows: Student) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weigh the log-probability of the true, or of a drawn token by the reward."""
+        """Weigh the log-probability of the true token by the reward."""
         reward, weight = rows.teacher_nll - rows.nll, self.settings.policy_weight * rows.scale
-        figures = {"student_reward": reward}
-        if self.settings.form == "paper":
-            return rows.token_loss(rows.targets, weight * reward), figures
-        assert rows.drawn is not None, "the objective asks for them"
-        weight, temperature = weight * reward.clamp(min=0), self.settings.policy_temperature
-        return rows.token_loss(rows.drawn, weight, temperature), figures
+        return rows.token_loss(rows.targets, weight * reward), {"student_reward": reward}
 
     def weigh(self, reward: Tensor, scores: ThoughtScores) -> ThoughtWeights:
         """Weigh nothing: no thought is learned."""
@@ -90,8 +75,6 @@ class FastRl(Objective):
 
     @staticmethod
     def unused(loss: Any) -> Iterable[tuple[str, str]]:
-        """Name what one of the forms, or a teacher of another run, does not read."""
+        """Name what the objective, or a teacher of another run, does not read."""
         yield "loss.reward", "with loss.objective: fast_rl, which has its own"
-        if loss.form == "paper":
-            yield "loss.policy_temperature", "with loss.form: paper"
         yield from unread_with_a_folder(loss)

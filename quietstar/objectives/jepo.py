@@ -38,7 +38,7 @@ class Jepo(PolicyObjective):
     def problems(config: Any) -> Iterable[tuple[tuple[str, ...], str]]:
         """Refuse what would change nothing: the advantage is not made of the reward."""
         loss, broken = config.loss, False
-        unread = ("reward", "estimator", "scaling", "length_weight", "reward_kl_weight")
+        unread = ("reward", "estimator", "scaling", "reward_kl_weight")
         for name in (*unread, "min_signal", "thought_weighting"):
             default = Jepo.Settings.model_fields.get(name) or type(loss).model_fields[name]
             value = getattr(loss, name)

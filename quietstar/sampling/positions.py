@@ -53,7 +53,6 @@ def count_positions(
     lookahead: int = 1,
     *,
     marked: Bool[Tensor, "batch seq"] | None = None,
-    count: int | None = None,
 ) -> Int[Tensor, " batch"]:
     """Count the positions of each text that think and have a target behind them.
 
@@ -66,20 +65,18 @@ def count_positions(
     if rule in (*ANSWER_RULES, *MARKED_RULES):
         return (candidates & _named(rule, answers, marked)).sum(-1)
     total = candidates.sum(-1)
-    most = 1 if rule == "one_random" else count
-    if most is not None:
-        return total.clamp(max=most)
+    if rule == "one_random" or share > 1:
+        return total.clamp(max=1 if rule == "one_random" else int(share))
     # A hair less, so that a third of three stays one; and one at least, whatever the share.
     return (total * share - 1e-6).ceil().clamp(min=1).long() * (total > 0)
 
 
-def most_positions(rule: Rule, share: float, seq_len: int, count: int | None = None) -> int:
+def most_positions(rule: Rule, share: float, seq_len: int) -> int:
     """Most positions of a text that a rule can choose; arguments as in `choose_positions`."""
     if rule in ("all", *ANSWER_RULES, *MARKED_RULES):
         return seq_len
-    of_share = max(1, int(-(-(seq_len - 1) * share // 1)))
-    most = 1 if rule == "one_random" else count
-    return of_share if most is None else max(1, min(most, seq_len - 1))
+    most = 1 if rule == "one_random" else share if share > 1 else -(-(seq_len - 1) * share // 1)
+    return max(1, min(int(most), seq_len - 1))
 
 
 def choose_positions(
@@ -87,7 +84,6 @@ def choose_positions(
     share: float,
     labels: Int[Tensor, "batch seq"],
     *,
-    count: int | None = None,
     answers: Bool[Tensor, "batch seq"] | None = None,
     marked: Bool[Tensor, "batch seq"] | None = None,
     score: Float[Tensor, "batch seq"] | None = None,
@@ -101,9 +97,8 @@ def choose_positions(
 
     Args:
         rule: Rule of the module's docstring.
-        share: Fraction of the candidates.
+        share: Fraction of the candidates; above 1 their number, or all of a text with fewer.
         labels: Token ids, IGNORE_INDEX where a token is no target.
-        count: Number of candidates in place of a share; all of a text with fewer.
         answers: Tokens of answers (rules ``answer`` and ``answer_start``).
         marked: Tokens before which to think (rules ``pattern`` and ``field``).
         score: The higher, the sooner a position is chosen (`SCORED_RULES`).
@@ -117,11 +112,11 @@ def choose_positions(
     if rule == "all":
         return None
     candidates, device = _next(labels != IGNORE_INDEX), labels.device
-    counts = count_positions(rule, share, labels, answers, marked=marked, count=count)
+    counts = count_positions(rule, share, labels, answers, marked=marked)
     if rule in (*ANSWER_RULES, *MARKED_RULES):
         width, score = max(1, int(counts.max())), _named(rule, answers, marked).float()
     else:
-        width = most_positions(rule, share, labels.shape[1], count)
+        width = most_positions(rule, share, labels.shape[1])
         if sample_ids is None:
             sample_ids = torch.arange(labels.shape[0], device=device)
         places = torch.arange(labels.shape[1], device=device).expand(labels.shape)
@@ -130,7 +125,7 @@ def choose_positions(
             assert score is not None, f"rule {rule} needs scores"
             score = score.float()
         elif rule == "every":
-            score = _evenly_spaced(candidates, share, counts, count).float()
+            score = _evenly_spaced(candidates, share, counts).float()
         else:
             score = noise
         if explore and rule in LEARNED_RULES:  # three quarters are the best, the others any
@@ -150,11 +145,10 @@ def _evenly_spaced(
     candidates: Bool[Tensor, "batch seq"],
     share: float,
     counts: Int[Tensor, " batch"],
-    count: int | None,
 ) -> Bool[Tensor, "batch seq"]:
     """Say which candidates begin another of the equal parts of a text, one for each thought."""
     rank = candidates.cumsum(-1) - 1
-    if count is None:
+    if share <= 1:
         begun = [((rank + n) * share - 1e-6).ceil() for n in (0, 1)]
     else:
         total = candidates.sum(-1, keepdim=True).clamp(min=1)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from quietstar.backbone.loading import HUB_ID
+from quietstar.backbone.loading import HUB_ID, split_revision
 from quietstar.config import Config
 from quietstar.config.messages import shortened
 from quietstar.data import DataReport, EvalData, TrainData
@@ -49,7 +49,7 @@ def check_agreement(
         prefix = f"stages.{stage}." if config.stages else ""
         for key, name in inputs_of(stage_config):
             if name not in digests:
-                digests[name] = digest_input(Path(name).expanduser(), stage_config.model.revision)
+                digests[name] = digest_input(name)
             facts[f"the content of {prefix}{key}"] = digests[name]
         digest = hashlib.blake2b(digest_size=6)
         first = train.samples.read(0, FIRST_SAMPLES, range(FIRST_SAMPLES))
@@ -83,12 +83,13 @@ def check_agreement(
         )
 
 
-def digest_input(path: Path, revision: str | None = None) -> str:
+def digest_input(name: str) -> str:
     """Returns size and digest of a file, or of those of a folder; of a hub model its commit."""
+    path = Path(name).expanduser()
     if not path.exists():
-        is_id, found = HUB_ID.fullmatch(str(path)), None
-        if is_id:
-            found = try_to_load_from_cache(str(path), "config.json", revision=revision)
+        (hub_id, revision), found = split_revision(name), None
+        if HUB_ID.fullmatch(hub_id):
+            found = try_to_load_from_cache(hub_id, "config.json", revision=revision)
         return Path(found).parent.name if isinstance(found, str) else "no file"
     paths = [path]
     if path.is_dir():

@@ -98,7 +98,7 @@ def count_thinking(batch: Batch, thoughts: ThoughtsConfig) -> Tensor:
     """Counts the positions of each text of a batch that think, (batch,)."""
     return count_positions(
         thoughts.positions, thoughts.position_fraction, batch.labels, batch.answers,
-        thoughts.lookahead, marked=batch.marked, count=thoughts.position_count,
+        thoughts.lookahead, marked=batch.marked,
     )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def choose_places(
         return None
     chosen = choose_positions(
         thoughts.positions, thoughts.position_fraction, batch.labels,
-        count=thoughts.position_count, answers=batch.answers, marked=batch.marked,
+        answers=batch.answers, marked=batch.marked,
         sample_ids=batch.sample_ids, seed=seed,
     )  # fmt: skip
     return None if chosen is None else chosen.numpy()

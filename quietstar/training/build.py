@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from quietstar.backbone.compiling import check_compile, compile_layers
 from quietstar.backbone.devices import keep_freed_memory
-from quietstar.backbone.loading import load_base, stored_dtypes
+from quietstar.backbone.loading import load_base, split_revision, stored_dtypes
 from quietstar.backbone.run import num_virtual
 from quietstar.config import Config
 from quietstar.data import DataReport, EvalData, TrainData, build_data, load_tokenizer
@@ -159,10 +159,6 @@ def set_up(config: Config, strategy: Strategy, checkpoint: Path | None = None) -
         thoughts = stage.config.thoughts
         for point in thoughts.schedule if stage.thinks else ():  # each must leave room for an end
             model.configure(scheduled(thoughts, point["step"]))
-        if stage.thinks and thoughts.scoring_model is not None:
-            model.configure(thoughts)
-            assert model.scoring_model is not None, "it was configured"
-            model.scoring_model.load(model)  # what is wrong with it is said before the first step
     named = [stage.config.loss.reward for stage in stages if stage.thinks]
     rewards = {part for name in named for _, part in weighted_parts(name)}
     if rewards >= JUDGED:
@@ -216,15 +212,17 @@ def use_cpu_threads(threads: int | None) -> None:
         keep_freed_memory()
 
 
-def hub_options(config: Config) -> dict[str, Any]:
-    """Returns the keywords with which the model's files are read from the hub."""
-    return config.model.model_dump(include={"revision", "trust_remote_code"})
+def hub_source(name: str, config: Config) -> tuple[str, dict[str, Any]]:
+    """Returns the name of a model without its revision, and the keywords to read its files with."""
+    name, revision = split_revision(name)
+    return name, {"revision": revision, "trust_remote_code": config.model.trust_remote_code}
 
 
 def find_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """Loads the tokenizer that the config names, or the model's own."""
     key = "tokenizer" if config.model.tokenizer else "name_or_path"
-    return load_tokenizer(getattr(config.model, key), what=f"model.{key}", **hub_options(config))
+    name, options = hub_source(getattr(config.model, key), config)
+    return load_tokenizer(name, what=f"model.{key}", **options)
 
 
 def build_model(
@@ -236,7 +234,9 @@ def build_model(
     """
     unset_hf_deepspeed_config()  # or transformers would shard weights before adapters see them
     settings, dtype = config.model, getattr(torch, config.model.dtype)
-    name = settings.name_or_path
+    name, hub = settings.name_or_path, {"trust_remote_code": settings.trust_remote_code}
+    if name is not None:
+        name, hub = hub_source(name, config)
     if name is not None and (Path(name) / SETTINGS_FILE).exists():
         logger.warning(
             "model.name_or_path: %s holds a Quiet-STaR model; only its language model is taken, "
@@ -245,7 +245,7 @@ def build_model(
         )
     load = partial(
         load_base, name, settings.config, vocab_size=len(tokenizer), seed=config.training.seed,
-        quantization=quantization(config.tuning), **hub_options(config),
+        quantization=quantization(config.tuning), **hub,
     )  # fmt: skip
     if name is None or strategy is None or not strategy.sharded:
         base = load(dtype=dtype)
@@ -290,10 +290,10 @@ def check_thoughts_fit(stage: Stage, model: QuietStarForCausalLM) -> None:
     if longest is not None:  # with the thoughts of this stage
         longest += model.block_length - block
     if longest is not None and config.data.seq_len > longest:
-        with_virtual = f" + tuning.num_virtual_tokens ({virtual})" if virtual else ""
+        with_virtual = f" + num_virtual_tokens of tuning.options ({virtual})" if virtual else ""
         remedy = f"set data.seq_len to at most {longest}"
         if longest < 2:
-            remedy = "lower tuning.num_virtual_tokens" if virtual else "shorten the thoughts"
+            remedy = "lower num_virtual_tokens" if virtual else "shorten the thoughts"
             remedy += ", or the words around them" if markers > 2 else ""
         raise UserError(
             f"data.seq_len ({config.data.seq_len}) + thoughts.length ({thoughts.length}) + "
@@ -330,8 +330,8 @@ def describe(model: QuietStarForCausalLM, stage: Stage) -> str:
     config, thoughts = stage.config, stage.config.thoughts
     name = config.model.name_or_path or f"random {model.causal_lm.config.model_type}"
     fraction = f"before {thoughts.position_fraction:.0%} of the tokens"
-    if thoughts.position_count is not None:
-        fraction = f"before up to {thoughts.position_count} tokens of a text"
+    if thoughts.position_fraction > 1:
+        fraction = f"before up to {thoughts.position_fraction:.0f} tokens of a text"
     most = "up to " if model.may_end_early else ""
     plural = "s" if thoughts.num_thoughts != 1 else ""
     what = f"{thoughts.num_thoughts} thought{plural} of {most}{thoughts.length} tokens "
@@ -349,8 +349,6 @@ def describe(model: QuietStarForCausalLM, stage: Stage) -> str:
         "pattern": f"where {thoughts.pattern!r} matches",
         "field": f"where data.positions_field ({config.data.positions_field}) says",
     }[thoughts.positions]
-    if thoughts.scoring_model is not None:
-        what += f" for {thoughts.scoring_model}"
     if thoughts.sampler == "pause":
         what += " (constant pause tokens)"
     objective = f"{what}, lookahead {thoughts.lookahead}" if stage.thinks else "no thoughts"

@@ -72,10 +72,6 @@ class TrainerState(BaseModel):
     num_processes: PositiveInt | None = None
     running: list[FiniteFloat] | None = None  # as in `StageRun`
     inner_epochs: PositiveInt = 1
-    # As in `Pace`.
-    schedule_place: NonNegativeInt | None = None
-    schedule_waits: bool = False
-    best_gain: FiniteFloat | None = None
     # Weights with a state in the optimizer: those that have had a gradient.
     num_optimized: NonNegativeInt | None = None
 
@@ -124,9 +120,6 @@ def save_checkpoint(run: StageRun) -> Path:
             "num_processes": accelerator.num_processes,
             "inner_epochs": run.config.training.inner_epochs,
             "running": None if run.running is None else run.running.tolist(),
-            "schedule_place": run.pace.place,
-            "schedule_waits": run.pace.waits,
-            "best_gain": run.pace.best_gain,
         }
         if run.strategy.kind == "replicated":  # the others notice by themselves what is missing
             state["num_optimized"] = len(run.optimizer.state)
@@ -389,7 +382,7 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> tuple[Path | None, 
     if damaged:
         raise UserError(
             f"--resume auto: {'; '.join(damaged)}; no whole checkpoint is left. Start a new run "
-            "in another folder, or replace this one with --training.overwrite_output_dir true."
+            "in another folder, or replace this one with --overwrite."
         )
     return None, []
 

@@ -36,7 +36,7 @@ from quietstar.model.merging import merge
 from quietstar.model.quiet_star import QuietStarForCausalLM, marker_tokens
 from quietstar.model.tuning import PEFT_METHODS, WHOLE
 from quietstar.system import files
-from quietstar.training.build import build_accelerator
+from quietstar.training.build import build_accelerator, hub_source
 from quietstar.training.costs import with_eval_sequences
 from quietstar.training.evaluation import RESULTS_FILE, chosen_positions, score_batch
 from quietstar.training.reporter import METRICS_FILE, read_metrics
@@ -86,8 +86,7 @@ def run_controls(
         folder = Path(one.training.output_dir)
         if not from_main_process(accelerator, lambda: _is_finished(folder, one)):
             # A run that failed before its first checkpoint begins anew.
-            anew = _changed(one, {"training": {"overwrite_output_dir": True}}, one.stages)
-            run_training(anew, resume="auto", on_report=on_report, more_runs=True)
+            run_training(one, resume="auto", overwrite=True, on_report=on_report, more_runs=True)
         read = partial(_read_results, folder / RESULTS_FILE)
         return from_main_process(accelerator, read)
 
@@ -109,7 +108,8 @@ def run_controls(
                 if config.tuning.method in PEFT_METHODS:
                     start = from_main_process(accelerator, partial(_merged, start))
             source = str(start or stage.model.tokenizer or stage.model.name_or_path)
-            tokenizer = load_tokenizer(source, trust_remote_code=stage.model.trust_remote_code)
+            source, hub = hub_source(source, stage)
+            tokenizer = load_tokenizer(source, **hub)
             num_markers = sum(map(len, marker_tokens(tokenizer, stage.thoughts)))
 
             def count_steps(folder=folder, num_markers=num_markers) -> int:
@@ -277,9 +277,9 @@ def _first_thoughts(
     """Scores the trained model with greedy thoughts of the model that it started from."""
     trust = stage.model.trust_remote_code
     tokenizer = load_tokenizer(str(final), trust_remote_code=trust)
-    source = str(start or stage.model.name_or_path)
+    source, hub = hub_source(str(start or stage.model.name_or_path), stage)
     writer = QuietStarForCausalLM.from_base(
-        source, tokenizer=tokenizer, thoughts=stage.thoughts, trust_remote_code=trust
+        source, tokenizer=tokenizer, thoughts=stage.thoughts, **hub
     )
     reader = QuietStarForCausalLM.from_pretrained(final, trust_remote_code=trust)
     reader.to(accelerator.device)

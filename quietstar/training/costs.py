@@ -47,9 +47,7 @@ def costs_of(stage: Stage) -> Costs:
     config, loss, thoughts = stage.config, stage.config.loss, stage.config.thoughts
     training, length = config.training, config.data.seq_len
     share = PASS_TOKENS / min(training.micro_batch_size, training.global_batch_size)
-    places = most_positions(
-        thoughts.positions, thoughts.position_fraction, length, thoughts.position_count
-    )
+    places = most_positions(thoughts.positions, thoughts.position_fraction, length)
     if thoughts.positions == "answer_start":
         places = 1
     block = thoughts.length + thoughts.lookahead + MARKERS - 1

@@ -82,9 +82,8 @@ def export_checkpoint(folder: Path, trust_remote_code: bool = False) -> Path:
         settings = next((stage for stage in stages if stage.thinks), stages[0]).config
         tokenizer = find_tokenizer(config)
         model = build_model(settings, tokenizer)
-        place = state.schedule_place
-        place = state.step - stage.first_step if place is None else place
-        model.configure(scheduled(stage.config.thoughts, place))
+        last = max(0, state.step - stage.first_step - 1)
+        model.configure(scheduled(stage.config.thoughts, last))
     with reading(f"--model ({folder})", "Give another checkpoint."):
         weights, there = load_file(folder / WEIGHTS_FILE), dict(model.named_parameters())
         for name, weight in weights.items():

@@ -46,9 +46,9 @@ def train(run: StageRun) -> None:
             step under way, whose weights have not changed; several agree after a step.
     """
     settings, optim, first = run.config.training, run.config.optim, run.stage.first_step
-    start, pace = run.steps_done, run.pace
+    start = run.steps_done
     is_due = settings.eval_steps > 0 and start % settings.eval_steps == 0
-    think_as(run, scheduled(run.config.thoughts, pace.place or 0))
+    think_as(run, scheduled(run.config.thoughts, max(0, start - 1)))
     if start == 0 or (start < settings.max_steps and is_due and not run.reporter.has_evaluation):
         report_evaluation(run)
     steps = range(start, settings.max_steps)
@@ -59,8 +59,7 @@ def train(run: StageRun) -> None:
             run.reporter.step_begins()
             lr = set_learning_rates(run.optimizer, optim, step, settings.max_steps)
             running = run.running  # of earlier steps, for all updates of this one
-            place = pace.next_place
-            thoughts = think_as(run, scheduled(run.config.thoughts, place))
+            thoughts = think_as(run, scheduled(run.config.thoughts, step))
             output, sums, drawn = accumulate_gradients(run, step, batches, running)
             check = StepCheck(first + done, sums)
             with held():  # the weights and what is known of them change together
@@ -69,7 +68,7 @@ def train(run: StageRun) -> None:
                     again, sums, _ = accumulate_gradients(run, step, batches, running, drawn)
                     update(run, StepCheck(first + done, sums))
                     output.metrics = with_ratios(output.metrics, again.metrics)
-                run.steps_done, pace.place = done, place
+                run.steps_done = done
                 counts = (check.num_positions, check.num_text_tokens)
                 judged = None if run.critic is None else run.critic.take_costs()
                 run.reporter.step_ends(
@@ -91,12 +90,9 @@ def train(run: StageRun) -> None:
 
 
 def report_evaluation(run: StageRun) -> None:
-    """Evaluates and reports; `thoughts.schedule` goes on, or waits, by what comes out."""
+    """Evaluates and reports."""
     figures, run.samples = evaluate(run)
     run.reporter.evaluation(run.step, figures, run.samples[:NUM_FOLLOWED])
-    min_gain = run.config.thoughts.schedule_min_gain
-    if min_gain is not None and "gain" in figures:
-        run.pace.see(figures["gain"], min_gain)
 
 
 def think_as(run: StageRun, thoughts: ThoughtsConfig) -> ThoughtsConfig:

@@ -25,17 +25,17 @@ from transformers import (
 from quietstar.backbone.loading import build_config, drop_dropout, read_config
 from quietstar.backbone.run import decoder_layers
 from quietstar.config import Config
+from quietstar.config.schema import GYM, SYNTHETIC
 from quietstar.data import build_data
 from quietstar.data.sources import find_local
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.losses.cross_entropy import chunk_rows
 from quietstar.model.learning import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
-from quietstar.model.scoring_model import blamed
 from quietstar.model.tuning import WHOLE
 from quietstar.sampling.positions import ANSWER_RULES, MARKED_RULES, most_positions
 from quietstar.training.batches import count_thinking
-from quietstar.training.build import find_tokenizer, hub_options, teach_thinking
+from quietstar.training.build import find_tokenizer, hub_source, teach_thinking
 from quietstar.training.optimizer import is_projected
 from quietstar.training.stages import Stage, begin_stage, plan_stages
 
@@ -157,8 +157,7 @@ def _estimate_stage(
     rollout, learning, learning_gradients = _peaks(
         model, tokenizer, stage, chunk_tokens, gradient_share
     )
-    weights, others = num_bytes(model.parameters()), num_bytes(_scoring_weights(model))
-    others += _judge_bytes(config)
+    weights, others = num_bytes(model.parameters()), _judge_bytes(config)
     trained = num_bytes(p for p in model.parameters() if p.requires_grad)
     if sharded:  # gathered at once: what no layer holds, the layer at work, the next one
         layers = [num_bytes(layer.parameters()) for layer in decoder_layers(model.causal_lm)]
@@ -192,9 +191,11 @@ def _as_the_data_are(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> Config
     named, rule, data = config.data.train, thoughts.positions, config.data
     width, count = data.seq_len, 1 if rule == "answer_start" else data.seq_len - 1
     try:
-        if named is None or (find_local(named, "data.train") is None and ":" not in named):
+        generated = str(named).startswith((GYM, SYNTHETIC))
+        if named is None or (find_local(named, "data.train") is None and not generated):
             raise UserError("data.train is not on this machine.")
-        lazily = {"streaming": True, "eval": None, "eval_sequences": 16, "size": SAMPLED_TEXTS}
+        few = data.task_options | {"size": SAMPLED_TEXTS} if generated else {}
+        lazily = {"streaming": True, "eval": None, "eval_sequences": 16, "task_options": few}
         train_data, _, _ = build_data(
             data.model_copy(update=lazily), tokenizer, config.training.seed,
             thoughts if stage.thinks else None,
@@ -208,7 +209,8 @@ def _as_the_data_are(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> Config
         )  # fmt: skip
     config = config.model_copy(update={"data": data.model_copy(update={"seq_len": width})})
     if rule in (*ANSWER_RULES, *MARKED_RULES):
-        chosen = {"positions": "random", "position_count": count}
+        rule = "random" if count > 1 else "one_random"
+        chosen = {"positions": rule, "position_fraction": float(count)}
         config = config.model_copy(update={"thoughts": thoughts.model_copy(update=chosen)})
     return config
 
@@ -226,22 +228,15 @@ def model_without_weights(
         if name is None:
             settings = build_config(dict(config.model.config or {}), len(tokenizer))
         else:
-            settings = read_config(name, **hub_options(config))
+            source, options = hub_source(name, config)
+            settings = read_config(source, **options)
     if num_layers is not None:
         fields = settings.get_text_config()
         for key, value in _by_layer(fields).items():
             setattr(fields, key, value[:num_layers])
         fields.num_hidden_layers = num_layers
     base = _lm_without_weights(what, settings, config)
-    model = teach_thinking(base, config, tokenizer).train()
-    if model.scoring_model is not None:
-        what = f"thoughts.scoring_model ({model.scoring_model.name})"
-        with blamed():
-            settings = read_config(model.scoring_model.name)
-        scorer = _lm_without_weights(what, settings, config).requires_grad_(False).eval()
-        model.scoring_model.check_vocabulary(scorer, model)
-        model.scoring_model.lm = scorer
-    return model
+    return teach_thinking(base, config, tokenizer).train()
 
 
 def _lm_without_weights(what: str, settings: PreTrainedConfig, config: Config) -> PreTrainedModel:
@@ -259,16 +254,10 @@ def _lm_without_weights(what: str, settings: PreTrainedConfig, config: Config) -
         return AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust)
 
 
-def _scoring_weights(model: QuietStarForCausalLM) -> list[Tensor]:
-    """Lists the weights of the model of ``thoughts.scoring_model``, if there is one."""
-    scorer = None if model.scoring_model is None else model.scoring_model.lm
-    return [] if scorer is None else list(scorer.parameters())
-
-
 def _judge_bytes(config: Config) -> int:
     """Size of the weights of ``judge.model``, where that is a folder and on the same device."""
     judge = config.judge
-    if judge.model is None or judge.device is not None:
+    if judge.model is None:
         return 0
     return sum(path.stat().st_size for path in Path(judge.model).glob("*.safetensors"))
 
@@ -312,8 +301,6 @@ def _trace(
     passes = 2 if settings.global_batch_size > settings.micro_batch_size else 1
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        if model.scoring_model is not None and model.scoring_model.lm is not None:
-            model.scoring_model.lm.to_empty(device="cpu")
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 # Backward would look for the padding in tokens that have no content.
@@ -350,9 +337,10 @@ def _optimizer_bytes(model: nn.Module, config: Config, engine: str) -> int:
         if not parameter.requires_grad:
             continue
         moments = parameter.numel()
-        if tuning.method == "galore" and is_projected(name, parameter, tuning.galore_rank):
-            moments = tuning.galore_rank * max(parameter.shape)
-            total += tuning.galore_rank * min(parameter.shape) * parameter.element_size()
+        rank = tuning.method_options.rank if tuning.method == "galore" else 0
+        if rank and is_projected(name, parameter, rank):
+            moments = rank * max(parameter.shape)
+            total += rank * min(parameter.shape) * parameter.element_size()
         size = parameter.element_size()
         if config.optim.name != "adamw_torch":
             is_small = moments < _LEAST_IN_8_BIT or config.optim.name.endswith("32bit")
@@ -387,8 +375,7 @@ def _cache_bytes(model: QuietStarForCausalLM, config: Config) -> int:
 
 def _most_positions(config: Config) -> int:
     thoughts, seq_len = config.thoughts, config.data.seq_len
-    share, count = thoughts.position_fraction, thoughts.position_count
-    return most_positions(thoughts.positions, share, seq_len, count)
+    return most_positions(thoughts.positions, thoughts.position_fraction, seq_len)
 
 
 class MemoryTrace(TorchDispatchMode):
@@ -404,7 +391,7 @@ class MemoryTrace(TorchDispatchMode):
         self._share = gradient_share
         self._live: dict[int, int] = {}
         self._others = self._gradients = 0
-        for parameter in (*model.parameters(), *_scoring_weights(model)):
+        for parameter in model.parameters():
             self._live[_key(parameter)] = 0
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._mark_gradient)

@@ -24,11 +24,13 @@ def build_optimizer(
     the AdamW of bitsandbytes (QLoRA, arXiv 2305.14314, section 3). Raises UserError if the package
     of either is not installed.
     """
-    galore = tuning if tuning is not None and tuning.method == "galore" else None
+    galore = None
+    if tuning is not None and tuning.method == "galore":
+        galore = tuning.method_options
     by_kind: dict[tuple[Group, bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            projected = galore is not None and is_projected(name, parameter, galore.galore_rank)
+            projected = galore is not None and is_projected(name, parameter, galore.rank)
             shape = getattr(parameter, "ds_shape", parameter.shape)  # of the whole under ZeRO-3
             group = group_of(name)
             kind = (group, len(shape) >= 2 and group != "embeddings", projected)
@@ -50,13 +52,11 @@ def build_optimizer(
         }
         if galore is not None and projected:
             group |= {
-                "rank": galore.galore_rank,
-                "update_proj_gap": galore.galore_update_proj_gap,
-                "scale": galore.galore_scale,
+                **galore.model_dump(),
                 "proj_type": "std",
             }
         groups.append(group)
-    betas, epsilon = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
+    betas = (config.betas[0], config.betas[1])
     if config.name != "adamw_torch":
         try:
             from bitsandbytes import optim
@@ -66,9 +66,9 @@ def build_optimizer(
                 "set optim.name: adamw_torch"
             ) from problem
         bits = "8bit" if config.name.endswith("8bit") else "32bit"
-        return getattr(optim, f"PagedAdamW{bits}")(groups, betas=betas, eps=epsilon)
+        return getattr(optim, f"PagedAdamW{bits}")(groups, betas=betas)
     if galore is None:
-        return AdamW(groups, betas=betas, eps=epsilon)
+        return AdamW(groups, betas=betas)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -78,7 +78,7 @@ def build_optimizer(
             "tuning.method: galore needs galore-torch: pip install 'quietstar[galore]', or set "
             "tuning.method: full"
         ) from problem
-    optimizer = GaLoreAdamW(groups, betas=betas, eps=epsilon, no_deprecation_warning=True)
+    optimizer = GaLoreAdamW(groups, betas=betas, eps=1e-8, no_deprecation_warning=True)
     optimizer.register_state_dict_post_hook(_keep_projections)
     optimizer.register_load_state_dict_post_hook(_make_projectors)
     return optimizer

@@ -47,7 +47,7 @@ from quietstar.training.loop import leave, train
 from quietstar.training.optimizer import build_optimizer
 from quietstar.training.reporter import Reporter
 from quietstar.training.run_dir import CONFIG_FILE, EMA_FOLDER, FINAL_FOLDER, PREEMPTED_FILE, flat
-from quietstar.training.schedule import Pace, scheduled
+from quietstar.training.schedule import scheduled
 from quietstar.training.stages import Stage, begin_stage, plan_stages, stage_at
 from quietstar.training.state import StageRun
 from quietstar.training.teaching import TeacherFolder
@@ -57,6 +57,7 @@ def run_training(
     config: Config,
     resume: str | None = None,
     allow_changes: bool = False,
+    overwrite: bool = False,
     on_report: Callable[[Path, str], object] | None = None,
     more_runs: bool = False,
 ) -> Path:
@@ -67,6 +68,7 @@ def run_training(
         resume: ``auto`` (newest checkpoint of the run folder, a new run if there is none), a
             checkpoint folder, or None for a new run.
         allow_changes: Whether to resume also under settings that make the run another one.
+        overwrite: Whether a new run may replace one in its folder.
         on_report: Called in the main process with the run folder and how far the run is, in words:
             after steps and held-out evaluations, as long as it takes at most 3% of the time, and at
             the end. The command line writes the page there.
@@ -81,7 +83,7 @@ def run_training(
     with listening(), ExitStack() as stack:
 
         def begin() -> Start:
-            return find_start(config, resume, allow_changes, stack)
+            return find_start(config, resume, allow_changes, overwrite, stack)
 
         start = from_main_process(accelerator, begin)
         config = with_eval_sequences(config, start.held_out)
@@ -104,7 +106,9 @@ class Start:
     held_out: dict[str, int | None]  # texts of each stage in the run that goes on
 
 
-def find_start(config: Config, resume: str | None, allow_changes: bool, stack: ExitStack) -> Start:
+def find_start(
+    config: Config, resume: str | None, allow_changes: bool, overwrite: bool, stack: ExitStack
+) -> Start:
     """Takes the run folder, on the main process, and finds out how the run begins.
 
     The lock on the folder is entered into ``stack``. Nothing in the folder is changed but by
@@ -114,7 +118,6 @@ def find_start(config: Config, resume: str | None, allow_changes: bool, stack: E
         UserError: The folder is another's or in use, or the run in it cannot be gone on with.
     """
     output_dir = Path(config.training.output_dir)
-    overwrite = config.training.overwrite_output_dir
     run_dir.check_own(output_dir, overwrite)
     run_dir.check_inputs(output_dir, config)
     stack.enter_context(run_dir.hold(output_dir))
@@ -139,13 +142,12 @@ def find_start(config: Config, resume: str | None, allow_changes: bool, stack: E
         if resume != "auto":
             raise UserError(
                 f"{key}: already holds a run. Choose another folder, go on with --resume auto, or "
-                "replace it with --training.overwrite_output_dir true."
+                "replace it with --overwrite."
             )
         if is_finished:
             raise UserError(
                 f"{key}: holds a finished run without a checkpoint to go on from (as with "
-                "training.save_steps 0). Choose another folder, or replace it with "
-                "--training.overwrite_output_dir true."
+                "training.save_steps 0). Choose another folder, or replace it with --overwrite."
             )
     state = None if checkpoint is None else read_state(checkpoint)
     stages = plan_stages(config)
@@ -187,7 +189,7 @@ def _run(
         run_dir.mark(output_dir)
         save_config(config, output_dir / CONFIG_FILE)
     accelerator.wait_for_everyone()
-    name = config.logging.run_name or output_dir.resolve().name
+    name = output_dir.resolve().name
     names = {"wandb": {"name": name}, "trackio": {"name": name}, "mlflow": {"run_name": name}}
     accelerator.init_trackers("quietstar", flat(config), names)
     reporter = Reporter(config, accelerator, job.tokenizer, job.stages, steps_done, on_report)
@@ -346,7 +348,6 @@ def build_stage(
                    critic=job.model.judge, teacher=open_teacher(job.model, stage))  # fmt: skip
     if checkpoint is not None:
         state = read_state(checkpoint)
-        run.pace = Pace(state.schedule_place, state.schedule_waits, state.best_gain)
         if state.running is not None:
             device = run.accelerator.device
             run.running = torch.tensor(state.running, dtype=torch.float64, device=device)
@@ -413,5 +414,5 @@ def facts_of(run: StageRun) -> dict[str, str]:
 
 def hub_data(config: Config) -> list[str]:
     """Names the data set that a run read from the hub."""
-    name = str(config.data.train)
+    name = str(config.data.train).partition(":")[0]
     return [name] if HUB_ID.fullmatch(name) and not Path(name).exists() else []

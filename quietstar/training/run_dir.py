@@ -52,8 +52,8 @@ FREE_ON_RESUME = (
     *("training.learn_chunk_tokens", "training.gradient_checkpointing", "training.eval_steps"),
     *("training.eval_controls", "training.torch_compile", "training.save_steps"),
     *("training.stop_on_collapse", "training.rank_timeout"),
-    *("training.save_total_limit", "training.overwrite_output_dir", "training.output_dir"),
-    *("data.eval_sequences", "logging.report_to", "logging.run_name", "logging.logging_steps"),
+    *("training.save_total_limit", "training.output_dir"),
+    *("data.eval_sequences", "logging.report_to", "logging.logging_steps"),
     "logging.thought_steps",
 )
 """Keys that may change between stop and resume: the run stays the same one, or is prolonged."""
@@ -161,7 +161,6 @@ def inputs_of(config: Config) -> list[tuple[str, str]]:
     named = [
         *(("data.train", data.train), ("data.eval", data.eval)),
         *(("model.name_or_path", model.name_or_path), ("model.tokenizer", model.tokenizer)),
-        ("thoughts.scoring_model", config.thoughts.scoring_model),
         *(("judge.model", config.judge.model), ("judge.template", config.judge.template)),
         ("loss.teacher", getattr(config.loss, "teacher", None)),
     ]
@@ -209,7 +208,7 @@ def clear(output_dir: Path) -> None:
     for path in _written(output_dir):
         if reason := files.remove(path):
             raise UserError(
-                f"training.overwrite_output_dir: {path} of the earlier run cannot be deleted "
+                f"--overwrite: {path} of the earlier run cannot be deleted "
                 f"({reason}). Remove it, or give another training.output_dir."
             )
     for name in (CHECKPOINTS_FOLDER, MODELS_FOLDER, TRACKERS_FOLDER):
@@ -290,7 +289,7 @@ def check_same_run(
         raise UserError(
             f"--resume: {'; '.join(binding[:5])}{more}: that would be another run. Take the values "
             f"of {path}, start a new run in another folder, replace this one with "
-            "--training.overwrite_output_dir true, or insist with --allow-changes true."
+            "--overwrite, or insist with --allow-changes true."
         )
     return held_out, changes
 

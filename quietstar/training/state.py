@@ -16,7 +16,6 @@ from quietstar.judging.critic import Critic
 from quietstar.objectives import Objective
 from quietstar.training.ema import WeightAverage
 from quietstar.training.reporter import Reporter
-from quietstar.training.schedule import Pace
 from quietstar.training.stages import Stage
 from quietstar.training.teaching import TeacherFolder
 
@@ -42,7 +41,6 @@ class StageRun:
     # Means of rewards and of their standard deviations, for objectives that ask for them.
     running: torch.Tensor | None = None
     critic: Critic | None = None  # what rewards ask about texts, if anything
-    pace: Pace = field(default_factory=Pace)  # in `thoughts.schedule`
     teacher: TeacherFolder | None = None  # of another run, for objectives with a student
 
     @property

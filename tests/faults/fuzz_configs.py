@@ -107,10 +107,8 @@ def _huge(rng: random.Random, work: Path, run: str) -> Case:
     key = rng.choice(sorted(keys))
     value = str(rng.choice((10**5, 10**7, 10**9, 10**12, 2**31, 2**32, 2**63 - 1, 2**63, 10**20)))
     more = [f"--{key}", value]
-    if key in ("data.size",):
-        more += ["--data.train", rng.choice(("synthetic:moves", "reasoning_gym:chain_sum"))]
     if key.startswith("tuning."):
-        method = {"lora_r": "lora", "adapter_size": "houlsby", "galore_rank": "galore"}
+        method = {"lora_r": "lora"}
         base = [
             "--model.config",
             "null",
@@ -121,7 +119,7 @@ def _huge(rng: random.Random, work: Path, run: str) -> Case:
         ]
         more += ["--tuning.method", method.get(key.partition(".")[2], "prefix"), *base]
     must = key in ("thoughts.length", "thoughts.lookahead", "thoughts.num_thoughts", "data.seq_len",
-                   "data.min_context", "mixing_head.hidden_size", "data.size")  # fmt: skip
+                   "data.min_context")  # fmt: skip
     refuse = True if must and int(value) >= 10**9 and run != "plan" else None
     return Case(f"{key} {value}", config_lines(rng, run, *more), refuse, several=True,
                 codes=(1,) if run == "plan" else ())  # fmt: skip
@@ -360,7 +358,8 @@ def _data_options(rng: random.Random, work: Path, run: str) -> Case:
     )
     key, value, refuse = rng.choice(wrong)
     more = ["--data.train", "synthetic:moves", f"--data.task_options.{key}", value]
-    more += ["--data.format", "qa", "--data.template", "{question} {answer}", "--data.size", "40"]
+    more += ["--data.format", "qa", "--data.template", "{question} {answer}"]
+    more += ["--data.task_options.size", "40"]
     more += [
         "--data.seq_len",
         "40",

@@ -152,6 +152,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "--resume": ("nosuch", "", "texts.jsonl", "run", "full", "..", "x" * 300),
         "--controls": (*COUNTS, "100000"),
         "--allow-changes": ("maybe", "1", "yes"),
+        "--overwrite": ("maybe", "1", "yes"),
         "--model.name_or_path": MODELS,
         "--model.tokenizer": ("nosuch", "texts.jsonl", "run", "", "x" * 300),
         "--logging.report_to": ("[nosuch]", "[wandb, nosuch]", "nosuch", "[[]]"),
@@ -229,7 +230,7 @@ def _options(rng: random.Random, work: Path, run: str) -> Case:
         refuse = True
     if run == "lm-eval":
         refuse = None if option == "--limit" or "num_thoughts=2" in value else True
-    if run in ("train", "plan") and value == "" and option == "--allow-changes":
+    if run in ("train", "plan") and value == "" and option in ("--allow-changes", "--overwrite"):
         refuse = None
     stdin = b"hi\n" if run == "chat" else b""
     several = run in ("train", "plan", "lm-eval")

@@ -166,8 +166,10 @@ ENTRIES: list[tuple[str, str, Any, bool | None]] = [
     *_entries(QS, "thoughts.nosuch", (1,), True),
     *_entries(QS, "thoughts.temperature", (0, -1, "x", math.nan, math.inf), True),
     *_entries(QS, "mixing_head", (None, [], "DELETE"), True),
-    *_entries(QS, "mixing_head.hidden_size", (0, -1, "x", 3, 10**9), True),
+    *_entries(QS, "mixing_head.initial_weight", (-1, "x", 1, None, math.nan), True),
+    *_entries(QS, "mixing_head.hidden_size", (0, -1, "x", 3, 10**9), None),  # the weights tell it
     *_entries(QS, "mixing_head.activation", ("nosuch", 3), True),
+    *_entries(QS, "tuning.options", (None, [], "x", {"a": 1}, {"adapter_size": 10**9}), True),
     *_entries(QS, "tuning", (None, [], "DELETE"), True),
     *_entries(QS, "tuning.method", ("nosuch", 3, None, "prompt", "houlsby"), True),
     *_entries("adapter_config.json", "r", (0, -1, "x", 3, 10**9), True),

@@ -216,5 +216,5 @@ def _run_folder(rng: random.Random, work: Path, run: str) -> Case:
         else:
             (new / "quietstar.lock").symlink_to("../user_notes.txt")
     if rng.random() < 0.3 and kind in ("foreign config", "config is a link", "link to user files"):
-        line += ["--training.overwrite_output_dir", "true"]
+        line += ["--overwrite"]
     return Case(f"output_dir: {kind}", line, refuse, several=several, writes=writes)

@@ -19,7 +19,7 @@ WRONG = [[[9], [8]], [[5, 3], [3, 5]], [[3, 3], [3, 5]], [[-1, 3], [3, 5]], [[3,
 @pytest.fixture(scope="module")
 def model():
     base = plain_model(max_position_embeddings=32)
-    return thinking_model(base, thoughts={"positions": "random", "position_count": 2}).eval()
+    return thinking_model(base, thoughts={"positions": "random", "position_fraction": 2}).eval()
 
 
 @pytest.mark.parametrize("positions", WRONG, ids=str)

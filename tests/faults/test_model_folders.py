@@ -26,6 +26,7 @@ WITHIN = "language_model"
 MODEL = f"{WITHIN}/{WEIGHTS}"
 ADAPTER, ADAPTERS = f"{WITHIN}/adapter_config.json", f"{WITHIN}/adapter_model.safetensors"
 THOUGHTS, HEAD = ThoughtsConfig().model_dump(), MixingHeadConfig().model_dump()
+TUNING = TuningConfig().model_dump()
 
 
 @pytest.fixture(scope="session")
@@ -134,10 +135,13 @@ def test_settings_that_are_no_settings_are_refused(content, saved, tmp_path):
         ({"thoughts": {"length": 0}}, "thoughts.length"),
         ({"thoughts": {**THOUGHTS, "sampler": "no_such"}}, "thoughts.sampler"),
         ({"thoughts": {"length": 2}}, "thoughts.end_init: Field required"),
-        ({"mixing_head": {**HEAD, "hidden_size": 10**9}}, "mixing_head.hidden_size (1000000000)"),
-        ({"mixing_head": {**HEAD, "hidden_size": 8}}, "size mismatch"),
-        ({"mixing_head": {}}, "mixing_head.activation: Field required"),
-        ({"tuning": {"method": "full"}}, "tuning.adapter_size: Field required"),
+        ({"mixing_head": {}}, "mixing_head.floor: Field required"),
+        ({"tuning": {"method": "full"}}, "tuning.lora_alpha: Field required"),
+        ({"tuning": {**TUNING, "options": {"rank": 4}}}, "rank"),
+        (
+            {"tuning": {**TUNING, "method": "prompt", "options": {"num_virtual_tokens": 10**9}}},
+            "num_virtual_tokens",
+        ),
         ({"more": 1}, "more"),
     ],
 )
@@ -150,7 +154,7 @@ def test_a_wrong_setting_is_named(fields, words, saved, tmp_path):
 @pytest.mark.parametrize("version", [1, 3])
 def test_settings_that_a_format_did_not_have_may_be_missing(version, saved, tmp_path):
     folder = linked(saved / "full", tmp_path / "model")
-    new = {"stop", "train_markers", "top_p", "top_k", "position_count", "scoring_model", "pattern"}
+    new = {"stop", "train_markers", "top_p", "top_k", "pattern"}
     new |= {"sampler", "positions", "position_fraction"} if version == 1 else set()
     thoughts = ThoughtsConfig(length=2).model_dump(exclude=new)
     content = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))

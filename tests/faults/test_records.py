@@ -405,7 +405,10 @@ def test_a_share_that_rounds_to_none_is_one_position():
         {"min_terms": "3"},
         {"min_terms": 1.5, "max_terms": 2.5},
         {"max_digits": [1]},
-        {"size": 3},
+        {"size": 0},
+        {"size": "3"},
+        {"size": True},
+        {"size": 10**8},
         {"seed": None},
         {"min_digits": {"a": 1}},
         {"self": 1},
@@ -413,7 +416,7 @@ def test_a_share_that_rounds_to_none_is_one_position():
 )
 def test_wrong_options_of_reasoning_gym_are_one_line(options):
     pytest.importorskip("reasoning_gym")
-    message = error_of("reasoning_gym:chain_sum", size=4, task_options=options)
+    message = error_of("reasoning_gym:chain_sum", task_options={"size": 4} | options)
     assert message.startswith("data.task_options: ")
 
 

@@ -72,9 +72,9 @@ def test_a_folder_of_others_is_never_touched(tmp_path, name, overwrite, resume):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     before = content(tmp_path / "run")
-    config = run_config(tmp_path, training__overwrite_output_dir=overwrite)
+    config = run_config(tmp_path)
     with pytest.raises(UserError, match=r"no run of quietstar began it.*new or empty"):
-        run_training(config, resume=resume)
+        run_training(config, resume=resume, overwrite=overwrite)
     assert content(tmp_path / "run") == before
 
 
@@ -84,7 +84,7 @@ def test_a_run_of_an_earlier_version_is_gone_on_with_and_never_overwritten(tmp_p
     (folder / run_dir.MARKER_FILE).unlink()
     before = content(folder)
     with pytest.raises(UserError, match=r"no quietstar-run\.json as runs write it"):
-        run_training(run_config(tmp_path, **SETTINGS, training__overwrite_output_dir=True))
+        run_training(config, overwrite=True)
     assert content(folder) == before
     run_training(config, resume="auto")
     assert (folder / run_dir.MARKER_FILE).exists()
@@ -115,9 +115,8 @@ def test_a_link_in_a_run_folder_is_not_written_through(tmp_path, name):
     before = content(tmp_path)
     with pytest.raises(UserError, match=rf"its {name} is a link, not a .*Remove it"):
         run_training(config, resume="auto")
-    again = run_config(tmp_path, **SETTINGS, training__overwrite_output_dir=True)
     with pytest.raises(UserError, match=rf"its {name} is a link"):
-        run_training(again)
+        run_training(config, overwrite=True)
     after = content(tmp_path)
     after.pop("run/quietstar.lock"), before.pop("run/quietstar.lock")
     assert after == before
@@ -128,8 +127,7 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path):
     for name in ("notes.txt", "checkpoints/notes.txt", "checkpoints/step-7/notes.txt"):
         (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "run" / name).write_text("mine")
-    again = run_config(tmp_path, training__max_steps=1, training__overwrite_output_dir=True)
-    run_training(again)
+    run_training(run_config(tmp_path, training__max_steps=1), overwrite=True)
     assert list_checkpoints(tmp_path / "run") == []
     for name in ("notes.txt", "checkpoints/notes.txt", "checkpoints/step-7/notes.txt"):
         assert (tmp_path / "run" / name).read_text() == "mine"
@@ -137,7 +135,7 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("resume", [None, "auto"])
 def test_what_only_looks_half_written_is_kept(tmp_path, resume):
-    config = run_config(tmp_path, **SETTINGS, training__overwrite_output_dir=resume is None)
+    config = run_config(tmp_path, **SETTINGS)
     folder = run_training(config).parent
     mine = ("download.partial", "data.partial/mine", "checkpoints/notes.partial",
             ".notes.txt.12.partial", "config.yaml.partial", "mine.replaced")  # fmt: skip
@@ -146,7 +144,7 @@ def test_what_only_looks_half_written_is_kept(tmp_path, resume):
     for name in (*mine, *ours):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("x")
-    run_training(config, resume=resume)
+    run_training(config, resume=resume, overwrite=resume is None)
     assert [name for name in (*mine, *ours) if (folder / name).exists()] == list(mine)
 
 
@@ -168,7 +166,7 @@ def test_what_a_run_reads_does_not_lie_in_what_it_replaces(tmp_path):
         with pytest.raises(UserError, match=told):
             run_training(run_config(tmp_path, **settings), resume="auto", allow_changes=True)
         with pytest.raises(UserError, match=told):
-            run_training(run_config(tmp_path, **settings, training__overwrite_output_dir=True))
+            run_training(run_config(tmp_path, **settings), overwrite=True)
     assert content(folder) == before
 
 

@@ -107,7 +107,6 @@ def test_no_command_runs_code_of_a_strangers_run(strangers, shape, tmp_path, mon
         ["eval", "lm-eval", "run", "--model", "quietstar", "--tasks", "x", "--model_args",
          f"pretrained={run}"],
         ["train", *own, "--model.name_or_path", run],
-        ["train", *own, "--model.name_or_path", base, "--thoughts.scoring_model", run],
         ["train", "--plan", *own, "--model.name_or_path", run],
         ["report", run],
         ["report", run, run],
