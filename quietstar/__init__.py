@@ -43,16 +43,21 @@ _AUTO_CLASSES = "transformers.models.auto.configuration_auto"
 class _Registration:
     """Finds transformers' Auto classes as Python does, and registers ours once they are loaded."""
 
+    _searches = False
+
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != _AUTO_CLASSES:
+        if name != _AUTO_CLASSES or cls._searches:
             return None
-        sys.meta_path.remove(cls)  # pyright: ignore[reportArgumentType]
+        cls._searches = True
         spec: Any = find_spec(name)
+        cls._searches = False
         load = spec.loader.exec_module
 
         def load_and_register(module: Any) -> None:
             load(module)
+            if cls in sys.meta_path:
+                sys.meta_path.remove(cls)  # pyright: ignore[reportArgumentType]
             import_module("quietstar.model.configuration")
 
         spec.loader.exec_module = load_and_register

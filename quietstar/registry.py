@@ -48,7 +48,11 @@ KINDS = {
     ),
 }
 """Config key -> what may be named there."""
-TRUST_REMEDY = "If you trust it: --trust-remote-code, or in training model.trust_remote_code: true."
+TRUST_REMEDY = (
+    "If you trust it: --trust-remote-code, or in training --model.trust_remote_code true."
+)
+
+NEVER_TRUSTED = "Of a judge none runs: give a model whose architecture transformers has."
 
 
 def choices(key: str) -> list[str]:
@@ -193,8 +197,8 @@ def _import_part(key: str, name: str, module: str, attribute: str) -> Any:
     if not code_is_trusted() and module not in sys.modules:
         raise UserError(
             f"{key} ({name}): names code, which is not run because a file of a folder says so. "
-            f"Name it on the command line or in a config of your own, or import {module} first "
-            "(quietstar report has --trust-code for it)."
+            f"Name it on the command line or in a config of your own, import {module} first, or "
+            "trust it: in training --model.trust_remote_code true, for a report --trust-code."
         )
     here = str(Path.cwd())
     if here not in sys.path:
@@ -211,7 +215,7 @@ def _import_part(key: str, name: str, module: str, attribute: str) -> Any:
         reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
         raise UserError(
             f"{key} ({name}): the module {module} cannot be imported ({reason}). Put {module}.py "
-            "into the working directory or on PYTHONPATH, and mend what fails in it."
+            "into the working directory or on PYTHONPATH, and fix what fails in it."
         ) from problem
     where = getattr(loaded, "__file__", None) or module
     near = get_close_matches(attribute, vars(loaded), 1)

@@ -88,6 +88,8 @@ def test_one_item_and_equal_items_have_no_interval_to_speak_of():
     assert (one["value"], one["ci95"], one["p_value"]) == (0.25, None, None)
     same = difference(column([0.5, 0.6]), column([0.5, 0.6]), seed=0)
     assert (same["ci95"], same["p_value"], same["items_needed"]) == ((0.0, 0.0), 1.0, None)
+    tiny = difference(column([0.0, 1e-49]), column([0.0, 0.0]), seed=0)
+    assert tiny["ci95"] == (tiny["value"], tiny["value"])
 
 
 def test_how_many_items_a_difference_takes():

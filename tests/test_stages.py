@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 from tiny import LLAMA, read_metrics
 
+from quietstar.backbone.loading import load_base
 from quietstar.config import Config
 from quietstar.config.loading import load_config, save_config
 from quietstar.data import build_data, load_tokenizer
 from quietstar.errors import ConfigError, Preempted, UserError
+from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.reports import write_report
 from quietstar.training import loop
 from quietstar.training.build import notices
@@ -159,6 +161,20 @@ def test_earlier_stages_keep_their_steps_on_resume(whole):
     stages["pretrain"] = {"loss": {"objective": "next_token"}, "training": {"max_steps": 5}}
     with pytest.raises(UserError, match=r"stages.pretrain.training.max_steps was 4, is 5"):
         run_training(changed.model_copy(update={"stages": stages}), resume="auto")
+
+
+def test_other_stages_are_another_run_which_is_said_in_a_word(whole):
+    config = staged_config(whole)
+    with pytest.raises(UserError, match=r"--resume: stages were pretrain, .*, are none: that") as e:
+        run_training(config.model_copy(update={"stages": {}}), resume="auto")
+    assert "None" not in str(e.value)
+    assert f"--config {whole / 'config.yaml'}" in str(e.value)
+
+
+def test_the_folder_of_a_run_is_no_model(whole):
+    for load in (load_tokenizer, load_base, QuietStarForCausalLM.from_pretrained):
+        with pytest.raises(UserError, match=r"is the folder of a run. Give its model, .*final"):
+            load(str(whole))
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(whole, tmp_path):

@@ -188,3 +188,6 @@ def test_init_writes_a_config_that_trains(work, capsys, record, kind):
     assert cli.main(["train", "--config", "mine.yaml", *small]) in (None, 0)
     assert cli.main(call) == 2
     assert "mine.yaml): exists" in capsys.readouterr().err
+    (work / "empty.jsonl").touch()
+    assert cli.main(["init", "--data", "empty.jsonl", "--model", "m"]) == 2
+    assert "--data (empty.jsonl): holds no record" in capsys.readouterr().err

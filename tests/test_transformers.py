@@ -79,7 +79,8 @@ def test_auto_classes_know_a_saved_model_whichever_package_is_imported_first(fir
 import sys
 import {first}
 assert "torch" not in sys.modules or {first!r} != "quietstar"
-import quietstar
+import importlib.util, quietstar
+importlib.util.find_spec("transformers.models.auto.configuration_auto")  # looks, and loads nothing
 from transformers import AutoModelForCausalLM
 print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)
 """

@@ -40,7 +40,7 @@ from quietstar.backbone.devices import free_memory
 from quietstar.backbone.run import decoder_layers, embedding_weight
 from quietstar.config.schema import THINKING_TYPE
 from quietstar.errors import UserError, reading, reason_of
-from quietstar.registry import TRUST_REMEDY
+from quietstar.registry import NEVER_TRUSTED, TRUST_REMEDY
 from quietstar.system.inputs import check_folder
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def load_base(
     seed: int = 0,
     quantization: Any = None,
     is_exact: bool = False,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool | None = False,
     device_map: Any = None,
     max_memory: Mapping[int | str, int | str] | None = None,
     **hub: Any,
@@ -111,7 +111,7 @@ def load_base(
         seed: Seed of the random weights.
         quantization: How transformers shall quantize the weights, None for not at all.
         is_exact: Whether tensors that are no part of the model are an error, not a warning.
-        trust_remote_code: Whether code that comes with the model may run.
+        trust_remote_code: Whether code that comes with the model may run; None: it never may.
         device_map: Where the weights go, as in transformers; None for memory; "auto" fills one
             device, and leaves the other layers in memory or on disk until it needs them.
         max_memory: With "auto", bytes that weights may take on the device ("cuda:0", 0), in memory
@@ -161,7 +161,7 @@ def load_base(
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
                     name_or_path, config=settings, dtype=dtype, weights_only=True,
                     output_loading_info=True, ignore_mismatched_sizes=True,
-                    trust_remote_code=trust_remote_code, **hub,
+                    trust_remote_code=bool(trust_remote_code), **hub,
                 )  # fmt: skip
                 model, report = loaded
                 _check_report(report, key, is_exact)
@@ -196,7 +196,7 @@ def within(name_or_path: str) -> str:
 
 
 def read_config(
-    name_or_path: str, *, trust_remote_code: bool = False, **hub: Any
+    name_or_path: str, *, trust_remote_code: bool | None = False, **hub: Any
 ) -> PreTrainedConfig:
     """Read the config of a model, and refuse one that names code or sizes that cannot be.
 
@@ -213,7 +213,7 @@ def read_config(
         if "auto_map" in fields and not is_known and not trust_remote_code:
             raise UserError(
                 f"{key}: needs Python code of its own (auto_map in config.json), which is not run. "
-                f"{TRUST_REMEDY}"
+                f"{NEVER_TRUSTED if trust_remote_code is None else TRUST_REMEDY}"
             )
         # transformers would load an adapter's base, and whatever file the adapter names.
         if find_adapter_config_file(name_or_path, **hub) is not None:
@@ -222,7 +222,7 @@ def read_config(
                 " or merge it into its base first."
             )
         settings = AutoConfig.from_pretrained(
-            name_or_path, trust_remote_code=trust_remote_code, **hub
+            name_or_path, trust_remote_code=bool(trust_remote_code), **hub
         )
         check_sizes(settings)
     # A config may ask for kernels from the hub, which are programs.
@@ -497,7 +497,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: It is missing, damaged, or holds something else.
     """
-    with reading(str(path), "Save it again, or take another copy."):
+    with reading(str(path), "Save it again, or restore it."):
         if not path.is_file():
             raise UserError(f"{path}: is missing, or no regular file. Save the model again.")
         tensors = load_file(path)

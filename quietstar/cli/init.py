@@ -76,7 +76,7 @@ optim:
   learning_rate: 3.0e-4
   warmup_steps: {warmup}
 training:
-  max_steps: {max_steps} # {epochs:g} epochs of {count} records
+  max_steps: {max_steps} # {epochs} of {count} records
   global_batch_size: {global_batch_size}
   micro_batch_size: {micro_batch_size}
   output_dir: {output_dir}
@@ -102,6 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.out = str(out)
     parser.check(args)
     records, count = _read(Path(args.data))
+    if not records:
+        raise UserError(f"--data ({args.data}): holds no record. Give a file with at least one.")
     columns = set.intersection(*(set(record) for record in records))
     found = format_of(columns, None)
     question = args.question_field or found.get("data.question_field")
@@ -128,8 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quoted = {name: json.dumps(text, ensure_ascii=False) for name, text in (
         ("model", args.model), ("data", args.data), ("question", question),
         ("answer_field", answer), ("output_dir", f"runs/{Path(args.out).stem}"))}  # fmt: skip
+    epochs = f"{args.num_train_epochs:g} epoch{'' if args.num_train_epochs == 1 else 's'}"
     text = ((ANSWERS if kind == "qa" else TEXTS) + TRAINING).format(
-        **quoted, format=kind, count=f"{count:,}", epochs=args.num_train_epochs, answer=longest,
+        **quoted, format=kind, count=f"{count:,}", epochs=epochs, answer=longest,
         seq_len=seq_len, warmup=min(10, keys["max_steps"] // 10), **keys,
     )  # fmt: skip
     write_whole(Path(args.out), text)

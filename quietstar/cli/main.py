@@ -216,7 +216,7 @@ def _explain(fault: BaseException) -> str | None:
         )
     if isinstance(fault, OSError) and fault.strerror:
         return (
-            f"{_file_of(fault)}: {fault.strerror}. Free or mend what it lies on, then start again."
+            f"{_file_of(fault)}: {fault.strerror}. Check the file and its disk, then start again."
         )
     if kind == "PanicException":  # of a library in Rust
         return (

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,9 +127,24 @@ def load_config(
     ``given``. Settings that change nothing are warned of, but not those
     of a run folder, whose config has all keys.
 
+    The config in the folder of a run may be anybody's: what it says lets no code run, unless the
+    command line sets ``--model.trust_remote_code true``.
+
     Raises:
         ConfigError: With every problem of the file, the overrides and the rules between keys.
     """
+    if registry.code_is_trusted() and is_of_run(config_file):
+        own = _Reader()
+        own.read_overrides(overrides)
+        own.read_given(given or {})
+        trust = own.settings[""].get("model.trust_remote_code")
+        if trust is None or trust.value is not True:
+            with registry.trusting_nothing():
+                config = load_config(config_file, overrides, preset, given)
+                for key, name in _named_parts(config):
+                    if not any(key in settings for settings in own.settings.values()):
+                        registry.find(key, name)
+            return config
     reader = _Reader()
     if config_file is not None:
         try:
@@ -175,6 +190,24 @@ def load_config(
     if not registry.code_is_trusted():
         tree.setdefault("model", {})["trust_remote_code"] = False
     return Config.model_validate(tree)
+
+
+def is_of_run(config_file: str | Path | None) -> bool:
+    """Tell whether a config lies in the folder of a run, which wrote it."""
+    path = Path(os.path.expanduser(config_file or ""))
+    beside = any((path.parent / name).exists() for name in RUN_CONTENTS)
+    return path.name == "config.yaml" and beside
+
+
+def _named_parts(config: Config) -> Iterator[tuple[str, str]]:
+    """List the parts of the user's own, module:name, that the stages of a config use."""
+    for stage in config.stage_configs().values():
+        named = [
+            ("loss.objective", stage.loss.objective),
+            ("thoughts.sampler", stage.thoughts.sampler),
+        ]
+        named += [("loss.reward", part) for _, part in registry.weighted_parts(stage.loss.reward)]
+        yield from ((key, name) for key, name in named if ":" in name)
 
 
 def read_sections(
@@ -396,8 +429,7 @@ class _Reader:
                     rule = "a stage's name is made of letters, digits, - and _; rename it"
                     self._report(f"stages.{name}", rule)
             parts |= {f"stages.{name}.": sections for name, sections in stages.items()}
-        beside = any((path.parent / name).exists() for name in RUN_CONTENTS)
-        self.in_run = path.name == "config.yaml" and beside
+        self.in_run = is_of_run(path)
         if self.in_run:
             renamed, lost = migrate(parts.values())
             self.lines |= {new: self.lines[o] for o, new in renamed.items() if o in self.lines}

@@ -503,7 +503,7 @@ def _open_hub(label: str, value: str, config: DataConfig, fields: Mapping[str, s
     except Exception as error:  # offline, no such set, no such subset, a broken script, ...
         reason = str(error).partition("\n")[0][:200]
         raise UserError(
-            f"{label}: no such file or folder here, and not to be had as a hub data set (split"
+            f"{label}: no such file or folder here, and no hub data set to be found, either (split"
             f" {split!r}, subset {subset!r}: {reason}): check the path, or the id"
             f" and the connection{did_you_mean_file(Path(name))}"
         ) from error

@@ -15,7 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from quietstar.config.schema import SYNTHETIC
 from quietstar.data.synthetic import VOCABULARY, check_task
 from quietstar.errors import UserError, reason_of
-from quietstar.registry import TRUST_REMEDY
+from quietstar.registry import NEVER_TRUSTED, TRUST_REMEDY
 from quietstar.system.inputs import check_folder
 
 BYTES = "bytes"
@@ -82,7 +82,7 @@ def _built_in(**parts: Any) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(
-    name: str, *, trust_remote_code: bool = False, what: str = "tokenizer", **hub_kwargs: Any
+    name: str, *, trust_remote_code: bool | None = False, what: str = "tokenizer", **hub_kwargs: Any
 ) -> PreTrainedTokenizerBase:
     """Loads a tokenizer and gives it a padding token where it has none.
 
@@ -91,7 +91,7 @@ def load_tokenizer(
     Args:
         name: `bytes` for the built-in byte-level tokenizer, `synthetic:<task>` for the words of
             a synthetic task, else a folder or a hub id.
-        trust_remote_code: Whether code that comes with a tokenizer may run.
+        trust_remote_code: Whether code that comes with a tokenizer may run; None: it never may.
         what: What an error message begins with, such as the config key that names it.
         **hub_kwargs: Arguments of `AutoTokenizer.from_pretrained` (revision, token, ...).
     """
@@ -103,7 +103,7 @@ def load_tokenizer(
     check_folder(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=trust_remote_code, **hub_kwargs
+            name, trust_remote_code=bool(trust_remote_code), **hub_kwargs
         )
         _try_out(tokenizer)
     except BaseException as error:
@@ -119,7 +119,7 @@ def load_tokenizer(
             remedy = "Give a folder with model and tokenizer, or a hub id you can reach."
         if "trust_remote_code" in str(error):
             reason = "it needs Python code of its own, which is not run"
-            remedy = TRUST_REMEDY
+            remedy = NEVER_TRUSTED if trust_remote_code is None else TRUST_REMEDY
         elif not (path := Path(name)).exists() and (
             path.is_absolute() or name.startswith((".", "~"))
         ):

@@ -82,7 +82,7 @@ def bootstrap_interval(values: Array, seed: int) -> tuple[float, float] | None:
     if len(values) < 2:
         return None
     if np.ptp(values) < 1e-12:  # all equal: nothing to resample
-        return float(values[0]), float(values[0])
+        return float(values.mean()), float(values.mean())
     rng = np.random.default_rng(seed)
     for method in ("BCa", "percentile"):  # the first has no answer where the values hardly differ
         with np.errstate(invalid="ignore", divide="ignore"):

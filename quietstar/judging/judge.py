@@ -181,11 +181,11 @@ class Judge:
             UserError: There is no such model or tokenizer, or it cannot judge.
         """
         try:
-            model = load_base(name, dtype=dtype)
+            model = load_base(name, dtype=dtype, trust_remote_code=None)
         except UserError as problem:  # of a part that knows the key of a config only
             message = str(problem).replace("model.name_or_path (", "--model (")
             raise UserError(message) from problem
-        tokenizer = load_tokenizer(name, trust_remote_code=False)
+        tokenizer = load_tokenizer(name, trust_remote_code=None)
         placed: Any = model
         with of_model(name):
             return cls(placed.to(find_device(device)).eval(), tokenizer, **settings)

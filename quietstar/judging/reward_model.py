@@ -72,7 +72,7 @@ class RewardModel:
                 f"--model ({name}): has no weights of a reward model ({missing[0]} is missing). "
                 "Train one by quietstar reward-model."
             )
-        tokenizer = load_tokenizer(name, trust_remote_code=False)
+        tokenizer = load_tokenizer(name, trust_remote_code=None)
         return cls(model.to(find_device(device)).eval(), tokenizer, batch_size=batch_size)
 
     @torch.no_grad()

@@ -169,7 +169,7 @@ def train_reward_model(
     checkpoints = out.with_name(f"{out.name}.checkpoints")
     decisive = {**given, **vars(settings), "base": base}
     _check_same(checkpoints, decisive, out)
-    tokenizer = load_tokenizer(base, trust_remote_code=False)
+    tokenizer = load_tokenizer(base, trust_remote_code=None)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         num_train_epochs=settings.epochs,

@@ -94,7 +94,7 @@ TOKENIZER_FILES = (
 """Files of a tokenizer, which stay where a model is saved without one."""
 _MOST_UNITS = 2**17
 """Width of an adapter, or virtual tokens: more than the widest model has units."""
-_DAMAGED = "Save the model again, or take another copy of the folder."
+_DAMAGED = "Save the model again, or restore the folder."
 
 _OF_UPLOADS = {"token", "private", "commit_message", "revision"}
 OF_DOWNLOADS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
@@ -550,10 +550,6 @@ def read_settings(folder: Path) -> Settings:
     check_folder(folder)
     with reading(str(path), _DAMAGED):
         if not path.exists():
-            if (folder / "final" / SETTINGS_FILE).exists():
-                raise UserError(
-                    f"{folder}: is the folder of a run; its model is in {folder / 'final'}"
-                )
             if not folder.exists():
                 raise UserError(f"{folder}: there is no such folder. Give that of a saved model.")
             raise UserError(

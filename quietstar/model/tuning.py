@@ -152,7 +152,7 @@ def load_adapters(
         if fields.get(name, False) != wanted:
             raise UserError(
                 f"{path}: {name} ({fields.get(name)}): must be {wanted}, by the tuning in "
-                "quietstar.json. Take another copy of the folder."
+                "quietstar.json. Restore the folder."
             )
     if not isinstance(fields.get("target_modules"), list):
         raise ValueError("adapter_config.json: target_modules is no list")
@@ -161,7 +161,7 @@ def load_adapters(
         if isinstance(value, str | list | dict) and value and name not in _ADAPTER_WORDS:
             raise UserError(
                 f"{path}: {name} ({value}): must be left out: quietstar makes no such adapters. "
-                "Take another copy of the folder."
+                "Restore the folder."
             )
     waits = any(p.is_meta for p in model.parameters())  # layers that a device map keeps elsewhere
     if waits and method == "dora":
@@ -184,14 +184,14 @@ def load_adapters(
     if missing := sorted(expected.keys() - weights.keys()):
         raise UserError(
             f"{folder / 'adapter_model.safetensors'}: lacks {len(missing)} tensors, such as "
-            f"{missing[0]}. They would be random numbers. Take another copy of the folder."
+            f"{missing[0]}. They would be random numbers. Restore the folder."
         )
     # PEFT saves an embedding or output layer that has adapters itself too.
     known = peft.get_peft_model_state_dict(tuned, save_embedding_layers=True)
     if unknown := sorted(weights.keys() - known.keys()):
         raise UserError(
             f"{folder / 'adapter_model.safetensors'}: {len(unknown)} of its tensors are no part of "
-            f"the model by adapter_config.json, such as {unknown[0]}. Take another copy of the "
+            f"the model by adapter_config.json, such as {unknown[0]}. Restore the "
             "folder."
         )
     return tuned

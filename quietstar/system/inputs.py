@@ -41,9 +41,11 @@ def check_folder(folder: str | Path) -> None:
     """Refuse a folder in whose files, or those of its subfolders, a library could wait for ever.
 
     Raises:
-        UserError: One of them is a pipe, a socket or a device.
+        UserError: One of them is a pipe, a socket or a device; or it is the folder of a run.
     """
     place = Path(folder)
+    if (place / "config.yaml").exists() and (place / "final").is_dir():
+        raise UserError(f"{place}: is the folder of a run. Give its model, {place / 'final'}.")
     for path in (*place.glob("*"), *place.glob("*/*")) if os.path.isdir(place) else ():
         with suppress(OSError):  # a link that leads nowhere, or a folder that is closed to us
             if not (stat.S_ISREG(mode := path.stat().st_mode) or stat.S_ISDIR(mode)):

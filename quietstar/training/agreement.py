@@ -57,7 +57,7 @@ def check_agreement(
             for part in (text.ids, text.targets, text.marked):
                 digest.update(part.tobytes())
         count = "a stream" if report.documents is None else f"{report.documents:,} documents"
-        facts[f"the texts of {prefix}data"] = f"{count}, {digest.hexdigest()}"
+        facts[f"the content of {prefix}data"] = f"{count}, {digest.hexdigest()}"
     versions = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
     versions["quietstar"] = __version__
     facts |= {f"the version of {name}": number for name, number in versions.items()}

@@ -270,6 +270,12 @@ def check_same_run(
         raise UserError(f"--resume: {error.problems[0]}") from error
     now, last_stage = flat(with_eval_sequences(config, held_out)), list(config.stage_configs())[-1]
     changes, binding = [], []
+    stages = [", ".join(x.stages) or "none" for x in (earlier, config)]
+    if stages[0] != stages[1]:
+        changes.append(f"stages were {stages[0]}, are {stages[1]}")
+        binding.append(changes[0])
+        before = {key: value for key, value in before.items() if key in now}
+        now = {key: value for key, value in now.items() if key in before}
     for key in {**before, **now}:
         # Trust is the user's of today: what the folder says of it never counts.
         if before.get(key) == now.get(key) or key.endswith("model.trust_remote_code"):
@@ -287,8 +293,8 @@ def check_same_run(
     if binding and not allow_changes:
         more = f"; and {len(binding) - 5} more" if len(binding) > 5 else ""
         raise UserError(
-            f"--resume: {'; '.join(binding[:5])}{more}: that would be another run. Take the values "
-            f"of {path}, start a new run in another folder, replace this one with "
+            f"--resume: {'; '.join(binding[:5])}{more}: that would be another run. Give the run's "
+            f"own --config {path}, start a new run in another folder, replace this one with "
             "--overwrite, or insist with --allow-changes true."
         )
     return held_out, changes

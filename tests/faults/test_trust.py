@@ -108,6 +108,9 @@ def test_no_command_runs_code_of_a_strangers_run(strangers, shape, tmp_path, mon
          f"pretrained={run}"],
         ["train", *own, "--model.name_or_path", run],
         ["train", "--plan", *own, "--model.name_or_path", run],
+        ["train", "--config", f"{run}/config.yaml", "--training.output_dir", "again"],
+        ["train", "--config", f"{run}/config.yaml", "--resume", "auto"],
+        ["train", "--plan", "--config", f"{run}/config.yaml"],
         ["report", run],
         ["report", run, run],
     ]  # fmt: skip
@@ -121,6 +124,38 @@ def test_no_command_runs_code_of_a_strangers_run(strangers, shape, tmp_path, mon
             assert command == ["report", run] or code not in (0, 70), (line, code, said.err)
             assert "Traceback" not in said.err, line
             assert not canary.exists(), line
+
+
+@pytest.mark.parametrize("key", ["loss.objective", "loss.reward", "thoughts.sampler"])
+def test_no_command_runs_a_part_that_the_config_of_a_run_names(key, tmp_path, monkeypatch, capsys):
+    module, canary = f"theirs_{key.replace('.', '_')}", tmp_path / "canary"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / f"{module}.py").write_text(f"open({str(canary)!r}, 'w')\nclass Part: ...\n")
+    config = tmp_path / "run" / "config.yaml"
+    config.parent.mkdir()
+    save_config(run_config(tmp_path), config)
+    (config.parent / "metrics.jsonl").touch()  # as a run has
+    fields, (section, name) = yaml.safe_load(config.read_text()), key.split(".")
+    fields[section][name] = f"{module}:Part"
+    config.write_text(yaml.safe_dump(fields))
+    again = ["train", "--config", str(config), "--training.output_dir", "again"]
+    for command in (
+        again,
+        [*again, "--plan"],
+        ["teach", "--config", str(config), "--model", "none", "--out", "taught"],
+        ["eval", "--config", str(config), "--model", "none", "--tasks", "demo"],
+    ):
+        assert quietstar(command) == 2, command
+        assert not canary.exists(), command
+    capsys.readouterr()
+    assert quietstar(again) == 2
+    said = capsys.readouterr().err
+    assert key in said
+    assert f"{module}:Part" in said
+    assert "names code, which is not run" in said
+    quietstar([*again, "--model.trust_remote_code", "true"])
+    assert canary.exists()
 
 
 def test_the_user_may_trust_a_run(strangers, tmp_path):
