@@ -6,7 +6,7 @@ COUNT = 20
 
 
 def test_malformed_inputs_are_refused_in_a_line_and_lose_nothing():
-    records = runs_alone("fuzz.py", "--count", str(COUNT), "--seed", "1", "--real", "20")
+    records = runs_alone("fuzz.py", "--count", str(COUNT), "--seed", "1", "--real", "30")
     assert len(records) == COUNT
     failed = {f"{r['name']}: {r['what']}": r["verdicts"] for r in records if r["verdicts"]}
     assert not failed
