@@ -133,23 +133,19 @@ def load_critic(
         reward: ``loss.reward``: reward_model asks for a classifier, others for a judge.
         thinker: `QuietStarForCausalLM` that trains.
         lookahead: Tokens of a continuation where the section names no number.
-        device: Where the model trains, and the judge is unless the section says otherwise.
+        device: Where the model trains, and the judge is.
 
     Raises:
         UserError: A model or template that cannot be used.
     """
     num_tokens = lookahead if settings.continuation is None else settings.continuation
-    writing = Writing(num_tokens)
+    writing, place = Writing(num_tokens), str(device)
     kind: Kind = "pair" if settings.mode == "pairs" else "rating"
-    place = str(device)
     with naming_keys():
         if reward == "reward_model":
             assert settings.model is not None, "the config was validated"
             return Critic(RewardModel.load(settings.model, device=place), writing)
-        given: dict[str, Any] = {
-            "template": settings.template,
-            "rationale_tokens": settings.rationale,
-        }  # fmt: skip
+        given = {"template": settings.template, "rationale_tokens": settings.rationale}
         if settings.model is None:
             if thinker.passes_together:
                 raise UserError(

@@ -97,14 +97,11 @@ class StudentRows:
         return (self.targets != IGNORE_INDEX) / self.num_items
 
     def token_loss(
-        self,
-        tokens: Int[Tensor, " rows"],
-        weights: Float[Tensor, " rows"],
+        self, tokens: Int[Tensor, " rows"], weights: Float[Tensor, " rows"]
     ) -> Float[Tensor, ""]:
         """Sum weight * -log p(token) by the student over the rows that have a target."""
         tokens = tokens.where(self.targets != IGNORE_INDEX, IGNORE_INDEX)
-        segment = Segment(self.states, tokens, weights)
-        return objective([segment], self.head)[0]
+        return objective([Segment(self.states, tokens, weights)], self.head)[0]
 
     def divergence_loss(
         self, weights: Float[Tensor, " rows"]

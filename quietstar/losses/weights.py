@@ -151,8 +151,8 @@ class ThoughtScores:
         Args:
             thoughts: The `ThoughtBatch` that the reward is given.
             num_tokens: Most tokens; by default ``judge.continuation``.
-            temperature: Of the sampling; by default ``judge.temperature``.
-            stop: Texts before which a continuation ends; by default ``judge.stop``.
+            temperature: Of the sampling; by default 1.
+            stop: Texts before which a continuation ends; by default none.
 
         Raises:
             UserError: A model without a tokenizer, or a reward without the mark.

@@ -295,8 +295,7 @@ class QuietStarForCausalLM(PreTrainedModel):
 
         Raises:
             UserError: A sampler, reward or objective that cannot be found or called, a stop text
-                that the tokenizer cannot write, a scoring model that the positions do not read, or
-                positions by a mixing weight that is fixed.
+                that the tokenizer cannot write, or positions by a mixing weight that is fixed.
         """
         if thoughts is not None:
             fixed = self.mixing_head_config.fixed_weight
@@ -525,9 +524,8 @@ class QuietStarForCausalLM(PreTrainedModel):
 
         Raises:
             UserError: A text too long for the model or padded on the left, ids or labels outside
-                the vocabulary, answers or marks missing, a scoring model that cannot be used,
-                thoughts that do not fit the texts, or a sampler, reward or objective of the user's
-                that returns what it must not.
+                the vocabulary, answers or marks missing, thoughts that do not fit the texts, or a
+                sampler, reward or objective of the user's that returns what it must not.
         """
         if return_logits is None:
             return_logits = labels is None and not self.training

@@ -4,10 +4,9 @@ A position is a candidate if the token after it is a target. Of the n candidates
 
 - ``every`` takes evenly spaced ones, ``random`` a random choice (keyed, as the sampling noise is,
   so that how a batch is cut changes nothing): ceil(share * n) of them, or a number of them;
-- as many are those with the highest score: ``entropy`` takes that of the base model's next token
-  (or of a scoring model's), ``top_entropy`` that among the most likely tokens (RPT,
-  arXiv:2506.08007), ``weight`` the mixing weight that the mixing head gives without a thought,
-  ``weighted_entropy`` the product of both;
+- as many are those with the highest score: ``entropy`` takes that of the base model's next token,
+  ``top_entropy`` that among the most likely tokens (RPT, arXiv:2506.08007), ``weight`` the mixing
+  weight that the mixing head gives without a thought, ``weighted_entropy`` the product of both;
 - ``one_random`` takes the one that ``random`` would (RLP, arXiv:2510.01265);
 - ``answer`` takes those before a token of an answer, ``answer_start`` those before the first one;
 - ``pattern`` and ``field`` take those before a token that the data mark.
@@ -35,11 +34,9 @@ Rule = Literal[
 # fmt: on
 ANSWER_RULES = ("answer", "answer_start")
 MARKED_RULES = ("pattern", "field")
-ENTROPY_RULES = ("entropy", "top_entropy")
-"""A scoring model can say where to think by them."""
 LEARNED_RULES = ("weight", "weighted_entropy")
 """Their scores learn only from the positions that they choose: training explores others too."""
-SCORED_RULES = (*ENTROPY_RULES, *LEARNED_RULES)
+SCORED_RULES = ("entropy", "top_entropy", *LEARNED_RULES)
 
 _CHOICE = 2**20
 """Stands for the token in the noise's key: beyond the tokens of any thought."""
