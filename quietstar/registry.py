@@ -171,25 +171,26 @@ def find(key: str, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def trusting_nothing() -> Iterator[None]:
-    """Read what lies in a folder, which may be anybody's: nothing it says lets code run.
+def trusting(code: bool) -> Iterator[None]:
+    """Read what lies in a folder, which may be anybody's: it may name code only if ``code`` is set.
 
-    `find` takes only modules that are imported already, and a config that is loaded inside has
-    ``model.trust_remote_code`` off. Only the user's command line, config, or call turns it on.
+    Where it is not, `find` takes only modules that are imported already, and a config that is
+    loaded inside has ``model.trust_remote_code`` off.
     """
-    token = _is_trusted.set(False)
+    token = _is_trusted.set(code)
     try:
         yield
     finally:
         _is_trusted.reset(token)
 
 
-def code_is_trusted() -> bool:
-    """Tell whether what is read now is the user's own and may name code (`trusting_nothing`)."""
-    return _is_trusted.get()
+def code_is_trusted(of_a_run: bool = False) -> bool:
+    """Tell whether what is read now may name code; what a run wrote may only inside `trusting`."""
+    is_trusted = _is_trusted.get()
+    return not of_a_run if is_trusted is None else is_trusted
 
 
-_is_trusted = contextvars.ContextVar("code_is_trusted", default=True)
+_is_trusted = contextvars.ContextVar[bool | None]("code_is_trusted", default=None)
 
 
 def _import_part(key: str, name: str, module: str, attribute: str) -> Any:

@@ -162,7 +162,8 @@ def material(tmp_path_factory):
         write_lines(folder / name, QUESTIONS)
     choices = [{**line, "choices": [" yes", line["answer"]]} for line in QUESTIONS]
     write_lines(folder / "choices.jsonl", choices)
-    own = [{"problem": line["prompt"], "solution": line["answer"]} for line in QUESTIONS * 4]
+    own = [{"problem": line["prompt"], **dict.fromkeys(("solution", "answer"), line["answer"])}
+           for line in QUESTIONS * 4]  # fmt: skip
     for name in ("questions.jsonl", "problems.jsonl", "held_out.jsonl"):
         write_lines(folder / name, own)
     write_lines(folder / "pairs.jsonl", PAIRS)

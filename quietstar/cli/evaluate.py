@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +19,7 @@ from rich.console import Console
 from quietstar.cli import options
 from quietstar.cli.options import BATCH, SEED, THOUGHTS, TOKENS, Parser, unicode_text, whole
 from quietstar.config import Config, DataConfig
-from quietstar.config.loading import is_of_run, load_config
+from quietstar.config.loading import load_config
 from quietstar.config.messages import closest, did_you_mean
 from quietstar.data.encoding import split_template
 from quietstar.data.tokenizer import load_tokenizer
@@ -39,7 +39,6 @@ from quietstar.evaluation.statistics import correct_for_many, summarise
 from quietstar.evaluation.tasks import TASKS, TEXT_FILES, Item, Task, find_task
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import SETTINGS_FILE
-from quietstar.registry import trusting_nothing
 from quietstar.reports.evaluation import page_mark, task_view, write_page
 from quietstar.sampling.positions import MARKED_RULES
 from quietstar.system.files import write_json
@@ -84,8 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--tasks: {', '.join(twice)} is given twice; remove one")
     trained = None
     if args.config is not None:
-        with trusting_nothing() if is_of_run(args.config) else nullcontext():
-            trained = list(load_config(args.config).stage_configs().values())[-1]
+        trained = list(load_config(args.config).stage_configs().values())[-1]
     data = _question_fields(args, trained)
     tasks = [
         find_task(name, args.separator, args.extract, data)

@@ -8,6 +8,7 @@ is known to be valid.
 import argparse
 import atexit
 import difflib
+import errno
 import gc
 import io
 import json
@@ -215,9 +216,9 @@ def _explain(fault: BaseException) -> str | None:
             "the length of the texts; quietstar train --plan predicts what a run needs."
         )
     if isinstance(fault, OSError) and fault.strerror:
-        return (
-            f"{_file_of(fault)}: {fault.strerror}. Check the file and its disk, then start again."
-        )
+        is_full = fault.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "Free space" if is_full else "Check the file and its disk"
+        return f"{_file_of(fault)}: {fault.strerror}. {remedy}, then start again."
     if kind == "PanicException":  # of a library in Rust
         return (
             f"a tokenizer fails over a text ({reason_of(fault)}). Use another tokenizer, or leave "

@@ -133,13 +133,13 @@ def load_config(
     Raises:
         ConfigError: With every problem of the file, the overrides and the rules between keys.
     """
-    if registry.code_is_trusted() and is_of_run(config_file):
+    if registry.code_is_trusted() and not registry.code_is_trusted(is_of_run(config_file)):
         own = _Reader()
         own.read_overrides(overrides)
         own.read_given(given or {})
         trust = own.settings[""].get("model.trust_remote_code")
         if trust is None or trust.value is not True:
-            with registry.trusting_nothing():
+            with registry.trusting(False):
                 config = load_config(config_file, overrides, preset, given)
                 for key, name in _named_parts(config):
                     if not any(key in settings for settings in own.settings.values()):

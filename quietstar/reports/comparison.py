@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from quietstar.config.loading import load_config
 from quietstar.errors import ConfigError, UserError, visible
 from quietstar.evaluation.controls import CONTROL_NAMES, GAINS, MADE
 from quietstar.evaluation.statistics import mean_over_seeds
-from quietstar.registry import trusting_nothing
+from quietstar.registry import trusting
 from quietstar.reports.figures import Draw, Points, draw_points, in_both_sizes, literal
 from quietstar.reports.pages import MISSING, percent, plain, signed, write_html
 from quietstar.reports.run_files import Record, RunFiles, series
@@ -229,7 +228,7 @@ def compare_runs(folders: Sequence[Path], trust_code: bool = False) -> dict[str,
     """
     groups: defaultdict[tuple[tuple[str, str], ...], list[Run]] = defaultdict(list)
     for folder in folders:
-        with nullcontext() if trust_code else trusting_nothing():
+        with trusting(trust_code):
             run = read_run(folder)
         group = groups[tuple(sorted(run.settings.items()))]
         if twin := next((other for other in group if other.seed == run.seed), None):

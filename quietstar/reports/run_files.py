@@ -14,7 +14,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from quietstar.config.loading import load_config
 from quietstar.errors import ConfigError, UserError, reading, reason_of
-from quietstar.registry import trusting_nothing
+from quietstar.registry import trusting
 from quietstar.training.stages import Stage, plan_stages
 
 RENAMED = {
@@ -251,7 +251,7 @@ def read_part(path: Path, kind: type[Parts]) -> Parts:
 
 def _plan_of(path: Path) -> Sequence[Stage]:
     """Return the stages that a run's config says; none where it cannot be read."""
-    with suppress(ConfigError, UserError), trusting_nothing():
+    with suppress(ConfigError, UserError), trusting(False):
         return plan_stages(load_config(path))
     return ()
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from quietstar.config.loading import load_config
 from quietstar.distributed.strategies import WEIGHTS_FILE
 from quietstar.errors import UserError, reading
-from quietstar.registry import trusting_nothing
+from quietstar.registry import trusting
 from quietstar.system import files
 from quietstar.training.build import build_model, find_tokenizer
 from quietstar.training.checkpoint import MANIFEST_FILE, STATE_FILE, find_damage, read_state
@@ -72,7 +72,7 @@ def export_checkpoint(folder: Path, trust_remote_code: bool = False) -> Path:
             f"together. Train on with --resume auto, and give {run}."
         )
     source = _source(folder)
-    with trusting_nothing():  # not by the model, either
+    with trusting(False):  # not by the model, either
         config = load_config(run / CONFIG_FILE)
         trusted = config.model.model_copy(update={"trust_remote_code": trust_remote_code})
         config = config.model_copy(update={"model": trusted})

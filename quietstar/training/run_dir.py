@@ -18,7 +18,7 @@ from pathlib import Path
 from quietstar.config import Config
 from quietstar.config.loading import load_config
 from quietstar.errors import ConfigError, UserError, reason_of
-from quietstar.registry import trusting_nothing
+from quietstar.registry import trusting
 from quietstar.system import files
 from quietstar.system.locks import locked
 from quietstar.training.costs import with_eval_sequences
@@ -129,7 +129,7 @@ def _is_marked(output_dir: Path) -> bool:
 def _is_earlier_version(output_dir: Path) -> bool:
     """Returns True for the folder of a run of version 0.1.0 that can be gone on with."""
     try:
-        with trusting_nothing():
+        with trusting(False):
             load_config(output_dir / CONFIG_FILE)
     except (UserError, OSError):
         return False
@@ -260,7 +260,7 @@ def check_same_run(
             "run. Restore it, or insist with --allow-changes."
         )
     try:
-        with trusting_nothing():
+        with trusting(False):
             earlier = load_config(path)
             before = flat(earlier)
             held_out = {
