@@ -21,7 +21,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from quietstar.config import SECTIONS, Config, fields
-from quietstar.config.loading import FOREIGN, load_config
+from quietstar.config.earlier import FOREIGN
+from quietstar.config.loading import load_config
 from quietstar.config.starting import COUNTED, counted, default_of, format_of
 from quietstar.errors import ConfigError, UserError
 from quietstar.system.files import write_whole

@@ -12,9 +12,8 @@ import yaml
 from pydantic import ValidationError
 
 from quietstar.config import Config, cross_field_problems, fields
-from quietstar.config.earlier import DROPPED, RENAMED, REPLACED
+from quietstar.config.earlier import DROPPED, FOREIGN, RENAMED, REPLACED
 from quietstar.config.loading import (
-    FOREIGN,
     load_config,
     read_sections,
     resolve_config_file,
@@ -311,16 +310,19 @@ def test_yaml_numbers_and_words_are_read_as_people_write_them(write):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("- a\n", "x.yaml: a list must be a mapping"),
+        ("- a\n", "x.yaml: ['a'] must be a mapping"),
         ("8\n", "x.yaml: 8 must be a mapping"),
         ("model: [1\ndata: 2", "x.yaml:2: no valid YAML: "),
         ("a: 1\n\tb: 2", "x.yaml:2: no valid YAML: "),
-        ("a: !!int x", "x.yaml:1: no valid YAML: "),
+        ("a: !!int x", "x.yaml: no valid YAML: "),
         (VALID_YAML + "training: 8", "x.yaml:3: training: 8 must be a mapping of keys, such as"),
-        (VALID_YAML + "thoughts: {}\nthoughts: {}", "x.yaml:4: thoughts: stands twice"),
+        (
+            VALID_YAML + "thoughts: {}\nthoughts: {}",
+            "x.yaml:4: no valid YAML: thoughts stands twice",
+        ),
         (
             VALID_YAML + "thoughts:\n  length: 8\n  length: 9",
-            "x.yaml:5: thoughts.length: stands twice",
+            "x.yaml:5: no valid YAML: thoughts.length stands twice",
         ),
         (
             VALID_YAML + "thoughts:\n  lenght: 8",
@@ -362,7 +364,7 @@ def test_yaml_numbers_and_words_are_read_as_people_write_them(write):
         ),
         (
             VALID_YAML + "logging: {report_to: [1]}",
-            "x.yaml:3: logging.report_to.0: 1 must be text",
+            "x.yaml:3: logging.report_to.0: 1 must be a valid string",
         ),
         (
             VALID_YAML + "optim:\n  lr: 1",
@@ -376,9 +378,8 @@ def test_yaml_numbers_and_words_are_read_as_people_write_them(write):
             VALID_YAML + "stages: {a: {thoughts: {share: 0.5}}}",
             "x.yaml:3: stages.a.thoughts.share: renamed; write thoughts.position_fraction",
         ),
-        (VALID_YAML + "[a]: 1", "x.yaml:3: no valid YAML: a list cannot be a key; write a name"),
-        (VALID_YAML + "? {a: 1}\n: 1", "x.yaml:3: no valid YAML: a mapping cannot be a key"),
-        ("a: &a [*a]", "x.yaml:1: no valid YAML: values inside each other on more than 50 levels"),
+        (VALID_YAML + "[a]: 1", "x.yaml:3: no valid YAML: a key must be a name"),
+        ("a: &a [*a]", "x.yaml:1: no valid YAML: more than 10,000 values, aliases written out, or"),
         (VALID_YAML + "a: !!set {b}", "x.yaml:3: no valid YAML: could not determine"),
         ("[" * 2000, "x.yaml: no valid YAML: it is nested too deeply"),
         ("model: {name_or_path: x}\ndata: {trian: x}", "x.yaml:2: data.trian: unknown key; did"),
@@ -520,28 +521,33 @@ def test_an_override_mends_a_fault_of_the_file(write):
     assert load_config(name, ["--thoughts.length", "1"]).thoughts.length == 1
 
 
-def test_all_faults_are_reported_at_once(write):
+def test_all_wrong_names_and_values_are_reported_at_once_and_then_all_broken_rules(write):
     name = write(
         "model: {name_or_path: x}\n"
         "thoughts:\n"
         "  lenght: 8\n"  # unknown
         "  lookahead: 0\n"  # out of bounds
-        "  num_thoughts: 1\n"  # cross-field
         "optim: {learning_rate: fast}\n"  # type
         "mixing_head: {initial_weight: 0.1, floor: 0.2}\n"  # cross-field
-        "loss: {estimator: papre}\n"  # no such choice, so the rule on num_thoughts waits
+        "loss: {estimator: papre}\n"  # no such choice
     )
     arguments = ["--training.max_stepz", "1", "--data.seq_len", "x"]
     keys = [problem.split(": ")[:2] for problem in problems_of(name, *arguments)]
-    assert keys == [
-        ["x.yaml:3", "thoughts.lenght"],
+    assert sorted(keys) == [
         ["command line", "--training.max_stepz"],
-        ["x.yaml:4", "thoughts.lookahead"],
-        ["x.yaml:8", "loss.estimator"],
         ["command line", "data.seq_len"],
-        ["x.yaml:6", "optim.learning_rate"],
-        ["x.yaml:7", "mixing_head.initial_weight"],
+        ["x.yaml:3", "thoughts.lenght"],
+        ["x.yaml:4", "thoughts.lookahead"],
+        ["x.yaml:5", "optim.learning_rate"],
+        ["x.yaml:7", "loss.estimator"],
+    ]
+    text = "model: {name_or_path: x}\nthoughts: {num_thoughts: 1}\n"
+    problems = problems_of(write(text + "mixing_head: {initial_weight: 0.1, floor: 0.2}\n"))
+    keys = [problem.split(": ")[:2] for problem in problems]
+    assert sorted(keys) == [
         ["x.yaml", "data.train"],
+        ["x.yaml:2", "thoughts.num_thoughts"],
+        ["x.yaml:3", "mixing_head.initial_weight"],
     ]
 
 
@@ -579,10 +585,7 @@ def test_a_bomb_of_aliases_is_refused_at_once(write):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30)]
     problem = only_problem_of(write("\n".join(lines)))
-    assert problem == (
-        "x.yaml: no valid YAML: more than 10000 values with its aliases written out; use fewer"
-        " aliases"
-    )
+    assert problem.startswith("x.yaml:1: no valid YAML: more than 10,000 values, aliases written")
 
 
 def test_a_few_aliases_and_merged_keys_are_understood(write):

@@ -182,7 +182,7 @@ class _TrainParser(Parser):
             for key in (key for key in listed if key.startswith(f"{section}.")):
                 description = listed[key].get("description", "")
                 default = default_text(listed[key])
-                text = f"{description} ({type_text(key)}; default {default})"
+                text = f"{description} ({type_text(listed[key])}; default {default})"
                 group.add_argument(f"--{key}", help=text.replace("%", "%%"), metavar="")
         text = super().format_help()
         return text if self.section == "all" else text[text.index(f"\n{self.section}:") + 1 :]

@@ -1,6 +1,6 @@
-"""Keys of earlier versions: what takes their place, and how an old run or model is read."""
+"""Keys of earlier versions and of other libraries: what to write, and how an old run is read."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 from quietstar.config.effects import is_on_hub
@@ -82,6 +82,61 @@ DROPPED: dict[str, tuple[Any, str]] = {
     "logging.run_name": (None, "the run has the name of its folder"),
 }  # fmt: skip
 """Keys of earlier versions that are gone, with the value that runs now have, and why."""
+
+
+_FOREIGN = {
+    "training.max_steps": "num_train_epochs num_epochs epochs",
+    "training.global_batch_size": "gradient_accumulation_steps generation_batch_size"
+    " steps_per_generation train_batch_size per_gpu_batch_size",
+    "training.micro_batch_size": "per_device_train_batch_size per_device_eval_batch_size",
+    "training.mixed_precision": "bf16 fp16",
+    "training.inner_epochs": "num_iterations num_ppo_epochs",
+    "training.eval_steps": "eval_strategy evaluation_strategy",
+    "training.save_steps": "save_strategy",
+    "optim.warmup_steps": "warmup_ratio",
+    "thoughts.num_thoughts": "num_generations",
+    "thoughts.length": "max_completion_length max_new_tokens",
+    "data.seq_len": "max_seq_length max_length max_prompt_length block_size",
+    "data.train": "train_file train_dataset dataset dataset_name",
+    "data.eval": "validation_file eval_dataset",
+    "loss.reward": "reward_func reward_funcs",
+    "loss.kl_weight": "beta kl_coef",
+    "loss.clip_low": "epsilon cliprange",
+    "loss.clip_high": "epsilon_high",
+    "loss.scaling": "scale_rewards",
+    "loss.token_weighting": "loss_type",
+    "tuning.method": "use_peft load_in_4bit",
+    "tuning.lora_target_modules": "target_modules",
+    "model.dtype": "torch_dtype",
+    "resume": "resume_from_checkpoint",
+}
+FOREIGN = {name: key for key, names in _FOREIGN.items() for name in names.split()}
+"""Names of transformers, TRL and PEFT, and the key that decides the same here."""
+_UNLIKE = {
+    "training.max_steps": "runs are counted in steps of training.global_batch_size texts",
+    "training.global_batch_size": "all texts of a step, in as many passes of at most"
+    " training.micro_batch_size as it takes",
+    "training.mixed_precision": "bf16 or no; there is no fp16",
+    "optim.warmup_steps": "a number of steps",
+    "training.eval_steps": "0 evaluates only at start and end",
+    "training.save_steps": "0 saves only the final model",
+}
+"""What a foreign name's key means, where its name alone does not tell."""
+
+
+def explained(name: str, known: Container[str], dashes: str, kind: str) -> str | None:
+    """Say what to write in place of a key of an earlier version or of another library, if it is."""
+    if name in RENAMED:
+        return f"renamed; write {dashes}{RENAMED[name]}"
+    if name in REPLACED:
+        return f"is gone; write {REPLACED[name]}"
+    if name in DROPPED:
+        return f"is gone: {DROPPED[name][1]}; leave it out"
+    key = FOREIGN.get(name.rpartition(".")[2])
+    if key is not None and key in known:
+        note = f" ({_UNLIKE[key]})" if key in _UNLIKE else ""
+        return f"unknown {kind}; here it is {dashes}{key}{note}"
+    return None
 
 
 def migrate(trees: Iterable[Any]) -> tuple[dict[str, str], list[str]]:

@@ -1,6 +1,7 @@
 """Reading and writing a config: a YAML file, then dotted overrides from the command line.
 
-`load_config` reports everything that is wrong at once, one line per problem:
+`load_config` reports all wrong names and values at once, one line each, and then the broken rules
+between keys:
 
     configs/x.yaml:4: thoughts.lenght: unknown key; did you mean thoughts.length?
     command line: thoughts.length: -1 must be greater than or equal to 1; ...
@@ -16,21 +17,23 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import ValidationError
 
 from quietstar import registry
-from quietstar.config import messages
-from quietstar.config.earlier import DROPPED, RENAMED, REPLACED, migrate
+from quietstar.config.earlier import RENAMED, explained, migrate
 from quietstar.config.effects import keys_without_effect
 from quietstar.config.messages import (
     closest,
     did_you_mean,
     did_you_mean_file,
-    key_types,
+    field_message,
+    fits,
     shortened,
     shown_value,
+    types_of,
+    words_of,
 )
 from quietstar.config.schema import MOST_LEVELS
 from quietstar.config.tree import (
@@ -42,8 +45,9 @@ from quietstar.config.tree import (
     keys_of,
     loss_class,
     loss_config,
+    stages_of,
 )
-from quietstar.config.yaml import MOST_CHARACTERS, YamlProblem, dump, parse
+from quietstar.config.yaml import MOST_CHARACTERS, Document, YamlProblem, dump, parse
 from quietstar.errors import ConfigError, UserError, reason_of, visible
 from quietstar.system.files import write_whole
 from quietstar.system.inputs import open_input
@@ -51,63 +55,17 @@ from quietstar.system.inputs import open_input
 logger = logging.getLogger(__name__)
 
 RUN_CONTENTS = ("checkpoints", "final", "metrics.jsonl")
-"""What lies beside the config of a run; any of it marks a run folder."""
+"""What lies next to the config of a run; any of it marks a run folder."""
 
 LONGEST_PROBLEM = 1000  # characters of its line, for values may be long
-MOST_STAGES = 100
 MOST_SUGGESTIONS = 20  # problems with a "did you mean", which takes a while to find
 
 COMMAND_LINE, PYTHON = "command line", "QuietStarConfig"
 """Sources of a problem, in the place of a file and its line."""
-GIVEN = (COMMAND_LINE, PYTHON)
 
-_OPTIONS = (
-    "config",
-    "preset",
-    "resume",
-    "controls",
-    "help",
-)  # flags of the command line beside the keys
+_OPTIONS = ("config", "preset", "resume", "controls", "help")
+"""Flags of the command line that are no keys."""
 _FLAG = re.compile(r"--[A-Za-z_][^=\s]*(=.*)?", re.DOTALL)  # `---` and `-1` are values
-
-_FOREIGN = {
-    "training.max_steps": "num_train_epochs num_epochs epochs",
-    "training.global_batch_size": "gradient_accumulation_steps generation_batch_size"
-    " steps_per_generation train_batch_size per_gpu_batch_size",
-    "training.micro_batch_size": "per_device_train_batch_size per_device_eval_batch_size",
-    "training.mixed_precision": "bf16 fp16",
-    "training.inner_epochs": "num_iterations num_ppo_epochs",
-    "training.eval_steps": "eval_strategy evaluation_strategy",
-    "training.save_steps": "save_strategy",
-    "optim.warmup_steps": "warmup_ratio",
-    "thoughts.num_thoughts": "num_generations",
-    "thoughts.length": "max_completion_length max_new_tokens",
-    "data.seq_len": "max_seq_length max_length max_prompt_length block_size",
-    "data.train": "train_file train_dataset dataset dataset_name",
-    "data.eval": "validation_file eval_dataset",
-    "loss.reward": "reward_func reward_funcs",
-    "loss.kl_weight": "beta kl_coef",
-    "loss.clip_low": "epsilon cliprange",
-    "loss.clip_high": "epsilon_high",
-    "loss.scaling": "scale_rewards",
-    "loss.token_weighting": "loss_type",
-    "tuning.method": "use_peft load_in_4bit",
-    "tuning.lora_target_modules": "target_modules",
-    "model.dtype": "torch_dtype",
-    "resume": "resume_from_checkpoint",
-}
-FOREIGN = {name: key for key, names in _FOREIGN.items() for name in names.split()}
-"""Names of transformers, TRL and PEFT, and the key that decides the same here."""
-_UNLIKE = {
-    "training.max_steps": "runs are counted in steps of training.global_batch_size texts",
-    "training.global_batch_size": "all texts of a step, in as many passes of at most"
-    " training.micro_batch_size as it takes",
-    "training.mixed_precision": "bf16 or no; there is no fp16",
-    "optim.warmup_steps": "a number of steps",
-    "training.eval_steps": "0 evaluates only at start and end",
-    "training.save_steps": "0 saves only the final model",
-}
-"""What a foreign name's key means, where its name alone does not tell."""
 
 
 def load_config(
@@ -116,7 +74,7 @@ def load_config(
     preset: str | Path | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Reads a config file (see `resolve_config_file`; None for the defaults), then overrides.
+    """Read a config file (see `resolve_config_file`; None for the defaults), then overrides.
 
     A preset is the file of an objective, with a ``loss`` section and what belongs to it. Its loss
     takes the place of that of all stages that think; its other keys go over those of the config.
@@ -124,79 +82,56 @@ def load_config(
     Overrides are arguments of the command line, such as ``["--thoughts.length", "8"]``; they
     replace what the file says, and below a mapping they set single entries
     (``--model.config.hidden_size 64``). Values by key that Python code gives go the same way as
-    ``given``. Settings that change nothing are warned of, but not those
-    of a run folder, whose config has all keys.
+    ``given``. Settings that change nothing are warned of, but not those of a run folder, whose
+    config has all keys.
 
     The config in the folder of a run may be anybody's: what it says lets no code run, unless the
     command line sets ``--model.trust_remote_code true``.
 
     Raises:
-        ConfigError: With every problem of the file, the overrides and the rules between keys.
+        ConfigError: With every wrong name and value, or else every broken rule between keys.
     """
     if registry.code_is_trusted() and not registry.code_is_trusted(is_of_run(config_file)):
         own = _Reader()
         own.read_overrides(overrides)
         own.read_given(given or {})
-        trust = own.settings[""].get("model.trust_remote_code")
-        if trust is None or trust.value is not True:
+        if own.tree.get("model", {}).get("trust_remote_code") is not True:
             with registry.trusting(False):
                 config = load_config(config_file, overrides, preset, given)
                 for key, name in _named_parts(config):
-                    if not any(key in settings for settings in own.settings.values()):
+                    if not any(path.endswith(key) for path in own.sources):
                         registry.find(key, name)
             return config
     reader = _Reader()
-    if config_file is not None:
+    for read, source in ((reader.read_file, config_file), (reader.read_preset, preset)):
         try:
-            reader.read_file(config_file)
-        except ConfigError as error:  # nothing is known of the file: no key counts as not set
+            if source is not None:
+                read(source)
+        except ConfigError as error:  # hides no problem of the others
             reader.problems += error.problems
-            reader.misspelt.update(fields())
-    if preset is not None:
-        reader.read_preset(preset)
     reader.read_overrides(overrides)
     reader.read_given(given or {})
-    base, *stages = reader.settings
-    merged: dict[str, Settings] = {}
-    for prefix in stages or [base]:
-        settings = merged[prefix] = {**reader.settings[base], **reader.settings[prefix]}
-        for key, setting in reader.settings[base].items():  # the command line goes over any file
-            if setting.source in GIVEN and settings[key].source not in GIVEN:
-                settings[key] = setting
-        problems = _find_problems(settings, reader.misspelt, reader.file)
-        reader.problems += [problem for problem in problems if problem not in reader.problems]
-    if reader.problems:
-        raise ConfigError(shortened(problem, LONGEST_PROBLEM) for problem in reader.problems)
+    reader.check()
+    tree = reader.tree
     if not reader.in_run:
-        reader.warnings += _find_idle(merged)
+        reader.warn_idle()
     for warning in reader.warnings:
         logger.warning("%s", visible(shortened(warning, LONGEST_PROBLEM)))
-    tree: dict[str, Any] = _nested(reader.settings[base])
-    tree["stages"] = {
-        prefix.removeprefix("stages.")[:-1]: _nested(
-            {key: setting for key, setting in merged[prefix].items() if setting.prefix}
-        )
-        for prefix in stages
-    }
-    for name, sections in tree["stages"].items():
-        objective = sections.get("loss", {}).get("objective")
-        if objective not in (None, tree.get("loss", {}).get("objective")):
-            # In full: a file that is read again has all keys of the other objective outside.
-            given = {k: s.value for k, s in merged[f"stages.{name}."].items()}
-            known = loss_class(objective).model_fields
-            keys = {k.partition(".")[2]: v for k, v in given.items() if k.startswith("loss.")}
-            own = {key: value for key, value in keys.items() if key in known}
-            sections["loss"] = loss_config(**own).model_dump()
     if not registry.code_is_trusted():
         tree.setdefault("model", {})["trust_remote_code"] = False
+    config = Config.model_validate(tree)
+    for name, stage in config.stage_configs().items():
+        if stage.loss.objective != config.loss.objective:
+            # In full: a file that is read again has all keys of the other objective outside.
+            tree["stages"][name]["loss"] = stage.loss.model_dump()
     return Config.model_validate(tree)
 
 
 def is_of_run(config_file: str | Path | None) -> bool:
     """Tell whether a config lies in the folder of a run, which wrote it."""
     path = Path(os.path.expanduser(config_file or ""))
-    beside = any((path.parent / name).exists() for name in RUN_CONTENTS)
-    return path.name == "config.yaml" and beside
+    in_run = any((path.parent / name).exists() for name in RUN_CONTENTS)
+    return path.name == "config.yaml" and in_run
 
 
 def _named_parts(config: Config) -> Iterator[tuple[str, str]]:
@@ -213,48 +148,37 @@ def _named_parts(config: Config) -> Iterator[tuple[str, str]]:
 def read_sections(
     source: str, sections: Mapping[str, Any], unknown: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Validates sections of a config that Python code gives, as those of a file.
+    """Validate sections of a config that Python code gives, as those of a file.
 
     Args:
         source: What messages begin with, such as the name of a function.
         sections: By name, an instance, a mapping of keys (``{"length": 4}``), or None for defaults.
-        unknown: Arguments beside them that the function does not take.
+        unknown: Other arguments, which the function does not take.
 
     Raises:
         ConfigError: With everything that is wrong with the mappings.
     """
-    reader, kinds = _Reader(), {name: Config.model_fields[name].annotation for name in sections}
-    reader.file = source
-    mappings = {name: {} if given is None else given for name, given in sections.items()}
+    reader = _Reader(source)
+    kinds: dict[str, Any] = {name: Config.model_fields[name].annotation for name in sections}
+    keys = [key for section in sections for key in keys_of(section)]
     for name in unknown:
-        keys = [key for section in sections for key in keys_of(section)]
-        reader.problems.append(
-            f"{source}: {name}: {reader._unknown(name, candidates=keys, kind='argument')}"
-        )
-    for name, given in [*mappings.items()]:
-        if isinstance(given, Mapping):
-            reader._read_section("", name, dict(given))
-            continue
-        del mappings[name]
-        if not isinstance(given, kinds[name]):  # pyright: ignore[reportArgumentType]
-            reader.problems.append(
-                f"{source}: {name}: must be a mapping of keys, such as {keys_of(name)[0]}, or a "
-                f"{kinds[name].__name__} of quietstar.config, but is a {type(given).__name__}"  # pyright: ignore
+        reader.report(name, reader.unknown(name, keys, kind="argument"))
+    for name, given in sections.items():
+        if isinstance(given, Mapping | None):
+            reader.tree[name] = dict(given or {})
+        elif not isinstance(given, kinds[name]):
+            reader.report(
+                name,
+                f"must be a mapping of keys, such as {keys_of(name)[0]}, or a "
+                f"{kinds[name].__name__} of quietstar.config, but is a {type(given).__name__}",
             )
-    # Rules between keys hold for those of the mappings.
-    others = {key for key in fields() if key.partition(".")[0] not in mappings}
-    reader.problems += _find_problems(reader.settings[""], reader.misspelt | others, source)
-    if reader.problems:
-        raise ConfigError(shortened(problem, LONGEST_PROBLEM) for problem in reader.problems)
-    trees, make = _nested(reader.settings[""]), {**kinds, "loss": loss_config}
-    return {
-        name: make[name](**trees.get(name, {})) if name in mappings else given  # pyright: ignore
-        for name, given in sections.items()
-    }
+    reader.check(within=reader.tree)  # rules between keys hold for those of the mappings
+    made = {name: loss_config if name == "loss" else kinds[name] for name in reader.tree}
+    return {**sections, **{name: make(**reader.tree[name]) for name, make in made.items()}}
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Writes a config as YAML, as a whole; `load_config` reads an equal one from it.
+    """Write a config as YAML, as a whole; `load_config` reads an equal one from it.
 
     Raises:
         UserError: It cannot be written.
@@ -263,7 +187,7 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def shipped_configs(subfolder: str = "") -> dict[str, Path]:
-    """Returns the config files that come with the package: ``tiny`` is ``configs/tiny.yaml``."""
+    """Return the config files that come with the package: ``tiny`` is ``configs/tiny.yaml``."""
     package = Path(__file__).resolve().parents[1]
     folder = package / "configs"  # of an installed wheel
     if not folder.is_dir() and (package.parent / "pyproject.toml").is_file():
@@ -275,21 +199,21 @@ def shipped_configs(subfolder: str = "") -> dict[str, Path]:
 def resolve_config_file(
     name: str | Path, option: str = "--config", subfolder: str = ""
 ) -> tuple[Path, str]:
-    """Finds a config file; returns its path, and the name that messages give it.
+    """Find a config file; return its path, and the name that messages give it.
 
     The name is an existing path, or a shipped config as ``configs/x.yaml``, ``x.yaml`` or ``x``;
     with a ``subfolder`` one of those there.
 
     Raises:
-        ConfigError: If there is no such file.
+        ConfigError: There is no such file.
     """
-    given, path, kind = f"{COMMAND_LINE}: {option}", Path(os.path.expanduser(name)), None
+    given, path = f"{COMMAND_LINE}: {option}", Path(os.path.expanduser(name))
     if not str(name).strip():
         raise ConfigError([f"{given}: has no value; write {option} FILE"])
     try:
         kind = stat.S_IFMT(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
-        pass
+        kind = None
     except (OSError, ValueError) as error:
         shown = shortened(str(name))
         raise ConfigError([f"{given}: {shown} cannot be read: {reason_of(error)}"]) from error
@@ -311,127 +235,75 @@ def resolve_config_file(
     raise ConfigError([f"{given}: {message}{hint or f'; shipped configs: {names}'}"])
 
 
-class Setting(NamedTuple):
-    """A value of plain data, and where it comes from."""
-
-    value: Any
-    source: str  # configs/x.yaml:4, or COMMAND_LINE
-    prefix: str = ""  # stages.think. before the key of a stage
-
-
-Settings = dict[str, Setting]
-
-
 class _Reader:
-    """Gathers the settings of a file and of the command line, and what is wrong with them.
+    """Gathers what a file and the command line say, and what is wrong with it.
 
     Attributes:
-        settings: By prefix ("" outside of stages), the value of each key and where it comes from.
+        file: Name of the file in messages.
+        lines: Line of each key of the file.
+        in_run: Whether the file lies in the folder of a run, which wrote it.
+        tree: The sections, and ``stages`` with those of each stage.
+        sources: Where a key comes from that the file does not say.
         problems: One line each.
         warnings: One line each, for what is allowed but probably not meant.
-        misspelt: Keys that were probably meant by unknown ones: they are not "not set".
-        file: Name of the file in messages.
-        in_run: Whether the file lies in the folder of a run, which wrote it.
-        lines: Line of each key of the file.
     """
 
-    def __init__(self) -> None:
-        self.settings: dict[str, Settings] = {"": {}}
+    def __init__(self, file: str = "defaults") -> None:
+        self.file, self.lines, self.in_run = file, dict[str, int](), False
+        self.tree: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}
         self.problems: list[str] = []
         self.warnings: list[str] = []
-        self.misspelt: set[str] = set()
-        self.file = "defaults"
-        self.in_run = False
-        self.lines: dict[str, int] = {}
 
-    def read_preset(self, name: str | Path) -> None:
-        """Takes over the settings of an objective, for all stages that think."""
-        preset = _Reader()
-        try:
-            preset.read_file(name, "--preset", "objectives")
-        except ConfigError as error:
-            self.problems += error.problems
-            return
-        self.problems += preset.problems
-        self.misspelt |= preset.misspelt
-        base, *stages = self.settings
-        if not any(key.startswith("loss.") for key in preset.settings[""]):
-            self.problems.append(
-                f"{preset.file}: loss: a preset is of an objective, but this one has no such "
-                "section. Write `loss:` with `objective: rlp` below it."
-            )
-            return
-        if len(preset.settings) > 1:
-            self.problems.append(
-                f"{preset.file}: stages: a preset has none, but holds for all stages that think. "
-                "Write its sections without them."
-            )
-        thinking = [stage for stage in stages or [base] if self._thinks(stage)]
-        if not thinking:
-            self.problems.append(
-                f"{COMMAND_LINE}: --preset ({name}): no stage of {self.file} thinks, so nothing "
-                "would learn by it. Leave it out, or give another --config."
-            )
-        common = {k: s for k, s in self.settings[base].items() if k.startswith("loss.")}
-        for prefix in (base, *thinking):
-            for key in [key for key in self.settings[prefix] if key.startswith("loss.")]:
-                del self.settings[prefix][key]
-        for prefix in set(stages) - set(thinking):
-            self.settings[prefix] = {**common, **self.settings[prefix]}
-        for key, setting in preset.settings[""].items():
-            for prefix in thinking if is_stage_key(key) else [base]:
-                self.settings[prefix][key] = setting._replace(prefix=prefix)
+    def report(self, key: str, message: str, source: str | None = None) -> None:
+        """Add a problem of a key."""
+        self.problems.append(f"{source or self.source_of(key)}: {shortened(key, 100)}: {message}")
 
-    def _thinks(self, prefix: str) -> bool:
-        """Tells whether a stage thinks; what cannot be told is a problem of its own."""
-        settings = {**self.settings[""], **self.settings[prefix]}
-        name = settings.get("loss.objective")
-        with suppress(UserError):
-            return name is None or registry.find("loss.objective", str(name.value)).thinks
-        return True
+    def source_of(self, key: str) -> str:
+        """Return file and line of a key, or of what it stands in, or what else says it."""
+        while key:
+            if key in self.sources:
+                return self.sources[key]
+            if key in self.lines:
+                return f"{self.file}:{self.lines[key]}"
+            key = key.rpartition(".")[0]
+        return self.file
 
+    def unknown(
+        self, name: str, known: Sequence[str] = (), dashes: str = "", kind: str = "key"
+    ) -> str:
+        """Say which key replaces an unknown one, or which of the known ones was meant."""
+        known = known or [*fields()]
+        if told := explained(name, known, dashes, kind):
+            return told
+        meant = None
+        if len(self.problems) < MOST_SUGGESTIONS:
+            meant = closest(name, [*known, *RENAMED], by_leaf=True)
+        lists = "leave it out" if kind == "argument" else "quietstar train --help lists all"
+        hint = f"{dashes}{RENAMED.get(meant, meant)}" if meant else None
+        return f"unknown {kind}{did_you_mean(hint) or f'; {lists}'}"
+
+    # --- Sources ----------------------------------------------------------------------------------
     def read_file(
         self, config_file: str | Path, option: str = "--config", subfolder: str = ""
     ) -> None:
-        """Takes over the settings of a YAML file.
+        """Take over a YAML file.
 
         Raises:
-            ConfigError: If the file cannot be read at all.
+            ConfigError: The file cannot be read.
         """
         path, self.file = resolve_config_file(config_file, option, subfolder)
-        try:
-            with open_input(path) as file:
-                # One byte more than the longest text could have says that there is too much.
-                text = file.read(4 * MOST_CHARACTERS + 1)
-            data, self.lines, repeated = parse(text.decode("utf-8-sig"))
-        except (OSError, MemoryError) as error:
-            raise ConfigError([f"{self.file}: cannot be read: {reason_of(error)}"]) from error
-        except UnicodeDecodeError as error:
-            raise ConfigError([f"{self.file}: no valid YAML: is not UTF-8 text"]) from error
-        except YamlProblem as error:
-            source = self.file if error.line is None else f"{self.file}:{error.line}"
-            raise ConfigError([f"{source}: no valid YAML: {error}"]) from error
-        data = {} if data is None else data  # an empty file sets nothing
-        if not isinstance(data, dict):
-            kind = "a list" if isinstance(data, list) else shown_value(data)
+        tree, self.lines = _read_yaml(path, self.file)
+        if not isinstance(tree, dict | None):
             message = "must be a mapping of sections; write `thoughts:` with `length: 8` below it"
-            raise ConfigError([f"{self.file}: {kind} {message}"])
-        for key, line in repeated:
-            self._report(key, "stands twice; remove one", f"{self.file}:{line}")
-        stages = data.pop("stages", None) or {}
-        parts = {"": data}
-        if isinstance(stages, dict) and len(stages) > MOST_STAGES:
-            message = f"{len(stages)} stages are more than {MOST_STAGES}, and no run has as many"
-            self._report("stages", message)
-        elif isinstance(stages, dict):
-            for name in stages:
-                if not re.fullmatch(r"[\w-]{1,100}", str(name)):
-                    rule = "a stage's name is made of letters, digits, - and _; rename it"
-                    self._report(f"stages.{name}", rule)
-            parts |= {f"stages.{name}.": sections for name, sections in stages.items()}
+            raise ConfigError([f"{self.file}: {shown_value(tree)} {message}"])
+        self.tree = tree or {}  # an empty file sets nothing
+        self.tree["stages"] = self.tree.get("stages") or {}
         self.in_run = is_of_run(path)
+        stages = self.tree["stages"]
+        parts = [self.tree, *(stages.values() if isinstance(stages, dict) else ())]
         if self.in_run:
-            renamed, lost = migrate(parts.values())
+            renamed, lost = migrate(parts)
             self.lines |= {new: self.lines[o] for o, new in renamed.items() if o in self.lines}
             self.warnings += [f"{self.file}: {line}" for line in lost]
             if renamed:
@@ -439,81 +311,55 @@ class _Reader:
                 self.warnings.append(
                     f"{self.file}: translated {len(renamed)} keys of an earlier version: {names}"
                 )
-        losses = [part.get("loss") for part in parts.values() if isinstance(part, dict)]
-        _add_settings(loss.get("objective") for loss in losses if isinstance(loss, dict))
-        for prefix, sections in parts.items():
-            self.settings[prefix] = {}
-            if isinstance(sections, dict):
-                for section, body in sections.items():
-                    self._read_section(prefix, section, body)
-            elif sections is not None:
-                message = f"{shown_value(sections)} must be a mapping of sections, such as thoughts"
-                self._report(prefix[:-1], message)
-        if not isinstance(stages, dict):
-            message = "must be a mapping of stages; write `stages:` with `think:` below it"
-            self._report("stages", f"{shown_value(stages)} {message}")
+        for part in (part for part in parts if isinstance(part, dict)):
+            for section in [name for name, body in part.items() if body is None]:
+                del part[section]  # an empty section sets nothing
+            loss = part.get("loss")
+            _add_settings(loss.get("objective") if isinstance(loss, dict) else None)
 
-    def _read_section(self, prefix: str, section: Any, body: Any) -> None:
-        """Takes over the keys of one section of the file."""
-        shown = f"{prefix}{section}"
-        if section in SECTIONS and isinstance(body, dict):
+    def read_preset(self, name: str | Path) -> None:
+        """Take over an objective, for all stages that think.
+
+        Raises:
+            ConfigError: It is no preset, or no stage thinks.
+        """
+        preset = _Reader()
+        preset.read_file(name, "--preset", "objectives")
+        if preset.tree.pop("stages"):
+            raise ConfigError([
+                f"{preset.file}: stages: a preset has none, but holds for all stages that think. "
+                "Write its sections without them."
+            ])  # fmt: skip
+        if "loss" not in preset.tree:
+            raise ConfigError([
+                f"{preset.file}: loss: a preset is of an objective, but this one has no such "
+                "section. Write `loss:` with `objective: rlp` below it."
+            ])  # fmt: skip
+        try:
+            stages = stages_of(self.tree)
+        except ValidationError:  # `check` says so
+            return
+        thinking = [stage for stage, sections in stages.items() if _thinks(sections)]
+        if not thinking:
+            raise ConfigError([
+                f"{COMMAND_LINE}: --preset ({name}): no stage of {self.file} thinks, so nothing "
+                "would learn by it. Leave it out, or give another --config."
+            ])  # fmt: skip
+        loss = self.tree.pop("loss", {})
+        for stage, changes in self.tree.get("stages", {}).items():
+            changes["loss"] = {} if stage in thinking else {**loss, **changes.get("loss", {})}
+        for section, body in preset.tree.items():
+            if not isinstance(body, dict):
+                self._set([section], body, preset.source_of(section))
+                continue
             for name, value in body.items():
                 key = f"{section}.{name}"
-                if key not in fields():
-                    self._report(f"{prefix}{key}", self._unknown(key))
-                elif prefix and not is_stage_key(key):
-                    message = f"holds for the whole run; set {key} outside of stages"
-                    self._report(f"{prefix}{key}", message)
-                else:
-                    source = self._source(f"{prefix}{key}")
-                    self.settings[prefix][key] = Setting(value, source, prefix)
-        elif section in SECTIONS and body is not None:  # an empty section sets nothing
-            message = f"must be a mapping of keys, such as {keys_of(section)[0]}"
-            self._report(shown, f"{shown_value(body)} {message}")
-        elif section in fields():
-            parent, _, name = section.partition(".")
-            self.misspelt.add(section)
-            self._report(shown, f"unknown section; write `{parent}:` and `{name}:` below it")
-        elif section not in SECTIONS:
-            names = [*Config.model_fields, *fields()]
-            self._report(shown, self._unknown(str(section), candidates=names, kind="section"))
-
-    def _source(self, key: str) -> str:
-        """Returns file and line of a key, or of the section that it stands in."""
-        line = self.lines.get(key, self.lines.get(key.rpartition(".")[0]))
-        return f"{self.file}:{line}" if line else self.file
-
-    def _report(self, name: str, message: str, source: str | None = None) -> None:
-        self.problems.append(f"{source or self._source(name)}: {shortened(name, 100)}: {message}")
-
-    def _unknown(
-        self, name: str, before: str = "", candidates: Iterable[str] = (), kind: str = "key"
-    ) -> str:
-        """Says which key replaces an unknown one, or which of the candidates was meant."""
-        known = [*(candidates or fields())]
-        renamed, foreign = RENAMED.get(name), FOREIGN.get(name.rpartition(".")[2])
-        meant = renamed or (foreign := foreign if foreign in known else None)
-        is_gone = name in REPLACED or name in DROPPED
-        if not meant and not is_gone and len(self.problems) < MOST_SUGGESTIONS:
-            meant = closest(name, [*known, *RENAMED], by_leaf=True)
-        meant = RENAMED.get(meant, meant) if meant else None
-        self.misspelt.update((keys_of(meant) or [meant]) if meant else [])
-        if renamed:
-            return f"renamed; write {before}{renamed}"
-        if name in REPLACED:
-            return f"is gone; write {REPLACED[name]}"
-        if name in DROPPED:
-            return f"is gone: {DROPPED[name][1]}; leave it out"
-        if foreign:
-            note = f" ({_UNLIKE[foreign]})" if foreign in _UNLIKE else ""
-            return f"unknown {kind}; here it is {before}{foreign}{note}"
-        if not meant:
-            lists = "quietstar train --help lists all" if kind != "argument" else "leave it out"
-            return f"unknown {kind}; {lists}"
-        return f"unknown {kind}{did_you_mean(f'{before}{meant}')}"
+                in_stages = is_stage_key(key) and "" not in stages
+                for prefix in [f"stages.{stage}." for stage in thinking] if in_stages else [""]:
+                    self._set(f"{prefix}{key}".split("."), value, preset.source_of(key))
 
     def read_overrides(self, arguments: Sequence[str]) -> None:
-        """Takes over ``--key value``, ``--key=value`` and bare ``--flag``; the last one counts."""
+        """Take over ``--key value``, ``--key=value`` and bare ``--flag``; the last one counts."""
         flags: list[tuple[str, str | None]] = []
         rest = list(arguments)
         while rest:
@@ -526,8 +372,10 @@ class _Reader:
             else:
                 is_file = argument.endswith((".yaml", ".yml"))
                 form = f"--config {shortened(argument)}" if is_file else "--key value"
-                self._report(argument, f"belongs to no key; write {form}", COMMAND_LINE)
-        _add_settings(text for name, text in flags if name.endswith("loss.objective"))
+                self.report(argument, f"belongs to no key; write {form}", COMMAND_LINE)
+        for name, text in flags:
+            if name.endswith("loss.objective"):
+                _add_settings(text)
         texts: dict[str, str | None] = {}
         for name, text in flags:
             if problem := self._override(name, text):
@@ -538,71 +386,200 @@ class _Reader:
                 )
             texts[name] = text
 
-    def read_given(self, given: Mapping[str, Any]) -> None:
-        """Takes over values by key."""
-        _add_settings(value for key, value in given.items() if key == "loss.objective")
-        for key, value in given.items():
-            if key in fields():
-                self.settings[""][key] = Setting(value, PYTHON)
-            else:
-                self._report(key, self._unknown(key), PYTHON)
-
     def _override(self, name: str, text: str | None) -> str | None:
-        """Takes over one flag, or says what is wrong with it."""
-        prefix = next((p for p in self.settings if p and name.startswith(p)), "")
-        rest = name.removeprefix(prefix)
-        key, path = ".".join(rest.split(".")[:2]), rest.split(".")[2:]
-        if prefix and key in fields() and not is_stage_key(key):
+        """Take over one flag, or say what is wrong with it."""
+        path, stages = name.split("."), self.tree.get("stages")
+        stages = stages if isinstance(stages, dict) else {}
+        depth = 2 if path[0] == "stages" else 0
+        key, entry = ".".join(path[depth : depth + 2]), path[depth + 2 :]
+        types = types_of(fields()[key]) if key in fields() else set[str]()
+        if depth and (len(path) < depth or path[1] not in stages):
+            names = ", ".join(stages) or "none in this config"
+            return f"--{name}: names no stage (stages: {names}); write --stages.NAME.KEY VALUE"
+        if depth and key in fields() and not is_stage_key(key):
             return f"{name}: holds for the whole run; write --{key} VALUE"
-        if len(path) > MOST_LEVELS:
+        if len(entry) > MOST_LEVELS:
             return f"--{shortened(name)}: has more than {MOST_LEVELS} dots; no mapping is as deep"
-        if key not in fields() or (path and not (all(path) and "object" in key_types(key))):
-            if prefix:
-                stage_keys = [key for key in fields() if is_stage_key(key)]
-                message = self._unknown(rest, f"--{prefix}", stage_keys)
-            elif name.split(".")[0] == "stages":
-                stages = ", ".join(p.split(".", 1)[1][:-1] for p in self.settings if p)
-                message = f"names no stage (stages: {stages or 'none in this config'}); "
-                message += "write --stages.NAME.KEY VALUE"
-            elif name in SECTIONS:
-                message = f"is a section; set one of its keys, such as --{keys_of(name)[0]}"
-            else:
-                message = self._unknown(name, "--", [*fields(), *_OPTIONS])
-            return f"--{shortened(name, 100)}: {message}"
-        if text is None:
-            if "boolean" not in key_types(key):
-                return f"{name}: has no value; write --{name} VALUE"
+        if name in SECTIONS:
+            return f"--{name}: is a section; set one of its keys, such as --{keys_of(name)[0]}"
+        if key not in fields() or (entry and not (all(entry) and "object" in types)):
+            known = (
+                [key for key in fields() if is_stage_key(key)] if depth else [*fields(), *_OPTIONS]
+            )
+            dashes = f"--{'.'.join(path[:depth])}." if depth else "--"
+            return (
+                f"--{shortened(name, 100)}: {self.unknown('.'.join(path[depth:]), known, dashes)}"
+            )
+        if text is None and "boolean" in types:
             text = "true"
+        if text is None or not (text if "string" in types and not entry else text.strip()):
+            null = ", or null" if "null" in types else ""
+            return f"{name}: has no value; write --{name} VALUE{null}"
         try:
-            value = parse(text).data if path else _parse_text(key, text)
+            value = parse(text).data if entry else _parse_text(key, text)
         except YamlProblem as error:
             return f"{name}: {shortened(repr(text))} is no valid YAML: {error}"
-        if not text.strip() and (value is None or not text):
-            null = ", or null" if "null" in key_types(key) else ""
-            return f"{name}: has no value; write --{name} VALUE{null}"
-        prefixes = [prefix]
-        if path and not prefix:  # an entry of a mapping is one of those of the stages, too
-            prefixes += [stage for stage, own in self.settings.items() if stage and key in own]
-        for one in prefixes:
-            before = self.settings[one].get(key) or self.settings[""].get(key)
-            new = _with_entry(before.value if before else None, path, value) if path else value
-            self.settings[one][key] = Setting(new, COMMAND_LINE, one)
+        self._set(path, value, COMMAND_LINE)
         return None
 
+    def read_given(self, given: Mapping[str, Any]) -> None:
+        """Take over values by key."""
+        _add_settings(given.get("loss.objective"))
+        for key, value in given.items():
+            if key in fields():
+                self._set(key.split("."), value, PYTHON)
+            else:
+                self.report(key, self.unknown(key), PYTHON)
 
-def _add_settings(objectives: Iterable[Any]) -> None:
-    """Makes the settings of objectives of the user's own known as keys."""
-    for objective in objectives:
-        if isinstance(objective, str) and ":" in objective:
-            with suppress(UserError):  # a rule reports it with the others
-                loss_class(objective)
+    def _set(self, path: list[str], value: Any, source: str) -> None:
+        """Set a key, or an entry of its mapping; outside of stages it holds for all of them."""
+        _put(self.tree, path, value)
+        self.sources[".".join(path)] = source
+        stages = self.tree.get("stages")
+        for changes in stages.values() if isinstance(stages, dict) and path[0] != "stages" else ():
+            body = changes.get(path[0]) if isinstance(changes, dict) else None
+            if isinstance(body, dict) and path[1] in body:
+                if path[2:]:
+                    _put(body, path[1:], value)
+                else:
+                    del body[path[1]]
+
+    # --- Checks -----------------------------------------------------------------------------------
+    def check(self, within: Iterable[str] = SECTIONS) -> None:
+        """Check names and values, and then the rules between keys of some sections.
+
+        Raises:
+            ConfigError: With what is wrong.
+        """
+        rules: list[str] = []
+        try:
+            stages = stages_of(self.tree)
+            common = {name: body for name, body in self.tree.items() if name != "stages"}
+            for stage, sections in {"": common, **stages}.items():
+                found = self._check_stage(f"stages.{stage}." if stage else "", sections, within)
+                rules += found if stage in stages else []
+        except ValidationError as error:  # of the stages as such
+            for detail in error.errors(include_url=False):
+                self._report_value("", {**detail, "loc": ("stages", *detail["loc"])})
+        if problems := self.problems or rules:
+            unique = dict.fromkeys(problems)  # what stands outside of stages is wrong in each
+            raise ConfigError(shortened(problem, LONGEST_PROBLEM) for problem in unique)
+
+    def _check_stage(
+        self, prefix: str, sections: dict[str, Any], within: Iterable[str]
+    ) -> list[str]:
+        """Report wrong names and values; return the broken rules between keys."""
+        changes = self.tree["stages"][prefix.split(".")[1]] if prefix else {}
+        for key in (f"{section}.{name}" for section in changes for name in changes[section]):
+            if key in fields() and not is_stage_key(key):
+                message = f"holds for the whole run; set {key} outside of stages"
+                self.report(f"{prefix}{key}", message)
+        try:
+            Config.model_validate(sections)
+            return []
+        except ValidationError as error:
+            details = error.errors(include_url=False)
+        between = details[0].get("ctx", {}).get("error")
+        if not isinstance(between, CrossFieldError):
+            for detail in details:
+                self._report_value(prefix, detail)
+            return []
+        rules = []
+        for keys, message in between.problems:
+            if {key.partition(".")[0] for key in keys} <= set(within):
+                # Blame the key that was given last, if there is one, else the one to change.
+                placed = [self._placed(prefix, key) for key in keys]
+                given = [key for key in placed if self.source_of(key) in (COMMAND_LINE, PYTHON)]
+                key = (given or placed)[0]
+                rules.append(f"{self.source_of(key)}: {key}: {message.removeprefix(f'{key}: ')}")
+        return rules
+
+    def _placed(self, prefix: str, key: str) -> str:
+        """Return a key with the stage that says it, if one does."""
+        value: Any = self.tree
+        for name in f"{prefix}{key}".split("."):
+            if not isinstance(value, dict) or name not in value:
+                return key
+            value = value[name]
+        return f"{prefix}{key}"
+
+    def _report_value(self, prefix: str, detail: Any) -> None:
+        """Report what pydantic says of a name or a value."""
+        parts = [str(part) for part in detail["loc"] if part != "[key]"]
+        key = ".".join(parts[:2])
+        field = fields().get(key, {})
+        if detail["type"] == "extra_forbidden" and key in fields():
+            section, _, name = key.partition(".")
+            message = f"unknown section; write `{section}:` and `{name}:` below it"
+        elif detail["type"] == "extra_forbidden":
+            names = [*fields(), *(SECTIONS if len(parts) == 1 else ())]
+            message = self.unknown(key, names, kind="key" if len(parts) > 1 else "section")
+        elif "[key]" in detail["loc"] and parts[0] == "stages":
+            message = "a stage's name is made of letters, digits, - and _; rename it"
+        elif detail["type"] in ("model_type", "dict_type") and not field:
+            example = f", such as {keys_of(key)[0]}" if key in SECTIONS else ""
+            message = f"{shown_value(detail['input'])} must be a mapping of keys{example}"
+        else:
+            message = field_message(field, detail)
+        if words_of(field) and types_of(field) & {"integer", "number"}:
+            parts = parts[:2]  # pydantic reports an error for every type
+        self.report(self._placed(prefix, ".".join(parts)), message)
+
+    def warn_idle(self) -> None:
+        """Warn of settings that change nothing in any of the stages for which they were made."""
+        reasons: dict[str, list[str | None]] = {}
+        values: dict[str, Any] = {}
+        for stage, sections in stages_of(self.tree).items():
+            idle = keys_without_effect(Config.model_validate(sections))
+            pairs = ((f"{section}.{name}", value) for section, body in sections.items()
+                     for name, value in body.items())  # fmt: skip
+            for key, value in pairs:
+                placed = self._placed(f"stages.{stage}.", key)
+                values[placed] = value
+                if value != fields()[key].get("default"):
+                    reasons.setdefault(placed, []).append(idle.get(key))
+        self.warnings += [
+            f"{self.source_of(key)}: {key}: {shown_value(values[key])} has no effect {told[0]};"
+            " leave it out"
+            for key, told in reasons.items()
+            if all(told)
+        ]
+
+
+def _read_yaml(path: Path, name: str) -> Document:
+    try:
+        with open_input(path) as file:
+            # One byte more than the longest text could have says that there is too much.
+            return parse(file.read(4 * MOST_CHARACTERS + 1).decode("utf-8-sig"))
+    except (OSError, MemoryError) as error:
+        raise ConfigError([f"{name}: cannot be read: {reason_of(error)}"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{name}: no valid YAML: is not UTF-8 text"]) from error
+    except YamlProblem as error:
+        source = name if error.line is None else f"{name}:{error.line}"
+        raise ConfigError([f"{source}: no valid YAML: {error}"]) from error
+
+
+def _add_settings(objective: Any) -> None:
+    """Make the settings of an objective of the user's own known as keys."""
+    if isinstance(objective, str) and ":" in objective:
+        with suppress(UserError):  # a rule reports it with the others
+            loss_class(objective)
+
+
+def _thinks(sections: Mapping[str, Any]) -> bool:
+    """Tell whether a stage thinks; what cannot be told is a problem of its own."""
+    with suppress(UserError, AttributeError):
+        name = sections.get("loss", {}).get("objective")
+        return name is None or registry.find("loss.objective", str(name)).thinks
+    return True
 
 
 def _parse_text(key: str, text: str) -> Any:
-    """Reads the value of an override: YAML, except that text needs no quotes."""
-    types = key_types(key)
-    takes_text = messages.key_words(key) or "string" in types
-    if not takes_text or messages.fits(text, types & {"integer", "number"}):
+    """Read the value of an override: YAML, except that text needs no quotes."""
+    types = types_of(fields()[key])
+    takes_text = words_of(fields()[key]) or "string" in types
+    if not takes_text or fits(text, types & {"integer", "number"}):
         return parse(text).data
     if "null" in types and text in ("null", "~"):
         return None
@@ -610,72 +587,10 @@ def _parse_text(key: str, text: str) -> Any:
     return quoted if isinstance(quoted, str) else text
 
 
-def _with_entry(mapping: Any, path: list[str], value: Any) -> dict[str, Any]:
-    """Copies a nested mapping (what is none counts as empty) with one entry set."""
-    mapping = mapping if isinstance(mapping, dict) else {}
-    if len(path) > 1:
-        value = _with_entry(mapping.get(path[0]), path[1:], value)
-    return {**mapping, path[0]: value}
-
-
-def _nested(settings: Settings) -> dict[str, dict[str, Any]]:
-    tree: dict[str, dict[str, Any]] = {}
-    for key, setting in settings.items():
-        section, _, name = key.partition(".")
-        tree.setdefault(section, {})[name] = setting.value
-    return tree
-
-
-def _find_problems(settings: Settings, misspelt: set[str], file: str) -> list[str]:
-    """Lists what is wrong with settings, and between them.
-
-    pydantic looks at cross-field rules only when all fields are valid. So a second pass leaves the
-    invalid fields out, and what it says about rules without such a field is reported as well.
-    """
-    problems: list[str] = []
-    invalid: set[str] = set()
-    while True:
-        valid = {key: setting for key, setting in settings.items() if key not in invalid}
-        try:
-            Config.model_validate(_nested(valid))
-            return problems
-        except ValidationError as error:
-            details = error.errors(include_url=False)
-        between = details[0].get("ctx", {}).get("error")
-        if isinstance(between, CrossFieldError):
-            break
-        for detail in details:
-            key = ".".join(str(part) for part in detail["loc"][:2])
-            is_mixed = messages.is_mixed(key)  # then pydantic reports an error for every type
-            if key in invalid and is_mixed:
-                continue
-            invalid.add(key)
-            parts = detail["loc"][:2] if is_mixed else detail["loc"]
-            shown = ".".join(str(part) for part in parts if part != "[key]")
-            where = f"{settings[key].source}: {settings[key].prefix}{shown}"
-            problems.append(f"{where}: {messages.field_message(key, detail)}")
-    for keys, message in between.problems:
-        if (invalid | misspelt).isdisjoint(keys):
-            # Blame the key from the command line, if there is one, else the one to change.
-            given = [k for k in keys if k in settings and settings[k].source in GIVEN]
-            key = (given or keys)[0]
-            setting = settings.get(key, Setting(None, file))
-            shown = f"{setting.prefix}{key}"
-            problems.append(f"{setting.source}: {shown}: {message.removeprefix(f'{shown}: ')}")
-    return problems
-
-
-def _find_idle(merged: dict[str, Settings]) -> list[str]:
-    """Lists settings that change nothing in any of the stages for which they were made."""
-    reasons: dict[tuple[str, str], list[str | None]] = {}
-    for settings in merged.values():
-        idle = keys_without_effect(Config.model_validate(_nested(settings)))
-        for key, setting in settings.items():
-            reasons.setdefault((setting.prefix, key), []).append(idle.get(key))
-    settings = {(one.prefix, key): one for part in merged.values() for key, one in part.items()}
-    return [
-        f"{setting.source}: {setting.prefix}{key}: {shown_value(setting.value)} has no effect"
-        f" {reasons[prefix, key][0]}; leave it out"
-        for (prefix, key), setting in settings.items()
-        if all(reasons[prefix, key]) and setting.value != fields()[key].get("default")
-    ]
+def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set an entry of nested mappings; what is none on the way is replaced."""
+    for name in path[:-1]:
+        inner = tree.get(name)
+        tree[name] = dict(inner) if isinstance(inner, dict) else {}  # others may share it
+        tree = tree[name]
+    tree[path[-1]] = value

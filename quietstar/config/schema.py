@@ -23,16 +23,6 @@ MOST_LEVELS = 20  # of a mapping within a mapping
 MOST_BYTES_OF_A_NAME = 255  # what file systems take between two slashes
 
 
-def _between(least: int | float, most: int | float, why: str) -> Any:
-    """Bound a number; messages say why it cannot be larger."""
-    return Field(ge=least, le=most, json_schema_extra={"why": why})
-
-
-def _above_zero(most: float, why: str) -> Any:
-    """Bound a positive number; messages say why it cannot be larger."""
-    return Field(gt=0, le=most, json_schema_extra={"why": why})
-
-
 def _check_text(text: str) -> str:
     """Refuse what no file, tokenizer or terminal takes as text."""
     if "\0" in text:
@@ -160,35 +150,33 @@ Schedule = Annotated[
     list[
         dict[
             Literal["step", "length", "lookahead"],
-            Annotated[int, _between(-(2**20), 2**20, "no run has as many")],
+            Annotated[int, Field(ge=-(2**20), le=2**20)],
         ]
     ],
     AfterValidator(_check_schedule),
 ]
 FractionOrNumber = Annotated[
     float,
-    _between(1e-4, 2**20, "no sequence has as many"),
+    Field(ge=1e-4, le=2**20),
     AfterValidator(_check_fraction_or_number),
 ]
 StageName = Annotated[str, Field(pattern=r"^[\w-]{1,100}$")]
 
-Fraction = Annotated[float, _between(0, 1, "it is a share of a whole")]
-BelowOne = Annotated[
-    float, Field(ge=0, lt=1, json_schema_extra={"why": "it is less than the whole"})
-]
-Scale = Annotated[float, _above_zero(1e6, "nothing else would count beside it")]
-LearningRate = Annotated[float, _above_zero(10.0, "one step would destroy the weights")]
-Temperature = Annotated[float, _between(1e-3, 1e3, "tokens would be drawn evenly at random")]
-PerToken = Annotated[float, _between(-1e6, 1e6, "nothing else would count beside it")]
-ShareOfMean = Annotated[float, _between(0, 1e3, "every position would be dropped")]
-ClipLow = Annotated[float, _above_zero(1.0, "a probability cannot fall by more than all of it")]
-ClipHigh = Annotated[float, _above_zero(1e6, "no probability rises as far")]
-LossWeight = Annotated[float, _between(0, 1e9, "the other terms would be lost in rounding")]
-Steps = Annotated[int, _between(1, 10**9, "no run takes as many steps")]
-StepsOrNone = Annotated[int, _between(0, 10**9, "no run takes as many steps")]
-Tokens = Annotated[int, _between(1, 2**20, "no memory holds what training needs for as many")]
-Sequences = Annotated[int, _between(1, 2**20, "no machine runs as many in one step")]
-Width = Annotated[int, _between(1, 2**17, "no layer of a model is as wide")]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Scale = Annotated[float, Field(gt=0, le=1e6)]
+LearningRate = Annotated[float, Field(gt=0, le=10.0)]
+Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
+PerToken = Annotated[float, Field(ge=-1e6, le=1e6)]
+ShareOfMean = Annotated[float, Field(ge=0, le=1e3)]
+ClipLow = Annotated[float, Field(gt=0, le=1.0)]
+ClipHigh = Annotated[float, Field(gt=0, le=1e6)]
+LossWeight = Annotated[float, Field(ge=0, le=1e9)]
+Steps = Annotated[int, Field(ge=1, le=10**9)]
+StepsOrNone = Annotated[int, Field(ge=0, le=10**9)]
+Tokens = Annotated[int, Field(ge=1, le=2**20)]
+Sequences = Annotated[int, Field(ge=1, le=2**20)]
+Width = Annotated[int, Field(ge=1, le=2**17)]
 
 THINKING_TYPE = "quiet_star"
 """``model_type`` of a saved model that thinks."""
@@ -331,7 +319,7 @@ class ThoughtsConfig(Section):
     too; with none, every thought has all its tokens."""
     lookahead: Tokens = 4
     """True tokens after the position that a thought is scored on."""
-    num_thoughts: Annotated[int, _between(1, 1000, "no memory holds as many")] = 2
+    num_thoughts: Annotated[int, Field(ge=1, le=1000)] = 2
     """Thoughts sampled at each position."""
     schedule: Schedule = []
     """Length and lookahead by steps of the stage, as [{step: 100, length: 4, lookahead: 2}]: they
@@ -339,11 +327,11 @@ class ThoughtsConfig(Section):
     stays as it is. The model is saved with those of its last step."""
     temperature: Temperature = 1.0
     """Temperature at which thought tokens are sampled in training."""
-    top_p: Annotated[float, _above_zero(1.0, "it is a share of a whole")] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1.0)] | None = None
     """Sample thought tokens in training among the most likely ones that together reach this
     probability; null means all. The policy term then still scores them by the full distribution,
     which biases its gradient."""
-    top_k: Annotated[int, _between(1, 2**31, "no vocabulary has as many")] | None = None
+    top_k: Annotated[int, Field(ge=1, le=2**31)] | None = None
     """Sample thought tokens in training among so many of the most likely ones; null means all. The
     policy term is as with thoughts.top_p."""
     start_init: Text = "---"
@@ -387,7 +375,7 @@ class JudgeConfig(Section):
     (K (K - 1) questions for K different texts)."""
     template: Name = "continuation"
     """What a causal LM is asked: continuation, answer, summary, or a Jinja file of yours."""
-    rationale: Annotated[int, _between(0, 10**5, "no judge writes more")] = 0
+    rationale: Annotated[int, Field(ge=0, le=10**5)] = 0
     """Most tokens of a rationale before each verdict; 0 asks for none."""
     continuation: Tokens | None = None
     """Most tokens that the model writes behind a thought, which are judged; null means
@@ -403,11 +391,9 @@ class DataConfig(Section):
     reasoning_gym:<task> or synthetic:<task>."""
     eval: Name | None = None
     """Held-out text, given like data.train; null holds out a share of data.train."""
-    eval_fraction: Annotated[
-        float, Field(gt=0, le=0.9, json_schema_extra={"why": "training needs the rest"})
-    ] = 0.05
+    eval_fraction: Annotated[float, Field(gt=0, le=0.9)] = 0.05
     """Share of data.train held out when data.eval is null."""
-    eval_sequences: Annotated[int, _between(1, 10**6, "it would take days")] | None = None
+    eval_sequences: Annotated[int, Field(ge=1, le=10**6)] | None = None
     """Largest number of sequences in an evaluation; null chooses 16 to 512 (64 of raw text), so
     that evaluations take less time than the training between them (64 of a stream's head)."""
     format: Literal["text", "qa", "chat"] = "text"
@@ -435,9 +421,7 @@ class DataConfig(Section):
     and cut into chunks."""
     loss_on: Literal["all", "answer"] = "all"
     """Think and learn at all tokens, or only at those of the answer (formats qa and chat)."""
-    seq_len: Annotated[
-        int, _between(2, 2**20, "no memory holds what training needs for as many")
-    ] = 256
+    seq_len: Annotated[int, Field(ge=2, le=2**20)] = 256
     """Tokens of a training sequence."""
     min_context: Tokens = 1
     """First tokens of a sequence that are no targets. A pretrained model predicts badly from the
@@ -461,7 +445,7 @@ class OptimConfig(Section):
     """Learning rate of the mixing head; null means optim.learning_rate."""
     embedding_learning_rate: LearningRate | None = None
     """Learning rate of the start and end embeddings; null means optim.learning_rate."""
-    weight_decay: Annotated[float, _between(0, 100, "weights would decay at once")] = 0.001
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.001
     """Decoupled weight decay."""
     betas: Annotated[list[BelowOne], Field(min_length=2, max_length=2)] = [0.9, 0.999]
     """Decay of AdamW's running means of gradients and of squared gradients."""
@@ -469,7 +453,7 @@ class OptimConfig(Section):
     """Learning rate after the warm-up: constant, or falling to 0 at the last step."""
     warmup_steps: StepsOrNone = 20
     """Steps in which the learning rates rise from 0 to their values."""
-    max_grad_norm: Annotated[float, _above_zero(1e12, "no gradient is as long")] = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0, le=1e12)] = 1.0
     """Norm to which a longer gradient is clipped."""
 
 
@@ -482,17 +466,15 @@ class TrainingConfig(Section):
     """Sequences per optimizer step, over all processes and micro-batches."""
     micro_batch_size: Sequences = 1
     """Most sequences in one forward pass of a process; it need not divide global_batch_size."""
-    inner_epochs: Annotated[int, _between(1, 1000, "thoughts would be of another model")] = 1
+    inner_epochs: Annotated[int, Field(ge=1, le=1000)] = 1
     """Optimizer updates in every step, all from the thoughts that its first one drew: later ones
     weigh by the ratio of the thoughts' probabilities (loss.clip_low, loss.clip_high)."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """Arithmetic: bfloat16 autocast, or none (the weights' own data type)."""
-    cpu_threads: Annotated[int, _between(1, 1024, "no machine has as many cores")] | None = None
+    cpu_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads of each process without a GPU; null shares the cores among the processes of the
     machine, where accelerate launch would give each one thread."""
-    learn_chunk_tokens: (
-        Annotated[int, _between(1, 10**9, "no memory holds as many")] | Literal["auto"] | None
-    ) = "auto"
+    learn_chunk_tokens: Annotated[int, Field(ge=1, le=10**9)] | Literal["auto"] | None = "auto"
     """Most tokens of thoughts that learn at once, forward and backward, before the next ones: fewer
     take less memory, at no cost until matrix products get small. Texts of more tokens in all are
     recomputed in the backward pass. null: all at once. auto: 5120 (4096 with gradient
@@ -502,14 +484,11 @@ class TrainingConfig(Section):
     torch_compile: bool = False
     """torch.compile of the decoder layers: shorter steps after about half a minute of compiling.
     Needs a C++ compiler; not available under ZeRO-3 and FSDP2."""
-    ema_decay: (
-        Annotated[float, Field(gt=0, lt=1, json_schema_extra={"why": "with 1 it never moves"})]
-        | None
-    ) = None
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of a moving average of the weights that stays in each step, as 0.999; null: no average.
     It begins anew with every stage, is saved with checkpoints and, at the end, as the model ema/
     beside final/."""
-    seed: Annotated[int, _between(0, 2**32 - 1, "numpy takes no larger seed")] = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of data order, sampled thoughts and new weights."""
     eval_steps: StepsOrNone = 100
     """Steps between evaluations; 0 means only at start and end."""
@@ -520,14 +499,14 @@ class TrainingConfig(Section):
     one more pass, in which nothing is sampled."""
     save_steps: StepsOrNone = 500
     """Steps between checkpoints; 0 means only the final model."""
-    save_total_limit: Annotated[int, _between(1, 10**6, "no disk holds as many")] = 2
+    save_total_limit: Annotated[int, Field(ge=1, le=10**6)] = 2
     """Number of newest checkpoints that stay on disk."""
     stop_on_collapse: bool = False
     """End the run, with a checkpoint and an error, when a guard of collapse or divergence fires
     (docs/metrics.md); by default guards only warn."""
     rank_timeout: Annotated[
         int,
-        _between(10, 10**6, "a rank is silent for a moment now and then, and nobody waits weeks"),
+        Field(ge=10, le=10**6),
     ] = 600
     """Seconds for which a process of a launch may be silent (stopped, or on a machine that is)
     before the launch ends."""

@@ -7,11 +7,12 @@ config is validated.
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import (
     Field,
     SerializeAsAny,
+    TypeAdapter,
     ValidationError,
     create_model,
     field_validator,
@@ -25,6 +26,8 @@ from quietstar.errors import UserError, reason_of
 
 MOST_TOKEN_BYTES = 2**36
 """Of the ids of one micro-batch's thoughts, whose states need a thousand times as much."""
+
+MOST_STAGES = 100
 
 SWITCHED_OFF = ("lora", "rslora", "dora", "qlora", "ia3")
 """Methods of tuning whose adapters can be switched off, so that the base judges."""
@@ -129,7 +132,9 @@ class Config(Section):
     optim: schema.OptimConfig = schema.OptimConfig()
     training: schema.TrainingConfig = schema.TrainingConfig()
     logging: schema.LoggingConfig = schema.LoggingConfig()
-    stages: dict[schema.StageName, dict[str, dict[str, Any]]] = Field(default_factory=dict)
+    stages: Annotated[
+        dict[schema.StageName, dict[str, dict[str, Any]]], Field(max_length=MOST_STAGES)
+    ] = Field(default_factory=dict)
     """Stages of the run by name, in order, each with the keys it changes; none means that the run
     is one stage."""
 
@@ -173,18 +178,34 @@ class Config(Section):
         """
         if not self.stages:
             return {"train": self}
-        common, configs = self.model_dump(exclude={"stages"}), {}
-        for name, changes in self.stages.items():
-            sections = {key: value | changes.get(key, {}) for key, value in common.items()}
-            if sections["loss"]["objective"] != self.loss.objective:  # defaults are others there
-                given = self.loss.model_dump(exclude_unset=True)
-                sections["loss"] = given | changes["loss"]
-            configs[name] = Config.model_validate(sections)
-        return configs
+        # Of what is set: another objective has other defaults.
+        stages = stages_of(self.model_dump(exclude_unset=True))
+        return {name: Config.model_validate(sections) for name, sections in stages.items()}
 
 
 SECTIONS = tuple(name for name in Config.model_fields if name != "stages")
 """Names of the sections, in order."""
+
+
+_STAGES: TypeAdapter[dict[str, dict[str, dict[str, Any]]]] = TypeAdapter(
+    Config.model_fields["stages"].rebuild_annotation()
+)
+
+
+def stages_of(tree: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the sections of each stage by its name; without stages, those of the run as "".
+
+    Raises:
+        pydantic.ValidationError: The stages are no mapping of sections.
+    """
+    common = {section: body for section, body in tree.items() if section != "stages"}
+    stages = _STAGES.validate_python(tree.get("stages") or {})
+    return {
+        name: common | {section: {**common.get(section, {}), **body}
+                        for section, body in changes.items()
+                        if isinstance(common.get(section, {}), dict)}
+        for name, changes in stages.items()
+    } or {"": common}  # fmt: skip
 
 
 @cache

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import SafeConstructor
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from quietstar.errors import reason_of
@@ -22,7 +22,6 @@ MOST_CHARACTERS = 200_000  # a second or two of parsing; shipped configs have fe
 
 _TAG = "tag:yaml.org,2002:"
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
-_READ_AS_TEXT = ("timestamp", "value", "merge")
 # Plain text that YAML 1.1, which PyYAML reads, takes for a boolean, a date or a number.
 _OTHERWISE_IN_YAML_1_1 = re.compile(r"(?i:y|yes|n|no|on|off)|[-+.\d][-+.:_\d]*")
 
@@ -36,36 +35,27 @@ class YamlProblem(ValueError):
 
 
 class Document(NamedTuple):
-    """Plain data (None for an empty text), the line of each dotted key, and the repeated keys."""
+    """Plain data (None for an empty text), and the line of each dotted key."""
 
     data: Any
     lines: dict[str, int]
-    repeated: list[tuple[str, int]]
 
     def text(self, key: str) -> str:
-        """Returns the text at a dotted key; empty where there is none."""
+        """Return the text at a dotted key; empty where there is none."""
         value = self.data
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return value if isinstance(value, str) else ""
 
 
-def _construct_int(constructor: SafeConstructor, node: ScalarNode) -> int:
-    line = node.start_mark.line + 1
-    if len(node.value) > 100:  # Python refuses to read, or to print, numbers of many digits
-        raise YamlProblem("a whole number of more than 100 digits; write a smaller one", line)
-    try:
-        return SafeConstructor.construct_yaml_int(constructor, node)
-    except ValueError as error:
-        raise YamlProblem(f"{node.value} is no whole number", line) from error
-
-
 class _Constructor(SafeConstructor):  # makes plain data only; dates stay text
     yaml_constructors = {  # noqa: RUF012  (ruamel's own attribute)
         None: SafeConstructor.construct_undefined,
         **{_TAG + name: getattr(SafeConstructor, f"construct_yaml_{name}") for name in _PLAIN},
-        **{_TAG + name: SafeConstructor.construct_yaml_str for name in _READ_AS_TEXT},
-        _TAG + "int": _construct_int,
+        **dict.fromkeys(
+            (_TAG + name for name in ("timestamp", "value", "merge")),
+            SafeConstructor.construct_yaml_str,
+        ),
     }
 
 
@@ -73,7 +63,7 @@ class _Representer(SafeRepresenter):
     """Writes what `parse` and readers of YAML 1.1 understand alike."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Writes out a value that stands twice twice."""
+        """Write out a value that stands twice twice."""
         return True
 
 
@@ -94,10 +84,10 @@ _Representer.add_representer(float, _represent_number)
 
 
 def parse(text: str) -> Document:
-    """Reads one YAML document.
+    """Read one YAML document.
 
     Raises:
-        YamlProblem: If it is no valid YAML, or holds what a config cannot use.
+        YamlProblem: It is no valid YAML, or holds what a config cannot use.
     """
     if len(text) > MOST_CHARACTERS:
         raise YamlProblem(
@@ -105,69 +95,57 @@ def parse(text: str) -> Document:
         )
     loader = YAML(typ="safe", pure=True)
     loader.Constructor = _Constructor
-    loader.allow_duplicate_keys = True  # `repeated` reports all of them, not only the first
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as about an anchor that is defined again
             root = loader.compose(text)
             if root is None:
-                return Document(None, {}, [])
-            lines, repeated = _keys(root)
-            return Document(loader.constructor.construct_document(root), lines, repeated)
+                return Document(None, {})
+            lines = _lines(root)
+            return Document(loader.constructor.construct_document(root), lines)
     except MarkedYAMLError as error:
         message = ": ".join(part for part in (error.context, error.problem) if part)
         line = None if error.problem_mark is None else error.problem_mark.line + 1
         raise YamlProblem(message, line) from error
     except YamlProblem:
         raise
-    except YAMLError as error:
-        raise YamlProblem(str(error)) from error
     except Exception as error:  # ruamel fails in many ways over what is hardly YAML
         raise YamlProblem(reason_of(error)) from error
 
 
-def _keys(root: Node) -> tuple[dict[str, int], list[tuple[str, int]]]:
-    """Finds the line of each key, and repeated keys; refuses what cannot be a config."""
+def _lines(root: Node) -> dict[str, int]:
+    """Find the line of each key; refuse what cannot be a config."""
     lines: dict[str, int] = {}
-    repeated: list[tuple[str, int]] = []
     nodes, visited = [("", root, 1)], 0
     while nodes:  # no recursion: an alias may stand inside the very value that it names
         prefix, node, level = nodes.pop()
         visited += 1
-        if visited > MOST_VALUES:
+        if visited > MOST_VALUES or level > MOST_LEVELS:
             raise YamlProblem(
-                f"more than {MOST_VALUES} values with its aliases written out; use fewer aliases"
-            )
-        if level > MOST_LEVELS:
-            line = node.start_mark.line + 1
-            raise YamlProblem(f"values inside each other on more than {MOST_LEVELS} levels", line)
-        children: list[tuple[str, Node]] = []
-        if isinstance(node, SequenceNode):
-            children = [(f"{prefix}{index}.", item) for index, item in enumerate(node.value)]
-        elif isinstance(node, MappingNode):
-            seen = set()
-            for key, value in node.value:
-                line = key.start_mark.line + 1
-                if not isinstance(key, ScalarNode):
-                    kind = "a list" if isinstance(key, SequenceNode) else "a mapping"
-                    raise YamlProblem(f"{kind} cannot be a key; write a name before the :", line)
-                name = f"{prefix}{key.value}"
-                if key.value in seen:
-                    repeated.append((name, line))
-                seen.add(key.value)
-                lines[name] = line
-                children.append((f"{name}.", value))
-        nodes += [(name, child, level + 1) for name, child in reversed(children)]
-    return lines, repeated
+                f"more than {MOST_VALUES:,} values, aliases written out, or more than {MOST_LEVELS}"
+                " levels of them; no config has as many", node.start_mark.line + 1,
+            )  # fmt: skip
+        pairs = node.value if isinstance(node, MappingNode) else []
+        for key, value in pairs:
+            line = key.start_mark.line + 1
+            if not isinstance(key, ScalarNode):
+                raise YamlProblem("a key must be a name; write one before the :", line)
+            name = f"{prefix}{key.value}"
+            if lines.setdefault(name, line) != line:
+                raise YamlProblem(f"{name} stands twice; remove one", line)
+            nodes.append((f"{name}.", value, level + 1))
+        if not pairs and isinstance(node.value, list):
+            nodes += [(f"{prefix}{n}.", item, level + 1) for n, item in enumerate(node.value)]
+    return lines
 
 
-def dump(data: Any, one_line: bool = False) -> str:
-    """Writes data as YAML, in the order of its keys."""
+def dump(data: Any) -> str:
+    """Write data as YAML, in the order of its keys."""
     dumper = YAML(typ="safe", pure=True)
     dumper.Representer = _Representer
-    dumper.default_flow_style = one_line
+    dumper.default_flow_style = False
     dumper.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue]
-    dumper.width = 2**20 if one_line else 100
+    dumper.width = 100
     stream = io.StringIO()
     dumper.dump(data, stream)
     return stream.getvalue()

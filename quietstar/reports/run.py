@@ -213,7 +213,7 @@ def write_report(folder: Path, status: str = "") -> Path:
 
 def _facts(run: RunFiles) -> list[tuple[str, str]]:
     """Describe the run in a few words."""
-    config = Document(None, {}, [])
+    config = Document(None, {})
     if len(run.config) <= MOST_CONFIG_BYTES:
         with suppress(YamlProblem):  # a page without these facts says more than none
             config = parse(run.config)
