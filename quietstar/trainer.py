@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -174,29 +173,27 @@ class QuietStarTrainer:
         Args:
             tasks: As ``quietstar eval --tasks``; by default the records of ``eval_dataset``.
             controls: Whether to score controls, or which.
-            options: Further options of ``quietstar eval``, such as ``limit=100``.
+            options: Further options of ``quietstar eval`` (`EvalOptions`), such as ``limit=100``.
 
         Returns:
             On the main process of a launch; on the others without tasks.
         """
-        from quietstar.cli.evaluate import main
+        from quietstar.evaluation.evaluate import EvalOptions, Evaluation
+        from quietstar.evaluation.runner import ItemStore
+        from quietstar.system.processes import join_launch
 
         tasks = tasks or self.config.data.eval
         if tasks is None:
             raise UserError("tasks: names nothing, and there is no eval_dataset. Give one of them.")
         run = Path(self.config.training.output_dir)
-        line = ["--model", str(run), "--tasks", tasks]
+        if not (run / "final").exists():
+            raise UserError(f"evaluate: there is no model in {run / 'final'}. Call train() first.")
         if tasks.endswith(".jsonl"):
-            line += ["--config", str(run / "config.yaml")]
-        if controls:
-            line += ["--controls", *([] if controls is True else [",".join(controls)])]
-        for name, value in options.items():
-            option = f"--{name.replace('_', '-')}"
-            line += [option] if value is True else [option, str(value)]
-        with TemporaryDirectory() as folder:
-            out = Path(folder, "result.json")
-            main([*line, "--out", str(out)])
-            return EvalResult(json.loads(out.read_text())["tasks"] if out.exists() else {})
+            options = {"config": str(run / "config.yaml"), **options}
+        given = {"model": str(run / "final"), "tasks": tasks, "controls": controls, **options}
+        evaluation = Evaluation(EvalOptions.of(given))
+        processes = join_launch(evaluation.options.device)
+        return EvalResult(evaluation.run(ItemStore(None, evaluation.config), processes)["tasks"])
 
 
 @dataclass(frozen=True)

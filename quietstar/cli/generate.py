@@ -199,7 +199,10 @@ def _parser() -> Parser:
           "thoughts before each token, whose predictions are averaged")  # fmt: skip
     value("--thought-temperature", options.temperature, None, "T",
           "temperature of thoughts; without it their most likely tokens")  # fmt: skip
-    options.add_thought_filters(parser)
+    value("--thought-top-p", number(0.0, 1.0, above=True), None, "P",
+          "sample thoughts from the most likely tokens that reach this probability")  # fmt: skip
+    value("--thought-top-k", whole(1, 2**31), None, "K",
+          "sample thoughts from this many of the most likely tokens")  # fmt: skip
     value("--temperature", options.temperature, 0.0, "T",
           "temperature of the text; 0 takes the most likely tokens")  # fmt: skip
     value("--top-p", number(0.0, 1.0, above=True), 1.0, "P",
@@ -214,18 +217,20 @@ def _load(
     """Load model and tokenizer, and translate the options to arguments of ``generate``."""
     temperature = args.thought_temperature
     plain = "with --no-thoughts" if args.no_thoughts else None
+    greedy = None if temperature else "where thoughts are their most likely tokens"
     is_drawn = args.temperature or (temperature and not args.no_thoughts)
     parser.warn_idle(args, {
         "--num-thoughts": plain, "--thought-temperature": plain,
         "--positions": plain or ("with --gate" if args.gate else None),
-        **options.idle_thought_filters(plain, temperature),
+        **dict.fromkeys(("--thought-top-p", "--thought-top-k"), plain or greedy),
         "--generic": None if args.control == GENERIC else "without --control generic",
         "--top-p": None if args.temperature else "where --temperature is 0",
         "--seed": None if is_drawn else "where all tokens are the most likely ones",
     })  # fmt: skip
-    if not args.no_thoughts:
-        options.check_greedy(
-            "--num-thoughts", args.num_thoughts, temperature, "--thought-temperature"
+    if not args.no_thoughts and args.num_thoughts > 1 and not temperature:
+        raise UserError(
+            f"--num-thoughts ({args.num_thoughts}): greedy thoughts are all identical; set "
+            "--thought-temperature 1"
         )
     if args.no_thoughts and (args.show_thoughts or args.gate or args.control):
         raise UserError(

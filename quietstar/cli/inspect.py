@@ -20,6 +20,7 @@ from quietstar.evaluation.inspection import Reading, inspect_text, num_windows
 from quietstar.reports.pages import render_thoughts
 from quietstar.system.files import write_json, write_whole
 from quietstar.system.processes import Processes, join_launch
+from quietstar.system.progress import progress
 
 LEVELS = (0.02, 0.1, 0.5, 1.5)
 """Gains in nats at which the color grows darker."""
@@ -102,7 +103,7 @@ def _inspect(
         args.num_thoughts, temperature, args.seed, context, args.controls, args.generic
     )
     shown = processes.is_main
-    with options.progress(name, num_windows(count, context), shown=shown) as advance:
+    with progress(name, num_windows(count, context), shown=shown) as advance:
         return inspect_text(model, tokenizer, text, name, reading, advance, processes)
 
 

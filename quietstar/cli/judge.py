@@ -14,6 +14,7 @@ from rich.text import Text
 from quietstar.cli import options
 from quietstar.cli.options import BATCH, Parser, whole
 from quietstar.errors import UserError
+from quietstar.system.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 cache=None if args.cache == "none" else VerdictCache(args.cache),
                 fingerprint=weights,
             )  # fmt: skip
-            with options.progress("pairs in both orders", 2 * len(todo), keep=True) as advance:
+            with progress("pairs in both orders", 2 * len(todo), keep=True) as advance:
                 for start in range(0, len(todo), unit):
                     part = todo[start : start + unit]
                     results = judge.compare(
@@ -181,7 +182,7 @@ def _contest(args: argparse.Namespace) -> tuple[list[Any], str]:
 
     path = Path(f"{str(args.out).removesuffix('.jsonl')}.candidates.json")
     settings = {**sampling, "seed": args.seed, "dtype": args.dtype}
-    with options.progress("texts of both models", 2 * len(prompts), keep=True) as advance:
+    with progress("texts of both models", 2 * len(prompts), keep=True) as advance:
         return write_candidates(
             path, prompts, contestants, settings, load, args.batch_size, advance, args.force
         )

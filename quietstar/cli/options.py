@@ -14,18 +14,17 @@ import re
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import regex
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from quietstar.config.messages import types_of, words_of
+from quietstar.config.options import Options, option_of
 from quietstar.errors import UserError, reason_of, visible
 from quietstar.system.files import PARTIAL, check_output, file_kind
 from quietstar.system.processes import launched_rank
@@ -53,6 +52,7 @@ class Parser(argparse.ArgumentParser):
         # An abbreviation would be ambiguous with the keys of a config.
         super().__init__(program, usage, description, formatter_class=_Help, allow_abbrev=False)
         self._outputs: list[str] = []
+        self._kind: type[Options] | None = None
 
     def value(self, option: str, kind: Any, default: Any, metavar: str | None, help: str) -> None:
         """Add an option that takes a value."""
@@ -69,21 +69,46 @@ class Parser(argparse.ArgumentParser):
         if "--force" not in self._option_string_actions:
             self.flag("--force", "replace files that exist")
 
-    def check(
-        self, args: argparse.Namespace, more_inputs: Mapping[str, Path] | None = None
-    ) -> None:
+    def check(self, args: Any, more_inputs: Mapping[str, Path] | None = None) -> None:
         """Refuse files of `output` that cannot be written, or only with ``--force``."""
         check_outputs(args, self._outputs, more_inputs=more_inputs)
 
-    def warn_idle(self, args: argparse.Namespace, reasons: Mapping[str, str | None]) -> None:
+    def warn_idle(self, args: Any, reasons: Mapping[str, str | None]) -> None:
         """Warn of values that change nothing, for the reason that stands by their option, if any.
 
         As in a config, a value that is the default is not worth a warning.
         """
         for option, reason in reasons.items():
             name = self._option_string_actions[option].dest
-            if reason and getattr(args, name) != self.get_default(name):
+            default = self.get_default(name)
+            if self._kind is not None:
+                default = self._kind.model_fields[name].get_default(call_default_factory=True)
+            if reason and getattr(args, name) != default:
                 logger.warning("%s: has no effect %s; leave it out", option, reason)
+
+    def options(self, kind: type[Options]) -> None:
+        """Add the options of a class, into which `read` then makes what is given."""
+        self._kind = kind
+        schema = kind.model_json_schema()["properties"]
+        for name, field in kind.model_fields.items():
+            known = schema[name]
+            members = (known, *known.get("anyOf", ()))
+            number = "N" if "integer" in types_of(known) else "X"
+            extra: dict[str, Any] = {"metavar": "|".join(words_of(known)) or number}
+            extra |= next((member["cli"] for member in members if "cli" in member), {})
+            if extra.pop("is_output", False):
+                self._outputs.append(option_of(name))
+            if field.annotation is bool:
+                extra = {"action": "store_true"}
+            text = " ".join((field.description or "").split()).rstrip(".")
+            text = text[:1].lower() + text[1:] if text[1:2].islower() else text
+            default = field.get_default(call_default_factory=True)
+            if field.is_required():
+                extra["required"] = True
+            elif default not in (None, False, (), ""):
+                text += f" (default: {default})"
+            self.add_argument(option_of(name), dest=name, default=argparse.SUPPRESS,
+                              help=text.replace("%", "%%"), **extra)  # fmt: skip
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """Print help; unlike argparse, fail where it cannot be written."""
@@ -100,7 +125,7 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"{option}: is given {given.count(option)} times; give it once")
         return super().parse_known_args(args, namespace)
 
-    def read(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+    def read(self, arguments: Sequence[str] | None) -> Any:
         """Parse a command line on which every argument belongs to an option; checks its files."""
         known = [option for action in self._actions for option in action.option_strings]
         for argument in sys.argv[1:] if arguments is None else arguments:
@@ -117,6 +142,13 @@ class Parser(argparse.ArgumentParser):
             takes_value = option is not None and self._option_string_actions[option].nargs != 0
             remedy = f"; {option} takes one value: join a list by commas, quote one with spaces"
             self.error(f"{unknown[0]}: belongs to no option{remedy if takes_value else ''}")
+        if self._kind is not None:
+            args = self._kind.of(vars(args), dashes=True)
+            if (name := getattr(args, "device", None)) is not None:
+                try:
+                    args = args.model_copy(update={"device": device(name)})
+                except argparse.ArgumentTypeError as problem:
+                    raise UserError(f"--device {problem}") from None
         find_models(args)
         self.check(args)
         return args
@@ -217,13 +249,6 @@ def unicode_text(text: str) -> str:
     return text
 
 
-def folder(text: str) -> str:
-    """Parse the name of a folder that is there; expands ``~``."""
-    if not Path(name := existing(text)).is_dir():
-        raise _wrong(text, "there is no such folder")
-    return name
-
-
 def file_name(*endings: str) -> Callable[[str], str]:
     """Make a parser of names of files to write; without endings such as ``.html`` any will do."""
 
@@ -240,7 +265,7 @@ def file_name(*endings: str) -> Callable[[str], str]:
 
 
 def check_outputs(
-    args: argparse.Namespace,
+    args: Any,
     outputs: Sequence[str],
     may_replace: Callable[[str, Path], bool] = lambda option, path: False,
     more_inputs: Mapping[str, Path] | None = None,
@@ -319,28 +344,7 @@ def _is_same_name(one: Path, other: Path) -> bool:
     return len(folded) == 1 or _is_same_file(one, other)
 
 
-def add_thought_filters(parser: Parser) -> None:
-    """Add ``--thought-top-p`` and ``--thought-top-k``, beside ``--thought-temperature``."""
-    value, most = parser.value, whole(1, 2**31, "no vocabulary has as many")
-    value("--thought-top-p", number(0.0, 1.0, above=True), None, "P",
-          "sample thoughts from the most likely tokens that reach this probability")  # fmt: skip
-    value("--thought-top-k", most, None, "K",
-          "sample thoughts from so many of the most likely tokens")  # fmt: skip
-
-
-def idle_thought_filters(plain: str | None, temperature: float | None) -> dict[str, str | None]:
-    """Say why the options of `add_thought_filters` change nothing, if they do not."""
-    greedy = None if temperature else "where thoughts are their most likely tokens"
-    return dict.fromkeys(("--thought-top-p", "--thought-top-k"), plain or greedy)
-
-
-def check_greedy(option: str, count: int, temperature: float | None, remedy: str) -> None:
-    """Refuse several thoughts at one place if they are all the most likely one."""
-    if count > 1 and not temperature:
-        raise UserError(f"{option} ({count}): greedy thoughts are all identical; set {remedy} 1")
-
-
-def read_text(args: argparse.Namespace, option: str, file_option: str, remedy: str) -> str:
+def read_text(args: Any, option: str, file_option: str, remedy: str) -> str:
     """Return the text of one option, or the content of the UTF-8 file that another one names.
 
     Raises:
@@ -369,19 +373,6 @@ def say(line: str) -> None:
     console = Console(highlight=False)
     text = Text(visible(line).replace("\n", "⏎"))
     console.print(text, soft_wrap=not console.is_terminal)
-
-
-@contextmanager
-def progress(
-    task: str, total: int, keep: bool = False, shown: bool = True
-) -> Iterator[Callable[[], None]]:
-    """Show a bar on stderr, which stays at the end if ``keep``; yields what advances it."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=not keep,
-                  disable=not shown) as bars:  # fmt: skip
-        bar = bars.add_task(visible(task).replace("\n", "⏎"), total=total)
-        yield lambda: bars.advance(bar)
 
 
 def table(headings: Sequence[str], left: Sequence[str], title: str | None = None) -> Table:
@@ -413,7 +404,7 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
         help="run Python code that the model or its base names")  # fmt: skip
 
 
-def find_models(args: argparse.Namespace) -> None:
+def find_models(args: Any) -> None:
     """Replace the folders of runs in ``--model`` and ``--compare`` by those of their models."""
     trust = getattr(args, "trust_remote_code", False)  # of `add_trust`
     if getattr(args, "ema", False):  # of `add_model`
@@ -495,42 +486,25 @@ def _averaged_model(name: str) -> str:
 
 
 def load_model(
-    args: argparse.Namespace,
+    args: Any,
     needs_training: bool,
     remedy: str,
     name: str | None = None,
     positions: str = "every",
-    sections: Mapping[str, Any] | None = None,
 ) -> QuietStarForCausalLM:
     """Load the model of the options of `add_model`, or another one, onto its device.
 
     If ``needs_training``, a plain causal LM is refused with a `UserError` that ends in the remedy.
-    ``positions`` and ``sections`` are those of `load_thinker`.
     """
-    from quietstar.backbone.devices import find_device
-    from quietstar.evaluation.scoring import load_thinker
+    from quietstar.evaluation.scoring import load_onto_device
     from quietstar.training.build import quiet_libraries
 
     quiet_libraries()
-    name, places = name or str(args.model), placement(args)
-    try:
-        model = load_thinker(
-            name, needs_training, args.dtype, remedy, positions, places, sections,
-            trust_remote_code=getattr(args, "trust_remote_code", False),
-        )  # fmt: skip
-    except UserError as problem:  # of a part that knows the key of a config only
-        raise UserError(str(problem).replace("model.name_or_path (", "--model (")) from problem
-    return model if places else model.to(find_device(args.device))
-
-
-def placement(args: argparse.Namespace) -> dict[str, Any]:
-    """Say to `from_pretrained` where ``--device-map`` puts the weights; nothing without it."""
-    from quietstar.backbone.devices import free_memory  # imports torch
-
-    device_map = getattr(args, "device_map", None)  # which quietstar judge has not
-    if device_map is None:
-        return {}
-    return {"device_map": device_map, "max_memory": free_memory(args.device)}
+    return load_onto_device(
+        name or str(args.model), needs_training, args.dtype, remedy, device=args.device,
+        device_map=getattr(args, "device_map", None), positions=positions,
+        trust_remote_code=getattr(args, "trust_remote_code", False),
+    )  # fmt: skip
 
 
 def require_trained(name: str) -> None:
@@ -543,15 +517,6 @@ def require_trained(name: str) -> None:
             f"--model ({name}): holds no Quiet-STaR model ({SETTINGS_FILE} is missing). Give the "
             "folder of a saved one, or of the run that trained it."
         )
-
-
-def pattern(text: str) -> str:
-    """Parse a regular expression."""
-    try:
-        regex.compile(unicode_text(text))
-    except regex.error as problem:
-        raise _wrong(text, f"must be a regular expression ({problem})") from None
-    return text
 
 
 def _wrong(value: str, rule: str) -> argparse.ArgumentTypeError:

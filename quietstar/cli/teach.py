@@ -7,12 +7,14 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from quietstar.cli import options
 from quietstar.cli.options import BATCH, Parser, whole
 from quietstar.config import Config
 from quietstar.config.loading import load_config
 from quietstar.errors import UserError
+from quietstar.system.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _teach(args: argparse.Namespace, config: Config) -> None:
     # These import torch, after command line and config are known to be valid.
-    from quietstar.backbone.devices import find_device
+    from quietstar.backbone.devices import find_device, free_memory
     from quietstar.data import build_data, load_tokenizer
     from quietstar.evaluation.scoring import fingerprint
     from quietstar.model.quiet_star import QuietStarForCausalLM
@@ -72,7 +74,9 @@ def _teach(args: argparse.Namespace, config: Config) -> None:
     quiet_libraries()
     options.require_trained(args.model)
     # As it was trained: evaluations look ahead by one token alone.
-    places = options.placement(args)
+    places: dict[str, Any] = {}
+    if args.device_map is not None:
+        places = {"device_map": args.device_map, "max_memory": free_memory(args.device)}
     trust = args.trust_remote_code
     model = QuietStarForCausalLM.from_pretrained(
         args.model, dtype=args.dtype, trust_remote_code=trust, **places
@@ -94,7 +98,7 @@ def _teach(args: argparse.Namespace, config: Config) -> None:
         "teacher": fingerprint(args.model), "vocab_size": model.vocab_size,
         "thoughts": model.thoughts.model_dump(),
     }  # fmt: skip
-    with options.progress("teaching", len(steps) * -(-batch_size // size)) as advance:
+    with progress("teaching", len(steps) * -(-batch_size // size)) as advance:
         count, new = write_teacher(
             model, data, steps, Path(args.out).expanduser(), batch_size=batch_size,
             micro_batch_size=size, seed=seed, top=args.top, settings=settings, advance=advance,

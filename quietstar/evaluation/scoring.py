@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from quietstar.attention.layout import NO_POSITION
+from quietstar.backbone.devices import find_device, free_memory
 from quietstar.backbone.loading import LANGUAGE_MODEL_FOLDER
 from quietstar.backbone.run import TextRun, embedding_weight
 from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
@@ -118,6 +119,31 @@ def load_thinker(
         rule = {"positions": "all"} if model.thoughts.positions == "answer_start" else {}
         model.configure(model.thoughts.model_copy(update={"lookahead": 1, **rule}))
     return model.eval()
+
+
+def load_onto_device(
+    name: str,
+    needs_training: bool,
+    dtype: str | torch.dtype,
+    remedy: str,
+    *,
+    device: str | None,
+    device_map: str | None = None,
+    **settings: Any,
+) -> QuietStarForCausalLM:
+    """Load a model as `load_thinker` does, onto a device, or by ``device_map`` over what there is.
+
+    Raises:
+        UserError: As `load_thinker`.
+    """
+    try:
+        if device_map is None:
+            model = load_thinker(name, needs_training, dtype, remedy, **settings)
+            return model.to(find_device(device))
+        places = {"device_map": device_map, "max_memory": free_memory(device)}
+        return load_thinker(name, needs_training, dtype, remedy, placement=places, **settings)
+    except UserError as problem:  # of a part that knows the key of a config only
+        raise UserError(str(problem).replace("model.name_or_path (", "--model (")) from problem
 
 
 def _check_tokenizer(folder: Path, model: QuietStarForCausalLM, **hub: Any) -> None:
