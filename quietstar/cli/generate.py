@@ -227,11 +227,8 @@ def _load(
         "--top-p": None if args.temperature else "where --temperature is 0",
         "--seed": None if is_drawn else "where all tokens are the most likely ones",
     })  # fmt: skip
-    if not args.no_thoughts and args.num_thoughts > 1 and not temperature:
-        raise UserError(
-            f"--num-thoughts ({args.num_thoughts}): greedy thoughts are all identical; set "
-            "--thought-temperature 1"
-        )
+    if not args.no_thoughts:
+        options.check_greedy(args.num_thoughts, temperature)
     if args.no_thoughts and (args.show_thoughts or args.gate or args.control):
         raise UserError(
             "--no-thoughts: does not go with --show-thoughts, --gate or --control; leave one out"

@@ -45,7 +45,7 @@ def main(parser: Parser, args: argparse.Namespace) -> int:
     text = options.read_text(args, "--inspect", "--inspect-file", remedy)
     out: Path | None = args.out
     temperature = args.thought_temperature
-    options.check_greedy("--num-thoughts", args.num_thoughts, temperature, "--thought-temperature")
+    options.check_greedy(args.num_thoughts, temperature)
     names = [args.model] if args.compare is None else [args.model, args.compare]
     tokenizers = [load_tokenizer(name, trust_remote_code=args.trust_remote_code) for name in names]
     ids: list[Any] = [tokenizer(text)["input_ids"] for tokenizer in tokenizers]

@@ -344,6 +344,15 @@ def _is_same_name(one: Path, other: Path) -> bool:
     return len(folded) == 1 or _is_same_file(one, other)
 
 
+def check_greedy(count: int, temperature: float | None) -> None:
+    """Refuse several thoughts at one place if they are all the most likely one."""
+    if count > 1 and not temperature:
+        raise UserError(
+            f"--num-thoughts ({count}): greedy thoughts are all identical; set "
+            "--thought-temperature 1"
+        )
+
+
 def read_text(args: Any, option: str, file_option: str, remedy: str) -> str:
     """Return the text of one option, or the content of the UTF-8 file that another one names.
 
