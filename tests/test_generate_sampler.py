@@ -2,9 +2,11 @@
 
 from types import SimpleNamespace
 
+import by_generate
 import pytest
 import torch
 from architectures import tiny_architecture
+from by_generate import Generate
 from tiny import (
     BYTES_VOCAB,
     GPT2,
@@ -14,20 +16,16 @@ from tiny import (
     read_metrics,
     run_config,
     thinking_model,
-    tuning_by,
 )
 
 from quietstar.backbone.output_head import find_output_head
 from quietstar.backbone.run import embedding_weight
-from quietstar.errors import UserError
 from quietstar.model.self_check import use_thinking_attention
-from quietstar.sampling.samplers import generate
-from quietstar.sampling.samplers.generate import Generate
 from quietstar.sampling.samplers.rollout import Rollout
 from quietstar.sampling.thoughts import Sampling, Texts
-from quietstar.training.memory_plan import estimate_run
 from quietstar.training.run import run_training
 
+GENERATE = "by_generate:Generate"
 OFTEN = [chr(c) for c in range(32, 72)]
 SOME = torch.tensor([[1, 4, 6], [0, 7, -1]])
 
@@ -35,7 +33,7 @@ SOME = torch.tensor([[1, 4, 6], [0, 7, -1]])
 def both(model, texts, **arguments):
     """Tokens of the rollout and of generation, at real positions: (places, thoughts, length)."""
     result = []
-    for sampler in ("rollout", "generate"):
+    for sampler in ("rollout", GENERATE):
         model.configure(model.thoughts.model_copy(update={"sampler": sampler}))
         batch = model.draw(texts, **arguments)
         result.append(batch.tokens[batch.positions >= 0])
@@ -93,7 +91,7 @@ def test_filters_are_those_of_the_rollout(filters):
 def test_chunks_of_rows_change_nothing(fields, monkeypatch):
     model, texts = thinking_model(plain_model(fields)).eval(), random_texts(2, 9)
     own, other = both(model, texts, temperature=1.0, num_thoughts=2)
-    monkeypatch.setattr(generate, "_CHUNK_TOKENS", 30)
+    monkeypatch.setattr(by_generate, "_CHUNK_TOKENS", 30)
     assert torch.equal(own, other)
     assert torch.equal(own, both(model, texts, temperature=1.0, num_thoughts=2)[1])
 
@@ -110,7 +108,7 @@ def test_padded_rows_of_the_vocabulary_are_never_drawn():
 @pytest.mark.parametrize("method", ["full", "lora", "houlsby"])
 def test_a_step_in_train_mode_is_that_of_the_rollout_and_leaves_the_model_as_it_was(method):
     results = []
-    for sampler in ("rollout", "generate"):
+    for sampler in ("rollout", GENERATE):
         base = plain_model(eos_token_id=256)
         base.generation_config.repetition_penalty = 3.0
         base.generation_config.eos_token_id = list(range(100))
@@ -137,7 +135,7 @@ def test_a_step_in_train_mode_is_that_of_the_rollout_and_leaves_the_model_as_it_
 
 def test_a_run_with_it_is_that_of_the_rollout(tmp_path):
     losses = {}
-    for sampler in ("rollout", "generate"):
+    for sampler in ("rollout", GENERATE):
         config = run_config(
             tmp_path, thoughts__sampler=sampler, thoughts__stop=OFTEN, thoughts__length=4,
             thoughts__positions="random", training__max_steps=2, training__micro_batch_size=3,
@@ -145,20 +143,4 @@ def test_a_run_with_it_is_that_of_the_rollout(tmp_path):
         )  # fmt: skip
         run_training(config)
         losses[sampler] = [record["loss"] for record in read_metrics(tmp_path / sampler, "train")]
-    assert losses["generate"] == losses["rollout"]
-    with pytest.raises(UserError, match="generate cannot be planned"):
-        estimate_run(config, "single", 1)
-
-
-@pytest.mark.parametrize("method", ["prompt", "prefix"])
-def test_virtual_tokens_are_refused(method):
-    model = thinking_model(thoughts={"sampler": "generate"}, tuning=tuning_by(method))
-    with pytest.raises(UserError, match=r"thoughts.sampler \(generate\): does not know the virtua"):
-        model(random_texts(1))
-
-
-def test_sharded_weights_are_refused():
-    model = thinking_model(thoughts={"sampler": "generate"})
-    model.passes_together = True
-    with pytest.raises(UserError, match=r"thoughts.sampler \(generate\): needs whole weights"):
-        model.sample(random_texts(1))
+    assert losses[GENERATE] == losses["rollout"]

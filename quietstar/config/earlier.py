@@ -176,7 +176,7 @@ def migrate(trees: Iterable[Any]) -> tuple[dict[str, str], list[str]]:
         _move_betas(tree.get("optim"), renamed)
         thoughts = tree.get("thoughts")
         if isinstance(thoughts, dict):
-            if thoughts.get("sampler") == "sampled":
+            if thoughts.get("sampler") in ("sampled", "generate"):  # which drew the same thoughts
                 thoughts["sampler"] = "rollout"
             if (count := thoughts.pop("position_count", None)) is not None:
                 renamed["thoughts.position_count"] = "thoughts.position_fraction"

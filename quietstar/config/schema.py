@@ -289,10 +289,9 @@ class ThoughtsConfig(Section):
     """Where the model thinks, how long, how often, and how thoughts are sampled."""
 
     sampler: Text = "rollout"
-    """Where thoughts come from: rollout (the model samples them, all positions in parallel),
-    generate (the same thoughts by transformers' generate, one row each: slow), pause (a constant
-    token, the first of thoughts.start_init, in their place: a control that thinks nothing), or a
-    sampler of your own as module:name."""
+    """Where thoughts come from: rollout (the model samples them, all positions in parallel), pause
+    (a constant token, the first of thoughts.start_init, in their place: a control that thinks
+    nothing), or a sampler of your own as module:name."""
     # fmt: off
     positions: Literal[
         "all", "every", "random", "entropy", "top_entropy", "weight", "weighted_entropy",

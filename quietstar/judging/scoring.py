@@ -20,12 +20,30 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from quietstar.data.tokenizer import pad_left
 from quietstar.errors import UserError
 from quietstar.evaluation.scoring import not_finite, refuse_not_finite
-from quietstar.sampling.samplers.generate import plainly
 
 LEAST_SHARED = 4
 """Fewer shared tokens are not worth a pass of their own."""
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention")
 """Names that configs have for how far a layer attends."""
+
+
+@contextmanager
+def plainly(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a model generates as a causal LM that was given no settings, and does not train.
+
+    In train mode activation checkpointing drops the cache in some versions of transformers. The
+    settings of generation that come with a model, as a repetition penalty, would fill what a call
+    leaves out.
+    """
+    settings, modules = model.generation_config, [(m, m.training) for m in model.modules()]
+    model.generation_config = GenerationConfig()
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+        for module, was_training in modules:
+            module.training = was_training
 
 
 @dataclass(frozen=True)

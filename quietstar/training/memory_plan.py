@@ -114,11 +114,6 @@ def estimate_run(config: Config, engine: str, processes: int) -> Estimate:
             "plan lora, and take three quarters of its frozen weights off"
         )
     tokenizer, stages = find_tokenizer(config), plan_stages(config)
-    if any(stage.config.thoughts.sampler == "generate" for stage in stages):
-        raise UserError(
-            "thoughts.sampler: generate cannot be planned, since its passes depend on the texts; "
-            "plan rollout, whose passes that learn are the same"
-        )
     try:
         estimates = [_estimate_stage(stage, tokenizer, engine, processes) for stage in stages]
     except UserError:

@@ -1,14 +1,11 @@
-"""The model's own thoughts by transformers' ``generate``: a plain causal LM, one row a thought.
+"""The model's own thoughts by transformers' ``generate``: an oracle for the rollout.
 
-The noise and the choice of tokens are those of the rollout, the passes are transformers', so the
-thoughts are the rollout's up to the rounding of the passes. It costs far more, since every thought
-runs its text anew: a check of the rollout, and a pattern for engines that only generate.
+A plain causal LM, one row a thought: the noise and the choice of tokens are those of the rollout,
+the passes are transformers', so the thoughts are the rollout's up to the rounding of the passes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,15 +15,14 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
 from quietstar.attention.layout import NO_TOKEN
 from quietstar.backbone.casting import cast_weights
-from quietstar.backbone.run import embedding_weight, num_virtual
-from quietstar.errors import UserError
+from quietstar.backbone.run import embedding_weight
+from quietstar.judging.scoring import plainly
 from quietstar.sampling.noise import keyed_uniform
 from quietstar.sampling.rollout import sample_logits
 from quietstar.sampling.stopping import StopTexts
@@ -45,12 +41,7 @@ class Generate:
     def sample(
         self, model: Any, texts: Texts, positions: Tensor | None, spec: Sampling
     ) -> ThoughtBatch:
-        """Draw the thoughts that the rollout would.
-
-        Raises:
-            UserError: The model has virtual tokens, or weights that are sharded.
-        """
-        _check(model)
+        """Draw the thoughts that the rollout would."""
         ids = texts.input_ids
         places = positions
         if places is None:
@@ -71,41 +62,6 @@ class Generate:
                 tokens[text, place, thought, : drawn.shape[1]] = drawn
                 start += rows
         return ThoughtBatch.of_texts(texts, positions, tokens)
-
-
-def _check(model: Any) -> None:
-    """Refuse models that plain generation cannot run."""
-    remedy = "Set thoughts.sampler: rollout"
-    if num_virtual(model.causal_lm):
-        raise UserError(
-            "thoughts.sampler (generate): does not know the virtual tokens of tuning.method: "
-            f"prompt or prefix. {remedy}."
-        )
-    if model.passes_together:
-        raise UserError(
-            "thoughts.sampler (generate): needs whole weights, because processes run different "
-            f"numbers of passes, but ZeRO-3 or FSDP2 has sharded them. {remedy}, or train without "
-            "sharding."
-        )
-
-
-@contextmanager
-def plainly(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a model generates as a causal LM that was given no settings, and does not train.
-
-    In train mode activation checkpointing drops the cache in some versions of transformers. The
-    settings of generation that come with a model, as a repetition penalty, would fill what a call
-    leaves out.
-    """
-    settings, modules = model.generation_config, [(m, m.training) for m in model.modules()]
-    model.generation_config = GenerationConfig()
-    model.eval()
-    try:
-        yield
-    finally:
-        model.generation_config = settings
-        for module, was_training in modules:
-            module.training = was_training
 
 
 def _generate(
