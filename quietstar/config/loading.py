@@ -346,6 +346,7 @@ class _Reader:
                 "would learn by it. Leave it out, or give another --config."
             ])  # fmt: skip
         loss = self.tree.pop("loss", {})
+        loss = loss if isinstance(loss, dict) else {}
         for stage, changes in self.tree.get("stages", {}).items():
             changes["loss"] = {} if stage in thinking else {**loss, **changes.get("loss", {})}
         for section, body in preset.tree.items():
