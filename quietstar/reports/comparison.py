@@ -401,12 +401,13 @@ def _table(groups: Sequence[Mapping[str, Any]]) -> Table:
         if key == "accuracy" and not any(group["is_plain"] for group in groups):
             continue  # all answers are with thoughts
         found = [(group, group["figures"][key]) for group in groups if key in group["figures"]]
-        for number, (group, figure) in enumerate(found):
+        for group, figure in found:
             interval = MISSING if figure["ci95"] is None else " to ".join(map(show, figure["ci95"]))
             seeds = " · ".join(map(show, figure["values"])) if figure["n"] > 1 else ""
-            rows.append(("" if number else label, group["name"], str(figure["n"]),
+            rows.append((label, group["name"], str(figure["n"]),
                          Cell(show(figure["mean"]), [seeds], "strong"), interval))  # fmt: skip
-    return Table("Metrics", ("metric", "runs", "seeds", "mean", "95% CI"), rows, 2)
+    headings = ("metric", "run", "seeds", "mean", "95% CI")
+    return Table("Metrics", headings, rows, 2, widths=(30, 20, 8, 20, 22))
 
 
 def _figure(group: Mapping[str, Any], key: str) -> str | None:

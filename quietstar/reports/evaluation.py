@@ -73,7 +73,7 @@ EXAMPLES = (
 """Lists of items: heading, what it shows, and which of the examples."""
 
 
-def metrics_of(task: dict[str, Any]) -> dict[str, str]:
+def metrics_of(task: Mapping[str, Any]) -> dict[str, str]:
     """Return the metrics of a task, those with a standard error, and what they are called."""
     first = task[WITHOUT] if WITHOUT in task else task[WITH]
     return {str(m): METRICS.get(m) or str(m) for m in first if f"{m}_stderr" in first}

@@ -313,13 +313,16 @@ def _tables(task: Mapping[str, Any]) -> list[Table]:
 
 def _verdicts(task: Mapping[str, Any]) -> list[Line]:
     """Say who is better, how many items are right in one evaluation only, and what differs."""
-    lines, first = [], task["evaluations"][0]["name"]
+    lines, main = [], task["main_metric"]
+    before = task["evaluations"][0]
+    first = before["name"]
     for row in task["evaluations"][1:]:
         text, difference = f"{row['name']} against {first}: {row['verdict']}", row["difference"]
         if metric := next((m for m in SHARES if f"{m}_gained" in difference), ""):
             gained, lost = (difference[f"{metric}_{key}"] for key in ("gained", "lost"))
             text += f" (right only in {row['name']}: {gained}, only in {first}: {lost})"
-        lines.append(Line(text, "verdict as-is"))
+        now, then = (plain(one["scores"][main]) for one in (row, before))
+        lines.append(Line(f"{text}, {_metrics(task)[main]} {now} against {then}", "verdict as-is"))
         if row["settings"]:
             listed = ", ".join(f"{name} {value[:80]}" for name, value in row["settings"].items())
             lines.append(Line(f"note: {row['name']}: {listed}, unlike the first", "note"))

@@ -507,7 +507,9 @@ def _controls(run: RunFiles) -> list[pages.Line | pages.Cards]:
          points, points_range),
     ):  # fmt: skip
         rows = []
-        for one in (one for one in means if one.mean is not None):
+        for one in means:
+            if one.mean is None:
+                continue
             notes = [f"95% CI {bounds(one.ci95)}"] if one.ci95 else []
             if one.ci95 and show is points:
                 notes.append(f"zero {'inside' if one.ci95[0] <= 0 <= one.ci95[1] else 'outside'}")

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -83,23 +83,22 @@ def parse_metrics(text: str) -> list[Record]:
     return sorted(records.values(), key=lambda record: record.step)
 
 
-@dataclass(frozen=True)
-class Fired:
+class Fired(NamedTuple):
     """A guard that fired, as ``metrics.jsonl`` has it."""
 
+    step: int
     name: str
     stage: str
-    step: int
     message: str
 
 
 def parse_guards(text: str) -> list[Fired]:
     """Parse the guards that fired from ``metrics.jsonl``."""
     return [
-        Fired(*(str(entry.get(key, "")) for key in ("name", "stage")), step,
-              str(entry.get("message", "")))
-        for step, entry in _entries(text) if entry.get("kind") == "guard"
-    ]  # fmt: skip
+        Fired(step, *(str(entry.get(key, "")) for key in Fired._fields[1:]))
+        for step, entry in _entries(text)
+        if entry.get("kind") == "guard"
+    ]
 
 
 def find_stages(records: Iterable[Record]) -> list[str]:

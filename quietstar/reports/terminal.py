@@ -13,7 +13,13 @@ from rich.text import Text
 from quietstar.errors import visible
 from quietstar.reports.pages import Cell, Line, Table
 
-STYLES = {"verdict": "bold", "note": "yellow", "dim": "dim", "title": "italic"}
+STYLES = {
+    "verdict": "bold",
+    "verdict as-is": "bold",
+    "note": "yellow",
+    "dim": "dim",
+    "title": "italic",
+}
 
 
 def view(parts: Iterable[Table | Line]) -> RenderableType:
