@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from quietstar.reports.formats import percent, percent_range, plain, shown_text, signed
+from quietstar.reports.formats import percent, percent_range, shown_text, signed
 from quietstar.system.files import write_whole
 
 
@@ -186,10 +186,10 @@ def render_thoughts(documents: Sequence[Mapping[str, Any]]) -> str:
     top = []
     for document in documents:
         means, name = document["summary"]["all"], document["model"] if documents[1:] else ""
-        said = f"thoughts {'gain' if means['gain'] >= 0 else 'lose'} {plain(abs(means['gain']), 3)}"
-        said += f" nats/token over {document['summary']['tokens']} tokens"
+        said = f"thoughts gain {signed(means['gain'], 3)} nats/token"
         if (content := means["gain_of_content"]) is not None:
-            said += f"; swapped thoughts {signed(means['gain'] - content, 3)}"
+            said += f", swapped ones {signed(means['gain'] - content, 3)}"
+        said += f", over {document['summary']['tokens']} tokens"
         top.append(Line(f"{name}: {said}." if name else f"T{said[1:]}.", "verdict as-is"))
     return render(
         "thoughts.html.j2", asset("thoughts.js"), documents=documents, facts=facts, top=top,
