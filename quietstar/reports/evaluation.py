@@ -25,18 +25,10 @@ from quietstar.evaluation.controls import (
 )
 from quietstar.evaluation.runner import FREE_SETTINGS
 from quietstar.evaluation.statistics import LENGTHS, SHARES
+from quietstar.reports import pages
 from quietstar.reports.charts import Card, Row, draw_bars
 from quietstar.reports.formats import plain, probability, share_of, shown_text, signed, signed_range
-from quietstar.reports.pages import (
-    Cards,
-    Cell,
-    Line,
-    Section,
-    Table,
-    right_or_wrong,
-    settings_section,
-    write_html,
-)
+from quietstar.reports.pages import Cards, Cell, Line, Section, Table
 from quietstar.reports.terminal import view
 
 METRICS = {
@@ -163,8 +155,8 @@ def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
         Section(f"section{number}", name, _task_parts(f"task{number}", task))
         for number, (name, task) in enumerate(result["tasks"].items(), start=1)
     ]
-    return write_html(
-        path, [*sections, settings_section(config)], title=f"{model} · quietstar evaluation",
+    return pages.write_html(
+        path, [*sections, pages.settings_section(config)], title=f"{model} · quietstar evaluation",
         eyebrow="Quiet-STaR evaluation", heading="Do the thoughts help?", facts=facts,
         mark=page_mark(result["config"]),
     )  # fmt: skip
@@ -253,7 +245,8 @@ def _examples(kind: str, examples: Sequence[Mapping[str, Any]]) -> Table:
     for one in examples:
         is_right = one.get("is_right", kind == "right")
         truth = "" if is_right else f"ground truth: {shown_text(one['answer'])}"
-        predicted = Cell(shown_text(one["predicted"]), [truth], "text", right_or_wrong(is_right))
+        mark = pages.right_or_wrong(is_right)
+        predicted = Cell(shown_text(one["predicted"]), [truth], "text", mark)
         rows.append([Cell.folded(one["prompt"]), Cell(shown_text(one["thought"]), (), "text"),
                      predicted, plain(one["without"]), plain(one["with"])])  # fmt: skip
     headings = ("Prompt", "Thought", "Answer", "Without", "With")

@@ -24,20 +24,9 @@ from quietstar.evaluation.controls import (
     SHUFFLED,
     SWAPPED,
 )
-from quietstar.reports import pages
+from quietstar.reports import formats, pages
 from quietstar.reports.charts import Card, Chart, Line, Row, draw_bars, draw_curves
-from quietstar.reports.formats import (
-    MISSING,
-    percent,
-    percent_range,
-    plain,
-    points,
-    points_range,
-    share_of,
-    shown_text,
-    signed,
-    wilson,
-)
+from quietstar.reports.formats import MISSING, percent, plain, points, shown_text, signed
 from quietstar.reports.run_files import (
     MOST_CONFIG_BYTES,
     Answer,
@@ -172,8 +161,10 @@ def write_report(folder: Path, status: str = "") -> Path:
         record.stage in configs and measures_answers(configs[record.stage], record.figures)
         for record in scored[-1:]
     )
-    tiles, n = _answers(evaluations, run.results)
-    status, verdict = status or _status(run), _verdict(evaluations, run.results)
+    accuracies, n, step = _accuracies(evaluations, run.results)
+    newest = evaluations[-1].figures if evaluations else {}
+    status, verdict = status or _status(run), _verdict(accuracies, n, newest)
+    tiles = _answers(accuracies, n, step, evaluations, run.results)
     top = [pages.Line(f"{status[0].upper()}{status[1:]}.", "status")] if status else []
     top += [pages.Line(verdict, "verdict")] if verdict else []
     followed = _thoughts(run.followed)
@@ -226,19 +217,29 @@ def _status(run: RunFiles) -> str:
     return f"{step} steps" if run.results.seconds is None else f"finished, step {step} of {step}"
 
 
-def _verdict(evaluations: Sequence[Record], results: Results) -> str:
+def _accuracies(
+    evaluations: Sequence[Record], results: Results
+) -> tuple[dict[str, float | None], float | None, str]:
+    """Return accuracies of ``results.json`` or as last evaluated, of how many answers, and when."""
+    figures = {key: results.accuracy.get(name) for name, key in ACCURACIES.items()}
+    n, step = results.accuracy.get("n"), ""
+    if all(share is None for share in figures.values()):
+        n = None
+        for record in evaluations:
+            if record.figures.keys() & figures:
+                step, n = f", step {record.step}", record.figures.get("num_answers")
+                figures = {key: record.figures.get(key) for key in figures}
+    return figures, n, step
+
+
+def _verdict(
+    accuracy: Mapping[str, float | None], n: float | None, figures: Mapping[str, float]
+) -> str:
     """Say in a sentence or two what thinking does, as far as the run has measured it."""
-    if not evaluations:
-        return ""
-    figures = evaluations[-1].figures
-    accuracy = {key: figures.get(key) for key in ACCURACIES.values()}
-    accuracy |= {key: results.accuracy[name] for name, key in ACCURACIES.items()
-                 if results.accuracy.get(name) is not None}  # fmt: skip
     own, without, swapped = (
         accuracy[f"accuracy_{name}"] for name in ("with_thoughts", "without_thoughts", SWAPPED)
     )
     if own is not None and without is not None:
-        n = results.accuracy.get("n") or figures.get("num_answers")
         if n is not None and n < FEW_ITEMS:
             return f"{n:.0f} held-out problems are too few to say whether thoughts help."
         text = f"Accuracy {percent(own)} with thoughts, {percent(without)} without"
@@ -251,7 +252,7 @@ def _verdict(evaluations: Sequence[Record], results: Results) -> str:
             else:
                 part = (own - swapped) / (own - without)
                 text += f"so {part:.0%} of the gain is what the thoughts say"
-        ends = wilson(own, n), wilson(without, n)
+        ends = formats.wilson(own, n), formats.wilson(without, n)
         if own > without and ends[0] and ends[1] and ends[0][0] <= ends[1][1]:
             text += f" (a difference that {n:.0f} problems cannot tell from chance)"
         return text + "."
@@ -272,17 +273,10 @@ def _verdict(evaluations: Sequence[Record], results: Results) -> str:
 
 # --- At a glance ----------------------------------------------------------------------------------
 def _answers(
-    evaluations: Sequence[Record], results: Results
-) -> tuple[list[pages.Tiles], float | None]:
-    """Show accuracies and correct thoughts, of ``results.json`` or as last evaluated, and of n."""
-    figures = {key: results.accuracy.get(name) for name, key in ACCURACIES.items()}
-    n, step = results.accuracy.get("n"), ""
-    if all(share is None for share in figures.values()):
-        n = None
-        for record in evaluations:
-            if record.figures.keys() & figures:
-                step, n = f", step {record.step}", record.figures.get("num_answers")
-                figures = {key: record.figures.get(key) for key in figures}
+    figures: Mapping[str, float | None], n: float | None, step: str,
+    evaluations: Sequence[Record], results: Results,
+) -> list[pages.Tiles]:  # fmt: skip
+    """Show accuracies and correct thoughts."""
     own, without = figures["accuracy_with_thoughts"], figures["accuracy_without_thoughts"]
     notes = {f"accuracy_{control}": note for control, note in CONTROL_NOTES.items()}
     if own is not None and without is not None:
@@ -290,8 +284,9 @@ def _answers(
     tiles = []
     for line in CHARTS[0].lines:
         if (share := figures.get(line.key)) is not None:
-            measured = line.name.capitalize(), share_of(share, n), line.color, wilson(share, n)
-            tiles.append(pages.Tile.measured(*measured, notes.get(line.key, "")))
+            label, shown = line.name.capitalize(), formats.share_of(share, n)
+            bounds, note = formats.wilson(share, n), notes.get(line.key, "")
+            tiles.append(pages.Tile.measured(label, shown, line.color, bounds, note))
     before, after = map(results.right_thoughts.get, ("before", "after"))
     if before is None and after is None:
         _, values = series(evaluations, "eval", "right_thoughts")
@@ -301,7 +296,7 @@ def _answers(
         said = ("share of the sampled thoughts", earlier)
         tiles.append(pages.Tile("Correct thoughts", percent(after), "thought", said))
     title = f"Accuracy on {'' if n is None else f'{n:.0f} '}held-out problems{step}"
-    return [pages.Tiles(title, tiles)] if tiles else [], n
+    return [pages.Tiles(title, tiles)] if tiles else []
 
 
 def _next_tokens(scored: Sequence[Record], of_answers: bool) -> list[pages.Line | pages.Cards]:
@@ -502,9 +497,9 @@ def _controls(run: RunFiles) -> list[pages.Line | pages.Cards]:
     cards = []
     for name, title, means, axis, show, bounds in (
         ("variants", "Accuracy of the variants", run.controls.variants, "accuracy, %",
-         percent, percent_range),
+         percent, formats.percent_range),
         ("differences", "Differences in accuracy", run.controls.differences, "percentage points",
-         points, points_range),
+         points, formats.points_range),
     ):  # fmt: skip
         rows = []
         for one in means:
