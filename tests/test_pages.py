@@ -4,7 +4,7 @@ import json
 
 import pytest
 from test_inspection import browser, opened  # noqa: F401  (browser is a fixture)
-from test_report import FILES, HOSTILE, Page
+from test_report import FILES, HOSTILE, THOUGHTS, Page, followed
 
 from quietstar.reports import charts, pages, write_report
 from quietstar.reports.evaluation import write_page
@@ -203,7 +203,7 @@ def test_few_held_out_points_are_not_joined_across_a_training_line():
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_pages_with_charts_in_a_browser(tmp_path, browser, scheme, width):  # noqa: F811
-    for name, text in FILES.items():
+    for name, text in (FILES | followed(*THOUGHTS)).items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     paths = [
         write_report(tmp_path),
@@ -216,6 +216,11 @@ def test_pages_with_charts_in_a_browser(tmp_path, browser, scheme, width):  # no
         seen = "all => all.filter(plot => plot.getBoundingClientRect().height > 100).length"
         assert page.eval_on_selector_all(".plot", seen) == page.locator(".plot").count() > 0
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        if path.name == "report.html":
+            row = page.locator("#thoughts tbody tr:visible")
+            assert "thought of step 190" in row.inner_text()  # of one row, else this raises
+            page.locator("#thoughts input").fill("0")
+            assert "thought of step 0" in row.inner_text()
         if width == 1280:
             widths = "all => all.map(box => box.scrollWidth - box.clientWidth)"
             assert max(page.eval_on_selector_all(".scroll", widths)) <= 1, path
