@@ -75,7 +75,7 @@ class Tiles(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A paragraph: a lead, verdict, answer-line, status or between, which is a heading."""
+    """A paragraph; its kind is a class of the style sheet, or "between", which is a heading."""
 
     text: str
     kind: str = "lead"
