@@ -125,14 +125,14 @@ def test_a_table_of_held_out_figures_has_those_that_say_most(tmp_path, capsys):
     figures = HEALTHY["eval"] | answers | {"accuracy_swapped": 0.2}
     once = run_config(tmp_path, **ONCE)
     assert held_out(make_reporter(tmp_path, once), capsys, **figures) == [
-        "held out: probability of the answer, answers that are right as shares",
-        "step P(gold) P(gold) P(gold) right right swapped",
-        "without with swapped without with thoughts",
+        "held out: probability of the answer, accuracies as shares",
+        "step P(gold) P(gold) P(gold) accuracy accuracy accuracy",
+        "without with swapped without with swapped",
     ]
     of_tokens = [
-        "held out: NLLs and gains in nats/token, answers that are right as shares",
-        "step gain of gain of right right swapped",
-        "thinking content without with thoughts",
+        "held out: NLLs and gains in nats/token, accuracies as shares",
+        "step gain of gain of accuracy accuracy accuracy",
+        "thinking content without with swapped",
     ]
     assert held_out(make_reporter(tmp_path), capsys, **figures) == of_tokens
     long = {key: 1e-9 for key in figures if key.startswith("gold_")}
@@ -140,7 +140,7 @@ def test_a_table_of_held_out_figures_has_those_that_say_most(tmp_path, capsys):
     plain = {"base_nll": 2.0, "gold_probability_without_thoughts": 0.1,
              "accuracy_without_thoughts": 0.1}  # fmt: skip
     assert held_out(make_reporter(tmp_path, once), capsys, **plain)[1:] == [
-        "step base right", "NLL without",
+        "step NLL accuracy", "without without",
     ]  # fmt: skip
 
 

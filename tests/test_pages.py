@@ -4,9 +4,9 @@ import json
 
 import pytest
 from test_inspection import browser, opened  # noqa: F401  (browser is a fixture)
-from test_report import FILES, HOSTILE, Page
+from test_report import FILES, HOSTILE, THOUGHTS, Page, followed
 
-from quietstar.reports import figures, pages, write_report
+from quietstar.reports import charts, pages, write_report
 from quietstar.reports.evaluation import write_page
 from quietstar.reports.run import CHARTS
 from quietstar.reports.run_files import parse_metrics
@@ -93,52 +93,69 @@ RESULT = {
 }
 
 
-def test_the_page_of_an_evaluation_answers_first_and_shows_every_figure(tmp_path):
+def test_the_page_of_an_evaluation_answers_first_and_shows_every_metric(tmp_path):
     page = Page(write_page(tmp_path / "new" / "e.html", HOSTILE, RESULT).read_text("utf-8"))
     assert page.open == []
-    assert "what they say (by P(gold answer)) accuracy (argmax): 41.0% with" in page.text
+    assert "what they say (by P(gold answer)) accuracy: 41.0% with" in page.text
     assert "41.0% with thoughts, 30.0% without, 31.0% with swapped thoughts. 128" in page.text
-    assert "128 items; below each figure is its 95% interval. Note: 2" in page.text
-    assert "Swapped thoughts each item with the thought of another 0.3100" in page.text
-    assert "Gain in P(gold answer): mean and 95% CI" in page.text
-    assert "With thoughts 0.4100 0.3900 to 0.4400 0.2050 0.1850" in page.text
-    assert "With − without +0.1100 +0.0500 to +0.1700 p < 0.001 +0.0550" in page.text
+    assert "128 items; below each number is its 95% interval. Note: 2" in page.text
+    drawn = "Without thoughts 0.1500 Without thoughts: 0.1500 (95% CI 0.1300 to 0.1800)"
+    assert page.text.index(drawn) < page.text.index("metric without with")  # chart, then table
+    assert "With swapped thoughts 0.1550" in page.text
+    assert "swapped thoughts each item with the thought of another 0.1550" in page.text
+    main = "P(gold answer) 0.1500 0.1300 to 0.1800 0.2050 0.1850 to 0.2350"
+    assert f"{main} +0.0550 +0.0250 to +0.0850 < 0.001" in page.text
+    assert "pause tokens one constant token in place of every thought token 0.3200" in page.text
     assert "controls yes" in page.text
     assert "data_dir" not in page.text
-    votes = "8 sampled thoughts of an item vote: maj@8 0.5000 (0.4000 to 0.6000), pass@8 0.7500."
-    assert votes in page.text
+    assert "maj@8 of the sampled thoughts: 0.500 (0.400 to 0.600)" in page.text
+    assert "pass@8 of the sampled thoughts: 0.750" in page.text
     assert "By steps of the solution" in page.text
-    assert "10 25 0.3333 0.3333 +0.2000 95% CI +0.1000 to +0.3000 +0.2000" in page.text
+    assert "10: with thoughts n 25, 0.3333 without, 0.3333 with +0.2000" in page.text
     assert "By all alike" not in page.text
     assert page.text.count("16 - 7 = 9 18 ✓ correct 0.1000 0.8000") == 2 * len(RESULT["tasks"])
-    assert "18 ✗ wrong correct: 18" in page.text
+    assert "18 ✗ wrong ground truth: 18" in page.text
     # A breakdown of one group says nothing that the whole does not say.
-    assert page.charts == {"task1", "task1-difficulty", "task1-position", "task2"}
+    groups = {f"task{n}-groups0-{metric}" for n in (1, 2) for metric in ("accuracy",
+              "gold_probability")}  # fmt: skip
+    assert page.charts == {"task1", "task1-difficulty", "task1-position", "task2"} | groups
+    own = "0 to 1: with thoughts n 25 +0.1000"
+    assert f"{own} 0 to 1: with thoughts: +0.1000 (95% CI +0.0000 to +0.2000)" in page.text
     assert page.text.count("Items that thoughts help and hurt most") == len(RESULT["tasks"])
+
+
+def test_a_likelihood_is_drawn_as_what_it_gains_over_no_thoughts(tmp_path):
+    task = TASK | {"main_metric": "nll", "breakdown": {"position": [
+        {**group("a", 0.1), "gain_of_content": 0.4, "gain_of_content_ci95": [0.3, 0.5]},
+        group("b", 0.2)]}}  # fmt: skip
+    page = Page(write_page(tmp_path / "e.html", "m", RESULT | {"tasks": {"t": task}}).read_text())
+    assert "Without thoughts −0.0900 +0.0000" in page.text
+    assert "With thoughts −0.1230 +0.0330" in page.text
+    assert "With swapped thoughts −0.0930 +0.0030" in page.text
+    content = "with swapped thoughts content +0.4000, 95% CI +0.3000 to +0.5000 −0.3000"
+    assert content in page.text
 
 
 def test_a_difference_that_is_no_chance_never_reads_as_zero(tmp_path):
     task = TASK | {"difference": difference(0.00006, 0.00002, 0.0001, 0.0004)}
     page = Page(write_page(tmp_path / "e.html", "m", RESULT | {"tasks": {"t": task}}).read_text())
-    assert "+3e−05 +1e−05 to +0.0001 p < 0.001" in page.text
+    assert "+3e−05 +1e−05 to +0.0001 < 0.001" in page.text
     few = RESULT | {"tasks": {"t": TASK | {"n": 2, "with_thoughts": variant(0.5)}}}
     page = Page(write_page(tmp_path / "g.html", "m", few).read_text())
-    assert "accuracy (argmax): 1 of 2 with thoughts" in page.text
+    assert "accuracy: 1 of 2 with thoughts" in page.text
 
 
 def test_no_text_of_an_evaluation_becomes_markup_or_script(tmp_path):
     page = Page(write_page(tmp_path / "e.html", HOSTILE, RESULT).read_text("utf-8"))
-    assert page.scripts == ["\n" + pages.asset("unfold.js")] or page.scripts == [
-        pages.asset("unfold.js")
-    ]
+    assert page.scripts == [pages.asset("page.js")]
     assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
 
 
 def test_the_page_of_texts_has_a_table_of_gates_and_a_command(tmp_path):
     page = Page(write_page(tmp_path / "e.html", "m", RESULT).read_text("utf-8"))
-    assert "quietstar generate --gate entropy:2.70 ." in page.text
-    assert "Threshold, nats Tokens that think NLL, nats/token Passes per token" in page.text
-    assert "2.2500 25.0% 2.0722 3.00" in page.text
+    assert "quietstar generate --gate entropy:2.70" in page.text
+    assert "think where the entropy is above tokens NLL passes/token" in page.text
+    assert "2.250 nats 25.0% 2.0722 3.00" in page.text
     task = {name: value for name, value in TASK.items() if name != "gates"}
     page = Page(write_page(tmp_path / "f.html", "m", RESULT | {"tasks": {"t": task}}).read_text())
     assert "entropy" not in page.text
@@ -148,13 +165,7 @@ def test_a_color_means_the_same_on_all_pages():
     lines = {line.key: line.color for chart in CHARTS for line in chart.lines}
     assert lines["accuracy_with_thoughts"] == lines["mixed_nll"] == lines["gain"] == "mixed"
     assert lines["accuracy_without_thoughts"] == lines["base_nll"] == "base"
-    groups = figures.draw_groups(
-        [{**group("a", 0.1), "gain_of_content": 0.1, "gain_of_content_ci95": None}]
-    )
-    handles = {line.get_label(): line.get_color() for line in groups.figure.axes[0].lines}
-    assert handles["gain"] == figures.paint("mixed")
-    assert handles["gain of content"] == figures.paint("content")
-    assert lines["gain_of_content"] == "content"
+    assert lines["accuracy_swapped"] == lines["gain_with_swapped"] == "swapped"
 
 
 def test_runs_of_earlier_versions_are_read_by_the_names_of_today():
@@ -170,28 +181,29 @@ def test_runs_of_earlier_versions_are_read_by_the_names_of_today():
 
 
 def test_a_chart_of_one_line_has_no_legend():
-    entry = {"kind": "eval", "step": 1, "mixing_weight": 0.1, "gain": 0.1, "gain_of_content": 0.1}
+    entry = {"kind": "eval", "step": 1, "mixing_weight": 0.1, "accuracy_with_thoughts": 0.1,
+             "accuracy_swapped": 0.1}  # fmt: skip
     records = parse_metrics(json.dumps(entry))
     by_name = {chart.name: chart for chart in CHARTS}
-    for name, has_legend in (("mixing-weight", False), ("gain", True)):
-        assert bool(figures.draw_curves(by_name[name], records).figure.legends) is has_legend
+    for name, has_legend in (("mixing-weight", False), ("accuracy", True)):
+        assert bool(charts.draw_curves(by_name[name], records)["legend"]) is has_legend
 
 
 def test_few_held_out_points_are_not_joined_across_a_training_line():
     entries = [{"kind": "train", "step": n, "mixing_weight": 0.1} for n in range(30)]
     (chart,) = (chart for chart in CHARTS if chart.name == "mixing-weight")
-    for count, style in ((2, "None"), (5, "-")):
+    for count, line in ((2, ""), (5, "thick")):
         held_out = [{"kind": "eval", "step": n, "mixing_weight": 0.1} for n in range(count)]
         records = parse_metrics("\n".join(map(json.dumps, entries + held_out)))
-        _, marked = figures.draw_curves(chart, records).figure.axes[0].lines
-        assert marked.get_linestyle() == style
+        _, marked = charts.draw_curves(chart, records)["panels"][0]["traces"]
+        assert marked["line"] == line
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_pages_with_charts_in_a_browser(tmp_path, browser, scheme, width):  # noqa: F811
-    for name, text in FILES.items():
+    for name, text in (FILES | followed(*THOUGHTS)).items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     paths = [
         write_report(tmp_path),
@@ -202,10 +214,13 @@ def test_pages_with_charts_in_a_browser(tmp_path, browser, scheme, width):  # no
         page = opened(browser, path, errors, viewport={"width": width, "height": 900},
                       color_scheme=scheme)  # fmt: skip
         seen = "all => all.filter(plot => plot.getBoundingClientRect().height > 100).length"
-        count = page.locator(".plot").count()
-        assert page.eval_on_selector_all(".plot .wide", seen) == (count if width == 1280 else 0)
-        assert page.eval_on_selector_all(".plot .narrow", seen) == (0 if width == 1280 else count)
+        assert page.eval_on_selector_all(".plot", seen) == page.locator(".plot").count() > 0
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        if path.name == "report.html":
+            row = page.locator("#thoughts tbody tr:visible")
+            assert "thought of step 190" in row.inner_text()  # of one row, else this raises
+            page.locator("#thoughts input").fill("0")
+            assert "thought of step 0" in row.inner_text()
         if width == 1280:
             widths = "all => all.map(box => box.scrollWidth - box.clientWidth)"
             assert max(page.eval_on_selector_all(".scroll", widths)) <= 1, path

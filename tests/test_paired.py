@@ -136,7 +136,8 @@ def test_the_page_says_who_is_better_and_what_differs(tmp_path):
     result = compare_evaluations([first, second])
     page = Page(write_paired(tmp_path / "page.html", result).read_text("utf-8"))
     assert "thinks against plain: better (right only in thinks: 24, only in plain: 0)" in page.text
-    assert "thinks was evaluated with dtype bfloat16, unlike plain" in page.text
+    assert "only in plain: 0), P(gold answer) 0.5000 against 0.1000" in page.text
+    assert "note: thinks: dtype bfloat16, unlike the first" in page.text
     assert "with thoughts, 4.0 tokens of thought" in page.text
     assert "By steps" in page.text
 

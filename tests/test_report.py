@@ -9,15 +9,15 @@ from html.parser import HTMLParser
 import pytest
 
 from quietstar.errors import UserError
-from quietstar.reports import figures, pages, write_report
-from quietstar.reports.pages import percent, signed, wilson
+from quietstar.reports import charts, pages, write_report
+from quietstar.reports.formats import percent, signed, wilson
 from quietstar.reports.run import CHARTS
 from quietstar.reports.run_files import RunFiles, parse_metrics
 from quietstar.training.costs import duration
 
 HOSTILE = "</script><script>alert(1)</script><img src=https://x.example/a onerror=alert(2)>"
 HOSTILE += "{{ 7 * 7 }} \u2028 \ud800 & \" ' <b>"
-VOID = ("meta", "link", "img", "br", "input", "hr")
+VOID = ("meta", "link", "img", "br", "input", "hr", "col")
 
 
 class Page(HTMLParser):
@@ -159,20 +159,6 @@ FILES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def as_svg(monkeypatch):
-    """Leaves charts empty, which take a second a page; gives what fills them."""
-    real = figures.as_svg
-    monkeypatch.setattr(figures, "as_svg", lambda plot, name: "<svg></svg>")
-    return real
-
-
-@pytest.fixture
-def charts(monkeypatch, as_svg):
-    """Fills the charts again."""
-    monkeypatch.setattr(figures, "as_svg", as_svg)
-
-
 @pytest.fixture
 def report(tmp_path):
     """Writes the files into a folder, then the report of it; returns the page as parsed."""
@@ -196,13 +182,12 @@ def lines(*records):
 # --- What is shown --------------------------------------------------------------------------------
 
 
-def test_a_full_folder_gives_every_section_and_chart(report, charts):
-    result = report()
-    sections = ["guards", "curves", "controls", "samples", "evaluations", "config"]
+def test_a_full_folder_gives_every_section_and_chart(report):
+    result = report(FILES | followed(*THOUGHTS))
+    sections = ["glance", "thoughts", "guards", "curves", "controls", "samples", "evaluations",
+                "config"]  # fmt: skip
     assert [name for name in result.ids if name in sections] == sections
-    charts = {chart.name for chart in CHARTS} | {"variants", "differences"}
-    assert result.charts == charts
-    assert sum(tag == "svg" for tag, _ in result.elements) == 2 * len(charts)  # for phones, too
+    assert result.charts == {chart.name for chart in CHARTS} | {"now", "variants", "differences"}
     assert len(result.ids) == len(set(result.ids))
     assert result.open == []
 
@@ -210,9 +195,9 @@ def test_a_full_folder_gives_every_section_and_chart(report, charts):
 def test_the_reward_of_an_objective_is_drawn_where_it_is_not_that_in_nats(report):
     for reward, is_drawn in ((0.5, False), (0.6, True)):
         steps = [train(step, "think", reward=0.5, policy_reward=reward) for step in range(1, 4)]
-        charts = report(lines(*steps), name=f"run-{reward}").charts
-        assert ("objective-reward" in charts) == is_drawn
-        assert "reward" in charts
+        drawn = report(lines(*steps), name=f"run-{reward}").charts
+        assert ("objective-reward" in drawn) == is_drawn
+        assert "reward" in drawn
 
 
 def test_the_key_figures_stand_at_the_top(report):
@@ -235,21 +220,26 @@ def test_the_key_figures_stand_at_the_top(report):
 
 def test_accuracy_comes_from_the_last_evaluation_without_results(report):
     text = report({"metrics.jsonl": FILES["metrics.jsonl"]}).text
-    assert "Answers to held-out problems, step 30" in text
+    assert "Accuracy on held-out problems, step 30" in text
     assert "92.0%" in text
     assert "3.0% before training" in text
 
 
-def test_the_gain_of_content_stands_beside_the_gain_even_if_not_measured(report):
-    figures = {"base_nll": 2.0, "mixed_nll": 1.9, "gain": 0.1}
-    text = report(lines({"kind": "eval", "step": 5, **figures})).text
+def test_no_own_and_swapped_thoughts_start_from_one_zero(report):
+    records = [evaluation(1, "", base_nll=2.5, mixed_nll=2.5, gain=0.0),
+               evaluation(5, "", base_nll=2.0, mixed_nll=1.9, swapped_mixed_nll=2.3, gain=0.1,
+                          gain_of_content=0.4)]  # fmt: skip
+    text = report(lines(*records)).text
     assert (
-        "step 5 Base NLL 2.000 without thoughts Mixed NLL 1.900 with thoughts "
-        "Gain of thinking +0.100 base minus mixed "
-        "Gain of content – not measured Guards" in text
+        "With thoughts NLL 1.900, 2.500 at step 1 +0.100 With thoughts: +0.100 "
+        "Without thoughts NLL 2.000, 2.500 at step 1 +0.000 Without thoughts: +0.000 "
+        "Swapped thoughts NLL 2.300 −0.300" in text
     )
-    assert "Gain of content – not measured" in text
-    assert "The gain of content was not measured here." in text
+    assert "step 5: swapped thoughts −0.3000" in text
+    assert "step 5: without thoughts +0.0000" in text
+    text = report(lines(evaluation(5, "", base_nll=2.0, mixed_nll=1.9, gain=0.1)), name="less").text
+    assert "Swapped thoughts, and so the gain of content, were not measured." in text
+    assert "Swapped thoughts were not measured here." in text
 
 
 def test_samples_are_marked_in_words(report):
@@ -270,74 +260,68 @@ def test_a_long_text_before_a_sample_is_folded_to_its_end(report):
 
 def test_controls_are_listed_with_seeds_and_intervals(report):
     text = report().text
-    assert "Quiet-STaR 92.0% 88.0–96.0% 90.0% · 94.0% 85.0%" in text
-    assert "no thoughts 30.0% – 30.0% –" in text
-    assert "Quiet-STaR minus no thoughts +62.0 +50.0 to +70.0 outside" in text
-    assert "+1.0 −10.0 to +10.0 inside" in text
+    full = "95% CI 88.0–96.0%, seeds 90.0% · 94.0%, correct thoughts 85.0% 92.0%"
+    assert f"Quiet-STaR {full}" in text
+    assert "no thoughts seeds 30.0% 30.0%" in text
+    assert "Quiet-STaR minus no thoughts 95% CI +50.0 to +70.0, zero outside +62.0" in text
+    assert "95% CI −10.0 to +10.0, zero inside +1.0" in text
 
 
 def test_a_folder_of_controls_alone_is_enough(report):
     result = report({k: FILES[k] for k in ("controls.json", "config.yaml")})
     assert result.charts == {"variants", "differences"}
     assert "curves" not in result.ids
-    assert "Over all seeds" in result.text
 
 
 def drawn(chart, entries):
-    return figures.draw_curves(chart, parse_metrics(lines(*entries)["metrics.jsonl"]))
-
-
-def names_in_legend(figure):
-    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    return charts.draw_curves(chart, parse_metrics(lines(*entries)["metrics.jsonl"]))
 
 
 def test_every_stage_has_a_panel_with_its_name_and_steps():
-    first, second = drawn(CHARTS[0], RECORDS).figure.axes
-    assert (first.get_title(loc="left"), second.get_title(loc="left")) == ("pretrain", "think")
-    ratios = first.get_gridspec().get_width_ratios()
-    assert ratios == [0.5, 1.0]  # one line in the first stage, three in the second
-    steps = [{tuple(line.get_xdata()) for line in axes.lines} for axes in (first, second)]
+    chart = drawn(CHARTS[0], RECORDS)
+    first, second = chart["panels"]
+    assert (first["title"], second["title"]) == ("pretrain", "think")
+    assert (first["share"], second["share"]) == (0.5, 1.0)  # one line in the first, three there
+    steps = [{tuple(trace["x"]) for trace in panel["traces"]} for panel in (first, second)]
     assert steps == [{(0, 10)}, {(10, 30), (20, 30)}]
+    names = [trace.label for trace in chart["legend"]]  # each once, in the order of the chart
+    assert names == ["with thoughts", "without thoughts", "swapped thoughts"]
 
 
-def test_a_figure_stands_once_in_the_legend():
-    figure = drawn(CHARTS[0], RECORDS).figure
-    listed = names_in_legend(figure)
-    assert listed == ["with thoughts", "without thoughts", "swapped thoughts"]
-    assert sum(len(axes.lines) for axes in figure.axes) > 3  # in both panels, and in training
-
-
-def test_held_out_points_say_what_they_are_when_one_points_at_them(report, charts):
+def test_held_out_points_say_what_they_are_when_one_points_at_them(report):
     texts = report().texts
     assert "step 30: with thoughts 92.0%" in texts
-    assert "step 10: base NLL 2.0000" in texts
+    assert "step 10: without thoughts 2.0000" in texts
 
 
 def test_a_loss_that_falls_from_far_above_does_not_set_the_axis():
     (chart,) = (chart for chart in CHARTS if chart.name == "nll")
     falling = [{"kind": "eval", "step": n, "base_nll": 50.0 if n < 3 else 1.0 + 0.01 * n}
                for n in range(12)]  # fmt: skip
-    low, high = drawn(chart, falling).figure.axes[0].get_ylim()
-    assert 1.0 < low < 1.04 < 1.11 < high < 1.2
+    found = drawn(chart, falling)
+    assert found["ticks"][0][1] == "1.04"
+    assert found["ticks"][-1][1] == "1.1"
+    marked = found["panels"][0]["traces"][0]["marked"]
+    assert marked[0][2] == "step 4: without thoughts 1.0400"
 
 
 def test_a_run_without_stages_is_one_panel_without_a_name(report):
     old = [{k: v for k, v in record.items() if k != "stage"} for record in RECORDS]
     result = report(lines(*old))
     assert "Stages" not in result.text
-    (axes,) = drawn(CHARTS[0], old).figure.axes
-    assert axes.get_title(loc="left") == ""
+    (panel,) = drawn(CHARTS[0], old)["panels"]
+    assert panel["title"] == ""
 
 
 def test_a_long_training_line_is_thinned_to_means_of_neighbours():
     steps = list(range(1, 1001))
-    middles, means = figures.thinned(steps, [float(step) for step in steps])
-    assert len(middles) <= figures.MAX_POINTS
+    middles, means = charts.thinned(steps, [float(step) for step in steps])
+    assert len(middles) <= charts.MAX_POINTS
     assert (middles[0], means[0]) == (4, 4.0)  # 1000 / 150 rounded up is 7: the mean of 1 to 7
     assert (middles[-1], means[-1]) == (997, 997.5)  # 1000 = 142 * 7 + 6: the mean of 995 to 1000
 
 
-def test_a_page_is_small(report, charts, tmp_path):
+def test_a_page_is_small(report, tmp_path):
     steps = [train(n, "think", **THINKING, reward=0.1, entropy=1.0) for n in range(3000)]
     report(FILES | lines(*RECORDS, *steps), name="long")
     assert (tmp_path / "long" / "report.html").stat().st_size < 1_000_000
@@ -359,6 +343,19 @@ def test_the_thoughts_in_a_text_are_shown_over_training(report):
     steps = [n for n in range(0, 200, 10) if f"thought of step {n} ✓ correct 41 ✗ wrong" in shown]
     assert len(steps) == 12
     assert (steps[0], steps[-1]) == (0, 190)
+    assert "With swapped thoughts" not in shown
+
+
+def test_the_swapped_thought_stands_beside_the_own_one(report):
+    other = {"swapped": {"thought": "1+1=2", "prediction": "40", "probability": 0.05}}
+    second = THOUGHTS[1] | {"samples": [SAMPLE | other, SAMPLE | {"before": "more"}]}
+    third = THOUGHTS[2] | {"samples": [SAMPLE | other, SAMPLE | {"before": "more"}]}
+    result = report(FILES | followed(THOUGHTS[0], second, third))
+    assert "7+5=12 ✓ correct 1+1=2 41 ✗ wrong P(gold) 10.0%" in result.text
+    assert "42 ✓ correct P(gold) 97.0% 40 ✗ wrong P(gold) 5.0%" in result.text
+    sliders = [a for tag, a in result.elements if tag == "input"]
+    assert [slider["max"] for slider in sliders] == ["2", "1"]
+    assert result.ids.index("thoughts") < result.ids.index("others") < result.ids.index("guards")
 
 
 def test_thoughts_of_one_evaluation_show_no_course(report):
@@ -371,14 +368,14 @@ def test_thoughts_of_one_evaluation_show_no_course(report):
     [
         ({"gain": -0.01, "gain_of_content": 0.2}, "Thoughts do not help: the gain is −0.010 nats"),
         ({"gain": 0.1}, "gain +0.100 nats/token; the gain of content was not measured."),
-        ({"gain": 0.1, "gain_of_content": 0.001}, "swapped ones gain as much (content +0.001)"),
-        ({"gain": 0.1, "gain_of_content": 0.05}, "swapping them costs 0.050: what they say"),
+        ({"gain": 0.1, "gain_of_content": 0.001}, "but swapped ones gain as much: it is not what"),
+        ({"gain": 0.1, "gain_of_content": 0.05}, "+0.100 nats/token, swapped ones +0.050: what"),
         ({"gain": 0.139, "gain_of_content": 0.509},
          "Thoughts gain +0.139 nats/token, and swapped ones lose 0.370: what they say matters."),
         ({"accuracy_with_thoughts": 0.5, "accuracy_without_thoughts": 0.3, "accuracy_swapped": 0.1},
-         "30.0% without; with swapped thoughts 10.0%, fewer than without: what the thoughts say"),
+         "30.0% without; with swapped thoughts 10.0%, less than without: what the thoughts say"),
         ({"accuracy_with_thoughts": 0.9, "accuracy_without_thoughts": 0.1, "accuracy_swapped": 0.3},
-         "90.0% of the held-out answers are right with thoughts, 10.0% without; with swapped "
+         "Accuracy 90.0% with thoughts, 10.0% without; with swapped "
          "thoughts 30.0%, so 75% of the gain is what the thoughts say."),
         ({"accuracy_with_thoughts": 0.5, "accuracy_without_thoughts": 0.1, "accuracy_swapped": 0.5},
          "10.0% without, but swapped thoughts help as much: it is not what they say."),
@@ -403,7 +400,7 @@ def test_a_share_of_very_few_problems_is_a_count_and_no_result(report):
     answers = {"accuracy_with_thoughts": 0.0, "accuracy_without_thoughts": 0.5}
     text = report(lines(evaluation(5, "", num_answers=2.0, base_nll=2.0, **answers))).text
     assert "2 held-out problems are too few to say whether thoughts help." in text
-    assert "Answers to 2 held-out problems, step 5 With thoughts 0 of 2" in text
+    assert "Accuracy on 2 held-out problems, step 5 With thoughts 0 of 2" in text
     assert "Without thoughts 1 of 2" in text
     assert "There are 2 of them, too few to tell." in text
 
@@ -444,16 +441,17 @@ def test_one_thought_before_an_answer_is_told_by_the_answer(report):
     fired = {"kind": "guard", "stage": "train", "step": 30, "name": "gain_of_content"}
     files = {**lines(*records, {**fired, "message": "An earlier version said so."})}
     text = report({**files, "config.yaml": ONCE}, name="once").text
-    tiles = "P(gold answer), mean over held-out problems, step 30"
-    assert f"{tiles} With thoughts 0.800 Without thoughts 0.200 Swapped thoughts 0.100" in text
+    now = "P(gold answer), step 30 Mean over held-out problems. With thoughts 0.800"
+    assert now in text
+    assert "Swapped thoughts: 0.100" in text
     assert "Next tokens of held-out data" not in text
     assert text.count("of the first token of each answer alone") == 2
     assert "An earlier version said so." in text
-    for heading in ("right, with thoughts", "P(gold), with thoughts", "P(gold), swapped thoughts"):
-        assert heading in text
+    for metric in ("accuracy, with", "P(gold answer), with", "P(gold answer), swapped"):
+        assert f"{metric} thoughts" in text
     other = report({**files, "config.yaml": ONCE.replace("answer_start", "all")}, name="all").text
-    assert "Next tokens of held-out data, nats/token, step 30" in other
-    assert tiles not in other
+    assert "Next tokens of held-out data, step 30" in other
+    assert now not in other
     assert "of the first token of each answer alone" not in other
 
 
@@ -526,11 +524,9 @@ def test_of_two_records_for_one_step_the_last_stays():
 @pytest.mark.parametrize("kind", ["train", "eval"])
 def test_one_record_is_enough(kind):
     (chart,) = (chart for chart in CHARTS if chart.name == "gain")
-    (axes,) = drawn(chart, [{"kind": kind, "step": 7, **THINKING}]).figure.axes
-    assert [list(line.get_xdata()) for line in axes.lines] == [[7], [7], [7]]
-    assert all(line.get_marker() for line in axes.lines)
-    low, high = axes.get_xlim()
-    assert low < 7 < high
+    (panel,) = drawn(chart, [{"kind": kind, "step": 7, **THINKING}])["panels"]
+    assert panel["ticks"] == [(50.0, "7")]
+    assert [len(trace["marked"]) for trace in panel["traces"]] == [1]
 
 
 def test_a_folder_without_figures_is_refused_in_one_line(tmp_path):
@@ -572,7 +568,7 @@ def hostile(value):
     return HOSTILE if isinstance(value, str) else value
 
 
-def test_no_text_of_a_run_becomes_markup_or_script(report, charts):
+def test_no_text_of_a_run_becomes_markup_or_script(report):
     plain = report()
     records = [record | {"stage": record["stage"] + HOSTILE} for record in RECORDS]
     records.append({"kind": "guard", "step": 9, **dict.fromkeys(("stage", "message"), HOSTILE),
@@ -595,25 +591,15 @@ def test_no_text_of_a_run_becomes_markup_or_script(report, charts):
     assert "{{ 7 * 7 }}" in result.text
 
 
-def test_labels_in_charts_are_shown_as_they_are(as_svg):
-    drawn = figures.draw_forest([figures.Row(HOSTILE[:50] + " $x^2$", 0.5, None)], "", str)
-    page = Page(f"<p>{as_svg(drawn, 'a')}</p>")
-    assert "script" not in {tag for tag, _ in page.elements}
-    assert "<script>alert(1)" in page.text
-    assert "$x^2$" in page.text
-    assert figures.literal("<a href='x'>\n b", 46) == "<a href='x'> b"
-    assert len(figures.literal("x" * 80, 46)) == 46
+def test_labels_in_charts_are_one_line():
+    assert charts.literal("<a href='x'>\n b", 46) == "<a href='x'> b"
+    assert len(charts.literal("x" * 80, 46)) == 46
 
 
-def test_a_chart_has_the_colors_and_the_font_of_the_page(as_svg):
-    svg = as_svg(drawn(CHARTS[0], RECORDS), "a")
-    assert "var(--mixed)" in svg
-    assert "var(--muted)" in svg
-    assert "#abc0" not in svg
-    assert "DejaVu" not in svg
+def test_every_color_is_one_of_the_style_sheet():
     style = pages.asset("style.css")
-    for name in figures.COLORS:
-        assert style.count(f"--{name}:") == 2, name  # light and dark
+    for color in {line.color for chart in CHARTS for line in chart.lines}:
+        assert style.count(f"--{color}:") == 2  # light and dark
 
 
 def test_nothing_is_loaded_from_a_network(report):
@@ -621,7 +607,7 @@ def test_nothing_is_loaded_from_a_network(report):
     for tag, attributes in result.elements:
         assert "src" not in attributes, tag
         assert attributes.get("href", "#").startswith(("#", "data:")), tag
-    for name in ("style.css", "unfold.js", "thoughts.js"):
+    for name in ("style.css", "page.js", "thoughts.js"):
         source = pages.asset(name)
         assert not any(word in source for word in ("url(", "@import", "fetch(", "://"))
 
@@ -662,4 +648,4 @@ def test_a_share_without_n_has_no_interval(report):
     files = lines(evaluation(1, "", accuracy_with_thoughts=0.1))
     assert wilson(0.5, None) is None
     text = report(files | {"results.json": '{"accuracy": {"with_thoughts": 0.5}}'}).text
-    assert "Answers to held-out problems With thoughts 50.0% Curves" in text
+    assert "Accuracy on held-out problems With thoughts 50.0% Curves" in text

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from statistics import fmean
 
 import pytest
 import torch
@@ -112,6 +113,16 @@ def test_what_a_run_leaves(whole):
     samples = json.loads((whole / "samples.json").read_text(encoding="utf-8"))["samples"]
     assert len(samples) == 8
     assert samples[0]["before"].endswith("on")
+    swapped = [one["swapped"] for one in samples]
+    assert sorted(one["thought"] for one in swapped) == sorted(one["thought"] for one in samples)
+    is_same = [
+        one["thought"] == other["thought"] for one, other in zip(samples, swapped, strict=True)
+    ]
+    assert not all(is_same)
+    own = [one["with_thoughts"]["probability"] for one in samples]
+    assert is_same == [p == other["probability"] for p, other in zip(own, swapped, strict=True)]
+    expected = read_metrics(whole, "eval")[-1]["gold_probability_swapped"]
+    assert fmean(one["probability"] for one in swapped) == pytest.approx(expected, rel=1e-4)
     assert "<html" in (whole / "report.html").read_text(encoding="utf-8")
 
 

@@ -20,7 +20,7 @@ _FIGURES = {
     "gold_probability_without_thoughts": "P(gold answer) without thoughts",
     "gold_probability_with_thoughts": "P(gold answer) with thoughts",
     "gold_probability_swapped": "P(gold answer) with swapped thoughts",
-    "right_thoughts": "right thoughts",
+    "right_thoughts": "correct thoughts",
     "base_nll": "NLL without thoughts, nats/token",
     "mixed_nll": "NLL with thoughts, nats/token",
     "gain": "gain of thinking, nats/token",

@@ -1,4 +1,4 @@
-"""Several runs compared over their seeds: one table of the held-out figures at their ends."""
+"""Several runs compared over their seeds: one table of the held-out metrics at their ends."""
 
 from __future__ import annotations
 
@@ -6,42 +6,35 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.console import RenderableType
 
 from quietstar.config import Config
 from quietstar.config.loading import load_config
-from quietstar.errors import ConfigError, UserError, visible
+from quietstar.errors import ConfigError, UserError
 from quietstar.evaluation.controls import CONTROL_NAMES, GAINS, MADE
 from quietstar.evaluation.statistics import mean_over_seeds
 from quietstar.registry import trusting
-from quietstar.reports.figures import Draw, Points, draw_points, in_both_sizes, literal
-from quietstar.reports.pages import MISSING, percent, plain, signed, write_html
+from quietstar.reports.charts import Card, Panel, Trace, draw_lines, literal, padded, with_zero
+from quietstar.reports.formats import MISSING, percent, plain, signed
+from quietstar.reports.pages import Cards, Cell, Line, Section, Table, write_html
 from quietstar.reports.run_files import Record, RunFiles, series
+from quietstar.reports.terminal import view
 from quietstar.training.run_dir import CONFIG_FILE, FREE_ON_RESUME, flat
 from quietstar.training.stages import Stage, plan_stages
 
+_KINDS = {"without_thoughts": "without thoughts", "with_thoughts": "with thoughts",
+          **{name: f"with {text}" for name, text in CONTROL_NAMES.items()}}  # fmt: skip
 FIGURES = {
-    "accuracy": ("right answers at the end", percent),
-    "accuracy_without_thoughts": ("right without thoughts", percent),
-    "accuracy_with_thoughts": ("right with thoughts", percent),
-    **{f"accuracy_{name}": (f"right with {text}", percent) for name, text in CONTROL_NAMES.items()},
-    "gold_probability_without_thoughts": ("P(gold answer) without thoughts", plain),
-    "gold_probability_with_thoughts": ("P(gold answer) with thoughts", plain),
-    **{
-        f"gold_probability_{name}": (f"P(gold answer) with {text}", plain)
-        for name, text in CONTROL_NAMES.items()
-    },
-    "right_thoughts": ("right thoughts", percent),
-    "thought_length": ("tokens of a thought", lambda value: plain(value, 1)),
-    "distinct_token_ratio": ("variety of thoughts", lambda value: plain(value, 2)),
+    "accuracy": ("accuracy at the end", percent),
+    **{f"accuracy_{kind}": (f"accuracy {text}", percent) for kind, text in _KINDS.items()},
+    **{f"gold_probability_{k}": (f"P(gold answer) {text}", plain) for k, text in _KINDS.items()},
+    "right_thoughts": ("correct thoughts", percent),
+    "thought_length": ("length of thoughts, tokens", lambda value: plain(value, 1)),
+    "distinct_token_ratio": ("distinct tokens", lambda value: plain(value, 2)),
     "entropy": ("entropy of thoughts, nats/token", lambda value: plain(value, 2)),
     "base_nll": ("NLL without thoughts", plain),
     "mixed_nll": ("NLL with thoughts", plain),
@@ -51,22 +44,17 @@ FIGURES = {
     "training_seconds": ("training steps, seconds", lambda value: plain(value, 1)),
 }
 """Rows of the table: what each is called there, and how it is written."""
-CURVES = {
-    "accuracy_with_thoughts": "Right answers",
-    "gold_probability_with_thoughts": "P(gold answer)",
-    "gain_of_content": "Gain of content",
-    "gain": "Gain of thinking",
-    "mixed_nll": "NLL of the next token",
-}
-"""Figures that the page draws over the steps of the last stage."""
 REWARD = "policy_reward"
-"""What the objective was given, drawn over the steps of the last stage, too."""
-UNITS = {
-    "accuracy_with_thoughts": "correct answers",
-    "gold_probability_with_thoughts": "probability",
-    REWARD: "reward",
+CURVES = {
+    "accuracy_with_thoughts": ("Accuracy", "accuracy"),
+    "gold_probability_with_thoughts": ("P(gold answer)", "probability"),
+    "gain_of_content": ("Gain of content", "nats/token"),
+    "gain": ("Gain of thinking", "nats/token"),
+    "mixed_nll": ("NLL of the next token", "nats/token"),
+    REWARD: ("Reward of the objective", "reward"),
 }
-"""Of the curves that are not in nats a token."""
+"""What the page draws over the steps of the last stage, and its unit: held out, and in training
+what the objective was given."""
 REWARD_POINTS = 10
 """Points of that curve: means over as many steps as it takes, because single steps vary."""
 _OF_PLAIN_RUNS = {
@@ -75,7 +63,7 @@ _OF_PLAIN_RUNS = {
     "mixed_nll": "base_nll",
 }
 """What a run that does not think has in their place."""
-LOOKS = (("group-1", "o"), ("group-2", "s"), ("group-3", "^"), ("group-4", "D"), ("group-5", "v"),
+LOOKS = (("group-1", "o"), ("group-2", "s"), ("group-3", "t"), ("group-4", "D"), ("group-5", "v"),
          ("group-6", "P"))  # fmt: skip
 """Colors and symbols of groups."""
 # More steps or other held-out texts make another run, whatever a resume may change.
@@ -138,7 +126,7 @@ def read_run(folder: Path) -> Run:
     warnings = frozenset(guard.name for guard in files.fired)
     first = stages[-1].first_step
     curves = {}
-    for key in (*CURVES, *_OF_PLAIN_RUNS.values()):
+    for key in (*CURVES, *_OF_PLAIN_RUNS.values()):  # the reward comes below
         steps, values = series(of_last, "eval", key)
         curves[key] = ([step - first for step in steps], values)
     of_stage = [record for record in files.records if record.stage == stages[-1].name]
@@ -283,15 +271,12 @@ def _differences(settings: Mapping[str, str], first: Mapping[str, str]) -> dict[
     stages = [list(dict.fromkeys(m[1] for m in map(_OF_STAGE.fullmatch, x) if m))
               for x in (settings, first)]  # fmt: skip
     if stages[0] != stages[1]:
-        last = [
-            {key: value for key, value in given.items() if not _OF_STAGE.fullmatch(key)}
-            | {
-                m[2]: given[m[0]]
-                for m in map(_OF_STAGE.fullmatch, given)
-                if m and m[1] == names[-1]
-            }
-            for given, names in zip((settings, first), stages, strict=True)
-        ]
+        last = []
+        for given, names in zip((settings, first), stages, strict=True):
+            of_stages = {key: match for key in given if (match := _OF_STAGE.fullmatch(key))}
+            shared = {key: value for key, value in given.items() if key not in of_stages}
+            of_last = {m[2]: given[key] for key, m in of_stages.items() if m[1] == names[-1]}
+            last.append(shared | of_last)
         named = {"stages": ", ".join(stages[0]) or "one"}
         return named | _differences(*last)
     return {
@@ -327,64 +312,68 @@ def _fired(group: Mapping[str, Any]) -> str:
 def write_comparison(path: Path, result: Mapping[str, Any]) -> Path:
     """Write the page of what `compare_runs` found; returns its path."""
     groups = result["groups"]
-    figures: dict[str, Draw] = {}
-    cards = []
-    for key, title in {**CURVES, REWARD: "Reward of the objective"}.items():
-        kinds, show = [], FIGURES[key][1] if key in FIGURES else plain
-        plain_runs = [group["name"] for group in groups if _figure(group, key) not in (None, key)]
-        for group, (color, symbol) in zip(groups, LOOKS, strict=False):
-            for number, (curves, seed) in enumerate(
-                zip(group["curves"], group["seeds"], strict=True)
-            ):
-                steps, values = curves[_figure(group, key) or key]
-                texts = [f"{literal(group['name'], 40)}, seed {seed}, step {step}: {show(value)}"
-                         for step, value in zip(steps, values, strict=True)]  # fmt: skip
-                label = literal(group["name"], 40) if number == 0 else ""
-                if values:
-                    kinds.append(Points(label, steps, values, texts, color, symbol, "-"))
-        if any(len(kind.x) > 1 for kind in kinds):
-            is_share = show is percent
-            titles = ("steps of the last stage", UNITS.get(key, "nats/token"))
-            figures[key] = partial(draw_points, kinds, titles, is_share)
-            caption = "Held out, a line for each seed."
-            if key == REWARD:
-                caption = "In training, smoothed; a line for each seed, in units of loss.reward."
-            elif plain_runs:
-                caption += f" {', '.join(plain_runs)}: without thoughts."
-            if len(groups) > len(LOOKS):
-                caption += f" The first {len(LOOKS)} runs alone are drawn."
-            cards.append({"name": key, "title": title, "caption": caption})
-    if draw := _against_cost(groups):
-        figures["cost"] = draw
-        caption = "At the end of each stage, over the tokens of a thought; fewer are faster."
-        cards.insert(0, {"name": "cost", "title": "Right answers against their cost",
-                         "caption": caption})  # fmt: skip
-    rows = [
-        (label, [(group["name"], group["figures"][key], show) for group in groups
-                 if key in group["figures"]])
-        for key, (label, show) in _figures(groups).items()
-    ]  # fmt: skip
-    about = [(group, "; ".join(_changes(group)), _fired(group) or "none") for group in groups]
+    cards = [_against_cost(groups), *(_curves(groups, key) for key in CURVES)]
+    about = [(group["name"], ", ".join(map(str, group["seeds"])),
+              "; ".join(_changes(group)) or MISSING, _fired(group) or "none")
+             for group in groups]  # fmt: skip
+    headings = ("Run", "Seeds", "Settings unlike the first", "Guards that fired")
+    thoughts = [
+        (group["name"], *(Cell(one[key], kind="text") for key in ("before", "thought")))
+        for group in groups
+        for one in group["thoughts"]
+    ]
+    lead = "Greedy thoughts at the last evaluation, in the first held-out texts."
+    found = Table("What they think", ("Run", "Text", "Thought"), thoughts, widths=(20, 40, 40))
+    differ = Table("What differs", headings, about, widths=(20, 12, 44, 24))
+    intervals = "Means over seeds, with 95% intervals by Student's t where there are several."
+    sections = [
+        Section("groups", "What differs", [differ]),
+        Section("thoughts", "What they think", [Line(lead), found] if thoughts else []),
+        Section("curves", "Curves", [Cards(drawn)] if (drawn := [c for c in cards if c]) else []),
+        Section("metrics", "Held-out metrics at the end", [Line(intervals), _table(groups)]),
+    ]
     return write_html(
-        path, "comparison.html.j2", figures=in_both_sizes(figures), cards=cards, about=about,
-        verdict=_verdict(groups),
-        thoughts=[(group["name"], group["thoughts"]) for group in groups if group["thoughts"]],
-        rows=[(label, found) for label, found in rows if found],
+        path, sections, title=f"{len(groups)} runs · quietstar report",
+        eyebrow="Quiet-STaR report", heading="Runs compared",
+        top=[Line(_verdict(groups), "verdict as-is")],
     )  # fmt: skip
 
 
-def _figures(groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, Any]]:
-    """Return the rows of the table, without those that repeat another row."""
-    is_repeated = not any(group["is_plain"] for group in groups)  # all answers are with thoughts
-    return {key: row for key, row in FIGURES.items() if key != "accuracy" or not is_repeated}
+def _curves(groups: Sequence[Mapping[str, Any]], key: str) -> Card | None:
+    """Draw a metric of the groups that have it; None if no run has several values."""
+    traces, show = [], FIGURES[key][1] if key in FIGURES else plain
+    for group, (color, symbol) in zip(groups, LOOKS, strict=False):
+        name = literal(group["name"], 40)
+        for number, (curves, seed) in enumerate(zip(group["curves"], group["seeds"], strict=True)):
+            steps, values = curves[_figure(group, key) or key]
+            texts = [f"{name}, seed {seed}, step {step}: {show(value)}"
+                     for step, value in zip(steps, values, strict=True)]  # fmt: skip
+            if values:
+                label = name if number == 0 else ""
+                traces.append(Trace(label, color, steps, values, texts, symbol))
+    if not any(len(trace.x) > 1 for trace in traces):
+        return None
+    caption = "Held out, a line for each seed."
+    if key == REWARD:
+        caption = "In training, smoothed; a line for each seed, in units of loss.reward."
+    elif plain_runs := [g["name"] for g in groups if _figure(g, key) not in (None, key)]:
+        caption += f" {', '.join(plain_runs)}: without thoughts."
+    if len(groups) > len(LOOKS):
+        caption += f" The first {len(LOOKS)} runs alone are drawn."
+    values = [value for trace in traces for value in trace.y]
+    y_range = padded(min(values), max(values)) if key == "mixed_nll" else with_zero(values)
+    title, unit = CURVES[key]
+    axes = ("steps of the last stage", unit)
+    chart = draw_lines([Panel(traces)], axes, y_range, show is percent, True)
+    return Card(key, title, caption, chart)
 
 
-def _against_cost(groups: Sequence[Mapping[str, Any]]) -> Draw | None:
+def _against_cost(groups: Sequence[Mapping[str, Any]]) -> Card | None:
     """Draw the ends of all stages, unless all that count cost the same.
 
     The last stage of a run counts, and earlier ones that think, such as those of a curriculum.
     """
-    kinds, costs = [], set()
+    traces, costs = [], set()
     for group, (color, symbol) in zip(groups, LOOKS, strict=False):
         for number, (ends, seed) in enumerate(zip(group["ends"], group["seeds"], strict=True)):
             name = literal(group["name"], 40)
@@ -394,12 +383,31 @@ def _against_cost(groups: Sequence[Mapping[str, Any]]) -> Draw | None:
                      f"{percent(end['accuracy'])}, {end['thought_tokens']:.0f} tokens of thought"
                      for end in ends]  # fmt: skip
             if ends:
-                kinds.append(
-                    Points(name if number == 0 else "", tokens, shares, texts, color, symbol)
-                )
+                label = name if number == 0 else ""
+                traces.append(Trace(label, color, tokens, shares, texts, symbol, ""))
             costs.update(tokens[-1:], filter(None, tokens))
-    titles = ("tokens of a thought", "correct answers")
-    return partial(draw_points, kinds, titles, True) if len(costs) > 1 else None
+    if len(costs) < 2:
+        return None
+    y_range = with_zero([share for trace in traces for share in trace.y])
+    chart = draw_lines([Panel(traces)], ("tokens of a thought", "accuracy"), y_range, True, True)
+    caption = "At the end of each stage, over the tokens of a thought; fewer are faster."
+    return Card("cost", "Accuracy against its cost", caption, chart)
+
+
+def _table(groups: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a row for each metric and group; a metric that repeats another one is left out."""
+    rows = []
+    for key, (label, show) in FIGURES.items():
+        if key == "accuracy" and not any(group["is_plain"] for group in groups):
+            continue  # all answers are with thoughts
+        found = [(group, group["figures"][key]) for group in groups if key in group["figures"]]
+        for group, figure in found:
+            interval = MISSING if figure["ci95"] is None else " to ".join(map(show, figure["ci95"]))
+            seeds = " · ".join(map(show, figure["values"])) if figure["n"] > 1 else ""
+            rows.append((label, group["name"], str(figure["n"]),
+                         Cell(show(figure["mean"]), [seeds], "strong"), interval))  # fmt: skip
+    headings = ("metric", "run", "seeds", "mean", "95% CI")
+    return Table("Metrics", headings, rows, 2, widths=(30, 20, 8, 20, 22))
 
 
 def _figure(group: Mapping[str, Any], key: str) -> str | None:
@@ -419,12 +427,17 @@ def _verdict(groups: Sequence[Mapping[str, Any]]) -> str:
         return "These runs have no held-out figure in common."
 
     def found(group: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-        """The figure, and the sentence about it."""
+        """The figure, and the sentence about it, with what it is without thoughts."""
         name = _figure(group, key)
         assert name is not None, "all groups have one"
         label, show = FIGURES[name]
         figure = group["figures"][name]
-        return figure, f"{group['name']}: {label} {show(figure['mean'])}"
+        text = f"{group['name']}: {label} {show(figure['mean'])}"
+        without = {"accuracy": "accuracy_without_thoughts", **_OF_PLAIN_RUNS}.get(name, "base_nll")
+        if not group["is_plain"] and without in group["figures"]:
+            label, show = FIGURES[without]
+            text += f" ({label} {show(group['figures'][without]['mean'])})"
+        return figure, text
 
     order = sorted(map(found, groups), key=lambda pair: pair[0]["mean"], reverse=key != "mixed_nll")
     best, text = order[0]
@@ -442,25 +455,12 @@ def _verdict(groups: Sequence[Mapping[str, Any]]) -> str:
 
 
 def comparison_view(result: Mapping[str, Any]) -> RenderableType:
-    """Show the result of `compare_runs`: a row for each figure and group, then what groups are."""
-    groups = result["groups"]
-    table = Table(title="held-out figures at the end, over seeds", title_justify="left",
-                  box=box.SIMPLE_HEAD)  # fmt: skip
-    for heading in ("figure", "runs", "seeds", "mean", "95% CI"):
-        left = heading in ("figure", "runs")
-        table.add_column(heading, justify="left" if left else "right", no_wrap=not left)
-    for key, (label, show) in _figures(groups).items():
-        rows = [(group, group["figures"][key]) for group in groups if key in group["figures"]]
-        for place, (group, figure) in enumerate(rows):
-            interval = MISSING if figure["ci95"] is None else " to ".join(map(show, figure["ci95"]))
-            table.add_row(label if place == 0 else "", Text(visible(group["name"])),
-                          str(figure["n"]), show(figure["mean"]), interval)  # fmt: skip
-        if rows and len(groups) > 1:
-            table.add_section()
+    """Show the result of `compare_runs`: a row for each metric and group, then what groups are."""
     lines = []
-    for group in groups:
-        changed, fired = _changes(group), _fired(group)
+    for group in result["groups"]:
         text = f"{group['name']}: seeds {', '.join(map(str, group['seeds']))}"
-        text += f"; {', '.join(changed)}" if changed else ""
-        lines.append(Text(visible(f"{text}; warnings: {fired or 'none'}")))
-    return Group(table, *lines)
+        text += "".join(f"; {changed}" for changed in _changes(group)[:1])
+        text += "".join(f", {changed}" for changed in _changes(group)[1:])
+        lines.append(Line(f"{text}; warnings: {_fired(group) or 'none'}"))
+    title = Line("held-out metrics at the end, over seeds", "title")
+    return view([title, _table(result["groups"]), *lines])

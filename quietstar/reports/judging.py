@@ -9,7 +9,17 @@ from typing import Any
 from quietstar.judging.contest import probability_of_first
 from quietstar.judging.judge import LEAST_MASS
 from quietstar.judging.labels import Label, Pair
-from quietstar.reports.pages import percent, percent_range, write_html
+from quietstar.reports.formats import percent, percent_range, shown_text
+from quietstar.reports.pages import (
+    Cell,
+    Line,
+    Section,
+    Table,
+    Tile,
+    Tiles,
+    settings_section,
+    write_html,
+)
 
 OF_A_FILE, UNNAMED = ("chosen in the file", "rejected in the file"), ("first text", "second text")
 """Headings of the texts, where no models are compared."""
@@ -60,23 +70,55 @@ def write_judge_page(
         lists.append(("Clearest preferences", clear, clearest))
     caption = "Pairs whose verdict turns with the order: it follows the place, not the text."
     lists.append(("The judge against itself", caption, undecided))
+    tiles = []
+    if names is not None:
+        preferred = f"{summary['preferred']} pairs preferred, {summary['not_preferred']} not"
+        tiles.append(_tile(f"{names[0]} wins", "win_rate", summary, "mixed", preferred))
+    if summary["agreement"] is not None:
+        tiles.append(_tile("Agrees with the file", "agreement", summary, "mixed"))
+    second = summary["slot_2"]
+    second = "" if second is None else f"of these, number 2: {percent(second)}"
+    tiles += [
+        _tile("Same number in both orders", "same_slot", summary, "swapped", second),
+        Tile("Probability of 1 and 2 together", percent(summary["mass"]), "other",
+             ["the rest is on other answers"]),
+    ]  # fmt: skip
+    headings = names or (OF_A_FILE if is_labeled else UNNAMED)
+    verdict = Line(_verdict(summary, names), "verdict")
+    sections = [Section("result", "", [verdict, Tiles("", tiles)])]
+    for number, (title, text, some) in enumerate(lists, start=1):
+        more = f" {MOST} of {len(some)} are shown." if len(some) > MOST else ""
+        columns = ("Prompt", *headings, f"P({headings[0]})")
+        cells = [row["cells"] for row in some[:MOST]]
+        table = Table(title, columns, cells, 3, widths=(26, 29, 29, 16))
+        parts = [Line(f"{text}{more}"), table] if some else []
+        sections.append(Section(f"list{number}", title, parts))
+    sections.append(settings_section(settings))
     return write_html(
-        path, "judging.html.j2", verdict=_verdict(summary, names), summary=summary,
-        names=names or (OF_A_FILE if is_labeled else UNNAMED), is_contest=names is not None,
-        lists=[(title, text, len(some), some[:MOST]) for title, text, some in lists],
-        config=settings,
+        path, sections, title=f"{settings['model']} · quietstar judge",
+        eyebrow="Quiet-STaR judge", heading="Which text is better?",
         facts=[("Judge", settings["model"]), ("Template", settings["template_name"]),
                ("Pairs", str(len(pairs)))],
     )  # fmt: skip
+
+
+def _tile(label: str, key: str, summary: Mapping[str, Any], color: str, *notes: str) -> Tile:
+    return Tile.measured(label, percent(summary[key]), color, summary[f"{key}_ci"], *notes)
 
 
 def _row(label: Label, pair: Pair) -> dict[str, Any]:
     is_first = label.chosen == pair.first
     shown = label.probabilities if is_first else [1 - p for p in reversed(label.probabilities)]
     rationales = label.rationales if is_first else label.rationales[::-1]
+    first = probability_of_first(label, pair)
+    orders = [f"{percent(shown[0])} shown first", f"{percent(shown[1])} shown second"]
+    probability = [Cell(percent(first), orders, "strong")]
+    if rationales:
+        probability.append(Cell("rationales", whole="\n\n".join(map(shown_text, rationales))))
+    texts = [Cell(shown_text(text), kind="text") for text in (pair.first, pair.second)]
     return {
-        "prompt": pair.prompt, "texts": (pair.first, pair.second), "is_labeled": pair.is_labeled,
-        "first": probability_of_first(label, pair), "orders": shown, "rationales": rationales,
+        "cells": [Cell.folded(pair.prompt), *texts, probability],
+        "first": first, "orders": shown, "is_labeled": pair.is_labeled,
         "is_equal": pair.first == pair.second,
         "is_contradiction": (shown[0] - 0.5) * (shown[1] - 0.5) < 0,
     }  # fmt: skip

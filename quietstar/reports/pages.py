@@ -1,91 +1,117 @@
-"""What all pages share: numbers as text, and files that open offline and run only own scripts."""
+"""What all pages share: their parts, and files that open offline and run only own scripts."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from quietstar.evaluation.controls import FEW_ITEMS
+from quietstar.reports.formats import percent, percent_range, shown_text, signed
 from quietstar.system.files import write_whole
 
-MISSING = "–"
+
+# --- Parts of a page, each with the macro of the template that draws it ---------------------------
+class Cell(NamedTuple):
+    """Content of a table's cell that is more than a text."""
+
+    text: str
+    small: Sequence[str] = ()  # lines below, less strong
+    kind: str = ""  # classes: strong, mono, text (which keeps its line breaks)
+    mark: tuple[bool, str] | None = None  # good or bad, and the words
+    bar: float | None = None  # probability of the ground truth
+    whole: str = ""  # text that unfolds
+
+    @staticmethod
+    def folded(text: str, width: int = 170) -> Cell:
+        """Show the end of a text, from which the whole one unfolds."""
+        text = shown_text(text)
+        is_long = len(text) > width
+        return Cell("…" + text[-width:] if is_long else text, kind="text", whole=text * is_long)
 
 
-def plain(value: float | None, digits: int = 4) -> str:
-    """Format a number with a fixed number of decimals."""
-    return MISSING if value is None else f"{value:.{digits}f}".replace("-", "−")
+def right_or_wrong(is_right: bool) -> tuple[bool, str]:
+    """Return the mark of an answer or a thought."""
+    return is_right, "✓ correct" if is_right else "✗ wrong"
 
 
-def signed(value: float | None, digits: int = 4) -> str:
-    """Format a number with its sign."""
-    if value is None:
-        return MISSING
-    text = f"{value:+.{digits}f}"
-    if value and not float(text):  # what is no chance must not read as zero
-        text = f"{value:+.2g}"
-    return text.replace("-", "−")
+class Table(NamedTuple):
+    """A table; the first column names its rows."""
+
+    label: str  # for screen readers
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str | Cell | Sequence[Cell]]]
+    numbers: int = 99  # index of the first column of numbers
+    widths: Sequence[int] = ()  # in percent: of tables of texts, whose rows are cards on phones
+    has_slider: bool = False  # which shows one row at a time
+    macro = "table"
 
 
-def signed_range(bounds: Sequence[float] | None) -> str:
-    """Format an interval of signed numbers as ``−0.0120 to +0.0340``."""
-    return MISSING if bounds is None else " to ".join(map(signed, bounds))
+class Tile(NamedTuple):
+    """A key metric."""
+
+    label: str
+    value: str
+    color: str
+    notes: Sequence[str] = ()
+
+    @staticmethod
+    def measured(label: str, value: str, color: str, bounds: Any, *notes: str) -> Tile:
+        """Make the tile of a share with the ends of its interval, if it has one."""
+        interval = [f"95% CI {percent_range(bounds)}"] if bounds else []
+        return Tile(label, value, color, [*interval, *notes])
 
 
-def percent(share: float | None) -> str:
-    """Format ``0.924`` as ``92.4%``."""
-    return MISSING if share is None else f"{plain(100 * share, 1)}%"
+class Tiles(NamedTuple):
+    """Key metrics side by side, under a heading."""
+
+    title: str
+    tiles: Sequence[Tile]
+    macro = "tiles"
 
 
-def share_of(share: float | None, n: float | None) -> str:
-    """Format a share of ``n`` items as a percentage, or ``3 of 8`` where they are few."""
-    if share is None or n is None or n >= FEW_ITEMS:
-        return percent(share)
-    return f"{plain(share * n, 0 if abs(share * n - round(share * n)) < 0.01 else 1)} of {n:.0f}"
+class Line(NamedTuple):
+    """A paragraph; its kind is a class of the style sheet, or "between", which is a heading."""
+
+    text: str
+    kind: str = "lead"
+    small: str = ""
+    macro = "line"
 
 
-def percent_range(bounds: Sequence[float] | None) -> str:
-    """Format an interval of shares as ``88.0–96.0%``."""
-    return MISSING if bounds is None else f"{plain(100 * bounds[0], 1)}–{percent(bounds[1])}"
+class Cards(NamedTuple):
+    """Charts side by side (`charts.Card`)."""
+
+    cards: Sequence[Any]
+    macro = "cards"
 
 
-def points(difference: float | None) -> str:
-    """Format a difference of shares, ``0.6``, in percentage points: ``+60.0``."""
-    return MISSING if difference is None else signed(100 * difference, 1)
+class Code(NamedTuple):
+    """A text as it is."""
+
+    text: str
+    macro = "code"
 
 
-def points_range(bounds: Sequence[float] | None) -> str:
-    """Format an interval of differences of shares as ``+50.0 to +70.0``."""
-    return MISSING if bounds is None else " to ".join(map(points, bounds))
+class Section(NamedTuple):
+    """A section of a page, with an entry in its navigation if it has a title."""
+
+    id: str
+    title: str
+    parts: Sequence[Table | Tiles | Line | Cards | Code]
+    summary: str | None = None  # beside the title of a section that is folded
+    is_open: bool = False
 
 
-def probability(value: float | None) -> str:
-    """Format a p-value; those below a thousandth are not told apart."""
-    return MISSING if value is None else ("< 0.001" if value < 0.001 else f"{value:.3f}")
-
-
-def wilson(share: float, n: float | None) -> tuple[float, float] | None:
-    """Return the 95% score interval of a share of ``n`` (Wilson 1927); None if there is none."""
-    if n is None or n < 1 or not 0 <= share <= 1:
-        return None
-    n = round(n)
-    share = round(share * n) / n
-    z = NormalDist().inv_cdf(0.975)
-    center = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, center - half), min(1.0, center + half)
-
-
-def shown_text(text: str) -> str:
-    """Strip the space around a text; show signs for an empty one and for nothing but space."""
-    return text.strip() or ("␣" if text else MISSING)
+def settings_section(config: Mapping[str, Any]) -> Section:
+    """Return the folded section of settings."""
+    words = {"True": "yes", "False": "no"}
+    rows = [(key, words.get(str(value), str(value))) for key, value in config.items()]
+    return Section("config", "Settings", [Table("Settings", ("Setting", "Value"), rows)], "")
 
 
 # --- Pages ----------------------------------------------------------------------------------------
@@ -94,13 +120,13 @@ def asset(name: str) -> str:
     return (resources.files("quietstar.reports") / "templates" / name).read_text(encoding="utf-8")
 
 
-def render(template: str, scripts: Sequence[str], **context: Any) -> str:
+def render(template: str, script: str, **context: Any) -> str:
     """Render a page in which every text is escaped, in HTML and in JSON.
 
     Args:
         template: File name of the template, which extends ``base.html.j2``.
-        scripts: Sources of the only scripts that the content security policy admits.
-        context: Names in the template.
+        script: Source of the only script that the content security policy admits.
+        context: Names in the template: ``title``, ``eyebrow``, ``heading`` and the template's own.
     """
     environment = Environment(
         loader=PackageLoader("quietstar.reports"),
@@ -110,25 +136,28 @@ def render(template: str, scripts: Sequence[str], **context: Any) -> str:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
-    for show in (plain, signed, signed_range, percent, percent_range, share_of, points,
-                 points_range, probability, wilson, shown_text):  # fmt: skip
-        environment.filters[show.__name__] = show
     # A browser takes the hash of a script after it has made all line ends \n.
-    sources = [script.replace("\r\n", "\n").replace("\r", "\n") for script in scripts]
-    digests = [base64.b64encode(hashlib.sha256(s.encode("utf-8")).digest()) for s in sources]
-    hashes = [f"sha256-{digest.decode('ascii')}" for digest in digests]
-    return environment.get_template(template).render(
-        style=asset("style.css"), scripts=sources, script_hashes=hashes, **context
-    )
+    script = script.replace("\r\n", "\n").replace("\r", "\n")
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+    names = {"top": (), "facts": (), "mark": "", "style": asset("style.css"), "script": script}
+    page = environment.get_template(template)
+    return page.render(names | {"script_hash": f"sha256-{digest}", "percent": percent} | context)
 
 
-def write_html(path: Path, template: str, **context: Any) -> Path:
+def write_html(path: Path, sections: Sequence[Section], **context: Any) -> Path:
     """Write a page whole or not at all, making its folder if necessary; returns its path.
+
+    Args:
+        path: Path of the page.
+        sections: What it shows; those without parts are left out.
+        context: ``title``, ``eyebrow``, ``heading``; also ``top`` (lines under the heading),
+            ``facts`` (pairs of label and value) and ``mark`` (of an evaluation).
 
     Raises:
         UserError: The page cannot be written.
     """
-    page = render(template, [asset("unfold.js")], **context)
+    sections = [section for section in sections if section.parts]
+    page = render("page.html.j2", asset("page.js"), sections=sections, **context)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page)
     return path
@@ -154,7 +183,16 @@ def render_thoughts(documents: Sequence[Mapping[str, Any]]) -> str:
         *([] if temperature is None else [("Seed", str(settings["seed"]))]),
         *([("Windows of", f"{context} tokens")] if context and context < len(tokens) else []),
     ]
+    top = []
+    for document in documents:
+        means, name = document["summary"]["all"], document["model"] if documents[1:] else ""
+        said = f"thoughts gain {signed(means['gain'], 3)} nats/token"
+        if (content := means["gain_of_content"]) is not None:
+            said += f", swapped ones {signed(means['gain'] - content, 3)}"
+        said += f", over {document['summary']['tokens']} tokens"
+        top.append(Line(f"{name}: {said}." if name else f"T{said[1:]}.", "verdict as-is"))
     return render(
-        "thoughts.html.j2", [asset("thoughts.js")], documents=documents, facts=facts,
-        text=text if len(text) <= 60 else text[:59].rstrip() + "…",
+        "thoughts.html.j2", asset("thoughts.js"), documents=documents, facts=facts, top=top,
+        title=f"{text if len(text) <= 60 else text[:59].rstrip() + '…'} · quietstar thoughts",
+        eyebrow="Quiet-STaR thoughts", heading=f"Thoughts before each of {len(tokens)} tokens",
     )  # fmt: skip

@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel
-from rich.console import Group, RenderableType
-from rich.text import Text
+from rich.console import RenderableType
 
-from quietstar.errors import UserError, reading, visible
+from quietstar.errors import UserError, reading
 from quietstar.evaluation.controls import FEW_ITEMS, WITH, WITHOUT, gain_over
 from quietstar.evaluation.runner import Records, read_items, settings_changes
 from quietstar.evaluation.statistics import (
@@ -29,9 +27,11 @@ from quietstar.evaluation.statistics import (
     means,
     none_is_right,
 )
-from quietstar.reports.evaluation import METRICS, comparison_cells, figures_table
-from quietstar.reports.figures import Row, draw_forest, in_both_sizes
-from quietstar.reports.pages import MISSING, plain, signed, write_html
+from quietstar.reports.charts import Card, Row, draw_bars
+from quietstar.reports.evaluation import METRICS, comparison_cells, value_cell
+from quietstar.reports.formats import plain, signed
+from quietstar.reports.pages import Cards, Cell, Line, Section, Table, write_html
+from quietstar.reports.terminal import view
 from quietstar.system.inputs import open_input, parse_json
 
 OF_TOKENS = ("nll", "token_accuracy")
@@ -281,84 +281,87 @@ def _metrics(task: Mapping[str, Any]) -> dict[str, str]:
     return {name: METRICS.get(name) or name for name in names}
 
 
-def _bounds(scores: Mapping[str, Any], metric: str) -> str:
-    """Format the interval of a metric."""
-    bounds = scores[f"{metric}_ci95"]
-    return MISSING if bounds is None else " to ".join(map(plain, bounds))
-
-
 def paired_view(result: Mapping[str, Any]) -> RenderableType:
     """Show the result of `compare_evaluations`: a row for each metric and evaluation, verdicts."""
-    parts: list[RenderableType] = []
+    parts: list[Table | Line] = []
     for name, task in result["tasks"].items():
-        first, main = task["evaluations"][0]["name"], task["main_metric"]
-        parts.append(Text(f"{visible(name)}, {task['n']} items", style="italic"))
-        for metric, label in _metrics(task).items():
-            table = figures_table(visible(label), "", "minus the first", "95% CI", "p")
-            for row in task["evaluations"]:
-                scores, change = row["scores"], row.get("difference")
-                cells = [plain(scores[metric])]
-                if change is not None:
-                    cells += comparison_cells(change, metric, main)
-                style = "bold" if metric == main else ""
-                table.add_row(Text(visible(row["name"])), *cells, style=style)
-            parts.append(table)
+        main = METRICS.get(task["main_metric"]) or task["main_metric"]
+        parts += [Line(f"{name}, {task['n']} items", "title"), *_tables(task)]
         if result["num_tests"] > 1:
-            note = f"p of {METRICS.get(main) or main}: corrected for {result['num_tests']} tests"
-            parts.append(Text(f"  {visible(note)} (Holm); others not", style="dim"))
-        parts.append(Text(f"  by {visible(METRICS.get(main) or main)}:"))
-        for row in task["evaluations"][1:]:
-            text = f"{row['name']} against {first}: {row['verdict']}{_changed(row, first)}"
-            parts.append(Text(f"  {visible(text)}", style="bold"))
-            if row["settings"]:
-                text = f"{row['name']}: {_listed(row['settings'])}, unlike the first"
-                parts.append(Text(f"  note: {visible(text)}", style="yellow"))
-    return Group(*parts)
+            note = f"p of {main}: corrected for {result['num_tests']} tests (Holm); others not"
+            parts.append(Line(note, "dim"))
+        parts += [Line(f"by {main}:"), *_verdicts(task)]
+    return view(parts)
 
 
-def _changed(row: Mapping[str, Any], first: str) -> str:
-    """Say how many items are right in one evaluation only, where a metric says what is right."""
-    difference = row["difference"]
-    for metric in SHARES:
-        if f"{metric}_gained" in difference:
+def _tables(task: Mapping[str, Any]) -> list[Table]:
+    """Return a table for each metric, the main one first: a row for each evaluation."""
+    main, tables = task["main_metric"], []
+    for metric, label in _metrics(task).items():
+        rows = []
+        for row in task["evaluations"]:
+            note = row["variant"].replace("_", " ")
+            if LENGTHS[0] in row:
+                note += f", {row[LENGTHS[0]]:.1f} tokens of thought"
+            name = Cell(row["name"], [note], "strong" if metric == main else "")
+            change = row.get("difference")
+            cells = [""] * 3 if change is None else comparison_cells(change, metric, main)
+            rows.append([name, value_cell(row["scores"], metric), *cells])
+        tables.append(Table(label, (label, "", "minus the first", "95% CI", "p"), rows, 1))
+    return tables
+
+
+def _verdicts(task: Mapping[str, Any]) -> list[Line]:
+    """Say who is better, how many items are right in one evaluation only, and what differs."""
+    lines, main = [], task["main_metric"]
+    before = task["evaluations"][0]
+    first = before["name"]
+    for row in task["evaluations"][1:]:
+        text, difference = f"{row['name']} against {first}: {row['verdict']}", row["difference"]
+        if metric := next((m for m in SHARES if f"{m}_gained" in difference), ""):
             gained, lost = (difference[f"{metric}_{key}"] for key in ("gained", "lost"))
-            return f" (right only in {row['name']}: {gained}, only in {first}: {lost})"
-    return ""
-
-
-def _listed(settings: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {value[:80]}" for name, value in settings.items())
+            text += f" (right only in {row['name']}: {gained}, only in {first}: {lost})"
+        now, then = (plain(one["scores"][main]) for one in (row, before))
+        lines.append(Line(f"{text}, {_metrics(task)[main]} {now} against {then}", "verdict as-is"))
+        if row["settings"]:
+            listed = ", ".join(f"{name} {value[:80]}" for name, value in row["settings"].items())
+            lines.append(Line(f"note: {row['name']}: {listed}, unlike the first", "note"))
+    return lines
 
 
 def write_paired(path: Path, result: Mapping[str, Any]) -> Path:
     """Write the page of what `compare_evaluations` found; returns its path."""
-    figures, sections = {}, []
+    sections = []
     for number, (name, task) in enumerate(result["tasks"].items(), start=1):
         main, metrics = task["main_metric"], _metrics(task)
         first, *others = task["evaluations"]
-        rows = [
-            Row(row["name"], row["difference"][main], row["difference"]["ci95"]) for row in others
-        ]
+        rows = [Row(row["name"], row["difference"][main], row["difference"]["ci95"])
+                for row in others]  # fmt: skip
         title = f"{metrics[main]}, minus {first['name']}"
-        figures[f"task{number}"] = partial(draw_forest, rows, title, signed)
-        cells = [
-            (row, [(plain(row["scores"][m]), _bounds(row["scores"], m)) for m in metrics])
-            for row in task["evaluations"]
-        ]
-        gaps = [
-            (row, [comparison_cells(row["difference"], metric, main) for metric in metrics])
-            for row in others
-        ]
-        sections.append({
-            "name": name, "task": task, "metrics": metrics, "first": first["name"],
-            "cells": cells, "gaps": gaps, "lengths": LENGTHS,
-            "notes": {
-                row["name"]: (_changed(row, first["name"]), _listed(row["settings"]))
-                for row in others
-            },
-            "card": {"name": f"task{number}", "title": "What changes",
-                     "caption": f"{title}: mean and 95% CI"},
-            "grouped": {m: metrics[m] for m in dict.fromkeys((*SHARES, main)) if m in metrics},
-        })  # fmt: skip
-    return write_html(path, "paired.html.j2", figures=in_both_sizes(figures), tasks=sections,
-                      num_tests=result["num_tests"])  # fmt: skip
+        bars = draw_bars(rows, title, signed)
+        lead = f"Judged by {metrics[main]}. {task['n']} item{'s' if task['n'] != 1 else ''} that "
+        lead += "all evaluations have, compared one by one; below each number is its 95% interval."
+        if result["num_tests"] > 1:
+            lead += f" The p-values of {metrics[main]} are corrected for {result['num_tests']} "
+            lead += "tests (Holm), others are not."
+        card = Card(f"task{number}", "What changes", f"{title}: mean and 95% CI", bars)
+        parts = [*_verdicts(task), Line(lead), Cards([card]), *_tables(task)]
+        for of_what, groups in task["groups"].items():
+            if len(groups) > 1:
+                parts.append(Line(f"By {of_what}", "between"))
+                names = [row["name"] for row in task["evaluations"]]
+                parts += [
+                    Table(f"{metrics[m]} by {of_what}",
+                          (f"{of_what.capitalize()}: {metrics[m]}", "Items", *names),
+                          [[g["label"], str(g["n"]), *map(plain, g[m])] for g in groups], 1)
+                    for m in dict.fromkeys((*SHARES, main)) if m in metrics
+                ]  # fmt: skip
+        sections.append(Section(f"section{number}", name, parts))
+    rows = [(row["name"], row["file"], row["model"])
+            for row in next(iter(result["tasks"].values()))["evaluations"]]  # fmt: skip
+    files = Table("Files and models", ("Evaluation", "File", "Model"), rows, widths=(24, 38, 38))
+    return write_html(
+        path, [*sections, Section("files", "Files and models", [files], "")],
+        title=f"{len(rows)} evaluations · quietstar report", eyebrow="Quiet-STaR report",
+        heading="Evaluations compared",
+    )  # fmt: skip

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -14,28 +15,27 @@ from quietstar.evaluation.controls import (
     BLANK,
     CONTROL_NAMES,
     CONTROL_NOTES,
+    CONTROLS,
     FEW_ITEMS,
     GAINS,
     GENERIC,
+    MADE,
+    PAUSE,
     SHUFFLED,
     SWAPPED,
 )
-from quietstar.reports.figures import (
-    Chart,
-    Draw,
-    Line,
-    Row,
-    draw_curves,
-    draw_forest,
-    in_both_sizes,
-)
-from quietstar.reports.pages import percent, plain, signed, wilson, write_html
+from quietstar.reports import formats, pages
+from quietstar.reports.charts import Card, Chart, Line, Row, draw_bars, draw_curves
+from quietstar.reports.formats import MISSING, percent, plain, points, shown_text, signed
 from quietstar.reports.run_files import (
     MOST_CONFIG_BYTES,
+    Answer,
     Followed,
     Record,
     Results,
     RunFiles,
+    Sample,
+    Swapped,
     series,
 )
 from quietstar.training.costs import duration
@@ -44,8 +44,24 @@ from quietstar.training.guards import GUARDS, GuardState, measures_answers
 
 MOST_FOLLOWED = 12
 """Evaluations at which a thought is shown."""
-OTHERS = {SHUFFLED: "X", GENERIC: "P", BLANK: "p"}
-"""Controls that share a color, with their symbols."""
+LOOKS = {SWAPPED: ("swapped", "D"), PAUSE: ("pause", "v"), SHUFFLED: ("other", "X"),
+         GENERIC: ("other", "P"), BLANK: ("other", "p")}  # fmt: skip
+"""Colors and symbols of controls."""
+
+
+def _of_controls(prefix: str) -> list[Line]:
+    return [Line(f"{prefix}_{name}", CONTROL_NAMES[name], *look) for name, look in LOOKS.items()]
+
+
+def _kinds(prefix: str) -> tuple[Line, ...]:
+    """Return the lines of a metric of answers: with thoughts, without, and with each control."""
+    return (
+        Line(f"{prefix}_with_thoughts", "with thoughts", "mixed"),
+        Line(f"{prefix}_without_thoughts", "without thoughts", "base", "s"),
+        *_of_controls(prefix),
+    )
+
+
 OBJECTIVE_REWARD = "objective-reward"
 """Chart of what an objective is given, where that is not the reward in nats."""
 # fmt: off
@@ -53,39 +69,26 @@ CHARTS = (
     Chart("accuracy", "Accuracy",
           "Held-out problems that are answered correctly. Swapped: each problem gets the thought "
           "of another one. Pause: one constant token in place of every thought token.",
-          "correct answers",
-          (Line("accuracy_with_thoughts", "with thoughts", "mixed"),
-           Line("accuracy_without_thoughts", "without thoughts", "base", "s"),
-           Line("accuracy_swapped", "swapped thoughts", "swapped", "D"),
-           Line("accuracy_pause", "pause tokens", "pause", "v"),
-           *(Line(f"accuracy_{name}", CONTROL_NAMES[name], "other", symbol)
-             for name, symbol in OTHERS.items())), percent, True),
+          "accuracy", _kinds("accuracy"), percent),
     Chart("probability", "P(gold answer)",
-          "Mean probability of the whole correct answer of held-out problems.", "probability",
-          (Line("gold_probability_with_thoughts", "with thoughts", "mixed"),
-           Line("gold_probability_without_thoughts", "without thoughts", "base", "s"),
-           Line("gold_probability_swapped", "swapped thoughts", "swapped", "D"),
-           Line("gold_probability_pause", "pause tokens", "pause", "v"),
-           *(Line(f"gold_probability_{name}", CONTROL_NAMES[name], "other", symbol)
-             for name, symbol in OTHERS.items())), partial(plain, digits=3)),
+          "Mean probability of the whole ground-truth answer of held-out problems.", "probability",
+          _kinds("gold_probability"), partial(plain, digits=3)),
     Chart("right-thoughts", "Correct thoughts",
           "Share of the sampled thoughts that are correct.", "correct thoughts",
-          (Line("right_thoughts", "correct thoughts", "thought", "^"),), percent, True),
-    Chart("nll", "Negative log-likelihood of the next token",
-          "Base: without a thought. Mixed: base and thought together. Thought: its prediction "
-          "alone. Lower is better. Early values may lie beyond the axis.", "nats/token",
-          (Line("base_nll", "base NLL", "base", "s"),
-           Line("mixed_nll", "mixed NLL", "mixed"),
-           Line("swapped_mixed_nll", "mixed NLL, swapped thoughts", "swapped", "D"),
-           Line("thought_nll", "thought NLL", "thought", "^")), from_zero=False),
-    Chart("gain", "Gain of thinking, and cost of swapping the thoughts",
-          "Gain: base minus mixed NLL. Gain of content: what is lost with swapped thoughts, more "
-          "than the gain where those do harm.", "nats/token",
-          (Line("gain", "gain", "mixed"),
-           Line("gain_of_content", "gain of content", "content", "^"),
-           Line("gain_over_pause", "gain over pause tokens", "pause", "D"),
-           *(Line(GAINS[name], f"gain over {CONTROL_NAMES[name]}", "other", symbol)
-             for name, symbol in OTHERS.items())), signed),
+          (Line("right_thoughts", "correct thoughts", "thought", "t"),), percent),
+    Chart("nll", "NLL of the next token",
+          "Negative log-likelihood; lower is better. With thoughts: base and thought mixed. "
+          "Thought alone: its own prediction. Early values may lie beyond the axis.", "nats/token",
+          (Line("mixed_nll", "with thoughts", "mixed"),
+           Line("base_nll", "without thoughts", "base", "s"),
+           Line("swapped_mixed_nll", "swapped thoughts", "swapped", "D"),
+           Line("thought_nll", "thought alone", "thought", "t")), is_from_zero=False),
+    Chart("gain", "Gain over no thoughts",
+          "NLL without thoughts minus NLL with own, swapped or other ones. The gain of content is "
+          "the distance from swapped to own thoughts.", "nats/token",
+          (Line("gain", "with thoughts", "mixed"),
+           Line("gain_without", "without thoughts", "base", "s"),
+           *_of_controls("gain_with")), signed),
     Chart("mixing-weight", "Mixing weight",
           "Mean weight of the thought in the prediction. Near zero, thoughts are ignored.",
           "weight of the thought",
@@ -94,41 +97,48 @@ CHARTS = (
           "What a thought adds to the log-probability of its targets, and its standard deviation "
           "among the thoughts of one position: if that is zero, REINFORCE has no signal.",
           "nats/thought",
-          (Line("reward", "reward", "thought", "^"),
+          (Line("reward", "reward", "thought", "t"),
            Line("reward_std", "standard deviation", "other", "D"))),
     Chart(OBJECTIVE_REWARD, "Reward of the objective",
           "What loss.reward gives a thought, in its own units: the mean, and its standard "
           "deviation among the thoughts of one position.", "reward",
-          (Line("policy_reward", "reward", "thought", "^"),
+          (Line("policy_reward", "reward", "thought", "t"),
            Line("policy_reward_std", "standard deviation", "other", "D"))),
     Chart("entropy", "Entropy of thoughts",
           "Mean entropy of the next-token distribution inside thoughts. Held-out thoughts are "
           "greedy.", "nats/token",
-          (Line("entropy", "entropy", "thought", "^"),)),
+          (Line("entropy", "entropy", "thought", "t"),)),
     Chart("variety", "Variety of thoughts",
           "Distinct: distinct tokens of a thought over its length. Identical: positions where all "
           "K thoughts coincide.", "share",
-          (Line("distinct_token_ratio", "distinct", "thought", "^"),
-           Line("identical_fraction", "identical", "other", "s")), percent, True),
+          (Line("distinct_token_ratio", "distinct", "thought", "t"),
+           Line("identical_fraction", "identical", "other", "s")), percent),
     Chart("length", "Length of thoughts",
           "Tokens of a thought where it may end early: the mean, and the length that nine in ten "
           "thoughts do not exceed.", "tokens",
-          (Line("thought_length", "mean", "thought", "^"),
+          (Line("thought_length", "mean", "thought", "t"),
            Line("thought_length_p90", "90th percentile", "other", "s")),
           partial(plain, digits=1)),
     Chart("ends", "Ends of thoughts",
           "Stopped: a stop text or end-of-text ended the thought. Cut: it had all its tokens and "
           "none of them.", "share",
-          (Line("stop_fraction", "stopped", "thought", "^"),
-           Line("truncated_fraction", "cut", "other", "s")), percent, True),
+          (Line("stop_fraction", "stopped", "thought", "t"),
+           Line("truncated_fraction", "cut", "other", "s")), percent),
 )
 # fmt: on
-IN_TABLE = ("accuracy", "right-thoughts", "nll", "gain", "mixing-weight")
-IN_TABLE_OF_ANSWERS = ("accuracy", "probability", "right-thoughts", "mixing-weight")
-"""Charts whose figures are columns of the table of held-out evaluations: in general, and where the
-probability of answers says more (`measures_answers`)."""
-HEADING_BEGINS = {"accuracy": "right, ", "probability": "P(gold), "}
-"""What sets columns apart whose lines go by the same names."""
+
+_GAINS = {"gain": "gain of thinking", GAINS[SWAPPED]: "gain of content",
+          **{GAINS[name]: f"gain over {CONTROL_NAMES[name]}" for name in MADE}}  # fmt: skip
+
+
+def _with_gains(record: Record) -> Record:
+    """Add what each control gains over no thoughts, from where all lines of the chart start."""
+    figures = record.figures
+    if record.kind != "eval" or "gain" not in figures:
+        return record
+    gains = {f"gain_with_{name}": figures["gain"] - figures[GAINS[name]]
+             for name in CONTROLS if GAINS[name] in figures}  # fmt: skip
+    return replace(record, figures={**figures, "gain_without": 0.0, **gains})
 
 
 def write_report(folder: Path, status: str = "") -> Path:
@@ -143,72 +153,36 @@ def write_report(folder: Path, status: str = "") -> Path:
         UserError: The folder holds no figures, a file of it is damaged.
     """
     run = RunFiles(folder)
-    measured = {key for record in run.records for key in record.figures}
-    repeats = all(  # with loss.reward thought or mixed both are the same
-        r.figures["policy_reward"] == r.figures.get("reward")
-        for r in run.records
-        if "policy_reward" in r.figures
-    )
-    charts = [
-        chart
-        for chart in CHARTS
-        if any(line.key in measured for line in chart.lines)
-        and not (chart.name == OBJECTIVE_REWARD and repeats)
-    ]
-    figures: dict[str, Draw] = {
-        chart.name: partial(draw_curves, chart, run.records) for chart in charts
-    }
-    for name, means, axis, digits in (
-        ("variants", run.controls.variants, "accuracy, %", plain),
-        ("differences", run.controls.differences, "difference, percentage points", signed),
-    ):
-        rows = [
-            Row(m.label, 100 * m.mean, [100 * bound for bound in m.ci95 or ()],
-                seeds=[100 * x for x in m.accuracy if x is not None])
-            for m in means
-            if m.mean is not None
-        ]  # fmt: skip
-        if rows:
-            figures[name] = partial(draw_forest, rows, axis, partial(digits, digits=1))
-    evaluations = [record for record in run.records if record.kind == "eval"]
+    records = [_with_gains(record) for record in run.records]
+    evaluations = [record for record in records if record.kind == "eval"]
     scored = [record for record in evaluations if "base_nll" in record.figures]
     configs = {stage.name: stage.config for stage in run.plan}
     of_answers = any(
         record.stage in configs and measures_answers(configs[record.stage], record.figures)
         for record in scored[-1:]
     )
-    in_table = IN_TABLE_OF_ANSWERS if of_answers else IN_TABLE
-    answers = _answers(evaluations, run.results)
-    (probability,) = (chart for chart in CHARTS if chart.name == "probability")
-    return write_html(
-        folder / "report.html",
-        "run.html.j2",
-        figures=in_both_sizes(figures),
-        run=run,
-        status=status or _status(run),
-        facts=_facts(run),
-        answers=answers,
-        control_notes={f"accuracy_{control}": note for control, note in CONTROL_NOTES.items()},
-        scored=[record for record in scored if "mixed_nll" in record.figures] or scored,
-        probabilities=[
-            (line, scored[-1].figures[line.key])
-            for line in probability.lines
-            if line.key in scored[-1].figures
-        ]
-        if of_answers
-        else [],
-        guards=_guards(run),
-        verdict=_verdict(evaluations, run.results),
-        followed=_followed(run.followed),
-        cards=[_card(c, run.records, measured, of_answers, answers["n"]) for c in charts],
-        evaluations=evaluations,
-        columns=[
-            (line.key, f"{HEADING_BEGINS.get(chart.name, '')}{line.name}", chart.show)
-            for chart in CHARTS
-            for line in chart.lines
-            if chart.name in in_table and any(line.key in e.figures for e in evaluations)
-        ],
-    )
+    accuracies, n, step = _accuracies(evaluations, run.results)
+    newest = evaluations[-1].figures if evaluations else {}
+    status, verdict = status or _status(run), _verdict(accuracies, n, newest)
+    tiles = _answers(accuracies, n, step, evaluations, run.results)
+    top = [pages.Line(f"{status[0].upper()}{status[1:]}.", "status")] if status else []
+    top += [pages.Line(verdict, "verdict")] if verdict else []
+    followed = _thoughts(run.followed)
+    sections = [
+        pages.Section("glance", "", [*tiles, *_next_tokens(scored, of_answers)]),
+        pages.Section("thoughts", "Thoughts over training", followed[:3]),
+        pages.Section("others", "Thoughts in other texts", followed[3:], ""),
+        _guards(run),
+        pages.Section("curves", "Curves", _curves(records, of_answers, n)),
+        pages.Section("controls", "Controls", _controls(run)),
+        pages.Section("samples", "Samples", _samples(run.samples)),
+        pages.Section("evaluations", "Evaluations", _table(evaluations, of_answers), ""),
+        pages.Section("config", "Config", [pages.Code(run.config)] if run.config else [], ""),
+    ]  # fmt: skip
+    return pages.write_html(
+        folder / "report.html", sections, title=f"{run.name} · quietstar report",
+        eyebrow="Quiet-STaR report", heading=run.name, top=top, facts=_facts(run),
+    )  # fmt: skip
 
 
 def _facts(run: RunFiles) -> list[tuple[str, str]]:
@@ -243,34 +217,43 @@ def _status(run: RunFiles) -> str:
     return f"{step} steps" if run.results.seconds is None else f"finished, step {step} of {step}"
 
 
-def _verdict(evaluations: Sequence[Record], results: Results) -> str:
+def _accuracies(
+    evaluations: Sequence[Record], results: Results
+) -> tuple[dict[str, float | None], float | None, str]:
+    """Return accuracies of ``results.json`` or as last evaluated, of how many answers, and when."""
+    figures = {key: results.accuracy.get(name) for name, key in ACCURACIES.items()}
+    n, step = results.accuracy.get("n"), ""
+    if all(share is None for share in figures.values()):
+        n = None
+        for record in evaluations:
+            if record.figures.keys() & figures:
+                step, n = f", step {record.step}", record.figures.get("num_answers")
+                figures = {key: record.figures.get(key) for key in figures}
+    return figures, n, step
+
+
+def _verdict(
+    accuracy: Mapping[str, float | None], n: float | None, figures: Mapping[str, float]
+) -> str:
     """Say in a sentence or two what thinking does, as far as the run has measured it."""
-    if not evaluations:
-        return ""
-    figures = evaluations[-1].figures
-    accuracy = {key: figures.get(key) for key in ACCURACIES.values()}
-    accuracy |= {key: results.accuracy[name] for name, key in ACCURACIES.items()
-                 if results.accuracy.get(name) is not None}  # fmt: skip
     own, without, swapped = (
         accuracy[f"accuracy_{name}"] for name in ("with_thoughts", "without_thoughts", SWAPPED)
     )
     if own is not None and without is not None:
-        n = results.accuracy.get("n") or figures.get("num_answers")
         if n is not None and n < FEW_ITEMS:
             return f"{n:.0f} held-out problems are too few to say whether thoughts help."
-        text = f"{percent(own)} of the held-out answers are right with thoughts, {percent(without)}"
-        text += " without"
+        text = f"Accuracy {percent(own)} with thoughts, {percent(without)} without"
         if own > without and swapped is not None:
             if own <= swapped:
                 return f"{text}, but swapped thoughts help as much: it is not what they say."
             text += f"; with swapped thoughts {percent(swapped)}, "
             if swapped < without:  # which do harm, so that content is more than the gain
-                text += "fewer than without: what the thoughts say matters"
+                text += "less than without: what the thoughts say matters"
             else:
                 part = (own - swapped) / (own - without)
                 text += f"so {part:.0%} of the gain is what the thoughts say"
-        known = [pair for pair in (wilson(own, n), wilson(without, n)) if pair is not None]
-        if own > without and len(known) == 2 and known[0][0] <= known[1][1]:
+        ends = formats.wilson(own, n), formats.wilson(without, n)
+        if own > without and ends[0] and ends[1] and ends[0][0] <= ends[1][1]:
             text += f" (a difference that {n:.0f} problems cannot tell from chance)"
         return text + "."
     gain, content = figures.get("gain"), figures.get("gain_of_content")
@@ -278,39 +261,156 @@ def _verdict(evaluations: Sequence[Record], results: Results) -> str:
         return ""
     if gain <= 0:
         return f"Thoughts do not help: the gain is {signed(gain, 3)} nats/token."
+    text, matters = f"Thoughts gain {signed(gain, 3)} nats/token", "what they say matters"
     if content is None:
-        return f"Thoughts gain {signed(gain, 3)} nats/token; the gain of content was not measured."
+        return f"{text}; the gain of content was not measured."
     if content < 0.1 * gain:
-        return (
-            f"Thoughts gain {signed(gain, 3)} nats/token, but swapped ones gain as much (content "
-            f"{signed(content, 3)}): it is not what they say."
-        )
-    text = f"Thoughts gain {signed(gain, 3)} nats/token"
+        return f"{text}, but swapped ones gain as much: it is not what they say."
     if content > gain:  # swapped ones do harm, which is no part of the gain
-        return f"{text}, and swapped ones lose {plain(content - gain, 3)}: what they say matters."
-    return f"{text}, of which swapping them costs {plain(content, 3)}: what they say matters."
+        return f"{text}, and swapped ones lose {plain(content - gain, 3)}: {matters}."
+    return f"{text}, swapped ones {signed(gain - content, 3)}: {matters}."
 
 
-def _followed(evaluations: Sequence[Followed]) -> list[dict[str, Any]]:
-    """Return each text whose thought was followed, with what it was at the evaluations.
+# --- At a glance ----------------------------------------------------------------------------------
+def _answers(
+    figures: Mapping[str, float | None], n: float | None, step: str,
+    evaluations: Sequence[Record], results: Results,
+) -> list[pages.Tiles]:  # fmt: skip
+    """Show accuracies and correct thoughts."""
+    own, without = figures["accuracy_with_thoughts"], figures["accuracy_without_thoughts"]
+    notes = {f"accuracy_{control}": note for control, note in CONTROL_NOTES.items()}
+    if own is not None and without is not None:
+        notes["accuracy_with_thoughts"] = f"{points(own - without)} points vs. no thoughts"
+    tiles = []
+    for line in CHARTS[0].lines:
+        if (share := figures.get(line.key)) is not None:
+            label, shown = line.name.capitalize(), formats.share_of(share, n)
+            bounds, note = formats.wilson(share, n), notes.get(line.key, "")
+            tiles.append(pages.Tile.measured(label, shown, line.color, bounds, note))
+    before, after = map(results.right_thoughts.get, ("before", "after"))
+    if before is None and after is None:
+        _, values = series(evaluations, "eval", "right_thoughts")
+        before, after = values[0] if values[1:] else None, values[-1] if values else None
+    if after is not None:
+        earlier = "" if before is None else f"{percent(before)} before training"
+        said = ("share of the sampled thoughts", earlier)
+        tiles.append(pages.Tile("Correct thoughts", percent(after), "thought", said))
+    title = f"Accuracy on {'' if n is None else f'{n:.0f} '}held-out problems{step}"
+    return [pages.Tiles(title, tiles)] if tiles else []
+
+
+def _next_tokens(scored: Sequence[Record], of_answers: bool) -> list[pages.Line | pages.Cards]:
+    """Show no, own and swapped thoughts from one start: P(gold answer), or the gain over none."""
+    scored = [record for record in scored if "mixed_nll" in record.figures] or scored
+    if not scored:
+        return []
+    first, last = scored[0], scored[-1]
+    now, keys = last.figures, {"gain": "mixed_nll", "gain_without": "base_nll"}
+
+    def nll(key: str) -> str:
+        """NLLs of the last evaluation and the first."""
+        key = keys.get(key, f"{key.removeprefix('gain_with_')}_mixed_nll")
+        if key not in now:
+            return ""
+        is_older = first is not last and key in first.figures
+        before = f", {plain(first.figures[key], 3)} at step {first.step}" if is_older else ""
+        return f"NLL {plain(now[key], 3)}{before}"
+
+    if "gain" not in now:
+        return [pages.Line(f"{nll('gain_without')} without thoughts, nats/token", "answer-line")]
+    title, unit, show = (
+        "Next tokens of held-out data",
+        "gain, nats/token",
+        partial(signed, digits=3),
+    )
+    caption = "Gain over no thoughts."
+    if GAINS[SWAPPED] not in now:
+        caption += " Swapped thoughts, and so the gain of content, were not measured."
+    if "mixing_weight" in now:
+        caption += f" Mixing weight of the thought: {plain(now['mixing_weight'], 3)}."
+    if of_answers:
+        title, unit, show = "P(gold answer)", "probability", partial(plain, digits=3)
+        caption = "Mean over held-out problems."
+    lines = next(c for c in CHARTS if c.name == ("probability" if of_answers else "gain")).lines
+    rows = [Row(line.name.capitalize(), now[line.key], color=line.color, note=nll(line.key))
+            for line in lines if line.key in now]  # fmt: skip
+    card = Card("now", f"{title}, step {last.step}", caption, draw_bars(rows, unit, show))
+    return [pages.Cards([card])]
+
+
+# --- Thoughts -------------------------------------------------------------------------------------
+def _thoughts(evaluations: Sequence[Followed]) -> list[pages.Line | pages.Table]:
+    """Return a lead, then each text whose thought was followed and what it was at the steps.
 
     At most `MOST_FOLLOWED` evaluations, evenly spaced with the first and the last one, are shown.
     """
-    places = range(len(evaluations))
-    if len(places) > MOST_FOLLOWED:
-        last = len(places) - 1
-        places = sorted({round(i * last / (MOST_FOLLOWED - 1)) for i in range(MOST_FOLLOWED)})
-    texts: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for place in places:
-        evaluation = evaluations[place]
+    last = len(evaluations) - 1
+    count = min(MOST_FOLLOWED, len(evaluations))
+    chosen = [evaluations[round(i * last / max(1, count - 1))] for i in range(count)]
+    has_stages = len({evaluation.stage for evaluation in chosen}) > 1
+    texts: dict[tuple[str, str], list[tuple[list[str], Sample]]] = {}
+    for evaluation in chosen:
+        step = f"{evaluation.step}{f', {evaluation.stage}' if has_stages else ''}"
         for sample in evaluation.samples:
-            row = {"step": evaluation.step, "stage": evaluation.stage, "sample": sample}
-            texts.setdefault((sample.before, sample.truth), []).append(row)
-    return [{"before": before, "truth": truth, "rows": rows}
-            for (before, truth), rows in texts.items() if len(rows) > 1]  # fmt: skip
+            texts.setdefault((sample.before, sample.truth), []).append(([step], sample))
+    lead = (
+        "What the model thinks in the same held-out text as it learns. P(gold) is the probability"
+    )
+    lead += " of the ground truth; a swapped thought is that of another text or position."
+    parts: list[pages.Line | pages.Table] = [pages.Line(lead)]
+    for (before, truth), rows in texts.items():
+        if len(rows) > 1:
+            text = pages.Line(f"{pages.Cell.folded(before).text} ", "of-text", shown_text(truth))
+            label = f"Thought before {shown_text(truth)}"
+            parts += [text, _table_of_samples(label, {"Step": 8}, rows, True)]
+    return parts if len(parts) > 1 else []
 
 
-def _guards(run: RunFiles) -> list[dict[str, Any]]:
+def _table_of_samples(
+    label: str, first: Mapping[str, int], rows: Sequence[tuple[Sequence[Any], Sample]],
+    has_slider: bool = False,
+) -> pages.Table:  # fmt: skip
+    """Show thoughts and answers; ``first`` are the headings and widths of a row's first cells."""
+    is_swapped = any(sample.swapped for _, sample in rows)
+    widths = {**first, "Thought": 20, "Swapped thought": 16, "Without thoughts": 14,
+              "With thoughts": 14, "With swapped thoughts": 14, "Weight": 7}  # fmt: skip
+
+    def answer(one: Answer, is_right: bool) -> pages.Cell:
+        mark = pages.right_or_wrong(is_right)
+        return pages.Cell(shown_text(one.prediction), (), "text", mark, one.probability)
+
+    shown = []
+    for cells, one in rows:
+        mark = None if one.right_thought is None else pages.right_or_wrong(one.right_thought)
+        other = one.swapped or Swapped()
+        shown.append([
+            *cells, pages.Cell(shown_text(one.thought), (), "text mono", mark),
+            *([pages.Cell(shown_text(other.thought), (), "text mono")] if is_swapped else []),
+            answer(one.without_thoughts, one.is_right(one.without_thoughts)),
+            answer(one.with_thoughts, one.correct_with),
+            *([answer(other, one.is_right(other))] if one.swapped else [MISSING] * is_swapped),
+            plain(one.mixing_weight, 2),
+        ])  # fmt: skip
+    names = [name for name in widths if is_swapped or "wapped" not in name]
+    return pages.Table(label, names, shown, widths=[widths[name] for name in names],
+                       has_slider=has_slider)  # fmt: skip
+
+
+def _samples(samples: Sequence[Sample]) -> list[pages.Line | pages.Table]:
+    if not samples:
+        return []
+    judged = [one.right_thought for one in samples if one.right_thought is not None]
+    lead = f"{sum(one.correct_with for one in samples)} of {len(samples)} correct with thoughts, "
+    lead += f"{sum(one.is_right(one.without_thoughts) for one in samples)} without"
+    lead += f", {sum(judged)} of {len(judged)} thoughts correct" if judged else ""
+    rows = [([pages.Cell.folded(one.before), pages.Cell(shown_text(one.truth), kind="text")], one)
+            for one in samples]  # fmt: skip
+    table = _table_of_samples("Samples", {"Prompt": 22, "Ground truth": 11}, rows)
+    return [pages.Line(f"{lead}. P(gold) is the probability of the ground truth."), table]
+
+
+# --- Guards, curves, controls, evaluations --------------------------------------------------------
+def _guards(run: RunFiles) -> pages.Section:
     """Describe the guards whose figures were measured: now, threshold, and where they fired."""
     states = {name: GuardState() for name in run.stages}
     for stage in run.plan:
@@ -319,67 +419,124 @@ def _guards(run: RunFiles) -> list[dict[str, Any]]:
     for record in run.records:
         states[record.stage].see("train" if record.kind == "train" else "eval", record.step,
                                  record.figures)  # fmt: skip
-    rows = []
+    rows, num_fired, num_beyond = [], 0, 0
     for guard in GUARDS:
-        measured = [
-            state for state in states.values()
-            if state.value(guard) is not None and state.watches(guard)
-        ]  # fmt: skip
+        fired = [one for one in run.fired if one.name == guard.name]
+        known = [state for state in states.values() if state.value(guard) is not None]
         # What fired under an earlier version's rules is not lost.
-        measured = measured or [
-            state for state in states.values() if state.value(guard) is not None
-            and any(fired.name == guard.name for fired in run.fired)
-        ]  # fmt: skip
-        if measured:
-            rows.append({
-                "name": guard.name, "title": guard.title, "threshold": guard.threshold,
-                "now": format(measured[-1].value(guard), guard.form).replace("-", "−"),
-                "is_bad": measured[-1].is_beyond(guard),
-                "fired": [fired for fired in run.fired if fired.name == guard.name],
-            })  # fmt: skip
-    return rows
+        measured = [state for state in known if state.watches(guard)] or (known if fired else [])
+        if not measured:
+            continue
+        is_beyond = measured[-1].is_beyond(guard) and not fired
+        num_fired, num_beyond = num_fired + bool(fired), num_beyond + is_beyond
+        state = pages.Cell("", mark=(True, "✓ fine"))
+        if is_beyond:
+            state = pages.Cell(
+                "", mark=(False, "beyond the threshold, not for long enough to warn")
+            )
+        of_stage = "" if len(run.stages) == 1 else ", {}"
+        marks = [pages.Cell("", [one.message],
+                      mark=(False, f"! fired at step {one.step}{of_stage.format(one.stage)}"))
+                 for one in fired]  # fmt: skip
+        now = format(measured[-1].value(guard), guard.form).replace("-", "−")
+        name = pages.Cell(guard.name, [guard.title], "strong mono")
+        rows.append((not fired, [name, now, guard.threshold, marks or state]))
+    rows = [cells for _, cells in sorted(rows, key=lambda row: row[0])]
+    summary = f"{num_fired or 'None'} of {len(rows)} fired"
+    summary += f", {num_beyond} beyond the threshold" if num_beyond else ""
+    lead = "They watch metrics that show when thoughts collapse or training goes wrong; those of "
+    lead += "training steps are means over the last five records."
+    table = pages.Table(
+        "Guards", ("Guard", "Now", "Warns if", "State"), rows, widths=(31, 10, 17, 42)
+    )
+    parts = [pages.Line(lead), table] if rows else []
+    return pages.Section("guards", "Guards", parts, summary, bool(num_fired or num_beyond))
 
 
-def _answers(evaluations: Sequence[Record], results: Results) -> dict[str, Any]:
-    """Return accuracies and correct thoughts: of ``results.json``, or else as last evaluated."""
-    figures = {key: results.accuracy.get(name) for name, key in ACCURACIES.items()}
-    n, step = results.accuracy.get("n"), None
-    if all(share is None for share in figures.values()):
-        n = None
-        for record in evaluations:
-            if record.figures.keys() & figures:
-                step, n = record.step, record.figures.get("num_answers")
-                figures = {key: record.figures.get(key) for key in figures}
-    own, without = figures["accuracy_with_thoughts"], figures["accuracy_without_thoughts"]
-    before, after = map(results.right_thoughts.get, ("before", "after"))
-    if before is None and after is None:
-        _, values = series(evaluations, "eval", "right_thoughts")
-        before, after = values[0] if values[1:] else None, values[-1] if values else None
-    shares = [(line, figures.get(line.key)) for line in CHARTS[0].lines]
-    return {
-        "lines": [(line, share) for line, share in shares if share is not None],
-        "gained": None if own is None or without is None else own - without,
-        "n": n, "step": step, "before": before, "after": after,
-    }  # fmt: skip
+def _curves(
+    records: Sequence[Record], of_answers: bool, n: float | None
+) -> list[pages.Line | pages.Cards]:
+    """Draw the charts whose metrics were measured."""
+    measured = {key for record in records for key in record.figures}
+    repeats = all(  # with loss.reward thought or mixed both are the same
+        r.figures["policy_reward"] == r.figures.get("reward")
+        for r in records
+        if "policy_reward" in r.figures
+    )
+    cards = []
+    for chart in CHARTS:
+        if not any(line.key in measured for line in chart.lines):
+            continue
+        if chart.name == OBJECTIVE_REWARD and repeats:
+            continue
+        caption = chart.caption
+        if of_answers and chart.name in ("nll", "gain"):
+            caption += " Here of the first token of each answer alone, which may be just a space."
+        if chart.name == "gain" and GAINS[SWAPPED] not in measured:
+            caption += " Swapped thoughts were not measured here."
+        if chart.name in ("accuracy", "probability") and n is not None and n < FEW_ITEMS:
+            caption += f" There are {n:.0f} of them, too few to tell."
+        newest = [f"{chart.title} over the steps"]  # for screen readers
+        for line in chart.lines:
+            kind = "eval" if series(records, "eval", line.key)[1] else "train"
+            steps, values = series(records, kind, line.key)
+            if values:
+                where = "held out" if kind == "eval" else "in training"
+                newest.append(f"{line.name} {chart.show(values[-1])} {where} at step {steps[-1]}")
+        drawn = draw_curves(chart, records)
+        cards.append(Card(chart.name, chart.title, caption, drawn, f"{'; '.join(newest)}."))
+    lead = "Markers: held out (greedy thoughts). Thin lines: training (sampled, smoothed). Their "
+    lead += "values are not directly comparable."
+    if len({record.stage for record in records}) > 1:
+        lead += " Every stage has its own part of the axis."
+    return [pages.Line(lead), pages.Cards(cards)] if cards else []
 
 
-def _card(
-    chart: Chart, records: Sequence[Record], measured: set[str], of_answers: bool, n: float | None
-) -> dict[str, str]:
-    """Heading, caption and description of a chart; the newest values are for screen readers."""
-    caption = chart.caption
-    if of_answers and chart.name in ("nll", "gain"):
-        caption += " Here of the first token of each answer alone, which may be just a space."
-    if chart.name == "gain" and "gain_of_content" not in measured:
-        caption += " The gain of content was not measured here."
-    if chart.name in ("accuracy", "probability") and n is not None and n < FEW_ITEMS:
-        caption += f" There are {n:.0f} of them, too few to tell."
-    parts = [chart.title + " over the steps"]
-    for line in chart.lines:
-        kind = "eval" if series(records, "eval", line.key)[1] else "train"
-        steps, values = series(records, kind, line.key)
-        if values:
-            where = "held out" if kind == "eval" else "in training"
-            parts.append(f"{line.name} {chart.show(values[-1])} {where} at step {steps[-1]}")
-    return {"name": chart.name, "title": chart.title, "caption": caption,
-            "description": "; ".join(parts) + "."}  # fmt: skip
+def _controls(run: RunFiles) -> list[pages.Line | pages.Cards]:
+    """Draw the variants and their differences, with what each seed and interval is."""
+    cards = []
+    for name, title, means, axis, show, bounds in (
+        ("variants", "Accuracy of the variants", run.controls.variants, "accuracy, %",
+         percent, formats.percent_range),
+        ("differences", "Differences in accuracy", run.controls.differences, "percentage points",
+         points, formats.points_range),
+    ):  # fmt: skip
+        rows = []
+        for one in means:
+            if one.mean is None:
+                continue
+            notes = [f"95% CI {bounds(one.ci95)}"] if one.ci95 else []
+            if one.ci95 and show is points:
+                notes.append(f"zero {'inside' if one.ci95[0] <= 0 <= one.ci95[1] else 'outside'}")
+            seeds = [share for share in one.accuracy if share is not None]
+            notes += [f"seeds {' · '.join(map(show, seeds))}"] if seeds else []
+            if (right := one.mean_right_thoughts) is not None:
+                notes.append(f"correct thoughts {percent(right)}")
+            rows.append(Row(one.label, one.mean, one.ci95, seeds=seeds, note=", ".join(notes)))
+        caption = "Bars are means, lines 95% confidence intervals, rings single seeds."
+        if rows:
+            cards.append(Card(name, title, caption, draw_bars(rows, axis, show)))
+    lead = "The same training with one part changed or taken away"
+    lead += f", {len(run.controls.seeds)} seeds each." if run.controls.seeds else "."
+    return [pages.Line(lead), pages.Cards(cards)] if cards else []
+
+
+def _table(evaluations: Sequence[Record], of_answers: bool) -> list[pages.Line | pages.Table]:
+    """List all held-out evaluations; the probability of answers says more where there is one."""
+    charts = ["accuracy", "right-thoughts", "mixing-weight"]
+    charts.insert(1, "probability" if of_answers else "nll")
+    begins = {"accuracy": "accuracy, ", "probability": "P(gold answer), ", "nll": "NLL, "}
+    columns = [(line.key, f"{begins.get(chart.name, '')}{line.name}", chart.show)
+               for chart in CHARTS if chart.name in charts for line in chart.lines]  # fmt: skip
+    if not of_answers:
+        columns[-1:-1] = [(key, name, signed) for key, name in _GAINS.items()]
+    columns = [c for c in columns if any(c[0] in record.figures for record in evaluations)]
+    has_stages = any(record.stage for record in evaluations)
+    headings = ["step", *(["stage"] if has_stages else []), *(name for _, name, _ in columns)]
+    rows = [[str(record.step), *([record.stage] if has_stages else []),
+             *(show(record.figures.get(key)) for key, _, show in columns)]
+            for record in evaluations]  # fmt: skip
+    lead = "Accuracies and correct thoughts in percent, "
+    lead += "P(gold answer) as a probability." if of_answers else "NLL and gains in nats/token."
+    table = pages.Table("All held-out evaluations", headings, rows, 1 + has_stages)
+    return [pages.Line(lead), table] if rows else []

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -57,54 +57,48 @@ class Record:
     figures: Mapping[str, float]
 
 
+def _entries(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield records with their steps, passing over lines that are half written or no record."""
+    for line in text.split("\n"):
+        with suppress(ValueError, RecursionError):
+            entry = json.loads(line, object_hook=_current)
+            step = finite(entry.get("step")) if isinstance(entry, dict) else None
+            if step is not None and 0 <= step <= MOST_STEPS:
+                yield int(step), entry
+
+
 def parse_metrics(text: str) -> list[Record]:
-    """Parse ``metrics.jsonl``, passing over lines that are half written or something else.
+    """Parse the figures of ``metrics.jsonl``.
 
     Records are in order of steps, and the last of several for one step wins. Of two stages that
     meet at a step, the one that was written first comes first.
     """
     records = {}
-    for line in text.split("\n"):
-        try:
-            entry = json.loads(line, object_hook=_current)
-        except (ValueError, RecursionError):
-            continue
-        if not isinstance(entry, dict) or entry.get("kind") not in ("train", "eval"):
-            continue
-        step, stage = finite(entry.pop("step", None)), str(entry.pop("stage", ""))
-        if step is not None and 0 <= step <= MOST_STEPS:
-            numbers = {key: finite(value) for key, value in entry.items()}
+    for step, entry in _entries(text):
+        if (kind := entry.get("kind")) in ("train", "eval"):
+            stage = str(entry.get("stage", ""))
+            numbers = {key: finite(x) for key, x in entry.items() if key not in ("step", "stage")}
             figures = {key: value for key, value in numbers.items() if value is not None}
-            record = Record(entry["kind"], stage, int(step), figures)
-            records[record.kind, record.stage, record.step] = record
+            records[kind, stage, step] = Record(kind, stage, step, figures)
     return sorted(records.values(), key=lambda record: record.step)
 
 
-@dataclass(frozen=True)
-class Fired:
+class Fired(NamedTuple):
     """A guard that fired, as ``metrics.jsonl`` has it."""
 
+    step: int
     name: str
     stage: str
-    step: int
     message: str
 
 
 def parse_guards(text: str) -> list[Fired]:
-    """Parse the guards that fired from ``metrics.jsonl``, passing over everything else."""
-    fired = []
-    for line in text.split("\n"):
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if not isinstance(entry, dict) or entry.get("kind") != "guard":
-            continue
-        step = finite(entry.get("step"))
-        if step is not None and 0 <= step <= MOST_STEPS:
-            name, stage, message = (str(entry.get(key, "")) for key in ("name", "stage", "message"))
-            fired.append(Fired(name, stage, int(step), message))
-    return fired
+    """Parse the guards that fired from ``metrics.jsonl``."""
+    return [
+        Fired(step, *(str(entry.get(key, "")) for key in Fired._fields[1:]))
+        for step, entry in _entries(text)
+        if entry.get("kind") == "guard"
+    ]
 
 
 def find_stages(records: Iterable[Record]) -> list[str]:
@@ -152,6 +146,12 @@ class Answer(Part):
     probability: Figure = None
 
 
+class Swapped(Answer):
+    """What the model predicts with another text's thought."""
+
+    thought: str = ""
+
+
 class Sample(Part):
     """One held-out problem, or one position in a text."""
 
@@ -160,20 +160,19 @@ class Sample(Part):
     truth: str = ""
     without_thoughts: Answer = Answer()
     with_thoughts: Answer = Answer()
+    swapped: Swapped | None = None
     mixing_weight: Figure = None
     right_thought: bool | None = None
     correct: bool | None = None
 
+    def is_right(self, answer: Answer) -> bool:
+        """Return True if an answer is the correct one."""
+        return answer.prediction.strip() == self.truth.strip()
+
     @property
     def correct_with(self) -> bool:
         """True if the answer with thoughts is correct, by comparison if the file does not say."""
-        by_text = self.with_thoughts.prediction.strip() == self.truth.strip()
-        return by_text if self.correct is None else self.correct
-
-    @property
-    def correct_without(self) -> bool:
-        """True if the answer without thoughts is the correct one."""
-        return self.without_thoughts.prediction.strip() == self.truth.strip()
+        return self.is_right(self.with_thoughts) if self.correct is None else self.correct
 
 
 @dataclass(frozen=True)
@@ -186,16 +185,12 @@ class Followed:
 
 
 def parse_thoughts(text: str) -> list[Followed]:
-    """Parse ``thoughts.jsonl``, passing over lines that are half written or something else."""
+    """Parse ``thoughts.jsonl``, passing over what is damaged."""
     found = []
-    for line in text.split("\n"):
-        with suppress(ValueError, RecursionError):  # of pydantic, too
-            entry = json.loads(line, object_hook=_current)
-            if isinstance(entry, dict):
-                step = finite(entry.get("step"))
-                samples = Samples.model_validate(entry).samples
-                if samples and step is not None and 0 <= step <= MOST_STEPS:
-                    found.append(Followed(str(entry.get("stage", "")), int(step), samples))
+    for step, entry in _entries(text):
+        with suppress(ValueError):  # pydantic's
+            if samples := Samples.model_validate(entry).samples:
+                found.append(Followed(str(entry.get("stage", "")), step, samples))
     return found
 
 

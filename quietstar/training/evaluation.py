@@ -10,7 +10,7 @@ is content. Thoughts are swapped among texts where all have answers, within each
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any
 
@@ -87,13 +87,17 @@ def evaluate(run: StageRun) -> tuple[dict[str, float], list[dict[str, Any]]]:
         option = "training.eval_controls (generic): its text"
         length = model.thoughts.length
         generic = generic_tokens(run.reporter.tokenizer, length, GENERIC_TEXT, option)
-    samples: list[tuple[int, dict[str, Any]]] = []
+    samples: dict[int, dict[str, Any]] = {}
 
-    def follow(batch: Batch, thoughts: Thoughts) -> None:
+    def follow(batch: Batch, kind: str, thoughts: Thoughts) -> None:
         for row, number in enumerate(batch.sample_ids.tolist()):
             if number < NUM_SAMPLES:
                 sample = _sample(batch, thoughts, row, run.reporter.tokenizer)
-                samples.extend([(number, sample)] if sample else [])
+                if sample and kind == SWAPPED:
+                    other = {"thought": sample["thought"], **sample["with_thoughts"]}
+                    samples[number][SWAPPED] = other
+                elif sample:
+                    samples[number] = sample
 
     parts = passes * len(batches)
     with accelerator.autocast(), run.reporter.evaluating(len(run.eval_data), parts) as count:
@@ -123,7 +127,7 @@ def evaluate(run: StageRun) -> tuple[dict[str, float], list[dict[str, Any]]]:
     result = figures({kind: total.reduced(accelerator) for kind, total in totals.items()})
     if "accuracy_without_thoughts" in result:
         result["num_answers"] = float(len(run.eval_data))
-    by_text = dict(gather_object(samples))  # what two ranks have read is the same
+    by_text = dict(gather_object(list(samples.items())))  # what two ranks have read is the same
     return result, [by_text[number] for number in sorted(by_text)]
 
 
@@ -143,14 +147,15 @@ def compare(
     gather: Callable[[list[TextThoughts]], list[TextThoughts]] = lambda texts: texts,
     names: Sequence[str] = (SWAPPED, PAUSE),
     generic: Sequence[int] = (),
-    follow: Callable[[Batch, Thoughts], object] = lambda batch, thoughts: None,
+    follow: Callable[[Batch, str, Thoughts], object] = lambda batch, kind, thoughts: None,
 ) -> dict[str, ThoughtMetrics]:
     """Scores texts with the model's greedy thoughts (``own``) and with each control of ``names``.
 
     Swapped thoughts are missing where there is nothing to swap with (`plan_swap`). ``advance`` is
     called twice a batch. The first ``counted`` batches count, by default all; the others are only
     read. ``gather`` joins the thoughts of all ranks, to swap them over the whole set. ``generic``
-    are the tokens of the generic text. ``follow`` is given each batch with its scored thoughts.
+    are the tokens of the generic text. ``follow`` is given each batch with its own scored thoughts,
+    and later with swapped ones.
     """
     parts: dict[str, list[ThoughtMetrics]] = {kind: [] for kind in ("own", *names)}
     thoughts_of_batches = []
@@ -159,7 +164,7 @@ def compare(
         where = {"positions": positions, "sample_ids": batch.sample_ids, "text": text_run}
         own = model.sample(batch.input_ids, **where)
         scored = _score(model, batch, own, positions, text_run)
-        follow(batch, scored)
+        follow(batch, "own", scored)
         metrics = _metrics(batch, scored)
         if batch.rationale.shape[1] > 0:
             sampled = model.sample(batch.input_ids, num_thoughts=SAMPLES, temperature=1.0, **where)
@@ -182,7 +187,8 @@ def compare(
                 given = torch.stack([swap(text, own.shape[2]) for text in texts]).to(own.device)
             else:
                 continue
-            parts[name].append(score_batch(model, batch, given, positions, text_run))
+            see = partial(follow, batch, SWAPPED) if name == SWAPPED else lambda scored: None
+            parts[name].append(score_batch(model, batch, given, positions, text_run, see))
         advance()
     return {kind: reduce(add, metrics[:counted]) for kind, metrics in parts.items() if metrics}
 
@@ -201,9 +207,12 @@ def score_batch(
     thoughts: Tensor,
     positions: Tensor | None = None,
     text_run: TextRun | None = None,
+    see: Callable[[Thoughts], object] = lambda scored: None,
 ) -> ThoughtMetrics:
-    """Scores a batch with given thoughts (at given positions), behind texts that ran or run now."""
-    return _metrics(batch, _score(model, batch, thoughts, positions, text_run))
+    """Scores a batch with given thoughts (at given positions); ``see`` is given the scored ones."""
+    scored = _score(model, batch, thoughts, positions, text_run)
+    see(scored)
+    return _metrics(batch, scored)
 
 
 def _score(

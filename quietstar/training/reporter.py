@@ -42,9 +42,9 @@ from quietstar.training.stages import Stage
 METRICS_FILE, THOUGHTS_FILE = "metrics.jsonl", "thoughts.jsonl"
 LOG_LINES = 200  # of steps, about, where there is no terminal to show a bar
 COLUMNS = {
-    "base_nll": ("base\nNLL", ".4f"),
-    "mixed_nll": ("mixed\nNLL", ".4f"),
-    "thought_nll": ("thought\nNLL", ".4f"),
+    "base_nll": ("NLL\nwithout", ".4f"),
+    "mixed_nll": ("NLL\nwith", ".4f"),
+    "thought_nll": ("NLL\nthought", ".4f"),
     "gain": ("gain of\nthinking", "+.4f"),
     "gain_of_content": ("gain of\ncontent", "+.4f"),
     "gain_over_pause": ("over\npause", "+.4f"),
@@ -52,10 +52,10 @@ COLUMNS = {
     "gold_probability_without_thoughts": ("P(gold)\nwithout", ".3f"),
     "gold_probability_with_thoughts": ("P(gold)\nwith", ".3f"),
     "gold_probability_swapped": ("P(gold)\nswapped", ".3f"),
-    "accuracy_without_thoughts": ("right\nwithout", ".3f"),
-    "accuracy_with_thoughts": ("right\nwith", ".3f"),
-    "accuracy_swapped": ("swapped\nthoughts", ".3f"),
-    "right_thoughts": ("thoughts\nright", ".3f"),
+    "accuracy_without_thoughts": ("accuracy\nwithout", ".3f"),
+    "accuracy_with_thoughts": ("accuracy\nwith", ".3f"),
+    "accuracy_swapped": ("accuracy\nswapped", ".3f"),
+    "right_thoughts": ("correct\nthoughts", ".3f"),
 }
 """Headings and formats of held-out figures."""
 SHORT_NAMES = {PAUSE: "pause", SHUFFLED: "shuffled", GENERIC: "generic", BLANK: "blank"}
@@ -443,13 +443,13 @@ class Reporter:
         for control, name in SHORT_NAMES.items():
             key = f"accuracy_{control}" if has_answers else GAINS[control]
             if key in figures and key not in keys:
-                kind, form = ("right with", ".3f") if has_answers else ("gain over", "+.4f")
+                kind, form = ("accuracy", ".3f") if has_answers else ("gain over", "+.4f")
                 columns.append((f"{kind}\n{name}", f"{figures[key]:{form}}"))
         headings = [heading for heading, _ in columns]
         if headings != self._headings:
             self._headings[:] = headings
             first = "probability of the answer" if of_answers else "NLLs and gains in nats/token"
-            self.say(f"held out: {first}, answers that are right as shares")
+            self.say(f"held out: {first}, accuracies as shares")
             for line in range(2):
                 cells = [[*heading.split("\n"), ""][line] for heading in headings]
                 self._print_row(cells, headings, style="dim")

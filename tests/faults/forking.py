@@ -71,7 +71,6 @@ def preload() -> None:
         "peft",
         "scipy.stats",
         "tensorboard",
-        "matplotlib.figure",
         "accelerate",
         "torch.utils.tensorboard",
         "datasets.load",

@@ -36,18 +36,30 @@ function level(gain) {
   return size === 0 ? "z" : (gain > 0 ? "g" : "l") + size;
 }
 
+// A table of rows of cells, which are elements, texts, or null; from column `numbers` on, numbers.
+function table(headings, rows, numbers, attributes = {}) {
+  const cells = (row, tag) => row.map((cell, i) => make(i ? tag : "th",
+    i >= numbers ? { class: "number" } : {}, ...[cell].flat()));
+  return make("table", attributes,
+    ...(headings ? [make("thead", {}, make("tr", {}, ...cells(headings, "th")))] : []),
+    make("tbody", {}, ...rows.map((row) => make("tr", {}, ...cells(row, "td")))));
+}
+
+// A box for each model, with its name if there are several.
+const named = (doc) => documents.length > 1 ? [make("p", { class: "model" }, visible(doc.model))] : [];
+
 // --- Summary: means over the text ----------------------------------------------------------------
 
-function tile(label, value, color, ...notes) {
-  return make("li", { class: "tile " + color }, make("p", { class: "label" }, label), make("p", { class: "value" }, value), make("p", { class: "note" }, ...notes));
+function tile(label, value, color, note) {
+  return make("li", { class: "tile", style: `--color: var(--${color})` }, make("p", { class: "label" }, label), make("p", { class: "value" }, value), make("p", { class: "note" }, note));
 }
 
 // Hard tokens are those whose NLL without thoughts is above the median.
 function summary(doc) {
   const s = doc.summary;
-  const halves = (figure) => ["hard", "easy"].filter((half) => s[half] !== null)
-    .map((half) => `${half} tokens ${nats(s[half][figure])}`).join(", ");
-  const tiles = make("ul", { class: "tiles more" },
+  const halves = (metric) => ["hard", "easy"].filter((half) => s[half] !== null)
+    .map((half) => `${half} tokens ${nats(s[half][metric])}`).join(", ");
+  const tiles = make("ul", { class: "tiles" },
     tile("Gain", nats(s.all.gain), "mixed", halves("gain")),
     tile("Gain of content", nats(s.all.gain_of_content), "content", halves("gain_of_content")),
     tile("Mixing weight", s.mixing_weight.toFixed(3), "mixed", "mean weight of the thought"),
@@ -55,7 +67,7 @@ function summary(doc) {
     tile("Distinct tokens", percent(s.distinct_token_ratio), "thought", "of a thought's length"));
   const over = Object.entries(doc.controls).filter(([name]) => name !== "swapped")
     .map(([name, text]) => `${text} ${nats(s.all["gain_over_" + name])}`).join(", ");
-  return make("div", {}, ...(documents.length > 1 ? [make("p", { class: "model" }, visible(doc.model))] : []), tiles,
+  return make("div", {}, ...named(doc), tiles,
     ...(over ? [make("p", { class: "hint" }, "Gain over other thoughts, nats: " + over)] : []));
 }
 
@@ -189,46 +201,38 @@ function filter() {
 
 function bar(p, color) {
   const inner = make("i");
-  inner.style.background = `var(--${color})`;
   inner.style.width = (100 * p).toFixed(1) + "%";
-  return make("span", { class: "chart-bar", "aria-hidden": "true" }, inner);
+  return make("span", { class: "chart-bar", style: `--color: var(--${color})`, "aria-hidden": "true" }, inner);
 }
 
-function chance(label, logprob, color = label) {
-  const p = Math.exp(logprob);
-  return make("tr", {}, make("th", { scope: "row" }, label),
-    make("td", { class: "number" }, percent(p)), make("td", {}, bar(p, color)));
+// Without a thought, with the thought alone, with both mixed, and mixed with others': one start.
+function chances(doc, token, thought) {
+  const rows = [["base", token.base_logprob], ["thought", thought.thought_logprob], ["mixed", thought.mixed_logprob]]
+    .map(([name, logprob]) => [name, logprob, name]);
+  for (const [name, logprob] of Object.entries(thought.controls)) {
+    rows.push([doc.controls[name], logprob, ["swapped", "pause"].includes(name) ? name : "other"]);
+  }
+  return table(null, rows.map(([label, logprob, color]) =>
+    [label, percent(Math.exp(logprob)), bar(Math.exp(logprob), color)]), 9, { class: "chances" });
 }
 
 function topTable(token, thought) {
   const columns = [["base", token.base_top], ["thought", thought.thought_top], ["mixed", thought.mixed_top]];
-  const table = make("table", {}, make("thead", {}, make("tr", {},
-    ...columns.map(([name]) => make("th", { scope: "col" }, name)))));
-  const body = make("tbody");
-  token.base_top.forEach((_, row) => {
-    body.append(make("tr", {}, ...columns.map(([, tops]) =>
-      make("td", {}, shown(tops[row].text), " ", make("span", { class: "p" }, percent(tops[row].probability))))));
-  });
-  table.append(body);
-  return table;
+  return table(columns.map(([name]) => name), token.base_top.map((_, row) =>
+    columns.map(([, tops]) => [shown(tops[row].text), " ", make("span", { class: "p" }, percent(tops[row].probability))])), 9);
 }
 
 // All thoughts of the position, a row each; the details below are of the one that is picked.
 function samples(doc, which, token) {
   const isNext = token === doc.next;
-  const headings = ["thought", ...(isNext ? ["next"] : ["p", "gain"]), "weight"];
-  const body = make("tbody");
-  token.thoughts.forEach((thought, i) => {
+  return table(["thought", ...(isNext ? ["next"] : ["p", "gain"]), "weight"], token.thoughts.map((thought, i) => {
     const pick = make("button", { type: "button", "aria-pressed": String(i === picked[which]) }, ...thought.texts.map(shown));
     pick.addEventListener("click", () => { pinned = true; picked[which] = i; detail(); });
     const top = thought.mixed_top[0];
-    const figures = isNext ? [make("td", {}, shown(top.text), " ", make("span", { class: "p" }, percent(top.probability)))]
-      : [percent(Math.exp(thought.mixed_logprob)), nats(thought.gain)].map((x) => make("td", { class: "number" }, x));
-    body.append(make("tr", {}, make("td", {}, pick), ...figures,
-      make("td", { class: "number" }, thought.mixing_weight.toFixed(2))));
-  });
-  return make("table", { class: "several" }, make("thead", {}, make("tr", {},
-    ...headings.map((name, i) => make("th", { scope: "col", ...(i && name !== "next" ? { class: "number" } : {}) }, name)))), body);
+    const metrics = isNext ? [[shown(top.text), " ", make("span", { class: "p" }, percent(top.probability))]]
+      : [percent(Math.exp(thought.mixed_logprob)), nats(thought.gain)];
+    return [pick, ...metrics, thought.mixing_weight.toFixed(2)];
+  }), isNext ? 2 : 1, { class: "several" });
 }
 
 function thoughtView(doc, which, token) {
@@ -236,45 +240,29 @@ function thoughtView(doc, which, token) {
   const thought = token.thoughts[picked[which]];
   const list = make("ol", { class: "chips" }, ...thought.texts.map((text, i) =>
     make("li", {}, shown(text), percent(thought.probabilities[i]))));
-  const parts = [];
-  if (several) parts.push(make("h3", {}, `${token.thoughts.length} thoughts`), samples(doc, which, token));
-  parts.push(make("h3", {}, several ? `Thought ${picked[which] + 1}, token by token` : "Thought"), list);
-  if (token !== doc.next) {
-    const rows = make("table", { class: "chances" }, make("tbody", {},
-      chance("base", token.base_logprob), chance("thought", thought.thought_logprob),
-      chance("mixed", thought.mixed_logprob)));
-    const others = Object.entries(thought.controls).map(([name, logprob]) =>
-      chance(doc.controls[name], logprob, ["swapped", "pause"].includes(name) ? name : "other"));
-    parts.push(make("p", {}, `mixing weight ${thought.mixing_weight.toFixed(3)}, gain ${nats(thought.gain)} nats`),
-      make("h3", {}, "Probability of the text's token"), rows);
-    if (others.length) {
-      parts.push(make("h3", {}, "The same, mixed with other thoughts"),
-        make("table", { class: "chances" }, make("tbody", {}, ...others)));
-    }
-  } else {
-    parts.push(make("p", {}, `mixing weight ${thought.mixing_weight.toFixed(3)}`));
-  }
-  parts.push(make("h3", {}, "Most likely tokens"), topTable(token, thought));
-  return make("div", { class: "one" }, ...parts);
+  const weight = `mixing weight ${thought.mixing_weight.toFixed(3)}`;
+  const heading = (text) => make("h3", {}, text);
+  return make("div", { class: "one" },
+    ...(several ? [heading(`${token.thoughts.length} thoughts`), samples(doc, which, token)] : []),
+    heading(several ? `Thought ${picked[which] + 1}, token by token` : "Thought"), list,
+    ...(token === doc.next ? [make("p", {}, weight)] : [
+      make("p", {}, `${weight}, gain ${nats(thought.gain)} nats`),
+      heading("Probability of the text's token"), chances(doc, token, thought)]),
+    heading("Most likely tokens"), topTable(token, thought));
 }
 
 function tokenView(doc, which, index) {
   const token = doc.tokens[index] ?? doc.next;
-  const box = make("div", {});
-  if (documents.length > 1) box.append(make("p", { class: "model" }, visible(doc.model)));
   if (token === doc.next) {
-    box.append(make("h2", {}, `What comes next, token ${token.position}`),
+    return make("div", {}, ...named(doc), make("h2", {}, `What comes next, token ${token.position}`),
       make("p", {}, "The text ends here, so there is no gain to measure."), thoughtView(doc, which, token));
-    return box;
   }
-  box.append(make("h2", {}, shown(token.text), ` token ${token.position}`));
+  const heading = make("h2", {}, shown(token.text), ` token ${token.position}`);
   if (token.gain === undefined) {
-    box.append(make("p", { class: "hint" }, "The first token is not predicted."));
-    return box;
+    return make("div", {}, ...named(doc), heading, make("p", { class: "hint" }, "The first token is not predicted."));
   }
-  box.append(make("p", {}, `Gain ${nats(token.gain)} nats (content ${nats(token.gain_of_content)}); NLL without thought ${(-token.base_logprob).toFixed(3)}`),
+  return make("div", {}, ...named(doc), heading, make("p", {}, `Gain ${nats(token.gain)} nats (content ${nats(token.gain_of_content)}); NLL without thoughts ${(-token.base_logprob).toFixed(3)}`),
     thoughtView(doc, which, token));
-  return box;
 }
 
 function detail() {
@@ -285,16 +273,9 @@ function detail() {
 // --- Below ---------------------------------------------------------------------------------------
 
 function frequent(doc) {
-  const body = make("tbody");
-  for (const thought of doc.summary.frequent) {
-    body.append(make("tr", {}, make("td", {}, ...thought.texts.map(shown)),
-      make("td", { class: "number" }, String(thought.count)), make("td", { class: "number" }, nats(thought.gain))));
-  }
-  return make("div", { class: "card" }, make("h2", {}, "Most frequent thoughts"),
-    ...(documents.length > 1 ? [make("p", { class: "model" }, visible(doc.model))] : []),
-    make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {},
-      make("th", { scope: "col" }, "thought"), make("th", { scope: "col", class: "number" }, "count"),
-      make("th", { scope: "col", class: "number" }, "mean gain"))), body)));
+  return make("div", { class: "card" }, make("h2", {}, "Most frequent thoughts"), ...named(doc),
+    make("div", { class: "scroll" }, table(["thought", "count", "mean gain"], doc.summary.frequent.map((thought) =>
+      [thought.texts.map(shown), String(thought.count), nats(thought.gain)]), 1)));
 }
 
 // Bins differ in width, so each names its range.
@@ -302,20 +283,15 @@ function histogram(doc) {
   const filled = doc.summary.histogram.map((bin) => bin.count > 0);
   const bins = doc.summary.histogram.slice(filled.indexOf(true), filled.lastIndexOf(true) + 1);
   const most = Math.max(...bins.map((bin) => bin.count));
-  const body = make("tbody");
-  for (const { low, high, count } of bins) {
-    const number = (x) => String(x).replace("-", "−");
-    const range = low === null ? "below " + number(high) : high === null ? number(low) + " or more"
-      : `${number(low)} to ${number(high)}`;
-    const middle = low === null ? high * 1.01 : high === null ? low * 1.01 : (low + high) / 2;
-    const fill = make("i", { class: level(middle), "aria-hidden": "true" });
-    fill.style.width = (100 * count / most).toFixed(1) + "%";
-    body.append(make("tr", {}, make("th", { scope: "row" }, range),
-      make("td", { class: "number" }, String(count)), make("td", {}, ...(count ? [fill] : []))));
-  }
-  return make("div", { class: "card" }, make("h2", {}, "Distribution of token gains (nats)"),
-    ...(documents.length > 1 ? [make("p", { class: "model" }, visible(doc.model))] : []),
-    make("table", { class: "histogram" }, body));
+  const number = (x) => String(x).replace("-", "−");
+  return make("div", { class: "card" }, make("h2", {}, "Distribution of token gains (nats)"), ...named(doc),
+    table(null, bins.map(({ low, high, count }) => {
+      const range = low === null ? "below " + number(high) : high === null ? number(low) + " or more"
+        : `${number(low)} to ${number(high)}`;
+      const fill = make("i", { class: low === null || low < 0 ? "loss" : "", "aria-hidden": "true" });
+      fill.style.width = (100 * count / most).toFixed(1) + "%";
+      return [range, String(count), fill];
+    }), 9, { class: "histogram" }));
 }
 
 byId("summary").append(make("div", { class: "pair" }, ...documents.map(summary)));
