@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -29,6 +30,7 @@ from quietstar.system.processes import leave_launch
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
     from quietstar.model.quiet_star import QuietStarForCausalLM
 
@@ -88,11 +90,11 @@ class QuietStarTrainer:
     r"""Teaches a causal LM to think before the tokens of its texts.
 
     Args:
-        model: Folder or hub id of the model.
+        model: Folder or hub id of the model; None takes that of the config.
         args: Settings of the run.
         train_dataset: A `datasets.Dataset`, a list of records, or what ``data.train`` may name.
-            Records with ``question`` and ``answer`` (or ``prompt`` and ``completion``),
-            ``messages``, or ``text``.
+            Records with ``question`` and ``answer`` (or ``prompt`` and ``completion``), perhaps
+            ``choices``; ``messages``; or ``text``.
         eval_dataset: The same, for evaluations; by default part of the training data.
         reward_funcs: Names of rewards, or functions ``f(prompts, completions, **columns)`` as in
             TRL, where ``completions`` is what the model writes after its thought (`of_texts` of
@@ -110,7 +112,7 @@ class QuietStarTrainer:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | None = None,
         args: QuietStarConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -120,13 +122,14 @@ class QuietStarTrainer:
         formatting: str | None = None,
     ) -> None:
         """Make the config of the run, and the files of its records."""
-        if not isinstance(model, str | Path):
+        if not isinstance(model, str | Path | None):
             raise UserError(
                 f"model: must be a folder or hub id, not a {type(model).__name__}. Save it with its"
                 " tokenizer, and give the folder."
             )
         args = args or QuietStarConfig()
-        settings = {"model.name_or_path": str(model), **args.settings}
+        settings = {} if model is None else {"model.name_or_path": str(model)}
+        settings |= args.settings
         output_dir = settings.get("training.output_dir", default_of("training.output_dir"))
         folder = Path(f"{output_dir}-data")
         columns: set[str] = set()
@@ -142,7 +145,8 @@ class QuietStarTrainer:
                 train_dataset, folder, "data.train"
             )
         settings |= counted(args.counted, settings, count)
-        settings = format_of(columns, formatting) | settings
+        if formatting is not None or args.config is None:  # a config knows its own fields
+            settings = format_of(columns, formatting) | settings
         if reward_funcs is not None:
             several = isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str)
             rewards: Any = reward_funcs if several else [reward_funcs]
@@ -225,6 +229,29 @@ class TrainResult:
         import pandas as pd
 
         return pd.DataFrame(self.log_history)
+
+    def plot(self) -> Figure:
+        """Draw the first metrics of the page: held out with markers, in training without."""
+        from matplotlib import pyplot
+
+        from quietstar.reports.run import CHARTS
+
+        frame = self.frame()
+        charts = [one for one in CHARTS if any(line.key in frame for line in one.lines)][:3]
+        figure, row = pyplot.subplots(
+            1, len(charts), figsize=(4.4 * len(charts), 3.4), squeeze=False, layout="constrained"
+        )
+        for axes, chart in zip(row[0], charts, strict=True):
+            lines = [line for line in chart.lines if line.key in frame]
+            for number, (line, kind) in enumerate(itertools.product(lines, ("train", "eval"))):
+                some = frame[(frame["kind"] == kind) & frame[line.key].notna()]
+                look = {"marker": "o", "label": line.name} if kind == "eval" else {}
+                alpha = 1 if kind == "eval" else 0.4
+                axes.plot(some["step"], some[line.key], c=f"C{number // 2}", alpha=alpha, **look)
+            axes.set(title=chart.title, xlabel="step", ylabel=chart.unit)
+            axes.legend(fontsize="small")
+        pyplot.close(figure)  # or a notebook shows it twice
+        return figure
 
 
 @dataclass(frozen=True)

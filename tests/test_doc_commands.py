@@ -147,6 +147,8 @@ def material(tmp_path_factory):
     for name in ("TINY", "JUDGE", "BASE"):
         base.save_pretrained(folder / name)
         load_tokenizer("bytes").save_pretrained(folder / name)
+    (folder / "HuggingFaceTB").mkdir()
+    (folder / "HuggingFaceTB" / "SmolLM2-135M-Instruct").symlink_to(folder / "TINY")
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "eval").symlink_to(ROOT / "eval")
     (folder / "DIR").mkdir()

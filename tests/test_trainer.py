@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from quietstar.config.loading import load_config
 from quietstar.config.starting import format_of
 from quietstar.data import build_data, load_tokenizer
 from quietstar.errors import ConfigError, UserError
+from quietstar.evaluation.tasks import encode, find_task
 from quietstar.registry import weighted_parts
 from quietstar.rewards import find_reward
 
@@ -57,6 +60,9 @@ def test_a_run_from_python_is_that_of_its_config_bit_for_bit(work):
     result = trainer().train()
     assert result.metrics["step"] == 2
     assert len(result.frame()) == len(result.log_history)
+    axes = result.plot().axes[0]
+    assert axes.get_title() == "Accuracy"
+    assert [*axes.lines[1].get_xdata()] == [0, 2]
     line = ["train", "--config", "runs/x/config.yaml", "--training.output_dir", "runs/y"]
     assert cli.main(line) in (None, 0)
     one, other = (load_all(work / "runs" / name).values() for name in ("x", "y"))
@@ -147,6 +153,68 @@ def test_a_template_names_the_fields_of_a_question(work):
         format_of({"a"}, "{a} {b}")
 
 
+CHOICES = [{"label": label, "text": f"thing {label}"} for label in "ABC"]
+STEM = "Which?"
+
+
+@pytest.mark.parametrize(
+    ("record", "task"),
+    [
+        ({"prompt": "Is ice cold?", "choices": [" yes", " no"], "answer": " no"}, "q.jsonl"),
+        ({"prompt": "Is ice cold?", "choices": [" yes", " no"], "answer": 1}, "q.jsonl"),
+        ({"question": {"stem": STEM, "choices": CHOICES}, "answerKey": "B"}, "commonsense_qa"),
+        ({"question": STEM, "choices": CHOICES, "answerKey": "B"}, "commonsense_qa"),
+    ],
+)
+def test_choices_are_trained_on_as_an_evaluation_scores_them(work, record, task):
+    found = find_task(task)
+    name = found.file
+    (work / name).write_text((json.dumps(record) + "\n") * 2)
+    keys = {key.partition(".")[2]: value for key, value in format_of({*record}, None).items()}
+    config = DataConfig(train=name, loss_on="answer", seq_len=80, **keys)
+    tokenizer = load_tokenizer("bytes")
+    trained = build_data(config, tokenizer, 0)[1].samples[0]
+    assert trained.ids[-1] == tokenizer.eos_token_id
+    for way in (found, find_task(name, data=config)):  # by itself, and as the training's config
+        items = way.items(work, 1)
+        (gold,) = (one for one in encode(way, items, tokenizer, None) if one.is_answer)
+        assert way is not found or gold.ids == trained.ids[:-1].tolist()
+        scored = tokenizer.decode(trained.ids[trained.targets][:-1]).strip()
+        assert tokenizer.decode(gold.scored_ids).strip() == scored == record.get("answerKey", "no")
+    assert len(items[0].choices) == (3 if "answerKey" in record else 2)
+    (work / name).write_text(json.dumps({**record, "answer": " x", "answerKey": "x"}))
+    with pytest.raises(UserError, match=rf"{name}, line 1: field answer\w* is ' ?x', .* of "):
+        build_data(config, tokenizer, 0)
+
+
+def test_a_notebook_has_one_bar_that_moves(work, monkeypatch):
+    shown = []
+
+    class Output:
+        def update(self, bars):
+            shown.append(bars._repr_mimebundle_([], [])["text/plain"])
+
+    module = SimpleNamespace(display=lambda *_, display_id=None: display_id and Output())
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=module))
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    trainer().train()
+    assert "0/2" in shown[0]
+    assert "2/2" in shown[-1]
+    assert "loss" in shown[-1]
+
+
+def test_a_config_gives_what_arguments_do_not(work):
+    assert QuietStarTrainer(args=QuietStarConfig("demo")).config.model.config is not None
+    (work / "own.yaml").write_text(
+        "data: {format: qa, answer_field: a, template: '{question}{answer}'}"
+    )
+    data = QuietStarTrainer(
+        "m", QuietStarConfig("own.yaml"), [{"question": "1", "a": "2"}] * 3
+    ).config
+    assert (data.data.answer_field, data.data.template) == ("a", "{question}{answer}")
+
+
 def test_the_record_of_a_sample_is_that_of_its_text(work):
     (work / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     config = DataConfig(train="q.jsonl", format="qa", question_field="q", answer_field="a",
@@ -174,7 +242,11 @@ def test_an_evaluation_is_a_frame(work):
 
 @pytest.mark.parametrize(
     ("record", "kind"),
-    [({"prompt": "1 and 1 is", "completion": "2"}, "qa"), ({"text": "a text of words"}, "text")],
+    [
+        ({"prompt": "1 and 1 is", "completion": "2"}, "qa"),
+        ({"prompt": "1 and 1 is", "choices": [" 2", " 3"], "answer": 0}, "qa"),
+        ({"text": "a text of words"}, "text"),
+    ],
 )
 def test_init_writes_a_config_that_trains(work, capsys, record, kind):
     (work / "mine.jsonl").write_text((json.dumps(record) + "\n") * 20)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from quietstar.cli import options
 from quietstar.cli.options import Parser, number, whole
+from quietstar.config import DataConfig
 from quietstar.config.loading import load_config
 from quietstar.config.starting import counted, format_of
 from quietstar.errors import UserError
 from quietstar.system.files import write_whole
 
+QUESTION = "Question: {question}\nAnswer: {answer}"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LOOKED_AT = 1000
 """Records whose fields and lengths are looked at."""
@@ -47,7 +49,7 @@ data:
   format: qa
   question_field: {question}
   answer_field: {answer_field}
-  template: "Question: {{question}}\\nAnswer: {{answer}}"
+  template: {template}
   loss_on: answer
   seq_len: {seq_len}
 """
@@ -104,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     records, count = _read(Path(args.data))
     if not records:
         raise UserError(f"--data ({args.data}): holds no record. Give a file with at least one.")
-    columns = set.intersection(*(set(record) for record in records))
+    columns = set.intersection(*(set(record) for record, _ in records))
     found = format_of(columns, None)
     question = args.question_field or found.get("data.question_field")
     answer = args.answer_field or found.get("data.answer_field")
@@ -126,10 +128,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
              "per_device_train_batch_size": args.per_device_train_batch_size,
              "gradient_accumulation_steps": args.gradient_accumulation_steps}  # fmt: skip
     keys = {key.partition(".")[2]: n for key, n in counted(given, {}, count).items()}
-    seq_len, longest = _lengths(args.model, records, answer)
+    template = QUESTION if args.answer_field else found.get("data.template", QUESTION)
+    fields = {"question_field": question, "answer_field": answer} if answer else {}
+    data = DataConfig(train=args.data, format=kind, template=template, **fields)
+    seq_len, longest = _lengths(args.model, records, data)
     quoted = {name: json.dumps(text, ensure_ascii=False) for name, text in (
         ("model", args.model), ("data", args.data), ("question", question),
-        ("answer_field", answer), ("output_dir", f"runs/{Path(args.out).stem}"))}  # fmt: skip
+        ("answer_field", answer), ("template", template),
+        ("output_dir", f"runs/{Path(args.out).stem}"))}  # fmt: skip
     epochs = f"{args.num_train_epochs:g} epoch{'' if args.num_train_epochs == 1 else 's'}"
     text = ((ANSWERS if kind == "qa" else TEXTS) + TRAINING).format(
         **quoted, format=kind, count=f"{count:,}", epochs=epochs, answer=longest,
@@ -144,24 +150,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Read the first records with all their fields, and count all."""
+def _read(path: Path) -> tuple[list[tuple[Mapping[str, Any], str]], int]:
+    """Read the first records with all their fields and their places, and count all."""
     from quietstar.data.sources import raw_records
 
     rows = raw_records(str(path), "--data")
-    first = [dict(row) for row in islice(rows, LOOKED_AT)]
+    first = list(islice(rows, LOOKED_AT))
     return first, len(first) + sum(1 for _ in rows)
 
 
-def _lengths(model: str, records: Sequence[dict[str, Any]], answer: str | None) -> tuple[int, int]:
+def _lengths(
+    model: str, records: Sequence[tuple[Mapping[str, Any], str]], data: DataConfig
+) -> tuple[int, int]:
     """Choose the tokens of a text, and those of an answer, that most records fit into."""
+    from quietstar.data.encoding import Encoder
+    from quietstar.data.sources import read_record, record_fields
     from quietstar.data.tokenizer import load_tokenizer
 
-    tokenizer: Any = load_tokenizer(model, what="--model")
-    texts = ["\n".join(str(value) for value in record.values()) for record in records]
-    answers = [str(record[answer]) for record in records] if answer else [""]
-    whole, parts = (
-        sorted(map(len, tokenizer(some, verbose=False)["input_ids"])) for some in (texts, answers)
-    )
-    most = whole[int(0.99 * (len(whole) - 1))] + 16  # words of the template
-    return min(MOST_TOKENS, -(-most // 32) * 32), max(2, min(64, parts[-1] + 1))
+    encoder, names = Encoder(load_tokenizer(model, what="--model"), data), record_fields(data)
+    texts = encoder([read_record(record, names, where) for record, where in records])
+    whole, longest = sorted(map(len, texts)), max(int(text.answers.sum()) for text in texts)
+    most = max(1, whole[int(0.99 * (len(whole) - 1))])
+    return min(MOST_TOKENS, -(-most // 32) * 32), max(2, min(64, longest + 1))

@@ -405,7 +405,8 @@ class DataConfig(Section):
     """Field of a record with the question (format qa), or a Jinja template of its fields."""
     answer_field: FieldOrTemplate = "answer"
     """Field of a record with the answer (format qa), or a Jinja template of its fields, such as
-    "{{ answer.split('####')[-1].strip() }}"."""
+    "{{ answer.split('####')[-1].strip() }}". Where records have choices, answer is one of them or
+    its index, and answerKey the label of one that the question then shows."""
     rationale_field: FieldOrTemplate | None = None
     """Field of a record with the gold reasoning that leads to its answer (format qa), or a Jinja
     template of its fields; evaluations compare thoughts with it, and it is never trained on."""

@@ -15,6 +15,13 @@ COUNTED = (
 """Arguments of transformers that need the data or the launch to become keys."""
 
 
+FORMS = (
+    ("question", "answer", None), ("question", "answerKey", "Q: {question}\nA: {answer}\n"),
+    ("prompt", "completion", None), ("prompt", "answer", "{question}{answer}"),
+)  # fmt: skip
+"""Fields of a question and its answer, and the template by which an evaluation scores them."""
+
+
 def default_of(key: str) -> Any:
     """Return the default of a key."""
     return fields()[key]["default"]
@@ -32,19 +39,23 @@ def format_of(columns: set[str], template: str | None) -> dict[str, Any]:
         head, _, tail = template.rpartition("{" + names[-1] + "}")
         # What precedes the answer is one template of the record's fields, and so is what closes it.
         body, end = head.rstrip(" \n"), tail.rstrip()
+        if len(names) == 2 and not end:
+            form = head.replace("{" + names[0] + "}", "{question}") + "{answer}" + tail
+            return _fields(*names) | {"data.template": form}
         answer = names[-1] if not end else "{{ " + names[-1] + " }}" + _literal(end)
-        return {
-            "data.format": "qa", "data.answer_field": answer,
-            "data.question_field": re.sub(r"\{(\w+)\}", r"{{ \1 }}", _literal(body)),
-            "data.template": "{question}" + head[len(body) :] + "{answer}" + tail[len(end) :],
-        }  # fmt: skip
+        question = re.sub(r"\{(\w+)\}", r"{{ \1 }}", _literal(body))
+        form = "{question}" + head[len(body) :] + "{answer}" + tail[len(end) :]
+        return _fields(question, answer) | {"data.template": form}
     if "messages" in columns:
         return {"data.format": "chat"}
-    for question, answer in (("question", "answer"), ("prompt", "completion")):
+    for question, answer, form in FORMS:
         if columns >= {question, answer}:
-            names = {"data.question_field": question, "data.answer_field": answer}
-            return {"data.format": "qa", **names}
+            return _fields(question, answer) | ({"data.template": form} if form else {})
     return {}
+
+
+def _fields(question: str, answer: str) -> dict[str, Any]:
+    return {"data.format": "qa", "data.question_field": question, "data.answer_field": answer}
 
 
 def _literal(text: str) -> str:

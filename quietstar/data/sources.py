@@ -30,6 +30,7 @@ from quietstar.config.messages import (
     shortened,
 )
 from quietstar.config.schema import GYM, SYNTHETIC, compile_field, is_template
+from quietstar.data.choices import resolve
 from quietstar.data.synthetic import chain_sum_steps, import_reasoning_gym, synthetic_records
 from quietstar.data.tokenizer import check_unicode
 from quietstar.errors import UserError, reading, reason_of
@@ -77,9 +78,9 @@ def record_fields(config: DataConfig, whole: bool = False) -> dict[str, str]:
 def read_record(raw: object, fields: Mapping[str, str], where: str) -> Record:
     """Picks the canonical fields, given with their raw names or templates, out of a raw record.
 
-    A null becomes empty, also in a template. Raises `UserError`, which names the record by `where`
-    (such as `train.jsonl, line 3`), if it is no object, lacks a field, a field has the wrong type,
-    or a template fails.
+    A null becomes empty, also in a template, and the answer among choices a text (`resolve`).
+    Raises `UserError`, which names the record by `where` (such as `train.jsonl, line 3`), if it is
+    no object, lacks a field, a field has the wrong type, or a template fails.
     """
     if not isinstance(raw, Mapping):
         raise UserError(
@@ -87,17 +88,18 @@ def read_record(raw: object, fields: Mapping[str, str], where: str) -> Record:
             '{"text": ...} on every line.'
         )
     record: Record = {}
+    given, _ = resolve(raw, fields, where)
     for name, field in fields.items():
         if name == WHOLE:
             record[name] = json.dumps(raw, ensure_ascii=False, default=str)
             continue
         if is_template(field):
-            text = _render(field, raw, where, name)
+            text = _render(field, given, where, name)
             record[name] = check_unicode(text, f"{where}: data.{name}_field")
             continue
-        if field not in raw:
+        if field not in given:
             raise missing_field(field, list(raw), where, name)
-        value, what = raw[field], f"{where}: field {field!r}"
+        value, what = given[field], f"{where}: field {field!r}"
         if name == "messages":
             record[name] = _read_messages([] if value is None else value, where, what)
         elif name == "positions":
@@ -279,7 +281,8 @@ def _read_parquet(file: BinaryIO, path: Path, fields: Mapping[str, str]) -> RawR
             raise UserError(f"{path}: field {field!r} stands twice: rename one of them")
     number = 0
     # A template reads any, as does a reward.
-    columns = list(named.values()) if len(named) == len(fields) else None
+    is_all = len(named) < len(fields) or _may_choose(fields, present)
+    columns = None if is_all else list(named.values())
     for batch in table.iter_batches(PARQUET_ROWS, columns=columns):
         for raw in batch.to_pylist():
             number += 1
@@ -295,8 +298,13 @@ READERS: dict[str, Callable[[BinaryIO, Path, Mapping[str, str]], RawRecords]] = 
 ENDINGS = f"{', '.join(list(READERS)[:-1])} or {list(READERS)[-1]}"
 
 
-def raw_records(value: str, key: str) -> Iterator[Mapping[str, Any]]:
-    """Yields the raw records of a file or folder, with all their fields.
+def _may_choose(fields: Mapping[str, str], present: Sequence[str]) -> bool:
+    """Tells whether records of these columns may have choices, which are read with the answer."""
+    return "answer" in fields and ("choices" in present or fields["answer"] == "answerKey")
+
+
+def raw_records(value: str, key: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yields the raw records of a file or folder, with all their fields and their places.
 
     Raises:
         UserError: There is none, or it is malformed.
@@ -313,7 +321,7 @@ def raw_records(value: str, key: str) -> Iterator[Mapping[str, Any]]:
             for raw, where in READERS[file.suffix](opened, file, shown):
                 if not isinstance(raw, Mapping):
                     raise UserError(f"{where}: a record must be an object with fields.")
-                yield raw
+                yield raw, where
 
 
 def _read_files(names: list[str], fields: dict[str, str], stamps: Any) -> Iterator[Record]:
@@ -517,6 +525,7 @@ def _open_hub(label: str, value: str, config: DataConfig, fields: Mapping[str, s
         return Source(label, rows, None)
     if len(data) == 0:
         raise UserError(f"{label}: holds no record: choose another split or subset")
+    may_choose = _may_choose(fields, data.column_names)
     for name, field in fields.items():
         if is_template(field) or name == WHOLE:
             continue
@@ -524,9 +533,9 @@ def _open_hub(label: str, value: str, config: DataConfig, fields: Mapping[str, s
             raise missing_field(field, data.column_names, label, name)
         kind = data.features[field]
         is_text = isinstance(kind, Value) and kind.dtype in ("string", "large_string", "null")
-        if name not in ("messages", "positions") and not is_text:
+        if name not in ("messages", "positions") and not is_text and not may_choose:
             raise UserError(f"{label}: field {field!r} must hold strings, not {kind}")
-    if any(map(is_template, fields.values())) or WHOLE in fields:
+    if any(map(is_template, fields.values())) or WHOLE in fields or may_choose:
 
         def read(raw: Mapping[str, Any], number: int) -> Record:
             return read_record(raw, fields, f"{label}, record {number + 1}")

@@ -45,7 +45,7 @@ from quietstar.evaluation.controls import (
 from quietstar.evaluation.scoring import Protocol
 from quietstar.evaluation.tasks import TASKS, Candidates, EncodedItem, Item, Task
 from quietstar.losses.thought_loss import next_token_entropy
-from quietstar.model.outputs import without_padding
+from quietstar.model.outputs import decode_thoughts
 from quietstar.model.quiet_star import ROUNDING, QuietStarForCausalLM
 from quietstar.system.files import append, file_kind, write_whole
 from quietstar.system.inputs import open_input
@@ -469,14 +469,11 @@ class Runner:
                         record["entropy"] = entropy[row][: one.num_scored]
                 if variant == WITH:
                     record["prompt"] = one.item.prompt
-                    tokens = thoughts[WITH][row, :, : one.num_thinking].tolist()
-                    record["thoughts"] = tokens
+                    tokens = thoughts[WITH][row, :, : one.num_thinking]
+                    record["thoughts"] = tokens.tolist()
                     if self.model.may_end_early:
-                        record |= self._lengths(thoughts[WITH][row, :, : one.num_thinking])
-                    record["thought_texts"] = [
-                        self.tokenizer.batch_decode([without_padding(one) for one in some])
-                        for some in tokens
-                    ]
+                        record |= self._lengths(tokens)
+                    record["thought_texts"] = decode_thoughts(self.tokenizer, tokens)
                 made.append(record)
             if variant == WITH and self._votes(task):
                 own_rows = [one for one in items if one.is_answer]

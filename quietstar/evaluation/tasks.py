@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from quietstar.attention.layout import IGNORE_INDEX, NO_POSITION
 from quietstar.config import DataConfig
 from quietstar.config.messages import did_you_mean_file
+from quietstar.data.choices import read_choices, read_labeled, resolve, text_field
 from quietstar.data.encoding import split_template
 from quietstar.data.marking import PATTERN_SECONDS
 from quietstar.data.sources import read_record, record_fields
@@ -32,8 +33,6 @@ TEXT_FILES = (".txt", ".md")
 MIN_CONTEXT = 8
 """Tokens at the beginning of a text that are not scored: there any second pass would help."""
 TEXT_TOKENS = 256
-MOST_CHOICES = 1000
-"""No question has more."""
 MAX_BYTES = 16 * 2**20
 """Most bytes of a text: tokenizers take more than a hundred times as much memory."""
 TOO_LONG = f"more than {MAX_BYTES >> 20} MiB, for which tokenizers take gigabytes; split it"
@@ -210,32 +209,13 @@ def _spans(name: str, tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator
 
 
 # --- From records to items ------------------------------------------------------------------------
-def _field(record: Record, path: str, where: str) -> Any:
-    value: Any = record
-    for part in path.split("."):
-        if not isinstance(value, Mapping) or value.get(part) is None:
-            known = ", ".join(record) if isinstance(record, Mapping) else "no fields"
-            raise UserError(f"{where}: field {path} is missing; the record has {known or 'none'}")
-        value = value[part]
-    return value
-
-
-def _text_field(record: Record, path: str, where: str) -> str:
-    value = _field(record, path, where)
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(
-            f"{where}: field {path} must be a text in quotes that is not empty, not {value!r}"
-        )
-    return check_unicode(value, f"{where}: field {path}")
-
-
 def _gsm8k(record: Record, number: int, where: str) -> Item:
     """Ask for the number behind ``####``, without its thousands separators.
 
     The solution before it has one line a step.
     """
-    question = _text_field(record, "question", where)
-    solution, mark, answer = _text_field(record, "answer", where).rpartition("####")
+    question = text_field(record, "question", where)
+    solution, mark, answer = text_field(record, "answer", where).rpartition("####")
     answer = answer.strip().replace(",", "")
     if not mark or not any(character.isdigit() for character in answer):
         raise UserError(f"{where}: field answer must end in `#### NUMBER`, as GSM8K's do")
@@ -255,28 +235,8 @@ def _gsm8k_cot(record: Record, number: int, where: str) -> Item:
 
 
 def _commonsense_qa(record: Record, number: int, where: str) -> Item:
-    """Read the original layout, or the hub's, which is flat."""
-    nested = isinstance(record.get("question"), Mapping)
-    stem = _text_field(record, "question.stem" if nested else "question", where)
-    choices = _field(record, "question.choices" if nested else "choices", where)
-    if isinstance(choices, Mapping):
-        columns = [_field(choices, name, where) for name in ("label", "text")]
-        if not all(isinstance(column, list) for column in columns):
-            raise UserError(f"{where}: fields label and text of choices must be lists")
-        choices = [{"label": a, "text": b} for a, b in zip(*columns, strict=True)]
-    if not isinstance(choices, list) or len(choices) < 2:
-        raise UserError(f"{where}: field choices must list at least two choices, not {choices!r}")
-    labels = tuple(_text_field(choice, "label", where) for choice in choices)
-    if len(set(labels)) < len(labels):
-        raise UserError(f"{where}: field choices has two choices of one label, {', '.join(labels)}")
-    texts = [_text_field(choice, "text", where) for choice in choices]
-    answer = _text_field(record, "answerKey", where)
-    if answer not in labels:
-        known = ", ".join(labels)
-        raise UserError(f"{where}: field answerKey is {answer!r}, which is none of {known}")
-    lines = [f"({label}) {text}" for label, text in zip(labels, texts, strict=True)]
-    prompt = "\n".join([f"Q: {stem}", *lines, "A:"])
-    return Item(str(record.get("id", number)), prompt, answer, where, labels)
+    question, labels, answer = read_labeled(record, where)
+    return Item(str(record.get("id", number)), f"Q: {question}\nA:", answer, where, labels)
 
 
 def _demo(record: Record, number: int, where: str) -> Item:
@@ -287,19 +247,23 @@ def _own(record: Record, number: int, where: str) -> Item:
     """Read a user's own record: a prompt and an answer, or a text; perhaps groups it is of."""
     name, groups = str(record.get("id", number)), _groups(record, where)
     if "text" in record:
-        return Item(name, "", _text_field(record, "text", where), where, groups=groups)
+        return Item(name, "", text_field(record, "text", where), where, groups=groups)
+    if "answerKey" in record:
+        question, labels, answer = read_labeled(record, where)
+        choices = tuple(f" {label}" for label in labels)
+        prompt, answer = f"Q: {question}\nA:", f" {answer}"
+        return Item(name, prompt, answer, where, choices=choices, groups=groups)
     if "prompt" not in record:
         raise UserError(
             f"{where}: has neither prompt nor text; its fields are {', '.join(record) or 'none'}. "
             "Say by --question-field and --answer-field which hold question and answer, or by "
             "--config FILE that they are those of a training."
         )
-    prompt = _text_field(record, "prompt", where)
+    prompt = text_field(record, "prompt", where)
     if "choices" in record:
-        choices = _choices(record, where)
-        answer = _chosen(record, choices, where)
+        choices, answer = read_choices(record, where)
         return Item(name, prompt, answer, where, choices=choices, groups=groups)
-    return Item(name, prompt, _text_field(record, "answer", where), where, groups=groups)
+    return Item(name, prompt, text_field(record, "answer", where), where, groups=groups)
 
 
 def _questions(data: DataConfig, keeps_space: bool) -> Callable[[Record, int, str], Item]:
@@ -312,6 +276,7 @@ def _questions(data: DataConfig, keeps_space: bool) -> Callable[[Record, int, st
 
     def read(record: Record, number: int, where: str) -> Item:
         try:
+            _, choices = resolve(record, names, where)
             texts = read_record(record, names, where)
         except UserError as problem:  # of a part that knows the keys of a config only
             message = str(problem).replace(", or data.format", "")
@@ -324,9 +289,11 @@ def _questions(data: DataConfig, keeps_space: bool) -> Callable[[Record, int, st
                 f"{where}: its answer ({names['answer']}) is empty. Leave the record out, or name "
                 "another field or template by --answer-field."
             )
-        answer = space + answer if keeps_space else answer
+        before = space if keeps_space else ""
+        answer, choices = before + answer, tuple(before + choice for choice in choices)
         prompt, groups = opening.replace("{question}", question), _groups(record, where)
-        return Item(str(record.get("id", number)), prompt, answer, where, groups=groups)
+        name = str(record.get("id", number))
+        return Item(name, prompt, answer, where, choices=choices, groups=groups)
 
     return read
 
@@ -342,31 +309,6 @@ def _groups(record: Record, where: str) -> dict[str, str]:
             f'{{"hops": 2}}, not {groups!r}'
         )
     return {check_unicode(k, where): check_unicode(str(v), where) for k, v in groups.items()}
-
-
-def _choices(record: Record, where: str) -> tuple[str, ...]:
-    choices = record["choices"]
-    if not isinstance(choices, list) or len(choices) < 2 or len(choices) > MOST_CHOICES:
-        raise UserError(
-            f"{where}: field choices must list from 2 to {MOST_CHOICES} texts, such as "
-            f'[" yes", " no"], not {str(choices)[:80]}'
-        )
-    texts = [_text_field({"choices": choice}, "choices", where) for choice in choices]
-    if len(set(texts)) < len(texts):
-        raise UserError(f"{where}: field choices has a text twice. Leave one out.")
-    return tuple(texts)
-
-
-def _chosen(record: Record, choices: Sequence[str], where: str) -> str:
-    answer = _field(record, "answer", where)
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
-        return choices[answer]
-    if isinstance(answer, str) and answer in choices:
-        return answer
-    raise UserError(
-        f"{where}: field answer is {answer!r}, but must be one of the choices as it is written, or "
-        f"its index from 0 to {len(choices) - 1}"
-    )
 
 
 _GSM8K: dict[str, Any] = {

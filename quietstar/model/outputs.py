@@ -290,6 +290,13 @@ def without_padding(tokens: Sequence[int]) -> list[int]:
     return [token for token in tokens if token != NO_TOKEN]
 
 
+def decode_thoughts(tokenizer: PreTrainedTokenizerBase, tokens: Int[Tensor, "*thoughts _"]) -> Any:
+    """Return the texts of thoughts, in nested lists of their shape; one thought as a text."""
+    if tokens.ndim > 1:
+        return [decode_thoughts(tokenizer, some) for some in tokens]
+    return tokenizer.decode(without_padding(tokens.tolist()))
+
+
 def of_nearest_thought(
     text: Shaped[Tensor, "batch seq"],
     mixed: Shaped[Tensor, "batch thoughts positions lookahead"],

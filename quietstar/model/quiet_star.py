@@ -75,9 +75,9 @@ from quietstar.model.outputs import (
     QuietStarOutput,
     ThoughtMetrics,
     Thoughts,
+    decode_thoughts,
     plain_metrics,
     thought_metrics,
-    without_padding,
 )
 from quietstar.model.policy import LivePolicy
 from quietstar.model.self_check import check_architecture, use_thinking_attention
@@ -979,7 +979,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         return run_text(self.causal_lm, input_ids)
 
     def decode_thoughts(self, tokens: Int[Tensor, "*thoughts length"]) -> Any:
-        """Return the texts of thoughts, in nested lists of the shape of ``thoughts``.
+        """Return the texts of thoughts, in nested lists of their shape.
 
         Args:
             tokens: As `think`, `sample` and `generate` give them; -1 follows the last of each.
@@ -989,11 +989,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         """
         if self.tokenizer is None:
             raise UserError("decode_thoughts: the model has no tokenizer. Give it one (tokenizer=)")
-        rows = [without_padding(row) for row in tokens.flatten(0, -2).tolist()]
-        texts: Any = self.tokenizer.batch_decode(rows)
-        for size in reversed(tokens.shape[1:-1]):
-            texts = [texts[start : start + size] for start in range(0, len(texts), size)]
-        return texts
+        return decode_thoughts(self.tokenizer, tokens.cpu())
 
     @torch.no_grad()
     def think(

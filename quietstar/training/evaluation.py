@@ -38,7 +38,7 @@ from quietstar.evaluation.controls import (
     make_thoughts,
     plan_swap,
 )
-from quietstar.model.outputs import ThoughtMetrics, Thoughts, without_padding
+from quietstar.model.outputs import ThoughtMetrics, Thoughts, decode_thoughts
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.system import files
 from quietstar.system.signals import acknowledge, requested
@@ -398,7 +398,7 @@ def _sample(
         is_right = bool((tokens[: len(rationale)] == rationale).all())
     return {
         "before": tokenizer.decode(ids[: position + 1]),
-        "thought": tokenizer.decode(without_padding(tokens.tolist())),
+        "thought": decode_thoughts(tokenizer, tokens),
         "truth": tokenizer.decode(truth),
         "without_thoughts": {"prediction": tokenizer.decode(base), "probability": without},
         "with_thoughts": {"prediction": tokenizer.decode(mixed), "probability": with_thoughts},

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from quietstar.config import Config, ThoughtsConfig
 from quietstar.distributed import from_main_process
 from quietstar.errors import UserError, reason_of, visible
 from quietstar.evaluation.controls import BLANK, GAINS, GENERIC, PAUSE, SHUFFLED
-from quietstar.model.outputs import QuietStarOutput, without_padding
+from quietstar.model.outputs import QuietStarOutput, decode_thoughts
 from quietstar.system import files
 from quietstar.system.signals import Stopped
 from quietstar.training.costs import TimeLeft, duration
@@ -87,9 +88,25 @@ class _Left(ProgressColumn):
 
 
 class _Bars(Progress):
-    """Bars, and below them the figures of the newest step in a line of their own."""
+    """Bars, and below them the figures of the newest step in a line of their own.
+
+    In a notebook they are redrawn in one output, which rich does only with ipywidgets.
+    """
 
     figures = ""
+    output: Any = None
+
+    def start(self) -> None:
+        """Show the bars."""
+        super().start()
+        if self.console.is_jupyter:
+            self.output = import_module("IPython.display").display(self, display_id=True)
+
+    def refresh(self) -> None:
+        """Draw the bars anew."""
+        super().refresh()
+        if self.output is not None:
+            self.output.update(self)
 
     def get_renderables(self) -> Iterator[RenderableType]:
         """Yield what is drawn, from top to bottom."""
@@ -101,10 +118,10 @@ class _Bars(Progress):
 class Reporter:
     """Reports a run on the main process; on the others every call does nothing.
 
-    It begins after ``start_step`` steps, and is a context: inside, there is a bar on a terminal.
-    ``on_report`` is called with the run folder and a sentence on how far the run is, after reported
-    steps and held-out evaluations, as long as it takes at most 3% of the time. A disk that fails
-    does not end the run: what cannot be written is said, and records are kept until they can be.
+    It begins after ``start_step`` steps, and is a context: inside, a terminal or a notebook has a
+    bar. ``on_report`` is called with the run folder and a sentence on how far the run is, after
+    reported steps and held-out evaluations, as long as it takes at most 3% of the time. A disk that
+    fails does not end the run: what cannot be written is said, and records are kept until they can.
 
     Attributes:
         evaluations: Steps and figures of the stage's evaluations in this process.
@@ -127,6 +144,7 @@ class Reporter:
         self._total = stages[-1].last_step
         self.active = accelerator.is_main_process
         self.console = Console(stderr=False, highlight=False)
+        self._has_bar = self.console.is_terminal or self.console.is_jupyter
         self.path = Path(config.training.output_dir) / METRICS_FILE
         self.evaluations: list[tuple[int, dict[str, float]]] = []
         self.has_evaluation = False
@@ -156,7 +174,8 @@ class Reporter:
 
     def __enter__(self) -> Reporter:
         """Show the bar."""
-        self.bar.start()
+        if self.active:
+            self.bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -313,7 +332,8 @@ class Reporter:
         self._write("train", step, figures)
         text = self._line(figures)
         self.bar.figures = text
-        if not self.console.is_terminal and self._is_due(step, max(1, self._total // LOG_LINES)):
+        self.bar.refresh()
+        if not self._has_bar and self._is_due(step, max(1, self._total // LOG_LINES)):
             left = self.seconds_left()
             left = "" if left is None or step == self._total else f"  {duration(left)} left"
             self.say(f"step {step:>5}/{self._total}  {text}{left}")
@@ -331,7 +351,7 @@ class Reporter:
         }
         parts["s/step"] = f"{figures['seconds']:.1f} s/step"
         for name in DROPPED_FIRST:
-            if self.console.is_terminal and len("  ".join(parts.values())) > self.console.width:
+            if self._has_bar and len("  ".join(parts.values())) > self.console.width:
                 parts.pop(name, None)
         return "  ".join(parts.values())
 
@@ -343,8 +363,7 @@ class Reporter:
             place = int((output.positions[0] >= 0).sum()) // 2
             position = max(0, int(output.positions[0, place]))
         before = self.tokenizer.decode(output.input_ids[0, max(0, position - 15) : position + 1])
-        tokens = without_padding(output.thoughts[0, 0, place].tolist())
-        thought = self.tokenizer.decode(tokens)
+        thought = decode_thoughts(self.tokenizer, output.thoughts[0, 0, place])
         self.say(f"thought after {before!r}: {thought!r}")
 
     @contextmanager
@@ -352,7 +371,7 @@ class Reporter:
         """Shows a second bar, or says what takes so long; yields what is called after each part."""
         began, done = time.perf_counter(), 0
         times = self._time_left.times["evaluation", self.stage.index]
-        if not self.console.is_terminal:
+        if not self._has_bar:
             about = f", about {duration(times[-1])}" if times else ""
             self.say(f"evaluating on {num_texts} held-out texts{about}")
 
@@ -363,6 +382,7 @@ class Reporter:
             done += 1  # from the first part on, its time predicts that of the others
             times.append((time.perf_counter() - began) * num_parts / done)
             self.bar.advance(task)
+            self.bar.refresh()
 
         def left() -> float | None:
             return max(0.0, times[-1] - (time.perf_counter() - began)) if times else None
