@@ -221,8 +221,9 @@ class TrainResult:
     @property
     def log_history(self) -> list[dict[str, Any]]:
         """All records of metrics.jsonl."""
-        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        from quietstar.training.reporter import METRICS_FILE, read_metrics
+
+        return read_metrics(self.folder / METRICS_FILE)[0]
 
     def frame(self) -> pd.DataFrame:
         """Return the records as a data frame, one a row."""

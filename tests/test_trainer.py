@@ -206,13 +206,10 @@ def test_a_notebook_has_one_bar_that_moves(work, monkeypatch):
 
 def test_a_config_gives_what_arguments_do_not(work):
     assert QuietStarTrainer(args=QuietStarConfig("demo")).config.model.config is not None
-    (work / "own.yaml").write_text(
-        "data: {format: qa, answer_field: a, template: '{question}{answer}'}"
-    )
-    data = QuietStarTrainer(
-        "m", QuietStarConfig("own.yaml"), [{"question": "1", "a": "2"}] * 3
-    ).config
-    assert (data.data.answer_field, data.data.template) == ("a", "{question}{answer}")
+    (work / "own.yaml").write_text("data: {format: qa, question_field: a, answer_field: b}")
+    rows = [{"question": "1", "answer": "2", "a": "3", "b": "4"}] * 3
+    data = QuietStarTrainer("m", QuietStarConfig("own.yaml"), rows).config.data
+    assert (data.question_field, data.answer_field) == ("a", "b")
 
 
 def test_the_record_of_a_sample_is_that_of_its_text(work):

@@ -112,11 +112,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     answer = args.answer_field or found.get("data.answer_field")
     if (question is None) != (answer is None):
         raise UserError("--question-field: needs --answer-field, too. Give both.")
-    if missing := {name for name in (question, answer) if name is not None} - columns:
-        raise UserError(
-            f"--data ({args.data}): not all records have {' and '.join(sorted(missing))} (all have "
-            f"{', '.join(sorted(columns))}). Give --question-field and --answer-field."
-        )
     kind = "qa" if answer else found.get("data.format", "text")
     if kind == "text" and "text" not in columns:
         raise UserError(

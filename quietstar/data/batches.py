@@ -391,12 +391,12 @@ def build_data(
         # Seeds of generated problems overlap when they are close: start behind the training ones.
         behind, size = seed + num_problems(config), config.eval_sequences
         held_out = open_source(config.eval, config, behind, "data.eval", size)
+    if held_out is not None:
+        eval_samples, eval_count = evaluate_on(held_out, config, encoder, seed)
     if source.table is None:
         samples = StreamSamples(source, encoder, config, seed)
         if held_out is None:
             eval_samples, eval_count = samples.hold_out()
-        else:
-            eval_samples, eval_count = evaluate_on(held_out, config, encoder, seed)
         report = DataReport(source.label, None, eval_count, len(eval_samples))
     else:
         documents = prepare(source, config, encoder)
@@ -411,9 +411,7 @@ def build_data(
             order = keyed_rng(seed, HELD_OUT).permutation(count)
             apart = documents.select(np.sort(order[:held]))
             documents = documents.select(np.sort(order[held:]))
-            eval_samples, eval_count = held_out_samples(apart, config, seed, source.label)
-        else:
-            eval_samples, eval_count = evaluate_on(held_out, config, encoder, seed)
+            eval_samples, eval_count = held_out_samples(apart, config, seed)
         sequences = documents.join(config)
         samples = MapSamples(sequences, config, seed)
         lengths, scale = sequences.lengths, 1.0
@@ -493,11 +491,11 @@ def evaluate_on(
     """Chooses the sequences of an evaluation; as `held_out_samples`, of a stream its head."""
     if source.table is None:
         return StreamSamples(source, encoder, config, seed).hold_out()
-    return held_out_samples(prepare(source, config, encoder), config, seed, source.label)
+    return held_out_samples(prepare(source, config, encoder), config, seed)
 
 
 def held_out_samples(
-    documents: Documents, config: DataConfig, seed: int, label: str
+    documents: Documents, config: DataConfig, seed: int
 ) -> tuple[list[Encoded], int]:
     """Chooses the sequences of an evaluation, at most `eval_sequences`.
 

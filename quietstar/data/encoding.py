@@ -362,15 +362,7 @@ class Documents:
 
     def __getitem__(self, index: int) -> Encoded:
         """Returns one document."""
-        row: Any = self.table[int(index)]
-        return Encoded(
-            np.asarray(row["ids"], np.int32),
-            np.asarray(row["targets"], np.bool_),
-            np.asarray(row["answers"], np.bool_),
-            int(row["answer_start"]),
-            np.asarray(row["rationale"], np.int32),
-            np.asarray(row["marked"], np.bool_),
-        )
+        return _encoded(self.table[int(index)])
 
     def select(self, indices: Int[np.ndarray, " chosen"], dropped: int = 0) -> "Documents":
         """Returns the documents at these indices, where others were dropped."""
@@ -385,16 +377,7 @@ class Documents:
             return self
 
         def join(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-            ids = (np.asarray(row, np.int32) for row in batch["ids"])
-            targets, answers, marked = (
-                [np.asarray(row, np.bool_) for row in batch[name]]
-                for name in ("targets", "answers", "marked")
-            )
-            documents = (
-                Encoded(i, t, a, marked=m)
-                for i, t, a, m in zip(ids, targets, answers, marked, strict=True)
-            )
-            return _columns(chunks(documents, config.seq_len))
+            return _columns(chunks(map(_encoded, _rows(batch)), config.seq_len))
 
         table, lengths = _map(self.table, join)
         return Documents(table, lengths, self.dropped)
@@ -406,8 +389,7 @@ def prepare(source: Source, config: DataConfig, encoder: Encoder) -> Documents:
     assert records is not None, "a stream has no table"
 
     def encode(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        rows = zip(*batch.values(), strict=True)
-        return _columns(encoder([dict(zip(batch, row, strict=True)) for row in rows]))
+        return _columns(encoder(_rows(batch)))
 
     rows = {"records": records, "rows": np.arange(len(records))}
     if config.spans == "random" and records.data.nbytes > EXACT_BYTES:
@@ -419,6 +401,17 @@ def prepare(source: Source, config: DataConfig, encoder: Encoder) -> Documents:
         raise UserError(f"{source.label}: every record is empty: give text to learn from")
     documents = Documents(table, lengths, **rows)
     return documents.select(np.flatnonzero(filled), int((~filled).sum()))
+
+
+def _encoded(row: Mapping[str, Any]) -> Encoded:
+    ids = {name: np.asarray(row[name], np.int32) for name in ("ids", "rationale")}
+    masks = {name: np.asarray(row[name], np.bool_) for name in ("targets", "answers", "marked")}
+    return Encoded(**ids, **masks, answer_start=int(row["answer_start"]))
+
+
+def _rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = zip(*columns.values(), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def _columns(documents: Iterable[Encoded]) -> dict[str, list[Any]]:

@@ -195,13 +195,19 @@ def _read_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, str]]:
                 f"{path}, line {number}: is longer than {MOST_LINE_BYTES // 2**20} MiB, more than a"
                 " tokenizer has memory for: split it into several"
             )
-        try:
-            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}, line {number}: byte {error.object[error.start]:#04x} is no UTF-8:"
-                " save the file as UTF-8"
-            ) from error
+        yield number, _decode(line, path, number)
+
+
+def _decode(content: bytes, path: Path, first: int) -> str:
+    """Decodes what begins at this line of a file."""
+    try:
+        return content.decode("utf-8-sig" if first == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        line = first + content.count(b"\n", 0, error.start)
+        raise UserError(
+            f"{path}, line {line}: byte {content[error.start]:#04x} is no UTF-8: save the file as"
+            " UTF-8"
+        ) from error
 
 
 def _read_json(file: BinaryIO, path: Path, fields: Mapping[str, str]) -> RawRecords:
@@ -227,14 +233,7 @@ def _read_list(file: BinaryIO, path: Path) -> str:
             f"{path}: is a list of more than {MOST_LIST_BYTES // 2**30} GiB, which can only be read"
             " as a whole: write one record a line instead, as .jsonl"
         )
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = 1 + content.count(b"\n", 0, error.start)
-        raise UserError(
-            f"{path}, line {line}: byte {content[error.start]:#04x} is no UTF-8: save the file as"
-            " UTF-8"
-        ) from error
+    return _decode(content, path, 1)
 
 
 def _parse_json(text: str, path: Path, line: int | None, rule: str) -> Any:

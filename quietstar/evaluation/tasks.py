@@ -99,9 +99,9 @@ class Task:
             start = synthetic_records("demo", "moves", options, 512, seed=0, held_out=True)
             records = ((record, f"demo problem {n}") for n, record in enumerate(start()))
         elif self.file == self.name:
-            records = read_lines(Path(self.file), self.name)
+            records = _records(Path(self.file), self.name)
         elif data_dir is not None or self.hub is None:
-            records = read_lines((data_dir or Path()) / self.file, self.name)
+            records = _records((data_dir or Path()) / self.file, self.name)
         else:
             from datasets import load_dataset
 
@@ -164,37 +164,41 @@ def parse_object(line: bytes) -> dict[str, Any]:
     return record
 
 
-def read_lines(path: Path, task: str) -> Iterator[tuple[Record, str]]:
-    """Read the records of a JSONL file, each with its place.
+def read_objects(path: Path, what: str) -> Iterator[tuple[dict[str, Any], bytes, str]]:
+    """Read the objects of a JSONL file; yields each with its line and place.
 
     Raises:
-        UserError: There is no such file, or a line is no object.
+        UserError: ``what`` cannot be read, or a line is no object.
     """
-    remedy = "Mend the line."
-    own = task == str(path)
-    with reading(task, "Check the name."):
-        path = path.expanduser()
-        if not path.exists():
-            if own:
-                meant = did_you_mean_file(path) or "; check the name"
-                raise UserError(f"--tasks ({task}): there is no such file{meant}")
-            raise UserError(
-                f"--tasks ({task}): there is no file {path}. Give the folder that holds "
-                f"{path.name} as --data-dir."
-            )
+    with reading(what, "Give a JSONL file."):
         file = open_input(path)
     with file:
         for number in itertools.count(1):
-            where = f"{path}, line {number}"
-            with reading(where, remedy):
+            where = f"{what}, line {number}"
+            with reading(where, "Mend the line."):
                 line = file.readline(MAX_BYTES + 1)
                 if len(line) > MAX_BYTES:
                     raise ValueError(f"it has {TOO_LONG}")
-                record = parse_object(line.removeprefix(b"\xef\xbb\xbf")) if line.strip() else None
-            if record is not None:
-                yield record, where
-            elif not line:
-                return
+                if not line:
+                    return
+                if not line.strip():
+                    continue
+                record = parse_object(line.removeprefix(b"\xef\xbb\xbf"))
+            yield record, line, where
+
+
+def _records(path: Path, task: str) -> Iterator[tuple[Record, str]]:
+    """Read the records of a task's file, each with its place."""
+    own, path = task == str(path), path.expanduser()
+    with reading(task, "Check the name."):
+        is_there = path.exists()
+    if not is_there:
+        lack = f"file {path}. Give the folder that holds {path.name} as --data-dir."
+        if own:
+            lack = f"such file{did_you_mean_file(path) or '; check the name'}"
+        raise UserError(f"--tasks ({task}): there is no {lack}")
+    for record, _, where in read_objects(path, str(path)):
+        yield record, where
 
 
 def _spans(name: str, tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator[Item]:

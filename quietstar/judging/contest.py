@@ -19,9 +19,9 @@ from quietstar.errors import UserError, reading
 from quietstar.evaluation.runner import settings_changes
 from quietstar.evaluation.scoring import refuse_not_finite
 from quietstar.evaluation.statistics import interval
-from quietstar.evaluation.tasks import parse_object
+from quietstar.evaluation.tasks import parse_object, read_objects
 from quietstar.generation.generate import most_tokens
-from quietstar.judging.labels import Label, Pair, read_objects
+from quietstar.judging.labels import Label, Pair
 from quietstar.system.files import file_kind, write_json
 from quietstar.system.inputs import open_input
 
@@ -53,7 +53,7 @@ def read_prompts(path: Path, limit: int | None) -> list[str]:
         UserError: The file cannot be read, has no prompts, or a line has none.
     """
     prompts: list[str] = []
-    for record, _, where in itertools.islice(read_objects(path, "--prompts"), limit):
+    for record, _, where in itertools.islice(read_objects(path, f"--prompts ({path})"), limit):
         prompt = record.get("prompt")
         if not isinstance(prompt, str) or not prompt:
             raise UserError(f"{where}: has no text prompt. Mend the line.")

@@ -18,7 +18,7 @@ from quietstar.data.tokenizer import check_unicode
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.evaluation.runner import settings_changes
 from quietstar.evaluation.statistics import interval
-from quietstar.evaluation.tasks import MAX_BYTES, TOO_LONG, parse_object
+from quietstar.evaluation.tasks import parse_object, read_objects
 from quietstar.judging.judge import Comparison
 from quietstar.system.files import append, file_kind, write_json, write_whole
 from quietstar.system.inputs import open_input
@@ -49,29 +49,6 @@ class Pair:
     where: str
 
 
-def read_objects(path: Path, option: str) -> Iterator[tuple[dict[str, Any], bytes, str]]:
-    """Read the objects of a JSONL file; yields each with its line and place.
-
-    Raises:
-        UserError: The file cannot be read, or a line is no object.
-    """
-    with reading(f"{option} ({path})", "Give a JSONL file."):
-        file = open_input(path)
-    with file:
-        for number in itertools.count(1):
-            where = f"{option} ({path}), line {number}"
-            with reading(where, "Mend the line."):
-                line = file.readline(MAX_BYTES + 1)
-                if len(line) > MAX_BYTES:
-                    raise ValueError(f"it has {TOO_LONG}")
-                if not line:
-                    return
-                if not line.strip():
-                    continue
-                record = parse_object(line.removeprefix(b"\xef\xbb\xbf"))
-            yield record, line, where
-
-
 def read_pairs(path: Path, limit: int | None) -> tuple[list[Pair], str]:
     """Read the first ``limit`` pairs of a JSONL file, or all; also returns a hash of their lines.
 
@@ -81,7 +58,7 @@ def read_pairs(path: Path, limit: int | None) -> tuple[list[Pair], str]:
         UserError: The file cannot be read, has no pairs, or a line is none.
     """
     pairs, digest = [], hashlib.sha256()
-    for record, line, where in itertools.islice(read_objects(path, "--pairs"), limit):
+    for record, line, where in itertools.islice(read_objects(path, f"--pairs ({path})"), limit):
         pairs.append(_read_pair(record, where))
         digest.update(line)
     if not pairs:

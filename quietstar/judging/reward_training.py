@@ -32,8 +32,7 @@ from quietstar.data.tokenizer import check_unicode, load_tokenizer, padding_id
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.evaluation.runner import settings_changes
 from quietstar.evaluation.statistics import interval
-from quietstar.evaluation.tasks import MAX_BYTES, parse_object
-from quietstar.judging.labels import read_objects
+from quietstar.evaluation.tasks import MAX_BYTES, parse_object, read_objects
 from quietstar.judging.reward_model import RewardModel, encode_scored
 from quietstar.system.files import file_kind, remove, whole_folder, write_json
 from quietstar.system.inputs import open_input
@@ -94,7 +93,7 @@ def read_preferences(path: Path, option: str) -> list[Preference]:
         UserError: The file cannot be read, has no pairs, or a line is none.
     """
     preferences = []
-    for record, _, where in read_objects(path, option):
+    for record, _, where in read_objects(path, f"{option} ({path})"):
         preference = _preference(record, where)
         if preference.chosen != preference.rejected:
             preferences.append(preference)
