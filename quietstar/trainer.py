@@ -153,20 +153,24 @@ class QuietStarTrainer:
             settings["loss.reward"] = _reward(rewards, reward_weights)
         self.config: Config = load_config(args.config, given=settings)
 
-    def train(self, resume_from_checkpoint: bool | str | None = None) -> TrainResult:
+    def train(
+        self, resume_from_checkpoint: bool | str | None = None, overwrite: bool = False
+    ) -> TrainResult:
         """Train; under ``accelerate launch`` on all its processes.
 
         Args:
             resume_from_checkpoint: True goes on from the newest checkpoint, if there is one; or
                 the folder of a checkpoint.
+            overwrite: Whether to replace a run in its folder.
         """
         from quietstar.reports import write_report
         from quietstar.training.run import run_training
 
         atexit.register(leave_launch)  # not at the end of the run: an evaluation may follow
-        resume = resume_from_checkpoint
-        name = "auto" if resume is True else resume or None
-        final = run_training(self.config, name, on_report=write_report, more_runs=True)
+        resume = "auto" if resume_from_checkpoint is True else resume_from_checkpoint or None
+        final = run_training(
+            self.config, resume, overwrite=overwrite, on_report=write_report, more_runs=True
+        )
         return TrainResult(final.parent)
 
     def evaluate(

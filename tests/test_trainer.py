@@ -200,7 +200,9 @@ def test_a_notebook_has_one_bar_that_moves(work, monkeypatch):
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     trainer().train()
     assert "0/2" in shown[0]
+    assert any("evaluating" in text for text in shown)
     assert "2/2" in shown[-1]
+    assert "evaluating" not in shown[-1]
     assert "loss" in shown[-1]
 
 

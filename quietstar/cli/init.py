@@ -103,7 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = args.out or Path(args.data).with_suffix(".yaml").name
     args.out = str(out)
     parser.check(args)
-    records, count = _read(Path(args.data))
+    from quietstar.data.sources import raw_records
+
+    rows = raw_records(args.data, "--data")
+    records = list(islice(rows, LOOKED_AT))
+    count = len(records) + sum(1 for _ in rows)
     if not records:
         raise UserError(f"--data ({args.data}): holds no record. Give a file with at least one.")
     columns = set.intersection(*(set(record) for record, _ in records))
@@ -143,15 +147,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.say(f"memory: quietstar train --plan --config {shown}")
     options.say(f"train:  accelerate launch train.py --config {shown}")
     return 0
-
-
-def _read(path: Path) -> tuple[list[tuple[Mapping[str, Any], str]], int]:
-    """Read the first records with all their fields and their places, and count all."""
-    from quietstar.data.sources import raw_records
-
-    rows = raw_records(str(path), "--data")
-    first = list(islice(rows, LOOKED_AT))
-    return first, len(first) + sum(1 for _ in rows)
 
 
 def _lengths(

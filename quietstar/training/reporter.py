@@ -392,6 +392,7 @@ class Reporter:
             yield advance
         finally:
             self.bar.remove_task(task)
+            self.bar.refresh()
 
     def evaluation(
         self, step: int, figures: dict[str, float], samples: Sequence[Mapping[str, Any]] = ()
