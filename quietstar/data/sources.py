@@ -51,7 +51,7 @@ MOST_CHARACTERS = 10_000_000
 MOST_LINE_BYTES = 64 * 2**20  # of MOST_CHARACTERS, even if escaped
 MOST_LIST_BYTES = 2**30  # of a .json file that is one list, which is parsed as a whole
 PARQUET_ROWS = 256  # decoded at once
-RECORDS_VERSION = 1  # to be raised when `read_record` makes other records of the same rows
+RECORDS_VERSION = 2  # to be raised when `read_record` makes other records of the same rows
 MEND = "Mend the file, write it again, or leave it out."
 MOST_PROBLEMS = 10**7  # more would fill the memory
 WHOLE = "record"  # canonical field of the whole raw record
@@ -524,17 +524,8 @@ def _open_hub(label: str, value: str, config: DataConfig, fields: Mapping[str, s
         return Source(label, rows, None)
     if len(data) == 0:
         raise UserError(f"{label}: holds no record: choose another split or subset")
-    may_choose = _may_choose(fields, data.column_names)
-    for name, field in fields.items():
-        if is_template(field) or name == WHOLE:
-            continue
-        if field not in data.column_names:
-            raise missing_field(field, data.column_names, label, name)
-        kind = data.features[field]
-        is_text = isinstance(kind, Value) and kind.dtype in ("string", "large_string", "null")
-        if name not in ("messages", "positions") and not is_text and not may_choose:
-            raise UserError(f"{label}: field {field!r} must hold strings, not {kind}")
-    if any(map(is_template, fields.values())) or WHOLE in fields or may_choose:
+    is_made = WHOLE in fields or any(map(is_template, fields.values()))
+    if is_made or _may_choose(fields, data.column_names):
 
         def read(raw: Mapping[str, Any], number: int) -> Record:
             return read_record(raw, fields, f"{label}, record {number + 1}")
@@ -548,6 +539,13 @@ def _open_hub(label: str, value: str, config: DataConfig, fields: Mapping[str, s
             new_fingerprint=Hasher.hash(parts),
         )
         return Source(label, partial(iter, table), table)
+    for name, field in fields.items():
+        if field not in data.column_names:
+            raise missing_field(field, data.column_names, label, name)
+        kind = data.features[field]
+        is_text = isinstance(kind, Value) and kind.dtype in ("string", "large_string", "null")
+        if name not in ("messages", "positions") and not is_text:
+            raise UserError(f"{label}: field {field!r} must hold strings, not {kind}")
     columns = {field: name for name, field in fields.items()}
     table = data.select_columns(list(columns)).rename_columns(columns)
     return Source(label, partial(iter, table), table)
