@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -456,7 +457,7 @@ def load(
         needs_tokens = thoughts.stop or not thoughts.train_markers
         trust = hub.get("trust_remote_code", False)
         tokenizer = None
-        if needs_tokens:
+        with nullcontext() if needs_tokens else suppress(UserError):  # there may be none
             tokenizer = load_tokenizer(str(folder), trust_remote_code=trust)
         # The number of vectors is that of the file: earlier versions had one for any text.
         markers = [own[name] for name in ("start_embedding", "end_embedding") if name in own]
