@@ -391,16 +391,14 @@ def build_data(
         # Seeds of generated problems overlap when they are close: start behind the training ones.
         behind, size = seed + num_problems(config), config.eval_sequences
         held_out = open_source(config.eval, config, behind, "data.eval", size)
-    if held_out is not None:
-        eval_samples, eval_count = evaluate_on(held_out, config, encoder, seed)
+    given = None if held_out is None else evaluate_on(held_out, config, encoder, seed)
     if source.table is None:
         samples = StreamSamples(source, encoder, config, seed)
-        if held_out is None:
-            eval_samples, eval_count = samples.hold_out()
+        eval_samples, eval_count = given or samples.hold_out()
         report = DataReport(source.label, None, eval_count, len(eval_samples))
     else:
         documents = prepare(source, config, encoder)
-        if held_out is None:
+        if given is None:
             count = len(documents)
             if count < 2:
                 raise UserError(
@@ -411,7 +409,8 @@ def build_data(
             order = keyed_rng(seed, HELD_OUT).permutation(count)
             apart = documents.select(np.sort(order[:held]))
             documents = documents.select(np.sort(order[held:]))
-            eval_samples, eval_count = held_out_samples(apart, config, seed)
+            given = held_out_samples(apart, config, seed)
+        eval_samples, eval_count = given
         sequences = documents.join(config)
         samples = MapSamples(sequences, config, seed)
         lengths, scale = sequences.lengths, 1.0
