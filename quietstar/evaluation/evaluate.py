@@ -14,7 +14,7 @@ import torch
 from pydantic import BeforeValidator, Field, ValidationError
 
 from quietstar.config import Config, DataConfig
-from quietstar.config.loading import load_config
+from quietstar.config.loading import is_of_run, load_config
 from quietstar.config.messages import closest, did_you_mean
 from quietstar.config.options import (
     BatchSize,
@@ -47,6 +47,7 @@ from quietstar.evaluation.statistics import correct_for_many, summarise
 from quietstar.evaluation.tasks import TASKS, TEXT_FILES, Task, find_task
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import SETTINGS_FILE
+from quietstar.registry import trusting
 from quietstar.sampling.positions import MARKED_RULES
 from quietstar.system.processes import Processes
 from quietstar.system.progress import progress
@@ -169,7 +170,8 @@ class Evaluation:
         self.options = options
         trained = None
         if options.config is not None:
-            trained = list(load_config(options.config).stage_configs().values())[-1]
+            with trusting(not is_of_run(options.config)):  # else a run's own reward is looked for
+                trained = list(load_config(options.config).stage_configs().values())[-1]
         data = _question_fields(options, trained)
         self.tasks: list[Task | HarnessTask] = [
             find_task(name, options.separator, options.extract, data)
