@@ -18,15 +18,15 @@ def exported(source, out, capsys):
     assert not cli.main(["export", "--inspect-log", str(source), "--out", str(out)])
     said = capsys.readouterr().out.splitlines()
     assert sorted(said) == sorted(f"log: {path}" for path in out.iterdir())
-    logs = {path.name.split("_")[1]: json.loads(path.read_text()) for path in out.iterdir()}
+    logs = {}
     for path in out.iterdir():
-        log = json.loads(path.read_text())
+        created, task, key = path.stem.split("_")
+        logs[task] = log = json.loads(path.read_text())
         assert list(log) == KEYS  # readers of headers stop at samples
-        created, _, key = path.stem.split("_")
         assert created == log["eval"]["created"].replace(":", "-").replace("+", "-")
         assert key == log["eval"]["task_id"]
-        numbers = [(sample["id"], sample["epoch"]) for sample in log["samples"]]
-        assert len({*numbers}) == log["results"]["total_samples"]
+        numbers = {(sample["id"], sample["epoch"]) for sample in log["samples"]}
+        assert len(numbers) == log["results"]["total_samples"]
     return logs
 
 
@@ -76,9 +76,9 @@ def test_a_run_becomes_texts_whose_epochs_are_its_evaluations(tmp_path, capsys):
 
 
 def test_an_evaluation_becomes_a_log_of_each_task(tmp_path, capsys):
-    def record(task, variant, nll, **more):
+    def record(task, variant, values, **more):
         return {"task": task, "item": 0, "variant": variant, "id": "q7", "answer": " 4 2",
-                "metrics": {"nll": nll}, **more}  # fmt: skip
+                "metrics": {"nll": values}, **more}  # fmt: skip
 
     write_lines(tmp_path / "e.items.jsonl", [
         {"settings": {"model": "runs/mine/final"}},

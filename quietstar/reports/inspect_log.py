@@ -22,7 +22,7 @@ from quietstar.errors import UserError, reading
 from quietstar.evaluation.controls import CONTROLS, GAINS, WITH, WITHOUT, gain_over
 from quietstar.evaluation.runner import Records, read_items
 from quietstar.evaluation.statistics import choose_main_metric
-from quietstar.reports.run_files import parse_thoughts
+from quietstar.reports.run_files import Answer, parse_thoughts
 from quietstar.system.files import write_json
 from quietstar.system.inputs import open_input
 from quietstar.training.reporter import THOUGHTS_FILE
@@ -107,21 +107,21 @@ def _run_samples(text: str) -> list[Json]:
     samples = []
     for epoch, evaluation in enumerate(parse_thoughts(text), start=1):
         for number, sample in enumerate(evaluation.samples, start=1):
-            right = {WITH: sample.correct_with, WITHOUT: sample.correct_without}
-            answers = {WITH: sample.with_thoughts, WITHOUT: sample.without_thoughts}
+            answers = {name: value for name, value in sample if isinstance(value, Answer)}
             metrics = {
-                v: {"accuracy": float(right[v]), "gold_probability": answer.probability}
-                for v, answer in answers.items()
+                variant: {
+                    "accuracy": float(answer.prediction.strip() == sample.truth.strip()),
+                    "gold_probability": answer.probability,
+                }
+                for variant, answer in answers.items()
             }
+            metrics[WITH]["accuracy"] = float(sample.correct_with)
             samples.append({
                 "id": number, "epoch": epoch, "input": sample.before, "target": sample.truth,
                 "content": _content([sample.thought], [sample.with_thoughts.prediction]),
                 "scores": _scores(metrics, "gold_probability"),
-                "metadata": {
-                    "step": evaluation.step, "stage": evaluation.stage,
-                    "mixing_weight": sample.mixing_weight, "right_thought": sample.right_thought,
-                    **{f"prediction_{v}": answer.prediction for v, answer in answers.items()},
-                },
+                "metadata": {"step": evaluation.step, "stage": evaluation.stage,
+                             **sample.model_dump(exclude={"before", "thought", "truth"})},
             })  # fmt: skip
     return samples
 
@@ -159,7 +159,7 @@ def _task_samples(records: Records, task: str) -> list[Json]:
                     for variant, one in of_item.items()
                 }, main),
                 "metadata": {"id": own.get("id"), **plain.get("groups", {}),
-                             **{f"prediction_{v}": text for v, text in predicted.items()}},
+                             "predicted": predicted},
             })  # fmt: skip
     return samples
 
