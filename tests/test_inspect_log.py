@@ -57,7 +57,7 @@ def test_a_run_becomes_texts_whose_epochs_are_its_evaluations(tmp_path, capsys):
         {"stage": "think", "step": 10, "samples": [later]},
     ])  # fmt: skip
     (log,) = exported(run, tmp_path / "logs", capsys).values()
-    assert log["eval"]["model"] == "quietstar/mine"
+    assert log["eval"]["model"] == str(run)
     first, other, last = log["samples"]
     assert [one["metadata"]["step"] for one in log["samples"]] == [0, 0, 10]
     assert [(one["id"], one["epoch"]) for one in log["samples"]] == [(1, 1), (2, 1), (1, 2)]
@@ -102,7 +102,7 @@ def test_an_evaluation_becomes_a_log_of_each_task(tmp_path, capsys):
     means = {s["name"]: s["metrics"]["mean"]["value"] for s in logs["my-math"]["results"]["scores"]}
     assert means["gain"] == 1.5  # of 2 and 1
     (text,) = logs["text-txt"]["samples"]
-    assert (text["input"], parts(text)) == (" ", ["a", "4", "b", " 2"])
+    assert (text["input"], parts(text)) == (" 4 2", ["a", "4", "b", " 2"])
 
 
 @pytest.mark.parametrize(
