@@ -17,7 +17,7 @@ from quietstar.training import controls, memory_plan, run
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
-OTHERS = ("pip", "pytest", "cd", "export", "for", "do", "done", "mkdocs", "ruff", "git")
+OTHERS = ("pip", "pytest", "cd", "export", "for", "do", "done", "mkdocs", "ruff", "git", "inspect")
 """First words of commands that are not ours."""
 LM_EVAL = ["quietstar", "eval", "lm-eval"]
 

@@ -569,7 +569,7 @@ class Runner:
                 metrics = {EXACT if name == "maj@1" else name: x for name, x in metrics.items()}
             records.append({
                 "task": task.name, "item": number, "variant": variant, "id": item.id,
-                "answer": item.answer, "predicted": answers,
+                "prompt": item.prompt, "answer": item.answer, "predicted": answers,
                 "metrics": {name: [value] for name, value in metrics.items()}, "chains": texts,
             })  # fmt: skip
         return records
@@ -704,6 +704,7 @@ class HarnessTask:
                 records.append({
                     "task": self.name, "item": number, "variant": variant,
                     "id": str(sample["doc_id"]), "answer": str(sample["target"]),
+                    "prompt": str(sample["arguments"][0][0]),
                     "predicted": json.loads(predicted, parse_constant=str),
                     # A metric that is no number of a single item is left out.
                     "metrics": {k: [float(v)] for k, v in values if isinstance(v, int | float)},
