@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import itertools
+import html
 import json
 import os
 import sys
@@ -30,7 +30,6 @@ from quietstar.system.processes import leave_launch
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
     from quietstar.model.quiet_star import QuietStarForCausalLM
 
@@ -235,28 +234,10 @@ class TrainResult:
 
         return pd.DataFrame(self.log_history)
 
-    def plot(self) -> Figure:
-        """Draw the first metrics of the page: held out with markers, in training without."""
-        from matplotlib import pyplot
-
-        from quietstar.reports.run import CHARTS
-
-        frame = self.frame()
-        charts = [one for one in CHARTS if any(line.key in frame for line in one.lines)][:3]
-        figure, row = pyplot.subplots(
-            1, len(charts), figsize=(4.4 * len(charts), 3.4), squeeze=False, layout="constrained"
-        )
-        for axes, chart in zip(row[0], charts, strict=True):
-            lines = [line for line in chart.lines if line.key in frame]
-            for number, (line, kind) in enumerate(itertools.product(lines, ("train", "eval"))):
-                some = frame[(frame["kind"] == kind) & frame[line.key].notna()]
-                look = {"marker": "o", "label": line.name} if kind == "eval" else {}
-                alpha = 1 if kind == "eval" else 0.4
-                axes.plot(some["step"], some[line.key], c=f"C{number // 2}", alpha=alpha, **look)
-            axes.set(title=chart.title, xlabel="step", ylabel=chart.unit)
-            axes.legend(fontsize="small")
-        pyplot.close(figure)  # or a notebook shows it twice
-        return figure
+    def _repr_html_(self) -> str:
+        """Show the run's page in a notebook."""
+        page = html.escape((self.folder / "report.html").read_text(encoding="utf-8"))
+        return f'<iframe srcdoc="{page}" style="width: 100%; height: 50em; border: 0"></iframe>'
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,7 @@ def test_a_run_from_python_is_that_of_its_config_bit_for_bit(work):
     assert result.metrics["step"] == 2
     assert len(result.frame()) == len(result.log_history)
     assert result.model.decode_thoughts(torch.tensor([[*b"hi", -1]])) == ["hi"]
-    axes = result.plot().axes[0]
-    assert axes.get_title() == "Accuracy"
-    assert [*axes.lines[1].get_xdata()] == [0, 2]
+    assert "NLL of the next token" in result._repr_html_()
     line = ["train", "--config", "runs/x/config.yaml", "--training.output_dir", "runs/y"]
     assert cli.main(line) in (None, 0)
     one, other = (load_all(work / "runs" / name).values() for name in ("x", "y"))
