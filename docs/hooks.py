@@ -14,6 +14,7 @@ import quietstar
 from quietstar.cli.main import main
 from quietstar.config import SECTIONS, fields, loss_config
 from quietstar.registry import choices
+from quietstar.training.guards import GUARDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -164,6 +165,19 @@ def _directive(name, members=None):
     return f"::: {name}{options}"
 
 
+def guards():
+    """Return a table of the guards of training."""
+    text = "# Guards\n\n| guard | watches | fires | remedy | ends a run |\n|---|---|---|---|---|"
+    for guard in GUARDS:
+        remedy = "; ".join(
+            f"{verb} {', '.join(f'`{key}`' for key in keys)}"
+            for verb, keys in guard.remedies.items()
+        )
+        ends = "yes" if guard.is_collapse else "no"
+        text += f"\n| `{guard.name}` | {guard.title} | {guard.threshold} | {remedy} | {ends} |"
+    return text
+
+
 @cache
 def parity():
     """Return the parity table, measured now."""
@@ -177,6 +191,7 @@ GENERATED = {
     "reference/config.md": config_keys,
     "reference/commands.md": commands,
     "reference/python.md": python,
+    "reference/guards.md": guards,
     "reference/parity.md": parity,
 }
 
