@@ -1,12 +1,13 @@
 """Hooks of mkdocs: README and its neighbors are pages, and reference pages come from the code."""
 
-import contextlib
 import io
 import os
 import re
 import sys
+from contextlib import redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 from mkdocs.structure.files import File
 
@@ -64,7 +65,7 @@ def on_page_markdown(markdown, page, config, files):
 
 def config_keys():
     """Return a table for each section of the config."""
-    text = ["# Config keys", "Set a key in a YAML file, or on the command line as `--SECTION.KEY`."]
+    text = ["# Config keys", "Set them in a YAML file, or on the command line: `--KEY VALUE`."]
     for section in SECTIONS:
         text += [f"## {section}", "| key | type | default | |\n|---|---|---|---|"]
         for key, schema in fields().items():
@@ -132,16 +133,8 @@ def commands():
 
 def _help(*command):
     output = io.StringIO()
-    columns = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "88"
-    try:
-        with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
-            main([*command, "--help"])
-    finally:
-        if columns is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = columns
+    with redirect_stdout(output), patch.dict(os.environ, COLUMNS="88"), suppress(SystemExit):
+        main([*command, "--help"])
     assert output.getvalue(), command
     return output.getvalue()
 
@@ -152,7 +145,8 @@ def python():
     for name in quietstar.__all__:
         item = getattr(quietstar, name)
         if isinstance(item, type):
-            members = MODEL if name == "QuietStarForCausalLM" else None
+            members = MODEL.split() if name == "QuietStarForCausalLM" else []
+            assert all(hasattr(item, member) for member in members), members
             text.append(_directive(f"{item.__module__}.{name}", members))
     text.append("## Inputs, results, and parts")
     for module, names in PYTHON.items():
@@ -160,8 +154,8 @@ def python():
     return "\n\n".join(text)
 
 
-def _directive(name, members=None):
-    options = f"\n    options:\n      members: [{', '.join(members.split())}]" if members else ""
+def _directive(name, members=()):
+    options = f"\n    options:\n      members: [{', '.join(members)}]" if members else ""
     return f"::: {name}{options}"
 
 
