@@ -67,11 +67,11 @@ def config_keys():
     """Return a table for each section of the config."""
     text = ["# Config keys", "Set them in a YAML file, or on the command line: `--KEY VALUE`."]
     for section in SECTIONS:
-        text += [f"## {section}", "| key | type | default | |\n|---|---|---|---|"]
+        text += [f"## {section}", "| key | | type | default |\n|---|---|---|---|"]
         for key, schema in fields().items():
             if key.startswith(f"{section}."):
-                cells = f"`{key}`", _type(schema), _value(schema.get("default"))
-                text[-1] += f"\n| {' | '.join(cells)} | {_described(schema)} |"
+                cells = _described(schema), _type(schema), _value(schema.get("default"))
+                text[-1] += f"\n| `{key}` | {' | '.join(cells)} |"
         if section == "loss":
             text += ["### By objective", _objectives()]
     return "\n\n".join(text)
@@ -133,7 +133,7 @@ def commands():
 
 def _help(*command):
     output = io.StringIO()
-    with redirect_stdout(output), patch.dict(os.environ, COLUMNS="88"), suppress(SystemExit):
+    with redirect_stdout(output), patch.dict(os.environ, COLUMNS="78"), suppress(SystemExit):
         main([*command, "--help"])
     assert output.getvalue(), command
     return output.getvalue()
@@ -147,7 +147,7 @@ def python():
         if isinstance(item, type):
             members = MODEL.split() if name == "QuietStarForCausalLM" else []
             assert all(hasattr(item, member) for member in members), members
-            text.append(_directive(f"{item.__module__}.{name}", members))
+            text.append(_directive(f"quietstar.{name}", members))
     text.append("## Inputs, results, and parts")
     for module, names in PYTHON.items():
         text += [_directive(f"{module}.{name}") for name in names.split()] or [_directive(module)]
