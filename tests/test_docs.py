@@ -101,7 +101,6 @@ def parsing(tmp_path, monkeypatch):
         raise Parsed(arguments)
 
     monkeypatch.setattr(options.Parser, "read", read)
-    monkeypatch.setattr(options, "folder", options.existing)
     monkeypatch.setattr(memory_plan, "estimate_run", stop)
     monkeypatch.setattr(QuietStarForCausalLM, "from_pretrained", stop)
     monkeypatch.setattr(run, "run_training", stop)
