@@ -1,10 +1,7 @@
-"""Write docs/parity.md: worst errors of every architecture, and which ones are refused.
+"""The docs' page of parity: worst errors of every architecture, and which ones are refused.
 
-Run from anywhere: ``python tests/parity_table.py`` (15 s on one core).
+The build of the docs measures them (15 s on one core).
 """
-
-import logging
-from pathlib import Path
 
 import torch
 import transformers
@@ -14,8 +11,6 @@ from test_parity import GRADIENT_TOLERANCE, LENGTH, TOLERANCE, build, compare
 
 from quietstar import QuietStarForCausalLM
 from quietstar.errors import UserError
-
-TARGET = Path(__file__).parent.parent / "docs" / "parity.md"
 
 HEAD = """# Parity with a per-position loop
 
@@ -32,8 +27,7 @@ worst of all tensors is shown. `tests/test_parity.py` fails from {tolerance:.0e}
 {gradient_tolerance:.0e} (gradient). In float32 the loop itself is up to 1e-5 from the loop in
 float64. Last digits differ between machines.
 
-Float32 on a CPU, torch {torch}, transformers {transformers}. Written by
-`python tests/parity_table.py`.
+Float32 on a CPU, torch {torch}, transformers {transformers}.
 
 **flash**: a flash kernel for the text and small products for the block. **dense**: explicit
 scores, exact and slower; taken for soft-capped scores, sinks, and windows shorter than the text
@@ -76,8 +70,7 @@ def refused_rows() -> list[str]:
     return rows
 
 
-def main() -> None:
-    logging.disable(logging.WARNING)
+def page() -> str:
     head = HEAD.format(
         length=LENGTH,
         shorter=LENGTH - 2,
@@ -86,9 +79,4 @@ def main() -> None:
         torch=torch.__version__,
         transformers=transformers.__version__,
     )
-    rows = "\n".join(supported_rows())
-    TARGET.write_text(head + rows + "\n" + REFUSED_HEAD + "\n".join(refused_rows()) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return "\n".join([head.rstrip(), *supported_rows(), REFUSED_HEAD.rstrip(), *refused_rows()])

@@ -1,27 +1,36 @@
 """The docs' promises: every command parses as it is typed, every snippet compiles, links lead."""
 
 import re
+import runpy
 import shlex
+import shutil
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import yaml
 
+import quietstar
 from quietstar import QuietStarForCausalLM
 from quietstar.cli import main as cli
 from quietstar.cli import options
+from quietstar.config import fields
 from quietstar.config.loading import load_config
 from quietstar.errors import UserError
 from quietstar.training import controls, memory_plan, run
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
-OTHERS = ("pip", "pytest", "cd", "export", "for", "do", "done", "mkdocs", "ruff", "git", "inspect")
+OTHERS = (
+    *("pip", "pytest", "cd", "cp", "export", "for", "do", "done", "mkdocs", "ruff", "git"),
+    "inspect",
+)
 """First words of commands that are not ours."""
 LM_EVAL = ["quietstar", "eval", "lm-eval"]
 
 
+STUB = "docs/remote_thoughts.py"
+"""What a page has the reader copy."""
 WRITTEN = "written.yaml"
 
 
@@ -95,7 +104,6 @@ def parsing(tmp_path, monkeypatch):
         raise Parsed(arguments)
 
     monkeypatch.setattr(options.Parser, "read", read)
-    monkeypatch.setattr(options, "folder", options.existing)
     monkeypatch.setattr(memory_plan, "estimate_run", stop)
     monkeypatch.setattr(QuietStarForCausalLM, "from_pretrained", stop)
     monkeypatch.setattr(run, "run_training", stop)
@@ -104,6 +112,7 @@ def parsing(tmp_path, monkeypatch):
         text = page.read_text("utf-8")
         for name, code in re.findall(r"<!-- (\w+\.py) -->\n```python\n(.*?)```", text, re.S):
             (tmp_path / name).write_text(code)
+    shutil.copy(ROOT / STUB, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
@@ -146,14 +155,31 @@ def test_snippets_are_python_and_yaml(page, tmp_path):
         compile(code, str(page), "exec")
 
 
+HOOKS = runpy.run_path(str(ROOT / "docs/hooks.py"))
+MADE = {*HOOKS["PAGES"].values(), *HOOKS["GENERATED"]}
+
+
+def test_reference_pages_name_every_key_command_and_public_name():
+    pages = {page: make() for page, make in HOOKS["GENERATED"].items() if "parity" not in page}
+    assert all(f"\n| `{key}` | " in pages["reference/config.md"] for key in fields())
+    for name in ("train", "eval", "report", "judge", "reward-model", "teach", "generate", "init"):
+        assert f"\n## quietstar {name}\n" in pages["reference/commands.md"]
+    assert all(
+        f".{name}\n" in pages["reference/python.md"] + "\n"
+        for name in quietstar.__all__
+        if name != "__version__"
+    )
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files_and_headings(page):
     text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S)
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
         name, _, heading = target.partition("#")
         path = (page.parent / name) if name else page
-        if not path.exists():  # pages of the site that hooks make
-            path = ROOT / {"readme.md": "README.md"}.get(name.rpartition("/")[2], "no such page")
+        if not path.exists() and page.parent != ROOT:  # a page that hooks make for the site
+            assert path.resolve().relative_to(ROOT / "docs").as_posix() in MADE, target
+            continue
         assert path.exists(), target
         if heading and path.suffix == ".md":
             titles = re.findall(r"^#+ (.*)$", path.read_text("utf-8"), re.M)

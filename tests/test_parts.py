@@ -14,10 +14,14 @@ from quietstar.config import loss_config
 from quietstar.errors import UserError
 from quietstar.objectives import Objective
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "architecture.md"
-TUTORIAL = dict(
-    re.findall(r"<!-- (\w+)\.py -->\n```python\n(.*?)```", DOCS.read_text("utf-8"), flags=re.DOTALL)
-)
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+TUTORIAL = {
+    name: source
+    for page in ("architecture.md", "tutorials/your-reward.md")
+    for name, source in re.findall(
+        r"<!-- (\w+)\.py -->\n```python\n(.*?)```", (DOCS / page).read_text("utf-8"), re.S
+    )
+}
 
 
 @pytest.fixture

@@ -73,9 +73,7 @@ def test_every_link_and_config_that_readme_names_exists():
 
 
 def test_the_number_of_architectures_is_that_of_the_tested_ones():
-    assert f"tested on [{len(SUPPORTED)} architectures](docs/parity.md)" in README
-    page = (ROOT / "docs/parity.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| (\w+) \|", page, re.M)) >= set(SUPPORTED)
+    assert f"tested on [{len(SUPPORTED)} architectures](tests/architectures.py)" in README
 
 
 def test_it_is_a_page():

@@ -1,7 +1,6 @@
 """The stub of docs/samplers.md: a server in a process of its own draws the trainer's thoughts."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,10 +17,7 @@ from quietstar.errors import UserError
 from quietstar.training.build import build_model, find_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-STUB = re.search(
-    r"<!-- remote_thoughts.py -->\n```python\n(.*?)```",
-    (ROOT / "docs" / "samplers.md").read_text(encoding="utf-8"), flags=re.DOTALL,
-)[1]  # fmt: skip
+STUB = (ROOT / "docs" / "remote_thoughts.py").read_text(encoding="utf-8")
 OFTEN = [chr(c) for c in range(32, 72)]
 
 

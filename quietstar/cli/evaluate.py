@@ -19,7 +19,6 @@ from quietstar.evaluation.runner import ItemStore, open_store, settings_changes
 from quietstar.reports.evaluation import page_mark, task_view, write_page
 from quietstar.system.files import write_json
 from quietstar.system.processes import join_launch
-from quietstar.training.build import quiet_libraries
 
 DESCRIPTION = """Scores tasks with and without thoughts, paired item by item.
 
@@ -62,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("quietstar eval", DESCRIPTION)
     parser.options(CommandOptions)
     args: CommandOptions = parser.read(arguments)
+    from quietstar.training.build import quiet_libraries  # once the command line is valid
+
     evaluation = Evaluation(args)
     is_written = args.out or args.out_items or args.report
     idle = {"--force": None if is_written else "without a file to write"}

@@ -103,9 +103,7 @@ class Parser(argparse.ArgumentParser):
             text = " ".join((field.description or "").split()).rstrip(".")
             text = text[:1].lower() + text[1:] if text[1:2].islower() else text
             default = field.get_default(call_default_factory=True)
-            if field.is_required():
-                extra["required"] = True
-            elif default not in (None, False, (), ""):
+            if not field.is_required() and default not in (None, False, (), ""):
                 text += f" (default: {default})"
             self.add_argument(option_of(name), dest=name, default=argparse.SUPPRESS,
                               help=text.replace("%", "%%"), **extra)  # fmt: skip

@@ -3,7 +3,7 @@
 A class of options has a field with a text below it for each; `Options.of` checks values whoever
 gives them, and words what is wrong with the first one:
 
-    --limit (0): must be integer >= 1 and <= 10000000. Give another value.
+    --limit (0): must be a whole number of at least 1 and at most 10000000. Give another value.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from quietstar.config.messages import SIMILAR_NAME, closest, did_you_mean, type_text, words_of
+from quietstar.config.messages import SIMILAR_NAME, closest, did_you_mean, words_of
 from quietstar.errors import UserError, visible
 from quietstar.system.files import PARTIAL
 
@@ -40,24 +40,34 @@ class Options(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            detail = error.errors(include_url=False)[0]
+            details = error.errors(include_url=False)
+        names = [option_of(str(d["loc"][0])) if dashes else str(d["loc"][0]) for d in details]
+        wrong = [pair for pair in zip(names, details, strict=True) if pair[1]["type"] != "missing"]
+        if not wrong:
+            raise UserError(f"{', '.join(names)}: must be given")
+        option, detail = wrong[0]
         name = str(detail["loc"][0])
-        option = option_of(name) if dashes else name
         field = cls.model_json_schema()["properties"].get(name, {})
         if detail["type"] == "extra_forbidden":
             meant = did_you_mean(closest(name, [*cls.model_fields], SIMILAR_NAME))
             raise UserError(f"{option}: unknown option{meant or '; leave it out'}")
-        if detail["type"] == "missing":
-            raise UserError(f"{option}: must be given")
         if detail["type"] == "value_error":
             rule = str(detail.get("ctx", {})["error"])
         elif words := words_of(field):
             rule = f"must be one of {', '.join(words)}"
         else:
-            given = [m for m in field.get("anyOf", [field]) if m.get("type") != "null"]
-            rule = f"must be {type_text({'anyOf': given})}"
+            rule = f"must be {_bounded(field)}"
         value = visible(str(detail["input"]))
         raise UserError(f"{option} ({value}): {rule.rstrip('.')}. Give another value.")
+
+
+def _bounded(field: Mapping[str, Any]) -> str:
+    """Word the type of an option, such as ``a whole number of at least 1 and at most 1000``."""
+    member = next(m for m in field.get("anyOf", [field]) if m.get("type") != "null")
+    names = {"integer": "a whole number", "number": "a number", "string": "text"}
+    bounds = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most"}
+    limits = [f"{words} {member[key]:.15g}" for key, words in bounds.items() if key in member]
+    return f"{names.get(member.get('type'), 'true or false')} {' and '.join(limits)}".strip()
 
 
 def option_of(name: str) -> str:

@@ -28,7 +28,7 @@ class Guard:
     """A figure with a threshold, and what is said beyond it.
 
     Attributes:
-        name: Name in ``metrics.jsonl``, on the page and in docs/metrics.md.
+        name: Name in ``metrics.jsonl``, on the page and in the docs.
         title: The figure in words.
         source: Records that it is read from: training steps or held-out evaluations.
         keys: Their figures that it needs.

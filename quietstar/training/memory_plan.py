@@ -51,7 +51,7 @@ and 430 at 152k (Qwen2.5-Coder-0.5B)."""
 HEAP_OF_ALL, HEAP_OF_FEW = 1.25, 1.7
 """What glibc's heap takes for what a step has alive, since it keeps what is freed and the holes
 between what stays: where all weights train, and beside frozen ones, whose small activations stay
-between large ones that go. Measured in two and in four runs (docs/scaling.md)."""
+between large ones that go. Measured in two and in four runs (results/lab/scaling.md)."""
 MOST_LAYERS = 2_000
 TRACED_LAYERS = 2
 """Layers of the smaller of two models that are traced, whole periods of unlike layers; memory is a
