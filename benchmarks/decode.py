@@ -181,7 +181,7 @@ def _parser() -> Parser:
     parser.add_argument("--tokens", type=whole(1), default=16, help="new ones in every repeat")
     parser.add_argument("--thought-length", type=whole(1), default=8, help="T")
     parser.add_argument("--gate", type=number(0.0, 1.0, above=True), metavar="SHARE",
-                        help="share of tokens behind a thought; default: all")  # fmt: skip
+                        help="share of tokens after a thought; default: all")  # fmt: skip
     parser.add_argument("--batch-sizes", type=whole(1), nargs="+", default=[1, 8],
                         help="texts at once")  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",

@@ -72,9 +72,9 @@ def _generate(
     thoughts: Int[Tensor, " rows"],
     spec: Sampling,
 ) -> Int[Tensor, "rows length"]:
-    """Draw a thought behind one position of each text; the longest text comes first.
+    """Draw a thought after one position of each text; the longest text comes first.
 
-    As many tokens as the longest thought needs; `NO_TOKEN` behind the others' last.
+    As many tokens as the longest thought needs; `NO_TOKEN` after the others' last.
     """
     causal_lm = model.causal_lm
     dtype = embedding_weight(causal_lm).dtype

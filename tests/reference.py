@@ -66,7 +66,7 @@ def run_reference(
         model: Any; it is copied.
         input_ids: (B, S).
         lengths: Real tokens of each text; the rest is padding.
-        thoughts: (B, K, S, T), -1 behind the last token of a thought that ends early.
+        thoughts: (B, K, S, T), -1 after the last token of a thought that ends early.
         labels: (B, S), -100 where a token is no target; default: all real tokens are.
         positions: (B, S), whether there are thoughts; default: at all. Elsewhere ``thoughts`` are
             not read.
@@ -141,7 +141,7 @@ def _add_position(
     valid: list[int],
     thoughts: Tensor,
 ) -> None:
-    """All thoughts behind one token: fills the tables, adds to the terms of the loss."""
+    """All thoughts after one token: fills the tables, adds to the terms of the loss."""
     _, i = place
     if 1 in valid:
         terms["base"] = terms["base"] - base[1][i].log_softmax(-1)[text[i + 1]]
@@ -223,7 +223,7 @@ def _embed(model: QuietStarForCausalLM, tokens: Tensor) -> Tensor:
 
 
 def _sequence(model: QuietStarForCausalLM, text: Tensor, i: int, thought: Tensor) -> Tensor:
-    """Input embeddings of one thought behind text token i, with the true tokens that follow."""
+    """Input embeddings of one thought after text token i, with the true tokens that follow."""
     return torch.cat(
         [
             _embed(model, text[: i + 1]),

@@ -315,7 +315,7 @@ def test_changes_are_refused_unless_they_are_insisted_on(tmp_path, capsys):
 
 def test_a_run_resumed_under_other_settings_has_the_learning_rates_of_these(tmp_path):
     def resumed(name, **changes):
-        """Four steps more, or other ones, behind the second step."""
+        """Four steps more, or other ones, after the second step."""
         settings = {
             "training__max_steps": 4,
             "training__save_steps": 2,

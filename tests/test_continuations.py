@@ -1,4 +1,4 @@
-"""What a model writes behind thoughts, for rewards that read it."""
+"""What a model writes after thoughts, for rewards that read it."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def endless(model):
 
 
 def expected_token(model, thoughts, text, place, k, written, temperature):
-    """The next token behind a thought and what was written, by the pass that training learns by."""
+    """The next token after a thought and what was written, by the pass that training learns by."""
     position, index = int(thoughts.positions[text, place]), len(written)
     ids = torch.cat([thoughts.input_ids[text, : position + 1], written])[None]
     thought = thoughts.tokens[text, place, k].view(LENGTH, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""Judges and reward models as rewards: verdicts on what the model writes behind its thoughts."""
+"""Judges and reward models as rewards: verdicts on what the model writes after its thoughts."""
 
 import filecmp
 import json

@@ -62,7 +62,7 @@ stages:
 """
 """Thoughts end early: ranks want to end their rollouts after different numbers of tokens. The long
 ones at a few positions leave the batch then, are packed to learn from, and rewarded by what a judge
-says of the text behind them. The second stage knows earlier steps, and other weights than the
+says of the text after them. The second stage knows earlier steps, and other weights than the
 model's, as does the last, whose teacher is the model at its start."""
 
 

@@ -97,7 +97,7 @@ def write_lines(path, lines):
 
 
 def cut(arguments):
-    """The command with small settings behind the reader's own, where they are not the point."""
+    """The command with small settings after the reader's own, where they are not the point."""
     name, *words = arguments
     words = [word.removeprefix("/scratch/") for word in words]
     given = {word for word in words if word.startswith("--")}

@@ -114,7 +114,7 @@ def test_a_thought_token_reaches_only_what_comes_after_it_in_its_own_thought(qui
     assert (after.text - before.text).abs().max() < UNCHANGED
     policy = (after.policy - before.policy).abs().amax(-1)  # (T, K, B, S)
     ahead = (after.ahead - before.ahead).abs().amax(-1)
-    # Token 1 (from 0) is an input of the state that predicts token 2, and of all behind it.
+    # Token 1 (from 0) is an input of the state that predicts token 2, and of all after it.
     assert (policy[token + 1 :, k, b, i] > CHANGED).all()
     assert (ahead[:, k, b, i] > CHANGED).all()
     policy[token + 1 :, k, b, i] = 0

@@ -1,7 +1,7 @@
 """The policy gradient of the loss against the exact gradient, by enumeration of all thoughts.
 
 A problem small enough: V = D = 3 with logits = states, thoughts of T = 2 tokens, K = 2 of them, one
-text of two tokens (so one target, behind position 0), lookahead 1. The policy has the logits
+text of two tokens (so one target, after position 0), lookahead 1. The policy has the logits
 ``theta1`` (3) for the first token and ``theta2[first token]`` (3 x 3) for the second. The state
 that predicts the target is any fixed function of the thought. All 9 x 9 pairs of thoughts, weighted
 with their probabilities, give the expectation of the loss's gradient; the expected reward over the
@@ -180,7 +180,7 @@ EARLY = [
 """All thoughts of up to three tokens that end with the first token 0."""
 PREFIXES = [(), *[(a,) for a in (1, 2)], *[(a, b) for a in (1, 2) for b in (1, 2)]]
 POLICY = torch.randn(len(PREFIXES), 3, generator=_generator, dtype=torch.float64)
-"""Logits of the next token behind every thought that has not ended."""
+"""Logits of the next token after every thought that has not ended."""
 AHEAD_OF = {t: 2 * torch.randn(3, generator=_generator, dtype=torch.float64) for t in EARLY}
 
 
@@ -191,7 +191,7 @@ def early_log_probability(policy, thought):
 
 def early_loss_gradient(pair, config):
     policy = POLICY.clone().requires_grad_()
-    anything = torch.full((3,), 7.0, dtype=torch.float64)  # behind the end, and at position 1
+    anything = torch.full((3,), 7.0, dtype=torch.float64)  # after the end, and at position 1
 
     def states(thought, n):
         state = policy[PREFIXES.index(thought[:n])] if n < len(thought) else anything

@@ -299,7 +299,7 @@ def test_every_control_scores_the_whole_answer_behind_thoughts_of_any_length(
 
 
 def test_an_evaluation_of_thoughts_that_end_early_goes_on(folder, tmp_path, early):
-    """Before, the padding behind a thought was refused in the file of items."""
+    """Before, the padding after a thought was refused in the file of items."""
     settings = {"model": "early", "tasks": str(folder / "own.jsonl")}
     whole, _ = evaluated(folder, tmp_path, "--controls", "--batch-size", 1, **settings)
     path = tmp_path / "out.items.jsonl"
@@ -875,7 +875,7 @@ def test_answers_are_extracted_from_generated_texts(folder, tmp_path, capsys):
     assert "must be a regular expression" in capsys.readouterr().err
     write_lines(tmp_path / "own.jsonl", [{"text": "a text without a prompt"}])
     assert run(folder, "--extract", "x", tasks=name) == 2
-    assert "behind which nothing is generated" in capsys.readouterr().err
+    assert "after which nothing is generated" in capsys.readouterr().err
 
 
 def test_the_last_match_is_the_answer_and_patterns_without_end_are_stopped(monkeypatch):

@@ -25,7 +25,7 @@ LENGTH, NEW = 3, 5
 
 
 def slow_step(model, text):
-    """Greedy thought and mixed logits behind a text, one ordinary sequence at a time."""
+    """Greedy thought and mixed logits after a text, one ordinary sequence at a time."""
     prefix = _embed(model, text)
     base_states, base_logits = _run(model, prefix)
     block = model.start_embedding[None]
@@ -481,7 +481,7 @@ def test_the_command_thinks_as_the_model_was_trained(tmp_path, capsys, caplog):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "final").symlink_to(tmp_path / "model")
     assert count(folder="run") == 1, "a run stands for its model"
-    # The model has 128 positions: 128 tokens behind a prompt never fit, and are no default.
+    # The model has 128 positions: 128 tokens after a prompt never fit, and are no default.
     assert count(new=()) == 1
     assert most_tokens(model, thinks=True) == 128 - (1 + LENGTH + 1) + 1
     assert count("--gate", "entropy:0", "--positions", "every") == 4

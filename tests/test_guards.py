@@ -1,4 +1,4 @@
-"""Guards: each fires at its figure, once a stage, also behind a resume, and may end a run."""
+"""Guards: each fires at its figure, once a stage, also after a resume, and may end a run."""
 
 import json
 import shutil

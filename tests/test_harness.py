@@ -218,7 +218,7 @@ def test_a_model_trained_to_think_once_is_scored_so(folder):
 
     first, rest = [67], [68, 69]
     assert score(first) == pytest.approx(score(first, positions="every"), abs=1e-5)
-    # Its thought is trained on two true tokens; those behind are predicted without one.
+    # Its thought is trained on two true tokens; those after are predicted without one.
     plain = score(first + rest, thoughts="off") - score(first + rest[:1], thoughts="off")
     assert score(first + rest) == pytest.approx(score(first + rest[:1]) + plain, abs=1e-4)
     assert score(first + rest) != pytest.approx(score(first + rest, positions="every"), abs=1e-4)

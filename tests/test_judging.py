@@ -320,7 +320,7 @@ def test_the_shared_beginning_is_run_once(llama):
     shared = len("Judge well. T:")
     assert counts[0] == (1, shared)
     texts = [len(f"{p} A:{a} B:{b} Why:") for p, a, b in zip(PROMPTS, FIRST, SECOND, strict=True)]
-    # Labels and a rationale, for the longest pair, behind what is shared.
+    # Labels and a rationale, for the longest pair, after what is shared.
     longest = max(texts)
     assert counts[1] == (2, longest)
 

@@ -66,7 +66,7 @@ def marked_bytes(pattern, text, tokenizer):
         (r"\d+", "a 12 b3", [2, 6]),
         (r"=\s*(\d+)", "a = 12, b =3\nc = d", [4, 11]),
         (r"=(\d)|\n", "=1\n=x\n", [1, 2, 5]),  # group 1 where it took part, else the match
-        ("^", "ab\ncd\n", [0, 3]),  # behind the last line is no token
+        ("^", "ab\ncd\n", [0, 3]),  # after the last line is no token
         ("$", "ab\ncd", [2]),
         (r"(?<=\. )\w", "One. Two. X", [5, 10]),
         ("é", "aé€é", [1, 6]),  # the first of the tokens that share a character

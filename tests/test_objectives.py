@@ -1,7 +1,7 @@
 """The expected gradient of every objective against the derivative that its paper states.
 
 By enumeration, in float64: V = D = 3 with logits = states, thoughts of T = 2 tokens, K = 2 of them
-behind position 0 of one text, lookahead 2. The policy has the logits ``theta1`` (3) for the first
+after position 0 of one text, lookahead 2. The policy has the logits ``theta1`` (3) for the first
 token and ``theta2[first token]`` (3 x 3) for the second; the true tokens have the logits ``ahead``
 (9 thoughts x 2 tokens x 3). All 81 pairs of thoughts, weighted with their probabilities, give the
 expectation of the loss's gradient in all of these; autograd gives the derivative of the objective,
@@ -74,7 +74,7 @@ class Parameters:
         return self.token_logprobs().sum(1)
 
     def target_logprobs(self) -> Tensor:
-        """Of both true tokens behind every thought, (9, 2)."""
+        """Of both true tokens after every thought, (9, 2)."""
         return self.ahead.log_softmax(-1)[:, [0, 1], TARGETS]
 
     def mixed_logprobs(self) -> Tensor:

@@ -77,7 +77,7 @@ def test_micro_batches_change_nothing(tmp_path, positions):
 
 
 def write_questions(path):
-    """Answers of one token behind longer questions: the lookahead says where it pays to think."""
+    """Answers of one token after longer questions: the lookahead says where it pays to think."""
     rows = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a in range(5) for b in range(5)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)

@@ -128,7 +128,7 @@ def test_a_step_learns_from_them_and_counts_their_tokens():
     output = model(texts, seed=1)
     output.loss.backward()
     figures = output.metrics.means()
-    real = output.thoughts[:, :, :-1]  # behind the last token there is no target
+    real = output.thoughts[:, :, :-1]  # after the last token there is no target
     lengths = (real >= 0).sum(-1)
     assert figures["thought_length"] == pytest.approx(lengths.float().mean().item())
     pieces = pieces_of_bytes()
@@ -153,7 +153,7 @@ def test_lengths_of_micro_batches_and_ranks_pool_exactly(positions):
         parts.append(output.metrics)
         real = output.thoughts
         if output.positions is None:
-            real = real[:, :, :-1]  # behind the last token there is no target
+            real = real[:, :, :-1]  # after the last token there is no target
         else:
             real = real.transpose(1, 2)[output.positions >= 0]
         lengths += (real >= 0).sum(-1).flatten().tolist()

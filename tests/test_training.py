@@ -1,4 +1,4 @@
-"""Training runs: one trajectory for every cut, resuming, refusals, and what a run leaves behind."""
+"""Training runs: one trajectory for every cut, resuming, refusals, and what a run leaves."""
 
 import json
 import os

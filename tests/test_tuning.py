@@ -174,7 +174,7 @@ def tuned(method):
 
 
 def through_oracle(base, oracle, method, embeddings):
-    """Final states of one sequence behind the virtual tokens, by transformers' own means."""
+    """Final states of one sequence after the virtual tokens, by transformers' own means."""
     if method == "prompt":
         virtual = base.virtual_tokens.embeddings[None]
         out = oracle.model(inputs_embeds=torch.cat([virtual, embeddings], 1), use_cache=False)

@@ -1,4 +1,4 @@
-"""Blocks of tokens behind some positions of texts that ran before: where they lie, whom they see.
+"""Blocks of tokens after some positions of texts that ran before: where they lie, whom they see.
 
 The texts' keys and values are given; a pass runs block tokens alone. Each sees the text up to its
 own position and its own block up to itself. The M tokens that open a block are the same for all
@@ -52,7 +52,7 @@ class PrefixAttention:
     ) -> None:
         self.positions, self.repeats = positions.clamp(min=0), repeats
         batch_size, count = positions.shape
-        # Where the positions are on the host anyway, no key behind the last one is read.
+        # Where the positions are on the host anyway, no key after the last one is read.
         cuts_keys = on_host(positions)
         sizes = [_MASK_ELEMENTS // (batch_size * repeats * text_length), _PIECE_POSITIONS]
         size = max(1, min(*sizes, _PIECE_QUERIES // repeats if cuts_keys else _PIECE_POSITIONS))
@@ -341,7 +341,7 @@ class PackedBlocks:
     Args:
         positions: (B, P), ascending; virtual tokens before the text count. Values below zero pad
             texts with fewer.
-        lengths: Tokens of each block behind those that open it, (K, B, P); None where all have
+        lengths: Tokens of each block after those that open it, (K, B, P); None where all have
             ``block_length`` in all.
         num_thoughts: Thoughts at each position, K.
         block_length: Tokens of a block, W.

@@ -3,7 +3,7 @@
 Rows are aligned on the right: every row's last token lies in the same column of the cache, and
 columns before a row's first token are never seen. Letters as in `quietstar.attention.layout`.
 
-A single thought lies in the columns behind its text, where the text's next token will overwrite it,
+A single thought lies in the columns after its text, where the text's next token will overwrite it,
 so that torch's own attention serves. Several thoughts share their text and have columns of their
 own; their scores are joined by hand, and so are those with a soft cap or sinks.
 """
@@ -66,7 +66,7 @@ class DecodeCache:
         source = (torch.arange(length, device=used.device) - shift[:, None]).clamp(min=0)
 
         def join(text: Tensor, block: Tensor | None) -> Tensor:
-            if block is None:  # of the only thought, in the columns behind its text
+            if block is None:  # of the only thought, in the columns after its text
                 joined = text[:, :, :length]
             else:
                 text = text[:, :, None, : self.length].expand(-1, -1, self.num_thoughts, -1, -1)
@@ -94,7 +94,7 @@ class DecodeCache:
         """Store tokens from a column on, (B, Hkv, m, .); returns all up to them, views."""
         stop = start + k.shape[2]
         pair = self.text.get(layer)
-        if pair is None or pair[0].shape[2] < stop:  # room for more, and for a block behind them
+        if pair is None or pair[0].shape[2] < stop:  # room for more, and for a block after them
             columns = self.length + _ROOM + self.block_length
             grown = [x.new_empty(*x.shape[:2], columns, x.shape[3]) for x in (k, v)]
             for new, old in zip(grown, pair or (), strict=False):
@@ -125,7 +125,7 @@ class DecodePass:
         index: Place of the first block token in its block; None where there is none.
 
     Attributes:
-        start: Column of the first token, as if its block went on behind the text.
+        start: Column of the first token, as if its block went on after the text.
     """
 
     def __init__(self, cache: DecodeCache, new_text: bool, index: int | None) -> None:

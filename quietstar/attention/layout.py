@@ -5,13 +5,13 @@ tokens, A lookahead, W = T + A + 1 tokens of a block, D width, V vocabulary, H h
 
 The model runs on *rows* of tokens: first the texts, then a *block* for every thought, against the
 keys and values that the texts left (`quietstar.attention.blocks` says where blocks lie). Text token
-i has position i; token w of a block behind it has position i + 1 + w:
+i has position i; token w of a block after it has position i + 1 + w:
 
     index in the block   0      1 .. T    T+1   T+2 .. T+A
     token                start  thought   end   x_{i+1} .. x_{i+A-1}
 
 A thought of L < T tokens ends early: its end token has index L + 1, the true tokens follow at once,
-and T - L tokens pad the tail of the block, behind all that is read. So positions stay consecutive,
+and T - L tokens pad the tail of the block, after all that is read. So positions stay consecutive,
 and causal attention needs no mask for them.
 
 A block token sees the text up to its own position i and its own block up to itself. For S = 3,
@@ -76,14 +76,14 @@ def lookahead_targets(
 
 @dataclass(frozen=True)
 class TextLookahead:
-    """The text's own states (or figures) that predict what comes behind some positions.
+    """The text's own states (or figures) that predict what comes after some positions.
 
     x_{i+a} is predicted by the one at i + a - 1. Neighbouring positions share them.
 
     Attributes:
         rows: Those that are needed, (B, R, ...): R = P + A - 1 for P contiguous, else A * P in the
-            order (a p). Zeros stand for those behind the end of the text.
-        lookahead: True tokens behind each position, A.
+            order (a p). Zeros stand for those after the end of the text.
+        lookahead: True tokens after each position, A.
         contiguous: Whether the positions are contiguous.
     """
 
@@ -132,11 +132,11 @@ def text_lookahead(
     positions: Int[Tensor, "batch positions"] | None,
     count: int | None = None,
 ) -> TextLookahead:
-    """States (or figures) of a text that predict what comes behind some of its positions.
+    """States (or figures) of a text that predict what comes after some of its positions.
 
     Args:
         x: States of all tokens.
-        lookahead: True tokens behind each position, A.
+        lookahead: True tokens after each position, A.
         positions: Positions that were chosen; None for the first ones.
         count: Number of the first ones; all of the text by default.
     """

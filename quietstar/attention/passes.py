@@ -195,7 +195,7 @@ class RolloutStep:
 
     Args:
         cache: Keys and values of the text (with thoughts at all of its positions, repeated for
-            every thought behind the start tokens) and the earlier steps.
+            every thought after the start tokens) and the earlier steps.
         index: Place of the token in its block.
     """
 

@@ -118,7 +118,7 @@ def recomputing(model: PreTrainedModel) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TextRun:
-    """Keys, values and final states of texts that were run once, for all that is done behind."""
+    """Keys, values and final states of texts that were run once, for all that follows."""
 
     keys: TextKeys
     states: Float[Tensor, "batch seq width"]

@@ -25,7 +25,7 @@ PACKED_FROM = 48
 
 @dataclass(frozen=True)
 class ThoughtStates:
-    """Final states of texts and of the blocks behind ``positions``: all, (seq,), or chosen ones.
+    """Final states of texts and of the blocks after ``positions``: all, (seq,), or chosen ones.
 
     Attributes:
         text: The text's own states; the one at i predicts x_{i+1}.
@@ -46,8 +46,8 @@ class BlockInputs:
         start: Inputs that open every thought.
         end: Inputs that close every thought.
         thought: Embeddings of the thought tokens.
-        true: Of the true tokens behind, the same for all thoughts.
-        positions: Positions of the thoughts, ascending, -1 behind the last; None for contiguous
+        true: Of the true tokens after, the same for all thoughts.
+        positions: Positions of the thoughts, ascending, -1 after the last; None for contiguous
             ones.
         lengths: Tokens of each thought; None where all have the whole length.
         on_host: Positions and lengths as the host knows them; None where a pass is to read them,
@@ -74,9 +74,9 @@ def embed_blocks(
     lengths: Int[Tensor, "thoughts batch positions"] | None = None,
     on_host: OnHost | None = None,
 ) -> BlockInputs:
-    """Embed the blocks behind ``positions`` (ascending; all by default) of texts.
+    """Embed the blocks after ``positions`` (ascending; all by default) of texts.
 
-    Texts are padded on the right if at all; behind each thought come A - 1 of their tokens. With
+    Texts are padded on the right if at all; after each thought come A - 1 of their tokens. With
     ``lengths``, thoughts end early and are padded with `NO_TOKEN`.
     """
     true = lookahead_targets(input_ids, lookahead, positions)[:-1].clamp(min=0)
@@ -135,7 +135,7 @@ def block_pass(
     true = inputs.true.unsqueeze(1).expand(-1, *thought.shape[1:])
     rest = torch.cat([thought, end, true])
     if inputs.lengths is not None:
-        # Token w is the thought's, or, behind its end, as far behind `thought` in `rest`. The tail
+        # Token w is the thought's, or, after its end, as far after `thought` in `rest`. The tail
         # repeats the last token: nothing that is read sees it.
         w = torch.arange(len(rest), device=rest.device).view(-1, 1, 1, 1)
         source = w.where(w < inputs.lengths, w + length - inputs.lengths)
@@ -147,7 +147,7 @@ def block_pass(
     )
     start, rest = blocks.from_rows(states)  # (M, B, P, D) and (W - M, K, B, P, D)
     start = start[-1:].unsqueeze(1).expand(-1, num_thoughts, -1, -1, -1)
-    first_ahead = len(inputs.end) - 1  # behind the thought
+    first_ahead = len(inputs.end) - 1  # after the thought
     policy, ahead = torch.cat([start, rest[: length - 1]]), rest[length + first_ahead :]
     if inputs.lengths is not None:
         a = torch.arange(len(ahead), device=rest.device).view(-1, 1, 1, 1)

@@ -356,7 +356,7 @@ class ConsoleStreamer(ThinkingStreamer):
         self.console.print()
 
     def _print(self, text: str) -> None:
-        """Print what is new in a text; special tokens, as the padding behind the end, are not."""
+        """Print what is new in a text; special tokens, as the padding after the end, are not."""
         if text != self.printed:
             self.waiting.append(visible(text[len(self.printed or "") :]))
             self.console.print(self.waiting, end="", soft_wrap=True)

@@ -139,7 +139,7 @@ def _check_judge(args: argparse.Namespace, template: Any) -> None:
 
 
 def _contest(args: argparse.Namespace) -> tuple[list[Any], str]:
-    """Have both models write on behind the prompts."""
+    """Have both models continue the prompts."""
     from quietstar.cli.options import load_model
     from quietstar.data.tokenizer import load_tokenizer
     from quietstar.evaluation.scoring import fingerprint
@@ -239,7 +239,7 @@ def _parser() -> Parser:
     add, value = parser.add_argument, parser.value
     add("--pairs", type=options.existing, metavar="FILE.jsonl", help="candidates to judge")
     add("--compare", type=options.existing, nargs=2, metavar="DIR",
-        help="two models that write candidates on behind --prompts")  # fmt: skip
+        help="two models that write candidates for --prompts")  # fmt: skip
     add("--prompts", type=options.existing, metavar="FILE.jsonl",
         help='"prompt" on every line, with --compare')  # fmt: skip
     add(

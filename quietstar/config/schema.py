@@ -41,7 +41,7 @@ def _check_name(name: str) -> str:
         raise ValueError("must not be blank")
     expanded = os.path.expanduser(_check_text(name))
     if expanded.startswith("~"):
-        raise ValueError("must name a user who has a home folder behind the ~")
+        raise ValueError("must name a user who has a home folder after the ~")
     if max(len(os.fsencode(part)) for part in expanded.split("/")) > MOST_BYTES_OF_A_NAME:
         raise ValueError(f"must have at most {MOST_BYTES_OF_A_NAME} bytes between slashes")
     return expanded
@@ -357,12 +357,12 @@ class MixingHeadConfig(Section):
     warmup_weight: Fraction = 0.5
     """Fixed mixing weight during warmup_steps."""
     fixed_weight: Fraction | None = None
-    """Constant in place of the head's output, in training behind warmup_steps and wherever the
+    """Constant in place of the head's output, in training after warmup_steps and wherever the
     model thinks (saved with the head); 1 predicts by the thought alone, null asks the head."""
 
 
 class JudgeConfig(Section):
-    """Who judges what the model writes behind its thoughts, for rewards that ask."""
+    """Who judges what the model writes after its thoughts, for rewards that ask."""
 
     model: Name | None = None
     """Folder or hub id of the causal LM that judges (loss.reward: judge), or of the sequence
@@ -377,7 +377,7 @@ class JudgeConfig(Section):
     rationale: Annotated[int, Field(ge=0, le=10**5)] = 0
     """Most tokens of a rationale before each verdict; 0 asks for none."""
     continuation: Tokens | None = None
-    """Most tokens that the model writes behind a thought, which are judged; null means
+    """Most tokens that the model writes after a thought, which are judged; null means
     thoughts.lookahead."""
 
 

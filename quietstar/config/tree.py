@@ -55,7 +55,7 @@ class LossConfig(Section):
     """What thoughts are reinforced by: the log-probability of the true tokens by the mixed
     prediction (mixed) or the thought's own (thought), what the latter adds to a prediction without
     a thought (information_gain, mean_prob), their probability (prob), the thought's rank in its
-    position by it (rank), what a judge says of the text that the model writes behind the thought
+    position by it (rank), what a judge says of the text that the model writes after the thought
     (judge, reward_model; section judge), how close it comes to a teacher (teacher, with objective
     distill), or a function of your own as module:name."""
 
@@ -441,7 +441,7 @@ def _judge_rules(config: Config) -> Iterator[Broken]:
     if reward == "judge" and judge.mode == "pairs" and config.thoughts.num_thoughts < 2:
         yield ("thoughts.num_thoughts", "judge.mode"), (
             f"thoughts.num_thoughts ({config.thoughts.num_thoughts}) must be at least 2 with"
-            " judge.mode: pairs, which compares the texts behind a position's thoughts. Raise it,"
+            " judge.mode: pairs, which compares the texts after a position's thoughts. Raise it,"
             " or set judge.mode: rating."
         )  # fmt: skip
 

@@ -42,7 +42,7 @@ class Batch:
         labels: The id where the token is a target, -100 elsewhere; not shifted.
         sample_ids: Index of each sample in the run (or in the evaluation).
         answers: True at a token of an answer.
-        rationale: Tokens of the gold reasoning, -100 behind them.
+        rationale: Tokens of the gold reasoning, -100 after them.
         marked: True at a token before which the model thinks, by a pattern or a field of the data.
     """
 
@@ -172,7 +172,7 @@ class MapSamples:
 
 
 class StreamSamples:
-    """Samples of a stream: index i is the i-th behind the held-out head, over and over again.
+    """Samples of a stream: index i is the i-th after the held-out head, over and over again.
 
     Rows are read in order and the last batch is kept, so any cut of a batch costs one pass. To
     go on at a later index reads and drops what lies before; to go back starts the stream again.
@@ -247,7 +247,7 @@ class StreamSamples:
         if self._head == 0:
             return UserError(f"{label}: every record is empty: give text to learn from")
         return UserError(
-            f"{label}: the stream holds nothing behind the {self._head} documents held out for"
+            f"{label}: the stream holds nothing after the {self._head} documents held out for"
             " evaluation: lower data.eval_sequences, or set data.eval"
         )
 
@@ -388,7 +388,7 @@ def build_data(
     if config.eval is None and config.train.startswith(SYNTHETIC):
         config = config.model_copy(update={"eval": config.train})  # its own held-out problems
     if config.eval is not None:
-        # Seeds of generated problems overlap when they are close: start behind the training ones.
+        # Seeds of generated problems overlap when they are close: start after the training ones.
         behind, size = seed + num_problems(config), config.eval_sequences
         held_out = open_source(config.eval, config, behind, "data.eval", size)
     given = None if held_out is None else evaluate_on(held_out, config, encoder, seed)

@@ -76,7 +76,7 @@ EMPTY = Encoded(np.zeros(0, np.int32), np.zeros(0, np.bool_), np.zeros(0, np.boo
 
 
 def split_template(template: str) -> tuple[str, str, str]:
-    """Splits ``data.template`` into what stands before an answer, a space, and what stands behind.
+    """Splits ``data.template`` into what stands before an answer, a space, and what stands after.
 
     A space before an answer goes with it: most tokenizers join it to the first word, and so whether
     they do (for a word) or not (for a digit), the answer begins at the same place. Raises
@@ -215,7 +215,7 @@ class Encoder:
         """Yields the ids of each text, which belong to an answer, and which hold a position.
 
         A text is cut as the tokenizer would by itself: a token belongs to an answer if it ends
-        inside or behind its start, so one across the joint of question and answer is the answer's.
+        inside or after its start, so one across the joint of question and answer is the answer's.
         """
         with_special = self._format != "chat"
         if not self._tokenizer.is_fast:  # it gives no character offsets: segment by segment
@@ -252,7 +252,7 @@ class Encoder:
                     inside |= (ends > cursor) & (starts < stop) & (ends > starts)
                 cursor = stop
             marked = np.zeros(len(ids), np.bool_)
-            if places:  # a character belongs to the first token that ends behind it
+            if places:  # a character belongs to the first token that ends after it
                 real = np.flatnonzero(ends > starts)
                 index = np.searchsorted(ends[real], places, side="right")
                 marked[real[index[index < len(real)]]] = True

@@ -27,7 +27,7 @@ class PatternMarker:
     A text is what its tokens decode to, so that any tokenizer serves and a match may begin inside a
     token. Special tokens are part of it, but no match that begins in them counts. Where the pattern
     has a group that took part in the match, the first character of group 1 counts:
-    ``=\s*(\d+)`` marks the numbers behind equals signs.
+    ``=\s*(\d+)`` marks the numbers after equals signs.
 
     Args:
         pattern: Regular expression of Python; ``^`` and ``$`` match at every line.

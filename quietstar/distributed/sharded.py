@@ -170,7 +170,7 @@ class DeepSpeedStrategy(Strategy):
                 yield weights
             return
         # Small weights stay gathered, so what is gathered is given up before and gathered anew
-        # behind, as DeepSpeed does it around a checkpoint.
+        # after, as DeepSpeed does it around a checkpoint.
         self._engine.optimizer.checkpoint_event_prologue()
         shards: list[tuple[str, Any]] = [
             (bare_name(name), p) for name, p in prepared.named_parameters() if p.requires_grad

@@ -278,7 +278,7 @@ class Strategy:
     def writable_weights(self, prepared: nn.Module) -> Iterator[dict[str, Tensor]]:
         """Opens what this process holds of every weight that trains, to be written in place.
 
-        Behind the block the next forward computes with what was written.
+        After the block the next forward computes with what was written.
         """
         yield dict(self.trained_weights(prepared))
 

@@ -7,7 +7,7 @@ constant token), a generic text that fits every question, and blank thoughts (th
 alone). Every function is pure; training, ``quietstar eval``, ``inspect`` and ``generate``
 all use these, and call them by the same names.
 
-Shapes: B texts, K thoughts, P positions, T tokens of a thought (`NO_TOKEN` behind the end of one
+Shapes: B texts, K thoughts, P positions, T tokens of a thought (`NO_TOKEN` after the end of one
 that ends early). Shuffled thoughts and pause tokens keep lengths, swapped thoughts bring their own,
 a generic text is as long as it is, and a blank thought has no token.
 """
@@ -240,7 +240,7 @@ def shuffle_tokens(
         noise = torch.rand(thoughts.shape[1:], generator=generator)
         tokens = thoughts[row]
         is_token = (tokens != NO_TOKEN).cpu()
-        # One cycle through all places of a thought; those behind its end come last, and stay.
+        # One cycle through all places of a thought; those after its end come last, and stay.
         order = noise.where(is_token, 2.0 + place).argsort(-1)
         last = (is_token.sum(-1, keepdim=True) - 1).clamp(min=0)
         before = order.roll(1, -1).where(place > 0, order.gather(-1, last))

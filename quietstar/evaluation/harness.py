@@ -185,7 +185,7 @@ class QuietStarLM(_Harness):
         return min(super().max_length, longest)
 
     def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
-        """Compute logits of the plain model, behind its virtual tokens."""
+        """Compute logits of the plain model, after its virtual tokens."""
         causal_lm = self.thinker.causal_lm
         if not num_virtual(causal_lm):
             logits = super()._model_call(inps, attn_mask, labels)

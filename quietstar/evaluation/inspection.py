@@ -155,7 +155,7 @@ def inspect_text(
     for made in processes.share(parts, score):
         records += made
         advance()
-    # Behind the last token the passes need one more, which no figure of the thought depends on.
+    # After the last token the passes need one more, which no figure of the thought depends on.
     length = ids.shape[1]
     start = 0 if reading.context is None else max(0, length + 1 - reading.context)
     window, longer = Window(start, length - 1, length), torch.cat([ids, ids[:, -1:]], dim=1)
@@ -218,7 +218,7 @@ def _figures(
     for some, chosen in zip(policy.split(size), tokens.split(size), strict=True):
         # Rows of the vocabulary beyond the tokenizer's are never sampled.
         logits = sampling_head.logits(some)[:, : head.vocab_size]
-        index = chosen.clamp(min=0)[:, None]  # what lies behind the end of a thought is not shown
+        index = chosen.clamp(min=0)[:, None]  # what lies after the end of a thought is not shown
         probabilities.append(logits.softmax(-1).gather(-1, index).squeeze(-1))
     probability = torch.cat(probabilities).view(-1, count, len(targets)).permute(2, 1, 0)
     figures = {"id": targets, "ids": thoughts[0].transpose(0, 1), "weight": weight.T}
@@ -289,9 +289,9 @@ def _token_records(
 
 
 def token_slices(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> list[str]:
-    """Cut the text into its tokens, white space with the token behind it; joined they are the text.
+    """Cut the text into its tokens, white space with the token after it; joined they are the text.
 
-    A token of some of a character's bytes has the whole character, and those behind it nothing. A
+    A token of some of a character's bytes has the whole character, and those after it nothing. A
     tokenizer that does not say where its tokens lie gives their own texts.
     """
     if not tokenizer.is_fast:

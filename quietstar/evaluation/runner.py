@@ -2,7 +2,7 @@
 
 Votes over chains of thought follow the published zero-shot evaluation: ``Let's think step by
 step.``, a chain of at most so many tokens, then ``Therefore, the answer (arabic numerals) is`` and
-the first integer behind it.
+the first integer after it.
 """
 
 from __future__ import annotations
@@ -492,14 +492,14 @@ class Runner:
         return records
 
     def _votes(self, task: Task) -> bool:
-        """Say whether the answers behind an item's thoughts vote: one thought gives one answer."""
+        """Say whether the answers after an item's thoughts vote: one thought gives one answer."""
         once = scoring.thinks_once(self.model, self.protocol.positions)
         return once and self.protocol.samples > 1
 
     def _answers(
         self, items: Sequence[EncodedItem], thoughts: Int[Tensor, "batch thoughts 1 length"]
     ) -> list[list[str]]:
-        """Write the most likely answer behind every thought, of at most `ANSWER_TOKENS` tokens."""
+        """Write the most likely answer after every thought, of at most `ANSWER_TOKENS` tokens."""
         count, pad = thoughts.shape[1], padding_id(self.tokenizer)
         rows = [one.ids[: -one.num_scored] for one in items for _ in range(count)]
         ids, mask = (x.to(self.model.device) for x in pad_left(rows, pad))

@@ -77,7 +77,7 @@ def load_thinker(
 ) -> QuietStarForCausalLM:
     """Load a saved Quiet-STaR model, or a plain one with vectors and head never trained.
 
-    One token is predicted behind each thought, so its lookahead is 1; but a model that thinks once
+    One token is predicted after each thought, so its lookahead is 1; but a model that thinks once
     about an answer (`thinks_once`) predicts with this thought as many tokens as it was trained to.
     ``placement`` may hold ``device_map`` and ``max_memory``, ``sections`` those of a config that a
     plain model thinks by, ``hub`` may hold ``revision`` and ``trust_remote_code``.

@@ -505,7 +505,7 @@ def draw_examples(
         ``right`` and ``wrong``: up to `EXAMPLES` items drawn at random of those that thoughts
         answer right, and of the others; ``helped`` and ``hurt``: the `EXTREMES` whose main metric
         thoughts make better most, and worse. Of each item ``id``, ``prompt``, ``answer``, first
-        ``thought``, ``predicted`` tokens (each behind the true ones before it), ``is_right``, and
+        ``thought``, ``predicted`` tokens (each after the true ones before it), ``is_right``, and
         its main metric ``with`` and ``without`` thoughts. Of several thoughts of an item the first
         is taken.
     """

@@ -68,7 +68,7 @@ class Task:
     file: str | None = None  # in --data-dir, or the user's own; None: the project makes the items
     hub: tuple[str, str | None, str] | None = None  # repository, configuration and split
     candidates: Literal["digits", "labels"] | None = None  # what answers are renormalized over
-    end: str = ""  # text behind the answer, which the published accuracy scores too
+    end: str = ""  # text after the answer, which the published accuracy scores too
     separator: str = ""  # text between prompt and answer
     extract: str | None = None  # pattern of the answer in what is generated; of kind ``votes``
 
@@ -129,7 +129,7 @@ class Task:
             )
         if self.extract is not None and not all(item.prompt and item.answer for item in items):
             raise UserError(
-                f"--extract: {self.name} has texts without a prompt, behind which nothing is "
+                f"--extract: {self.name} has texts without a prompt, after which nothing is "
                 "generated. Give them in another evaluation."
             )
         return items
@@ -214,7 +214,7 @@ def _spans(name: str, tokenizer: PreTrainedTokenizerBase, size: int) -> Iterator
 
 # --- From records to items ------------------------------------------------------------------------
 def _gsm8k(record: Record, number: int, where: str) -> Item:
-    """Ask for the number behind ``####``, without its thousands separators.
+    """Ask for the number after ``####``, without its thousands separators.
 
     The solution before it has one line a step.
     """
@@ -401,7 +401,7 @@ def read_answer(task: Task, item: Item, text: str) -> str | None:
 # --- From items to tokens -------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Candidates:
-    """Tokens over which answers are renormalized: digits or labels, behind them any end."""
+    """Tokens over which answers are renormalized: digits or labels, after them any end."""
 
     ids: Int[Tensor, " candidates"]
     num_answers: int  # candidates that are not the end of an answer
@@ -548,9 +548,9 @@ class AnswerBatch:
 
     ids: Int[Tensor, "batch seq"]
     labels: Int[Tensor, "batch seq"]  # the scored tokens, IGNORE_INDEX elsewhere
-    positions: Int[Tensor, "batch positions"]  # before the scored tokens, NO_POSITION behind them
-    thinking: Int[Tensor, "batch thinking"]  # those that think, NO_POSITION behind the last
-    targets: Int[Tensor, "batch positions"]  # the scored tokens; behind the last anything
+    positions: Int[Tensor, "batch positions"]  # before the scored tokens, NO_POSITION after them
+    thinking: Int[Tensor, "batch thinking"]  # those that think, NO_POSITION after the last
+    targets: Int[Tensor, "batch positions"]  # the scored tokens; after the last anything
 
     @property
     def valid(self) -> Bool[Tensor, "batch positions"]:

@@ -1,4 +1,4 @@
-"""What a model writes behind given thoughts, for rewards that read it."""
+"""What a model writes after given thoughts, for rewards that read it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CACHED_TOKENS = 2**15
 
 @dataclass(frozen=True)
 class Writing:
-    """How texts behind thoughts are written.
+    """How texts after thoughts are written.
 
     Attributes:
         num_tokens: Most tokens of each.
@@ -48,11 +48,11 @@ def continue_thoughts(
     temperature: float | None = 1.0,
     seed: int = 0,
 ) -> Int[Tensor, "batch positions thoughts new"]:
-    """Sample the tokens that follow behind each thought, from the mixed prediction.
+    """Sample the tokens that follow each thought, from the mixed prediction.
 
     A continuation depends on the seed, the text's index in the run, its position and the number of
-    the thought, and not on how batches are cut. It ends behind an end-of-text token, which is left
-    out; behind its end, and where there is no position, stands `NO_TOKEN`.
+    the thought, and not on how batches are cut. It ends after an end-of-text token, which is left
+    out; after its end, and where there is no position, stands `NO_TOKEN`.
 
     Where weights are sharded, all ranks must call this together.
 

@@ -162,7 +162,7 @@ def _positions(model: Any) -> int | None:
 def most_tokens(model: Any, thinks: bool) -> int | None:
     """Count the tokens that a prompt and its continuation may have; None for any number."""
     positions = _positions(model)
-    # The last token is only predicted: the one before it is the last with a thought behind it.
+    # The last token is only predicted: the one before it is the last with a thought after it.
     block = model.block_length - model.thoughts.lookahead + 1 if thinks else 0
     return None if positions is None else positions - block - num_virtual(model.causal_lm) + 1
 
@@ -225,7 +225,7 @@ class _Once:
         self, model: Any, decoder: Decoder, given: Tensor | None, replace: Replace | None
     ) -> None:
         self.model, self.decoder, self.given, self.replace = model, decoder, given, replace
-        self.behind: Decoder | None = None  # the texts as they go on behind the thoughts
+        self.behind: Decoder | None = None  # the texts as they go on after the thoughts
         self.count = 0  # tokens predicted
 
     def __call__(
@@ -260,7 +260,7 @@ def next_logits(
     base: Float[Tensor, "rows vocab"],
     ahead: Float[Tensor, "thoughts rows width"],
 ) -> Float[Tensor, "rows vocab"]:
-    """Mix the plain logits from the states of the newest tokens with those behind the thoughts.
+    """Mix the plain logits from the states of the newest tokens with those after the thoughts.
 
     In float32; several thoughts are averaged as probabilities.
     """

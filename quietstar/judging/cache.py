@@ -30,7 +30,7 @@ class Verdict:
 
     Attributes:
         logprobs: Of the labels' tokens, over the whole vocabulary; for ratings with a "10" of two
-            tokens, that of "0" behind "1" stands last.
+            tokens, that of "0" after "1" stands last.
         rationale: What was written before, if asked for.
     """
 

@@ -28,12 +28,12 @@ from quietstar.system.inputs import open_input
 NOTHING = "(no text)"
 """What a judge is shown in place of a text without any."""
 Write = Callable[[Sequence[str], int], list[str]]
-"""Writes on behind some prompts, by noise of a seed."""
+"""Continues some prompts, by noise of a seed."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model that writes on behind prompts.
+    """A model that continues prompts.
 
     Attributes:
         name: Folder of the model.
@@ -70,7 +70,7 @@ def check_room(
     max_new_tokens: int,
     contestant: Contestant,
 ) -> None:
-    """Refuse prompts behind which a contestant cannot write so many tokens.
+    """Refuse prompts after which a contestant cannot write so many tokens.
 
     Raises:
         UserError: One is too long for the model.
@@ -129,7 +129,7 @@ def write_candidates(
     advance: Callable[[], object],
     force: bool = False,
 ) -> tuple[list[Pair], str]:
-    """Have two contestants write on behind every prompt; also returns a hash of what they wrote.
+    """Have two contestants continue every prompt; also returns a hash of what they wrote.
 
     The texts are kept in a file after each batch, from which the same command goes on.
 

@@ -25,7 +25,7 @@ Kind = Literal["pair", "rating"]
 TEMPLATES = ("continuation", "answer", "summary")
 """Templates that come with the package."""
 BLOCKS = ("preamble", "pair", "pair_ending", "rating", "rating_ending", "rationale")
-"""Blocks that a template must have; ``examples``, written behind the preamble, is optional."""
+"""Blocks that a template must have; ``examples``, written after the preamble, is optional."""
 FIELDS: dict[Kind, tuple[str, ...]] = {
     "pair": ("prompt", "first", "second"),
     "rating": ("prompt", "candidate"),
@@ -79,7 +79,7 @@ class Template:
                 )
 
     def render(self, blocks: Sequence[str], values: Mapping[str, str]) -> str:
-        """Write blocks one behind the other; an optional one that is missing is empty.
+        """Write blocks one after the other; an optional one that is missing is empty.
 
         Raises:
             UserError: The template fails, or takes too long.
@@ -132,14 +132,14 @@ def load_template(name: str) -> Template:
 
 @dataclass(frozen=True)
 class Answers:
-    """Tokens of the labels of a kind behind its ending.
+    """Tokens of the labels of a kind after its ending.
 
     Attributes:
         ending: Text of the ending.
         gap: Text between the ending and a label: nothing, or a space where the tokenizer has
             single digits only with one.
         ids: Token of each label, without that of "10" where it is two.
-        zero: Token of the "0" behind "1" where "10" is two tokens, else None.
+        zero: Token of the "0" after "1" where "10" is two tokens, else None.
     """
 
     ending: str
@@ -192,7 +192,7 @@ class Prompts:
         return ids["input_ids"]
 
     def answers(self, kind: Kind) -> Answers:
-        """Find the tokens of the labels behind the ending, as this tokenizer writes them.
+        """Find the tokens of the labels after the ending, as this tokenizer writes them.
 
         A space at the end of the ending belongs to the label where the tokenizer joins them.
 
@@ -210,7 +210,7 @@ class Prompts:
         label = next((x for x, ends in pieces.items() if ends[-1].strip() != x), LABELS[kind][0])
         raise UserError(
             f"judge's tokenizer: it ends {ending + label!r} in the tokens "
-            f"{pieces[label]}, but {label!r} must be a token of its own behind the ending. Choose "
+            f"{pieces[label]}, but {label!r} must be a token of its own after the ending. Choose "
             "another judge, or another ending in --template."
         )
 

@@ -1,4 +1,4 @@
-"""The judge's model at work: batches behind a shared beginning, logits at a few places only."""
+"""The judge's model at work: batches after a shared beginning, logits at a few places only."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Prefix:
     cache: DynamicCache | None = None
 
     def begins(self, rows: Sequence[list[int]], left: int = 1) -> bool:
-        """Say whether all rows begin so, and have ``left`` tokens or more behind it."""
+        """Say whether all rows begin so, and have ``left`` tokens or more after it."""
         size = len(self.ids)
         return self.cache is not None and all(
             len(row) >= size + left and row[:size] == self.ids for row in rows
@@ -77,7 +77,7 @@ class _Group(NamedTuple):
     """Rows next to each other that begin with the same tokens.
 
     Attributes:
-        size: Tokens that they share behind the beginning of all rows; 0 for a single row.
+        size: Tokens that they share after the beginning of all rows; 0 for a single row.
         members: Number of the rows.
     """
 
@@ -159,7 +159,7 @@ class JudgeModel:
     def last_logprobs(
         self, rows: Sequence[list[int]], count: int, prefix: Prefix
     ) -> Float[Tensor, "rows count vocab"]:
-        """Compute the log-probabilities behind the last ``count`` tokens of each row, float32.
+        """Compute the log-probabilities after the last ``count`` tokens of each row, float32.
 
         Raises:
             UserError: The model's logits are not finite.
@@ -180,7 +180,7 @@ class JudgeModel:
         """Group neighbors by what they begin with, as the prompt of both orders of a pair.
 
         Empty where the groups' beginnings would not save a quarter of the tokens, and for models
-        that cannot read behind a gap.
+        that cannot read after a gap.
         """
         if not self._takes_positions or self.window < begin + 2 * max(map(len, rests)):
             return []
@@ -189,7 +189,7 @@ class JudgeModel:
             if groups:
                 size, members = groups[-1]
                 before = rests[sum(group.members for group in groups) - 1]
-                # What decides a verdict is behind it, in each row.
+                # What decides a verdict is after it, in each row.
                 most = min(len(before), len(rest)) - count
                 shared = min(_shared(before, rest), most)
                 shared = min(shared, size) if members > 1 else shared
@@ -206,7 +206,7 @@ class JudgeModel:
     def _grouped_logits(
         self, rests: Sequence[list[int]], groups: Sequence[_Group], count: int, prefix: Prefix
     ) -> Float[Tensor, "rows count vocab"]:
-        """Run what each group begins with once, and its rows behind that."""
+        """Run what each group begins with once, and its rows after that."""
         cache = prefix.repeated(len(groups))
         index = [n for n, group in enumerate(groups) for _ in range(group.members)]
         first = [index.index(n) for n in range(len(groups))]
@@ -247,7 +247,7 @@ class JudgeModel:
     def continuations(
         self, rows: Sequence[list[int]], num_tokens: int, prefix: Prefix
     ) -> list[list[int]]:
-        """Generate the most likely tokens behind each row, up to a stop token or ``num_tokens``.
+        """Generate the most likely tokens after each row, up to a stop token or ``num_tokens``.
 
         Rows are padded on the left, with the shared beginning before the padding: to layers with a
         short window the padding would then be part of the text, so these run the rows as a whole.

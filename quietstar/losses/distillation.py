@@ -32,10 +32,10 @@ from quietstar.losses.mixture import groups
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """Predictions of the true tokens behind thoughts, by a model that read these.
+    """Predictions of the true tokens after thoughts, by a model that read these.
 
     Attributes:
-        positions: Positions of the thoughts, -1 behind the last of a text; None for all.
+        positions: Positions of the thoughts, -1 after the last of a text; None for all.
         tokens: Most likely tokens of each prediction.
         logprobs: Log-probabilities of these.
         rest: Log-probability of all other tokens together; -inf where there are none.
@@ -52,7 +52,7 @@ class TeacherTargets:
 
     @property
     def lookahead(self) -> int:
-        """True tokens behind each position."""
+        """True tokens after each position."""
         return self.tokens.shape[2]
 
     def soft_targets(self) -> SoftTargets:
@@ -165,7 +165,7 @@ def teacher_targets(
 def nearest_thought(
     positions: Int[Tensor, "batch positions"] | None, lookahead: int
 ) -> Bool[Tensor, "lookahead batch positions"] | Bool[Tensor, "lookahead 1 1"]:
-    """Tell which predictions behind a position are of tokens that no later thought reaches.
+    """Tell which predictions after a position are of tokens that no later thought reaches.
 
     x_{i+a} is, unless there is a thought at one of i + 1 .. i + a - 1.
     """

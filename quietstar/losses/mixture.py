@@ -36,7 +36,7 @@ from quietstar.losses.weights import ThoughtScores, Weigh
 
 @dataclass(frozen=True)
 class Mixture:
-    """Rows of the two predictions behind thoughts, and what weighs them.
+    """Rows of the two predictions after thoughts, and what weighs them.
 
     Attributes:
         text: The text's own states that predict the same tokens.

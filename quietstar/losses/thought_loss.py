@@ -2,7 +2,7 @@
 
 Every sum is over valid targets and divided by their number in the *whole* step (over micro-batches
 and ranks), so that the parts of a step add up to the step: N targets x_{i+1} in the texts, M
-positions with a thought and at least one target behind it. With p the targets' probabilities and
+positions with a thought and at least one target after it. With p the targets' probabilities and
 the weights u, v and advantages g that an objective chose (`ThoughtWeights`; Quiet-STaR's are those
 of arXiv 2403.09629, sections 4.3 and 4.4):
 
@@ -55,7 +55,7 @@ from quietstar.losses.weights import LossTerms
 
 @dataclass(frozen=True)
 class ThoughtResults:
-    """What the terms behind thoughts gave, without gradient; predictions are 0 without a target.
+    """What the terms after thoughts gave, without gradient; predictions are 0 without a target.
 
     Attributes:
         logprobs: Log-probabilities of the thought tokens at the policy temperature.
@@ -232,7 +232,7 @@ def loss_from_states(
 def count_thought_items(
     targets: Int[Tensor, "lookahead batch positions"], given: Tensor | int | None
 ) -> Tensor:
-    """M, at least 1: as given, or the positions of this batch with a target behind them."""
+    """M, at least 1: as given, or the positions of this batch with a target after them."""
     count = (targets != IGNORE_INDEX).any(0).sum() if given is None else torch.as_tensor(given)
     return count.clamp(min=1)
 
@@ -353,7 +353,7 @@ def thought_logprobs(
     head: OutputHead,
     temperature: float,
 ) -> Float[Tensor, "length thoughts batch positions"]:
-    """Log-probabilities of the thought tokens, 0 behind the last; no gradient."""
+    """Log-probabilities of the thought tokens, 0 after the last; no gradient."""
     tokens = thoughts.where(thoughts != NO_TOKEN, IGNORE_INDEX).flatten()
     states = policy_states.detach().flatten(0, 3)
     segment = Segment(states, tokens, temperature=temperature, sampled_only=True)

@@ -15,11 +15,11 @@ from quietstar.errors import UserError
 
 @dataclass(frozen=True)
 class Continuations:
-    """What the model writes behind thoughts: an entry for every position that has some.
+    """What the model writes after thoughts: an entry for every position that has some.
 
     Attributes:
         prompts: Text up to the position.
-        texts: What the model goes on with behind each thought of the position.
+        texts: What the model goes on with after each thought of the position.
         targets: What truly follows, as far as its tokens are targets.
         places: Text and position of each entry in the batch.
         like: Tensor with the shape and on the device of rewards.
@@ -67,7 +67,7 @@ class Policy(Protocol):
         temperature: float | None,
         stop: Sequence[str] | None,
     ) -> Continuations:
-        """Write on behind thoughts."""
+        """Continue after thoughts."""
         ...
 
     def judge(
@@ -87,7 +87,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class ThoughtScores:
-    """Log-probabilities of the true tokens behind thoughts: natural logarithm, no gradient.
+    """Log-probabilities of the true tokens after thoughts: natural logarithm, no gradient.
 
     Entry a - 1 of the last axis is about the true token x_{i+a}. Where there is no target, entries
     are 0 and ``valid`` is False.
@@ -143,7 +143,7 @@ class ThoughtScores:
         temperature: float | None = None,
         stop: Sequence[str] | None = None,
     ) -> Continuations:
-        """Have the model write on behind each thought, as it predicts behind it.
+        """Have the model continue each thought, as it predicts after it.
 
         One sample a thought, from the mixed prediction, by noise that is keyed as that of the
         thoughts. A reward that calls this is marked with `quietstar.rewards.asks_policy`.

@@ -99,7 +99,7 @@ def model_card(
         model: The `QuietStarForCausalLM` that is saved.
         facts: What else to say of how it came about, by name.
         before: Held-out figures before the training, by the names of ``metrics.jsonl``.
-        after: Those behind it.
+        after: Those after it.
         datasets: Names on the hub of what it was trained on.
     """
     base, thoughts = model.causal_lm.config.name_or_path, model.thoughts

@@ -99,7 +99,7 @@ class Step:
         may_end_early: Whether thoughts can be shorter than others.
         running: As in `ThoughtScores`.
         seed: Seed of the step's noise.
-        teacher: What a teacher predicts behind these positions; None without one.
+        teacher: What a teacher predicts after these positions; None without one.
         places: The positions in the host's memory; None where it does not know them.
     """
 
@@ -209,7 +209,7 @@ class _Groups:
         parts = []
         for texts, places in self._cut():
             stop = places.stop
-            if on_host(self.targets):  # what lies behind the last target need not run
+            if on_host(self.targets):  # what lies after the last target need not run
                 some = (self.targets[0, texts, places] != IGNORE_INDEX).any(0).nonzero()
                 stop = places.start + int(some.max()) + 1 if len(some) else places.start
             if stop > places.start:

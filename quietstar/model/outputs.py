@@ -56,7 +56,7 @@ class ThoughtMetrics:
     stop_fraction         with stop texts: fraction of thoughts that one of them, or end-of-text,
                           has ended
     text_nll              with chosen positions: NLL without thoughts over *all* next tokens, while
-                          base_nll, mixed_nll and gain are over those behind a thought
+                          base_nll, mixed_nll and gain are over those after a thought
     text_gain             with chosen positions: what thoughts gain, over all next tokens
     ====================  ==========================================================================
 
@@ -132,10 +132,10 @@ class QuietStarOutput(ModelOutput):
     Attributes:
         loss: Scalar, to call ``backward`` on.
         metrics: Figures of the batch as sums and counts; ``metrics.means()`` gives numbers.
-        thoughts: Sampled tokens, (batch, thoughts, positions, length), -1 behind the last of a
+        thoughts: Sampled tokens, (batch, thoughts, positions, length), -1 after the last of a
             thought that ends early.
         input_ids: The texts, (batch, seq).
-        positions: Where the thoughts are, (batch, positions), -1 behind the last; None for all.
+        positions: Where the thoughts are, (batch, positions), -1 after the last; None for all.
         drawn: The thoughts with their log-probabilities, for further updates from them.
         logits: Of the next token after every position, (batch, seq, vocab), with the thoughts, as
             `QuietStarForCausalLM.next_logits` has them: where they were asked for, and in eval mode
@@ -179,7 +179,7 @@ class MixedScores:
         predicted: Most likely next token.
         candidates: Logits of the candidates; None if none were asked for.
 
-    Where a lookahead was asked for, its axis stands behind that of the positions.
+    Where a lookahead was asked for, its axis stands after that of the positions.
     """
 
     logprobs: Float[Tensor, "batch thoughts positions *lookahead"]
@@ -195,7 +195,7 @@ class Thoughts:
     predictions is about the true token x_{i+a}. ``positions`` are all, (seq,), or the chosen ones.
 
     Attributes:
-        tokens: Tokens of the thoughts, -1 behind the last of one that ends early.
+        tokens: Tokens of the thoughts, -1 after the last of one that ends early.
         logprobs: Their log-probabilities (natural logarithm).
         mixing_weight: Share of the thought in the prediction.
         base_logprobs: Log-probabilities of the true tokens without the thought.
@@ -207,7 +207,7 @@ class Thoughts:
         base_predicted: Most likely next token without the thought, after every text position.
         mixed_predicted: Most likely x_{i+a} with it.
         metrics: Figures of the batch.
-        positions: The chosen ones, -1 behind the last of a text; None for all.
+        positions: The chosen ones, -1 after the last of a text; None for all.
     """
 
     tokens: Int[Tensor, "batch thoughts positions length"]
@@ -286,7 +286,7 @@ class Thoughts:
 
 
 def without_padding(tokens: Sequence[int]) -> list[int]:
-    """Tokens of a thought without those that stand behind its end."""
+    """Tokens of a thought without those that stand after its end."""
     return [token for token in tokens if token != NO_TOKEN]
 
 
@@ -302,14 +302,14 @@ def of_nearest_thought(
     mixed: Shaped[Tensor, "batch thoughts positions lookahead"],
     positions: Int[Tensor, "batch positions"] | None,
 ) -> Shaped[Tensor, "batch thoughts seq"]:
-    """Returns what is known of the token behind every position of a text.
+    """Returns what is known of the token after every position of a text.
 
     From the thought there, else from the latest one whose lookahead reaches as far, else without.
 
     Args:
         text: What is known of the next token without thoughts.
         mixed: What is known of x_{i+a} with them.
-        positions: Positions of the thoughts, -1 behind the last; None for all.
+        positions: Positions of the thoughts, -1 after the last; None for all.
     """
     if positions is None:
         return mixed[..., 0]

@@ -47,7 +47,7 @@ class LivePolicy:
         temperature: float | None,
         stop: Sequence[str] | None,
     ) -> Continuations:
-        """Write on behind thoughts."""
+        """Continue after thoughts."""
         model: Any = self.model
         tokenizer = self._tokenizer("continuations")
         default = Writing(model.thoughts.lookahead) if model.judge is None else model.judge.writing

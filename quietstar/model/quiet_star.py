@@ -267,7 +267,7 @@ class QuietStarForCausalLM(PreTrainedModel):
 
     @property
     def block_length(self) -> int:
-        """Tokens behind a position: start, the longest thought, end and true ones."""
+        """Tokens after a position: start, the longest thought, end and true ones."""
         return sum(self.num_markers) + self.thoughts.length + self.thoughts.lookahead - 1
 
     @property
@@ -502,7 +502,7 @@ class QuietStarForCausalLM(PreTrainedModel):
                 read it.
             marked: Mask of the tokens before which to think, for ``thoughts.positions`` pattern and
                 field (`quietstar.data.PatternMarker` makes it by ``thoughts.pattern``).
-            num_thought_items: Positions of the whole step with a thought and a target behind it.
+            num_thought_items: Positions of the whole step with a thought and a target after it.
             sample_ids: Index of each text in the run. Keys the noise, so that the same text draws
                 the same thoughts however batches are cut. By default the texts of all calls in
                 training mode are counted; in eval mode each call counts from 0, so that it gives
@@ -656,7 +656,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         top: int | None = None,
         places: Int[np.ndarray, "batch positions"] | None = None,
     ) -> TeacherTargets:
-        """Predict the true tokens behind thoughts, drawn as in training, for a student to learn.
+        """Predict the true tokens after thoughts, drawn as in training, for a student to learn.
 
         Arguments as in `forward`, and by default as in the objective: ``length`` are the tokens of
         a thought, ``top`` the most likely tokens that are kept of each prediction. Where all
@@ -925,7 +925,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         expect(
             ~wrong.any(),
             f"{name}{_first(tokens, wrong)}: must be token ids from 0 to {vocab_size - 1}, and "
-            f"{NO_TOKEN} behind the end of a thought. Use the tokenizer of this model.",
+            f"{NO_TOKEN} after the end of a thought. Use the tokenizer of this model.",
         )
         expect(
             ~late.any(),
@@ -950,7 +950,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         room = None if longest is None else longest + self.thoughts.length - input_ids.shape[1]
         if room is not None and shape[3] > room:
             raise UserError(
-                f"thoughts of {shape[3]} tokens: behind a text of {input_ids.shape[1]} this model "
+                f"thoughts of {shape[3]} tokens: after a text of {input_ids.shape[1]} this model "
                 f"has room for {room}. Give shorter ones."
             )
 
@@ -1014,13 +1014,13 @@ class QuietStarForCausalLM(PreTrainedModel):
             input_ids: Texts, padded on the right if at all.
             attention_mask: (batch, seq), true (or 1) for real tokens.
             labels: Targets, as in `forward`.
-            thoughts: Score these thoughts instead of sampling; -1 stands behind the last token of
+            thoughts: Score these thoughts instead of sampling; -1 stands after the last token of
                 one that ends early.
             num_thoughts: Thoughts a position.
             temperature: Sampling temperature; None takes the most likely tokens.
             top_p: Sample among the most likely tokens that together reach this probability.
             top_k: Sample among so many of the most likely tokens.
-            positions: Think there only: ascending, -1 behind the last of a text with fewer
+            positions: Think there only: ascending, -1 after the last of a text with fewer
                 (`choose_positions`).
             sample_ids: As in `forward`; by default 0, 1, ...
             seed: Seed of the noise.
@@ -1064,7 +1064,7 @@ class QuietStarForCausalLM(PreTrainedModel):
         """Thoughts at every (chosen) position, not scored; arguments as in `think`.
 
         ``text`` is that of `run_text`, where the texts were run already.
-        Behind the last token of one that ends early stands -1.
+        After the last token of one that ends early stands -1.
         """
         texts = self._texts(input_ids, None, None, sample_ids, text=text)
         if positions is not None:
@@ -1126,7 +1126,7 @@ class QuietStarForCausalLM(PreTrainedModel):
     ) -> Int[Tensor, "batch positions"] | None:
         """Where to think in these texts by ``thoughts.positions``; None for all.
 
-        Ascending, -1 behind the last of a text with fewer; arguments as in `forward`. Training
+        Ascending, -1 after the last of a text with fewer; arguments as in `forward`. Training
         thinks there too, but leaves a quarter of the positions of ``weight`` and
         ``weighted_entropy`` to chance.
         """
@@ -1175,9 +1175,9 @@ class QuietStarForCausalLM(PreTrainedModel):
             seed: Seed of the thoughts' noise.
             streamer: Is given each new token.
             replace_thoughts: Makes of the thoughts of some texts, (texts, thoughts, length), -1
-                behind the end of each, others of the same shape, fewer tokens or one for all; the
+                after the end of each, others of the same shape, fewer tokens or one for all; the
                 model reads them in place of its own. `quietstar.evaluation.controls` has some.
-            thoughts: Read before the first new token in place of any that would be drawn, -1 behind
+            thoughts: Read before the first new token in place of any that would be drawn, -1 after
                 the end of each; only for a model that thinks once (or ``Gate("once")``).
             **arguments: Those of transformers' ``generate``: ``attention_mask``,
                 ``max_new_tokens``, ``do_sample``, ``top_p``, ``num_return_sequences``,
@@ -1238,15 +1238,15 @@ class QuietStarForCausalLM(PreTrainedModel):
     ) -> Float[Tensor, "batch seq vocab"]:
         """Logits of the next token after every position, in float32, with these thoughts.
 
-        They mix the prediction behind the thought with the one without; several thoughts are
+        They mix the prediction after the thought with the one without; several thoughts are
         averaged as probabilities, which makes logits log-probabilities. At a position without a
         thought, the latest one before it counts as far as ``thoughts.lookahead`` reaches, and the
         plain prediction beyond.
 
         Args:
             input_ids: Texts, padded on the right if at all.
-            thoughts: Tokens from `sample`, or any; -1 behind the last of one that ends early.
-            positions: Where they are, -1 behind the last of a text; None for all.
+            thoughts: Tokens from `sample`, or any; -1 after the last of one that ends early.
+            positions: Where they are, -1 after the last of a text; None for all.
             fixed_mixing_weight: As in `forward`.
         """
         self._check_ids(input_ids, "input_ids", ignored=False)
@@ -1320,7 +1320,7 @@ class QuietStarForCausalLM(PreTrainedModel):
 
         ``thoughts`` are tokens from `sample`, or any, at ``positions`` (None: at all);
         ``candidates`` are tokens whose logits are wanted. With a ``lookahead`` so many true tokens
-        are predicted behind each thought, and the scores have an axis for them behind that of the
+        are predicted after each thought, and the scores have an axis for them after that of the
         positions. ``text`` is that of `run_text`, where the texts were run already.
         """
         labels = self._targets(input_ids, attention_mask, labels)
@@ -1419,7 +1419,7 @@ def check_positions(positions: Tensor, input_ids: Tensor) -> None:
 
     Raises:
         UserError: Another shape or type than (batch, positions) of integers; or not ascending, with
-            -1 behind the last, inside the texts.
+            -1 after the last, inside the texts.
     """
     shape, batch_size = positions.shape, input_ids.shape[0]
     if positions.dtype != torch.long or len(shape) != 2 or shape[0] != batch_size or not shape[1]:
@@ -1433,7 +1433,7 @@ def check_positions(positions: Tensor, input_ids: Tensor) -> None:
     expect(
         ok,
         f"positions: must ascend from 0 to {input_ids.shape[1] - 1} in every text, each once, with "
-        f"{NO_POSITION} behind the last. Sort them.",
+        f"{NO_POSITION} after the last. Sort them.",
     )
 
 

@@ -105,7 +105,7 @@ def worst_error(model: PreTrainedModel) -> float:
         rows = torch.cat([states.policy[:, :, 0, position], states.ahead[:true, :, 0, position]])
         pairs.append((head.logits(rows.transpose(0, 1)), logits))
 
-    # Thoughts at chosen positions only are those of all; behind the end of the text fillers differ.
+    # Thoughts at chosen positions only are those of all; after the end of the text fillers differ.
     places, chosen = _CHOSEN.expand(1, -1), thoughts[..., _CHOSEN]
     some, policy = learned(chosen, places), states.policy[..., _CHOSEN, :]
     real = (_CHOSEN + torch.arange(_LOOKAHEAD)[:, None] < _LENGTH)[:, None, None, :, None]
@@ -122,7 +122,7 @@ def worst_error(model: PreTrainedModel) -> float:
 def _loop_logits(
     model: PreTrainedModel, text: Tensor, thoughts: Tensor, start: Tensor, end: Tensor, i: int
 ) -> Tensor:
-    """Logits at every token of the blocks behind position i that predicts one, (K, T + A', V).
+    """Logits at every token of the blocks after position i that predicts one, (K, T + A', V).
 
     The copy's own attention runs ``x_1..x_i start.. t_1..t_T end.. x_{i+1}..`` as one sequence.
     """

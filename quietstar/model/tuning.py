@@ -246,7 +246,7 @@ class Bottleneck(nn.Module):
 
 
 def _add_bottlenecks(model: PreTrainedModel, tuning: TuningConfig) -> None:
-    """Put adapters behind the MLP of every layer, and behind its attention with ``houlsby``.
+    """Put adapters after the MLP of every layer, and after its attention with ``houlsby``.
 
     They are children of the sub-layers named ``adapter``, in float32.
     """

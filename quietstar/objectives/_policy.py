@@ -64,7 +64,7 @@ class PolicySettings(Section):
     )
     target_weighting: Literal["mean", "sum"] = Field(
         default="sum",
-        description="True tokens behind a thought count their mean over thoughts.lookahead, or"
+        description="True tokens after a thought count their mean over thoughts.lookahead, or"
         " their sum (the likelihood of the whole answer).",
     )
     policy_weight: LossWeight = Field(
@@ -230,7 +230,7 @@ class PolicyObjective(Objective):
             yield (
                 ("loss.reward", "loss.thought_weighting"),
                 f"loss.reward ({loss.reward}) must not be negative with loss.thought_weighting:"
-                " reward, which would unlearn true tokens behind thoughts of negative reward. Set"
+                " reward, which would unlearn true tokens after thoughts of negative reward. Set"
                 f" it to {', '.join(POSITIVE_REWARDS[:-1])} or {POSITIVE_REWARDS[-1]}, or"
                 " loss.thought_weighting: constant.",
             )
@@ -327,7 +327,7 @@ def group_logmeanexp(logprob: Tensor) -> tuple[Tensor, Tensor]:
     """Log of the mean likelihood of all thoughts of a position, and of all but each one.
 
     Args:
-        logprob: Of the true tokens behind each thought, (batch, positions, thoughts).
+        logprob: Of the true tokens after each thought, (batch, positions, thoughts).
 
     Returns:
         (batch, positions, 1), and (batch, positions, thoughts).

@@ -1,4 +1,4 @@
-"""The reward of RLAIF: what a judge says of the text that the model writes behind a thought."""
+"""The reward of RLAIF: what a judge says of the text that the model writes after a thought."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quietstar.sampling.thoughts import ThoughtBatch
 def judge(
     thoughts: ThoughtBatch, scores: ThoughtScores
 ) -> Float[Tensor, "batch positions thoughts"]:
-    """Rate what follows behind each thought by ``judge.model`` (RLAIF, arXiv 2309.00267).
+    """Rate what follows each thought by ``judge.model`` (RLAIF, arXiv 2309.00267).
 
     With ``judge.mode: rating`` the expected rating from 1 to 10, mapped to [-1, 1] (section 2.3);
     with ``pairs`` the mean probability of being preferred to the other thoughts' texts, in [0, 1].

@@ -1,4 +1,4 @@
-"""The probability of the true tokens behind a thought: the reward of VeriFree."""
+"""The probability of the true tokens after a thought: the reward of VeriFree."""
 
 from __future__ import annotations
 

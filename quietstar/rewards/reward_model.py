@@ -1,4 +1,4 @@
-"""What a trained reward model says of the text that the model writes behind a thought."""
+"""What a trained reward model says of the text that the model writes after a thought."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quietstar.sampling.thoughts import ThoughtBatch
 def reward_model(
     thoughts: ThoughtBatch, scores: ThoughtScores
 ) -> Float[Tensor, "batch positions thoughts"]:
-    """Score what follows behind each thought by the sequence classifier ``judge.model``.
+    """Score what follows each thought by the sequence classifier ``judge.model``.
 
     The score is the classifier's only logit (RLAIF, arXiv 2309.00267, section 2.2.1).
     """

@@ -1,4 +1,4 @@
-"""How close the prediction behind a thought is to a teacher's: the reward of a thinking student."""
+"""How close the prediction after a thought is to a teacher's: the reward of a thinking student."""
 
 from __future__ import annotations
 

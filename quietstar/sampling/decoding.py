@@ -31,12 +31,12 @@ from quietstar.sampling.thoughts import Sampling
 
 @dataclass(frozen=True)
 class Appended:
-    """What is known behind the newest tokens, before any thought.
+    """What is known after the newest tokens, before any thought.
 
     Attributes:
         states: Final states of the texts.
         logits: The plain model's, of the next tokens.
-        opened: Logits behind the start vectors; None where they were not run.
+        opened: Logits after the start vectors; None where they were not run.
     """
 
     states: Float[Tensor, "batch width"]
@@ -98,10 +98,10 @@ class Decoder:
     def think(
         self, appended: Appended, rows: Int[Tensor, " rows"] | None = None
     ) -> tuple[Float[Tensor, "thoughts rows width"], Int[Tensor, "rows thoughts length"]]:
-        """Think behind the newest token of every text, or of these rows only.
+        """Think after the newest token of every text, or of these rows only.
 
         The texts of some rows are copied once a token; thoughts cost what their rows cost. Needs
-        `append` with ``opens``; returns the state of the last end vector behind each thought, and
+        `append` with ``opens``; returns the state of the last end vector after each thought, and
         the tokens of the thoughts.
         """
         cache, first, sample_ids = self.cache, appended.opened, self.sample_ids
@@ -132,7 +132,7 @@ class Decoder:
     ) -> Float[Tensor, "thoughts rows width"]:
         """Run other thoughts in the place of those of the last `think`; states as it returns them.
 
-        In one pass; `NO_TOKEN` stands behind the end of a thought, which may have no token.
+        In one pass; `NO_TOKEN` stands after the end of a thought, which may have no token.
         """
         cache = self.cache if rows is None else self.cache.select_rows(rows)
         lengths, num_end = (thoughts != NO_TOKEN).sum(-1), len(self.end)  # (B, K)
@@ -147,9 +147,9 @@ class Decoder:
         return states.gather(2, last).squeeze(2).transpose(0, 1)
 
     def go_on(self, thoughts: Int[Tensor, "batch thoughts length"]) -> Decoder:
-        """Make a decoder of the texts as they go on behind these thoughts, read by `read` before.
+        """Make a decoder of the texts as they go on after these thoughts, read by `read` before.
 
-        Its rows are (B * K). It appends tokens behind the end vectors, and thinks no more.
+        Its rows are (B * K). It appends tokens after the end vectors, and thinks no more.
         """
         other = copy(self)
         used = len(self.start) + (thoughts != NO_TOKEN).sum(-1) + len(self.end)
@@ -169,7 +169,7 @@ class Decoder:
     ) -> tuple[Tensor, Tensor]:
         """Go on with thoughts of one token, each until it has ended; results as of `think`.
 
-        The end vectors stand directly behind a thought's last token, so each has its own steps for
+        The end vectors stand directly after a thought's last token, so each has its own steps for
         them; what follows is seen by nothing that is read. Where half of the texts are done, the
         others go on without them.
         """

@@ -51,7 +51,7 @@ def count_positions(
     *,
     marked: Bool[Tensor, "batch seq"] | None = None,
 ) -> Int[Tensor, " batch"]:
-    """Count the positions of each text that think and have a target behind them.
+    """Count the positions of each text that think and have a target after them.
 
     Arguments as in `choose_positions`. With rule ``all``, where thoughts are at every position, one
     target among the ``lookahead`` tokens that a thought is scored on is enough.
@@ -88,7 +88,7 @@ def choose_positions(
     seed: int = 0,
     explore: bool = False,
 ) -> Int[Tensor, "batch positions"] | None:
-    """Positions that think, ascending, `NO_POSITION` behind the last; None for all.
+    """Positions that think, ascending, `NO_POSITION` after the last; None for all.
 
     Only the rules of answers and marks look at the result on the host, to know how wide it is.
 
@@ -133,7 +133,7 @@ def choose_positions(
             score = noise.masked_fill(best, 2.0)  # noise is below 1
     chosen = score.masked_fill(~candidates, -torch.inf).topk(width, dim=-1).indices
     beyond = torch.arange(width, device=device) >= counts[:, None]
-    behind = labels.shape[1]  # sorts behind every position
+    behind = labels.shape[1]  # sorts after every position
     chosen = chosen.masked_fill(beyond, behind).sort(-1).values
     return chosen.masked_fill(chosen == behind, NO_POSITION)
 

@@ -56,7 +56,7 @@ def sample_thoughts(
 ) -> Int[Tensor, "length thoughts batch positions"]:
     """Sample thoughts at every position of the texts, or at chosen ones.
 
-    Behind the last token of a thought that ends early stands `NO_TOKEN`.
+    After the last token of a thought that ends early stands `NO_TOKEN`.
 
     Args:
         model: A causal LM whose attention implementation is ``quietstar``.
@@ -90,7 +90,7 @@ def sample_thoughts(
             steps.index = index and len(start) + index - 1
             states = steps.run(thoughts[-1].clamp(min=0)) if thoughts else steps.open()
             states = states.flatten(0, 1)
-            # Behind the start tokens all thoughts of a position draw from one distribution.
+            # After the start tokens all thoughts of a position draw from one distribution.
             draws = noise.reshape(-1, len(states)).T.contiguous()  # (B * P, K), or (K * B * P, 1)
             tokens = sample_rows(states, head, draws, sampling)
             tokens = tokens.T.reshape(noise.shape)
@@ -119,7 +119,7 @@ def policy_states(
 ) -> Float[Tensor, "length thoughts batch positions width"]:
     """States from which the rollout would sample each token of these thoughts.
 
-    Those of the learn pass, by another way: for checks. Behind the end of a thought that ends early
+    Those of the learn pass, by another way: for checks. After the end of a thought that ends early
     they are of no use.
     """
     thoughts = thoughts.clamp(min=0)

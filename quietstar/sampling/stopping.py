@@ -82,7 +82,7 @@ class StopTexts:
     def step(
         self, state: Int[Tensor, " *thoughts"], tokens: Int[Tensor, " *thoughts"]
     ) -> Int[Tensor, " *thoughts"]:
-        """Return the states behind the next tokens; a thought begins in state 0."""
+        """Return the states after the next tokens; a thought begins in state 0."""
         if self.table.device != tokens.device:
             self.table = self.table.to(tokens.device)
         return self.table[state, tokens.clamp(min=0)].long()

@@ -98,7 +98,7 @@ class ThoughtBatch:
     Attributes:
         input_ids, labels, answer_mask, sample_ids: As in `Texts`.
         positions: Position of each thought, ascending; -1 pads texts with fewer than others.
-        tokens: Tokens of the thoughts; -1 behind the last of one that ends early.
+        tokens: Tokens of the thoughts; -1 after the last of one that ends early.
         lengths: Tokens of each thought, 0 to ``length``.
         sampling_logprobs: Log-probabilities of the tokens by the policy that drew them, at the
             temperature at which it did. None means by the model that learns, as it is.
@@ -138,7 +138,7 @@ class ThoughtBatch:
         """Put texts and their thoughts together.
 
         Without ``positions`` the thoughts are at all of them. Without ``lengths`` each ends before
-        its first -1, if there is one; with them, what lies behind becomes -1.
+        its first -1, if there is one; with them, what lies after becomes -1.
 
         Raises:
             UserError: Lengths that do not fit the tokens.
@@ -195,12 +195,12 @@ class ThoughtSampler(Protocol):
     ) -> ThoughtBatch:
         """Draw ``spec.num_thoughts`` thoughts of ``spec.thought_length`` tokens a position.
 
-        Thoughts may end early: ``tokens`` are -1 behind their last.
+        Thoughts may end early: ``tokens`` are -1 after their last.
 
         Args:
             model: `QuietStarForCausalLM` that thinks.
             texts: Texts, perhaps with their run.
-            positions: Positions, (batch, positions), -1 behind the last; None for all.
+            positions: Positions, (batch, positions), -1 after the last; None for all.
             spec: Number, length, seed and distribution of the thoughts.
         """
         ...

@@ -210,7 +210,7 @@ def matched_steps(stage: Config, records: Sequence[Mapping[str, Any]], num_marke
 
         3 (S + M + N (markers + A - 1)) + M,
 
-    text, thoughts, and the A - 1 true tokens behind each forward and backward, and the M sampled
+    text, thoughts, and the A - 1 true tokens after each forward and backward, and the M sampled
     tokens forward. (To sample M tokens takes as many forward: the start of a thought stands in for
     its last token.) With inner epochs the first term counts so many times. A reference reads the
     text forward; one that thoughts are compared with reads these too, and then they are drawn in a

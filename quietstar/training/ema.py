@@ -57,7 +57,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Inside, the model computes with the average; behind it, the weights are exact again.
+        """Inside, the model computes with the average; after it, the weights are exact again.
 
         For passes without gradient of the wrapped module, and not between a forward pass and its
         backward pass. Weight and average change places, which takes no memory but for a piece, and

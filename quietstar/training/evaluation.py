@@ -46,7 +46,7 @@ from quietstar.training.costs import SAMPLES
 from quietstar.training.reporter import read_metrics
 from quietstar.training.state import StageRun
 
-Thinker = QuietStarForCausalLM | ModelProxy  # as it is, or behind its strategy's wrapper
+Thinker = QuietStarForCausalLM | ModelProxy  # as it is, or in its strategy's wrapper
 Count = tuple[Tensor, Tensor]  # a sum, and of how many
 RESULTS_FILE, SAMPLES_FILE = "results.json", "samples.json"
 NUM_SAMPLES = 20
@@ -324,7 +324,7 @@ def right_thoughts(
 ) -> Count:
     """Counts thoughts before an answer that begin with the steps to it, and all.
 
-    Texts without steps (-100 behind the last) or without a thought there do not count.
+    Texts without steps (-100 after the last) or without a thought there do not count.
     """
     is_step = steps >= 0
     counted = is_step.any(-1) & answers.any(-1)  # (B,)
@@ -383,7 +383,7 @@ def _sample(
         generator = torch.Generator().manual_seed(int(batch.sample_ids[row]))
         place = int(places[torch.randint(len(places), (1,), generator=generator)])
     position = place if positions is None else int(positions[place])
-    end = position + 1  # behind the positions that predict the rest of the answer, or the one alone
+    end = position + 1  # after the positions that predict the rest of the answer, or the one alone
     while end + 1 < len(answers) and bool(answers[position + 1]) and bool(answers[end + 1]):
         end += 1
     truth = ids[position + 1 : end + 1]

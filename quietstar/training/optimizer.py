@@ -122,7 +122,7 @@ def learning_rate_factor(config: OptimConfig, step: int, max_steps: int) -> floa
 
     It depends on the config alone, so a resumed run takes its learning rates from its own config
     and no checkpoint holds a schedule. As in transformers, a warm-up begins at 0 and ``linear`` and
-    ``cosine`` fall to 0 behind the last step. ``step`` counts those of the stage already done.
+    ``cosine`` fall to 0 after the last step. ``step`` counts those of the stage already done.
     """
     if step < config.warmup_steps:
         return step / config.warmup_steps

@@ -284,7 +284,7 @@ def check_same_run(
         stage, name = last_stage, key
         if key.startswith("stages."):
             _, stage, name = key.split(".", 2)
-        # Other steps of an earlier stage are binding: the stages behind it would begin elsewhere.
+        # Other steps of an earlier stage are binding: the stages after it would begin elsewhere.
         prolongs_earlier = name == "training.max_steps" and stage != last_stage
         # A stream holds its first texts out, so another number moves where training begins.
         moves_data = name == "data.eval_sequences" and config.data.streaming

@@ -268,7 +268,7 @@ class Child:
                 self.kill()
             time.sleep(pause)
             pause = min(0.05, pause * 1.2)
-        self.kill()  # whatever it left behind
+        self.kill()  # whatever it left
         self._read_screen()
         if self.master is not None:
             os.close(self.master)

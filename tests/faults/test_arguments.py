@@ -80,7 +80,7 @@ def test_given_thoughts_of_another_shape(model, shape):
 
 def test_given_thoughts_that_cannot_be_learned_from(model):
     long, texts = torch.zeros(2, 2, 2, 40, dtype=torch.long), Texts(TEXTS, TEXTS, None, PLACES[0])
-    refusal = "thoughts of 40 tokens: behind a text of 9 this model has room for 20"
+    refusal = "thoughts of 40 tokens: after a text of 9 this model has room for 20"
     with pytest.raises(UserError, match=refusal):
         model.think(TEXTS, thoughts=long, positions=PLACES)
     with pytest.raises(UserError, match=refusal):
