@@ -184,7 +184,7 @@ def test_what_is_no_evaluation_is_refused_in_one_line(tmp_path, capsys):
         ([first], "is one evaluation, and there is no other to compare it with"),
         ([first, first], "is given twice"),
         ([first, tmp_path / "run"], "is no file of an evaluation"),
-        ([first, alone], "has no alone.items.jsonl beside it"),
+        ([first, alone], "has no alone.items.jsonl next to it"),
         ([first, other], "item 7 has the answer ' 8.', and in"),
         ([first, changed], "were made with another dtype (float32, now bfloat16)"),
         ([first, empty], "cannot be read (tasks: Field required)"),

@@ -257,7 +257,7 @@ def _parser() -> Parser:
     add("--out", type=options.file_name(".jsonl"), required=True, metavar="FILE.jsonl",
         help="preferences; the same command continues an interrupted file")  # fmt: skip
     value("--summary", options.file_name(".json"), None, "FILE.json",
-          "settings and summary; default: FILE.judge.json beside --out")  # fmt: skip
+          "settings and summary; default: FILE.judge.json next to --out")  # fmt: skip
     value(
         "--html",
         options.file_name(".html"),

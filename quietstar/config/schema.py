@@ -272,7 +272,7 @@ class TuningConfig(Section):
     keys and values while they train (null: none); rank (128), update_proj_gap (200), and scale
     (0.25) of galore."""
     unfreeze: Texts = []
-    """Parameters of the base model that train beside what the method adds, by the end of their
+    """Parameters of the base model that train with what the method adds, by the end of their
     names; * matches anything: layers.29.*, embed_tokens.weight."""
 
     @property
@@ -487,7 +487,7 @@ class TrainingConfig(Section):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of a moving average of the weights that stays in each step, as 0.999; null: no average.
     It begins anew with every stage, is saved with checkpoints and, at the end, as the model ema/
-    beside final/."""
+    next to final/."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of data order, sampled thoughts and new weights."""
     eval_steps: StepsOrNone = 100
@@ -518,7 +518,7 @@ class LoggingConfig(Section):
     """What is reported, where and how often."""
 
     report_to: Texts = ["tensorboard"]
-    """Trackers of accelerate (tensorboard, wandb, ...) that get the metrics beside
+    """Trackers of accelerate (tensorboard, wandb, ...) that get the metrics, too, as does
     metrics.jsonl."""
     logging_steps: Steps = 1
     """Steps between two records of the metrics."""

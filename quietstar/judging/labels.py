@@ -227,7 +227,7 @@ class LabelFile:
             UserError: They cannot be written.
         """
         rows = (json.dumps(x.model_dump(), ensure_ascii=False, allow_nan=False) for x in labels)
-        if not self._is_begun:  # the lines first: old ones must not stand beside new settings
+        if not self._is_begun:  # the lines first: old ones must not stand next to new settings
             write_whole(self.path, "")
             write_json(self.summary_path, {"judge": self.settings, "summary": None})
             self._is_begun = True
@@ -243,7 +243,7 @@ class LabelFile:
         self.labels += labels
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write the summary beside the settings."""
+        """Write the summary next to the settings."""
         write_json(self.summary_path, {"judge": self.settings, "summary": summary})
 
 

@@ -38,7 +38,7 @@ from quietstar.system.files import file_kind, remove, whole_folder, write_json
 from quietstar.system.inputs import open_input
 
 RESULTS_FILE = "reward_model.json"
-"""Settings and figures, beside the weights of a reward model."""
+"""Settings and figures, next to the weights of a reward model."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def train_reward_model(
     """Train a classifier with one logit on preferences, save and measure it.
 
     The loss is the cross-entropy of the soft label with the softmax of both scores (RLAIF, arXiv
-    2309.00267, section 2.2.1). It goes on from the checkpoints beside ``out``, if there are any.
+    2309.00267, section 2.2.1). It goes on from the checkpoints next to ``out``, if there are any.
 
     Args:
         base: Folder or hub id of a causal LM, or of a classifier to go on with.
@@ -151,7 +151,7 @@ def train_reward_model(
         train: Preferences to learn.
         held_out: Preferences to measure by.
         settings: How to train.
-        given: What else is written beside the settings.
+        given: What else is written next to the settings.
 
     Returns:
         The figures of the preferences held out; None on other processes than the first.

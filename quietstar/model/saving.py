@@ -1,7 +1,7 @@
 """What a saved Quiet-STaR model is: a folder of safetensors and JSON.
 
 ``quietstar.json`` holds the settings, ``quietstar.safetensors`` the two vectors, the mixing head
-and what was trained beside a frozen language model. ``language_model/`` is, with full tuning, a
+and what was trained with a frozen language model. ``language_model/`` is, with full tuning, a
 complete Hugging Face model, which loads without this package as a plain one; with LoRA and its kin
 the PEFT adapter. A frozen base itself is only named. ``config.json`` tells transformers whose model
 this is, and ``README.md`` is its card.
@@ -78,7 +78,7 @@ _WRITTEN = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
     "adapter_*.json", "adapter_*.safetensors",
 )  # fmt: skip
-"""Files of a saved model, of any format: none of an earlier one may stay beside a new one."""
+"""Files of a saved model, of any format: none of an earlier one may stay next to a new one."""
 _TRAINERS = (
     "checkpoint-*",
     "runs",
@@ -148,7 +148,7 @@ def save_pretrained(  # noqa: D417  (a method of the model, as the next ones)
 
     Args:
         folder: Folder to write: a new or empty one, or that of an earlier model.
-        tokenizer: Tokenizer to save beside the model.
+        tokenizer: Tokenizer to save next to the model.
         state_dict: Full weights, where the model's own are sharded.
         is_main_process: Whether this process writes.
         push_to_hub: Whether to upload the folder to the hub afterwards.

@@ -204,7 +204,7 @@ class Row(NamedTuple):
     bounds: Sequence[float] | None = None
     color: str = "mixed"
     seeds: Sequence[float] = ()
-    note: str = ""  # beside the label, less strong
+    note: str = ""  # next to the label, less strong
 
 
 def draw_bars(rows: Sequence[Row], title: str, show: Callable[[float], str]) -> dict[str, Any]:

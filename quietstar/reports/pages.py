@@ -103,7 +103,7 @@ class Section(NamedTuple):
     id: str
     title: str
     parts: Sequence[Table | Tiles | Line | Cards | Code]
-    summary: str | None = None  # beside the title of a section that is folded
+    summary: str | None = None  # next to the title of a section that is folded
     is_open: bool = False
 
 

@@ -60,7 +60,7 @@ class _Result(BaseModel):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What ``quietstar eval --out FILE.json`` has written, and the items beside it."""
+    """What ``quietstar eval --out FILE.json`` has written, and the items next to it."""
 
     path: Path
     settings: Mapping[str, Any]
@@ -83,7 +83,7 @@ def read_evaluation(path: Path) -> Evaluation:
     """Read an evaluation and its items.
 
     Raises:
-        UserError: It is none, or its items are not beside it or are those of another one.
+        UserError: It is none, or its items are not next to it or are those of another one.
     """
     where = f"RUN ({path})"
     with reading(where, _REMEDY), open_input(path) as file:
@@ -91,13 +91,13 @@ def read_evaluation(path: Path) -> Evaluation:
     items = path.with_suffix(".items.jsonl")
     if not items.exists():
         raise UserError(
-            f"{where}: has no {items.name} beside it, and evaluations are compared item by item. "
+            f"{where}: has no {items.name} next to it, and evaluations are compared item by item. "
             "Put the file that --out-items named there, or evaluate again."
         )
     settings, records = read_items(items, f"{where}, {items.name}", _REMEDY)
     if changes := settings_changes(settings, result.config):
         raise UserError(
-            f"{where}: the items beside it were made with another {changes}. Evaluate again with "
+            f"{where}: the items next to it were made with another {changes}. Evaluate again with "
             "--force."
         )
     main_metrics = {name: task.main_metric for name, task in result.tasks.items()}

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: checked before the work, written beside, synced, renamed.
+"""Files that are whole or not there: checked before the work, written next to it, synced, renamed.
 
 A run or an evaluation may take days. So a place that cannot be written is refused before it begins,
 and what is written is complete under its own name, or that name still stands for what it stood for.
@@ -145,7 +145,7 @@ def _finite(content: Any) -> Any:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Make a folder that is whole or not there: yields one beside it, which takes its name at last.
+    """Make a folder that is whole or not there: yields one next to it, which gets its name last.
 
     A folder of that name is replaced, and deleted only when the new one is there. If the block
     fails, nothing of it stays. Its files get the permissions that the umask asks for: safetensors

@@ -95,7 +95,7 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
 def save_checkpoint(run: StageRun) -> Path:
     """Saves the state after the steps that are done, then removes old checkpoints.
 
-    It is written beside its final name and renamed when it is whole, and no signal interrupts that.
+    It is written next to its final name, and renamed when whole; no signal interrupts that.
     To be called on all processes.
 
     Raises:
@@ -213,7 +213,7 @@ def load_checkpoint(
 ) -> None:
     """Loads weights, optimizer state and random state; settings stay those of the config.
 
-    Optimizers save their settings (learning rates, decay, betas) beside their state, but a run
+    Optimizers save their settings (learning rates, decay, betas) next to their state, but a run
     resumed under other settings must train with its own.
 
     Raises:

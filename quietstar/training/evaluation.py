@@ -340,7 +340,7 @@ def right_thoughts(
     return right.sum(), counted.sum() * tokens.shape[1]
 
 
-# --- What a run leaves beside its model: results.json and samples.json ----------------------------
+# --- What a run leaves next to its model: results.json and samples.json ---------------------------
 def held_out_figures(run: StageRun) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the stage's held-out figures at its start and end, as ``metrics.jsonl`` has them."""
     records, _ = read_metrics(run.reporter.path)

@@ -81,7 +81,7 @@ def check_own(output_dir: Path, overwrite: bool = False) -> bool:
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
         what = "cannot be written" if ancestor.is_dir() else "is a file"
         raise UserError(f"{key}: cannot be made, since {ancestor} {what}. Give another folder.")
-    # A kill while the marker was written leaves its half beside the lock.
+    # A kill while the marker was written leaves its half next to the lock.
     begun = re.compile(rf"{re.escape(LOCK_FILE)}|\.{re.escape(MARKER_FILE)}\.\d+\.partial")
     if all(begun.fullmatch(name) for name in names):
         return False
