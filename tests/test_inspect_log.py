@@ -31,11 +31,12 @@ def exported(source, out, capsys):
 
 
 def parts(sample):
-    """The parts of the assistant's message, which is the output, too."""
+    """The assistant's message, which is the output, too: thoughts in angle brackets, and text."""
     user, assistant = sample["messages"]
     assert user == {"role": "user", "content": sample["input"]}
     assert sample["output"]["choices"][0]["message"] == assistant
-    return [part[part["type"]] for part in assistant["content"]]
+    forms = {"reasoning": "<{}>", "text": "{}"}
+    return [forms[part["type"]].format(part[part["type"]]) for part in assistant["content"]]
 
 
 def values(scores):
@@ -62,7 +63,7 @@ def test_a_run_becomes_texts_whose_epochs_are_its_evaluations(tmp_path, capsys):
     assert [one["metadata"]["step"] for one in log["samples"]] == [0, 0, 10]
     assert [(one["id"], one["epoch"]) for one in log["samples"]] == [(1, 1), (2, 1), (1, 2)]
     assert (first["input"], other["input"], first["target"]) == ("1 + 1 =", "0 + 2 =", "2")
-    assert (parts(first), parts(last)) == (["two", "2"], ["", "3"])
+    assert (parts(first), parts(last)) == (["<two>", "2"], ["<>", "3"])
     assert values(first["scores"]) == {
         "gain": 0.5, "accuracy_with_thoughts": 1.0, "accuracy_without_thoughts": 0.0,
         "gold_probability_with_thoughts": 0.75, "gold_probability_without_thoughts": 0.25,
@@ -93,7 +94,7 @@ def test_an_evaluation_becomes_a_log_of_each_task(tmp_path, capsys):
     logs = exported(tmp_path / "e.json", tmp_path / "logs", capsys)
     assert {*logs} == {"my-math", "text-txt"}
     first, second = logs["my-math"]["samples"]
-    assert (parts(first), parts(second)) == (["six", " 42"], ["seven", " 43"])
+    assert (parts(first), parts(second)) == (["<six>", " 42"], ["<seven>", " 43"])
     assert (first["input"], first["metadata"]["id"]) == ("6 * 7 =", "q7")
     assert values(second["scores"]) == {
         "gain": 1.0, "gain_of_content": 2.0, "nll_with_thoughts": 2.0, "nll_without_thoughts": 3.0,
@@ -102,7 +103,7 @@ def test_an_evaluation_becomes_a_log_of_each_task(tmp_path, capsys):
     means = {s["name"]: s["metrics"]["mean"]["value"] for s in logs["my-math"]["results"]["scores"]}
     assert means["gain"] == 1.5  # of 2 and 1
     (text,) = logs["text-txt"]["samples"]
-    assert (text["input"], parts(text)) == (" 4 2", ["a", "4", "b", " 2"])
+    assert (text["input"], parts(text)) == (" 4 2", ["<a>", "4", "<b>", " 2"])
 
 
 @pytest.mark.parametrize(
