@@ -63,7 +63,7 @@ COMMANDS = {
         "generate",
         "Continue a prompt, chat, or show thoughts: quietstar generate --model DIR ...",
     ),
-    "export": ("export", "Merge adapters into their base: quietstar export --model DIR --out DIR"),
+    "export": ("export", "Merge adapters, or write logs: quietstar export --model DIR --out DIR"),
 }
 """By name: module of ``quietstar.cli``; a summary."""
 RENAMED = {
