@@ -297,9 +297,10 @@ def _reward(functions: Sequence[RewardFunction], weights: Sequence[int | float] 
 def _name_of(function: Callable[..., Any]) -> str:
     """Return the ``module:name`` by which the registry finds a function."""
     name = getattr(function, "__name__", type(function).__name__)
-    module = sys.modules.get(getattr(function, "__module__", ""))
-    if module is not None and getattr(module, name, None) is function:
-        return f"{module.__name__}:{name}"
+    module = getattr(function, "__module__", "")
+    is_named = all(part.isidentifier() for part in module.split("."))  # as runpy's are not
+    if is_named and getattr(sys.modules.get(module), name, None) is function:
+        return f"{module}:{name}"
     given = sys.modules.setdefault(GIVEN, ModuleType(GIVEN))
     name = name if name.isidentifier() else "reward"
     while getattr(given, name, function) is not function:

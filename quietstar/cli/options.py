@@ -141,12 +141,12 @@ class Parser(argparse.ArgumentParser):
             remedy = f"; {option} takes one value: join a list by commas, quote one with spaces"
             self.error(f"{unknown[0]}: belongs to no option{remedy if takes_value else ''}")
         if self._kind is not None:
-            args = self._kind.of(vars(args), dashes=True)
             if (name := getattr(args, "device", None)) is not None:
                 try:
-                    args = args.model_copy(update={"device": device(name)})
+                    args.device = device(name)
                 except argparse.ArgumentTypeError as problem:
                     raise UserError(f"--device {problem}") from None
+            args = self._kind.of(vars(args), dashes=True)
         find_models(args)
         self.check(args)
         return args

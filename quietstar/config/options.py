@@ -57,8 +57,8 @@ class Options(BaseModel):
             rule = f"must be one of {', '.join(words)}"
         else:
             rule = f"must be {_bounded(field)}"
-        value = visible(str(detail["input"]))
-        raise UserError(f"{option} ({value}): {rule.rstrip('.')}. Give another value.")
+        end = "" if rule.endswith("?") else ". Give another value."
+        raise UserError(f"{option} ({visible(str(detail['input']))}): {rule}{end}")
 
 
 def _bounded(field: Mapping[str, Any]) -> str:

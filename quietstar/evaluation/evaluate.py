@@ -33,7 +33,7 @@ from quietstar.config.options import (
 )  # fmt: skip
 from quietstar.data.encoding import split_template
 from quietstar.data.tokenizer import load_tokenizer
-from quietstar.errors import UserError, visible
+from quietstar.errors import UserError
 from quietstar.evaluation.controls import CONTROLS, GENERIC, GENERIC_TEXT, WITH, WITHOUT
 from quietstar.evaluation.runner import (
     FREE_SETTINGS,
@@ -79,7 +79,7 @@ def _controls(value: Any) -> Any:
     names = CONTROLS if value is True else _split(value) or ()
     if unknown := [name for name in names if name not in CONTROLS]:
         hint = did_you_mean(closest(unknown[0], CONTROLS)) or f"; choose from {', '.join(CONTROLS)}"
-        raise ValueError(f"{visible(unknown[0])} is no control{hint}")
+        raise ValueError(f"no such control{hint}")
     return tuple(name for name in CONTROLS if name in names)
 
 

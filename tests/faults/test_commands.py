@@ -251,7 +251,7 @@ def test_a_file_of_the_user_is_never_cut(work, tmp_path, capsys, content):
     assert os.listdir(tmp_path) == ["data.csv"]  # and no lock
     call[-1] = "own.jsonl"
     assert cli.main([*call, "--force"]) == 2
-    assert "is also --tasks, which is read" in capsys.readouterr().err
+    assert "is also the file of own.jsonl, which is read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -595,13 +595,14 @@ def test_a_signal_ends_a_command_soon_and_leaves_nothing_half_written(folder, co
         (folder / "demo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = ["--config", "plan.yaml"] if command == "plan" else ["--model", "model"]
     start = (
-        "import sys, time; from quietstar.cli import main, options\n"
-        "load = options.load_model\n"
+        "import sys, time; from quietstar.cli import main\n"
+        "from quietstar.evaluation import scoring\n"
+        "load = scoring.load_onto_device\n"
         "def told(*arguments, **keywords):\n"
         "    model = load(*arguments, **keywords)\n"
         "    print('loaded', flush=True)\n"
         "    return model\n"
-        "options.load_model = told\n"
+        "scoring.load_onto_device = told\n"
         "if '--plan' in sys.argv: print('loaded', flush=True)\n"
         "sys.exit(main.main(sys.argv[1:]))"
     )
