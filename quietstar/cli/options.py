@@ -96,8 +96,6 @@ class Parser(argparse.ArgumentParser):
             number = "N" if "integer" in types_of(known) else "X"
             extra: dict[str, Any] = {"metavar": "|".join(words_of(known)) or number}
             extra |= next((member["cli"] for member in members if "cli" in member), {})
-            if extra.pop("is_output", False):
-                self._outputs.append(option_of(name))
             if field.annotation is bool:
                 extra = {"action": "store_true"}
             text = " ".join((field.description or "").split()).rstrip(".")

@@ -146,9 +146,7 @@ def _file_name(text: str) -> str:
 
 
 FileName = Annotated[str, AfterValidator(_file_name), shown("FILE")]
-"""Of a file to write, which the command itself checks."""
-OutputFile = Annotated[str, AfterValidator(_file_name), shown("FILE", is_output=True)]
-"""Of a file to write, which is refused if it exists or is read, too."""
+"""Of a file to write."""
 
 
 class ModelOptions(Options):

@@ -156,7 +156,7 @@ class Evaluation:
     """Tasks and how they are scored, with all that can be wrong told before a model is loaded.
 
     Attributes:
-        options: How.
+        options: What is scored, by which model and how, as they were given.
         tasks: Ours and those of lm-evaluation-harness, in order.
         items: Those of each task of ours, by its name.
         protocol: What `Runner` needs.

@@ -134,7 +134,7 @@ def load_onto_device(
     """Load a model as `load_thinker` does, onto a device, or by ``device_map`` over what there is.
 
     Raises:
-        UserError: As `load_thinker`.
+        UserError: No such model, one that cannot think where it must, or no such device.
     """
     try:
         if device_map is None:

@@ -59,7 +59,7 @@ class _Result(BaseModel):
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationFile:
     """What ``quietstar eval --out FILE.json`` has written, and the items next to it."""
 
     path: Path
@@ -79,7 +79,7 @@ class Evaluation:
                 if (name, how) == (task, variant)}  # fmt: skip
 
 
-def read_evaluation(path: Path) -> Evaluation:
+def read_evaluation(path: Path) -> EvaluationFile:
     """Read an evaluation and its items.
 
     Raises:
@@ -101,7 +101,7 @@ def read_evaluation(path: Path) -> Evaluation:
             "--force."
         )
     main_metrics = {name: task.main_metric for name, task in result.tasks.items()}
-    return Evaluation(path, settings, main_metrics, records)
+    return EvaluationFile(path, settings, main_metrics, records)
 
 
 def compare_evaluations(paths: Sequence[Path]) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _compare_task(
-    evaluations: Sequence[Evaluation], names: Sequence[str], tasks: Sequence[str]
+    evaluations: Sequence[EvaluationFile], names: Sequence[str], tasks: Sequence[str]
 ) -> dict[str, Any]:
     """Compare evaluations on a task, which each may call by a name of its own."""
     found = [one.of_task(task) for one, task in zip(evaluations, tasks, strict=True)]
@@ -203,7 +203,7 @@ def _compare_task(
             "groups": _groups(evaluations, tasks, numbers, values, main)}  # fmt: skip
 
 
-def _unlike(one: Evaluation, first: Evaluation, thinks: bool) -> dict[str, str]:
+def _unlike(one: EvaluationFile, first: EvaluationFile, thinks: bool) -> dict[str, str]:
     """Return the settings in which an evaluation differs from the first, but for its model."""
     settings, before = one.settings, first.settings
     idle = _EXPECTED if thinks else (*_EXPECTED, *_OF_THOUGHTS)
@@ -235,7 +235,7 @@ def _values(rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Array
 
 
 def _groups(
-    evaluations: Sequence[Evaluation], tasks: Sequence[str], numbers: Sequence[int],
+    evaluations: Sequence[EvaluationFile], tasks: Sequence[str], numbers: Sequence[int],
     values: Sequence[Mapping[str, Array]], main: str,
 ) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
     """Return the means of every evaluation within groups of items.
