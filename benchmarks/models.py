@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from benchmarks.floor import Sizes
 from quietstar.backbone.devices import keep_freed_memory
 from quietstar.backbone.loading import load_base
+from quietstar.checks import check_room
 from quietstar.config import MixingHeadConfig, ThoughtsConfig, loss_config
 from quietstar.errors import UserError
 from quietstar.model.quiet_star import QuietStarForCausalLM
@@ -93,7 +94,7 @@ def make_contest(args: argparse.Namespace, device: str) -> Contest:
         args.batch_size, args.seq_len, args.num_thoughts, args.thought_length, args.lookahead
     )
     try:
-        model._check_length(tokens)
+        check_room(tokens, model.max_text_length, model.thoughts, sum(model.num_markers))
     except ValueError as problem:
         raise UserError(f"--seq-len: {problem}") from problem
     return Contest(model.to(device), plain, tokens, sizes)

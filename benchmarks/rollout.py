@@ -42,10 +42,9 @@ def bench_rollout(args: argparse.Namespace) -> dict[str, Any]:
     def rollout() -> None:
         nonlocal sampled
         with precision(args.dtype, device):
-            thoughts = model.sample(
-                tokens, num_thoughts=args.num_thoughts, temperature=1.0,
-                positions=model.choose_positions(tokens),
-            )  # fmt: skip
+            thoughts = model.draw(
+                tokens, num_thoughts=args.num_thoughts, temperature=1.0
+            ).tokens  # fmt: skip
         sampled = thoughts.numel()
 
     def floor(rows: int) -> None:

@@ -20,7 +20,7 @@ from benchmarks.models import make_contest
 from benchmarks.options import report_result, run, settings_of, step_parser
 from quietstar.backbone.compiling import compile_layers, require_compiler
 from quietstar.backbone.devices import find_device
-from quietstar.model.learning import resolve_chunk_tokens
+from quietstar.losses.groups import resolve_chunk_tokens
 
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
 """Of bfloat16 matrix products without sparsity, by part of the device's name."""

@@ -17,6 +17,7 @@ import torch
 from quietstar import QuietStarForCausalLM
 from quietstar.data import load_tokenizer
 from quietstar.losses.estimators import leave_one_out
+from quietstar.model.scoring import next_logits
 
 PLACE = Path(__file__).with_name("pictures")
 STYLE = """
@@ -211,10 +212,10 @@ def main(run: str, figures: str) -> None:
     model, tokenizer = QuietStarForCausalLM.from_pretrained(folder), load_tokenizer(str(folder))
     ids = tokenizer(PROBLEM, return_tensors="pt").input_ids
     last = torch.tensor([[ids.shape[1] - 1]])
-    own = model.sample(ids, positions=last)
+    own = model.draw(ids, positions=last).tokens
     plain = model(ids, think=False).logits[0, -1].softmax(-1)
-    mixed = model.next_logits(ids, own, last)[0, -1].softmax(-1)
-    behind = model.next_logits(ids, own, last, fixed_mixing_weight=1.0)[0, -1].softmax(-1)
+    mixed = next_logits(model, ids, own, last)[0, -1].softmax(-1)
+    behind = next_logits(model, ids, own, last, fixed_mixing_weight=1.0)[0, -1].softmax(-1)
     places = [tokenizer.convert_tokens_to_ids(str(n)) for n in range(10)]
     truth = int(mixed[places].argmax())
     thought = tokenizer.decode(own[0, 0, 0]).split()
@@ -222,13 +223,14 @@ def main(run: str, figures: str) -> None:
     draw_thought(PROBLEM.split()[-11:], thought, str(int(plain[places].argmax())) + " ?", answer)
     draw_parallel()
     longer = torch.cat([ids, torch.tensor([[places[truth]]])], 1)
-    weight = model.think(longer, thoughts=own, positions=last).mixing_weight[0, 0, 0, 0].item()
+    weight = model.score(longer, own, positions=last).mixing_weight[0, 0, 0, 0].item()
     rows = {"plain": plain, "behind the thought": behind, "mixed": mixed}
     draw_mixture({k: v[places].tolist() for k, v in rows.items()}, weight, truth)
-    several = model.think(longer, num_thoughts=4, temperature=1.5, positions=last, seed=SEED)
-    reward = several.thought_logprobs[0, :, 0, 0]
+    drawn = model.draw(longer, num_thoughts=4, temperature=1.5, positions=last, seed=SEED)
+    several = model.score(longer, drawn)
+    reward = several.thought_logprobs[0, 0, :, 0]
     advantage = leave_one_out(reward[None, None], None)[0, 0]
-    texts = tokenizer.batch_decode(several.tokens[0, :, 0])
+    texts = tokenizer.batch_decode(several.tokens[0, 0])
     draw_reward(texts, reward.tolist(), advantage.tolist())
     draw_content(json.loads(Path(figures).read_text())["tasks"]["demo"])
 

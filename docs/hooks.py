@@ -27,15 +27,16 @@ PAGES = {
 }
 """Files outside ``docs`` that README and the docs link to, and their pages."""
 MODEL = (
-    "from_base configure forward think decode_thoughts sample draw choose_positions generate "
-    "next_logits score_plain score_mixed teach"
+    "from_base configure forward draw score score_plain choose_positions decode_thoughts generate"
 )
 PYTHON = {
     "quietstar.trainer": "TrainResult EvalResult",
     "quietstar.training.run": "run_training",
     "quietstar.model.saving": "from_pretrained save_pretrained push_to_hub",
-    "quietstar.model.outputs": "QuietStarOutput Thoughts ThoughtMetrics PlainScores MixedScores",
+    "quietstar.model.outputs": "QuietStarOutput ThoughtMetrics PlainScores",
+    "quietstar.model.scoring": "score_reference teach next_logits",
     "quietstar.sampling.thoughts": "ThoughtBatch",
+    "quietstar.losses.scores": "Scores",
     "quietstar.rewards.of_texts": "",
     "quietstar.losses.weights": "ThoughtScores ThoughtWeights",
     "quietstar.objectives": "Objective",

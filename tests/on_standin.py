@@ -10,10 +10,10 @@ from tiny import LLAMA, plain_model, random_texts, run_config, thinking_model
 
 from quietstar.attention import kernels
 from quietstar.backbone import teacher_forced
+from quietstar.checks import raise_failed
 from quietstar.errors import UserError
 from quietstar.generation.continuations import continue_thoughts
-from quietstar.model.checks import raise_failed
-from quietstar.sampling.thoughts import Texts, ThoughtBatch
+from quietstar.sampling.thoughts import ThoughtBatch
 from quietstar.training import loop
 from quietstar.training.run import run_training
 
@@ -112,7 +112,7 @@ def test_losses_and_gradients_are_those_of_the_cpu(thoughts, dtype, monkeypatch)
         got = model(texts.cuda(), sample_ids=ids.cuda(), thoughts=ThoughtBatch(**moved))
         got.loss.backward()
     half = dtype == torch.bfloat16
-    assert half or torch.equal(to_host(drawn.thoughts), given.tokens.transpose(1, 2))
+    assert half or torch.equal(to_host(drawn.thoughts), given.tokens)
     torch.testing.assert_close(to_host(got.loss), want.loss, rtol=3e-2 if half else 1e-5, atol=1e-5)
     for name, parameter in model.named_parameters():
         if name in grads and not half:  # of bfloat16, sums of few numbers of 8 bits
@@ -143,7 +143,7 @@ def test_wrong_log_probabilities_void_the_loss_and_are_named(wrong):
         logprobs = torch.full_like(drawn.sampling_logprobs, wrong)
         device.forget()
         loss = model(texts, thoughts=replace(drawn, sampling_logprobs=logprobs)).loss
-        assert "model/checks.py expect" not in device.syncs
+        assert "checks.py expect" not in device.syncs
         with pytest.raises(UserError, match="sampling_logprobs are above 0 or not finite"):
             raise_failed()
         raise_failed()  # said once
@@ -158,7 +158,7 @@ def test_a_reward_that_is_not_finite_ends_the_run_before_the_step_and_is_named(
         tmp_path, model__config=SMALL, loss__reward="on_standin:no_reward",
         training__global_batch_size=4, training__micro_batch_size=4,
     )  # fmt: skip
-    with StandIn(), pytest.raises(UserError, match=r"loss.reward .* figures that are not finite"):
+    with StandIn(), pytest.raises(UserError, match=r"loss.reward .* numbers that are not finite"):
         run_training(config)
 
 
@@ -203,9 +203,7 @@ def test_continuations_end_with_the_last_of_them(monkeypatch):
     with StandIn() as device:
         model, ids = model.cuda(), random_texts(2, 8).cuda()
         positions = torch.tensor([[3], [5]]).cuda()
-        tokens = model.sample(ids, num_thoughts=2, temperature=1.0, positions=positions)
-        texts = Texts(ids, ids, None, torch.arange(2).cuda())
-        batch = ThoughtBatch.of_texts(texts, positions, tokens.transpose(1, 2))
+        batch = model.draw(ids, num_thoughts=2, temperature=1.0, positions=positions)
         launches = []
         for most in (8, 40):
             device.forget()

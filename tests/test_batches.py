@@ -34,10 +34,6 @@ def test_ranks_share_every_row_in_equally_many_micro_batches(batch_size):
             assert max(len(part) for rank in ranks for part in rank) <= micro
 
 
-def test_a_step_that_divides_is_cut_into_whole_micro_batches():
-    assert micro_batch_rows(8, 2, 2, 1) == [range(4, 6), range(6, 8)]
-
-
 @pytest.mark.parametrize("positions", ["all", "random", "answer"])
 def test_a_padding_micro_batch_counts_nothing(tmp_path, positions):
     config = run_config(tmp_path)
@@ -51,21 +47,6 @@ def test_a_padding_micro_batch_counts_nothing(tmp_path, positions):
     assert count_thinking(padded.micro_batches[0], thoughts).sum() == 0
     assert (padded.micro_batches[0].labels == -100).all()
     assert padded.micro_batches[0].input_ids.shape == padded.micro_batches[1].input_ids.shape
-
-
-def test_five_texts_train_alike_however_they_are_cut(tmp_path):
-    def trajectory(micro):
-        config = run_config(
-            tmp_path,
-            training__global_batch_size=5,
-            training__micro_batch_size=micro,
-            training__output_dir=str(tmp_path / f"run{micro}"),
-        )
-        return timeless(read_metrics(run_training(config).parent))
-
-    whole = trajectory(5)
-    for micro in (2, 8):  # it is an upper bound, also above the whole step
-        assert_close(trajectory(micro), whole, rel=2e-5, abs=2e-5)
 
 
 @pytest.mark.slow

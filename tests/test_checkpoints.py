@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,8 @@ from tiny import plain_model, read_metrics, run_config
 
 from quietstar.cli import main as cli
 from quietstar.data import byte_tokenizer
-from quietstar.errors import Preempted, UserError
-from quietstar.training import checkpoint, loop
+from quietstar.errors import UserError
+from quietstar.training import checkpoint
 from quietstar.training.checkpoint import (
     MANIFEST_FILE,
     STATE_FILE,
@@ -174,7 +173,7 @@ def test_the_model_of_a_checkpoint_runs_no_code_that_its_run_names(
         (optimizer(lambda s: s[0].pop("exp_avg")), "it has no 'exp_avg'"),
         (optimizer(lambda s: s.pop(0)), r"for \d+ weights, and had one for \d+"),
         (optimizer(lambda s: s.clear()), "for 0 weights"),
-        (vectors(lambda x: {"start_embedding": x.int()}), "start_embedding is of type torch.int32"),
+        (vectors(lambda x: {"start_embedding": x.int()}), "start_embedding has shape .*int32"),
         (vectors(lambda x: {"start_embedding": x * torch.nan}), "start_embedding .* not finite"),
         (vectors(lambda x: {"more": x.clone()}), "does not train its tensor more"),
         (state(stage="nosuch"), r"its stage \(nosuch\): must be one of the config \(train\)"),
@@ -216,45 +215,6 @@ def test_nothing_is_started_anew_over_damaged_checkpoints(tmp_path):
     with pytest.raises(UserError, match="no whole checkpoint is left"):
         run_training(config, resume="auto")
     assert (folder / "final").exists()
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_forgets_the_step_under_way_and_the_run_goes_on_bit_for_bit(
-    tmp_path, monkeypatch, capsys, name
-):
-    settings = {"training__max_steps": 5, "training__save_steps": 2}
-    whole = run_config(tmp_path, **settings, training__output_dir=str(tmp_path / "whole"))
-    whole = run_training(whole).parent
-    config = run_config(tmp_path, **settings)
-    step = loop.accumulate_gradients
-
-    def warned(run, number, *rest):
-        if number == 2:  # in the middle of the third step
-            os.kill(os.getpid(), getattr(signal, name))
-        return step(run, number, *rest)
-
-    monkeypatch.setattr(loop, "accumulate_gradients", warned)
-    handlers = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Preempted, match=rf"{name} asked for an end; step 2 is saved in"):
-        run_training(config)
-    assert signal.getsignal(signal.SIGTERM) is handlers
-    folder = tmp_path / "run"
-    assert (folder / "preempted").read_text() == "2\n"
-    assert not (folder / "final").exists()
-    monkeypatch.setattr(loop, "accumulate_gradients", step)
-    run_training(config, resume="auto")
-    assert not (folder / "preempted").exists()
-    assert timeless(read_metrics(folder)) == timeless(read_metrics(whole))
-    assert_same_weights(folder, whole)
-
-
-def test_a_stopped_run_ends_with_its_own_exit_code(monkeypatch, capsys):
-    def stop(*args, **keywords):
-        raise Preempted("SIGTERM asked for an end; step 3 is saved")
-
-    monkeypatch.setattr("quietstar.training.run.run_training", stop)
-    assert cli.main(["train", "--config", "configs/tiny.yaml"]) == cli.EXIT_PREEMPTED == 75
-    assert capsys.readouterr().err == "quietstar: SIGTERM asked for an end; step 3 is saved\n"
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from quietstar.config import ThoughtsConfig
 from quietstar.errors import UserError
 from quietstar.generation import continuations
 from quietstar.generation.continuations import continue_thoughts
+from quietstar.model.scoring import read_thoughts
 from quietstar.rewards import asks_policy
 from quietstar.sampling.noise import keyed_uniform
 from quietstar.sampling.rollout import sample_logits
@@ -39,10 +40,10 @@ def expected_token(model, thoughts, text, place, k, written, temperature):
     """The next token after a thought and what was written, by the pass that training learns by."""
     position, index = int(thoughts.positions[text, place]), len(written)
     ids = torch.cat([thoughts.input_ids[text, : position + 1], written])[None]
-    thought = thoughts.tokens[text, place, k].view(LENGTH, 1, 1, 1)
+    thought = thoughts.tokens[text, place, k].view(1, 1, 1, LENGTH)
     padded = torch.cat([ids, ids[:, :1]], 1)  # a lookahead ends inside its text
-    states, weight = model.states_with(
-        padded, thought, torch.tensor([[position]]), lookahead=index + 1
+    states, weight = read_thoughts(
+        model, padded, thought, torch.tensor([[position]]), lookahead=index + 1
     )
     head = model.output_head
     text_states = text_lookahead(states.text, index + 1, torch.tensor([[position]]))

@@ -15,9 +15,8 @@ from quietstar.config import DataConfig
 from quietstar.data import build_data, byte_tokenizer
 from quietstar.data import encoding as encoding_module
 from quietstar.data import sources as sources_module
-from quietstar.data.batches import IGNORED, answer_span, collate
+from quietstar.data.batches import IGNORED, answer_span
 from quietstar.data.encoding import Encoded, Encoder, chunks
-from quietstar.data.sources import record_fields
 from quietstar.errors import UserError
 
 EOS, PAD = 256, 257
@@ -93,7 +92,9 @@ def encode_one(config, tokenizer, record):
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 @pytest.mark.parametrize("spans", ["random", "concatenate"])
-def test_a_batch_is_the_same_for_every_cut(tmp_path, tokenizer, streaming, spans):
+def test_a_batch_is_the_same_for_every_cut_batch_size_and_start(
+    tmp_path, tokenizer, streaming, spans
+):
     path = text_file(tmp_path, numbered(40))
     config = DataConfig(train=path, seq_len=16, streaming=streaming, spans=spans, eval_sequences=4)
     data, _, _ = build_data(config, tokenizer, 3)
@@ -105,26 +106,10 @@ def test_a_batch_is_the_same_for_every_cut(tmp_path, tokenizer, streaming, spans
             assert torch.equal(getattr(whole, name), parts)
         assert whole.sample_ids.tolist() == list(range(8 * step, 8 * step + 8))
         assert whole.input_ids.shape == (8, 16)
-
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
-def test_a_sample_depends_on_its_index_and_not_on_the_batch_size(tmp_path, tokenizer, streaming):
-    config = DataConfig(
-        train=text_file(tmp_path, numbered(40)), seq_len=16, streaming=streaming, eval_sequences=4
-    )
-    data, _, _ = build_data(config, tokenizer, 0)
-    assert_same(data.batch(1, 8, range(2, 4)), data.batch(5, 2))
-
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
-def test_resuming_at_a_step_gives_what_an_unbroken_run_sees(tmp_path, tokenizer, streaming):
-    config = DataConfig(
-        train=text_file(tmp_path, numbered(20)), seq_len=16, streaming=streaming, eval_sequences=4
-    )
-    data, _, _ = build_data(config, tokenizer, 0)
+    assert_same(data.batch(1, 8, range(2, 4)), data.batch(5, 2))  # an index, of any batch size
     batches = [data.batch(step, 3) for step in range(12)]
-    again, _, _ = build_data(config, tokenizer, 0)
-    assert_same(again.batch(11, 3), batches[11])
+    again, _, _ = build_data(config, tokenizer, 3)
+    assert_same(again.batch(11, 3), batches[11])  # as after a resume
     assert_same(again.batch(4, 3), batches[4])  # backwards as well
 
 
@@ -266,24 +251,16 @@ def test_a_joined_stream_shares_no_document_with_its_head(tmp_path, tokenizer):
 # ---- labels, padding, end of text
 
 
-def test_a_short_text_ends_with_a_learned_eos_and_padding_is_no_target(tmp_path, tokenizer):
+@pytest.mark.parametrize("pad", [PAD, EOS])
+def test_a_short_text_ends_with_a_learned_eos_and_padding_is_no_target(tmp_path, tokenizer, pad):
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
     config = DataConfig(train=text_file(tmp_path, ["abc", "abc"]), seq_len=6)
     data, _, report = build_data(config, tokenizer, 0)
     batch = data.batch(0, 1)
-    assert batch.input_ids.tolist() == [[97, 98, 99, EOS, PAD, PAD]]
+    assert batch.input_ids.tolist() == [[97, 98, 99, EOS, pad, pad]]
     assert batch.attention_mask.tolist() == [[True] * 4 + [False] * 2]
     assert batch.labels.tolist() == [[97, 98, 99, EOS, IGNORED, IGNORED]]
     assert report.padded == 1
-
-
-def test_eos_is_learned_where_it_also_is_the_padding(tmp_path, tokenizer):
-    tokenizer.pad_token = tokenizer.eos_token
-    data, _, _ = build_data(
-        DataConfig(train=text_file(tmp_path, ["ab", "ab"]), seq_len=5), tokenizer, 0
-    )
-    batch = data.batch(0, 1)
-    assert batch.input_ids.tolist() == [[97, 98, EOS, EOS, EOS]]
-    assert batch.labels.tolist() == [[97, 98, EOS, IGNORED, IGNORED]]
 
 
 def test_eos_is_not_doubled_where_the_text_or_tokenizer_already_ends_with_it(tokenizer):
@@ -335,12 +312,6 @@ def test_chunks_keep_targets_beside_their_tokens():
     ]
     # A single token at the end has nothing to predict.
     assert [chunk.ids.tolist() for chunk in chunks([one, two], 5)] == [[0, 1, 2, 3, 4]]
-
-
-def test_collation_refuses_a_sample_wider_than_the_batch():
-    sample = Encoded(np.zeros(3, np.int32), np.ones(3, np.bool_), NO_ANSWER)
-    with pytest.raises(AssertionError, match="3 tokens in a batch of width 2"):
-        collate([sample], [0], 2, PAD)
 
 
 # ---- questions and answers
@@ -475,12 +446,6 @@ def test_a_chat_without_an_answer_is_dropped_and_counted(tmp_path, chat_tokenize
     path = write_jsonl(tmp_path / "chat.jsonl", records)
     config = DataConfig(train=path, format="chat", loss_on="answer")
     assert build_data(config, chat_tokenizer, 0)[2].dropped_empty == 1
-
-
-def test_a_tokenizer_without_chat_template_is_refused(tmp_path, tokenizer):
-    path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": CHAT}] * 2)
-    message = error_of(DataConfig(train=path, format="chat"), tokenizer)
-    assert message.startswith("data.format: 'chat' needs a tokenizer with a chat template")
 
 
 def test_a_template_that_rewrites_earlier_messages_is_refused_for_answers_alone(
@@ -730,8 +695,29 @@ def test_problems_of_a_named_evaluation_are_not_those_trained_on(tokenizer):
 # ---- bad input
 
 
-def test_nothing_to_train_on_is_named(tokenizer):
-    assert error_of(DataConfig(), tokenizer).startswith("data.train: is not set")
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"train": None}, "data.train: is not set"),
+        ({"eval": "no.jsonl"}, "data.eval: "),
+        ({"streaming": True}, "lower data.eval_sequences, or set data.eval"),
+        ({"format": "chat"}, "data.format: 'chat' needs a tokenizer with a chat template"),
+        ({"loss_on": "answer"}, "data.loss_on: 'answer' needs records"),
+        ({"train": "folder"}, "holds no file that ends in"),
+        ({"train": "a.txt", "format": "qa"}, "set data.format: text"),
+        ({"train": "a.parquet"}, "no field 'text' (its fields: body)"),
+    ],
+)
+def test_settings_that_do_not_fit_the_data_are_refused(
+    tmp_path, tokenizer, monkeypatch, changes, expected
+):
+    monkeypatch.chdir(tmp_path)
+    text_file(tmp_path, ["a", "b"])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), "a.parquet")
+    values = {**DataConfig(train="data.jsonl").model_dump(), **changes}
+    assert expected in error_of(DataConfig.model_construct(**values), tokenizer)
 
 
 def test_a_missing_file_suggests_its_neighbour(tmp_path, tokenizer):
@@ -739,11 +725,6 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path, tokenizer):
     message = error_of(DataConfig(train=str(tmp_path / "opnstax.jsonl")), tokenizer)
     assert message.endswith("no such file or folder; did you mean openstax.jsonl?")
     assert message.startswith("data.train: ")
-
-
-def test_a_missing_evaluation_file_is_named_by_its_key(tmp_path, tokenizer):
-    config = DataConfig(train=text_file(tmp_path, numbered(3)), eval=str(tmp_path / "no.jsonl"))
-    assert error_of(config, tokenizer).startswith("data.eval: ")
 
 
 @pytest.mark.parametrize(
@@ -789,33 +770,6 @@ def test_a_bad_chat_is_refused_with_place_and_rule(tmp_path, chat_tokenizer, mes
     assert expected in message
 
 
-def test_a_parquet_file_without_the_field_names_its_fields(tmp_path, tokenizer):
-    path = tmp_path / "data.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), path)
-    message = error_of(DataConfig(train=str(path)), tokenizer)
-    assert "no field 'text' (its fields: body)" in message
-
-
-def test_a_folder_without_data_and_text_files_for_questions_are_refused(tmp_path, tokenizer):
-    assert "holds no file that ends in" in error_of(DataConfig(train=str(tmp_path)), tokenizer)
-    (tmp_path / "a.txt").write_text("text")
-    config = DataConfig(train=str(tmp_path / "a.txt"), format="qa")
-    assert "set data.format: text" in error_of(config, tokenizer)
-
-
-def test_a_stream_that_its_head_uses_up_says_what_to_set(tmp_path, tokenizer):
-    config = DataConfig(train=text_file(tmp_path, ["a", "b"]), streaming=True)
-    assert "lower data.eval_sequences, or set data.eval" in error_of(config, tokenizer)
-
-
-def test_a_loss_on_answers_needs_records_with_answers(tmp_path, tokenizer):
-    path = text_file(tmp_path, ["a", "b"])
-    config = DataConfig.model_construct(
-        **{**DataConfig(train=path).model_dump(), "loss_on": "answer"}
-    )
-    assert error_of(config, tokenizer).startswith("data.loss_on: 'answer' needs records")
-
-
 def test_an_unreachable_hub_set_says_that_it_is_no_local_path_either(tokenizer, monkeypatch):
     def load(*args, **kwargs):
         raise ConnectionError("Couldn't reach 'owner/nothing' on the Hub\nand more")
@@ -841,8 +795,3 @@ def test_a_missing_generator_package_says_how_to_install_it(tokenizer, monkeypat
         message = error_of(DataConfig(train=name, format="qa"), tokenizer)
         assert name in message
         assert "pip install 'quietstar[tasks]'" in message
-
-
-def test_layouts_name_the_fields_of_their_format():
-    config = DataConfig(format="qa", question_field="q", answer_field="a")
-    assert record_fields(config) == {"question": "q", "answer": "a"}

@@ -31,8 +31,9 @@ from quietstar.data import build_data, byte_tokenizer
 from quietstar.errors import UserError
 from quietstar.losses.cross_entropy import Segment, SoftTargets, divergence_from, objective
 from quietstar.losses.distillation import nearest_thought
-from quietstar.losses.mixture import Mixture, mixture_objective
+from quietstar.losses.predictions import Predictions
 from quietstar.losses.weights import ThoughtWeights
+from quietstar.model.scoring import teach as teach_thoughts
 from quietstar.training import teaching
 from quietstar.training.run import run_training
 from quietstar.training.teaching import TeacherFolder
@@ -175,15 +176,14 @@ def test_a_mixed_prediction_learns_the_same_divergence(softcap):
     teacher = random(lookahead, batch, places, VOCAB, seed=7)
     soft = soft_targets(teacher, 3)
     coefficients = random(batch, places, thoughts, lookahead, seed=8).abs()
-    mixture = Mixture(
-        TextLookahead(text, lookahead, contiguous=True), states, weight, targets,
-        torch.zeros(lookahead, batch, places, dtype=torch.float64),
-        torch.tensor(1.0, dtype=torch.float64),
-        lambda scores, *where: ThoughtWeights(None, coefficients[where]), soft=soft,
-    )  # fmt: skip
-    value, results = mixture_objective(mixture, head)
+    results = Predictions(
+        head, TextLookahead(text, lookahead, contiguous=True), states, weight, targets, soft=soft
+    )
+    for chunk in results:
+        weights = ThoughtWeights(None, coefficients[chunk.texts, chunk.places])
+        chunk.learn(weights, torch.tensor(lookahead * thoughts))
     inputs = [text, states, weight, head.weight]
-    grads = torch.autograd.grad(value, inputs)
+    grads = torch.autograd.grad(results.loss, inputs)
 
     base = torch.stack([head.logits(text[:, a : a + places]) for a in range(lookahead)])
     logits = torch.lerp(
@@ -210,16 +210,13 @@ def student(**loss):
 def test_a_teacher_averages_its_mixed_predictions(positions):
     model, texts = student(), random_texts()
     model.configure(model.thoughts.model_copy(update={"positions": positions}))
-    result = model.teach(texts, seed=3, top=5)
+    result = teach_thoughts(model, texts, seed=3, top=5)
     drawn = model.draw(texts, num_thoughts=3, temperature=1.0, seed=3)
     assert int(result.num_tokens) == int((drawn.positions >= 0).sum()) * 3 * model.thoughts.length
-    given = {"thoughts": drawn.tokens.transpose(1, 2)}
-    if positions != "all":
-        given["positions"] = drawn.positions
-    out = model.think(texts, **given)
+    out = model.score(texts, drawn)
     lookahead = result.lookahead
     assert lookahead == (1 if positions == "all" else model.thoughts.lookahead)
-    wanted = out.mixed_logprobs.logsumexp(1) - math.log(3)
+    wanted = out.mixed_logprobs.logsumexp(2) - math.log(3)
     valid = out.valid[..., :lookahead]
     torch.testing.assert_close(
         result.true_logprobs.where(valid, 0.0), wanted[..., :lookahead].where(valid, 0.0),
@@ -243,7 +240,7 @@ def test_a_student_learns_the_divergence_from_the_text_alone(positions):
     model, texts = student(), random_texts()
     thoughts = {"positions": positions, "position_fraction": 0.4}
     model.configure(model.thoughts.model_copy(update=thoughts))
-    teacher = model.teach(texts, seed=2, top=4)
+    teacher = teach_thoughts(model, texts, seed=2, top=4)
     output = model(texts, seed=2, teacher=teacher)
     output.loss.backward()
     names = [n for n, p in model.named_parameters() if p.grad is not None]
@@ -277,15 +274,15 @@ def test_a_student_learns_the_divergence_from_the_text_alone(positions):
 
 def test_without_a_teacher_a_student_has_itself():
     model, texts = student(), random_texts()
-    given = model(texts, seed=2, teacher=model.teach(texts, seed=2, sample_ids=torch.arange(2)),
-                  sample_ids=torch.arange(2))  # fmt: skip
+    teacher = teach_thoughts(model, texts, seed=2, sample_ids=torch.arange(2))
+    given = model(texts, seed=2, teacher=teacher, sample_ids=torch.arange(2))
     alone = model(texts, seed=2, sample_ids=torch.arange(2))
     assert torch.equal(given.loss, alone.loss)
 
 
 def test_fast_rl_weighs_the_true_token_by_the_reward():
     model, texts = student(), random_texts()
-    teacher = model.teach(texts, seed=2)
+    teacher = teach_thoughts(model, texts, seed=2)
     logprobs = model.causal_lm(texts).logits.log_softmax(-1)[:, :-1]
     true = logprobs.gather(2, texts[:, 1:, None])[..., 0]
     reward = (true - teacher.true_logprobs[:, :-1, 0]).detach()
@@ -346,7 +343,7 @@ def test_each_reference_teaches_with_weights_of_its_own(tmp_path):
 
 def test_a_student_comes_closer_to_its_teacher():
     model, texts = student(), random_texts()
-    teacher = model.teach(texts)
+    teacher = teach_thoughts(model, texts)
     optimizer, values = torch.optim.Adam(model.parameters(), 0.01), []
     for _ in range(20):
         optimizer.zero_grad()
@@ -395,7 +392,7 @@ def test_a_thinking_student_learns_in_shorter_thoughts(tmp_path):
 
 def test_groups_of_blocks_change_nothing_for_a_thinking_student():
     model, texts = student(student="thinking"), random_texts(4)
-    teacher = model.teach(texts, seed=1)
+    teacher = teach_thoughts(model, texts, seed=1)
     losses, grads = [], []
     for size in (None, 10):
         model.learn_chunk_tokens = size
@@ -436,8 +433,13 @@ def test_a_stored_teacher_says_what_a_live_one_says(tmp_path):
     settings = run_config(tmp_path, **config)
     data, _, _ = build_data(settings.data, byte_tokenizer(), 0, model.thoughts)
     batch = data.batch(0, 8)
-    live = model.teach(
-        batch.input_ids, batch.attention_mask, batch.labels, sample_ids=batch.sample_ids, top=8
+    live = teach_thoughts(
+        model,
+        batch.input_ids,
+        batch.attention_mask,
+        batch.labels,
+        sample_ids=batch.sample_ids,
+        top=8,
     )
     found = TeacherFolder(tmp_path / "taught", "loss.teacher").find(batch)
     assert torch.equal(found.positions, live.positions)
@@ -448,10 +450,10 @@ def test_a_stored_teacher_says_what_a_live_one_says(tmp_path):
 
 
 def test_teaching_goes_on_where_it_was_ended(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(teaching, "TEXTS_OF_A_PART", 8)
+    monkeypatch.setattr(teaching, "TEXTS_AT_ONCE", 8)
     stored(tmp_path)
     calls = []
-    method = QuietStarForCausalLM.teach
+    method = teaching.teach
 
     def counted(self, input_ids, *rest, **more):
         calls.append(len(input_ids))
@@ -459,13 +461,12 @@ def test_teaching_goes_on_where_it_was_ended(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return method(self, input_ids, *rest, **more)
 
-    monkeypatch.setattr(QuietStarForCausalLM, "teach", counted)
+    monkeypatch.setattr(teaching, "teach", counted)
     assert teach(tmp_path, "--batch-size", "8") == 130
-    monkeypatch.setattr(QuietStarForCausalLM, "teach", method)
+    monkeypatch.setattr(teaching, "teach", method)
     assert teach(tmp_path, "--batch-size", "8") == 0
     assert "predictions for 32 texts" in capsys.readouterr().out
-    parts = sorted(path.name for path in (tmp_path / "taught").glob("part-*"))
-    assert len(parts) == 4
+    assert calls == [8, 8]
 
 
 @pytest.mark.parametrize(

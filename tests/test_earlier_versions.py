@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import plain_model, random_texts, randomise_own_weights, thinking_model, tuning_by
+from tiny import plain_model, random_texts, randomise_own_weights, think, thinking_model, tuning_by
 
 from quietstar import QuietStarForCausalLM
 from quietstar.config.loading import load_config
@@ -26,13 +26,13 @@ SAVED = Path(__file__).with_name("saved_by_0.1.0")
 def test_a_saved_model_thinks_what_it_thought():
     model = QuietStarForCausalLM.from_pretrained(SAVED / "final")
     assert model.thoughts.position_fraction == 0.5
-    thoughts = model.think(
-        torch.arange(40, 60)[None], num_thoughts=2, temperature=1.0, seed=5
+    thoughts = think(
+        model, torch.arange(40, 60)[None], num_thoughts=2, temperature=1.0, seed=5
     )  # fmt: skip
     expected = json.loads((SAVED / "expected.json").read_text())
-    assert thoughts.tokens[0, :, :8].tolist() == expected["tokens"]
+    assert thoughts.tokens[0, :8].transpose(0, 1).tolist() == expected["tokens"]
     mixed = torch.tensor(expected["mixed"])
-    torch.testing.assert_close(thoughts.mixed_logprobs[0, :, :8, 0], mixed, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(thoughts.mixed_logprobs[0, :8, :, 0].T, mixed, rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_goes_on_from_its_checkpoint(tmp_path, monkeypatch, caplog):
@@ -79,7 +79,7 @@ def of_0_2(folder, model, **changes):
 
 def thinks_alike(model, loaded):
     texts = random_texts(2, 9)
-    ours, theirs = (m.eval().think(texts, num_thoughts=2, seed=3) for m in (model, loaded))
+    ours, theirs = (think(m.eval(), texts, num_thoughts=2, seed=3) for m in (model, loaded))
     assert torch.equal(ours.tokens, theirs.tokens)
     assert torch.equal(ours.mixed_logprobs, theirs.mixed_logprobs)
 

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from architectures import tiny_architecture
-from tiny import MARKERS
+from tiny import MARKERS, think
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,6 +21,7 @@ from quietstar.attention.kernels import CpuFlash
 from quietstar.attention.passes import BlockPass, TextPass
 from quietstar.backbone.teacher_forced import ThoughtStates
 from quietstar.config import MixingHeadConfig, ThoughtsConfig
+from quietstar.model.scoring import read_thoughts
 from quietstar.model.self_check import use_thinking_attention
 from quietstar.sampling import rollout
 from quietstar.sampling.thoughts import ThoughtBatch
@@ -53,7 +54,7 @@ def random_thoughts(model: QuietStarForCausalLM, batch_size: int, length: int) -
 
 @torch.no_grad()
 def learn(model: QuietStarForCausalLM, input_ids: Tensor, thoughts: Tensor) -> ThoughtStates:
-    return model.states_with(input_ids, thoughts, None)[0]
+    return read_thoughts(model, input_ids, thoughts.permute(2, 3, 1, 0), None)[0]
 
 
 def qkv(rows: int, heads: int, kv_heads: int, length: int, size: int, dtype=torch.float32):
@@ -180,7 +181,7 @@ def test_the_rollout_samples_from_the_states_of_the_learn_pass(quiet_star, path,
     monkeypatch.setattr(rollout, "sample_rows", record)
     input_ids = texts(2, 6)
     with torch.no_grad():
-        thoughts = quiet_star(input_ids).thoughts.permute(3, 1, 0, 2).contiguous()
+        thoughts = quiet_star(input_ids).thoughts.permute(3, 2, 0, 1).contiguous()
     policy = learn(quiet_star, input_ids, thoughts).policy  # (T, K, B, S, D)
     assert len(seen) == quiet_star.thoughts.length
     first, *rest = seen  # the first token's is one for all thoughts of a position
@@ -295,14 +296,14 @@ def test_with_zero_mixing_weight_the_mixed_prediction_is_that_of_the_plain_model
     plain = copy.deepcopy(model.causal_lm)
     plain.set_attn_implementation("eager")
     input_ids = texts(2, 6)
-    result = model.think(input_ids, num_thoughts=2)
+    result = think(model, input_ids, num_thoughts=2)
     assert (result.mixing_weight == 0).all()
     logprobs = plain(input_ids=input_ids).logits.log_softmax(-1)
     for a in (1, 2):
         for i in range(6 - a):
             expected = logprobs[:, i + a - 1].gather(1, input_ids[:, i + a, None])  # (B, 1)
             assert (result.base_logprobs[:, i, a - 1] - expected[:, 0]).abs().max() < 1e-5
-            assert (result.mixed_logprobs[:, :, i, a - 1] - expected).abs().max() < 1e-5
+            assert (result.mixed_logprobs[:, i, :, a - 1] - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "gpt2"])
@@ -359,8 +360,9 @@ def test_activation_checkpointing_changes_no_bit_of_loss_and_gradients(make_mode
 def test_bfloat16_autocast_is_close_to_float32(quiet_star, path, monkeypatch):
     input_ids = texts(2, 6)
     thoughts = random_thoughts(quiet_star, 2, 6)  # the same: samples of rounded logits may differ
-    monkeypatch.setattr(quiet_star, "_sample", lambda texts, positions, spec: ThoughtBatch.of_texts(
-        texts, positions, thoughts.permute(2, 3, 1, 0)))  # fmt: skip
+    given = thoughts.permute(2, 3, 1, 0)
+    monkeypatch.setattr(quiet_star.sampler, "sample", lambda model, texts, positions, spec:
+        ThoughtBatch.of_texts(texts, positions, given))  # fmt: skip
     loss, gradients = loss_and_gradients(quiet_star, input_ids)
     with torch.autocast("cpu", torch.bfloat16):
         rounded_loss, rounded = loss_and_gradients(quiet_star, input_ids)
@@ -374,7 +376,7 @@ def test_bfloat16_autocast_is_close_to_float32(quiet_star, path, monkeypatch):
 def test_the_rollout_runs_under_bfloat16_autocast(quiet_star):
     with torch.autocast("cpu", torch.bfloat16):
         output = quiet_star(texts(2, 6))
-    assert output.thoughts.shape == (2, 2, 6, 3)
+    assert output.thoughts.shape == (2, 6, 2, 3)
     assert torch.isfinite(output.loss)
 
 

@@ -21,7 +21,7 @@ from quietstar.data.encoding import Encoder
 from quietstar.errors import UserError
 from quietstar.evaluation import tasks as tasks_module
 from quietstar.evaluation.controls import CONTROLS, GAINS, derangement, replacement
-from quietstar.evaluation.scoring import GENERIC_TEXT, choice_metrics, item_metrics
+from quietstar.evaluation.scoring import GENERIC_TEXT, MixedScores, choice_metrics, item_metrics
 from quietstar.evaluation.tasks import (
     TASKS,
     EncodedItem,
@@ -33,7 +33,6 @@ from quietstar.evaluation.tasks import (
     find_candidates,
     find_task,
 )
-from quietstar.model.outputs import MixedScores
 from quietstar.sampling.samplers.rollout import Rollout
 from quietstar.sampling.thoughts import Texts, ThoughtBatch
 from quietstar.system.processes import Processes, join_launch
@@ -203,11 +202,11 @@ def test_the_model_itself_scores_another_items_thoughts_alike(folder, tmp_path):
         batch = answer_batch([text], [len(text) - len(prompt)], 0)
         thoughts = torch.tensor(kept[donor, "with_thoughts"]["thoughts"])
         places = [min(p, thoughts.shape[1] - 1) for p in range(batch.positions.shape[1])]
-        scored = model.think(
-            batch.ids, labels=batch.labels, positions=batch.positions,
-            thoughts=thoughts[None, :, places],
+        scored = model.score(
+            batch.ids, thoughts[None, :, places].transpose(1, 2), labels=batch.labels,
+            positions=batch.positions,
         )  # fmt: skip
-        nll = -scored.mixed_logprobs[0, 0, :, 0].mean().item()
+        nll = -scored.mixed_logprobs[0, :, 0, 0].mean().item()
         assert kept[number, "swapped"]["metrics"]["nll"][0] == pytest.approx(nll, abs=1e-5)
 
 
@@ -274,7 +273,7 @@ def test_every_control_scores_the_whole_answer_behind_thoughts_of_any_length(
         }
         ids = torch.tensor([list(f"{prompt}{answer}".encode())])
         for variant, thought in thoughts.items():
-            scored = early.think(ids, thoughts=torch.tensor(thought or [-1]).view(1, 1, 1, -1),
+            scored = early.score(ids, torch.tensor(thought or [-1]).view(1, 1, 1, -1),
                                  positions=torch.tensor([[len(prompt) - 1]]))  # fmt: skip
             logprob = scored.thought_logprobs[0, 0, 0, : len(answer)].sum().item()
             metrics = kept[number, variant]["metrics"]

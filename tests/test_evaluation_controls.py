@@ -206,7 +206,8 @@ def test_a_run_evaluates_the_controls_it_is_asked_for(tmp_path):
     tokenizer = load_tokenizer("bytes")
     _, held_out, _ = build_data(config.data, tokenizer, config.training.seed)
     (batch,) = held_out.batches(8)
-    own = model.sample(batch.input_ids, sample_ids=batch.sample_ids)
+    drawn = model.draw(batch.input_ids, positions=None, sample_ids=batch.sample_ids)
+    own = drawn.tokens.transpose(1, 2)
     given = {
         "shuffled": shuffle_tokens(own, batch.sample_ids.tolist(), seed=0),
         "pause": torch.full_like(own, model.pause_token_id),
@@ -214,7 +215,7 @@ def test_a_run_evaluates_the_controls_it_is_asked_for(tmp_path):
         "blank": torch.full_like(own[..., :1], -1),
     }
     for name, thoughts in given.items():
-        scores = score_batch(model, batch, thoughts).means()
+        scores = score_batch(model, batch, thoughts.transpose(1, 2)).means()
         assert last[f"{name}_mixed_nll"] == pytest.approx(scores["mixed_nll"], rel=1e-5), name
         gain = scores["mixed_nll"] - last["mixed_nll"]
         assert last[f"gain_over_{name}"] == pytest.approx(gain, abs=1e-5)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import random_texts, run_config, thinking_model
+from tiny import random_texts, run_config, think, thinking_model
 
 from quietstar import QuietStarForCausalLM
 from quietstar.data import load_tokenizer
@@ -20,14 +20,15 @@ def make(weight, **thoughts):
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_it_is_the_weight_of_every_thought(weight):
     model, texts = make(weight), random_texts()
-    thoughts = model.think(texts)
+    thoughts = think(model, texts)
     assert thoughts.mixing_weight.unique().tolist() == pytest.approx([weight])
-    mixed = model.score_mixed(texts, None, texts, thoughts.tokens).logprobs
+    scores = model.score(texts, thoughts.tokens, only_mixed=True, lookahead=1)
+    mixed = scores.mixed_logprobs[..., 0]
     torch.testing.assert_close(mixed, thoughts.mixed_logprobs[..., 0])
     if weight == 1:
         torch.testing.assert_close(thoughts.mixed_logprobs, thoughts.thought_logprobs)
     elif weight == 0:
-        torch.testing.assert_close(mixed[:, 0], thoughts.base_logprobs[..., 0])
+        torch.testing.assert_close(mixed[:, :, 0], thoughts.base_logprobs[..., 0])
 
 
 def test_training_heeds_it_and_the_warm_up_comes_before_it():
@@ -44,8 +45,8 @@ def test_a_generated_token_is_predicted_by_the_thought_alone():
     model, texts = make(1.0), random_texts(1, 6)
     out = model.generate(texts, max_new_tokens=1, do_sample=False, pad_token_id=0,
                          return_dict_in_generate=True, output_logits=True)  # fmt: skip
-    scored = model.think(torch.cat([texts, out.sequences[:, -1:]], 1))
-    own = scored.thought_logprobs[0, 0, 5, 0]
+    scored = think(model, torch.cat([texts, out.sequences[:, -1:]], 1))
+    own = scored.thought_logprobs[0, 5, 0, 0]
     found = out.logits[0].log_softmax(-1)[0, out.sequences[0, -1]]
     torch.testing.assert_close(found, own)
     assert abs(float(own - scored.base_logprobs[0, 5, 0])) > 1e-3
@@ -55,12 +56,13 @@ def test_it_is_saved_and_folders_without_it_ask_the_head(tmp_path):
     model, texts = make(1.0), random_texts()
     model.save_pretrained(tmp_path / "model", load_tokenizer("bytes"))
     again = QuietStarForCausalLM.from_pretrained(tmp_path / "model")
-    assert torch.equal(again.think(texts).mixed_logprobs, model.think(texts).mixed_logprobs)
+    assert torch.equal(think(again, texts).mixed_logprobs, think(model, texts).mixed_logprobs)
     settings = tmp_path / "model" / "quietstar.json"
     content = json.loads(settings.read_text())
     del content["mixing_head"]["fixed_weight"]
     settings.write_text(json.dumps(content))
-    weights = QuietStarForCausalLM.from_pretrained(tmp_path / "model").think(texts).mixing_weight
+    model = QuietStarForCausalLM.from_pretrained(tmp_path / "model")
+    weights = think(model, texts).mixing_weight
     assert len(weights.unique()) > 10
 
 

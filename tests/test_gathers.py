@@ -45,7 +45,7 @@ class Sent(TorchDispatchMode):
 def test_a_rollout_gathers_each_layer_once_a_pass(sharded, request):
     half = "bf16" in request.node.callspec.id
     with Sent() as sent, torch.autocast("cpu", torch.bfloat16, enabled=half):
-        ModelProxy(sharded).sample(random_texts(2, 9), num_thoughts=2)
+        ModelProxy(sharded).draw(random_texts(2, 9), num_thoughts=2)
     # The text, the start token and every thought token but the last; the outer weights once.
     assert sent.counts == {"c10d::_allgather_base_": LAYERS * (1 + LENGTH) + 1}
     numel = sum(p.numel() for p in sharded.model.causal_lm.model.layers[0].parameters())

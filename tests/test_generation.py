@@ -7,7 +7,7 @@ import pytest
 import torch
 from reference import _embed, _run, mixing_weight
 from test_parity import build
-from tiny import GPT2, LLAMA, plain_model, random_texts, thinking_model, tuning_by
+from tiny import GPT2, LLAMA, plain_model, random_texts, think, thinking_model, tuning_by
 from transformers import TextStreamer
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 
@@ -114,11 +114,11 @@ def test_generation_thinks_what_think_thinks(method, temperature, num_thoughts, 
     assert (out.thoughts == -1).any() == bool(thoughts)
     for row, prompt in enumerate(prompts):
         text = out.sequences[row, -NEW - len(prompt) :]
-        seen = model.think(text[None], num_thoughts=num_thoughts, temperature=temperature, seed=3,
-                           sample_ids=torch.tensor([row]))  # fmt: skip
+        seen = think(model, text[None], num_thoughts=num_thoughts, temperature=temperature, seed=3,
+                     sample_ids=torch.tensor([row]))  # fmt: skip
         places = slice(len(prompt) - 1, len(text) - 1)
-        assert torch.equal(out.thoughts[row].transpose(0, 1), seen.tokens[0, :, places])
-        mixed = seen.mixed_logprobs[0, :, places, 0].exp().mean(0).log()
+        assert torch.equal(out.thoughts[row], seen.tokens[0, places])
+        mixed = seen.mixed_logprobs[0, places, :, 0].exp().mean(1).log()
         for step, token in enumerate(text[len(prompt) :]):
             logprob = out.logits[step][row].log_softmax(-1)[token]
             torch.testing.assert_close(logprob, mixed[step], rtol=1e-5, atol=2e-5)
@@ -284,9 +284,9 @@ def test_some_texts_of_a_batch_think_and_others_do_not(name):
 def test_gates_at_their_ends_are_always_and_never():
     model = thinking_model(thoughts={"length": LENGTH}).eval()
     _, batch, mask = left_padded([5, 3])
-    for threshold, think in ((-1e9, True), (1e9, False)):
+    for threshold, thinks in ((-1e9, True), (1e9, False)):
         mine = generated(model, batch, mask, think=Gate("entropy", threshold))
-        assert torch.equal(mine.sequences, generated(model, batch, mask, think=think).sequences)
+        assert torch.equal(mine.sequences, generated(model, batch, mask, think=thinks).sequences)
         assert bool((mine.thoughts == -1).all()) is not think
 
 
@@ -328,10 +328,10 @@ def test_the_next_token_is_predicted_with_the_thoughts_that_are_given(tokens):
     next_token = out.sequences[:, -1:]
     text = torch.cat([ids, next_token], 1)
     positions = torch.full((2, 1), 5)
-    scores = model.score_mixed(text, None, text, given.unsqueeze(2), positions)
-    assert torch.equal(scores.predicted[:, 0], next_token)
+    scores = model.score(text, given.unsqueeze(1), positions=positions, lookahead=1)
+    assert torch.equal(scores.mixed_predicted[:, 0, 0], next_token)
     logprob = out.logits[0].log_softmax(-1).gather(1, next_token)
-    torch.testing.assert_close(logprob, scores.logprobs[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logprob, scores.mixed_logprobs[:, 0, 0], rtol=1e-4, atol=1e-5)
     assert out.thoughts[0, 0, 0].tolist() == tokens + [-1] * (3 - len(tokens))
 
 
@@ -386,8 +386,8 @@ def expected_logprobs(model, text, start, thoughts):
     """
     plain = model.score_plain(text[None]).logprobs[0, start - 1 : -1]
     place = torch.tensor([[start - 1]])
-    given = (text[None], None, text[None], thoughts[None, :, None], place)
-    mixed = model.score_mixed(*given, lookahead=REACH).logprobs[0, :, 0]  # (K, A)
+    scores = model.score(text[None], thoughts[None, None], positions=place, lookahead=REACH)
+    mixed = scores.mixed_logprobs[0, 0]  # (K, A)
     mixed = mixed.exp().mean(0).log()
     return torch.cat([mixed, plain[REACH:]])
 
@@ -423,9 +423,9 @@ def test_an_answer_follows_its_thought_wherever_that_ends(method, num_thoughts, 
     out = generated(model, batch, mask, num_thoughts=num_thoughts, thought_temperature=1.0, seed=3)
     assert (out.thoughts[:, 0] == -1).any() == bool(thoughts)
     assert_answers_as_scored(model, prompts, out)
-    seen = model.think(batch[2:], num_thoughts=num_thoughts, temperature=1.0, seed=3,
-                       sample_ids=torch.tensor([2]))  # fmt: skip
-    assert torch.equal(out.thoughts[2, 0], seen.tokens[0, :, -1])
+    seen = model.draw(batch[2:], num_thoughts=num_thoughts, temperature=1.0, seed=3,
+                      positions=None, sample_ids=torch.tensor([2]))  # fmt: skip
+    assert torch.equal(out.thoughts[2, 0], seen.tokens[0, -1])
 
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["given", "replaced"])

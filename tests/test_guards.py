@@ -86,30 +86,38 @@ def test_the_first_steps_and_the_evaluation_before_them_are_silent(tmp_path):
     assert fed(state, "eval", bad, bad, bad, begin=100) == [[], [], ["gain_of_content"]]
 
 
-def test_thoughts_without_content_need_a_gain_to_be_told(tmp_path):
-    state = GuardState(run_config(tmp_path))
-    assert fed(state, "eval", *[BAD["gain_of_content"] | {"gain": -0.1}] * 5) == [[]] * 5
+PAUSE = {"thoughts__sampler": "pause", "loss__policy_weight": 0.0}
+COLLAPSED = ("entropy", "identical_fraction", "distinct_token_ratio", "reward_std",
+             "no_signal_fraction")  # fmt: skip
+CONTENT = ("gain_of_content", "content_of_answers")
 
 
-def test_content_is_watched_in_what_evaluations_measure_of_it(tmp_path):
-    """With one thought before an answer in its probability, unless that is too small."""
+@pytest.mark.parametrize(
+    ("settings", "source", "names"),
+    [
+        (PAUSE, "train", COLLAPSED),  # they are all the same
+        (PAUSE, "eval", CONTENT),
+        (PAUSE | ONCE, "eval", CONTENT),
+        (ONCE, "eval", ("gain_of_content",)),
+        ({}, "eval", ("content_of_answers",)),
+        ({"mixing_head__fixed_weight": 0.0}, "train", ("mixing_weight",)),
+    ],
+)
+def test_what_means_nothing_in_a_stage_is_not_watched(tmp_path, settings, source, names):
+    state = GuardState(run_config(tmp_path, **settings))
+    bad = {key: value for name in names for key, value in BAD[name].items()}
+    assert fed(state, source, *[{}] * 9, *[bad] * 40) == [[]] * 49
+
+
+def test_content_is_watched_where_thoughts_help(tmp_path):
+    """And by the probability of the answer only where that is not too small."""
+    no_gain = BAD["gain_of_content"] | {"gain": -0.1}
+    assert fed(GuardState(run_config(tmp_path)), "eval", *[no_gain] * 5) == [[]] * 5
     once = run_config(tmp_path, **ONCE)
-    assert fed(GuardState(once), "eval", *[BAD["gain_of_content"]] * 5) == [[]] * 5
-    bad = BAD["content_of_answers"]
-    assert fed(GuardState(run_config(tmp_path)), "eval", *[bad] * 5) == [[]] * 5
-    no_gain = bad | {"gold_probability_without_thoughts": 0.3}
-    assert fed(GuardState(once), "eval", *[no_gain] * 5) == [[]] * 5
+    no_gain = BAD["content_of_answers"] | {"gold_probability_without_thoughts": 0.3}
     small = {key: 1e-3 * x for key, x in HEALTHY["eval"].items() if key.startswith("gold_")}
-    small |= {"gold_probability_swapped": 4e-4}
-    assert fed(GuardState(once), "eval", *[small] * 5) == [[]] * 5
-
-
-def test_pause_tokens_have_no_content_to_watch(tmp_path):
-    bad = BAD["gain_of_content"] | BAD["content_of_answers"]
-    for more in ({}, ONCE):
-        settings = {"thoughts__sampler": "pause", "loss__policy_weight": 0.0, **more}
-        config = run_config(tmp_path, **settings)
-        assert fed(GuardState(config), "eval", *[bad] * 5) == [[]] * 5
+    for bad in (no_gain, small | {"gold_probability_swapped": 4e-4}):
+        assert fed(GuardState(once), "eval", *[bad] * 5) == [[]] * 5
 
 
 def held_out(made, capsys, **figures):
@@ -140,20 +148,6 @@ def test_a_table_of_held_out_figures_has_those_that_say_most(tmp_path, capsys):
     assert held_out(make_reporter(tmp_path, once), capsys, **plain)[1:] == [
         "step NLL accuracy", "without without",
     ]  # fmt: skip
-
-
-def test_a_fixed_mixing_weight_is_not_watched(tmp_path):
-    config = run_config(tmp_path, mixing_head__fixed_weight=0.0)
-    fired = fed(GuardState(config), "train", *[BAD["mixing_weight"]] * 40)
-    assert fired == [[]] * 40
-
-
-def test_pause_tokens_which_are_all_the_same_are_no_collapse(tmp_path):
-    config = run_config(tmp_path, thoughts__sampler="pause", loss__policy_weight=0.0)
-    names = ("entropy", "identical_fraction", "distinct_token_ratio", "reward_std",
-             "no_signal_fraction")  # fmt: skip
-    bad = {key: value for name in names for key, value in BAD[name].items()}
-    assert fed(GuardState(config), "train", *[{}] * 9, *[bad] * 40) == [[]] * 49
 
 
 def test_figures_that_are_missing_or_no_number_fire_nothing(tmp_path):

@@ -253,9 +253,9 @@ def test_pause_tokens_and_swapped_thoughts_are_what_they_say(folder):
     for (_, prompt, answer), value in zip(requests, paused, strict=True):
         ids = torch.tensor([prompt + answer])
         positions = torch.arange(len(prompt) - 1, len(prompt + answer) - 1)[None]
-        thoughts = torch.full((1, 1, len(answer), 3), model.pause_token_id)
-        scores = model.score_mixed(ids, None, ids, thoughts, positions)
-        assert value == pytest.approx(scores.logprobs.sum().item(), abs=1e-4)
+        thoughts = torch.full((1, len(answer), 1, 3), model.pause_token_id)
+        scores = model.score(ids, thoughts, positions=positions, lookahead=1)
+        assert value == pytest.approx(scores.mixed_logprobs.sum().item(), abs=1e-4)
     swapped = lm._swapped(requests, [[i] for i in range(len(requests))])
     own = {i: lm._sample(lm._batch(requests, [i]), [i])[0] for i in range(len(requests))}
     for number, thoughts in swapped.items():

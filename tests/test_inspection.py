@@ -7,7 +7,7 @@ from statistics import fmean
 
 import pytest
 import torch
-from tiny import end_early, plain_model, thinking_model
+from tiny import end_early, plain_model, think, thinking_model
 
 from quietstar.cli import main as cli
 from quietstar.data import load_tokenizer
@@ -48,7 +48,7 @@ def test_the_figures_are_those_of_think(temperature, early):
     reading = Reading(num_thoughts=1 if temperature is None else 3, temperature=temperature, seed=5)
     document = inspect_text(model, tokenizer, text, "m", reading)
     ids = torch.tensor([tokenizer(text)["input_ids"]])
-    thoughts = model.think(ids, num_thoughts=reading.num_thoughts, temperature=temperature, seed=5)
+    thoughts = think(model, ids, num_thoughts=reading.num_thoughts, temperature=temperature, seed=5)
     frame = thoughts.to_frame(tokenizer)
     assert len(frame) == (ids.shape[1] - 1) * reading.num_thoughts
     for _, row in frame.iterrows():
@@ -61,7 +61,7 @@ def test_the_figures_are_those_of_think(temperature, early):
         for ours, theirs in names.items():
             assert thought[ours] == pytest.approx(row[theirs], rel=1e-4, abs=2e-5)
         assert token["base_logprob"] == pytest.approx(row["base_logprob"], rel=1e-4)
-        logprobs = thoughts.logprobs[0, row["thought"], row["position"]]
+        logprobs = thoughts.logprobs[0, row["position"], row["thought"]]
         probabilities = logprobs.exp()[: len(thought["ids"])].tolist()
         assert thought["probabilities"] == pytest.approx(probabilities, rel=1e-3)
     lengths = {len(k["ids"]) for token in document["tokens"][1:] for k in token["thoughts"]}
@@ -80,7 +80,7 @@ def test_the_thought_after_the_last_token_is_that_of_a_longer_text(context):
     assert found["position"] == len(text)
     part = text if context is None else text[1 - context :]
     ids = torch.tensor([tokenizer(part + "?")["input_ids"]])  # whatever comes, it is not read
-    thoughts = model.think(ids, num_thoughts=2, temperature=1.0, seed=5)
+    thoughts = think(model, ids, num_thoughts=2, temperature=1.0, seed=5)
     frame = thoughts.to_frame(tokenizer)
     last = frame[frame["position"] == ids.shape[1] - 2]
     for thought, (_, row) in zip(found["thoughts"], last.iterrows(), strict=True):
@@ -110,7 +110,8 @@ def test_controls_are_what_the_model_predicts_with_their_thoughts():
         "blank": torch.full_like(own[..., :1], -1),
     }
     for name, thoughts in given.items():
-        expected = model.score_mixed(ids, None, ids, thoughts, positions).logprobs[0]  # (K, P)
+        scores = model.score(ids, thoughts.transpose(1, 2), positions=positions, lookahead=1)
+        expected = scores.mixed_logprobs[0, :, :, 0].T  # (K, P)
         found = torch.tensor([[t["controls"][name] for t in x["thoughts"]] for x in tokens]).T
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
         gains = [fmean(t["mixed_logprob"] for t in token["thoughts"]) for token in tokens]
@@ -157,7 +158,7 @@ def test_a_text_longer_than_the_model_is_read_in_windows(folder, capsys, tmp_pat
     assert len(document["tokens"]) == len(text)
     window = list(windows(len(text), 100))[3]
     part = torch.tensor([tokenizer(text)["input_ids"][window.start : window.stop + 1]])
-    thoughts = model.think(part)
+    thoughts = think(model, part)
     first = window.first - window.start
     for position in range(window.first, window.stop):
         got = document["tokens"][position + 1]["base_logprob"]

@@ -18,6 +18,7 @@ from tiny import plain_model, thinking_model, tuning_by
 from quietstar.attention.layout import NO_TOKEN
 from quietstar.attention.live_pass import LiveStep
 from quietstar.backbone import teacher_forced
+from quietstar.model.scoring import read_thoughts
 from quietstar.sampling import rollout
 from quietstar.sampling.rollout import sample_thoughts
 from quietstar.sampling.stopping import StopTexts
@@ -61,7 +62,7 @@ def compare_few(model, positions) -> Comparison:
     expected = run_reference(model, ids, LENGTHS, everywhere.transpose(1, 2), positions=chosen)
     expected.loss.backward()
     with torch.no_grad():
-        states, weight = model.states_with(ids, thoughts.token_major(), positions)
+        states, weight = read_thoughts(model, ids, thoughts.tokens, positions)
     index = places.expand(*states.policy.shape[:2], -1, -1)
     real = positions >= 0
     written = (thoughts.token_major() != NO_TOKEN) & real

@@ -511,7 +511,7 @@ def test_rewards_gain_and_policy_loss_of_a_case_worked_out_by_hand():
     }
     assert means == pytest.approx(expected, rel=1e-5)
     # Where all thoughts of a position have the same reward, but for rounding of large ones.
-    alike = scored.reward[:1] * torch.tensor([1.0, 1 + 3e-7]).view(2, 1, 1) * 100
+    alike = scored.reward[..., :1] * torch.tensor([1.0, 1 + 3e-7]) * 100
     means = thought_metrics(replace(scored, reward=alike)).means()
     assert means["no_signal_fraction"] == 1.0
 
@@ -546,7 +546,7 @@ def test_positions_without_a_target_change_nothing(config):
     valid = torch.zeros(3, 2, 5, dtype=torch.bool)
     for a in range(1, 4):
         valid[a - 1, :, : 5 - a] = case.labels[:, a:] != IGNORE
-    assert torch.equal(scored.valid, valid)
+    assert torch.equal(scored.valid.movedim(-1, 0), valid)
     assert not case.ahead.grad.movedim(1, 0)[:, ~valid].any()
     assert not case.weight.grad.movedim(1, 0)[:, ~valid].any()
     assert not case.policy.grad[:, :, ~valid.any(0)].any()
@@ -599,6 +599,6 @@ def test_padding_of_a_text_changes_neither_its_thoughts_nor_its_loss():
     ids = torch.tensor([3, 4])
     plain = model(texts, sample_ids=ids)
     other = model(padded, attention_mask=mask, sample_ids=ids)
-    assert torch.equal(plain.thoughts, other.thoughts[:, :, :8])
+    assert torch.equal(plain.thoughts, other.thoughts[:, :8])
     assert other.loss.item() == pytest.approx(plain.loss.item(), rel=1e-5)
     assert other.metrics.means() == pytest.approx(plain.metrics.means(), rel=1e-4)

@@ -307,7 +307,10 @@ def scored_config(tmp_path):
     """Thinks where the model is unsure, then where a pattern matches."""
     scored = {"positions": "top_entropy", "position_fraction": 3}
     pattern = {"positions": "pattern", "pattern": "[aeiou]"}
-    config = run_config(tmp_path, training__micro_batch_size=3, loss__policy_weight=1.0)
+    # With seed 0 two entropies are so near that their order is that of the rounding.
+    config = run_config(
+        tmp_path, training__seed=1, training__micro_batch_size=3, loss__policy_weight=1.0
+    )
     stages = {"scored": {"thoughts": scored, "training": {"max_steps": 2}},
               "pattern": {"thoughts": pattern, "training": {"max_steps": 2}}}  # fmt: skip
     return Config.model_validate(config.model_dump() | {"stages": stages})
@@ -353,8 +356,10 @@ def test_texts_without_positions_are_said_and_an_epoch_of_them_ends_the_run(tmp_
     assert [r["positions_per_text"] for r in read_metrics(tmp_path / "run", "train")] == [0.0] * 4
 
 
-def test_only_texts_one_after_the_other_count():
-    stage, data = SimpleNamespace(thinks=True), SimpleNamespace(epoch=24)
+@pytest.mark.parametrize("epoch", [24, None], ids=["table", "stream"])
+def test_only_texts_one_after_the_other_count(epoch, monkeypatch):
+    monkeypatch.setattr(loop, "MOST_IDLE_TEXTS", 24)
+    stage, data = SimpleNamespace(thinks=True), SimpleNamespace(epoch=epoch)
     config = Config.model_validate(
         {"model": {"name_or_path": "x"}, "data": {"train": "x"}, "thoughts": {"positions": "every"}}
     )
@@ -384,18 +389,6 @@ def test_a_table_of_the_hub_has_positions(tokenizer, monkeypatch, streaming):
     data, _, _ = build_data(config, tokenizer, 0, FIELD)
     rows = {tuple(row.nonzero()[:, 0].tolist()) for row in data.batch(0, 12).marked}
     assert rows == {(1, 3), ()}
-
-
-def test_a_stream_without_positions_ends_after_so_many_texts(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "MOST_IDLE_TEXTS", 16)
-    held_out = write_jsonl(tmp_path / "eval.jsonl", [{"text": "abXd" * 4}] * 4)
-    config = run_config(
-        tmp_path, thoughts__positions="pattern", thoughts__pattern="X", data__eval=held_out,
-        data__train=write_jsonl(tmp_path / "none.jsonl", [{"text": "abcd" * 4}] * 99),
-        data__streaming=True, training__max_steps=9,
-    )  # fmt: skip
-    with pytest.raises(UserError, match=r"step 2: the last 16 texts"):
-        train(config)
 
 
 def test_a_text_that_is_not_marked_changes_no_thought_of_the_others():

@@ -11,6 +11,7 @@ from tiny import (
     plain_model,
     random_texts,
     randomise_own_weights,
+    think,
     thinking_model,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -53,7 +54,7 @@ def make(folder, method="full", **settings):
 
 def assert_thinks_the_same(model, other):
     texts = random_texts(2, 9)
-    a, b = (m.think(texts, num_thoughts=2, temperature=1.0, seed=3) for m in (model, other))
+    a, b = (think(m, texts, num_thoughts=2, temperature=1.0, seed=3) for m in (model, other))
     for name in ("tokens", "logprobs", "mixing_weight", "base_logprobs", "mixed_logprobs"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
 
@@ -109,7 +110,7 @@ def test_a_fully_tuned_folder_loads_as_a_plain_model_with_the_same_logits(base_f
         logits = plain(texts).logits
         assert (logits - model.causal_lm(texts).logits).abs().max() < 1e-5
     logprobs = logits[:, :-1].log_softmax(-1).gather(-1, texts[:, 1:, None]).squeeze(-1)
-    base_logprobs = model.think(texts).base_logprobs[:, :-1, 0]
+    base_logprobs = think(model, texts).base_logprobs[:, :-1, 0]
     assert (base_logprobs - logprobs).abs().max() < 1e-5
 
 
@@ -225,7 +226,7 @@ def test_a_new_mixing_head_leaves_its_zero_within_two_steps(base_folder):
 
 
 def test_every_new_mixing_weight_is_the_initial_one(base_folder):
-    weights = make(base_folder).think(random_texts()).mixing_weight
+    weights = think(make(base_folder), random_texts()).mixing_weight
     assert torch.allclose(weights, torch.tensor(0.12))
 
 
@@ -350,13 +351,13 @@ def test_ignored_labels_are_no_targets(model):
     texts = random_texts()
     labels = texts.clone()
     labels[:, 4] = -100
-    thoughts = model.think(texts, labels=labels)
+    thoughts = think(model, texts, labels=labels)
     valid = torch.ones(2, 9, 2, dtype=torch.bool)
     valid[:, 3, 0] = valid[:, 2, 1] = False  # x_4 is one ahead of 3 and two ahead of 2
     valid[:, 8, 0] = valid[:, 7:, 1] = False  # beyond the end
     assert torch.equal(thoughts.valid, valid)
     for name in ("mixed_logprobs", "thought_logprobs"):
-        assert not getattr(thoughts, name)[:, 0][~valid].any(), name
+        assert not getattr(thoughts, name)[:, :, 0][~valid].any(), name
     assert not thoughts.base_logprobs[~valid].any()
     assert model(texts, labels=torch.full_like(texts, -100)).loss == 0
 
@@ -372,8 +373,8 @@ def test_a_seed_and_sample_ids_fix_the_thoughts(model):
 
 def test_given_thoughts_are_scored_as_they_are(model):
     texts = random_texts()
-    own = model.think(texts, num_thoughts=2, temperature=1.0)
-    again = model.think(texts, thoughts=own.tokens)
+    own = think(model, texts, num_thoughts=2, temperature=1.0)
+    again = model.score(texts, own.tokens)
     assert torch.equal(again.tokens, own.tokens)
     assert torch.equal(again.mixed_logprobs, own.mixed_logprobs)
 
@@ -396,7 +397,7 @@ def test_padding_on_the_left_is_refused(model):
     texts = random_texts()
     mask = torch.ones_like(texts)
     mask[1, :2] = 0
-    for call in (model, model.think):
+    for call in (model, model.draw):
         with pytest.raises(ValueError, match="padded on the right"):
             call(texts, attention_mask=mask)
 
@@ -405,6 +406,6 @@ def test_a_text_too_long_is_refused_with_the_numbers(model):
     longest = 64 - 2 - 2 - 1  # positions - T - A - 1
     assert model.max_text_length == longest
     assert model(random_texts(1, longest)).loss.isfinite()
-    for call in (model, model.think):
+    for call in (model, model.draw):
         with pytest.raises(ValueError, match=rf"of {longest + 1} tokens.*at most {longest}"):
             call(random_texts(1, longest + 1))

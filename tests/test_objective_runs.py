@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from tiny import plain_model, random_texts, read_metrics, run_config, thinking_model
 
 from quietstar.backbone.run import plain_pass
+from quietstar.checks import check_logprobs
 from quietstar.config import fields
 from quietstar.config.loading import load_config, save_config, shipped_configs
 from quietstar.errors import ConfigError, UserError
-from quietstar.model.quiet_star import check_logprobs
+from quietstar.model.scoring import score_reference
 from quietstar.objectives._policy import PolicyObjective
 from quietstar.objectives.rlp import Rlp
 from quietstar.rewards import asks_policy
@@ -141,7 +142,7 @@ def test_the_start_of_adapters_is_the_base_model(tmp_path):
     model = thinking_model(plain_model(), tuning={"method": "lora", "lora_r": 2})
     texts = random_texts()
     labels = texts.clone()
-    before, _ = model.score_reference(texts, labels)
+    before, _ = score_reference(model, texts, labels)
     logits = base(texts).logits.log_softmax(-1)
     expected = logits[:, :-1].gather(-1, texts[:, 1:, None]).squeeze(-1)
     torch.testing.assert_close(before[:, :-1], expected)
@@ -167,12 +168,12 @@ def test_a_loop_of_the_users_must_give_the_reference(loss, name):
     model, texts = thinking_model(loss=loss), random_texts()
     with pytest.raises(UserError, match="forward was not given reference_text"):
         model(texts)
-    text, _ = model.score_reference(texts, texts)
+    text, _ = score_reference(model, texts, texts)
     if name == "reference_logprobs":
         with pytest.raises(UserError, match="forward was not given reference_logprobs"):
             model(texts, reference_text=text)
     thoughts = drawn(model, texts)
-    text, tokens = model.score_reference(texts, texts, thoughts)
+    text, tokens = score_reference(model, texts, texts, thoughts)
     given = replace(thoughts, reference_text=text, reference_logprobs=tokens)
     assert model(texts, thoughts=given).loss.isfinite()
 

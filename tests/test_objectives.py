@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from quietstar.backbone.output_head import OutputHead
 from quietstar.backbone.teacher_forced import ThoughtStates
 from quietstar.config import loss_config
-from quietstar.losses.thought_loss import PolicySurrogate
+from quietstar.losses.policy import token_terms
 from quietstar.losses.weights import ThoughtScores
 from quietstar.objectives._policy import group_logmeanexp
 
@@ -302,8 +302,11 @@ def test_older_thoughts_count_by_a_clipped_ratio(low, high):
 def test_the_surrogate_of_rows_that_are_no_tokens_is_zero():
     nothing = torch.zeros(2, dtype=torch.float64)
     drawn = torch.tensor([0.0, -torch.inf], dtype=torch.float64)
-    surrogate = PolicySurrogate(torch.ones_like(drawn), nothing, drawn, drawn, None, None, 1.0)
-    for x in surrogate(nothing, slice(None)):
+    values_and_slopes = token_terms(
+        nothing, slice(None), advantage=torch.ones_like(drawn), scale=nothing, drawn=drawn,
+        reference=drawn, settings=objective("rlp", kl_weight=1.0, reference="base"),
+    )  # fmt: skip
+    for x in values_and_slopes:
         assert torch.equal(x, nothing)
 
 

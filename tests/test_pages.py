@@ -161,13 +161,6 @@ def test_the_page_of_texts_has_a_table_of_gates_and_a_command(tmp_path):
     assert "entropy" not in page.text
 
 
-def test_a_color_means_the_same_on_all_pages():
-    lines = {line.key: line.color for chart in CHARTS for line in chart.lines}
-    assert lines["accuracy_with_thoughts"] == lines["mixed_nll"] == lines["gain"] == "mixed"
-    assert lines["accuracy_without_thoughts"] == lines["base_nll"] == "base"
-    assert lines["accuracy_swapped"] == lines["gain_with_swapped"] == "swapped"
-
-
 def test_runs_of_earlier_versions_are_read_by_the_names_of_today():
     line = {"kind": "eval", "step": 1, "accuracy_exchanged": 0.1, "reward_spread": 0.2,
             "alike": 0.3, "distinct": 0.4}  # fmt: skip
@@ -178,15 +171,6 @@ def test_runs_of_earlier_versions_are_read_by_the_names_of_today():
         "identical_fraction": 0.3,
         "distinct_token_ratio": 0.4,
     }
-
-
-def test_a_chart_of_one_line_has_no_legend():
-    entry = {"kind": "eval", "step": 1, "mixing_weight": 0.1, "accuracy_with_thoughts": 0.1,
-             "accuracy_swapped": 0.1}  # fmt: skip
-    records = parse_metrics(json.dumps(entry))
-    by_name = {chart.name: chart for chart in CHARTS}
-    for name, has_legend in (("mixing-weight", False), ("accuracy", True)):
-        assert bool(charts.draw_curves(by_name[name], records)["legend"]) is has_legend
 
 
 def test_few_held_out_points_are_not_joined_across_a_training_line():

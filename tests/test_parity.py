@@ -13,6 +13,7 @@ from quietstar import QuietStarForCausalLM
 from quietstar.attention import passes
 from quietstar.attention.layout import NO_TOKEN
 from quietstar.config import MixingHeadConfig, ThoughtsConfig, loss_config
+from quietstar.model.scoring import read_thoughts
 from quietstar.model.self_check import use_thinking_attention
 from quietstar.sampling.thoughts import Texts, ThoughtBatch
 
@@ -93,7 +94,7 @@ def compare(
         )
     model.zero_grad()
     output.loss.backward()
-    expected = run_reference(model, input_ids, lengths, output.thoughts, labels)
+    expected = run_reference(model, input_ids, lengths, output.thoughts.transpose(1, 2), labels)
     expected.loss.backward()
     pairs = _tables(model, input_ids, mask, labels, output.thoughts, expected)
     pairs["loss"] = (output.loss.detach(), expected.loss.detach())
@@ -131,13 +132,13 @@ def _tables(
     expected: Reference,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Pairs (ours, the loop's) of every table, where there is something to compare."""
-    states, _ = model.states_with(input_ids, thoughts.permute(3, 1, 0, 2).contiguous(), None)
+    states, _ = read_thoughts(model, input_ids, thoughts, None)
     # Scored at temperature 1: the policy's log-probabilities are compared where it is 1 too.
-    scored = model.think(input_ids, mask, labels, thoughts=thoughts)
+    scored = model.score(input_ids, thoughts, mask, labels)
     assert torch.equal(scored.valid.permute(2, 0, 1), expected.valid)
     valid, real = expected.valid, expected.real
     by_thought = valid.unsqueeze(1).expand_as(expected.mixing_weight)
-    is_token = thoughts.permute(3, 1, 0, 2) != NO_TOKEN
+    is_token = thoughts.permute(3, 2, 0, 1) != NO_TOKEN
     sampled = valid.any(0) & is_token
     written = real & is_token
     pairs = {
@@ -149,10 +150,10 @@ def _tables(
     base = scored.base_logprobs.permute(2, 0, 1)
     pairs["base_logprobs"] = (base[valid], expected.base_logprobs[valid])
     for name in ("mixing_weight", "thought_logprobs", "mixed_logprobs"):
-        ours = getattr(scored, name).permute(3, 1, 0, 2)
+        ours = getattr(scored, name).permute(3, 2, 0, 1)
         pairs[name] = (ours[by_thought], getattr(expected, name)[by_thought])
     if model.objective.settings.estimator != "paper":
-        ours = scored.logprobs.permute(3, 1, 0, 2)
+        ours = scored.logprobs.permute(3, 2, 0, 1)
         pairs["policy_logprobs"] = (ours[sampled], expected.policy_logprobs[sampled])
     return pairs
 
@@ -251,7 +252,7 @@ def test_greedy_thoughts_are_the_most_likely_tokens_of_the_loop(name):
     model = build(name)
     lengths = [LENGTH, LENGTH - 2]
     input_ids, mask = batch(model, lengths)
-    thoughts = model.think(input_ids, mask, num_thoughts=2, temperature=None).tokens
-    expected = run_reference(model, input_ids, lengths, thoughts)
-    ours = thoughts.permute(3, 1, 0, 2)
+    thoughts = model.draw(input_ids, mask, num_thoughts=2, temperature=None).tokens
+    expected = run_reference(model, input_ids, lengths, thoughts.transpose(1, 2))
+    ours = thoughts.permute(3, 2, 0, 1)
     assert torch.equal(ours[..., expected.real], expected.policy_argmax[..., expected.real])

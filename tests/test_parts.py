@@ -12,6 +12,7 @@ from quietstar import registry
 from quietstar.cli import main as cli
 from quietstar.config import loss_config
 from quietstar.errors import UserError
+from quietstar.model.scoring import read_thoughts
 from quietstar.objectives import Objective
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -79,8 +80,8 @@ def test_a_reward_from_outside_changes_what_is_learned(modules, learn_chunk_toke
 def test_a_sampler_from_outside_makes_the_thoughts(modules):
     model = build(thoughts={"length": 3, "num_thoughts": 2, "sampler": "my_samplers:Echo"})
     texts = random_texts(2, 6)
-    thoughts = model(texts).thoughts  # (batch, thoughts, positions, length)
-    assert torch.equal(thoughts[0, 1, 4], texts[0, 2:5])
+    thoughts = model(texts).thoughts  # (batch, positions, thoughts, length)
+    assert torch.equal(thoughts[0, 4, 1], texts[0, 2:5])
 
 
 def test_all_three_train_from_the_command_line(modules, monkeypatch):
@@ -175,7 +176,7 @@ def test_weights_of_true_tokens_may_depend_on_all_thoughts_of_a_position(
     actual = model.end_embedding.grad.clone()
     model.zero_grad()
     batch = model.draw(texts, num_thoughts=2, temperature=1.0)
-    states, _ = model.states_with(texts, batch.token_major(), None)
+    states, _ = read_thoughts(model, texts, batch.tokens, None)
     logits = model.output_head.logits(states.ahead)  # (A, K, B, S, V)
     lookahead = len(logits)
     total = torch.zeros(())
@@ -214,19 +215,19 @@ def test_given_thoughts_at_some_positions():
 def test_a_sampler_whose_thoughts_end_early():
     texts, own = random_texts(2, 8), end_early(build())
     output = own(texts, seed=3)
-    assert output.thoughts.shape == (2, 2, 8, 3)
-    assert (output.thoughts[:, 0, :, 1:] == -1).all()
-    assert (output.thoughts[:, 1, :, 2:] == -1).all()
-    assert (output.thoughts[:, 1, :, :2] >= 0).all()
+    assert output.thoughts.shape == (2, 8, 2, 3)
+    assert (output.thoughts[:, :, 0, 1:] == -1).all()
+    assert (output.thoughts[:, :, 1, 2:] == -1).all()
+    assert (output.thoughts[:, :, 1, :2] >= 0).all()
     batch = own.draw(texts, num_thoughts=2, temperature=1.0, seed=3)
     assert batch.lengths.flatten().unique().tolist() == [1, 2]
     assert torch.equal(build()(texts, thoughts=batch).loss, output.loss)
-    scored = own.think(texts, num_thoughts=2, temperature=1.0, seed=3)
-    again = own.think(texts, thoughts=scored.tokens)
+    scored = own.score(texts, batch)
+    again = own.score(texts, scored.tokens)
     assert torch.equal(scored.mixed_logprobs, again.mixed_logprobs)
     assert {len(tokens) for tokens in scored.to_frame().tokens} == {1, 2}
-    mixed = own.score_mixed(texts, None, texts, scored.tokens).logprobs
-    torch.testing.assert_close(mixed, scored.mixed_logprobs[..., 0])
+    mixed = own.score(texts, scored.tokens, only_mixed=True, lookahead=1).mixed_logprobs
+    torch.testing.assert_close(mixed[..., 0], scored.mixed_logprobs[..., 0])
 
 
 def test_thoughts_with_a_hole_or_other_lengths_are_an_error():
@@ -240,9 +241,9 @@ def test_thoughts_with_a_hole_or_other_lengths_are_an_error():
     with pytest.raises(ValueError, match="-1 stands before a token"):
         model(texts, thoughts=holed)
     with pytest.raises(ValueError, match="-1 stands before a token"):
-        model.think(texts, thoughts=tokens.transpose(1, 2))
+        model.score(texts, tokens)
     with pytest.raises(ValueError, match=r"thoughts \(-2\): must be token ids from 0"):
-        model.think(texts, thoughts=tokens.transpose(1, 2).clamp(max=-2))
+        model.score(texts, tokens.clamp(max=-2))
 
 
 def test_given_thoughts_of_other_texts_are_an_error():

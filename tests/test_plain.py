@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import plain_model, random_texts, thinking_model
+from tiny import plain_model, random_texts, think, thinking_model
 
 IDS = random_texts(batch=3, length=9)
 MASK = torch.ones_like(IDS).bool()
@@ -51,15 +51,15 @@ def test_predictions_without_thoughts_are_the_plain_models():
 
 def test_no_token_is_more_likely_than_the_predicted_one():
     model = thinking_model()
-    thoughts = model.think(IDS)
+    thoughts = think(model, IDS)
     assert (thoughts.base_predicted == model.score_plain(IDS).predicted).all()
 
     def mixed_logprobs(labels):
-        scored = model.think(IDS, labels=labels, thoughts=thoughts.tokens)
-        return scored.mixed_logprobs[:, 0, :-1, 0]
+        scored = model.score(IDS, thoughts.tokens, labels=labels)
+        return scored.mixed_logprobs[:, :-1, 0, 0]
 
     predicted = IDS.clone()
-    predicted[:, 1:] = thoughts.mixed_predicted[:, 0, :-1, 0]
+    predicted[:, 1:] = thoughts.mixed_predicted[:, :-1, 0, 0]
     best = mixed_logprobs(predicted)
     assert (predicted != IDS).any()
     for seed in range(20):

@@ -11,8 +11,8 @@ from quietstar.cli import main as cli
 from quietstar.config.loading import save_config
 from quietstar.data import load_tokenizer
 from quietstar.errors import UserError
-from quietstar.model import learning
-from quietstar.model.learning import resolve_chunk_tokens
+from quietstar.losses import groups
+from quietstar.losses.groups import resolve_chunk_tokens
 from quietstar.training import memory_plan
 from quietstar.training.build import build_model
 from quietstar.training.memory_plan import (
@@ -83,7 +83,7 @@ def real_peak(config):
 def test_fake_tensors_take_what_real_ones_take(tmp_path, monkeypatch, changes):
     # As on a GPU: a CPU reads the targets and leaves trailing positions out, fake tensors cannot;
     # and its compiled loops need less.
-    monkeypatch.setattr(learning, "on_host", lambda _: False)
+    monkeypatch.setattr(groups, "on_host", lambda _: False)
     config = planned(tmp_path, training__global_batch_size=8, **changes)  # gradients accumulate
     estimate = estimate_run(config, "single", 1)
     assert estimate.learning + estimate.learning_gradients == pytest.approx(

@@ -9,9 +9,10 @@ from quietstar.attention import blocks, passes
 from quietstar.attention.layout import IGNORE_INDEX, NO_TOKEN, text_lookahead
 from quietstar.backbone.teacher_forced import ThoughtStates
 from quietstar.config import loss_config
-from quietstar.losses import thought_loss
-from quietstar.losses.thought_loss import next_token_entropy
-from quietstar.model.outputs import of_nearest_thought
+from quietstar.losses import next_token
+from quietstar.losses.next_token import next_token_entropy
+from quietstar.losses.scores import of_nearest_thought
+from quietstar.model.scoring import read_thoughts
 from quietstar.sampling.positions import choose_positions, count_positions, most_positions
 from quietstar.sampling.rollout import sample_thoughts
 from quietstar.sampling.thoughts import Sampling
@@ -58,8 +59,9 @@ def at(x, axis):
 
 def both(model, texts, thoughts):
     """States of all positions, and of the chosen ones."""
-    full, _ = model.states_with(texts, thoughts, None, lookahead=2)
-    some, _ = model.states_with(texts, at(thoughts, 3), POSITIONS, lookahead=2)
+    full, _ = read_thoughts(model, texts, thoughts.permute(2, 3, 1, 0), None, lookahead=2)
+    chosen = at(thoughts, 3).permute(2, 3, 1, 0)
+    some, _ = read_thoughts(model, texts, chosen, POSITIONS, lookahead=2)
     return full, some
 
 
@@ -107,7 +109,7 @@ def test_all_positions_chosen_one_by_one_give_the_loss_without_a_choice():
     everywhere = torch.arange(9).expand(2, -1)
     whole, one_by_one = (
         quiet_star_loss(
-            *model.states_with(texts, thoughts, where),
+            *read_thoughts(model, texts, thoughts.permute(2, 3, 1, 0), where),
             thoughts,
             texts,
             model.output_head,
@@ -128,13 +130,13 @@ def test_terms_of_thoughts_are_means_over_the_chosen_and_the_base_over_all():
     for name in ("base_weight", "mixed_weight", "thought_weight"):
         only = {f"{n}_weight": 0.0 for n in ("base", "mixed", "thought", "policy")} | {name: 1.0}
         loss, scored = quiet_star_loss(*args, loss_config(**only), 1.0, positions=POSITIONS)
-        assert int(scored.valid[0].sum()) == 6  # 4 and 2 places, all before a token
+        assert int(scored.valid[..., 0].sum()) == 6  # 4 and 2 places, all before a token
         if name == "base_weight":
             expected = -scored.text_logprobs.sum() / 16
         else:
             logprobs = getattr(scored, name.replace("_weight", "_logprobs"))
             # Place 7 of text 0 has one target, x_8; M = 6, K = 2, A = 2.
-            expected = -logprobs.where(scored.valid.unsqueeze(1), 0.0).sum() / (6 * 2 * 2)
+            expected = -logprobs.where(scored.valid.unsqueeze(2), 0.0).sum() / (6 * 2 * 2)
         torch.testing.assert_close(loss, expected)
 
 
@@ -219,7 +221,7 @@ def test_one_random_is_what_random_takes_first():
 
 @pytest.mark.parametrize("fields", [LLAMA, {**LLAMA, "model_type": "gemma2", "head_dim": 8}])
 def test_top_entropy_is_that_of_the_sixteen_most_likely_tokens(monkeypatch, fields):
-    monkeypatch.setattr(thought_loss, "chunk_rows", lambda _: 4)
+    monkeypatch.setattr(next_token, "chunk_rows", lambda _: 4)
     base = plain_model(fields)
     model = thinking_model(base, thoughts={"positions": "top_entropy", "position_fraction": 3})
     texts = random_texts(2, 9)
@@ -325,11 +327,11 @@ def test_all_is_no_choice():
 def test_the_next_token_is_predicted_by_the_nearest_thought_that_reaches_it():
     predicted = of_nearest_thought(
         torch.tensor([[10, 11, 12, 13, 14]]),
-        torch.tensor([[[[20, 21, 22], [30, 31, 32], [40, 41, 42]]]]),
+        torch.tensor([[[[20, 21, 22]], [[30, 31, 32]], [[40, 41, 42]]]]),
         torch.tensor([[0, 2, -1]]),
     )
     # Position 1 is one ahead of the thought at 0; 3 and 4 are ahead of the one at 2.
-    assert predicted.tolist() == [[[20, 21, 30, 31, 32]]]
+    assert predicted[..., 0].tolist() == [[20, 21, 30, 31, 32]]
 
 
 def test_a_position_counts_if_any_token_of_its_lookahead_is_a_target():

@@ -148,25 +148,24 @@ def test_the_model_and_its_generation_filter_their_thoughts():
     model, texts = thinking_model(thoughts=FILTERS).eval(), random_texts(2, 9)
     ids = {"sample_ids": torch.arange(2), "seed": 3}
     arguments = {**ids, "num_thoughts": 2, "temperature": 1.0}
-    drawn = model.sample(texts, **arguments, **FILTERS)
+    drawn = model.draw(texts, **arguments, **FILTERS).tokens
     assert torch.equal(model(texts, **ids).thoughts, drawn)
-    assert torch.equal(model.think(texts, **arguments, **FILTERS).tokens, drawn)
-    assert not torch.equal(model.sample(texts, **arguments), drawn)
-    greedy = model.sample(texts, **arguments, top_k=1)
-    assert torch.equal(greedy[:, :1], model.sample(texts))
+    assert not torch.equal(model.draw(texts, **arguments).tokens, drawn)
+    greedy = model.draw(texts, **arguments, top_k=1).tokens
+    assert torch.equal(greedy[:, :, :1], model.draw(texts).tokens)
     out = model.generate(
         texts[:, :5], max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0,
         num_thoughts=2, thought_temperature=1.0, thought_top_p=0.7, thought_top_k=6, seed=3,
         return_dict_in_generate=True,
     )  # fmt: skip
-    seen = model.sample(out.sequences, **arguments, **FILTERS)  # (B, K, P, T)
-    assert torch.equal(out.thoughts, seen[:, :, 4:8].transpose(1, 2))
+    seen = model.draw(out.sequences, **arguments, **FILTERS).tokens
+    assert torch.equal(out.thoughts, seen[:, 4:8])
 
 
 @pytest.mark.parametrize("wrong", [{"top_p": 0.0}, {"top_p": 1.5}, {"top_k": 0}])
 def test_a_filter_that_leaves_nothing_is_refused(wrong, model):
     with pytest.raises(UserError, match=r"top_. \(.*\): must be"):
-        model.sample(random_texts(1), temperature=1.0, **wrong)
+        model.draw(random_texts(1), temperature=1.0, **wrong)
 
 
 # --- keyed_uniform --------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import plain_model, random_texts, read_metrics, run_config, thinking_model
+from tiny import plain_model, random_texts, read_metrics, run_config, think, thinking_model
 
 from quietstar import QuietStarForCausalLM
 from quietstar.cli import main as cli
@@ -56,7 +56,7 @@ def test_it_finds_the_first_token_that_completes_a_text(seed):
     assert None in ends or len(set(ends)) > 1
     padded = torch.tensor([t[: e + 1] + [-1] * (7 - e) if e is not None else t
                            for t, e in zip(thoughts, ends, strict=True)])  # fmt: skip
-    is_ended = stop.is_ended(padded.T[:, None, None])[0, 0].tolist()
+    is_ended = stop.is_ended(padded).tolist()
     assert is_ended == [end is not None for end in ends]
 
 
@@ -128,7 +128,7 @@ def test_a_step_learns_from_them_and_counts_their_tokens():
     output = model(texts, seed=1)
     output.loss.backward()
     figures = output.metrics.means()
-    real = output.thoughts[:, :, :-1]  # after the last token there is no target
+    real = output.thoughts[:, :-1]  # after the last token there is no target
     lengths = (real >= 0).sum(-1)
     assert figures["thought_length"] == pytest.approx(lengths.float().mean().item())
     pieces = pieces_of_bytes()
@@ -152,10 +152,8 @@ def test_lengths_of_micro_batches_and_ranks_pool_exactly(positions):
         output = model(texts, seed=seed)
         parts.append(output.metrics)
         real = output.thoughts
-        if output.positions is None:
-            real = real[:, :, :-1]  # after the last token there is no target
-        else:
-            real = real.transpose(1, 2)[output.positions >= 0]
+        # After the last token there is no target.
+        real = real[:, :-1] if output.positions is None else real[output.positions >= 0]
         lengths += (real >= 0).sum(-1).flatten().tolist()
     assert len(set(lengths)) > 2
 
@@ -184,10 +182,10 @@ def test_percentiles_of_counts_are_those_of_the_numbers(seed):
 
 def test_a_saved_model_ends_its_thoughts_as_before(tmp_path):
     model, texts = build(), random_texts(2, 9)
-    expected = model.sample(texts, num_thoughts=2, temperature=1.0)
+    expected = model.draw(texts, num_thoughts=2, temperature=1.0).tokens
     model.save_pretrained(tmp_path / "model", load_tokenizer("bytes"))
     loaded = QuietStarForCausalLM.from_pretrained(tmp_path / "model").eval()
-    assert torch.equal(loaded.sample(texts, num_thoughts=2, temperature=1.0), expected)
+    assert torch.equal(loaded.draw(texts, num_thoughts=2, temperature=1.0).tokens, expected)
     assert (expected == -1).any()
     model.save_pretrained(tmp_path / "bare")
     with pytest.raises(UserError, match="tokenizer"):
@@ -196,11 +194,11 @@ def test_a_saved_model_ends_its_thoughts_as_before(tmp_path):
 
 def test_stop_texts_can_change_between_stages():
     model, texts = build(stop=[]), random_texts(2, 9)
-    whole = model.sample(texts)
+    whole = model.draw(texts).tokens
     model.configure(model.thoughts.model_copy(update={"stop": OFTEN}))
-    assert (model.sample(texts, temperature=1.0) == -1).any()
+    assert (model.draw(texts, temperature=1.0).tokens == -1).any()
     model.configure(model.thoughts.model_copy(update={"stop": []}))
-    assert torch.equal(model.sample(texts), whole)
+    assert torch.equal(model.draw(texts).tokens, whole)
     model.tokenizer = None
     with pytest.raises(UserError, match=r"needs the tokenizer of the model. Set model.tokenizer"):
         model.configure(model.thoughts.model_copy(update={"stop": OFTEN}))
@@ -215,12 +213,12 @@ def test_generation_ends_thoughts_also_where_embeddings_are_narrower_than_states
         random_texts(1, 6), max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0,
         thought_temperature=1.0, seed=3, return_dict_in_generate=True, output_logits=True,
     )  # fmt: skip
-    seen = model.think(out.sequences, temperature=1.0, seed=3)
-    assert torch.equal(out.thoughts[0, :, 0], seen.tokens[0, 0, 5:9])
+    seen = think(model, out.sequences, temperature=1.0, seed=3)
+    assert torch.equal(out.thoughts[0, :, 0], seen.tokens[0, 5:9, 0])
     assert (out.thoughts == -1).any()
     for step, token in enumerate(out.sequences[0, 6:]):
         logprob = out.logits[step][0].log_softmax(-1)[token]
-        torch.testing.assert_close(logprob, seen.mixed_logprobs[0, 0, 5 + step, 0])
+        torch.testing.assert_close(logprob, seen.mixed_logprobs[0, 5 + step, 0, 0])
 
 
 # --- From a run to its evaluation -----------------------------------------------------------------

@@ -60,9 +60,6 @@ def test_asides_come_in_the_shares_asked_for():
     assert len(worked) / len(asides) == pytest.approx(0.2, abs=0.03)
     chatter = next(r for r in asides if r not in worked)["question"].split(DASH)[1].split()
     assert all(word in CHATTER[place] for place, word in enumerate(chatter))
-
-
-def test_held_out_problems_have_no_asides():
     records = problems(MovesOptions(aside_share=1.0), held_out=True)
     assert not any(DASH in record["question"] for record in records)
 

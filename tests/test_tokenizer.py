@@ -42,10 +42,6 @@ def test_bytes_saves_and_reloads(tmp_path):
         assert again.is_fast
 
 
-def test_the_name_bytes_loads_the_built_in_tokenizer():
-    assert load_tokenizer("bytes")("é")["input_ids"] == list("é".encode())
-
-
 def test_a_missing_pad_token_becomes_eos_without_a_new_row(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import MARKERS, plain_model, random_texts, thinking_model
+from tiny import MARKERS, plain_model, random_texts, think, thinking_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -157,8 +157,8 @@ def test_logits_are_those_of_the_mixed_prediction(num_thoughts):
     texts = random_texts()
     output = model(texts)
     assert output.logits.shape == (*texts.shape, 258)
-    scores = model.think(texts, thoughts=output.thoughts)
-    expected = scores.mixed_logprobs[:, :, :-1, 0].logsumexp(1) - math.log(num_thoughts)
+    scores = model.score(texts, output.drawn)
+    expected = scores.mixed_logprobs[:, :-1, :, 0].logsumexp(2) - math.log(num_thoughts)
     logprobs = output.logits[:, :-1].log_softmax(-1).gather(-1, texts[:, 1:, None])[..., 0]
     assert torch.allclose(logprobs, expected, atol=1e-5)
     for other in (model(texts, labels=texts), model.train()(texts)):
@@ -182,16 +182,11 @@ def test_logits_behind_a_thought_reach_as_far_as_it_was_trained_to():
     answers[1, 7:] = True
     output = model(texts, answers=answers)
     assert output.positions.tolist() == [[3], [6]]
-    scores = model.score_mixed(
-        texts, None, texts, output.thoughts[:, :1], output.positions, lookahead=3
-    )
     plain = model.score_plain(texts).logprobs
     logprobs = output.logits[:, :-1].log_softmax(-1).gather(-1, texts[:, 1:, None])[..., 0]
-    mixed = output.thoughts.shape[1] == 1
-    assert not mixed  # two thoughts, averaged as probabilities
-    both = model.score_mixed(texts, None, texts, output.thoughts, output.positions, lookahead=3)
-    mean = both.logprobs.logsumexp(1) - math.log(2)
-    assert scores.logprobs.shape == (2, 1, 1, 3)
+    both = model.score(texts, output.drawn, only_mixed=True).mixed_logprobs
+    assert both.shape == (2, 1, 2, 3)  # two thoughts, averaged as probabilities
+    mean = both.logsumexp(2) - math.log(2)
     assert torch.allclose(logprobs[0, 3:6], mean[0, 0], atol=1e-5)
     assert torch.allclose(logprobs[1, 6:8], mean[1, 0, :2], atol=1e-5)
     for row, places in ((0, [0, 1, 2, 6, 7]), (1, [0, 1, 2, 3, 4, 5])):
@@ -276,7 +271,7 @@ def test_layers_may_wait_on_the_disk(base, tmp_path):
               "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
     some = QuietStarForCausalLM.from_pretrained(tmp_path / "model", device_map=places)
     assert some.causal_lm.model.layers[1].mlp.up_proj.weight.device.type == "meta"
-    a, b = (m.think(texts, num_thoughts=2, temperature=1.0) for m in (model, some))
+    a, b = (think(m, texts, num_thoughts=2, temperature=1.0) for m in (model, some))
     assert torch.equal(a.tokens, b.tokens)
     assert torch.equal(a.mixed_logprobs, b.mixed_logprobs)
     assert torch.equal(*(m.generate(texts, max_new_tokens=3) for m in (model, some)))

@@ -5,7 +5,7 @@ import copy
 import peft
 import pytest
 import torch
-from tiny import GPT2, LLAMA, plain_model, random_texts, randomise_own_weights
+from tiny import GPT2, LLAMA, plain_model, random_texts, randomise_own_weights, think
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from quietstar import QuietStarForCausalLM
@@ -86,7 +86,7 @@ def test_what_shall_train_moves_and_nothing_else(method, base_folder, tmp_path):
     model.eval().save_pretrained(tmp_path, load_tokenizer("bytes"))
     loaded = QuietStarForCausalLM.from_pretrained(tmp_path)
     texts = random_texts(2, 9)
-    a, b = (m.think(texts, num_thoughts=2, temperature=1.0, seed=3) for m in (model, loaded))
+    a, b = (think(m, texts, num_thoughts=2, temperature=1.0, seed=3) for m in (model, loaded))
     assert torch.equal(a.tokens, b.tokens)
     assert torch.equal(a.mixed_logprobs, b.mixed_logprobs)
     assert torch.equal(model.score_plain(texts).logprobs, loaded.score_plain(texts).logprobs)
@@ -141,7 +141,7 @@ def test_4bit_gradients_still_flow_after_a_rollout(base_folder):
     if "gpt2" in base_folder.name:
         pytest.skip("GPT-2's Conv1D layers are not quantized")
     model = make(base_folder, "qlora").eval()
-    model.think(random_texts())  # a forward pass without gradient, in eval mode
+    think(model, random_texts())  # a forward pass without gradient, in eval mode
     model.train()
     model(random_texts(4, 9)).loss.backward()
     matrices = [p.grad for n, p in model.named_parameters() if "lora_B" in n]
@@ -232,9 +232,9 @@ def test_gradients_reach_the_virtual_tokens(method, count):
         thoughts=ThoughtsConfig(length=2, lookahead=2), tuning=TuningConfig(**VIRTUAL[method]),
     )  # fmt: skip
     texts = random_texts(2, 9)
-    for think in (True, False):
+    for thinks in (True, False):
         model.zero_grad()
-        model(texts, think=think).loss.backward()
+        model(texts, think=thinks).loss.backward()
         learned = [p for n, p in model.named_parameters() if "virtual_tokens" in n]
         assert len(learned) == count
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in learned)
@@ -250,8 +250,8 @@ def test_merged_models_think_the_same_and_load_as_plain_ones(method, base_folder
     merged = QuietStarForCausalLM.from_pretrained(tmp_path / "merged")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "language_model")
     texts = random_texts(2, 9)
-    thoughts = model.sample(texts)
-    a, b = (m.think(texts, thoughts=thoughts) for m in (model, merged))
+    thoughts = model.draw(texts)
+    a, b = (m.score(texts, thoughts) for m in (model, merged))
     assert torch.allclose(a.mixed_logprobs, b.mixed_logprobs, atol=1e-4)
     assert torch.equal(plain(texts).logits, merged.causal_lm(texts).logits)
     with pytest.raises(UserError, match="already holds something"):

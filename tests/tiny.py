@@ -145,6 +145,12 @@ class OneOrTwo:
 
 def end_early(model):
     """Have a model's thoughts end before their most tokens."""
-    model.thoughts = model.thoughts.model_copy(update={"sampler": "tiny:OneOrTwo"})
-    model.sampler = OneOrTwo()
+    model.configure(model.thoughts.model_copy(update={"sampler": "tiny:OneOrTwo"}))
     return model
+
+
+def think(model, input_ids, attention_mask=None, labels=None, *, positions=None, **sampling):
+    """Draw thoughts, everywhere by default, and score them."""
+    texts = (attention_mask, labels)
+    drawn = model.draw(input_ids, *texts, positions=positions, **sampling)
+    return model.score(input_ids, drawn, *texts)

@@ -20,7 +20,7 @@ from quietstar.evaluation.scoring import POSITIONS, refuse_not_finite
 from quietstar.evaluation.tasks import MAX_BYTES
 from quietstar.generation.gates import Gate
 from quietstar.generation.generate import ThinkingStreamer, most_tokens
-from quietstar.model.outputs import without_padding
+from quietstar.losses.scores import without_padding
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.system.limits import limited
 from quietstar.system.processes import join_launch

@@ -384,14 +384,17 @@ def build_data(
         raise UserError("data.train: is not set: give a file, a folder, a hub id or a task")
     encoder = Encoder(tokenizer, config)
     source = open_source(config.train, config, seed, whole=whole)
-    held_out = None
+    held_out = given = None
     if config.eval is None and config.train.startswith(SYNTHETIC):
         config = config.model_copy(update={"eval": config.train})  # its own held-out problems
     if config.eval is not None:
         # Seeds of generated problems overlap when they are close: start after the training ones.
         behind, size = seed + num_problems(config), config.eval_sequences
         held_out = open_source(config.eval, config, behind, "data.eval", size)
-    given = None if held_out is None else evaluate_on(held_out, config, encoder, seed)
+        if held_out.table is None:
+            given = StreamSamples(held_out, encoder, config, seed).hold_out()
+        else:
+            given = held_out_samples(prepare(held_out, config, encoder), config, seed)
     if source.table is None:
         samples = StreamSamples(source, encoder, config, seed)
         eval_samples, eval_count = given or samples.hold_out()
@@ -435,7 +438,9 @@ def build_data(
             exact=sequences.lengths is not None,
         )
     assert eval_samples, "a source that opens gives a sequence"
-    check_targets(eval_samples, config, held_out.label if held_out is not None else source.label)
+    scored = (s.targets & s.answers if config.format == "qa" else s.targets for s in eval_samples)
+    if not any(is_scored[1:].any() for is_scored in scored):
+        raise no_targets(source.label if held_out is None else held_out.label, config)
     pad_id, marker = padding_id(tokenizer), None
     if thoughts is not None and thoughts.positions == "pattern" and thoughts.pattern is not None:
         marker = PatternMarker(thoughts.pattern, tokenizer)
@@ -448,14 +453,6 @@ def build_data(
     if source.table is None and not any(sample.targets[1:].any() for sample in first):
         raise no_targets(source.label, config)
     return train_data, EvalData(eval_samples, config.seq_len, pad_id), report
-
-
-def check_targets(samples: Sequence[Encoded], config: DataConfig, label: str) -> None:
-    """Raises `UserError` if nothing in the sequences of an evaluation is to be predicted."""
-    is_scored = (sample.targets & (sample.answers if config.format == "qa" else True)
-                 for sample in samples)  # fmt: skip
-    if not any(scored[1:].any() for scored in is_scored):
-        raise no_targets(label, config)
 
 
 def check_marks(samples: Sequence[Encoded], config: DataConfig, thoughts: ThoughtsConfig) -> None:
@@ -482,15 +479,6 @@ def no_targets(label: str, config: DataConfig) -> UserError:
         f"{label}: {what} reaches beyond the first data.min_context ({config.min_context}) tokens,"
         " which are no targets: lower it, or give longer texts"
     )
-
-
-def evaluate_on(
-    source: Source, config: DataConfig, encoder: Encoder, seed: int
-) -> tuple[list[Encoded], int]:
-    """Chooses the sequences of an evaluation; as `held_out_samples`, of a stream its head."""
-    if source.table is None:
-        return StreamSamples(source, encoder, config, seed).hold_out()
-    return held_out_samples(prepare(source, config, encoder), config, seed)
 
 
 def held_out_samples(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from quietstar.data.tokenizer import check_unicode
@@ -102,16 +102,12 @@ def read_choices(record: Record, where: str) -> tuple[tuple[str, ...], str]:
     texts = tuple(text_field({"choices": choice}, "choices", where) for choice in choices)
     if len(set(texts)) < len(texts):
         raise UserError(f"{where}: field choices has a text twice. Leave one out.")
-    return texts, _chosen(record, texts, where)
-
-
-def _chosen(record: Record, choices: Sequence[str], where: str) -> str:
     answer = field_of(record, "answer", where)
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
-        return choices[answer]
-    if isinstance(answer, str) and answer in choices:
-        return answer
-    raise UserError(
-        f"{where}: field answer is {answer!r}, but must be one of the choices as it is written, or "
-        f"its index from 0 to {len(choices) - 1}"
-    )
+    if type(answer) is int and 0 <= answer < len(texts):
+        return texts, texts[answer]
+    if answer not in texts:
+        raise UserError(
+            f"{where}: field answer is {answer!r}, but must be one of the choices as it is written,"
+            f" or its index from 0 to {len(texts) - 1}"
+        )
+    return texts, answer

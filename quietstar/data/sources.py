@@ -9,6 +9,7 @@ Where rewards read the raw record, `record` is its JSON.
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -215,7 +216,13 @@ def _read_json(file: BinaryIO, path: Path, fields: Mapping[str, str]) -> RawReco
     start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     file.seek(0)
     if path.suffix == ".json" and start.startswith(b"["):
-        records = _parse_json(_read_list(file, path), path, None, "a list of objects")
+        content = file.read(MOST_LIST_BYTES + 1)
+        if len(content) > MOST_LIST_BYTES:
+            raise UserError(
+                f"{path}: is a list of more than {MOST_LIST_BYTES // 2**30} GiB, which can only be"
+                " read as a whole: write one record a line instead, as .jsonl"
+            )
+        records = _parse_json(_decode(content, path, 1), path, None, "a list of objects")
         yield from ((record, f"{path}, record {n}") for n, record in enumerate(records, 1))
         return
     for number, text in _read_lines(file, path):
@@ -224,16 +231,6 @@ def _read_json(file: BinaryIO, path: Path, fields: Mapping[str, str]) -> RawReco
                 _parse_json(text, path, number, "one JSON object a line"),
                 f"{path}, line {number}",
             )
-
-
-def _read_list(file: BinaryIO, path: Path) -> str:
-    content = file.read(MOST_LIST_BYTES + 1)
-    if len(content) > MOST_LIST_BYTES:
-        raise UserError(
-            f"{path}: is a list of more than {MOST_LIST_BYTES // 2**30} GiB, which can only be read"
-            " as a whole: write one record a line instead, as .jsonl"
-        )
-    return _decode(content, path, 1)
 
 
 def _parse_json(text: str, path: Path, line: int | None, rule: str) -> Any:
@@ -315,12 +312,16 @@ def raw_records(value: str, key: str) -> Iterator[tuple[Mapping[str, Any], str]]
     for file in _find_files(path) if path.is_dir() else [path]:
         if file.suffix not in READERS:
             raise UserError(f"{key} ({file}): must end in {ENDINGS}. Convert the file.")
-        shown = {WHOLE: ""} if file.suffix == ".parquet" else fields
-        with reading(str(file), MEND), open_input(file) as opened:
-            for raw, where in READERS[file.suffix](opened, file, shown):
-                if not isinstance(raw, Mapping):
-                    raise UserError(f"{where}: a record must be an object with fields.")
-                yield raw, where
+        for raw, where in _read_file(file, {WHOLE: ""} if file.suffix == ".parquet" else fields):
+            if not isinstance(raw, Mapping):
+                raise UserError(f"{where}: a record must be an object with fields.")
+            yield raw, where
+
+
+def _read_file(path: Path, fields: Mapping[str, str]) -> RawRecords:
+    # A stream opens its files again for every pass, long after they were found.
+    with reading(str(path), MEND), open_input(path) as file:
+        yield from READERS[path.suffix](file, path, fields)
 
 
 def _read_files(names: list[str], fields: dict[str, str], stamps: Any) -> Iterator[Record]:
@@ -330,10 +331,8 @@ def _read_files(names: list[str], fields: dict[str, str], stamps: Any) -> Iterat
         UserError: A file is malformed, or it has gone or fails while it is read.
     """
     for path in map(Path, names):
-        # A stream opens its files again for every pass, long after they were found.
-        with reading(str(path), MEND), open_input(path) as file:
-            for raw, where in READERS[path.suffix](file, path, fields):
-                yield read_record(raw, fields, where)
+        for raw, where in _read_file(path, fields):
+            yield read_record(raw, fields, where)
 
 
 # --- Sources --------------------------------------------------------------------------------------
@@ -458,7 +457,11 @@ def _open_local(label: str, path: Path, config: DataConfig, fields: Mapping[str,
     # Write the records to a cached arrow file once; a changed file is read again.
     try:
         # The first thousand records may have no positions, and would leave their type open.
-        kinds = _features(fields) if "positions" in fields else None
+        kinds = None
+        if "positions" in fields:
+            messages = List({name: Value("string") for name in MESSAGE_FIELDS})
+            typed = {"messages": messages, "positions": List(Value("int64"))}
+            kinds = Features({n: typed.get(n, Value("string")) for n in (*fields, "where")})
         table: Any = Dataset.from_generator(_read_files, features=kinds, gen_kwargs=arguments)
     except Exception as error:  # datasets wraps what the generator raised
         cause: BaseException | None = error
@@ -469,13 +472,6 @@ def _open_local(label: str, path: Path, config: DataConfig, fields: Mapping[str,
             " there, or set HF_DATASETS_CACHE to another folder."
         ) from error
     return Source(label, rows, table)
-
-
-def _features(fields: Mapping[str, str]) -> Features:
-    """Returns the types of canonical records with positions."""
-    messages = List({name: Value("string") for name in MESSAGE_FIELDS})
-    kinds = {"messages": messages, "positions": List(Value("int64"))}
-    return Features({name: kinds.get(name, Value("string")) for name in (*fields, "where")})
 
 
 def _find_files(folder: Path) -> list[Path]:
@@ -585,10 +581,8 @@ def _open_generated(
         if task not in tasks:
             hint = did_you_mean(closest(task, tasks, SIMILAR_NAME))
             raise UserError(f"{label}: reasoning_gym has no task {task!r}{hint}")
-        try:
+        with _blaming_options(config, task):
             dataset = gym.create_dataset(task, size=size, seed=seed, **options)
-        except Exception as error:  # tasks check little, and fail in many ways
-            raise _refused_options(config, task, error) from error
         if config.rationale_field is not None and task != "chain_sum":
             raise UserError(
                 f"data.rationale_field: {config.rationale_field!r} needs problems with known"
@@ -598,37 +592,33 @@ def _open_generated(
     names = list(record_fields(config, whole))
 
     def rows() -> Iterator[Record]:
-        for problem in _checked(
-            problems(), config, task
-        ):  # one without an answer gives an empty record
-            question, answer = str(problem["question"]), str(problem["answer"] or "")
-            turns = (("user", question), ("assistant", answer)) if answer else ()
-            forms: Record = {
-                "question": question,
-                "answer": answer,
-                "text": f"{question}{separator}{answer}" if answer else "",
-                "messages": [{"role": role, "content": content} for role, content in turns],
-                WHOLE: json.dumps(dict(problem), ensure_ascii=False, default=str),
-            }
-            if "rationale" in names:
-                forms["rationale"] = problem.get("rationale") or chain_sum_steps(question)
-            yield {name: forms[name] for name in names}
+        with _blaming_options(config, task):
+            for problem in problems():  # one without an answer gives an empty record
+                question, answer = str(problem["question"]), str(problem["answer"] or "")
+                turns = (("user", question), ("assistant", answer)) if answer else ()
+                forms: Record = {
+                    "question": question,
+                    "answer": answer,
+                    "text": f"{question}{separator}{answer}" if answer else "",
+                    "messages": [{"role": role, "content": content} for role, content in turns],
+                    WHOLE: json.dumps(dict(problem), ensure_ascii=False, default=str),
+                }
+                if "rationale" in names:
+                    forms["rationale"] = problem.get("rationale") or chain_sum_steps(question)
+                yield {name: forms[name] for name in names}
 
     return Source(label, rows, None if config.streaming else Dataset.from_list(list(rows())))
 
 
-def _checked(problems: Iterator[Any], config: DataConfig, task: str) -> Iterator[Any]:
-    """Yields problems; blames the options for what fails while one is made."""
+@contextmanager
+def _blaming_options(config: DataConfig, task: str) -> Iterator[None]:
+    """Blame the options of a task, which checks little, for what fails inside."""
     try:
-        yield from problems
+        yield
     except UserError:
         raise
     except Exception as error:
-        raise _refused_options(config, task, error) from error
-
-
-def _refused_options(config: DataConfig, task: str, error: Exception) -> UserError:
-    return UserError(
-        f"data.task_options: {config.task_options} is refused by the task {task!r}"
-        f" ({reason_of(error)}): correct the options"
-    )
+        raise UserError(
+            f"data.task_options: {config.task_options} is refused by the task {task!r}"
+            f" ({reason_of(error)}): correct the options"
+        ) from error

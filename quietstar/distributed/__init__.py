@@ -9,7 +9,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from quietstar.config import Config
-from quietstar.distributed.sharded import DeepSpeedStrategy, FSDP2Strategy, wants_fsdp
+from quietstar.distributed.sharded import (
+    DeepSpeedStrategy,
+    FSDP2Strategy,
+    ZeRO3Strategy,
+    wants_fsdp,
+)
 from quietstar.distributed.strategies import (
     GROUPS,
     Group,
@@ -36,8 +41,10 @@ __all__ = [
 def build_strategy(accelerator: Accelerator, config: Config) -> Strategy:
     """Returns the strategy of this launch; raises `UserError` if it cannot serve the config."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        strategy = DeepSpeedStrategy(accelerator)
+        plugin = accelerator.deepspeed_plugin
+        kind = ZeRO3Strategy if plugin and plugin.zero_stage == 3 else DeepSpeedStrategy
     else:
-        strategy = FSDP2Strategy(accelerator) if wants_fsdp() else Strategy(accelerator)
+        kind = FSDP2Strategy if wants_fsdp() else Strategy
+    strategy = kind(accelerator)
     strategy.check(config)
     return strategy

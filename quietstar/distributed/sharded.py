@@ -45,6 +45,7 @@ from quietstar.distributed.strategies import (
     Strategy,
     WrappedModule,
     bare_name,
+    check_read,
 )
 from quietstar.errors import UserError
 
@@ -52,7 +53,12 @@ SHARDS_FOLDER = "pieces"
 
 
 class DeepSpeedStrategy(Strategy):
-    """Runs ZeRO-1, 2 or 3, as the launcher's file says."""
+    """Runs ZeRO-1 or 2, as the launcher's file says.
+
+    Averages are of the weights that the model computes with, and in which it is saved: no process
+    has all of the optimizer's float32 copies, and a gather in every step would cost as much as the
+    optimizer's own. In bfloat16 they are averages of rounded weights.
+    """
 
     kind = "deepspeed"
     reshardable = False
@@ -62,32 +68,9 @@ class DeepSpeedStrategy(Strategy):
         super().__init__(accelerator)
         self._plugin: Any = accelerator.deepspeed_plugin
         self._engine: Any = None
-        self.sharded = self._plugin.zero_stage == 3  # the one stage that shards weights
 
     def keep_trainable_only(self, model: nn.Module) -> None:
         """Does nothing: DeepSpeed's engine saves all that it holds."""
-
-    def shard(self, wrapped: WrappedModule) -> WrappedModule:
-        """As `Strategy.shard`; later stages go on with the shards of the first."""
-        if not self.sharded:
-            return wrapped
-        import deepspeed  # pyright: ignore[reportMissingImports]  (an extra)
-
-        for module in (*decoder_layers(wrapped.model.causal_lm), wrapped):
-            self._cast(module)
-            deepspeed.zero.Init(module=module, config_dict_or_path=self._plugin.deepspeed_config)
-        for buffer in wrapped.buffers():  # DeepSpeed leaves them where they are
-            buffer.data = buffer.data.to(self.accelerator.device)
-        return wrapped
-
-    @torch.no_grad()
-    def _cast(self, module: nn.Module) -> None:
-        """As `Strategy._cast`; under bf16 DeepSpeed shards parameters that are bfloat16 already."""
-        super()._cast(module)
-        if self.accelerator.mixed_precision == "bf16":
-            for parameter in module.parameters():
-                if not hasattr(parameter, "ds_id"):
-                    parameter.data = parameter.data.to(torch.bfloat16)
 
     def prepare(self, wrapped: WrappedModule, optimizer: Optimizer, config: Config) -> Prepared:
         """As `Strategy.prepare`; DeepSpeed's own file only says how to shard."""
@@ -99,17 +82,6 @@ class DeepSpeedStrategy(Strategy):
             train_batch_size=micro_batch_size * self.accelerator.num_processes,
         )
         self._engine, optimizer = super().prepare(wrapped, optimizer, config)
-        if self.sharded:
-            import deepspeed  # pyright: ignore[reportMissingImports]  (an extra)
-
-            # DeepSpeed's hooks gather a weight for the forward of the module that owns it. But the
-            # fused cross entropy reads the output layer's weight outside that layer, and methods
-            # other than forward read the two vectors outside their module's forward: these are
-            # gathered for the whole forward of the wrapped module.
-            model, head = wrapped.model, wrapped.model.output_head
-            for weight in (head.weight, head.bias, model.start_embedding, model.end_embedding):
-                if weight is not None:
-                    deepspeed.zero.register_external_parameter(wrapped, weight)
         return self._engine, optimizer
 
     def accumulate(self, prepared: nn.Module, last: bool) -> AbstractContextManager[object]:
@@ -132,9 +104,50 @@ class DeepSpeedStrategy(Strategy):
         check(norms, stepped=True)
         return norms
 
+
+class ZeRO3Strategy(DeepSpeedStrategy):
+    """Runs ZeRO-3, the one stage that shards weights; averages are of the float32 copies."""
+
+    sharded = True
+
+    def shard(self, wrapped: WrappedModule) -> WrappedModule:
+        """As `Strategy.shard`; later stages go on with the shards of the first."""
+        import deepspeed  # pyright: ignore[reportMissingImports]  (an extra)
+
+        for module in (*decoder_layers(wrapped.model.causal_lm), wrapped):
+            self._cast(module)
+            deepspeed.zero.Init(module=module, config_dict_or_path=self._plugin.deepspeed_config)
+        for buffer in wrapped.buffers():  # DeepSpeed leaves them where they are
+            buffer.data = buffer.data.to(self.accelerator.device)
+        return wrapped
+
+    @torch.no_grad()
+    def _cast(self, module: nn.Module) -> None:
+        """As `Strategy._cast`; under bf16 DeepSpeed shards parameters that are bfloat16 already."""
+        super()._cast(module)
+        if self.accelerator.mixed_precision == "bf16":
+            for parameter in module.parameters():
+                if not hasattr(parameter, "ds_id"):
+                    parameter.data = parameter.data.to(torch.bfloat16)
+
+    def prepare(self, wrapped: WrappedModule, optimizer: Optimizer, config: Config) -> Prepared:
+        """As `DeepSpeedStrategy.prepare`, and names the weights that are read elsewhere."""
+        import deepspeed  # pyright: ignore[reportMissingImports]  (an extra)
+
+        prepared = super().prepare(wrapped, optimizer, config)
+        # DeepSpeed's hooks gather a weight for the forward of the module that owns it. But the
+        # fused cross entropy reads the output layer's weight outside that layer, and methods other
+        # than forward read the two vectors outside their module's forward: these are gathered for
+        # the whole forward of the wrapped module.
+        model, head = wrapped.model, wrapped.model.output_head
+        for weight in (head.weight, head.bias, model.start_embedding, model.end_embedding):
+            if weight is not None:
+                deepspeed.zero.register_external_parameter(wrapped, weight)
+        return prepared
+
     @torch.no_grad()
     def write(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """As `Strategy.write`, also for a sharded parameter."""
+        """As `Strategy.write`."""
         import deepspeed  # pyright: ignore[reportMissingImports]  (an extra)
 
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
@@ -142,22 +155,12 @@ class DeepSpeedStrategy(Strategy):
                 parameter.copy_(value)
 
     def full_weights(self, prepared: nn.Module) -> dict[str, Tensor] | None:
-        """As `Strategy.full_weights`: only ZeRO-3 shards weights."""
-        if not self.sharded:
-            return None
+        """As `Strategy.full_weights`."""
         weights: Any = self.accelerator.get_state_dict(prepared) or {}
         return {name.removeprefix("model."): weight for name, weight in weights.items()}
 
     def trained_weights(self, prepared: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """As `Strategy.trained_weights`; under ZeRO-3 of the optimizer's float32 copies.
-
-        Under ZeRO-1 and ZeRO-2 no process has all of those, and a gather in every step would cost
-        as much as the optimizer's own. There it is the weights that the model computes with, and in
-        which it is saved: in bfloat16 the average is one of rounded weights.
-        """
-        if not self.sharded:
-            yield from super().trained_weights(prepared)
-            return
+        """As `Strategy.trained_weights`, of the optimizer's float32 copies."""
         for name, parameter in prepared.named_parameters():
             if parameter.requires_grad:
                 yield bare_name(name), self._engine.optimizer.get_local_fp32_param(parameter)
@@ -165,10 +168,6 @@ class DeepSpeedStrategy(Strategy):
     @contextmanager
     def writable_weights(self, prepared: nn.Module) -> Iterator[dict[str, Tensor]]:
         """As `Strategy.writable_weights`."""
-        if not self.sharded:
-            with super().writable_weights(prepared) as weights:
-                yield weights
-            return
         # Small weights stay gathered, so what is gathered is given up before and gathered anew
         # after, as DeepSpeed does it around a checkpoint.
         self._engine.optimizer.checkpoint_event_prologue()
@@ -179,8 +178,6 @@ class DeepSpeedStrategy(Strategy):
         self._engine.optimizer.checkpoint_event_epilogue()
 
     def _average_file(self, name: str) -> str:
-        if not self.sharded:
-            return super()._average_file(name)
         return f"{name}-{self.accelerator.process_index}.safetensors"
 
 
@@ -300,8 +297,7 @@ class FSDP2Strategy(Strategy):
         state = self._state(prepared, optimizer)
         load(state, checkpoint_id=folder / SHARDS_FOLDER)  # weights are read in place
         for name, weight in state["weights"].items():
-            if not weight.to_local().isfinite().all():
-                raise ValueError(f"{name} holds numbers that are not finite")
+            check_read(name, weight.to_local(), weight.to_local())
         set_optimizer_state_dict(prepared, optimizer, state["optimizer"])
 
     def trained_weights(self, prepared: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -321,8 +317,7 @@ class FSDP2Strategy(Strategy):
         """As `Strategy.load_average`, for any number of processes."""
         load(self._sharded(prepared, average), checkpoint_id=folder / name)  # in place
         for name, value in average.items():
-            if not value.isfinite().all():
-                raise ValueError(f"the average of {name} holds numbers that are not finite")
+            check_read(f"the average of {name}", value, value)
 
     def _sharded(self, prepared: nn.Module, average: dict[str, Tensor]) -> dict[str, Any]:
         """Declares the values of this process to be its shards of the whole."""

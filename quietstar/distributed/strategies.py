@@ -62,16 +62,21 @@ def bare_name(name: str) -> str:
 
 
 class WrappedModule(nn.Module):
-    """Forwards to any method of the model: the one door through DDP, FSDP2 and ZeRO."""
+    """Calls a method or a function of the model: the one door through DDP, FSDP2 and ZeRO."""
 
     def __init__(self, model: QuietStarForCausalLM) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, method: str, *args: Any, **keywords: Any) -> Any:
-        """Calls ``model.method(...)``; ``"forward"`` calls the module itself, with its hooks."""
-        call = self.model if method == "forward" else getattr(self.model, method)
-        return call(*args, **keywords)
+    def forward(self, call: str | Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+        """Calls ``call(model, ...)``, or the model's method of that name.
+
+        ``"forward"`` calls the module itself, with its hooks.
+        """
+        if callable(call):
+            return call(self.model, *args, **keywords)
+        method = self.model if call == "forward" else getattr(self.model, call)
+        return method(*args, **keywords)
 
 
 class ModelProxy:
@@ -103,11 +108,10 @@ class ModelProxy:
         return self.prepared(method, *args, **keywords)
 
     run_text = partialmethod(_call, "run_text")
-    think = partialmethod(_call, "think")
-    sample = partialmethod(_call, "sample")
+    draw = partialmethod(_call, "draw")
+    score = partialmethod(_call, "score")
     score_plain = partialmethod(_call, "score_plain")
     choose_positions = partialmethod(_call, "choose_positions")
-    initial_vectors = partialmethod(_call, "initial_vectors")
 
 
 class Strategy:
@@ -178,13 +182,7 @@ class Strategy:
                     )
                 raise ValueError(f"the run does not train its tensor {unknown[0]}")
             for name in names:
-                there, here = weights[name].shape, parameters[name].shape
-                if there != here:  # `copy_` would broadcast
-                    raise ValueError(f"{name} has shape {tuple(there)}, the model {tuple(here)}")
-                if not weights[name].is_floating_point():
-                    raise ValueError(f"{name} is of type {weights[name].dtype}")
-                if not weights[name].isfinite().all():
-                    raise ValueError(f"{name} holds numbers that are not finite")
+                check_read(name, weights[name], parameters[name], any_precision=True)
                 parameters[name].data.copy_(weights[name])
 
         self.accelerator.register_save_state_pre_hook(save)
@@ -302,15 +300,8 @@ class Strategy:
         if other := sorted(content.keys() ^ average.keys()):
             raise ValueError(f"its moving average is not one of what trains ({other[0]})")
         for weight, value in average.items():
-            there, here = content[weight], value
-            if (there.shape, there.dtype) != (here.shape, here.dtype):
-                raise ValueError(
-                    f"the average of {weight} has shape {tuple(there.shape)} ({there.dtype}), not "
-                    f"{tuple(here.shape)} ({here.dtype})"
-                )
-            if not there.isfinite().all():
-                raise ValueError(f"the average of {weight} holds numbers that are not finite")
-            value.copy_(there)
+            check_read(f"the average of {weight}", content[weight], value)
+            value.copy_(content[weight])
 
     def save(self, folder: Path, prepared: nn.Module, optimizer: Optimizer) -> None:
         """Writes weights, optimizer and random state."""
@@ -342,6 +333,18 @@ class Strategy:
 def from_main_process(accelerator: Accelerator, call: Callable[[], T]) -> T:
     """Calls a function on the main process; all return its result or raise its `UserError`."""
     return Processes(accelerator.process_index, accelerator.num_processes).from_main(call)
+
+
+def check_read(what: str, there: Tensor, here: Tensor, any_precision: bool = False) -> None:
+    """Raises a ValueError if what a checkpoint holds cannot take the place of a tensor."""
+    is_kind = any_precision and there.is_floating_point()
+    if there.shape != here.shape or (there.dtype != here.dtype and not is_kind):
+        raise ValueError(  # `copy_` would broadcast
+            f"{what} has shape {tuple(there.shape)} ({there.dtype}), not {tuple(here.shape)} "
+            f"({here.dtype})"
+        )
+    if not there.isfinite().all():
+        raise ValueError(f"{what} holds numbers that are not finite")
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:

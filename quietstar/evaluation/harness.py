@@ -260,11 +260,11 @@ class QuietStarLM(_Harness):
         return answer_batch(texts, counts, pad, thinking).to(self.thinker.device)
 
     def _sample(self, batch: AnswerBatch, chunk: Sequence[int]) -> Tensor:
-        return self.thinker.sample(
+        return self.thinker.draw(
             batch.ids, positions=batch.thinking, temperature=self.thought_temperature,
             sample_ids=torch.tensor(chunk, device=batch.ids.device), **self.thought_filters,
             **self.sampling,
-        )  # fmt: skip
+        ).tokens.transpose(1, 2)  # fmt: skip
 
     def _swapped(self, requests: Any, chunks: Sequence[Sequence[int]]) -> dict[int, Tensor]:
         """Draw the thoughts of all requests; give each those of a request of another context."""

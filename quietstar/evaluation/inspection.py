@@ -31,8 +31,9 @@ from quietstar.evaluation.controls import (
 )
 from quietstar.evaluation.scoring import not_finite
 from quietstar.losses.cross_entropy import chunk_rows
-from quietstar.model.outputs import without_padding
+from quietstar.losses.scores import without_padding
 from quietstar.model.quiet_star import QuietStarForCausalLM
+from quietstar.model.scoring import read_thoughts
 from quietstar.system.processes import ALONE, Processes
 
 FORMAT, VERSION = "quietstar-thoughts", 2
@@ -118,10 +119,10 @@ def inspect_text(
 
     def think(ids: Tensor, window: Window) -> Tensor:
         part, positions = window.read(ids)
-        return model.sample(
+        return model.draw(
             part, num_thoughts=reading.num_thoughts, temperature=reading.temperature,
             positions=positions, seed=reading.seed,
-        )  # fmt: skip
+        ).tokens.transpose(1, 2)  # fmt: skip
 
     parts, sampled = list(windows(ids.shape[1], reading.context)), []
     for thoughts in processes.share(parts, lambda window: think(ids, window).cpu()):
@@ -144,8 +145,10 @@ def inspect_text(
         part, positions = window.read(ids)
         for control, thoughts in others.items():
             there = thoughts[:, :, window.first : window.stop]
-            scores = model.score_mixed(part, None, part, there, positions)
-            columns[control] = scores.logprobs[0].T  # (P, K), or (P, 1) if all are equal
+            scores = model.score(
+                part, there.transpose(1, 2), positions=positions, only_mixed=True, lookahead=1
+            )
+            columns[control] = scores.mixed_logprobs[0, ..., 0]  # (P, K), (P, 1) if all are equal
         _check_finite(name, columns, window.first + 1)
         return [
             {"position": position, "text": slices[position], **record}
@@ -188,7 +191,7 @@ def _figures(
     """Describe thoughts and predictions by position (and thought), without the batch axis."""
     part, positions = window.read(ids)
     thoughts = own[:, :, window.first : window.stop]  # (1, K, P, T)
-    states, weight = model.states_with(part, thoughts.permute(3, 1, 0, 2), positions)
+    states, weight = read_thoughts(model, part, thoughts.transpose(1, 2), positions)
     weight = weight[0, :, 0]  # (K, P)
     targets = ids[0, window.first + 1 : window.stop + 1]
     head, count = model.output_head, len(weight)

@@ -21,7 +21,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from einops import rearrange
 from jaxtyping import Int
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from torch import Tensor
@@ -29,6 +28,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, StopStri
 
 from quietstar.attention.layout import NO_TOKEN
 from quietstar.backbone.run import run_text
+from quietstar.checks import ROUNDING
 from quietstar.config.messages import closest, did_you_mean
 from quietstar.data.tokenizer import pad_left, padding_id
 from quietstar.errors import UserError, reading, reason_of
@@ -44,9 +44,9 @@ from quietstar.evaluation.controls import (
 )
 from quietstar.evaluation.scoring import Protocol
 from quietstar.evaluation.tasks import TASKS, Candidates, EncodedItem, Item, Task
-from quietstar.losses.thought_loss import next_token_entropy
+from quietstar.losses.next_token import next_token_entropy
 from quietstar.model.outputs import decode_thoughts
-from quietstar.model.quiet_star import ROUNDING, QuietStarForCausalLM
+from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.system.files import append, file_kind, write_whole
 from quietstar.system.inputs import open_input
 from quietstar.system.locks import locked
@@ -400,12 +400,12 @@ class Runner:
             states = text.states.take_along_dim(places, 1)
             entropy = next_token_entropy(states, self.model.output_head).tolist()
         if {WITH, SHUFFLED, PAUSE} & {*variants}:
-            own = self.model.sample(
+            own = self.model.draw(
                 batch.ids, num_thoughts=self.protocol.samples, positions=batch.thinking,
                 temperature=self.protocol.thought_temperature,
                 top_p=self.protocol.thought_top_p, top_k=self.protocol.thought_top_k,
                 sample_ids=torch.tensor(numbers, device=batch.ids.device), seed=seed, text=text,
-            )  # fmt: skip
+            ).tokens.transpose(1, 2)  # fmt: skip
         if GENERIC in variants:
             generic = controls.generic_tokens(
                 self.tokenizer, self.model.thoughts.length, self.protocol.generic, "--generic"
@@ -520,7 +520,7 @@ class Runner:
         lengths = (thoughts != NO_TOKEN).sum(-1)
         is_cut = lengths == thoughts.shape[-1]
         if self.model.stop is not None:
-            is_cut &= ~self.model.stop.is_ended(rearrange(thoughts, "k p t -> t k 1 p"))[:, 0]
+            is_cut &= ~self.model.stop.is_ended(thoughts)
         return {
             "thought_length": lengths.double().mean().item(),
             "truncated_fraction": is_cut.double().mean().item(),

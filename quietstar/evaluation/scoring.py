@@ -25,7 +25,6 @@ from quietstar.data.tokenizer import check_tokenizer_fits, load_tokenizer
 from quietstar.errors import UserError, reading
 from quietstar.evaluation.controls import GENERIC_TEXT
 from quietstar.evaluation.tasks import AnswerBatch, Candidates, EncodedItem
-from quietstar.model.outputs import MixedScores
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import SETTINGS_FILE, TOKENIZER_FILES, find_on_hub, read_settings
 from quietstar.model.tuning import WHOLE
@@ -42,6 +41,15 @@ OLD_GATE = "gate.safetensors"
 _PIECE, _PIECES, _WHOLLY_HASHED = 2**20, 4096, 8 * 2**30
 """A file larger than the last is hashed in pieces, so that this takes less time than to load it."""
 NO_CANDIDATE = -1  # index of a true token that is no candidate, and where there is no token
+
+
+@dataclass(frozen=True)
+class MixedScores:
+    """Predictions of the scored tokens, and the logits of candidates."""
+
+    logprobs: Float[Tensor, "batch thoughts positions"]
+    predicted: Int[Tensor, "batch thoughts positions"]
+    candidates: Float[Tensor, "batch thoughts positions candidates"] | None = None
 
 
 @dataclass(frozen=True)
@@ -256,11 +264,17 @@ def predict_thinking(
     lookahead reaches it from there, and plainly otherwise.
     """
     ids = None if candidates is None else candidates.ids.to(batch.ids.device)
-    given = (batch.ids, None, batch.labels, thoughts, batch.thinking, ids)
-    if torch.equal(batch.thinking, batch.positions):
-        return model.score_mixed(*given, text=text)
-    lookahead = model.thoughts.lookahead
-    mixed = model.score_mixed(*given, lookahead=lookahead, text=text)
+    each_alone = torch.equal(batch.thinking, batch.positions)
+    lookahead = 1 if each_alone else model.thoughts.lookahead
+    mixed = model.score(
+        batch.ids, thoughts.transpose(1, 2), labels=batch.labels, positions=batch.thinking,
+        text=text, only_mixed=True, lookahead=lookahead, candidates=ids,
+    )  # fmt: skip
+    assert mixed.mixed_predicted is not None, "it was asked for"
+    if each_alone:
+        few = None if mixed.candidates is None else mixed.candidates[..., 0, :].transpose(1, 2)
+        logprobs, predicted = mixed.mixed_logprobs[..., 0], mixed.mixed_predicted[..., 0]
+        return MixedScores(logprobs.transpose(1, 2), predicted.transpose(1, 2), few)
     rows = torch.arange(len(batch.ids), device=batch.ids.device)[:, None]  # (B, 1)
     last = (batch.thinking != NO_POSITION).sum(1, keepdim=True) - 1  # (B, 1)
     column = torch.arange(batch.positions.shape[1], device=rows.device)
@@ -272,7 +286,7 @@ def predict_thinking(
         plain = predict_plain(model, batch, candidates)
 
     def select(mixed: Tensor, plain: Tensor | None) -> Tensor:
-        chosen = mixed[rows, :, place.clamp(min=0), ahead.clamp(max=lookahead - 1)]
+        chosen = mixed[rows, place.clamp(min=0), :, ahead.clamp(max=lookahead - 1)]
         chosen = rearrange(chosen, "b p k ... -> b k p ...")
         if plain is None:
             return chosen
@@ -282,8 +296,8 @@ def predict_thinking(
     logits = None
     if mixed.candidates is not None:
         logits = select(mixed.candidates, plain and plain.candidates)
-    logprobs = select(mixed.logprobs, plain and plain.logprobs)
-    return MixedScores(logprobs, select(mixed.predicted, plain and plain.predicted), logits)
+    logprobs = select(mixed.mixed_logprobs, plain and plain.logprobs)
+    return MixedScores(logprobs, select(mixed.mixed_predicted, plain and plain.predicted), logits)
 
 
 def item_metrics(

@@ -22,6 +22,7 @@ from transformers.utils.generic import ModelOutput
 
 from quietstar.attention.layout import NO_TOKEN, text_lookahead
 from quietstar.backbone.run import num_virtual
+from quietstar.checks import check_ids, raise_failed
 from quietstar.errors import UserError
 from quietstar.generation.gates import Gate
 from quietstar.sampling.decoding import Decoder
@@ -49,22 +50,66 @@ class ThinkingStreamer(BaseStreamer):
         raise NotImplementedError
 
 
+@torch.no_grad()
 def generate(
     model: Any,
-    inputs: Int[Tensor, "batch seq"],
-    sampling: Sampling,
-    think: bool | Gate,
-    streamer: BaseStreamer | None,
-    arguments: dict[str, Any],
-    replace: Replace | None = None,
-    given: Int[Tensor, "texts thoughts length"] | None = None,
+    inputs: Int[Tensor, "batch seq"] | None = None,
+    *,
+    think: bool | Gate = True,
+    num_thoughts: int = 1,
+    thought_temperature: float | None = None,
+    thought_top_p: float | None = None,
+    thought_top_k: int | None = None,
+    seed: int = 0,
+    streamer: BaseStreamer | None = None,
+    replace_thoughts: Replace | None = None,
+    thoughts: Int[Tensor, "texts thoughts length"] | None = None,
+    **arguments: Any,
 ) -> Any:
-    """Generate texts; arguments and result are those of `QuietStarForCausalLM.generate`.
+    """Generate texts, thinking before new tokens.
+
+    Thoughts are dropped after use; the text is never run twice.
+
+    Args:
+        model: `QuietStarForCausalLM`, of which this is a method.
+        inputs: Texts, padded on the left if at all; also as ``input_ids``.
+        think: True: as the model was trained, once before the first new token with
+            ``thoughts.positions: answer_start``, and otherwise before each. False: what the plain
+            model generates. A `Gate`: texts think where it says so.
+        num_thoughts: At a time; their predictions are averaged.
+        thought_temperature: Of thoughts; None takes the most likely tokens. (``temperature`` is
+            that of the text, as in transformers.)
+        thought_top_p: Of thoughts: sample among the most likely tokens that together reach this
+            probability. (``top_p`` is that of the text.)
+        thought_top_k: Of thoughts: sample among so many of the most likely tokens.
+        seed: Seed of the thoughts' noise.
+        streamer: Is given each new token.
+        replace_thoughts: Makes of the thoughts of some texts, (texts, thoughts, length), -1 after
+            the end of each, others of the same shape, fewer tokens or one for all; the model reads
+            them in place of its own. `quietstar.evaluation.controls` has some.
+        thoughts: Read before the first new token in place of any that would be drawn, -1 after the
+            end of each; only for a model that thinks once (or ``Gate("once")``).
+        **arguments: Those of transformers' ``generate``: ``attention_mask``, ``max_new_tokens``,
+            ``do_sample``, ``top_p``, ``num_return_sequences``, ``generation_config``, ...
+
+    Returns:
+        Token ids, (batch * num_return_sequences, prompt and new); with ``return_dict_in_generate``
+        a `ThinkingOutput`, with the thoughts.
 
     Raises:
-        UserError: Beams were asked for, a text leaves no room, or thoughts are given where the
-            model thinks more than once.
+        UserError: No texts, beams, more tokens than the model has positions, or thoughts are given
+            where the model thinks more than once.
     """
+    inputs = arguments.pop("input_ids", None) if inputs is None else inputs
+    if inputs is None:
+        raise UserError("inputs: no texts are given; write generate(input_ids, ...)")
+    check_ids(inputs, "inputs", model.num_embeddings)
+    given, replace = thoughts, replace_thoughts
+    sampling = Sampling.by(
+        model.thoughts, model.stop, temperature=thought_temperature, top_p=thought_top_p,
+        num_thoughts=num_thoughts if given is None else given.shape[1], top_k=thought_top_k,
+        seed=seed,
+    )  # fmt: skip
     if isinstance(think, Gate):
         gate = think
     else:  # as the model was trained
@@ -116,7 +161,11 @@ def generate(
         outputs = (tuple(column) or None for column in (kept_scores, kept_logits))
         return ThinkingOutput(input_ids, torch.stack(kept_thoughts, dim=1), *outputs)
 
-    return model.causal_lm.generate(inputs, custom_generate=decode, streamer=streamer, **arguments)
+    output = model.causal_lm.generate(
+        inputs, custom_generate=decode, streamer=streamer, **arguments
+    )  # fmt: skip
+    raise_failed()
+    return output
 
 
 def _check_given(model: Any, given: Tensor, gate: Gate, batch: int) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -26,8 +27,10 @@ from quietstar.attention.layout import (
 )
 from quietstar.backbone.output_head import OutputHead
 from quietstar.backbone.teacher_forced import ThoughtStates
-from quietstar.losses.cross_entropy import Segment, SoftTargets, chunk_rows, objective
-from quietstar.losses.mixture import groups
+from quietstar.losses.cross_entropy import Segment, SoftTargets, chunk_rows
+from quietstar.losses.cross_entropy import objective as weighted_sum
+from quietstar.losses.next_token import next_token_loss
+from quietstar.losses.predictions import groups
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,8 @@ class TeacherTargets:
         return self.tokens.shape[2]
 
     def soft_targets(self) -> SoftTargets:
-        """Put the rows into the order (lookahead, batch, positions)."""
-        return SoftTargets(
-            rearrange(self.tokens, "b p a t -> (a b p) t"),
-            rearrange(self.logprobs, "b p a t -> (a b p) t"),
-            rearrange(self.rest, "b p a -> (a b p)"),
-        )
+        """Put the distributions into the order (lookahead, batch, positions)."""
+        return SoftTargets(*(x.movedim(2, 0) for x in (self.tokens, self.logprobs, self.rest)))
 
     def to(self, device: torch.device) -> TeacherTargets:
         """Copy all to another device."""
@@ -101,14 +100,14 @@ class StudentRows:
     ) -> Float[Tensor, ""]:
         """Sum weight * -log p(token) by the student over the rows that have a target."""
         tokens = tokens.where(self.targets != IGNORE_INDEX, IGNORE_INDEX)
-        return objective([Segment(self.states, tokens, weights)], self.head)[0]
+        return weighted_sum([Segment(self.states, tokens, weights)], self.head)[0]
 
     def divergence_loss(
         self, weights: Float[Tensor, " rows"]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, " rows"]]:
         """Sum weight * KL(teacher || student) over the rows; and the divergences."""
         segment = Segment(self.states, self.targets, weights, soft=self.soft)
-        loss, results = objective([segment], self.head)
+        loss, results = weighted_sum([segment], self.head)
         assert results[0].divergence is not None, "there are soft targets"
         return loss, results[0].divergence
 
@@ -125,7 +124,7 @@ def teacher_targets(
 ) -> TeacherTargets:
     """Average the mixed predictions over the thoughts of each position; keep the ``top`` tokens.
 
-    Logits live a chunk at a time. Arguments as in `loss_from_states`.
+    Logits live a chunk at a time. ``states`` are those of thoughts that were read.
     """
     lookahead, num_thoughts, *places = mixing_weight.shape
     top = min(top, head.num_logits)
@@ -178,6 +177,29 @@ def nearest_thought(
     return steps <= following - positions
 
 
+def plain_student_loss(
+    text_states: Float[Tensor, "batch seq width"],
+    labels: Int[Tensor, "batch seq"],
+    teacher: TeacherTargets,
+    objective: Any,
+    head: OutputHead,
+    num_items: Tensor | int | None,
+) -> tuple[Float[Tensor, ""], dict[str, tuple[Tensor, Tensor]]]:
+    """Compute the loss of the model without thoughts, given its teacher's predictions.
+
+    Returns the scalar, and metrics of the batch as sums and counts.
+    """
+    loss, base, valid = next_token_loss(text_states, labels, head, num_items, objective.base_weight)
+    nll = base.nll.view(labels.shape)
+    rows = student_rows(text_states, nll, labels, teacher, head, num_items)
+    more, by_row = objective.student_loss(rows)
+    counts = rows.targets != IGNORE_INDEX
+    by_row |= {"student_nll": rows.nll, "teacher_nll": rows.teacher_nll}
+    sums = {n: (x.where(counts, 0.0).sum(), counts.sum()) for n, x in by_row.items()}
+    sums["teacher_tokens"] = (teacher.num_tokens, counts.sum())
+    return loss + more, {"base_nll": (base.nll.sum(), valid.sum()), **sums}
+
+
 def student_rows(
     text_states: Float[Tensor, "batch seq width"],
     text_nll: Float[Tensor, "batch seq"],
@@ -200,7 +222,7 @@ def student_rows(
         states=lookahead_states(text_states, lookahead, positions).flatten(0, 2),
         targets=targets.where(is_nearest, IGNORE_INDEX).flatten(),
         nll=lookahead_states(text_nll, lookahead, positions).flatten(),
-        soft=teacher.soft_targets(),
+        soft=SoftTargets(*(x.flatten(0, 2) for x in teacher.soft_targets())),
         teacher_nll=-rearrange(teacher.true_logprobs, "b p a -> (a b p)"),
         num_items=items.clamp(min=1).to(teacher.rest.dtype),
         head=head,

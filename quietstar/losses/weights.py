@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -238,7 +238,7 @@ class ThoughtWeights:
 
 @runtime_checkable
 class Student(Protocol):
-    """Predictions of a student without thoughts beside its teacher's, (rows,), without gradient.
+    """Predictions of a student without thoughts, and its teacher's, (rows,), without gradient.
 
     Attributes:
         targets: True tokens, -100 where a row has none.
@@ -263,44 +263,3 @@ class Student(Protocol):
     def divergence_loss(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Sum weight * KL(teacher || student), differentiable; and the divergences, (rows,)."""
         ...
-
-
-Weigh = Callable[[ThoughtScores, slice, slice], ThoughtWeights]
-"""From the scores of some texts and some of their positions to weights."""
-
-
-@dataclass(frozen=True)
-class LossTerms:
-    """Which terms a loss has.
-
-    Attributes:
-        weigh: Chooses advantages and weights of true tokens; None where only figures are wanted.
-        policy_temperature: Divides the logits inside the log-probability of the policy term.
-        token_weighting: Weight of a thought's token in the policy term: ``constant`` (1 / T),
-            ``sum`` (1) or ``mean`` (1 / the thought's own length).
-        target_weighting: Weight of a true token: ``mean`` (1 / A) or ``sum`` (1).
-        clip_low, clip_high: How far a token's probability may fall and rise, as fractions of what
-            it was when the thought was drawn, before it is reinforced no more; None for no bound.
-        kl_weight: Weight of the divergence of the thoughts' tokens from a reference.
-        needs_log_ratio: Whether the objective reads `ThoughtScores.log_ratio`.
-        weighs_at_once: Whether ``weigh`` is called once, with all scores at hand.
-        base_weight: Weight of the base prediction's NLL.
-        entropy_weight: Weight of a bonus on the entropy of thought tokens.
-        needs_thought: Whether the thought's own prediction is read by reward or objective.
-        scoring: Whether the thought's own prediction and the most likely tokens are computed for
-            readers of figures.
-    """
-
-    weigh: Weigh | None
-    policy_temperature: float = 1.0
-    token_weighting: str = "constant"
-    target_weighting: str = "mean"
-    clip_low: float | None = None
-    clip_high: float | None = None
-    kl_weight: float = 0.0
-    needs_log_ratio: bool = False
-    weighs_at_once: bool = False
-    base_weight: float = 1.0
-    entropy_weight: float = 0.0
-    needs_thought: bool = True
-    scoring: bool = False

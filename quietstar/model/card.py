@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined
 
 from quietstar.backbone.loading import HUB_ID
 from quietstar.model.tuning import PEFT_METHODS, WHOLE
@@ -29,21 +30,34 @@ _FIGURES = {
 }
 _OF_NEXT_TOKENS = ("base_nll", "mixed_nll", "gain", "gain_of_content", "gain_over_pause")
 """Figures that with one thought for a whole answer are about its first token alone."""
-_NO_FIGURES = "No figures are known of this model."
 _TEXT = """\
-# {title}
+---
+{{ header }}
+---
 
-{mark}
+# {{ title | cell }}
 
-{about}, in the format of quietstar.
+{{ mark }}
+
+{{ about }}, in the format of quietstar.
 
 | | |
 |---|---|
-{facts}
+{% for name, value in facts.items() %}
+| {{ name }} | {{ value | cell }} |
+{% endfor %}
 
 ## How well
 
-{figures}
+{% for label, before, after in metrics %}
+{% if loop.first %}
+| held out | before | after |
+|---|---|---|
+{% endif %}
+| {{ label }} | {{ before | number }} | {{ after | number }} |
+{% else %}
+No figures are known of this model.
+{% endfor %}
 
 The *gain of content* is what is lost when the model reads thoughts of other texts in place of its own: a gain of thinking without it says nothing about what the thoughts say.
 
@@ -56,10 +70,10 @@ from transformers import AutoTokenizer
 model = QuietStarForCausalLM.from_pretrained(NAME)  # this folder
 tokenizer = AutoTokenizer.from_pretrained(NAME)
 inputs = tokenizer("...", return_tensors="pt")
-{call}
+{{ call }}
 ```
 
-{plain}
+{{ plain }}
 """  # noqa: E501
 _THINKS = (
     "A causal language model that thinks before it predicts "
@@ -128,34 +142,31 @@ def model_card(
     kind = "taught by thoughts" if is_student else "that thinks"
     title = f"{Path(base).name} {kind}" if base else f"A model {kind}"
     about, call = _STUDENT if is_student else _THINKS
-    text = _TEXT.format(
-        title=_cell(title), about=about, call=call, mark=_MARK, plain=plain,
-        figures=_table(before or {}, after or {}, thoughts.positions == "answer_start"),
-        facts="\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items()),
-    )  # fmt: skip
-    return f"---\n{data.to_yaml()}\n---\n\n{text}"
-
-
-def _table(before: Mapping[str, Any], after: Mapping[str, Any], thinks_once: bool) -> str:
-    note = ", first token of an answer" if thinks_once else ""
-    rows = [
-        f"| {label}{note if name in _OF_NEXT_TOKENS else ''} | {_number(before.get(name))} "
-        f"| {_number(after[name])} |"
+    note = ", first token of an answer" if thoughts.positions == "answer_start" else ""
+    metrics = [
+        (label + note * (name in _OF_NEXT_TOKENS), (before or {}).get(name), (after or {})[name])
         for name, label in _FIGURES.items()
-        if isinstance(after.get(name), int | float)
+        if isinstance((after or {}).get(name), int | float)
     ]
-    if not rows:
-        return _NO_FIGURES
-    return "\n".join(["| held out | before | after |", "|---|---|---|", *rows])
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, int | float) else ""
+    return _TEMPLATE.render(
+        header=data.to_yaml(), title=title, mark=_MARK, about=about, facts=rows, metrics=metrics,
+        call=call, plain=plain,
+    )  # fmt: skip
 
 
 def _cell(text: str) -> str:
     """Keep a text on one line, and its bars from ending a cell."""
     return " ".join(text.split()).replace("|", "\\|")
+
+
+_ENVIRONMENT = Environment(
+    trim_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined, autoescape=False
+)
+_ENVIRONMENT.filters |= {
+    "cell": _cell,
+    "number": lambda value: f"{value:.4f}" if isinstance(value, int | float) else "",
+}
+_TEMPLATE = _ENVIRONMENT.from_string(_TEXT)
 
 
 def write_card(folder: Path, text: str, is_given: bool) -> None:

@@ -7,22 +7,19 @@ from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.generic import ModelOutput
 
 from quietstar.attention.layout import NO_TOKEN
-from quietstar.losses.thought_loss import ScoredThoughts
+from quietstar.losses.scores import Scores, without_padding
 from quietstar.sampling.stopping import StopTexts
 from quietstar.sampling.thoughts import ThoughtBatch
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 
 @dataclass(frozen=True)
@@ -132,8 +129,8 @@ class QuietStarOutput(ModelOutput):
     Attributes:
         loss: Scalar, to call ``backward`` on.
         metrics: Figures of the batch as sums and counts; ``metrics.means()`` gives numbers.
-        thoughts: Sampled tokens, (batch, thoughts, positions, length), -1 after the last of a
-            thought that ends early.
+        thoughts: Tokens of the thoughts, (batch, positions, thoughts, length), -1 after the last of
+            one that ends early.
         input_ids: The texts, (batch, seq).
         positions: Where the thoughts are, (batch, positions), -1 after the last; None for all.
         drawn: The thoughts with their log-probabilities, for further updates from them.
@@ -170,158 +167,11 @@ class PlainScores:
     candidates: Float[Tensor, "batch seq candidates"] | None = None
 
 
-@dataclass(frozen=True)
-class MixedScores:
-    """Predictions with thoughts; output of `QuietStarForCausalLM.score_mixed`.
-
-    Attributes:
-        logprobs: Of the true next token, 0 where there is none.
-        predicted: Most likely next token.
-        candidates: Logits of the candidates; None if none were asked for.
-
-    Where a lookahead was asked for, its axis stands after that of the positions.
-    """
-
-    logprobs: Float[Tensor, "batch thoughts positions *lookahead"]
-    predicted: Int[Tensor, "batch thoughts positions *lookahead"]
-    candidates: Float[Tensor, "batch thoughts positions *lookahead candidates"] | None = None
-
-
-@dataclass(frozen=True)
-class Thoughts:
-    """Thoughts of every position and what they did; output of `QuietStarForCausalLM.think`.
-
-    Position i of a text is the thought after token i; entry a - 1 of the last axis of the
-    predictions is about the true token x_{i+a}. ``positions`` are all, (seq,), or the chosen ones.
-
-    Attributes:
-        tokens: Tokens of the thoughts, -1 after the last of one that ends early.
-        logprobs: Their log-probabilities (natural logarithm).
-        mixing_weight: Share of the thought in the prediction.
-        base_logprobs: Log-probabilities of the true tokens without the thought.
-        thought_logprobs: The same by the thought's own prediction.
-        mixed_logprobs: The same by the mixed prediction.
-        valid: Where there is a true token to predict; elsewhere log-probabilities are 0.
-        text_logprobs: Log-probability of the true next token without thoughts, after every text
-            position.
-        base_predicted: Most likely next token without the thought, after every text position.
-        mixed_predicted: Most likely x_{i+a} with it.
-        metrics: Figures of the batch.
-        positions: The chosen ones, -1 after the last of a text; None for all.
-    """
-
-    tokens: Int[Tensor, "batch thoughts positions length"]
-    logprobs: Float[Tensor, "batch thoughts positions length"]
-    mixing_weight: Float[Tensor, "batch thoughts positions lookahead"]
-    base_logprobs: Float[Tensor, "batch positions lookahead"]
-    thought_logprobs: Float[Tensor, "batch thoughts positions lookahead"]
-    mixed_logprobs: Float[Tensor, "batch thoughts positions lookahead"]
-    valid: Bool[Tensor, "batch positions lookahead"]
-    text_logprobs: Float[Tensor, "batch seq"]
-    base_predicted: Int[Tensor, "batch seq"]
-    mixed_predicted: Int[Tensor, "batch thoughts positions lookahead"]
-    metrics: ThoughtMetrics
-    positions: Int[Tensor, "batch positions"] | None = None
-
-    @classmethod
-    def from_scored(cls, scored: ScoredThoughts, metrics: ThoughtMetrics) -> Thoughts:
-        """From the engine's order, (token or lookahead, thoughts, batch, seq)."""
-
-        def public(x: Tensor | None) -> Tensor:
-            assert x is not None, "compute with scoring"
-            return x.permute(2, 1, 3, 0)
-
-        assert scored.base_predicted is not None, "compute with scoring"
-        return cls(
-            tokens=public(scored.thoughts),
-            logprobs=public(scored.logprobs),
-            mixing_weight=public(scored.mixing_weight),
-            base_logprobs=scored.base_logprobs.permute(1, 2, 0),
-            thought_logprobs=public(scored.thought_logprobs),
-            mixed_logprobs=public(scored.mixed_logprobs),
-            valid=scored.valid.permute(1, 2, 0),
-            text_logprobs=scored.text_logprobs,
-            base_predicted=scored.base_predicted,
-            mixed_predicted=public(scored.mixed_predicted),
-            metrics=metrics,
-            positions=scored.positions,
-        )
-
-    def next_predicted(self) -> Int[Tensor, "batch thoughts seq"]:
-        """Most likely next token after every text position, thoughts considered."""
-        return of_nearest_thought(self.base_predicted, self.mixed_predicted, self.positions)
-
-    def next_logprobs(self) -> Float[Tensor, "batch thoughts seq"]:
-        """Log-probability of the true next token there, 0 where there is none."""
-        return of_nearest_thought(self.text_logprobs, self.mixed_logprobs, self.positions)
-
-    def to_frame(self, tokenizer: PreTrainedTokenizerBase | None = None) -> DataFrame:
-        """A pandas frame with a row for every thought and true token that it looks ahead to.
-
-        Columns: ``text``, ``position``, ``thought``, ``ahead`` (1 for the next token), ``tokens``,
-        ``mixing_weight``, ``base_logprob``, ``thought_logprob``, ``mixed_logprob`` and ``gain``
-        (mixed minus base); with a tokenizer also ``thought_text``.
-        """
-        from pandas import DataFrame
-
-        where = self.valid.unsqueeze(1).expand_as(self.mixed_logprobs).nonzero()
-        text, thought, place, ahead = where.T
-        base = self.base_logprobs[text, place, ahead]
-        mixed = self.mixed_logprobs[text, thought, place, ahead]
-        tokens = [without_padding(t) for t in self.tokens[text, thought, place].tolist()]
-        position = place if self.positions is None else self.positions[text, place]
-        columns: dict[str, Any] = {
-            "text": text, "position": position, "thought": thought, "ahead": ahead + 1,
-            "mixing_weight": self.mixing_weight[text, thought, place, ahead],
-            "base_logprob": base,
-            "thought_logprob": self.thought_logprobs[text, thought, place, ahead],
-            "mixed_logprob": mixed,
-            "gain": mixed - base,
-        }  # fmt: skip
-        columns = {name: column.cpu().numpy() for name, column in columns.items()}
-        columns["tokens"] = tokens
-        if tokenizer is not None:
-            columns["thought_text"] = tokenizer.batch_decode(tokens)
-        return DataFrame(columns)
-
-
-def without_padding(tokens: Sequence[int]) -> list[int]:
-    """Tokens of a thought without those that stand after its end."""
-    return [token for token in tokens if token != NO_TOKEN]
-
-
 def decode_thoughts(tokenizer: PreTrainedTokenizerBase, tokens: Int[Tensor, "*thoughts _"]) -> Any:
     """Return the texts of thoughts, in nested lists of their shape; one thought as a text."""
     if tokens.ndim > 1:
         return [decode_thoughts(tokenizer, some) for some in tokens]
     return tokenizer.decode(without_padding(tokens.tolist()))
-
-
-def of_nearest_thought(
-    text: Shaped[Tensor, "batch seq"],
-    mixed: Shaped[Tensor, "batch thoughts positions lookahead"],
-    positions: Int[Tensor, "batch positions"] | None,
-) -> Shaped[Tensor, "batch thoughts seq"]:
-    """Returns what is known of the token after every position of a text.
-
-    From the thought there, else from the latest one whose lookahead reaches as far, else without.
-
-    Args:
-        text: What is known of the next token without thoughts.
-        mixed: What is known of x_{i+a} with them.
-        positions: Positions of the thoughts, -1 after the last; None for all.
-    """
-    if positions is None:
-        return mixed[..., 0]
-    num_thoughts, lookahead, last = mixed.shape[1], mixed.shape[-1], text.shape[-1]
-    known = text.unsqueeze(1).expand(-1, num_thoughts, -1)
-    known = torch.nn.functional.pad(known, (0, 1))  # takes what lies at no position
-    for ahead in reversed(range(lookahead)):  # nearer thoughts overwrite
-        index = positions + ahead
-        index = index.where((positions >= 0) & (index < last), last)
-        index = index.unsqueeze(1).expand(-1, num_thoughts, -1)
-        known = known.scatter(-1, index, mixed[..., ahead])
-    return known[..., :last]
 
 
 def plain_metrics(nll: Tensor, valid: Tensor) -> ThoughtMetrics:
@@ -331,53 +181,57 @@ def plain_metrics(nll: Tensor, valid: Tensor) -> ThoughtMetrics:
 
 @torch.no_grad()
 def thought_metrics(
-    s: ScoredThoughts, may_end_early: bool = False, stop: StopTexts | None = None
+    s: Scores, may_end_early: bool = False, stop: StopTexts | None = None
 ) -> ThoughtMetrics:
-    """Figures of one batch of scored thoughts, with their lengths if they differ; no host sync."""
-    num_thoughts = s.thoughts.shape[1]
-    valid, ahead = s.valid[0], s.valid[1:]  # (B, P) and (A - 1, B, P)
+    """Compute the metrics of one batch, with the thoughts' lengths if they differ; no host sync."""
+    assert s.base_logprobs is not None, "scored in full"
+    assert s.logprobs is not None, "scored in full"
+    num_thoughts, base = s.tokens.shape[2], s.base_logprobs
+    valid, ahead = s.valid[..., 0], s.valid[..., 1:]  # (B, P) and (B, P, A - 1)
     count = valid.sum()
-    gain_beyond_next = (s.mixed_logprobs[1:].mean(1) - s.base_logprobs[1:]).where(ahead, 0.0)
+    gain = s.mixed_logprobs.mean(2) - base  # (B, P, A)
     figures = {
-        "base_nll": (-s.base_logprobs[0].where(valid, 0.0).sum(), count),
-        "mixed_nll": (-s.mixed_logprobs[0].where(valid, 0.0).sum(), count * num_thoughts),
-        "gain_beyond_next": (gain_beyond_next.sum(), ahead.sum()),
-        "mixing_weight": (s.mixing_weight[0].where(valid, 0.0).sum(), count * num_thoughts),
+        "base_nll": (-base[..., 0].where(valid, 0.0).sum(), count),
+        "mixed_nll": (-_of_next(s.mixed_logprobs, valid), count * num_thoughts),
+        "gain_beyond_next": (gain[..., 1:].where(ahead, 0.0).sum(), ahead.sum()),
+        "mixing_weight": (_of_next(s.mixing_weight, valid), count * num_thoughts),
     }
     if s.thought_logprobs is not None:
-        total = -s.thought_logprobs[0].where(valid, 0.0).sum()
-        figures["thought_nll"] = (total, count * num_thoughts)
+        figures["thought_nll"] = (-_of_next(s.thought_logprobs, valid), count * num_thoughts)
     if s.positions is not None:
-        gain = (s.mixed_logprobs[0].mean(0) - s.base_logprobs[0]).where(valid, 0.0)
+        assert s.text_logprobs is not None, "scored in full"
+        assert s.text_valid is not None, "scored in full"
         figures["text_nll"] = (-s.text_logprobs.sum(), s.text_valid.sum())
-        figures["text_gain"] = (gain.sum(), s.text_valid.sum())
+        figures["text_gain"] = (gain[..., 0].where(valid, 0.0).sum(), s.text_valid.sum())
 
-    has_target = s.valid.any(0)  # (B, P)
-    places = has_target.sum()
-    gain = (s.mixed_logprobs - s.base_logprobs.unsqueeze(1)).where(s.valid.unsqueeze(1), 0.0).sum(0)
-    figures["reward"] = (gain.sum(), places * num_thoughts)
+    has_target = s.valid.any(-1)  # (B, P)
+    places, of_thoughts = has_target.sum(), has_target.unsqueeze(-1)
+    all_thoughts = places * num_thoughts
+    added = s.mixed_logprobs - base.unsqueeze(2)
+    added = added.where(s.valid.unsqueeze(2), 0.0).sum(-1)  # (B, P, K)
+    figures["reward"] = (added.sum(), all_thoughts)
     if num_thoughts > 1:
-        identical = (s.thoughts == s.thoughts[:, :1]).all(0).all(0)  # (B, P)
-        figures["reward_std"] = (gain.std(0).where(has_target, 0.0).sum(), places)
+        identical = (s.tokens == s.tokens[:, :, :1]).flatten(2).all(-1)  # (B, P)
+        figures["reward_std"] = (added.std(-1).where(has_target, 0.0).sum(), places)
         figures["identical_fraction"] = ((identical & has_target).sum(), places)
 
     if s.reward is not None:
-        figures["policy_reward"] = (s.reward.where(has_target, 0.0).sum(), places * num_thoughts)
+        figures["policy_reward"] = (s.reward.where(of_thoughts, 0.0).sum(), all_thoughts)
         if num_thoughts > 1:
-            spread = s.reward.std(0)
+            spread = s.reward.std(-1)
             figures["policy_reward_std"] = (spread.where(has_target, 0.0).sum(), places)
-            flat = spread <= 1e-6 * s.reward.abs().amax(0)  # differ by rounding at most
+            flat = spread <= 1e-6 * s.reward.abs().amax(-1)  # differ by rounding at most
             figures["no_signal_fraction"] = ((flat & has_target).sum(), places)
 
     if s.divergence is not None:
-        total = s.divergence.where(s.valid.unsqueeze(1), 0.0).sum()
+        total = s.divergence.where(s.valid.unsqueeze(2), 0.0).sum()
         figures["divergence"] = (total, s.valid.sum() * num_thoughts)
 
     if s.advantage is not None:
-        dropped = (s.advantage == 0).all(0) & has_target
+        dropped = (s.advantage == 0).all(-1) & has_target
         figures["dropped_fraction"] = (dropped.sum(), places)
 
-    counts = (s.thoughts != NO_TOKEN) & has_target  # (T, K, B, P)
+    counts = (s.tokens != NO_TOKEN) & of_thoughts.unsqueeze(-1)  # (B, P, K, T)
     tokens = counts.sum()
     if s.since_drawn is not None and s.is_clipped is not None:
         ratio = s.since_drawn.exp()
@@ -387,24 +241,29 @@ def thought_metrics(
     logprobs = s.logprobs.where(counts, 0.0).sum()
     # Sampled at the policy temperature, a token's surprise is an unbiased estimate of the entropy.
     entropy = -logprobs if s.entropy is None else s.entropy.where(counts, 0.0).sum()
-    ordered = s.thoughts.sort(0).values  # padding first
+    ordered = s.tokens.sort(-1).values  # padding first
     is_first = torch.ones_like(counts)
-    is_first[1:] = ordered[1:] != ordered[:-1]
-    distinct = (is_first & (ordered != NO_TOKEN) & has_target).sum(0)  # (K, B, P)
-    ratio = distinct / counts.sum(0).clamp(min=1)
+    is_first[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+    distinct = (is_first & (ordered != NO_TOKEN) & of_thoughts.unsqueeze(-1)).sum(-1)  # (B, P, K)
+    ratio = distinct / counts.sum(-1).clamp(min=1)
     figures["entropy"] = (entropy, tokens)
-    figures["distinct_token_ratio"] = (ratio.sum(), places * num_thoughts)
+    figures["distinct_token_ratio"] = (ratio.sum(), all_thoughts)
     figures["thought_logprob"] = (logprobs, tokens)
     if not may_end_early:
         return ThoughtMetrics(figures)
-    is_cut = s.thoughts[-1] != NO_TOKEN  # (K, B, P)
+    is_cut = s.tokens[..., -1] != NO_TOKEN  # (B, P, K)
     if stop is not None:
-        is_stopped = stop.is_ended(s.thoughts)
+        is_stopped = stop.is_ended(s.tokens)
         is_cut &= ~is_stopped
-        figures["stop_fraction"] = ((is_stopped & has_target).sum(), places * num_thoughts)
-    figures["thought_length"] = (tokens, places * num_thoughts)
-    figures["truncated_fraction"] = ((is_cut & has_target).sum(), places * num_thoughts)
+        figures["stop_fraction"] = ((is_stopped & of_thoughts).sum(), all_thoughts)
+    figures["thought_length"] = (tokens, all_thoughts)
+    figures["truncated_fraction"] = ((is_cut & of_thoughts).sum(), all_thoughts)
     # Neither bincount nor a mask, which would wait for a GPU.
-    counted = has_target.expand_as(is_cut).flatten().long()
-    lengths = counted.new_zeros(len(s.thoughts) + 1)
-    return ThoughtMetrics(figures, lengths.index_add(0, counts.sum(0).flatten(), counted))
+    counted = of_thoughts.expand_as(is_cut).flatten().long()
+    lengths = counted.new_zeros(s.tokens.shape[-1] + 1)
+    return ThoughtMetrics(figures, lengths.index_add(0, counts.sum(-1).flatten(), counted))
+
+
+def _of_next(x: Float[Tensor, "batch positions thoughts lookahead"], valid: Tensor) -> Tensor:
+    """Sum over the thoughts what is about the next token, where there is one."""
+    return x[..., 0].where(valid.unsqueeze(-1), 0.0).sum()

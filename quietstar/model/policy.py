@@ -16,7 +16,7 @@ from quietstar.backbone.run import plain_pass
 from quietstar.data.tokenizer import decode_behind
 from quietstar.errors import UserError
 from quietstar.generation.continuations import Writing, continue_thoughts
-from quietstar.losses.thought_loss import next_token_loss
+from quietstar.losses.next_token import next_token_loss
 from quietstar.losses.weights import Continuations
 from quietstar.sampling.thoughts import ThoughtBatch
 

@@ -98,6 +98,7 @@ _MOST_UNITS = 2**17
 _DAMAGED = "Save the model again, or restore the folder."
 
 _OF_UPLOADS = {"token", "private", "commit_message", "revision"}
+_OF_AUTO_CLASSES = ("_from_auto", "adapter_kwargs", "code_revision", "weights_only")
 OF_DOWNLOADS = {"revision", "token", "cache_dir", "local_files_only", "force_download"}
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -370,9 +371,10 @@ def from_pretrained(  # noqa: D417
         UserError: The folder holds no Quiet-STaR model, a damaged one, or one of a newer format, or
             the device map splits it between devices that compute.
     """
-    for name in ("_from_auto", "adapter_kwargs", "code_revision", "weights_only"):  # Auto classes'
+    for name in _OF_AUTO_CLASSES:
         hub.pop(name, None)
-    hub = {name: value for name, value in hub.items() if value not in (None, False)}
+    # Unset arguments are passed as None, False or, as `subfolder`, "".
+    hub = {name: value for name, value in hub.items() if value not in (None, False, "")}
     if unknown := sorted(hub.keys() - OF_DOWNLOADS):
         raise UserError(f"from_pretrained: {unknown[0]}: unknown argument. Leave it out.")
     path, on_hub = find_folder(folder, **hub)

@@ -181,19 +181,17 @@ def load_adapters(
         here = {n: weights[saved].to(device) for n, saved in names.items() if saved in weights}
         tuned.load_state_dict(here, strict=False, assign=True)
     expected = peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
-    if missing := sorted(expected.keys() - weights.keys()):
-        raise UserError(
-            f"{folder / 'adapter_model.safetensors'}: lacks {len(missing)} tensors, such as "
-            f"{missing[0]}. They would be random numbers. Restore the folder."
-        )
     # PEFT saves an embedding or output layer that has adapters itself too.
     known = peft.get_peft_model_state_dict(tuned, save_embedding_layers=True)
-    if unknown := sorted(weights.keys() - known.keys()):
-        raise UserError(
-            f"{folder / 'adapter_model.safetensors'}: {len(unknown)} of its tensors are no part of "
-            f"the model by adapter_config.json, such as {unknown[0]}. Restore the "
-            "folder."
-        )
+    for rule, names in (
+        ("lacks {} tensors, which would be random numbers,", expected.keys() - weights.keys()),
+        ("{} of its tensors are no part of the model,", weights.keys() - known.keys()),
+    ):
+        if names:
+            raise UserError(
+                f"{folder / 'adapter_model.safetensors'}: {rule.format(len(names))} such as "
+                f"{min(names)}. Restore the folder."
+            )
     return tuned
 
 

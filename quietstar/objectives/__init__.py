@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from quietstar.config import Section
-from quietstar.losses.weights import LossTerms, Student, ThoughtScores, ThoughtWeights, Weigh
+from quietstar.losses.weights import Student, ThoughtScores, ThoughtWeights
 
 
 class Objective:
@@ -73,29 +73,6 @@ class Objective:
         Returns the scalar, and figures of the rows by their names in metrics.jsonl, (rows,).
         """
         raise NotImplementedError
-
-    def terms(
-        self,
-        weigh: Weigh,
-        temperature: float,
-        reward_reads_thought: bool = True,
-        weighs_at_once: bool = False,
-    ) -> LossTerms:
-        """Make what the loss reads: the attributes, and ``weigh`` bound to a batch of thoughts."""
-        return LossTerms(
-            weigh,
-            policy_temperature=temperature,
-            token_weighting=self.token_weighting,
-            target_weighting=self.target_weighting,
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            kl_weight=self.kl_weight,
-            needs_log_ratio=self.needs_log_ratio,
-            weighs_at_once=weighs_at_once,
-            base_weight=self.base_weight,
-            entropy_weight=self.entropy_weight,
-            needs_thought=self.needs_thought or reward_reads_thought,
-        )
 
     def policy_temperature(self, sampling_temperature: float) -> float:
         """Temperature inside the log-probability of the policy term."""

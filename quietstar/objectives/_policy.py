@@ -8,7 +8,7 @@ With rewards r of a position's K thoughts, true tokens a*, sg for no gradient, a
     mixed_weight   * sum_k         * -sum_a log p_mixed(a*_a) / A
 
 over K and the positions, and terms for the text alone, the thoughts' entropy, length and divergence
-from a reference (`quietstar.losses.thought_loss` has the sums in full).
+from a reference (`quietstar.algorithm.learn_group` has the sums in full).
 """
 
 from __future__ import annotations

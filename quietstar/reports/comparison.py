@@ -15,35 +15,17 @@ from rich.console import RenderableType
 from quietstar.config import Config
 from quietstar.config.loading import load_config
 from quietstar.errors import ConfigError, UserError
-from quietstar.evaluation.controls import CONTROL_NAMES, GAINS, MADE
+from quietstar.evaluation.metrics import METRICS, label_of
 from quietstar.evaluation.statistics import mean_over_seeds
 from quietstar.registry import trusting
 from quietstar.reports.charts import Card, Panel, Trace, draw_lines, literal, padded, with_zero
-from quietstar.reports.formats import MISSING, percent, plain, signed
+from quietstar.reports.formats import MISSING, percent, show
 from quietstar.reports.pages import Cards, Cell, Line, Section, Table, write_html
 from quietstar.reports.run_files import Record, RunFiles, series
 from quietstar.reports.terminal import view
 from quietstar.training.run_dir import CONFIG_FILE, FREE_ON_RESUME, flat
 from quietstar.training.stages import Stage, plan_stages
 
-_KINDS = {"without_thoughts": "without thoughts", "with_thoughts": "with thoughts",
-          **{name: f"with {text}" for name, text in CONTROL_NAMES.items()}}  # fmt: skip
-FIGURES = {
-    "accuracy": ("accuracy at the end", percent),
-    **{f"accuracy_{kind}": (f"accuracy {text}", percent) for kind, text in _KINDS.items()},
-    **{f"gold_probability_{k}": (f"P(gold answer) {text}", plain) for k, text in _KINDS.items()},
-    "right_thoughts": ("correct thoughts", percent),
-    "thought_length": ("length of thoughts, tokens", lambda value: plain(value, 1)),
-    "distinct_token_ratio": ("distinct tokens", lambda value: plain(value, 2)),
-    "entropy": ("entropy of thoughts, nats/token", lambda value: plain(value, 2)),
-    "base_nll": ("NLL without thoughts", plain),
-    "mixed_nll": ("NLL with thoughts", plain),
-    "gain": ("gain of thinking, nats", signed),
-    "gain_of_content": ("gain of content, nats", signed),
-    **{GAINS[name]: (f"gain over {CONTROL_NAMES[name]}, nats", signed) for name in MADE},
-    "training_seconds": ("training steps, seconds", lambda value: plain(value, 1)),
-}
-"""Rows of the table: what each is called there, and how it is written."""
 REWARD = "policy_reward"
 CURVES = {
     "accuracy_with_thoughts": ("Accuracy", "accuracy"),
@@ -121,7 +103,7 @@ def read_run(folder: Path) -> Run:
         records = [record for record in files.records if record.stage == stage.name]
         times = series(records, "train", "seconds")[1]
         seconds += fmean(times or [0.0]) * stage.config.training.max_steps
-    known = {key: value for key, value in of_last[-1].figures.items() if key in FIGURES}
+    known = {key: value for key, value in of_last[-1].figures.items() if key in METRICS}
     figures = {**known, "training_seconds": seconds}
     warnings = frozenset(guard.name for guard in files.fired)
     first = stages[-1].first_step
@@ -242,7 +224,7 @@ def _group(runs: Sequence[Run], first: Mapping[str, str]) -> dict[str, Any]:
     settings, folder = runs[0].settings, runs[0].folder.resolve().name
     name = _SEED_IN_NAME.sub("", folder).removesuffix(f"-{runs[0].seed}") or folder
     figures = {}
-    for key in FIGURES:
+    for key in METRICS:
         values = [run.figures[key] for run in runs if key in run.figures]
         if values:
             figures[key] = {"n": len(values), **mean_over_seeds(values), "values": values}
@@ -341,12 +323,12 @@ def write_comparison(path: Path, result: Mapping[str, Any]) -> Path:
 
 def _curves(groups: Sequence[Mapping[str, Any]], key: str) -> Card | None:
     """Draw a metric of the groups that have it; None if no run has several values."""
-    traces, show = [], FIGURES[key][1] if key in FIGURES else plain
+    traces, form = [], METRICS[key].form if key in METRICS else ".4f"
     for group, (color, symbol) in zip(groups, LOOKS, strict=False):
         name = literal(group["name"], 40)
         for number, (curves, seed) in enumerate(zip(group["curves"], group["seeds"], strict=True)):
             steps, values = curves[_figure(group, key) or key]
-            texts = [f"{name}, seed {seed}, step {step}: {show(value)}"
+            texts = [f"{name}, seed {seed}, step {step}: {show(value, form)}"
                      for step, value in zip(steps, values, strict=True)]  # fmt: skip
             if values:
                 label = name if number == 0 else ""
@@ -364,7 +346,7 @@ def _curves(groups: Sequence[Mapping[str, Any]], key: str) -> Card | None:
     y_range = padded(min(values), max(values)) if key == "mixed_nll" else with_zero(values)
     title, unit = CURVES[key]
     axes = ("steps of the last stage", unit)
-    chart = draw_lines([Panel(traces)], axes, y_range, show is percent, True)
+    chart = draw_lines([Panel(traces)], axes, y_range, form.endswith("%"), True)
     return Card(key, title, caption, chart)
 
 
@@ -397,15 +379,19 @@ def _against_cost(groups: Sequence[Mapping[str, Any]]) -> Card | None:
 def _table(groups: Sequence[Mapping[str, Any]]) -> Table:
     """Return a row for each metric and group; a metric that repeats another one is left out."""
     rows = []
-    for key, (label, show) in FIGURES.items():
+    for key, metric in METRICS.items():
         if key == "accuracy" and not any(group["is_plain"] for group in groups):
             continue  # all answers are with thoughts
         found = [(group, group["figures"][key]) for group in groups if key in group["figures"]]
+
+        def shown(values: Sequence[float], form: str = metric.form) -> list[str]:
+            return [show(value, form) for value in values]
+
         for group, figure in found:
-            interval = MISSING if figure["ci95"] is None else " to ".join(map(show, figure["ci95"]))
-            seeds = " · ".join(map(show, figure["values"])) if figure["n"] > 1 else ""
-            rows.append((label, group["name"], str(figure["n"]),
-                         Cell(show(figure["mean"]), [seeds], "strong"), interval))  # fmt: skip
+            interval = MISSING if figure["ci95"] is None else " to ".join(shown(figure["ci95"]))
+            seeds = " · ".join(shown(figure["values"])) if figure["n"] > 1 else ""
+            mean = Cell(show(figure["mean"], metric.form), [seeds], "strong")
+            rows.append((label_of(key), group["name"], str(figure["n"]), mean, interval))
     headings = ("metric", "run", "seeds", "mean", "95% CI")
     return Table("Metrics", headings, rows, 2, widths=(30, 20, 8, 20, 22))
 
@@ -416,6 +402,12 @@ def _figure(group: Mapping[str, Any], key: str) -> str | None:
     if group["is_plain"]:  # a student is scored with thoughts, too
         names.reverse()
     return next((name for name in names if name in group["figures"]), None)
+
+
+def _said(key: str, mean: float) -> str:
+    """Name a metric and its mean in a sentence."""
+    label, unit, form = METRICS[key][:3]
+    return f"{label} {show(mean, form)} {unit}".rstrip()
 
 
 def _verdict(groups: Sequence[Mapping[str, Any]]) -> str:
@@ -430,13 +422,12 @@ def _verdict(groups: Sequence[Mapping[str, Any]]) -> str:
         """The figure, and the sentence about it, with what it is without thoughts."""
         name = _figure(group, key)
         assert name is not None, "all groups have one"
-        label, show = FIGURES[name]
         figure = group["figures"][name]
-        text = f"{group['name']}: {label} {show(figure['mean'])}"
+        text = f"{group['name']}: {_said(name, figure['mean'])}"
         without = {"accuracy": "accuracy_without_thoughts", **_OF_PLAIN_RUNS}.get(name, "base_nll")
         if not group["is_plain"] and without in group["figures"]:
-            label, show = FIGURES[without]
-            text += f" ({label} {show(group['figures'][without]['mean'])})"
+            mean = group["figures"][without]["mean"]
+            text += f" ({_said(without, mean)})"
         return figure, text
 
     order = sorted(map(found, groups), key=lambda pair: pair[0]["mean"], reverse=key != "mixed_nll")

@@ -23,6 +23,7 @@ from quietstar.evaluation.controls import (
     WITHOUT,
     gain_over,
 )
+from quietstar.evaluation.metrics import label_of
 from quietstar.evaluation.runner import FREE_SETTINGS
 from quietstar.evaluation.statistics import LENGTHS, SHARES
 from quietstar.reports import pages
@@ -31,16 +32,6 @@ from quietstar.reports.formats import plain, probability, share_of, shown_text, 
 from quietstar.reports.pages import Cards, Cell, Line, Section, Table
 from quietstar.reports.terminal import view
 
-METRICS = {
-    "accuracy": "accuracy",
-    "accuracy_norm": "accuracy by byte",
-    "exact_match": "exact match",
-    "gold_probability": "P(gold answer)",
-    "gold_logprob": "log P(gold answer), nats",
-    "published_accuracy": "P, as published",
-    "nll": "NLL, nats/token",
-    "token_accuracy": "accuracy of tokens",
-}
 LOGS = ("nll", "gold_logprob")
 COMPARED = (SWAPPED, *MADE)
 COLORS = {SWAPPED: "swapped", PAUSE: "pause"}
@@ -68,7 +59,7 @@ EXAMPLES = (
 def metrics_of(task: Mapping[str, Any]) -> dict[str, str]:
     """Return the metrics of a task, those with a standard error, and what they are called."""
     first = task[WITHOUT] if WITHOUT in task else task[WITH]
-    return {str(m): METRICS.get(m) or str(m) for m in first if f"{m}_stderr" in first}
+    return {str(m): label_of(str(m)) for m in first if f"{m}_stderr" in first}
 
 
 def task_view(name: str, task: dict[str, Any]) -> RenderableType:

@@ -11,6 +11,15 @@ from quietstar.evaluation.controls import FEW_ITEMS
 MISSING = "–"
 
 
+def show(value: float | None, form: str) -> str:
+    """Format a number as its metric is declared (`Metric.form`)."""
+    if value is None:
+        return MISSING
+    if form.startswith("+"):
+        return signed(value, int(form[2]))
+    return format(value, form).replace("-", "−")
+
+
 def plain(value: float | None, digits: int = 4) -> str:
     """Format a number with a fixed number of decimals."""
     return MISSING if value is None else f"{value:.{digits}f}".replace("-", "−")

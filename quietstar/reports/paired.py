@@ -14,6 +14,7 @@ from rich.console import RenderableType
 
 from quietstar.errors import UserError, reading
 from quietstar.evaluation.controls import FEW_ITEMS, WITH, WITHOUT, gain_over
+from quietstar.evaluation.metrics import label_of
 from quietstar.evaluation.runner import Records, read_items, settings_changes
 from quietstar.evaluation.statistics import (
     LENGTHS,
@@ -28,7 +29,7 @@ from quietstar.evaluation.statistics import (
     none_is_right,
 )
 from quietstar.reports.charts import Card, Row, draw_bars
-from quietstar.reports.evaluation import METRICS, comparison_cells, value_cell
+from quietstar.reports.evaluation import comparison_cells, value_cell
 from quietstar.reports.formats import plain, signed
 from quietstar.reports.pages import Cards, Cell, Line, Section, Table, write_html
 from quietstar.reports.terminal import view
@@ -278,14 +279,14 @@ def _metrics(task: Mapping[str, Any]) -> dict[str, str]:
     """Return the metrics of a task, the main one first, and what they are called."""
     scores, main = task["evaluations"][0]["scores"], task["main_metric"]
     names = sorted((m for m in scores if f"{m}_stderr" in scores), key=lambda m: m != main)
-    return {name: METRICS.get(name) or name for name in names}
+    return {name: label_of(name) for name in names}
 
 
 def paired_view(result: Mapping[str, Any]) -> RenderableType:
     """Show the result of `compare_evaluations`: a row for each metric and evaluation, verdicts."""
     parts: list[Table | Line] = []
     for name, task in result["tasks"].items():
-        main = METRICS.get(task["main_metric"]) or task["main_metric"]
+        main = label_of(task["main_metric"])
         parts += [Line(f"{name}, {task['n']} items", "title"), *_tables(task)]
         if result["num_tests"] > 1:
             note = f"p of {main}: corrected for {result['num_tests']} tests (Holm); others not"

@@ -19,11 +19,11 @@ from quietstar.evaluation.controls import (
     FEW_ITEMS,
     GAINS,
     GENERIC,
-    MADE,
     PAUSE,
     SHUFFLED,
     SWAPPED,
 )
+from quietstar.evaluation.metrics import METRICS
 from quietstar.reports import formats, pages
 from quietstar.reports.charts import Card, Chart, Line, Row, draw_bars, draw_curves
 from quietstar.reports.formats import MISSING, percent, plain, points, shown_text, signed
@@ -126,9 +126,6 @@ CHARTS = (
            Line("truncated_fraction", "cut", "other", "s")), percent),
 )
 # fmt: on
-
-_GAINS = {"gain": "gain of thinking", GAINS[SWAPPED]: "gain of content",
-          **{GAINS[name]: f"gain over {CONTROL_NAMES[name]}" for name in MADE}}  # fmt: skip
 
 
 def _with_gains(record: Record) -> Record:
@@ -523,18 +520,18 @@ def _controls(run: RunFiles) -> list[pages.Line | pages.Cards]:
 
 def _table(evaluations: Sequence[Record], of_answers: bool) -> list[pages.Line | pages.Table]:
     """List all held-out evaluations; the probability of answers says more where there is one."""
-    charts = ["accuracy", "right-thoughts", "mixing-weight"]
-    charts.insert(1, "probability" if of_answers else "nll")
-    begins = {"accuracy": "accuracy, ", "probability": "P(gold answer), ", "nll": "NLL, "}
-    columns = [(line.key, f"{begins.get(chart.name, '')}{line.name}", chart.show)
-               for chart in CHARTS if chart.name in charts for line in chart.lines]  # fmt: skip
-    if not of_answers:
-        columns[-1:-1] = [(key, name, signed) for key, name in _GAINS.items()]
-    columns = [c for c in columns if any(c[0] in record.figures for record in evaluations)]
+    left_out = ("base_nll", "mixed_nll", "thought_nll", "gain") if of_answers else ("gold_prob",)
+    columns = [(key, metric) for key, metric in METRICS.items()
+               if metric.heading and not key.startswith(left_out)
+               and any(key in record.figures for record in evaluations)]  # fmt: skip
     has_stages = any(record.stage for record in evaluations)
-    headings = ["step", *(["stage"] if has_stages else []), *(name for _, name, _ in columns)]
+    headings = [
+        "step",
+        *(["stage"] if has_stages else []),
+        *(metric.label for _, metric in columns),
+    ]
     rows = [[str(record.step), *([record.stage] if has_stages else []),
-             *(show(record.figures.get(key)) for key, _, show in columns)]
+             *(formats.show(record.figures.get(key), metric.form) for key, metric in columns)]
             for record in evaluations]  # fmt: skip
     lead = "Accuracies and correct thoughts in percent, "
     lead += "P(gold answer) as a probability." if of_answers else "NLL and gains in nats/token."

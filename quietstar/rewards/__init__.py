@@ -61,9 +61,10 @@ def find_reward(name: str) -> Reward:
     Raises:
         UserError: There is none of this name, or it cannot be called as rewards are.
     """
-    parts = registry.weighted_parts(name)
-    found = [(weight, part, registry.find("loss.reward", part)) for weight, part in parts]
-    made = [(w, part, of_texts(f) if registry.reads_texts(f) else f) for w, part, f in found]
+    made = []
+    for weight, part in registry.weighted_parts(name):
+        found = registry.find("loss.reward", part)
+        made.append((weight, part, of_texts(found) if registry.reads_texts(found) else found))
     if len(made) == 1 and made[0][0] == 1:
         return made[0][2]
 

@@ -1,17 +1,12 @@
 """How much a thought raises the log-probability of the true tokens: the reward of RLP."""
 
-from __future__ import annotations
-
-from jaxtyping import Float
 from torch import Tensor
 
 from quietstar.losses.weights import ThoughtScores
 from quietstar.sampling.thoughts import ThoughtBatch
 
 
-def information_gain(
-    thoughts: ThoughtBatch, scores: ThoughtScores
-) -> Float[Tensor, "batch positions thoughts"]:
+def information_gain(thoughts: ThoughtBatch, scores: ThoughtScores) -> Tensor:
     """Sum log p_thought(x_{i+a}) - log p(x_{i+a}) over the valid targets, nats.
 
     The second is that of the reference without a thought, where there is one (RLP, arXiv

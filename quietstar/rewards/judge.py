@@ -1,8 +1,5 @@
 """The reward of RLAIF: what a judge says of the text that the model writes after a thought."""
 
-from __future__ import annotations
-
-from jaxtyping import Float
 from torch import Tensor
 
 from quietstar.losses.weights import ThoughtScores
@@ -12,9 +9,7 @@ from quietstar.sampling.thoughts import ThoughtBatch
 
 @asks_policy
 @without_thought
-def judge(
-    thoughts: ThoughtBatch, scores: ThoughtScores
-) -> Float[Tensor, "batch positions thoughts"]:
+def judge(thoughts: ThoughtBatch, scores: ThoughtScores) -> Tensor:
     """Rate what follows each thought by ``judge.model`` (RLAIF, arXiv 2309.00267).
 
     With ``judge.mode: rating`` the expected rating from 1 to 10, mapped to [-1, 1] (section 2.3);

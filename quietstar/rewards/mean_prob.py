@@ -1,17 +1,12 @@
 """The mean probability of the true tokens that a thought adds: the reward of RLPR."""
 
-from __future__ import annotations
-
-from jaxtyping import Float
 from torch import Tensor
 
 from quietstar.losses.weights import ThoughtScores
 from quietstar.sampling.thoughts import ThoughtBatch
 
 
-def mean_prob(
-    thoughts: ThoughtBatch, scores: ThoughtScores
-) -> Float[Tensor, "batch positions thoughts"]:
+def mean_prob(thoughts: ThoughtBatch, scores: ThoughtScores) -> Tensor:
     """Average p_thought(x_{i+a}) over the valid targets, less the same without a thought, above 0.
 
     Without a thought the reference predicts where there is one, else the model itself (RLPR, arXiv

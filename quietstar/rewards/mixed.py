@@ -1,8 +1,5 @@
 """The paper's reward: the log-probability of the true tokens by the mixed prediction."""
 
-from __future__ import annotations
-
-from jaxtyping import Float
 from torch import Tensor
 
 from quietstar.losses.weights import ThoughtScores
@@ -11,8 +8,6 @@ from quietstar.sampling.thoughts import ThoughtBatch
 
 
 @without_thought
-def mixed(
-    thoughts: ThoughtBatch, scores: ThoughtScores
-) -> Float[Tensor, "batch positions thoughts"]:
+def mixed(thoughts: ThoughtBatch, scores: ThoughtScores) -> Tensor:
     """Sum log p_mixed(x_{i+a}) over the valid targets (arXiv 2403.09629, section 4.4.2), nats."""
     return scores.mixed.where(scores.valid.unsqueeze(2), 0.0).sum(-1)

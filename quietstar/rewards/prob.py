@@ -1,17 +1,12 @@
 """The probability of the true tokens after a thought: the reward of VeriFree."""
 
-from __future__ import annotations
-
-from jaxtyping import Float
 from torch import Tensor
 
 from quietstar.losses.weights import ThoughtScores
 from quietstar.sampling.thoughts import ThoughtBatch
 
 
-def prob(
-    thoughts: ThoughtBatch, scores: ThoughtScores
-) -> Float[Tensor, "batch positions thoughts"]:
+def prob(thoughts: ThoughtBatch, scores: ThoughtScores) -> Tensor:
     """Multiply p_thought(x_{i+a}) over the valid targets (VeriFree, arXiv 2505.21493).
 
     0 where there is no target.

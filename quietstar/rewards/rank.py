@@ -1,17 +1,12 @@
 """A thought's rank among the thoughts of its position, by the likelihood of the true tokens."""
 
-from __future__ import annotations
-
-from jaxtyping import Float
 from torch import Tensor
 
 from quietstar.losses.weights import ThoughtScores
 from quietstar.sampling.thoughts import ThoughtBatch
 
 
-def rank(
-    thoughts: ThoughtBatch, scores: ThoughtScores
-) -> Float[Tensor, "batch positions thoughts"]:
+def rank(thoughts: ThoughtBatch, scores: ThoughtScores) -> Tensor:
     """Count the position's thoughts that do worse by log p_thought, over K - 1: 0 to 1.
 
     Ties count half. A reward in bounds whatever the likelihoods are (as in NOVER, arXiv

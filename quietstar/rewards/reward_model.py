@@ -1,8 +1,5 @@
 """What a trained reward model says of the text that the model writes after a thought."""
 
-from __future__ import annotations
-
-from jaxtyping import Float
 from torch import Tensor
 
 from quietstar.losses.weights import ThoughtScores
@@ -12,9 +9,7 @@ from quietstar.sampling.thoughts import ThoughtBatch
 
 @asks_policy
 @without_thought
-def reward_model(
-    thoughts: ThoughtBatch, scores: ThoughtScores
-) -> Float[Tensor, "batch positions thoughts"]:
+def reward_model(thoughts: ThoughtBatch, scores: ThoughtScores) -> Tensor:
     """Score what follows each thought by the sequence classifier ``judge.model``.
 
     The score is the classifier's only logit (RLAIF, arXiv 2309.00267, section 2.2.1).

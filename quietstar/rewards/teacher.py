@@ -1,8 +1,5 @@
 """How close the prediction after a thought is to a teacher's: the reward of a thinking student."""
 
-from __future__ import annotations
-
-from jaxtyping import Float
 from torch import Tensor
 
 from quietstar.errors import UserError
@@ -12,9 +9,7 @@ from quietstar.sampling.thoughts import ThoughtBatch
 
 
 @without_thought
-def teacher(
-    thoughts: ThoughtBatch, scores: ThoughtScores
-) -> Float[Tensor, "batch positions thoughts"]:
+def teacher(thoughts: ThoughtBatch, scores: ThoughtScores) -> Tensor:
     """Negate the divergence KL(teacher || mixed), summed over the valid targets.
 
     Raises:

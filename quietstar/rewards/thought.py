@@ -1,17 +1,12 @@
 """The log-probability of the true tokens by the thought's own prediction, without the mixture."""
 
-from __future__ import annotations
-
-from jaxtyping import Float
 from torch import Tensor
 
 from quietstar.losses.weights import ThoughtScores
 from quietstar.sampling.thoughts import ThoughtBatch
 
 
-def thought(
-    thoughts: ThoughtBatch, scores: ThoughtScores
-) -> Float[Tensor, "batch positions thoughts"]:
+def thought(thoughts: ThoughtBatch, scores: ThoughtScores) -> Tensor:
     """Sum log p_thought(x_{i+a}) over the valid targets, nats.
 
     Unlike the mixed prediction's, this reward does not fade while the mixing weight is small.

@@ -87,12 +87,10 @@ class StopTexts:
             self.table = self.table.to(tokens.device)
         return self.table[state, tokens.clamp(min=0)].long()
 
-    def is_ended(
-        self, thoughts: Int[Tensor, "length thoughts batch positions"]
-    ) -> Bool[Tensor, "thoughts batch positions"]:
+    def is_ended(self, thoughts: Int[Tensor, "*thoughts length"]) -> Bool[Tensor, "*thoughts"]:
         """Say which of these thoughts have written a text; padding is skipped."""
-        state = torch.zeros_like(thoughts[0])
-        for tokens in thoughts:
+        state = torch.zeros_like(thoughts[..., 0])
+        for tokens in thoughts.unbind(-1):
             state = self.step(state, tokens).where(tokens >= 0, state)
         return state == self.ended
 

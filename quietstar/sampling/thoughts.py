@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quietstar.attention.layout import NO_TOKEN
 from quietstar.backbone.run import TextRun
+from quietstar.config import ThoughtsConfig
 from quietstar.errors import UserError
 from quietstar.sampling.stopping import StopTexts
 
@@ -42,6 +43,15 @@ class Sampling:
     stop: StopTexts | None = None
     top_p: float | None = None
     top_k: int | None = None
+
+    @classmethod
+    def by(cls, spec: ThoughtsConfig, stop: StopTexts | None, **changes: Any) -> Sampling:
+        """Draw by a config's section ``thoughts``, but for some changes."""
+        settings: dict[str, Any] = {
+            "num_thoughts": spec.num_thoughts, "thought_length": spec.length,
+            "temperature": spec.temperature, "top_p": spec.top_p, "top_k": spec.top_k,
+        }  # fmt: skip
+        return cls(stop=stop, **settings | changes)
 
     def __post_init__(self) -> None:
         """Check the numbers."""

@@ -5,10 +5,8 @@ import os
 import resource
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from types import FrameType
 from typing import NoReturn
 
@@ -62,35 +60,23 @@ def _main_limits() -> Iterator[None]:
 @contextmanager
 def _thread_limit() -> Iterator[None]:
     """Limit the time where no signal arrives; a single call into C is not interrupted."""
-    _start_watch(os.getpid())
-    ident = threading.get_ident()
-    _deadlines[ident] = time.monotonic() + SECONDS
+    ident, ending, has_ended = threading.get_ident(), threading.Lock(), threading.Event()
+
+    def stop() -> None:
+        with ending:
+            if not has_ended.is_set():
+                _throw(ident, _TooLong)
+
+    timer = threading.Timer(SECONDS, stop)
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        with _watching:
-            del _deadlines[ident]
+        timer.cancel()
+        with ending:
+            has_ended.set()
             _throw(ident, None)  # it may have been thrown, and not have arrived
-
-
-_deadlines: dict[int, float] = {}
-"""By thread: when its limited block must have ended."""
-_watching = threading.Lock()
-
-
-@cache
-def _start_watch(pid: int) -> None:
-    """Start the thread that looks at the deadlines, once in each process."""
-    threading.Thread(target=_watch, name="limits", daemon=True).start()
-
-
-def _watch() -> None:
-    while True:
-        time.sleep(SECONDS / 10)
-        with _watching:
-            for ident, deadline in list(_deadlines.items()):
-                if time.monotonic() > deadline:
-                    _throw(ident, _TooLong)
 
 
 def _throw(ident: int, kind: type[BaseException] | None) -> None:

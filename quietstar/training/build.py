@@ -32,7 +32,7 @@ from quietstar.distributed import Strategy, wants_fsdp
 from quietstar.distributed.strategies import WEIGHTS_FILE
 from quietstar.errors import UserError, reading, visible
 from quietstar.judging.critic import load_critic
-from quietstar.model.learning import resolve_chunk_tokens
+from quietstar.losses.groups import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import SETTINGS_FILE
 from quietstar.model.tuning import quantization
@@ -42,8 +42,7 @@ from quietstar.system.processes import Processes
 from quietstar.system.watch import watch
 from quietstar.training.agreement import check_agreement
 from quietstar.training.run_dir import TRACKERS_FOLDER
-from quietstar.training.schedule import scheduled
-from quietstar.training.stages import Stage, plan_stages
+from quietstar.training.stages import Stage, plan_stages, scheduled
 
 logger = logging.getLogger(__name__)
 
@@ -187,6 +186,7 @@ def _keep_single_markers(model: QuietStarForCausalLM, checkpoint: Path) -> None:
                 setattr(model, name, torch.nn.Parameter(vectors.detach().mean(0)))
                 counts[index] = 1
     model.num_markers = (counts[0], counts[1])
+    model.configure(model.thoughts)
 
 
 def check_batch(config: Config, num_processes: int) -> None:
@@ -280,46 +280,33 @@ def teach_thinking(
 
 
 def check_thoughts_fit(stage: Stage, model: QuietStarForCausalLM) -> None:
-    """Raises UserError if sequences have no room for a thought.
+    """Raises UserError if texts, thoughts and what follows these exceed the model's positions.
 
     seq_len, markers, length and lookahead (less one) must be at most the model's positions.
     """
     config, thoughts, longest = stage.config, stage.config.thoughts, model.max_text_length
+    if longest is None:
+        return
     markers, virtual = sum(model.num_markers), num_virtual(model.causal_lm)
     block = markers + thoughts.length + thoughts.lookahead - 1
-    if longest is not None:  # with the thoughts of this stage
-        longest += model.block_length - block
-    if longest is not None and config.data.seq_len > longest:
-        with_virtual = f" + num_virtual_tokens of tuning.options ({virtual})" if virtual else ""
-        remedy = f"set data.seq_len to at most {longest}"
-        if longest < 2:
-            remedy = "lower num_virtual_tokens" if virtual else "shorten the thoughts"
-            remedy += ", or the words around them" if markers > 2 else ""
-        raise UserError(
-            f"data.seq_len ({config.data.seq_len}) + thoughts.length ({thoughts.length}) + "
-            f"thoughts.lookahead ({thoughts.lookahead}) + the tokens of thoughts.start_init and "
-            f"end_init ({markers}) - 1{with_virtual} is more than the model's "
-            f"{longest + block + virtual} positions; {remedy}"
-        )
-    of_teacher = getattr(config.loss, "teacher_length", None)
-    if of_teacher is not None and longest is not None:
-        most = longest + thoughts.length - config.data.seq_len
-        if getattr(config.loss, "teacher", None) is None and of_teacher > most:
-            raise UserError(
-                f"loss.teacher_length ({of_teacher}): with texts of data.seq_len "
-                f"({config.data.seq_len}) it must be at most {most}, for the model has no more "
-                "positions. Lower it, or data.seq_len."
-            )
-    judged = JUDGED & {part for _, part in weighted_parts(config.loss.reward)}
-    if stage.thinks and longest is not None and judged:
+    longest += model.block_length - block  # with the thoughts of this stage
+    length, loss = config.data.seq_len, config.loss
+    limits: list[tuple[str, int, int]] = [("data.seq_len", length, longest)]
+    of_teacher = getattr(loss, "teacher_length", None)
+    if of_teacher is not None and getattr(loss, "teacher", None) is None:
+        limits.append(("loss.teacher_length", of_teacher, longest + thoughts.length - length))
+    if stage.thinks and JUDGED & {part for _, part in weighted_parts(loss.reward)}:
         written = config.judge.continuation or thoughts.lookahead
-        most = longest + thoughts.lookahead  # text tokens that a thought and true tokens leave
-        if config.data.seq_len - 1 + written > most:
+        limits.append(("judge.continuation", written, longest + thoughts.lookahead - length + 1))
+    for key, value, most in limits:
+        if value > most:
+            of_tuning = f", num_virtual_tokens of tuning.options ({virtual})" if virtual else ""
             raise UserError(
-                f"judge.continuation ({written}): with texts of data.seq_len "
-                f"({config.data.seq_len}) and thoughts of {thoughts.length} tokens it must be at "
-                f"most {max(0, most - config.data.seq_len + 1)}, for the model has no more "
-                "positions. Lower it, or data.seq_len."
+                f"{key} ({value}): data.seq_len ({length}), thoughts.length ({thoughts.length}), "
+                f"thoughts.lookahead ({thoughts.lookahead}), the tokens of thoughts.start_init and "
+                f"end_init ({markers}){of_tuning} and what is written after them have to fit into "
+                f"the model's {longest + block + virtual} positions, so it must be at most "
+                f"{max(0, most)}. Lower it, or one of the others."
             )
 
 

@@ -36,7 +36,6 @@ from quietstar.errors import UserError, reading, reason_of
 from quietstar.system import files
 from quietstar.system.processes import is_connection_lost
 from quietstar.system.signals import held
-from quietstar.training.ema import WeightAverage
 from quietstar.training.run_dir import CHECKPOINT_NAME, CHECKPOINTS_FOLDER
 from quietstar.training.state import StageRun
 
@@ -52,6 +51,7 @@ UNPICKLED = {
     "fsdp2": "torch reads .metadata of its shards",
 }
 """What of a checkpoint is unpickled, by strategy: a pickle may run any code."""
+OTHER_RUN = "Give a checkpoint of a run with this model and these settings."
 # Earlier versions had other names.
 Kind = Annotated[
     Literal["replicated", "deepspeed", "fsdp2"],
@@ -221,8 +221,7 @@ def load_checkpoint(
     """
     state = read_state(folder)
     settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    remedy = "Give a checkpoint of a run with this model and these settings."
-    with tempfile.TemporaryDirectory() as view, reading(f"--resume ({folder})", remedy):
+    with tempfile.TemporaryDirectory() as view, reading(f"--resume ({folder})", OTHER_RUN):
         # Earlier versions pickled a schedule, which accelerate would unpickle, and a pickle may run
         # any code: their checkpoints are shown without it.
         if any(folder.glob("custom_checkpoint_*")):
@@ -235,17 +234,6 @@ def load_checkpoint(
             _check_optimizer(prepared, optimizer, state)
         for group, of_config in zip(optimizer.param_groups, settings, strict=True):
             group.update(of_config)
-
-
-def load_average(folder: Path, prepared: torch.nn.Module, average: WeightAverage) -> bool:
-    """Loads the moving average of a checkpoint; returns False if it holds none.
-
-    Raises:
-        UserError: It does not fit the model, or cannot be read.
-    """
-    remedy = "Give a checkpoint of a run with this model and these settings."
-    with reading(f"--resume ({folder})", remedy):
-        return average.load(folder, prepared)
 
 
 def _check_optimizer(prepared: torch.nn.Module, optimizer: Optimizer, state: TrainerState) -> None:

@@ -32,8 +32,9 @@ from quietstar.data import build_data, load_tokenizer
 from quietstar.distributed import from_main_process
 from quietstar.errors import UserError, reading
 from quietstar.evaluation.statistics import mean_over_seeds
+from quietstar.model.markers import marker_tokens
 from quietstar.model.merging import merge
-from quietstar.model.quiet_star import QuietStarForCausalLM, marker_tokens
+from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.tuning import PEFT_METHODS, WHOLE
 from quietstar.system import files
 from quietstar.training.build import build_accelerator, hub_source
@@ -87,7 +88,12 @@ def run_controls(
         if not from_main_process(accelerator, lambda: _is_finished(folder, one)):
             # A run that failed before its first checkpoint begins anew.
             run_training(one, resume="auto", overwrite=True, on_report=on_report, more_runs=True)
-        read = partial(_read_results, folder / RESULTS_FILE)
+
+        def read() -> dict[str, Any]:
+            path = folder / RESULTS_FILE
+            with reading(f"--controls ({path})", "Remove the folder, and its run begins anew."):
+                return json.loads(path.read_text(encoding="utf-8"))
+
         return from_main_process(accelerator, read)
 
     def begin() -> None:
@@ -106,7 +112,10 @@ def run_controls(
                 train(_changed(config, {"training": changes}, stages=earlier))
                 start = folder / "start" / FINAL_FOLDER
                 if config.tuning.method in PEFT_METHODS:
-                    start = from_main_process(accelerator, partial(_merged, start))
+                    # All variants, the full one too, begin with fresh adapters on the merged base.
+                    trained, start = start, start.with_name("merged")
+                    if not from_main_process(accelerator, start.exists):
+                        from_main_process(accelerator, partial(merge, trained, start))
             source = str(start or stage.model.tokenizer or stage.model.name_or_path)
             source, hub = hub_source(source, stage)
             tokenizer = load_tokenizer(source, **hub)
@@ -143,34 +152,20 @@ def run_controls(
 
 def check_comparable(config: Config, stage: Config) -> None:
     """Raises UserError unless the last stage thinks about answers, and variants can start alike."""
-    if not stage.loss.thinks:
-        raise UserError(
-            f"--controls: the last stage has loss.objective: {stage.loss.objective}, but controls "
-            "compare a stage that thinks. Put one last, or leave --controls out."
-        )
-    if stage.data.format == "text":
-        raise UserError(
-            "--controls: data.format (text) has no answers whose accuracy could be compared. "
-            "Set data.format: qa, or leave --controls out."
-        )
     method = config.tuning.method
-    if len(config.stages) > 1 and method not in (*WHOLE, *PEFT_METHODS):
-        raise UserError(
-            f"--controls: tuning.method ({method}) must be full, galore or adapters that can be "
-            f"merged ({', '.join(PEFT_METHODS)}) in a run of several stages: every control starts "
-            "from the model of the stages before. Choose one of these."
-        )
-
-
-def _merged(trained: Path) -> Path:
-    """Merges the adapters of the stages before into their base, once; returns the new folder.
-
-    All variants, the full one too, begin with fresh adapters on it.
-    """
-    out = trained.with_name("merged")
-    if not out.exists():
-        merge(trained, out)
-    return out
+    is_staged = len(config.stages) > 1
+    rules = (
+        (stage.loss.thinks, f"the last stage has loss.objective: {stage.loss.objective}, but "
+         "controls compare a stage that thinks. Put one last"),
+        (stage.data.format != "text", "data.format (text) has no answers whose accuracy could be "
+         "compared. Set data.format: qa"),
+        (not is_staged or method in (*WHOLE, *PEFT_METHODS), f"tuning.method ({method}) must be "
+         f"full, galore or adapters that can be merged ({', '.join(PEFT_METHODS)}) in a run of "
+         "several stages: every control starts from the model of the stages before. Choose one"),
+    )  # fmt: skip
+    for is_kept, problem in rules:
+        if not is_kept:
+            raise UserError(f"--controls: {problem}, or leave --controls out.")
 
 
 def variant(
@@ -265,11 +260,6 @@ def _is_finished(folder: Path, config: Config) -> bool:
     return True
 
 
-def _read_results(path: Path) -> dict[str, Any]:
-    with reading(f"--controls ({path})", "Remove the folder, and its run begins anew."):
-        return json.loads(path.read_text(encoding="utf-8"))
-
-
 @torch.no_grad()
 def _first_thoughts(
     accelerator: Accelerator, stage: Config, start: Path | None, final: Path, seed: int
@@ -291,8 +281,8 @@ def _first_thoughts(
             continue
         batch = batch.to(accelerator.device)
         positions = chosen_positions(reader, batch)
-        thoughts = writer.sample(batch.input_ids, positions=positions, sample_ids=batch.sample_ids)
-        metrics, key = score_batch(reader, batch, thoughts, positions), "accuracy_with_thoughts"
+        drawn = writer.draw(batch.input_ids, positions=positions, sample_ids=batch.sample_ids)
+        metrics, key = score_batch(reader, batch, drawn.tokens, positions), "accuracy_with_thoughts"
         counts += torch.stack(metrics.figures[key])
     right, total = accelerator.reduce(counts, "sum").tolist()  # pyright: ignore
     return {"accuracy": {"with_thoughts": right / total, "n": total}}

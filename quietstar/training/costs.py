@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
-from quietstar import registry
 from quietstar.config import Config
 from quietstar.data.batches import EVAL_SEQUENCES
 from quietstar.sampling.positions import most_positions
@@ -62,7 +61,7 @@ def costs_of(stage: Stage) -> Costs:
     plain = length + share
     step, text, count = 3 * plain, plain, thoughts.num_thoughts
     if stage.thinks:
-        objective = registry.find("loss.objective", loss.objective)(loss)
+        objective = stage.objective
         if objective.student != "plain":
             step = training.inner_epochs * 3 * (plain + read(count)) + draw(count)
             if objective.reads_reference(loss.reward):

@@ -38,7 +38,8 @@ from quietstar.evaluation.controls import (
     make_thoughts,
     plan_swap,
 )
-from quietstar.model.outputs import ThoughtMetrics, Thoughts, decode_thoughts
+from quietstar.losses.scores import Scores
+from quietstar.model.outputs import ThoughtMetrics, decode_thoughts
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.system import files
 from quietstar.system.signals import acknowledge, requested
@@ -89,7 +90,7 @@ def evaluate(run: StageRun) -> tuple[dict[str, float], list[dict[str, Any]]]:
         generic = generic_tokens(run.reporter.tokenizer, length, GENERIC_TEXT, option)
     samples: dict[int, dict[str, Any]] = {}
 
-    def follow(batch: Batch, kind: str, thoughts: Thoughts) -> None:
+    def follow(batch: Batch, kind: str, thoughts: Scores) -> None:
         for row, number in enumerate(batch.sample_ids.tolist()):
             if number < NUM_SAMPLES:
                 sample = _sample(batch, thoughts, row, run.reporter.tokenizer)
@@ -114,8 +115,9 @@ def evaluate(run: StageRun) -> tuple[dict[str, float], list[dict[str, Any]]]:
             parts = []
             for batch in batches:
                 scores = model.score_plain(batch.input_ids, batch.attention_mask, batch.labels)
-                predicted, logprobs = scores.predicted[:, None], scores.logprobs[:, None]
-                plain = _answer_metrics(batch, "without", predicted, logprobs)
+                plain = _answer_metrics(
+                    batch, "without", scores.predicted[..., None], scores.logprobs[..., None]
+                )
                 parts.append(scores.metrics.joined(plain))
                 advance()
             totals = {"own": reduce(add, parts[:counted])}
@@ -147,7 +149,7 @@ def compare(
     gather: Callable[[list[TextThoughts]], list[TextThoughts]] = lambda texts: texts,
     names: Sequence[str] = (SWAPPED, PAUSE),
     generic: Sequence[int] = (),
-    follow: Callable[[Batch, str, Thoughts], object] = lambda batch, kind, thoughts: None,
+    follow: Callable[[Batch, str, Scores], object] = lambda batch, kind, thoughts: None,
 ) -> dict[str, ThoughtMetrics]:
     """Scores texts with the model's greedy thoughts (``own``) and with each control of ``names``.
 
@@ -162,13 +164,12 @@ def compare(
     for batch in batches:
         positions, text_run = chosen_positions(model, batch), model.run_text(batch.input_ids)
         where = {"positions": positions, "sample_ids": batch.sample_ids, "text": text_run}
-        own = model.sample(batch.input_ids, **where)
-        scored = _score(model, batch, own, positions, text_run)
-        follow(batch, "own", scored)
-        metrics = _metrics(batch, scored)
+        own = model.draw(batch.input_ids, **where).tokens
+        see = partial(follow, batch, "own")
+        metrics = score_batch(model, batch, own, positions, text_run, see)
         if batch.rationale.shape[1] > 0:
-            sampled = model.sample(batch.input_ids, num_thoughts=SAMPLES, temperature=1.0, **where)
-            right = right_thoughts(sampled, batch.answers, batch.rationale, positions)
+            drawn = model.draw(batch.input_ids, num_thoughts=SAMPLES, temperature=1.0, **where)
+            right = right_thoughts(drawn.tokens, batch.answers, batch.rationale, positions)
             metrics = metrics.joined(ThoughtMetrics({"right_thoughts": right}))
         parts["own"].append(metrics)
         texts = _text_thoughts(batch, own, positions)
@@ -182,13 +183,15 @@ def compare(
         for name in names:
             if name != SWAPPED:
                 numbers, pause = batch.sample_ids.tolist(), model.pause_token_id
-                given = make_thoughts(name, own, numbers, pause, generic)
+                given = make_thoughts(name, own.transpose(1, 2), numbers, pause, generic)
             elif swap is not None:
-                given = torch.stack([swap(text, own.shape[2]) for text in texts]).to(own.device)
+                given = torch.stack([swap(text, own.shape[1]) for text in texts]).to(own.device)
             else:
                 continue
             see = partial(follow, batch, SWAPPED) if name == SWAPPED else lambda scored: None
-            parts[name].append(score_batch(model, batch, given, positions, text_run, see))
+            parts[name].append(
+                score_batch(model, batch, given.transpose(1, 2), positions, text_run, see)
+            )
         advance()
     return {kind: reduce(add, metrics[:counted]) for kind, metrics in parts.items() if metrics}
 
@@ -207,28 +210,19 @@ def score_batch(
     thoughts: Tensor,
     positions: Tensor | None = None,
     text_run: TextRun | None = None,
-    see: Callable[[Thoughts], object] = lambda scored: None,
+    see: Callable[[Scores], object] = lambda scored: None,
 ) -> ThoughtMetrics:
     """Scores a batch with given thoughts (at given positions); ``see`` is given the scored ones."""
-    scored = _score(model, batch, thoughts, positions, text_run)
+    scored = model.score(
+        batch.input_ids, thoughts, batch.attention_mask, batch.labels, positions=positions,
+        text=text_run,
+    )  # fmt: skip
     see(scored)
-    return _metrics(batch, scored)
-
-
-def _score(
-    model: Thinker,
-    batch: Batch,
-    thoughts: Tensor,
-    positions: Tensor | None,
-    text_run: TextRun | None,
-) -> Thoughts:
-    inputs = (batch.input_ids, batch.attention_mask, batch.labels)
-    return model.think(*inputs, thoughts=thoughts, positions=positions, text=text_run)
-
-
-def _metrics(batch: Batch, scored: Thoughts) -> ThoughtMetrics:
-    predicted, logprobs = scored.base_predicted[:, None], scored.text_logprobs[:, None]
-    base = _answer_metrics(batch, "without", predicted, logprobs)
+    assert scored.base_predicted is not None, "scored in full"
+    assert scored.text_logprobs is not None, "scored in full"
+    base = _answer_metrics(
+        batch, "without", scored.base_predicted[..., None], scored.text_logprobs[..., None]
+    )
     mixed = _answer_metrics(batch, "with", scored.next_predicted(), scored.next_logprobs())
     return scored.metrics.joined(base).joined(mixed)
 
@@ -236,8 +230,8 @@ def _metrics(batch: Batch, scored: Thoughts) -> ThoughtMetrics:
 def _answer_metrics(
     batch: Batch,
     kind: str,
-    predicted: Int[Tensor, "batch thoughts seq"],
-    logprobs: Float[Tensor, "batch thoughts seq"],
+    predicted: Int[Tensor, "batch seq thoughts"],
+    logprobs: Float[Tensor, "batch seq thoughts"],
 ) -> ThoughtMetrics:
     """Scores answers by the most likely next tokens and the log-probabilities of the true ones."""
     ids, answers = batch.input_ids, batch.answers
@@ -252,7 +246,8 @@ def _text_thoughts(batch: Batch, thoughts: Tensor, positions: Tensor | None) -> 
     real = batch.attention_mask.bool() if positions is None else positions >= 0
     anchors = place_before_answer(batch.answers, positions).tolist()
     has_answer, counts = batch.answers.any(-1).tolist(), real.sum(-1).clamp(min=1).tolist()
-    rows = zip(batch.sample_ids.tolist(), thoughts.cpu(), counts, anchors, has_answer, strict=True)
+    tokens = thoughts.transpose(1, 2).cpu()
+    rows = zip(batch.sample_ids.tolist(), tokens, counts, anchors, has_answer, strict=True)
     return [TextThoughts(i, t[:, :count], a, has) for i, t, count, a, has in rows]
 
 
@@ -272,7 +267,7 @@ def figures(totals: Mapping[str, ThoughtMetrics]) -> dict[str, float]:
 
 # --- Answers: are they right, and are the thoughts before them? -----------------------------------
 def right_answers(
-    predicted: Int[Tensor, "batch thoughts seq"],
+    predicted: Int[Tensor, "batch seq thoughts"],
     input_ids: Int[Tensor, "batch seq"],
     answers: Bool[Tensor, "batch seq"],
 ) -> Count:
@@ -280,14 +275,14 @@ def right_answers(
 
     At i ``predicted`` holds the most likely token i + 1, with each thought (or one, without).
     """
-    wrong = (predicted[..., :-1] != input_ids[:, None, 1:]) & answers[:, None, 1:]
+    wrong = (predicted[:, :-1] != input_ids[:, 1:, None]) & answers[:, 1:, None]
     has_answer = answers[:, 1:].any(-1, keepdim=True)  # (B, 1)
-    right = ~wrong.any(-1) & has_answer
-    return right.sum(), has_answer.sum() * predicted.shape[1]
+    right = ~wrong.any(1) & has_answer
+    return right.sum(), has_answer.sum() * predicted.shape[2]
 
 
 def gold_probabilities(
-    logprobs: Float[Tensor, "batch thoughts seq"],
+    logprobs: Float[Tensor, "batch seq thoughts"],
     labels: Int[Tensor, "batch seq"],
     answers: Bool[Tensor, "batch seq"],
 ) -> Count:
@@ -299,8 +294,8 @@ def gold_probabilities(
     answers = answers[:, 1:]
     is_whole = ~(answers & (labels[:, 1:] == IGNORE_INDEX)).any(-1, keepdim=True)
     counted = is_whole & answers.any(-1, keepdim=True)  # (B, 1)
-    total = logprobs[..., :-1].float().where(answers[:, None], 0.0).sum(-1)
-    return total.exp().where(counted, 0.0).sum(), counted.sum() * logprobs.shape[1]
+    total = logprobs[:, :-1].float().where(answers[..., None], 0.0).sum(1)
+    return total.exp().where(counted, 0.0).sum(), counted.sum() * logprobs.shape[2]
 
 
 def place_before_answer(
@@ -317,7 +312,7 @@ def place_before_answer(
 
 
 def right_thoughts(
-    tokens: Int[Tensor, "batch thoughts places length"],
+    tokens: Int[Tensor, "batch places thoughts length"],
     answers: Bool[Tensor, "batch seq"],
     steps: Int[Tensor, "batch steps"],
     positions: Int[Tensor, "batch places"] | None = None,
@@ -332,12 +327,12 @@ def right_thoughts(
     place = place_before_answer(answers, positions)
     if positions is not None:
         counted = counted & (positions[rows, place] == place_before_answer(answers))
-    thoughts = tokens[rows, :, place]  # (B, K, T)
+    thoughts = tokens[rows, place]  # (B, K, T)
     width = min(thoughts.shape[-1], steps.shape[-1])
     agrees = (thoughts[..., :width] == steps[:, None, :width]) | ~is_step[:, None, :width]
     fits = ~is_step[:, width:].any(-1)  # steps longer than a thought cannot be in it
     right = agrees.all(-1) & (counted & fits)[:, None]
-    return right.sum(), counted.sum() * tokens.shape[1]
+    return right.sum(), counted.sum() * tokens.shape[2]
 
 
 # --- What a run leaves next to its model: results.json and samples.json ---------------------------
@@ -368,7 +363,7 @@ def write_results(run: StageRun, seconds: float) -> None:
 
 
 def _sample(
-    batch: Batch, thoughts: Thoughts, row: int, tokenizer: PreTrainedTokenizerBase
+    batch: Batch, thoughts: Scores, row: int, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any] | None:
     """Describes one thought of a text and what it predicts; None in a text without targets."""
     ids, answers = batch.input_ids[row], batch.answers[row]
@@ -387,11 +382,13 @@ def _sample(
     while end + 1 < len(answers) and bool(answers[position + 1]) and bool(answers[end + 1]):
         end += 1
     truth = ids[position + 1 : end + 1]
+    assert thoughts.base_predicted is not None, "scored in full"
+    assert thoughts.text_logprobs is not None, "scored in full"
     base = thoughts.base_predicted[row, position:end]
-    mixed = thoughts.next_predicted()[row, 0, position:end]
-    of_truth = (thoughts.text_logprobs[row], thoughts.next_logprobs()[row, 0])
+    mixed = thoughts.next_predicted()[row, position:end, 0]
+    of_truth = (thoughts.text_logprobs[row], thoughts.next_logprobs()[row, :, 0])
     without, with_thoughts = (x[position:end].sum().exp().item() for x in of_truth)
-    tokens, rationale = thoughts.tokens[row, 0, place], batch.rationale[row]
+    tokens, rationale = thoughts.tokens[row, place, 0], batch.rationale[row]
     rationale = rationale[rationale >= 0]
     is_right = None
     if 0 < len(rationale) <= len(tokens):
@@ -402,7 +399,7 @@ def _sample(
         "truth": tokenizer.decode(truth),
         "without_thoughts": {"prediction": tokenizer.decode(base), "probability": without},
         "with_thoughts": {"prediction": tokenizer.decode(mixed), "probability": with_thoughts},
-        "mixing_weight": float(thoughts.mixing_weight[row, 0, place, 0]),
+        "mixing_weight": float(thoughts.mixing_weight[row, place, 0, 0]),
         "right_thought": is_right,
         "correct": bool((mixed == truth).all()),
     }

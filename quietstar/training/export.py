@@ -16,8 +16,7 @@ from quietstar.system import files
 from quietstar.training.build import build_model, find_tokenizer
 from quietstar.training.checkpoint import MANIFEST_FILE, STATE_FILE, find_damage, read_state
 from quietstar.training.run_dir import CHECKPOINT_NAME, CONFIG_FILE, MODELS_FOLDER
-from quietstar.training.schedule import scheduled
-from quietstar.training.stages import plan_stages, stage_at
+from quietstar.training.stages import plan_stages, scheduled, stage_at
 
 SOURCE_FILE = "checkpoint.sha256"
 """Says in the folder of an exported model which checkpoint it is from."""

@@ -25,39 +25,23 @@ UNCHECKED = {"train": 20, "eval": 0}
 
 @dataclass(frozen=True)
 class Guard:
-    """A figure with a threshold, and what is said beyond it.
+    """A figure with a threshold, and what is said beyond it."""
 
-    Attributes:
-        name: Name in ``metrics.jsonl``, on the page and in the docs.
-        title: The figure in words.
-        source: Records that it is read from: training steps or held-out evaluations.
-        keys: Their figures that it needs.
-        value: The figure, from those now and those of the stage's first records.
-        side: Side of the limit on which it is bad.
-        limit: Value at and beyond which the figure is bad.
-        form: Format of the figure and of its limit.
-        message: What a bad figure means, with ``{}`` for the figure.
-        remedies: Keys of the config by what to do with them.
-        in_a_row: Bad records one after the other that make it fire.
-        condition: In which figures it is judged, and the same in words.
-        unless: Configs of a stage with which it is not judged.
-        is_collapse: Whether it ends a run with `training.stop_on_collapse`.
-    """
-
-    name: str
-    title: str
-    source: Source
-    keys: tuple[str, ...]
-    value: Callable[[Figures, Figures], float]
-    side: Literal["at most", "at least"]
-    limit: float
-    form: str
-    message: str
-    remedies: Mapping[str, tuple[str, ...]]
-    in_a_row: int = 1
+    name: str  # in metrics.jsonl, on the page and in the docs
+    title: str  # the figure in words
+    source: Source  # records that it is read from: training steps or held-out evaluations
+    keys: tuple[str, ...]  # their figures that it needs
+    value: Callable[[Figures, Figures], float]  # of those now and the stage's first records
+    side: Literal["at most", "at least"]  # of the limit on which it is bad
+    limit: float  # at and beyond which the figure is bad
+    form: str  # format of the figure and of its limit
+    message: str  # what a bad figure means, with ``{}`` for the figure
+    remedies: Mapping[str, tuple[str, ...]]  # keys of the config by what to do with them
+    in_a_row: int = 1  # bad records one after the other that make it fire
+    # In which figures it is judged, and the same in words.
     condition: tuple[Callable[[Figures], bool], str] = (lambda now: True, "")
-    unless: Callable[[Config], bool] = lambda config: False
-    is_collapse: bool = True
+    unless: Callable[[Config], bool] = lambda config: False  # a stage's with which it is not judged
+    is_collapse: bool = True  # whether it ends a run with `training.stop_on_collapse`
 
     def is_bad(self, value: float) -> bool:
         """Return True beyond the limit; NaN is."""
@@ -251,17 +235,11 @@ GUARDS = (
 
 @dataclass
 class GuardState:
-    """What the guards know of one stage.
+    """What the guards know of one stage."""
 
-    Attributes:
-        config: Config of the stage; None to read figures only.
-        first_step: Steps of the run before the stage.
-        fired: Names of the guards that have fired in the stage, and are judged no more.
-    """
-
-    config: Config | None = None
-    first_step: int = 0
-    fired: set[str] = field(default_factory=set)
+    config: Config | None = None  # of the stage; None to read figures only
+    first_step: int = 0  # steps of the run before the stage
+    fired: set[str] = field(default_factory=set)  # guards that are judged no more
     _first: dict[tuple[Source, str], list[float]] = field(default_factory=dict)
     _now: dict[tuple[Source, str], deque[float]] = field(default_factory=dict)
     _bad: dict[str, int] = field(default_factory=dict)  # records in a row

@@ -12,13 +12,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from quietstar.checks import forget, raise_failed
 from quietstar.config import ThoughtsConfig
 from quietstar.data import Batch
 from quietstar.distributed import ModelProxy, from_main_process
 from quietstar.errors import Preempted, UserError
 from quietstar.losses.distillation import TeacherTargets
-from quietstar.model.checks import forget, raise_failed
 from quietstar.model.outputs import QuietStarOutput, ThoughtMetrics
+from quietstar.model.scoring import score_reference, teach
 from quietstar.sampling.thoughts import ThoughtBatch
 from quietstar.system import files
 from quietstar.system.signals import Stopped, acknowledge, held, requested
@@ -27,7 +28,7 @@ from quietstar.training.checkpoint import check_finite, checkpoint_folder, save_
 from quietstar.training.evaluation import NUM_FOLLOWED, evaluate
 from quietstar.training.optimizer import set_learning_rates
 from quietstar.training.run_dir import PREEMPTED_FILE
-from quietstar.training.schedule import scheduled
+from quietstar.training.stages import scheduled
 from quietstar.training.state import StageRun
 
 RUNNING_DECAY = 0.9
@@ -277,7 +278,7 @@ def ask_teacher(run: StageRun, batch: Batch, on_host: Batch) -> TeacherTargets |
     if run.reference is None:
         return None
     with run.reference.applied(run.model):
-        return run.model("teach", **describe_texts(run, batch, on_host))
+        return run.model(teach, **describe_texts(run, batch, on_host))
 
 
 @torch.no_grad()
@@ -301,7 +302,7 @@ def consult_reference(
             top_k=spec.top_k,
         )
     with run.reference.applied(run.model):
-        text, tokens = run.model("score_reference", batch.input_ids, batch.labels, thoughts)
+        text, tokens = run.model(score_reference, batch.input_ids, batch.labels, thoughts)
     if thoughts is None:
         return None, text
     return replace(thoughts, reference_text=text, reference_logprobs=tokens), None

@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -30,7 +29,7 @@ from quietstar.data import build_data
 from quietstar.data.sources import find_local
 from quietstar.errors import UserError, reading, reason_of
 from quietstar.losses.cross_entropy import chunk_rows
-from quietstar.model.learning import resolve_chunk_tokens
+from quietstar.losses.groups import resolve_chunk_tokens
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.tuning import WHOLE
 from quietstar.sampling.positions import ANSWER_RULES, MARKED_RULES, most_positions
@@ -41,7 +40,9 @@ from quietstar.training.stages import Stage, begin_stage, plan_stages
 
 logger = logging.getLogger(__name__)
 
-SHARDED = ("zero3", "fsdp2")  # engines that shard the weights
+CUT = {"single": "", "ddp": "", "zero1": "optimizer", "zero2": "optimizer gradients",
+       "zero3": "optimizer gradients weights", "fsdp2": "optimizer gradients weights"}  # fmt: skip
+"""What engines cut into a part for each process."""
 LIBRARIES = 480 * 2**20
 """Resident bytes of a process that has imported everything (torch 2.13)."""
 PROGRAM, PROGRAM_BY_TOKEN = 53 * 2**20, 2560
@@ -103,7 +104,7 @@ class Estimate:
 def estimate_run(config: Config, engine: str, processes: int) -> Estimate:
     """Estimates the memory of the stage that needs most, without loading weights.
 
-    The engine is one of single, ddp, zero1, zero2, zero3 and fsdp2.
+    The engine is one of `CUT`.
 
     Raises:
         UserError: The model cannot be built, or the tuning method cannot be planned.
@@ -140,20 +141,26 @@ def _estimate_stage(
     alone |= {"reward": "thought"} if ":" in loss.reward else {}
     config = config.model_copy(update={"loss": loss.model_copy(update=alone)})
     device = "cpu" if engine == "single" and not torch.cuda.is_available() else "cuda"
-    sharded, training = engine in SHARDED, config.training
+    sharded, training = "weights" in CUT[engine], config.training
     chunk_tokens = resolve_chunk_tokens(
         training.learn_chunk_tokens, device, sharded, training.gradient_checkpointing
     )
     stage = dataclasses.replace(stage, config=config)
     begin_stage(model, stage)
-    weight_share = 1 / processes if sharded else 1.0
-    gradient_share = 1 / processes if engine in (*SHARDED, "zero2") else 1.0
-    optimizer_share = 1 / processes if engine not in ("single", "ddp") else 1.0
+    weight_share, gradient_share, optimizer_share = (
+        1 / processes if part in CUT[engine] else 1.0
+        for part in ("weights", "gradients", "optimizer")
+    )
     rollout, learning, learning_gradients = _peaks(
         model, tokenizer, stage, chunk_tokens, gradient_share
     )
-    weights, others = num_bytes(model.parameters()), _judge_bytes(config)
+    weights, judge = num_bytes(model.parameters()), config.judge.model
+    others = 0  # of which every process has all: a judge in a folder
+    if judge is not None:
+        others = sum(path.stat().st_size for path in Path(judge).glob("*.safetensors"))
     trained = num_bytes(p for p in model.parameters() if p.requires_grad)
+    average = _FLOAT * sum(p.numel() for p in model.parameters() if p.requires_grad) * weight_share
+    num_averages = (training.ema_decay is not None) + (loss.thinks and reads_start)
     if sharded:  # gathered at once: what no layer holds, the layer at work, the next one
         layers = [num_bytes(layer.parameters()) for layer in decoder_layers(model.causal_lm)]
         exchange = weights - sum(layers) + 2 * max(layers)
@@ -161,10 +168,10 @@ def _estimate_stage(
         largest = {"single": 0, "ddp": trained}.get(engine, 2 * 500_000_000 * _FLOAT)
         exchange = min(trained, largest)
     return Estimate(
-        weights=int(weights * weight_share) + others,  # of which every process has all
+        weights=int(weights * weight_share) + others,
         gradients=int(trained * gradient_share),
         optimizer=int(_optimizer_bytes(model, config, engine) * optimizer_share),
-        average=_average_bytes(model, weight_share) * _num_averages(config, reads_start),
+        average=int(average) * num_averages,
         exchange=exchange,
         rollout=rollout,
         learning=learning - learning_gradients,
@@ -225,36 +232,22 @@ def model_without_weights(
         else:
             source, options = hub_source(name, config)
             settings = read_config(source, **options)
-    if num_layers is not None:
         fields = settings.get_text_config()
-        for key, value in _by_layer(fields).items():
-            setattr(fields, key, value[:num_layers])
-        fields.num_hidden_layers = num_layers
-    base = _lm_without_weights(what, settings, config)
-    return teach_thinking(base, config, tokenizer).train()
-
-
-def _lm_without_weights(what: str, settings: PreTrainedConfig, config: Config) -> PreTrainedModel:
-    """Builds a causal LM on the meta device, in the dtype of the run; ``what`` names it."""
-    with reading(what, "Give the config of a causal language model."):
-        layers = getattr(settings.get_text_config(), "num_hidden_layers", 0)
+        layers = getattr(fields, "num_hidden_layers", 0)
         if isinstance(layers, int) and layers > MOST_LAYERS:
             raise UserError(
                 f"{what}: num_hidden_layers ({layers}): must be at most {MOST_LAYERS}, since a "
                 "plan goes through the layers one by one. Set it lower."
             )
+    if num_layers is not None:
+        for key, value in _by_layer(fields).items():
+            setattr(fields, key, value[:num_layers])
+        fields.num_hidden_layers = num_layers
     drop_dropout(settings)
     with reading(what, "Give the config of a causal language model."), torch.device("meta"):
         dtype, trust = getattr(torch, config.model.dtype), config.model.trust_remote_code
-        return AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust)
-
-
-def _judge_bytes(config: Config) -> int:
-    """Size of the weights of ``judge.model``, where that is a folder and on the same device."""
-    judge = config.judge
-    if judge.model is None:
-        return 0
-    return sum(path.stat().st_size for path in Path(judge.model).glob("*.safetensors"))
+        base = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=trust)
+    return teach_thinking(base, config, tokenizer).train()
 
 
 def _by_layer(fields: PreTrainedConfig) -> dict[str, list[Any]]:
@@ -310,7 +303,7 @@ def _trace(
             )
             with rollout, autocast:
                 positions = model.choose_positions(tokens, sample_ids=ids)
-                model.sample(tokens, positions=positions, **drawn)
+                model.draw(tokens, positions=positions, **drawn)
         for _ in range(passes):
             with learning, autocast:
                 output = model(tokens, sample_ids=ids, think=thinks)
@@ -346,31 +339,17 @@ def _optimizer_bytes(model: nn.Module, config: Config, engine: str) -> int:
     return total
 
 
-def _num_averages(config: Config, reads_start: bool) -> int:
-    """Counts the averages that a stage keeps: training.ema_decay, and loss.reference: base."""
-    return (config.training.ema_decay is not None) + (config.loss.thinks and reads_start)
-
-
-def _average_bytes(model: nn.Module, share: float) -> int:
-    """Counts a moving average in float32 of what trains."""
-    return int(_FLOAT * sum(p.numel() for p in model.parameters() if p.requires_grad) * share)
-
-
 def _cache_bytes(model: QuietStarForCausalLM, config: Config) -> int:
     """Counts keys and values of the text and of all thoughts."""
     fields, thoughts = model.causal_lm.config.get_text_config(), config.thoughts
     heads = getattr(fields, "num_key_value_heads", None) or fields.num_attention_heads
     size = getattr(fields, "head_dim", None) or fields.hidden_size // fields.num_attention_heads
     in_bf16 = config.training.mixed_precision == "bf16" or config.model.dtype == "bfloat16"
-    positions = _most_positions(config)
-    tokens = config.data.seq_len + thoughts.num_thoughts * positions * thoughts.length
+    length = config.data.seq_len
+    positions = most_positions(thoughts.positions, thoughts.position_fraction, length)
+    tokens = length + thoughts.num_thoughts * positions * thoughts.length
     rows = config.training.micro_batch_size * tokens
     return rows * fields.num_hidden_layers * 2 * heads * size * (2 if in_bf16 else _FLOAT)
-
-
-def _most_positions(config: Config) -> int:
-    thoughts, seq_len = config.thoughts, config.data.seq_len
-    return most_positions(thoughts.positions, thoughts.position_fraction, seq_len)
 
 
 class MemoryTrace(TorchDispatchMode):

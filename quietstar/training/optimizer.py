@@ -51,10 +51,7 @@ def build_optimizer(
             "name": name,
         }
         if galore is not None and projected:
-            group |= {
-                **galore.model_dump(),
-                "proj_type": "std",
-            }
+            group |= galore.model_dump() | {"proj_type": "std"}
         groups.append(group)
     betas = (config.betas[0], config.betas[1])
     if config.name != "adamw_torch":

@@ -32,7 +32,8 @@ from transformers import PreTrainedTokenizerBase
 from quietstar.config import Config, ThoughtsConfig
 from quietstar.distributed import from_main_process
 from quietstar.errors import UserError, reason_of, visible
-from quietstar.evaluation.controls import BLANK, GAINS, GENERIC, PAUSE, SHUFFLED
+from quietstar.evaluation.controls import GAINS, MADE, SWAPPED
+from quietstar.evaluation.metrics import METRICS
 from quietstar.model.outputs import QuietStarOutput, decode_thoughts
 from quietstar.system import files
 from quietstar.system.signals import Stopped
@@ -42,25 +43,6 @@ from quietstar.training.stages import Stage
 
 METRICS_FILE, THOUGHTS_FILE = "metrics.jsonl", "thoughts.jsonl"
 LOG_LINES = 200  # of steps, about, where there is no terminal to show a bar
-COLUMNS = {
-    "base_nll": ("NLL\nwithout", ".4f"),
-    "mixed_nll": ("NLL\nwith", ".4f"),
-    "thought_nll": ("NLL\nthought", ".4f"),
-    "gain": ("gain of\nthinking", "+.4f"),
-    "gain_of_content": ("gain of\ncontent", "+.4f"),
-    "gain_over_pause": ("over\npause", "+.4f"),
-    "mixing_weight": ("mixing\nweight", ".4f"),
-    "gold_probability_without_thoughts": ("P(gold)\nwithout", ".3f"),
-    "gold_probability_with_thoughts": ("P(gold)\nwith", ".3f"),
-    "gold_probability_swapped": ("P(gold)\nswapped", ".3f"),
-    "accuracy_without_thoughts": ("accuracy\nwithout", ".3f"),
-    "accuracy_with_thoughts": ("accuracy\nwith", ".3f"),
-    "accuracy_swapped": ("accuracy\nswapped", ".3f"),
-    "right_thoughts": ("correct\nthoughts", ".3f"),
-}
-"""Headings and formats of held-out figures."""
-SHORT_NAMES = {PAUSE: "pause", SHUFFLED: "shuffled", GENERIC: "generic", BLANK: "blank"}
-"""Controls as headings."""
 IN_LINE = (
     ("loss", "loss", ".3f"), ("base", "base_nll", ".3f"), ("thought", "thought_nll", ".3f"),
     ("mixed", "mixed_nll", ".3f"), ("gain", "gain", "+.4f"), ("reward", "policy_reward", "+.3f"),
@@ -71,11 +53,18 @@ DROPPED_FIRST = ("entropy", "w", "mixed", "lr")
 PAUSE_AFTER_REPORT = 30
 """The page is written again after this many times the time that it took: at most 3% of the run."""
 SECONDS_OF_REPORT = 0.3  # until one has been timed
-LEFT_OUT = ("base_nll", "mixed_nll", "thought_nll", "gain_over_pause", "mixing_weight")
+_NOT_WITH_ANSWERS = {
+    "base_nll",
+    "mixed_nll",
+    "thought_nll",
+    "mixing_weight",
+    *(GAINS[name] for name in MADE),
+    *(f"gold_probability_{name}" for name in MADE),
+}
 """Columns that make room for those of answers."""
-OF_NEXT_TOKENS = ("gain", "gain_of_content")
-OF_ANSWERS = tuple(key for key in COLUMNS if key.startswith("gold_probability"))
-"""Columns of which a table has the ones or the others (`measures_answers`)."""
+_GAIN_COLUMNS = {"gain", GAINS[SWAPPED]}
+_PROBABILITY_COLUMNS = {key for key in METRICS if key.startswith("gold_probability")}
+"""A table has the ones or the others (`measures_answers`)."""
 
 
 class _Left(ProgressColumn):
@@ -358,12 +347,12 @@ class Reporter:
     def _show_thought(self, output: QuietStarOutput) -> None:
         if output.thoughts is None or output.input_ids is None:
             return
-        place = position = output.thoughts.shape[2] // 2
+        place = position = output.thoughts.shape[1] // 2
         if output.positions is not None:
             place = int((output.positions[0] >= 0).sum()) // 2
             position = max(0, int(output.positions[0, place]))
         before = self.tokenizer.decode(output.input_ids[0, max(0, position - 15) : position + 1])
-        thought = decode_thoughts(self.tokenizer, output.thoughts[0, 0, place])
+        thought = decode_thoughts(self.tokenizer, output.thoughts[0, place, 0])
         self.say(f"thought after {before!r}: {thought!r}")
 
     @contextmanager
@@ -454,18 +443,16 @@ class Reporter:
     def _say_evaluation(self) -> None:
         """Prints the newest held-out figures as a line, under headings at the first of a stage."""
         step, figures = self.evaluations[-1]
-        has_answers = "accuracy_with_thoughts" in figures
-        left_out = {*LEFT_OUT} if has_answers else set[str]()
         of_answers = measures_answers(self.stage.config, figures)
-        left_out |= {*(OF_NEXT_TOKENS if of_answers else OF_ANSWERS)}
-        keys = [key for key in COLUMNS if key in figures and key not in left_out]
+        left_out = _GAIN_COLUMNS if of_answers else _PROBABILITY_COLUMNS
+        if "accuracy_with_thoughts" in figures:
+            left_out = left_out | _NOT_WITH_ANSWERS
         columns = [("step", str(step))]
-        columns += [(COLUMNS[key][0], f"{figures[key]:{COLUMNS[key][1]}}") for key in keys]
-        for control, name in SHORT_NAMES.items():
-            key = f"accuracy_{control}" if has_answers else GAINS[control]
-            if key in figures and key not in keys:
-                kind, form = ("accuracy", ".3f") if has_answers else ("gain over", "+.4f")
-                columns.append((f"{kind}\n{name}", f"{figures[key]:{form}}"))
+        columns += [
+            (metric.heading, format(figures[key], metric.column_form))
+            for key, metric in METRICS.items()
+            if metric.heading and key in figures and key not in left_out
+        ]
         headings = [heading for heading, _ in columns]
         if headings != self._headings:
             self._headings[:] = headings

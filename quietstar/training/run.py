@@ -15,9 +15,10 @@ from accelerate import Accelerator
 from quietstar.backbone.loading import HUB_ID
 from quietstar.config import Config
 from quietstar.config.loading import save_config
-from quietstar.distributed import ModelProxy, WrappedModule, build_strategy, from_main_process
-from quietstar.errors import UserError
+from quietstar.distributed import WrappedModule, build_strategy, from_main_process
+from quietstar.errors import UserError, reading
 from quietstar.model.card import model_card
+from quietstar.model.markers import initial_vectors
 from quietstar.model.quiet_star import QuietStarForCausalLM
 from quietstar.model.saving import check_replaceable
 from quietstar.system.processes import leave_launch
@@ -32,11 +33,10 @@ from quietstar.training.build import (
     set_up,
 )
 from quietstar.training.checkpoint import (
+    OTHER_RUN,
     UNPICKLED,
-    TrainerState,
     check_world,
     find_checkpoint,
-    load_average,
     load_checkpoint,
     read_state,
 )
@@ -47,8 +47,7 @@ from quietstar.training.loop import leave, train
 from quietstar.training.optimizer import build_optimizer
 from quietstar.training.reporter import Reporter
 from quietstar.training.run_dir import CONFIG_FILE, EMA_FOLDER, FINAL_FOLDER, PREEMPTED_FILE, flat
-from quietstar.training.schedule import scheduled
-from quietstar.training.stages import Stage, begin_stage, plan_stages, stage_at
+from quietstar.training.stages import Stage, begin_stage, plan_stages, scheduled, stage_at
 from quietstar.training.state import StageRun
 from quietstar.training.teaching import TeacherFolder
 
@@ -87,7 +86,7 @@ def run_training(
 
         start = from_main_process(accelerator, begin)
         config = with_eval_sequences(config, start.held_out)
-        final = _run(config, accelerator, start, resume, on_report)
+        final = _run(config, accelerator, start, on_report)
     for tracker in accelerator.trackers:
         tracker.finish()
     if not more_runs:
@@ -97,13 +96,14 @@ def run_training(
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins with: a checkpoint or none, and what is to be said about it."""
+    """Where a run begins, and what is to be said about it."""
 
     checkpoint: Path | None
-    state: TrainerState | None  # of the checkpoint
+    step: int  # of the run
+    stage: int  # index of the first one that trains
     goes_on: bool  # the folder's own run, not another in a new folder
-    remarks: list[str]
     held_out: dict[str, int | None]  # texts of each stage in the run that goes on
+    lines: list[str]
 
 
 def find_start(
@@ -129,7 +129,6 @@ def find_start(
     (checkpoint, remarks), held_out = find_checkpoint(output_dir, resume), {}
     is_own = checkpoint is not None and output_dir.resolve() in checkpoint.resolve().parents
     has_config = (output_dir / CONFIG_FILE).exists()
-    key = f"training.output_dir ({output_dir})"
     if is_own or (resume == "auto" and is_run and has_config):
         held_out, changes = run_dir.check_same_run(output_dir, config, allow_changes)
         remarks = remarks + changes
@@ -137,101 +136,96 @@ def find_start(
         averages = config.training.ema_decay is not None
         for name in (FINAL_FOLDER, EMA_FOLDER) if averages else (FINAL_FOLDER,):
             check_replaceable(Path(os.path.abspath(output_dir / name)))
-    if is_run and not is_own and not overwrite:
-        is_finished = (output_dir / FINAL_FOLDER).exists()
-        if resume != "auto":
-            raise UserError(
-                f"{key}: already holds a run. Choose another folder, go on with --resume auto, or "
-                "replace it with --overwrite."
-            )
-        if is_finished:
-            raise UserError(
-                f"{key}: holds a finished run without a checkpoint to go on from (as with "
-                "training.save_steps 0). Choose another folder, or replace it with --overwrite."
-            )
-    state = None if checkpoint is None else read_state(checkpoint)
+    elif is_run and not overwrite and (resume != "auto" or (output_dir / FINAL_FOLDER).exists()):
+        state, remedy = "already holds a run", "Choose another folder, go on with --resume auto, or"
+        if resume == "auto":
+            state = "holds a finished run without a checkpoint to go on from (as with "
+            state += "training.save_steps 0)"
+            remedy = "Choose another folder, or"
+        raise UserError(
+            f"training.output_dir ({output_dir}): {state}. {remedy} replace it with --overwrite."
+        )
     stages = plan_stages(config)
-    names, total = [stage.name for stage in stages], stages[-1].last_step
-    # Earlier versions named no stage.
-    if state is not None and state.stage not in ("", *names) and not allow_changes:
+    if checkpoint is None:
+        begins = f"--resume auto: no checkpoint in {output_dir}, so a new run begins"
+        lines = [] if resume is None else [begins]
+        return Start(None, 0, 0, False, held_out, [*lines, *(f"--resume: {x}" for x in remarks)])
+    state, names, total = read_state(checkpoint), [x.name for x in stages], stages[-1].last_step
+    step = state.step
+    if state.stage not in ("", *names) and not allow_changes:  # earlier versions named no stage
         raise UserError(
             f"--resume ({checkpoint}): its stage ({state.stage}): must be one of the config "
             f"({', '.join(names)}). Give a checkpoint of this run, or insist with "
             "--allow-changes true."
         )
-    if state is not None and state.step > total:
+    if step > total:
         raise UserError(
-            f"training.max_steps: the run has {total} steps, but {checkpoint} is after "
-            f"{state.step}. Set at least as many, or give an earlier checkpoint."
+            f"training.max_steps: the run has {total} steps, but {checkpoint} is after {step}. "
+            "Set at least as many, or give an earlier checkpoint."
         )
-    return Start(checkpoint, state, is_own, remarks, held_out)
+    # A stage may have been stopped before its first step.
+    named = [x for x in stages if x.name == state.stage and x.first_step <= step <= x.last_step]
+    first = named[0] if named else stage_at(stages, step)
+    where = f", stage {first.name}" if len(stages) > 1 else ""
+    begins = f"going on from {checkpoint}, step {step} of {total}{where}"
+    if step == total:
+        begins = f"{checkpoint} already has all {total} steps; it is evaluated"
+    lines = [f"--resume: {text}" for text in (begins, *remarks)]
+    return Start(checkpoint, step, first.index, is_own, held_out, lines)
 
 
 def _run(
     config: Config,
     accelerator: Accelerator,
     start: Start,
-    resume: str | None,
     on_report: Callable[[Path, str], object] | None,
 ) -> Path:
     """Sets up, trains all stages and saves, in a folder whose lock is held."""
-    began, output_dir, checkpoint = time.perf_counter(), Path(config.training.output_dir), None
-    strategy = build_strategy(accelerator, config)
-    if start.checkpoint is not None and start.state is not None:
-        checkpoint = start.checkpoint
+    began, output_dir = time.perf_counter(), Path(config.training.output_dir)
+    strategy, checkpoint, lines = build_strategy(accelerator, config), start.checkpoint, start.lines
+    if checkpoint is not None:
         check_world(checkpoint, strategy)
+        if strategy.kind in UNPICKLED:
+            lines = [
+                *lines, f"--resume: {UNPICKLED[strategy.kind]} as pickles, which may run any code: "
+                "resume from checkpoints that you trust",
+            ]  # fmt: skip
     job = set_up(config, strategy, checkpoint)
     try_own_parts(job)
-    steps_done = 0 if start.state is None else start.state.step
-    check_teachers(job, steps_done)
-    if accelerator.is_main_process and not start.goes_on:
-        run_dir.clear(output_dir)
-        run_dir.mark(output_dir)
-        save_config(config, output_dir / CONFIG_FILE)
+    check_teachers(job, start.step)
+
+    def take_folder() -> None:
+        if accelerator.is_main_process:
+            run_dir.mark(output_dir)
+            save_config(config, output_dir / CONFIG_FILE)
+            (output_dir / PREEMPTED_FILE).unlink(missing_ok=True)
+
+    if not start.goes_on:
+        if accelerator.is_main_process:
+            run_dir.clear(output_dir)
+        take_folder()
     accelerator.wait_for_everyone()
     name = output_dir.resolve().name
     names = {"wandb": {"name": name}, "trackio": {"name": name}, "mlflow": {"run_name": name}}
     accelerator.init_trackers("quietstar", flat(config), names)
-    reporter = Reporter(config, accelerator, job.tokenizer, job.stages, steps_done, on_report)
+    reporter = Reporter(config, accelerator, job.tokenizer, job.stages, start.step, on_report)
     run: StageRun | None = None
     try:
         with reporter, ExitStack() as together:
-            first, total = stage_at(job.stages, steps_done), job.stages[-1].last_step
-            if start.state is not None:  # a stage that was stopped before its first step
-                first = next((s for s in job.stages if s.name == start.state.stage
-                              and s.first_step <= steps_done <= s.last_step), first)  # fmt: skip
-            if checkpoint is not None and steps_done >= total:
-                reporter.say(
-                    f"--resume: {checkpoint} already has all {total} steps; it is evaluated"
-                )
-            elif checkpoint is not None:
-                where = f", stage {first.name}" if len(job.stages) > 1 else ""
-                text = f"going on from {checkpoint}, step {steps_done} of {total}{where}"
-                reporter.say(f"--resume: {text}")
-            elif resume is not None:
-                reporter.say(f"--resume auto: no checkpoint in {output_dir}, so a new run begins")
-            for remark in start.remarks:
-                reporter.say(f"--resume: {remark}")
-            if checkpoint is not None and strategy.kind in UNPICKLED:
-                reporter.say(
-                    f"--resume: {UNPICKLED[strategy.kind]} as pickles, which may run any code: "
-                    "resume from checkpoints that you trust"
-                )
-            for stage in job.stages[first.index :]:
+            for line in lines:
+                reporter.say(line)
+            for stage in job.stages[start.stage :]:
                 # Until the stage stands, there is no state that could be saved.
                 with held(run is not None):
                     run = build_stage(job, stage, reporter, checkpoint, run)
-                if stage is first:
+                if stage.index == start.stage:
                     # From now on several processes stop together: they agree after a step, and in
                     # evaluations. Before, there is no state of which one could leave a part.
                     together.enter_context(noted(accelerator.num_processes > 1))
-                if checkpoint is not None and start.goes_on:  # now that nothing stops it
-                    if accelerator.is_main_process:
-                        run_dir.mark(output_dir)
-                        save_config(config, output_dir / CONFIG_FILE)
-                        (output_dir / PREEMPTED_FILE).unlink(missing_ok=True)
-                    reporter.go_on(stage, steps_done)
-                    run.saved_step = steps_done
+                    if start.goes_on:  # now that nothing stops it
+                        take_folder()
+                        reporter.go_on(stage, start.step)
+                        run.saved_step = start.step
                 checkpoint = None
                 train(run)
             assert run is not None, "a run has at least one stage"
@@ -291,19 +285,14 @@ def build_stage(
 ) -> StageRun:
     """Makes a stage ready to train, from a checkpoint inside it or from the end of the one before.
 
-    Args:
-        job: What all stages share.
-        stage: Stage to make ready.
-        reporter: Reporter of the run, which says that the stage begins.
-        checkpoint: Where to go on from; None at the beginning of the stage.
-        previous: The stage before, if this process trained it.
+    ``previous`` is the stage before, if this process trained it.
     """
     strategy, config = job.strategy, stage.config
     begin_stage(job.model, stage)
     vectors = ()
     if stage.starts_thinking and previous is not None:
         # Now, when the embeddings have learned what the texts mean.
-        vectors = ModelProxy(previous.model).initial_vectors(job.tokenizer)
+        vectors = previous.model(initial_vectors, job.tokenizer)
     strategy.accelerator.free_memory()  # wrapper and optimizer of the previous stage
     if previous is not None:
         previous.ema = None
@@ -328,11 +317,12 @@ def build_stage(
             f"training.ema_decay (null): must be set, since the reference of loss.objective "
             f"({config.loss.objective}) is that average. Set it, such as to 0.999."
         )
-    kept = {"training.ema_decay": ema, "loss.reference": reference}
-    for key, average in kept.items():
+    for key, average in {"training.ema_decay": ema, "loss.reference": reference}.items():
         if checkpoint is None or average is None:
             continue
-        if not load_average(checkpoint, prepared, average):
+        with reading(f"--resume ({checkpoint})", OTHER_RUN):
+            is_there = average.load(checkpoint, prepared)
+        if not is_there:
             reporter.say(
                 f"--resume: {checkpoint} holds no weights for {key}, so these begin as they are at "
                 "this step"
@@ -346,11 +336,9 @@ def build_stage(
     run = StageRun(stage, strategy, prepared, optimizer, train_data, eval_data, reporter,
                    job.model.objective, steps_done, ema=ema, reference=reference,
                    critic=job.model.judge, teacher=open_teacher(job.model, stage))  # fmt: skip
-    if checkpoint is not None:
-        state = read_state(checkpoint)
-        if state.running is not None:
-            device = run.accelerator.device
-            run.running = torch.tensor(state.running, dtype=torch.float64, device=device)
+    if checkpoint is not None and (running := read_state(checkpoint).running) is not None:
+        device = run.accelerator.device
+        run.running = torch.tensor(running, dtype=torch.float64, device=device)
     return run
 
 
@@ -384,9 +372,17 @@ def finish(job: Job, run: StageRun, seconds: float) -> Path:
     final, weights = output_dir / FINAL_FOLDER, job.strategy.full_weights(run.model)
     with held():
         if reporter.active:
-            card = model_card(
-                job.model, facts_of(run), *held_out_figures(run), hub_data(run.config)
-            )
+            config = run.config
+            facts = {
+                "trained on": f"{config.data.train}, as `{config.data.format}`",
+                "objective": f"{config.loss.objective} (stage {run.stage.name})",
+                "steps": f"{config.training.max_steps} of {config.training.global_batch_size} "
+                f"texts, learning rate {config.optim.learning_rate:g}",
+                "thoughts a position": str(config.thoughts.num_thoughts),
+                "seed": str(config.training.seed),
+                "held out": f"{len(run.eval_data)} texts",
+            }
+            card = model_card(job.model, facts, *held_out_figures(run), hub_data(config))
             job.model.save_pretrained(final, job.tokenizer, state_dict=weights, card=card)
     if reporter.active:
         write_results(run, seconds)
@@ -396,20 +392,6 @@ def finish(job: Job, run: StageRun, seconds: float) -> Path:
     reporter.say(f"the model is in {final}{average}; the figures are in {reporter.path}{report}")
     run.accelerator.wait_for_everyone()
     return final
-
-
-def facts_of(run: StageRun) -> dict[str, str]:
-    """Says how the last stage of a run trained, for the card of its model."""
-    config, stage = run.config, run.stage
-    steps = f"{stage.config.training.max_steps} of {config.training.global_batch_size} texts"
-    return {
-        "trained on": f"{config.data.train}, as `{config.data.format}`",
-        "objective": f"{config.loss.objective} (stage {stage.name})",
-        "steps": f"{steps}, learning rate {config.optim.learning_rate:g}",
-        "thoughts a position": str(config.thoughts.num_thoughts),
-        "seed": str(config.training.seed),
-        "held out": f"{len(run.eval_data)} texts",
-    }
 
 
 def hub_data(config: Config) -> list[str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quietstar import registry
-from quietstar.config import Config
+from quietstar.config import Config, ThoughtsConfig
 from quietstar.distributed import group_of
 from quietstar.model.quiet_star import QuietStarForCausalLM
+from quietstar.objectives import Objective
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,14 @@ class Stage:
         return self.config.loss.thinks
 
     @property
+    def objective(self) -> Objective:
+        """The objective, with its settings."""
+        return registry.find("loss.objective", self.config.loss.objective)(self.config.loss)
+
+    @property
     def student(self) -> str | None:
         """Who learns from a teacher: ``plain`` or ``thinking``; None where nobody does."""
-        loss = self.config.loss
-        return registry.find("loss.objective", loss.objective)(loss).student
+        return self.objective.student
 
     @property
     def has_thoughts(self) -> bool:
@@ -61,6 +67,26 @@ def plan_stages(config: Config) -> list[Stage]:
 def stage_at(stages: Sequence[Stage], step: int) -> Stage:
     """Returns the stage of a run after ``step`` steps: the earlier one at a boundary."""
     return next((stage for stage in stages if step <= stage.last_step), stages[-1])
+
+
+def scheduled(thoughts: ThoughtsConfig, step: int) -> ThoughtsConfig:
+    """Returns the thoughts of a step of a stage, counted from 0, by ``thoughts.schedule``.
+
+    Fast Quiet-STaR (arXiv 2505.17746) teaches a model to think in ever fewer tokens.
+    """
+    if not thoughts.schedule:
+        return thoughts
+    points = [(0, thoughts.length, thoughts.lookahead)]
+    for point in thoughts.schedule:
+        _, length, lookahead = points[-1]
+        length, lookahead = point.get("length", length), point.get("lookahead", lookahead)
+        points.append((point["step"], length, lookahead))
+    if points[1][0] == 0:
+        del points[0]
+    steps, *courses = zip(*points, strict=True)
+    length, lookahead = (x[bisect_right(steps, step) - 1] for x in courses)
+    now = {"length": length, "lookahead": lookahead, "schedule": []}
+    return thoughts.model_copy(update=now)
 
 
 def begin_stage(model: QuietStarForCausalLM, stage: Stage) -> None:

@@ -1,13 +1,14 @@
 """Wrong arguments of the model's methods: one line each, never other figures or a traceback."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import plain_model, random_texts, thinking_model
 
+from quietstar.checks import check_given, check_positions, check_texts
 from quietstar.errors import UserError
-from quietstar.model.quiet_star import check_positions, check_texts
 from quietstar.sampling.stopping import StopTexts
 from quietstar.sampling.thoughts import Texts, ThoughtBatch
 
@@ -24,9 +25,10 @@ def model():
 
 @pytest.mark.parametrize("positions", WRONG, ids=str)
 def test_positions_that_no_text_has(model, positions):
-    for call in (model.sample, model.draw, model.think):
+    wrong, blank = torch.tensor(positions), torch.full((*torch.tensor(positions).shape, 1, 1), -1)
+    for call in (model.draw, partial(model.score, thoughts=blank)):
         with pytest.raises(UserError, match="positions: "):
-            call(TEXTS, positions=torch.tensor(positions))
+            call(TEXTS, positions=wrong)
 
 
 @pytest.mark.parametrize("positions", [[[3, 5]], [[], []], [3, 5], [[1.0], [2.0]]], ids=str)
@@ -47,12 +49,12 @@ def test_positions_of_another_shape_or_type(positions):
 )
 def test_settings_of_the_sampling_that_cannot_be(model, arguments, message):
     with pytest.raises(UserError, match=message):
-        model.sample(TEXTS, **arguments)
+        model.draw(TEXTS, **arguments)
 
 
 @pytest.mark.parametrize("texts", [TEXTS[:0], TEXTS[:, :0]], ids=lambda x: str(x.shape))
 def test_texts_without_a_token(model, texts):
-    for call in (model, model.sample, model.think):
+    for call in (model, model.draw, model.score_plain):
         with pytest.raises(UserError, match=r"input_ids of shape .*: must be \(texts, tokens\)"):
             call(texts)
 
@@ -71,21 +73,21 @@ def test_what_is_given_beside_other_texts(beside, message):
         check_texts(SimpleNamespace(input_ids=TEXTS, **right | beside))
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 2, 0), (2, 1, 3, 2), (1, 1, 2, 2), (2, 0, 2, 2)])
+@pytest.mark.parametrize("shape", [(2, 2, 1, 0), (2, 3, 1, 2), (1, 2, 1, 2), (2, 2, 0, 2)])
 def test_given_thoughts_of_another_shape(model, shape):
     thoughts = torch.zeros(shape, dtype=torch.long)
-    with pytest.raises(UserError, match=r"thoughts of shape .*: must be \(batch, thoughts, pos"):
-        model._check_given(thoughts, TEXTS, PLACES)
+    with pytest.raises(UserError, match=r"thoughts of shape .*: must be \(batch, positions, thou"):
+        check_given(thoughts, TEXTS, PLACES, 258, None)
 
 
 def test_given_thoughts_that_cannot_be_learned_from(model):
     long, texts = torch.zeros(2, 2, 2, 40, dtype=torch.long), Texts(TEXTS, TEXTS, None, PLACES[0])
     refusal = "thoughts of 40 tokens: after a text of 9 this model has room for 20"
     with pytest.raises(UserError, match=refusal):
-        model.think(TEXTS, thoughts=long, positions=PLACES)
+        model.score(TEXTS, long, positions=PLACES)
     with pytest.raises(UserError, match=refusal):
-        model(TEXTS, thoughts=ThoughtBatch.of_texts(texts, PLACES, long.transpose(1, 2)))
-    one = ThoughtBatch.of_texts(texts, PLACES, long[:, :1, :, :2].transpose(1, 2))
+        model(TEXTS, thoughts=ThoughtBatch.of_texts(texts, PLACES, long))
+    one = ThoughtBatch.of_texts(texts, PLACES, long[:, :, :1, :2])
     with pytest.raises(UserError, match=r"loss.estimator \(leave_one_out\): .* there is one"):
         model(TEXTS, thoughts=one)
 
@@ -94,8 +96,8 @@ def test_thoughts_are_drawn_where_training_thinks(model):
     output = model(TEXTS, sample_ids=torch.arange(2), seed=3)
     batch = model.draw(TEXTS, num_thoughts=2, temperature=1.0, seed=3)
     assert torch.equal(batch.positions, output.positions)
-    assert torch.equal(batch.tokens.transpose(1, 2), output.thoughts)
-    assert model.sample(TEXTS).shape == (2, 1, 9, 2)  # at all of them
+    assert torch.equal(batch.tokens, output.thoughts)
+    assert model.draw(TEXTS, positions=None).tokens.shape == (2, 9, 1, 2)
 
 
 def test_a_stop_text_that_is_longer_than_a_thought():

@@ -275,7 +275,7 @@ def test_weights_that_are_missing_or_wrong_are_named(model, file, changes, words
 
 def test_adapters_that_no_layer_gets_are_refused(saved, tmp_path):
     folder = linked(saved / "lora", tmp_path / "model")
-    file, words = folder / ADAPTERS, "are no part of the model by"
+    file, words = folder / ADAPTERS, "are no part of the model"
     tensors = load_file(file)
     change(folder / ADAPTER, target_modules=["q_proj"])
     refused(lambda: load(folder), f"{len(tensors) - 4} of its tensors {words}")
@@ -648,7 +648,7 @@ def test_ids_and_labels_outside_the_vocabulary_are_refused(value):
         refused(lambda think=think: model(texts, labels=wrong, think=think), f"labels ({value})")
         refused(lambda think=think: model(wrong, think=think), f"input_ids ({value})")
     refused(lambda: model.generate(wrong, max_new_tokens=1), f"inputs ({value})")
-    refused(lambda: model.think(texts, labels=wrong), f"labels ({value})")
+    refused(lambda: model.draw(texts, labels=wrong), f"labels ({value})")
     refused(lambda: model.score_plain(texts, labels=wrong), f"labels ({value})")
     wrong[0, 3] = -100
     assert model(texts, labels=wrong).loss.isfinite()
@@ -743,7 +743,7 @@ def test_a_damaged_folder_works_or_is_refused_in_one_line(name, saved, tmp_path)
 
         def use():
             model = load_thinker(str(folder), True, "auto", "")
-            model.think(random_texts(1, 3))
+            model.draw(random_texts(1, 3))
             model.generate(random_texts(1, 3), max_new_tokens=1)
 
         works_or_is_refused(use)
