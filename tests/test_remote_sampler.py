@@ -92,9 +92,9 @@ def test_thoughts_and_losses_are_those_of_the_local_rollout(folder, environment)
     assert older[2:] != local[2:]  # thoughts of the first weights
     arguments = {"num_thoughts": 3, "temperature": 0.7, "top_p": 0.8, "seed": 5}
     model.sampler.steps = 3  # so that the weights follow
-    sampled = model.sample(random_texts(2, 7), **arguments)
+    sampled = model.draw(random_texts(2, 7), **arguments).tokens
     model.configure(model.thoughts.model_copy(update={"sampler": "rollout"}))
-    assert torch.equal(sampled, model.sample(random_texts(2, 7), **arguments))
+    assert torch.equal(sampled, model.draw(random_texts(2, 7), **arguments).tokens)
     assert (sampled == -1).any()
 
 
