@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from tiny import read_metrics, run_config, thinking_model
 
 from quietstar import QuietStarForCausalLM
+from quietstar.backbone import run as backbone
 from quietstar.config.schema import Controls
 from quietstar.data import Batch, build_data, load_tokenizer
 from quietstar.evaluation.controls import (
@@ -26,7 +27,6 @@ from quietstar.evaluation.controls import (
     shuffle_tokens,
     swap_positions,
 )
-from quietstar.model import quiet_star
 from quietstar.reports import write_report
 from quietstar.training.evaluation import compare, figures, score_batch
 from quietstar.training.run import run_training
@@ -186,8 +186,8 @@ def test_the_swap_is_the_same_however_many_ranks_share_the_texts():
 
 def test_a_text_runs_once_for_its_own_thoughts_and_once_for_all_controls(monkeypatch):
     model, ran = thinking_model(thoughts={"length": 2}).eval(), []
-    run = quiet_star.run_text
-    monkeypatch.setattr(quiet_star, "run_text", lambda *given: ran.append(1) or run(*given))
+    made = backbone.TextPass  # once for every run of texts, whoever asks for it
+    monkeypatch.setattr(backbone, "TextPass", lambda *given: ran.append(1) or made(*given))
     tokens, nothing = torch.arange(24).view(3, 8), torch.zeros(3, 8, dtype=torch.bool)
     rationale = torch.full((3, 2), 5)
     batch = Batch(tokens, ~nothing, tokens, torch.arange(3), nothing, rationale, nothing)
