@@ -43,14 +43,14 @@ def test_runs_that_differ_in_their_seed_are_a_group_with_an_interval(tmp_path):
     demo, one = compare_runs([runs[2], other, runs[0], runs[1]])["groups"]
     assert (demo["name"], demo["seeds"], demo["settings"]) == ("demo", [0, 1, 2], {})
     # Mean 0.9, standard error 0.1 / sqrt(3), t(0.975, 2) = 4.3027.
-    gain = demo["figures"]["gain"]
+    gain = demo["metrics"]["gain"]
     assert gain == {"n": 3, "mean": pytest.approx(0.9), "values": [0.9, 1.0, 0.8],
                     "ci95": pytest.approx([0.9 - 0.24841, 0.9 + 0.24841], abs=1e-5)}  # fmt: skip
-    assert demo["figures"]["gain_of_content"]["values"] == [0.45, 0.5, 0.4]
-    assert demo["figures"]["training_seconds"]["mean"] == 25 * 3.0
+    assert demo["metrics"]["gain_of_content"]["values"] == [0.45, 0.5, 0.4]
+    assert demo["metrics"]["training_seconds"]["mean"] == 25 * 3.0
     assert (one["name"], one["seeds"]) == ("other", [0])
     assert one["settings"] == {"thoughts.num_thoughts": "3"}
-    assert one["figures"]["gain"]["ci95"] is None
+    assert one["metrics"]["gain"]["ci95"] is None
 
 
 def test_the_reward_in_training_is_a_curve_of_means(tmp_path):
@@ -87,7 +87,7 @@ def test_a_run_with_code_of_the_users_own_is_compared_without_running_it(tmp_pat
     assert "objective: quiet_star" in config
     (run / "config.yaml").write_text(config.replace("reward: thought", "reward: gone:brevity"))
     (group,) = compare_runs([run])["groups"]
-    assert group["figures"]["gain"]["mean"] == 0.1
+    assert group["metrics"]["gain"]["mean"] == 0.1
     (run / "config.yaml").write_text(
         config.replace("objective: quiet_star", "objective: of_a_run:Mine")
     )
@@ -97,7 +97,7 @@ def test_a_run_with_code_of_the_users_own_is_compared_without_running_it(tmp_pat
     with pytest.raises(UserError, match=r"of_a_run:Mine.*names code.*--trust-code"):
         compare_runs([run])
     (group,) = compare_runs([run], trust_code=True)["groups"]
-    assert group["figures"]["gain"]["mean"] == 0.1
+    assert group["metrics"]["gain"]["mean"] == 0.1
 
 
 def test_the_page_shows_thoughts_of_each_run(tmp_path):
@@ -239,5 +239,5 @@ def test_a_real_run_of_several_stages_is_read(tmp_path):
     (group,) = compare_runs([tmp_path / "run"])["groups"]
     end = json.loads((tmp_path / "run" / "results.json").read_text())["held_out"]["after"]
     for key in ("accuracy_with_thoughts", "gain_of_content", "mixed_nll"):
-        assert group["figures"][key]["values"] == [end[key]]
-    assert group["figures"]["training_seconds"]["mean"] > 0
+        assert group["metrics"][key]["values"] == [end[key]]
+    assert group["metrics"]["training_seconds"]["mean"] > 0

@@ -175,8 +175,8 @@ def test_the_swap_is_the_same_however_many_ranks_share_the_texts():
     texts = []
     compare(model, rows, gather=lambda mine: texts.extend(mine) or mine)
     ranks = [compare(model, mine, gather=lambda _: texts) for mine in (rows[:1], rows[1:])]
-    for name, (total, _) in whole["swapped"].figures.items():
-        parts = [rank["swapped"].figures[name][0] for rank in ranks]
+    for name, (total, _) in whole["swapped"].sums.items():
+        parts = [rank["swapped"].sums[name][0] for rank in ranks]
         assert float(sum(parts)) == pytest.approx(float(total), rel=1e-5)
     assert abs(figures(whole)["gain_of_content"]) > 1e-4
     alone = figures(compare(model, rows[:1]))

@@ -342,7 +342,7 @@ def test_labels_default_to_all_real_tokens(model):
     plain = model(texts, sample_ids=ids)
     assert by_mask.loss.item() == by_labels.loss.item() == both.loss.item()
     assert plain.loss.item() != by_mask.loss.item()
-    counts = {name: o.metrics.figures["base_nll"][1].item()
+    counts = {name: o.metrics.sums["base_nll"][1].item()
               for name, o in (("mask", by_mask), ("plain", plain))}  # fmt: skip
     assert counts == {"mask": 8 + 5, "plain": 8 + 8}  # a text of n tokens has n - 1 targets
 

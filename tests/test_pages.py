@@ -35,11 +35,11 @@ def group(label, gain):
 
 
 def item_group(label, gain):
-    figures = {name: gain * scale for name, scale in METRICS.items()}
-    bounds = {f"{name}_ci95": [value - 0.1, value + 0.1] for name, value in figures.items()}
+    metrics = {name: gain * scale for name, scale in METRICS.items()}
+    bounds = {f"{name}_ci95": [value - 0.1, value + 0.1] for name, value in metrics.items()}
     means = {name: abs(scale) / 3 for name, scale in METRICS.items()}
     return {"label": label, "n": 25, "without_thoughts": means, "with_thoughts": means,
-            "gain": figures | bounds, "gain_of_content": figures | bounds}  # fmt: skip
+            "gain": metrics | bounds, "gain_of_content": metrics | bounds}  # fmt: skip
 
 
 def example(number, thought="16 - 7 = 9"):
@@ -165,7 +165,7 @@ def test_runs_of_earlier_versions_are_read_by_the_names_of_today():
     line = {"kind": "eval", "step": 1, "accuracy_exchanged": 0.1, "reward_spread": 0.2,
             "alike": 0.3, "distinct": 0.4}  # fmt: skip
     (record,) = parse_metrics(json.dumps(line))
-    assert dict(record.figures) == {
+    assert dict(record.metrics) == {
         "accuracy_swapped": 0.1,
         "reward_std": 0.2,
         "identical_fraction": 0.3,

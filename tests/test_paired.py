@@ -1,4 +1,4 @@
-"""Evaluations compared item by item: figures by hand, what is left out, and what is refused."""
+"""Evaluations compared item by item: metrics by hand, what is left out, and what is refused."""
 
 import json
 
@@ -114,7 +114,7 @@ def test_what_cannot_be_compared_is_left_out(tmp_path):
     row = task["evaluations"][1]
     assert task["n"] == 30
     assert row["settings"] == {"limit": "30"}
-    # Other tokens: their mean is another figure.
+    # Other tokens: their mean is another metric.
     assert {"accuracy", "gold_probability"} <= set(row["scores"])
     assert "nll" not in row["scores"]
 

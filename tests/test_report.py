@@ -58,12 +58,12 @@ class Page(HTMLParser):
         return {name.removeprefix("plot-") for name in self.ids if name.startswith("plot-")}
 
 
-def train(step, stage, **figures):
-    return {"kind": "train", "stage": stage, "step": step, **figures}
+def train(step, stage, **metrics):
+    return {"kind": "train", "stage": stage, "step": step, **metrics}
 
 
-def evaluation(step, stage, **figures):
-    return {"kind": "eval", "stage": stage, "step": step, **figures}
+def evaluation(step, stage, **metrics):
+    return {"kind": "eval", "stage": stage, "step": step, **metrics}
 
 
 THINKING = {
@@ -203,7 +203,7 @@ def test_the_reward_of_an_objective_is_drawn_where_it_is_not_that_in_nats(report
 def test_the_key_figures_stand_at_the_top(report):
     text = report().text
     top = text[: text.index("Markers: held out")]
-    for figure in (
+    for metric in (
         "92.4%",
         "31.2%",
         "12.0%",
@@ -211,7 +211,7 @@ def test_the_key_figures_stand_at_the_top(report):
         "88.0% share of the sampled thoughts 3.0% before training",
         "500 held-out problems",
     ):
-        assert figure in top
+        assert metric in top
     assert "+61.2 points vs. no thoughts" in top
     assert "1 h 24 min" in top
     assert "tiny-llama" in top
@@ -350,7 +350,7 @@ def test_thoughts_of_one_evaluation_show_no_course(report):
 
 
 @pytest.mark.parametrize(
-    ("figures", "says"),
+    ("metrics", "says"),
     [
         ({"gain": -0.01, "gain_of_content": 0.2}, "Thoughts do not help: the gain is −0.010 nats"),
         ({"gain": 0.1}, "gain +0.100 nats/token; the gain of content was not measured."),
@@ -368,9 +368,9 @@ def test_thoughts_of_one_evaluation_show_no_course(report):
         ({"base_nll": 1.0}, None),
     ],
 )  # fmt: skip
-def test_the_page_begins_with_the_result_in_a_sentence(report, figures, says):
+def test_the_page_begins_with_the_result_in_a_sentence(report, metrics, says):
     result = report(
-        lines(evaluation(5, "", base_nll=2.0, mixed_nll=1.9), evaluation(9, "", **figures))
+        lines(evaluation(5, "", base_nll=2.0, mixed_nll=1.9), evaluation(9, "", **metrics))
     )
     assert ("verdict" in [a.get("class") for _, a in result.elements]) == (says is not None)
     assert says is None or says in result.text
@@ -397,8 +397,8 @@ def test_guards_are_listed_with_figure_threshold_and_where_they_fired(report):
     damaged = [{**fired, "step": step} for step in (None, "x", -1, 1e999)]
     text = report(lines(*RECORDS, fired, {"kind": "guard"}, *damaged)).text
     text = text[text.index("Guards 1 of") : text.index("Markers: held out")]
-    figures = "entropy of the thought tokens, nats/token 0.950 at most 0.05"
-    assert f"{figures} ! fired at step 25, think {said}" in text
+    metrics = "entropy of the thought tokens, nats/token 0.950 at most 0.05"
+    assert f"{metrics} ! fired at step 25, think {said}" in text
     assert text.count("fired at step") == 1
     assert "mixing weight, in absolute value 0.4000 at most 0.002 ✓ fine" in text
     assert "thought_length" in text
@@ -498,7 +498,7 @@ def test_a_line_cut_within_a_character_is_passed_over(tmp_path):
 def test_of_two_records_for_one_step_the_last_stays():
     twice = [evaluation(1, "a", gain=0.1), evaluation(2, "a"), evaluation(1, "a", gain=0.2)]
     records = parse_metrics(lines(*twice)["metrics.jsonl"])
-    assert [(r.step, dict(r.figures)) for r in records] == [(1, {"gain": 0.2}), (2, {})]
+    assert [(r.step, dict(r.metrics)) for r in records] == [(1, {"gain": 0.2}), (2, {})]
 
 
 @pytest.mark.parametrize("kind", ["train", "eval"])

@@ -333,7 +333,7 @@ def test_figures_are_summed_on_a_device_without_float64():
         names = ("base_nll", "mixed_nll")
         pair = (torch.zeros((), device="mps"), torch.zeros((), device="mps", dtype=torch.int64))
         reduced = ThoughtMetrics(dict.fromkeys(names, pair)).reduced(accelerator)
-        assert reduced.figures["mixed_nll"][0].dtype == torch.float64
+        assert reduced.sums["mixed_nll"][0].dtype == torch.float64
 
 
 def test_too_few_positions_are_refused_with_the_numbers(tmp_path):

@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         "quietstar report",
         "Writes the page of a run anew, or compares finished runs. Runs whose settings\n"
-        "differ in the seed alone are a group; each figure gets its mean and 95 %\n"
+        "differ in the seed alone are a group; each metric gets its mean and 95 %\n"
         "interval over the seeds of a group.\n"
         "Of files that quietstar eval --out has written, compares each with the first,\n"
         "item by item.",
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=existing, metavar="RUN",
                         help="folder of a run, or FILE.json of an evaluation")  # fmt: skip
     parser.output("--out", "page that compares the runs or evaluations", ".html")
-    parser.output("--json", "all figures, with the value of every seed")
+    parser.output("--json", "all metrics, with the value of every seed")
     parser.add_argument("--trust-code", action="store_true",
                         help="import the objectives of your own that the runs name")  # fmt: skip
     args = parser.read(arguments)

@@ -59,7 +59,7 @@ Value = TypeVar("Value", float, Tensor)
 def gain_over(own: Value, control: Value, metric: str = "nll") -> Value:
     """Compute what own thoughts gain over a control; positive where they are better.
 
-    Over swapped thoughts this is the gain of content, the one figure of that name: control minus
+    Over swapped thoughts this is the gain of content, the one metric of that name: control minus
     own NLL (nats a token), or own minus control of a metric that is better when higher.
     """
     return control - own if metric in LOWER_IS_BETTER else own - control
@@ -87,7 +87,7 @@ def swap_positions(
 ) -> Int[Tensor, "thoughts positions length"]:
     """Give every position of a text (at least two) the thoughts of another one.
 
-    Within the text what is swapped still fits the subject (the harder control), and the figures do
+    Within the text what is swapped still fits the subject (the harder control), and the metrics do
     not depend on how texts are batched.
     """
     return thoughts[:, derangement(thoughts.shape[1], seed).to(thoughts.device)]

@@ -1,4 +1,4 @@
-"""From finished items to figures: paired statistics, their breakdown, and what they say in words.
+"""From finished items to metrics: paired statistics, their breakdown, and what they say in words.
 
 Intervals and tests are scipy's; everything is paired by item.
 """
@@ -42,7 +42,7 @@ MIN_TOKENS = 40
 SHARES = ("accuracy", "exact_match")
 """Metrics that are shares of items which are right, clearest first."""
 LENGTHS = ("thought_length", "truncated_fraction")
-"""Figures of thoughts that may end early."""
+"""Metrics of thoughts that may end early."""
 GATE_SHARES = (0.0, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 """Shares of the tokens that think, of a table of gates (`quietstar.generation.gates`)."""
 KINDS = ("digits", "words", "punctuation", "white space")
@@ -106,7 +106,7 @@ def interval(values: Array, seed: int) -> tuple[float, float] | None:
 
 
 def mean_over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    """Compute ``mean`` and ``ci95`` of a figure of runs that differ in their seed.
+    """Compute ``mean`` and ``ci95`` of a metric of runs that differ in their seed.
 
     The interval is Student's t; None of a single seed.
     """
@@ -138,7 +138,7 @@ def summarise(
     num_cut: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Compute the figures of a task of ``count`` items, of which ``num_cut`` were shortened.
+    """Compute the metrics of a task of ``count`` items, of which ``num_cut`` were shortened.
 
     Returns:
         ``n``, ``main_metric``, ``truncated``; a mapping of metrics for every variant; the
@@ -222,22 +222,22 @@ def means(values: dict[str, Array], main: str, seed: int = 0) -> dict[str, Any]:
         standard deviation of each metric between items, without the part of thought samples, and
         between thoughts of an item.
     """
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     count, num_samples = values[main].shape
     spread = {}
     for name, value in values.items():
         of_items = value.mean(1)
-        figures[name], figures[f"{name}_stderr"] = float(of_items.mean()), None
+        metrics[name], metrics[f"{name}_stderr"] = float(of_items.mean()), None
         if count > 1:
-            figures[f"{name}_stderr"] = float(of_items.std(ddof=1) / math.sqrt(count))
-        figures[f"{name}_ci95"] = interval(of_items, seed)
+            metrics[f"{name}_stderr"] = float(of_items.std(ddof=1) / math.sqrt(count))
+        metrics[f"{name}_ci95"] = interval(of_items, seed)
         if value.shape[1] > 1:  # votes have one value for all samples of an item
             within = float(value.var(1, ddof=1).mean())
             between = float(of_items.var(ddof=1)) - within / num_samples if count > 1 else 0.0
             spread[name] = {"stdev_between_items": math.sqrt(max(between, 0.0)),
                             "stdev_between_thoughts": math.sqrt(within)}  # fmt: skip
-    figures |= {"n": count, "stderr": figures[f"{main}_stderr"]}
-    return figures | ({"samples": {"n": num_samples, **spread}} if spread else {})
+    metrics |= {"n": count, "stderr": metrics[f"{main}_stderr"]}
+    return metrics | ({"samples": {"n": num_samples, **spread}} if spread else {})
 
 
 def differences(
@@ -250,23 +250,23 @@ def differences(
 ) -> dict[str, Any]:
     """Compare every metric of the same items in two variants, (items, samples), after minus before.
 
-    ``ci95``, ``p_value`` and so on are those of the main metric. With ``as_gain`` the figures are
+    ``ci95``, ``p_value`` and so on are those of the main metric. With ``as_gain`` the metrics are
     gains (`controls.gain_over`), which are positive where ``after`` is better.
     """
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for name in after:
         pair = (after[name], before[name])
         if as_gain and name in LOWER_IS_BETTER:
             pair = pair[::-1]
         result = difference(*pair, seed)
-        figures[name] = result.pop("value")
-        figures |= {f"{name}_{key}": value for key, value in result.items()}
+        metrics[name] = result.pop("value")
+        metrics |= {f"{name}_{key}": value for key, value in result.items()}
     details = ("ci95", "p_value", "test", "items_needed")
-    return figures | {key: figures[f"{main}_{key}"] for key in details}
+    return metrics | {key: metrics[f"{main}_{key}"] for key in details}
 
 
 def warnings(summary: dict[str, Any]) -> list[str]:
-    """List what a reader must know before the figures."""
+    """List what a reader must know before the metrics."""
     lines = []
     if summary["truncated"]:
         lines.append(f"{summary['truncated']} items were longer than the model takes and were cut")
@@ -396,10 +396,10 @@ def break_down(
     }
 
     def group(label: str, chosen: np.ndarray) -> dict[str, Any]:
-        figures = {"label": label, "n": int(chosen.sum()), "base_nll": float(base[chosen].mean())}
+        metrics = {"label": label, "n": int(chosen.sum()), "base_nll": float(base[chosen].mean())}
         _, items, counts = np.unique(item[chosen], return_inverse=True, return_counts=True)
         for name, gain in gains.items():
-            figures |= {name: float(gain[chosen].mean()), f"{name}_ci95": None}
+            metrics |= {name: float(gain[chosen].mean()), f"{name}_ci95": None}
             if len(counts) > 1:  # items are resampled, with all their tokens
                 result = stats.bootstrap(
                     (np.bincount(items, weights=gain[chosen]), counts),
@@ -407,8 +407,8 @@ def break_down(
                     vectorized=True, n_resamples=1_999, batch=500, confidence_level=LEVEL,
                     method="percentile", rng=np.random.default_rng(seed),
                 )  # fmt: skip
-                figures[f"{name}_ci95"] = tuple(map(float, result.confidence_interval))
-        return figures
+                metrics[f"{name}_ci95"] = tuple(map(float, result.confidence_interval))
+        return metrics
 
     return {name: [group(*part) for part in parts] for name, parts in groups.items()}
 
@@ -461,18 +461,18 @@ def by_group(
         pairs[GAINS[SWAPPED]] = (values[WITH], values[SWAPPED])
 
     def compare(label: str, chosen: np.ndarray) -> dict[str, Any]:
-        figures: dict[str, Any] = {"label": label, "n": int(chosen.sum())}
+        metrics: dict[str, Any] = {"label": label, "n": int(chosen.sum())}
         for variant in (WITHOUT, WITH):
             means = {name: float(value[chosen].mean()) for name, value in values[variant].items()}
-            figures[variant] = means
+            metrics[variant] = means
         for gain, (after, before) in pairs.items():
-            figures[gain] = {}
+            metrics[gain] = {}
             for name in after:
                 sign = -1.0 if name in LOWER_IS_BETTER else 1.0
                 gaps = sign * (after[name] - before[name])[chosen].mean(1)
                 bounds = bootstrap_interval(gaps, seed)
-                figures[gain] |= {name: float(gaps.mean()), f"{name}_ci95": bounds}
-        return figures
+                metrics[gain] |= {name: float(gaps.mean()), f"{name}_ci95": bounds}
+        return metrics
 
     return {name: [compare(*part) for part in item_groups(of_items, name)] for name in names}
 

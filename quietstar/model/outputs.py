@@ -1,4 +1,4 @@
-"""What the model returns: losses, scores, thoughts, and the figures to watch."""
+"""What the model returns: losses, scores, thoughts, and the metrics to watch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from quietstar.sampling.thoughts import ThoughtBatch
 
 @dataclass(frozen=True)
 class ThoughtMetrics:
-    """Sum and count of every figure, so that micro-batches and ranks add up exactly.
+    """Sum and count of every metric, so that micro-batches and ranks add up exactly.
 
     ====================  ==========================================================================
     base_nll              NLL of the next token without thoughts, nats a token
@@ -58,44 +58,44 @@ class ThoughtMetrics:
     ====================  ==========================================================================
 
     Attributes:
-        figures: Sum and count by name.
+        sums: Sum and count by name.
         lengths: Number of thoughts of 0, 1, ... tokens; None where all have the same length.
     """
 
-    figures: Mapping[str, tuple[Tensor, Tensor]]
+    sums: Mapping[str, tuple[Tensor, Tensor]]
     lengths: Int[Tensor, " lengths"] | None = None
 
     def __add__(self, other: ThoughtMetrics) -> ThoughtMetrics:
-        """Figures of both batches together."""
+        """Metrics of both batches together."""
         lengths = None
         if self.lengths is not None and other.lengths is not None:
             lengths = self.lengths + other.lengths
         return ThoughtMetrics(
-            {n: (s + other.figures[n][0], c + other.figures[n][1])
-             for n, (s, c) in self.figures.items()},
+            {n: (s + other.sums[n][0], c + other.sums[n][1])
+             for n, (s, c) in self.sums.items()},
             lengths,
         )  # fmt: skip
 
     def joined(self, other: ThoughtMetrics) -> ThoughtMetrics:
-        """All figures of both, of the same batch."""
+        """All metrics of both, of the same batch."""
         lengths = other.lengths if self.lengths is None else self.lengths
-        return ThoughtMetrics({**self.figures, **other.figures}, lengths)
+        return ThoughtMetrics({**self.sums, **other.sums}, lengths)
 
     def reduced(self, accelerator: Accelerator) -> ThoughtMetrics:
-        """Figures of all ranks together."""
+        """Metrics of all ranks together."""
         if accelerator.num_processes == 1:
             return self
         table = accelerator.reduce(self._table(), "sum")
         assert isinstance(table, Tensor)
-        figures = {n: (r[0], r[1]) for n, r in zip(self.figures, table, strict=True)}
+        sums = {n: (r[0], r[1]) for n, r in zip(self.sums, table, strict=True)}
         lengths = None if self.lengths is None else accelerator.reduce(self.lengths, "sum")
         assert lengths is None or isinstance(lengths, Tensor)
-        return ThoughtMetrics(figures, lengths)
+        return ThoughtMetrics(sums, lengths)
 
     def means(self) -> dict[str, float]:
-        """Every figure as a number; those that were not computed are left out."""
+        """Every metric as a number; those that were not computed are left out."""
         table = self._table().tolist()
-        means = {n: s / c for n, (s, c) in zip(self.figures, table, strict=True) if c > 0}
+        means = {n: s / c for n, (s, c) in zip(self.sums, table, strict=True) if c > 0}
         if "mixed_nll" in means:
             means["gain"] = means["base_nll"] - means["mixed_nll"]
         if self.lengths is not None and "thought_length" in means:
@@ -103,8 +103,8 @@ class ThoughtMetrics:
         return means
 
     def _table(self) -> Tensor:
-        """Sum and count of every figure in float64, (figures, 2)."""
-        pairs = list(self.figures.values())
+        """Sum and count of every metric in float64, (metrics, 2)."""
+        pairs = list(self.sums.values())
         if pairs[0][0].device.type == "mps":  # has no float64: the CPU widens what is read
             sums, counts = torch.stack([s.float() for s, _ in pairs]), [c for _, c in pairs]
             return torch.stack([sums.cpu().double(), torch.stack(counts).cpu().double()], dim=1)
@@ -128,7 +128,7 @@ class QuietStarOutput(ModelOutput):
 
     Attributes:
         loss: Scalar, to call ``backward`` on.
-        metrics: Figures of the batch as sums and counts; ``metrics.means()`` gives numbers.
+        metrics: Those of the batch as sums and counts; ``metrics.means()`` gives numbers.
         thoughts: Tokens of the thoughts, (batch, positions, thoughts, length), -1 after the last of
             one that ends early.
         input_ids: The texts, (batch, seq).
@@ -156,7 +156,7 @@ class PlainScores:
         logprobs: Of the true next token, 0 where there is none.
         predicted: Most likely next token.
         valid: Whether there is a true next token.
-        metrics: Figures of the batch.
+        metrics: Those of the batch.
         candidates: Logits of the candidates after every text position; None if none were asked for.
     """
 
@@ -175,7 +175,7 @@ def decode_thoughts(tokenizer: PreTrainedTokenizerBase, tokens: Int[Tensor, "*th
 
 
 def plain_metrics(nll: Tensor, valid: Tensor) -> ThoughtMetrics:
-    """Figures of a text read without thoughts."""
+    """Metrics of a text read without thoughts."""
     return ThoughtMetrics({"base_nll": (nll.sum(), valid.sum())})
 
 
@@ -190,54 +190,54 @@ def thought_metrics(
     valid, ahead = s.valid[..., 0], s.valid[..., 1:]  # (B, P) and (B, P, A - 1)
     count = valid.sum()
     gain = s.mixed_logprobs.mean(2) - base  # (B, P, A)
-    figures = {
+    sums = {
         "base_nll": (-base[..., 0].where(valid, 0.0).sum(), count),
         "mixed_nll": (-_of_next(s.mixed_logprobs, valid), count * num_thoughts),
         "gain_beyond_next": (gain[..., 1:].where(ahead, 0.0).sum(), ahead.sum()),
         "mixing_weight": (_of_next(s.mixing_weight, valid), count * num_thoughts),
     }
     if s.thought_logprobs is not None:
-        figures["thought_nll"] = (-_of_next(s.thought_logprobs, valid), count * num_thoughts)
+        sums["thought_nll"] = (-_of_next(s.thought_logprobs, valid), count * num_thoughts)
     if s.positions is not None:
         assert s.text_logprobs is not None, "scored in full"
         assert s.text_valid is not None, "scored in full"
-        figures["text_nll"] = (-s.text_logprobs.sum(), s.text_valid.sum())
-        figures["text_gain"] = (gain[..., 0].where(valid, 0.0).sum(), s.text_valid.sum())
+        sums["text_nll"] = (-s.text_logprobs.sum(), s.text_valid.sum())
+        sums["text_gain"] = (gain[..., 0].where(valid, 0.0).sum(), s.text_valid.sum())
 
     has_target = s.valid.any(-1)  # (B, P)
     places, of_thoughts = has_target.sum(), has_target.unsqueeze(-1)
     all_thoughts = places * num_thoughts
     added = s.mixed_logprobs - base.unsqueeze(2)
     added = added.where(s.valid.unsqueeze(2), 0.0).sum(-1)  # (B, P, K)
-    figures["reward"] = (added.sum(), all_thoughts)
+    sums["reward"] = (added.sum(), all_thoughts)
     if num_thoughts > 1:
         identical = (s.tokens == s.tokens[:, :, :1]).flatten(2).all(-1)  # (B, P)
-        figures["reward_std"] = (added.std(-1).where(has_target, 0.0).sum(), places)
-        figures["identical_fraction"] = ((identical & has_target).sum(), places)
+        sums["reward_std"] = (added.std(-1).where(has_target, 0.0).sum(), places)
+        sums["identical_fraction"] = ((identical & has_target).sum(), places)
 
     if s.reward is not None:
-        figures["policy_reward"] = (s.reward.where(of_thoughts, 0.0).sum(), all_thoughts)
+        sums["policy_reward"] = (s.reward.where(of_thoughts, 0.0).sum(), all_thoughts)
         if num_thoughts > 1:
             spread = s.reward.std(-1)
-            figures["policy_reward_std"] = (spread.where(has_target, 0.0).sum(), places)
+            sums["policy_reward_std"] = (spread.where(has_target, 0.0).sum(), places)
             flat = spread <= 1e-6 * s.reward.abs().amax(-1)  # differ by rounding at most
-            figures["no_signal_fraction"] = ((flat & has_target).sum(), places)
+            sums["no_signal_fraction"] = ((flat & has_target).sum(), places)
 
     if s.divergence is not None:
         total = s.divergence.where(s.valid.unsqueeze(2), 0.0).sum()
-        figures["divergence"] = (total, s.valid.sum() * num_thoughts)
+        sums["divergence"] = (total, s.valid.sum() * num_thoughts)
 
     if s.advantage is not None:
         dropped = (s.advantage == 0).all(-1) & has_target
-        figures["dropped_fraction"] = (dropped.sum(), places)
+        sums["dropped_fraction"] = (dropped.sum(), places)
 
     counts = (s.tokens != NO_TOKEN) & of_thoughts.unsqueeze(-1)  # (B, P, K, T)
     tokens = counts.sum()
     if s.since_drawn is not None and s.is_clipped is not None:
         ratio = s.since_drawn.exp()
-        figures["ratio"] = (ratio.where(counts, 0.0).sum(), tokens)
-        figures["approx_kl"] = ((ratio - 1 - s.since_drawn).where(counts, 0.0).sum(), tokens)
-        figures["clipped_fraction"] = ((s.is_clipped & counts).sum(), tokens)
+        sums["ratio"] = (ratio.where(counts, 0.0).sum(), tokens)
+        sums["approx_kl"] = ((ratio - 1 - s.since_drawn).where(counts, 0.0).sum(), tokens)
+        sums["clipped_fraction"] = ((s.is_clipped & counts).sum(), tokens)
     logprobs = s.logprobs.where(counts, 0.0).sum()
     # Sampled at the policy temperature, a token's surprise is an unbiased estimate of the entropy.
     entropy = -logprobs if s.entropy is None else s.entropy.where(counts, 0.0).sum()
@@ -246,22 +246,22 @@ def thought_metrics(
     is_first[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
     distinct = (is_first & (ordered != NO_TOKEN) & of_thoughts.unsqueeze(-1)).sum(-1)  # (B, P, K)
     ratio = distinct / counts.sum(-1).clamp(min=1)
-    figures["entropy"] = (entropy, tokens)
-    figures["distinct_token_ratio"] = (ratio.sum(), all_thoughts)
-    figures["thought_logprob"] = (logprobs, tokens)
+    sums["entropy"] = (entropy, tokens)
+    sums["distinct_token_ratio"] = (ratio.sum(), all_thoughts)
+    sums["thought_logprob"] = (logprobs, tokens)
     if not may_end_early:
-        return ThoughtMetrics(figures)
+        return ThoughtMetrics(sums)
     is_cut = s.tokens[..., -1] != NO_TOKEN  # (B, P, K)
     if stop is not None:
         is_stopped = stop.is_ended(s.tokens)
         is_cut &= ~is_stopped
-        figures["stop_fraction"] = ((is_stopped & of_thoughts).sum(), all_thoughts)
-    figures["thought_length"] = (tokens, all_thoughts)
-    figures["truncated_fraction"] = ((is_cut & of_thoughts).sum(), all_thoughts)
+        sums["stop_fraction"] = ((is_stopped & of_thoughts).sum(), all_thoughts)
+    sums["thought_length"] = (tokens, all_thoughts)
+    sums["truncated_fraction"] = ((is_cut & of_thoughts).sum(), all_thoughts)
     # Neither bincount nor a mask, which would wait for a GPU.
     counted = of_thoughts.expand_as(is_cut).flatten().long()
     lengths = counted.new_zeros(s.tokens.shape[-1] + 1)
-    return ThoughtMetrics(figures, lengths.index_add(0, counts.sum(-1).flatten(), counted))
+    return ThoughtMetrics(sums, lengths.index_add(0, counts.sum(-1).flatten(), counted))
 
 
 def _of_next(x: Float[Tensor, "batch positions thoughts lookahead"], valid: Tensor) -> Tensor:

@@ -63,8 +63,8 @@ class Run:
 
     folder: Path
     seed: int
-    settings: Mapping[str, str]  # that decide its figures, seed aside
-    figures: Mapping[str, float]
+    settings: Mapping[str, str]  # that decide its metrics, seed aside
+    metrics: Mapping[str, float]
     curves: Mapping[str, tuple[list[int], list[float]]]  # held out, over the last stage's steps
     ends: Sequence[Mapping[str, Any]]  # right answers at the ends of stages (`_stage_ends`)
     warnings: frozenset[str]  # names of the guards that fired
@@ -73,7 +73,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read the config and the figures of a finished run.
+    """Read the config and the metrics of a finished run.
 
     ``training_seconds`` is the mean time of a recorded step times the number of steps, summed over
     stages: without evaluations and checkpoints, and the same for a run that was interrupted.
@@ -95,7 +95,7 @@ def read_run(folder: Path) -> Run:
     done, total = of_last[-1].step if of_last else 0, stages[-1].last_step
     if done < total:
         raise UserError(
-            f"RUN ({folder}): is evaluated up to step {done} of {total}, so its final figures are "
+            f"RUN ({folder}): is evaluated up to step {done} of {total}, so its final metrics are "
             "missing. Finish it with --resume auto, or leave it out."
         )
     seconds = 0.0
@@ -103,8 +103,8 @@ def read_run(folder: Path) -> Run:
         records = [record for record in files.records if record.stage == stage.name]
         times = series(records, "train", "seconds")[1]
         seconds += fmean(times or [0.0]) * stage.config.training.max_steps
-    known = {key: value for key, value in of_last[-1].figures.items() if key in METRICS}
-    figures = {**known, "training_seconds": seconds}
+    known = {key: value for key, value in of_last[-1].metrics.items() if key in METRICS}
+    metrics = {**known, "training_seconds": seconds}
     warnings = frozenset(guard.name for guard in files.fired)
     first = stages[-1].first_step
     curves = {}
@@ -115,12 +115,12 @@ def read_run(folder: Path) -> Run:
     curves[REWARD] = _smooth(*series(of_stage, "train", REWARD), first)
     ends = _stage_ends(files.records, stages)
     if ends and ends[-1]["stage"] == stages[-1].name:
-        figures["accuracy"] = ends[-1]["accuracy"]
+        metrics["accuracy"] = ends[-1]["accuracy"]
     is_plain = _is_plain(stages[-1])
     followed = [one for one in files.followed if one.stage == stages[-1].name and not is_plain]
     samples = followed[-1].samples if followed else ()
     thoughts = [{"before": one.before, "thought": one.thought} for one in samples]
-    return Run(folder, config.training.seed, _settings(config), figures, curves, ends, warnings,
+    return Run(folder, config.training.seed, _settings(config), metrics, curves, ends, warnings,
                thoughts, is_plain)  # fmt: skip
 
 
@@ -186,7 +186,7 @@ def compare_runs(folders: Sequence[Path], trust_code: bool = False) -> dict[str,
     Returns:
         ``groups``, each with its ``name``, ``runs``, ``seeds``, whether it ``is_plain`` (its last
         stage trained without thoughts), the ``settings`` that differ from the first group's,
-        ``figures`` (by key: ``n``, ``mean``, its 95 % interval ``ci95`` by Student's t over the
+        ``metrics`` (by key: ``n``, ``mean``, its 95 % interval ``ci95`` by Student's t over the
         seeds, and the ``values`` in the order of the seeds) and ``warnings`` (by name: in how many
         of the runs the health check failed), some ``thoughts`` of its first run (the text
         ``before``, the ``thought``), and of each run the ``curves`` (by key: steps and values; held
@@ -223,18 +223,18 @@ def _group(runs: Sequence[Run], first: Mapping[str, str]) -> dict[str, Any]:
     runs = sorted(runs, key=lambda run: run.seed)
     settings, folder = runs[0].settings, runs[0].folder.resolve().name
     name = _SEED_IN_NAME.sub("", folder).removesuffix(f"-{runs[0].seed}") or folder
-    figures = {}
+    metrics = {}
     for key in METRICS:
-        values = [run.figures[key] for run in runs if key in run.figures]
+        values = [run.metrics[key] for run in runs if key in run.metrics]
         if values:
-            figures[key] = {"n": len(values), **mean_over_seeds(values), "values": values}
+            metrics[key] = {"n": len(values), **mean_over_seeds(values), "values": values}
     return {
         "name": name,
         "runs": [str(run.folder) for run in runs],
         "seeds": [run.seed for run in runs],
         "is_plain": runs[0].is_plain,
         "settings": _differences(settings, first),
-        "figures": figures,
+        "metrics": metrics,
         "ends": [list(run.ends) for run in runs],
         "curves": [{key: list(curve) for key, curve in run.curves.items()} for run in runs],
         "thoughts": list(runs[0].thoughts[:MOST_THOUGHTS]),
@@ -327,7 +327,7 @@ def _curves(groups: Sequence[Mapping[str, Any]], key: str) -> Card | None:
     for group, (color, symbol) in zip(groups, LOOKS, strict=False):
         name = literal(group["name"], 40)
         for number, (curves, seed) in enumerate(zip(group["curves"], group["seeds"], strict=True)):
-            steps, values = curves[_figure(group, key) or key]
+            steps, values = curves[_metric_of(group, key) or key]
             texts = [f"{name}, seed {seed}, step {step}: {show(value, form)}"
                      for step, value in zip(steps, values, strict=True)]  # fmt: skip
             if values:
@@ -338,7 +338,7 @@ def _curves(groups: Sequence[Mapping[str, Any]], key: str) -> Card | None:
     caption = "Held out, a line for each seed."
     if key == REWARD:
         caption = "In training, smoothed; a line for each seed, in units of loss.reward."
-    elif plain_runs := [g["name"] for g in groups if _figure(g, key) not in (None, key)]:
+    elif plain_runs := [g["name"] for g in groups if _metric_of(g, key) not in (None, key)]:
         caption += f" {', '.join(plain_runs)}: without thoughts."
     if len(groups) > len(LOOKS):
         caption += f" The first {len(LOOKS)} runs alone are drawn."
@@ -382,26 +382,26 @@ def _table(groups: Sequence[Mapping[str, Any]]) -> Table:
     for key, metric in METRICS.items():
         if key == "accuracy" and not any(group["is_plain"] for group in groups):
             continue  # all answers are with thoughts
-        found = [(group, group["figures"][key]) for group in groups if key in group["figures"]]
+        found = [(group, group["metrics"][key]) for group in groups if key in group["metrics"]]
 
         def shown(values: Sequence[float], form: str = metric.form) -> list[str]:
             return [show(value, form) for value in values]
 
-        for group, figure in found:
-            interval = MISSING if figure["ci95"] is None else " to ".join(shown(figure["ci95"]))
-            seeds = " · ".join(shown(figure["values"])) if figure["n"] > 1 else ""
-            mean = Cell(show(figure["mean"], metric.form), [seeds], "strong")
-            rows.append((label_of(key), group["name"], str(figure["n"]), mean, interval))
+        for group, value in found:
+            interval = MISSING if value["ci95"] is None else " to ".join(shown(value["ci95"]))
+            seeds = " · ".join(shown(value["values"])) if value["n"] > 1 else ""
+            mean = Cell(show(value["mean"], metric.form), [seeds], "strong")
+            rows.append((label_of(key), group["name"], str(value["n"]), mean, interval))
     headings = ("metric", "run", "seeds", "mean", "95% CI")
     return Table("Metrics", headings, rows, 2, widths=(30, 20, 8, 20, 22))
 
 
-def _figure(group: Mapping[str, Any], key: str) -> str | None:
-    """Return the figure of a group that goes by ``key``: with thoughts, or that of a plain run."""
+def _metric_of(group: Mapping[str, Any], key: str) -> str | None:
+    """Return the metric of a group that goes by ``key``: with thoughts, or that of a plain run."""
     names = [key, _OF_PLAIN_RUNS.get(key)]
     if group["is_plain"]:  # a student is scored with thoughts, too
         names.reverse()
-    return next((name for name in names if name in group["figures"]), None)
+    return next((name for name in names if name in group["metrics"]), None)
 
 
 def _said(key: str, mean: float) -> str:
@@ -411,24 +411,24 @@ def _said(key: str, mean: float) -> str:
 
 
 def _verdict(groups: Sequence[Mapping[str, Any]]) -> str:
-    """Say which group is best by the first figure that all have, and whether it stands out."""
+    """Say which group is best by the first metric that all have, and whether it stands out."""
     for key in ("accuracy", *CURVES):
-        if all(_figure(group, key) for group in groups):
+        if all(_metric_of(group, key) for group in groups):
             break
     else:
-        return "These runs have no held-out figure in common."
+        return "These runs have no held-out metric in common."
 
     def found(group: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-        """The figure, and the sentence about it, with what it is without thoughts."""
-        name = _figure(group, key)
+        """The metric, and the sentence about it, with what it is without thoughts."""
+        name = _metric_of(group, key)
         assert name is not None, "all groups have one"
-        figure = group["figures"][name]
-        text = f"{group['name']}: {_said(name, figure['mean'])}"
+        metric = group["metrics"][name]
+        text = f"{group['name']}: {_said(name, metric['mean'])}"
         without = {"accuracy": "accuracy_without_thoughts", **_OF_PLAIN_RUNS}.get(name, "base_nll")
-        if not group["is_plain"] and without in group["figures"]:
-            mean = group["figures"][without]["mean"]
+        if not group["is_plain"] and without in group["metrics"]:
+            mean = group["metrics"][without]["mean"]
             text += f" ({_said(without, mean)})"
-        return figure, text
+        return metric, text
 
     order = sorted(map(found, groups), key=lambda pair: pair[0]["mean"], reverse=key != "mixed_nll")
     best, text = order[0]

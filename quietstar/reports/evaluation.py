@@ -1,4 +1,4 @@
-"""The figures of ``quietstar eval``, in the terminal and as a page."""
+"""The metrics of ``quietstar eval``, in the terminal and as a page."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from statistics import NormalDist
+
+from scipy.stats import binomtest
 
 from quietstar.evaluation.controls import FEW_ITEMS
 
@@ -76,12 +76,8 @@ def wilson(share: float, n: float | None) -> tuple[float, float] | None:
     """Return the 95% score interval of a share of ``n`` (Wilson 1927); None if there is none."""
     if n is None or n < 1 or not 0 <= share <= 1:
         return None
-    n = round(n)
-    share = round(share * n) / n
-    z = NormalDist().inv_cdf(0.975)
-    center = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, center - half), min(1.0, center + half)
+    ends = binomtest(round(share * n), round(n)).proportion_ci(method="wilson")
+    return float(ends.low), float(ends.high)
 
 
 def shown_text(text: str) -> str:

@@ -43,7 +43,7 @@ def write_judge_page(
         path: Path of the page.
         labels: Preferences of the judge.
         pairs: The pairs, in the order of the preferences.
-        summary: Figures of all pairs.
+        summary: Metrics of all pairs.
         settings: Settings of the judge.
         names: The two contestants, where models were compared.
     """

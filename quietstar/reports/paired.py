@@ -110,7 +110,7 @@ def compare_evaluations(paths: Sequence[Path]) -> dict[str, Any]:
 
     A model that thinks is judged with its thoughts, others without. Items are those that all
     evaluations have; tasks of the same name are compared, or whatever the only task of each is
-    called (such as files that put the same questions into different prompts). Figures of tokens
+    called (such as files that put the same questions into different prompts). Metrics of tokens
     are left out where tokenizers split answers differently.
 
     Args:

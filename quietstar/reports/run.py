@@ -130,12 +130,12 @@ CHARTS = (
 
 def _with_gains(record: Record) -> Record:
     """Add what each control gains over no thoughts, from where all lines of the chart start."""
-    figures = record.figures
-    if record.kind != "eval" or "gain" not in figures:
+    metrics = record.metrics
+    if record.kind != "eval" or "gain" not in metrics:
         return record
-    gains = {f"gain_with_{name}": figures["gain"] - figures[GAINS[name]]
-             for name in CONTROLS if GAINS[name] in figures}  # fmt: skip
-    return replace(record, figures={**figures, "gain_without": 0.0, **gains})
+    gains = {f"gain_with_{name}": metrics["gain"] - metrics[GAINS[name]]
+             for name in CONTROLS if GAINS[name] in metrics}  # fmt: skip
+    return replace(record, metrics={**metrics, "gain_without": 0.0, **gains})
 
 
 def write_report(folder: Path, status: str = "") -> Path:
@@ -147,19 +147,19 @@ def write_report(folder: Path, status: str = "") -> Path:
         status: How far the run is, as the run itself knows it; by default what the files say.
 
     Raises:
-        UserError: The folder holds no figures, a file of it is damaged.
+        UserError: The folder holds no metrics, a file of it is damaged.
     """
     run = RunFiles(folder)
     records = [_with_gains(record) for record in run.records]
     evaluations = [record for record in records if record.kind == "eval"]
-    scored = [record for record in evaluations if "base_nll" in record.figures]
+    scored = [record for record in evaluations if "base_nll" in record.metrics]
     configs = {stage.name: stage.config for stage in run.plan}
     of_answers = any(
-        record.stage in configs and measures_answers(configs[record.stage], record.figures)
+        record.stage in configs and measures_answers(configs[record.stage], record.metrics)
         for record in scored[-1:]
     )
     accuracies, n, step = _accuracies(evaluations, run.results)
-    newest = evaluations[-1].figures if evaluations else {}
+    newest = evaluations[-1].metrics if evaluations else {}
     status, verdict = status or _status(run), _verdict(accuracies, n, newest)
     tiles = _answers(accuracies, n, step, evaluations, run.results)
     top = [pages.Line(f"{status[0].upper()}{status[1:]}.", "status")] if status else []
@@ -218,19 +218,19 @@ def _accuracies(
     evaluations: Sequence[Record], results: Results
 ) -> tuple[dict[str, float | None], float | None, str]:
     """Return accuracies of ``results.json`` or as last evaluated, of how many answers, and when."""
-    figures = {key: results.accuracy.get(name) for name, key in ACCURACIES.items()}
+    metrics = {key: results.accuracy.get(name) for name, key in ACCURACIES.items()}
     n, step = results.accuracy.get("n"), ""
-    if all(share is None for share in figures.values()):
+    if all(share is None for share in metrics.values()):
         n = None
         for record in evaluations:
-            if record.figures.keys() & figures:
-                step, n = f", step {record.step}", record.figures.get("num_answers")
-                figures = {key: record.figures.get(key) for key in figures}
-    return figures, n, step
+            if record.metrics.keys() & metrics:
+                step, n = f", step {record.step}", record.metrics.get("num_answers")
+                metrics = {key: record.metrics.get(key) for key in metrics}
+    return metrics, n, step
 
 
 def _verdict(
-    accuracy: Mapping[str, float | None], n: float | None, figures: Mapping[str, float]
+    accuracy: Mapping[str, float | None], n: float | None, metrics: Mapping[str, float]
 ) -> str:
     """Say in a sentence or two what thinking does, as far as the run has measured it."""
     own, without, swapped = (
@@ -253,7 +253,7 @@ def _verdict(
         if own > without and ends[0] and ends[1] and ends[0][0] <= ends[1][1]:
             text += f" (a difference that {n:.0f} problems cannot tell from chance)"
         return text + "."
-    gain, content = figures.get("gain"), figures.get("gain_of_content")
+    gain, content = metrics.get("gain"), metrics.get("gain_of_content")
     if gain is None:
         return ""
     if gain <= 0:
@@ -270,17 +270,17 @@ def _verdict(
 
 # --- At a glance ----------------------------------------------------------------------------------
 def _answers(
-    figures: Mapping[str, float | None], n: float | None, step: str,
+    metrics: Mapping[str, float | None], n: float | None, step: str,
     evaluations: Sequence[Record], results: Results,
 ) -> list[pages.Tiles]:  # fmt: skip
     """Show accuracies and correct thoughts."""
-    own, without = figures["accuracy_with_thoughts"], figures["accuracy_without_thoughts"]
+    own, without = metrics["accuracy_with_thoughts"], metrics["accuracy_without_thoughts"]
     notes = {f"accuracy_{control}": note for control, note in CONTROL_NOTES.items()}
     if own is not None and without is not None:
         notes["accuracy_with_thoughts"] = f"{points(own - without)} points vs. no thoughts"
     tiles = []
     for line in CHARTS[0].lines:
-        if (share := figures.get(line.key)) is not None:
+        if (share := metrics.get(line.key)) is not None:
             label, shown = line.name.capitalize(), formats.share_of(share, n)
             bounds, note = formats.wilson(share, n), notes.get(line.key, "")
             tiles.append(pages.Tile.measured(label, shown, line.color, bounds, note))
@@ -298,19 +298,19 @@ def _answers(
 
 def _next_tokens(scored: Sequence[Record], of_answers: bool) -> list[pages.Line | pages.Cards]:
     """Show no, own and swapped thoughts from one start: P(gold answer), or the gain over none."""
-    scored = [record for record in scored if "mixed_nll" in record.figures] or scored
+    scored = [record for record in scored if "mixed_nll" in record.metrics] or scored
     if not scored:
         return []
     first, last = scored[0], scored[-1]
-    now, keys = last.figures, {"gain": "mixed_nll", "gain_without": "base_nll"}
+    now, keys = last.metrics, {"gain": "mixed_nll", "gain_without": "base_nll"}
 
     def nll(key: str) -> str:
         """NLLs of the last evaluation and the first."""
         key = keys.get(key, f"{key.removeprefix('gain_with_')}_mixed_nll")
         if key not in now:
             return ""
-        is_older = first is not last and key in first.figures
-        before = f", {plain(first.figures[key], 3)} at step {first.step}" if is_older else ""
+        is_older = first is not last and key in first.metrics
+        before = f", {plain(first.metrics[key], 3)} at step {first.step}" if is_older else ""
         return f"NLL {plain(now[key], 3)}{before}"
 
     if "gain" not in now:
@@ -408,14 +408,14 @@ def _samples(samples: Sequence[Sample]) -> list[pages.Line | pages.Table]:
 
 # --- Guards, curves, controls, evaluations --------------------------------------------------------
 def _guards(run: RunFiles) -> pages.Section:
-    """Describe the guards whose figures were measured: now, threshold, and where they fired."""
+    """Describe the guards whose metrics were measured: now, threshold, and where they fired."""
     states = {name: GuardState() for name in run.stages}
     for stage in run.plan:
         if stage.name in states:
             states[stage.name] = GuardState(stage.config, stage.first_step)
     for record in run.records:
         states[record.stage].see("train" if record.kind == "train" else "eval", record.step,
-                                 record.figures)  # fmt: skip
+                                 record.metrics)  # fmt: skip
     rows, num_fired, num_beyond = [], 0, 0
     for guard in GUARDS:
         fired = [one for one in run.fired if one.name == guard.name]
@@ -454,11 +454,11 @@ def _curves(
     records: Sequence[Record], of_answers: bool, n: float | None
 ) -> list[pages.Line | pages.Cards]:
     """Draw the charts whose metrics were measured."""
-    measured = {key for record in records for key in record.figures}
+    measured = {key for record in records for key in record.metrics}
     repeats = all(  # with loss.reward thought or mixed both are the same
-        r.figures["policy_reward"] == r.figures.get("reward")
+        r.metrics["policy_reward"] == r.metrics.get("reward")
         for r in records
-        if "policy_reward" in r.figures
+        if "policy_reward" in r.metrics
     )
     cards = []
     for chart in CHARTS:
@@ -523,7 +523,7 @@ def _table(evaluations: Sequence[Record], of_answers: bool) -> list[pages.Line |
     left_out = ("base_nll", "mixed_nll", "thought_nll", "gain") if of_answers else ("gold_prob",)
     columns = [(key, metric) for key, metric in METRICS.items()
                if metric.heading and not key.startswith(left_out)
-               and any(key in record.figures for record in evaluations)]  # fmt: skip
+               and any(key in record.metrics for record in evaluations)]  # fmt: skip
     has_stages = any(record.stage for record in evaluations)
     headings = [
         "step",
@@ -531,7 +531,7 @@ def _table(evaluations: Sequence[Record], of_answers: bool) -> list[pages.Line |
         *(metric.label for _, metric in columns),
     ]
     rows = [[str(record.step), *([record.stage] if has_stages else []),
-             *(formats.show(record.figures.get(key), metric.form) for key, metric in columns)]
+             *(formats.show(record.metrics.get(key), metric.form) for key, metric in columns)]
             for record in evaluations]  # fmt: skip
     lead = "Accuracies and correct thoughts in percent, "
     lead += "P(gold answer) as a probability." if of_answers else "NLL and gains in nats/token."

@@ -29,7 +29,7 @@ RENAMED = {
 
 
 LARGEST = 1e100
-"""A larger figure is no measurement, and sums of such ones are not finite."""
+"""A larger number is no measurement, and sums of such ones are not finite."""
 MOST_STEPS = 2**53
 MOST_CONFIG_BYTES = 2**20
 
@@ -54,7 +54,7 @@ class Record:
     kind: str  # train or eval
     stage: str  # empty in runs without stages
     step: int  # optimizer steps done, over all stages
-    figures: Mapping[str, float]
+    metrics: Mapping[str, float]
 
 
 def _entries(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -68,7 +68,7 @@ def _entries(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def parse_metrics(text: str) -> list[Record]:
-    """Parse the figures of ``metrics.jsonl``.
+    """Parse the metrics of ``metrics.jsonl``.
 
     Records are in order of steps, and the last of several for one step wins. Of two stages that
     meet at a step, the one that was written first comes first.
@@ -78,8 +78,8 @@ def parse_metrics(text: str) -> list[Record]:
         if (kind := entry.get("kind")) in ("train", "eval"):
             stage = str(entry.get("stage", ""))
             numbers = {key: finite(x) for key, x in entry.items() if key not in ("step", "stage")}
-            figures = {key: value for key, value in numbers.items() if value is not None}
-            records[kind, stage, step] = Record(kind, stage, step, figures)
+            metrics = {key: value for key, value in numbers.items() if value is not None}
+            records[kind, stage, step] = Record(kind, stage, step, metrics)
     return sorted(records.values(), key=lambda record: record.step)
 
 
@@ -107,8 +107,8 @@ def find_stages(records: Iterable[Record]) -> list[str]:
 
 
 def series(records: Iterable[Record], kind: str, key: str) -> tuple[list[int], list[float]]:
-    """Return the steps at which a figure was measured, and its values there."""
-    pairs = [(r.step, r.figures[key]) for r in records if r.kind == kind and key in r.figures]
+    """Return the steps at which a metric was measured, and its values there."""
+    pairs = [(r.step, r.metrics[key]) for r in records if r.kind == kind and key in r.metrics]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
@@ -121,7 +121,7 @@ def _finite_pair(value: object) -> tuple[float, float] | None:
     return None if low is None or high is None else (min(low, high), max(low, high))
 
 
-Figure = Annotated[float | None, BeforeValidator(finite)]
+Number = Annotated[float | None, BeforeValidator(finite)]
 Interval = Annotated[tuple[float, float] | None, BeforeValidator(_finite_pair)]
 
 
@@ -134,16 +134,16 @@ class Part(BaseModel):
 class Results(Part):
     """``results.json``: the measurement at the end."""
 
-    accuracy: dict[str, Figure] = {}  # by kind of thoughts, of n held-out problems
-    right_thoughts: dict[str, Figure] = {}  # share of correct ones before and after training
-    seconds: Figure = None
+    accuracy: dict[str, Number] = {}  # by kind of thoughts, of n held-out problems
+    right_thoughts: dict[str, Number] = {}  # share of correct ones before and after training
+    seconds: Number = None
 
 
 class Answer(Part):
     """A prediction, and the probability of the correct answer."""
 
     prediction: str = ""
-    probability: Figure = None
+    probability: Number = None
 
 
 class Swapped(Answer):
@@ -161,7 +161,7 @@ class Sample(Part):
     without_thoughts: Answer = Answer()
     with_thoughts: Answer = Answer()
     swapped: Swapped | None = None
-    mixing_weight: Figure = None
+    mixing_weight: Number = None
     right_thought: bool | None = None
     correct: bool | None = None
 
@@ -204,10 +204,10 @@ class SeedMean(Part):
     """A mean over seeds: of a variant, or of a difference between two that is paired by seed."""
 
     label: str = Field("", validation_alias=AliasChoices("label", "name"))
-    accuracy: tuple[Figure, ...] = ()
-    mean: Figure = None
+    accuracy: tuple[Number, ...] = ()
+    mean: Number = None
     ci95: Interval = None
-    right_thoughts: tuple[Figure, ...] = ()
+    right_thoughts: tuple[Number, ...] = ()
 
     @property
     def mean_right_thoughts(self) -> float | None:
@@ -255,7 +255,7 @@ class RunFiles:
     """The contents of a run folder; what is missing is empty.
 
     Raises:
-        UserError: It holds no figures, or one of its files is damaged.
+        UserError: It holds no metrics, or one of its files is damaged.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -283,7 +283,7 @@ def _first_thoughts(
         positions = chosen_positions(reader, batch)
         drawn = writer.draw(batch.input_ids, positions=positions, sample_ids=batch.sample_ids)
         metrics, key = score_batch(reader, batch, drawn.tokens, positions), "accuracy_with_thoughts"
-        counts += torch.stack(metrics.figures[key])
+        counts += torch.stack(metrics.sums[key])
     right, total = accelerator.reduce(counts, "sum").tolist()  # pyright: ignore
     return {"accuracy": {"with_thoughts": right / total, "n": total}}
 

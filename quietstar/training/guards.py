@@ -1,4 +1,4 @@
-"""Guards: figures that show when thoughts collapse or training goes wrong, and what helps."""
+"""Guards: metrics that show when thoughts collapse or training goes wrong, and what helps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quietstar.config import Config
 from quietstar.config.effects import keys_without_effect
 from quietstar.evaluation.controls import LEAST_PROBABILITY
 
-Figures = Mapping[str, float]
+Metrics = Mapping[str, float]
 Source = Literal["train", "eval"]
 WINDOW: dict[Source, int] = {"train": 5, "eval": 1}
 """Records whose mean is judged, so that one odd step does not warn; as many are the first ones."""
@@ -25,21 +25,21 @@ UNCHECKED = {"train": 20, "eval": 0}
 
 @dataclass(frozen=True)
 class Guard:
-    """A figure with a threshold, and what is said beyond it."""
+    """A metric with a threshold, and what is said beyond it."""
 
     name: str  # in metrics.jsonl, on the page and in the docs
-    title: str  # the figure in words
+    title: str  # the metric in words
     source: Source  # records that it is read from: training steps or held-out evaluations
-    keys: tuple[str, ...]  # their figures that it needs
-    value: Callable[[Figures, Figures], float]  # of those now and the stage's first records
+    keys: tuple[str, ...]  # their metrics that it needs
+    value: Callable[[Metrics, Metrics], float]  # of those now and the stage's first records
     side: Literal["at most", "at least"]  # of the limit on which it is bad
-    limit: float  # at and beyond which the figure is bad
-    form: str  # format of the figure and of its limit
-    message: str  # what a bad figure means, with ``{}`` for the figure
+    limit: float  # at and beyond which the metric is bad
+    form: str  # format of the metric and of its limit
+    message: str  # what a bad metric means, with ``{}`` for the metric
     remedies: Mapping[str, tuple[str, ...]]  # keys of the config by what to do with them
     in_a_row: int = 1  # bad records one after the other that make it fire
-    # In which figures it is judged, and the same in words.
-    condition: tuple[Callable[[Figures], bool], str] = (lambda now: True, "")
+    # In which metrics it is judged, and the same in words.
+    condition: tuple[Callable[[Metrics], bool], str] = (lambda now: True, "")
     unless: Callable[[Config], bool] = lambda config: False  # a stage's with which it is not judged
     is_collapse: bool = True  # whether it ends a run with `training.stop_on_collapse`
 
@@ -48,7 +48,7 @@ class Guard:
         return not (value > self.limit if self.side == "at most" else value < self.limit)
 
     def describe(self, value: float, config: Config) -> str:
-        """Say what a bad figure means, and which keys that have an effect in a stage may help."""
+        """Say what a bad metric means, and which keys that have an effect in a stage may help."""
         idle = keys_without_effect(config)
         phrases = []
         for verb, keys in self.remedies.items():
@@ -65,11 +65,11 @@ class Guard:
         return f"{self.side} {limit}{self.condition[1]}{rows}"
 
 
-def _share_of_first(key: str) -> Callable[[Figures, Figures], float]:
+def _share_of_first(key: str) -> Callable[[Metrics, Metrics], float]:
     return lambda now, first: now[key] / first[key] if first[key] > 0 else 1.0
 
 
-def _plain(key: str) -> Callable[[Figures, Figures], float]:
+def _plain(key: str) -> Callable[[Metrics, Metrics], float]:
     return lambda now, first: now[key]
 
 
@@ -81,15 +81,15 @@ def _thinks_once(config: Config) -> bool:
     return config.thoughts.positions == "answer_start"
 
 
-def measures_answers(config: Config, figures: Figures) -> bool:
+def measures_answers(config: Config, metrics: Metrics) -> bool:
     """Return True where the probability of answers says more than the NLL of next tokens.
 
     With one thought for a whole answer, NLLs and gains are about its first token alone, which may
     be just a space. But of the probability of a long answer nothing is left.
     """
-    probabilities = (x for key, x in figures.items() if key.startswith("gold_probability_"))
+    probabilities = (x for key, x in metrics.items() if key.startswith("gold_probability_"))
     is_large = max(probabilities, default=0.0) >= LEAST_PROBABILITY
-    return _thinks_once(config) and "gain" in figures and is_large
+    return _thinks_once(config) and "gain" in metrics and is_large
 
 
 def _compares_no_thoughts(config: Config) -> bool:
@@ -97,7 +97,7 @@ def _compares_no_thoughts(config: Config) -> bool:
     return _pauses(config) or estimator in ("no_baseline", "running_mean")
 
 
-def _rise(now: Figures, first: Figures) -> float:
+def _rise(now: Metrics, first: Metrics) -> float:
     """Return how far a held-out NLL has risen, the worse of both; NaN is the worst.
 
     With a mixing weight of 1 nothing depends on the base prediction, which may be unlearned.
@@ -237,23 +237,23 @@ GUARDS = (
 class GuardState:
     """What the guards know of one stage."""
 
-    config: Config | None = None  # of the stage; None to read figures only
+    config: Config | None = None  # of the stage; None to read metrics only
     first_step: int = 0  # steps of the run before the stage
     fired: set[str] = field(default_factory=set)  # guards that are judged no more
     _first: dict[tuple[Source, str], list[float]] = field(default_factory=dict)
     _now: dict[tuple[Source, str], deque[float]] = field(default_factory=dict)
     _bad: dict[str, int] = field(default_factory=dict)  # records in a row
 
-    def see(self, source: Source, step: int, figures: Mapping[str, Any]) -> list[Guard]:
+    def see(self, source: Source, step: int, metrics: Mapping[str, Any]) -> list[Guard]:
         """Take in a record, and return the guards that fire at it; they are judged again.
 
         Args:
             source: Kind of the record.
             step: Steps of the run.
-            figures: Its figures; what is no float is passed over, and in training what is not
+            metrics: Its metrics; what is no float is passed over, and in training what is not
                 finite.
         """
-        for key, value in figures.items():
+        for key, value in metrics.items():
             if not isinstance(value, float) or (source == "train" and not math.isfinite(value)):
                 continue
             self._now.setdefault((source, key), deque(maxlen=WINDOW[source])).append(value)
@@ -264,7 +264,7 @@ class GuardState:
             return []
         firing = []
         for guard in GUARDS:
-            if guard.source != source or not all(key in figures for key in guard.keys):
+            if guard.source != source or not all(key in metrics for key in guard.keys):
                 continue
             self._bad[guard.name] = self._bad.get(guard.name, 0) + 1 if self.is_bad(guard) else 0
             if self._bad[guard.name] >= guard.in_a_row and guard.name not in self.fired:
@@ -272,17 +272,17 @@ class GuardState:
         return firing
 
     def value(self, guard: Guard) -> float | None:
-        """Return a guard's figure now; None before its records are there."""
-        now, first = self._figures(self._now, guard), self._figures(self._first, guard)
+        """Return a guard's metric now; None before its records are there."""
+        now, first = self._means(self._now, guard), self._means(self._first, guard)
         return guard.value(now, first) if all(key in now for key in guard.keys) else None
 
     def watches(self, guard: Guard) -> bool:
-        """Return True where a guard's figure means something in the stage."""
+        """Return True where a guard's metric means something in the stage."""
         return self.config is None or not guard.unless(self.config)
 
     def is_beyond(self, guard: Guard) -> bool:
-        """Return True where a guard's figure now is beyond its limit, be it of too few records."""
-        value, now = self.value(guard), self._figures(self._now, guard)
+        """Return True where a guard's metric now is beyond its limit, be it of too few records."""
+        value, now = self.value(guard), self._means(self._now, guard)
         if value is None or not self.watches(guard):
             return False
         return guard.condition[0](now) and guard.is_bad(value)
@@ -293,6 +293,6 @@ class GuardState:
         return fewest >= FEWEST[guard.source] and self.is_beyond(guard)
 
     @staticmethod
-    def _figures(series: Mapping[tuple[Source, str], Any], guard: Guard) -> dict[str, float]:
-        """Return the means of all figures of the guard's records."""
+    def _means(series: Mapping[tuple[Source, str], Any], guard: Guard) -> dict[str, float]:
+        """Return the means of all metrics of the guard's records."""
         return {key: fmean(x) for (source, key), x in series.items() if source == guard.source}

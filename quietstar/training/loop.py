@@ -312,7 +312,7 @@ def next_running(run: StageRun, metrics: ThoughtMetrics) -> Tensor:
     """Moves the means of rewards and of their standard deviations on by a step, (2,)."""
     nothing = (torch.zeros((), device=run.accelerator.device),) * 2
     names = ("policy_reward", "policy_reward_std")
-    pairs = [torch.stack([*metrics.figures.get(name, nothing)]) for name in names]
+    pairs = [torch.stack([*metrics.sums.get(name, nothing)]) for name in names]
     wide = torch.float32 if pairs[0].device.type == "mps" else torch.float64
     table = run.accelerator.reduce(torch.stack([p.to(wide) for p in pairs]), "sum")
     assert isinstance(table, Tensor)
@@ -329,7 +329,7 @@ def with_ratios(first: ThoughtMetrics | None, later: ThoughtMetrics | None) -> T
     assert first is not None, "a training step has metrics"
     assert later is not None, "as has each update"
     names = ("ratio", "approx_kl", "clipped_fraction")
-    ratios = {name: later.figures[name] for name in names if name in later.figures}
+    ratios = {name: later.sums[name] for name in names if name in later.sums}
     return first.joined(ThoughtMetrics(ratios))
 
 

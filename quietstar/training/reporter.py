@@ -48,7 +48,7 @@ IN_LINE = (
     ("mixed", "mixed_nll", ".3f"), ("gain", "gain", "+.4f"), ("reward", "policy_reward", "+.3f"),
     ("w", "mixing_weight", ".3f"), ("entropy", "entropy", ".3f"), ("lr", "lr", ".1e"),
 )  # fmt: skip
-"""Figures of a step in the line under the bar: name, key and format."""
+"""Metrics of a step in the line under the bar: name, key and format."""
 DROPPED_FIRST = ("entropy", "w", "mixed", "lr")
 PAUSE_AFTER_REPORT = 30
 """The page is written again after this many times the time that it took: at most 3% of the run."""
@@ -77,12 +77,12 @@ class _Left(ProgressColumn):
 
 
 class _Bars(Progress):
-    """Bars, and below them the figures of the newest step in a line of their own.
+    """Bars, and below them the metrics of the newest step in a line of their own.
 
     In a notebook they are redrawn in one output, which rich does only with ipywidgets.
     """
 
-    figures = ""
+    metrics = ""
     output: Any = None
 
     def start(self) -> None:
@@ -100,8 +100,8 @@ class _Bars(Progress):
     def get_renderables(self) -> Iterator[RenderableType]:
         """Yield what is drawn, from top to bottom."""
         yield self.make_tasks_table(self.tasks)
-        if self.figures:
-            yield Text(self.figures, no_wrap=True, overflow="ellipsis")
+        if self.metrics:
+            yield Text(self.metrics, no_wrap=True, overflow="ellipsis")
 
 
 class Reporter:
@@ -113,7 +113,7 @@ class Reporter:
     fails does not end the run: what cannot be written is said, and records are kept until they can.
 
     Attributes:
-        evaluations: Steps and figures of the stage's evaluations in this process.
+        evaluations: Steps and metrics of the stage's evaluations in this process.
         has_evaluation: True if the step that the run goes on from was evaluated.
         collapse: What the first guard of collapse that fired in this stage and process said; None
             before, and on processes other than the main one.
@@ -146,7 +146,7 @@ class Reporter:
         self._last_event = self._step_began  # the end of a step or an evaluation
         self._report_due = self._step_began + PAUSE_AFTER_REPORT * SECONDS_OF_REPORT
         self._num_records = self._num_reported = 0  # of this process, and in the page
-        self._headings: list[str] = []  # of the held-out figures that were printed last
+        self._headings: list[str] = []  # of the held-out metrics that were printed last
         self.bar = _Bars(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -236,7 +236,7 @@ class Reporter:
             self.say(f"warning: {text}")
 
     def begin_stage(self, stage: Stage, lines: Sequence[str]) -> None:
-        """Says what begins; figures belong to this stage from now on."""
+        """Says what begins; metrics belong to this stage from now on."""
         self.stage, self._evaluated = stage, -1
         self._last_event = time.perf_counter()
         self.collapse, self._guards = None, GuardState(stage.config, stage.first_step)
@@ -254,7 +254,7 @@ class Reporter:
         self._step_began = time.perf_counter()
 
     def is_step_due(self, step: int) -> bool:
-        """Returns True if the figures of a step are reported; the same on all ranks."""
+        """Returns True if the metrics of a step are reported; the same on all ranks."""
         return self._is_due(step, self.stage.config.logging.logging_steps)
 
     def _is_due(self, step: int, every: int) -> bool:
@@ -292,7 +292,7 @@ class Reporter:
         else:
             unit = 2**20 if sys.platform == "darwin" else 2**10
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        figures = {
+        metrics = {
             "loss": loss,
             **output.metrics.means(),
             **{f"grad_norm_{name}": norm for name, norm in norms.items()},
@@ -304,41 +304,41 @@ class Reporter:
         if self.stage.thinks:
             now = thoughts or config.thoughts
             num_tokens = num_text_tokens * now.num_thoughts * now.length
-            counted = output.metrics.figures
+            counted = output.metrics.sums
             if "teacher_tokens" in counted:
                 num_tokens = int(counted["teacher_tokens"][0])
-            elif config.thoughts.positions != "all" or "thought_length" in figures:
+            elif config.thoughts.positions != "all" or "thought_length" in metrics:
                 num_tokens = int(counted["thought_logprob"][1])
-            figures["thought_tokens_per_second"] = num_tokens / seconds
+            metrics["thought_tokens_per_second"] = num_tokens / seconds
             if config.thoughts.positions != "all":
-                figures["positions_per_text"] = num_positions / config.training.global_batch_size
+                metrics["positions_per_text"] = num_positions / config.training.global_batch_size
             if config.thoughts.schedule:
-                figures["length_limit"] = float(now.length)
-                figures["lookahead"] = float(now.lookahead)
+                metrics["length_limit"] = float(now.length)
+                metrics["lookahead"] = float(now.lookahead)
         if judged is not None and judged[1]:
-            figures["judge_share"] = judged[0] / seconds
-            figures["judged_tokens_per_second"] = judged[1] / judged[0]
-        self._write("train", step, figures)
-        text = self._line(figures)
-        self.bar.figures = text
+            metrics["judge_share"] = judged[0] / seconds
+            metrics["judged_tokens_per_second"] = judged[1] / judged[0]
+        self._write("train", step, metrics)
+        text = self._line(metrics)
+        self.bar.metrics = text
         self.bar.refresh()
         if not self._has_bar and self._is_due(step, max(1, self._total // LOG_LINES)):
             left = self.seconds_left()
             left = "" if left is None or step == self._total else f"  {duration(left)} left"
             self.say(f"step {step:>5}/{self._total}  {text}{left}")
-        self._watch("train", step, figures)
+        self._watch("train", step, metrics)
         if self._is_due(step, config.logging.thought_steps):
             self._show_thought(output)
 
-    def _line(self, figures: Mapping[str, float]) -> str:
-        """Says the figures of a step in a line, which fits a terminal as far as it can."""
+    def _line(self, metrics: Mapping[str, float]) -> str:
+        """Says the metrics of a step in a line, which fits a terminal as far as it can."""
         is_gain = self.stage.config.loss.reward in ("thought", "mixed")
         parts = {
-            name: f"{name} {figures[key]:{form}}"
+            name: f"{name} {metrics[key]:{form}}"
             for name, key, form in IN_LINE
-            if key in figures and (key != "policy_reward" or not is_gain)
+            if key in metrics and (key != "policy_reward" or not is_gain)
         }
-        parts["s/step"] = f"{figures['seconds']:.1f} s/step"
+        parts["s/step"] = f"{metrics['seconds']:.1f} s/step"
         for name in DROPPED_FIRST:
             if self._has_bar and len("  ".join(parts.values())) > self.console.width:
                 parts.pop(name, None)
@@ -384,24 +384,24 @@ class Reporter:
             self.bar.refresh()
 
     def evaluation(
-        self, step: int, figures: dict[str, float], samples: Sequence[Mapping[str, Any]] = ()
+        self, step: int, metrics: dict[str, float], samples: Sequence[Mapping[str, Any]] = ()
     ) -> None:
         """Reports a held-out evaluation, with thoughts in texts that are the same each time."""
-        self.evaluations.append((step, figures))
+        self.evaluations.append((step, metrics))
         self._evaluated = step - self.stage.first_step
         self._take_time()
         if not self.active:
             return
-        self._write("eval", step, figures)
+        self._write("eval", step, metrics)
         if samples:
             self._write_thoughts(step, samples)
         self._say_evaluation()
-        self._watch("eval", step, figures)
+        self._watch("eval", step, metrics)
         self.refresh()
 
-    def _watch(self, source: Source, step: int, figures: Mapping[str, float]) -> None:
-        """Records and says which guards fire at a record's figures, each once a stage."""
-        for guard in self._guards.see(source, step, figures):
+    def _watch(self, source: Source, step: int, metrics: Mapping[str, float]) -> None:
+        """Records and says which guards fire at a record's metrics, each once a stage."""
+        for guard in self._guards.see(source, step, metrics):
             value = self._guards.value(guard)
             assert value is not None, f"{guard.name} has fired"
             message = guard.describe(value, self.stage.config)
@@ -441,17 +441,17 @@ class Reporter:
         return True
 
     def _say_evaluation(self) -> None:
-        """Prints the newest held-out figures as a line, under headings at the first of a stage."""
-        step, figures = self.evaluations[-1]
-        of_answers = measures_answers(self.stage.config, figures)
+        """Prints the newest held-out metrics as a line, under headings at the first of a stage."""
+        step, metrics = self.evaluations[-1]
+        of_answers = measures_answers(self.stage.config, metrics)
         left_out = _GAIN_COLUMNS if of_answers else _PROBABILITY_COLUMNS
-        if "accuracy_with_thoughts" in figures:
+        if "accuracy_with_thoughts" in metrics:
             left_out = left_out | _NOT_WITH_ANSWERS
         columns = [("step", str(step))]
         columns += [
-            (metric.heading, format(figures[key], metric.column_form))
+            (metric.heading, format(metrics[key], metric.column_form))
             for key, metric in METRICS.items()
-            if metric.heading and key in figures and key not in left_out
+            if metric.heading and key in metrics and key not in left_out
         ]
         headings = [heading for heading, _ in columns]
         if headings != self._headings:
@@ -490,9 +490,9 @@ class Reporter:
         return False
 
     def _write(
-        self, kind: str, step: int, figures: Mapping[str, float], texts: Mapping[str, str] = {}
+        self, kind: str, step: int, metrics: Mapping[str, float], texts: Mapping[str, str] = {}
     ) -> None:
-        shown = {key: value if math.isfinite(value) else None for key, value in figures.items()}
+        shown = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         record = {"kind": kind, "stage": self.stage.name, "step": step, **texts, **shown}
         had_failed = bool(self._unwritten)
         self._num_records += 1
@@ -501,7 +501,7 @@ class Reporter:
             files.append(self.path, "".join(self._unwritten))
             self._unwritten.clear()
             if kind != "guard":
-                self.accelerator.log({f"{kind}/{k}": v for k, v in figures.items()}, step=step)
+                self.accelerator.log({f"{kind}/{k}": v for k, v in metrics.items()}, step=step)
         except OSError as problem:
             if not had_failed:
                 self.say(
