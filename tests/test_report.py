@@ -10,7 +10,7 @@ import pytest
 
 from quietstar.errors import UserError
 from quietstar.reports import charts, pages, write_report
-from quietstar.reports.formats import percent, signed, wilson
+from quietstar.reports.formats import show, wilson
 from quietstar.reports.run import CHARTS
 from quietstar.reports.run_files import RunFiles, parse_metrics
 from quietstar.training.costs import duration
@@ -606,9 +606,11 @@ def test_the_policy_admits_only_the_scripts_of_the_page(report, monkeypatch):
 
 
 def test_numbers_as_texts():
-    assert percent(0.9244) == "92.4%"
-    assert percent(None) == "–"
-    assert signed(-0.0366) == "−0.0366"
+    assert show(0.9244, ".1%") == "92.4%"
+    assert show((0.1, 0.25), ".1%") == "10.0–25.0%"
+    assert show(None) == "–"
+    assert show(-0.0366, "+.4f") == "−0.0366"
+    assert show(-0.00001, "+.4f") == "−1e−05"
     assert [duration(s) for s in (45.0, 2119.0, 5025.0)] == ["45 s", "35 min", "1 h 24 min"]
 
 

@@ -210,23 +210,23 @@ def _names(args: argparse.Namespace) -> tuple[str, str]:
 
 def _show(summary: dict[str, Any], args: argparse.Namespace) -> None:
     """Print the summary as a table, and where the files are."""
-    from quietstar.reports.pages import percent, percent_range
+    from quietstar.reports.formats import show
 
     table = options.table(("", "", "95% CI"), ("",))
     judged = summary["pairs"] - summary["equal"]
     table.add_row("pairs judged", str(judged))
     table.add_row("equal candidates (soft label 0.5)", str(summary["equal"]))
     table.add_row("prompts without their beginning", str(summary["cut"]))
-    same = (percent(summary["same_slot"]), percent_range(summary["same_slot_ci"]))
+    same = (show(summary["same_slot"], ".1%"), show(summary["same_slot_ci"], ".1%"))
     table.add_row("same number in both orders (position bias)", *same)
-    table.add_row("  of these number 2", percent(summary["slot_2"]))
-    table.add_row("probability of 1 and 2 together", percent(summary["mass"]))
+    table.add_row("  of these number 2", show(summary["slot_2"], ".1%"))
+    table.add_row("probability of 1 and 2 together", show(summary["mass"], ".1%"))
     if summary["agreement"] is not None:
-        agreement = percent(summary["agreement"]), percent_range(summary["agreement_ci"])
+        agreement = show(summary["agreement"], ".1%"), show(summary["agreement_ci"], ".1%")
         table.add_row("agrees with the file's own choice", *agreement)
     if args.compare is not None:
         first, second = _names(args)
-        wins = percent(summary["win_rate"]), percent_range(summary["win_rate_ci"])
+        wins = show(summary["win_rate"], ".1%"), show(summary["win_rate_ci"], ".1%")
         table.add_row(Text(f"{first} wins over {second}"), *wins)
     table.title = Text("preferences")
     Console().print(table)

@@ -88,13 +88,13 @@ def _split(pairs: list[Any], fraction: float, seed: int, name: str) -> tuple[lis
 
 
 def _show(figures: dict[str, Any], num_trained: int, base: str, out: Path) -> None:
-    from quietstar.reports.pages import percent, percent_range
+    from quietstar.reports.formats import show
 
     table = options.table(("", "", "95% CI"), ("",))
     table.add_row("pairs trained on", str(num_trained))
     table.add_row("pairs held out", str(figures["n"]))
     table.add_row("  of these with a preference", str(figures["n_clear"]))
-    agreement = percent(figures["agreement"]), percent_range(figures["agreement_ci95"])
+    agreement = show(figures["agreement"], ".1%"), show(figures["agreement_ci95"], ".1%")
     table.add_row("scores the preferred text higher", *agreement)
     table.add_row("cross-entropy with their labels, nats", f"{figures['cross_entropy']:.4f}")
     table.title = Text("reward model")

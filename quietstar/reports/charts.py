@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from quietstar.errors import visible
-from quietstar.reports.formats import percent, plain, points
+from quietstar.reports.formats import show
 from quietstar.reports.run_files import Record, find_stages, series
 
 MAX_POINTS = 150  # of a training line: more hides its course in its noise
@@ -140,7 +140,7 @@ class Chart(NamedTuple):
     caption: str  # what is to be seen, in one or two sentences
     unit: str
     lines: tuple[Line, ...]
-    show: Callable[[float | None], str] = plain
+    form: str = ".4f"  # of values
     is_from_zero: bool = True  # the axis takes in zero; else early values may leave it
 
 
@@ -154,7 +154,7 @@ def draw_curves(chart: Chart, records: Sequence[Record]) -> dict[str, Any]:
     stages, panels, values = find_stages(records), [], []
     for stage in stages:
         staged = [record for record in records if record.stage == stage]
-        traces = [trace for line in chart.lines for trace in _traces(line, staged, chart.show)]
+        traces = [trace for line in chart.lines for trace in _traces(line, staged, chart.form)]
         if not traces:
             continue
         steps = [step for trace in traces for step in trace.x]
@@ -163,25 +163,22 @@ def draw_curves(chart: Chart, records: Sequence[Record]) -> dict[str, Any]:
         title = literal(stage, 30) if len(stages) > 1 else ""
         panels.append(Panel(traces, title, 1.0 if len({t.label for t in traces}) > 1 else 0.5))
     y_range = with_zero(values) if chart.is_from_zero else padded(min(values), max(values))
-    is_share = chart.show is percent
-    drawn = draw_lines(panels, ("step", chart.unit), y_range, is_share)
+    drawn = draw_lines(panels, ("step", chart.unit), y_range, chart.form.endswith("%"))
     names = [line.name for line in chart.lines]
     drawn["legend"].sort(key=lambda trace: names.index(trace.label))
     return drawn
 
 
-def _traces(
-    line: Line, records: Sequence[Record], show: Callable[[float | None], str]
-) -> list[Trace]:
+def _traces(line: Line, records: Sequence[Record], form: str) -> list[Trace]:
     """Return a metric's line in training, thinned, and that of its held-out points."""
     train, held_out = series(records, "train", line.key), series(records, "eval", line.key)
     make, traces = partial(Trace, line.name, line.color, symbol=line.symbol), []
     if train[0]:
         x, y = thinned(*train)
-        texts = [f"step {x[0]}: {line.name} {show(y[0])}"] if len(x) == 1 else []
+        texts = [f"step {x[0]}: {line.name} {show(y[0], form)}"] if len(x) == 1 else []
         traces.append(make(x, y, texts, line="thin" if held_out[0] else "thick"))
     if held_out[0]:
-        texts = [f"step {x}: {line.name} {show(y)}" for x, y in zip(*held_out, strict=True)]
+        texts = [f"step {x}: {line.name} {show(y, form)}" for x, y in zip(*held_out, strict=True)]
         is_joined = not train[0] or len(held_out[0]) >= FEW
         traces.append(make(*held_out, texts, line="thick" if is_joined else ""))
     return traces
@@ -207,19 +204,19 @@ class Row(NamedTuple):
     note: str = ""  # next to the label, less strong
 
 
-def draw_bars(rows: Sequence[Row], title: str, show: Callable[[float], str]) -> dict[str, Any]:
-    """Draw rows from top to bottom, all from one zero; ``show`` formats means, seeds and ends."""
+def draw_bars(rows: Sequence[Row], title: str, form: str = ".4f") -> dict[str, Any]:
+    """Draw rows from top to bottom, all from one zero; ``form`` is that of all numbers."""
     low, high = with_zero([x for r in rows for x in (r.mean, *(r.bounds or ()), *r.seeds)])
     at = partial(place, low=low, high=high)
     drawn = []
     for row in rows:
         start, end = sorted((at(0.0), at(row.mean)))
-        hint = f"{row.label}: {show(row.mean)}"
-        hint += f" (95% CI {' to '.join(map(show, row.bounds))})" if row.bounds else ""
+        hint = f"{row.label}: {show(row.mean, form)}"
+        hint += f" (95% CI {' to '.join(show(x, form) for x in row.bounds)})" if row.bounds else ""
         drawn.append(row._asdict() | {
-            "label": literal(row.label, 100), "shown": show(row.mean), "hint": visible(hint),
+            "label": literal(row.label, 100), "shown": show(row.mean, form), "hint": visible(hint),
             "start": start, "width": round(end - start, 2), "ends": [*map(at, row.bounds or ())],
-            "rings": [(at(value), show(value)) for value in row.seeds],
+            "rings": [(at(value), show(value, form)) for value in row.seeds],
         })  # fmt: skip
-    marks = ticks(low, high, 4, is_share=show in (percent, points))
+    marks = ticks(low, high, 4, is_share=form == "points" or form.endswith("%"))
     return {"rows": drawn, "title": title, "zero": at(0.0), "ticks": marks}

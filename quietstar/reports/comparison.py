@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,16 +18,16 @@ from quietstar.evaluation.metrics import METRICS, label_of
 from quietstar.evaluation.statistics import mean_over_seeds
 from quietstar.registry import trusting
 from quietstar.reports.charts import Card, Panel, Trace, draw_lines, literal, padded, with_zero
-from quietstar.reports.formats import MISSING, percent, show
+from quietstar.reports.formats import MISSING, show
 from quietstar.reports.pages import Cards, Cell, Line, Section, Table, write_html
-from quietstar.reports.run_files import Record, RunFiles, series
+from quietstar.reports.run_files import RunFiles, series
 from quietstar.reports.terminal import view
 from quietstar.training.run_dir import CONFIG_FILE, FREE_ON_RESUME, flat
 from quietstar.training.stages import Stage, plan_stages
 
-REWARD = "policy_reward"
+ACCURACY, REWARD = "accuracy_with_thoughts", "policy_reward"
 CURVES = {
-    "accuracy_with_thoughts": ("Accuracy", "accuracy"),
+    ACCURACY: ("Accuracy", "accuracy"),
     "gold_probability_with_thoughts": ("P(gold answer)", "probability"),
     "gain_of_content": ("Gain of content", "nats/token"),
     "gain": ("Gain of thinking", "nats/token"),
@@ -40,7 +39,7 @@ what the objective was given."""
 REWARD_POINTS = 10
 """Points of that curve: means over as many steps as it takes, because single steps vary."""
 _OF_PLAIN_RUNS = {
-    "accuracy_with_thoughts": "accuracy_without_thoughts",
+    ACCURACY: "accuracy_without_thoughts",
     "gold_probability_with_thoughts": "gold_probability_without_thoughts",
     "mixed_nll": "base_nll",
 }
@@ -57,23 +56,8 @@ MOST_DIFFERENCES = 6
 """Settings that are named to tell a group from the first one."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished run."""
-
-    folder: Path
-    seed: int
-    settings: Mapping[str, str]  # that decide its metrics, seed aside
-    metrics: Mapping[str, float]
-    curves: Mapping[str, tuple[list[int], list[float]]]  # held out, over the last stage's steps
-    ends: Sequence[Mapping[str, Any]]  # right answers at the ends of stages (`_stage_ends`)
-    warnings: frozenset[str]  # names of the guards that fired
-    thoughts: Sequence[Mapping[str, str]]  # of the last evaluation (text `before`, `thought`)
-    is_plain: bool  # its last stage trained the model without thoughts
-
-
-def read_run(folder: Path) -> Run:
-    """Read the config and the metrics of a finished run.
+def read_run(folder: Path) -> dict[str, Any]:
+    """Read a finished run: a group of `compare_runs` that has one run, with all its settings.
 
     ``training_seconds`` is the mean time of a recorded step times the number of steps, summed over
     stages: without evaluations and checkpoints, and the same for a run that was interrupted.
@@ -91,75 +75,58 @@ def read_run(folder: Path) -> Run:
     except ConfigError as error:
         raise UserError(f"RUN ({folder}): {error.problems[0]}") from error
     files, stages = RunFiles(folder), plan_stages(config)
-    of_last = [r for r in files.records if r.kind == "eval" and r.stage == stages[-1].name]
-    done, total = of_last[-1].step if of_last else 0, stages[-1].last_step
-    if done < total:
+    last = stages[-1]
+    of_stage = {s.name: [r for r in files.records if r.stage == s.name] for s in stages}
+    evaluations = [record for record in of_stage[last.name] if record.kind == "eval"]
+    done = evaluations[-1].step if evaluations else 0
+    if done < last.last_step:
         raise UserError(
-            f"RUN ({folder}): is evaluated up to step {done} of {total}, so its final metrics are "
-            "missing. Finish it with --resume auto, or leave it out."
+            f"RUN ({folder}): is evaluated up to step {done} of {last.last_step}, so its final "
+            "metrics are missing. Finish it with --resume auto, or leave it out."
         )
-    seconds = 0.0
+    metrics = {key: value for key, value in evaluations[-1].metrics.items() if key in METRICS}
+    seconds, ends = 0.0, []
     for stage in stages:
-        records = [record for record in files.records if record.stage == stage.name]
-        times = series(records, "train", "seconds")[1]
-        seconds += fmean(times or [0.0]) * stage.config.training.max_steps
-    known = {key: value for key, value in of_last[-1].metrics.items() if key in METRICS}
-    metrics = {**known, "training_seconds": seconds}
-    warnings = frozenset(guard.name for guard in files.fired)
-    first = stages[-1].first_step
-    curves = {}
-    for key in (*CURVES, *_OF_PLAIN_RUNS.values()):  # the reward comes below
-        steps, values = series(of_last, "eval", key)
-        curves[key] = ([step - first for step in steps], values)
-    of_stage = [record for record in files.records if record.stage == stages[-1].name]
-    curves[REWARD] = _smooth(*series(of_stage, "train", REWARD), first)
-    ends = _stage_ends(files.records, stages)
-    if ends and ends[-1]["stage"] == stages[-1].name:
+        records = of_stage[stage.name]
+        times = series(records, "train", "seconds")[1] or [0.0]
+        seconds += fmean(times) * stage.config.training.max_steps
+        key, tokens = "accuracy_without_thoughts", 0.0
+        if not _is_plain(stage):
+            lengths = (series(records, "train", n)[1] for n in ("thought_length", "length_limit"))
+            longest = float(stage.config.thoughts.length)
+            key, tokens = ACCURACY, next((found[-1] for found in lengths if found), longest)
+        if shares := series(records, "eval", key)[1]:
+            ends.append({"stage": stage.name, "thought_tokens": tokens, "accuracy": shares[-1]})
+    metrics["training_seconds"] = seconds
+    if ends and ends[-1]["stage"] == last.name:
         metrics["accuracy"] = ends[-1]["accuracy"]
-    is_plain = _is_plain(stages[-1])
-    followed = [one for one in files.followed if one.stage == stages[-1].name and not is_plain]
-    samples = followed[-1].samples if followed else ()
-    thoughts = [{"before": one.before, "thought": one.thought} for one in samples]
-    return Run(folder, config.training.seed, _settings(config), metrics, curves, ends, warnings,
-               thoughts, is_plain)  # fmt: skip
+    curves = {key: series(evaluations, "eval", key) for key in (*CURVES, *_OF_PLAIN_RUNS.values())}
+    curves[REWARD] = _smooth(*series(of_stage[last.name], "train", REWARD))
+    followed = [one for one in files.followed if one.stage == last.name and not _is_plain(last)]
+    samples = followed[-1].samples[:MOST_THOUGHTS] if followed else ()
+    return {
+        "folder": folder, "seed": config.training.seed, "settings": _settings(config),
+        "is_plain": _is_plain(last), "metrics": metrics, "ends": ends,
+        "curves": {key: [[step - last.first_step for step in steps], values]
+                   for key, (steps, values) in curves.items()},
+        "thoughts": [{"before": one.before, "thought": one.thought} for one in samples],
+        "warnings": {guard.name for guard in files.fired},
+    }  # fmt: skip
 
 
-def _smooth(
-    steps: Sequence[int], values: Sequence[float], first: int
-) -> tuple[list[int], list[float]]:
-    """Return means over equal numbers of steps, each at its last one, counted from ``first``.
+def _smooth(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Return means over equal numbers of steps, each at its last one.
 
     Steps left over are the first ones: a collapse at the end of training must show.
     """
     size = -(-len(steps) // REWARD_POINTS) or 1
     places = range(len(steps) % size, len(steps), size)
-    return ([steps[i + size - 1] - first for i in places],
-            [fmean(values[i : i + size]) for i in places])  # fmt: skip
+    return [steps[i + size - 1] for i in places], [fmean(values[i : i + size]) for i in places]
 
 
 def _is_plain(stage: Stage) -> bool:
     """Return True if a stage trains the model without thoughts, such as a plain student."""
     return not stage.thinks or stage.student == "plain"
-
-
-def _stage_ends(records: Sequence[Record], stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    """Return the right answers at the end of each stage, and the tokens of thought that they cost.
-
-    A stage that learns to do without thoughts (a plain student's too) is scored without them.
-    """
-    ends = []
-    for stage in stages:
-        of_stage = [r for r in records if r.stage == stage.name]
-        thinks = not _is_plain(stage)
-        key = "accuracy_with_thoughts" if thinks else "accuracy_without_thoughts"
-        shares, tokens = series(of_stage, "eval", key)[1], 0.0
-        if thinks:
-            measured = (series(of_stage, "train", n)[1] for n in ("thought_length", "length_limit"))
-            longest = float(stage.config.thoughts.length)
-            tokens = next((values[-1] for values in measured if values), longest)
-        if shares:
-            ends.append({"stage": stage.name, "thought_tokens": tokens, "accuracy": shares[-1]})
-    return ends
 
 
 def _settings(config: Config) -> dict[str, str]:
@@ -169,11 +136,11 @@ def _settings(config: Config) -> dict[str, str]:
     ``quietstar train --controls``.
     """
     seed = rf"(seed[-_. =]?){config.training.seed}(?!\d)"
-    settings = {}
-    for key, value in flat(config).items():
-        if re.sub(r"^stages\.[^.]+\.", "", key) not in _SAME_RUN:
-            settings[key] = re.sub(seed, r"\1*", value) if key.startswith("model.") else value
-    return settings
+    return {
+        key: re.sub(seed, r"\1*", value) if key.startswith("model.") else value
+        for key, value in flat(config).items()
+        if re.sub(r"^stages\.[^.]+\.", "", key) not in _SAME_RUN
+    }
 
 
 def compare_runs(folders: Sequence[Path], trust_code: bool = False) -> dict[str, Any]:
@@ -196,50 +163,41 @@ def compare_runs(folders: Sequence[Path], trust_code: bool = False) -> dict[str,
     Raises:
         UserError: A folder holds no finished run, or two hold the same settings and seed.
     """
-    groups: defaultdict[tuple[tuple[str, str], ...], list[Run]] = defaultdict(list)
+    groups: defaultdict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = defaultdict(list)
     for folder in folders:
         with trusting(trust_code):
             run = read_run(folder)
-        group = groups[tuple(sorted(run.settings.items()))]
-        if twin := next((other for other in group if other.seed == run.seed), None):
+        group = groups[tuple(sorted(run["settings"].items()))]
+        if twin := next((other for other in group if other["seed"] == run["seed"]), None):
             raise UserError(
-                f"RUN ({folder}): has the settings and the seed ({run.seed}) of {twin.folder}, and "
-                "would count as another seed. Leave one of them out."
+                f"RUN ({folder}): has the settings and the seed ({run['seed']}) of "
+                f"{twin['folder']}, and would count as another seed. Leave one of them out."
             )
         group.append(run)
-    first = next(iter(groups.values()))[0].settings
+    first = next(iter(groups.values()))[0]["settings"]
     result, names = [], Counter()
     for runs in groups.values():
-        group = _group(runs, first)
-        names[group["name"]] += 1
-        if (number := names[group["name"]]) > 1:
-            group["name"] += f" ({number})"
-        result.append(group)
+        runs.sort(key=lambda run: run["seed"])
+        folder = runs[0]["folder"].resolve().name
+        name = _SEED_IN_NAME.sub("", folder).removesuffix(f"-{runs[0]['seed']}") or folder
+        names[name] += 1
+        metrics = {}
+        for key in METRICS:
+            if values := [run["metrics"][key] for run in runs if key in run["metrics"]]:
+                metrics[key] = {"n": len(values), **mean_over_seeds(values), "values": values}
+        result.append({
+            "name": f"{name} ({names[name]})" if names[name] > 1 else name,
+            "runs": [str(run["folder"]) for run in runs],
+            "seeds": [run["seed"] for run in runs],
+            "is_plain": runs[0]["is_plain"],
+            "settings": _differences(runs[0]["settings"], first),
+            "metrics": metrics,
+            "ends": [run["ends"] for run in runs],
+            "curves": [run["curves"] for run in runs],
+            "thoughts": runs[0]["thoughts"],
+            "warnings": dict(Counter(sorted(name for run in runs for name in run["warnings"]))),
+        })  # fmt: skip
     return {"groups": result}
-
-
-def _group(runs: Sequence[Run], first: Mapping[str, str]) -> dict[str, Any]:
-    """Return a group as JSON; ``first`` are the settings of the first group."""
-    runs = sorted(runs, key=lambda run: run.seed)
-    settings, folder = runs[0].settings, runs[0].folder.resolve().name
-    name = _SEED_IN_NAME.sub("", folder).removesuffix(f"-{runs[0].seed}") or folder
-    metrics = {}
-    for key in METRICS:
-        values = [run.metrics[key] for run in runs if key in run.metrics]
-        if values:
-            metrics[key] = {"n": len(values), **mean_over_seeds(values), "values": values}
-    return {
-        "name": name,
-        "runs": [str(run.folder) for run in runs],
-        "seeds": [run.seed for run in runs],
-        "is_plain": runs[0].is_plain,
-        "settings": _differences(settings, first),
-        "metrics": metrics,
-        "ends": [list(run.ends) for run in runs],
-        "curves": [{key: list(curve) for key, curve in run.curves.items()} for run in runs],
-        "thoughts": list(runs[0].thoughts[:MOST_THOUGHTS]),
-        "warnings": dict(Counter(sorted(name for run in runs for name in run.warnings))),
-    }
 
 
 _OF_STAGE = re.compile(r"stages\.([^.]+)\.(.+)")
@@ -250,22 +208,19 @@ def _differences(settings: Mapping[str, str], first: Mapping[str, str]) -> dict[
 
     Where runs have other stages, these are named, and the last ones are compared.
     """
-    stages = [list(dict.fromkeys(m[1] for m in map(_OF_STAGE.fullmatch, x) if m))
-              for x in (settings, first)]  # fmt: skip
+    found, stages, last = {}, [], []
+    for given in (settings, first):
+        matches = {key: _OF_STAGE.fullmatch(key) for key in given}
+        names = list(dict.fromkeys(match[1] for match in matches.values() if match))
+        stages.append(names)
+        shared = {key: given[key] for key, match in matches.items() if not match}
+        last.append(shared | {match[2]: given[key] for key, match in matches.items()
+                              if match and match[1] == names[-1]})  # fmt: skip
     if stages[0] != stages[1]:
-        last = []
-        for given, names in zip((settings, first), stages, strict=True):
-            of_stages = {key: match for key in given if (match := _OF_STAGE.fullmatch(key))}
-            shared = {key: value for key, value in given.items() if key not in of_stages}
-            of_last = {m[2]: given[key] for key, m in of_stages.items() if m[1] == names[-1]}
-            last.append(shared | of_last)
-        named = {"stages": ", ".join(stages[0]) or "one"}
-        return named | _differences(*last)
-    return {
-        key: settings.get(key, "")
-        for key in {**first, **settings}
-        if settings.get(key) != first.get(key)
-    }
+        found["stages"] = ", ".join(stages[0]) or "one"
+        settings, first = last
+    keys = [key for key in {**first, **settings} if settings.get(key) != first.get(key)]
+    return found | {key: settings.get(key, "") for key in keys}
 
 
 def _changes(group: Mapping[str, Any]) -> list[str]:
@@ -321,24 +276,40 @@ def write_comparison(path: Path, result: Mapping[str, Any]) -> Path:
     )  # fmt: skip
 
 
-def _curves(groups: Sequence[Mapping[str, Any]], key: str) -> Card | None:
-    """Draw a metric of the groups that have it; None if no run has several values."""
-    traces, form = [], METRICS[key].form if key in METRICS else ".4f"
+def _traces(
+    groups: Sequence[Mapping[str, Any]],
+    points: Callable[[Mapping[str, Any], int], tuple[Sequence[float], Sequence[float], list[str]]],
+    line: str = "thick",
+) -> list[Trace]:
+    """Return a trace for each run: x, y and hints of ``points``, called with a group and a seed."""
+    traces = []
     for group, (color, symbol) in zip(groups, LOOKS, strict=False):
         name = literal(group["name"], 40)
-        for number, (curves, seed) in enumerate(zip(group["curves"], group["seeds"], strict=True)):
-            steps, values = curves[_metric_of(group, key) or key]
-            texts = [f"{name}, seed {seed}, step {step}: {show(value, form)}"
-                     for step, value in zip(steps, values, strict=True)]  # fmt: skip
-            if values:
+        for number, seed in enumerate(group["seeds"]):
+            x, y, hints = points(group, number)
+            texts = [f"{name}, seed {seed}, {hint}" for hint in hints]
+            if x:
                 label = name if number == 0 else ""
-                traces.append(Trace(label, color, steps, values, texts, symbol))
+                traces.append(Trace(label, color, x, y, texts, symbol, line))
+    return traces
+
+
+def _curves(groups: Sequence[Mapping[str, Any]], key: str) -> Card | None:
+    """Draw a metric of the groups that have it; None if no run has several values."""
+    form = METRICS[key].form if key in METRICS else ".4f"
+
+    def points(group: Mapping[str, Any], number: int) -> tuple[list[int], list[float], list[str]]:
+        steps, values = group["curves"][number][_name_in(group, key) or key]
+        hints = [f"step {x}: {show(y, form)}" for x, y in zip(steps, values, strict=True)]
+        return steps, values, hints
+
+    traces = _traces(groups, points)
     if not any(len(trace.x) > 1 for trace in traces):
         return None
     caption = "Held out, a line for each seed."
     if key == REWARD:
         caption = "In training, smoothed; a line for each seed, in units of loss.reward."
-    elif plain_runs := [g["name"] for g in groups if _metric_of(g, key) not in (None, key)]:
+    elif plain_runs := [g["name"] for g in groups if _name_in(g, key) not in (None, key)]:
         caption += f" {', '.join(plain_runs)}: without thoughts."
     if len(groups) > len(LOOKS):
         caption += f" The first {len(LOOKS)} runs alone are drawn."
@@ -355,20 +326,15 @@ def _against_cost(groups: Sequence[Mapping[str, Any]]) -> Card | None:
 
     The last stage of a run counts, and earlier ones that think, such as those of a curriculum.
     """
-    traces, costs = [], set()
-    for group, (color, symbol) in zip(groups, LOOKS, strict=False):
-        for number, (ends, seed) in enumerate(zip(group["ends"], group["seeds"], strict=True)):
-            name = literal(group["name"], 40)
-            tokens = [end["thought_tokens"] for end in ends]
-            shares = [end["accuracy"] for end in ends]
-            texts = [f"{name}, seed {seed}, {literal(end['stage'], 40)}: "
-                     f"{percent(end['accuracy'])}, {end['thought_tokens']:.0f} tokens of thought"
-                     for end in ends]  # fmt: skip
-            if ends:
-                label = name if number == 0 else ""
-                traces.append(Trace(label, color, tokens, shares, texts, symbol, ""))
-            costs.update(tokens[-1:], filter(None, tokens))
-    if len(costs) < 2:
+
+    def points(group: Mapping[str, Any], number: int) -> tuple[list[float], list[float], list[str]]:
+        ends = group["ends"][number]
+        hints = [f"{literal(end['stage'], 40)}: {show(end['accuracy'], '.1%')}, "
+                 f"{end['thought_tokens']:.0f} tokens of thought" for end in ends]  # fmt: skip
+        return [e["thought_tokens"] for e in ends], [e["accuracy"] for e in ends], hints
+
+    traces = _traces(groups, points, line="")
+    if len({cost for trace in traces for cost in (trace.x[-1], *filter(None, trace.x))}) < 2:
         return None
     y_range = with_zero([share for trace in traces for share in trace.y])
     chart = draw_lines([Panel(traces)], ("tokens of a thought", "accuracy"), y_range, True, True)
@@ -379,24 +345,20 @@ def _against_cost(groups: Sequence[Mapping[str, Any]]) -> Card | None:
 def _table(groups: Sequence[Mapping[str, Any]]) -> Table:
     """Return a row for each metric and group; a metric that repeats another one is left out."""
     rows = []
-    for key, metric in METRICS.items():
+    for key, (_, _, form, *_) in METRICS.items():
         if key == "accuracy" and not any(group["is_plain"] for group in groups):
             continue  # all answers are with thoughts
-        found = [(group, group["metrics"][key]) for group in groups if key in group["metrics"]]
-
-        def shown(values: Sequence[float], form: str = metric.form) -> list[str]:
-            return [show(value, form) for value in values]
-
-        for group, value in found:
-            interval = MISSING if value["ci95"] is None else " to ".join(shown(value["ci95"]))
-            seeds = " · ".join(shown(value["values"])) if value["n"] > 1 else ""
-            mean = Cell(show(value["mean"], metric.form), [seeds], "strong")
-            rows.append((label_of(key), group["name"], str(value["n"]), mean, interval))
+        for group in groups:
+            if found := group["metrics"].get(key):
+                seeds = " · ".join(show(x, form) for x in found["values"])
+                mean = Cell(show(found["mean"], form), [seeds] if found["n"] > 1 else [], "strong")
+                interval = show(found["ci95"], form)
+                rows.append((label_of(key), group["name"], str(found["n"]), mean, interval))
     headings = ("metric", "run", "seeds", "mean", "95% CI")
     return Table("Metrics", headings, rows, 2, widths=(30, 20, 8, 20, 22))
 
 
-def _metric_of(group: Mapping[str, Any], key: str) -> str | None:
+def _name_in(group: Mapping[str, Any], key: str) -> str | None:
     """Return the metric of a group that goes by ``key``: with thoughts, or that of a plain run."""
     names = [key, _OF_PLAIN_RUNS.get(key)]
     if group["is_plain"]:  # a student is scored with thoughts, too
@@ -404,38 +366,30 @@ def _metric_of(group: Mapping[str, Any], key: str) -> str | None:
     return next((name for name in names if name in group["metrics"]), None)
 
 
-def _said(key: str, mean: float) -> str:
-    """Name a metric and its mean in a sentence."""
-    label, unit, form = METRICS[key][:3]
-    return f"{label} {show(mean, form)} {unit}".rstrip()
-
-
 def _verdict(groups: Sequence[Mapping[str, Any]]) -> str:
     """Say which group is best by the first metric that all have, and whether it stands out."""
-    for key in ("accuracy", *CURVES):
-        if all(_metric_of(group, key) for group in groups):
-            break
-    else:
+    keys = [key for key in ("accuracy", *CURVES) if all(_name_in(group, key) for group in groups)]
+    if not keys:
         return "These runs have no held-out metric in common."
 
-    def found(group: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-        """The metric, and the sentence about it, with what it is without thoughts."""
-        name = _metric_of(group, key)
+    def said(group: Mapping[str, Any], name: str) -> str:
+        label, unit, form, *_ = METRICS[name]
+        return f"{label} {show(group['metrics'][name]['mean'], form)} {unit}".rstrip()
+
+    ranked = []
+    for group in groups:
+        name = _name_in(group, keys[0])
         assert name is not None, "all groups have one"
-        metric = group["metrics"][name]
-        text = f"{group['name']}: {_said(name, metric['mean'])}"
+        text = f"{group['name']}: {said(group, name)}"
         without = {"accuracy": "accuracy_without_thoughts", **_OF_PLAIN_RUNS}.get(name, "base_nll")
         if not group["is_plain"] and without in group["metrics"]:
-            mean = group["metrics"][without]["mean"]
-            text += f" ({_said(without, mean)})"
-        return metric, text
-
-    order = sorted(map(found, groups), key=lambda pair: pair[0]["mean"], reverse=key != "mixed_nll")
-    best, text = order[0]
-    if len(order) == 1:
+            text += f" ({said(group, without)})"
+        ranked.append((group["metrics"][name], text))
+    ranked.sort(key=lambda pair: pair[0]["mean"], reverse=keys[0] != "mixed_nll")
+    text = "; ".join(text for _, text in ranked[:2])
+    if len(ranked) == 1:
         return f"{text}."
-    second, more = order[1]
-    text += f"; {more}"
+    best, second = ranked[0][0], ranked[1][0]
     if best["ci95"] is not None and second["ci95"] is not None:
         ends = sorted([best["ci95"], second["ci95"]])
         if ends[0][1] < ends[1][0]:
@@ -449,9 +403,8 @@ def comparison_view(result: Mapping[str, Any]) -> RenderableType:
     """Show the result of `compare_runs`: a row for each metric and group, then what groups are."""
     lines = []
     for group in result["groups"]:
-        text = f"{group['name']}: seeds {', '.join(map(str, group['seeds']))}"
-        text += "".join(f"; {changed}" for changed in _changes(group)[:1])
-        text += "".join(f", {changed}" for changed in _changes(group)[1:])
-        lines.append(Line(f"{text}; warnings: {_fired(group) or 'none'}"))
+        parts = [f"{group['name']}: seeds {', '.join(map(str, group['seeds']))}"]
+        parts += filter(None, [", ".join(_changes(group))])
+        lines.append(Line("; ".join([*parts, f"warnings: {_fired(group) or 'none'}"])))
     title = Line("held-out metrics at the end, over seeds", "title")
     return view([title, _table(result["groups"]), *lines])

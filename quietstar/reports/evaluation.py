@@ -28,7 +28,7 @@ from quietstar.evaluation.runner import FREE_SETTINGS
 from quietstar.evaluation.statistics import LENGTHS, SHARES
 from quietstar.reports import pages
 from quietstar.reports.charts import Card, Row, draw_bars
-from quietstar.reports.formats import plain, probability, share_of, shown_text, signed, signed_range
+from quietstar.reports.formats import share_of, show, shown_text
 from quietstar.reports.pages import Cards, Cell, Line, Section, Table
 from quietstar.reports.terminal import view
 
@@ -84,7 +84,7 @@ def _numbers(task: Mapping[str, Any], controlled: Sequence[str]) -> list[Table |
         if difference:
             rows.append([*cells, *comparison_cells(difference, metric, main)])
         else:
-            errors = [plain(variant[f"{metric}_stderr"]) for variant in variants.values()]
+            errors = [show(variant[f"{metric}_stderr"]) for variant in variants.values()]
             rows.append([*cells, *errors])
     headings = COMPARISON if difference else ("std. error",) * len(variants)
     parts: list[Table | Line] = [Table("Metrics", ("metric", *variants, *headings), rows, 1)]
@@ -102,7 +102,7 @@ def _numbers(task: Mapping[str, Any], controlled: Sequence[str]) -> list[Table |
         parts.append(Line(f"thoughts: {length:.1f} tokens on average, {cut:.1%} cut at the limit"))
     if gates := task.get("gates"):
         headings = ("think where the entropy is above", "tokens", "NLL", "passes/token")
-        rows = [[f"{row['entropy']:.3f} nats", f"{row['share']:.1%}", plain(row["nll"]),
+        rows = [[f"{row['entropy']:.3f} nats", f"{row['share']:.1%}", show(row["nll"]),
                  f"{row['passes']:.2f}"] for row in gates]  # fmt: skip
         parts.append(Table("Thinking where the prediction is unsure", headings, rows, 1))
         threshold = f"{gates[3]['entropy']:.2f}"
@@ -120,7 +120,7 @@ def _numbers(task: Mapping[str, Any], controlled: Sequence[str]) -> list[Table |
 def value_cell(scores: Mapping[str, Any], metric: str) -> Cell:
     """Return the mean of a metric, with its interval below."""
     bounds = scores.get(f"{metric}_ci95")
-    return Cell(plain(scores[metric]), [" to ".join(map(plain, bounds))] if bounds else [])
+    return Cell(show(scores[metric]), [show(bounds)] if bounds else [])
 
 
 def comparison_cells(comparison: Mapping[str, Any], metric: str, main: str) -> list[str]:
@@ -128,7 +128,7 @@ def comparison_cells(comparison: Mapping[str, Any], metric: str, main: str) -> l
     bounds, p_value = comparison[f"{metric}_ci95"], comparison[f"{metric}_p_value"]
     if metric == main:
         p_value = comparison.get("p_holm", p_value)
-    return [signed(comparison[metric]), signed_range(bounds), probability(p_value)]
+    return [show(comparison[metric], "+.4f"), show(bounds, "+.4f"), show(p_value, "p")]
 
 
 def write_page(path: Path, model: str, result: dict[str, Any]) -> Path:
@@ -164,13 +164,13 @@ def _task_parts(key: str, task: Mapping[str, Any]) -> list[Any]:
     for kind, groups in task.get("breakdown", {}).items():
         if len(groups) > 1:  # one group is the whole
             title, caption = BREAKDOWNS[kind]
-            bars = draw_bars(_group_bars(groups), "gain over no thoughts, nats/token", signed)
+            bars = draw_bars(_group_bars(groups), "gain over no thoughts, nats/token", "+.4f")
             cards.append(Card(f"{key}-{kind}", title, caption, bars))
     for number, (of_what, groups) in enumerate(task.get("groups", {}).items()):
         for metric in dict.fromkeys(("accuracy", main)) if len(groups) > 1 else ():
             if metric in metrics:
                 rows = _group_bars([_in_groups(group, metric) for group in groups])
-                bars = draw_bars(rows, f"gain in {metrics[metric]}", signed)
+                bars = draw_bars(rows, f"gain in {metrics[metric]}", "+.4f")
                 title, name = f"By {of_what}", f"{key}-groups{number}-{metric}"
                 cards.append(Card(name, title, f"{metrics[metric]} within groups of items", bars))
     parts += [Cards(cards)] if cards else []
@@ -195,15 +195,15 @@ def _compared(key: str, task: Mapping[str, Any], label: str) -> Card:
     title = "No thoughts, own and others'" if controls else "What thoughts change"
     if main in LOGS:
         values = [(name, color, scores[main]) for name, color, scores in known]
-        rows = [Row(name, gain_over(value, values[0][2], main), None, color, note=plain(value))
+        rows = [Row(name, gain_over(value, values[0][2], main), None, color, note=show(value))
                 for name, color, value in values]  # fmt: skip
         ends = [gain_over(bound, 0.0, main) for bound in task["difference"]["ci95"] or ()]
         rows[1] = rows[1]._replace(bounds=sorted(ends))
         caption = f"Gain over no thoughts in {label}; lines are 95% intervals."
-        return Card(key, title, caption, draw_bars(rows, "gain over no thoughts, nats", signed))
+        return Card(key, title, caption, draw_bars(rows, "gain over no thoughts, nats", "+.4f"))
     rows = [Row(name, scores[main], scores[f"{main}_ci95"], color) for name, color, scores in known]
     caption = f"{label}: mean and 95% CI"
-    return Card(key, title, caption, draw_bars(rows, label, plain))
+    return Card(key, title, caption, draw_bars(rows, label))
 
 
 def _group_bars(groups: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -214,8 +214,8 @@ def _group_bars(groups: Sequence[Mapping[str, Any]]) -> list[Row]:
         rows.append(Row(label, group["gain"], group["gain_ci95"], note=f"n {group['n']}"))
         if content in group:
             bounds = group[f"{content}_ci95"]
-            note = f"content {signed(group[content])}"
-            note += f", 95% CI {signed_range(bounds)}" if bounds else ""
+            note = f"content {show(group[content], '+.4f')}"
+            note += f", 95% CI {show(bounds, '+.4f')}" if bounds else ""
             swapped = group["gain"] - group[content]
             rows.append(Row("with swapped thoughts", swapped, None, "swapped", note=note))
     return rows
@@ -223,7 +223,7 @@ def _group_bars(groups: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 def _in_groups(group: Mapping[str, Any], metric: str) -> dict[str, Any]:
     """Return a metric of a group of items in the form of a group of tokens."""
-    note = f", {plain(group[WITHOUT][metric])} without, {plain(group[WITH][metric])} with"
+    note = f", {show(group[WITHOUT][metric])} without, {show(group[WITH][metric])} with"
     found = {"label": group["label"], "n": f"{group['n']}{note}"}
     for gain in ("gain", GAINS[SWAPPED]):
         if gain in group:
@@ -239,7 +239,7 @@ def _examples(kind: str, examples: Sequence[Mapping[str, Any]]) -> Table:
         mark = pages.right_or_wrong(is_right)
         predicted = Cell(shown_text(one["predicted"]), [truth], "text", mark)
         rows.append([Cell.folded(one["prompt"]), Cell(shown_text(one["thought"]), (), "text"),
-                     predicted, plain(one["without"]), plain(one["with"])])  # fmt: skip
+                     predicted, show(one["without"]), show(one["with"])])  # fmt: skip
     headings = ("Prompt", "Thought", "Answer", "Without", "With")
     return Table(f"Items, {kind}", headings, rows, 3, widths=(30, 34, 16, 10, 10))
 
@@ -247,13 +247,13 @@ def _examples(kind: str, examples: Sequence[Mapping[str, Any]]) -> Table:
 def _answer(task: Mapping[str, Any], metrics: Mapping[str, str]) -> str:
     """Say in numbers what thoughts change: the share of right items, or else the main metric."""
     metric = next((name for name in SHARES if name in metrics), task["main_metric"])
-    show = partial(share_of, n=float(task["n"])) if metric in SHARES else plain
+    form = partial(share_of, n=float(task["n"])) if metric in SHARES else show
     known = [
         ("with thoughts", task.get(WITH)),
         ("without", task.get(WITHOUT)),
         ("with swapped thoughts", task.get("controls", {}).get(SWAPPED)),
     ]
-    parts = [f"{show(scores[metric])} {name}" for name, scores in known if scores]
+    parts = [f"{form(scores[metric])} {name}" for name, scores in known if scores]
     return f"{metrics[metric]}: {', '.join(parts)}."
 
 

@@ -11,65 +11,35 @@ from quietstar.evaluation.controls import FEW_ITEMS
 MISSING = "–"
 
 
-def show(value: float | None, form: str) -> str:
-    """Format a number as its metric is declared (`Metric.form`)."""
+def show(value: float | Sequence[float] | None, form: str = ".4f") -> str:
+    """Format a number, or the ends of an interval.
+
+    Args:
+        value: None is missing.
+        form: Format specification, or ``points`` (a difference of shares in percentage points) or
+            ``p`` (a p-value). With a sign no value but zero reads as zero.
+    """
     if value is None:
         return MISSING
-    if form.startswith("+"):
-        return signed(value, int(form[2]))
-    return format(value, form).replace("-", "−")
-
-
-def plain(value: float | None, digits: int = 4) -> str:
-    """Format a number with a fixed number of decimals."""
-    return MISSING if value is None else f"{value:.{digits}f}".replace("-", "−")
-
-
-def signed(value: float | None, digits: int = 4) -> str:
-    """Format a number with its sign."""
-    if value is None:
-        return MISSING
-    text = f"{value:+.{digits}f}"
-    if value and not float(text):  # what is no chance must not read as zero
+    if isinstance(value, Sequence):
+        low, high = (show(end, form) for end in value)
+        return f"{low.removesuffix('%')}–{high}" if form.endswith("%") else f"{low} to {high}"
+    if form == "p":
+        return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    if form == "points":
+        value, form = 100 * value, "+.1f"
+    text = format(value, form)
+    if form.startswith("+") and value and not float(text):
         text = f"{value:+.2g}"
     return text.replace("-", "−")
-
-
-def signed_range(bounds: Sequence[float] | None) -> str:
-    """Format an interval of signed numbers as ``−0.0120 to +0.0340``."""
-    return MISSING if bounds is None else " to ".join(map(signed, bounds))
-
-
-def percent(share: float | None) -> str:
-    """Format ``0.924`` as ``92.4%``."""
-    return MISSING if share is None else f"{plain(100 * share, 1)}%"
 
 
 def share_of(share: float | None, n: float | None) -> str:
     """Format a share of ``n`` items as a percentage, or ``3 of 8`` where they are few."""
     if share is None or n is None or n >= FEW_ITEMS:
-        return percent(share)
-    return f"{plain(share * n, 0 if abs(share * n - round(share * n)) < 0.01 else 1)} of {n:.0f}"
-
-
-def percent_range(bounds: Sequence[float] | None) -> str:
-    """Format an interval of shares as ``88.0–96.0%``."""
-    return MISSING if bounds is None else f"{plain(100 * bounds[0], 1)}–{percent(bounds[1])}"
-
-
-def points(difference: float | None) -> str:
-    """Format a difference of shares, ``0.6``, in percentage points: ``+60.0``."""
-    return MISSING if difference is None else signed(100 * difference, 1)
-
-
-def points_range(bounds: Sequence[float] | None) -> str:
-    """Format an interval of differences of shares as ``+50.0 to +70.0``."""
-    return MISSING if bounds is None else " to ".join(map(points, bounds))
-
-
-def probability(value: float | None) -> str:
-    """Format a p-value; those below a thousandth are not told apart."""
-    return MISSING if value is None else ("< 0.001" if value < 0.001 else f"{value:.3f}")
+        return show(share, ".1%")
+    is_whole = abs(share * n - round(share * n)) < 0.01
+    return f"{show(share * n, '.0f' if is_whole else '.1f')} of {n:.0f}"
 
 
 def wilson(share: float, n: float | None) -> tuple[float, float] | None:

@@ -9,7 +9,7 @@ from typing import Any
 from quietstar.judging.contest import probability_of_first
 from quietstar.judging.judge import LEAST_MASS
 from quietstar.judging.labels import Label, Pair
-from quietstar.reports.formats import percent, percent_range, shown_text
+from quietstar.reports.formats import show, shown_text
 from quietstar.reports.pages import (
     Cell,
     Line,
@@ -77,10 +77,10 @@ def write_judge_page(
     if summary["agreement"] is not None:
         tiles.append(_tile("Agrees with the file", "agreement", summary, "mixed"))
     second = summary["slot_2"]
-    second = "" if second is None else f"of these, number 2: {percent(second)}"
+    second = "" if second is None else f"of these, number 2: {show(second, '.1%')}"
     tiles += [
         _tile("Same number in both orders", "same_slot", summary, "swapped", second),
-        Tile("Probability of 1 and 2 together", percent(summary["mass"]), "other",
+        Tile("Probability of 1 and 2 together", show(summary["mass"], ".1%"), "other",
              ["the rest is on other answers"]),
     ]  # fmt: skip
     headings = names or (OF_A_FILE if is_labeled else UNNAMED)
@@ -103,7 +103,7 @@ def write_judge_page(
 
 
 def _tile(label: str, key: str, summary: Mapping[str, Any], color: str, *notes: str) -> Tile:
-    return Tile.measured(label, percent(summary[key]), color, summary[f"{key}_ci"], *notes)
+    return Tile.measured(label, show(summary[key], ".1%"), color, summary[f"{key}_ci"], *notes)
 
 
 def _row(label: Label, pair: Pair) -> dict[str, Any]:
@@ -111,8 +111,8 @@ def _row(label: Label, pair: Pair) -> dict[str, Any]:
     shown = label.probabilities if is_first else [1 - p for p in reversed(label.probabilities)]
     rationales = label.rationales if is_first else label.rationales[::-1]
     first = probability_of_first(label, pair)
-    orders = [f"{percent(shown[0])} shown first", f"{percent(shown[1])} shown second"]
-    probability = [Cell(percent(first), orders, "strong")]
+    orders = [f"{show(shown[0], '.1%')} shown first", f"{show(shown[1], '.1%')} shown second"]
+    probability = [Cell(show(first, ".1%"), orders, "strong")]
     if rationales:
         probability.append(Cell("rationales", whole="\n\n".join(map(shown_text, rationales))))
     texts = [Cell(shown_text(text), kind="text") for text in (pair.first, pair.second)]
@@ -129,20 +129,20 @@ def _verdict(summary: Mapping[str, Any], names: tuple[str, str] | None) -> str:
     same, mass = summary["same_slot"], summary["mass"]
     bias = ""
     if same is not None:
-        bias = f" In {percent(same)} of the pairs it gives the same number in both orders"
+        bias = f" In {show(same, '.1%')} of the pairs it gives the same number in both orders"
         bias += ": it follows the place more than the text." if same > 0.5 else "."
     if mass is not None and mass < LEAST_MASS:
         bias += f" Its verdicts say little: {100 * mass:.3g} % of its probability is on 1 and 2."
     if names is not None:
         low, high = summary["win_rate_ci"] or (0.0, 1.0)
-        rate = f"{percent(summary['win_rate'])} (95% CI {percent_range((low, high))})"
+        rate = f"{show(summary['win_rate'], '.1%')} (95% CI {show((low, high), '.1%')})"
         if low > 0.5 or high < 0.5:
             winner, loser = names if low > 0.5 else names[::-1]
             return f"The judge prefers {winner} to {loser}: {names[0]} wins {rate}.{bias}"
         both = " from ".join(names)
         return f"The judge does not tell {both}: {names[0]} wins {rate}.{bias}"
     if summary["agreement"] is not None:
-        bounds = percent_range(summary["agreement_ci"])
-        agreement = f"{percent(summary['agreement'])} of the pairs (95% CI {bounds})"
+        bounds = show(summary["agreement_ci"], ".1%")
+        agreement = f"{show(summary['agreement'], '.1%')} of the pairs (95% CI {bounds})"
         return f"The judge agrees with the file's own choice in {agreement}.{bias}"
     return f"The judge has compared {summary['pairs'] - summary['equal']} pairs.{bias}"

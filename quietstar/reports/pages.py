@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from quietstar.reports.formats import percent, percent_range, shown_text, signed
+from quietstar.reports.formats import show, shown_text
 from quietstar.system.files import write_whole
 
 
@@ -62,7 +62,7 @@ class Tile(NamedTuple):
     @staticmethod
     def measured(label: str, value: str, color: str, bounds: Any, *notes: str) -> Tile:
         """Make the tile of a share with the ends of its interval, if it has one."""
-        interval = [f"95% CI {percent_range(bounds)}"] if bounds else []
+        interval = [f"95% CI {show(bounds, '.1%')}"] if bounds else []
         return Tile(label, value, color, [*interval, *notes])
 
 
@@ -141,7 +141,7 @@ def render(template: str, script: str, **context: Any) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     names = {"top": (), "facts": (), "mark": "", "style": asset("style.css"), "script": script}
     page = environment.get_template(template)
-    return page.render(names | {"script_hash": f"sha256-{digest}", "percent": percent} | context)
+    return page.render(names | {"script_hash": f"sha256-{digest}", "show_number": show} | context)
 
 
 def write_html(path: Path, sections: Sequence[Section], **context: Any) -> Path:
@@ -186,9 +186,9 @@ def render_thoughts(documents: Sequence[Mapping[str, Any]]) -> str:
     top = []
     for document in documents:
         means, name = document["summary"]["all"], document["model"] if documents[1:] else ""
-        said = f"thoughts gain {signed(means['gain'], 3)} nats/token"
+        said = f"thoughts gain {show(means['gain'], '+.3f')} nats/token"
         if (content := means["gain_of_content"]) is not None:
-            said += f", swapped ones {signed(means['gain'] - content, 3)}"
+            said += f", swapped ones {show(means['gain'] - content, '+.3f')}"
         said += f", over {document['summary']['tokens']} tokens"
         top.append(Line(f"{name}: {said}." if name else f"T{said[1:]}.", "verdict as-is"))
     return render(

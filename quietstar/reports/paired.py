@@ -30,7 +30,7 @@ from quietstar.evaluation.statistics import (
 )
 from quietstar.reports.charts import Card, Row, draw_bars
 from quietstar.reports.evaluation import comparison_cells, value_cell
-from quietstar.reports.formats import plain, signed
+from quietstar.reports.formats import show
 from quietstar.reports.pages import Cards, Cell, Line, Section, Table, write_html
 from quietstar.reports.terminal import view
 from quietstar.system.inputs import open_input, parse_json
@@ -322,7 +322,7 @@ def _verdicts(task: Mapping[str, Any]) -> list[Line]:
         if metric := next((m for m in SHARES if f"{m}_gained" in difference), ""):
             gained, lost = (difference[f"{metric}_{key}"] for key in ("gained", "lost"))
             text += f" (right only in {row['name']}: {gained}, only in {first}: {lost})"
-        now, then = (plain(one["scores"][main]) for one in (row, before))
+        now, then = (show(one["scores"][main]) for one in (row, before))
         lines.append(Line(f"{text}, {_metrics(task)[main]} {now} against {then}", "verdict as-is"))
         if row["settings"]:
             listed = ", ".join(f"{name} {value[:80]}" for name, value in row["settings"].items())
@@ -339,7 +339,7 @@ def write_paired(path: Path, result: Mapping[str, Any]) -> Path:
         rows = [Row(row["name"], row["difference"][main], row["difference"]["ci95"])
                 for row in others]  # fmt: skip
         title = f"{metrics[main]}, minus {first['name']}"
-        bars = draw_bars(rows, title, signed)
+        bars = draw_bars(rows, title, "+.4f")
         lead = f"Judged by {metrics[main]}. {task['n']} item{'s' if task['n'] != 1 else ''} that "
         lead += "all evaluations have, compared one by one; below each number is its 95% interval."
         if result["num_tests"] > 1:
@@ -354,7 +354,7 @@ def write_paired(path: Path, result: Mapping[str, Any]) -> Path:
                 parts += [
                     Table(f"{metrics[m]} by {of_what}",
                           (f"{of_what.capitalize()}: {metrics[m]}", "Items", *names),
-                          [[g["label"], str(g["n"]), *map(plain, g[m])] for g in groups], 1)
+                          [[g["label"], str(g["n"]), *map(show, g[m])] for g in groups], 1)
                     for m in dict.fromkeys((*SHARES, main)) if m in metrics
                 ]  # fmt: skip
         sections.append(Section(f"section{number}", name, parts))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,9 +23,9 @@ from quietstar.evaluation.controls import (
     SWAPPED,
 )
 from quietstar.evaluation.metrics import METRICS
-from quietstar.reports import formats, pages
+from quietstar.reports import pages
 from quietstar.reports.charts import Card, Chart, Line, Row, draw_bars, draw_curves
-from quietstar.reports.formats import MISSING, percent, plain, points, shown_text, signed
+from quietstar.reports.formats import MISSING, share_of, show, shown_text, wilson
 from quietstar.reports.run_files import (
     MOST_CONFIG_BYTES,
     Answer,
@@ -69,13 +68,13 @@ CHARTS = (
     Chart("accuracy", "Accuracy",
           "Held-out problems that are answered correctly. Swapped: each problem gets the thought "
           "of another one. Pause: one constant token in place of every thought token.",
-          "accuracy", _kinds("accuracy"), percent),
+          "accuracy", _kinds("accuracy"), ".1%"),
     Chart("probability", "P(gold answer)",
           "Mean probability of the whole ground-truth answer of held-out problems.", "probability",
-          _kinds("gold_probability"), partial(plain, digits=3)),
+          _kinds("gold_probability"), ".3f"),
     Chart("right-thoughts", "Correct thoughts",
           "Share of the sampled thoughts that are correct.", "correct thoughts",
-          (Line("right_thoughts", "correct thoughts", "thought", "t"),), percent),
+          (Line("right_thoughts", "correct thoughts", "thought", "t"),), ".1%"),
     Chart("nll", "NLL of the next token",
           "Negative log-likelihood; lower is better. With thoughts: base and thought mixed. "
           "Thought alone: its own prediction. Early values may lie beyond the axis.", "nats/token",
@@ -88,7 +87,7 @@ CHARTS = (
           "the distance from swapped to own thoughts.", "nats/token",
           (Line("gain", "with thoughts", "mixed"),
            Line("gain_without", "without thoughts", "base", "s"),
-           *_of_controls("gain_with")), signed),
+           *_of_controls("gain_with")), "+.4f"),
     Chart("mixing-weight", "Mixing weight",
           "Mean weight of the thought in the prediction. Near zero, thoughts are ignored.",
           "weight of the thought",
@@ -112,18 +111,18 @@ CHARTS = (
           "Distinct: distinct tokens of a thought over its length. Identical: positions where all "
           "K thoughts coincide.", "share",
           (Line("distinct_token_ratio", "distinct", "thought", "t"),
-           Line("identical_fraction", "identical", "other", "s")), percent),
+           Line("identical_fraction", "identical", "other", "s")), ".1%"),
     Chart("length", "Length of thoughts",
           "Tokens of a thought where it may end early: the mean, and the length that nine in ten "
           "thoughts do not exceed.", "tokens",
           (Line("thought_length", "mean", "thought", "t"),
            Line("thought_length_p90", "90th percentile", "other", "s")),
-          partial(plain, digits=1)),
+          ".1f"),
     Chart("ends", "Ends of thoughts",
           "Stopped: a stop text or end-of-text ended the thought. Cut: it had all its tokens and "
           "none of them.", "share",
           (Line("stop_fraction", "stopped", "thought", "t"),
-           Line("truncated_fraction", "cut", "other", "s")), percent),
+           Line("truncated_fraction", "cut", "other", "s")), ".1%"),
 )
 # fmt: on
 
@@ -239,17 +238,17 @@ def _verdict(
     if own is not None and without is not None:
         if n is not None and n < FEW_ITEMS:
             return f"{n:.0f} held-out problems are too few to say whether thoughts help."
-        text = f"Accuracy {percent(own)} with thoughts, {percent(without)} without"
+        text = f"Accuracy {show(own, '.1%')} with thoughts, {show(without, '.1%')} without"
         if own > without and swapped is not None:
             if own <= swapped:
                 return f"{text}, but swapped thoughts help as much: it is not what they say."
-            text += f"; with swapped thoughts {percent(swapped)}, "
+            text += f"; with swapped thoughts {show(swapped, '.1%')}, "
             if swapped < without:  # which do harm, so that content is more than the gain
                 text += "less than without: what the thoughts say matters"
             else:
                 part = (own - swapped) / (own - without)
                 text += f"so {part:.0%} of the gain is what the thoughts say"
-        ends = formats.wilson(own, n), formats.wilson(without, n)
+        ends = wilson(own, n), wilson(without, n)
         if own > without and ends[0] and ends[1] and ends[0][0] <= ends[1][1]:
             text += f" (a difference that {n:.0f} problems cannot tell from chance)"
         return text + "."
@@ -257,15 +256,15 @@ def _verdict(
     if gain is None:
         return ""
     if gain <= 0:
-        return f"Thoughts do not help: the gain is {signed(gain, 3)} nats/token."
-    text, matters = f"Thoughts gain {signed(gain, 3)} nats/token", "what they say matters"
+        return f"Thoughts do not help: the gain is {show(gain, '+.3f')} nats/token."
+    text, matters = f"Thoughts gain {show(gain, '+.3f')} nats/token", "what they say matters"
     if content is None:
         return f"{text}; the gain of content was not measured."
     if content < 0.1 * gain:
         return f"{text}, but swapped ones gain as much: it is not what they say."
     if content > gain:  # swapped ones do harm, which is no part of the gain
-        return f"{text}, and swapped ones lose {plain(content - gain, 3)}: {matters}."
-    return f"{text}, swapped ones {signed(gain - content, 3)}: {matters}."
+        return f"{text}, and swapped ones lose {show(content - gain, '.3f')}: {matters}."
+    return f"{text}, swapped ones {show(gain - content, '+.3f')}: {matters}."
 
 
 # --- At a glance ----------------------------------------------------------------------------------
@@ -277,21 +276,21 @@ def _answers(
     own, without = metrics["accuracy_with_thoughts"], metrics["accuracy_without_thoughts"]
     notes = {f"accuracy_{control}": note for control, note in CONTROL_NOTES.items()}
     if own is not None and without is not None:
-        notes["accuracy_with_thoughts"] = f"{points(own - without)} points vs. no thoughts"
+        notes["accuracy_with_thoughts"] = f"{show(own - without, 'points')} points vs. no thoughts"
     tiles = []
     for line in CHARTS[0].lines:
         if (share := metrics.get(line.key)) is not None:
-            label, shown = line.name.capitalize(), formats.share_of(share, n)
-            bounds, note = formats.wilson(share, n), notes.get(line.key, "")
+            label, shown = line.name.capitalize(), share_of(share, n)
+            bounds, note = wilson(share, n), notes.get(line.key, "")
             tiles.append(pages.Tile.measured(label, shown, line.color, bounds, note))
     before, after = map(results.right_thoughts.get, ("before", "after"))
     if before is None and after is None:
         _, values = series(evaluations, "eval", "right_thoughts")
         before, after = values[0] if values[1:] else None, values[-1] if values else None
     if after is not None:
-        earlier = "" if before is None else f"{percent(before)} before training"
+        earlier = "" if before is None else f"{show(before, '.1%')} before training"
         said = ("share of the sampled thoughts", earlier)
-        tiles.append(pages.Tile("Correct thoughts", percent(after), "thought", said))
+        tiles.append(pages.Tile("Correct thoughts", show(after, ".1%"), "thought", said))
     title = f"Accuracy on {'' if n is None else f'{n:.0f} '}held-out problems{step}"
     return [pages.Tiles(title, tiles)] if tiles else []
 
@@ -310,28 +309,24 @@ def _next_tokens(scored: Sequence[Record], of_answers: bool) -> list[pages.Line 
         if key not in now:
             return ""
         is_older = first is not last and key in first.metrics
-        before = f", {plain(first.metrics[key], 3)} at step {first.step}" if is_older else ""
-        return f"NLL {plain(now[key], 3)}{before}"
+        before = f", {show(first.metrics[key], '.3f')} at step {first.step}" if is_older else ""
+        return f"NLL {show(now[key], '.3f')}{before}"
 
     if "gain" not in now:
         return [pages.Line(f"{nll('gain_without')} without thoughts, nats/token", "answer-line")]
-    title, unit, show = (
-        "Next tokens of held-out data",
-        "gain, nats/token",
-        partial(signed, digits=3),
-    )
+    title, unit, form = "Next tokens of held-out data", "gain, nats/token", "+.3f"
     caption = "Gain over no thoughts."
     if GAINS[SWAPPED] not in now:
         caption += " Swapped thoughts, and so the gain of content, were not measured."
     if "mixing_weight" in now:
-        caption += f" Mixing weight of the thought: {plain(now['mixing_weight'], 3)}."
+        caption += f" Mixing weight of the thought: {show(now['mixing_weight'], '.3f')}."
     if of_answers:
-        title, unit, show = "P(gold answer)", "probability", partial(plain, digits=3)
+        title, unit, form = "P(gold answer)", "probability", ".3f"
         caption = "Mean over held-out problems."
     lines = next(c for c in CHARTS if c.name == ("probability" if of_answers else "gain")).lines
     rows = [Row(line.name.capitalize(), now[line.key], color=line.color, note=nll(line.key))
             for line in lines if line.key in now]  # fmt: skip
-    card = Card("now", f"{title}, step {last.step}", caption, draw_bars(rows, unit, show))
+    card = Card("now", f"{title}, step {last.step}", caption, draw_bars(rows, unit, form))
     return [pages.Cards([card])]
 
 
@@ -386,7 +381,7 @@ def _table_of_samples(
             answer(one.without_thoughts, one.is_right(one.without_thoughts)),
             answer(one.with_thoughts, one.correct_with),
             *([answer(other, one.is_right(other))] if one.swapped else [MISSING] * is_swapped),
-            plain(one.mixing_weight, 2),
+            show(one.mixing_weight, ".2f"),
         ])  # fmt: skip
     names = [name for name in widths if is_swapped or "wapped" not in name]
     return pages.Table(label, names, shown, widths=[widths[name] for name in names],
@@ -479,7 +474,9 @@ def _curves(
             steps, values = series(records, kind, line.key)
             if values:
                 where = "held out" if kind == "eval" else "in training"
-                newest.append(f"{line.name} {chart.show(values[-1])} {where} at step {steps[-1]}")
+                newest.append(
+                    f"{line.name} {show(values[-1], chart.form)} {where} at step {steps[-1]}"
+                )
         drawn = draw_curves(chart, records)
         cards.append(Card(chart.name, chart.title, caption, drawn, f"{'; '.join(newest)}."))
     lead = "Markers: held out (greedy thoughts). Thin lines: training (sampled, smoothed). Their "
@@ -492,27 +489,27 @@ def _curves(
 def _controls(run: RunFiles) -> list[pages.Line | pages.Cards]:
     """Draw the variants and their differences, with what each seed and interval is."""
     cards = []
-    for name, title, means, axis, show, bounds in (
+    for name, title, means, axis, form in (
         ("variants", "Accuracy of the variants", run.controls.variants, "accuracy, %",
-         percent, formats.percent_range),
+         ".1%"),
         ("differences", "Differences in accuracy", run.controls.differences, "percentage points",
-         points, formats.points_range),
+         "points"),
     ):  # fmt: skip
         rows = []
         for one in means:
             if one.mean is None:
                 continue
-            notes = [f"95% CI {bounds(one.ci95)}"] if one.ci95 else []
-            if one.ci95 and show is points:
+            notes = [f"95% CI {show(one.ci95, form)}"] if one.ci95 else []
+            if one.ci95 and form == "points":
                 notes.append(f"zero {'inside' if one.ci95[0] <= 0 <= one.ci95[1] else 'outside'}")
             seeds = [share for share in one.accuracy if share is not None]
-            notes += [f"seeds {' · '.join(map(show, seeds))}"] if seeds else []
+            notes += [f"seeds {' · '.join(show(x, form) for x in seeds)}"] if seeds else []
             if (right := one.mean_right_thoughts) is not None:
-                notes.append(f"correct thoughts {percent(right)}")
+                notes.append(f"correct thoughts {show(right, '.1%')}")
             rows.append(Row(one.label, one.mean, one.ci95, seeds=seeds, note=", ".join(notes)))
         caption = "Bars are means, lines 95% confidence intervals, rings single seeds."
         if rows:
-            cards.append(Card(name, title, caption, draw_bars(rows, axis, show)))
+            cards.append(Card(name, title, caption, draw_bars(rows, axis, form)))
     lead = "The same training with one part changed or taken away"
     lead += f", {len(run.controls.seeds)} seeds each." if run.controls.seeds else "."
     return [pages.Line(lead), pages.Cards(cards)] if cards else []
@@ -531,7 +528,7 @@ def _table(evaluations: Sequence[Record], of_answers: bool) -> list[pages.Line |
         *(metric.label for _, metric in columns),
     ]
     rows = [[str(record.step), *([record.stage] if has_stages else []),
-             *(formats.show(record.metrics.get(key), metric.form) for key, metric in columns)]
+             *(show(record.metrics.get(key), metric.form) for key, metric in columns)]
             for record in evaluations]  # fmt: skip
     lead = "Accuracies and correct thoughts in percent, "
     lead += "P(gold answer) as a probability." if of_answers else "NLL and gains in nats/token."
