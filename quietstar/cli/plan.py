@@ -1,4 +1,4 @@
-"""``quietstar train --plan``: the memory that a run will need, before it runs."""
+"""``quietstar train --plan``: the memory that a run will need, and seconds by a model of cost."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ def plan(parser: Parser, args: argparse.Namespace, overrides: Sequence[str]) -> 
     estimate = estimate_run(config, engine, args.processes)
     console = Console(highlight=False)
     console.print(_table(estimate, f"memory of each of {args.processes} processes, {engine}"))
+    console.print(_cost_table(estimate))
     gib = estimate.total / _GIB
     fits = args.memory is None or gib <= args.memory
     fitting = [size for size in GPU_GIB if gib <= size]
@@ -120,4 +121,15 @@ def _table(estimate: Estimate, title: str) -> Table:
     table.add_row("total, above the imported process", total, style="bold")
     resident = f"{estimate.resident / _MIB:,.0f}"
     table.add_row("the whole process on a CPU, with libraries and heap", resident)
+    return table
+
+
+def _cost_table(estimate: Estimate) -> Table:
+    table = Table(title="seconds of a step by the model of cost, not measured")
+    table.add_column("GPU, bfloat16")
+    for column in ("step", "rollout", "learning", "loss", "optimizer", "of the peak"):
+        table.add_column(column, justify="right")
+    for name, cost in estimate.costs.items():
+        parts = (cost.seconds, cost.rollout, cost.learning, cost.loss, cost.optimizer)
+        table.add_row(name, *(f"{part:.3f}" for part in parts), f"{cost.mfu:.0%}")
     return table

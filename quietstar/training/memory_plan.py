@@ -35,6 +35,7 @@ from quietstar.model.tuning import WHOLE
 from quietstar.sampling.positions import ANSWER_RULES, MARKED_RULES, most_positions
 from quietstar.training.batches import count_thinking
 from quietstar.training.build import find_tokenizer, hub_source, teach_thinking
+from quietstar.training.gpu_cost import GPUS, Shape, StepCost, Work, step_cost
 from quietstar.training.optimizer import is_projected
 from quietstar.training.stages import Stage, begin_stage, plan_stages
 
@@ -79,6 +80,7 @@ class Estimate:
     logits: int  # logits of one chunk of the cross entropy, a part of `learning`
     program: int  # texts, tokenizer and the like in the machine's memory
     heap: float  # memory of a CPU that a step takes, over what it has alive
+    costs: dict[str, StepCost]  # seconds of a step by GPU, by the model of cost, not measured
 
     @property
     def step(self) -> int:
@@ -180,7 +182,35 @@ def _estimate_stage(
         logits=chunk_rows(model.vocab_size) * model.vocab_size * _FLOAT,
         program=PROGRAM + PROGRAM_BY_TOKEN * model.vocab_size,
         heap=HEAP_OF_ALL if config.tuning.method in WHOLE else HEAP_OF_FEW,
+        costs=_costs(model, stage, processes, reads_start),
     )
+
+
+def _costs(
+    model: QuietStarForCausalLM, stage: Stage, processes: int, reference: bool
+) -> dict[str, StepCost]:
+    """Count a step's seconds on each GPU of `GPUS`."""
+    config, thoughts, training = stage.config, stage.config.thoughts, stage.config.training
+    places = most_positions(thoughts.positions, thoughts.position_fraction, config.data.seq_len)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    work = Work(
+        texts=-(-training.global_batch_size // processes),
+        text_length=config.data.seq_len,
+        places=places if stage.thinks else 0,
+        num_thoughts=thoughts.num_thoughts,
+        thought_length=thoughts.length,
+        lookahead=thoughts.lookahead,
+        trained=trained / sum(p.numel() for p in model.parameters()),
+        micro_batch=training.micro_batch_size,
+        epochs=training.inner_epochs,
+        reference=reference and stage.thinks,
+        recompute=training.gradient_checkpointing,
+    )
+    layers = decoder_layers(model.causal_lm)
+    weights = sum(p.numel() for layer in layers for p in layer.parameters() if p.dim() > 1)
+    shape = Shape.of(model.causal_lm.config, weights // len(layers))
+    rows = chunk_rows(model.vocab_size)
+    return {name: step_cost(shape, work, gpu, rows) for name, gpu in GPUS.items()}
 
 
 def _as_the_data_are(stage: Stage, tokenizer: PreTrainedTokenizerBase) -> Config:
