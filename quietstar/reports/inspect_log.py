@@ -22,7 +22,7 @@ from quietstar.errors import UserError, reading
 from quietstar.evaluation.controls import GAINS, WITH, WITHOUT, gain_over
 from quietstar.evaluation.runner import Records, read_items
 from quietstar.evaluation.statistics import choose_main_metric
-from quietstar.reports.run_files import Answer, parse_thoughts
+from quietstar.reports.run_files import Answer, Samples, read_lines
 from quietstar.system.files import write_json
 from quietstar.system.inputs import open_input
 from quietstar.training.reporter import THOUGHTS_FILE
@@ -102,7 +102,8 @@ def _log(task: str, model: str, settings: Json, created: str, samples: Sequence[
 def _run_samples(text: str) -> list[Json]:
     """Make samples of ``thoughts.jsonl``; the epoch of a text is the number of the evaluation."""
     samples = []
-    for epoch, evaluation in enumerate(parse_thoughts(text), start=1):
+    evaluations = [one for one in read_lines(text, Samples) if one.samples]
+    for epoch, evaluation in enumerate(evaluations, start=1):
         for number, sample in enumerate(evaluation.samples, start=1):
             answers = {name: value for name, value in sample if isinstance(value, Answer)}
             predicted = {variant: answer.prediction for variant, answer in answers.items()}

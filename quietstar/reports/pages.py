@@ -46,7 +46,7 @@ class Table(NamedTuple):
     headings: Sequence[str]
     rows: Sequence[Sequence[str | Cell | Sequence[Cell]]]
     numbers: int = 99  # index of the first column of numbers
-    widths: Sequence[int] = ()  # in percent: of tables of texts, whose rows are cards on phones
+    widths: Sequence[int] = ()  # in percent: of tables of texts
     has_slider: bool = False  # which shows one row at a time
     macro = "table"
 

@@ -60,27 +60,22 @@ class _Result(BaseModel):
 
 
 @dataclass(frozen=True)
-class EvaluationFile:
+class Evaluation:
     """What ``quietstar eval --out FILE.json`` has written, and the items next to it."""
 
     path: Path
+    name: str
     settings: Mapping[str, Any]
     main_metrics: Mapping[str, str]  # by task
     records: Records
 
-    def variant(self, task: str) -> str:
-        """Return what the model is judged by: with its thoughts, if they were scored."""
-        thinks = any(name == task and how == WITH for name, _, how in self.records)
-        return WITH if thinks else WITHOUT
-
-    def of_task(self, task: str) -> dict[int, dict[str, Any]]:
+    def of_task(self, task: str, variant: str) -> dict[int, dict[str, Any]]:
         """Return the records of a task's items, by their numbers."""
-        variant = self.variant(task)
         return {number: record for (name, number, how), record in self.records.items()
                 if (name, how) == (task, variant)}  # fmt: skip
 
 
-def read_evaluation(path: Path) -> EvaluationFile:
+def read_evaluation(path: Path, name: str) -> Evaluation:
     """Read an evaluation and its items.
 
     Raises:
@@ -101,8 +96,8 @@ def read_evaluation(path: Path) -> EvaluationFile:
             f"{where}: the items next to it were made with another {changes}. Evaluate again with "
             "--force."
         )
-    main_metrics = {name: task.main_metric for name, task in result.tasks.items()}
-    return EvaluationFile(path, settings, main_metrics, records)
+    main_metrics = {task: known.main_metric for task, known in result.tasks.items()}
+    return Evaluation(path, name, settings, main_metrics, records)
 
 
 def compare_evaluations(paths: Sequence[Path]) -> dict[str, Any]:
@@ -126,8 +121,9 @@ def compare_evaluations(paths: Sequence[Path]) -> dict[str, Any]:
     Raises:
         UserError: They have no task or no item in common, or their items have other answers.
     """
-    evaluations = [read_evaluation(path) for path in paths]
-    names = _names(paths)
+    stems = [path.stem for path in paths]
+    names = stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
+    evaluations = [read_evaluation(*pair) for pair in zip(paths, names, strict=True)]
     only = [next(iter(one.main_metrics)) for one in evaluations if len(one.main_metrics) == 1]
     if len(only) == len(evaluations):
         shared = {only[0]: only}
@@ -138,81 +134,65 @@ def compare_evaluations(paths: Sequence[Path]) -> dict[str, Any]:
         raise UserError(
             f"RUN ({paths[0]}): shares no task with all others. Give evaluations of the same tasks."
         )
-    tasks = {name: _compare_task(evaluations, names, of_each) for name, of_each in shared.items()}
-    tests = [
-        row["difference"]
-        for task in tasks.values()
-        for row in task["evaluations"][1:]
-        if row["difference"]["p_value"] is not None
-    ]
+    tasks = {name: _compare_task(evaluations, of_each) for name, of_each in shared.items()}
+    pairs = [(row, task) for task in tasks.values() for row in task["evaluations"][1:]]
+    tests = [row["difference"] for row, _ in pairs if row["difference"]["p_value"] is not None]
     holm(tests)
-    for task in tasks.values():
-        for row in task["evaluations"][1:]:
-            row["verdict"] = _verdict(row, task["evaluations"][0], task["main_metric"], task["n"])
+    for row, task in pairs:
+        row["verdict"] = _verdict(row, task["evaluations"][0], task["main_metric"], task["n"])
     return {"tasks": tasks, "num_tests": len(tests)}
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
-    """Return the names of files, or their paths where two have one name."""
-    stems = [path.stem for path in paths]
-    return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
-
-
-def _compare_task(
-    evaluations: Sequence[EvaluationFile], names: Sequence[str], tasks: Sequence[str]
-) -> dict[str, Any]:
+def _compare_task(evaluations: Sequence[Evaluation], tasks: Sequence[str]) -> dict[str, Any]:
     """Compare evaluations on a task, which each may call by a name of its own."""
-    found = [one.of_task(task) for one, task in zip(evaluations, tasks, strict=True)]
-    numbers = sorted(set.intersection(*(set(records) for records in found)))
+    variants, found = [], []
+    for one, task in zip(evaluations, tasks, strict=True):
+        records = one.of_task(task, WITH)
+        variants.append(WITH if records else WITHOUT)
+        found.append(records or one.of_task(task, WITHOUT))
+    numbers, first = sorted(set.intersection(*map(set, found))), evaluations[0]
     if not numbers:
         raise UserError(
-            f"RUN ({evaluations[0].path}): shares no item of {tasks[0]} with all others. "
+            f"RUN ({first.path}): shares no item of {tasks[0]} with all others. "
             "Evaluate them with the same --limit."
         )
-    rows = [[records[number] for number in numbers] for records in found]
-    for one, records in zip(evaluations[1:], rows[1:], strict=True):
-        for number, first, record in zip(numbers, rows[0], records, strict=True):
-            if (before := first.get("answer")) != (now := record.get("answer")):
+    for one, records in zip(evaluations, found, strict=True):
+        for number in numbers:
+            before, now = (records[number].get("answer") for records in (found[0], records))
+            if before != now:
                 raise UserError(
                     f"RUN ({one.path}): item {number} has the answer {str(now)[:40]!r}, "
-                    f"and in {evaluations[0].path} {str(before)[:40]!r}. Give evaluations of the "
+                    f"and in {first.path} {str(before)[:40]!r}. Give evaluations of the "
                     "same items in the same order."
                 )
+    rows = [[records[number] for number in numbers] for records in found]
     values = _values(rows)
     if not values[0]:
         raise UserError(
-            f"RUN ({evaluations[0].path}): shares no metric of {tasks[0]} with all others. "
+            f"RUN ({first.path}): shares no metric of {tasks[0]} with all others. "
             "Give evaluations of the same kind."
         )
-    by_name = dict(zip(names, values, strict=True))
-    main = choose_main_metric(evaluations[0].main_metrics[tasks[0]], by_name)
-    summaries, thinks = [], evaluations[0].variant(tasks[0])
-    for place, (one, task, records) in enumerate(zip(evaluations, tasks, rows, strict=True)):
+    by_name = {one.name: of_one for one, of_one in zip(evaluations, values, strict=True)}
+    main, summaries = choose_main_metric(first.main_metrics[tasks[0]], by_name), []
+    for place, one in enumerate(evaluations):
+        idle = _EXPECTED if variants[0] == variants[place] == WITH else _EXPECTED + _OF_THOUGHTS
         row: dict[str, Any] = {
-            "name": names[place], "file": str(one.path),
-            "model": str(one.settings.get("model")), "variant": one.variant(task),
-            "settings": _unlike(one, evaluations[0], thinks=one.variant(task) == thinks == WITH),
+            "name": one.name, "file": str(one.path), "model": str(one.settings.get("model")),
+            "variant": variants[place],
+            "settings": {
+                name: str(one.settings.get(name)) for name in {**first.settings, **one.settings}
+                if name not in idle and one.settings.get(name) != first.settings.get(name)
+            },
             "scores": means(values[place], main, SEED),
         }  # fmt: skip
         for name in LENGTHS:
-            if lengths := [record[name] for record in records if name in record]:
+            if lengths := [record[name] for record in rows[place] if name in record]:
                 row[name] = float(np.mean(lengths))
         if place:
             row["difference"] = differences(values[place], values[0], main, SEED)
         summaries.append(row)
     return {"n": len(numbers), "main_metric": main, "evaluations": summaries,
             "groups": _groups(evaluations, tasks, numbers, values, main)}  # fmt: skip
-
-
-def _unlike(one: EvaluationFile, first: EvaluationFile, thinks: bool) -> dict[str, str]:
-    """Return the settings in which an evaluation differs from the first, but for its model."""
-    settings, before = one.settings, first.settings
-    idle = _EXPECTED if thinks else (*_EXPECTED, *_OF_THOUGHTS)
-    return {
-        name: str(settings.get(name))
-        for name in dict.fromkeys((*before, *settings))
-        if name not in idle and settings.get(name) != before.get(name)
-    }
 
 
 def _values(rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Array]]:
@@ -236,7 +216,7 @@ def _values(rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Array
 
 
 def _groups(
-    evaluations: Sequence[EvaluationFile], tasks: Sequence[str], numbers: Sequence[int],
+    evaluations: Sequence[Evaluation], tasks: Sequence[str], numbers: Sequence[int],
     values: Sequence[Mapping[str, Array]], main: str,
 ) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
     """Return the means of every evaluation within groups of items.
@@ -244,12 +224,11 @@ def _groups(
     What group an item is in stands in the records without thoughts, which one of the evaluations
     must have.
     """
-    for one, task in zip(evaluations, tasks, strict=True):
-        if all((task, number, WITHOUT) in one.records for number in numbers):
-            of_items = [one.records[task, number, WITHOUT].get("groups", {}) for number in numbers]
-            break
-    else:
+    without = (one.of_task(task, WITHOUT) for one, task in zip(evaluations, tasks, strict=True))
+    known = next((records for records in without if records.keys() >= {*numbers}), None)
+    if known is None:
         return {}
+    of_items = [known[number].get("groups", {}) for number in numbers]
     metrics = [name for name in dict.fromkeys((*SHARES, main)) if name in values[0]]
     return {
         name: [

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from quietstar.config.yaml import Document, YamlProblem, parse
@@ -29,11 +29,11 @@ from quietstar.reports.formats import MISSING, share_of, show, shown_text, wilso
 from quietstar.reports.run_files import (
     MOST_CONFIG_BYTES,
     Answer,
-    Followed,
     Record,
     Results,
     RunFiles,
     Sample,
+    Samples,
     Swapped,
     series,
 )
@@ -331,7 +331,7 @@ def _next_tokens(scored: Sequence[Record], of_answers: bool) -> list[pages.Line 
 
 
 # --- Thoughts -------------------------------------------------------------------------------------
-def _thoughts(evaluations: Sequence[Followed]) -> list[pages.Line | pages.Table]:
+def _thoughts(evaluations: Sequence[Samples]) -> list[pages.Line | pages.Table]:
     """Return a lead, then each text whose thought was followed and what it was at the steps.
 
     At most `MOST_FOLLOWED` evaluations, evenly spaced with the first and the last one, are shown.
@@ -504,8 +504,8 @@ def _controls(run: RunFiles) -> list[pages.Line | pages.Cards]:
                 notes.append(f"zero {'inside' if one.ci95[0] <= 0 <= one.ci95[1] else 'outside'}")
             seeds = [share for share in one.accuracy if share is not None]
             notes += [f"seeds {' · '.join(show(x, form) for x in seeds)}"] if seeds else []
-            if (right := one.mean_right_thoughts) is not None:
-                notes.append(f"correct thoughts {show(right, '.1%')}")
+            if right := [share for share in one.right_thoughts if share is not None]:
+                notes.append(f"correct thoughts {show(fmean(right), '.1%')}")
             rows.append(Row(one.label, one.mean, one.ci95, seeds=seeds, note=", ".join(notes)))
         caption = "Bars are means, lines 95% confidence intervals, rings single seeds."
         if rows:

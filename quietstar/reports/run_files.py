@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from quietstar.config.loading import load_config
 from quietstar.errors import ConfigError, UserError, reading, reason_of
 from quietstar.registry import trusting
-from quietstar.training.stages import Stage, plan_stages
+from quietstar.training.reporter import THOUGHTS_FILE
+from quietstar.training.stages import plan_stages
 
 RENAMED = {
     "accuracy_exchanged": "accuracy_swapped",
@@ -26,8 +26,6 @@ RENAMED = {
     "distinct": "distinct_token_ratio",
 }
 """Keys of runs of earlier versions, and what they are called now."""
-
-
 LARGEST = 1e100
 """A larger number is no measurement, and sums of such ones are not finite."""
 MOST_STEPS = 2**53
@@ -81,24 +79,6 @@ def parse_metrics(text: str) -> list[Record]:
             metrics = {key: value for key, value in numbers.items() if value is not None}
             records[kind, stage, step] = Record(kind, stage, step, metrics)
     return sorted(records.values(), key=lambda record: record.step)
-
-
-class Fired(NamedTuple):
-    """A guard that fired, as ``metrics.jsonl`` has it."""
-
-    step: int
-    name: str
-    stage: str
-    message: str
-
-
-def parse_guards(text: str) -> list[Fired]:
-    """Parse the guards that fired from ``metrics.jsonl``."""
-    return [
-        Fired(step, *(str(entry.get(key, "")) for key in Fired._fields[1:]))
-        for step, entry in _entries(text)
-        if entry.get("kind") == "guard"
-    ]
 
 
 def find_stages(records: Iterable[Record]) -> list[str]:
@@ -175,29 +155,22 @@ class Sample(Part):
         return self.is_right(self.with_thoughts) if self.correct is None else self.correct
 
 
-@dataclass(frozen=True)
-class Followed:
-    """Thoughts at an evaluation, in texts that are the same at each."""
-
-    stage: str
-    step: int
-    samples: tuple[Sample, ...]
-
-
-def parse_thoughts(text: str) -> list[Followed]:
-    """Parse ``thoughts.jsonl``, passing over what is damaged."""
-    found = []
-    for step, entry in _entries(text):
-        with suppress(ValueError):  # pydantic's
-            if samples := Samples.model_validate(entry).samples:
-                found.append(Followed(str(entry.get("stage", "")), step, samples))
-    return found
-
-
 class Samples(Part):
-    """``samples.json``."""
+    """``samples.json``, or a line of ``thoughts.jsonl``: texts that are the same at each step."""
 
+    stage: str = ""
+    step: int = 0
     samples: tuple[Sample, ...] = ()
+
+
+class Fired(Part):
+    """A guard that fired, as ``metrics.jsonl`` has it."""
+
+    kind: str = ""
+    step: int
+    name: str = ""
+    stage: str = ""
+    message: str = ""
 
 
 class SeedMean(Part):
@@ -208,12 +181,6 @@ class SeedMean(Part):
     mean: Number = None
     ci95: Interval = None
     right_thoughts: tuple[Number, ...] = ()
-
-    @property
-    def mean_right_thoughts(self) -> float | None:
-        """Mean share of correct thoughts over the seeds that have one."""
-        shares = [share for share in self.right_thoughts if share is not None]
-        return fmean(shares) if shares else None
 
 
 class Controls(Part):
@@ -244,11 +211,13 @@ def read_part(path: Path, kind: type[Parts]) -> Parts:
     raise UserError(f"{path}: {problem}; fix the file, or remove it to leave that section out")
 
 
-def _plan_of(path: Path) -> Sequence[Stage]:
-    """Return the stages that a run's config says; none where it cannot be read."""
-    with suppress(ConfigError, UserError), trusting(False):
-        return plan_stages(load_config(path))
-    return ()
+def read_lines(text: str, kind: type[Parts]) -> list[Parts]:
+    """Parse the lines of a file, passing over those that are damaged."""
+    found = []
+    for step, entry in _entries(text):
+        with suppress(ValidationError):
+            found.append(kind.model_validate(entry | {"step": step}))
+    return found
 
 
 class RunFiles:
@@ -268,15 +237,19 @@ class RunFiles:
 
         self.name, self.config = folder.resolve().name, read(folder / "config.yaml")
         lines = read(metrics)
-        self.records, self.fired = parse_metrics(lines), parse_guards(lines)
-        self.followed = parse_thoughts(read(folder / "thoughts.jsonl"))
+        self.records = parse_metrics(lines)
         if not self.records and not controls.exists():
             lack = "no complete record yet" if metrics.exists() else f"no {metrics.name}"
             raise UserError(
                 f"{folder}: {lack} and no {controls.name}, so there is nothing to report; give the "
                 "folder of a run (training.output_dir)"
             )
-        self.stages, self.plan = find_stages(self.records), _plan_of(folder / "config.yaml")
+        self.fired = [one for one in read_lines(lines, Fired) if one.kind == "guard"]
+        self.followed = [one for one in read_lines(read(folder / THOUGHTS_FILE), Samples)
+                         if one.samples]  # fmt: skip
+        self.stages, self.plan = find_stages(self.records), []
+        with suppress(ConfigError, UserError), trusting(False):  # a report can do without
+            self.plan = plan_stages(load_config(folder / "config.yaml"))
         self.results = read_part(folder / "results.json", Results)
         self.samples = read_part(folder / "samples.json", Samples).samples
         self.controls = read_part(controls, Controls)
